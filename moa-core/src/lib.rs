@@ -1,0 +1,66 @@
+//! Mixture of attention spans, without a framework.
+//!
+//! Attention heads differ: a few must see the whole context, most only their neighbourhood, and
+//! some widen as the input grows. This crate holds what every engine needs to use that:
+//!
+//! * the mask: [`Span`] and its predicate, one pure function that every kernel is tested against;
+//! * [`ElasticRule`] and [`Plan`]: one span rule per layer and KV head, as files too;
+//! * the cache geometry: [`LayerLayout`] says where each head's sink and ring lie in one flat
+//!   buffer, what an append writes and what a query may see, and [`Extent`] how far it is filled;
+//! * [`Influence`] and [`Profile`]: how much each head needs each part of the context;
+//! * [`search`]: the best plans for a memory budget;
+//! * [`SparseAttentionBackend`]: what a device has to offer, and [`reference`], the specification.
+//!
+//! Method: "MoA: Mixture of Sparse Attention for Automatic LLM Compression", arXiv 2406.14909.
+//!
+//! # Embedding
+//! An engine with its own kernels needs a plan and a layout:
+//!
+//! ```
+//! use moa_core::{ElasticRule, Extent, LayerLayout, ModelShape, Plan};
+//!
+//! let shape = ModelShape { layers: 2, query_heads: 8, kv_heads: 2, head_dim: 64 };
+//! let plan = Plan::uniform(shape, 64, ElasticRule::new(0.0, 0.25)?)?;
+//!
+//! let context = 4096;
+//! let layout = LayerLayout::new(&plan.layer_spans(0, context), context, 0)?;
+//! let mut extent = Extent::default();
+//!
+//! // Append a chunk of 100 tokens: which stretches of which head's slots to write.
+//! extent.check_append(&layout, 100)?;
+//! for head in layout.heads() {
+//!     for run in head.append(extent.len(), 100) {
+//!         // copy keys of tokens run.position.. of the chunk to slots run.slot..
+//!         assert!(run.slot.0 + run.len <= layout.slots());
+//!     }
+//! }
+//! extent.advance(100);
+//! # Ok::<(), moa_core::Error>(())
+//! ```
+
+#![forbid(unsafe_code)]
+
+mod backend;
+mod cache;
+mod error;
+mod file;
+mod influence;
+mod mask;
+mod plan;
+mod plan_file;
+mod plan_search;
+pub mod reference;
+mod rule;
+pub mod search;
+
+pub use backend::{
+    Gradients, InfluenceInputs, InfluenceOutput, InfluenceSign, SparseAttentionBackend,
+};
+pub use cache::{Extent, HeadLayout, LayerLayout, Run, Slot};
+pub use error::{Error, Result};
+pub use file::write_atomic;
+pub use influence::{ByDistance, Influence, Profile, ProfileInfo};
+pub use mask::{Position, Span};
+pub use plan::{AtLength, DEFAULT_SINK, ModelShape, Plan, Provenance};
+pub use plan_search::{FoundPlans, PlanRequest};
+pub use rule::{ElasticRule, HeadRule};

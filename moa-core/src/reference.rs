@@ -1,0 +1,77 @@
+//! Naive attention and influence in f64, the specification that every backend is tested against.
+//! Short enough to trust by reading; quadratic, for tests only.
+
+use crate::{Position, Span};
+
+/// Dimensions of one layer's heads.
+#[derive(Clone, Copy, Debug)]
+pub struct Heads {
+    /// Query heads.
+    pub query: usize,
+    /// KV heads; query head `h` reads KV head `h / (query / kv)`.
+    pub kv: usize,
+    /// Elements per head.
+    pub dim: usize,
+}
+
+impl Heads {
+    fn row<'a>(&self, x: &'a [f64], heads: usize, token: usize, head: usize) -> &'a [f64] {
+        &x[(token * heads + head) * self.dim..][..self.dim]
+    }
+
+    fn kv_of(&self, query_head: usize) -> usize {
+        query_head / (self.query / self.kv)
+    }
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(x, y)| x * y).sum()
+}
+
+/// Attention probabilities of one query of one head over all keys up to its own, and the
+/// log-sum-exp of the scaled scores.
+fn probabilities(h: Heads, q: &[f64], k: &[f64], span: Span, i: usize, head: usize, scale: f64) -> (Vec<f64>, f64) {
+    let scores: Vec<f64> = (0..=i)
+        .map(|j| match span.attends(Position(i), Position(j)) {
+            true => scale * dot(h.row(q, h.query, i, head), h.row(k, h.kv, j, h.kv_of(head))),
+            false => f64::NEG_INFINITY,
+        })
+        .collect();
+    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+    (scores.iter().map(|s| (s - max).exp() / sum).collect(), max + sum.ln())
+}
+
+/// Attention outputs `[tokens, query heads, dim]` and log-sum-exps `[tokens, query heads]` of a
+/// whole sequence; `q` is `[tokens, query heads, dim]`, `k` and `v` are `[tokens, kv heads, dim]`.
+pub fn extend(h: Heads, q: &[f64], k: &[f64], v: &[f64], spans: &[Span], scale: f64) -> (Vec<f64>, Vec<f64>) {
+    let tokens = q.len() / (h.query * h.dim);
+    let (mut out, mut lses) = (Vec::new(), Vec::new());
+    for i in 0..tokens {
+        for head in 0..h.query {
+            let (p, lse) = probabilities(h, q, k, spans[h.kv_of(head)], i, head, scale);
+            let values = |d: usize| (0..=i).map(|j| p[j] * h.row(v, h.kv, j, h.kv_of(head))[d]).sum::<f64>();
+            out.extend((0..h.dim).map(values));
+            lses.push(lse);
+        }
+    }
+    (out, lses)
+}
+
+/// Influence `E_ij = A_ij / (1 - A_ij) * (D_i - dO_i . V_j)` of every entry of one query head under
+/// full causal attention, `[tokens, tokens]`; the diagonal, which no mask can hide, is 0.
+pub fn influence(h: Heads, q: &[f64], k: &[f64], v: &[f64], d_out: &[f64], head: usize, scale: f64) -> Vec<f64> {
+    let tokens = q.len() / (h.query * h.dim);
+    let mut e = vec![0.0; tokens * tokens];
+    for i in 0..tokens {
+        let (p, _) = probabilities(h, q, k, Span::full(tokens), i, head, scale);
+        let g: Vec<f64> = (0..=i)
+            .map(|j| dot(h.row(d_out, h.query, i, head), h.row(v, h.kv, j, h.kv_of(head))))
+            .collect();
+        let d = dot(&p, &g);
+        for j in 0..i {
+            e[i * tokens + j] = p[j] / (1.0 - p[j]) * (d - g[j]);
+        }
+    }
+    e
+}

@@ -1,0 +1,199 @@
+//! The cache geometry against the mask: a simulated cache that remembers which position each slot
+//! holds, driven through every chunking of a small world and through random operations.
+
+use std::collections::BTreeSet;
+
+use moa_core::{Error, Extent, LayerLayout, Position, Span};
+use proptest::prelude::*;
+
+/// Positions held, by slot; `None` is a slot that nobody wrote.
+#[derive(Clone)]
+struct Simulated {
+    layout: LayerLayout,
+    extent: Extent,
+    slots: Vec<Option<usize>>,
+}
+
+impl Simulated {
+    fn new(spans: &[Span], capacity: usize, slack: usize) -> Self {
+        let layout = LayerLayout::new(spans, capacity, slack).unwrap();
+        let slots = vec![None; layout.slots()];
+        Self { layout, extent: Extent::default(), slots }
+    }
+
+    /// Checks what every query of a chunk sees, then commits the chunk.
+    fn extend(&mut self, tokens: usize) {
+        self.extent.check_append(&self.layout, tokens).unwrap();
+        let len = self.extent.len();
+        for head in self.layout.heads() {
+            for query in len..len + tokens {
+                let mut seen = BTreeSet::new();
+                let ranges = head.cached_keys(len, query..query + 1);
+                for run in ranges.into_iter().flat_map(|r| head.runs(r)) {
+                    for i in 0..run.len {
+                        let position = self.slots[run.slot.0 + i];
+                        assert_eq!(position, Some(run.position.0 + i), "slot holds another position");
+                        seen.insert(run.position.0 + i);
+                    }
+                }
+                seen.extend((len..=query).filter(|k| head.span().attends(Position(query), Position(*k))));
+                let expected: BTreeSet<_> =
+                    (0..=query).filter(|k| head.span().attends(Position(query), Position(*k))).collect();
+                assert_eq!(seen, expected, "query {query} of a chunk of {tokens} at {len}");
+            }
+            // The keys of a whole chunk are those of its first query.
+            let whole = head.cached_keys(len, len..len + tokens);
+            assert_eq!(whole, head.cached_keys(len, len..len + 1));
+        }
+        for head in self.layout.heads() {
+            let mut last = None;
+            for run in head.append(len, tokens) {
+                assert!(run.position.0 >= len && run.position.0 + run.len <= len + tokens);
+                assert!(last.is_none_or(|l| run.position.0 >= l), "runs are in order and disjoint");
+                last = Some(run.position.0 + run.len);
+                for i in 0..run.len {
+                    let slot = run.slot.0 + i;
+                    assert!(slot >= head.offset().0 && slot < head.offset().0 + head.slots());
+                    assert_eq!(head.slot(Position(run.position.0 + i)).0, slot);
+                    self.slots[slot] = Some(run.position.0 + i);
+                }
+            }
+        }
+        self.extent.advance(tokens);
+    }
+}
+
+/// All ways to cut `n` tokens into chunks.
+fn chunkings(n: usize) -> impl Iterator<Item = Vec<usize>> {
+    (0u32..1 << (n - 1)).map(move |cuts| {
+        let mut chunks = vec![1];
+        for i in 0..n - 1 {
+            if cuts >> i & 1 == 1 {
+                chunks.push(1);
+            } else if let Some(last) = chunks.last_mut() {
+                *last += 1;
+            }
+        }
+        chunks
+    })
+}
+
+#[test]
+fn every_chunking_of_a_small_world_shows_what_the_mask_admits() {
+    const N: usize = 12;
+    for sink in 0..=4 {
+        for window in 1..=9 {
+            for slack in [0, 2] {
+                let spans = [Span::new(sink, window).unwrap(), Span::full(N)];
+                let empty = Simulated::new(&spans, N, slack);
+                for chunks in chunkings(N) {
+                    let mut cache = empty.clone();
+                    chunks.into_iter().for_each(|n| cache.extend(n));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn truncate_allows_exactly_what_the_next_query_can_still_see() {
+    const N: usize = 14;
+    for (sink, window, slack) in [(0, 1, 0), (0, 4, 0), (2, 3, 0), (2, 3, 2), (3, 1, 1), (4, 20, 0)] {
+        for len in 1..=N {
+            for to in 0..=len {
+                let mut cache = Simulated::new(&[Span::new(sink, window).unwrap()], N, slack);
+                (0..len).for_each(|_| cache.extend(1));
+                let held: BTreeSet<_> = cache.slots.iter().flatten().copied().collect();
+                let span = cache.layout.head(0).span();
+                let needed = (0..to).filter(|k| span.attends(Position(to), Position(*k)));
+                let possible = needed.clone().all(|k| held.contains(&k)) || to == 0;
+                let before = cache.extent;
+                match cache.extent.truncate(&cache.layout, to) {
+                    Ok(()) => {
+                        assert!(possible, "sink {sink} window {window} slack {slack}: {len} -> {to}");
+                        (to..N).for_each(|_| cache.extend(1));
+                    }
+                    Err(Error::Evicted { to: t, .. }) => {
+                        assert!(!possible, "sink {sink} window {window} slack {slack}: {len} -> {to}");
+                        assert_eq!(t, to);
+                        assert_eq!(cache.extent, before, "a failed call leaves the state unchanged");
+                    }
+                    Err(other) => panic!("{other}"),
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn appending_too_much_says_what_fits() {
+    let mut cache = Simulated::new(&[Span::new(1, 2).unwrap()], 5, 0);
+    cache.extend(3);
+    let error = cache.extent.check_append(&cache.layout, 3).unwrap_err();
+    assert!(matches!(error, Error::CapacityExceeded { len: 3, more: 3, capacity: 5 }));
+    assert!(matches!(cache.extent.truncate(&cache.layout, 4), Err(Error::Invalid { .. })));
+    assert!(LayerLayout::new(&[], 5, 0).is_err());
+    assert!(LayerLayout::new(&[Span::full(5)], 0, 0).is_err());
+}
+
+// Offsets past 2^31 elements must not wrap (REFERENCE trap 9).
+#[test]
+fn offsets_are_64_bit_safe() {
+    let n = 1usize << 31;
+    let layout = LayerLayout::new(&[Span::full(n), Span::full(n), Span::new(4, 4).unwrap()], n, 0).unwrap();
+    assert_eq!(layout.head(2).offset().0, 2 * n);
+    assert_eq!(layout.bytes(128, 2), 2 * (2 * n as u64 + 8) * 128 * 2);
+    assert_eq!(layout.head(2).slot(Position(n - 1)).0, 2 * n + 4 + (n - 5) % 4);
+    let absurd = usize::MAX / 2 + 1;
+    assert!(LayerLayout::new(&[Span::full(absurd), Span::full(absurd)], absurd, 0).is_err());
+}
+
+// An update whose length equals the window is off by one in others (transformers #37574).
+#[test]
+fn chunk_as_long_as_the_window_is_no_special_case() {
+    for tokens in [4, 5, 6, 7] {
+        let mut cache = Simulated::new(&[Span::new(2, 4).unwrap()], 40, 0);
+        (0..5).for_each(|_| cache.extend(tokens));
+    }
+}
+
+proptest! {
+    #[test]
+    fn random_chunks_truncations_and_forks_keep_slots_and_mask_together(
+        heads in prop::collection::vec((0usize..6, 1usize..12), 1..4),
+        slack in 0usize..6,
+        steps in prop::collection::vec((0u8..4, 1usize..15), 1..12),
+    ) {
+        let capacity = 60;
+        let spans: Vec<_> = heads.iter().map(|(s, w)| Span::new(*s, *w).unwrap()).collect();
+        let mut cache = Simulated::new(&spans, capacity, slack);
+        for (what, n) in steps {
+            match what {
+                0 => {
+                    let to = cache.extent.len().saturating_sub(n);
+                    let _ = cache.extent.truncate(&cache.layout, to);
+                }
+                1 => {
+                    // The copy runs ahead; the original must not notice.
+                    let mut copy = cache.clone();
+                    copy.extend(n.min(capacity - copy.extent.len()).max(1).min(capacity - copy.extent.len() + 1));
+                }
+                _ if cache.extent.len() + n <= capacity => cache.extend(n),
+                _ => cache.extent.reset(),
+            }
+            if cache.extent.len() == capacity { cache.extent.reset() }
+        }
+    }
+
+    #[test]
+    fn capacity_and_slack_change_no_visible_key(
+        sink in 0usize..5, window in 1usize..9, slack in 0usize..9, extra in 0usize..30, n in 1usize..40,
+    ) {
+        let span = Span::new(sink, window).unwrap();
+        let tight = LayerLayout::new(&[span], n + 1, 0).unwrap();
+        let roomy = LayerLayout::new(&[span], n + 1 + extra, slack).unwrap();
+        prop_assert_eq!(tight.head(0).cached_keys(n, n..n + 1), roomy.head(0).cached_keys(n, n..n + 1));
+        prop_assert!(tight.slots() <= roomy.slots());
+        prop_assert!(tight.slots() <= span.total());
+    }
+}
