@@ -64,7 +64,8 @@ fn main() -> Result<()> {
         2 * context,
         plan.density(context)
     );
-    let mut cache = EngineCache { extent: Extent::default(), keys: vec![0.0; layout.slots()], layout };
+    let mut cache =
+        EngineCache { extent: Extent::default(), keys: vec![0.0; layout.slots()], layout };
 
     // With all keys 1, the sum is the number of keys that a query sees.
     let prompt = vec![1.0; 40];

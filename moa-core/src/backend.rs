@@ -89,7 +89,7 @@ pub trait SparseAttentionBackend {
     ///
     /// # Errors
     /// If shapes do not fit or a cache has no room; no cache is changed then.
-    #[allow(clippy::too_many_arguments)]
+    #[allow(clippy::too_many_arguments, clippy::type_complexity)]
     fn extend(
         &self,
         caches: &mut [&mut Self::Cache],
@@ -139,7 +139,12 @@ pub trait SparseAttentionBackend {
     ///
     /// # Errors
     /// [`crate::Error::Unsupported`] unless the backend overrides it.
-    fn decode_seconds(&self, _span: usize, _group: usize, _head_dim: usize) -> Result<f64, Self::Error> {
+    fn decode_seconds(
+        &self,
+        _span: usize,
+        _group: usize,
+        _head_dim: usize,
+    ) -> Result<f64, Self::Error> {
         Err(crate::Error::Unsupported { backend: self.name(), operation: "decode_seconds" }.into())
     }
 }

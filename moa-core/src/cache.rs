@@ -248,8 +248,15 @@ impl Extent {
             let oldest_held = head.oldest_held(self.high_water);
             // What the next query, at position `len`, sees of the cache.
             let [_, window] = head.cached_keys(len, len..len + 1);
-            if !window.is_empty() && window.start.max(head.sink) < oldest_held && window.end > head.sink {
-                return Err(Error::Evicted { to: len, needed: window.start.max(head.sink), oldest_held });
+            if !window.is_empty()
+                && window.start.max(head.sink) < oldest_held
+                && window.end > head.sink
+            {
+                return Err(Error::Evicted {
+                    to: len,
+                    needed: window.start.max(head.sink),
+                    oldest_held,
+                });
             }
         }
         if len == 0 {

@@ -125,7 +125,11 @@ impl Influence {
     /// [`Error::ShapeMismatch`] or [`Error::Invalid`] if it is of another model, length or block.
     pub fn merge(&mut self, other: &Self) -> Result<()> {
         if self.shape != other.shape {
-            return Err(Error::ShapeMismatch { what: "profile", expected: self.shape, got: other.shape });
+            return Err(Error::ShapeMismatch {
+                what: "profile",
+                expected: self.shape,
+                got: other.shape,
+            });
         }
         if (self.length, self.block) != (other.length, other.block) {
             return Err(Error::invalid(
@@ -190,8 +194,10 @@ impl ByDistance {
             let pairs = |d: isize| b - d.unsigned_abs();
             let lowest = if delta == 0 { 0 } else { 1 - b as isize };
             let all: usize = (lowest..b as isize).map(pairs).sum();
-            let hidden: usize =
-                (lowest..b as isize).filter(|d| base as isize + d >= window as isize).map(pairs).sum();
+            let hidden: usize = (lowest..b as isize)
+                .filter(|d| base as isize + d >= window as isize)
+                .map(pairs)
+                .sum();
             loss += sum * hidden as f64 / all as f64;
         }
         loss
@@ -287,7 +293,8 @@ impl Profile {
                 vec![self.shape.layers, self.shape.kv_heads, side, side],
                 bytes,
             ));
-            lengths.insert(length, LengthInfo { block: influence.block, samples: influence.samples });
+            lengths
+                .insert(length, LengthInfo { block: influence.block, samples: influence.samples });
         }
         let json = |x: serde_json::Result<String>| x.map_err(|e| format(e.to_string()));
         let metadata = HashMap::from([
@@ -303,7 +310,8 @@ impl Profile {
             })
             .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()
             .map_err(|e| format(e.to_string()))?;
-        let bytes = safetensors::serialize(views, Some(metadata)).map_err(|e| format(e.to_string()))?;
+        let bytes =
+            safetensors::serialize(views, Some(metadata)).map_err(|e| format(e.to_string()))?;
         write_atomic(path, &bytes)
     }
 
@@ -315,7 +323,9 @@ impl Profile {
         let path = path.as_ref();
         let bytes = read(path)?;
         Self::from_bytes(&bytes).map_err(|e| match e {
-            Error::Invalid { .. } => Error::Format { path: path.to_path_buf(), reason: e.to_string() },
+            Error::Invalid { .. } => {
+                Error::Format { path: path.to_path_buf(), reason: e.to_string() }
+            }
             other => other,
         })
     }

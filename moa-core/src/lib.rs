@@ -9,7 +9,7 @@
 //!   buffer, what an append writes and what a query may see, and [`Extent`] how far it is filled;
 //! * [`Influence`] and [`Profile`]: how much each head needs each part of the context;
 //! * [`search`]: the best plans for a memory budget;
-//! * [`SparseAttentionBackend`]: what a device has to offer, and [`reference`], the specification.
+//! * [`SparseAttentionBackend`]: what a device has to offer, and [`mod@reference`], the specification.
 //!
 //! Method: "MoA: Mixture of Sparse Attention for Automatic LLM Compression", arXiv 2406.14909.
 //!

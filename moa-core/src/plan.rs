@@ -44,7 +44,7 @@ impl ModelShape {
                 return Err(Error::invalid(what, "between 1 and 2^20", n));
             }
         }
-        if self.query_heads % self.kv_heads != 0 {
+        if !self.query_heads.is_multiple_of(self.kv_heads) {
             return Err(Error::invalid(
                 "query_heads",
                 format!("a multiple of kv_heads ({})", self.kv_heads),
@@ -147,11 +147,23 @@ impl Plan {
         if rules.len() != shape.total_kv_heads() {
             return Err(Error::invalid(
                 "rules",
-                format!("{} ({} layers x {} KV heads)", shape.total_kv_heads(), shape.layers, shape.kv_heads),
+                format!(
+                    "{} ({} layers x {} KV heads)",
+                    shape.total_kv_heads(),
+                    shape.layers,
+                    shape.kv_heads
+                ),
                 rules.len(),
             ));
         }
-        Ok(Self { shape, fingerprint: None, sink, min_span, rules, provenance: Provenance::default() })
+        Ok(Self {
+            shape,
+            fingerprint: None,
+            sink,
+            min_span,
+            rules,
+            provenance: Provenance::default(),
+        })
     }
 
     /// The same rule for every head: StreamingLLM's uniform window.
@@ -264,7 +276,8 @@ impl Plan {
 
     /// Mean over KV heads of keys kept / `context_length`, for the native (GQA) cache.
     pub fn density(&self, context_length: usize) -> f64 {
-        let kept: usize = self.spans(context_length).iter().map(|s| s.total().min(context_length)).sum();
+        let kept: usize =
+            self.spans(context_length).iter().map(|s| s.total().min(context_length)).sum();
         kept as f64 / (self.rules.len() * context_length.max(1)) as f64
     }
 
@@ -311,7 +324,10 @@ mod tests {
     #[test]
     fn retrieval_heads_are_full_and_the_others_local() {
         let plan = Plan::retrieval_heads(SHAPE, 4, 12, &[(1, 0), (2, 1)]).unwrap();
-        assert_eq!(plan.layer_spans(1, 100).iter().map(|s| s.total()).collect::<Vec<_>>(), [100, 16]);
+        assert_eq!(
+            plan.layer_spans(1, 100).iter().map(|s| s.total()).collect::<Vec<_>>(),
+            [100, 16]
+        );
         assert_eq!(plan.density(100), (2.0 * 100.0 + 4.0 * 16.0) / 600.0);
         assert!(matches!(
             Plan::retrieval_heads(SHAPE, 4, 12, &[(3, 0)]),

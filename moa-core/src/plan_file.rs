@@ -140,7 +140,11 @@ impl Plan {
     ) -> Result<Self> {
         shape.validate()?;
         let file: Published = serde_json::from_str(text).map_err(|e| {
-            Error::invalid("published plan", "{\"alphas\": [layer][head], \"betas\": [layer][head]}", e)
+            Error::invalid(
+                "published plan",
+                "{\"alphas\": [layer][head], \"betas\": [layer][head]}",
+                e,
+            )
         })?;
         check_table("alphas", &file.alphas, shape.layers, shape.query_heads)?;
         check_table("betas", &file.betas, shape.layers, shape.query_heads)?;
@@ -206,10 +210,8 @@ impl Plan {
 }
 
 fn text(path: &Path) -> Result<String> {
-    String::from_utf8(read(path)?).map_err(|e| Error::Format {
-        path: path.to_path_buf(),
-        reason: format!("not UTF-8: {e}"),
-    })
+    String::from_utf8(read(path)?)
+        .map_err(|e| Error::Format { path: path.to_path_buf(), reason: format!("not UTF-8: {e}") })
 }
 
 fn in_file<T>(path: &Path, result: Result<T>) -> Result<T> {
@@ -221,7 +223,11 @@ fn in_file<T>(path: &Path, result: Result<T>) -> Result<T> {
 
 fn check_table<T>(name: &str, rows: &[Vec<T>], layers: usize, heads: usize) -> Result<()> {
     if rows.len() != layers {
-        return Err(Error::invalid(name, format!("{layers} layers"), format!("{} layers", rows.len())));
+        return Err(Error::invalid(
+            name,
+            format!("{layers} layers"),
+            format!("{} layers", rows.len()),
+        ));
     }
     for (layer, row) in rows.iter().enumerate() {
         if row.len() != heads {

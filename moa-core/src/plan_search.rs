@@ -1,5 +1,7 @@
 use crate::search::{Bound, Options, ParetoSet, Problem, density_sizes, scaled_grid, solve};
-use crate::{AtLength, ElasticRule, Error, HeadRule, ModelShape, Plan, Profile, Provenance, Result};
+use crate::{
+    AtLength, ElasticRule, Error, HeadRule, ModelShape, Plan, Profile, Provenance, Result,
+};
 
 /// What plans to search for.
 #[derive(Clone, Debug, PartialEq)]
@@ -84,7 +86,12 @@ impl PlanRequest {
     ///
     /// # Errors
     /// [`Error::Infeasible`] if a bound cannot be met, [`Error::Invalid`] if the losses do not fit.
-    pub fn search(&self, shape: ModelShape, lengths: &[usize], losses: Vec<f64>) -> Result<FoundPlans> {
+    pub fn search(
+        &self,
+        shape: ModelShape,
+        lengths: &[usize],
+        losses: Vec<f64>,
+    ) -> Result<FoundPlans> {
         let sizes = density_sizes(&self.candidates, &self.bounds, self.min_span);
         let problem = Problem::new(
             shape.layers,

@@ -30,7 +30,15 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 
 /// Attention probabilities of one query of one head over all keys up to its own, and the
 /// log-sum-exp of the scaled scores.
-fn probabilities(h: Heads, q: &[f64], k: &[f64], span: Span, i: usize, head: usize, scale: f64) -> (Vec<f64>, f64) {
+fn probabilities(
+    h: Heads,
+    q: &[f64],
+    k: &[f64],
+    span: Span,
+    i: usize,
+    head: usize,
+    scale: f64,
+) -> (Vec<f64>, f64) {
     let scores: Vec<f64> = (0..=i)
         .map(|j| match span.attends(Position(i), Position(j)) {
             true => scale * dot(h.row(q, h.query, i, head), h.row(k, h.kv, j, h.kv_of(head))),
@@ -44,13 +52,21 @@ fn probabilities(h: Heads, q: &[f64], k: &[f64], span: Span, i: usize, head: usi
 
 /// Attention outputs `[tokens, query heads, dim]` and log-sum-exps `[tokens, query heads]` of a
 /// whole sequence; `q` is `[tokens, query heads, dim]`, `k` and `v` are `[tokens, kv heads, dim]`.
-pub fn extend(h: Heads, q: &[f64], k: &[f64], v: &[f64], spans: &[Span], scale: f64) -> (Vec<f64>, Vec<f64>) {
+pub fn extend(
+    h: Heads,
+    q: &[f64],
+    k: &[f64],
+    v: &[f64],
+    spans: &[Span],
+    scale: f64,
+) -> (Vec<f64>, Vec<f64>) {
     let tokens = q.len() / (h.query * h.dim);
     let (mut out, mut lses) = (Vec::new(), Vec::new());
     for i in 0..tokens {
         for head in 0..h.query {
             let (p, lse) = probabilities(h, q, k, spans[h.kv_of(head)], i, head, scale);
-            let values = |d: usize| (0..=i).map(|j| p[j] * h.row(v, h.kv, j, h.kv_of(head))[d]).sum::<f64>();
+            let values =
+                |d: usize| (0..=i).map(|j| p[j] * h.row(v, h.kv, j, h.kv_of(head))[d]).sum::<f64>();
             out.extend((0..h.dim).map(values));
             lses.push(lse);
         }
@@ -60,7 +76,15 @@ pub fn extend(h: Heads, q: &[f64], k: &[f64], v: &[f64], spans: &[Span], scale: 
 
 /// Influence `E_ij = A_ij / (1 - A_ij) * (D_i - dO_i . V_j)` of every entry of one query head under
 /// full causal attention, `[tokens, tokens]`; the diagonal, which no mask can hide, is 0.
-pub fn influence(h: Heads, q: &[f64], k: &[f64], v: &[f64], d_out: &[f64], head: usize, scale: f64) -> Vec<f64> {
+pub fn influence(
+    h: Heads,
+    q: &[f64],
+    k: &[f64],
+    v: &[f64],
+    d_out: &[f64],
+    head: usize,
+    scale: f64,
+) -> Vec<f64> {
     let tokens = q.len() / (h.query * h.dim);
     let mut e = vec![0.0; tokens * tokens];
     for i in 0..tokens {

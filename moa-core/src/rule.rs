@@ -135,9 +135,12 @@ mod tests {
 
     #[test]
     fn bad_coefficients_are_named() {
-        for (alpha, beta, what) in
-            [(f64::NAN, 0.5, "alpha"), (f64::INFINITY, 0.5, "alpha"), (0.0, f64::NAN, "beta"), (0.0, -0.1, "beta")]
-        {
+        for (alpha, beta, what) in [
+            (f64::NAN, 0.5, "alpha"),
+            (f64::INFINITY, 0.5, "alpha"),
+            (0.0, f64::NAN, "beta"),
+            (0.0, -0.1, "beta"),
+        ] {
             match ElasticRule::new(alpha, beta) {
                 Err(Error::Invalid { what: w, .. }) => assert_eq!(w, what),
                 other => panic!("{other:?}"),

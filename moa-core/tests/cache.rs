@@ -32,13 +32,20 @@ impl Simulated {
                 for run in ranges.into_iter().flat_map(|r| head.runs(r)) {
                     for i in 0..run.len {
                         let position = self.slots[run.slot.0 + i];
-                        assert_eq!(position, Some(run.position.0 + i), "slot holds another position");
+                        assert_eq!(
+                            position,
+                            Some(run.position.0 + i),
+                            "slot holds another position"
+                        );
                         seen.insert(run.position.0 + i);
                     }
                 }
-                seen.extend((len..=query).filter(|k| head.span().attends(Position(query), Position(*k))));
-                let expected: BTreeSet<_> =
-                    (0..=query).filter(|k| head.span().attends(Position(query), Position(*k))).collect();
+                seen.extend(
+                    (len..=query).filter(|k| head.span().attends(Position(query), Position(*k))),
+                );
+                let expected: BTreeSet<_> = (0..=query)
+                    .filter(|k| head.span().attends(Position(query), Position(*k)))
+                    .collect();
                 assert_eq!(seen, expected, "query {query} of a chunk of {tokens} at {len}");
             }
             // The keys of a whole chunk are those of its first query.
@@ -98,7 +105,8 @@ fn every_chunking_of_a_small_world_shows_what_the_mask_admits() {
 #[test]
 fn truncate_allows_exactly_what_the_next_query_can_still_see() {
     const N: usize = 14;
-    for (sink, window, slack) in [(0, 1, 0), (0, 4, 0), (2, 3, 0), (2, 3, 2), (3, 1, 1), (4, 20, 0)] {
+    for (sink, window, slack) in [(0, 1, 0), (0, 4, 0), (2, 3, 0), (2, 3, 2), (3, 1, 1), (4, 20, 0)]
+    {
         for len in 1..=N {
             for to in 0..=len {
                 let mut cache = Simulated::new(&[Span::new(sink, window).unwrap()], N, slack);
@@ -110,13 +118,22 @@ fn truncate_allows_exactly_what_the_next_query_can_still_see() {
                 let before = cache.extent;
                 match cache.extent.truncate(&cache.layout, to) {
                     Ok(()) => {
-                        assert!(possible, "sink {sink} window {window} slack {slack}: {len} -> {to}");
+                        assert!(
+                            possible,
+                            "sink {sink} window {window} slack {slack}: {len} -> {to}"
+                        );
                         (to..N).for_each(|_| cache.extend(1));
                     }
                     Err(Error::Evicted { to: t, .. }) => {
-                        assert!(!possible, "sink {sink} window {window} slack {slack}: {len} -> {to}");
+                        assert!(
+                            !possible,
+                            "sink {sink} window {window} slack {slack}: {len} -> {to}"
+                        );
                         assert_eq!(t, to);
-                        assert_eq!(cache.extent, before, "a failed call leaves the state unchanged");
+                        assert_eq!(
+                            cache.extent, before,
+                            "a failed call leaves the state unchanged"
+                        );
                     }
                     Err(other) => panic!("{other}"),
                 }
@@ -140,7 +157,8 @@ fn appending_too_much_says_what_fits() {
 #[test]
 fn offsets_are_64_bit_safe() {
     let n = 1usize << 31;
-    let layout = LayerLayout::new(&[Span::full(n), Span::full(n), Span::new(4, 4).unwrap()], n, 0).unwrap();
+    let layout =
+        LayerLayout::new(&[Span::full(n), Span::full(n), Span::new(4, 4).unwrap()], n, 0).unwrap();
     assert_eq!(layout.head(2).offset().0, 2 * n);
     assert_eq!(layout.bytes(128, 2), 2 * (2 * n as u64 + 8) * 128 * 2);
     assert_eq!(layout.head(2).slot(Position(n - 1)).0, 2 * n + 4 + (n - 5) % 4);

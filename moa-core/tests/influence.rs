@@ -1,3 +1,5 @@
+//! Influence: block sums, losses of spans, profile files.
+
 use moa_core::{Error, Influence, ModelShape, Position, Profile, ProfileInfo, Span};
 
 const SHAPE: ModelShape = ModelShape { layers: 2, query_heads: 4, kv_heads: 2, head_dim: 8 };
@@ -34,7 +36,10 @@ fn loss_counts_hidden_pairs() {
             let loss = influence.loss(1, 1, span);
             // Exact where the sink ends with a block; else the sink's block is spread evenly.
             let slack = if sink % block == 0 { 1e-9 } else { 12.0 };
-            assert!((loss - hidden).abs() <= slack, "sink {sink} window {window}: {loss} for {hidden}");
+            assert!(
+                (loss - hidden).abs() <= slack,
+                "sink {sink} window {window}: {loss} for {hidden}"
+            );
         }
     }
 }
@@ -65,7 +70,11 @@ fn shards_merge_to_the_mean_over_samples() {
 }
 
 fn profile() -> Profile {
-    let info = ProfileInfo { fingerprint: Some("aa".into()), objective: "margin".into(), data: "test".into() };
+    let info = ProfileInfo {
+        fingerprint: Some("aa".into()),
+        objective: "margin".into(),
+        data: "test".into(),
+    };
     let mut profile = Profile::new(SHAPE, info);
     for length in [32, 64] {
         let mut influence = Influence::new(SHAPE, length, 8).unwrap();

@@ -1,3 +1,5 @@
+//! Plan files: round trips, and errors that name the place.
+
 use std::path::Path;
 
 use moa_core::{AtLength, ElasticRule, Error, HeadRule, ModelShape, Plan};
@@ -24,7 +26,8 @@ fn a_saved_plan_loads_the_same() {
     let path = dir.path().join("plan.json");
     plan().save(&path).unwrap();
     assert_eq!(Plan::load(&path).unwrap(), plan());
-    let names: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    let names: Vec<_> =
+        std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(names, ["plan.json"], "no temporary file is left");
 }
 
@@ -54,9 +57,14 @@ fn bad_plan_files_name_the_place() {
     assert!(broken("\"alpha\": 64.0", "\"alpha\": NaN").contains("line"));
     assert!(broken("\"alpha\": 64.0", "\"alpha\": 1e999").contains("plan file"));
     assert!(broken("\"beta\": 0.1", "\"beta\": -0.1").contains("beta"));
-    assert!(broken("\"layers\": 2", "\"layers\": 3").contains("rules: expected 3 layers, got 2 layers"));
+    assert!(
+        broken("\"layers\": 2", "\"layers\": 3").contains("rules: expected 3 layers, got 2 layers")
+    );
     assert!(broken("\"kv_heads\": 2", "\"kv_heads\": 3").contains("query_heads"));
-    assert!(broken("\"kv_heads\": 2", "\"kv_heads\": 4").contains("rules[0]: expected 4 heads, got 2 heads"));
+    assert!(
+        broken("\"kv_heads\": 2", "\"kv_heads\": 4")
+            .contains("rules[0]: expected 4 heads, got 2 heads")
+    );
     assert!(broken("\"min_span\": 16", "\"min_span\": 4").contains("min_span"));
     assert!(broken("\"sink\": 4", "\"sync\": 4").contains("sync"));
     assert!(broken("\"head_dim\": 8", "\"head_dim\": 0").contains("head_dim"));
@@ -66,18 +74,23 @@ fn bad_plan_files_name_the_place() {
 #[test]
 fn published_plans_import_as_unions_and_export_again() {
     // Query heads 0, 1 share KV head 0; heads 2, 3 share KV head 1.
-    let text = r#"{"alphas": [[0, 1024, 5, 5], [1, 2, 3, 4]], "betas": [[0.5, 0, 0, 0], [0, 0, 0, 0]]}"#;
+    let text =
+        r#"{"alphas": [[0, 1024, 5, 5], [1, 2, 3, 4]], "betas": [[0.5, 0, 0, 0], [0, 0, 0, 0]]}"#;
     let plan = Plan::from_published_json(text, SHAPE, 64, 128).unwrap();
     let total = |layer, n| plan.layer_spans(layer, n).iter().map(|s| s.total()).collect::<Vec<_>>();
     assert_eq!(total(0, 1500), [1024, 128]);
     assert_eq!(total(0, 8192), [4096, 128]);
-    let again = Plan::from_published_json(&plan.to_published_json().unwrap(), SHAPE, 64, 128).unwrap();
+    let again =
+        Plan::from_published_json(&plan.to_published_json().unwrap(), SHAPE, 64, 128).unwrap();
     assert_eq!(again, plan);
     let three = HeadRule::union((1..=3).map(ElasticRule::fixed)).unwrap();
     assert!(plan.clone().with_rule(0, 0, three).unwrap().to_published_json().is_err());
 
     let wrong = |t: &str| Plan::from_published_json(t, SHAPE, 64, 128).unwrap_err().to_string();
-    assert!(wrong(r#"{"alphas": [[0, 0, 0, 0]], "betas": []}"#).contains("alphas: expected 2 layers, got 1 layers"));
+    assert!(
+        wrong(r#"{"alphas": [[0, 0, 0, 0]], "betas": []}"#)
+            .contains("alphas: expected 2 layers, got 1 layers")
+    );
     let short = r#"{"alphas": [[0, 0], [0, 0]], "betas": [[0, 0], [0, 0]]}"#;
     assert!(wrong(short).contains("alphas[0]: expected 4 heads, got 2 heads"));
     assert!(wrong(r#"{"alphas": [[NaN]]}"#).contains("published plan"));
@@ -90,7 +103,12 @@ fn published_plans_have_the_densities_of_their_unions() {
         eprintln!("skipped: set MOA_TEST_DATA to a folder with plans/ to check published plans");
         return;
     };
-    let shape = |layers, query_heads, kv_heads, head_dim| ModelShape { layers, query_heads, kv_heads, head_dim };
+    let shape = |layers, query_heads, kv_heads, head_dim| ModelShape {
+        layers,
+        query_heads,
+        kv_heads,
+        head_dim,
+    };
     for (name, shape, expected) in [
         ("gradientai--Llama-3-8B-Instruct-262k", shape(32, 32, 8, 128), 0.655),
         ("gradientai--Llama-3-70B-Instruct-262k", shape(80, 64, 8, 128), 0.661),

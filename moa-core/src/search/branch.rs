@@ -19,7 +19,7 @@ pub(super) struct Limits {
 
 /// Reduced costs that may be computed in one tree, about a second. A count, not a time, so that a
 /// tree is the same on every machine.
-const WORK: f64 = 4e8;
+const WORK: f64 = 5e7;
 
 /// Evaluations of the dual function at one node.
 const ASCENT: usize = 40;
@@ -27,17 +27,16 @@ const ASCENT: usize = 40;
 /// Searches over partial plans at the root, one after the other while a gap is left: each begins with
 /// the plan and so the pruning of the one before.
 const ROOT: [Effort; 3] = [
-    Effort { width: 500, tries: 1_000_000 },
-    Effort { width: 10_000, tries: 4_000_000 },
-    Effort { width: 300_000, tries: 15_000_000 },
+    Effort { width: 500, tries: 500_000 },
+    Effort { width: 10_000, tries: 1_000_000 },
+    Effort { width: 200_000, tries: 3_000_000 },
 ];
 /// The same at other nodes.
-const NODE: [Effort; 1] = [Effort { width: 2_000, tries: 1_000_000 }];
+const NODE: [Effort; 1] = [Effort { width: 1_000, tries: 200_000 }];
+/// Most heads for which partial plans are searched; of more heads there are too many.
+const HEADS: usize = 64;
 /// Reduced costs that take as long as one extension of a partial plan.
-const EXTENSION_WORK: f64 = 10.0;
-
-/// Labels of all stages that may be kept.
-const MEMORY: usize = 12_000_000;
+const EXTENSION_WORK: f64 = 15.0;
 
 /// A part of the tree: what each head may still choose.
 struct Node {
@@ -128,15 +127,21 @@ pub(super) fn branch_and_bound(
             continue;
         }
         fix(dual, &found, cutoff, words, &mut node.forbidden);
-        let efforts = if node.number == 0 { &ROOT[..] } else { &NODE };
+        let efforts = match node.number {
+            // Without a plan to beat, hardly anything is pruned.
+            _ if core.heads > HEADS || best.is_none() => &[][..],
+            // Losses lie on no lattice, and wide searches gain little under limits on them.
+            0 if dual.sub.limits.iter().any(Option::is_some) => &ROOT[..2],
+            0 => &ROOT,
+            _ => &NODE,
+        };
         let mut closed = false;
         for &effort in efforts {
             let cutoff = best.as_ref().map_or(limits.none, |(value, _)| value - EQUAL);
             let allowed = |head, c| !is_forbidden(&node.forbidden, words, head, c);
-            let stages = Stages::new(dual, &found.multipliers, allowed, cutoff);
-            if effort.width > 500 && core.heads * effort.width > MEMORY {
+            let Some(stages) = Stages::new(dual, &found.multipliers, allowed, cutoff) else {
                 break;
-            }
+            };
             let rest = labels::search(dual.sub, &stages, effort, cutoff, best);
             tried += rest.tried;
             node.bound = node.bound.max(rest.bound);
@@ -156,7 +161,13 @@ pub(super) fn branch_and_bound(
                 }
                 number += 1;
                 let multipliers = found.multipliers.clone();
-                heap.push(Node { bound: node.bound, multipliers, step: found.step, forbidden, number });
+                heap.push(Node {
+                    bound: node.bound,
+                    multipliers,
+                    step: found.step,
+                    forbidden,
+                    number,
+                });
             }
         } else {
             // A single choice is left.
@@ -252,9 +263,12 @@ fn branching(
         };
         return Some((head, (0..core.cands).map(low).collect()));
     }
-    let head = (0..core.heads).filter(|&head| allowed(head).count() > 1).min_by_key(|&head| allowed(head).count())?;
+    let head = (0..core.heads)
+        .filter(|&head| allowed(head).count() > 1)
+        .min_by_key(|&head| allowed(head).count())?;
     let chosen = usize::from(found.point.choice[head]);
-    let alone = if is_forbidden(forbidden, words, head, chosen) { allowed(head).next()? } else { chosen };
+    let alone =
+        if is_forbidden(forbidden, words, head, chosen) { allowed(head).next()? } else { chosen };
     Some((head, (0..core.cands).map(|c| c == alone).collect()))
 }
 

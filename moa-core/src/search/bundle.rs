@@ -34,14 +34,21 @@ struct Cut {
 
 /// Maximises the concave, piecewise linear dual function with a proximal bundle method (Kiwiel
 /// 1990): the next point maximises the cuts seen so far less the squared distance to the best one.
-pub(super) fn maximise(dual: &mut Lagrangian<'_>, start: &[f64], step: f64, stop: &Stop) -> Maximum {
+pub(super) fn maximise(
+    dual: &mut Lagrangian<'_>,
+    start: &[f64],
+    step: f64,
+    stop: &Stop,
+) -> Maximum {
     let rows = start.len();
     let core = dual.sub.core;
     let mut incumbent: Option<(f64, Vec<u16>)> = None;
     let mut offer = |at: &[f64], point: &Point| {
         if feasible(&point.slope) && point.value.is_finite() {
             let value = point.value - dot(at, &point.slope);
-            if incumbent.as_ref().is_none_or(|(best, _)| value < *best) && core.within_limit(&point.choice) {
+            if incumbent.as_ref().is_none_or(|(best, _)| value < *best)
+                && core.within_limit(&point.choice)
+            {
                 incumbent = Some((value, point.choice.clone()));
             }
         }
@@ -59,7 +66,8 @@ pub(super) fn maximise(dual: &mut Lagrangian<'_>, start: &[f64], step: f64, stop
         }
         // Dual of the proximal problem: weights of the cuts, then of the multipliers' signs.
         let mut columns: Vec<Vec<f64>> = cuts.iter().map(|cut| cut.point.slope.clone()).collect();
-        let mut linear: Vec<f64> = cuts.iter().map(|cut| cut.error(&centre, best.value) / step).collect();
+        let mut linear: Vec<f64> =
+            cuts.iter().map(|cut| cut.error(&centre, best.value) / step).collect();
         for (row, &at) in centre.iter().enumerate() {
             columns.push((0..rows).map(|r| f64::from(u8::from(r == row))).collect());
             linear.push(at / step);
@@ -86,7 +94,8 @@ pub(super) fn maximise(dual: &mut Lagrangian<'_>, start: &[f64], step: f64, stop
             best = point.clone();
             centre.clone_from(&next);
         } else {
-            let new_error = Cut { multipliers: next.clone(), point: point.clone(), idle: 0 }.error(&centre, best.value);
+            let new_error = Cut { multipliers: next.clone(), point: point.clone(), idle: 0 }
+                .error(&centre, best.value);
             if new_error > expected {
                 step *= top.clamp(0.1, 0.9);
             }

@@ -80,7 +80,8 @@ impl<'a> Front<'a> {
     /// Weights of the objective that minimises the loss at the length of that index.
     fn weights(&self, main: usize) -> Vec<f64> {
         let spread = |i: usize| extent(self.core, &|j| if i == j { 1.0 } else { 0.0 }).2;
-        let weight = |i: usize| if i == main { 1.0 } else { AUGMENTATION * spread(main) / spread(i) };
+        let weight =
+            |i: usize| if i == main { 1.0 } else { AUGMENTATION * spread(main) / spread(i) };
         (0..self.core.losses.len()).map(weight).collect()
     }
 
@@ -104,8 +105,10 @@ impl<'a> Front<'a> {
         for length in (0..lengths).rev().filter(|&i| i != self.longest) {
             let best = losses[length][length];
             let worst = losses.iter().map(|l| l[length]).fold(best, f64::max);
-            let cuts = if worst - best > 1e-9 * worst.abs().max(best.abs()) { self.intervals } else { 1 };
-            let limit = |k: usize| (k < cuts).then(|| best + (worst - best) * k as f64 / cuts as f64);
+            let cuts =
+                if worst - best > 1e-9 * worst.abs().max(best.abs()) { self.intervals } else { 1 };
+            let limit =
+                |k: usize| (k < cuts).then(|| best + (worst - best) * k as f64 / cuts as f64);
             let with = |limits: &Vec<Option<f64>>, k: usize| {
                 let mut limits = limits.clone();
                 limits[length] = limit(k);
@@ -134,7 +137,8 @@ impl<'a> Front<'a> {
             if Instant::now() >= self.effort.deadline {
                 break;
             }
-            let rows = limits.iter().flatten().count() + self.core.problem.bounds().len()
+            let rows = limits.iter().flatten().count()
+                + self.core.problem.bounds().len()
                 + self.core.problem.bounds().iter().filter(|bound| bound.min.is_some()).count();
             // Constraints on losses come last and in the order of lengths: new ones start at 0.
             warm.multipliers.resize(rows, 0.0);
@@ -153,7 +157,8 @@ impl<'a> Front<'a> {
     /// The best choice for each cell, whichever cell it was found for.
     fn solutions(&self, cells: Vec<Cell<'_>>) -> Vec<Solution> {
         let problem = self.core.problem;
-        let choices: Vec<Vec<u16>> = cells.iter().filter_map(|cell| cell.found.choice.clone()).collect();
+        let choices: Vec<Vec<u16>> =
+            cells.iter().filter_map(|cell| cell.found.choice.clone()).collect();
         let solution = |cell: &Cell<'_>| {
             let sub = &cell.sub;
             let fitting = choices.iter().filter_map(|choice| {
@@ -181,9 +186,14 @@ fn reachable(problem: &Problem) -> Result<()> {
         let least = sizes.iter().copied().fold(f64::INFINITY, f64::min);
         let most = sizes.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let reason = if least > bound.max {
-            format!("the smallest mean size that the candidates reach is {least}, at most {} is allowed", bound.max)
+            format!(
+                "the smallest mean size that the candidates reach is {least}, at most {} is allowed",
+                bound.max
+            )
         } else if let Some(min) = bound.min.filter(|&min| most < min) {
-            format!("the largest mean size that the candidates reach is {most}, at least {min} is asked for")
+            format!(
+                "the largest mean size that the candidates reach is {most}, at least {min} is asked for"
+            )
         } else {
             continue;
         };

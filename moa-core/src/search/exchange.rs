@@ -141,7 +141,11 @@ impl<'a> Exchange<'a> {
                 }
                 let second = &changes[j * rows..][..rows];
                 if pool.unit[moves[i].1] != pool.unit[moves[j].1]
-                    && self.uses.iter().zip(first.iter().zip(second)).all(|(total, (a, b))| total + a + b <= self.slack)
+                    && self
+                        .uses
+                        .iter()
+                        .zip(first.iter().zip(second))
+                        .all(|(total, (a, b))| total + a + b <= self.slack)
                 {
                     best = (values[i] + values[j], Some((moves[i].1, moves[j].1)));
                 }

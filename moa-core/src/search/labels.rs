@@ -5,14 +5,14 @@ use super::quadratic::dot;
 use super::stages::{Side, Stages};
 use super::subproblem::{EQUAL, FEASIBLE, SubProblem, feasible};
 
-/// No rule.
-const NONE: u16 = u16::MAX;
 /// Totals that differ by less are the same.
 const SAME: f64 = 1e-12;
 
-/// Labels of the same key that a new one is compared with. More would remove more labels, in more
+/// Fewest labels that are kept.
+const FEWEST: usize = 10;
+/// Labels of the same sizes that a new one is compared with. More would remove more labels, in more
 /// time than those cost.
-const COMPARISONS: usize = 24;
+const COMPARISONS: usize = 8;
 
 /// What the search over partial plans found out.
 pub(super) struct Outcome {
@@ -32,7 +32,7 @@ pub(super) struct Effort {
     pub(super) tries: u64,
 }
 
-/// Dynamic programming over partial plans, head by head. A partial plan goes when its bound shows no
+/// Dynamic programming over partial plans, stage by stage. A partial plan goes when its bound shows no
 /// improvement on `cutoff` (mean over heads), when it cannot meet the constraints any more, or when
 /// another one is no worse in every total; sizes mostly lie on a lattice, so many plans agree in
 /// all of them. Where more are left than the effort allows, those of least bound stay, and the others
@@ -50,15 +50,20 @@ pub(super) fn search(
     let mut labels = Labels::default();
     let mut new = Label::new(stages);
     labels.push(&new);
+    let mut rest = f64::INFINITY;
     let mut history: Vec<Vec<(u32, u32)>> = Vec::with_capacity(stages.stages.len());
     for (at, stage) in stages.stages.iter().enumerate() {
-        let rest = stage.rest_here + stage.rest_after;
         let mut next = Labels::default();
         // Out of effort, the rest is walked with few labels, so that there is a plan and a bound.
-        let width = if outcome.tried < effort.tries { effort.width } else { effort.width / 100 + 10 };
+        let left = effort.tries.saturating_sub(outcome.tried) as usize;
+        let width = effort.width.min(4 * left / stage.options.len().max(1)).max(FEWEST);
+        if labels.costs.len() > width {
+            outcome.bound = outcome.bound.min(labels.narrow(stages, width) + rest);
+        }
+        history.push(std::mem::take(&mut labels.steps));
         for old in 0..labels.costs.len() {
             for option in stage.options.clone() {
-                if labels.costs[old] + stages.costs[option] + rest >= cutoff {
+                if labels.costs[old] + stages.costs[option] + stage.rest >= cutoff {
                     break;
                 }
                 outcome.tried += 1;
@@ -67,24 +72,24 @@ pub(super) fn search(
                 }
             }
             if next.costs.len() >= 2 * width {
-                outcome.bound = outcome.bound.min(next.narrow(stages, width) + rest);
+                outcome.bound = outcome.bound.min(next.narrow(stages, width) + stage.rest);
             }
         }
-        if next.costs.len() > width {
-            outcome.bound = outcome.bound.min(next.narrow(stages, width) + rest);
-        }
-        history.push(std::mem::take(&mut next.steps));
+        rest = stage.rest;
         labels = next;
     }
+    history.push(std::mem::take(&mut labels.steps));
     outcome.bound /= heads;
 
-    let last = (0..labels.values.len()).min_by(|&a, &b| labels.values[a].total_cmp(&labels.values[b]));
+    let last =
+        (0..labels.values.len()).min_by(|&a, &b| labels.values[a].total_cmp(&labels.values[b]));
     if let Some(last) = last.filter(|&label| labels.values[label] < cutoff - EQUAL) {
         let mut label = last;
         let mut choice = vec![0; sub.core.heads];
-        for (steps, stage) in history.iter().zip(&stages.stages).rev() {
+        for (steps, stage) in history[1..].iter().zip(&stages.stages).rev() {
             let (before, option) = steps[label];
-            choice[stage.head] = stages.cands[option as usize];
+            choice[stage.first_head..][..stages.width]
+                .copy_from_slice(stages.choice_of(option as usize));
             label = before as usize;
         }
         let (value, uses) = sub.measure(&choice);
@@ -103,16 +108,13 @@ struct Label {
     value: f64,
     /// Total of each row.
     uses: Vec<f64>,
-    /// Rules of the present layer, filled up with [`NONE`].
-    set: Vec<u16>,
     /// Label of the stage before, and option of this stage.
     step: (u32, u32),
 }
 
 impl Label {
     fn new(stages: &Stages) -> Self {
-        let (uses, set) = (vec![0.0; stages.rows], vec![NONE; stages.limit]);
-        Self { cost: stages.base, value: 0.0, uses, set, step: (0, 0) }
+        Self { cost: stages.base, value: 0.0, uses: vec![0.0; stages.rows], step: (0, 0) }
     }
 
     /// Becomes a label of the stage before with one more option. False if that leads nowhere.
@@ -125,50 +127,28 @@ impl Label {
         option: usize,
         cutoff: f64,
     ) -> bool {
-        let stage = &stages.stages[at];
         self.step = (old as u32, option as u32);
         self.cost = from.costs[old] + stages.costs[option];
         self.value = from.values[old] + stages.values[option];
-        self.set.copy_from_slice(&from.sets[old * stages.limit..][..stages.limit]);
-        let rule = stages.cands[option];
-        if !self.set.contains(&rule) {
-            let Some(slot) = self.set.iter_mut().find(|slot| **slot == NONE) else { return false };
-            *slot = rule;
-            if self.set.last() != Some(&NONE) {
-                let rest = stages.served(at, &self.set) + stage.rest_after;
-                if self.cost + rest >= cutoff {
-                    return false;
-                }
-            }
-        }
-        let tolerance = FEASIBLE * stages.stages.len() as f64;
+        let tolerance = FEASIBLE * (stages.stages.len() * stages.width) as f64;
         let totals = self.uses.iter_mut().zip(&from.uses[old * stages.rows..]);
-        let rest = &stages.rest_uses[at * stages.rows..];
-        for ((total, before), (u, rest)) in totals.zip(stages.uses_of(option).iter().zip(rest)) {
+        let steps = stages.uses_of(option).iter().zip(&stages.stages[at].rest_uses);
+        for ((total, before), (u, rest)) in totals.zip(steps) {
             *total = before + u;
             if *total + rest > tolerance {
                 return false;
             }
         }
-        let other_bound = |side: &Side| self.value + dot(&side.multipliers, &self.uses) + side.rest[at];
-        if stages.sides.iter().any(|side| other_bound(side) >= cutoff) {
-            return false;
-        }
-        if at + 1 == stage.layer_end {
-            self.set.fill(NONE);
-        } else {
-            self.set.sort_unstable();
-        }
-        true
+        let bound = |side: &Side| self.value + dot(&side.multipliers, &self.uses) + side.rest[at];
+        stages.sides.iter().all(|side| bound(side) < cutoff)
     }
 
-    /// Equal for labels with the same sizes (but for rounding) and the same rules.
+    /// Equal for labels with the same sizes (but for rounding).
     fn key(&self, size_rows: usize) -> u64 {
         let mut hasher = DefaultHasher::new();
         for total in &self.uses[..size_rows] {
             ((total * 1e9).round() as i64).hash(&mut hasher);
         }
-        self.set.hash(&mut hasher);
         hasher.finish()
     }
 }
@@ -179,7 +159,6 @@ struct Labels {
     costs: Vec<f64>,
     values: Vec<f64>,
     uses: Vec<f64>,
-    sets: Vec<u16>,
     steps: Vec<(u32, u32)>,
     /// Newest label of each key, and for each label its key and the label before of that key.
     newest: HashMap<u64, u32>,
@@ -191,23 +170,18 @@ impl Labels {
         self.costs.push(new.cost);
         self.values.push(new.value);
         self.uses.extend_from_slice(&new.uses);
-        self.sets.extend_from_slice(&new.set);
         self.steps.push(new.step);
     }
 
     /// Adds a label unless one of the same key is no worse; takes the place of one that is worse.
     fn insert(&mut self, new: &Label, size_rows: usize) {
-        let (rows, limit) = (new.uses.len(), new.set.len());
+        let rows = new.uses.len();
         let key = new.key(size_rows);
         let mut other = self.newest.get(&key).copied();
         for _ in 0..COMPARISONS {
             let Some(label) = other else { break };
             let i = label as usize;
             other = self.older[i].1;
-            // Keys are hashes: only equal rules make labels comparable.
-            if self.sets[i * limit..][..limit] != new.set {
-                continue;
-            }
             let uses = &self.uses[i * rows..][..rows];
             let pairs = || uses.iter().zip(&new.uses);
             if self.values[i] <= new.value + SAME && pairs().all(|(a, b)| *a <= b + SAME) {
@@ -241,7 +215,6 @@ impl Labels {
             kept.costs.push(self.costs[i]);
             kept.values.push(self.values[i]);
             kept.uses.extend_from_slice(&self.uses[i * stages.rows..][..stages.rows]);
-            kept.sets.extend_from_slice(&self.sets[i * stages.limit..][..stages.limit]);
             kept.steps.push(self.steps[i]);
             let key = self.older[i].0;
             let label = kept.older.len() as u32;

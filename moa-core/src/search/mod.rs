@@ -10,13 +10,13 @@
 //! use moa_core::search::{Bound, Options, Problem, density_sizes, solve};
 //!
 //! let candidates = vec![ElasticRule::new(0.0, 0.25)?, ElasticRule::new(0.0, 0.5)?, ElasticRule::FULL];
-//! let bounds = vec![Bound { length: 4096, max: 0.5, min: None }];
+//! let bounds = vec![Bound { length: 4096, max: 0.625, min: None }];
 //! let sizes = density_sizes(&candidates, &bounds, 128);
 //! // One length, one layer, two heads, three candidates: the second head matters more.
 //! let losses = vec![0.3, 0.2, 0.0, 9.0, 4.0, 0.0];
 //! let problem = Problem::new(1, 2, candidates, vec![4096], losses, bounds, sizes)?;
 //! let found = solve(&problem, &Options::default())?;
-//! assert_eq!(found.solutions[0].choice, [0, 1]);
+//! assert_eq!(found.solutions[0].choice, [0, 2]);
 //! assert_eq!(found.solutions[0].gap.relative, 0.0);
 //! # Ok::<(), moa_core::Error>(())
 //! ```

@@ -114,15 +114,21 @@ impl Pool {
     }
 }
 
-fn head_options(sub: &SubProblem<'_>, head: usize, costs: &[f64], seeds: &[&[u16]]) -> Vec<Vec<u16>> {
+fn head_options(
+    sub: &SubProblem<'_>,
+    head: usize,
+    costs: &[f64],
+    seeds: &[&[u16]],
+) -> Vec<Vec<u16>> {
     let mut order: Vec<u16> =
         (0..costs.len() as u16).filter(|&c| costs[usize::from(c)].is_finite()).collect();
     order.sort_by(|&a, &b| costs[usize::from(a)].total_cmp(&costs[usize::from(b)]));
     // What uses least of each row must be there, or repair could get stuck.
     let frugal = sub.rows.iter().filter_map(|row| {
-        order.iter().copied().min_by(|&a, &b| {
-            sub.usage(row, head, a).total_cmp(&sub.usage(row, head, b))
-        })
+        order
+            .iter()
+            .copied()
+            .min_by(|&a, &b| sub.usage(row, head, a).total_cmp(&sub.usage(row, head, b)))
     });
     let mut kept: BTreeSet<u16> = frugal.collect();
     kept.extend(order.iter().take(CANDIDATES));
@@ -130,12 +136,16 @@ fn head_options(sub: &SubProblem<'_>, head: usize, costs: &[f64], seeds: &[&[u16
     kept.into_iter().map(|c| vec![c]).collect()
 }
 
-fn layer_options(sub: &SubProblem<'_>, costs: &[f64], seeds: &[&[u16]], limit: usize) -> Vec<Vec<u16>> {
+fn layer_options(
+    sub: &SubProblem<'_>,
+    costs: &[f64],
+    seeds: &[&[u16]],
+    limit: usize,
+) -> Vec<Vec<u16>> {
     let cands = sub.core.cands;
     let rows: Vec<&[f64]> = costs.chunks(cands).collect();
-    let total = |set: &[u16]| -> f64 {
-        rows.iter().map(|row| row[usize::from(cheapest(row, set))]).sum()
-    };
+    let total =
+        |set: &[u16]| -> f64 { rows.iter().map(|row| row[usize::from(cheapest(row, set))]).sum() };
     let mut sets: BTreeSet<Vec<u16>> = seeds.iter().map(|seed| distinct(seed)).collect();
     let mut finder = RuleSets::new(rows.len(), cands, limit);
     sets.insert(distinct(finder.good(costs, &[]).1));

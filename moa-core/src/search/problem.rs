@@ -35,7 +35,7 @@ impl Problem {
     ///   unit of the bound: density ([`density_sizes`]), bytes, measured time.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if a list has another number of entries, a number is not finite, a length
+    /// [`Error::Invalid`] if a list has another number of entries, a number is not finite or absurd, a length
     /// occurs twice, or there are no heads, candidates or lengths.
     pub fn new(
         layers: usize,
@@ -58,7 +58,11 @@ impl Problem {
         }
         for (i, length) in lengths.iter().enumerate() {
             if lengths[..i].contains(length) {
-                return Err(Error::invalid("lengths", "distinct lengths", format!("{length} twice")));
+                return Err(Error::invalid(
+                    "lengths",
+                    "distinct lengths",
+                    format!("{length} twice"),
+                ));
             }
         }
         let wanted = [lengths.len(), layers, heads_per_layer, candidates.len()]
@@ -82,11 +86,13 @@ impl Problem {
                 format!("{} entries", sizes.len()),
             ));
         }
-        if let Some(x) = losses.iter().find(|x| !x.is_finite()) {
-            return Err(Error::invalid("losses", "finite numbers", x));
+        // So that no sum of them overflows.
+        let within = |x: &&f64| x.abs() <= 1e100;
+        if let Some(x) = losses.iter().find(|x| !within(x)) {
+            return Err(Error::invalid("losses", "numbers of at most 1e100 in size", x));
         }
-        if let Some(x) = sizes.iter().find(|x| !x.is_finite()) {
-            return Err(Error::invalid("sizes", "finite numbers", x));
+        if let Some(x) = sizes.iter().find(|x| !within(x)) {
+            return Err(Error::invalid("sizes", "numbers of at most 1e100 in size", x));
         }
         for bound in &bounds {
             if !bound.max.is_finite() {

@@ -97,7 +97,8 @@ fn stationary(
 fn solve(a: &mut [f64], n: usize) -> Option<Vec<f64>> {
     let width = n + 1;
     for col in 0..n {
-        let pivot = (col..n).max_by(|&r, &s| a[r * width + col].abs().total_cmp(&a[s * width + col].abs()))?;
+        let pivot = (col..n)
+            .max_by(|&r, &s| a[r * width + col].abs().total_cmp(&a[s * width + col].abs()))?;
         if a[pivot * width + col].abs() < 1e-280 {
             return None;
         }
@@ -142,7 +143,8 @@ mod tests {
 
     #[test]
     fn minimum_beats_every_point_of_a_grid() {
-        let columns = vec![vec![1.0, 0.2], vec![-0.5, 0.7], vec![0.3, -0.9], vec![1.0, 0.0], vec![0.0, 1.0]];
+        let columns =
+            vec![vec![1.0, 0.2], vec![-0.5, 0.7], vec![0.3, -0.9], vec![1.0, 0.0], vec![0.0, 1.0]];
         let linear = [0.1, 0.3, 0.0, 0.05, 0.4];
         let value = |x: &[f64]| {
             let image = combine(&columns, x);

@@ -65,7 +65,10 @@ impl<'a> Core<'a> {
                     true if length == 0 => f64::INFINITY,
                     _ => from[h * all + c],
                 };
-                (0..heads).flat_map(|h| ids.iter().map(move |&c| (h, c))).map(|(h, c)| entry(h, c)).collect()
+                (0..heads)
+                    .flat_map(|h| ids.iter().map(move |&c| (h, c)))
+                    .map(|(h, c)| entry(h, c))
+                    .collect()
             })
             .collect();
         let sizes = (0..problem.bounds().len())

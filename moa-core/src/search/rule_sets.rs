@@ -88,7 +88,8 @@ impl RuleSets {
 
     /// Cost of each head with the best member of a set.
     fn served(&self, costs: &[f64], set: &[u16]) -> Vec<f64> {
-        let serve = |row: &[f64]| set.iter().map(|&c| row[usize::from(c)]).fold(f64::INFINITY, f64::min);
+        let serve =
+            |row: &[f64]| set.iter().map(|&c| row[usize::from(c)]).fold(f64::INFINITY, f64::min);
         costs.chunks(self.cands).map(serve).collect()
     }
 
@@ -141,7 +142,8 @@ impl RuleSets {
             let (c, d) = rest.split_at(cands);
             let rows = a[from..].iter().zip(&b[from..]).zip(c[from..].iter().zip(&d[from..]));
             for (sum, ((&a, &b), (&c, &d))) in sums.iter_mut().zip(rows) {
-                *sum += (less(a, cost[0]) + less(b, cost[1])) + (less(c, cost[2]) + less(d, cost[3]));
+                *sum +=
+                    (less(a, cost[0]) + less(b, cost[1])) + (less(c, cost[2]) + less(d, cost[3]));
             }
         }
         let rest = self.width / 4 * 4;
@@ -185,12 +187,13 @@ mod tests {
 
     #[test]
     fn best_set_is_the_exhaustive_one() {
-        let (width, cands) = (6, 9);
+        let (width, cands) = (6, 9_usize);
         let mut state = 1u64;
         for round in 0..60 {
             let costs: Vec<f64> = (0..width * cands)
                 .map(|_| {
-                    state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                    state =
+                        state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
                     let x = (state >> 40) as f64 / (1u64 << 24) as f64;
                     if round % 3 == 0 { x } else { x.powi(8) }
                 })

@@ -49,24 +49,25 @@ pub(super) fn solve_one(sub: &SubProblem<'_>, warm: Option<&Warm>, effort: &Effo
     // Above the worst choice of all there is none that is feasible.
     let none = sub.ceiling + 1e-6 * (sub.ceiling - sub.floor) + EQUAL;
     let stop = Stop { evaluations: ASCENT, tolerance: 1e-6, enough: none };
-    let t0 = Instant::now();
     let root = maximise(&mut dual, &warm.multipliers, warm.step, &stop);
     let warm = Warm { multipliers: root.multipliers.clone(), step: root.step };
     if root.point.value >= none {
-        return Found { choice: None, bound: f64::INFINITY, warm, closest: closest(sub, &root, &dual) };
+        return Found {
+            choice: None,
+            bound: f64::INFINITY,
+            warm,
+            closest: closest(sub, &root, &dual),
+        };
     }
 
-    let t1 = Instant::now(); let e1 = dual.evaluations;
     let mut best = root.incumbent.clone();
     round(&mut dual, &root, effort.target_gap, &mut best);
     let mut bound = root.point.value.max(sub.floor);
-    let t2 = Instant::now(); let g2 = gap(sub, best.as_ref(), bound);
     let closest = if best.is_none() { closest(sub, &root, &dual) } else { None };
     if gap(sub, best.as_ref(), bound) > effort.target_gap {
         let limits = Limits { target_gap: effort.target_gap, deadline: effort.deadline, none };
         bound = bound.max(branch_and_bound(&mut dual, &root, &mut best, &limits));
     }
-    eprintln!("DBG cands {} rows {} evals {e1} ascent {:?} round {:?} gap {g2:.2e} (inc {:.2e}) bb {:?} evals {} gap {:.2e}", sub.core.cands, sub.rows.len(), t1-t0, t2-t1, gap(sub, root.incumbent.as_ref(), root.point.value), t2.elapsed(), dual.evaluations-e1, gap(sub,best.as_ref(),bound));
     Found { choice: best.map(|(_, choice)| choice), bound, warm, closest }
 }
 
@@ -94,7 +95,9 @@ fn round(
         let before = best.as_ref().map_or(f64::INFINITY, |(value, _)| *value);
         for start in starts {
             let mut exchange = Exchange::new(&pool, start, heads);
-            if exchange.run() && best.as_ref().is_none_or(|(value, _)| exchange.value(heads) < *value) {
+            if exchange.run()
+                && best.as_ref().is_none_or(|(value, _)| exchange.value(heads) < *value)
+            {
                 let choice = pool.choice(&exchange.selected);
                 // Judged anew, without the rounding of running totals.
                 let (value, uses) = sub.measure(&choice);

@@ -75,7 +75,8 @@ impl<'a> SubProblem<'a> {
     /// What one head adds to `heads` x the objective, in own units.
     pub(super) fn loss(&self, head: usize, candidate: u16) -> f64 {
         let at = head * self.core.cands + usize::from(candidate);
-        let sum: f64 = self.weights.iter().zip(&self.core.losses).map(|(w, losses)| w * losses[at]).sum();
+        let sum: f64 =
+            self.weights.iter().zip(&self.core.losses).map(|(w, losses)| w * losses[at]).sum();
         sum / self.scale
     }
 
@@ -110,7 +111,8 @@ pub(super) fn extent(core: &Core<'_>, weight: &dyn Fn(usize) -> f64) -> (f64, f6
         let (mut low, mut high) = (f64::INFINITY, f64::NEG_INFINITY);
         for at in head * core.cands..(head + 1) * core.cands {
             if core.losses[0][at].is_finite() {
-                let x: f64 = weights.iter().zip(&core.losses).map(|(w, losses)| w * losses[at]).sum();
+                let x: f64 =
+                    weights.iter().zip(&core.losses).map(|(w, losses)| w * losses[at]).sum();
                 low = low.min(x);
                 high = high.max(x);
             }
