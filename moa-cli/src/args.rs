@@ -1,0 +1,165 @@
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, ValueEnum};
+use moa_core::DEFAULT_SINK;
+use moa_models::{CacheDtype, Objective};
+
+use crate::error::Error;
+
+/// Options of every subcommand.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Global options")]
+pub(crate) struct Global {
+    /// Print one JSON object on stdout and nothing else there
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// No progress bars and no notes on stderr
+    #[arg(long, global = true)]
+    pub(crate) quiet: bool,
+    /// Seed of everything drawn: calibration prompts, sampling, shortened cases
+    #[arg(long, global = true, default_value_t = 0, value_name = "N")]
+    pub(crate) seed: u64,
+    /// Where the model runs
+    #[arg(long, global = true, default_value = "cpu", value_name = "DEVICE")]
+    pub(crate) device: Device,
+    /// Element type of KV caches
+    #[arg(long, global = true, default_value = "bf16", value_name = "TYPE")]
+    pub(crate) cache_dtype: CacheType,
+    /// CPU threads [default: all]
+    #[arg(long, global = true, value_name = "N", value_parser = parse_threads)]
+    pub(crate) threads: Option<usize>,
+}
+
+/// Where a model can run; this build has the CPU only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Device {
+    Cpu,
+}
+
+impl FromStr for Device {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self, Error> {
+        match name {
+            "cpu" => Ok(Self::Cpu),
+            other => Err(Error::Device { got: other.to_string(), available: "cpu" }),
+        }
+    }
+}
+
+/// [`CacheDtype`] as a flag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CacheType {
+    Bf16,
+    F16,
+    F32,
+}
+
+impl From<CacheType> for CacheDtype {
+    fn from(flag: CacheType) -> Self {
+        match flag {
+            CacheType::Bf16 => Self::Bf16,
+            CacheType::F16 => Self::F16,
+            CacheType::F32 => Self::F32,
+        }
+    }
+}
+
+/// The model of a command.
+#[derive(Debug, Args)]
+pub(crate) struct ModelArg {
+    /// Model folder: config.json, *.safetensors, tokenizer.json
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+}
+
+/// What the attention heads of a run see.
+#[derive(Debug, Args)]
+pub(crate) struct PlanArgs {
+    /// Plan file [default: dense attention]
+    #[arg(long, value_name = "FILE", conflicts_with = "uniform")]
+    pub(crate) plan: Option<PathBuf>,
+    /// Every head sees the sink and a window, together this share of the context
+    #[arg(long, value_name = "DENSITY", value_parser = parse_density)]
+    pub(crate) uniform: Option<f64>,
+    /// Take a plan that was made for other weights of the same dimensions
+    #[arg(long, requires = "plan")]
+    pub(crate) any_weights: bool,
+}
+
+/// Calibration prompts.
+#[derive(Debug, Args)]
+pub(crate) struct DataArg {
+    /// `records` for built-in long-dependency prompts, or a file of {"prompt", "answer"?} lines
+    #[arg(long, default_value = "records", value_name = "records|FILE.jsonl")]
+    pub(crate) data: String,
+}
+
+/// What every head keeps at least.
+#[derive(Debug, Args)]
+pub(crate) struct SpanArgs {
+    /// First positions of the context that every head sees
+    #[arg(long, default_value_t = DEFAULT_SINK, value_name = "TOKENS")]
+    pub(crate) sink: usize,
+    /// Smallest span of any head, sink included
+    #[arg(long, default_value_t = DEFAULT_SINK + 16, value_name = "TOKENS")]
+    pub(crate) min_span: usize,
+}
+
+/// Parses an [`Objective`], listing its names in the help.
+pub(crate) fn objective_parser() -> impl TypedValueParser<Value = Objective> {
+    PossibleValuesParser::new(Objective::ALL.map(|(_, name)| name))
+        .try_map(|name| name.parse::<Objective>())
+}
+
+/// A share of the context in (0, 1].
+pub(crate) fn parse_density(text: &str) -> Result<f64, Error> {
+    let fault = || Error::argument("density", "a number above 0 and at most 1", text);
+    let density: f64 = text.parse().map_err(|_| fault())?;
+    if density > 0.0 && density <= 1.0 { Ok(density) } else { Err(fault()) }
+}
+
+/// A count of at least 1.
+pub(crate) fn parse_count(text: &str) -> Result<usize, Error> {
+    let fault = || Error::argument("count", "a whole number of at least 1", text);
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(fault)
+}
+
+fn parse_threads(text: &str) -> Result<usize, Error> {
+    let fault = || Error::argument("threads", "a whole number from 1 to 1024", text);
+    text.parse().ok().filter(|n| (1..=1024).contains(n)).ok_or_else(fault)
+}
+
+/// `layer:kv_head`.
+pub(crate) fn parse_head(text: &str) -> Result<(usize, usize), Error> {
+    let fault = || Error::argument("head", "LAYER:KV_HEAD, such as 3:0", text);
+    let (layer, head) = text.split_once(':').ok_or_else(fault)?;
+    Ok((layer.trim().parse().map_err(|_| fault())?, head.trim().parse().map_err(|_| fault())?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_out_of_range_are_refused_with_what_is_expected() {
+        for text in ["0", "-0.1", "1.01", "nan", "inf", "half", ""] {
+            let message = parse_density(text).unwrap_err().to_string();
+            assert!(message.contains("above 0 and at most 1"), "{message}");
+        }
+        assert_eq!(parse_density("1").unwrap(), 1.0);
+        assert!(parse_count("0").is_err() && parse_count("-3").is_err());
+        assert!(parse_threads("0").is_err() && parse_threads("4096").is_err());
+        assert_eq!(parse_head("3:0").unwrap(), (3, 0));
+        assert!(parse_head("3").is_err() && parse_head("a:b").is_err());
+    }
+
+    #[test]
+    fn unknown_device_says_what_there_is() {
+        let message = "cuda".parse::<Device>().unwrap_err().to_string();
+        assert!(message.contains("cuda") && message.contains("cpu"), "{message}");
+        assert_eq!("cpu".parse::<Device>().unwrap(), Device::Cpu);
+    }
+}

@@ -1,0 +1,105 @@
+use std::path::PathBuf;
+
+use moa_models::{CompressOptions, Objective, compress};
+use serde_json::json;
+
+use super::search::SolverArgs;
+use crate::args::{DataArg, ModelArg, SpanArgs, objective_parser, parse_count, parse_density};
+use crate::calibration;
+use crate::error::Result;
+use crate::files::{check_file, check_optional};
+use crate::model;
+use crate::output::Context;
+use crate::progress::Progress;
+use crate::report;
+
+/// Find a plan in one step: profile, search, validate and refine
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example:\n  moa compress --model assets/moa-tiny --density 0.25 --out plan.json"
+)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    model: ModelArg,
+    #[command(flatten)]
+    data: DataArg,
+    /// Largest mean share of the context that heads keep
+    #[arg(long, default_value = "0.25", value_parser = parse_density)]
+    density: f64,
+    /// Lengths to profile, prompt and response together
+    #[arg(long, default_value = "1024,2048", value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]
+    lengths: Vec<usize>,
+    /// Lengths at which the density is bounded [default: the lengths, the validation length and twice the longest]
+    #[arg(long, value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]
+    bound_lengths: Vec<usize>,
+    /// What a plan must not harm
+    #[arg(long, default_value = "margin", value_parser = objective_parser())]
+    objective: Objective,
+    #[command(flatten)]
+    span: SpanArgs,
+    /// Calibration items per length
+    #[arg(long, default_value_t = 8, value_name = "N", value_parser = parse_count)]
+    samples: usize,
+    /// Most tokens of a response that the dense model writes
+    #[arg(long, default_value_t = 48, value_name = "TOKENS", value_parser = parse_count)]
+    max_response: usize,
+    /// Length at which plans compete [default: 1.5 times the longest profiled length]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
+    validation_length: Option<usize>,
+    /// Items on which plans compete
+    #[arg(long, default_value_t = 4, value_name = "N", value_parser = parse_count)]
+    validation_samples: usize,
+    /// Plans to measure while refining; 0 takes the best searched plan
+    #[arg(long, default_value_t = 200, value_name = "N")]
+    evaluations: usize,
+    #[command(flatten)]
+    solver: SolverArgs,
+    /// Profile to write as well
+    #[arg(long, value_name = "FILE")]
+    save_profile: Option<PathBuf>,
+    /// Plan to write
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    check_file(&args.out)?;
+    check_optional(args.save_profile.as_deref())?;
+    let options = CompressOptions {
+        density: args.density,
+        lengths: args.lengths.clone(),
+        bound_lengths: args.bound_lengths.clone(),
+        objective: args.objective,
+        sink: args.span.sink,
+        min_span: args.span.min_span,
+        samples: args.samples,
+        max_response: args.max_response,
+        validation_length: args.validation_length,
+        validation_samples: args.validation_samples,
+        evaluations: args.evaluations,
+        solver: args.solver.options(context),
+        seed: context.seed,
+    };
+    options.validate()?;
+    let data = calibration::load(&args.data.data)?;
+    let model = model::open(&args.model.model, context)?;
+    let bar = Progress::new(context, "calibrate", 1);
+    let found =
+        compress(&model, &data, &options, &mut |stage, done, total| bar.stage(stage, done, total))?;
+    drop(bar);
+    if let Some(path) = &args.save_profile {
+        found.profile.save(path)?;
+    }
+    found.plan.save(&args.out)?;
+
+    let lengths = report::lengths_of(&found.plan);
+    let element_bytes = context.cache.bytes();
+    context.print(report::plan_text(&found.plan, &lengths, element_bytes))?;
+    context.print(format_args!("\n{}", report::compressed_text(&found)))?;
+    context.print(format_args!("Plan: {}", args.out.display()))?;
+    context.json(&json!({
+        "out": args.out,
+        "losses": report::compressed_json(&found),
+        "plan": report::plan_json(&found.plan, &lengths, element_bytes),
+    }))
+}

@@ -1,0 +1,308 @@
+use std::fs;
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+use moa_models::{
+    ChatTemplate, Finish, GenerateOptions, Message, Next, SamplingOptions, TextProgress,
+};
+use serde_json::json;
+
+use super::chat;
+use crate::args::{ModelArg, PlanArgs, parse_count};
+use crate::error::{Error, Result};
+use crate::model::{self, ChosenPlan, Model};
+use crate::output::{Context, bytes, percent};
+use crate::progress::Progress;
+
+/// Continue prompts, streamed
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:\n  \
+    moa generate --model assets/moa-tiny --plan plan.json --prompt-file prompt.txt\n  \
+    moa generate --model assets/moa-tiny --uniform 0.25 --chat")]
+pub(crate) struct Args {
+    #[command(flatten)]
+    model: ModelArg,
+    #[command(flatten)]
+    plan: PlanArgs,
+    #[command(flatten)]
+    prompts: PromptArgs,
+    /// No chat template: the model continues the text itself
+    #[arg(long, conflicts_with_all = ["chat", "system", "template"])]
+    raw: bool,
+    /// Instructions before the first turn
+    #[arg(long, value_name = "TEXT", conflicts_with = "chat")]
+    system: Option<String>,
+    /// Chat template [default: the model folder's]
+    #[arg(long)]
+    template: Option<Template>,
+    /// Most tokens to add [default: what generation_config.json says, else 256]
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    max_new_tokens: Option<usize>,
+    /// Longest conversation of --chat, in tokens [default: the model's context, at most 8192]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_count, requires = "chat")]
+    pub(super) context: Option<usize>,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// Text that ends the answer; can be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub(super) stop: Vec<String>,
+}
+
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+struct PromptArgs {
+    /// The prompt
+    #[arg(long, value_name = "TEXT")]
+    prompt: Option<String>,
+    /// File with the prompt; several of them run as one batch
+    #[arg(long, value_name = "FILE")]
+    prompt_file: Vec<PathBuf>,
+    /// Conversation: every line of stdin is a turn
+    #[arg(long)]
+    chat: bool,
+}
+
+/// How tokens are chosen; what is not given comes from generation_config.json.
+#[derive(Debug, clap::Args)]
+struct SamplingArgs {
+    /// Divides the logits; 0 takes the likeliest token
+    #[arg(long, value_name = "T")]
+    temperature: Option<f32>,
+    /// Keep this many of the likeliest tokens; 0 keeps all
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Keep the likeliest tokens with this much probability together
+    #[arg(long, value_name = "P")]
+    top_p: Option<f32>,
+    /// Keep tokens with at least this share of the likeliest token's probability
+    #[arg(long, value_name = "P")]
+    min_p: Option<f32>,
+    /// Makes tokens that were there already less likely; 1 changes nothing
+    #[arg(long, value_name = "R")]
+    repetition_penalty: Option<f32>,
+}
+
+/// Chat templates by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Template {
+    Vicuna,
+    Llama2,
+    Llama3,
+}
+
+impl SamplingArgs {
+    /// The flags over the model's defaults.
+    fn options(&self, defaults: SamplingOptions) -> Result<SamplingOptions> {
+        let restricts = self.top_k.is_some() || self.top_p.is_some() || self.min_p.is_some();
+        // Asking for a choice among the likeliest tokens is asking for a choice.
+        let greedy = defaults.temperature == 0.0;
+        let temperature = if greedy && restricts { 1.0 } else { defaults.temperature };
+        let options = SamplingOptions {
+            temperature: self.temperature.unwrap_or(temperature),
+            top_k: self.top_k.or(defaults.top_k).filter(|k| *k > 0),
+            top_p: self.top_p.unwrap_or(defaults.top_p),
+            min_p: self.min_p.unwrap_or(defaults.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
+            seed: defaults.seed,
+        };
+        options.validate()?;
+        Ok(options)
+    }
+}
+
+pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    let prompts = read_prompts(args)?;
+    let mut model = model::open(&args.model.model, context)?;
+    match args.template {
+        Some(Template::Vicuna) => model.set_template(ChatTemplate::vicuna()?),
+        Some(Template::Llama2) => model.set_template(ChatTemplate::llama2()?),
+        Some(Template::Llama3) => model.set_template(ChatTemplate::llama3()?),
+        None => {}
+    }
+    let chosen = model::choose_plan(&args.plan, &model)?;
+    let options = GenerateOptions {
+        max_new_tokens: args.max_new_tokens.or(model.generation.max_new_tokens).unwrap_or(256),
+        sampling: args.sampling.options(model.generation.sampling(context.seed))?,
+        eos_token_ids: model.eos_token_ids(),
+        ..GenerateOptions::default()
+    };
+    match args.prompts.chat {
+        true => chat::run(args, &model, &chosen, &options, context),
+        false => batch(args, &prompts, &model, &chosen, &options, context),
+    }
+}
+
+/// A prompt with its name.
+struct NamedPrompt {
+    name: String,
+    text: String,
+}
+
+fn read_prompts(args: &Args) -> Result<Vec<NamedPrompt>> {
+    let mut prompts: Vec<NamedPrompt> = Vec::new();
+    prompts.extend(
+        args.prompts
+            .prompt
+            .iter()
+            .map(|text| NamedPrompt { name: "--prompt".into(), text: text.clone() }),
+    );
+    for path in &args.prompts.prompt_file {
+        let text = fs::read_to_string(path)
+            .map_err(|source| Error::Read { path: path.clone(), source })?;
+        prompts.push(NamedPrompt { name: path.display().to_string(), text });
+    }
+    Ok(prompts)
+}
+
+fn tokens(args: &Args, model: &Model, prompt: &NamedPrompt) -> Result<Vec<u32>> {
+    if args.raw {
+        return Ok(model.tokenizer.encode(&prompt.text, true)?);
+    }
+    let mut messages: Vec<Message> = args.system.iter().map(Message::system).collect();
+    messages.push(Message::user(prompt.text.trim()));
+    Ok(model.chat_tokens(&messages)?)
+}
+
+fn batch(
+    args: &Args,
+    prompts: &[NamedPrompt],
+    model: &Model,
+    chosen: &ChosenPlan,
+    options: &GenerateOptions,
+    context: &Context,
+) -> Result<()> {
+    let limit = model.model.config().context_length();
+    let mut ids = Vec::new();
+    let mut sequences = Vec::new();
+    for prompt in prompts {
+        let own = tokens(args, model, prompt).map_err(|e| e.at(prompt.name.clone()))?;
+        let room = own.len().saturating_add(options.max_new_tokens).min(limit);
+        if own.len() > limit {
+            let error = moa_models::Error::ContextExceeded { asked: own.len(), limit };
+            return Err(Error::from(error).at(prompt.name.clone()));
+        }
+        sequences.push(model.model.open(&chosen.plan, room, 0)?);
+        ids.push(own);
+    }
+    let ids: Vec<&[u32]> = ids.iter().map(Vec::as_slice).collect();
+    if let [_, _, ..] = prompts {
+        context.print(heading(&prompts[0].name))?;
+    }
+    let mut bar = Some(Progress::new(context, "prefill", ids.iter().map(|i| i.len()).sum()));
+    let mut failed = None;
+    let result = model.generate_text(&mut sequences, &ids, options, &args.stop, &mut |progress| {
+        match progress {
+            TextProgress::Prefill { done, total } => {
+                if let Some(bar) = &bar {
+                    bar.set(done, total);
+                }
+            }
+            TextProgress::Text { sequence, piece } => {
+                // The bar and the text would write over each other.
+                bar = None;
+                if sequence == 0
+                    && !piece.is_empty()
+                    && let Err(error) = context.stream(piece)
+                {
+                    failed = Some(error);
+                    return Next::Cancel;
+                }
+            }
+        }
+        Next::Continue
+    });
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    let (completions, generation) = result?;
+    context.print("")?;
+    for (prompt, completion) in prompts.iter().zip(&completions).skip(1) {
+        context.print(format_args!("\n{}\n{}", heading(&prompt.name), completion.text))?;
+    }
+
+    let kv_bytes: u64 = sequences.iter().map(|s| model.model.kv_bytes(s)).sum();
+    let mut dense = 0;
+    for sequence in &sequences {
+        dense += model.model.dense_bytes(sequence.capacity())?;
+    }
+    context.note(format_args!(
+        "{}: KV cache {} of {} dense ({}); prefill {} tokens, {:.0} tok/s; decode {} tokens, {:.1} tok/s",
+        chosen.name,
+        bytes(kv_bytes),
+        bytes(dense),
+        percent(kv_bytes as f64 / dense.max(1) as f64),
+        generation.prompt_tokens,
+        generation.prefill_tokens_per_second(),
+        generation.decoded_tokens,
+        generation.decode_tokens_per_second(),
+    ));
+    let each: Vec<_> = prompts
+        .iter()
+        .zip(&completions)
+        .zip(ids.iter().zip(&generation.sequences))
+        .map(|((prompt, completion), (ids, generated))| {
+            json!({
+                "prompt": prompt.name,
+                "text": completion.text,
+                "finish": finish(completion.finish),
+                "prompt_tokens": ids.len(),
+                "new_tokens": generated.tokens.len(),
+            })
+        })
+        .collect();
+    context.json(&json!({
+        "completions": each,
+        "plan": chosen.name,
+        "kv_bytes": kv_bytes,
+        "kv_bytes_dense": dense,
+        "prompt_tokens": generation.prompt_tokens,
+        "prefill_seconds": generation.prefill.as_secs_f64(),
+        "prefill_tokens_per_second": generation.prefill_tokens_per_second(),
+        "decoded_tokens": generation.decoded_tokens,
+        "decode_seconds": generation.decode.as_secs_f64(),
+        "decode_tokens_per_second": generation.decode_tokens_per_second(),
+    }))
+}
+
+fn heading(name: &str) -> String {
+    format!("--- {name} ---")
+}
+
+/// Why an answer ended, in a word.
+pub(super) fn finish(finish: Finish) -> &'static str {
+    match finish {
+        Finish::Eos => "eos",
+        Finish::Length => "length",
+        Finish::Stopped => "stop",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NONE: SamplingArgs = SamplingArgs {
+        temperature: None,
+        top_k: None,
+        top_p: None,
+        min_p: None,
+        repetition_penalty: None,
+    };
+
+    #[test]
+    fn flags_go_over_the_models_defaults() {
+        let model = SamplingOptions { temperature: 0.6, top_p: 0.9, seed: 7, ..Default::default() };
+        assert_eq!(NONE.options(model.clone()).unwrap(), model);
+        let flags = SamplingArgs { temperature: Some(0.0), top_k: Some(0), ..NONE };
+        let options = flags.options(model).unwrap();
+        assert_eq!((options.temperature, options.top_k, options.top_p), (0.0, None, 0.9));
+    }
+
+    #[test]
+    fn top_p_of_a_greedy_model_samples() {
+        let flags = SamplingArgs { top_p: Some(0.9), ..NONE };
+        assert_eq!(flags.options(SamplingOptions::default()).unwrap().temperature, 1.0);
+        let flags = SamplingArgs { top_p: Some(2.0), ..NONE };
+        assert!(flags.options(SamplingOptions::default()).is_err());
+    }
+}

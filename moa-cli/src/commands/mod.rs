@@ -1,0 +1,15 @@
+//! One file per subcommand: its flags, and what it does with them.
+
+pub(crate) mod compress;
+pub(crate) mod eval;
+pub(crate) mod generate;
+pub(crate) mod plan;
+pub(crate) mod profile;
+pub(crate) mod quickstart;
+pub(crate) mod search;
+pub(crate) mod validate;
+
+mod chat;
+mod eval_perplexity;
+mod eval_retrieval;
+mod plan_make;

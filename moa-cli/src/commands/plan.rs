@@ -1,0 +1,120 @@
+use std::path::PathBuf;
+
+use clap::Subcommand;
+use moa_core::{Plan, write_atomic};
+use serde_json::json;
+
+use super::plan_make;
+use crate::args::parse_count;
+use crate::error::Result;
+use crate::files::check_optional;
+use crate::output::{Context, table};
+use crate::report;
+use crate::svg;
+
+/// Inspect, convert and make plans
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  moa plan show plan.json --at 1024,8192 --svg heads.svg")]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Show(ShowArgs),
+    Import(plan_make::ImportArgs),
+    Export(plan_make::ExportArgs),
+    Uniform(plan_make::UniformArgs),
+    RetrievalHeads(plan_make::RetrievalHeadsArgs),
+}
+
+/// Show a plan's spans, sizes and origin
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  moa plan show plan.json --at 1024,8192 --svg heads.svg")]
+struct ShowArgs {
+    /// Plan file
+    #[arg(value_name = "PLAN")]
+    plan: PathBuf,
+    /// Context lengths to look at [default: those of the plan's search]
+    #[arg(long, value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]
+    at: Vec<usize>,
+    /// Picture to write: layer x KV head, coloured by span / N
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+}
+
+pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    match &args.command {
+        Command::Show(args) => show(args, context),
+        Command::Import(args) => plan_make::import(args, context),
+        Command::Export(args) => plan_make::export(args, context),
+        Command::Uniform(args) => plan_make::uniform(args, context),
+        Command::RetrievalHeads(args) => plan_make::retrieval_heads(args, context),
+    }
+}
+
+/// Widest layer whose spans are listed head by head.
+const LISTED_HEADS: usize = 8;
+
+fn show(args: &ShowArgs, context: &Context) -> Result<()> {
+    check_optional(args.svg.as_deref())?;
+    let plan = Plan::load(&args.plan)?;
+    let lengths = if args.at.is_empty() { report::lengths_of(&plan) } else { args.at.clone() };
+    if let Some(path) = &args.svg {
+        let title = format!("Span of each KV head, {}", plan.shape());
+        write_atomic(path, svg::draw(&title, &report::maps(&plan, &lengths)).as_bytes())?;
+    }
+    let element_bytes = context.cache.bytes();
+    context.print(format_args!("{}", plan.shape()))?;
+    context.print(format_args!("sink {}, smallest span {}", plan.sink(), plan.min_span()))?;
+    for line in origin(&plan) {
+        context.print(line)?;
+    }
+    context.print(format_args!("\n{}", report::plan_text(&plan, &lengths, element_bytes)))?;
+    if plan.shape().kv_heads <= LISTED_HEADS {
+        context.print(format_args!("\n{}", span_table(&plan, &lengths)))?;
+    }
+    let mut value = report::plan_json(&plan, &lengths, element_bytes);
+    value["file"] = json!(args.plan);
+    context.json(&value)
+}
+
+/// Where the plan came from, as far as it says.
+fn origin(plan: &Plan) -> Vec<String> {
+    let from = &plan.provenance;
+    let mut lines = Vec::new();
+    let mut say = |label: &str, value: Option<String>| {
+        lines.extend(value.filter(|v| !v.is_empty()).map(|v| format!("{label}: {v}")));
+    };
+    say("weights", plan.fingerprint().map(str::to_string));
+    say("made by", from.method.clone());
+    say("objective", from.objective.clone());
+    say("data", from.data.clone());
+    say("predicted loss", Some(report::at_lengths(&from.predicted_losses)));
+    say("measured loss", Some(report::at_lengths(&from.measured_losses)));
+    lines
+}
+
+/// Spans in tokens, a row per head.
+fn span_table(plan: &Plan, lengths: &[usize]) -> String {
+    let maps = report::maps(plan, lengths);
+    let heads: Vec<String> = lengths.iter().map(|n| format!("span at {n}")).collect();
+    let mut head = vec!["layer:head", "alpha + beta N"];
+    head.extend(heads.iter().map(String::as_str));
+    let kv_heads = plan.shape().kv_heads;
+    let rows: Vec<Vec<String>> = plan
+        .rules()
+        .iter()
+        .enumerate()
+        .map(|(index, rule)| {
+            let lines: Vec<_> =
+                rule.lines().iter().map(|l| format!("{:.0} + {:.3} N", l.alpha, l.beta)).collect();
+            let mut row =
+                vec![format!("{}:{}", index / kv_heads, index % kv_heads), lines.join(" | ")];
+            row.extend(maps.iter().map(|m| m.spans[index].to_string()));
+            row
+        })
+        .collect();
+    table(&head, &rows)
+}

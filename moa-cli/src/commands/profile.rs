@@ -1,0 +1,111 @@
+use std::path::PathBuf;
+
+use moa_core::{DEFAULT_SINK, ElasticRule, HeadRule, Profile};
+use moa_models::{CalibrationOptions, DEFAULT_BLOCK, Objective, describe};
+use serde_json::json;
+
+use crate::args::{DataArg, ModelArg, objective_parser, parse_count};
+use crate::calibration;
+use crate::error::Result;
+use crate::files::check_file;
+use crate::model;
+use crate::output::{Context, table};
+use crate::progress::Progress;
+
+/// Measure how much each head needs each part of the context
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example:\n  moa profile --model assets/moa-tiny --lengths 1024,2048 --out profile.safetensors"
+)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    model: ModelArg,
+    #[command(flatten)]
+    data: DataArg,
+    /// Context lengths to measure at, prompt and response together
+    #[arg(long, default_value = "1024,2048", value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]
+    lengths: Vec<usize>,
+    /// Most calibration items per length
+    #[arg(long, default_value_t = 8, value_name = "N", value_parser = parse_count)]
+    samples: usize,
+    /// What a plan must not harm
+    #[arg(long, default_value = "margin", value_parser = objective_parser())]
+    objective: Objective,
+    /// Tokens per side of an influence block
+    #[arg(long, default_value_t = DEFAULT_BLOCK, value_name = "TOKENS", value_parser = parse_count)]
+    block: usize,
+    /// Most tokens of a response that the dense model writes
+    #[arg(long, default_value_t = 48, value_name = "TOKENS", value_parser = parse_count)]
+    max_response: usize,
+    /// Profile to write
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+/// Heads named in the summary.
+const TOP_HEADS: usize = 5;
+
+pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    check_file(&args.out)?;
+    let data = calibration::load(&args.data.data)?;
+    let model = model::open(&args.model.model, context)?;
+    let options = CalibrationOptions {
+        lengths: args.lengths.clone(),
+        samples: args.samples,
+        max_response: args.max_response,
+        seed: context.seed,
+    };
+    let items = calibration::items(&model, &data, &options, context)?;
+    let bar = Progress::new(context, "profile", items.values().map(Vec::len).sum());
+    let description = format!("{}, seed {}", describe(&data), context.seed);
+    let profile =
+        model
+            .model
+            .profile_all(&items, args.objective, args.block, &description, &mut || bar.step())?;
+    drop(bar);
+    profile.save(&args.out)?;
+
+    let mut rows = Vec::new();
+    let mut at = Vec::new();
+    for length in profile.lengths() {
+        let samples = profile.at(length)?.samples();
+        let heads = ranked_heads(&profile, length)?;
+        let names: Vec<_> = heads
+            .iter()
+            .take(TOP_HEADS)
+            .map(|(layer, head, _)| format!("{layer}:{head}"))
+            .collect();
+        rows.push(vec![length.to_string(), samples.to_string(), names.join(" ")]);
+        let heads: Vec<_> = heads
+            .iter()
+            .map(|(layer, head, loss)| json!({ "layer": layer, "kv_head": head, "loss": loss }))
+            .collect();
+        at.push(json!({ "length": length, "samples": samples, "heads": heads }));
+    }
+    context.print(table(
+        &["length", "samples", "heads that need the context most (layer:KV head)"],
+        &rows,
+    ))?;
+    context.print(format_args!("\nProfile: {}", args.out.display()))?;
+    context.json(&json!({
+        "out": args.out,
+        "objective": profile.info.objective,
+        "data": profile.info.data,
+        "lengths": at,
+    }))
+}
+
+/// Heads by the predicted loss of leaving them the shortest span, largest first.
+fn ranked_heads(profile: &Profile, length: usize) -> Result<Vec<(usize, usize, f64)>> {
+    let influence = profile.at(length)?;
+    let shortest =
+        HeadRule::from(ElasticRule::fixed(DEFAULT_SINK + 16)).span(length, DEFAULT_SINK, 1);
+    let mut heads = Vec::new();
+    for layer in 0..profile.shape.layers {
+        for head in 0..profile.shape.kv_heads {
+            heads.push((layer, head, influence.loss(layer, head, shortest)));
+        }
+    }
+    heads.sort_by(|a, b| b.2.total_cmp(&a.2));
+    Ok(heads)
+}

@@ -1,0 +1,181 @@
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use moa_core::{DEFAULT_SINK, Plan};
+use moa_models::{
+    CalibrationData, CompressOptions, Compressed, RetrievalCase, RetrievalReport, compress,
+};
+use serde_json::{Value, json};
+
+use super::eval_retrieval::{HEAD, ask, report_json, row};
+use crate::args::{parse_count, parse_density};
+use crate::error::{Error, Result};
+use crate::files::OutputFolder;
+use crate::head_map;
+use crate::held_out;
+use crate::model::{self, Model};
+use crate::output::{Context, table};
+use crate::progress::Progress;
+use crate::report;
+use crate::svg;
+
+/// From a checkpoint to a plan to answers, on a small model, in a minute or two
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  moa quickstart --out moa-quickstart")]
+pub(crate) struct Args {
+    /// Model folder [default: assets/moa-tiny of this project]
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Folder for plan.json, profile.safetensors, heads.svg and results.json
+    #[arg(long, default_value = "moa-quickstart", value_name = "DIR")]
+    out: PathBuf,
+    /// Largest mean share of the context that heads keep
+    #[arg(long, default_value = "0.25", value_parser = parse_density)]
+    density: f64,
+    /// Lengths to profile
+    #[arg(long, default_value = "1024,2048", value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]
+    lengths: Vec<usize>,
+    /// Calibration items per length
+    #[arg(long, default_value_t = 6, value_name = "N", value_parser = parse_count)]
+    samples: usize,
+    /// Plans to measure while refining
+    #[arg(long, default_value_t = 24, value_name = "N")]
+    evaluations: usize,
+    /// Tokens of a held-out question with its answer
+    #[arg(long, default_value_t = 4096, value_name = "TOKENS", value_parser = parse_count)]
+    length: usize,
+    /// Held-out questions
+    #[arg(long, default_value_t = 16, value_name = "N", value_parser = parse_count)]
+    questions: usize,
+}
+
+const ANSWER_TOKENS: usize = 32;
+/// Below this a question holds no record worth asking about.
+const SHORTEST: usize = 256;
+
+pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    let begin = Instant::now();
+    if args.length < SHORTEST {
+        return Err(Error::argument(
+            "--length",
+            format!("at least {SHORTEST} tokens"),
+            args.length,
+        ));
+    }
+    let mut folder = OutputFolder::create(&args.out)?;
+    let model_path = match &args.model {
+        Some(path) => path.clone(),
+        None => tiny_model()?,
+    };
+    let model = model::open(&model_path, context)?;
+    let shape = model.model.shape();
+    context.print(format_args!("Model: {} ({shape})", model_path.display()))?;
+
+    let found = find_plan(args, &model, context)?;
+    let mut lengths = args.lengths.clone();
+    lengths.push(args.length);
+    lengths.sort_unstable();
+    lengths.dedup();
+    let maps = report::maps(&found.plan, &lengths);
+    context.print(format_args!("{}\n", report::compressed_text(&found)))?;
+    context.print(head_map::draw(&maps))?;
+
+    context.print(format_args!(
+        "\n{} held-out questions of {} tokens, answered with three caches:",
+        args.questions, args.length
+    ))?;
+    let cases = held_out::cases(&model, args.length, ANSWER_TOKENS, args.questions, context.seed)?;
+    let results = answer(&model, &found.plan, &cases, context)?;
+
+    found
+        .plan
+        .save(folder.path().join("plan.json"))
+        .map(|()| folder.wrote(args.out.join("plan.json")))?;
+    let profile = args.out.join("profile.safetensors");
+    found.profile.save(&profile)?;
+    folder.wrote(profile);
+    let title = format!("Span of each KV head at density {}", args.density);
+    folder.write("heads.svg", svg::draw(&title, &maps).as_bytes())?;
+    let seconds = begin.elapsed().as_secs_f64();
+    let value = json!({
+        "model": model_path,
+        "out": args.out,
+        "losses": report::compressed_json(&found),
+        "plan": report::plan_json(&found.plan, &lengths, context.cache.bytes()),
+        "results": results,
+        "seconds": seconds,
+    });
+    folder.write("results.json", format!("{value:#}\n").as_bytes())?;
+    folder.keep();
+    context.print(format_args!(
+        "\nplan.json, profile.safetensors, heads.svg and results.json are in {} ({seconds:.0} s)",
+        args.out.display()
+    ))?;
+    context.json(&value)
+}
+
+fn find_plan(args: &Args, model: &Model, context: &Context) -> Result<Compressed> {
+    let options = CompressOptions {
+        density: args.density,
+        lengths: args.lengths.clone(),
+        samples: args.samples,
+        validation_samples: 2,
+        evaluations: args.evaluations,
+        seed: context.seed,
+        ..CompressOptions::default()
+    };
+    context.print(format_args!(
+        "Profiling at {:?} tokens, searching at density {}, measuring at {} ...",
+        args.lengths,
+        args.density,
+        options.validation_length(model.model.config().context_length()),
+    ))?;
+    let bar = Progress::new(context, "calibrate", 1);
+    let stage = &mut |stage, done, total| bar.stage(stage, done, total);
+    Ok(compress(model, &CalibrationData::Records, &options, stage)?)
+}
+
+/// Answers the questions with the dense cache, a uniform window of the plan's bytes, and the plan.
+fn answer(
+    model: &Model,
+    plan: &Plan,
+    cases: &[RetrievalCase],
+    context: &Context,
+) -> Result<Vec<Value>> {
+    let shape = model.model.shape();
+    let ask = |plan: &Plan| ask(model, cases, plan, ANSWER_TOKENS, &mut 0, context);
+    let dense = ask(&Plan::full(shape)?)?;
+    let planned = ask(plan)?;
+    // As dense as the plan was at the lengths of these very questions.
+    let uniform = ask(&model::uniform(shape, DEFAULT_SINK, planned.density)?)?;
+    let reports = [("dense", dense), ("uniform window", uniform), ("plan", planned)];
+    let rows: Vec<_> = reports.iter().map(|(name, report)| row(name, report)).collect();
+    context.print(table(&HEAD, &rows))?;
+    let with_name = |(name, report): &(&str, RetrievalReport)| {
+        let mut value = report_json(report);
+        value["cache"] = json!(name);
+        value
+    };
+    Ok(reports.iter().map(with_name).collect())
+}
+
+/// `assets/moa-tiny` in the current folder or one above it, else beside this crate's sources.
+fn tiny_model() -> Result<PathBuf> {
+    const NAME: &str = "assets/moa-tiny";
+    let here = std::env::current_dir()
+        .map_err(|source| Error::Read { path: PathBuf::from("."), source })?;
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut looked = sources.join("..").join(NAME);
+    for folder in here.ancestors() {
+        let path = folder.join(NAME);
+        if path.join("config.json").is_file() {
+            // Short where the command is run from the project's folder, as it should be.
+            return Ok(path.strip_prefix(&here).map_or(path.clone(), Path::to_path_buf));
+        }
+    }
+    if looked.join("config.json").is_file() {
+        return Ok(looked);
+    }
+    looked = here.join(NAME);
+    Err(Error::NoTinyModel { looked })
+}

@@ -1,0 +1,175 @@
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use moa_core::{FoundPlans, Profile, search::Options};
+use moa_models::CompressOptions;
+use serde_json::{Value, json};
+
+use crate::args::{SpanArgs, parse_count, parse_density};
+use crate::error::{Error, Result};
+use crate::files::OutputFolder;
+use crate::output::{Context, percent, table};
+use crate::plans;
+
+/// Search the Pareto set of plans for a memory budget
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example:\n  moa search --profile profile.safetensors --density 0.25 --out plans"
+)]
+pub(crate) struct Args {
+    /// Profile of `moa profile`
+    #[arg(long, value_name = "FILE")]
+    profile: PathBuf,
+    /// Largest mean share of the context that heads keep
+    #[arg(long, default_value = "0.25", value_parser = parse_density)]
+    density: f64,
+    /// Profiled lengths whose losses count [default: all]
+    #[arg(long, value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]
+    lengths: Vec<usize>,
+    /// Lengths at which the density is bounded [default: the lengths, 1.5 and 2 times the longest]
+    #[arg(long, value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]
+    bound_lengths: Vec<usize>,
+    #[command(flatten)]
+    span: SpanArgs,
+    #[command(flatten)]
+    solver: SolverArgs,
+    /// Folder for plan-00.json, plan-01.json, ...
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Replace the plans of an earlier run
+    #[arg(long)]
+    force: bool,
+}
+
+/// How to search.
+#[derive(Debug, clap::Args)]
+pub(crate) struct SolverArgs {
+    /// At most this many distinct rules in one layer
+    #[arg(long, value_name = "K", value_parser = parse_count)]
+    pub(crate) max_rules_per_layer: Option<usize>,
+    /// Most plans to keep
+    #[arg(long, default_value_t = 10, value_name = "N", value_parser = parse_count)]
+    pub(crate) max_plans: usize,
+    /// Seconds after which the search refines no further
+    #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) time_limit: u64,
+}
+
+impl SolverArgs {
+    pub(crate) fn options(&self, context: &Context) -> Options {
+        Options {
+            max_rules_per_layer: self.max_rules_per_layer,
+            max_plans: self.max_plans,
+            time_limit: Duration::from_secs(self.time_limit),
+            threads: context.threads,
+            ..Options::default()
+        }
+    }
+}
+
+pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    let old = if args.out.is_dir() { plans::paths(&args.out)? } else { Vec::new() };
+    if !old.is_empty() && !args.force {
+        return Err(Error::PlansExist { path: args.out.clone(), count: old.len() });
+    }
+    let profile = Profile::load(&args.profile)?;
+    let mut lengths = args.lengths.clone();
+    lengths.sort_unstable();
+    lengths.dedup();
+    if lengths.is_empty() {
+        lengths = profile.lengths();
+    }
+    for &length in &lengths {
+        profile.at(length).map_err(|e| Error::from(e).at(args.profile.display().to_string()))?;
+    }
+    let options = CompressOptions {
+        density: args.density,
+        lengths: lengths.clone(),
+        bound_lengths: args.bound_lengths.clone(),
+        sink: args.span.sink,
+        min_span: args.span.min_span,
+        solver: args.solver.options(context),
+        ..CompressOptions::default()
+    };
+    // A profile does not say how long the model's context is; a bound beyond it does no harm.
+    let request = options.request(usize::MAX)?;
+    let mut folder = OutputFolder::create(&args.out)?;
+    let mut found = request.search_profile(&profile, &lengths)?;
+    for plan in &mut found.plans {
+        plan.provenance.method = Some("moa search".to_string());
+    }
+    for file in &old {
+        fs::remove_file(file).map_err(|source| Error::Output { path: file.clone(), source })?;
+    }
+    let mut files = Vec::new();
+    for (index, plan) in found.plans.iter().enumerate() {
+        files.push(folder.write(&file_name(index), plan.to_json().as_bytes())?);
+    }
+    folder.keep();
+    context.print(text(&found))?;
+    context.print(format_args!(
+        "\n{} plans in {}; gap to the proven bound at most {} ({:.1} s)",
+        files.len(),
+        args.out.display(),
+        percent(found.set.worst_gap),
+        found.set.seconds,
+    ))?;
+    context.json(&json!({
+        "out": args.out,
+        "density": args.density,
+        "worst_gap": found.set.worst_gap,
+        "seconds": found.set.seconds,
+        "plans": plans_json(&found, &files),
+    }))
+}
+
+fn file_name(index: usize) -> String {
+    format!("plan-{index:02}.json")
+}
+
+fn text(found: &FoundPlans) -> String {
+    let Some(first) = found.plans.first() else { return String::new() };
+    let provenance = &first.provenance;
+    let mut head = vec!["plan".to_string()];
+    head.extend(provenance.predicted_losses.iter().map(|l| format!("loss at {}", l.length)));
+    head.extend(provenance.density_bounds.iter().map(|b| format!("density at {}", b.length)));
+    head.push("gap".to_string());
+    let rows: Vec<Vec<String>> = found
+        .plans
+        .iter()
+        .zip(&found.set.solutions)
+        .enumerate()
+        .map(|(index, (plan, solution))| {
+            let mut row = vec![file_name(index)];
+            row.extend(solution.losses.iter().map(|loss| format!("{loss:.4}")));
+            row.extend(provenance.density_bounds.iter().map(|b| percent(plan.density(b.length))));
+            row.push(percent(solution.gap.relative));
+            row
+        })
+        .collect();
+    table(&head.iter().map(String::as_str).collect::<Vec<_>>(), &rows)
+}
+
+fn plans_json(found: &FoundPlans, files: &[PathBuf]) -> Vec<Value> {
+    found
+        .plans
+        .iter()
+        .zip(&found.set.solutions)
+        .zip(files)
+        .map(|((plan, solution), file)| {
+            let densities: Vec<_> = plan
+                .provenance
+                .density_bounds
+                .iter()
+                .map(|b| json!({ "length": b.length, "bound": b.value, "value": plan.density(b.length) }))
+                .collect();
+            json!({
+                "file": file,
+                "predicted_losses": plan.provenance.predicted_losses,
+                "densities": densities,
+                "gap": solution.gap.relative,
+            })
+        })
+        .collect()
+}

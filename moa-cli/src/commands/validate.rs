@@ -1,0 +1,187 @@
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use moa_core::{Plan, Profile};
+use moa_models::{CompressOptions, Item, measured_losses, refine};
+use serde_json::json;
+
+use crate::args::{DataArg, ModelArg, parse_count};
+use crate::calibration;
+use crate::error::{Error, Result};
+use crate::files::check_file;
+use crate::model::{self, Model};
+use crate::output::{Context, percent, table};
+use crate::plans::{self, PlanFile};
+use crate::progress::Progress;
+use crate::report;
+
+/// Pick the plan with the lowest measured loss at a length that was not profiled
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example:\n  moa validate --model assets/moa-tiny --plans plans --out plan.json"
+)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    model: ModelArg,
+    /// Folder of `moa search`
+    #[arg(long, value_name = "DIR")]
+    plans: PathBuf,
+    #[command(flatten)]
+    data: DataArg,
+    /// Length to measure at [default: 1.5 times the longest profiled length]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
+    length: Option<usize>,
+    /// Items to measure on
+    #[arg(long, default_value_t = 4, value_name = "N", value_parser = parse_count)]
+    samples: usize,
+    /// Improve on the best plan with about this many measurements
+    #[arg(long, value_name = "N", requires = "profile", value_parser = parse_count)]
+    refine: Option<usize>,
+    /// The profile that the plans were searched on, for --refine
+    #[arg(long, value_name = "FILE", requires = "refine")]
+    profile: Option<PathBuf>,
+    /// Most tokens of a response that the dense model writes
+    #[arg(long, default_value_t = 48, value_name = "TOKENS", value_parser = parse_count)]
+    max_response: usize,
+    /// Take plans that were made for other weights of the same dimensions
+    #[arg(long)]
+    any_weights: bool,
+    /// Plan to write
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    check_file(&args.out)?;
+    let data = calibration::load(&args.data.data)?;
+    let files = plans::load_folder(&args.plans)?;
+    let profile = args.profile.as_ref().map(Profile::load).transpose()?;
+    let lengths = profile_lengths(args, &files)?;
+    let model = model::open(&args.model.model, context)?;
+    for file in &files {
+        model::check_plan(&file.plan, &model, args.any_weights)
+            .map_err(|e| e.at(file.path.display().to_string()))?;
+    }
+    let limit = model.model.config().context_length();
+    let options = CompressOptions {
+        lengths,
+        validation_length: args.length,
+        validation_samples: args.samples,
+        max_response: args.max_response,
+        seed: context.seed,
+        ..CompressOptions::default()
+    };
+    let length = options.validation_length(limit);
+    let mut calibration = options.validation_calibration(limit);
+    if args.refine.is_none() {
+        calibration.lengths = vec![length];
+    }
+    let items = calibration::items(&model, &data, &calibration, context)?;
+
+    let losses = measure(&model, &items, &files, length, context)?;
+    let dense = loss_at(&model, &items, &Plan::full(model.model.shape())?, length)?;
+    let best = (0..files.len()).min_by(|a, b| losses[*a].total_cmp(&losses[*b])).unwrap_or(0);
+    let mut plan = files[best].plan.clone();
+    let mut refined = None;
+    if let (Some(evaluations), Some(profile)) = (args.refine, &profile) {
+        let bar = Progress::new(context, "refine", evaluations);
+        let starts: Vec<Plan> = files.iter().map(|f| f.plan.clone()).collect();
+        let request = plans::request(&files[best])?;
+        let found =
+            refine(&model.model, &items, &starts, &request, profile, evaluations, &mut || {
+                bar.step()
+            })?;
+        plan = found.plan.clone();
+        refined = Some(found);
+    }
+    plan.provenance.measured_losses = measured_losses(&model.model, &items, &plan)?;
+    plan.provenance.method = Some("moa validate".to_string());
+    plan.save(&args.out)?;
+
+    let mut rows: Vec<Vec<String>> = files
+        .iter()
+        .zip(&losses)
+        .map(|(file, loss)| {
+            vec![file.name(), format!("{loss:.4}"), percent(file.plan.density(length))]
+        })
+        .collect();
+    rows.push(vec!["dense".to_string(), format!("{dense:.4}"), percent(1.0)]);
+    let head = format!("loss at {length}");
+    context.print(table(&["plan", &head, "density"], &rows))?;
+    context.print(format_args!("\nLowest loss: {}", files[best].name()))?;
+    if let Some(refined) = &refined {
+        context.print(format_args!(
+            "Refined: mean loss {:.4} -> {:.4} in {} measurements",
+            refined.start_loss, refined.loss, refined.evaluations
+        ))?;
+    }
+    context.print(format_args!(
+        "Plan: {} (loss {})",
+        args.out.display(),
+        report::at_lengths(&plan.provenance.measured_losses)
+    ))?;
+    let measured: Vec<_> = files
+        .iter()
+        .zip(&losses)
+        .map(|(file, loss)| json!({ "file": file.path, "loss": loss, "density": file.plan.density(length) }))
+        .collect();
+    context.json(&json!({
+        "out": args.out,
+        "length": length,
+        "plans": measured,
+        "best": files[best].path,
+        "dense_loss": dense,
+        "refined_from": refined.as_ref().map(|r| r.start_loss),
+        "refined_to": refined.as_ref().map(|r| r.loss),
+        "measured_losses": plan.provenance.measured_losses,
+    }))
+}
+
+/// Profiled lengths of the plans; with `--length` they need not say them.
+fn profile_lengths(args: &Args, files: &[PlanFile]) -> Result<Vec<usize>> {
+    let mut lengths: Vec<usize> =
+        files.iter().flat_map(|f| f.plan.provenance.profile_lengths.iter().copied()).collect();
+    if lengths.is_empty() {
+        lengths.extend(args.length);
+    }
+    lengths.sort_unstable();
+    lengths.dedup();
+    match lengths.is_empty() {
+        false => Ok(lengths),
+        true => Err(Error::Provenance {
+            path: files[0].path.clone(),
+            missing: "profiled lengths",
+            remedy: "give --length",
+        }),
+    }
+}
+
+/// Mean response loss of every plan at the validation length.
+fn measure(
+    model: &Model,
+    items: &BTreeMap<usize, Vec<Item>>,
+    files: &[PlanFile],
+    length: usize,
+    context: &Context,
+) -> Result<Vec<f64>> {
+    let bar = Progress::new(context, "validate", files.len());
+    files
+        .iter()
+        .map(|file| {
+            let loss = loss_at(model, items, &file.plan, length)?;
+            bar.step();
+            Ok(loss)
+        })
+        .collect()
+}
+
+fn loss_at(
+    model: &Model,
+    items: &BTreeMap<usize, Vec<Item>>,
+    plan: &Plan,
+    length: usize,
+) -> Result<f64> {
+    let own = items.iter().filter(|(l, _)| **l == length).map(|(l, i)| (*l, i.clone())).collect();
+    let losses = measured_losses(&model.model, &own, plan)?;
+    Ok(losses.iter().map(|l| l.value).sum::<f64>() / losses.len().max(1) as f64)
+}

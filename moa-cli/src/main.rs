@@ -1,0 +1,88 @@
+//! The `moa` command: from a Llama checkpoint to a searched plan to generation with KV caches that
+//! are really smaller.
+//!
+//! One file per subcommand in `commands`; everything that computes lives in `moa-models` and
+//! `moa-core`.
+
+mod args;
+mod calibration;
+mod commands;
+mod error;
+mod files;
+mod head_map;
+mod held_out;
+mod model;
+mod output;
+mod plans;
+mod progress;
+mod report;
+mod svg;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use args::Global;
+use commands::{compress, eval, generate, plan, profile, quickstart, search, validate};
+use error::{Error, Result};
+use output::Context;
+
+/// Finds how much each attention head of a Llama-type model needs to see, and runs the model with
+/// KV caches of just that size.
+#[derive(Debug, Parser)]
+#[command(
+    name = "moa",
+    version,
+    after_help = "Example:\n  moa quickstart\n\nExit codes: 0 done, 2 bad input, 130 cancelled."
+)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Quickstart(quickstart::Args),
+    Profile(profile::Args),
+    Search(search::Args),
+    Validate(validate::Args),
+    Compress(compress::Args),
+    Plan(plan::Args),
+    Generate(generate::Args),
+    Eval(eval::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        // The reader has seen enough, as in `moa plan show plan.json | head`.
+        Err(error) if error.is_broken_pipe() => ExitCode::SUCCESS,
+        Err(error) => {
+            error.report();
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<()> {
+    if let Some(threads) = cli.global.threads {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build_global()
+            .map_err(Error::Threads)?;
+    }
+    let context = Context::new(&cli.global);
+    match &cli.command {
+        Command::Quickstart(args) => quickstart::run(args, &context),
+        Command::Profile(args) => profile::run(args, &context),
+        Command::Search(args) => search::run(args, &context),
+        Command::Validate(args) => validate::run(args, &context),
+        Command::Compress(args) => compress::run(args, &context),
+        Command::Plan(args) => plan::run(args, &context),
+        Command::Generate(args) => generate::run(args, &context),
+        Command::Eval(args) => eval::run(args, &context),
+    }
+}

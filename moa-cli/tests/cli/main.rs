@@ -1,0 +1,5 @@
+//! The command as its users see it.
+
+mod bad_input;
+mod common;
+mod pipeline;

@@ -1,0 +1,291 @@
+//! The commands one after the other, on short contexts.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use crate::common::{cases, json_of, moa_in, ok, refuses, tiny};
+
+#[test]
+fn profile_search_validate_generate_eval() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let tiny = tiny.to_str().unwrap();
+
+    let lengths = ["--lengths", "512,256", "--samples", "1"];
+    let args = [&["profile", "--model", tiny, "--out", "p.safetensors"], &lengths[..]].concat();
+    let profile = json_of(root, &args);
+    assert_eq!(profile["lengths"][0]["length"], 256);
+    assert_eq!(profile["lengths"][1]["samples"], 1);
+    assert_eq!(profile["lengths"][1]["heads"].as_array().unwrap().len(), 12);
+
+    refuses(
+        root,
+        &["search", "--profile", "p.safetensors", "--lengths", "300", "--out", "plans"],
+        &["300", "[256, 512]"],
+    );
+    let search = ["search", "--profile", "p.safetensors", "--density", "0.5", "--out", "plans"];
+    let found = json_of(root, &search);
+    let plans = found["plans"].as_array().unwrap();
+    assert!(!plans.is_empty());
+    for plan in plans {
+        for density in plan["densities"].as_array().unwrap() {
+            assert!(density["value"].as_f64() <= density["bound"].as_f64(), "{plan}");
+        }
+        assert!(root.join(plan["file"].as_str().unwrap()).is_file());
+    }
+    refuses(root, &search, &["plans", "--force"]);
+    fs::write(root.join("plans/plan-99.json"), "stale").unwrap();
+    let text = ok(root, &[&search[..], &["--force"]].concat());
+    assert!(text.contains("plan-00.json") && text.contains("density at 512"), "{text}");
+    assert!(!root.join("plans/plan-99.json").exists());
+
+    let validate =
+        ["validate", "--model", tiny, "--plans", "plans", "--samples", "1", "--out", "plan.json"];
+    let best = json_of(root, &validate);
+    assert_eq!(best["length"], 768);
+    let losses = best["plans"].as_array().unwrap().iter().map(|p| p["loss"].as_f64().unwrap());
+    let lowest = losses.fold(f64::INFINITY, f64::min);
+    assert_eq!(best["measured_losses"][0]["value"].as_f64().unwrap(), lowest);
+    let refine =
+        [&validate[..], &["--length", "512", "--refine", "4", "--profile", "p.safetensors"]]
+            .concat();
+    let refined = json_of(root, &refine);
+    assert!(refined["refined_to"].as_f64() <= refined["refined_from"].as_f64());
+
+    let args = ["plan", "show", "plan.json", "--at", "256,1024", "--svg", "heads.svg"];
+    let text = ok(root, &args);
+    assert!(text.contains("layer 5") && text.contains("N = 1024") && text.contains('█'), "{text}");
+    assert_eq!(fs::read_to_string(root.join("heads.svg")).unwrap().matches("<title>").count(), 24);
+    ok(root, &["plan", "export", "plan.json", "--out", "published.json"]);
+    let import =
+        ["plan", "import", "--published", "published.json", "--model", tiny, "--min-span", "80"];
+    ok(root, &[&import[..], &["--out", "again.json"]].concat());
+    let spans =
+        |file: &str| json_of(root, &["plan", "show", file, "--at", "512,4096"])["at"].clone();
+    assert_eq!(spans("plan.json"), spans("again.json"));
+
+    fs::write(root.join("a.txt"), "Tell me a story about the sea.\n").unwrap();
+    fs::write(root.join("b.txt"), "And one about the mountains and their birds.").unwrap();
+    let generate = ["generate", "--model", tiny, "--plan", "plan.json", "--max-new-tokens", "6"];
+    let batch = json_of(
+        root,
+        &[&generate[..], &["--prompt-file", "a.txt", "--prompt-file", "b.txt"]].concat(),
+    );
+    for (index, file) in ["a.txt", "b.txt"].into_iter().enumerate() {
+        let alone = json_of(root, &[&generate[..], &["--prompt-file", file]].concat());
+        assert_eq!(alone["completions"][0], batch["completions"][index]);
+        let text = alone["completions"][0]["text"].as_str().unwrap().to_string();
+        assert_eq!(ok(root, &[&generate[..], &["--prompt-file", file]].concat()), text + "\n");
+    }
+
+    cases(&root.join("cases.jsonl"), 2, 16);
+    let eval =
+        ["eval", "retrieval", "--model", tiny, "--data", "cases.jsonl", "--max-new-tokens", "16"];
+    let dense = json_of(root, &[&eval[..], &["--items", "items.jsonl"]].concat());
+    assert_eq!((dense["cases"].as_u64(), dense["density"].as_f64()), (Some(2), Some(1.0)));
+    assert_eq!(dense["kv_bytes"], dense["kv_bytes_dense"]);
+    assert_eq!(fs::read_to_string(root.join("items.jsonl")).unwrap().lines().count(), 2);
+    let planned = json_of(root, &[&eval[..], &["--plan", "plan.json", "--lines", "8"]].concat());
+    assert!(planned["kv_bytes"].as_u64() < planned["kv_bytes_dense"].as_u64());
+    assert!(planned["prompt_tokens_mean"].as_f64() < dense["prompt_tokens_mean"].as_f64());
+    for field in ["correct", "accuracy", "seconds"] {
+        assert!(planned[field].is_number(), "{planned}");
+    }
+
+    fs::write(root.join("text.txt"), "The ship left the harbor before the sun was up. ".repeat(60))
+        .unwrap();
+    let args = [
+        "eval",
+        "perplexity",
+        "--model",
+        tiny,
+        "--text",
+        "text.txt",
+        "--length",
+        "256",
+        "--windows",
+        "2",
+    ];
+    let perplexity = json_of(root, &[&args[..], &["--uniform", "0.5"]].concat());
+    assert_eq!(perplexity["windows"], 2);
+    assert!(perplexity["perplexity"].as_f64().unwrap() > 1.0);
+}
+
+#[test]
+fn compress_reads_calibration_prompts_of_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let prompt = "The sea was calm and the ship went on. ".repeat(40);
+    let lines: String = (0..2)
+        .map(|i| {
+            format!(
+                "{}\n",
+                serde_json::json!({ "prompt": format!("{i} {prompt}"), "answer": "It was calm." })
+            )
+        })
+        .collect();
+    fs::write(root.join("data.jsonl"), lines).unwrap();
+    let args = [
+        "compress",
+        "--model",
+        tiny.to_str().unwrap(),
+        "--data",
+        "data.jsonl",
+        "--lengths",
+        "256",
+        "--samples",
+        "1",
+        "--validation-samples",
+        "1",
+        "--evaluations",
+        "0",
+        "--density",
+        "0.6",
+        "--max-rules-per-layer",
+        "1",
+        "--save-profile",
+        "p.safetensors",
+        "--out",
+        "plan.json",
+    ];
+    let found = json_of(root, &args);
+    assert!(root.join("p.safetensors").is_file());
+    assert_eq!(found["plan"]["provenance"]["method"], "moa compress");
+    let plan: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(root.join("plan.json")).unwrap()).unwrap();
+    for layer in plan["rules"].as_array().unwrap() {
+        assert_eq!(layer[0], layer[1], "one rule per layer was asked for");
+    }
+    let long = ["--lengths", "4096", "--data", "data.jsonl"];
+    refuses(
+        root,
+        &[&["profile", "--model", tiny.to_str().unwrap(), "--out", "q"], &long[..]].concat(),
+        &["4096"],
+    );
+}
+
+#[test]
+fn quickstart_writes_its_four_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let args = [
+        "quickstart",
+        "--out",
+        "out",
+        "--density",
+        "0.5",
+        "--lengths",
+        "512",
+        "--samples",
+        "1",
+        "--evaluations",
+        "2",
+        "--length",
+        "512",
+        "--questions",
+        "1",
+    ];
+    let result = json_of(root, &args);
+    for name in ["plan.json", "profile.safetensors", "heads.svg", "results.json"] {
+        assert!(root.join("out").join(name).is_file(), "{name}");
+    }
+    let results = result["results"].as_array().unwrap();
+    let bytes: Vec<u64> = results.iter().map(|r| r["kv_bytes"].as_u64().unwrap()).collect();
+    assert!(bytes[2] < bytes[0] && bytes[1].abs_diff(bytes[2]) * 100 < bytes[2], "{bytes:?}");
+}
+
+#[test]
+fn chat_takes_a_turn_per_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let tiny = tiny();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_moa"))
+        .args([
+            "generate",
+            "--model",
+            tiny.to_str().unwrap(),
+            "--chat",
+            "--max-new-tokens",
+            "4",
+            "--json",
+        ])
+        .args(["--context", "512"])
+        .current_dir(dir.path())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(b"Hello.\n\nAnd again.\n").unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success());
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(value["turns"].as_array().unwrap().len(), 2);
+    assert!(
+        value["turns"][1]["cached_tokens"].as_u64() > value["turns"][0]["cached_tokens"].as_u64()
+    );
+}
+
+#[test]
+fn made_plans_have_the_spans_they_were_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let tiny = tiny.to_str().unwrap();
+    let args = [
+        "plan",
+        "retrieval-heads",
+        "--model",
+        tiny,
+        "--heads",
+        "0:1,3:0",
+        "--window",
+        "192",
+        "--out",
+        "duo.json",
+    ];
+    ok(root, &args);
+    let spans =
+        json_of(root, &["plan", "show", "duo.json", "--at", "1000"])["at"][0]["spans"].clone();
+    assert_eq!(spans[0], serde_json::json!([256, 1000]));
+    assert_eq!(spans[3], serde_json::json!([1000, 256]));
+    ok(
+        root,
+        &["plan", "uniform", "--model", tiny, "--window", "36", "--sink", "4", "--out", "u.json"],
+    );
+    let shown = json_of(root, &["plan", "show", "u.json", "--at", "100"]);
+    assert_eq!(shown["at"][0]["density"], 0.4);
+    // 6 layers x 2 heads x 40 keys x 64 elements x key and value x 2 bytes.
+    assert_eq!(shown["at"][0]["kv_bytes"], 6 * 2 * 40 * 64 * 2 * 2);
+}
+
+#[test]
+fn help_of_every_subcommand_has_an_example() {
+    let all: &[&[&str]] = &[
+        &[],
+        &["quickstart"],
+        &["profile"],
+        &["search"],
+        &["validate"],
+        &["compress"],
+        &["plan"],
+        &["plan", "show"],
+        &["plan", "import"],
+        &["plan", "export"],
+        &["plan", "uniform"],
+        &["plan", "retrieval-heads"],
+        &["generate"],
+        &["eval"],
+        &["eval", "retrieval"],
+        &["eval", "perplexity"],
+    ];
+    for command in all {
+        let text = ok(Path::new("."), &[command, &["--help"][..]].concat());
+        assert!(text.contains("Example") && text.contains("\n  moa "), "{command:?}\n{text}");
+        assert!(text.contains("--json") && text.contains("--seed"), "{command:?}\n{text}");
+    }
+    let version = moa_in(Path::new("."), &["--version"]);
+    assert!(version.status.success());
+}

@@ -1,0 +1,262 @@
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use moa_core::Plan;
+use serde::Deserialize;
+
+use crate::chat::Message;
+use crate::checkpoint::Checkpoint;
+use crate::generate::Next;
+use crate::jsonl;
+use crate::ops::Ops;
+use crate::profile::Item;
+use crate::records::{PHRASINGS, Phrasing, last_integer};
+use crate::{Error, Result};
+
+/// A calibration prompt of the user's.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Prompt {
+    /// The user's message; goes through the chat template.
+    pub prompt: String,
+    /// The response; where it is missing the dense model writes it.
+    #[serde(default)]
+    pub answer: Option<String>,
+}
+
+impl Prompt {
+    /// Reads prompts, one JSON object a line.
+    ///
+    /// # Errors
+    /// [`Error::Io`], or [`Error::Line`] with the line that is not a prompt.
+    pub fn load(path: impl AsRef<Path>) -> Result<Vec<Self>> {
+        jsonl::load(path.as_ref())
+    }
+}
+
+/// Where calibration prompts come from.
+#[derive(Clone, Debug)]
+pub enum CalibrationData {
+    /// Built-in records of each length.
+    Records,
+    /// These prompts, each used at the largest length it fills.
+    Prompts(Vec<Prompt>),
+}
+
+/// How many calibration items of which lengths.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CalibrationOptions {
+    /// Lengths in tokens, prompt and response together.
+    pub lengths: Vec<usize>,
+    /// Most items per length.
+    pub samples: usize,
+    /// Most tokens of a response.
+    pub max_response: usize,
+    /// Seed of the built-in records.
+    pub seed: u64,
+}
+
+impl Default for CalibrationOptions {
+    fn default() -> Self {
+        Self { lengths: vec![1024, 2048], samples: 8, max_response: 48, seed: 0 }
+    }
+}
+
+impl<O: Ops> Checkpoint<O> {
+    /// Makes calibration items for each length. Responses that the data does not give are the
+    /// greedy answers of the dense model itself (REFERENCE: MoA, section 4.3). Of the built-in
+    /// records, only those count that the dense model answers right: a wrong answer shows no
+    /// dependency.
+    ///
+    /// `on_item` is told after each item and may cancel.
+    ///
+    /// # Errors
+    /// If a length is beyond the model's context, no item fills a length, or the dense model
+    /// answers no built-in record.
+    pub fn calibrate(
+        &self,
+        data: &CalibrationData,
+        options: &CalibrationOptions,
+        on_item: &mut dyn FnMut() -> Next,
+    ) -> Result<BTreeMap<usize, Vec<Item>>> {
+        let limit = self.model.config().context_length();
+        let shortest = 2 * options.max_response + 64;
+        for &length in &options.lengths {
+            if length > limit {
+                return Err(Error::ContextExceeded { asked: length, limit });
+            }
+            if length < shortest {
+                return Err(Error::invalid(
+                    "length",
+                    format!("at least {shortest} tokens"),
+                    length,
+                ));
+            }
+        }
+        if options.lengths.is_empty() || options.samples == 0 {
+            return Err(Error::invalid("lengths and samples", "at least one", 0));
+        }
+        match data {
+            CalibrationData::Records => self.record_items(options, on_item),
+            CalibrationData::Prompts(prompts) => self.prompt_items(prompts, options, on_item),
+        }
+    }
+
+    fn dense_answer(&self, prompt: &[u32], max_response: usize) -> Result<Vec<u32>> {
+        let plan = Plan::full(self.model.shape())?;
+        let mut batch = [self.model.open(&plan, prompt.len() + max_response, 0)?];
+        let options = self.greedy(max_response);
+        let mut generation =
+            self.model.generate(&mut batch, &[prompt], &options, &mut |_| Next::Continue)?;
+        Ok(generation.sequences.swap_remove(0).tokens)
+    }
+
+    fn record_items(
+        &self,
+        options: &CalibrationOptions,
+        on_item: &mut dyn FnMut() -> Next,
+    ) -> Result<BTreeMap<usize, Vec<Item>>> {
+        let phrasing = self.best_phrasing(options)?;
+        let mut items = BTreeMap::new();
+        for &length in &options.lengths {
+            let mut own = Vec::new();
+            // A model that answers a quarter of its calibration prompts still fills the set.
+            for attempt in 0..4 * options.samples as u64 {
+                if own.len() == options.samples {
+                    break;
+                }
+                let seed = options
+                    .seed
+                    .wrapping_mul(0x1_0000)
+                    .wrapping_add(attempt ^ (length as u64) << 32);
+                if let Some(item) =
+                    self.record_item(phrasing, length, seed, options.max_response)?
+                {
+                    own.push(item);
+                    if on_item() != Next::Continue {
+                        return Err(Error::Cancelled);
+                    }
+                }
+            }
+            if own.is_empty() {
+                return Err(Error::NoCalibration {
+                    length,
+                    reason: "the dense model answered none of the built-in records".into(),
+                });
+            }
+            items.insert(length, own);
+        }
+        Ok(items)
+    }
+
+    /// The phrasing whose short records the dense model answers best.
+    fn best_phrasing(&self, options: &CalibrationOptions) -> Result<&'static Phrasing> {
+        let length = options.lengths.iter().copied().min().unwrap_or(1024).min(1024);
+        let mut best = (0, &PHRASINGS[0]);
+        for phrasing in PHRASINGS {
+            let mut right = 0;
+            for probe in 0..4 {
+                let seed = options.seed.wrapping_add(0xca11_b000 + probe);
+                right += usize::from(
+                    self.record_item(phrasing, length, seed, options.max_response)?.is_some(),
+                );
+            }
+            tracing::debug!(?phrasing, right, "calibration phrasing");
+            if right > best.0 {
+                best = (right, phrasing);
+            }
+            if right == 4 {
+                break;
+            }
+        }
+        Ok(best.1)
+    }
+
+    /// A record of about `length` tokens with the dense model's answer, if it is right.
+    fn record_item(
+        &self,
+        phrasing: &Phrasing,
+        length: usize,
+        seed: u64,
+        max_response: usize,
+    ) -> Result<Option<Item>> {
+        let room = length - max_response;
+        let tokens = |lines: usize| {
+            let record = phrasing.prompt(lines, seed);
+            Ok::<_, Error>((self.chat_tokens(&[Message::user(&record.text)])?, record.answer))
+        };
+        let (few, many) = (tokens(8)?.0.len(), tokens(40)?.0.len());
+        let per_line = (many - few).max(32) as f64 / 32.0;
+        let mut lines = ((room as f64 - few as f64) / per_line) as usize + 8;
+        let (prompt, answer) = loop {
+            let (prompt, answer) = tokens(lines)?;
+            if prompt.len() <= room || lines == 1 {
+                break (prompt, answer);
+            }
+            lines -=
+                (((prompt.len() - room) as f64 / per_line).ceil() as usize).clamp(1, lines - 1);
+        };
+        let response = self.dense_answer(&prompt, max_response)?;
+        let right =
+            last_integer(&self.tokenizer.decode(&response, true)?) == Some(i64::from(answer));
+        if right { Item::new(&prompt, &response).map(Some) } else { Ok(None) }
+    }
+
+    fn prompt_items(
+        &self,
+        prompts: &[Prompt],
+        options: &CalibrationOptions,
+        on_item: &mut dyn FnMut() -> Next,
+    ) -> Result<BTreeMap<usize, Vec<Item>>> {
+        let mut lengths = options.lengths.clone();
+        lengths.sort_unstable();
+        let mut items: BTreeMap<usize, Vec<Item>> =
+            lengths.iter().map(|l| (*l, Vec::new())).collect();
+        let mut longest = 0;
+        for prompt in prompts {
+            let mut tokens = self.chat_tokens(&[Message::user(&prompt.prompt)])?;
+            let given = prompt
+                .answer
+                .as_deref()
+                .map(|a| self.tokenizer.encode(&format!(" {}", a.trim()), false))
+                .transpose()?;
+            let response_room = given.as_ref().map_or(options.max_response, Vec::len);
+            let total = tokens.len() + response_room;
+            longest = longest.max(total);
+            let Some(&length) = lengths.iter().rfind(|l| **l <= total) else { continue };
+            if items[&length].len() == options.samples || response_room + 2 > length {
+                continue;
+            }
+            cut_middle(&mut tokens, length - response_room);
+            let response = match given {
+                Some(tokens) => tokens,
+                None => self.dense_answer(&tokens, options.max_response)?,
+            };
+            if response.is_empty() {
+                continue;
+            }
+            items.entry(length).or_default().push(Item::new(&tokens, &response)?);
+            if on_item() != Next::Continue {
+                return Err(Error::Cancelled);
+            }
+        }
+        match items.iter().find(|(_, own)| own.is_empty()) {
+            Some((&length, _)) => Err(Error::NoCalibration {
+                length,
+                reason: format!(
+                    "no prompt with its answer fills it (the longest has {longest} tokens)"
+                ),
+            }),
+            None => Ok(items),
+        }
+    }
+}
+
+/// Shortens a prompt to `room` tokens by taking tokens out of its middle, as LongBench does: the
+/// beginning holds the instruction, the end the question.
+fn cut_middle(tokens: &mut Vec<u32>, room: usize) {
+    if tokens.len() > room {
+        let head = room / 2;
+        let tail = tokens.len() - (room - head);
+        tokens.drain(head..tail);
+    }
+}

@@ -1,0 +1,263 @@
+use std::collections::BTreeMap;
+
+use moa_core::search::Options as SolverOptions;
+use moa_core::{DEFAULT_SINK, FoundPlans, Influence, Plan, PlanRequest, Profile, ProfileInfo};
+
+use crate::calibrate::{CalibrationData, CalibrationOptions};
+use crate::checkpoint::Checkpoint;
+use crate::generate::Next;
+use crate::llama::Llama;
+use crate::objective::Objective;
+use crate::ops::{BackwardOps, Ops};
+use crate::profile::Item;
+use crate::refine::{Refined, refine};
+use crate::{Error, Result};
+
+/// Tokens per side of an influence block.
+pub const DEFAULT_BLOCK: usize = 64;
+
+/// How to find a plan: profile, search, validate, refine.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CompressOptions {
+    /// Largest mean density at every bound length.
+    pub density: f64,
+    /// Lengths at which influence is measured.
+    pub lengths: Vec<usize>,
+    /// Lengths at which the density is bounded; empty for the profile lengths, the validation length
+    /// and twice the longest profile length.
+    pub bound_lengths: Vec<usize>,
+    /// What influence is measured on.
+    pub objective: Objective,
+    /// Sink positions of every head; 0 is allowed.
+    pub sink: usize,
+    /// Smallest span of any head.
+    pub min_span: usize,
+    /// Calibration items per length.
+    pub samples: usize,
+    /// Most tokens of a calibration response.
+    pub max_response: usize,
+    /// Unseen length at which plans compete; `None` for 1.5 times the longest profile length, or the
+    /// longest profile length itself where the model's context ends before that.
+    pub validation_length: Option<usize>,
+    /// Validation items.
+    pub validation_samples: usize,
+    /// Plans to measure in refinement; 0 for none.
+    pub evaluations: usize,
+    /// How to search.
+    pub solver: SolverOptions,
+    /// Seed of everything drawn.
+    pub seed: u64,
+}
+
+impl Default for CompressOptions {
+    fn default() -> Self {
+        Self {
+            density: 0.25,
+            lengths: vec![1024, 2048],
+            bound_lengths: Vec::new(),
+            objective: Objective::Margin,
+            sink: DEFAULT_SINK,
+            min_span: DEFAULT_SINK + 16,
+            samples: 8,
+            max_response: 48,
+            validation_length: None,
+            validation_samples: 4,
+            evaluations: 200,
+            solver: SolverOptions::default(),
+            seed: 0,
+        }
+    }
+}
+
+/// What is being done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// The dense model answers calibration prompts.
+    Calibrate,
+    /// Influence is measured.
+    Profile,
+    /// Plans are searched.
+    Search,
+    /// Plans are measured at the validation length, and refined.
+    Measure,
+}
+
+/// Everything that [`compress`] found.
+#[derive(Debug)]
+pub struct Compressed {
+    /// The plan.
+    pub plan: Plan,
+    /// The influence it came from.
+    pub profile: Profile,
+    /// The first-order Pareto set.
+    pub found: FoundPlans,
+    /// Measured losses.
+    pub refined: Refined,
+}
+
+impl CompressOptions {
+    /// Checks the options that do not depend on the model.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming the option.
+    pub fn validate(&self) -> Result<()> {
+        if self.lengths.is_empty() {
+            return Err(Error::invalid("lengths", "at least one", "none"));
+        }
+        if self.samples == 0 || self.validation_samples == 0 {
+            return Err(Error::invalid("samples", "at least 1", 0));
+        }
+        self.request(1).map(|_| ())
+    }
+
+    /// Length at which plans compete, for a model of this context length.
+    pub fn validation_length(&self, context_length: usize) -> usize {
+        let longest = self.lengths.iter().copied().max().unwrap_or(1);
+        self.validation_length.unwrap_or_else(|| match longest * 3 / 2 {
+            unseen if unseen <= context_length => unseen,
+            _ => longest,
+        })
+    }
+
+    /// The search's request, for a model of this context length.
+    ///
+    /// # Errors
+    /// [`Error::Core`] naming the option that is out of range.
+    pub fn request(&self, context_length: usize) -> Result<PlanRequest> {
+        let mut lengths = self.bound_lengths.clone();
+        if lengths.is_empty() {
+            let longest = self.lengths.iter().copied().max().unwrap_or(1);
+            lengths.clone_from(&self.lengths);
+            lengths.extend([self.validation_length(context_length), 2 * longest]);
+        }
+        lengths.sort_unstable();
+        lengths.dedup();
+        let mut request = PlanRequest::density(self.density, &lengths, self.sink, self.min_span)?;
+        request.solver = self.solver.clone();
+        Ok(request)
+    }
+
+    fn calibration(&self, lengths: Vec<usize>, samples: usize, seed: u64) -> CalibrationOptions {
+        CalibrationOptions { lengths, samples, max_response: self.max_response, seed }
+    }
+
+    /// Calibration items for profiling.
+    pub fn profile_calibration(&self) -> CalibrationOptions {
+        self.calibration(self.lengths.clone(), self.samples, self.seed)
+    }
+
+    /// Calibration items for measuring plans: other records than those profiled, at the shortest
+    /// profile length (cheap, and where spans are smallest) and at the validation length.
+    pub fn validation_calibration(&self, context_length: usize) -> CalibrationOptions {
+        let mut lengths = vec![self.validation_length(context_length)];
+        lengths.extend(self.lengths.iter().copied().min());
+        lengths.dedup();
+        self.calibration(lengths, self.validation_samples, self.seed ^ 0x5eed_0000_0000)
+    }
+}
+
+impl<O: BackwardOps> Llama<O> {
+    /// Influence of a set of calibration items at each length.
+    ///
+    /// # Errors
+    /// As [`Llama::profile`]; [`Error::Cancelled`].
+    pub fn profile_all(
+        &self,
+        items: &BTreeMap<usize, Vec<Item>>,
+        objective: Objective,
+        block: usize,
+        data: &str,
+        on_item: &mut dyn FnMut() -> Next,
+    ) -> Result<Profile> {
+        let info = ProfileInfo {
+            fingerprint: Some(self.fingerprint().to_string()),
+            objective: objective.name().to_string(),
+            data: data.to_string(),
+        };
+        let mut profile = Profile::new(self.shape(), info);
+        for (&length, items) in items {
+            let mut influence = Influence::new(self.shape(), length, block)?;
+            for item in items {
+                self.profile(item, objective, &mut influence)?;
+                if on_item() != Next::Continue {
+                    return Err(Error::Cancelled);
+                }
+            }
+            profile.add(influence)?;
+        }
+        Ok(profile)
+    }
+}
+
+/// Finds a plan for a checkpoint: profiles, searches, and decides by measured loss at a length that
+/// was not profiled. `on_progress` gets the stage and how many of its steps are done.
+///
+/// # Errors
+/// If an option is out of range for the model, or no plan meets the density.
+pub fn compress<O: BackwardOps>(
+    checkpoint: &Checkpoint<O>,
+    data: &CalibrationData,
+    options: &CompressOptions,
+    on_progress: &mut dyn FnMut(Stage, usize, usize) -> Next,
+) -> Result<Compressed> {
+    options.validate()?;
+    let model = &checkpoint.model;
+    let context = model.config().context_length();
+    let request = options.request(context)?;
+    let count = options.lengths.len() * options.samples;
+    let items = calibrate(checkpoint, data, &options.profile_calibration(), count, on_progress)?;
+    let description = format!("{}, seed {}", describe(data), options.seed);
+    let profile = {
+        let mut step = counter(Stage::Profile, count, on_progress);
+        model.profile_all(&items, options.objective, DEFAULT_BLOCK, &description, &mut step)?
+    };
+    on_progress(Stage::Search, 0, 1);
+    let found = request.search_profile(&profile, &request.objective_lengths(&profile))?;
+    let validation = options.validation_calibration(context);
+    let count = validation.lengths.len() * validation.samples;
+    let items = match data {
+        CalibrationData::Records => calibrate(checkpoint, data, &validation, count, on_progress)?,
+        // A user's file may hold nothing longer than the profile lengths.
+        CalibrationData::Prompts(_) => calibrate(checkpoint, data, &validation, count, on_progress)
+            .or_else(|error| match error {
+                Error::NoCalibration { .. } => Ok(items),
+                other => Err(other),
+            })?,
+    };
+    let evaluations = options.evaluations.max(found.plans.len() + 1);
+    let mut step = counter(Stage::Measure, evaluations, on_progress);
+    let mut refined =
+        refine(model, &items, &found.plans, &request, &profile, options.evaluations, &mut step)?;
+    refined.plan.provenance.method = Some("moa compress".to_string());
+    Ok(Compressed { plan: refined.plan.clone(), profile, found, refined })
+}
+
+/// A name for calibration data, as profiles keep it.
+pub fn describe(data: &CalibrationData) -> String {
+    match data {
+        CalibrationData::Records => "built-in records".to_string(),
+        CalibrationData::Prompts(prompts) => format!("{} prompts of a file", prompts.len()),
+    }
+}
+
+fn calibrate<O: Ops>(
+    checkpoint: &Checkpoint<O>,
+    data: &CalibrationData,
+    options: &CalibrationOptions,
+    count: usize,
+    on_progress: &mut dyn FnMut(Stage, usize, usize) -> Next,
+) -> Result<BTreeMap<usize, Vec<Item>>> {
+    checkpoint.calibrate(data, options, &mut counter(Stage::Calibrate, count, on_progress))
+}
+
+fn counter(
+    stage: Stage,
+    total: usize,
+    on_progress: &mut dyn FnMut(Stage, usize, usize) -> Next,
+) -> impl FnMut() -> Next {
+    let mut done = 0;
+    move || {
+        done += 1;
+        on_progress(stage, done.min(total), total)
+    }
+}

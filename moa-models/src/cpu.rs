@@ -1,0 +1,235 @@
+//! The operations on CPU threads, over [`moa_backend_cpu`]. Weights stay in the 16-bit type of their
+//! file, and in its memory map.
+
+use std::ops::Range;
+
+use half::{bf16, f16};
+use moa_backend_cpu::ops::{self as kernels, WeightData, WeightRef};
+use moa_backend_cpu::{CacheDtype, CpuBackend, Tensor};
+
+use crate::ops::{BackwardOps, Ops};
+use crate::weights::{DType, MappedTensor};
+use crate::{Error, Result};
+
+/// Runs a model on the CPU.
+#[derive(Clone, Debug, Default)]
+pub struct CpuOps {
+    attention: CpuBackend,
+}
+
+impl CpuOps {
+    /// With KV caches of this element type.
+    pub fn new(cache: CacheDtype) -> Self {
+        Self { attention: CpuBackend::new(cache) }
+    }
+}
+
+/// A weight in its file's memory map, or a copy where the file does not align it.
+#[derive(Debug)]
+pub struct CpuMatrix {
+    rows: usize,
+    cols: usize,
+    data: Data,
+}
+
+#[derive(Debug)]
+enum Data {
+    Mapped(MappedTensor),
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    BF16(Vec<bf16>),
+}
+
+impl CpuMatrix {
+    fn new(tensor: MappedTensor) -> Result<Self> {
+        let &[rows, cols] = tensor.shape() else {
+            return Err(Error::invalid("weight", "2 axes", tensor.shape().len()));
+        };
+        let bytes = tensor.bytes();
+        let aligned = match tensor.dtype() {
+            DType::F32 => bytemuck::try_cast_slice::<_, f32>(bytes).is_ok(),
+            DType::F16 | DType::BF16 => bytemuck::try_cast_slice::<_, u16>(bytes).is_ok(),
+        };
+        let data = match (aligned, tensor.dtype()) {
+            (true, _) => Data::Mapped(tensor),
+            (false, DType::F32) => {
+                Data::F32(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+            }
+            (false, DType::F16) => {
+                Data::F16(bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b)).collect())
+            }
+            (false, DType::BF16) => {
+                Data::BF16(bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b)).collect())
+            }
+        };
+        Ok(Self { rows, cols, data })
+    }
+
+    fn data(&self) -> WeightData<'_> {
+        match &self.data {
+            // `new` has checked the alignment; lengths follow from the file's validation.
+            Data::Mapped(tensor) => match tensor.dtype() {
+                DType::F32 => WeightData::F32(bytemuck::cast_slice(tensor.bytes())),
+                DType::F16 => WeightData::F16(bytemuck::cast_slice(tensor.bytes())),
+                DType::BF16 => WeightData::Bf16(bytemuck::cast_slice(tensor.bytes())),
+            },
+            Data::F32(data) => WeightData::F32(data),
+            Data::F16(data) => WeightData::F16(data),
+            Data::BF16(data) => WeightData::Bf16(data),
+        }
+    }
+
+    fn view(&self) -> Result<WeightRef<'_>> {
+        WeightRef::new(self.data(), self.rows, self.cols).map_err(Error::backend)
+    }
+}
+
+impl Ops for CpuOps {
+    type Tensor = Tensor;
+    type Matrix = CpuMatrix;
+    type Vector = Vec<f32>;
+    type Attention = CpuBackend;
+
+    fn attention(&self) -> &CpuBackend {
+        &self.attention
+    }
+
+    fn cache_element_bytes(&self) -> usize {
+        self.attention.cache_dtype().bytes()
+    }
+
+    fn matrix(&self, tensor: MappedTensor) -> Result<CpuMatrix> {
+        CpuMatrix::new(tensor)
+    }
+
+    fn vector(&self, tensor: MappedTensor) -> Result<Vec<f32>> {
+        Ok(tensor.to_f32())
+    }
+
+    fn shape(&self, x: &Tensor) -> Vec<usize> {
+        x.shape().to_vec()
+    }
+
+    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
+        Tensor::new(values, shape).map_err(Error::backend)
+    }
+
+    fn values(&self, x: Tensor) -> Result<Vec<f32>> {
+        Ok(x.into_data())
+    }
+
+    fn embed(&self, table: &CpuMatrix, ids: &[u32]) -> Result<Tensor> {
+        let cols = table.cols;
+        let mut values = vec![0.0; ids.len() * cols];
+        for (out, &id) in values.chunks_mut(cols).zip(ids) {
+            let row = id as usize;
+            if row >= table.rows {
+                return Err(Error::invalid("token id", format!("below {}", table.rows), id));
+            }
+            let place = row * cols..(row + 1) * cols;
+            match table.data() {
+                WeightData::F32(x) => out.copy_from_slice(&x[place]),
+                WeightData::F16(x) => {
+                    out.iter_mut().zip(&x[place]).for_each(|(o, x)| *o = x.to_f32())
+                }
+                WeightData::Bf16(x) => {
+                    out.iter_mut().zip(&x[place]).for_each(|(o, x)| *o = x.to_f32())
+                }
+            }
+        }
+        self.tensor(values, &[ids.len(), cols])
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Vec<f32>, eps: f32) -> Result<Tensor> {
+        kernels::rms_norm(x, weight, eps).map_err(Error::backend)
+    }
+
+    fn linear(&self, x: &Tensor, weight: &CpuMatrix, bias: Option<&Vec<f32>>) -> Result<Tensor> {
+        kernels::linear(x, weight.view()?, bias.map(Vec::as_slice)).map_err(Error::backend)
+    }
+
+    fn rope(
+        &self,
+        x: Tensor,
+        head_dim: usize,
+        cos: &[f32],
+        sin: &[f32],
+        inverse: bool,
+    ) -> Result<Tensor> {
+        let (rows, width) = (x.rows(), x.row_len());
+        if head_dim == 0 || width % head_dim != 0 {
+            return Err(Error::invalid(
+                "row",
+                format!("a multiple of head_dim ({head_dim})"),
+                width,
+            ));
+        }
+        let mut x = self.reshape(x, &[rows, width / head_dim, head_dim])?;
+        // The tables already hold one row per packed token.
+        let positions: Vec<usize> = (0..rows).collect();
+        kernels::rope(&mut x, cos, sin, &positions, inverse).map_err(Error::backend)?;
+        Ok(x)
+    }
+
+    fn reshape(&self, x: Tensor, shape: &[usize]) -> Result<Tensor> {
+        x.reshape(shape).map_err(Error::backend)
+    }
+
+    fn swiglu(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
+        kernels::swiglu(&gate, up).map_err(Error::backend)
+    }
+
+    fn add(&self, mut x: Tensor, y: &Tensor) -> Result<Tensor> {
+        kernels::add_assign(&mut x, y).map_err(Error::backend)?;
+        Ok(x)
+    }
+
+    fn rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
+        let width = x.row_len();
+        let mut values = Vec::with_capacity(rows.len() * width);
+        for &row in rows {
+            if row >= x.rows() {
+                return Err(Error::invalid("row", format!("below {}", x.rows()), row));
+            }
+            values.extend_from_slice(&x.data()[row * width..(row + 1) * width]);
+        }
+        let shape = [&[rows.len()], &x.shape()[1..]].concat();
+        self.tensor(values, &shape)
+    }
+}
+
+impl BackwardOps for CpuOps {
+    fn linear_backward(&self, d_y: &Tensor, weight: &CpuMatrix) -> Result<Tensor> {
+        kernels::linear_backward_input(d_y, weight.view()?).map_err(Error::backend)
+    }
+
+    fn rms_norm_backward(
+        &self,
+        x: &Tensor,
+        weight: &Vec<f32>,
+        eps: f32,
+        d_y: &Tensor,
+    ) -> Result<Tensor> {
+        kernels::rms_norm_backward(x, weight, eps, d_y).map_err(Error::backend)
+    }
+
+    fn swiglu_backward(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        d_y: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        kernels::swiglu_backward(gate, up, d_y).map_err(Error::backend)
+    }
+
+    fn place_rows(&self, x: &Tensor, rows: Range<usize>, total: usize) -> Result<Tensor> {
+        if x.rows() != rows.len() || rows.end > total {
+            return Err(Error::invalid("rows", format!("{} of {total}", rows.len()), x.rows()));
+        }
+        let width = x.row_len();
+        let mut values = vec![0.0; total * width];
+        values[rows.start * width..rows.end * width].copy_from_slice(x.data());
+        let shape = [&[total], &x.shape()[1..]].concat();
+        self.tensor(values, &shape)
+    }
+}

@@ -1,0 +1,276 @@
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+/// Result of everything in this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What can go wrong between a model folder and its text.
+///
+/// Every variant says where it happened, what was expected and what came. The crate never panics
+/// on a bad file or a bad argument.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+
+    /// A file is not the JSON it should be: bad syntax, or the same key twice.
+    #[error("{}: not a valid JSON object: {reason}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What the parser met and where, with line and column.
+        reason: String,
+    },
+
+    /// A configuration file lacks a field that has no default.
+    #[error("{}: field `{field}` is missing", path.display())]
+    MissingField {
+        /// The file.
+        path: PathBuf,
+        /// The field, with dots between nested objects.
+        field: String,
+    },
+
+    /// A field of a configuration file has a value that no supported model has.
+    #[error("{}: field `{field}` must be {expected}, got {got}", path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// The field, with dots between nested objects.
+        field: String,
+        /// The values it may have.
+        expected: String,
+        /// The value found.
+        got: String,
+    },
+
+    /// A folder holds no safetensors weights.
+    #[error("{}: no weights: expected `model.safetensors` or `model.safetensors.index.json`, got {got}", path.display())]
+    NoWeights {
+        /// The model folder.
+        path: PathBuf,
+        /// What lies there instead.
+        got: String,
+    },
+
+    /// A safetensors file is truncated, overlapping or otherwise not what its header says.
+    #[error("{}: not a valid safetensors file: {reason}", path.display())]
+    Safetensors {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// The index of a sharded checkpoint names a file that is not there.
+    #[error("{}: shard `{shard}` is missing, expected beside the index", index.display())]
+    ShardMissing {
+        /// The index file.
+        index: PathBuf,
+        /// The shard's file name as the index gives it.
+        shard: String,
+    },
+
+    /// The index of a sharded checkpoint names something other than a file beside it.
+    #[error("{}: shard `{shard}` must be a plain file name beside the index", index.display())]
+    ShardName {
+        /// The index file.
+        index: PathBuf,
+        /// The name found.
+        shard: String,
+    },
+
+    /// The same tensor lies in two shards.
+    #[error("tensor `{name}` lies in two files, {} and {}", first.display(), second.display())]
+    TensorTwice {
+        /// The tensor.
+        name: String,
+        /// One of the files.
+        first: PathBuf,
+        /// The other file.
+        second: PathBuf,
+    },
+
+    /// A tensor that the model or the index needs is not there.
+    #[error("{}: tensor `{name}` is missing", path.display())]
+    TensorMissing {
+        /// The file or folder searched.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+    },
+
+    /// A tensor has another shape than the configuration asks for.
+    #[error("{}: tensor `{name}` must have shape {expected:?}, got {got:?}", path.display())]
+    TensorShape {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// The shape that follows from the configuration.
+        expected: Vec<usize>,
+        /// The shape found.
+        got: Vec<usize>,
+    },
+
+    /// A tensor has no plain floating-point elements; quantised checkpoints are not supported.
+    #[error(
+        "{}: tensor `{name}` must have elements F32, F16 or BF16, got {got} \
+         (quantised checkpoints are not supported)",
+        path.display()
+    )]
+    TensorDtype {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// The element type found.
+        got: String,
+    },
+
+    /// A tokenizer could not be loaded, or refused a text or a token.
+    #[error("{}: tokenizer: {reason}", path.display())]
+    Tokenizer {
+        /// The tokenizer file.
+        path: PathBuf,
+        /// What the tokenizer says.
+        reason: String,
+    },
+
+    /// The tokenizer belongs to a model of another vocabulary.
+    #[error(
+        "{}: tokenizer of another vocabulary: token `{token}` has id {id}, \
+         the model's vocabulary ends before {vocab_size}",
+        path.display()
+    )]
+    TokenizerVocabulary {
+        /// The tokenizer file.
+        path: PathBuf,
+        /// The token with the highest id.
+        token: String,
+        /// Its id.
+        id: u32,
+        /// `vocab_size` of the model's configuration.
+        vocab_size: usize,
+    },
+
+    /// The model folder has no chat template, and none was chosen by the caller.
+    #[error(
+        "{}: no chat template: expected `chat_template` in tokenizer_config.json or a file \
+         chat_template.jinja; a template by name (vicuna, llama2, llama3) can be chosen instead",
+        path.display()
+    )]
+    NoChatTemplate {
+        /// The model folder.
+        path: PathBuf,
+    },
+
+    /// A chat template does not compile, raised an exception or did not end within its budget.
+    #[error("chat template: {reason}")]
+    Template {
+        /// What the template engine says, with the line.
+        reason: String,
+        /// The template used up its budget of instructions and memory.
+        out_of_fuel: bool,
+    },
+
+    /// An argument is out of its range.
+    #[error("{what} must be {expected}, got {got}")]
+    Invalid {
+        /// The argument.
+        what: &'static str,
+        /// The values it may have.
+        expected: String,
+        /// The value that came.
+        got: String,
+    },
+
+    /// The logits of a step cannot be sampled from.
+    #[error("logits must be finite for at least one token and never NaN, got {got}")]
+    Logits {
+        /// What was found, with the token id.
+        got: String,
+    },
+
+    /// A sequence would grow past what the model or the open context allows.
+    #[error("context of {asked} tokens asked for, at most {limit} allowed")]
+    ContextExceeded {
+        /// Tokens needed.
+        asked: usize,
+        /// Tokens allowed.
+        limit: usize,
+    },
+
+    /// The caller cancelled the operation.
+    #[error("cancelled")]
+    Cancelled,
+
+    /// A line of a JSON Lines file is not what it should be.
+    #[error("{}, line {line}: {reason}", path.display())]
+    Line {
+        /// The file.
+        path: PathBuf,
+        /// Line number, from 1.
+        line: usize,
+        /// What is wrong.
+        reason: String,
+    },
+
+    /// No calibration item could be made for a length.
+    #[error("no calibration item of {length} tokens: {reason}")]
+    NoCalibration {
+        /// The length.
+        length: usize,
+        /// Why.
+        reason: String,
+    },
+
+    /// A plan, profile, search or cache refused its input.
+    #[error(transparent)]
+    Core(#[from] moa_core::Error),
+
+    /// The device failed.
+    #[error("device: {0}")]
+    Backend(Box<dyn std::error::Error + Send + Sync>),
+
+    /// A file could not be had from the hub.
+    #[cfg(feature = "hub")]
+    #[error("download of `{file}` of `{model}`: {reason}")]
+    Download {
+        /// The model id, `owner/name`.
+        model: String,
+        /// The file asked for.
+        file: String,
+        /// What the hub or the network says.
+        reason: String,
+    },
+}
+
+impl Error {
+    /// An [`Error::Backend`].
+    pub(crate) fn backend(source: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Self::Backend(Box::new(source))
+    }
+
+    /// An [`Error::Io`] at `path`.
+    pub(crate) fn io(path: impl Into<PathBuf>, source: io::Error) -> Self {
+        Self::Io { path: path.into(), source }
+    }
+
+    /// An [`Error::Invalid`]: `what` must be `expected`, but is `got`.
+    pub(crate) fn invalid(
+        what: &'static str,
+        expected: impl Into<String>,
+        got: impl fmt::Display,
+    ) -> Self {
+        Self::Invalid { what, expected: expected.into(), got: got.to_string() }
+    }
+}

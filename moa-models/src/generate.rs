@@ -1,0 +1,303 @@
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use crate::llama::{Llama, LogitRows, Sequence};
+use crate::ops::Ops;
+use crate::sampling::{Sampler, SamplingOptions};
+use crate::{Error, Result};
+
+/// How to continue prompts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerateOptions {
+    /// Most tokens to add to each prompt.
+    pub max_new_tokens: usize,
+    /// How each token is chosen; sequence `i` of a batch draws with `seed + i`.
+    pub sampling: SamplingOptions,
+    /// Tokens that end a sequence.
+    pub eos_token_ids: Vec<u32>,
+    /// Prompt tokens per forward step: bounds the memory of activations, changes no result.
+    pub prefill_chunk: usize,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        Self {
+            max_new_tokens: 256,
+            sampling: SamplingOptions::default(),
+            eos_token_ids: Vec::new(),
+            prefill_chunk: 2048,
+        }
+    }
+}
+
+/// Why a sequence ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// An end-of-sequence token.
+    Eos,
+    /// `max_new_tokens` were made, or the sequence is full.
+    Length,
+    /// The caller ended this sequence, for example at a stop string.
+    Stopped,
+}
+
+/// What a generation tells its caller as it goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// `done` of `total` prompt tokens of the batch are read.
+    Prefill {
+        /// Tokens read.
+        done: usize,
+        /// Tokens to read.
+        total: usize,
+    },
+    /// Sequence `sequence` got `token`.
+    Token {
+        /// Index in the batch.
+        sequence: usize,
+        /// Token id; never an end-of-sequence token.
+        token: u32,
+    },
+}
+
+/// What the caller wants next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Go on.
+    Continue,
+    /// End this sequence after its token (of a prefill: go on).
+    Stop,
+    /// End the whole batch with [`Error::Cancelled`].
+    Cancel,
+}
+
+/// Result of one sequence.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Generated {
+    /// New tokens, without the end-of-sequence token.
+    pub tokens: Vec<u32>,
+    /// Why it ended.
+    pub finish: Finish,
+}
+
+/// Results of a batch with its times.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Generation {
+    /// One per sequence.
+    pub sequences: Vec<Generated>,
+    /// Prompt tokens read.
+    pub prompt_tokens: usize,
+    /// Time to read the prompts.
+    pub prefill: Duration,
+    /// Forward steps after the prompts, each one token per running sequence.
+    pub decoded_tokens: usize,
+    /// Time of those steps.
+    pub decode: Duration,
+}
+
+impl Generation {
+    /// Prompt tokens per second.
+    pub fn prefill_tokens_per_second(&self) -> f64 {
+        self.prompt_tokens as f64 / self.prefill.as_secs_f64().max(1e-9)
+    }
+
+    /// New tokens per second, over all sequences.
+    pub fn decode_tokens_per_second(&self) -> f64 {
+        self.decoded_tokens as f64 / self.decode.as_secs_f64().max(1e-9)
+    }
+}
+
+impl<O: Ops> Llama<O> {
+    /// Appends tokens in chunks and returns the last one's logits, `[vocab]`. `on_chunk` is told how
+    /// many tokens are read and may break off.
+    ///
+    /// # Errors
+    /// As [`Llama::forward`]; [`Error::Cancelled`] if `on_chunk` breaks off: the sequence then holds
+    /// the chunks read so far.
+    pub fn prefill(
+        &self,
+        sequence: &mut Sequence<O>,
+        tokens: &[u32],
+        chunk: usize,
+        on_chunk: &mut dyn FnMut(usize) -> ControlFlow<()>,
+    ) -> Result<Vec<f32>> {
+        if tokens.is_empty() || chunk == 0 {
+            return Err(Error::invalid("prompt and chunk", "at least 1 token", 0));
+        }
+        self.check_tokens(tokens)?;
+        if tokens.len() > sequence.capacity() - sequence.len() {
+            return Err(moa_core::Error::CapacityExceeded {
+                len: sequence.len(),
+                more: tokens.len(),
+                capacity: sequence.capacity(),
+            }
+            .into());
+        }
+        let mut done = 0;
+        loop {
+            let part = &tokens[done..tokens.len().min(done + chunk)];
+            done += part.len();
+            let is_last = done == tokens.len();
+            let rows = if is_last { LogitRows::Last } else { LogitRows::None };
+            let logits = self.forward(&mut [sequence], &[part], rows)?;
+            if on_chunk(done).is_break() {
+                return Err(Error::Cancelled);
+            }
+            if is_last {
+                return self.ops().values(logits);
+            }
+        }
+    }
+
+    /// Appends each prompt to its sequence and continues all of them together. Prompts may have any
+    /// lengths and sequences may already hold tokens (multi-turn). Each sequence's result is the
+    /// same as alone. A new token enters the cache with the next step, so the last one made is not
+    /// in it.
+    ///
+    /// # Errors
+    /// If a prompt is empty, longer than its sequence has room for or has a token outside the
+    /// vocabulary, if an option is out of range (nothing has changed then), or [`Error::Cancelled`].
+    pub fn generate(
+        &self,
+        batch: &mut [Sequence<O>],
+        prompts: &[&[u32]],
+        options: &GenerateOptions,
+        on_progress: &mut dyn FnMut(Progress) -> Next,
+    ) -> Result<Generation> {
+        if batch.len() != prompts.len() || batch.is_empty() {
+            return Err(Error::invalid(
+                "prompts",
+                format!("one for each of {} sequences", batch.len()),
+                prompts.len(),
+            ));
+        }
+        options.sampling.validate()?;
+        for (sequence, prompt) in batch.iter().zip(prompts) {
+            let room = sequence.capacity() - sequence.len();
+            if prompt.is_empty() {
+                return Err(Error::invalid("prompt", "at least 1 token", 0));
+            }
+            if prompt.len() > room {
+                return Err(Error::ContextExceeded {
+                    asked: sequence.len() + prompt.len(),
+                    limit: sequence.capacity(),
+                });
+            }
+            self.check_tokens(prompt)?;
+        }
+        let total = prompts.iter().map(|p| p.len()).sum();
+        let mut running: Vec<Running> = prompts
+            .iter()
+            .enumerate()
+            .map(|(i, prompt)| Running::new(prompt, &options.sampling, i))
+            .collect::<Result<_>>()?;
+        let start = Instant::now();
+        let mut before = 0;
+        for ((sequence, prompt), run) in batch.iter_mut().zip(prompts).zip(&mut running) {
+            let mut tell =
+                |done| match on_progress(Progress::Prefill { done: before + done, total }) {
+                    Next::Cancel => ControlFlow::Break(()),
+                    Next::Continue | Next::Stop => ControlFlow::Continue(()),
+                };
+            run.logits = self.prefill(sequence, prompt, options.prefill_chunk, &mut tell)?;
+            before += prompt.len();
+        }
+        let prefill = start.elapsed();
+        let start = Instant::now();
+        let mut decoded_tokens = 0;
+        loop {
+            for (i, (run, sequence)) in running.iter_mut().zip(batch.iter()).enumerate() {
+                run.choose(i, options, sequence.capacity() - sequence.len(), on_progress)?;
+            }
+            let (mut step, mut tokens) = (Vec::new(), Vec::new());
+            for (sequence, run) in
+                batch.iter_mut().zip(&running).filter(|(_, r)| r.finish.is_none())
+            {
+                step.push(sequence);
+                tokens.push(&run.history[run.history.len() - 1..]);
+            }
+            if step.is_empty() {
+                break;
+            }
+            decoded_tokens += step.len();
+            let values = self.ops().values(self.forward(&mut step, &tokens, LogitRows::Last)?)?;
+            let still = running.iter_mut().filter(|r| r.finish.is_none());
+            for (run, row) in still.zip(values.chunks(self.config().vocab_size)) {
+                run.logits = row.to_vec();
+            }
+        }
+        let sequences = running.into_iter().map(Running::finish).collect();
+        Ok(Generation {
+            sequences,
+            prompt_tokens: total,
+            prefill,
+            decoded_tokens,
+            decode: start.elapsed(),
+        })
+    }
+}
+
+/// One sequence of a batch while it runs.
+struct Running {
+    sampler: Sampler,
+    /// Prompt and new tokens.
+    history: Vec<u32>,
+    prompt_len: usize,
+    /// Of the last token; empty once they were sampled.
+    logits: Vec<f32>,
+    finish: Option<Finish>,
+}
+
+impl Running {
+    fn new(prompt: &[u32], sampling: &SamplingOptions, index: usize) -> Result<Self> {
+        let seed = sampling.seed.wrapping_add(index as u64);
+        Ok(Self {
+            sampler: Sampler::new(SamplingOptions { seed, ..sampling.clone() })?,
+            history: prompt.to_vec(),
+            prompt_len: prompt.len(),
+            logits: Vec::new(),
+            finish: None,
+        })
+    }
+
+    /// Samples the next token, if the sequence still runs.
+    fn choose(
+        &mut self,
+        index: usize,
+        options: &GenerateOptions,
+        room: usize,
+        on_progress: &mut dyn FnMut(Progress) -> Next,
+    ) -> Result<()> {
+        if self.finish.is_some() {
+            return Ok(());
+        }
+        if self.history.len() - self.prompt_len >= options.max_new_tokens {
+            self.finish = Some(Finish::Length);
+            return Ok(());
+        }
+        let token = self.sampler.sample(&mut self.logits, &self.history)?;
+        if options.eos_token_ids.contains(&token) {
+            self.finish = Some(Finish::Eos);
+            return Ok(());
+        }
+        self.history.push(token);
+        match on_progress(Progress::Token { sequence: index, token }) {
+            Next::Continue => {}
+            Next::Stop => self.finish = Some(Finish::Stopped),
+            Next::Cancel => return Err(Error::Cancelled),
+        }
+        if self.finish.is_none()
+            && (room == 0 || self.history.len() - self.prompt_len >= options.max_new_tokens)
+        {
+            self.finish = Some(Finish::Length);
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> Generated {
+        Generated {
+            tokens: self.history[self.prompt_len..].to_vec(),
+            finish: self.finish.unwrap_or(Finish::Length),
+        }
+    }
+}

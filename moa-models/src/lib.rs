@@ -1,0 +1,64 @@
+//! Llama-2, Llama-3 and Vicuna models whose KV caches are as small as a
+//! [plan](moa_core::Plan) allows.
+
+mod calibrate;
+mod chat;
+mod chat_session;
+mod checkpoint;
+mod compress;
+mod config;
+mod cpu;
+mod date;
+#[cfg(feature = "hub")]
+mod download;
+mod error;
+mod generate;
+mod generation_config;
+mod json;
+mod json_style;
+mod jsonl;
+mod llama;
+mod measure;
+mod objective;
+mod ops;
+mod probe;
+mod profile;
+mod records;
+mod refine;
+mod retrieval;
+mod rng;
+mod rope;
+mod rope_scaling;
+mod sampling;
+mod special_tokens;
+mod stop;
+mod tokenizer;
+mod weights;
+
+pub use calibrate::{CalibrationData, CalibrationOptions, Prompt};
+pub use chat::{ChatTemplate, Message};
+pub use chat_session::ChatSession;
+pub use checkpoint::{Checkpoint, Completion, TextProgress};
+pub use compress::{CompressOptions, Compressed, DEFAULT_BLOCK, Stage, compress, describe};
+pub use config::LlamaConfig;
+pub use cpu::{CpuMatrix, CpuOps};
+#[cfg(feature = "hub")]
+pub use download::download;
+pub use error::{Error, Result};
+pub use generate::{Finish, GenerateOptions, Generated, Generation, Next, Progress};
+pub use generation_config::GenerationConfig;
+pub use llama::{Llama, LogitRows, Sequence};
+pub use measure::{PerplexityReport, RetrievalReport};
+pub use moa_backend_cpu::CacheDtype;
+pub use objective::Objective;
+pub use ops::{BackwardOps, Ops};
+pub use profile::Item;
+pub use records::{PHRASINGS, Phrasing, RecordPrompt};
+pub use refine::{Refined, measured_losses, refine};
+pub use retrieval::{RetrievalCase, RetrievalItem};
+pub use rope::RopeTable;
+pub use rope_scaling::RopeScaling;
+pub use sampling::{Sampler, SamplingOptions};
+pub use stop::StopStrings;
+pub use tokenizer::{TokenStream, Tokenizer};
+pub use weights::{DType, MappedTensor, Weights};

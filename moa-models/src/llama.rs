@@ -1,0 +1,420 @@
+use moa_core::{Extent, LayerLayout, ModelShape, Plan, SparseAttentionBackend};
+
+use crate::config::LlamaConfig;
+use crate::ops::Ops;
+use crate::rope::RopeTable;
+use crate::weights::Weights;
+use crate::{Error, Result};
+
+/// A weight and its optional bias.
+pub(crate) struct Linear<O: Ops> {
+    pub(crate) weight: O::Matrix,
+    bias: Option<O::Vector>,
+}
+
+impl<O: Ops> Linear<O> {
+    fn load(
+        ops: &O,
+        weights: &Weights,
+        name: &str,
+        out: usize,
+        input: usize,
+        bias: bool,
+    ) -> Result<Self> {
+        Ok(Self {
+            weight: ops.matrix(weights.tensor(&format!("{name}.weight"), &[out, input])?)?,
+            bias: match bias {
+                true => Some(ops.vector(weights.tensor(&format!("{name}.bias"), &[out])?)?),
+                false => None,
+            },
+        })
+    }
+
+    pub(crate) fn forward(&self, ops: &O, x: &O::Tensor) -> Result<O::Tensor> {
+        ops.linear(x, &self.weight, self.bias.as_ref())
+    }
+}
+
+pub(crate) struct Layer<O: Ops> {
+    pub(crate) attention_norm: O::Vector,
+    pub(crate) q: Linear<O>,
+    pub(crate) k: Linear<O>,
+    pub(crate) v: Linear<O>,
+    pub(crate) o: Linear<O>,
+    pub(crate) mlp_norm: O::Vector,
+    pub(crate) gate: Linear<O>,
+    pub(crate) up: Linear<O>,
+    pub(crate) down: Linear<O>,
+}
+
+impl<O: Ops> Layer<O> {
+    fn load(ops: &O, c: &LlamaConfig, weights: &Weights, index: usize) -> Result<Self> {
+        let name = |part: &str| format!("model.layers.{index}.{part}");
+        let (hidden, inner) = (c.hidden_size, c.intermediate_size);
+        let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
+        let norm = |part: &str| ops.vector(weights.tensor(&name(part), &[hidden])?);
+        let linear = |part: &str, out, input, bias| {
+            Linear::load(ops, weights, &name(part), out, input, bias)
+        };
+        Ok(Self {
+            attention_norm: norm("input_layernorm.weight")?,
+            q: linear("self_attn.q_proj", q, hidden, c.attention_bias)?,
+            k: linear("self_attn.k_proj", kv, hidden, c.attention_bias)?,
+            v: linear("self_attn.v_proj", kv, hidden, c.attention_bias)?,
+            o: linear("self_attn.o_proj", hidden, q, c.attention_bias)?,
+            mlp_norm: norm("post_attention_layernorm.weight")?,
+            gate: linear("mlp.gate_proj", inner, hidden, c.mlp_bias)?,
+            up: linear("mlp.up_proj", inner, hidden, c.mlp_bias)?,
+            down: linear("mlp.down_proj", hidden, inner, c.mlp_bias)?,
+        })
+    }
+}
+
+/// A Llama-type decoder on one device.
+pub struct Llama<O: Ops> {
+    pub(crate) ops: O,
+    pub(crate) config: LlamaConfig,
+    pub(crate) embedding: O::Matrix,
+    pub(crate) layers: Vec<Layer<O>>,
+    pub(crate) norm: O::Vector,
+    /// `None` when the embedding is tied.
+    lm_head: Option<O::Matrix>,
+    fingerprint: String,
+}
+
+impl<O: Ops> std::fmt::Debug for Llama<O> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Llama").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+/// Cosines and sines of packed tokens, `[tokens, head_dim / 2]` each.
+pub(crate) struct Rotations {
+    pub(crate) cos: Vec<f32>,
+    pub(crate) sin: Vec<f32>,
+}
+
+impl Rotations {
+    pub(crate) fn extend(&mut self, table: &RopeTable, positions: std::ops::Range<usize>) {
+        for position in positions {
+            for (cos, sin) in table.cos_sin(position) {
+                self.cos.push(cos);
+                self.sin.push(sin);
+            }
+        }
+    }
+
+    pub(crate) fn new() -> Self {
+        Self { cos: Vec::new(), sin: Vec::new() }
+    }
+}
+
+/// One sequence: its caches in every layer, as large as its plan allows and no larger.
+pub struct Sequence<O: Ops> {
+    caches: Vec<<O::Attention as SparseAttentionBackend>::Cache>,
+    layouts: Vec<LayerLayout>,
+    extent: Extent,
+    capacity: usize,
+    rope: RopeTable,
+    /// A device failed half-way through a step: layers disagree on the length.
+    broken: bool,
+}
+
+impl<O: Ops> std::fmt::Debug for Sequence<O> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Sequence({} of {} tokens)", self.len(), self.capacity)
+    }
+}
+
+impl<O: Ops> Sequence<O> {
+    /// Tokens held.
+    pub fn len(&self) -> usize {
+        self.extent.len()
+    }
+
+    /// Whether no token is held.
+    pub fn is_empty(&self) -> bool {
+        self.extent.is_empty()
+    }
+
+    /// Most tokens it may hold.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+}
+
+/// Which rows of a step get logits.
+#[derive(Clone, Copy, Debug)]
+pub enum LogitRows<'a> {
+    /// The last token of each sequence.
+    Last,
+    /// These rows of the packed batch.
+    Rows(&'a [usize]),
+    /// None: the step only fills caches; the result has no rows.
+    None,
+}
+
+impl<O: Ops> Llama<O> {
+    /// Loads the weights of a Hugging Face checkpoint.
+    ///
+    /// # Errors
+    /// If a tensor is missing or has another shape than the configuration says.
+    pub fn load(ops: O, config: LlamaConfig, weights: &Weights) -> Result<Self> {
+        let table = [config.vocab_size, config.hidden_size];
+        let embedding = ops.matrix(weights.tensor("model.embed_tokens.weight", &table)?)?;
+        let layers = (0..config.num_hidden_layers)
+            .map(|index| Layer::load(&ops, &config, weights, index))
+            .collect::<Result<_>>()?;
+        let norm = ops.vector(weights.tensor("model.norm.weight", &[config.hidden_size])?)?;
+        let lm_head = match config.tie_word_embeddings {
+            true => None,
+            false => Some(ops.matrix(weights.tensor("lm_head.weight", &table)?)?),
+        };
+        let fingerprint = weights.fingerprint();
+        Ok(Self { ops, config, embedding, layers, norm, lm_head, fingerprint })
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+
+    /// The device.
+    pub fn ops(&self) -> &O {
+        &self.ops
+    }
+
+    /// Fingerprint of the weights, as plan files hold it.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// The dimensions that plans depend on.
+    pub fn shape(&self) -> ModelShape {
+        ModelShape {
+            layers: self.config.num_hidden_layers,
+            query_heads: self.config.num_attention_heads,
+            kv_heads: self.config.num_key_value_heads,
+            head_dim: self.config.head_dim,
+        }
+    }
+
+    pub(crate) fn scale(&self) -> f32 {
+        (self.config.head_dim as f32).sqrt().recip()
+    }
+
+    pub(crate) fn output_matrix(&self) -> &O::Matrix {
+        self.lm_head.as_ref().unwrap_or(&self.embedding)
+    }
+
+    pub(crate) fn rope(&self, capacity: usize) -> Result<RopeTable> {
+        RopeTable::new(&self.config, capacity)
+    }
+
+    /// Opens an empty sequence of at most `capacity` tokens with the spans of `plan` at that
+    /// length. `slack` more tokens per head can be rolled back (speculative decoding).
+    ///
+    /// # Errors
+    /// If the plan is for another model or `capacity` is longer than the model's context.
+    pub fn open(&self, plan: &Plan, capacity: usize, slack: usize) -> Result<Sequence<O>> {
+        plan.check_shape(&self.shape())?;
+        let limit = self.config.context_length();
+        if capacity > limit {
+            return Err(Error::ContextExceeded { asked: capacity, limit });
+        }
+        let layouts = (0..self.layers.len())
+            .map(|layer| LayerLayout::new(&plan.layer_spans(layer, capacity), capacity, slack))
+            .collect::<moa_core::Result<Vec<_>>>()?;
+        let open = |layout| self.ops.attention().open(layout, self.config.head_dim);
+        let caches = layouts.iter().map(open).collect::<Result<_, _>>().map_err(Error::backend)?;
+        let rope = self.rope(capacity)?;
+        Ok(Sequence { caches, layouts, extent: Extent::default(), capacity, rope, broken: false })
+    }
+
+    /// An independent copy of a sequence, for a shared prefix.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    pub fn fork(&self, sequence: &Sequence<O>) -> Result<Sequence<O>> {
+        let fork = |cache| self.ops.attention().fork(cache);
+        Ok(Sequence {
+            caches: sequence
+                .caches
+                .iter()
+                .map(fork)
+                .collect::<Result<_, _>>()
+                .map_err(Error::backend)?,
+            layouts: sequence.layouts.clone(),
+            rope: sequence.rope.clone(),
+            ..*sequence
+        })
+    }
+
+    /// Forgets all tokens after the first `len`.
+    ///
+    /// # Errors
+    /// [`moa_core::Error::Evicted`] if keys that were overwritten would be needed; nothing changes.
+    pub fn truncate(&self, sequence: &mut Sequence<O>, len: usize) -> Result<()> {
+        // Layers differ in spans: ask all of them before changing one.
+        for layout in &sequence.layouts {
+            sequence.extent.clone().truncate(layout, len)?;
+        }
+        for (cache, layout) in sequence.caches.iter_mut().zip(&sequence.layouts) {
+            self.ops.attention().truncate(cache, len).map_err(Error::backend)?;
+            sequence.extent.truncate(layout, len)?;
+        }
+        Ok(())
+    }
+
+    /// Bytes of keys and values that a sequence really holds.
+    pub fn kv_bytes(&self, sequence: &Sequence<O>) -> u64 {
+        sequence.caches.iter().map(|c| self.ops.attention().bytes(c)).sum()
+    }
+
+    /// Appends `tokens[i]` to `batch[i]` and returns logits `[rows, vocab]`.
+    ///
+    /// # Errors
+    /// If a sequence has no room or a token is outside the vocabulary; then nothing changes. If the
+    /// device fails half-way, the sequences of the batch refuse further use.
+    pub fn forward(
+        &self,
+        batch: &mut [&mut Sequence<O>],
+        tokens: &[&[u32]],
+        logits: LogitRows<'_>,
+    ) -> Result<O::Tensor> {
+        self.check_step(batch, tokens)?;
+        let mut rotations = Rotations::new();
+        for (sequence, new) in batch.iter().zip(tokens) {
+            rotations.extend(&sequence.rope, sequence.len()..sequence.len() + new.len());
+        }
+        let counts: Vec<usize> = tokens.iter().map(|t| t.len()).collect();
+        let ids = tokens.concat();
+        let rows: Vec<usize> = match logits {
+            LogitRows::Last => counts
+                .iter()
+                .scan(0, |end, n| {
+                    *end += n;
+                    Some(*end - 1)
+                })
+                .collect(),
+            LogitRows::Rows(rows) => rows.to_vec(),
+            LogitRows::None => Vec::new(),
+        };
+        if let Some(&row) = rows.iter().find(|r| **r >= ids.len()) {
+            return Err(Error::invalid("logit row", format!("below {}", ids.len()), row));
+        }
+        let x = self.ops.embed(&self.embedding, &ids)?;
+        let result = self.run_layers(batch, &counts, x, &rotations);
+        for (sequence, n) in batch.iter_mut().zip(&counts) {
+            match result {
+                Ok(_) => sequence.extent.advance(*n),
+                Err(_) => sequence.broken = true,
+            }
+        }
+        self.logits(&result?, &rows)
+    }
+
+    fn check_step(&self, batch: &[&mut Sequence<O>], tokens: &[&[u32]]) -> Result<()> {
+        if batch.len() != tokens.len() || batch.is_empty() {
+            return Err(Error::invalid(
+                "tokens",
+                format!("one list for each of {} sequences", batch.len()),
+                tokens.len(),
+            ));
+        }
+        for (sequence, new) in batch.iter().zip(tokens) {
+            if sequence.broken {
+                return Err(Error::invalid(
+                    "sequence",
+                    "one whose last step did not fail",
+                    "a broken one",
+                ));
+            }
+            if new.is_empty() {
+                return Err(Error::invalid("tokens", "at least 1 per sequence", 0));
+            }
+            sequence.extent.check_append(&sequence.layouts[0], new.len())?;
+            self.check_tokens(new)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+        let vocab = self.config.vocab_size;
+        match tokens.iter().find(|id| **id as usize >= vocab) {
+            Some(id) => Err(Error::invalid("token id", format!("below {vocab}"), id)),
+            None => Ok(()),
+        }
+    }
+
+    fn run_layers(
+        &self,
+        batch: &mut [&mut Sequence<O>],
+        counts: &[usize],
+        mut x: O::Tensor,
+        rotations: &Rotations,
+    ) -> Result<O::Tensor> {
+        for (index, layer) in self.layers.iter().enumerate() {
+            let (q, k, v) = self.qkv(layer, &x, rotations)?;
+            let mut caches: Vec<_> = batch.iter_mut().map(|s| &mut s.caches[index]).collect();
+            let (out, _) = self
+                .ops
+                .attention()
+                .extend(&mut caches, counts, &q, &k, &v, self.scale(), false)
+                .map_err(Error::backend)?;
+            x = self.after_attention(layer, x, out)?;
+            x = self.mlp(layer, x)?;
+        }
+        Ok(x)
+    }
+
+    /// Rotated queries and keys, and values, `[tokens, heads, head_dim]`.
+    pub(crate) fn qkv(
+        &self,
+        layer: &Layer<O>,
+        x: &O::Tensor,
+        rotations: &Rotations,
+    ) -> Result<(O::Tensor, O::Tensor, O::Tensor)> {
+        let (ops, dim) = (&self.ops, self.config.head_dim);
+        let tokens = rotations.cos.len() / (dim / 2);
+        let h = ops.rms_norm(x, &layer.attention_norm, self.eps())?;
+        let rope = |y| ops.rope(y, dim, &rotations.cos, &rotations.sin, false);
+        let q = rope(layer.q.forward(ops, &h)?)?;
+        let k = rope(layer.k.forward(ops, &h)?)?;
+        let v = layer.v.forward(ops, &h)?;
+        Ok((q, k, ops.reshape(v, &[tokens, self.config.num_key_value_heads, dim])?))
+    }
+
+    /// `x + o_proj(out)`.
+    pub(crate) fn after_attention(
+        &self,
+        layer: &Layer<O>,
+        x: O::Tensor,
+        out: O::Tensor,
+    ) -> Result<O::Tensor> {
+        let rows = self.ops.shape(&out)[0];
+        let flat = self
+            .ops
+            .reshape(out, &[rows, self.config.num_attention_heads * self.config.head_dim])?;
+        self.ops.add(x, &layer.o.forward(&self.ops, &flat)?)
+    }
+
+    /// `x + mlp(norm(x))`.
+    pub(crate) fn mlp(&self, layer: &Layer<O>, x: O::Tensor) -> Result<O::Tensor> {
+        let ops = &self.ops;
+        let h = ops.rms_norm(&x, &layer.mlp_norm, self.eps())?;
+        let act = ops.swiglu(layer.gate.forward(ops, &h)?, &layer.up.forward(ops, &h)?)?;
+        ops.add(x, &layer.down.forward(ops, &act)?)
+    }
+
+    pub(crate) fn eps(&self) -> f32 {
+        self.config.rms_norm_eps as f32
+    }
+
+    /// Logits of some rows of the last layer's output.
+    fn logits(&self, x: &O::Tensor, rows: &[usize]) -> Result<O::Tensor> {
+        let picked = self.ops.rows(x, rows)?;
+        let h = self.ops.rms_norm(&picked, &self.norm, self.eps())?;
+        self.ops.linear(&h, self.output_matrix(), None)
+    }
+}

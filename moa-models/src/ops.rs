@@ -1,0 +1,160 @@
+//! The operations a device offers. The Llama forward ([`crate::Llama`]) and the profiling sweep are
+//! written once over them.
+
+use std::ops::Range;
+
+use moa_core::SparseAttentionBackend;
+
+use crate::Result;
+use crate::weights::MappedTensor;
+
+/// Operations of one device. Activations are packed along the first axis: `[tokens, features]`, or
+/// `[tokens, heads, head_dim]` around attention.
+pub trait Ops: Send + Sync {
+    /// Activations.
+    type Tensor: Clone + Send + Sync;
+    /// A linear layer's or embedding's weight, `[out, in]`.
+    type Matrix: Send + Sync;
+    /// A norm's weight or a bias.
+    type Vector: Send + Sync;
+    /// Attention of the same device.
+    type Attention: SparseAttentionBackend<Tensor = Self::Tensor, Cache: Send + Sync>;
+
+    /// Attention of the same device.
+    fn attention(&self) -> &Self::Attention;
+
+    /// Bytes of one element of the KV cache.
+    fn cache_element_bytes(&self) -> usize;
+
+    /// Brings a weight to the device.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    fn matrix(&self, tensor: MappedTensor) -> Result<Self::Matrix>;
+
+    /// Brings a norm's weight or a bias to the device.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    fn vector(&self, tensor: MappedTensor) -> Result<Self::Vector>;
+
+    /// Lengths of a tensor's axes.
+    fn shape(&self, x: &Self::Tensor) -> Vec<usize>;
+
+    /// A tensor from host values.
+    ///
+    /// # Errors
+    /// If the number of values is not that of the shape.
+    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Self::Tensor>;
+
+    /// A tensor's values.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn values(&self, x: Self::Tensor) -> Result<Vec<f32>>;
+
+    /// Rows `ids` of an embedding, `[ids, hidden]`.
+    ///
+    /// # Errors
+    /// If an id is outside the vocabulary.
+    fn embed(&self, table: &Self::Matrix, ids: &[u32]) -> Result<Self::Tensor>;
+
+    /// `x / sqrt(mean(x^2) + eps) * weight` per row.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Vector, eps: f32) -> Result<Self::Tensor>;
+
+    /// `x . weight^T + bias`.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn linear(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+    ) -> Result<Self::Tensor>;
+
+    /// Splits rows into heads and rotates each (half-split layout); `cos` and `sin` are
+    /// `[tokens, head_dim / 2]`. `[tokens, heads * head_dim]` becomes `[tokens, heads, head_dim]`.
+    /// `inverse` rotates back, which is also the gradient.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn rope(
+        &self,
+        x: Self::Tensor,
+        head_dim: usize,
+        cos: &[f32],
+        sin: &[f32],
+        inverse: bool,
+    ) -> Result<Self::Tensor>;
+
+    /// The same values under another shape.
+    ///
+    /// # Errors
+    /// If the number of values differs.
+    fn reshape(&self, x: Self::Tensor, shape: &[usize]) -> Result<Self::Tensor>;
+
+    /// `silu(gate) * up`.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn swiglu(&self, gate: Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor>;
+
+    /// `x + y`.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn add(&self, x: Self::Tensor, y: &Self::Tensor) -> Result<Self::Tensor>;
+
+    /// Rows of `x`, in the order given.
+    ///
+    /// # Errors
+    /// If a row does not exist.
+    fn rows(&self, x: &Self::Tensor, rows: &[usize]) -> Result<Self::Tensor>;
+}
+
+/// Gradients of the operations by their input, for profiling. Weights get no gradients.
+pub trait BackwardOps: Ops {
+    /// `d_y . weight`.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn linear_backward(&self, d_y: &Self::Tensor, weight: &Self::Matrix) -> Result<Self::Tensor>;
+
+    /// Gradient of [`Ops::rms_norm`] by `x`.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn rms_norm_backward(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Vector,
+        eps: f32,
+        d_y: &Self::Tensor,
+    ) -> Result<Self::Tensor>;
+
+    /// Gradients of [`Ops::swiglu`] by gate and up.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn swiglu_backward(
+        &self,
+        gate: &Self::Tensor,
+        up: &Self::Tensor,
+        d_y: &Self::Tensor,
+    ) -> Result<(Self::Tensor, Self::Tensor)>;
+
+    /// Puts `x` at `rows` of a zero tensor of `total` rows.
+    ///
+    /// # Errors
+    /// If `x` does not have that many rows.
+    fn place_rows(
+        &self,
+        x: &Self::Tensor,
+        rows: Range<usize>,
+        total: usize,
+    ) -> Result<Self::Tensor>;
+}

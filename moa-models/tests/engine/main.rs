@@ -1,0 +1,113 @@
+//! The model as its users run it: logits, generation, chat, profiling, on the model that comes with
+//! the repository.
+//!
+//! Material that is not part of the repository is read from the folder that `MOA_TEST_DATA` names.
+//! Without it those tests are skipped, loudly.
+
+mod chat;
+mod generate;
+mod golden;
+mod laws;
+mod profile;
+mod stories260k;
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+use moa_core::{ElasticRule, HeadRule, ModelShape, Plan};
+use moa_models::{Checkpoint, CpuOps, GenerateOptions, Llama, LogitRows, Next, Result, Sequence};
+
+fn moa_tiny() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/moa-tiny")
+}
+
+/// A file or folder of the test data, if there is any.
+fn test_data(path: &str) -> Option<PathBuf> {
+    let data = std::env::var_os("MOA_TEST_DATA");
+    if data.is_none() {
+        eprintln!("skipped: set MOA_TEST_DATA to the folder with `{path}`");
+    }
+    data.map(|data| Path::new(&data).join(path))
+}
+
+/// moa-tiny with f32 caches.
+fn checkpoint() -> &'static Checkpoint<CpuOps> {
+    static TINY: LazyLock<Checkpoint<CpuOps>> =
+        LazyLock::new(|| Checkpoint::open(CpuOps::default(), moa_tiny()).expect("moa-tiny"));
+    &TINY
+}
+
+fn tiny() -> &'static Llama<CpuOps> {
+    &checkpoint().model
+}
+
+/// `len` tokens of English text.
+fn text(len: usize) -> Vec<u32> {
+    const TEXT: &str = "The history of navigation is the history of people who trusted numbers \
+        more than the evidence of their eyes. A pilot who could not see the coast still knew how \
+        fast the ship had sailed, for how many hours, and in which direction; from these three \
+        figures he drew a line on paper and said that the harbour lay at its end. When the line \
+        was wrong nobody came home to say so, which is why the books that were written about the \
+        art praise it so warmly. ";
+    let tokenizer = &checkpoint().tokenizer;
+    let mut ids = tokenizer.encode(TEXT, true).expect("plain text");
+    while ids.len() < len {
+        // Numbered, so that no stretch of the text repeats exactly.
+        let more = format!("Chapter {}. {TEXT}", ids.len());
+        ids.extend(tokenizer.encode(&more, false).expect("plain text"));
+    }
+    ids.truncate(len);
+    ids
+}
+
+/// Fixed spans of all heads: `odd` keys where layer + KV head is odd, else `even`.
+fn alternating(shape: ModelShape, sink: usize, odd: usize, even: usize) -> Plan {
+    let heads = (0..shape.layers).flat_map(|layer| (0..shape.kv_heads).map(move |h| layer + h));
+    let rules = heads
+        .map(|place| HeadRule::from(ElasticRule::fixed(if place % 2 == 1 { odd } else { even })));
+    Plan::new(shape, sink, sink + 1, rules.collect()).expect("one rule per head")
+}
+
+/// Spans of 48 and 24 keys: prompts of a hundred tokens wrap every ring.
+fn narrow() -> Plan {
+    alternating(tiny().shape(), 8, 24, 48)
+}
+
+fn full() -> Plan {
+    Plan::full(tiny().shape()).expect("a valid shape")
+}
+
+/// Reads `tokens` in chunks; the logits of the last.
+fn read(sequence: &mut Sequence<CpuOps>, tokens: &[u32], chunk: usize) -> Result<Vec<f32>> {
+    tiny().prefill(sequence, tokens, chunk, &mut |_| ControlFlow::Continue(()))
+}
+
+/// One step; the logits of all its tokens.
+fn step(sequence: &mut Sequence<CpuOps>, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
+    let rows: Vec<usize> = (0..tokens.len()).collect();
+    let logits = tiny().forward(&mut [sequence], &[tokens], LogitRows::Rows(&rows))?;
+    Ok(logits.into_data().chunks(tiny().config().vocab_size).map(<[f32]>::to_vec).collect())
+}
+
+fn likeliest(logits: &[f32]) -> u32 {
+    let best = |best: usize, (i, z): (usize, &f32)| if *z > logits[best] { i } else { best };
+    logits.iter().enumerate().fold(0, best) as u32
+}
+
+fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+fn greedy(max_new_tokens: usize) -> GenerateOptions {
+    GenerateOptions { max_new_tokens, ..GenerateOptions::default() }
+}
+
+/// The tokens that follow `prompt` in a sequence of its own.
+fn continued(plan: &Plan, prompt: &[u32], options: &GenerateOptions) -> Result<Vec<u32>> {
+    let mut batch = [tiny().open(plan, prompt.len() + options.max_new_tokens, 0)?];
+    let mut generation =
+        tiny().generate(&mut batch, &[prompt], options, &mut |_| Next::Continue)?;
+    Ok(generation.sequences.swap_remove(0).tokens)
+}

@@ -1,0 +1,113 @@
+//! KV memory is measured, not only computed: a sequence holds the bytes that its plan promises.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+use moa_core::{ElasticRule, Plan};
+use moa_models::{CacheDtype, CpuOps, GenerateOptions, Llama, LlamaConfig, Next, Result, Weights};
+
+/// The system's allocator, with a count of the live bytes.
+struct Counting;
+
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call goes to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        LIVE.fetch_add(layout.size(), Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        LIVE.fetch_add(layout.size(), Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        LIVE.fetch_add(size, Relaxed);
+        LIVE.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[track_caller]
+fn within_2_percent(got: usize, expected: u64, what: &str) {
+    let ratio = got as f64 / expected as f64;
+    assert!((0.98..=1.02).contains(&ratio), "{what}: {got} bytes, not {expected}");
+}
+
+/// Generates in a sequence of `capacity` tokens, which the prompt nearly fills. Returns by how much
+/// the heap has grown then, all intermediate results dropped.
+fn holds_what_it_promises(
+    model: &Llama<CpuOps>,
+    plan: &Plan,
+    capacity: usize,
+    bytes: usize,
+) -> Result<usize> {
+    let vocab = model.config().vocab_size as u32;
+    let options = GenerateOptions { max_new_tokens: 8, ..GenerateOptions::default() };
+    let prompt: Vec<u32> = (0..capacity as u32 - 8).map(|i| i * 7919 % vocab).collect();
+    let promised = plan.kv_bytes(capacity, bytes);
+
+    let before = LIVE.load(Relaxed);
+    let mut batch = [model.open(plan, capacity, 0)?];
+    let generation = model.generate(&mut batch, &[&prompt], &options, &mut |_| Next::Continue)?;
+    assert_eq!(generation.sequences[0].tokens.len(), 8);
+    drop(generation);
+    assert_eq!(model.kv_bytes(&batch[0]), promised);
+    let held = LIVE.load(Relaxed);
+    drop(batch);
+    let after = LIVE.load(Relaxed);
+    within_2_percent(held - after, promised, "freed with the sequence");
+    Ok(held - before)
+}
+
+fn load(folder: &Path, cache: CacheDtype) -> Result<Llama<CpuOps>> {
+    Llama::load(CpuOps::new(cache), LlamaConfig::from_file(folder)?, &Weights::open(folder)?)
+}
+
+fn quarter(model: &Llama<CpuOps>) -> Result<Plan> {
+    let plan = Plan::uniform(model.shape(), 64, ElasticRule::new(0.0, 0.25)?)?;
+    // Heads differ, the mean stays: one keeps everything for what three others leave out.
+    let rule = |beta| ElasticRule::new(0.0, beta).map(Into::into);
+    let plan = plan.with_rule(1, 0, rule(0.625)?)?;
+    (0..3).try_fold(plan, |plan, layer| Ok(plan.with_rule(layer, 1, rule(0.125)?)?))
+}
+
+// One test: another one at the same time would be counted with it.
+#[test]
+fn sequences_hold_the_bytes_that_their_plan_promises() -> Result<()> {
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/moa-tiny");
+    for (cache, bytes) in [(CacheDtype::F32, 4), (CacheDtype::Bf16, 2)] {
+        let model = load(&tiny, cache)?;
+        let (dense, plan) = (Plan::full(model.shape())?, quarter(&model)?);
+        assert_eq!(plan.kv_bytes(2048, bytes) * 4, model.dense_bytes(2048)?);
+        // The first run also leaves each thread the buffers that its next run reuses.
+        holds_what_it_promises(&model, &dense, 2048, bytes)?;
+        let grown = holds_what_it_promises(&model, &plan, 2048, bytes)?;
+        within_2_percent(grown, plan.kv_bytes(2048, bytes), "grown by the sequence");
+    }
+    match std::env::var_os("MOA_TEST_DATA").map(PathBuf::from) {
+        Some(data) => {
+            let model = load(&data.join("models/moa-small"), CacheDtype::F32)?;
+            let plan = quarter(&model)?;
+            assert_eq!(plan.kv_bytes(8192, 4) * 4, model.dense_bytes(8192)?);
+            holds_what_it_promises(&model, &plan, 8192, 4)?;
+        }
+        None => eprintln!("skipped: set MOA_TEST_DATA to the folder with `models/moa-small`"),
+    }
+    Ok(())
+}

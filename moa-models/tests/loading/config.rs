@@ -1,0 +1,293 @@
+use std::fs;
+
+use moa_models::{Error, LlamaConfig, RopeScaling, RopeTable};
+
+use crate::{moa_tiny, test_data};
+
+/// A small valid configuration with `changes`: a field and its JSON value, or "" to leave it out.
+fn config(changes: &[(&str, &str)]) -> String {
+    let mut fields = vec![
+        ("vocab_size", "64"),
+        ("hidden_size", "32"),
+        ("intermediate_size", "48"),
+        ("num_hidden_layers", "2"),
+        ("num_attention_heads", "4"),
+        ("rms_norm_eps", "1e-5"),
+        ("max_position_embeddings", "128"),
+    ];
+    for &(name, value) in changes {
+        fields.retain(|(field, _)| *field != name);
+        if !value.is_empty() {
+            fields.push((name, value));
+        }
+    }
+    let fields: Vec<_> = fields.iter().map(|(k, v)| format!("\"{k}\": {v}")).collect();
+    format!("{{{}}}", fields.join(", "))
+}
+
+fn scaled(rope_scaling: &str) -> Result<LlamaConfig, Error> {
+    LlamaConfig::from_json(&config(&[("rope_scaling", rope_scaling)]))
+}
+
+#[test]
+fn defaults_of_absent_fields() -> Result<(), Error> {
+    let config = LlamaConfig::from_json(&config(&[]))?;
+    assert_eq!((config.num_key_value_heads, config.head_dim, config.group_size()), (4, 8, 1));
+    assert_eq!((config.rope_theta, &config.rope_scaling), (10_000.0, &RopeScaling::Default));
+    assert!(!config.tie_word_embeddings && !config.attention_bias && !config.mlp_bias);
+    assert_eq!((config.bos_token_id, config.eos_token_ids.len()), (None, 0));
+    Ok(())
+}
+
+#[test]
+fn each_needed_field_is_named_when_it_is_missing() {
+    for field in [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "rms_norm_eps",
+        "max_position_embeddings",
+    ] {
+        for absent in ["", "null"] {
+            let error = LlamaConfig::from_json(&config(&[(field, absent)])).unwrap_err();
+            assert!(
+                matches!(&error, Error::MissingField { field: f, .. } if f == field),
+                "{error}"
+            );
+        }
+    }
+}
+
+#[test]
+fn values_out_of_range_are_named() {
+    for (field, value) in [
+        ("vocab_size", "0"),
+        ("hidden_size", "-1"),
+        ("hidden_size", "30"),
+        ("intermediate_size", "1.5"),
+        ("num_hidden_layers", "\"2\""),
+        ("num_hidden_layers", "3000000000"),
+        ("num_key_value_heads", "3"),
+        ("head_dim", "7"),
+        ("rms_norm_eps", "0"),
+        ("rope_theta", "1"),
+        ("tie_word_embeddings", "1"),
+        ("eos_token_id", "64"),
+        ("bos_token_id", "64"),
+        ("eos_token_id", "[2, \"3\"]"),
+        ("hidden_act", "\"gelu\""),
+        ("model_type", "\"mistral\""),
+        ("rope_scaling", "4"),
+    ] {
+        let error = LlamaConfig::from_json(&config(&[(field, value)])).unwrap_err();
+        assert!(matches!(&error, Error::Config { field: f, .. } if f == field), "{error}");
+    }
+}
+
+#[test]
+fn numbers_json_has_not_and_keys_that_come_twice_are_errors() {
+    for value in ["NaN", "Infinity", "1e999", "1e-5, \"vocab_size\": 64"] {
+        let result = LlamaConfig::from_json(&config(&[("rms_norm_eps", value)]));
+        assert!(matches!(result, Err(Error::Json { .. })), "{value}: {result:?}");
+    }
+}
+
+#[test]
+fn file_and_field_stand_in_the_message() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.json");
+    assert!(matches!(LlamaConfig::from_file(dir.path()), Err(Error::Io { .. })));
+    fs::write(&path, config(&[("vocab_size", "")])).unwrap();
+    let message = LlamaConfig::from_file(dir.path()).unwrap_err().to_string();
+    assert!(message.contains("config.json") && message.contains("`vocab_size`"), "{message}");
+    fs::write(&path, config(&[("rope_scaling", "{\"type\": \"linear\"}")])).unwrap();
+    let message = LlamaConfig::from_file(&path).unwrap_err().to_string();
+    assert!(message.contains("`rope_scaling.factor`"), "{message}");
+}
+
+#[test]
+fn rope_scaling_of_every_type() -> Result<(), Error> {
+    assert_eq!(scaled("null")?.rope_scaling, RopeScaling::Default);
+    assert_eq!(scaled(r#"{"rope_type": "default"}"#)?.rope_scaling, RopeScaling::Default);
+    let linear = scaled(r#"{"type": "linear", "factor": 4}"#)?;
+    assert_eq!(linear.rope_scaling, RopeScaling::Linear { factor: 4.0 });
+    assert_eq!(linear.context_length(), 512);
+    let dynamic = scaled(r#"{"rope_type": "dynamic", "type": "linear", "factor": 2.0}"#)?;
+    assert_eq!(dynamic.rope_scaling, RopeScaling::Dynamic { factor: 2.0, original: 128 });
+    assert_eq!(dynamic.context_length(), 256);
+    let yarn =
+        scaled(r#"{"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}"#)?;
+    let expected = RopeScaling::Yarn {
+        factor: 2.0,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        original: 64,
+        attention_factor: None,
+        mscale: None,
+        mscale_all_dim: None,
+        truncate: true,
+    };
+    assert_eq!((&yarn.rope_scaling, yarn.context_length()), (&expected, 128));
+    // Both ways to write it: `max_position_embeddings` extended, as above, or not, as here.
+    assert_eq!(scaled(r#"{"type": "yarn", "factor": 2.0}"#)?.context_length(), 256);
+    let implied = scaled(r#"{"type": "yarn", "original_max_position_embeddings": 64}"#)?;
+    assert_eq!(implied.rope_scaling, expected);
+    RopeTable::new(&yarn, yarn.context_length())?;
+    Ok(())
+}
+
+#[test]
+fn rope_parameters_of_newer_files() -> Result<(), Error> {
+    let text = config(&[("rope_parameters", r#"{"rope_type": "default", "rope_theta": 5e5}"#)]);
+    assert_eq!(LlamaConfig::from_json(&text)?.rope_theta, 5e5);
+    let text = config(&[
+        ("rope_theta", "1e6"),
+        ("rope_parameters", r#"{"rope_type": "linear", "factor": 2.0}"#),
+    ]);
+    let config = LlamaConfig::from_json(&text)?;
+    assert_eq!((config.rope_theta, config.context_length()), (1e6, 256));
+    Ok(())
+}
+
+#[test]
+fn bad_rope_scaling_is_named() {
+    let llama3 =
+        r#"{"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}"#;
+    for (value, field) in [
+        (r#"{"type": "longrope"}"#, "rope_type"),
+        (r#"{"type": "linear", "factor": 0.5}"#, "factor"),
+        (r#"{"type": "linear", "factor": "4"}"#, "factor"),
+        (r#"{"type": "default", "partial_rotary_factor": 0.5}"#, "partial_rotary_factor"),
+        (llama3, "high_freq_factor"),
+        (r#"{"type": "yarn", "factor": 2, "beta_fast": 1, "beta_slow": 2}"#, "beta_fast"),
+    ] {
+        let error = scaled(value).unwrap_err();
+        let field = format!("rope_scaling.{field}");
+        assert!(matches!(&error, Error::Config { field: f, .. } if *f == field), "{error}");
+    }
+    for missing in ["factor", "low_freq_factor", "high_freq_factor"] {
+        let all = r#"{"type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}"#;
+        let error = scaled(&all.replace(&format!("\"{missing}\""), "\"other\"")).unwrap_err();
+        let field = format!("rope_scaling.{missing}");
+        assert!(matches!(&error, Error::MissingField { field: f, .. } if *f == field), "{error}");
+    }
+}
+
+#[test]
+fn configs_of_real_models() -> Result<(), Error> {
+    // layers, query heads, KV heads, head_dim, hidden, feed-forward, vocabulary, context
+    type Row = (&'static str, [usize; 8], f64, &'static [u32], bool);
+    let rows: [Row; 12] = [
+        (
+            "llama-2-3/llama-2-7b.json",
+            [32, 32, 32, 128, 4096, 11008, 32000, 4096],
+            1e4,
+            &[2],
+            false,
+        ),
+        (
+            "llama-2-3/llama-2-13b.json",
+            [40, 40, 40, 128, 5120, 13824, 32000, 4096],
+            1e4,
+            &[2],
+            false,
+        ),
+        (
+            "llama-2-3/llama-2-70b.json",
+            [80, 64, 8, 128, 8192, 28672, 32000, 4096],
+            1e4,
+            &[2],
+            false,
+        ),
+        (
+            "llama-2-3/llama-3-8b.json",
+            [32, 32, 8, 128, 4096, 14336, 128256, 8192],
+            5e5,
+            &[128001],
+            false,
+        ),
+        (
+            "llama-2-3/llama-3-70b.json",
+            [80, 64, 8, 128, 8192, 28672, 128256, 8192],
+            5e5,
+            &[128001],
+            false,
+        ),
+        (
+            "llama-2-3/llama-3-8b-instruct-262k.json",
+            [32, 32, 8, 128, 4096, 14336, 128256, 262_144],
+            283_461_213.0,
+            &[128001],
+            false,
+        ),
+        ("vicuna-7b-v1.5-16k", [32, 32, 32, 128, 4096, 11008, 32000, 16384], 1e4, &[2], false),
+        (
+            "llama-3.1-3.2/Llama-3.1-8B-Instruct",
+            [32, 32, 8, 128, 4096, 14336, 128256, 131_072],
+            5e5,
+            &[128001, 128008, 128009],
+            false,
+        ),
+        (
+            "llama-3.1-3.2/Llama-3.1-70B-Instruct",
+            [80, 64, 8, 128, 8192, 28672, 128256, 131_072],
+            5e5,
+            &[128001, 128008, 128009],
+            false,
+        ),
+        (
+            "llama-3.1-3.2/Llama-3.2-1B-Instruct",
+            [16, 32, 8, 64, 2048, 8192, 128256, 131_072],
+            5e5,
+            &[128001, 128008, 128009],
+            true,
+        ),
+        (
+            "llama-3.1-3.2/Llama-3.2-3B-Instruct",
+            [28, 24, 8, 128, 3072, 8192, 128256, 131_072],
+            5e5,
+            &[128001, 128008, 128009],
+            true,
+        ),
+        ("llama-3.2-1B", [16, 32, 8, 64, 2048, 8192, 128256, 131_072], 5e5, &[128001], true),
+    ];
+    let Some(dir) = test_data("configs") else { return Ok(()) };
+    for (path, sizes, theta, eos, tied) in rows {
+        let c = LlamaConfig::from_file(dir.join(path))?;
+        let got = [
+            c.num_hidden_layers,
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            c.head_dim,
+            c.hidden_size,
+            c.intermediate_size,
+            c.vocab_size,
+            c.context_length(),
+        ];
+        assert_eq!(got, sizes, "{path}");
+        assert_eq!((c.rope_theta, c.eos_token_ids.as_slice()), (theta, eos), "{path}");
+        assert_eq!((c.tie_word_embeddings, c.rms_norm_eps), (tied, 1e-5), "{path}");
+        let table = RopeTable::new(&c, c.context_length())?;
+        assert_eq!(table.inv_freq().len(), c.head_dim / 2, "{path}");
+    }
+    let scaling = LlamaConfig::from_file(dir.join("llama-3.2-1B"))?.rope_scaling;
+    let expected = RopeScaling::Llama3 {
+        factor: 32.0,
+        low_freq_factor: 1.0,
+        high_freq_factor: 4.0,
+        original_max_position_embeddings: 8192,
+    };
+    assert_eq!(scaling, expected);
+    Ok(())
+}
+
+#[test]
+fn config_of_moa_tiny() -> Result<(), Error> {
+    let config = LlamaConfig::from_file(moa_tiny())?;
+    assert_eq!((config.num_hidden_layers, config.group_size(), config.head_dim), (6, 2, 64));
+    assert_eq!((config.context_length(), config.tie_word_embeddings), (8192, true));
+    assert_eq!((config.bos_token_id, config.eos_token_ids.as_slice()), (Some(1), &[2][..]));
+    Ok(())
+}

@@ -1,0 +1,263 @@
+use std::fs;
+use std::path::Path;
+
+use moa_models::{DType, Error, Weights};
+use proptest::prelude::*;
+
+use crate::{moa_tiny, test_data};
+
+/// The bytes of a safetensors file with this header and `len` bytes of data, counting up.
+fn file(header: &str, len: usize) -> Vec<u8> {
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    bytes.extend((0..len).map(|i| i as u8));
+    bytes
+}
+
+fn tensor(name: &str, dtype: &str, shape: &[usize], begin: usize, end: usize) -> String {
+    format!(r#""{name}":{{"dtype":"{dtype}","shape":{shape:?},"data_offsets":[{begin},{end}]}}"#)
+}
+
+/// Opens a folder with these bytes as its only weights file.
+fn open(bytes: &[u8]) -> Result<Weights, Error> {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("model.safetensors"), bytes).unwrap();
+    Weights::open(dir.path())
+}
+
+/// Opens a folder with these shards, each of one F32 tensor of 1 element, and this index.
+fn open_shards(shards: &[(&str, &str)], index: &[(&str, &str)]) -> Result<Weights, Error> {
+    let dir = tempfile::tempdir().unwrap();
+    for (shard, name) in shards {
+        let header = format!("{{{}}}", tensor(name, "F32", &[1], 0, 4));
+        fs::write(dir.path().join(shard), file(&header, 4)).unwrap();
+    }
+    let entries: Vec<_> = index.iter().map(|(k, v)| format!("\"{k}\":\"{v}\"")).collect();
+    let text = format!("{{\"metadata\":{{}},\"weight_map\":{{{}}}}}", entries.join(","));
+    fs::write(dir.path().join("model.safetensors.index.json"), text).unwrap();
+    Weights::open(dir.path())
+}
+
+#[track_caller]
+fn rejected(bytes: &[u8], reason: &str) {
+    match open(bytes) {
+        Err(Error::Safetensors { path, reason: got }) => {
+            assert!(path.ends_with("model.safetensors"), "{}", path.display());
+            assert!(got.contains(reason), "{got}");
+        }
+        other => panic!("expected `{reason}`, got {other:?}"),
+    }
+}
+
+#[test]
+fn elements_of_the_three_types() -> Result<(), Error> {
+    let parts = [
+        tensor("a", "F32", &[1, 2], 0, 8),
+        tensor("b", "F16", &[2], 8, 12),
+        tensor("c", "BF16", &[2], 12, 16),
+    ];
+    let mut bytes = file(&format!("{{{}}}", parts.join(",")), 0);
+    bytes.extend([1.5f32, -2.0].into_iter().flat_map(f32::to_le_bytes));
+    bytes.extend([1.5f32, -2.0].into_iter().flat_map(|x| half::f16::from_f32(x).to_le_bytes()));
+    bytes.extend([1.5f32, -2.0].into_iter().flat_map(|x| half::bf16::from_f32(x).to_le_bytes()));
+    let weights = open(&bytes)?;
+    assert_eq!(weights.names().collect::<Vec<_>>(), ["a", "b", "c"]);
+    assert_eq!((weights.len_bytes(), weights.contains("d")), (16, false));
+    for (name, shape, dtype) in
+        [("a", &[1, 2][..], DType::F32), ("b", &[2], DType::F16), ("c", &[2], DType::BF16)]
+    {
+        let tensor = weights.tensor(name, shape)?;
+        assert_eq!((tensor.dtype(), tensor.shape()), (dtype, shape));
+        assert_eq!(tensor.bytes().len(), 2 * dtype.size_bytes());
+        assert_eq!(tensor.to_f32(), [1.5, -2.0]);
+    }
+    Ok(())
+}
+
+#[test]
+fn wrong_shape_missing_tensor_and_integers_are_errors() -> Result<(), Error> {
+    let header =
+        format!("{{{},{}}}", tensor("a", "F32", &[2, 3], 0, 24), tensor("i", "I8", &[4], 24, 28));
+    let weights = open(&file(&header, 28))?;
+    match weights.tensor("a", &[3, 2]) {
+        Err(Error::TensorShape { name, expected, got, .. }) => {
+            assert_eq!((name.as_str(), expected, got), ("a", vec![3, 2], vec![2, 3]));
+        }
+        other => panic!("{other:?}"),
+    }
+    let error = weights.tensor("i", &[4]).unwrap_err();
+    assert!(matches!(&error, Error::TensorDtype { got, .. } if got == "I8"), "{error}");
+    assert!(error.to_string().contains("quantised"), "{error}");
+    let error = weights.tensor("b", &[1]).unwrap_err();
+    assert!(matches!(&error, Error::TensorMissing { name, .. } if name == "b"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn truncated_at_any_byte_is_an_error() {
+    let whole = file(&format!("{{{}}}", tensor("a", "F32", &[2], 0, 8)), 8);
+    assert!(open(&whole).is_ok());
+    for len in 0..whole.len() {
+        let result = open(&whole[..len]);
+        assert!(matches!(result, Err(Error::Safetensors { .. })), "{len}: {result:?}");
+    }
+    rejected(&[&whole[..], &[0]].concat(), "not fully covered");
+}
+
+proptest! {
+    #[test]
+    fn a_changed_byte_never_leads_outside_the_file(at in 0usize..140, value: u8) {
+        let parts = [tensor("a", "F32", &[2], 0, 8), tensor("b", "F16", &[1, 2], 8, 12)];
+        let mut bytes = file(&format!("{{{}}}", parts.join(",")), 12);
+        let at = at.min(bytes.len() - 1);
+        bytes[at] = value;
+        if let Ok(weights) = open(&bytes) {
+            for (name, shape) in [("a", &[2][..]), ("b", &[1, 2])] {
+                if let Ok(tensor) = weights.tensor(name, shape) {
+                    let elements: usize = shape.iter().product();
+                    prop_assert_eq!(tensor.bytes().len(), elements * tensor.dtype().size_bytes());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn overlaps_gaps_and_wrong_sizes_are_errors() {
+    let two = |a: (usize, usize), b: (usize, usize)| {
+        format!("{{{},{}}}", tensor("a", "F32", &[1], a.0, a.1), tensor("b", "F32", &[1], b.0, b.1))
+    };
+    assert!(open(&file(&two((0, 4), (4, 8)), 8)).is_ok());
+    rejected(&file(&two((0, 4), (2, 6)), 6), "invalid offset");
+    rejected(&file(&two((0, 4), (8, 12)), 12), "invalid offset");
+    rejected(&file(&two((4, 0), (0, 4)), 4), "invalid offset");
+    let one = |shape: &[usize], end| format!("{{{}}}", tensor("a", "F32", shape, 0, end));
+    rejected(&file(&one(&[3], 8), 8), "invalid shape");
+    rejected(&file(&one(&[usize::MAX, 2], 8), 8), "overflow");
+}
+
+#[test]
+fn bad_headers_are_errors() {
+    rejected(&file("{\"a\":", 0), "JSON");
+    rejected(&file("[]", 0), "JSON");
+    let mut huge = 100_000_001u64.to_le_bytes().to_vec();
+    huge.extend([b' '; 64]);
+    rejected(&huge, "header too large");
+    rejected(&[0xff; 64], "header too large");
+    let mut long = 1000u64.to_le_bytes().to_vec();
+    long.extend([b' '; 64]);
+    rejected(&long, "invalid header length");
+    // The last of two equal keys would win silently.
+    let twice = tensor("a", "F32", &[1], 0, 4);
+    rejected(&file(&format!("{{{twice},{twice}}}"), 4), "duplicate key `a`");
+}
+
+#[test]
+fn folder_without_safetensors_says_what_it_has() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(matches!(Weights::open(dir.path()), Err(Error::NoWeights { .. })));
+    fs::write(dir.path().join("pytorch_model.bin"), "x").unwrap();
+    let error = Weights::open(dir.path()).unwrap_err();
+    assert!(
+        matches!(&error, Error::NoWeights { got, .. } if got == "pytorch_model.bin"),
+        "{error}"
+    );
+    assert!(matches!(Weights::open(dir.path().join("nowhere")), Err(Error::Io { .. })));
+}
+
+#[test]
+fn index_must_tell_the_truth() -> Result<(), Error> {
+    let shards = [("1.safetensors", "a"), ("2.safetensors", "b")];
+    let good = [("a", "1.safetensors"), ("b", "2.safetensors")];
+    let weights = open_shards(&shards, &good)?;
+    assert_eq!(weights.tensor("b", &[1])?.bytes(), [0, 1, 2, 3]);
+
+    match open_shards(&shards[..1], &good) {
+        Err(Error::ShardMissing { shard, .. }) => assert_eq!(shard, "2.safetensors"),
+        other => panic!("{other:?}"),
+    }
+    match open_shards(&shards, &[("a", "1.safetensors"), ("b", "1.safetensors")]) {
+        Err(Error::TensorMissing { path, name }) => {
+            assert!(path.ends_with("1.safetensors") && name == "b");
+        }
+        other => panic!("{other:?}"),
+    }
+    match open_shards(&[("1.safetensors", "a"), ("2.safetensors", "a")], &good) {
+        Err(Error::TensorTwice { name, first, second }) => {
+            assert!(name == "a" && first.ends_with("1.safetensors"));
+            assert!(second.ends_with("2.safetensors"));
+        }
+        other => panic!("{other:?}"),
+    }
+    for shard in ["../1.safetensors", "/etc/passwd", "a/b", "..", "", "c:x", "a\\\\b"] {
+        let result = open_shards(&shards, &[("a", shard)]);
+        assert!(matches!(result, Err(Error::ShardName { .. })), "{shard}: {result:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn index_without_weight_map_is_an_error() {
+    let open = |text: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("model.safetensors.index.json"), text).unwrap();
+        Weights::open(dir.path())
+    };
+    assert!(matches!(open("{}"), Err(Error::MissingField { .. })));
+    assert!(matches!(open(r#"{"weight_map":{"a":1}}"#), Err(Error::Config { .. })));
+    let twice = r#"{"weight_map":{"a":"1.safetensors","a":"2.safetensors"}}"#;
+    assert!(matches!(open(twice), Err(Error::Json { .. })));
+}
+
+#[test]
+fn a_tensor_outlives_its_weights() -> Result<(), Error> {
+    let tensor = {
+        let weights = Weights::open(moa_tiny())?;
+        weights.tensor("model.norm.weight", &[256])?
+    };
+    assert!(tensor.clone().to_f32().iter().all(|x| x.is_finite()));
+    Ok(())
+}
+
+#[test]
+fn fingerprint_is_of_the_tensors_not_of_the_files() -> Result<(), Error> {
+    let two = format!("{{{},{}}}", tensor("a", "F32", &[1], 0, 4), tensor("b", "F32", &[1], 4, 8));
+    let mut bytes = file(&two, 8);
+    // The two shards both hold the bytes 0 to 3.
+    let data = bytes.len() - 8;
+    bytes.copy_within(data..data + 4, data + 4);
+    let single = open(&bytes)?.fingerprint();
+    let shards = [("1.safetensors", "a"), ("2.safetensors", "b")];
+    let index = [("a", "1.safetensors"), ("b", "2.safetensors")];
+    assert_eq!(single, open_shards(&shards, &index)?.fingerprint());
+    // FNV-1a of `a\nF32 [1]\n` 00 01 02 03 `b\nF32 [1]\n` 00 01 02 03, computed apart.
+    assert_eq!(single, FINGERPRINT);
+    bytes[data] ^= 1;
+    assert_ne!(single, open(&bytes)?.fingerprint());
+    let other = two.replace("\"b\"", "\"c\"");
+    assert_ne!(single, open(&file(&other, 8))?.fingerprint());
+    Ok(())
+}
+
+const FINGERPRINT: &str = "b2564407191306ae";
+
+#[test]
+fn sharded_checkpoint_of_a_trained_model() -> Result<(), Error> {
+    let Some(dir) = test_data("models/moa-small") else { return Ok(()) };
+    let weights = Weights::open(&dir)?;
+    assert_eq!(weights.names().count(), 2 + 9 * 8);
+    let q = weights.tensor("model.layers.7.self_attn.q_proj.weight", &[512, 512])?;
+    assert_eq!(q.dtype(), DType::BF16);
+    assert!(weights.tensor("model.embed_tokens.weight", &[8192, 512])?.to_f32()[0].is_finite());
+    let copy = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(&dir).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_owned();
+        if Path::new(&name) != Path::new("model-00003-of-00004.safetensors") {
+            fs::copy(&path, copy.path().join(name)).unwrap();
+        }
+    }
+    let error = Weights::open(copy.path()).unwrap_err();
+    assert!(error.to_string().contains("model-00003-of-00004.safetensors"), "{error}");
+    Ok(())
+}
