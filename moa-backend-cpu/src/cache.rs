@@ -1,0 +1,176 @@
+use std::sync::Arc;
+
+use half::{bf16, f16};
+use moa_core::{Extent, LayerLayout};
+
+use crate::element::Element;
+use crate::zeroed::zeroed;
+use crate::{CacheDtype, Error, Result};
+
+/// Keys and values of one sequence in one layer, laid out as its [`LayerLayout`] says.
+///
+/// Memory comes from the system in zeroed pages: what was never written is not resident.
+#[derive(Debug)]
+pub struct Cache {
+    pub(crate) layout: Arc<LayerLayout>,
+    pub(crate) head_dim: usize,
+    pub(crate) extent: Extent,
+    /// Longest the sequence has been since its buffers were last empty: what a fork must copy.
+    written: usize,
+    pub(crate) store: Store,
+}
+
+/// The two buffers, `[slots, head_dim]` each.
+#[derive(Debug)]
+pub(crate) struct Pair<E> {
+    pub(crate) keys: Vec<E>,
+    pub(crate) values: Vec<E>,
+    /// The running call's new keys and values, `[kv_heads, tokens, head_dim]`; no part of the state.
+    pub(crate) staged_keys: Vec<E>,
+    pub(crate) staged_values: Vec<E>,
+}
+
+#[derive(Debug)]
+pub(crate) enum Store {
+    F32(Pair<f32>),
+    F16(Pair<f16>),
+    Bf16(Pair<bf16>),
+}
+
+/// Runs `$body` with `$pair` bound to the buffers, whatever their element type.
+macro_rules! with_store {
+    ($store:expr, $pair:ident => $body:expr) => {
+        match $store {
+            $crate::cache::Store::F32($pair) => $body,
+            $crate::cache::Store::F16($pair) => $body,
+            $crate::cache::Store::Bf16($pair) => $body,
+        }
+    };
+}
+pub(crate) use with_store;
+
+impl Store {
+    fn new(dtype: CacheDtype, elements: usize) -> Result<Self> {
+        fn pair<E: Element>(elements: usize) -> Result<Pair<E>> {
+            Ok(Pair {
+                keys: zeroed(elements, "cached keys")?,
+                values: zeroed(elements, "cached values")?,
+                staged_keys: Vec::new(),
+                staged_values: Vec::new(),
+            })
+        }
+        Ok(match dtype {
+            CacheDtype::F32 => Self::F32(pair(elements)?),
+            CacheDtype::F16 => Self::F16(pair(elements)?),
+            CacheDtype::Bf16 => Self::Bf16(pair(elements)?),
+        })
+    }
+
+    pub(crate) fn dtype(&self) -> CacheDtype {
+        match self {
+            Self::F32(_) => CacheDtype::F32,
+            Self::F16(_) => CacheDtype::F16,
+            Self::Bf16(_) => CacheDtype::Bf16,
+        }
+    }
+}
+
+impl Cache {
+    pub(crate) fn new(
+        layout: Arc<LayerLayout>,
+        head_dim: usize,
+        dtype: CacheDtype,
+    ) -> Result<Self> {
+        let elements = layout
+            .slots()
+            .checked_mul(head_dim)
+            .ok_or(Error::OutOfMemory { what: "cached keys", bytes: u64::MAX })?;
+        let store = Store::new(dtype, elements)?;
+        Ok(Self { layout, head_dim, extent: Extent::default(), written: 0, store })
+    }
+
+    /// Where each head keeps which position.
+    pub fn layout(&self) -> &LayerLayout {
+        &self.layout
+    }
+
+    /// Elements per key.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// Element type of keys and values.
+    pub fn dtype(&self) -> CacheDtype {
+        self.store.dtype()
+    }
+
+    /// Tokens held.
+    pub fn len(&self) -> usize {
+        self.extent.len()
+    }
+
+    /// Whether no token is held.
+    pub fn is_empty(&self) -> bool {
+        self.extent.is_empty()
+    }
+
+    /// Forgets all tokens and keeps the memory.
+    pub fn reset(&mut self) {
+        self.extent.reset();
+    }
+
+    /// Bytes of the two buffers. A call's new tokens need a copy of their own while it runs.
+    pub fn bytes(&self) -> u64 {
+        with_store!(&self.store, pair => (size_of_val(&pair.keys[..]) + size_of_val(&pair.values[..])) as u64)
+    }
+
+    /// Records an append whose keys and values were written.
+    pub(crate) fn advance(&mut self, tokens: usize) {
+        self.extent.advance(tokens);
+        self.written = self.written.max(self.extent.len());
+    }
+
+    /// Makes every slot resident and pretends that `tokens` tokens were appended.
+    pub(crate) fn fill_for_timing(&mut self, tokens: usize) {
+        fn touch<E: Element>(pair: &mut Pair<E>) {
+            // Written through a value the compiler cannot see through, so that pages are mapped.
+            pair.keys.fill(std::hint::black_box(E::zeroed()));
+            pair.values.fill(std::hint::black_box(E::zeroed()));
+        }
+        with_store!(&mut self.store, pair => touch(pair));
+        self.advance(tokens);
+    }
+
+    pub(crate) fn truncate(&mut self, len: usize) -> Result<()> {
+        Ok(self.extent.truncate(&self.layout, len)?)
+    }
+
+    /// An independent copy. Only slots that were ever written are touched, so that a copy is not
+    /// more resident than its original.
+    pub(crate) fn fork(&self) -> Result<Self> {
+        fn copy<E: Element>(
+            from: &Pair<E>,
+            to: &mut Pair<E>,
+            slots: std::ops::Range<usize>,
+            dim: usize,
+        ) {
+            let range = slots.start * dim..slots.end * dim;
+            to.keys[range.clone()].copy_from_slice(&from.keys[range.clone()]);
+            to.values[range.clone()].copy_from_slice(&from.values[range]);
+        }
+        let mut fork = Self::new(Arc::clone(&self.layout), self.head_dim, self.dtype())?;
+        for head in self.layout.heads() {
+            let first = head.offset().0;
+            let slots = first..first + head.slots().min(self.written);
+            match (&self.store, &mut fork.store) {
+                (Store::F32(from), Store::F32(to)) => copy(from, to, slots, self.head_dim),
+                (Store::F16(from), Store::F16(to)) => copy(from, to, slots, self.head_dim),
+                (Store::Bf16(from), Store::Bf16(to)) => copy(from, to, slots, self.head_dim),
+                _ => unreachable!("a fork has its original's element type"),
+            }
+        }
+        fork.extent = self.extent;
+        fork.written = self.written;
+        Ok(fork)
+    }
+}

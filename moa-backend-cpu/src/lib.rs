@@ -1,0 +1,59 @@
+//! Mixture-of-spans attention on CPU threads and SIMD.
+//!
+//! [`CpuBackend`] implements [`moa_core::SparseAttentionBackend`]: `extend` on per-head sink + ring
+//! caches in f32, f16 or bf16, and `influence` for profiling. Work and memory are proportional to
+//! the (query, key) pairs that the spans keep. [`ops`] has the rest of what a Llama needs, on the
+//! same [`Tensor`].
+//!
+//! ```
+//! use moa_backend_cpu::{CpuBackend, Tensor};
+//! use moa_core::{LayerLayout, Span, SparseAttentionBackend};
+//!
+//! let backend = CpuBackend::default();
+//! // One KV head that sees 2 sinks and 6 recent keys, for sequences of at most 100 tokens.
+//! let layout = LayerLayout::new(&[Span::new(2, 6)?], 100, 0)?;
+//! let mut cache = backend.open(&layout, 4)?;
+//!
+//! // A prompt of 10 tokens, 2 query heads of 4 elements.
+//! let q = Tensor::zeros(&[10, 2, 4])?;
+//! let (k, v) = (Tensor::zeros(&[10, 1, 4])?, Tensor::zeros(&[10, 1, 4])?);
+//! let (out, _) = backend.extend(&mut [&mut cache], &[10], &q, &k, &v, 0.5, false)?;
+//! assert_eq!(out.shape(), [10, 2, 4]);
+//! assert_eq!(backend.len(&cache), 10);
+//! # Ok::<(), moa_backend_cpu::Error>(())
+//! ```
+//!
+//! # Which kernel runs
+//! Chunks go through a tile kernel (64 rows of queries x 128 keys, online softmax, a
+//! SIMD outer-product micro-kernel), one or a few new tokens through a row kernel that reads every cached
+//! key once for the whole group of query heads. Both cut their work by the sequence alone, so the
+//! result of a sequence is bitwise the same whatever else is in the batch and however many threads
+//! there are. The instruction set (AVX-512, AVX2, NEON, none) is found at run time.
+//!
+//! # Threads
+//! Work above a measured threshold is spread over the current rayon pool; smaller calls, such as one
+//! decode step of a small model, run on the calling thread.
+
+mod backend;
+mod cache;
+mod element;
+mod error;
+mod extend;
+mod influence;
+pub mod ops;
+mod pool;
+mod simd;
+mod tensor;
+mod workspace;
+mod zeroed;
+
+pub use backend::CpuBackend;
+pub use cache::Cache;
+pub use element::CacheDtype;
+pub use error::{Error, Result};
+pub use tensor::Tensor;
+
+/// The README's example compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

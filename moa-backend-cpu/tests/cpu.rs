@@ -1,0 +1,205 @@
+//! The CPU backend against the conformance suite, and what is particular to it.
+
+mod conformance;
+
+use conformance::{TestBackend, conformance, world::World};
+use half::{bf16, f16};
+use moa_backend_cpu::{Cache, CacheDtype, CpuBackend, Error, Tensor};
+use moa_core::{InfluenceInputs, InfluenceSign, LayerLayout, Span, SparseAttentionBackend};
+
+struct Cpu(CpuBackend);
+
+impl Cpu {
+    fn new(dtype: CacheDtype) -> Self {
+        Self(CpuBackend::new(dtype))
+    }
+}
+
+impl TestBackend for Cpu {
+    type Backend = CpuBackend;
+    type Tensor = Tensor;
+
+    fn backend(&self) -> &CpuBackend {
+        &self.0
+    }
+
+    fn tensor(&self, data: &[f32], shape: &[usize]) -> Tensor {
+        Tensor::new(data.to_vec(), shape).unwrap()
+    }
+
+    fn host(&self, tensor: &Tensor) -> Vec<f32> {
+        tensor.data().to_vec()
+    }
+
+    fn round(&self, x: f32) -> f32 {
+        match self.0.cache_dtype() {
+            CacheDtype::F32 => x,
+            CacheDtype::F16 => f16::from_f32(x).to_f32(),
+            CacheDtype::Bf16 => bf16::from_f32(x).to_f32(),
+        }
+    }
+
+    fn tolerance(&self) -> f64 {
+        1e-5
+    }
+}
+
+conformance!(f32_cache, Cpu::new(CacheDtype::F32));
+conformance!(f16_cache, Cpu::new(CacheDtype::F16));
+conformance!(bf16_cache, Cpu::new(CacheDtype::Bf16));
+
+#[test]
+fn number_of_threads_does_not_change_output() {
+    let cpu = Cpu::new(CacheDtype::Bf16);
+    let world = World::new(4, 2, 32, &[(0, 4000), (4, 300)], 1300);
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| world.run(&cpu, &[1200, 1, 1, 2, 96]))
+    };
+    let one = run(1);
+    assert!(one == run(2) && one == run(5), "bitwise different");
+}
+
+#[test]
+fn number_of_threads_does_not_change_influence() {
+    let pools = [1, 3].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap());
+    let tensor = |heads, seed| {
+        let data = conformance::world::normal(400 * heads * 32, seed);
+        Tensor::new(data, &[400, heads, 32]).unwrap()
+    };
+    let (q, k, v, out, d_out) =
+        (tensor(4, 1), tensor(2, 2), tensor(2, 3), tensor(4, 4), tensor(4, 5));
+    let lse = Tensor::new(vec![6.0; 1600], &[400, 4]).unwrap();
+    let inputs = InfluenceInputs {
+        q: &q,
+        k: &k,
+        v: &v,
+        out: &out,
+        lse: &lse,
+        d_out: &d_out,
+        block: 64,
+        sign: InfluenceSign::Signed,
+        gradients: true,
+    };
+    let [one, three] =
+        pools.map(|pool| pool.install(|| CpuBackend::default().influence(&inputs, 0.2).unwrap()));
+    assert_eq!(one.blocks, three.blocks);
+    let (one, three) = (one.gradients.unwrap(), three.gradients.unwrap());
+    assert_eq!((one.d_q, one.d_k, one.d_v), (three.d_q, three.d_k, three.d_v));
+}
+
+// 9. Integer overflow past 2^31 elements: the second head starts there.
+#[test]
+fn trap_09_offsets_beyond_2_to_the_31_elements() {
+    let cpu = Cpu::new(CacheDtype::Bf16);
+    let capacity = 1 << 25;
+    let world = World::new(2, 2, 64, &[(0, capacity), (0, 5)], 200);
+    let mut cache = match cpu.0.open(&world.layout(capacity, 0), 64) {
+        Ok(cache) => cache,
+        Err(Error::OutOfMemory { .. }) => {
+            eprintln!("skipped: 8 GiB of address space could not be had");
+            return;
+        }
+        Err(error) => panic!("{error}"),
+    };
+    assert!(cache.layout().head(1).offset().0 * 64 >= 1 << 31);
+    let expected = world.run(&cpu, &[190, 1, 9]);
+    assert!(world.run_in(&cpu, &mut cache, 0, &[190, 1, 9]) == expected);
+}
+
+#[test]
+fn every_error_variant_says_what_came() {
+    let backend = CpuBackend::default();
+    let layout = LayerLayout::new(&[Span::full(4)], 4, 0).unwrap();
+    assert!(matches!(backend.open(&layout, 0), Err(Error::Argument { what: "head_dim", .. })));
+    assert!(matches!(backend.open(&layout, usize::MAX / 8), Err(Error::OutOfMemory { .. })));
+    let huge = LayerLayout::new(&[Span::full(1 << 55)], 1 << 55, 0).unwrap();
+    assert!(matches!(backend.open(&huge, 64), Err(Error::OutOfMemory { .. })));
+    assert!(
+        matches!(Tensor::new(vec![0.0; 5], &[2, 3]), Err(Error::Shape { got, .. }) if got == [5])
+    );
+    assert!(matches!(Tensor::new(vec![], &[]), Err(Error::Shape { .. })));
+    assert!(matches!(Tensor::zeros(&[1, 1, 1, 1]), Err(Error::Shape { .. })));
+    assert!(matches!(Tensor::zeros(&[usize::MAX, 3]), Err(Error::Shape { .. })));
+    assert!(matches!(
+        backend.decode_seconds(0, 1, 8),
+        Err(Error::Core(moa_core::Error::Invalid { .. }))
+    ));
+
+    let mut cache = backend.open(&layout, 8).unwrap();
+    let x = Tensor::zeros(&[5, 1, 8]).unwrap();
+    let error = backend.extend(&mut [&mut cache], &[5], &x, &x, &x, 1.0, false).unwrap_err();
+    assert!(matches!(
+        error,
+        Error::Core(moa_core::Error::CapacityExceeded { len: 0, more: 5, capacity: 4 })
+    ));
+    let error = backend.extend(
+        &mut [&mut cache],
+        &[5],
+        &x,
+        &x,
+        &Tensor::zeros(&[5, 8]).unwrap(),
+        1.0,
+        false,
+    );
+    assert!(matches!(error, Err(Error::Shape { op: "extend", what: "v", .. })));
+    assert!(matches!(
+        backend.truncate(&mut cache, 1),
+        Err(Error::Core(moa_core::Error::Invalid { .. }))
+    ));
+}
+
+#[test]
+fn influence_refuses_wrong_shapes() {
+    let zeros = |shape: &[usize]| Tensor::zeros(shape).unwrap();
+    let (q, k, lse) = (zeros(&[5, 4, 8]), zeros(&[5, 2, 8]), zeros(&[5, 4]));
+    let base = || InfluenceInputs {
+        q: &q,
+        k: &k,
+        v: &k,
+        out: &q,
+        lse: &lse,
+        d_out: &q,
+        block: 2,
+        sign: InfluenceSign::Signed,
+        gradients: true,
+    };
+    let run = |inputs: &InfluenceInputs<'_, Tensor>| {
+        CpuBackend::default().influence(inputs, 1.0).map(|o| o.blocks)
+    };
+    assert_eq!(run(&base()).unwrap(), vec![0.0; 2 * 9]);
+    assert!(matches!(
+        run(&InfluenceInputs { block: 0, ..base() }),
+        Err(Error::Argument { what: "block", .. })
+    ));
+    for (what, bad) in [
+        ("q", InfluenceInputs { q: &lse, ..base() }),
+        ("k", InfluenceInputs { k: &lse, ..base() }),
+        ("v", InfluenceInputs { v: &q, ..base() }),
+        ("out", InfluenceInputs { out: &k, ..base() }),
+        ("lse", InfluenceInputs { lse: &q, ..base() }),
+        ("d_out", InfluenceInputs { d_out: &k, ..base() }),
+    ] {
+        assert!(
+            matches!(run(&bad), Err(Error::Shape { what: named, .. }) if named == what),
+            "{what}"
+        );
+    }
+}
+
+#[test]
+fn decode_seconds_are_measured() {
+    let seconds = CpuBackend::new(CacheDtype::Bf16).decode_seconds(2048, 2, 64).unwrap();
+    assert!(seconds > 0.0 && seconds < 1.0);
+}
+
+#[test]
+fn reset_forgets_everything() {
+    let cpu = Cpu::new(CacheDtype::F32);
+    let world = World::new(2, 1, 8, &[(1, 4)], 20);
+    let mut cache: Cache = world.open(&cpu, 20, 0);
+    world.extend(&cpu, &mut cache, 0..20).unwrap();
+    cache.reset();
+    assert!(cache.is_empty());
+    assert!(world.run_in(&cpu, &mut cache, 0, &[15, 5]) == world.run(&cpu, &[15, 5]));
+}

@@ -1,0 +1,42 @@
+//! Memory that the operating system counts, in a process of its own.
+#![cfg(target_os = "linux")]
+
+use moa_backend_cpu::{CacheDtype, CpuBackend, Tensor};
+use moa_core::{LayerLayout, Span, SparseAttentionBackend};
+
+fn resident_bytes() -> u64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    statm.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 4096
+}
+
+#[test]
+fn only_written_slots_are_resident() {
+    // Few long keys, so that the test is quick: a full head of which little is written, and a window.
+    let (dim, capacity, window) = (1024, 1 << 16, 256);
+    let backend = CpuBackend::new(CacheDtype::Bf16);
+    let spans = [Span::full(capacity), Span::new(64, window - 64).unwrap()];
+    let layout = LayerLayout::new(&spans, capacity, 0).unwrap();
+    let step = Tensor::zeros(&[128, 2, dim]).unwrap();
+    let run = |cache: &mut _| {
+        backend.extend(&mut [cache], &[128], &step, &step, &step, 1.0, false).unwrap();
+    };
+    // Scratch memory stays with its thread: get it before measuring.
+    let mut warm = backend.open(&layout, dim).unwrap();
+    run(&mut warm);
+    run(&mut warm);
+    drop(warm);
+
+    let before = resident_bytes();
+    let mut cache = backend.open(&layout, dim).unwrap();
+    assert_eq!(backend.bytes(&cache), (2 * 2 * dim * (capacity + window)) as u64);
+    assert!(resident_bytes() - before < 1 << 19, "an empty cache is resident");
+
+    (0..8).for_each(|_| run(&mut cache));
+    let written = (2 * 2 * dim * (1024 + window)) as u64;
+    let grown = resident_bytes() - before;
+    assert!(grown > written * 3 / 4 && grown < written * 3 / 2, "{grown} for {written} bytes");
+    let fork = backend.fork(&cache).unwrap();
+    let grown = resident_bytes() - before;
+    assert!(grown < written * 5 / 2, "{grown} bytes after a fork, {written} written");
+    drop(fork);
+}
