@@ -31,7 +31,7 @@ impl ShapeArgs {
     }
 }
 
-/// Read a plan of the original code: {"alphas": [layer][head], "betas": [layer][head]}
+/// Read a plan of the original code: lists of alphas and betas per layer and query head
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Example:\n  moa plan import --published moa_alpha_beta.json --config config.json --out plan.json"
