@@ -153,7 +153,7 @@ fn appending_too_much_says_what_fits() {
     assert!(LayerLayout::new(&[Span::full(5)], 0, 0).is_err());
 }
 
-// Offsets past 2^31 elements must not wrap (REFERENCE trap 9).
+// Offsets past 2^31 elements must not wrap.
 #[test]
 fn offsets_are_64_bit_safe() {
     let n = 1usize << 31;

@@ -96,7 +96,7 @@ fn published_plans_import_as_unions_and_export_again() {
     assert!(wrong(r#"{"alphas": [[NaN]]}"#).contains("published plan"));
 }
 
-/// Densities of the published plans in the native GQA cache, as REFERENCE states them.
+/// Densities of the published plans in the native GQA cache, as computed from the published files.
 #[test]
 fn published_plans_have_the_densities_of_their_unions() {
     let Some(data) = std::env::var_os("MOA_TEST_DATA") else {

@@ -63,7 +63,7 @@ impl Default for CalibrationOptions {
 
 impl<O: Ops> Checkpoint<O> {
     /// Makes calibration items for each length. Responses that the data does not give are the
-    /// greedy answers of the dense model itself (REFERENCE: MoA, section 4.3). Of the built-in
+    /// greedy answers of the dense model itself (MoA, section 4.3). Of the built-in
     /// records, only those count that the dense model answers right: a wrong answer shows no
     /// dependency.
     ///
