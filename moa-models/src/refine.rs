@@ -41,7 +41,7 @@ pub struct Refined {
 struct Measure<'a, O: Ops> {
     model: &'a Llama<O>,
     items: &'a BTreeMap<usize, Vec<Item>>,
-    known: HashMap<String, f64>,
+    known: HashMap<String, Vec<AtLength>>,
     /// Plans measured, on all items or on the shortest.
     done: usize,
     budget: usize,
@@ -49,16 +49,20 @@ struct Measure<'a, O: Ops> {
 }
 
 impl<O: Ops> Measure<'_, O> {
-    fn loss(&mut self, plan: &Plan) -> Result<f64> {
+    fn losses(&mut self, plan: &Plan) -> Result<Vec<AtLength>> {
         let key = plan.rules().iter().map(|r| format!("{:?}", r.lines())).collect::<String>();
-        if let Some(loss) = self.known.get(&key) {
-            return Ok(*loss);
+        if let Some(losses) = self.known.get(&key) {
+            return Ok(losses.clone());
         }
         let losses = measured_losses(self.model, self.items, plan)?;
         self.count()?;
-        let loss = losses.iter().map(|l| l.value).sum::<f64>() / losses.len() as f64;
-        self.known.insert(key, loss);
-        Ok(loss)
+        self.known.insert(key, losses.clone());
+        Ok(losses)
+    }
+
+    fn loss(&mut self, plan: &Plan) -> Result<f64> {
+        let losses = self.losses(plan)?;
+        Ok(losses.iter().map(|l| l.value).sum::<f64>() / losses.len() as f64)
     }
 
     /// The plan with the lowest loss. All are measured on the shortest items; of several, only the
@@ -176,7 +180,7 @@ pub fn refine<O: Ops>(
     }
     let mut plan = best.1;
     plan.provenance = starts[0].provenance.clone();
-    plan.provenance.measured_losses = measured_losses(model, items, &plan)?;
+    plan.provenance.measured_losses = measure.losses(&plan)?;
     plan.provenance.predicted_losses.clear();
     Ok(Refined {
         plan,
