@@ -1,0 +1,201 @@
+use std::ops::Range;
+
+use moa_core::HeadLayout;
+
+use crate::tables::Geometry;
+
+/// Keys per partial result of the split kernel, counted over the keys that the new tokens see.
+/// A constant, so that the rounding of a sequence's result never depends on the batch.
+pub(crate) const SPLIT_KEYS: usize = 512;
+
+/// Most rows (new tokens x query heads per KV head) that the split kernel takes: one matrix fragment.
+pub(crate) const SPLIT_ROWS: usize = 16;
+
+/// Most rows that are left to the smaller tile where the larger one would be half empty.
+const TILE_ROWS_MAX: usize = 64;
+
+/// Which kernel computes a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Path {
+    /// All rows of a KV head over one split of its keys, merged by the last block of the head.
+    Split,
+    /// A tile of a KV head's rows over all their keys.
+    Tile,
+    /// The same with warp-group matrix instructions.
+    Wgmma,
+}
+
+impl Path {
+    /// Depends on the sequence alone.
+    pub(crate) fn of(tokens: usize, dims: &Dims) -> Self {
+        let rows = dims.rows(tokens);
+        if rows <= SPLIT_ROWS {
+            Self::Split
+        } else if dims.wgmma && rows > TILE_ROWS_MAX {
+            Self::Wgmma
+        } else {
+            Self::Tile
+        }
+    }
+
+    /// Rows per block.
+    pub(crate) fn tile_rows(self) -> usize {
+        match self {
+            Self::Split => SPLIT_ROWS,
+            Self::Tile => 64,
+            Self::Wgmma => 128,
+        }
+    }
+}
+
+/// What all sequences of a batch share.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Dims {
+    pub(crate) query_heads: usize,
+    pub(crate) kv_heads: usize,
+    /// Whether the device and the head dimension have the warp-group kernel.
+    pub(crate) wgmma: bool,
+}
+
+impl Dims {
+    /// Rows of a KV head: (token, query head of its group) pairs.
+    fn rows(&self, tokens: usize) -> usize {
+        tokens.saturating_mul(self.query_heads / self.kv_heads)
+    }
+}
+
+/// One sequence of a batch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Request<'a> {
+    pub(crate) geometry: &'a Geometry,
+    pub(crate) len: usize,
+    pub(crate) tokens: usize,
+    /// Whether the plan is replayed while the sequence grows: then it must cover every length.
+    pub(crate) grows: bool,
+}
+
+impl Request<'_> {
+    /// Whether the new tokens may be written before they are attended to: if none of them takes the
+    /// slot of a key that another one still sees.
+    pub(crate) fn commits_first(&self) -> bool {
+        let layout = &self.geometry.layout;
+        layout.heads().iter().all(|head| {
+            head.slots() == layout.capacity()
+                || self.tokens - 1 + head.span().window() <= head.ring_slots()
+        })
+    }
+
+    /// Keys of one head that some new token sees.
+    pub(crate) fn keys(&self, head: &HeadLayout) -> usize {
+        let span = head.span();
+        if self.grows {
+            let most = span.total().saturating_add(self.tokens - 1);
+            return most.min(self.geometry.layout.capacity());
+        }
+        let end = self.len + self.tokens;
+        let sink = span.sink().min(end);
+        // The window of the first new token is the one that reaches back furthest.
+        let start = (self.len + 1).saturating_sub(span.window()).max(sink);
+        sink + end - start
+    }
+
+    fn splits(&self, head: &HeadLayout) -> usize {
+        self.keys(head).div_ceil(SPLIT_KEYS)
+    }
+}
+
+/// Consecutive sequences that take the same way, one launch of an attention kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Launch {
+    pub(crate) path: Path,
+    pub(crate) committed: bool,
+    /// Places in [`Plan::order`].
+    pub(crate) places: Range<usize>,
+    /// Of the split kernel, in [`Plan::items`].
+    pub(crate) items: Range<usize>,
+    /// Thread blocks.
+    pub(crate) blocks: usize,
+}
+
+/// How a batch is cut. Buffers are kept from one call to the next.
+#[derive(Debug, Default)]
+pub(crate) struct Plan {
+    /// The caller's sequence at each place of the tables.
+    pub(crate) order: Vec<usize>,
+    pub(crate) launches: Vec<Launch>,
+    /// Of the tile kernels: work items of the sequences before it in its launch, by place.
+    pub(crate) first_items: Vec<usize>,
+    /// (place in its launch * kv_heads + KV head, split)
+    pub(crate) items: Vec<[i32; 2]>,
+    /// (first item in its launch, number of splits), `[places, kv_heads]`.
+    pub(crate) splits: Vec<[i32; 2]>,
+}
+
+impl Plan {
+    /// Sequences whose new tokens are written before attention; they come first.
+    pub(crate) fn committed(&self) -> usize {
+        self.launches.iter().filter(|l| l.committed).map(|l| l.places.end).max().unwrap_or(0)
+    }
+
+    /// Cuts a batch. What a sequence's result is summed from, and in which order, depends on
+    /// nothing but that sequence.
+    pub(crate) fn fill(&mut self, dims: &Dims, requests: &[Request<'_>]) {
+        let Self { order, launches, first_items, items, splits } = self;
+        items.clear();
+        launches.clear();
+        first_items.clear();
+        first_items.resize(requests.len(), 0);
+        splits.clear();
+        splits.resize(requests.len() * dims.kv_heads, [0; 2]);
+        order.clear();
+        order.extend(0..requests.len());
+        let way = |&index: &usize| {
+            let request = &requests[index];
+            (!request.commits_first(), Path::of(request.tokens, dims) as usize)
+        };
+        order.sort_by_cached_key(way);
+
+        let mut end = 0;
+        while let Some(&first) = order.get(end) {
+            let start = end;
+            let committed = requests[first].commits_first();
+            let path = Path::of(requests[first].tokens, dims);
+            let same = order[start..].iter().take_while(|index| way(index) == way(&first));
+            end += same.count();
+            let mut launch = Launch {
+                path,
+                committed,
+                places: start..end,
+                items: items.len()..items.len(),
+                blocks: 0,
+            };
+            if path == Path::Split {
+                // Widest heads of all sequences first.
+                for rank in 0..dims.kv_heads {
+                    for place in start..end {
+                        let request = &requests[order[place]];
+                        let head = request.geometry.widest_first[rank] as usize;
+                        let count = request.splits(request.geometry.layout.head(head));
+                        let owner = (place - start) * dims.kv_heads + head;
+                        splits[place * dims.kv_heads + head] =
+                            [(items.len() - launch.items.start) as i32, count as i32];
+                        items.extend((0..count as i32).map(|split| [owner as i32, split]));
+                    }
+                }
+                launch.items.end = items.len();
+                launch.blocks = launch.items.len();
+            } else {
+                for place in start..end {
+                    first_items[place] = launch.blocks;
+                    let rows = dims.rows(requests[order[place]].tokens);
+                    launch.blocks += rows.div_ceil(path.tile_rows()) * dims.kv_heads;
+                }
+            }
+            launches.push(launch);
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;
