@@ -113,7 +113,7 @@ impl Cache {
         let mut fork = Self::new(&self.device, Arc::clone(&self.geometry), self.variant)?;
         let slot_bytes = (self.variant.head_dim * self.variant.dtype.bytes()) as u64;
         let stream = self.device.cuda_stream();
-        self.device.context().bind_to_thread().map_err(Error::driver("cuCtxSetCurrent"))?;
+        self.device.bind()?;
         for slots in self.written_slots() {
             let (first, bytes) = (slots.start as u64 * slot_bytes, slots.len() as u64 * slot_bytes);
             for (from, to) in [(self.keys(), fork.keys()), (self.values(), fork.values())] {

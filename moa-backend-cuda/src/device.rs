@@ -128,6 +128,11 @@ impl Device {
         Ok(kernels)
     }
 
+    /// Makes the device's context the calling thread's, which calls below cudarc's need.
+    pub(crate) fn bind(&self) -> Result<()> {
+        self.0.context.bind_to_thread().map_err(Error::driver("cuCtxSetCurrent"))
+    }
+
     pub(crate) fn context(&self) -> &Arc<CudaContext> {
         &self.0.context
     }

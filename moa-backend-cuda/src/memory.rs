@@ -28,7 +28,7 @@ pub(crate) unsafe fn grow<T: DeviceRepr>(
     // Memory is taken and given back on the device's own stream.
     let foreign = stream != device.stream();
     if foreign && buffer.is_some() {
-        device.context().bind_to_thread().map_err(Error::driver("cuCtxSetCurrent"))?;
+        device.bind()?;
         // SAFETY: as the caller promises.
         unsafe { result::stream::synchronize(stream.cast()) }
             .map_err(Error::driver("cuStreamSynchronize"))?;

@@ -126,6 +126,7 @@ impl Step {
         let Some(first) = check(batch)? else {
             return Err(Error::argument(OP, "caches", "at least 1", 0));
         };
+        self.device.bind()?;
         let kernels = self.device.kernels(first.variant())?;
         let dims = Dims {
             query_heads: batch.query_heads,
