@@ -1,9 +1,13 @@
-//! The CUDA backend against the conformance suite.
+//! The CUDA backend against the conformance suite, and what is particular to it.
 //!
 //! Without a GPU each test says that it is skipped; with `MOA_REQUIRE_GPU=1` it fails then.
 
 mod conformance;
 mod gpu;
+#[path = "gpu/hazards.rs"]
+mod hazards;
+#[path = "gpu/step.rs"]
+mod step;
 
 use conformance::{TestBackend, conformance};
 use gpu::{device, round};

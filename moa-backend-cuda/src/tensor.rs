@@ -24,29 +24,44 @@ impl Tensor {
     /// [`Error::Shape`] unless there are 1 to 3 axes whose product is `data.len()`,
     /// [`Error::OutOfMemory`].
     pub fn from_f32(device: &Device, data: &[f32], shape: &[usize], dtype: Dtype) -> Result<Self> {
-        const OP: &str = "Tensor::from_f32";
-        let (.., len) = check(OP, shape)?;
-        if len != data.len() {
-            let expected = format_args!("{len} elements for shape {shape:?}").to_string();
-            return Err(Error::shape(OP, "data", expected, &[data.len()]));
-        }
-        let mut tensor = Self::uninitialised(device, OP, shape, dtype)?;
-        let (mut f16s, mut bf16s) = (Vec::new(), Vec::new());
-        let bytes: &[u8] = match dtype {
-            Dtype::F32 => bytemuck::cast_slice(data),
+        match dtype {
+            Dtype::F32 => Self::from_bytes(device, bytemuck::cast_slice(data), shape, dtype),
             Dtype::F16 => {
-                f16s.resize(len, f16::ZERO);
-                f16s.convert_from_f32_slice(data);
-                bytemuck::cast_slice(&f16s)
+                let mut rounded = vec![f16::ZERO; data.len()];
+                rounded.convert_from_f32_slice(data);
+                Self::from_bytes(device, bytemuck::cast_slice(&rounded), shape, dtype)
             }
             Dtype::Bf16 => {
-                bf16s.resize(len, bf16::ZERO);
-                bf16s.convert_from_f32_slice(data);
-                bytemuck::cast_slice(&bf16s)
+                let mut rounded = vec![bf16::ZERO; data.len()];
+                rounded.convert_from_f32_slice(data);
+                Self::from_bytes(device, bytemuck::cast_slice(&rounded), shape, dtype)
             }
-        };
-        let stream = device.cuda_stream();
-        stream.memcpy_htod(bytes, &mut tensor.data).map_err(Error::driver("cuMemcpyHtoDAsync"))?;
+        }
+    }
+
+    /// Copies elements of `dtype` in native byte order to the device.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] unless there are 1 to 3 axes that make up `bytes`, [`Error::OutOfMemory`].
+    pub fn from_bytes(
+        device: &Device,
+        bytes: &[u8],
+        shape: &[usize],
+        dtype: Dtype,
+    ) -> Result<Self> {
+        const OP: &str = "Tensor::from_bytes";
+        let (.., len) = check(OP, shape)?;
+        if len.checked_mul(dtype.bytes()) != Some(bytes.len()) {
+            let expected = format!("{len} elements of {dtype} for shape {shape:?}");
+            return Err(Error::shape(OP, "data", expected, &[bytes.len() / dtype.bytes()]));
+        }
+        let mut tensor = Self::uninitialised(device, OP, shape, dtype)?;
+        if !bytes.is_empty() {
+            let stream = device.cuda_stream();
+            stream
+                .memcpy_htod(bytes, &mut tensor.data)
+                .map_err(Error::driver("cuMemcpyHtoDAsync"))?;
+        }
         Ok(tensor)
     }
 

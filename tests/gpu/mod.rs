@@ -2,8 +2,9 @@
 
 use std::sync::OnceLock;
 
+use cudarc::driver::sys;
 use half::{bf16, f16};
-use moa_backend_cuda::{Device, Dtype};
+use moa_backend_cuda::{Cache, Device, Dtype};
 
 /// The first device, or `None` with a loud word. One for all tests, as kernels are loaded per device.
 pub(crate) fn device() -> Option<&'static Device> {
@@ -33,5 +34,16 @@ pub(crate) fn round(dtype: Dtype, x: f32) -> f32 {
         Dtype::F16 => f16::from_f32(x).to_f32(),
         Dtype::Bf16 => bf16::from_f32(x).to_f32(),
         Dtype::F32 => x,
+    }
+}
+
+/// Fills a cache with NaN, which no kernel may notice.
+pub(crate) fn poison(cache: &Cache) {
+    // SAFETY: the addresses are the cache's, which has this many 16-bit elements.
+    unsafe {
+        sys::cuCtxSynchronize().result().unwrap();
+        // All bits of exponent and mantissa: NaN in f16 and in bf16.
+        sys::cuMemsetD16_v2(cache.keys(), 0x7fff, cache.bytes() as usize / 2).result().unwrap();
+        sys::cuCtxSynchronize().result().unwrap();
     }
 }
