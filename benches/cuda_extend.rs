@@ -1,0 +1,405 @@
+//! Prefill, chunked prefill and decode on a GPU, timed with CUDA events; beside them the device's copy
+//! rate and the host's time per step.
+//!
+//! `cargo bench -p moa-backend-cuda --bench cuda_extend -- --plan moa_alpha_beta.json --layer 5 \
+//!  --heads 32 --kv-heads 8 --json out.json`; the same sizes as `benches/peers/attention.py`. Between
+//! repeats the L2 cache is overwritten, as triton's `do_bench` does. With `--test` tiny sizes, once.
+
+use std::time::Instant;
+
+use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, result, sys};
+use moa_backend_cuda::{
+    Batch, Cache, CudaBackend, Device, Dtype, Step, Tensor, Tensors, Workspace,
+};
+use moa_core::{LayerLayout, Span, SparseAttentionBackend};
+use serde_json::{Value, json};
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+const SINK: usize = 64;
+const FLUSH_BYTES: usize = 256 << 20;
+
+/// What the command line asks for.
+struct Options {
+    plan: Option<String>,
+    layer: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    dtype: Dtype,
+    prefill: Vec<usize>,
+    /// (batch, tokens held)
+    decode: Vec<(usize, usize)>,
+    history: usize,
+    chunks: Vec<usize>,
+    json: Option<String>,
+    /// Milliseconds to repeat a measurement for.
+    repeat_ms: f32,
+}
+
+impl Options {
+    fn parse() -> Result<Self> {
+        let mut options = Self {
+            plan: None,
+            layer: 5,
+            heads: 32,
+            kv_heads: 32,
+            head_dim: 128,
+            dtype: Dtype::Bf16,
+            prefill: vec![4096, 8192, 16384, 32768],
+            decode: vec![(1, 16384), (8, 16384), (32, 8192), (1, 65536)],
+            history: 32768,
+            chunks: vec![512, 2048],
+            json: None,
+            repeat_ms: 200.0,
+        };
+        let mut arguments = std::env::args().skip(1);
+        while let Some(name) = arguments.next() {
+            if name == "--bench" {
+                continue;
+            }
+            if name == "--test" {
+                (options.prefill, options.decode) = (vec![512], vec![(2, 700)]);
+                (options.history, options.chunks, options.repeat_ms) = (1024, vec![256], 0.0);
+                continue;
+            }
+            let value = arguments.next().ok_or(format!("{name} needs a value"))?;
+            let numbers =
+                || value.split(',').map(str::parse).collect::<std::result::Result<_, _>>();
+            match name.as_str() {
+                "--plan" => options.plan = Some(value),
+                "--json" => options.json = Some(value),
+                "--layer" => options.layer = value.parse()?,
+                "--heads" => options.heads = value.parse()?,
+                "--kv-heads" => options.kv_heads = value.parse()?,
+                "--head-dim" => options.head_dim = value.parse()?,
+                "--history" => options.history = value.parse()?,
+                "--prefill" => options.prefill = numbers()?,
+                "--chunks" => options.chunks = numbers()?,
+                "--dtype" => {
+                    options.dtype = if value == "float16" { Dtype::F16 } else { Dtype::Bf16 }
+                }
+                "--decode" => {
+                    let parse = |item: &str| -> Result<(usize, usize)> {
+                        let (batch, tokens) = item.split_once('x').ok_or("--decode is BxN,...")?;
+                        Ok((batch.parse()?, tokens.parse()?))
+                    };
+                    options.decode = value.split(',').map(parse).collect::<Result<_>>()?;
+                }
+                _ => return Err(format!("unknown option {name}").into()),
+            }
+        }
+        Ok(options)
+    }
+
+    /// Spans of the plan's KV heads at a length: the largest of each query group. Without a plan, an
+    /// eighth, a quarter, a half and all of the tokens in turn.
+    fn spans(&self, tokens: usize) -> Result<Vec<Span>> {
+        let group = self.heads / self.kv_heads;
+        let total = |alpha: f64, beta: f64| {
+            let n = tokens as f64;
+            ((alpha + beta * n).min(n).max(128.0) / 64.0).ceil() as usize * 64
+        };
+        let totals: Vec<usize> = match &self.plan {
+            Some(path) => {
+                let plan: Value = serde_json::from_slice(&std::fs::read(path)?)?;
+                let line = |name: &str, head: usize| plan[name][self.layer][head].as_f64();
+                (0..self.heads)
+                    .map(|head| Some(total(line("alphas", head)?, line("betas", head)?)))
+                    .collect::<Option<_>>()
+                    .ok_or("the plan has fewer layers or heads")?
+            }
+            None => (0..self.heads)
+                .map(|head| total(0.0, [0.125, 0.25, 0.5, 1.0][head / group % 4]))
+                .collect(),
+        };
+        let widest = |group: &[usize]| group.iter().copied().max().unwrap_or(128);
+        Ok(totals
+            .chunks(group)
+            .map(|group| Span::new(SINK, widest(group) - SINK))
+            .collect::<std::result::Result<_, _>>()?)
+    }
+}
+
+struct Bench {
+    options: Options,
+    device: Device,
+    backend: CudaBackend,
+    context: std::sync::Arc<CudaContext>,
+    step: Step,
+    workspace: Workspace,
+    flush: Tensor,
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse()?;
+    let device = match Device::open(0) {
+        Ok(device) => device,
+        Err(error) => {
+            eprintln!("skipped: {error}");
+            return Ok(());
+        }
+    };
+    let context = CudaContext::new(0)?;
+    let mut bench = Bench {
+        backend: CudaBackend::new(&device, options.dtype)?,
+        step: Step::new(&device),
+        workspace: Workspace::new(&device),
+        flush: Tensor::zeros(&device, &[FLUSH_BYTES / 4], Dtype::F32)?,
+        options,
+        device,
+        context,
+    };
+    bench.backend.warm_up(bench.options.head_dim)?;
+    let mut all = serde_json::Map::new();
+    let mut show = |name: String, row: Value| {
+        println!("{name} {row}");
+        all.insert(name, row);
+    };
+    show("device".into(), json!(bench.device.name()));
+    show("copy_TB_s".into(), json!(bench.copy_rate()?));
+    for tokens in bench.options.prefill.clone() {
+        show(format!("prefill {tokens}"), bench.prefill(tokens)?);
+    }
+    show(format!("chunked {}", bench.options.history), bench.chunked()?);
+    for (batch, tokens) in bench.options.decode.clone() {
+        show(format!("decode {batch}x{tokens}"), bench.decode(batch, tokens)?);
+    }
+    if let Some(path) = &bench.options.json {
+        std::fs::write(path, serde_json::to_string_pretty(&Value::Object(all))?)?;
+    }
+    Ok(())
+}
+
+impl Bench {
+    /// Reading and writing, TB/s.
+    fn copy_rate(&self) -> Result<f64> {
+        const BYTES: usize = 1 << 30;
+        let from = Tensor::zeros(&self.device, &[BYTES / 4], Dtype::F32)?;
+        let to = Tensor::zeros(&self.device, &[BYTES / 4], Dtype::F32)?;
+        let ms = self.median_ms(|| {
+            let stream = self.device.stream().cast();
+            // SAFETY: both tensors have these bytes.
+            unsafe { result::memcpy_dtod_async(to.pointer(), from.pointer(), BYTES, stream) }?;
+            Ok(())
+        })?;
+        Ok(2.0 * BYTES as f64 / f64::from(ms) / 1e9)
+    }
+
+    /// Whole prompts with the plan's spans, and without: milliseconds and TFLOP/s on kept pairs.
+    fn prefill(&mut self, tokens: usize) -> Result<Value> {
+        let spans = self.options.spans(tokens)?;
+        let dense = vec![Span::full(tokens); self.options.kv_heads];
+        let io = Inputs::new(self, tokens)?;
+        let mut row = serde_json::Map::new();
+        let causal = dense[0].kept_pairs(tokens) as f64 * dense.len() as f64;
+        for (name, spans) in [("moa", spans), ("dense", dense)] {
+            let layout = LayerLayout::new(&spans, tokens, 0)?;
+            let cache = self.backend.open(&layout, self.options.head_dim)?;
+            self.prepare(&[&cache], &[tokens])?;
+            let ms = self.median_ms(|| self.run(&io))?;
+            let pairs: u128 = spans.iter().map(|span| span.kept_pairs(tokens)).sum();
+            let group = self.options.heads / self.options.kv_heads;
+            let operations = 4.0 * pairs as f64 * (group * self.options.head_dim) as f64;
+            row.insert(format!("{name}_ms"), json!(ms));
+            row.insert(format!("{name}_TFLOP_s"), json!(operations / f64::from(ms) / 1e9));
+            row.insert(format!("{name}_kept"), json!(pairs as f64 / causal));
+        }
+        Ok(Value::Object(row))
+    }
+
+    /// One prompt of `history` tokens, whole and in chunks: microseconds per token.
+    fn chunked(&mut self) -> Result<Value> {
+        let tokens = self.options.history;
+        let layout = LayerLayout::new(&self.options.spans(tokens)?, tokens, 0)?;
+        let mut cache = self.backend.open(&layout, self.options.head_dim)?;
+        let io = Inputs::new(self, tokens)?;
+        let mut row = serde_json::Map::new();
+        for chunk in [vec![tokens], self.options.chunks.clone()].concat() {
+            let mut times = Vec::new();
+            for _ in 0..5 {
+                cache.reset();
+                self.device.synchronize()?;
+                let start = self.event()?;
+                for at in (0..tokens).step_by(chunk) {
+                    let size = chunk.min(tokens - at);
+                    self.prepare(&[&cache], &[size])?;
+                    self.run_tensors(&io.from(at, self.options.head_dim))?;
+                    cache.advance(size)?;
+                }
+                times.push(start.elapsed_ms(&self.event()?)?);
+            }
+            times.sort_by(f32::total_cmp);
+            row.insert(
+                format!("chunk_{chunk}_us_per_token"),
+                json!(times[2] * 1e3 / tokens as f32),
+            );
+        }
+        Ok(Value::Object(row))
+    }
+
+    /// One token for each of `batch` sequences that then hold `tokens`.
+    fn decode(&mut self, batch: usize, tokens: usize) -> Result<Value> {
+        let spans = self.options.spans(tokens)?;
+        let head_dim = self.options.head_dim;
+        let layout = LayerLayout::new(&spans, tokens, 0)?;
+        let mut caches: Vec<Cache> = (0..batch)
+            .map(|_| self.backend.open(&layout, head_dim))
+            .collect::<std::result::Result<_, _>>()?;
+        let history = Inputs::new(self, tokens - 1)?;
+        for cache in &mut caches {
+            self.prepare(&[cache], &[tokens - 1])?;
+            self.run(&history)?;
+            cache.advance(tokens - 1)?;
+        }
+        drop(history);
+        let io = Inputs::new(self, batch)?;
+        let shared: Vec<&Cache> = caches.iter().collect();
+        let ones = vec![1; batch];
+        self.prepare(&shared, &ones)?;
+        let ms = self.median_ms(|| self.run(&io))?;
+        let bytes: usize = spans.iter().map(|span| span.total().min(tokens)).sum::<usize>()
+            * batch
+            * head_dim
+            * 2
+            * self.options.dtype.bytes();
+
+        let graph = self.capture(&io, 1)?;
+        let replayed_ms = self.median_ms(|| Ok(graph.launch()?))?;
+        let layers = 32;
+        let graph = self.capture(&io, layers)?;
+        let layers_ms = self.median_ms(|| Ok(graph.launch()?))?;
+
+        // The host alone: the queue is never full, as each step is short.
+        let steps = 50;
+        let host_us = |run: &mut dyn FnMut(&mut Self) -> Result<()>, bench: &mut Self| {
+            bench.device.synchronize()?;
+            let start = Instant::now();
+            for _ in 0..steps {
+                run(bench)?;
+            }
+            let us = start.elapsed().as_secs_f64() * 1e6 / f64::from(steps);
+            bench.device.synchronize()?;
+            Result::Ok(us)
+        };
+        let planned = host_us(
+            &mut |bench| {
+                bench.prepare(&shared, &ones)?;
+                bench.run(&io)
+            },
+            self,
+        )?;
+        let launched = host_us(&mut |bench| bench.run(&io), self)?;
+        Ok(json!({
+            "us": ms * 1e3,
+            "graph_us": replayed_ms * 1e3,
+            "graph_of_32_us_per_layer": layers_ms * 1e3 / layers as f32,
+            "sparse_MB": bytes as f64 / 1e6,
+            "TB_s": bytes as f64 / f64::from(ms) / 1e9,
+            "launches": self.step.launches(),
+            "host_prepare_and_run_us": planned,
+            "host_run_us": launched,
+        }))
+    }
+
+    fn prepare(&mut self, caches: &[&Cache], tokens: &[usize]) -> Result<()> {
+        let batch = Batch { caches, tokens, query_heads: self.options.heads, grows: false };
+        // SAFETY: everything here is on the device's own stream.
+        Ok(unsafe { self.step.prepare(&mut self.workspace, &batch, self.device.stream()) }?)
+    }
+
+    fn run(&self, io: &Inputs) -> Result<()> {
+        self.run_tensors(&io.from(0, self.options.head_dim))
+    }
+
+    fn run_tensors(&self, tensors: &Tensors) -> Result<()> {
+        // SAFETY: as in `prepare`; the tensors outlive the synchronisation after a measurement.
+        Ok(unsafe { self.step.run(&self.workspace, tensors, self.device.stream()) }?)
+    }
+
+    fn capture(&self, io: &Inputs, layers: usize) -> Result<CudaGraph> {
+        // SAFETY: the device outlives the graph, which is launched on this stream alone.
+        let stream = unsafe { self.context.wrap_borrowed_stream(self.device.stream().cast()) };
+        stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
+        for _ in 0..layers {
+            self.run(io)?;
+        }
+        let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0))?;
+        graph.ok_or_else(|| "nothing was captured".into())
+    }
+
+    fn event(&self) -> Result<CudaEvent> {
+        let event = self.context.new_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT))?;
+        // SAFETY: the device's stream and the event are of the same context.
+        unsafe { sys::cuEventRecord(event.cu_event(), self.device.stream().cast()) }.result()?;
+        Ok(event)
+    }
+
+    fn flush(&self) -> Result<()> {
+        let stream = self.device.stream().cast();
+        // SAFETY: the tensor has these bytes.
+        Ok(unsafe { result::memset_d8_async(self.flush.pointer(), 0, FLUSH_BYTES, stream) }?)
+    }
+
+    /// Median time of what `run` puts on the stream, with a cold L2 cache.
+    fn median_ms(&self, run: impl Fn() -> Result<()>) -> Result<f32> {
+        self.device.synchronize()?;
+        let start = self.event()?;
+        run()?;
+        let first = start.elapsed_ms(&self.event()?)?;
+        let repeats = (self.options.repeat_ms / first.max(0.01)).clamp(1.0, 500.0) as usize;
+        for _ in 0..repeats.min(5) {
+            run()?;
+        }
+        let mut pairs = Vec::with_capacity(repeats);
+        for _ in 0..repeats {
+            self.flush()?;
+            let start = self.event()?;
+            run()?;
+            pairs.push((start, self.event()?));
+        }
+        self.device.synchronize()?;
+        let mut times =
+            pairs.iter().map(|(a, b)| Ok(a.elapsed_ms(b)?)).collect::<Result<Vec<f32>>>()?;
+        times.sort_by(f32::total_cmp);
+        Ok(times[times.len() / 2])
+    }
+}
+
+/// Random q, k, v and a place for the output.
+struct Inputs {
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+}
+
+impl Inputs {
+    fn new(bench: &Bench, tokens: usize) -> Result<Self> {
+        let Options { heads, kv_heads, head_dim, dtype, .. } = bench.options;
+        let tensor = |heads: usize, seed: u32| {
+            let hash = |i: u32| {
+                (i ^ seed).wrapping_mul(2_654_435_761).rotate_left(13).wrapping_mul(40_503)
+            };
+            // About unit variance, as activations have.
+            let data = (0..(tokens * heads * head_dim) as u32)
+                .map(|i| ((hash(i) >> 8) as f32 / (1 << 23) as f32 - 1.0) * 1.732);
+            let data: Vec<f32> = data.collect();
+            Tensor::from_f32(&bench.device, &data, &[tokens, heads, head_dim], dtype)
+        };
+        let out = Tensor::zeros(&bench.device, &[tokens, heads, head_dim], dtype)?;
+        Ok(Self { q: tensor(heads, 1)?, k: tensor(kv_heads, 2)?, v: tensor(kv_heads, 3)?, out })
+    }
+
+    /// From a token on.
+    fn from(&self, token: usize, head_dim: usize) -> Tensors {
+        let at = |tensor: &Tensor| {
+            let mut packed = tensor.packed();
+            packed.data += token as u64 * packed.token as u64 * tensor.dtype().bytes() as u64;
+            packed
+        };
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let [q, k, v, out] = [&self.q, &self.k, &self.v, &self.out].map(at);
+        Tensors { q, k, v, out, lse: 0, scale, rope: None }
+    }
+}
