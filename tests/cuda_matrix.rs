@@ -52,7 +52,8 @@ fn cases() -> Vec<Case> {
                             for batch in BATCHES {
                                 index += 1;
                                 // Scattered, so that no combination of two values is left out.
-                                if (index.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) % SAMPLE != 0 {
+                                let scattered = index.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40;
+                                if !scattered.is_multiple_of(SAMPLE) {
                                     continue;
                                 }
                                 let seed = index;

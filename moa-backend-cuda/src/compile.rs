@@ -62,26 +62,28 @@ impl Variant {
 
 /// Compiles a source to machine code (a cubin), or takes it from the cache on disk.
 ///
-/// Needs NVRTC but no GPU, so that a cache can be filled elsewhere. The cache is `MOA_CACHE_DIR`, or
-/// `moa/kernels` in `XDG_CACHE_HOME` or `~/.cache`.
+/// Needs NVRTC but no GPU, so that a cache can be filled elsewhere; where there is no NVRTC, any
+/// version's code is taken from it. The cache is `MOA_CACHE_DIR`, or `moa/kernels` in
+/// `XDG_CACHE_HOME` or `~/.cache`.
 ///
 /// # Errors
 /// [`Error::Argument`], [`Error::NoNvrtc`], [`Error::Compile`].
 pub fn compile(source: Source, variant: Variant, architecture: Architecture) -> Result<Vec<u8>> {
     variant.check("compile")?;
-    library::nvrtc()?;
     let options = options(variant, architecture);
     let name = format!("{}-{}-{}-{architecture}", source.name(), variant.dtype, variant.head_dim);
     let key = cubin_cache::Key::new(&name, &key_parts(source, &options));
-    if let Some(cubin) = key.load() {
+    let compiler = library::nvrtc().map(|()| version());
+    if let Some(cubin) = key.load(compiler.as_ref().ok().copied()) {
         return Ok(cubin);
     }
+    let compiler = compiler?;
     let cubin = run(source, &options).map_err(|log| Error::Compile {
         kernel: source.name(),
         architecture: architecture.to_string(),
         log,
     })?;
-    key.store(&cubin);
+    key.store(compiler, &cubin);
     Ok(cubin)
 }
 
@@ -100,17 +102,17 @@ fn options(variant: Variant, architecture: Architecture) -> Vec<String> {
     ]
 }
 
-/// Everything that the machine code depends on.
-fn key_parts(source: Source, options: &[String]) -> Vec<String> {
+fn version() -> (u32, u32) {
     let (mut major, mut minor): (c_int, c_int) = (0, 0);
     // SAFETY: both point to integers.
     unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
+    (major.unsigned_abs(), minor.unsigned_abs())
+}
+
+/// Everything that the machine code depends on, but the compiler.
+fn key_parts(source: Source, options: &[String]) -> Vec<String> {
     let headers = HEADERS.iter().flat_map(|(name, text)| [(*name).into(), (*text).into()]);
-    [format!("nvrtc {major}.{minor}"), source.text().into()]
-        .into_iter()
-        .chain(headers)
-        .chain(options.iter().cloned())
-        .collect()
+    std::iter::once(source.text().into()).chain(headers).chain(options.iter().cloned()).collect()
 }
 
 /// An NVRTC program, destroyed when it is dropped.

@@ -1,15 +1,25 @@
 //! Compiled kernels on disk. Never fatal: what cannot be read is compiled again, what cannot be
 //! written is compiled next time.
+//!
+//! A file is a checksum, the compiler's version and the code.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-/// Name of a compiled kernel: a hash of everything it depends on.
+/// Name of a compiled kernel: a hash of everything it depends on but the compiler's version, so that
+/// a machine without a compiler can use what another one compiled.
 ///
 /// 128 bits of FNV-1a: the texts are our own, and none was made to collide.
 #[derive(Debug)]
 pub(crate) struct Key {
     path: Option<PathBuf>,
+}
+
+/// Major and minor.
+pub(crate) type Version = (u32, u32);
+
+fn encode((major, minor): Version) -> [u8; 8] {
+    (u64::from(major) << 32 | u64::from(minor)).to_le_bytes()
 }
 
 /// One writer at a time in this process, as temporary names differ by process only.
@@ -31,17 +41,20 @@ impl Key {
         Self { path: folder.map(|folder| folder.join(file)) }
     }
 
-    /// The code, if the file is whole.
-    pub(crate) fn load(&self) -> Option<Vec<u8>> {
+    /// The code, if the file is whole and of this compiler, or of any if there is none.
+    pub(crate) fn load(&self, compiler: Option<Version>) -> Option<Vec<u8>> {
         let bytes = std::fs::read(self.path.as_ref()?).ok()?;
-        let (checksum, cubin) = bytes.split_first_chunk::<16>()?;
-        (fnv1a(cubin).to_le_bytes() == *checksum).then(|| cubin.to_vec())
+        let (checksum, rest) = bytes.split_first_chunk::<16>()?;
+        let (version, cubin) = rest.split_first_chunk::<8>()?;
+        let right = compiler.is_none_or(|compiler| encode(compiler) == *version);
+        (right && fnv1a(rest).to_le_bytes() == *checksum).then(|| cubin.to_vec())
     }
 
     /// Keeps the code, if the folder can be written.
-    pub(crate) fn store(&self, cubin: &[u8]) {
+    pub(crate) fn store(&self, compiler: Version, cubin: &[u8]) {
         let Some(path) = &self.path else { return };
-        let bytes = [&fnv1a(cubin).to_le_bytes(), cubin].concat();
+        let rest = [&encode(compiler), cubin].concat();
+        let bytes = [&fnv1a(&rest).to_le_bytes(), &rest[..]].concat();
         let _one = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(folder) = path.parent()
             && std::fs::create_dir_all(folder).is_ok()
@@ -90,16 +103,18 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let deep = folder.path().join("not/yet/there");
         let key = key(&deep, &["a", "b"]);
-        assert_eq!(key.load(), None);
-        key.store(b"code");
-        assert_eq!(key.load().unwrap(), b"code");
+        assert_eq!(key.load(None), None);
+        key.store((13, 0), b"code");
+        assert_eq!(key.load(Some((13, 0))).unwrap(), b"code");
+        assert_eq!(key.load(None).unwrap(), b"code");
+        assert_eq!(key.load(Some((12, 9))), None);
         let path = key.path.as_ref().unwrap();
         let mut bytes = std::fs::read(path).unwrap();
-        bytes[17] ^= 1;
+        bytes[25] ^= 1;
         std::fs::write(path, &bytes).unwrap();
-        assert_eq!(key.load(), None);
+        assert_eq!(key.load(None), None);
         std::fs::write(path, b"short").unwrap();
-        assert_eq!(key.load(), None);
+        assert_eq!(key.load(None), None);
     }
 
     #[test]
@@ -113,8 +128,8 @@ mod tests {
     fn an_unwritable_cache_is_not_an_error() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let key = key(&file.path().join("folder"), &["a"]);
-        key.store(b"code");
-        assert_eq!(key.load(), None);
-        Key { path: None }.store(b"code");
+        key.store((13, 0), b"code");
+        assert_eq!(key.load(None), None);
+        Key { path: None }.store((13, 0), b"code");
     }
 }

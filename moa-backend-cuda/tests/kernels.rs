@@ -16,8 +16,11 @@ fn required() -> bool {
 /// Architectures from Ampere to Blackwell.
 const ARCHITECTURES: [(u32, u32); 4] = [(8, 0), (8, 9), (9, 0), (10, 0)];
 
+/// A kernel's name and what `cuobjdump` counts for it.
+type Resources = (String, Vec<(String, u64)>);
+
 /// Registers, stack, spills of each kernel in a cubin.
-fn resources(cubin: &Path) -> Option<Vec<(String, Vec<(String, u64)>)>> {
+fn resources(cubin: &Path) -> Option<Vec<Resources>> {
     let output = Command::new("cuobjdump").arg("--dump-resource-usage").arg(cubin).output().ok()?;
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
