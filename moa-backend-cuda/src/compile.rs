@@ -5,7 +5,7 @@ use std::ffi::{CString, c_char, c_int};
 use cudarc::nvrtc::{result, sys};
 
 use crate::dtype::Dtype;
-use crate::plan::SPLIT_KEYS;
+use crate::plan::MIN_SPLIT_KEYS;
 use crate::source::{HEADERS, Source};
 use crate::{Error, Result, cubin_cache, library};
 
@@ -94,7 +94,7 @@ fn options(variant: Variant, architecture: Architecture) -> Vec<String> {
         "-default-device".into(),
         "--extra-device-vectorization".into(),
         format!("-DHEAD_DIM={}", variant.head_dim),
-        format!("-DSPLIT_KEYS={SPLIT_KEYS}"),
+        format!("-DMIN_SPLIT_KEYS={MIN_SPLIT_KEYS}"),
         match variant.dtype {
             Dtype::Bf16 => "-DDTYPE_BF16=1".into(),
             _ => "-DDTYPE_F16=1".into(),

@@ -24,6 +24,7 @@ const STATIC_LIMIT_BYTES: usize = 48 << 10;
 pub struct Kernels {
     context: Arc<CudaContext>,
     variant: Variant,
+    multiprocessors: usize,
     append: Kernel,
     advance: Kernel,
     split: Kernel,
@@ -98,6 +99,7 @@ impl Kernels {
         Ok(Self {
             context: Arc::clone(device.context()),
             variant,
+            multiprocessors: device.multiprocessors(),
             append: always(kernel(Source::Append, "append", 256, 0), Source::Append)?,
             advance: always(kernel(Source::Append, "advance", 256, 0), Source::Append)?,
             split: always(
@@ -159,41 +161,34 @@ impl Kernels {
         unsafe { self.launch(&self.split, stream, [args.num_items as usize, 1], args) }
     }
 
-    /// Attention in tiles of 64 rows: `ceil(tokens * group / 64) * kv_heads` blocks per sequence.
+    /// Attention in tiles of 64 rows, one block each: `ceil(tokens * group / 64) * kv_heads` per
+    /// sequence, `num_tiles` in all.
     ///
     /// # Errors
     /// [`Error::Driver`] if the launch is refused.
     ///
     /// # Safety
     /// As [`append`](Self::append) with [`ExtendArgs`]; `first_item` of the sequences counts the
-    /// blocks before them and `blocks` all of them.
-    pub unsafe fn extend_tile(
-        &self,
-        stream: RawStream,
-        args: &ExtendArgs,
-        blocks: usize,
-    ) -> Result<()> {
+    /// tiles before them.
+    pub unsafe fn extend_tile(&self, stream: RawStream, args: &ExtendArgs) -> Result<()> {
         // SAFETY: as the caller promises.
-        unsafe { self.launch(&self.tile, stream, [blocks, 1], args) }
+        unsafe { self.launch(&self.tile, stream, [args.num_tiles as usize, 1], args) }
     }
 
-    /// The same in tiles of 128 rows, on Hopper and for head dimensions 64 and 128.
+    /// The same in tiles of 128 rows, on Hopper and for head dimensions 64 and 128; as many blocks as
+    /// the device runs at once take the tiles in turn.
     ///
     /// # Errors
     /// [`moa_core::Error::Unsupported`] elsewhere, [`Error::Driver`] if the launch is refused.
     ///
     /// # Safety
-    /// As [`extend_tile`](Self::extend_tile).
-    pub unsafe fn extend_wgmma(
-        &self,
-        stream: RawStream,
-        args: &ExtendArgs,
-        blocks: usize,
-    ) -> Result<()> {
+    /// As [`extend_tile`](Self::extend_tile); `tickets` are zero.
+    pub unsafe fn extend_wgmma(&self, stream: RawStream, args: &ExtendArgs) -> Result<()> {
         let Some(kernel) = &self.wgmma else {
             let operation = "extend_wgmma on this architecture and head dimension";
             return Err(moa_core::Error::Unsupported { backend: "cuda", operation }.into());
         };
+        let blocks = (args.num_tiles as usize).min(self.multiprocessors);
         // SAFETY: as the caller promises.
         unsafe { self.launch(kernel, stream, [blocks, 1], args) }
     }
@@ -226,14 +221,13 @@ impl Kernels {
         path: Path,
         stream: RawStream,
         args: &ExtendArgs,
-        blocks: usize,
     ) -> Result<()> {
         // SAFETY: as the caller promises.
         unsafe {
             match path {
                 Path::Split => self.extend_split(stream, args),
-                Path::Tile => self.extend_tile(stream, args, blocks),
-                Path::Wgmma => self.extend_wgmma(stream, args, blocks),
+                Path::Tile => self.extend_tile(stream, args),
+                Path::Wgmma => self.extend_wgmma(stream, args),
             }
         }
     }
@@ -289,11 +283,11 @@ fn split_shared_bytes(head_dim: usize) -> usize {
 
 /// As `kernels/tile.cu` says.
 fn tile_shared_bytes(head_dim: usize) -> usize {
-    let keys = if head_dim > 128 { 32 } else { 64 };
+    let keys = if head_dim > 128 { 16 } else { 64 };
     2 * 2 * keys * head_dim * 2
 }
 
 /// As `kernels/wgmma.cu` says.
 fn wgmma_shared_bytes(head_dim: usize) -> usize {
-    (128 + 2 * 2 * 128) * head_dim * 2 + 1024
+    (2 * 128 + 2 * 2 * 128) * head_dim * 2 + 1024
 }

@@ -41,25 +41,29 @@ pub(crate) unsafe fn grow<T: DeviceRepr>(
     Ok(true)
 }
 
-/// Scratch memory of the split kernel. One per stream; steps that run one after the other on the
+/// Scratch memory of the attention kernels. One per stream; steps that run one after the other on the
 /// same stream share it.
 #[derive(Debug)]
 pub struct Workspace {
     device: Device,
     partial: Option<CudaSlice<f32>>,
-    finished: Option<CudaSlice<i32>>,
+    /// Tickets, then splits finished.
+    counters: Option<CudaSlice<i32>>,
 }
+
+/// Counters before those of the splits.
+const TICKETS: usize = 2;
 
 impl Workspace {
     /// An empty one.
     pub fn new(device: &Device) -> Self {
-        Self { device: device.clone(), partial: None, finished: None }
+        Self { device: device.clone(), partial: None, counters: None }
     }
 
     /// Bytes of device memory held.
     pub fn bytes(&self) -> u64 {
         let partial = self.partial.as_ref().map_or(0, CudaSlice::num_bytes);
-        (partial + self.finished.as_ref().map_or(0, CudaSlice::num_bytes)) as u64
+        (partial + self.counters.as_ref().map_or(0, CudaSlice::num_bytes)) as u64
     }
 
     /// Makes room for a plan.
@@ -72,38 +76,38 @@ impl Workspace {
         head_dim: usize,
         stream: RawStream,
     ) -> Result<()> {
-        let [partial, finished] = needed(plan, head_dim);
+        let [partial, counters] = needed(plan, head_dim);
         let device = &self.device;
         // SAFETY: as the caller promises; the memory is the buffer's.
         unsafe {
             grow(device, stream, "partial attention results", &mut self.partial, partial)?;
-            if grow(device, stream, "counters of splits", &mut self.finished, finished)?
-                && let Some(finished) = &self.finished
+            if grow(device, stream, "counters", &mut self.counters, counters)?
+                && let Some(counters) = &self.counters
             {
-                let bytes = finished.num_bytes();
-                result::memset_d8_async(address(finished), 0, bytes, stream.cast())
+                let bytes = counters.num_bytes();
+                result::memset_d8_async(address(counters), 0, bytes, stream.cast())
                     .map_err(Error::driver("cuMemsetD8Async"))?;
             }
         }
         Ok(())
     }
 
-    /// Addresses of partial results and counters.
+    /// Addresses of partial results, tickets and splits finished.
     ///
     /// # Errors
     /// [`Error::Argument`] if there is no room for the plan: another step's workspace.
-    pub(crate) fn addresses(&self, plan: &Plan, head_dim: usize) -> Result<[DevicePointer; 2]> {
+    pub(crate) fn addresses(&self, plan: &Plan, head_dim: usize) -> Result<[DevicePointer; 3]> {
         let has = [
             self.partial.as_ref().map_or(0, CudaSlice::len),
-            self.finished.as_ref().map_or(0, CudaSlice::len),
+            self.counters.as_ref().map_or(0, CudaSlice::len),
         ];
-        let [partial, finished] = needed(plan, head_dim);
-        match (&self.partial, &self.finished) {
-            (Some(p), Some(f)) if has[0] >= partial && has[1] >= finished => {
-                Ok([address(p), address(f)])
+        let [partial, counters] = needed(plan, head_dim);
+        match (&self.partial, &self.counters) {
+            (Some(p), Some(c)) if has[0] >= partial && has[1] >= counters => {
+                Ok([address(p), address(c), address(c) + (TICKETS * size_of::<i32>()) as u64])
             }
             _ => {
-                let expected = format!("at least {partial} and {finished} elements");
+                let expected = format!("at least {partial} and {counters} elements");
                 Err(Error::argument("Step::run", "workspace", expected, format_args!("{has:?}")))
             }
         }
@@ -113,7 +117,7 @@ impl Workspace {
 /// Elements of partial results and counters.
 fn needed(plan: &Plan, head_dim: usize) -> [usize; 2] {
     let items = plan.launches.iter().map(|launch| launch.items.len()).max().unwrap_or(0);
-    [items * SPLIT_ROWS * (head_dim + 2), plan.splits.len()]
+    [items * SPLIT_ROWS * (head_dim + 2), TICKETS + plan.splits.len()]
 }
 
 /// Page-locked copies of tables on their way to the device: copies from ordinary memory would wait

@@ -4,9 +4,17 @@ use moa_core::HeadLayout;
 
 use crate::tables::Geometry;
 
-/// Keys per partial result of the split kernel, counted over the keys that the new tokens see.
-/// A constant, so that the rounding of a sequence's result never depends on the batch.
-pub(crate) const SPLIT_KEYS: usize = 512;
+/// Fewest keys per partial result of the split kernel, counted over the keys that the new tokens see.
+pub(crate) const MIN_SPLIT_KEYS: usize = 512;
+
+/// Most partial results of a head: longer heads have larger splits.
+pub(crate) const MAX_SPLITS: usize = 32;
+
+/// Keys per partial result of a head that sees `keys`. Depends on nothing else, so that the rounding
+/// of a sequence's result never depends on the batch.
+fn split_keys(keys: usize) -> usize {
+    keys.div_ceil(MAX_SPLITS * 64).saturating_mul(64).max(MIN_SPLIT_KEYS)
+}
 
 /// Most rows (new tokens x query heads per KV head) that the split kernel takes: one matrix fragment.
 pub(crate) const SPLIT_ROWS: usize = 16;
@@ -100,7 +108,12 @@ impl Request<'_> {
     }
 
     fn splits(&self, head: &HeadLayout) -> usize {
-        self.keys(head).div_ceil(SPLIT_KEYS)
+        let keys = self.keys(head);
+        match self.grows {
+            // A shorter head may have more, smaller splits than the longest one.
+            true => keys.div_ceil(MIN_SPLIT_KEYS).min(MAX_SPLITS),
+            false => keys.div_ceil(split_keys(keys)),
+        }
     }
 }
 
@@ -113,7 +126,7 @@ pub(crate) struct Launch {
     pub(crate) places: Range<usize>,
     /// Of the split kernel, in [`Plan::items`].
     pub(crate) items: Range<usize>,
-    /// Thread blocks.
+    /// Items of the split kernel, tiles of the others.
     pub(crate) blocks: usize,
 }
 

@@ -3,11 +3,13 @@ use proptest::prelude::*;
 
 use super::*;
 
+/// (spans, capacity, slack, len, tokens)
+type OneSequence = (Vec<(usize, usize)>, usize, usize, usize, usize);
+
 #[derive(Clone, Debug)]
 struct Case {
     dims: Dims,
-    /// (spans, capacity, slack, len, tokens)
-    sequences: Vec<(Vec<(usize, usize)>, usize, usize, usize, usize)>,
+    sequences: Vec<OneSequence>,
 }
 
 impl Case {
@@ -130,8 +132,10 @@ proptest! {
                         expected.push([owner, split]);
                     }
                     let keys = request.keys(layout);
-                    let covered = count as usize * SPLIT_KEYS;
-                    prop_assert!(covered >= keys && covered - keys < SPLIT_KEYS);
+                    let covered = count as usize * split_keys(keys);
+                    prop_assert!(covered >= keys && covered - keys < split_keys(keys));
+                    let grows = Request { grows: true, ..*request };
+                    prop_assert!((count as usize) <= grows.splits(layout));
                 }
             }
             expected.sort_unstable();
@@ -167,6 +171,19 @@ proptest! {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn a_growing_head_never_has_more_splits_than_were_planned() {
+    for most in [1, 511, 512, 513, 5000, 16_384, 16_385, 20_000, 100_000] {
+        let geometry =
+            Geometry::new(LayerLayout::new(&[Span::full(most)], most, 0).unwrap()).unwrap();
+        let head = geometry.layout.head(0);
+        let request = |len, grows| Request { geometry: &geometry, len, tokens: 1, grows };
+        let planned = request(0, true).splits(head);
+        assert!((0..most).all(|len| request(len, false).splits(head) <= planned));
+        assert!(planned <= MAX_SPLITS);
     }
 }
 

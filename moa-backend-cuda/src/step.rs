@@ -188,7 +188,7 @@ impl Step {
     ) -> Result<()> {
         let Prepared { kernels, .. } = self.prepared()?;
         let head_dim = kernels.variant().head_dim;
-        let [partial, finished] = workspace.addresses(&self.plan, head_dim)?;
+        let scratch = workspace.addresses(&self.plan, head_dim)?;
         let (committed, all) = (self.plan.committed(), self.plan.order.len());
         let rotated = match tensors.rope {
             Some(rope) => Tensors { q: rope.q, k: rope.k, rope: None, ..*tensors },
@@ -204,8 +204,9 @@ impl Step {
                 let mut args = self.extend_args(&rotated, launch.places.clone())?;
                 args.items += launch.items.start as u64 * 8;
                 args.num_items = launch.items.len() as i32;
-                (args.partial, args.finished) = (partial, finished);
-                kernels.extend(launch.path, stream, &args, launch.blocks)?;
+                args.num_tiles = launch.blocks as i32;
+                [args.partial, args.tickets, args.finished] = scratch;
+                kernels.extend(launch.path, stream, &args)?;
             }
             self.append(&rotated, committed..all, true, stream)
         }
@@ -291,8 +292,9 @@ impl Step {
             partial: 0,
             finished: 0,
             splits: at.splits,
+            tickets: 0,
             num_items: 0,
-            padding: 0,
+            num_tiles: 0,
         })
     }
 

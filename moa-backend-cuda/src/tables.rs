@@ -41,7 +41,7 @@ pub struct Sequence {
     pub first: i64,
     /// New tokens, at least 1.
     pub tokens: i32,
-    /// Work items of the sequences before it (tile kernels).
+    /// Tile kernels: tiles of the sequences before it in this launch.
     pub first_item: i32,
     /// 1: `append` has already put the new tokens into the cache.
     pub committed: i32,
@@ -103,10 +103,12 @@ pub struct ExtendArgs {
     pub finished: DevicePointer,
     /// i32 pairs `[sequences, kv_heads]`: first item, number of splits.
     pub splits: DevicePointer,
+    /// Warp-group kernel: i32 `[2]`, next tile and blocks that are done, 0 between launches.
+    pub tickets: DevicePointer,
     /// Items.
     pub num_items: i32,
-    /// Unused.
-    pub padding: i32,
+    /// Warp-group kernel: tiles of the launch, which its blocks take in turn.
+    pub num_tiles: i32,
 }
 
 /// Arguments of `append`.
@@ -149,7 +151,7 @@ const _: () = {
     assert!(size_of::<Packed>() == 24);
     assert!(size_of::<Sequence>() == 40);
     assert!(size_of::<Head>() == 24);
-    assert!(size_of::<ExtendArgs>() == 192);
+    assert!(size_of::<ExtendArgs>() == 200);
     assert!(size_of::<AppendArgs>() == 176);
 };
 
