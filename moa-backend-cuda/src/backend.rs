@@ -1,12 +1,12 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
-use moa_core::{LayerLayout, SparseAttentionBackend};
+use moa_core::{InfluenceInputs, InfluenceOutput, LayerLayout, SparseAttentionBackend};
 
 use crate::compile::Variant;
 use crate::memory::Workspace;
 use crate::step::{Batch, Step, Tensors};
 use crate::tables::Geometry;
-use crate::{Cache, Device, Dtype, Error, Result, Tensor};
+use crate::{Cache, Device, Dtype, Error, Result, Tensor, influence};
 
 /// Attention on one GPU.
 ///
@@ -165,5 +165,13 @@ impl SparseAttentionBackend for CudaBackend {
 
     fn bytes(&self, cache: &Cache) -> u64 {
         cache.bytes()
+    }
+
+    fn influence(
+        &self,
+        inputs: &InfluenceInputs<'_, Tensor>,
+        scale: f32,
+    ) -> Result<InfluenceOutput<Tensor>> {
+        influence::influence(&self.device, self.dtype, inputs, scale)
     }
 }

@@ -10,7 +10,7 @@ use cudarc::nvrtc::Ptx;
 use crate::compile::{Variant, compile};
 use crate::plan::Path;
 use crate::source::Source;
-use crate::tables::{AppendArgs, DevicePointer, ExtendArgs};
+use crate::tables::{AppendArgs, DevicePointer, ExtendArgs, InfluenceArgs};
 use crate::{Device, Error, RawStream, Result};
 
 /// Dynamic shared memory that needs no permission.
@@ -31,6 +31,7 @@ pub struct Kernels {
     tile: Kernel,
     /// Only where the architecture and the head dimension have it.
     wgmma: Option<Kernel>,
+    influence: Kernel,
 }
 
 #[derive(Debug)]
@@ -109,6 +110,10 @@ impl Kernels {
             tile: always(
                 kernel(Source::Tile, "extend_tile", 128, tile_shared_bytes(dim)),
                 Source::Tile,
+            )?,
+            influence: always(
+                kernel(Source::Influence, "influence", 128, influence_shared_bytes(dim)),
+                Source::Influence,
             )?,
             wgmma: kernel(Source::Wgmma, "extend_wgmma", 384, wgmma_shared_bytes(dim))?,
         })
@@ -216,6 +221,19 @@ impl Kernels {
         unsafe { self.launch_raw(&self.advance, stream, grid, &mut arguments) }
     }
 
+    /// Sums of influence over blocks of 64 x 64 tokens.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if the launch is refused.
+    ///
+    /// # Safety
+    /// As [`append`](Self::append) with [`InfluenceArgs`].
+    pub unsafe fn influence(&self, stream: RawStream, args: &InfluenceArgs) -> Result<()> {
+        let grid = [(args.tokens as usize).div_ceil(64), args.kv_heads as usize];
+        // SAFETY: as the caller promises.
+        unsafe { self.launch(&self.influence, stream, grid, args) }
+    }
+
     pub(crate) unsafe fn extend(
         &self,
         path: Path,
@@ -290,4 +308,10 @@ fn tile_shared_bytes(head_dim: usize) -> usize {
 /// As `kernels/wgmma.cu` says.
 fn wgmma_shared_bytes(head_dim: usize) -> usize {
     (2 * 128 + 2 * 2 * 128) * head_dim * 2 + 1024
+}
+
+/// As `kernels/influence.cu` says.
+fn influence_shared_bytes(head_dim: usize) -> usize {
+    let stages = if head_dim > 128 { 1 } else { 2 };
+    stages * 2 * 64 * head_dim * 2
 }

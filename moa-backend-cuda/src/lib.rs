@@ -46,6 +46,7 @@ mod cubin_cache;
 mod device;
 mod dtype;
 mod error;
+mod influence;
 mod kernels;
 mod library;
 mod memory;

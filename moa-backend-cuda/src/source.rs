@@ -13,6 +13,8 @@ pub enum Source {
     Tile,
     /// Tensor-core attention for long chunks on sm_90.
     Wgmma,
+    /// Influence of attention values.
+    Influence,
 }
 
 /// What `#include` may name.
@@ -24,7 +26,8 @@ pub(crate) const HEADERS: [(&str, &str); 3] = [
 
 impl Source {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Append, Self::Decode, Self::Tile, Self::Wgmma];
+    pub const ALL: [Self; 5] =
+        [Self::Append, Self::Decode, Self::Tile, Self::Wgmma, Self::Influence];
 
     /// Name of the file.
     pub fn name(self) -> &'static str {
@@ -33,6 +36,7 @@ impl Source {
             Self::Decode => "decode.cu",
             Self::Tile => "tile.cu",
             Self::Wgmma => "wgmma.cu",
+            Self::Influence => "influence.cu",
         }
     }
 
@@ -47,6 +51,7 @@ impl Source {
             Self::Decode => include_str!("../kernels/decode.cu"),
             Self::Tile => include_str!("../kernels/tile.cu"),
             Self::Wgmma => include_str!("../kernels/wgmma.cu"),
+            Self::Influence => include_str!("../kernels/influence.cu"),
         }
     }
 }

@@ -147,7 +147,40 @@ pub struct AppendArgs {
     pub padding: i32,
 }
 
+/// Arguments of `influence`: one sequence under full causal attention.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct InfluenceArgs {
+    /// Queries.
+    pub q: Packed,
+    /// Keys.
+    pub k: Packed,
+    /// Values.
+    pub v: Packed,
+    /// Attention output.
+    pub out: Packed,
+    /// Gradient of the objective by the output.
+    pub d_out: Packed,
+    /// f32 `[tokens, query_heads]`.
+    pub lse: DevicePointer,
+    /// f32 `[kv_heads, n, n]`, `n = ceil(tokens / 64)`: written up to the diagonal.
+    pub blocks: DevicePointer,
+    /// Tokens.
+    pub tokens: i32,
+    /// Query heads.
+    pub query_heads: i32,
+    /// KV heads.
+    pub kv_heads: i32,
+    /// 1: sums of absolute values.
+    pub absolute: i32,
+    /// Factor of the scores.
+    pub scale: f32,
+    /// Unused.
+    pub padding: i32,
+}
+
 const _: () = {
+    assert!(size_of::<InfluenceArgs>() == 160);
     assert!(size_of::<Packed>() == 24);
     assert!(size_of::<Sequence>() == 40);
     assert!(size_of::<Head>() == 24);

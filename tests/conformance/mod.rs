@@ -47,9 +47,19 @@ pub(crate) trait TestBackend {
         1e-5
     }
 
-    /// The same for influences and gradients, relative to the largest; `None` skips them.
-    fn influence_tolerance(&self) -> Option<f64> {
-        Some(3e-4)
+    /// The same for sums of influence; a third of it for gradients.
+    fn influence_tolerance(&self) -> f64 {
+        3e-4
+    }
+
+    /// Sizes of influence blocks to draw from.
+    fn influence_blocks(&self) -> &'static [usize] {
+        &[1, 7, 16, 64, 500]
+    }
+
+    /// Whether influence comes with gradients.
+    fn has_gradients(&self) -> bool {
+        true
     }
 }
 
