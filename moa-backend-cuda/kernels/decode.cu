@@ -21,6 +21,17 @@
 struct alignas(LANE_COLUMNS % 4 == 0 ? 16 : LANE_COLUMNS % 2 == 0 ? 8 : 4) LaneRow {
     float x[LANE_COLUMNS];
 
+    // From L2: other blocks wrote it.
+    __device__ __forceinline__ void load(const LaneRow* from) {
+#if HEAD_DIM % 128 == 0
+#pragma unroll
+        for (int c = 0; c < LANE_COLUMNS; c += 4)
+            *(float4*)&x[c] = __ldcg((const float4*)&from->x[c]);
+#else
+#pragma unroll
+        for (int c = 0; c < LANE_COLUMNS; c++) x[c] = __ldcg(&from->x[c]);
+#endif
+    }
     __device__ __forceinline__ void add(float weight, const LaneRow& other) {
 #pragma unroll
         for (int c = 0; c < LANE_COLUMNS; c++) x[c] += weight * other.x[c];
@@ -265,51 +276,58 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
     __syncthreads();
     if (!is_last) return;
     const i64 first = (i64)args.splits[item.x].x * ROWS;
-    float* weights = (float*)shared + WARPS * HEAD_DIM;  // [ROWS][MAX_SPLITS]
-    for (int row = warp; row < rows; row += WARPS) {
-        // One split a lane.
-        const float2 state = lane < num_splits ? __ldcg(&states[first + lane * ROWS + row])
-                                               : make_float2(NEG_INF, 0);
-        float maximum = state.x;
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, d));
-        const float weight = exp2_fast(state.x - (maximum == NEG_INF ? 0 : maximum));
-        weights[row * MAX_SPLITS + lane] = weight;
-        float sum = weight * state.y;
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
-        if (lane == 0) row_state[0][row] = make_float2(maximum, sum);
-    }
-    __syncthreads();
     // Few rows: the warps share the splits of each row. Many rows: each warp takes its own.
     const bool share = rows < WARPS;
-    constexpr int MERGE_AT_ONCE = HEAD_DIM > 128 ? 8 : 16;
-    LaneRow* shared_rows = (LaneRow*)shared;  // [WARPS][32 lanes]
+    constexpr int AT_ONCE = HEAD_DIM > 128 ? 8 : 16;
     for (int row = share ? 0 : warp; row < rows; row += share ? 1 : WARPS) {
+        float maximum = NEG_INF, sum = 0;
         LaneRow o = {};
-#pragma unroll MERGE_AT_ONCE
-        for (int i = share ? warp : 0; i < num_splits; i += share ? WARPS : 1) {
-            LaneRow part;
-            const LaneRow* from = &partial[(first + i * ROWS + row) * 32 + lane];
-#if HEAD_DIM % 128 == 0
+        const int stride = share ? WARPS : 1;
+        for (int i = share ? warp : 0; i < num_splits; i += AT_ONCE * stride) {
+            // All loads first: the merge is a chain of latencies, not of bytes.
+            float2 state[AT_ONCE];
+            LaneRow part[AT_ONCE];
+            float top = maximum;
 #pragma unroll
-            for (int c = 0; c < LANE_COLUMNS; c += 4)
-                *(float4*)&part.x[c] = __ldcg((const float4*)&from->x[c]);
-#else
+            for (int n = 0; n < AT_ONCE; n++) {
+                const int split = min(i + n * stride, num_splits - 1);
+                const i64 at = first + split * ROWS + row;
+                state[n] = __ldcg(&states[at]);
+                part[n].load(&partial[at * 32 + lane]);
+                if (i + n * stride >= num_splits) state[n] = make_float2(NEG_INF, 0);
+            }
 #pragma unroll
-            for (int c = 0; c < LANE_COLUMNS; c++) part.x[c] = __ldcg(&from->x[c]);
-#endif
-            o.add(weights[row * MAX_SPLITS + i], part);
+            for (int n = 0; n < AT_ONCE; n++) top = fmaxf(top, state[n].x);
+            const float base = top == NEG_INF ? 0 : top, decay = exp2_fast(maximum - base);
+            maximum = top;
+            sum *= decay;
+#pragma unroll
+            for (int c = 0; c < LANE_COLUMNS; c++) o.x[c] *= decay;
+#pragma unroll
+            for (int n = 0; n < AT_ONCE; n++) {
+                const float weight = exp2_fast(state[n].x - base);
+                sum += weight * state[n].y;
+                o.add(weight, part[n]);
+            }
         }
         if (share) {
+            LaneRow* shared_rows = (LaneRow*)shared;  // [WARPS][32 lanes]
             shared_rows[warp * 32 + lane] = o;
+            if (lane == 0) row_state[warp][0] = make_float2(maximum, sum);
             __syncthreads();
             if (warp == 0) {
+                for (int w = 0; w < WARPS; w++) maximum = fmaxf(maximum, row_state[w][0].x);
+                sum = 0;
+                o = {};
 #pragma unroll
-                for (int w = 1; w < WARPS; w++) o.add(1, shared_rows[w * 32 + lane]);
+                for (int w = 0; w < WARPS; w++) {
+                    const float weight = exp2_fast(row_state[w][0].x - maximum);
+                    sum += weight * row_state[w][0].y;
+                    o.add(weight, shared_rows[w * 32 + lane]);
+                }
             }
             __syncthreads();
         }
-        if (!share || warp == 0) store(row, o, row_state[0][row].x, row_state[0][row].y);
+        if (!share || warp == 0) store(row, o, maximum, sum);
     }
 }

@@ -41,9 +41,9 @@ struct Packed {
 // Tile kernels: a sequence has ceil(tokens * group / TILE_ROWS) * kv_heads tiles, TILE_ROWS = 128
 // (wgmma.cu, any grid up to num_tiles blocks) or 64 (tile.cu, one block a tile). Split kernel: tokens * group <= 16; the keys that a (sequence, KV
 // head) sees are cut every split_keys(count) keys, whatever else is in the batch.
-#define MAX_SPLITS 32  // one a lane
+#define MAX_SPLITS 32
 #ifndef MIN_SPLIT_KEYS
-#define MIN_SPLIT_KEYS 256
+#define MIN_SPLIT_KEYS 512
 #endif
 __device__ __forceinline__ int split_keys(int count) {
     const int keys = (count + MAX_SPLITS * 64 - 1) / (MAX_SPLITS * 64) * 64;
@@ -88,5 +88,19 @@ struct AppendArgs {
     int kv_heads;
     int interleaved;              // rotate pairs (2i, 2i + 1) instead of (i, i + HEAD_DIM / 2)
     int commit;                   // 1: write k and v into the caches
+    int padding;
+};
+
+// One sequence under full causal attention. Blocks are INFLUENCE_BLOCK tokens a side.
+#define INFLUENCE_BLOCK 64
+struct InfluenceArgs {
+    Packed q, k, v, out, d_out;
+    const float* lse;  // [tokens, query_heads]
+    float* blocks;     // [kv_heads, ceil(tokens / 64), ceil(tokens / 64)], written up to the diagonal
+    int tokens;
+    int query_heads;
+    int kv_heads;
+    int absolute;      // 1: sums of absolute values
+    float scale;
     int padding;
 };
