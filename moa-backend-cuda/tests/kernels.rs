@@ -6,99 +6,123 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use moa_backend_cuda::{Architecture, Dtype, Error, HEAD_DIMS, Source, Variant, compile};
+
+/// Architectures from Ampere to Blackwell.
+const ARCHITECTURES: [(u32, u32); 4] = [(8, 0), (8, 9), (9, 0), (10, 0)];
+
+type Job = (Source, Variant, Architecture);
+
+fn jobs() -> Vec<Job> {
+    let mut jobs = Vec::new();
+    for (major, minor) in ARCHITECTURES {
+        let architecture = Architecture { major, minor };
+        for head_dim in HEAD_DIMS {
+            for dtype in [Dtype::F16, Dtype::Bf16] {
+                let exists = |source: &Source| source.exists_for(head_dim, architecture);
+                let sources = Source::ALL.into_iter().filter(exists);
+                jobs.extend(sources.map(|s| (s, Variant { head_dim, dtype }, architecture)));
+            }
+        }
+    }
+    jobs
+}
 
 fn required() -> bool {
     std::env::var_os("MOA_REQUIRE_NVRTC").is_some_and(|value| value == "1")
 }
 
-/// Architectures from Ampere to Blackwell.
-const ARCHITECTURES: [(u32, u32); 4] = [(8, 0), (8, 9), (9, 0), (10, 0)];
+/// What is wrong with a kernel, what is skipped, or its resources.
+enum Found {
+    Wrong(String),
+    Skipped(String),
+    Fine(String),
+}
 
-/// A kernel's name and what `cuobjdump` counts for it.
-type Resources = (String, Vec<(String, u64)>);
-
-/// Registers, stack, spills of each kernel in a cubin.
-fn resources(cubin: &Path) -> Option<Vec<Resources>> {
-    let output = Command::new("cuobjdump").arg("--dump-resource-usage").arg(cubin).output().ok()?;
+fn look(job: &Job, path: &Path) -> Found {
+    let (source, variant, architecture) = *job;
+    let name = format!("{} {} {} {architecture}", source.name(), variant.head_dim, variant.dtype);
+    let cubin = match compile(source, variant, architecture) {
+        Ok(cubin) => cubin,
+        Err(error @ Error::NoNvrtc { .. }) if !required() => {
+            return Found::Skipped(error.to_string());
+        }
+        // Compilers older than an architecture do not know it.
+        Err(Error::Compile { log, .. })
+            if architecture.major >= 10 && log.contains("gpu-architecture") =>
+        {
+            return Found::Skipped(format!("this NVRTC does not know {architecture}"));
+        }
+        Err(error) => return Found::Wrong(format!("{name}: {error}")),
+    };
+    std::fs::write(path, cubin).unwrap();
+    let output = match Command::new("cuobjdump").arg("--dump-resource-usage").arg(path).output() {
+        Ok(output) => output,
+        Err(error) if required() => return Found::Wrong(format!("cuobjdump: {error}")),
+        Err(_) => return Found::Skipped("no cuobjdump on PATH to look at registers".into()),
+    };
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let mut kernels = Vec::new();
+    // What does not fit into registers goes to the stack, in local memory. Heads of 256 and Blackwell
+    // are for completeness, and may spill a few words outside the inner loops.
+    let hot = variant.head_dim < 256 && architecture.major < 10;
+    let allowed = if hot { 0 } else { 64 };
+    let (mut report, mut wrong) = (Vec::new(), false);
     let mut lines = text.lines();
     while let Some(line) = lines.next() {
-        let Some(name) = line.trim().strip_prefix("Function ") else { continue };
-        let numbers = lines.next().unwrap_or_default().split_whitespace().filter_map(|field| {
-            let (key, value) = field.split_once(':')?;
-            Some((key.to_owned(), value.parse().ok()?))
-        });
-        kernels.push((name.trim_end_matches(':').to_owned(), numbers.collect()));
+        let Some(kernel) = line.trim().strip_prefix("Function ") else { continue };
+        let fields = lines.next().unwrap_or_default();
+        let number = |key: &str| -> u64 {
+            let field = fields.split_whitespace().find_map(|field| field.strip_prefix(key));
+            field.and_then(|value| value.strip_prefix(':')?.parse().ok()).unwrap_or(0)
+        };
+        let [registers, stack, local] = ["REG", "STACK", "LOCAL"].map(number);
+        wrong |= registers == 0 || stack + local > allowed;
+        report.push(format!(
+            "{name} {kernel} {registers} registers, {stack} + {local} bytes spilled"
+        ));
     }
-    Some(kernels)
+    match wrong || report.is_empty() {
+        true => Found::Wrong(format!("{name}:\n{}", report.join("\n"))),
+        false => Found::Fine(report.join("\n")),
+    }
 }
 
 #[test]
 fn every_kernel_compiles_and_none_spills() {
     let folder = tempfile::tempdir().unwrap();
-    let jobs: Vec<(Source, Variant, Architecture)> = ARCHITECTURES
-        .into_iter()
-        .map(|(major, minor)| Architecture { major, minor })
-        .flat_map(|architecture| {
-            let variants = HEAD_DIMS.into_iter().flat_map(|head_dim| {
-                [Dtype::F16, Dtype::Bf16].map(|dtype| Variant { head_dim, dtype })
+    let jobs = jobs();
+    let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let workers = std::thread::available_parallelism().map_or(2, usize::from).min(16);
+    std::thread::scope(|scope| {
+        for _ in 0..workers {
+            scope.spawn(|| {
+                loop {
+                    let index = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(job) = jobs.get(index) else { break };
+                    let one = look(job, &folder.path().join(format!("{index}.cubin")));
+                    found.lock().unwrap().push((index, one));
+                }
             });
-            variants.flat_map(move |variant| {
-                let exists = |source: &Source| source.exists_for(variant.head_dim, architecture);
-                let sources = Source::ALL.into_iter().filter(exists);
-                sources.map(move |source| (source, variant, architecture)).collect::<Vec<_>>()
-            })
-        })
-        .collect();
-    let mut report = true;
-    let mut failures = Vec::new();
-    for (source, variant, architecture) in jobs {
-        let name =
-            format!("{} {} {} {architecture}", source.name(), variant.head_dim, variant.dtype);
-        let cubin = match compile(source, variant, architecture) {
-            Ok(cubin) => cubin,
-            Err(error @ Error::NoNvrtc { .. }) if !required() => {
-                eprintln!("skipped: {error}");
-                return;
-            }
-            // Compilers older than an architecture do not know it.
-            Err(Error::Compile { log, .. })
-                if architecture.major >= 10 && log.contains("gpu-architecture") =>
-            {
-                eprintln!("skipped: this NVRTC does not know {architecture}");
-                continue;
-            }
-            Err(error) => {
-                failures.push(format!("{name}: {error}"));
-                continue;
-            }
-        };
-        let path = folder.path().join("kernel.cubin");
-        std::fs::write(&path, cubin).unwrap();
-        let Some(kernels) = report.then(|| resources(&path)).flatten() else {
-            assert!(!required(), "no cuobjdump on PATH");
-            if report {
-                eprintln!("skipped: no cuobjdump on PATH, registers and spills were not checked");
-            }
-            report = false;
-            continue;
-        };
-        assert!(!kernels.is_empty(), "{name}: no kernel in the report");
-        for (kernel, numbers) in kernels {
-            let number = |key: &str| numbers.iter().find(|(k, _)| k == key).map_or(0, |(_, n)| *n);
-            let [registers, stack, local] = ["REG", "STACK", "LOCAL"].map(number);
-            println!("{name} {kernel}: {registers} registers, {stack} stack, {local} local");
-            // What does not fit into registers goes to the stack, in local memory. Heads of 256 are for
-            // completeness, and spill a few words outside the inner loops.
-            let allowed = if variant.head_dim == 256 { 64 } else { 0 };
-            if stack + local > allowed {
-                failures.push(format!("{name} {kernel}: {stack} bytes of stack, {local} local"));
-            }
+        }
+    });
+    let mut found = found.into_inner().unwrap();
+    assert_eq!(found.len(), jobs.len());
+    found.sort_by_key(|(index, _)| *index);
+    let (mut wrong, mut skipped) = (Vec::new(), Vec::new());
+    for (_, one) in found {
+        match one {
+            Found::Wrong(text) => wrong.push(text),
+            Found::Skipped(text) => skipped.push(text),
+            Found::Fine(text) => println!("{text}"),
         }
     }
-    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    skipped.dedup();
+    for text in skipped {
+        eprintln!("skipped: {text}");
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
