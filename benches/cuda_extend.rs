@@ -8,8 +8,9 @@
 use std::time::Instant;
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, result, sys};
+use moa_backend_cuda::tables::InfluenceArgs;
 use moa_backend_cuda::{
-    Batch, Cache, CudaBackend, Device, Dtype, Step, Tensor, Tensors, Workspace,
+    Batch, Cache, CudaBackend, Device, Dtype, Step, Tensor, Tensors, Variant, Workspace,
 };
 use moa_core::{LayerLayout, Span, SparseAttentionBackend};
 use serde_json::{Value, json};
@@ -32,6 +33,7 @@ struct Options {
     decode: Vec<(usize, usize)>,
     history: usize,
     chunks: Vec<usize>,
+    influence: Vec<usize>,
     json: Option<String>,
     /// Milliseconds to repeat a measurement for.
     repeat_ms: f32,
@@ -50,6 +52,7 @@ impl Options {
             decode: vec![(1, 16384), (8, 16384), (32, 8192), (1, 65536)],
             history: 32768,
             chunks: vec![512, 2048],
+            influence: vec![8192, 65536],
             json: None,
             repeat_ms: 200.0,
         };
@@ -61,6 +64,7 @@ impl Options {
             if name == "--test" {
                 (options.prefill, options.decode) = (vec![512], vec![(2, 700)]);
                 (options.history, options.chunks, options.repeat_ms) = (1024, vec![256], 0.0);
+                options.influence = vec![300];
                 continue;
             }
             let value = arguments.next().ok_or(format!("{name} needs a value"))?;
@@ -76,6 +80,7 @@ impl Options {
                 "--history" => options.history = value.parse()?,
                 "--prefill" => options.prefill = numbers()?,
                 "--chunks" => options.chunks = numbers()?,
+                "--influence" => options.influence = numbers()?,
                 "--dtype" => {
                     options.dtype = if value == "float16" { Dtype::F16 } else { Dtype::Bf16 }
                 }
@@ -164,6 +169,9 @@ fn main() -> Result<()> {
     show(format!("chunked {}", bench.options.history), bench.chunked()?);
     for (batch, tokens) in bench.options.decode.clone() {
         show(format!("decode {batch}x{tokens}"), bench.decode(batch, tokens)?);
+    }
+    for tokens in bench.options.influence.clone() {
+        show(format!("influence {tokens}"), bench.influence(tokens)?);
     }
     if let Some(path) = &bench.options.json {
         std::fs::write(path, serde_json::to_string_pretty(&Value::Object(all))?)?;
@@ -299,6 +307,51 @@ impl Bench {
             "launches": self.step.launches(),
             "host_prepare_and_run_us": planned,
             "host_run_us": launched,
+        }))
+    }
+
+    /// Influence of a whole prompt: milliseconds, and memory beside its inputs.
+    fn influence(&mut self, tokens: usize) -> Result<Value> {
+        let Options { heads, kv_heads, head_dim, dtype, .. } = self.options;
+        let io = Inputs::new(self, tokens)?;
+        let lse = Tensor::zeros(&self.device, &[tokens, heads], Dtype::F32)?;
+        let mut tensors = io.from(0, head_dim);
+        tensors.lse = lse.pointer();
+        let layout = LayerLayout::new(&vec![Span::full(tokens); kv_heads], tokens, 0)?;
+        let cache = self.backend.open(&layout, head_dim)?;
+        self.prepare(&[&cache], &[tokens])?;
+        self.run_tensors(&tensors)?;
+        drop(cache);
+
+        let side = tokens.div_ceil(64);
+        let blocks = Tensor::zeros(&self.device, &[kv_heads, side, side], Dtype::F32)?;
+        let args = InfluenceArgs {
+            q: tensors.q,
+            k: tensors.k,
+            v: tensors.v,
+            out: tensors.out,
+            // Any gradient takes as long.
+            d_out: tensors.q,
+            lse: tensors.lse,
+            blocks: blocks.pointer(),
+            tokens: tokens as i32,
+            query_heads: heads as i32,
+            kv_heads: kv_heads as i32,
+            absolute: 0,
+            scale: tensors.scale,
+            padding: 0,
+        };
+        let kernels = self.device.kernels(Variant { head_dim, dtype })?;
+        // SAFETY: everything is on the device's own stream, and of these sizes.
+        let ms =
+            self.median_ms(|| Ok(unsafe { kernels.influence(self.device.stream(), &args) }?))?;
+        // Two products per pair.
+        let pairs = Span::full(tokens).kept_pairs(tokens) as f64;
+        let operations = 4.0 * pairs * (heads * head_dim) as f64;
+        Ok(json!({
+            "ms": ms,
+            "TFLOP_s": operations / f64::from(ms) / 1e9,
+            "MB_beside_inputs": (kv_heads * side * side * 4) as f64 / 1e6,
         }))
     }
 

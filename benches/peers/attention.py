@@ -33,6 +33,7 @@ def parse():
     parser.add_argument("--decode", default="1x16384,8x16384,32x8192,1x65536")
     parser.add_argument("--history", help="for cuda_extend alone")
     parser.add_argument("--chunks", help="for cuda_extend alone")
+    parser.add_argument("--influence", help="for cuda_extend alone")
     parser.add_argument("--json")
     return parser.parse_args()
 

@@ -6,7 +6,7 @@ use crate::compile::Variant;
 use crate::memory::Workspace;
 use crate::step::{Batch, Step, Tensors};
 use crate::tables::Geometry;
-use crate::{Cache, Device, Dtype, Error, Result, Tensor, influence};
+use crate::{Cache, Device, Dtype, Error, Result, Tensor, influence, timing};
 
 /// Attention on one GPU.
 ///
@@ -173,5 +173,10 @@ impl SparseAttentionBackend for CudaBackend {
         scale: f32,
     ) -> Result<InfluenceOutput<Tensor>> {
         influence::influence(&self.device, self.dtype, inputs, scale)
+    }
+
+    fn decode_seconds(&self, span: usize, group: usize, head_dim: usize) -> Result<f64> {
+        let variant = Variant { head_dim, dtype: self.dtype };
+        timing::decode_seconds(&self.device, variant, span, group)
     }
 }

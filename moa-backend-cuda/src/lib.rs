@@ -55,6 +55,7 @@ mod source;
 mod step;
 pub mod tables;
 mod tensor;
+mod timing;
 
 pub use backend::CudaBackend;
 pub use cache::Cache;

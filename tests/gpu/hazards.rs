@@ -117,6 +117,22 @@ fn reset_forgets_everything() {
 }
 
 #[test]
+fn decode_seconds_are_measured_and_grow_with_the_span() {
+    let Some(device) = device() else { return };
+    let backend = CudaBackend::new(device, Dtype::Bf16).unwrap();
+    let [short, long] = [1024, 16_384].map(|span| backend.decode_seconds(span, 4, 128).unwrap());
+    assert!(short > 0.0 && short < long && long < 1e-2, "{short} {long}");
+    assert!(matches!(
+        backend.decode_seconds(0, 1, 64),
+        Err(Error::Core(moa_core::Error::Invalid { .. }))
+    ));
+    assert!(matches!(
+        backend.decode_seconds(64, 0, 64),
+        Err(Error::Argument { what: "group", .. })
+    ));
+}
+
+#[test]
 fn what_cannot_be_done_is_an_error_that_says_why() {
     // With or without a driver.
     assert!(matches!(
