@@ -41,6 +41,7 @@
 
 mod backend;
 mod cache;
+mod check;
 mod compile;
 mod cubin_cache;
 mod device;

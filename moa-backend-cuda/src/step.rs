@@ -4,13 +4,12 @@ use std::sync::Arc;
 use bytemuck::Pod;
 use cudarc::driver::CudaSlice;
 
+use crate::check::check;
 use crate::kernels::Kernels;
 use crate::memory::{Staging, Workspace, address, grow};
 use crate::plan::{Dims, Plan, Request};
 use crate::tables::{AppendArgs, DevicePointer, ExtendArgs, Head, Packed, Sequence};
 use crate::{Cache, Device, Error, RawStream, Result};
-
-const OP: &str = "Step::prepare";
 
 /// Which sequences a step extends, and by how much.
 #[derive(Clone, Copy, Debug)]
@@ -123,9 +122,7 @@ impl Step {
         stream: RawStream,
     ) -> Result<()> {
         self.prepared = None;
-        let Some(first) = check(batch)? else {
-            return Err(Error::argument(OP, "caches", "at least 1", 0));
-        };
+        let first = check(batch)?;
         self.device.bind()?;
         let kernels = self.device.kernels(first.variant())?;
         let dims = Dims {
@@ -147,7 +144,7 @@ impl Step {
         self.plan.fill(&dims, &requests);
         let most = self.plan.launches.iter().map(|l| l.blocks.max(l.items.len())).max();
         if most.is_some_and(|most| i32::try_from(most).is_err()) {
-            return Err(Error::argument(OP, "work items", "fewer than 2^31", "more"));
+            return Err(Error::argument("Step::prepare", "work items", "fewer than 2^31", "more"));
         }
         let mut tables = self.fill_tables(batch, &requests);
         // SAFETY: as the caller promises; the tables have room for what is uploaded.
@@ -367,40 +364,4 @@ fn push<T: Pod>(host: &mut Vec<u8>, table: &[T]) -> u64 {
     let at = host.len();
     host.extend_from_slice(bytemuck::cast_slice(table));
     at as u64
-}
-
-/// Checks that the parts of a batch fit together; returns its first cache.
-fn check<'a>(batch: &Batch<'a>) -> Result<Option<&'a Cache>> {
-    let Batch { caches, tokens, query_heads, .. } = *batch;
-    if caches.len() != tokens.len() {
-        let expected = format_args!("{} entries, one per cache", caches.len()).to_string();
-        return Err(Error::argument(OP, "tokens", expected, tokens.len()));
-    }
-    if caches.len() > usize::from(u16::MAX) {
-        return Err(Error::argument(OP, "caches", "fewer than 2^16", caches.len()));
-    }
-    if tokens.contains(&0) {
-        return Err(Error::argument(OP, "tokens", "at least 1 per sequence", 0));
-    }
-    let Some(&first) = caches.first() else { return Ok(None) };
-    let kv_heads = first.layout().heads().len();
-    if query_heads == 0 || !query_heads.is_multiple_of(kv_heads) {
-        let expected = format_args!("a multiple of {kv_heads}").to_string();
-        return Err(Error::argument(OP, "query heads", expected, query_heads));
-    }
-    for (cache, &tokens) in caches.iter().zip(tokens) {
-        let has = [cache.layout().heads().len(), cache.head_dim()];
-        if has != [kv_heads, first.head_dim()] {
-            let expected = format_args!("[{kv_heads}, {}]", first.head_dim()).to_string();
-            return Err(Error::shape(OP, "cache [kv heads, head dim]", expected, &has));
-        }
-        if cache.dtype() != first.dtype() {
-            return Err(Error::argument(OP, "cache dtype", first.dtype(), cache.dtype()));
-        }
-        if cache.device().context() != first.device().context() {
-            return Err(Error::argument(OP, "cache device", "the same for all", "another"));
-        }
-        cache.extent().check_append(cache.layout(), tokens)?;
-    }
-    Ok(Some(first))
 }
