@@ -31,6 +31,8 @@ pub struct Kernels {
     tile: Kernel,
     /// Only where the architecture and the head dimension have it.
     wgmma: Option<Kernel>,
+    /// With `wgmma`.
+    merge: Option<Kernel>,
     influence: Kernel,
 }
 
@@ -115,6 +117,7 @@ impl Kernels {
                 kernel(Source::Influence, "influence", 128, influence_shared_bytes(dim)),
                 Source::Influence,
             )?,
+            merge: kernel(Source::Wgmma, "merge_tiles", 256, 0)?,
             wgmma: kernel(Source::Wgmma, "extend_wgmma", 384, wgmma_shared_bytes(dim))?,
         })
     }
@@ -189,13 +192,25 @@ impl Kernels {
     /// # Safety
     /// As [`extend_tile`](Self::extend_tile); `tickets` are zero.
     pub unsafe fn extend_wgmma(&self, stream: RawStream, args: &ExtendArgs) -> Result<()> {
-        let Some(kernel) = &self.wgmma else {
-            let operation = "extend_wgmma on this architecture and head dimension";
-            return Err(moa_core::Error::Unsupported { backend: "cuda", operation }.into());
-        };
+        let Some(kernel) = &self.wgmma else { return Err(no_wgmma()) };
         let blocks = (args.num_tiles as usize).min(self.multiprocessors);
         // SAFETY: as the caller promises.
         unsafe { self.launch(kernel, stream, [blocks, 1], args) }
+    }
+
+    /// Puts together what blocks that share a tile found, after
+    /// [`extend_wgmma`](Self::extend_wgmma) with the same arguments.
+    ///
+    /// # Errors
+    /// As [`extend_wgmma`](Self::extend_wgmma).
+    ///
+    /// # Safety
+    /// As [`extend_wgmma`](Self::extend_wgmma).
+    pub unsafe fn merge_tiles(&self, stream: RawStream, args: &ExtendArgs) -> Result<()> {
+        let Some(kernel) = &self.merge else { return Err(no_wgmma()) };
+        let grid = [args.num_tiles as usize, Path::Wgmma.tile_rows() / 8];
+        // SAFETY: as the caller promises.
+        unsafe { self.launch(kernel, stream, grid, args) }
     }
 
     /// Adds each sequence's new tokens to its entry of `lens`, so that a captured step can be
@@ -291,6 +306,11 @@ impl Kernels {
         }
         .map_err(Error::driver(kernel.call))
     }
+}
+
+fn no_wgmma() -> Error {
+    let operation = "extend_wgmma on this architecture and head dimension";
+    moa_core::Error::Unsupported { backend: "cuda", operation }.into()
 }
 
 /// As `kernels/decode.cu` says.

@@ -2,7 +2,7 @@
 
 use cudarc::driver::{CudaEvent, CudaSlice, DevicePtr, DeviceRepr, PinnedHostSlice, result, sys};
 
-use crate::plan::{Plan, SPLIT_ROWS};
+use crate::plan::{Launch, Plan};
 use crate::tables::DevicePointer;
 use crate::{Device, Error, RawStream, Result};
 
@@ -116,8 +116,12 @@ impl Workspace {
 
 /// Elements of partial results and counters.
 fn needed(plan: &Plan, head_dim: usize) -> [usize; 2] {
-    let items = plan.launches.iter().map(|launch| launch.items.len()).max().unwrap_or(0);
-    [items * SPLIT_ROWS * (head_dim + 2), TICKETS + plan.splits.len()]
+    let rows = |launch: &Launch| match launch.shared {
+        true => launch.blocks * launch.path.tile_rows(),
+        false => launch.items.len() * launch.path.tile_rows(),
+    };
+    let rows = plan.launches.iter().map(rows).max().unwrap_or(0);
+    [rows * (head_dim + 2), TICKETS + plan.splits.len()]
 }
 
 /// Page-locked copies of tables on their way to the device: copies from ordinary memory would wait

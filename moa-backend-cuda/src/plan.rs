@@ -22,6 +22,16 @@ pub(crate) const SPLIT_ROWS: usize = 16;
 /// Most rows that are left to the smaller tile where the larger one would be half empty.
 const TILE_ROWS_MAX: usize = 64;
 
+/// Most blocks that share the keys of a warp-group tile, and fewest steps of [`STEP_KEYS`] keys that are
+/// worth one.
+const MAX_PARTS: usize = 16;
+const MIN_PART_STEPS: usize = 8;
+const STEP_KEYS: usize = 128;
+
+/// Warp-group tiles are cut until the longest takes at most this part of the device's time for their
+/// sequence: a long tile that starts last is time in which the other multiprocessors idle.
+const BALANCE: usize = 3;
+
 /// Which kernel computes a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Path {
@@ -63,6 +73,7 @@ pub(crate) struct Dims {
     pub(crate) kv_heads: usize,
     /// Whether the device and the head dimension have the warp-group kernel.
     pub(crate) wgmma: bool,
+    pub(crate) multiprocessors: usize,
 }
 
 impl Dims {
@@ -117,11 +128,53 @@ impl Request<'_> {
     }
 }
 
+/// How the tiles of one sequence are cut.
+struct Tiles {
+    /// Of each KV head.
+    tiles: usize,
+    /// Steps that one block may take; a tile that takes more is shared. `None`: none is.
+    limit: Option<usize>,
+}
+
+impl Tiles {
+    fn new(request: &Request<'_>, path: Path, dims: &Dims) -> Self {
+        let tiles = dims.rows(request.tokens).div_ceil(path.tile_rows());
+        if path != Path::Wgmma {
+            return Self { tiles, limit: None };
+        }
+        let steps = |head| Self::steps(request, head, dims);
+        let heads = request.geometry.layout.heads();
+        let all: usize = heads.iter().map(|head| tiles * steps(head)).sum();
+        let limit = all.div_ceil(BALANCE * dims.multiprocessors.max(1)).max(MIN_PART_STEPS);
+        let shared = heads.iter().any(|head| steps(head) > limit);
+        Self { tiles, limit: shared.then_some(limit) }
+    }
+
+    /// Steps of the head's longest tile.
+    fn steps(request: &Request<'_>, head: &HeadLayout, dims: &Dims) -> usize {
+        let tokens = Path::Wgmma.tile_rows().div_ceil(dims.query_heads / dims.kv_heads) + 1;
+        let last = Request {
+            len: request.len + request.tokens.saturating_sub(tokens),
+            tokens: tokens.min(request.tokens),
+            ..*request
+        };
+        last.keys(head).div_ceil(STEP_KEYS)
+    }
+
+    /// Blocks that share each tile of a head.
+    fn parts(&self, request: &Request<'_>, head: &HeadLayout, dims: &Dims) -> usize {
+        let parts = |limit| Self::steps(request, head, dims).div_ceil(limit).clamp(1, MAX_PARTS);
+        self.limit.map_or(1, parts)
+    }
+}
+
 /// Consecutive sequences that take the same way, one launch of an attention kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Launch {
     pub(crate) path: Path,
     pub(crate) committed: bool,
+    /// Whether tiles are shared between blocks, which leave partial results then.
+    pub(crate) shared: bool,
     /// Places in [`Plan::order`].
     pub(crate) places: Range<usize>,
     /// Of the split kernel, in [`Plan::items`].
@@ -142,6 +195,9 @@ pub(crate) struct Plan {
     pub(crate) items: Vec<[i32; 2]>,
     /// (first item in its launch, number of splits), `[places, kv_heads]`.
     pub(crate) splits: Vec<[i32; 2]>,
+    /// Of the tile kernels: (KV head, blocks that share each of its tiles) in the order in which to
+    /// start them, `[places, kv_heads]`.
+    pub(crate) heads: Vec<[i32; 2]>,
 }
 
 impl Plan {
@@ -153,31 +209,36 @@ impl Plan {
     /// Cuts a batch. What a sequence's result is summed from, and in which order, depends on
     /// nothing but that sequence.
     pub(crate) fn fill(&mut self, dims: &Dims, requests: &[Request<'_>]) {
-        let Self { order, launches, first_items, items, splits } = self;
+        let Self { order, launches, first_items, items, splits, heads } = self;
         items.clear();
         launches.clear();
         first_items.clear();
         first_items.resize(requests.len(), 0);
         splits.clear();
         splits.resize(requests.len() * dims.kv_heads, [0; 2]);
+        heads.clear();
+        heads.resize(requests.len() * dims.kv_heads, [0, 1]);
         order.clear();
         order.extend(0..requests.len());
         let way = |&index: &usize| {
             let request = &requests[index];
-            (!request.commits_first(), Path::of(request.tokens, dims) as usize)
+            let path = Path::of(request.tokens, dims);
+            let shared = Tiles::new(request, path, dims).limit.is_some();
+            (!request.commits_first(), path as usize, shared)
         };
         order.sort_by_cached_key(way);
 
         let mut end = 0;
         while let Some(&first) = order.get(end) {
             let start = end;
-            let committed = requests[first].commits_first();
+            let (written_after, _, shared) = way(&first);
             let path = Path::of(requests[first].tokens, dims);
             let same = order[start..].iter().take_while(|index| way(index) == way(&first));
             end += same.count();
             let mut launch = Launch {
                 path,
-                committed,
+                committed: !written_after,
+                shared,
                 places: start..end,
                 items: items.len()..items.len(),
                 blocks: 0,
@@ -200,8 +261,14 @@ impl Plan {
             } else {
                 for place in start..end {
                     first_items[place] = launch.blocks;
-                    let rows = dims.rows(requests[order[place]].tokens);
-                    launch.blocks += rows.div_ceil(path.tile_rows()) * dims.kv_heads;
+                    let request = &requests[order[place]];
+                    let tiles = Tiles::new(request, path, dims);
+                    for (rank, &head) in request.geometry.widest_first.iter().enumerate() {
+                        let layout = request.geometry.layout.head(head as usize);
+                        let parts = tiles.parts(request, layout, dims);
+                        heads[place * dims.kv_heads + rank] = [head, parts as i32];
+                        launch.blocks += tiles.tiles * parts;
+                    }
                 }
             }
             launches.push(launch);

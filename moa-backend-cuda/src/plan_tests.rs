@@ -45,7 +45,7 @@ fn cases() -> impl Strategy<Value = Case> {
         let sequence = (spans, 0usize..4000, 0usize..20, 0usize..3000, tokens).prop_map(
             |(spans, spare, slack, len, tokens)| (spans, len + tokens + spare, slack, len, tokens),
         );
-        let dims = Dims { query_heads: kv_heads * group, kv_heads, wgmma };
+        let dims = Dims { query_heads: kv_heads * group, kv_heads, wgmma, multiprocessors: 132 };
         proptest::collection::vec(sequence, 1..6)
             .prop_map(move |sequences| Case { dims, sequences })
     })
@@ -68,7 +68,9 @@ fn own(plan: &Plan, dims: &Dims, index: usize) -> (Path, bool, Vec<usize>) {
         }
         _ => {
             let next = plan.first_items[place + 1..launch.places.end].first();
-            vec![next.copied().unwrap_or(launch.blocks) - plan.first_items[place]]
+            let heads = &plan.heads[place * dims.kv_heads..][..dims.kv_heads];
+            let items = next.copied().unwrap_or(launch.blocks) - plan.first_items[place];
+            std::iter::once(items).chain(heads.iter().map(|head| head[1] as usize)).collect()
         }
     };
     (launch.path, launch.committed, parts)
@@ -115,11 +117,17 @@ proptest! {
                 prop_assert_eq!(request.commits_first(), launch.committed);
                 prop_assert_eq!(Path::of(request.tokens, &case.dims), launch.path);
                 if launch.path != Path::Split {
-                    let (.., tiles) = own(&plan, &case.dims, plan.order[place]);
-                    prop_assert!(tiles[0].is_multiple_of(case.dims.kv_heads));
-                    let covered = tiles[0] / case.dims.kv_heads * launch.path.tile_rows();
+                    let (.., items) = own(&plan, &case.dims, plan.order[place]);
+                    let heads = &plan.heads[place * case.dims.kv_heads..][..case.dims.kv_heads];
                     let rows = case.dims.rows(request.tokens);
-                    prop_assert!(covered >= rows && covered - rows < launch.path.tile_rows());
+                    let tiles = rows.div_ceil(launch.path.tile_rows());
+                    let parts: usize = heads.iter().map(|head| head[1] as usize).sum();
+                    prop_assert_eq!(items[0], tiles * parts);
+                    prop_assert_eq!(launch.shared, heads.iter().any(|head| head[1] > 1));
+                    prop_assert!(launch.path == Path::Wgmma || !launch.shared);
+                    let mut heads: Vec<_> = heads.iter().map(|head| head[0]).collect();
+                    heads.sort_unstable();
+                    prop_assert_eq!(heads, (0..case.dims.kv_heads as i32).collect::<Vec<_>>());
                     continue;
                 }
                 prop_assert!(case.dims.rows(request.tokens) <= SPLIT_ROWS);
@@ -188,10 +196,26 @@ fn a_growing_head_never_has_more_splits_than_were_planned() {
 }
 
 #[test]
+fn few_long_tiles_are_shared_and_many_are_not() {
+    let spans = [Span::full(32_768), Span::new(64, 700).unwrap()];
+    let geometry = Geometry::new(LayerLayout::new(&spans, 32_768, 0).unwrap()).unwrap();
+    let dims = Dims { query_heads: 8, kv_heads: 2, wgmma: true, multiprocessors: 132 };
+    let shared = |len, tokens| {
+        let plan = plan(&dims, &[Request { geometry: &geometry, len, tokens, grows: false }]);
+        assert_eq!(plan.launches[0].path, Path::Wgmma);
+        plan.heads.iter().map(|head| head[1]).collect::<Vec<_>>()
+    };
+    // A chunk of 4 tiles a head after a long history: 256 steps against 8.
+    assert_eq!(shared(32_000, 128), [16, 1]);
+    assert_eq!(shared(0, 128), [1, 1]);
+    assert_eq!(shared(0, 32_768), [1, 1]);
+}
+
+#[test]
 fn decode_always_writes_first_and_splits() {
     let spans = [Span::full(5000), Span::new(64, 960).unwrap(), Span::new(0, 1).unwrap()];
     let geometry = Geometry::new(LayerLayout::new(&spans, 5000, 0).unwrap()).unwrap();
-    let dims = Dims { query_heads: 12, kv_heads: 3, wgmma: true };
+    let dims = Dims { query_heads: 12, kv_heads: 3, wgmma: true, multiprocessors: 132 };
     for len in [0, 1, 63, 64, 1023, 1024, 4999] {
         let request = Request { geometry: &geometry, len, tokens: 1, grows: false };
         let plan = plan(&dims, &[request]);

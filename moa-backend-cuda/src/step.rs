@@ -129,6 +129,7 @@ impl Step {
             query_heads: batch.query_heads,
             kv_heads: first.layout().heads().len(),
             wgmma: kernels.has_wgmma(),
+            multiprocessors: self.device.multiprocessors(),
         };
         let requests: Vec<Request<'_>> = batch
             .caches
@@ -204,6 +205,9 @@ impl Step {
                 args.num_tiles = launch.blocks as i32;
                 [args.partial, args.tickets, args.finished] = scratch;
                 kernels.extend(launch.path, stream, &args)?;
+                if launch.shared {
+                    kernels.merge_tiles(stream, &args)?;
+                }
             }
             self.append(&rotated, committed..all, true, stream)
         }
@@ -226,7 +230,8 @@ impl Step {
     pub fn launches(&self) -> usize {
         let committed = self.plan.committed();
         let appends = usize::from(committed > 0) + usize::from(committed < self.plan.order.len());
-        self.plan.launches.len() + appends
+        let merges = self.plan.launches.iter().filter(|launch| launch.shared).count();
+        self.plan.launches.len() + merges + appends
     }
 
     fn prepared(&self) -> Result<&Prepared> {
@@ -249,21 +254,19 @@ impl Step {
             tokens: batch.tokens[index] as i32,
             first_item: plan.first_items[place] as i32,
             committed: i32::from(place < plan.committed()),
-            padding: 0,
+            split: i32::from(plan.launches.iter().any(|l| l.shared && l.places.contains(&place))),
         };
         let sequences: Vec<Sequence> = plan.order.iter().enumerate().map(place).collect();
         let in_order = || plan.order.iter().map(|&index| &requests[index]);
         let heads: Vec<Head> =
             in_order().flat_map(|request| &request.geometry.heads).copied().collect();
-        let order: Vec<i32> =
-            in_order().flat_map(|request| &request.geometry.widest_first).copied().collect();
         let lens: Vec<i32> = in_order().map(|request| request.len as i32).collect();
         Tables {
             sequences: push(host, &sequences),
             heads: push(host, &heads),
             items: push(host, &plan.items),
             splits: push(host, &plan.splits),
-            order: push(host, &order),
+            order: push(host, &plan.heads),
             lens: push(host, &lens),
         }
     }
@@ -352,7 +355,7 @@ impl Tables {
             heads: self.heads + place * kv_heads * size_of::<Head>() as u64,
             items: self.items,
             splits: self.splits + place * kv_heads * 8,
-            order: self.order + place * kv_heads * 4,
+            order: self.order + place * kv_heads * 8,
             lens: self.lens + place * 4,
         }
     }

@@ -41,12 +41,13 @@ pub struct Sequence {
     pub first: i64,
     /// New tokens, at least 1.
     pub tokens: i32,
-    /// Tile kernels: tiles of the sequences before it in this launch.
+    /// Tile kernels: tiles (times the blocks that share them) of the sequences before it in this
+    /// launch.
     pub first_item: i32,
     /// 1: `append` has already put the new tokens into the cache.
     pub committed: i32,
-    /// Unused.
-    pub padding: i32,
+    /// Warp-group kernel, 1: some tiles are shared between blocks, and `merge_tiles` follows.
+    pub split: i32,
 }
 
 /// One KV head of one sequence: [`moa_core::HeadLayout`].
@@ -93,11 +94,14 @@ pub struct ExtendArgs {
     pub kv_heads: i32,
     /// Factor of the scores.
     pub scale: f32,
-    /// Tile kernels: i32 `[sequences, kv_heads]`, KV heads in the order in which to start them.
+    /// Tile kernels: i32 pairs (KV head, blocks that share the keys of each of its tiles)
+    /// `[sequences, kv_heads]`, in the order in which to start them. The second is 1 but in the
+    /// warp-group kernel where [`Sequence::split`] is set.
     pub order: DevicePointer,
     /// Split kernel: i32 pairs (sequence * kv_heads + KV head, split), one block each.
     pub items: DevicePointer,
-    /// Partial results of splits.
+    /// Partial results, f32: `[items, 16, head_dim]` then `[items, 16, 2]` of the split kernel,
+    /// `[num_tiles, 128, head_dim]` then `[num_tiles, 128, 2]` where tiles are shared.
     pub partial: DevicePointer,
     /// i32 `[sequences, kv_heads]`: splits finished, 0 between launches.
     pub finished: DevicePointer,
@@ -107,7 +111,8 @@ pub struct ExtendArgs {
     pub tickets: DevicePointer,
     /// Items.
     pub num_items: i32,
-    /// Warp-group kernel: tiles of the launch, which its blocks take in turn.
+    /// Tiles of the launch, each times the blocks that share it; the warp-group kernel's blocks take
+    /// them in turn.
     pub num_tiles: i32,
 }
 
