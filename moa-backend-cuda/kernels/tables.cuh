@@ -16,7 +16,7 @@ struct Sequence {
     int tokens;      // new tokens, at least 1
     int first_item;  // tile kernels: tiles of the sequences before it in this launch
     int committed;   // 1: `append` has already put the new tokens into the cache
-    int padding;
+    int split;       // wgmma.cu, 1: some tiles are shared between blocks; then `merge_tiles` follows
 };
 
 // One KV head of one sequence, [sequences, kv_heads]: moa-core's HeadLayout.
@@ -39,7 +39,7 @@ struct Packed {
 // belongs to one KV head and reads its keys once for the whole group.
 //
 // Tile kernels: a sequence has ceil(tokens * group / TILE_ROWS) * kv_heads tiles, TILE_ROWS = 128
-// (wgmma.cu, any grid up to num_tiles blocks) or 64 (tile.cu, one block a tile). Split kernel: tokens * group <= 16; the keys that a (sequence, KV
+// (wgmma.cu, each times the blocks that share it; any grid up to num_tiles blocks) or 64 (tile.cu, one block a tile). Split kernel: tokens * group <= 16; the keys that a (sequence, KV
 // head) sees are cut every split_keys(count) keys, whatever else is in the batch.
 #define MAX_SPLITS 32
 #ifndef MIN_SPLIT_KEYS
@@ -60,11 +60,14 @@ struct ExtendArgs {
     int query_heads;
     int kv_heads;
     float scale;
-    // Tile kernels: KV heads of each sequence in the order in which to start them, [sequences, kv_heads].
-    const int* order;
+    // Tile kernels: (KV head, blocks that share the keys of each of its tiles) of each sequence in the
+    // order in which to start them, [sequences, kv_heads]. The second is 1 but in wgmma.cu where
+    // Sequence::split is set: few tiles, of unequal length, would leave the device idle.
+    const int2* order;
     // Split kernel: work items (sequence * kv_heads + kv head, split), one block each.
     const int2* items;
-    // Partial results of splits: [items, rows, HEAD_DIM] then [items, rows, 2] (maximum, sum).
+    // Partial results: [items, 16, HEAD_DIM] then [items, 16, 2] (maximum, sum) of the split kernel;
+    // [num_tiles, 128, HEAD_DIM] then [num_tiles, 128, 2] of wgmma.cu where tiles are shared.
     float* partial;
     // Splits finished, [sequences * kv_heads], 0 between launches.
     int* finished;

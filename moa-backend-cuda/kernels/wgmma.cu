@@ -119,7 +119,10 @@ __device__ __forceinline__ void pack_weights(u32 (&p)[TILE_KEYS / 16][4], const 
 struct Tile {
     Sequence sequence;
     Head head;
-    int kv_head, len, group, rows, first_row, first_query, last_query, steps;
+    int kv_head, len, group, rows, first_row, first_query, last_query;
+    int steps;      // that this block takes
+    int last_step;  // first keys of the tile's step 0, counted from the list's end
+    int splits;     // blocks that share the tile's keys
     KeyList list;
 
     __device__ __forceinline__ Tile(const ExtendArgs& args, int item) : list(Head(), 0, 0) {
@@ -130,24 +133,62 @@ struct Tile {
         rows = sequence.tokens * group;
         const int tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
         item -= sequence.first_item;
-        kv_head = args.order[(i64)s * args.kv_heads + item / tiles];
+        const int2* order = args.order + (i64)s * args.kv_heads;
+        if (sequence.split) {
+            while (item >= tiles * order->y) item -= tiles * (order++)->y;
+        } else {
+            order += item / tiles;
+            item %= tiles;
+        }
+        kv_head = order->x;
+        splits = sequence.split ? order->y : 1;
         // The last tile sees the most keys: it starts first.
-        first_row = (tiles - 1 - item % tiles) * TILE_ROWS;
+        first_row = (tiles - 1 - item / splits) * TILE_ROWS;
         head = args.heads[(i64)s * args.kv_heads + kv_head];
         len = args.lens[s];
         first_query = len + first_row / group;
         last_query = len + (min(first_row + TILE_ROWS, rows) - 1) / group;
         list = KeyList(head, first_query, last_query);
-        steps = (list.count + TILE_KEYS - 1) / TILE_KEYS;
+        const int all = (list.count + TILE_KEYS - 1) / TILE_KEYS, part = item % splits;
+        const int parts = min(splits, all);
+        const int first_step = all * part / parts;
+        steps = part < parts ? all * (part + 1) / parts - first_step : 0;
+        last_step = all - 1 - first_step;
     }
     // First list entry of a step.
-    __device__ __forceinline__ int first_key(int step) const { return (steps - 1 - step) * TILE_KEYS; }
+    __device__ __forceinline__ int first_key(int step) const { return (last_step - step) * TILE_KEYS; }
     __device__ __forceinline__ int query(int row) const { return len + min(row, rows - 1) / group; }
     // Where a row of q or out begins, in elements.
     __device__ __forceinline__ i64 offset(const Packed& tensor, int row) const {
         const int token = row / group;
         return (sequence.first + token) * tensor.token +
                (kv_head * group + row - token * group) * tensor.head;
+    }
+};
+
+// What one of several blocks that share a tile's keys found: rows before division by their sum, and
+// (reference, sum) of each row.
+struct Partial {
+    float* rows;    // [TILE_ROWS][HEAD_DIM]
+    float2* state;  // [TILE_ROWS]
+
+    __device__ __forceinline__ Partial(const ExtendArgs& args, i64 item)
+        : rows(args.partial + item * TILE_ROWS * HEAD_DIM),
+          state((float2*)(args.partial + (i64)args.num_tiles * TILE_ROWS * HEAD_DIM) +
+                item * TILE_ROWS) {}
+
+    __device__ __forceinline__ void store(int row, int lane, const float (&o)[OUTPUT], float base_0,
+                                          float sum_0, float base_1, float sum_1) const {
+#pragma unroll
+        for (int n = 0; n < HEAD_DIM / 8; n++) {
+            float* to = rows + row * HEAD_DIM + n * 8 + lane % 4 * 2;
+            *(float2*)to = make_float2(o[4 * n], o[4 * n + 1]);
+            *(float2*)(to + 8 * HEAD_DIM) = make_float2(o[4 * n + 2], o[4 * n + 3]);
+        }
+        if (lane % 4 == 0) {
+            state[row] = make_float2(base_0, sum_0);
+            state[row + 8] = make_float2(base_1, sum_1);
+        }
     }
 };
 
@@ -224,11 +265,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             barrier_arrive(barrier);
         };
         int filled = 0;  // stages filled so far, over all tiles
+        int started = 0;
         for (int item = blockIdx.x; item < args.num_tiles; item = queue.next(lane)) {
             const Tile tile(args, item);
+            if (thread == HALF) queue.fetch(args);
+            if (tile.steps == 0) continue;
             const KeySource source(args, tile.sequence, tile.head, tile.kv_head, tile.len, tile.list);
             if (values) {
-                barrier_wait(query_empty, (queue.count & 1) ^ 1);
+                barrier_wait(query_empty, (started++ & 1) ^ 1);
 #pragma unroll 4
                 for (int r = row; r < TILE_ROWS; r += ROWS_AT_ONCE) {
                     const u16* from = (const u16*)args.q.data +
@@ -237,7 +281,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                  from + chunk * 8, true);
                 }
                 hand_over(query_full);
-                if (thread == HALF) queue.fetch(args);
             }
             for (int step = 0; step < tile.steps; step++, filled++) {
                 const int stage = filled % STAGES;
@@ -295,8 +338,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (consumer == 1) pass_turn();
 
     int used = 0;  // stages used so far, over all tiles
+    int started = 0;
     for (int item = blockIdx.x; item < args.num_tiles; item = queue.next(lane)) {
         const Tile tile(args, item);
+        if (tile.steps == 0) continue;
         const RowMask mask_0(tile.head, tile.list, tile.query(tile.first_row + my_row));
         const RowMask mask_1(tile.head, tile.list, tile.query(tile.first_row + my_row + 8));
         float o[OUTPUT];
@@ -326,7 +371,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             return softmax.update<true>(x, scale);
         };
 
-        barrier_wait(query_full, queue.count & 1);
+        barrier_wait(query_full, started++ & 1);
         {
             const int stage = used % STAGES;
             float x[SCORES];
@@ -390,6 +435,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             sum_0 += __shfl_xor_sync(~0u, sum_0, d);
             sum_1 += __shfl_xor_sync(~0u, sum_1, d);
         }
+        if (tile.splits > 1) {
+            Partial(args, item).store(consumer * 64 + warp * 16 + lane / 4, lane, o, softmax.base_0,
+                                      sum_0, softmax.base_1, sum_1);
+            continue;
+        }
         if (args.lse != nullptr && lane % 4 == 0) {
             auto store = [&](int row, float base, float sum) {
                 if (row >= tile.rows) return;
@@ -428,4 +478,56 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     // Takes up the other consumer's last pass.
     if (consumer == 0) take_turn();
+}
+
+// merge_tiles: puts together what blocks that share a tile's keys found. The same arguments, after
+// extend_wgmma; grid (num_tiles, TILE_ROWS / 8), block 256: one warp a row, of the first item of each
+// tile.
+#define MAX_PARTS 16
+extern "C" __global__ void __launch_bounds__(256) merge_tiles(const __grid_constant__ ExtendArgs args) {
+    const Tile tile(args, blockIdx.x);
+    const int all = (tile.list.count + TILE_KEYS - 1) / TILE_KEYS;
+    const bool is_first = tile.last_step == all - 1 && tile.steps > 0;
+    const int lane = threadIdx.x % 32, r = blockIdx.y * 8 + threadIdx.x / 32;
+    const int row = tile.first_row + r;
+    if (tile.splits == 1 || !is_first || row >= tile.rows) return;
+    const int parts = min(tile.splits, all);
+    // One part's state a lane; all loads of a row at once.
+    const float2 mine = lane < parts ? Partial(args, blockIdx.x + lane).state[r]
+                                     : make_float2(NEG_INF, 0);
+    float2 x[MAX_PARTS][HEAD_DIM / 64];
+#pragma unroll
+    for (int i = 0; i < MAX_PARTS; i++) {
+        if (i >= parts) break;
+#pragma unroll
+        for (int c = 0; c < HEAD_DIM / 64; c++)
+            x[i][c] = *(const float2*)&Partial(args, blockIdx.x + i).rows[r * HEAD_DIM + c * 64 + lane * 2];
+    }
+    float base = mine.x;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) base = fmaxf(base, __shfl_xor_sync(~0u, base, d));
+    const float weight = exp2_fast(mine.x - base);
+    float sum = weight * mine.y;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
+    float2 o[HEAD_DIM / 64] = {};
+#pragma unroll
+    for (int i = 0; i < MAX_PARTS; i++) {
+        if (i >= parts) break;
+        const float w = __shfl_sync(~0u, weight, i);
+#pragma unroll
+        for (int c = 0; c < HEAD_DIM / 64; c++) {
+            o[c].x += w * x[i][c].x;
+            o[c].y += w * x[i][c].y;
+        }
+    }
+    const int token = row / tile.group;
+    const float inverse = 1 / sum;
+    u16* to = (u16*)args.out.data + tile.offset(args.out, row);
+#pragma unroll
+    for (int c = 0; c < HEAD_DIM / 64; c++)
+        *(u32*)&to[c * 64 + lane * 2] = pack2(o[c].x * inverse, o[c].y * inverse);
+    if (args.lse != nullptr && lane == 0)
+        args.lse[(tile.sequence.first + token) * args.query_heads + tile.kv_head * tile.group + row -
+                 token * tile.group] = base * LN2 + __logf(sum);
 }
