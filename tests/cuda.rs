@@ -33,6 +33,10 @@ impl TestBackend for Cuda {
         Tensor::from_f32(self.0.device(), data, shape, self.0.dtype()).unwrap()
     }
 
+    fn lse(&self, data: &[f32], shape: &[usize]) -> Tensor {
+        Tensor::from_f32(self.0.device(), data, shape, Dtype::F32).unwrap()
+    }
+
     fn host(&self, tensor: &Tensor) -> Vec<f32> {
         tensor.to_f32().unwrap()
     }

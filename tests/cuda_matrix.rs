@@ -1,6 +1,8 @@
 //! Many shapes against f64, and against how far the naive computation in the same element type is off:
 //! at most twice as far, three times where keys are split.
 //!
+//! `MOA_CASES` is the number of cases for a quick look or for instrumented code.
+//!
 //! Without a GPU it says that it is skipped; with `MOA_REQUIRE_GPU=1` it fails then.
 
 mod gpu;
@@ -312,8 +314,11 @@ fn errors_are_at_most_a_small_multiple_of_the_naive_ones() {
     if gpu::device().is_none() {
         return;
     }
-    let cases = cases();
+    let mut cases = cases();
     assert!(cases.len() >= 2000, "only {} cases", cases.len());
+    if let Some(wanted) = std::env::var("MOA_CASES").ok().and_then(|n| n.parse::<usize>().ok()) {
+        cases = cases.iter().step_by(cases.len().div_ceil(wanted.max(1))).copied().collect();
+    }
     let pools = DTYPES.map(Pool::new);
     let next = AtomicUsize::new(0);
     let failures = Mutex::new(Vec::<String>::new());

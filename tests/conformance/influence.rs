@@ -46,7 +46,7 @@ impl Case {
             k: &t.tensor(k, &[n, kv, dim]),
             v: &t.tensor(v, &[n, kv, dim]),
             out: &t.tensor(&f32s(&out), &[n, query, dim]),
-            lse: &t.tensor(&f32s(&lse), &[n, query]),
+            lse: &t.lse(&f32s(&lse), &[n, query]),
             d_out: &t.tensor(&self.d_out, &[n, query, dim]),
             block: self.block,
             sign: self.sign,

@@ -17,6 +17,11 @@ pub(crate) trait TestBackend {
 
     fn backend(&self) -> &Self::Backend;
     fn tensor(&self, data: &[f32], shape: &[usize]) -> Self::Tensor;
+    /// A tensor that holds log-sum-exps.
+    fn lse(&self, data: &[f32], shape: &[usize]) -> Self::Tensor {
+        self.tensor(data, shape)
+    }
+
     fn host(&self, tensor: &Self::Tensor) -> Vec<f32>;
 
     /// A key or value as the cache holds it.
