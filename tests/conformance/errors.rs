@@ -6,7 +6,7 @@ use super::TestBackend;
 use super::world::World;
 
 pub(crate) fn wrong_shapes_are_refused<T: TestBackend>(t: &T) {
-    let world = World::new(4, 2, 8, &[(0, 10), (0, 10)], 3);
+    let world = World::new(4, 2, t.dim(8), &[(0, 10), (0, 10)], 3);
     let mut cache = world.open(t, 10, 0);
     let mut second = world.open(t, 10, 0);
     let mut call = |caches: usize, tokens: &[usize], q: &[usize], k: &[usize], v: &[usize]| {
@@ -17,23 +17,27 @@ pub(crate) fn wrong_shapes_are_refused<T: TestBackend>(t: &T) {
         assert!(caches.iter().all(|cache| t.backend().len(cache) == 0) || result.is_ok());
         result.is_ok()
     };
-    let (q, kv) = ([3, 4, 8], [3, 2, 8]);
+    let d = t.dim(8);
+    let (q, kv) = ([3, 4, d], [3, 2, d]);
     assert!(!call(1, &[2], &q, &kv, &kv), "token counts do not add up");
     assert!(!call(2, &[3], &q, &kv, &kv), "fewer counts than caches");
     assert!(!call(1, &[3, 1], &q, &kv, &kv), "more counts than caches");
     assert!(!call(2, &[3, 0], &q, &kv, &kv), "no token");
-    assert!(!call(1, &[3], &[3, 32], &kv, &kv), "rank of q");
-    assert!(!call(1, &[3], &q, &[6, 8], &kv), "rank of k");
-    assert!(!call(1, &[3], &q, &[3, 3, 8], &[3, 3, 8]), "group is not whole");
-    assert!(!call(1, &[3], &q, &[3, 1, 8], &[3, 1, 8]), "KV heads of the cache");
-    assert!(!call(1, &[3], &[3, 4, 4], &[3, 2, 4], &[3, 2, 4]), "head dim of the cache");
-    assert!(!call(1, &[3], &q, &kv, &[3, 2, 4]), "v is not k's shape");
-    assert!(!call(1, &[3], &q, &[2, 2, 8], &[2, 2, 8]), "tokens of k");
+    assert!(!call(1, &[3], &[3, 4 * d], &kv, &kv), "rank of q");
+    assert!(!call(1, &[3], &q, &[6, d], &kv), "rank of k");
+    assert!(!call(1, &[3], &q, &[3, 3, d], &[3, 3, d]), "group is not whole");
+    assert!(!call(1, &[3], &q, &[3, 1, d], &[3, 1, d]), "KV heads of the cache");
+    assert!(
+        !call(1, &[3], &[3, 4, d / 2], &[3, 2, d / 2], &[3, 2, d / 2]),
+        "head dim of the cache"
+    );
+    assert!(!call(1, &[3], &q, &kv, &[3, 2, d / 2]), "v is not k's shape");
+    assert!(!call(1, &[3], &q, &[2, 2, d], &[2, 2, d]), "tokens of k");
     assert!(call(1, &[3], &q, &kv, &kv));
 }
 
 pub(crate) fn capacity_is_an_error_and_changes_nothing<T: TestBackend>(t: &T) {
-    let world = World::new(2, 1, 8, &[(0, 4)], 8);
+    let world = World::new(2, 1, t.dim(8), &[(0, 4)], 8);
     let mut cache = world.open(t, 6, 0);
     world.extend(t, &mut cache, 0..5).unwrap();
     let error = world.extend(t, &mut cache, 5..7).unwrap_err().to_string();
@@ -43,7 +47,7 @@ pub(crate) fn capacity_is_an_error_and_changes_nothing<T: TestBackend>(t: &T) {
 }
 
 pub(crate) fn rollback_of_evicted_keys_is_an_error<T: TestBackend>(t: &T) {
-    let world = World::new(2, 1, 8, &[(1, 4)], 20);
+    let world = World::new(2, 1, t.dim(8), &[(1, 4)], 20);
     let mut cache = world.open(t, 20, 2);
     world.extend(t, &mut cache, 0..15).unwrap();
     assert!(t.backend().truncate(&mut cache, 16).is_err(), "longer than the sequence");

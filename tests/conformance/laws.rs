@@ -5,32 +5,29 @@ use moa_core::{SparseAttentionBackend, reference::Heads};
 use proptest::prelude::*;
 
 use super::TestBackend;
-use super::world::{Entry, World, batch, check, chunked_worlds, close, distance, worlds};
-
-/// Difference allowed between two ways to compute the same f32 numbers.
-const SAME: f64 = 1e-5;
+use super::world::{Entry, World, batch, check, chunked_worlds, close, error, worlds};
 
 pub(crate) fn output_equals_the_reference<T: TestBackend>(t: &T) {
-    check(24, chunked_worlds(), |(world, chunks)| {
+    check(24, chunked_worlds(t), |(world, chunks)| {
         let output = world.run(t, &chunks);
         let (out, lse) = world.reference(t);
-        let (d_out, d_lse) = (distance(&output.out, &out), distance(&output.lse, &lse));
+        let (d_out, d_lse) = (error(&output.out, &out), error(&output.lse, &lse));
         assert!(d_out <= t.tolerance() && d_lse <= t.tolerance(), "out {d_out:e}, lse {d_lse:e}");
     });
 }
 
 pub(crate) fn chunking_does_not_change_output<T: TestBackend>(t: &T) {
-    check(24, chunked_worlds(), |(world, chunks)| {
+    check(24, chunked_worlds(t), |(world, chunks)| {
         let (whole, cut) = (world.run(t, &[world.tokens]), world.run(t, &chunks));
-        close(&whole.out, &cut.out, SAME);
-        close(&whole.lse, &cut.lse, SAME);
+        close(&whole.out, &cut.out, t.same());
+        close(&whole.lse, &cut.lse, t.same());
     });
 }
 
 /// Bitwise.
 pub(crate) fn batch_composition_does_not_change_output<T: TestBackend>(t: &T) {
     let splits = proptest::collection::vec(0.0..1.0f64, 4);
-    check(16, (worlds(), splits, any::<u64>()), |(world, splits, seed)| {
+    check(16, (worlds(t), splits, any::<u64>()), |(world, splits, seed)| {
         // Sequences of one layer, each with another history and another chunk.
         let others: Vec<World> = splits
             .iter()
@@ -69,18 +66,18 @@ pub(crate) fn batch_composition_does_not_change_output<T: TestBackend>(t: &T) {
 }
 
 pub(crate) fn spare_capacity_does_not_change_output<T: TestBackend>(t: &T) {
-    check(16, (chunked_worlds(), 0usize..300, 0usize..40), |((world, chunks), spare, slack)| {
+    check(16, (chunked_worlds(t), 0usize..300, 0usize..40), |((world, chunks), spare, slack)| {
         let tight = world.run(t, &chunks);
         let mut cache = world.open(t, world.tokens + spare, slack);
         let roomy = world.run_in(t, &mut cache, 0, &chunks);
-        close(&tight.out, &roomy.out, SAME);
-        close(&tight.lse, &roomy.lse, SAME);
+        close(&tight.out, &roomy.out, t.same());
+        close(&tight.lse, &roomy.lse, t.same());
     });
 }
 
 /// Grouped-query attention equals multi-head attention whose KV heads are repeated.
 pub(crate) fn a_group_equals_repeated_heads<T: TestBackend>(t: &T) {
-    check(12, worlds(), |world| {
+    check(12, worlds(t), |world| {
         let Heads { query, kv, dim } = world.heads;
         let group = query / kv;
         let repeat = |x: Vec<f32>| -> Vec<f32> {
@@ -99,12 +96,12 @@ pub(crate) fn a_group_equals_repeated_heads<T: TestBackend>(t: &T) {
             .backend()
             .extend(&mut [&mut cache], &[world.tokens], &q, &k, &v, world.scale(), false)
             .unwrap();
-        close(&world.run(t, &[world.tokens]).out, &t.host(&out), SAME);
+        close(&world.run(t, &[world.tokens]).out, &t.host(&out), t.same());
     });
 }
 
 pub(crate) fn truncate_then_extend_equals_never_having_extended<T: TestBackend>(t: &T) {
-    check(16, (chunked_worlds(), 1usize..30), |((world, chunks), draft)| {
+    check(16, (chunked_worlds(t), 1usize..30), |((world, chunks), draft)| {
         // The draft is another world's tokens at the same positions.
         let drafted =
             World { tokens: world.tokens + draft, seed: world.seed ^ 0xd, ..world.clone() };
@@ -117,12 +114,12 @@ pub(crate) fn truncate_then_extend_equals_never_having_extended<T: TestBackend>(
             out.extend(world.extend(t, &mut cache, at..at + chunk).unwrap().out);
             at += chunk;
         }
-        close(&world.run(t, &chunks).out, &out, SAME);
+        close(&world.run(t, &chunks).out, &out, t.same());
     });
 }
 
 pub(crate) fn fork_is_independent<T: TestBackend>(t: &T) {
-    check(16, (worlds(), 0.0..1.0f64), |(world, at)| {
+    check(16, (worlds(t), 0.0..1.0f64), |(world, at)| {
         let world = World { tokens: world.tokens + 2, ..world };
         let at = 1 + (at * (world.tokens - 2) as f64) as usize;
         let other = World { seed: world.seed ^ 0xf, ..world.clone() };
@@ -144,7 +141,7 @@ pub(crate) fn fork_is_independent<T: TestBackend>(t: &T) {
 }
 
 pub(crate) fn failed_call_leaves_state_unchanged<T: TestBackend>(t: &T) {
-    check(12, worlds(), |world| {
+    check(12, worlds(t), |world| {
         let world = World { tokens: world.tokens + 3, ..world };
         let at = world.tokens / 2;
         let rest = [1, world.tokens - at - 1];
@@ -169,12 +166,12 @@ pub(crate) fn failed_call_leaves_state_unchanged<T: TestBackend>(t: &T) {
             "output changed after a failed call"
         );
         let step = world.extend(t, &mut tight, at..at + 1).unwrap();
-        close(&step.out, &expected.out[..step.out.len()], SAME);
+        close(&step.out, &expected.out[..step.out.len()], t.same());
     });
 }
 
 pub(crate) fn truncate_to_nothing_equals_a_new_cache<T: TestBackend>(t: &T) {
-    check(8, chunked_worlds(), |(world, chunks)| {
+    check(8, chunked_worlds(t), |(world, chunks)| {
         let before = World { seed: world.seed ^ 0xa, ..world.clone() };
         let mut cache = world.open(t, world.tokens, 0);
         before.run_in(t, &mut cache, 0, &chunks);

@@ -17,18 +17,58 @@ pub(crate) trait TestBackend {
 
     fn backend(&self) -> &Self::Backend;
     fn tensor(&self, data: &[f32], shape: &[usize]) -> Self::Tensor;
+    /// A tensor that holds log-sum-exps.
+    fn lse(&self, data: &[f32], shape: &[usize]) -> Self::Tensor {
+        self.tensor(data, shape)
+    }
+
     fn host(&self, tensor: &Self::Tensor) -> Vec<f32>;
 
     /// A key or value as the cache holds it.
     fn round(&self, x: f32) -> f32;
 
-    /// Largest absolute difference to the f64 reference on rounded keys and values of unit size.
+    /// An element of any other tensor as the backend holds it.
+    fn round_tensor(&self, x: f32) -> f32 {
+        x
+    }
+
+    /// Head dimensions to draw from.
+    fn dims(&self) -> &'static [usize] {
+        &[1, 7, 8, 20, 64, 72]
+    }
+
+    /// The head dimension to use where a test would take this one.
+    fn dim(&self, wanted: usize) -> usize {
+        wanted
+    }
+
+    /// Largest [`world::error`] against the f64 reference on rounded inputs of unit size.
     fn tolerance(&self) -> f64 {
         1e-4
     }
+
+    /// The same between two ways to compute the same numbers.
+    fn same(&self) -> f64 {
+        1e-5
+    }
+
+    /// The same for sums of influence; a third of it for gradients.
+    fn influence_tolerance(&self) -> f64 {
+        3e-4
+    }
+
+    /// Sizes of influence blocks to draw from.
+    fn influence_blocks(&self) -> &'static [usize] {
+        &[1, 7, 16, 64, 500]
+    }
+
+    /// Whether influence comes with gradients.
+    fn has_gradients(&self) -> bool {
+        true
+    }
 }
 
-/// One `#[test]` per check, for the backend that the expression makes.
+/// One `#[test]` per check, for the backend that the expression makes; `None` skips it.
 macro_rules! conformance {
     ($name:ident, $backend:expr) => {
         mod $name {
@@ -65,7 +105,9 @@ macro_rules! conformance {
     (@tests $backend:expr; $module:ident: $($test:ident)+) => {
         $(#[test]
         fn $test() {
-            conformance::$module::$test(&$backend);
+            if let Some(backend) = $backend {
+                conformance::$module::$test(&backend);
+            }
         })+
     };
 }

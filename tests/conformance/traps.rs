@@ -3,23 +3,23 @@
 use moa_core::SparseAttentionBackend;
 
 use super::TestBackend;
-use super::world::{Entry, World, batch, close, distance, f64s};
+use super::world::{Entry, World, batch, close, error};
 
 #[track_caller]
 fn equals_reference<T: TestBackend>(t: &T, world: &World, from: usize, out: &[f32]) {
     let (expected, _) = world.reference(t);
     let row = world.heads.query * world.heads.dim;
-    let distance = distance(out, &expected[from * row..][..out.len()]);
-    assert!(distance <= t.tolerance(), "differs by {distance:e}");
+    let error = error(out, &expected[from * row..][..out.len()]);
+    assert!(error <= t.tolerance(), "differs by {error:e}");
 }
 
 /// Off by one: does a window of W count the query itself? (transformers #29623, vLLM #3385, mlx-lm #390)
 pub(crate) fn trap_01_window_counts_the_query_itself<T: TestBackend>(t: &T) {
-    let world = World::new(1, 1, 16, &[(0, 1)], 80);
+    let world = World::new(1, 1, t.dim(16), &[(0, 1)], 80);
     let own: Vec<f32> = world.v().iter().map(|&x| t.round(x)).collect();
     close(&world.run(t, &[80]).out, &own, 1e-6);
     close(&world.run(t, &[1; 80]).out, &own, 1e-6);
-    let two = World::new(1, 1, 16, &[(0, 2)], 80);
+    let two = World::new(1, 1, t.dim(16), &[(0, 2)], 80);
     equals_reference(t, &two, 0, &two.run(t, &[40, 1, 1, 38]).out);
 }
 
@@ -27,7 +27,7 @@ pub(crate) fn trap_01_window_counts_the_query_itself<T: TestBackend>(t: &T) {
 /// RotatingKvCache).
 pub(crate) fn trap_02_chunk_sees_keys_that_it_pushes_out<T: TestBackend>(t: &T) {
     for chunk in [2, 7, 8, 9, 20, 70] {
-        let world = World::new(4, 2, 16, &[(2, 8), (0, 33)], 50 + chunk);
+        let world = World::new(4, 2, t.dim(16), &[(2, 8), (0, 33)], 50 + chunk);
         let mut cache = world.open(t, world.tokens, 0);
         world.extend(t, &mut cache, 0..50).unwrap();
         let output = world.extend(t, &mut cache, 50..50 + chunk).unwrap();
@@ -38,7 +38,7 @@ pub(crate) fn trap_02_chunk_sees_keys_that_it_pushes_out<T: TestBackend>(t: &T) 
 /// A wrapped ring is reused as a prefix, cut by logical length: silent corruption (TensorRT-LLM
 /// #2983, mlx-vlm #1715, vllm-mlx #775).
 pub(crate) fn trap_03_prefix_reuse_of_a_wrapped_ring<T: TestBackend>(t: &T) {
-    let world = World::new(2, 1, 16, &[(2, 8)], 60);
+    let world = World::new(2, 1, t.dim(16), &[(2, 8)], 60);
     let mut prefix = world.open(t, 60, 0);
     world.extend(t, &mut prefix, 0..37).unwrap();
     let mut fork = t.backend().fork(&prefix).unwrap();
@@ -52,7 +52,7 @@ pub(crate) fn trap_03_prefix_reuse_of_a_wrapped_ring<T: TestBackend>(t: &T) {
 /// Speculative rollback of a ring goes wrong only once the prompt has wrapped (mlx-lm #1914).
 pub(crate) fn trap_04_speculative_rollback_of_a_wrapped_ring<T: TestBackend>(t: &T) {
     for prompt in [3, 8, 9, 10, 11, 40, 41] {
-        let world = World::new(2, 1, 16, &[(2, 8)], prompt + 20);
+        let world = World::new(2, 1, t.dim(16), &[(2, 8)], prompt + 20);
         let draft = World { seed: 77, ..world.clone() };
         let mut cache = world.open(t, world.tokens, 5);
         world.extend(t, &mut cache, 0..prompt).unwrap();
@@ -72,7 +72,7 @@ pub(crate) fn trap_04_speculative_rollback_of_a_wrapped_ring<T: TestBackend>(t: 
 pub(crate) fn trap_05_decode_respects_the_window<T: TestBackend>(t: &T) {
     // Also with a ring that is larger than the window.
     for slack in [0, 30] {
-        let world = World::new(4, 2, 24, &[(3, 9), (0, 60)], 140);
+        let world = World::new(4, 2, t.dim(24), &[(3, 9), (0, 60)], 140);
         let mut cache = world.open(t, 140, slack);
         world.extend(t, &mut cache, 0..60).unwrap();
         let output = world.run_in(t, &mut cache, 60, &[1; 80]);
@@ -82,8 +82,8 @@ pub(crate) fn trap_05_decode_respects_the_window<T: TestBackend>(t: &T) {
 
 /// Compute is masked, but the memory is not saved (nanochat #825, head-wise presses of kvpress).
 pub(crate) fn trap_06_memory_is_as_small_as_the_spans<T: TestBackend>(t: &T) {
-    let dense = World::new(2, 2, 32, &[(0, 4096), (0, 4096)], 4096);
-    let sparse = World::new(2, 2, 32, &[(16, 240), (16, 1008)], 4096);
+    let dense = World::new(2, 2, t.dim(32), &[(0, 4096), (0, 4096)], 4096);
+    let sparse = World::new(2, 2, t.dim(32), &[(16, 240), (16, 1008)], 4096);
     let (dense, sparse) = (dense.open(t, 4096, 0), sparse.open(t, 4096, 0));
     let (dense, sparse) = (t.backend().bytes(&dense), t.backend().bytes(&sparse));
     assert_eq!(dense * (256 + 1024), sparse * 2 * 4096);
@@ -93,7 +93,7 @@ pub(crate) fn trap_06_memory_is_as_small_as_the_spans<T: TestBackend>(t: &T) {
 pub(crate) fn trap_07_length_equal_to_window<T: TestBackend>(t: &T) {
     for len in 6..=13 {
         for more in [1, 2, 6] {
-            let world = World::new(2, 1, 8, &[(2, 8)], len + more + 3);
+            let world = World::new(2, 1, t.dim(8), &[(2, 8)], len + more + 3);
             let mut cache = world.open(t, world.tokens, 0);
             world.extend(t, &mut cache, 0..len).unwrap();
             let output = world.run_in(t, &mut cache, len, &[more, 1, 2]);
@@ -104,7 +104,7 @@ pub(crate) fn trap_07_length_equal_to_window<T: TestBackend>(t: &T) {
 
 /// State leaks from one generation into the next (burn-lm).
 pub(crate) fn trap_08_no_state_leaks_into_the_next_sequence<T: TestBackend>(t: &T) {
-    let first = World::new(4, 2, 16, &[(2, 8), (0, 200)], 150);
+    let first = World::new(4, 2, t.dim(16), &[(2, 8), (0, 200)], 150);
     let second = World { tokens: 40, seed: 9, ..first.clone() };
     let mut cache = first.open(t, 150, 0);
     first.run_in(t, &mut cache, 0, &[100, 1, 49]);
@@ -120,7 +120,7 @@ pub(crate) fn trap_11_every_row_of_a_batch_has_its_own_length<T: TestBackend>(t:
         .iter()
         .map(|&len| World {
             seed: len as u64,
-            ..World::new(4, 2, 16, &[(2, 8), (0, 500)], len + 1)
+            ..World::new(4, 2, t.dim(16), &[(2, 8), (0, 500)], len + 1)
         })
         .collect();
     let mut caches: Vec<_> = worlds.iter().map(|w| w.open(t, w.tokens, 0)).collect();
@@ -141,7 +141,7 @@ pub(crate) fn trap_11_every_row_of_a_batch_has_its_own_length<T: TestBackend>(t:
 /// The result depends on the batch or on the number of splits (flash-attention #2604, flashinfer
 /// #1675). The history is long enough for several splits.
 pub(crate) fn trap_12_result_does_not_depend_on_the_batch<T: TestBackend>(t: &T) {
-    let world = World::new(4, 2, 16, &[(0, 4000), (4, 700)], 2003);
+    let world = World::new(4, 2, t.dim(16), &[(0, 4000), (4, 700)], 2003);
     let mut original = world.open(t, 2003, 0);
     world.extend(t, &mut original, 0..2000).unwrap();
     for tokens in [1, 3] {
@@ -158,6 +158,6 @@ pub(crate) fn trap_12_result_does_not_depend_on_the_batch<T: TestBackend>(t: &T)
         }
         let one_by_one =
             world.run_in(t, &mut t.backend().fork(&original).unwrap(), 2000, &vec![1; tokens]);
-        assert!(distance(&alone.out, &f64s(&one_by_one.out)) < 1e-5);
+        close(&alone.out, &one_by_one.out, t.same());
     }
 }

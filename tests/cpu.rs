@@ -44,9 +44,9 @@ impl TestBackend for Cpu {
     }
 }
 
-conformance!(f32_cache, Cpu::new(CacheDtype::F32));
-conformance!(f16_cache, Cpu::new(CacheDtype::F16));
-conformance!(bf16_cache, Cpu::new(CacheDtype::Bf16));
+conformance!(f32_cache, Some(Cpu::new(CacheDtype::F32)));
+conformance!(f16_cache, Some(Cpu::new(CacheDtype::F16)));
+conformance!(bf16_cache, Some(Cpu::new(CacheDtype::Bf16)));
 
 #[test]
 fn number_of_threads_does_not_change_output() {

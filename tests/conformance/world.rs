@@ -42,10 +42,18 @@ pub(crate) fn distance(a: &[f32], b: &[f64]) -> f64 {
     differences.fold(0.0, |max, d| if d.is_nan() { f64::INFINITY } else { d.max(max) })
 }
 
+/// Largest difference, relative where numbers are larger than 1; infinite if something is not a
+/// number.
+pub(crate) fn error(a: &[f32], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let errors = a.iter().zip(b).map(|(&x, y)| (f64::from(x) - y).abs() / y.abs().max(1.0));
+    errors.fold(0.0, |max, d| if d.is_nan() { f64::INFINITY } else { d.max(max) })
+}
+
 #[track_caller]
 pub(crate) fn close(a: &[f32], b: &[f32], tolerance: f64) {
-    let distance = distance(a, &f64s(b));
-    assert!(distance <= tolerance, "differs by {distance:e}, more than {tolerance:e}");
+    let error = error(a, &f64s(b));
+    assert!(error <= tolerance, "differs by {error:e}, more than {tolerance:e}");
 }
 
 impl World {
@@ -88,14 +96,8 @@ impl World {
     pub(crate) fn reference<T: TestBackend>(&self, t: &T) -> (Vec<f64>, Vec<f64>) {
         let rounded = |x: Vec<f32>| x.iter().map(|&x| f64::from(t.round(x))).collect::<Vec<_>>();
         let (k, v) = (rounded(self.k()), rounded(self.v()));
-        reference::extend(
-            self.heads,
-            &f64s(&self.q()),
-            &k,
-            &v,
-            &self.spans,
-            f64::from(self.scale()),
-        )
+        let q: Vec<f64> = self.q().iter().map(|&x| f64::from(t.round_tensor(x))).collect();
+        reference::extend(self.heads, &q, &k, &v, &self.spans, f64::from(self.scale()))
     }
 
     /// Appends this world's tokens `range` to a cache.
@@ -179,9 +181,9 @@ pub(crate) fn batch<T: TestBackend>(
 }
 
 /// Worlds around the edges of tiles and spans.
-pub(crate) fn worlds() -> impl Strategy<Value = World> {
+pub(crate) fn worlds<T: TestBackend>(t: &T) -> impl Strategy<Value = World> + use<T> {
     let span = (0usize..6, prop_oneof![1usize..12, 30usize..150, Just(1000)]);
-    let dim = prop_oneof![Just(1usize), Just(7), Just(8), Just(20), Just(64), Just(72)];
+    let dim = proptest::sample::select(t.dims());
     let group = prop_oneof![Just(1usize), Just(2), Just(3), Just(4), Just(7), Just(16)];
     let tokens = prop_oneof![4 => 1usize..40, 2 => 60usize..140, 1 => 250usize..300];
     (group, proptest::collection::vec(span, 1..=2), dim, tokens, any::<u64>()).prop_map(
@@ -193,9 +195,11 @@ pub(crate) fn worlds() -> impl Strategy<Value = World> {
 }
 
 /// A world and chunks that add up to its tokens.
-pub(crate) fn chunked_worlds() -> impl Strategy<Value = (World, Vec<usize>)> {
+pub(crate) fn chunked_worlds<T: TestBackend>(
+    t: &T,
+) -> impl Strategy<Value = (World, Vec<usize>)> + use<T> {
     let sizes = prop_oneof![3 => 1usize..5, 2 => 5usize..40, 1 => 60usize..200];
-    (worlds(), proptest::collection::vec(sizes, 1..30)).prop_map(|(world, sizes)| {
+    (worlds(t), proptest::collection::vec(sizes, 1..30)).prop_map(|(world, sizes)| {
         let chunks = cut(world.tokens, &sizes);
         (world, chunks)
     })

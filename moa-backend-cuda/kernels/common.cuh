@@ -1,0 +1,213 @@
+// Element types, asynchronous copies, matrix fragments and the key list, shared by all kernels.
+#pragma once
+#include "tables.cuh"
+
+#define LOG2E 1.4426950408889634f
+#define LN2 0.6931471805599453f
+#define NEG_INF __int_as_float(0xff800000)
+
+// ---- 16-bit elements, two in a register -------------------------------------------------------
+
+__device__ __forceinline__ u32 pack2(float low, float high) {
+    u32 packed;
+#if DTYPE_BF16
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+#endif
+    return packed;
+}
+
+__device__ __forceinline__ float2 unpack2(u32 packed) {
+    float2 pair;
+#if DTYPE_BF16
+    pair.x = __uint_as_float(packed << 16);
+    pair.y = __uint_as_float(packed & 0xffff0000u);
+#else
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
+        : "=f"(pair.x), "=f"(pair.y)
+        : "r"(packed));
+#endif
+    return pair;
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// ---- shared memory ----------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 shared_address(const void* p) {
+    return (u32)__cvta_generic_to_shared(p);
+}
+
+// Rows of HEAD_DIM elements in 16-byte chunks, permuted so that the 8 rows of a matrix fragment
+// lie in 8 different bank groups.
+#define ROW_CHUNKS (HEAD_DIM / 8)
+__device__ __forceinline__ u32 chunk_offset(int row, int chunk) {
+#if HEAD_DIM == 96
+    return (u32)(row * ROW_CHUNKS + (chunk ^ ((row >> 1) & 3))) * 16;
+#else
+    return (u32)(row * ROW_CHUNKS + (chunk ^ (row & 7))) * 16;
+#endif
+}
+
+// 16 bytes from global to shared memory; zeros if not `valid` (the address is then not read).
+__device__ __forceinline__ void copy16_async(u32 to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+}
+__device__ __forceinline__ void commit_copies() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+__device__ __forceinline__ void wait_all_copies() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+template <int PENDING>
+__device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+__device__ __forceinline__ void load_matrices(u32 (&m)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(address)
+                 : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(u32 (&m)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// d[16 x 8] += a[16 x 16] b[16 x 8]
+__device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if DTYPE_BF16
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+                 "{%8,%9}, {%0,%1,%2,%3};"
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+                 "{%8,%9}, {%0,%1,%2,%3};"
+#endif
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- which keys, and where ----------------------------------------------------------------------
+
+// The keys that queries at positions first_query..=last_query see together, as one list without
+// gaps: sinks, then the window of the first query up to the last query's own key.
+struct KeyList {
+    int sinks;  // list entries before the gap
+    int gap;    // position - index after it
+    int count;
+
+    __device__ __forceinline__ KeyList(const Head& head, int first_query, int last_query) {
+        int start = first_query + 1 - head.window;
+        bool gapless = start <= head.sink;
+        sinks = gapless ? 0 : head.sink;
+        gap = gapless ? 0 : start - head.sink;
+        count = last_query + 1 - gap;
+    }
+    __device__ __forceinline__ int position(int index) const {
+        return index < sinks ? index : index + gap;
+    }
+};
+
+// The mask of moa-core for one query, `key <= query && (key < sink || query - key < window)`, on
+// indices of a key list.
+struct RowMask {
+    int last;    // the query's own key
+    int first;   // of its window
+    int sinks;   // entries below are sinks
+
+    __device__ __forceinline__ RowMask(const Head& head, const KeyList& list, int query)
+        : last(query - list.gap),
+          first(query + 1 - head.window - list.gap),
+          sinks(list.gap > 0 ? list.sinks : head.sink) {}
+
+    // No short cuts: branches would cost more than the comparisons.
+    __device__ __forceinline__ bool sees(int index) const {
+        return (index <= last) & ((index < sinks) | (index >= first));
+    }
+    __device__ __forceinline__ RowMask relative_to(int index) const {
+        RowMask moved = *this;
+        moved.last -= index;
+        moved.first -= index;
+        moved.sinks -= index;
+        return moved;
+    }
+};
+
+// One stretch of consecutive rows in memory.
+struct Stretch {
+    const u16* k;
+    const u16* v;
+    i64 k_stride;
+    i64 v_stride;
+    bool straight;  // else the rows must be looked up one by one
+};
+
+// Where one KV head of one sequence keeps its keys and values: cache, or the new tokens' tensors.
+struct KeySource {
+    const u16* k_cache;
+    const u16* v_cache;
+    const u16* k_new;
+    const u16* v_new;
+    i64 k_stride;
+    i64 v_stride;
+    int cached;  // positions below lie in the cache
+    int len;     // position of the first new token
+    int sink_slots;
+    int ring;
+    int turn;    // ring slots before the window's first position, whole turns
+
+    __device__ __forceinline__ KeySource(const ExtendArgs& args, const Sequence& sequence,
+                                         const Head& head, int kv_head, int length,
+                                         const KeyList& list) {
+        i64 offset = head.offset * HEAD_DIM;
+        k_cache = (const u16*)sequence.k + offset;
+        v_cache = (const u16*)sequence.v + offset;
+        k_new = (const u16*)args.k.data + sequence.first * args.k.token + kv_head * args.k.head;
+        v_new = (const u16*)args.v.data + sequence.first * args.v.token + kv_head * args.v.head;
+        k_stride = args.k.token;
+        v_stride = args.v.token;
+        len = length;
+        cached = sequence.committed ? 0x7fffffff : length;
+        sink_slots = head.sink_slots;
+        ring = head.ring;
+        int start = max(list.sinks + list.gap - head.sink_slots, 0);
+        turn = ring > 0 ? start / ring * ring : 0;
+    }
+
+    // Row in the cache if >= 0, else ~(row of the new tokens).
+    __device__ __forceinline__ int row(int position) const {
+        if (position >= cached) return ~(position - len);
+        if (position < sink_slots) return position;
+        int r = position - sink_slots - turn;
+        return sink_slots + (r >= ring ? r - ring : r);
+    }
+    __device__ __forceinline__ const u16* key(int row) const {
+        return row >= 0 ? k_cache + (i64)row * HEAD_DIM : k_new + (i64)~row * k_stride;
+    }
+    __device__ __forceinline__ const u16* value(int row) const {
+        return row >= 0 ? v_cache + (i64)row * HEAD_DIM : v_new + (i64)~row * v_stride;
+    }
+
+    // Rows of list entries first..=last; almost always one stretch.
+    __device__ __forceinline__ Stretch stretch(const KeyList& list, int first, int last) const {
+        const int low = row(list.position(first)), high = row(list.position(last));
+        Stretch s;
+        const bool is_new = low < 0;
+        s.straight = is_new == (high < 0) && (is_new ? low - high : high - low) == last - first;
+        s.k = key(low);
+        s.v = value(low);
+        s.k_stride = is_new ? k_stride : HEAD_DIM;
+        s.v_stride = is_new ? v_stride : HEAD_DIM;
+        return s;
+    }
+};

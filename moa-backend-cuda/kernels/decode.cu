@@ -1,0 +1,333 @@
+// extend_split: attention of a few new tokens (tokens * group <= 16 rows) over a long cache.
+//
+// One block per (sequence, KV head, split of its keys). Each of its 4 warps streams its own
+// 16 keys at a time through its own stages of shared memory, so nothing but the end of a split
+// synchronises the block. The block that finishes a head last merges its splits, in order: the
+// result does not depend on the order in which blocks ran, nor on the rest of the batch.
+//
+// Dynamic shared memory: 4 warps * STAGES * 2 * 16 * HEAD_DIM * 2 bytes.
+#include "common.cuh"
+
+#define WARPS 4
+#define STAGES (HEAD_DIM > 128 ? 2 : HEAD_DIM > 64 ? 3 : 4)
+#define WARP_KEYS 16
+#define TILE_BYTES (WARP_KEYS * HEAD_DIM * 2)
+#define STAGE_BYTES (2 * TILE_BYTES)
+#define COLUMNS (HEAD_DIM / 8)
+#define ROWS 16
+// Neighbouring floats that a lane holds of one row, so that a warp holds the row.
+#define LANE_COLUMNS (HEAD_DIM / 32)
+
+struct alignas(LANE_COLUMNS % 4 == 0 ? 16 : LANE_COLUMNS % 2 == 0 ? 8 : 4) LaneRow {
+    float x[LANE_COLUMNS];
+
+    // From L2: other blocks wrote it.
+    __device__ __forceinline__ void load(const LaneRow* from) {
+#if HEAD_DIM % 128 == 0
+#pragma unroll
+        for (int c = 0; c < LANE_COLUMNS; c += 4)
+            *(float4*)&x[c] = __ldcg((const float4*)&from->x[c]);
+#else
+#pragma unroll
+        for (int c = 0; c < LANE_COLUMNS; c++) x[c] = __ldcg(&from->x[c]);
+#endif
+    }
+    __device__ __forceinline__ void add(float weight, const LaneRow& other) {
+#pragma unroll
+        for (int c = 0; c < LANE_COLUMNS; c++) x[c] += weight * other.x[c];
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
+    extend_split(const __grid_constant__ ExtendArgs args) {
+    extern __shared__ __align__(128) unsigned char shared[];
+    __shared__ float2 row_state[WARPS][ROWS];
+    __shared__ int is_last;
+
+    const int2 item = args.items[blockIdx.x];
+    const int s = item.x / args.kv_heads, kv_head = item.x % args.kv_heads;
+    const Sequence sequence = args.sequences[s];
+    const Head head = args.heads[item.x];
+    const int len = args.lens[s];
+    const int group = args.query_heads / args.kv_heads;
+    const int rows = sequence.tokens * group;
+    const KeyList list(head, len, len + sequence.tokens - 1);
+    const int keys_per_split = split_keys(list.count);
+    const int begin = item.y * keys_per_split;
+    // Work lists are made for the capacity: a shorter sequence leaves its last splits empty.
+    if (begin >= list.count) return;
+    const int end = min(begin + keys_per_split, list.count);
+    const int num_splits = (list.count + keys_per_split - 1) / keys_per_split;
+    const KeySource source(args, sequence, head, kv_head, len, list);
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const u32 stages = shared_address(shared) + warp * STAGES * STAGE_BYTES;
+
+    auto load = [&](int step) {
+        const int first = begin + (step * WARPS + warp) * WARP_KEYS;
+        const u32 stage = stages + step % STAGES * STAGE_BYTES;
+        const int last = min(first + WARP_KEYS, end) - 1;
+        if (last < first) return;
+        const Stretch from = source.stretch(list, first, last);
+        if (from.straight) {
+#pragma unroll
+            for (int i = 0; i < WARP_KEYS * ROW_CHUNKS / 32; i++) {
+                const int r = (i * 32 + lane) / ROW_CHUNKS, chunk = (i * 32 + lane) % ROW_CHUNKS;
+                const u32 to = stage + chunk_offset(r, chunk);
+                copy16_async(to, from.k + r * from.k_stride + chunk * 8, first + r <= last);
+                copy16_async(to + TILE_BYTES, from.v + r * from.v_stride + chunk * 8,
+                             first + r <= last);
+            }
+        } else {
+#pragma unroll 1
+            for (int i = lane; i < WARP_KEYS * ROW_CHUNKS; i += 32) {
+                const int r = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
+                const int row = source.row(list.position(min(first + r, last)));
+                const u32 to = stage + chunk_offset(r, chunk);
+                copy16_async(to, source.key(row) + chunk * 8, first + r <= last);
+                copy16_async(to + TILE_BYTES, source.value(row) + chunk * 8, first + r <= last);
+            }
+        }
+    };
+
+    const int steps = (end - begin + WARPS * WARP_KEYS - 1) / (WARPS * WARP_KEYS);
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; i++) {
+        if (i < steps) load(i);
+        commit_copies();
+    }
+
+    // Queries as matrix fragments: lane holds rows lane / 4 and lane / 4 + 8.
+    u32 q[HEAD_DIM / 16][4];
+    const int row_0 = lane / 4, row_1 = row_0 + 8;
+    auto query_row = [&](int row) {
+        const int token = row / group;
+        return (const u32*)((const u16*)args.q.data + (sequence.first + token) * args.q.token +
+                            (kv_head * group + row - token * group) * args.q.head) + lane % 4;
+    };
+    const u32* q_0 = query_row(row_0 < rows ? row_0 : 0);
+    const u32* q_1 = query_row(row_1 < rows ? row_1 : 0);
+#pragma unroll
+    for (int k = 0; k < HEAD_DIM / 16; k++) {
+        q[k][0] = q_0[k * 8];
+        q[k][1] = q_1[k * 8];
+        q[k][2] = q_0[k * 8 + 4];
+        q[k][3] = q_1[k * 8 + 4];
+    }
+    RowMask mask_0(head, list, len + min(row_0, rows - 1) / group);
+    RowMask mask_1(head, list, len + min(row_1, rows - 1) / group);
+    mask_0.last = min(mask_0.last, end - 1);
+    mask_1.last = min(mask_1.last, end - 1);
+
+    const float scale = args.scale * LOG2E;
+    float o[COLUMNS][4] = {};
+    float max_0 = NEG_INF, max_1 = NEG_INF, sum_0 = 0, sum_1 = 0;
+
+    for (int step = 0; step < steps; step++) {
+        if (step + STAGES - 1 < steps) load(step + STAGES - 1);
+        commit_copies();
+        wait_copies<STAGES - 1>();
+        __syncwarp();
+        const u32 keys = stages + step % STAGES * STAGE_BYTES, values = keys + TILE_BYTES;
+        const int first = begin + (step * WARPS + warp) * WARP_KEYS;
+        if (first >= end) break;
+
+        float scores[2][4] = {};
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+#pragma unroll
+            for (int k = 0; k < HEAD_DIM / 32; k++) {
+                u32 b[4];
+                load_matrices(b, keys + chunk_offset(n * 8 + lane % 8, k * 4 + lane / 8));
+                mma(scores[n], q[2 * k], b[0], b[1]);
+                mma(scores[n], q[2 * k + 1], b[2], b[3]);
+            }
+        }
+        float top_0 = max_0, top_1 = max_1;
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const int index = first + n * 8 + lane % 4 * 2 + c;
+                float& x = scores[n][c];
+                float& y = scores[n][c + 2];
+                x = mask_0.sees(index) ? x * scale : NEG_INF;
+                y = mask_1.sees(index) ? y * scale : NEG_INF;
+                top_0 = fmaxf(top_0, x);
+                top_1 = fmaxf(top_1, y);
+            }
+        }
+#pragma unroll
+        for (int d = 1; d < 4; d *= 2) {
+            top_0 = fmaxf(top_0, __shfl_xor_sync(~0u, top_0, d));
+            top_1 = fmaxf(top_1, __shfl_xor_sync(~0u, top_1, d));
+        }
+        // A row that has seen no key yet: any finite maximum gives weights of 0.
+        const float base_0 = top_0 == NEG_INF ? 0 : top_0, base_1 = top_1 == NEG_INF ? 0 : top_1;
+        const float decay_0 = exp2_fast(max_0 - base_0), decay_1 = exp2_fast(max_1 - base_1);
+        max_0 = top_0;
+        max_1 = top_1;
+        float part_0 = 0, part_1 = 0;
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            scores[n][0] = exp2_fast(scores[n][0] - base_0);
+            scores[n][1] = exp2_fast(scores[n][1] - base_0);
+            scores[n][2] = exp2_fast(scores[n][2] - base_1);
+            scores[n][3] = exp2_fast(scores[n][3] - base_1);
+            part_0 += scores[n][0] + scores[n][1];
+            part_1 += scores[n][2] + scores[n][3];
+        }
+        sum_0 = sum_0 * decay_0 + part_0;
+        sum_1 = sum_1 * decay_1 + part_1;
+#pragma unroll
+        for (int n = 0; n < COLUMNS; n++) {
+            o[n][0] *= decay_0;
+            o[n][1] *= decay_0;
+            o[n][2] *= decay_1;
+            o[n][3] *= decay_1;
+        }
+        const u32 p[4] = {pack2(scores[0][0], scores[0][1]), pack2(scores[0][2], scores[0][3]),
+                          pack2(scores[1][0], scores[1][1]), pack2(scores[1][2], scores[1][3])};
+#pragma unroll
+        for (int n = 0; n < COLUMNS; n += 2) {
+            u32 b[4];
+            load_matrices_transposed(b, values + chunk_offset(lane % 16, n + lane / 16));
+            mma(o[n], p, b[0], b[1]);
+            mma(o[n + 1], p, b[2], b[3]);
+        }
+        __syncwarp();
+    }
+
+    // Merge the warps. Lanes of a quad hold parts of a row's sum.
+#pragma unroll
+    for (int d = 1; d < 4; d *= 2) {
+        sum_0 += __shfl_xor_sync(~0u, sum_0, d);
+        sum_1 += __shfl_xor_sync(~0u, sum_1, d);
+    }
+    wait_copies<0>();
+    __syncthreads();
+    float* merged = (float*)shared;  // [WARPS][ROWS][HEAD_DIM]
+#pragma unroll
+    for (int n = 0; n < COLUMNS; n++) {
+        const int column = n * 8 + lane % 4 * 2;
+        *(float2*)&merged[(warp * ROWS + row_0) * HEAD_DIM + column] = make_float2(o[n][0], o[n][1]);
+        *(float2*)&merged[(warp * ROWS + row_1) * HEAD_DIM + column] = make_float2(o[n][2], o[n][3]);
+    }
+    if (lane % 4 == 0) {
+        row_state[warp][row_0] = make_float2(max_0, sum_0);
+        row_state[warp][row_1] = make_float2(max_1, sum_1);
+    }
+    __syncthreads();
+
+    auto store = [&](int row, const LaneRow& o, float maximum, float sum) {
+        const int token = row / group, query_head = kv_head * group + row - token * group;
+        const float inverse = 1 / sum;
+        u16* to = (u16*)args.out.data + (sequence.first + token) * args.out.token +
+                  query_head * args.out.head + lane * LANE_COLUMNS;
+#if HEAD_DIM % 64 == 0
+#pragma unroll
+        for (int c = 0; c < LANE_COLUMNS; c += 2)
+            *(u32*)&to[c] = pack2(o.x[c] * inverse, o.x[c + 1] * inverse);
+#else
+#pragma unroll
+        for (int c = 0; c < LANE_COLUMNS; c++) to[c] = (u16)pack2(o.x[c] * inverse, 0);
+#endif
+        if (args.lse != nullptr && lane == 0)
+            args.lse[(sequence.first + token) * args.query_heads + query_head] =
+                maximum * LN2 + __logf(sum);
+    };
+
+    LaneRow* partial = (LaneRow*)args.partial;  // [items][ROWS][32 lanes]
+    float2* states = (float2*)(partial + (i64)args.num_items * ROWS * 32);  // [items][ROWS]
+    for (int row = warp; row < rows; row += WARPS) {
+        float maximum = NEG_INF, sum = 0;
+        LaneRow o = {};
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) maximum = fmaxf(maximum, row_state[w][row].x);
+        const float base = maximum == NEG_INF ? 0 : maximum;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            const float weight = exp2_fast(row_state[w][row].x - base);
+            sum += weight * row_state[w][row].y;
+            o.add(weight, ((const LaneRow*)merged)[(w * ROWS + row) * 32 + lane]);
+        }
+        if (num_splits == 1) {
+            store(row, o, maximum, sum);
+        } else {
+            const i64 at = (i64)blockIdx.x * ROWS + row;
+            partial[at * 32 + lane] = o;
+            if (lane == 0) states[at] = make_float2(maximum, sum);
+        }
+    }
+    if (num_splits == 1) return;
+
+    // The last block of this head merges its splits.
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int before;
+        // Releases this block's partial results, acquires the other blocks'.
+        asm volatile("atom.add.acq_rel.gpu.s32 %0, [%1], 1;"
+                     : "=r"(before)
+                     : "l"(&args.finished[item.x])
+                     : "memory");
+        is_last = before == num_splits - 1;
+        if (is_last) args.finished[item.x] = 0;
+    }
+    __syncthreads();
+    if (!is_last) return;
+    const i64 first = (i64)args.splits[item.x].x * ROWS;
+    // Few rows: the warps share the splits of each row. Many rows: each warp takes its own.
+    const bool share = rows < WARPS;
+    constexpr int AT_ONCE = HEAD_DIM > 128 ? 8 : 16;
+    for (int row = share ? 0 : warp; row < rows; row += share ? 1 : WARPS) {
+        float maximum = NEG_INF, sum = 0;
+        LaneRow o = {};
+        const int stride = share ? WARPS : 1;
+        for (int i = share ? warp : 0; i < num_splits; i += AT_ONCE * stride) {
+            // All loads first: the merge is a chain of latencies, not of bytes.
+            float2 state[AT_ONCE];
+            LaneRow part[AT_ONCE];
+            float top = maximum;
+#pragma unroll
+            for (int n = 0; n < AT_ONCE; n++) {
+                const int split = min(i + n * stride, num_splits - 1);
+                const i64 at = first + split * ROWS + row;
+                state[n] = __ldcg(&states[at]);
+                part[n].load(&partial[at * 32 + lane]);
+                if (i + n * stride >= num_splits) state[n] = make_float2(NEG_INF, 0);
+            }
+#pragma unroll
+            for (int n = 0; n < AT_ONCE; n++) top = fmaxf(top, state[n].x);
+            const float base = top == NEG_INF ? 0 : top, decay = exp2_fast(maximum - base);
+            maximum = top;
+            sum *= decay;
+#pragma unroll
+            for (int c = 0; c < LANE_COLUMNS; c++) o.x[c] *= decay;
+#pragma unroll
+            for (int n = 0; n < AT_ONCE; n++) {
+                const float weight = exp2_fast(state[n].x - base);
+                sum += weight * state[n].y;
+                o.add(weight, part[n]);
+            }
+        }
+        if (share) {
+            LaneRow* shared_rows = (LaneRow*)shared;  // [WARPS][32 lanes]
+            shared_rows[warp * 32 + lane] = o;
+            if (lane == 0) row_state[warp][0] = make_float2(maximum, sum);
+            __syncthreads();
+            if (warp == 0) {
+                for (int w = 0; w < WARPS; w++) maximum = fmaxf(maximum, row_state[w][0].x);
+                sum = 0;
+                o = {};
+#pragma unroll
+                for (int w = 0; w < WARPS; w++) {
+                    const float weight = exp2_fast(row_state[w][0].x - maximum);
+                    sum += weight * row_state[w][0].y;
+                    o.add(weight, shared_rows[w * 32 + lane]);
+                }
+            }
+            __syncthreads();
+        }
+        if (!share || warp == 0) store(row, o, maximum, sum);
+    }
+}

@@ -1,0 +1,109 @@
+// What the host passes to every kernel. Mirrored by `src/tables.rs`; sizes are asserted there.
+// Plain pointers, element strides and small tables, so that any engine can launch the kernels on
+// its own memory and stream. No standard headers: NVRTC needs no include path.
+#pragma once
+
+typedef long long i64;
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+
+// One sequence of the batch. Positions of its new tokens begin at lens[sequence].
+struct Sequence {
+    void* k;         // cached keys, [slots, HEAD_DIM]
+    void* v;         // cached values, the same
+    i64 first;       // packed row of its first new token in q, k, v and out
+    int tokens;      // new tokens, at least 1
+    int first_item;  // tile kernels: tiles of the sequences before it in this launch
+    int committed;   // 1: `append` has already put the new tokens into the cache
+    int split;       // wgmma.cu, 1: some tiles are shared between blocks; then `merge_tiles` follows
+};
+
+// One KV head of one sequence, [sequences, kv_heads]: moa-core's HeadLayout.
+struct Head {
+    i64 offset;      // first slot
+    int sink_slots;  // slots 0.. of the head hold positions 0..sink_slots
+    int ring;        // then a ring: position p lies in slot sink_slots + (p - sink_slots) % ring
+    int sink;        // the mask: key <= query && (key < sink || query - key < window)
+    int window;
+};
+
+// A packed tensor [tokens, heads, HEAD_DIM]; strides in elements, the innermost is 1.
+struct Packed {
+    void* data;
+    i64 token;
+    i64 head;
+};
+
+// Query rows are (token, query head of the group) pairs, token * group + query head: a tile of rows
+// belongs to one KV head and reads its keys once for the whole group.
+//
+// Tile kernels: a sequence has ceil(tokens * group / TILE_ROWS) * kv_heads tiles, TILE_ROWS = 128
+// (wgmma.cu, each times the blocks that share it; any grid up to num_tiles blocks) or 64 (tile.cu, one block a tile). Split kernel: tokens * group <= 16; the keys that a (sequence, KV
+// head) sees are cut every split_keys(count) keys, whatever else is in the batch.
+#define MAX_SPLITS 32
+#ifndef MIN_SPLIT_KEYS
+#define MIN_SPLIT_KEYS 512
+#endif
+__device__ __forceinline__ int split_keys(int count) {
+    const int keys = (count + MAX_SPLITS * 64 - 1) / (MAX_SPLITS * 64) * 64;
+    return keys > MIN_SPLIT_KEYS ? keys : MIN_SPLIT_KEYS;
+}
+
+struct ExtendArgs {
+    Packed q, k, v, out;          // k and v: new tokens; not read where committed
+    float* lse;                   // [tokens, query_heads], or null
+    const Sequence* sequences;
+    const Head* heads;
+    const int* lens;              // tokens cached before this call, [sequences]
+    int num_sequences;
+    int query_heads;
+    int kv_heads;
+    float scale;
+    // Tile kernels: (KV head, blocks that share the keys of each of its tiles) of each sequence in the
+    // order in which to start them, [sequences, kv_heads]. The second is 1 but in wgmma.cu where
+    // Sequence::split is set: few tiles, of unequal length, would leave the device idle.
+    const int2* order;
+    // Split kernel: work items (sequence * kv_heads + kv head, split), one block each.
+    const int2* items;
+    // Partial results: [items, 16, HEAD_DIM] then [items, 16, 2] (maximum, sum) of the split kernel;
+    // [num_tiles, 128, HEAD_DIM] then [num_tiles, 128, 2] of wgmma.cu where tiles are shared.
+    float* partial;
+    // Splits finished, [sequences * kv_heads], 0 between launches.
+    int* finished;
+    // First item and number of splits of each (sequence, kv head), [sequences * kv_heads].
+    const int2* splits;
+    // wgmma.cu: next tile and blocks that are done, [2], 0 between launches.
+    int* tickets;
+    int num_items;
+    int num_tiles;                // wgmma.cu: all tiles of the launch; blocks take them in turn
+};
+
+struct AppendArgs {
+    Packed q, k, v;               // q.data null: only k and v
+    Packed q_out, k_out;          // rotated; may be q and k themselves; data null: not written
+    const float2* rope;           // [positions, HEAD_DIM / 2] (cos, sin) by absolute position, or null
+    const Sequence* sequences;
+    const Head* heads;
+    const int* lens;
+    int num_sequences;
+    int query_heads;
+    int kv_heads;
+    int interleaved;              // rotate pairs (2i, 2i + 1) instead of (i, i + HEAD_DIM / 2)
+    int commit;                   // 1: write k and v into the caches
+    int padding;
+};
+
+// One sequence under full causal attention. Blocks are INFLUENCE_BLOCK tokens a side.
+#define INFLUENCE_BLOCK 64
+struct InfluenceArgs {
+    Packed q, k, v, out, d_out;
+    const float* lse;  // [tokens, query_heads]
+    float* blocks;     // [kv_heads, ceil(tokens / 64), ceil(tokens / 64)], written up to the diagonal
+    int tokens;
+    int query_heads;
+    int kv_heads;
+    int absolute;      // 1: sums of absolute values
+    float scale;
+    int padding;
+};

@@ -1,0 +1,194 @@
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr};
+
+use crate::compile::{Architecture, Variant};
+use crate::kernels::Kernels;
+use crate::{Error, Result, library};
+
+/// A `CUstream` of any library in this process; null is the default stream.
+pub type RawStream = *mut c_void;
+
+/// Device memory that the driver keeps for the next allocation instead of giving it back.
+const KEPT_BYTES: u64 = 256 << 20;
+
+/// One GPU: its primary context, which all libraries of a process share, and a stream of our own.
+///
+/// Clones are the same device.
+#[derive(Clone, Debug)]
+pub struct Device(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    name: String,
+    architecture: Architecture,
+    multiprocessors: usize,
+    shared_bytes: usize,
+    kernels: Mutex<HashMap<Variant, Arc<Kernels>>>,
+}
+
+impl Device {
+    /// Opens device `ordinal`, counted from 0.
+    ///
+    /// # Errors
+    /// [`Error::NoDriver`], [`Error::NoDevice`], [`Error::OldDevice`], [`Error::Driver`].
+    pub fn open(ordinal: usize) -> Result<Self> {
+        library::driver()?;
+        let count = match CudaContext::device_count() {
+            Ok(count) => usize::try_from(count).unwrap_or(0),
+            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => 0,
+            Err(error) => return Err(Error::driver("cuInit")(error)),
+        };
+        if ordinal >= count {
+            return Err(Error::NoDevice { ordinal, count });
+        }
+        let context =
+            CudaContext::new(ordinal).map_err(Error::driver("cuDevicePrimaryCtxRetain"))?;
+        // SAFETY: whatever this crate allocates is used on the stream that it was allocated on, or
+        // under the contract of an unsafe function. Events would only cost time, and break captures.
+        unsafe { context.disable_event_tracking() };
+        let attribute = |attribute| {
+            let value = context.attribute(attribute).map_err(Error::driver("cuDeviceGetAttribute"));
+            value.map(|value| usize::try_from(value).unwrap_or(0))
+        };
+        let name = context.name().map_err(Error::driver("cuDeviceGetName"))?;
+        let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? as u32;
+        let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)? as u32;
+        if major < 8 {
+            return Err(Error::OldDevice { name, major, minor });
+        }
+        keep_memory(&context)?;
+        Ok(Self(Arc::new(Inner {
+            stream: context.new_stream().map_err(Error::driver("cuStreamCreate"))?,
+            name,
+            architecture: Architecture { major, minor },
+            multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            shared_bytes: attribute(
+                Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+            )?,
+            kernels: Mutex::default(),
+            context,
+        })))
+    }
+
+    /// Its name, such as `NVIDIA H100 80GB HBM3`.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// What kernels are compiled for.
+    pub fn architecture(&self) -> Architecture {
+        self.0.architecture
+    }
+
+    /// Streaming multiprocessors.
+    pub fn multiprocessors(&self) -> usize {
+        self.0.multiprocessors
+    }
+
+    /// Free and total memory, in bytes.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn memory(&self) -> Result<(u64, u64)> {
+        let (free, total) = self.0.context.mem_get_info().map_err(Error::driver("cuMemGetInfo"))?;
+        Ok((free as u64, total as u64))
+    }
+
+    /// The stream that tensors and caches are allocated on and that the safe operations run on.
+    pub fn stream(&self) -> RawStream {
+        self.0.stream.cu_stream().cast()
+    }
+
+    /// Waits for everything on [`stream`](Self::stream).
+    ///
+    /// # Errors
+    /// [`Error::Driver`], also for what went wrong in an earlier kernel.
+    pub fn synchronize(&self) -> Result<()> {
+        self.0.stream.synchronize().map_err(Error::driver("cuStreamSynchronize"))
+    }
+
+    /// The kernels of a variant, compiled (or read from the cache on disk) the first time.
+    ///
+    /// # Errors
+    /// [`Error::Argument`], [`Error::NoNvrtc`], [`Error::Compile`], [`Error::Driver`].
+    pub fn kernels(&self, variant: Variant) -> Result<Arc<Kernels>> {
+        // Held while compiling: two threads want the same kernels, not two compilations.
+        let mut all = self.0.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kernels) = all.get(&variant) {
+            return Ok(Arc::clone(kernels));
+        }
+        let kernels = Arc::new(Kernels::load(self, variant)?);
+        all.insert(variant, Arc::clone(&kernels));
+        Ok(kernels)
+    }
+
+    /// Makes the device's context the calling thread's, which calls below cudarc's need.
+    pub(crate) fn bind(&self) -> Result<()> {
+        self.0.context.bind_to_thread().map_err(Error::driver("cuCtxSetCurrent"))
+    }
+
+    pub(crate) fn context(&self) -> &Arc<CudaContext> {
+        &self.0.context
+    }
+
+    pub(crate) fn cuda_stream(&self) -> &Arc<CudaStream> {
+        &self.0.stream
+    }
+
+    /// Most dynamic shared memory of a block, in bytes.
+    pub(crate) fn shared_bytes(&self) -> usize {
+        self.0.shared_bytes
+    }
+
+    /// Uninitialised memory on the device's stream; at least one element, so that it has an address.
+    pub(crate) fn alloc<T: DeviceRepr>(
+        &self,
+        what: &'static str,
+        len: usize,
+    ) -> Result<CudaSlice<T>> {
+        let len = len.max(1);
+        let out_of_memory = |bytes| {
+            let free = self.memory().map_or(0, |(free, _)| free);
+            Error::OutOfMemory { what, bytes, free }
+        };
+        let bytes = len.checked_mul(size_of::<T>()).filter(|&bytes| bytes <= isize::MAX as usize);
+        let bytes = bytes.ok_or_else(|| out_of_memory(u64::MAX))?;
+        // SAFETY: callers write before they read.
+        unsafe { self.0.stream.alloc(len) }.map_err(|error| {
+            match error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+                true => out_of_memory(bytes as u64),
+                false => Error::driver("cuMemAllocAsync")(error),
+            }
+        })
+    }
+}
+
+/// Without this, every synchronisation returns freed memory to the system, and the next step's
+/// output is allocated anew.
+fn keep_memory(context: &CudaContext) -> Result<()> {
+    if !context.has_async_alloc() {
+        return Ok(());
+    }
+    let driver = Error::driver("cuMemPoolSetAttribute");
+    let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    let mut kept = 0u64;
+    // SAFETY: the device exists; the attribute is a 64-bit integer.
+    unsafe {
+        let mut pool = std::ptr::null_mut();
+        sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device()).result().map_err(&driver)?;
+        let value = (&raw mut kept).cast();
+        sys::cuMemPoolGetAttribute(pool, threshold, value).result().map_err(&driver)?;
+        if kept < KEPT_BYTES {
+            kept = KEPT_BYTES;
+            let value = (&raw mut kept).cast();
+            sys::cuMemPoolSetAttribute(pool, threshold, value).result().map_err(&driver)?;
+        }
+    }
+    Ok(())
+}

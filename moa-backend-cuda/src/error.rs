@@ -1,0 +1,131 @@
+use cudarc::driver::DriverError;
+
+/// Everything that can go wrong in this crate. A failing call leaves every cache as it was.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// From the core: capacity, rollback, invalid spans.
+    #[error(transparent)]
+    Core(#[from] moa_core::Error),
+    /// An argument has another shape than the operation needs.
+    #[error("{op}: {what} has shape {got:?}, expected {expected}")]
+    Shape {
+        /// The operation.
+        op: &'static str,
+        /// The argument.
+        what: &'static str,
+        /// What would have been accepted.
+        expected: String,
+        /// What came.
+        got: Vec<usize>,
+    },
+    /// An argument is outside its domain.
+    #[error("{op}: {what} is {got}, expected {expected}")]
+    Argument {
+        /// The operation.
+        op: &'static str,
+        /// The argument.
+        what: &'static str,
+        /// What would have been accepted.
+        expected: String,
+        /// What came.
+        got: String,
+    },
+    /// The device memory could not be had.
+    #[error("cannot allocate {bytes} bytes of device memory for {what}, {free} are free")]
+    OutOfMemory {
+        /// What the memory was for.
+        what: &'static str,
+        /// How much was asked for.
+        bytes: u64,
+        /// How much the device had left.
+        free: u64,
+    },
+    /// The NVIDIA driver's library is not on this machine.
+    #[error("no CUDA driver: none of {searched:?} could be loaded")]
+    NoDriver {
+        /// Library names that were tried.
+        searched: &'static [&'static str],
+    },
+    /// There is no such device.
+    #[error("no CUDA device {ordinal}: the driver knows {count}")]
+    NoDevice {
+        /// The device asked for, from 0.
+        ordinal: usize,
+        /// Devices that exist.
+        count: usize,
+    },
+    /// The device is older than the kernels need.
+    #[error("{name} is of compute capability {major}.{minor}, expected at least 8.0")]
+    OldDevice {
+        /// Name of the device.
+        name: String,
+        /// Its compute capability.
+        major: u32,
+        /// Its compute capability, after the dot.
+        minor: u32,
+    },
+    /// NVRTC, which compiles the kernels, is not on this machine.
+    #[error(
+        "no NVRTC: none of {searched:?} could be loaded; install the CUDA toolkit or the package \
+         nvidia-cuda-nvrtc and put its folder on LD_LIBRARY_PATH"
+    )]
+    NoNvrtc {
+        /// Library names that were tried.
+        searched: &'static [&'static str],
+    },
+    /// NVRTC refused a kernel.
+    #[error("cannot compile {kernel} for {architecture}: {log}")]
+    Compile {
+        /// The source file.
+        kernel: &'static str,
+        /// The architecture, such as `sm_90a`.
+        architecture: String,
+        /// NVRTC's log.
+        log: String,
+    },
+    /// The driver refused a call.
+    #[error("{call} failed: {message} (CUDA error {code})")]
+    Driver {
+        /// What was attempted.
+        call: &'static str,
+        /// The driver's error number.
+        code: u32,
+        /// The driver's text for it.
+        message: String,
+    },
+}
+
+/// Result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    pub(crate) fn shape(
+        op: &'static str,
+        what: &'static str,
+        expected: impl std::fmt::Display,
+        got: &[usize],
+    ) -> Self {
+        Self::Shape { op, what, expected: expected.to_string(), got: got.to_vec() }
+    }
+
+    pub(crate) fn argument(
+        op: &'static str,
+        what: &'static str,
+        expected: impl std::fmt::Display,
+        got: impl std::fmt::Display,
+    ) -> Self {
+        Self::Argument { op, what, expected: expected.to_string(), got: got.to_string() }
+    }
+
+    /// For `map_err` on driver calls.
+    pub(crate) fn driver(call: &'static str) -> impl Fn(DriverError) -> Self {
+        move |error| Self::Driver {
+            call,
+            code: error.0 as u32,
+            message: error
+                .error_string()
+                .map_or_else(|_| "no description".into(), |s| s.to_string_lossy().into_owned()),
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! Mixture-of-spans attention on NVIDIA GPUs.
+//!
+//! [`CudaBackend`] implements [`moa_core::SparseAttentionBackend`]: `extend` for ragged batches with
+//! grouped-query heads, each KV head with its own sink and window, on f16 or bf16 caches that are
+//! only as large as the spans.
+//!
+//! ```no_run
+//! use moa_backend_cuda::{CudaBackend, Device, Dtype, Tensor};
+//! use moa_core::{LayerLayout, Span, SparseAttentionBackend};
+//!
+//! let device = Device::open(0)?;
+//! let backend = CudaBackend::new(&device, Dtype::Bf16)?;
+//! // One KV head that sees 64 sinks and 960 recent keys, for sequences of at most 8192 tokens.
+//! let layout = LayerLayout::new(&[Span::new(64, 960)?], 8192, 0)?;
+//! let mut cache = backend.open(&layout, 128)?;
+//!
+//! // A prompt of 1000 tokens, 4 query heads.
+//! let q = Tensor::zeros(&device, &[1000, 4, 128], Dtype::Bf16)?;
+//! let kv = Tensor::zeros(&device, &[1000, 1, 128], Dtype::Bf16)?;
+//! let (out, _) = backend.extend(&mut [&mut cache], &[1000], &q, &kv, &kv, 0.088, false)?;
+//! assert_eq!(out.shape(), [1000, 4, 128]);
+//! # Ok::<(), moa_backend_cuda::Error>(())
+//! ```
+//!
+//! # What is needed
+//! Nothing to build. To run: a driver, a GPU of compute capability 8.0 or later, and NVRTC 12 or 13
+//! (the CUDA toolkit, or the package `nvidia-cuda-nvrtc` on `LD_LIBRARY_PATH`). Each of them missing
+//! is an [`Error`] of its own. Kernels are compiled at first use and kept on disk; [`compile()`]
+//! fills that cache on a machine without a GPU.
+//!
+//! # Which kernel runs
+//! Few rows (new tokens x query heads per KV head, at most 16) take the split kernel, which cuts the
+//! keys that a head sees every 512 keys; more take a tensor-core tile kernel, on Hopper with
+//! warp-group instructions where the chunk is long enough. Which one, and how a sequence is cut,
+//! depends on that sequence alone, so its result is bitwise the same whatever else is in the batch.
+//!
+//! # Inside another engine
+//! [`Step`] runs the same kernels on foreign memory and a foreign stream: it plans on the host and
+//! uploads tables (`prepare`), then only launches (`run`), also inside a CUDA graph. [`Kernels`] is
+//! the level below: addresses, strides and tables.
+
+mod backend;
+mod cache;
+mod check;
+mod compile;
+mod cubin_cache;
+mod device;
+mod dtype;
+mod error;
+mod influence;
+mod kernels;
+mod library;
+mod memory;
+mod plan;
+mod source;
+mod step;
+pub mod tables;
+mod tensor;
+mod timing;
+
+pub use backend::CudaBackend;
+pub use cache::Cache;
+pub use compile::{Architecture, HEAD_DIMS, Variant, compile};
+pub use device::{Device, RawStream};
+pub use dtype::Dtype;
+pub use error::{Error, Result};
+pub use kernels::Kernels;
+pub use memory::Workspace;
+pub use source::Source;
+pub use step::{Batch, Rope, Step, Tensors};
+pub use tensor::Tensor;
+
+/// The README's example compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,0 +1,190 @@
+//! Buffers that are kept from call to call.
+
+use cudarc::driver::{CudaEvent, CudaSlice, DevicePtr, DeviceRepr, PinnedHostSlice, result, sys};
+
+use crate::plan::{Launch, Plan};
+use crate::tables::DevicePointer;
+use crate::{Device, Error, RawStream, Result};
+
+/// Address of a slice. Ordering between streams is up to the caller, as nothing is tracked.
+pub(crate) fn address<T>(slice: &CudaSlice<T>) -> DevicePointer {
+    slice.device_ptr(slice.stream()).0
+}
+
+/// A buffer that grows and forgets its contents when it does. Returns whether it did.
+///
+/// # Safety
+/// `stream`, on which the buffer was and will be used, is a stream of the device.
+pub(crate) unsafe fn grow<T: DeviceRepr>(
+    device: &Device,
+    stream: RawStream,
+    what: &'static str,
+    buffer: &mut Option<CudaSlice<T>>,
+    len: usize,
+) -> Result<bool> {
+    if buffer.as_ref().is_some_and(|buffer| buffer.len() >= len) {
+        return Ok(false);
+    }
+    // Memory is taken and given back on the device's own stream.
+    let foreign = stream != device.stream();
+    if foreign && buffer.is_some() {
+        device.bind()?;
+        // SAFETY: as the caller promises.
+        unsafe { result::stream::synchronize(stream.cast()) }
+            .map_err(Error::driver("cuStreamSynchronize"))?;
+    }
+    let grown = device.alloc(what, len.saturating_add(len / 2))?;
+    *buffer = Some(grown);
+    if foreign {
+        device.synchronize()?;
+    }
+    Ok(true)
+}
+
+/// Scratch memory of the attention kernels. One per stream; steps that run one after the other on the
+/// same stream share it.
+#[derive(Debug)]
+pub struct Workspace {
+    device: Device,
+    partial: Option<CudaSlice<f32>>,
+    /// Tickets, then splits finished.
+    counters: Option<CudaSlice<i32>>,
+}
+
+/// Counters before those of the splits.
+const TICKETS: usize = 2;
+
+impl Workspace {
+    /// An empty one.
+    pub fn new(device: &Device) -> Self {
+        Self { device: device.clone(), partial: None, counters: None }
+    }
+
+    /// Bytes of device memory held.
+    pub fn bytes(&self) -> u64 {
+        let partial = self.partial.as_ref().map_or(0, CudaSlice::num_bytes);
+        (partial + self.counters.as_ref().map_or(0, CudaSlice::num_bytes)) as u64
+    }
+
+    /// Makes room for a plan.
+    ///
+    /// # Safety
+    /// As [`grow`].
+    pub(crate) unsafe fn reserve(
+        &mut self,
+        plan: &Plan,
+        head_dim: usize,
+        stream: RawStream,
+    ) -> Result<()> {
+        let [partial, counters] = needed(plan, head_dim);
+        let device = &self.device;
+        // SAFETY: as the caller promises; the memory is the buffer's.
+        unsafe {
+            grow(device, stream, "partial attention results", &mut self.partial, partial)?;
+            if grow(device, stream, "counters", &mut self.counters, counters)?
+                && let Some(counters) = &self.counters
+            {
+                let bytes = counters.num_bytes();
+                result::memset_d8_async(address(counters), 0, bytes, stream.cast())
+                    .map_err(Error::driver("cuMemsetD8Async"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Addresses of partial results, tickets and splits finished.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there is no room for the plan: another step's workspace.
+    pub(crate) fn addresses(&self, plan: &Plan, head_dim: usize) -> Result<[DevicePointer; 3]> {
+        let has = [
+            self.partial.as_ref().map_or(0, CudaSlice::len),
+            self.counters.as_ref().map_or(0, CudaSlice::len),
+        ];
+        let [partial, counters] = needed(plan, head_dim);
+        match (&self.partial, &self.counters) {
+            (Some(p), Some(c)) if has[0] >= partial && has[1] >= counters => {
+                Ok([address(p), address(c), address(c) + (TICKETS * size_of::<i32>()) as u64])
+            }
+            _ => {
+                let expected = format!("at least {partial} and {counters} elements");
+                Err(Error::argument("Step::run", "workspace", expected, format_args!("{has:?}")))
+            }
+        }
+    }
+}
+
+/// Elements of partial results and counters.
+fn needed(plan: &Plan, head_dim: usize) -> [usize; 2] {
+    let rows = |launch: &Launch| match launch.shared {
+        true => launch.blocks * launch.path.tile_rows(),
+        false => launch.items.len() * launch.path.tile_rows(),
+    };
+    let rows = plan.launches.iter().map(rows).max().unwrap_or(0);
+    [rows * (head_dim + 2), TICKETS + plan.splits.len()]
+}
+
+/// Page-locked copies of tables on their way to the device: copies from ordinary memory would wait
+/// for the stream.
+#[derive(Debug)]
+pub(crate) struct Staging {
+    device: Device,
+    slots: [Option<(PinnedHostSlice<u8>, CudaEvent)>; SLOTS],
+    next: usize,
+}
+
+/// Uploads in flight before the host waits for the oldest one: calls that it may run ahead.
+const SLOTS: usize = 8;
+
+impl Staging {
+    pub(crate) fn new(device: &Device) -> Self {
+        Self { device: device.clone(), slots: Default::default(), next: 0 }
+    }
+
+    /// Copies `bytes` to `to` in the order of `stream`.
+    ///
+    /// # Safety
+    /// `to` has room for them; `stream` is a stream of the device.
+    pub(crate) unsafe fn upload(
+        &mut self,
+        bytes: &[u8],
+        to: DevicePointer,
+        stream: RawStream,
+    ) -> Result<()> {
+        let slot = &mut self.slots[self.next];
+        self.next = (self.next + 1) % SLOTS;
+        if let Some((_, event)) = slot {
+            event.synchronize().map_err(Error::driver("cuEventSynchronize"))?;
+        }
+        if slot.as_ref().is_none_or(|(buffer, _)| buffer.len() < bytes.len()) {
+            let context = self.device.context();
+            let len = bytes.len().next_power_of_two().max(4096);
+            // SAFETY: it is written before it is read.
+            let buffer = unsafe { context.alloc_pinned_with_flags(len, 0) }
+                .map_err(Error::driver("cuMemHostAlloc"))?;
+            let event = context.new_event(None).map_err(Error::driver("cuEventCreate"))?;
+            *slot = Some((buffer, event));
+        }
+        let Some((buffer, event)) = slot else { return Ok(()) };
+        let all = buffer.as_mut_slice().map_err(Error::driver("cuEventSynchronize"))?;
+        let staged = &mut all[..bytes.len()];
+        staged.copy_from_slice(bytes);
+        // SAFETY: as the caller promises; the slot is not touched before its event has passed.
+        unsafe {
+            result::memcpy_htod_async(to, staged, stream.cast())
+                .map_err(Error::driver("cuMemcpyHtoDAsync"))?;
+            sys::cuEventRecord(event.cu_event(), stream.cast())
+                .result()
+                .map_err(Error::driver("cuEventRecord"))
+        }
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        for (_, event) in self.slots.iter().flatten() {
+            // A failure here is the stream's, and whoever waits for that learns of it.
+            let _ = event.synchronize();
+        }
+    }
+}

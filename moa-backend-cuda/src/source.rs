@@ -1,0 +1,57 @@
+//! The kernels' sources, part of the library.
+
+use crate::compile::Architecture;
+
+/// A file of kernels, compiled as one module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Source {
+    /// RoPE, cache append, advance of the lengths.
+    Append,
+    /// Split-KV attention for few new tokens.
+    Decode,
+    /// Tensor-core attention for chunks, sm_80 and later.
+    Tile,
+    /// Tensor-core attention for long chunks on sm_90.
+    Wgmma,
+    /// Influence of attention values.
+    Influence,
+}
+
+/// What `#include` may name.
+pub(crate) const HEADERS: [(&str, &str); 3] = [
+    ("common.cuh", include_str!("../kernels/common.cuh")),
+    ("tables.cuh", include_str!("../kernels/tables.cuh")),
+    ("wgmma.cuh", include_str!("../kernels/wgmma.cuh")),
+];
+
+impl Source {
+    /// All of them.
+    pub const ALL: [Self; 5] =
+        [Self::Append, Self::Decode, Self::Tile, Self::Wgmma, Self::Influence];
+
+    /// Name of the file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Append => "append.cu",
+            Self::Decode => "decode.cu",
+            Self::Tile => "tile.cu",
+            Self::Wgmma => "wgmma.cu",
+            Self::Influence => "influence.cu",
+        }
+    }
+
+    /// Whether there are kernels in it for this head dimension and architecture.
+    pub fn exists_for(self, head_dim: usize, architecture: Architecture) -> bool {
+        self != Self::Wgmma || architecture.has_wgmma() && matches!(head_dim, 64 | 128)
+    }
+
+    pub(crate) fn text(self) -> &'static str {
+        match self {
+            Self::Append => include_str!("../kernels/append.cu"),
+            Self::Decode => include_str!("../kernels/decode.cu"),
+            Self::Tile => include_str!("../kernels/tile.cu"),
+            Self::Wgmma => include_str!("../kernels/wgmma.cu"),
+            Self::Influence => include_str!("../kernels/influence.cu"),
+        }
+    }
+}
