@@ -13,8 +13,9 @@ use crate::source::Source;
 use crate::tables::{AppendArgs, DevicePointer, ExtendArgs, InfluenceArgs};
 use crate::{Device, Error, RawStream, Result};
 
-/// Dynamic shared memory that needs no permission.
-const STATIC_LIMIT_BYTES: usize = 48 << 10;
+/// Dynamic shared memory that needs no permission beside the kernels' own static memory, which
+/// counts against the same 48 KiB.
+const STATIC_LIMIT_BYTES: usize = 32 << 10;
 
 /// The kernels of one variant, loaded on a device: the raw launch interface.
 ///
