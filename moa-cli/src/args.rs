@@ -3,7 +3,7 @@ use std::str::FromStr;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
-use moa_core::DEFAULT_SINK;
+use moa_core::{DEFAULT_SINK, Space};
 use moa_models::{CacheDtype, Objective};
 
 use crate::error::Error;
@@ -112,6 +112,12 @@ pub(crate) struct SpanArgs {
 pub(crate) fn objective_parser() -> impl TypedValueParser<Value = Objective> {
     PossibleValuesParser::new(Objective::ALL.map(|(_, name)| name))
         .try_map(|name| name.parse::<Objective>())
+}
+
+/// Parses a [`Space`], listing its names in the help.
+pub(crate) fn space_parser() -> impl TypedValueParser<Value = Space> {
+    PossibleValuesParser::new(Space::ALL.map(|(_, name)| name))
+        .try_map(|name| name.parse::<Space>())
 }
 
 /// A share of the context in (0, 1].

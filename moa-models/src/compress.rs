@@ -1,7 +1,9 @@
 use std::collections::BTreeMap;
 
 use moa_core::search::Options as SolverOptions;
-use moa_core::{DEFAULT_SINK, FoundPlans, Influence, Plan, PlanRequest, Profile, ProfileInfo};
+use moa_core::{
+    DEFAULT_SINK, FoundPlans, Influence, Plan, PlanRequest, Profile, ProfileInfo, Space,
+};
 
 use crate::calibrate::{CalibrationData, CalibrationOptions};
 use crate::checkpoint::Checkpoint;
@@ -21,6 +23,8 @@ pub const DEFAULT_BLOCK: usize = 64;
 pub struct CompressOptions {
     /// Largest mean density at every bound length.
     pub density: f64,
+    /// Kind of plan.
+    pub space: Space,
     /// Lengths at which influence is measured.
     pub lengths: Vec<usize>,
     /// Lengths at which the density is bounded; empty for the profile lengths, the validation length
@@ -53,6 +57,7 @@ impl Default for CompressOptions {
     fn default() -> Self {
         Self {
             density: 0.25,
+            space: Space::default(),
             lengths: vec![1024, 2048],
             bound_lengths: Vec::new(),
             objective: Objective::Margin,
@@ -134,7 +139,7 @@ impl CompressOptions {
         lengths.dedup();
         let mut request = PlanRequest::density(self.density, &lengths, self.sink, self.min_span)?;
         request.solver = self.solver.clone();
-        Ok(request)
+        Ok(request.with_space(self.space))
     }
 
     fn calibration(&self, lengths: Vec<usize>, samples: usize, seed: u64) -> CalibrationOptions {

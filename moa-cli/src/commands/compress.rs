@@ -77,6 +77,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         validation_length: args.validation_length,
         validation_samples: args.validation_samples,
         evaluations: args.evaluations,
+        space: args.solver.space,
         solver: args.solver.options(context),
         seed: context.seed,
     };

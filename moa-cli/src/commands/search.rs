@@ -2,11 +2,11 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use moa_core::{FoundPlans, Profile, search::Options};
+use moa_core::{FoundPlans, Profile, Space, search::Options};
 use moa_models::CompressOptions;
 use serde_json::{Value, json};
 
-use crate::args::{SpanArgs, parse_count, parse_density};
+use crate::args::{SpanArgs, parse_count, parse_density, space_parser};
 use crate::error::{Error, Result};
 use crate::files::OutputFolder;
 use crate::output::{Context, percent, table};
@@ -15,7 +15,7 @@ use crate::plans;
 /// Search the Pareto set of plans for a memory budget
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Example:\n  moa search --profile profile.safetensors --density 0.25 --out plans"
+    after_help = "Examples:\n  moa search --profile profile.safetensors --density 0.25 --out plans\n  moa search --profile profile.safetensors --space per-layer --bound-lengths 4096 --out rival"
 )]
 pub(crate) struct Args {
     /// Profile of `moa profile`
@@ -42,9 +42,14 @@ pub(crate) struct Args {
     force: bool,
 }
 
-/// How to search.
+/// What to search, and how.
 #[derive(Debug, clap::Args)]
 pub(crate) struct SolverArgs {
+    /// Kind of plan: a rule per KV head that grows with the context (elastic), a span per KV head
+    /// (fixed) or per layer (per-layer), or heads that keep everything or the smallest span (duo).
+    /// Fixed spans are best bounded at one length
+    #[arg(long, default_value = "elastic", value_name = "KIND", value_parser = space_parser())]
+    pub(crate) space: Space,
     /// At most this many distinct rules in one layer
     #[arg(long, value_name = "K", value_parser = parse_count)]
     pub(crate) max_rules_per_layer: Option<usize>,
@@ -89,11 +94,19 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         bound_lengths: args.bound_lengths.clone(),
         sink: args.span.sink,
         min_span: args.span.min_span,
+        space: args.solver.space,
         solver: args.solver.options(context),
         ..CompressOptions::default()
     };
     // A profile does not say how long the model's context is; a bound beyond it does no harm.
     let request = options.request(usize::MAX)?;
+    if matches!(request.space, Space::Fixed | Space::PerLayer) && request.bounds.len() > 1 {
+        let shortest = request.bounds.iter().map(|b| b.length).min().unwrap_or(0);
+        context.note(format_args!(
+            "fixed spans: the bound at {shortest} tokens decides, plans are smaller than asked for at \
+             greater lengths; name one length with --bound-lengths to use the room there"
+        ));
+    }
     let mut folder = OutputFolder::create(&args.out)?;
     let mut found = request.search_profile(&profile, &lengths)?;
     for plan in &mut found.plans {
@@ -118,6 +131,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     context.json(&json!({
         "out": args.out,
         "density": args.density,
+        "space": args.solver.space.name(),
         "worst_gap": found.set.worst_gap,
         "seconds": found.set.seconds,
         "plans": plans_json(&found, &files),
