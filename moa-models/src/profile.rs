@@ -135,7 +135,7 @@ impl<O: BackwardOps> Llama<O> {
         let mut saved = Vec::with_capacity(self.layers.len());
         for (index, layer) in self.layers.iter().enumerate() {
             let (q, k, v) = self.qkv(layer, &x, rotations)?;
-            let attention = self.ops.attention();
+            let attention = self.ops.exact_attention();
             let mut cache =
                 attention.open(&layout, self.config.head_dim).map_err(Error::backend)?;
             let (out, lse) = attention
@@ -251,7 +251,8 @@ impl<O: BackwardOps> Llama<O> {
             sign: objective.sign(),
             gradients,
         };
-        let output = ops.attention().influence(&inputs, self.scale()).map_err(Error::backend)?;
+        let output =
+            ops.exact_attention().influence(&inputs, self.scale()).map_err(Error::backend)?;
         let Some(Gradients { d_q, d_k, d_v }) = output.gradients else {
             return Ok((output.blocks, None));
         };
