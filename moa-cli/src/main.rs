@@ -5,6 +5,7 @@
 //! `moa-core`.
 
 mod args;
+mod budget;
 mod calibration;
 mod commands;
 mod error;

@@ -31,7 +31,7 @@ impl Page {
              <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
              <title>{title}</title>\n<style>\n{}</style>\n</head>\n<body>\n<main>\n\
              <header>\n<h1>{title}</h1>\n\
-             <label class=\"flip\"><input type=\"checkbox\" id=\"flip\"> other theme</label>\n</header>\n",
+             <label class=\"flip\"><input type=\"checkbox\" id=\"flip\"> switch light and dark</label>\n</header>\n",
             style()
         );
         if !self.facts.is_empty() {
@@ -112,6 +112,8 @@ th,td{padding:.25rem .75rem .25rem 0;text-align:right;white-space:nowrap}
 th{color:var(--soft);font-weight:600;border-bottom:1px solid var(--line)}
 th:first-child,td:first-child{text-align:left}
 .panels{display:flex;flex-wrap:wrap;gap:1.25rem 2rem;align-items:flex-start}
+.panels+.panels{margin-top:1.25rem}
+@media (max-width:600px){dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}.panels{gap:1.25rem 1rem}}
 .legend{margin-top:.75rem}
 svg{display:block;max-width:100%;height:auto}
 footer{border-top:1px solid var(--line);margin-top:2rem;padding:1rem 0;color:var(--soft);font-size:.9rem}

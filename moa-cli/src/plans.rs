@@ -2,8 +2,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use moa_core::{AtLength, Plan, PlanRequest, Space, search};
+use moa_models::{CpuOps, bound_decode_time};
 
 use crate::error::{Error, Result};
+use crate::output::Context;
 
 /// A plan with the file it came from.
 #[derive(Clone, Debug)]
@@ -65,7 +67,7 @@ fn stem(path: &Path) -> String {
 }
 
 /// The search that a plan came out of, from its provenance.
-pub(crate) fn request(file: &PlanFile) -> Result<PlanRequest> {
+pub(crate) fn request(file: &PlanFile, context: &Context) -> Result<PlanRequest> {
     let (plan, from) = (&file.plan, &file.plan.provenance);
     if from.density_bounds.is_empty() {
         return Err(Error::Provenance {
@@ -83,5 +85,9 @@ pub(crate) fn request(file: &PlanFile) -> Result<PlanRequest> {
     let space = from.space.as_deref().map_or(Ok(Space::default()), str::parse::<Space>);
     let in_file = |e| Error::from(e).at(file.path.display().to_string());
     let request = PlanRequest::bounded(bounds, plan.sink(), plan.min_span()).map_err(in_file)?;
-    Ok(request.with_space(space.map_err(in_file)?))
+    let mut request = request.with_space(space.map_err(in_file)?);
+    if let Some(share) = from.decode_time {
+        bound_decode_time(&mut request, &CpuOps::new(context.cache), plan.shape(), share)?;
+    }
+    Ok(request)
 }

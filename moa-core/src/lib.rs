@@ -42,6 +42,7 @@
 
 mod backend;
 mod cache;
+mod cost;
 mod error;
 mod file;
 mod influence;
@@ -59,6 +60,7 @@ pub use backend::{
     Gradients, InfluenceInputs, InfluenceOutput, InfluenceSign, SparseAttentionBackend,
 };
 pub use cache::{Extent, HeadLayout, LayerLayout, Run, Slot};
+pub use cost::{CostBound, CostCurve};
 pub use error::{Error, Result};
 pub use file::write_atomic;
 pub use influence::{ByDistance, Influence, Profile, ProfileInfo};

@@ -1,6 +1,7 @@
 use crate::search::{Bound, Options, ParetoSet, Problem, density_sizes, solve};
 use crate::{
-    AtLength, ElasticRule, Error, HeadRule, ModelShape, Plan, Profile, Provenance, Result, Space,
+    AtLength, CostBound, ElasticRule, Error, HeadRule, ModelShape, Plan, Profile, Provenance,
+    Result, Space,
 };
 
 /// What plans to search for.
@@ -8,6 +9,8 @@ use crate::{
 pub struct PlanRequest {
     /// Bounds on the mean density, each at one length.
     pub bounds: Vec<Bound>,
+    /// Bound on decode time, at the lengths of `bounds`.
+    pub decode_time: Option<CostBound>,
     /// Sink positions of every head.
     pub sink: usize,
     /// Smallest span of any head; more than `sink`.
@@ -59,7 +62,7 @@ impl PlanRequest {
         }
         let (space, solver) = (Space::default(), Options::default());
         let candidates = space.candidates(longest, min_span);
-        Ok(Self { bounds, sink, min_span, space, candidates, solver })
+        Ok(Self { bounds, decode_time: None, sink, min_span, space, candidates, solver })
     }
 
     /// The same request for plans of another kind.
@@ -121,8 +124,15 @@ impl PlanRequest {
         lengths: &[usize],
         losses: Vec<f64>,
     ) -> Result<FoundPlans> {
-        let sizes = density_sizes(&self.candidates, &self.bounds, self.min_span);
+        let mut sizes = density_sizes(&self.candidates, &self.bounds, self.min_span);
         let mut bounds = self.bounds.clone();
+        if let Some(CostBound { share, curve }) = &self.decode_time {
+            for Bound { length, .. } in &self.bounds {
+                let cost = |rule: &ElasticRule| curve.at(rule.span(*length, self.min_span));
+                sizes.extend(self.candidates.iter().map(|r| cost(r) / curve.at(*length)));
+                bounds.push(Bound { length: *length, max: *share, min: None });
+            }
+        }
         if self.space == Space::Duo {
             fill(&mut bounds, &sizes, shape.total_kv_heads());
         }
@@ -149,6 +159,7 @@ impl PlanRequest {
             plan.provenance = Provenance {
                 space: Some(self.space.name().to_string()),
                 density_bounds: values(&|b| Some(b.max)),
+                decode_time: self.decode_time.as_ref().map(|bound| bound.share),
                 density_floors: values(&|b| b.min),
                 predicted_losses: at(lengths, &solution.losses),
                 profile_lengths: lengths.to_vec(),
@@ -171,6 +182,8 @@ impl PlanRequest {
             *plan = plan.clone().with_fingerprint(profile.info.fingerprint.clone());
             plan.provenance.objective = Some(profile.info.objective.clone());
             plan.provenance.data = Some(profile.info.data.clone());
+            // Losses beyond the longest are extended from it.
+            plan.provenance.profile_lengths.retain(|&length| profile.at(length).is_ok());
         }
         Ok(found)
     }

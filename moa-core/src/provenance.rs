@@ -32,6 +32,9 @@ pub struct Provenance {
     /// Lower bounds on density the search obeyed.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub density_floors: Vec<AtLength>,
+    /// Bound on decode time the search obeyed, as a share of dense attention's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decode_time: Option<f64>,
     /// Loss that the influence predicts at each profile length.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub predicted_losses: Vec<AtLength>,

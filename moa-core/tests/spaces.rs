@@ -2,7 +2,8 @@
 
 use moa_core::search::Bound;
 use moa_core::{
-    Error, FoundPlans, Influence, ModelShape, Plan, PlanRequest, Profile, ProfileInfo, Space,
+    CostBound, CostCurve, Error, FoundPlans, Influence, ModelShape, Plan, PlanRequest, Profile,
+    ProfileInfo, Space,
 };
 use proptest::prelude::*;
 
@@ -67,6 +68,23 @@ fn every_bound_decides_how_many_duo_heads_are_full() {
     let plan = &find(Space::Duo, &bounds, &profile).unwrap().plans[0];
     assert_eq!(is_full(plan).iter().filter(|full| **full).count(), 2);
     assert_eq!(plan.provenance.space.as_deref(), Some("duo"));
+}
+
+#[test]
+fn a_bound_on_decode_time_holds_beside_density() {
+    let profile = profile(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    // A head of 32 keys takes half the time of one of 1024.
+    let curve = CostCurve::new(vec![(32, 1.0), (1024, 2.0)]).unwrap();
+    let full = |share| {
+        let mut request = PlanRequest::bounded(vec![at_most(0.9)], 16, 32)?.with_space(Space::Duo);
+        request.decode_time = Some(CostBound { share, curve: curve.clone() });
+        let found = request.search_profile(&profile, &[LENGTH])?;
+        assert_eq!(found.plans[0].provenance.decode_time, Some(share));
+        Ok::<_, Error>(is_full(&found.plans[0]).iter().filter(|full| **full).count())
+    };
+    assert_eq!(full(0.75).unwrap(), 3);
+    assert_eq!(full(1.0).unwrap(), 5, "the density binds");
+    assert!(matches!(full(0.4), Err(Error::Infeasible { length: LENGTH, .. })));
 }
 
 #[test]

@@ -63,10 +63,8 @@ fn show(args: &ShowArgs, context: &Context) -> Result<()> {
     let lengths = if args.at.is_empty() { report::lengths_of(&plan) } else { args.at.clone() };
     if let Some(path) = &args.svg {
         let title = format!("Span of each KV head, {}", plan.shape());
-        write_atomic(
-            path,
-            figure::head_map("heads", &title, &report::maps(&plan, &lengths)).svg().as_bytes(),
-        )?;
+        let figure = figure::head_map(&title, &[("", report::maps(&plan, &lengths))]);
+        write_atomic(path, figure.svg().as_bytes())?;
     }
     let element_bytes = context.cache.bytes();
     context.print(format_args!("{}", plan.shape()))?;

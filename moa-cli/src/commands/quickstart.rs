@@ -95,7 +95,8 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     found.profile.save(&profile)?;
     folder.wrote(profile);
     let title = format!("Span of each KV head at density {}", args.density);
-    folder.write("heads.svg", figure::head_map("heads", &title, &maps).svg().as_bytes())?;
+    let figure = figure::head_map(&title, &[("", maps)]);
+    folder.write("heads.svg", figure.svg().as_bytes())?;
     let seconds = begin.elapsed().as_secs_f64();
     let value = json!({
         "model": model_path,

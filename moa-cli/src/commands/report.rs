@@ -55,7 +55,10 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let items: Vec<Items> = args.items.iter().map(|i| Items::load(i)).collect::<Result<_>>()?;
     let lengths = if args.at.is_empty() { lengths(&plans) } else { args.at.clone() };
 
-    let mut figures = head_maps(&plans, &lengths);
+    let mut figures = Vec::new();
+    if !plans.is_empty() {
+        figures.push(head_maps(&plans, &lengths));
+    }
     if !items.is_empty() {
         figures.push(figure::retrieval(&items));
     }
@@ -120,13 +123,18 @@ fn lengths(plans: &[PlanFile]) -> Vec<usize> {
     lengths
 }
 
-fn head_maps(plans: &[PlanFile], lengths: &[usize]) -> Vec<Figure> {
-    let figure = |(index, file): (usize, &PlanFile)| {
-        let id = if plans.len() == 1 { "heads".to_string() } else { format!("heads-{index}") };
-        let title = format!("Span of each KV head: {}", file.label);
-        figure::head_map(&id, &title, &report::maps(&file.plan, lengths))
-    };
-    plans.iter().enumerate().map(figure).collect()
+fn head_maps(plans: &[PlanFile], lengths: &[usize]) -> Figure {
+    let maps = |file| (file_name(plans, file), report::maps(&file.plan, lengths));
+    let maps: Vec<_> = plans.iter().map(maps).collect();
+    match plans {
+        [one] => figure::head_map(&format!("Span of each KV head: {}", one.label), &maps),
+        _ => figure::head_map("Span of each KV head", &maps),
+    }
+}
+
+/// A single plan needs no name on its panels.
+fn file_name<'a>(plans: &[PlanFile], file: &'a PlanFile) -> &'a str {
+    if plans.len() > 1 { &file.label } else { "" }
 }
 
 fn sizes(plans: &[PlanFile], lengths: &[usize], context: &Context) -> Figure {
@@ -160,8 +168,8 @@ fn facts(plans: &[PlanFile]) -> Vec<(String, String)> {
         words.push(format!("sink {}, smallest span {}", file.plan.sink(), file.plan.min_span()));
         facts.push((file.label.clone(), words.join("; ")));
         if !from.measured_losses.is_empty() {
-            let loss = format!("{} nats per token", report::at_lengths(&from.measured_losses));
-            facts.push((format!("{}, response loss", file.label), loss));
+            let loss = report::at_lengths(&from.measured_losses);
+            facts.push((format!("{}, nats per response token", file.label), loss));
         }
     }
     facts

@@ -86,7 +86,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     if let (Some(evaluations), Some(profile)) = (args.refine, &profile) {
         let bar = Progress::new(context, "refine", evaluations);
         let starts: Vec<Plan> = files.iter().map(|f| f.plan.clone()).collect();
-        let request = plans::request(&files[best])?;
+        let request = plans::request(&files[best], context)?;
         let found =
             refine(&model.model, &items, &starts, &request, profile, evaluations, &mut || {
                 bar.step()

@@ -6,20 +6,24 @@ use crate::head_map::HeadMap;
 const LEFT: f64 = 52.0;
 const TOP: f64 = 24.0;
 
-/// A panel per length, layers from top to bottom, KV heads from left to right, coloured by span / N.
-pub(crate) fn head_map(id: &str, title: &str, maps: &[HeadMap]) -> Figure {
+/// A row per plan and in it a panel per length: layers from top to bottom, KV heads from left to
+/// right, coloured by span / N. Names of plans may be empty.
+pub(crate) fn head_map(title: &str, plans: &[(&str, Vec<HeadMap>)]) -> Figure {
     let caption = "One cell per KV head. Dark (bright, on a dark page) heads keep the whole context; the \
                    palest keep the first tokens and a short window. Point at a cell for its span.";
     Figure {
-        id: id.to_string(),
+        id: "heads".to_string(),
         title: title.to_string(),
         caption: caption.to_string(),
-        panels: maps.iter().map(panel).collect(),
+        rows: plans
+            .iter()
+            .map(|(name, maps)| maps.iter().map(|m| panel(name, m)).collect())
+            .collect(),
         legend: Some(scale_legend("span / N: share of the context that a head keeps")),
     }
 }
 
-fn panel(map: &HeadMap) -> Panel {
+fn panel(name: &str, map: &HeadMap) -> Panel {
     let heads = map.kv_heads.max(1);
     let layers = map.spans.len() / heads;
     // Small models get large cells, large models a picture of about a screen's height.
@@ -27,9 +31,13 @@ fn panel(map: &HeadMap) -> Panel {
     let width = (224.0 / heads as f64).floor().clamp(7.0, 44.0);
     let right = (LEFT + heads as f64 * width).max(150.0);
     let bottom = TOP + layers as f64 * height;
-    let label = format!("Spans of {layers} layers of {heads} KV heads at N = {}", map.length);
+    let separator = if name.is_empty() { "" } else { ", " };
+    let heading = format!("{name}{separator}N = {}", map.length);
+    // About 8 pixels a bold letter.
+    let right = right.max(8.0 * heading.chars().count() as f64);
+    let label = format!("{heading}: spans of {layers} layers of {heads} KV heads");
     let mut panel = Panel::new(right + 1.0, bottom + 34.0, label);
-    panel.heading(format_args!("N = {}", map.length));
+    panel.heading(heading);
     let every = |size: f64, room: f64| (room / size).ceil().max(1.0) as usize;
     for (layer, spans) in map.layers().enumerate() {
         let y = TOP + layer as f64 * height;
@@ -63,7 +71,7 @@ mod tests {
     #[test]
     fn every_head_has_its_cell_at_every_length() {
         let map = |length| HeadMap { length, kv_heads: 2, spans: vec![length, 10, 20, 30] };
-        let svg = head_map("heads", "a < b & c", &[map(100), map(200)]).svg();
+        let svg = head_map("a < b & c", &[("", vec![map(100), map(200)])]).svg();
         assert_eq!(svg.matches("<title>").count(), 8);
         assert!(svg.contains("layer 1, KV head 0: 20 of 200 keys (10.0 %)"));
         assert!(svg.contains("a &lt; b &amp; c"));
@@ -74,7 +82,7 @@ mod tests {
     fn large_models_fit_a_phone() {
         for (layers, heads) in [(80, 8), (40, 40), (32, 32), (6, 2), (1, 1)] {
             let map = HeadMap { length: 8, kv_heads: heads, spans: vec![8; layers * heads] };
-            let panel = panel(&map);
+            let panel = panel("plan", &map);
             assert!(panel.width <= 340.0 && panel.height <= 640.0, "{layers} x {heads}");
         }
     }

@@ -4,12 +4,12 @@ use super::{Figure, Panel};
 use crate::output::{bytes, percent};
 
 const WIDTH: f64 = 326.0;
-const LEFT: f64 = 86.0;
+const LEFT: f64 = 92.0;
 /// Room for the longest value behind the longest bar.
 const RIGHT: f64 = 116.0;
 const BAR: f64 = 14.0;
 /// Longest name, in letters, that fits before the bars.
-const NAME: usize = 12;
+const NAME: usize = 11;
 
 /// Sizes of caches for one context length.
 #[derive(Clone, Debug)]
@@ -54,7 +54,7 @@ pub(crate) fn kv_bytes(groups: &[Bars], element: &str) -> Figure {
             "Bytes of keys and values that a sequence opened for N tokens holds, in {element} elements; in \
              brackets, the share of the dense cache."
         ),
-        panels: vec![panel],
+        rows: vec![vec![panel]],
         legend: None,
     }
 }
@@ -79,7 +79,7 @@ mod tests {
     fn bars_are_in_proportion_and_named() {
         let plans = vec![("a-long-plan-of-many-words".to_string(), 1 << 19)];
         let svg = kv_bytes(&[Bars { length: 4096, dense: 1 << 20, plans }], "bf16").svg();
-        assert!(svg.contains("512.00 KiB (50.0 %)") && svg.contains("a-long-…ords"), "{svg}");
-        assert!(svg.contains("width=\"124.0\"") && svg.contains("width=\"62.0\""), "{svg}");
+        assert!(svg.contains("512.00 KiB (50.0 %)") && svg.contains("a-long…ords"), "{svg}");
+        assert!(svg.contains("width=\"118.0\"") && svg.contains("width=\"59.0\""), "{svg}");
     }
 }

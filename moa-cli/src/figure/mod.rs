@@ -32,7 +32,8 @@ pub(crate) struct Figure {
     pub(crate) id: String,
     pub(crate) title: String,
     pub(crate) caption: String,
-    pub(crate) panels: Vec<Panel>,
+    /// Panels, by rows that belong together; a row is broken where the page is narrow.
+    pub(crate) rows: Vec<Vec<Panel>>,
     pub(crate) legend: Option<Panel>,
 }
 
@@ -40,16 +41,20 @@ impl Figure {
     /// A file of its own, in the light theme.
     pub(crate) fn svg(&self) -> String {
         let mut body = String::new();
-        let (mut x, mut y, mut row, mut right) = (MARGIN, 44.0, 0.0f64, 420.0f64);
-        for panel in &self.panels {
-            if x > MARGIN && x + panel.width > ALONE {
-                (x, y, row) = (MARGIN, y + row + GAP, 0.0);
+        let (mut y, mut right) = (44.0, 420.0f64);
+        for (index, row) in self.rows.iter().enumerate() {
+            let (mut x, mut height) = (MARGIN, 0.0f64);
+            y += if index == 0 { 0.0 } else { GAP };
+            for panel in row {
+                if x > MARGIN && x + panel.width > ALONE {
+                    (x, y, height) = (MARGIN, y + height + GAP, 0.0);
+                }
+                body.push_str(&panel.group((x, y)));
+                x += panel.width + GAP;
+                (height, right) = (height.max(panel.height), right.max(x - GAP + MARGIN));
             }
-            body.push_str(&panel.group((x, y)));
-            x += panel.width + GAP;
-            (row, right) = (row.max(panel.height), right.max(x - GAP + MARGIN));
+            y += height;
         }
-        y += row;
         if let Some(legend) = &self.legend {
             y += 12.0;
             body.push_str(&legend.group((MARGIN, y)));
@@ -73,14 +78,15 @@ impl Figure {
     pub(crate) fn html(&self) -> String {
         let id = escape(&self.id);
         let mut html = format!(
-            "<section id=\"{id}\">\n<h2>{}</h2>\n<p>{}</p>\n<div class=\"panels\">\n",
+            "<section id=\"{id}\">\n<h2>{}</h2>\n<p>{}</p>\n",
             escape(&self.title),
             escape(&self.caption)
         );
-        for panel in &self.panels {
-            html.push_str(&panel.inline());
+        for row in &self.rows {
+            html.push_str("<div class=\"panels\">\n");
+            row.iter().for_each(|panel| html.push_str(&panel.inline()));
+            html.push_str("</div>\n");
         }
-        html.push_str("</div>\n");
         if let Some(legend) = &self.legend {
             let _ = writeln!(html, "<div class=\"legend\">\n{}</div>", legend.inline());
         }

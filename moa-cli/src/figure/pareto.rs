@@ -77,7 +77,7 @@ pub(crate) fn pareto(files: &[PlanFile], chosen: &[PlanFile]) -> Option<Figure> 
             "Predicted loss beyond dense attention's, in units of the objective ({objective}), summed over \
              heads; lower is better. No plan is better than another at every length."
         ),
-        panels,
+        rows: vec![panels],
         legend: Some(legend(&marks)),
     })
 }

@@ -29,7 +29,7 @@ pub(crate) fn retrieval(files: &[Items]) -> Figure {
                   the answer lies, from the beginning of the prompt (0 %) to its end (100 %). A dash marks \
                   cells without questions; point at a cell for its count."
             .to_string(),
-        panels: files.iter().map(|file| panel(file, &lengths, rows)).collect(),
+        rows: vec![files.iter().map(|file| panel(file, &lengths, rows)).collect()],
         legend: Some(scale_legend("share of questions answered right")),
     }
 }
@@ -156,18 +156,18 @@ mod tests {
         );
         let other = items("dense", &[(1000, 0.5, true)]);
         let figure = retrieval(&[file, other]);
-        let svg = figure.panels[0].inline();
+        let svg = figure.rows[0][0].inline();
         assert!(svg.contains("1 of 2 right, about 1033 tokens, depth 0–20 %"), "{svg}");
         assert!(svg.contains("2 of 2 right, about 2050 tokens, depth 80–100 %"), "{svg}");
         assert!(svg.contains("plan: 75.0 % of 4 right"), "{svg}");
         assert_eq!(svg.matches(">–<").count(), 8, "10 cells, 2 with questions");
-        assert_eq!(figure.panels[1].inline().matches(">–<").count(), 9);
+        assert_eq!(figure.rows[0][1].inline().matches(">–<").count(), 9);
     }
 
     #[test]
     fn items_without_depths_make_one_row() {
         let asked = Asked { prompt_tokens: 12_345, depth: None, right: true };
         let figure = retrieval(&[Items { name: "a".to_string(), asked: vec![asked] }]);
-        assert!(figure.panels[0].inline().contains("12k"));
+        assert!(figure.rows[0][0].inline().contains("12k"));
     }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::common::{json_of, ok, refuses, tiny};
 
@@ -53,6 +53,31 @@ fn every_space_gives_plans_of_its_kind_under_one_bound() {
     let trials = plan["provenance"]["trials"].as_array().unwrap();
     assert!(trials.iter().any(|trial| trial["round"] == 0 && trial["measured_at"] == 256));
 
-    let args = ["search", "--profile", "p.safetensors", "--space", "per-head", "--out", "x"];
-    refuses(root, &args, &["per-head", "per-layer"]);
+    let search = ["search", "--profile", "p.safetensors", "--force"];
+    refuses(
+        root,
+        &[&search[..], &["--space", "per-head", "--out", "x"]].concat(),
+        &["per-head", "per-layer"],
+    );
+    // A dense cache of 256 tokens takes 768 KiB.
+    ok(root, &[&search[..], &["--kv-bytes", "256:384KiB", "--out", "bytes"]].concat());
+    let shown = json_of(root, &["plan", "show", "bytes/plan-00.json", "--at", "256"]);
+    assert_eq!(shown["provenance"]["density_bounds"], json!([{ "length": 256, "value": 0.5 }]));
+    assert!(shown["at"][0]["kv_bytes"].as_u64().unwrap() <= 384 << 10);
+    let both = ["--density", "0.5", "--min-density", "0.45", "--bound-lengths", "256"];
+    ok(root, &[&search[..], &both, &["--out", "both"]].concat());
+    let kept = spans(root, "both/plan-00.json", "256").concat();
+    let mean = kept.iter().sum::<u64>() as f64 / (12.0 * 256.0);
+    assert!((0.45..=0.5 + 1e-9).contains(&mean), "{kept:?}");
+    ok(root, &[&search[..], &["--density", "0.5", "--decode-time", "1", "--out", "time"]].concat());
+    for (options, parts) in [
+        (&["--kv-bytes", "256:1KiB"][..], ["256", "at most"]),
+        (&["--kv-bytes", "256"], ["--kv-bytes", "8192:64MiB"]),
+        (&["--min-density", "0.9"], ["smallest density", "0.25"]),
+        (&["--density", "0.5", "--decode-time", "0.0001"], ["at most 0.0001", "size"]),
+    ] {
+        refuses(root, &[&search[..], options, &["--out", "x"]].concat(), &parts);
+    }
+    let both = ["--kv-bytes", "256:384KiB", "--density", "0.5", "--out", "x"];
+    refuses(root, &[&search[..], &both].concat(), &["--kv-bytes", "--density"]);
 }
