@@ -1,4 +1,4 @@
-//! Item files of `moa eval retrieval --items`: a header line, then one object per question.
+//! Item files of `moa eval ... --items`: a header line, then one object per question.
 
 use std::fs;
 
@@ -30,13 +30,13 @@ impl Items {
         let read = |source| Error::Read { path: path.clone(), source };
         let text = fs::read_to_string(&path).map_err(read)?;
         let mut asked = Vec::new();
-        for (number, line) in text.lines().enumerate() {
-            if line.trim().is_empty() {
+        for (number, line) in text.split_inclusive('\n').enumerate() {
+            // A last line without an end is what a run that was broken off has left.
+            if line.trim().is_empty() || (number > 0 && !line.ends_with('\n')) {
                 continue;
             }
             let place = || format!("{}, line {}", path.display(), number + 1);
-            let item = item(line, number == 0).map_err(|error| error.at(place()))?;
-            asked.extend(item);
+            asked.extend(item(line, number == 0).map_err(|error| error.at(place()))?);
         }
         if asked.is_empty() {
             let error = Error::argument("items", "at least one question", "none");
@@ -51,28 +51,34 @@ impl Items {
     }
 }
 
-/// A question, or `None` for the header.
-fn item(line: &str, is_first: bool) -> Result<Option<Asked>> {
+/// What a line asked: one answer, or one for each of its `references`; nothing for the header.
+fn item(line: &str, is_first: bool) -> Result<Vec<Asked>> {
     let value: Value =
         serde_json::from_str(line).map_err(|e| Error::argument("item", "a JSON object", e))?;
-    if is_first && value.get("settings").is_some() && value.get("right").is_none() {
-        return Ok(None);
+    if is_first && value.get("settings").is_some() && value.get("prompt_tokens").is_none() {
+        return Ok(Vec::new());
     }
-    let field = |name: &str| value.get(name).unwrap_or(&Value::Null);
-    let Some(right) = field("right").as_bool() else {
-        return Err(Error::argument("`right`", "true or false", field("right")));
+    let tokens = &value["prompt_tokens"];
+    let Some(prompt_tokens) = tokens.as_u64() else {
+        return Err(Error::argument("`prompt_tokens`", "a whole number", tokens));
     };
-    let Some(prompt_tokens) = field("prompt_tokens").as_u64() else {
-        return Err(Error::argument("`prompt_tokens`", "a whole number", field("prompt_tokens")));
+    let asked = |of: &Value, name: &'static str| {
+        let Some(right) = of[name].as_bool() else {
+            return Err(Error::argument(name, "true or false", &of[name]));
+        };
+        let depth = match &of["depth"] {
+            Value::Null => None,
+            depth => match depth.as_f64().filter(|d| (0.0..=1.0).contains(d)) {
+                Some(depth) => Some(depth),
+                None => return Err(Error::argument("`depth`", "a number from 0 to 1", depth)),
+            },
+        };
+        Ok(Asked { prompt_tokens: prompt_tokens as usize, depth, right })
     };
-    let depth = match field("depth") {
-        Value::Null => None,
-        depth => match depth.as_f64().filter(|d| (0.0..=1.0).contains(d)) {
-            Some(depth) => Some(depth),
-            None => return Err(Error::argument("`depth`", "a number from 0 to 1", depth)),
-        },
-    };
-    Ok(Some(Asked { prompt_tokens: prompt_tokens as usize, depth, right }))
+    match value.get("references").and_then(Value::as_array) {
+        Some(references) => references.iter().map(|r| asked(r, "found")).collect(),
+        None => Ok(vec![asked(&value, "right")?]),
+    }
 }
 
 #[cfg(test)]
@@ -81,22 +87,25 @@ mod tests {
 
     #[test]
     fn header_and_unknown_fields_are_skipped() {
-        assert_eq!(item(r#"{"settings": {"seed": 0}}"#, true).unwrap(), None);
+        assert_eq!(item(r#"{"settings": {"seed": 0}}"#, true).unwrap(), []);
         let line = r#"{"right": true, "prompt_tokens": 7, "depth": 0.5, "text": "x", "more": []}"#;
-        let asked = Asked { prompt_tokens: 7, depth: Some(0.5), right: true };
-        assert_eq!(item(line, true).unwrap(), Some(asked));
-        assert_eq!(
-            item(r#"{"right": false, "prompt_tokens": 7}"#, false).unwrap().unwrap().depth,
-            None
-        );
+        let asked = |depth, right| Asked { prompt_tokens: 7, depth, right };
+        assert_eq!(item(line, true).unwrap(), [asked(Some(0.5), true)]);
+        let line = r#"{"right": false, "prompt_tokens": 7}"#;
+        assert_eq!(item(line, false).unwrap(), [asked(None, false)]);
+        let line = r#"{"prompt_tokens": 7, "score": 0.5, "references": [
+            {"text": "a", "depth": 0.25, "found": true}, {"text": "b", "depth": null, "found": false}]}"#;
+        let both = [asked(Some(0.25), true), asked(None, false)];
+        assert_eq!(item(line, false).unwrap(), both);
     }
 
     #[test]
     fn what_is_wrong_with_a_line_is_named() {
         for (line, what) in [
             ("[1", "JSON"),
-            (r#"{"settings": {}}"#, "`right`"),
-            (r#"{"right": 1, "prompt_tokens": 7}"#, "`right`"),
+            (r#"{"settings": {}}"#, "`prompt_tokens`"),
+            (r#"{"right": 1, "prompt_tokens": 7}"#, "right must be true or false"),
+            (r#"{"references": [{}], "prompt_tokens": 7}"#, "found must be true or false"),
             (r#"{"right": true, "prompt_tokens": -7}"#, "`prompt_tokens`"),
             (r#"{"right": true, "prompt_tokens": 7, "depth": 40}"#, "`depth`"),
         ] {

@@ -115,7 +115,7 @@ fn report_refuses_what_it_cannot_show() {
     fs::write(root.join("empty.jsonl"), "{\"settings\": {}}\n").unwrap();
     report(&["--items", "empty.jsonl"], &["empty.jsonl", "at least one question"]);
     let line = json!({ "right": true, "prompt_tokens": 5, "depth": 0.5 }).to_string();
-    fs::write(root.join("bad.jsonl"), format!("{line}\n{{\"right\": true}}\n")).unwrap();
+    fs::write(root.join("bad.jsonl"), format!("{line}\n{{\"right\": true}}\n{{\"ri")).unwrap();
     report(&["--items", "bad.jsonl"], &["bad.jsonl, line 2", "prompt_tokens"]);
     plan(root, "a.json", "0.5", [0.0, 0.0]);
     fs::copy(root.join("a.json"), root.join("b.json")).unwrap();
