@@ -3,8 +3,8 @@ use std::str::FromStr;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
-use moa_core::DEFAULT_SINK;
-use moa_models::{CacheDtype, Objective};
+use moa_core::{DEFAULT_SINK, Space};
+use moa_models::{CacheDtype, Objective, TokenWeight};
 
 use crate::error::Error;
 
@@ -108,10 +108,33 @@ pub(crate) struct SpanArgs {
     pub(crate) min_span: usize,
 }
 
+/// What a plan must not harm.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct ObjectiveArgs {
+    /// What a plan must not harm
+    #[arg(long, default_value = "margin", value_parser = objective_parser())]
+    pub(crate) objective: Objective,
+    /// How much each token of a response counts: all alike (uniform), or by its cross entropy under
+    /// dense attention (hard)
+    #[arg(long, default_value = "uniform", value_name = "WEIGHT", value_parser = weight_parser())]
+    pub(crate) token_weight: TokenWeight,
+}
+
+fn weight_parser() -> impl TypedValueParser<Value = TokenWeight> {
+    PossibleValuesParser::new(TokenWeight::ALL.map(|(_, name)| name))
+        .try_map(|name| name.parse::<TokenWeight>())
+}
+
 /// Parses an [`Objective`], listing its names in the help.
-pub(crate) fn objective_parser() -> impl TypedValueParser<Value = Objective> {
+fn objective_parser() -> impl TypedValueParser<Value = Objective> {
     PossibleValuesParser::new(Objective::ALL.map(|(_, name)| name))
         .try_map(|name| name.parse::<Objective>())
+}
+
+/// Parses a [`Space`], listing its names in the help.
+pub(crate) fn space_parser() -> impl TypedValueParser<Value = Space> {
+    PossibleValuesParser::new(Space::ALL.map(|(_, name)| name))
+        .try_map(|name| name.parse::<Space>())
 }
 
 /// A share of the context in (0, 1].

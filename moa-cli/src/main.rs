@@ -5,18 +5,21 @@
 //! `moa-core`.
 
 mod args;
+mod budget;
 mod calibration;
 mod commands;
 mod error;
+mod figure;
 mod files;
 mod head_map;
 mod held_out;
+mod items;
 mod model;
 mod output;
+mod page;
 mod plans;
 mod progress;
 mod report;
-mod svg;
 
 use std::process::ExitCode;
 
@@ -52,6 +55,7 @@ enum Command {
     Plan(plan::Args),
     Generate(generate::Args),
     Eval(eval::Args),
+    Report(commands::report::Args),
 }
 
 fn main() -> ExitCode {
@@ -87,5 +91,6 @@ fn dispatch(cli: &Cli) -> Result<()> {
         Command::Plan(args) => plan::run(args, &context),
         Command::Generate(args) => generate::run(args, &context),
         Command::Eval(args) => eval::run(args, &context),
+        Command::Report(args) => commands::report::run(args, &context),
     }
 }

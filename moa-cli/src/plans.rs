@@ -1,18 +1,28 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use moa_core::{Plan, PlanRequest, search};
+use moa_core::{AtLength, Plan, PlanRequest, Space, search};
+use moa_models::{CpuOps, bound_decode_time};
 
 use crate::error::{Error, Result};
+use crate::output::Context;
 
 /// A plan with the file it came from.
 #[derive(Clone, Debug)]
 pub(crate) struct PlanFile {
     pub(crate) path: PathBuf,
     pub(crate) plan: Plan,
+    /// What people call it: a name that was given, or the file's without its ending.
+    pub(crate) label: String,
 }
 
 impl PlanFile {
+    /// Loads `NAME=FILE` or `FILE`.
+    pub(crate) fn load(argument: &str) -> Result<Self> {
+        let (label, path) = labelled(argument);
+        Ok(Self { plan: Plan::load(&path)?, path, label })
+    }
+
     /// The file's name.
     pub(crate) fn name(&self) -> String {
         self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
@@ -40,25 +50,44 @@ pub(crate) fn load_folder(folder: &Path) -> Result<Vec<PlanFile>> {
     if paths.is_empty() {
         return Err(Error::NoPlans { path: folder.to_path_buf() });
     }
-    paths.into_iter().map(|path| Ok(PlanFile { plan: Plan::load(&path)?, path })).collect()
+    let load = |path: PathBuf| Ok(PlanFile { plan: Plan::load(&path)?, label: stem(&path), path });
+    paths.into_iter().map(load).collect()
+}
+
+/// Splits `NAME=FILE`; a `FILE` alone goes by its name without the ending.
+pub(crate) fn labelled(argument: &str) -> (String, PathBuf) {
+    match argument.split_once('=') {
+        Some((name, path)) if !name.is_empty() => (name.to_string(), PathBuf::from(path)),
+        _ => (stem(Path::new(argument)), PathBuf::from(argument)),
+    }
+}
+
+fn stem(path: &Path) -> String {
+    path.file_stem().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 /// The search that a plan came out of, from its provenance.
-pub(crate) fn request(file: &PlanFile) -> Result<PlanRequest> {
-    let bounds = &file.plan.provenance.density_bounds;
-    let lengths: Vec<usize> = bounds.iter().map(|b| b.length).collect();
-    let Some(density) = bounds.iter().map(|b| b.value).reduce(f64::max) else {
+pub(crate) fn request(file: &PlanFile, context: &Context) -> Result<PlanRequest> {
+    let (plan, from) = (&file.plan, &file.plan.provenance);
+    if from.density_bounds.is_empty() {
         return Err(Error::Provenance {
             path: file.path.clone(),
             missing: "density bounds",
             remedy: "refine only plans of `moa search`",
         });
+    }
+    let bound = |b: &AtLength| {
+        let min = from.density_floors.iter().find(|f| f.length == b.length).map(|f| f.value);
+        search::Bound { length: b.length, max: b.value, min }
     };
-    let mut request =
-        PlanRequest::density(density, &lengths, file.plan.sink(), file.plan.min_span())?;
-    request.bounds = bounds
-        .iter()
-        .map(|b| search::Bound { length: b.length, max: b.value, min: None })
-        .collect();
+    let bounds = from.density_bounds.iter().map(bound).collect();
+    // Plans of before there was a choice say nothing.
+    let space = from.space.as_deref().map_or(Ok(Space::default()), str::parse::<Space>);
+    let in_file = |e| Error::from(e).at(file.path.display().to_string());
+    let request = PlanRequest::bounded(bounds, plan.sink(), plan.min_span()).map_err(in_file)?;
+    let mut request = request.with_space(space.map_err(in_file)?);
+    if let Some(share) = from.decode_time {
+        bound_decode_time(&mut request, &CpuOps::new(context.cache), plan.shape(), share)?;
+    }
     Ok(request)
 }

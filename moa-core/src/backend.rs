@@ -120,7 +120,8 @@ pub trait SparseAttentionBackend {
     fn bytes(&self, cache: &Self::Cache) -> u64;
 
     /// Influence of every attention value on the objective, summed over blocks, and the gradients
-    /// that continue the backward sweep. To first order, masking `A_ij` changes the objective by
+    /// that continue the backward sweep. `out` and `lse` must come from the very `q`, `k` and `v`
+    /// given, not from a cache that rounded them: see the division by `1 - A`. To first order, masking `A_ij` changes the objective by
     /// `E_ij = A_ij / (1 - A_ij) * (D_i - dO_i . V_j)` with `D_i = dO_i . O_i` (MoA, section 4.2,
     /// written with the output's gradient).
     ///

@@ -42,6 +42,7 @@
 
 mod backend;
 mod cache;
+mod cost;
 mod error;
 mod file;
 mod influence;
@@ -49,18 +50,23 @@ mod mask;
 mod plan;
 mod plan_file;
 mod plan_search;
+mod provenance;
 pub mod reference;
 mod rule;
 pub mod search;
+mod space;
 
 pub use backend::{
     Gradients, InfluenceInputs, InfluenceOutput, InfluenceSign, SparseAttentionBackend,
 };
 pub use cache::{Extent, HeadLayout, LayerLayout, Run, Slot};
+pub use cost::{CostBound, CostCurve};
 pub use error::{Error, Result};
 pub use file::write_atomic;
 pub use influence::{ByDistance, Influence, Profile, ProfileInfo};
 pub use mask::{Position, Span};
-pub use plan::{AtLength, DEFAULT_SINK, ModelShape, Plan, Provenance};
+pub use plan::{DEFAULT_SINK, ModelShape, Plan};
 pub use plan_search::{FoundPlans, PlanRequest};
+pub use provenance::{AtLength, Provenance, Trial};
 pub use rule::{ElasticRule, HeadRule};
+pub use space::Space;

@@ -2,7 +2,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ElasticRule, Error, HeadRule, Result, Span};
+use crate::{ElasticRule, Error, HeadRule, Provenance, Result, Span};
 
 /// Dimensions of a Llama-type model that a plan depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -88,43 +88,6 @@ pub struct Plan {
     rules: Vec<HeadRule>,
     /// Where the plan came from.
     pub provenance: Provenance,
-}
-
-/// A value at a context length.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct AtLength {
-    /// Context length, in tokens.
-    pub length: usize,
-    /// The value there.
-    pub value: f64,
-}
-
-/// Where a plan came from; every field is optional and none changes what the plan does.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Provenance {
-    /// What made the plan, such as `"moa compress"` or `"import"`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub method: Option<String>,
-    /// Objective whose influence was profiled.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub objective: Option<String>,
-    /// Lengths that were profiled.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub profile_lengths: Vec<usize>,
-    /// Bounds on density the search obeyed.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub density_bounds: Vec<AtLength>,
-    /// Loss that the influence predicts at each profile length.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub predicted_losses: Vec<AtLength>,
-    /// Loss measured at validation lengths.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub measured_losses: Vec<AtLength>,
-    /// Calibration data and seed.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub data: Option<String>,
 }
 
 impl Plan {

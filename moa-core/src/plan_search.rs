@@ -1,17 +1,22 @@
-use crate::search::{Bound, Options, ParetoSet, Problem, density_sizes, scaled_grid, solve};
+use crate::search::{Bound, Options, ParetoSet, Problem, density_sizes, solve};
 use crate::{
-    AtLength, ElasticRule, Error, HeadRule, ModelShape, Plan, Profile, Provenance, Result,
+    AtLength, CostBound, ElasticRule, Error, HeadRule, ModelShape, Plan, Profile, Provenance,
+    Result, Space,
 };
 
 /// What plans to search for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlanRequest {
-    /// Largest mean density at each length.
+    /// Bounds on the mean density, each at one length.
     pub bounds: Vec<Bound>,
+    /// Bound on decode time, at the lengths of `bounds`.
+    pub decode_time: Option<CostBound>,
     /// Sink positions of every head.
     pub sink: usize,
     /// Smallest span of any head; more than `sink`.
     pub min_span: usize,
+    /// What kind of plan; [`PlanRequest::with_space`] sets it with what depends on it.
+    pub space: Space,
     /// Rules to choose from.
     pub candidates: Vec<ElasticRule>,
     /// How to search.
@@ -19,30 +24,57 @@ pub struct PlanRequest {
 }
 
 impl PlanRequest {
-    /// Plans of a mean density of at most `density` at each of `lengths`, from a grid of 99 rules
-    /// scaled to the longest of them, with `sink` sinks and spans of at least `min_span`.
+    /// Plans of a mean density of at most `density` at each of `lengths`; see
+    /// [`PlanRequest::bounded`].
     ///
     /// # Errors
     /// [`Error::Invalid`] if the density is not in (0, 1], there is no length, or `min_span` does not
     /// exceed `sink`.
     pub fn density(density: f64, lengths: &[usize], sink: usize, min_span: usize) -> Result<Self> {
-        if !(density > 0.0 && density <= 1.0) {
-            return Err(Error::invalid("density", "more than 0 and at most 1", density));
-        }
-        let Some(&longest) = lengths.iter().max() else {
+        let bounds = lengths.iter().map(|&length| Bound { length, max: density, min: None });
+        Self::bounded(bounds.collect(), sink, min_span)
+    }
+
+    /// Plans within bounds on density, from a grid of 99 elastic rules scaled to the longest of their
+    /// lengths, with `sink` sinks and spans of at least `min_span`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if a density is not in (0, 1], there is no bound, or `min_span` does not
+    /// exceed `sink`.
+    pub fn bounded(bounds: Vec<Bound>, sink: usize, min_span: usize) -> Result<Self> {
+        let Some(longest) = bounds.iter().map(|b| b.length).max() else {
             return Err(Error::invalid("bound lengths", "at least one length", "none"));
         };
+        for Bound { length, max, min } in &bounds {
+            if *length == 0 {
+                return Err(Error::invalid("bound length", "at least 1 token", 0));
+            }
+            if !(*max > 0.0 && *max <= 1.0) {
+                return Err(Error::invalid("density", "more than 0 and at most 1", max));
+            }
+            if let Some(min) = min.filter(|min| !(0.0..=*max).contains(min)) {
+                let expected = format!("at least 0 and at most the upper bound, {max}");
+                return Err(Error::invalid("smallest density", expected, min));
+            }
+        }
         if min_span <= sink {
             return Err(Error::invalid("min_span", format!("more than sink ({sink})"), min_span));
         }
-        let bounds = lengths.iter().map(|&length| Bound { length, max: density, min: None });
-        Ok(Self {
-            bounds: bounds.collect(),
-            sink,
-            min_span,
-            candidates: scaled_grid(longest),
-            solver: Options::default(),
-        })
+        let (space, solver) = (Space::default(), Options::default());
+        let candidates = space.candidates(longest, min_span);
+        Ok(Self { bounds, decode_time: None, sink, min_span, space, candidates, solver })
+    }
+
+    /// The same request for plans of another kind.
+    #[must_use]
+    pub fn with_space(mut self, space: Space) -> Self {
+        let longest = self.bounds.iter().map(|b| b.length).max().unwrap_or(1);
+        self.candidates = space.candidates(longest, self.min_span);
+        if space == Space::PerLayer {
+            self.solver.max_rules_per_layer = Some(1);
+        }
+        self.space = space;
+        self
     }
 
     /// The lengths to minimise losses at: those profiled and, if it is longer, the longest bound
@@ -92,14 +124,25 @@ impl PlanRequest {
         lengths: &[usize],
         losses: Vec<f64>,
     ) -> Result<FoundPlans> {
-        let sizes = density_sizes(&self.candidates, &self.bounds, self.min_span);
+        let mut sizes = density_sizes(&self.candidates, &self.bounds, self.min_span);
+        let mut bounds = self.bounds.clone();
+        if let Some(CostBound { share, curve }) = &self.decode_time {
+            for Bound { length, .. } in &self.bounds {
+                let cost = |rule: &ElasticRule| curve.at(rule.span(*length, self.min_span));
+                sizes.extend(self.candidates.iter().map(|r| cost(r) / curve.at(*length)));
+                bounds.push(Bound { length: *length, max: *share, min: None });
+            }
+        }
+        if self.space == Space::Duo {
+            fill(&mut bounds, &sizes, shape.total_kv_heads());
+        }
         let problem = Problem::new(
             shape.layers,
             shape.kv_heads,
             self.candidates.clone(),
             lengths.to_vec(),
             losses,
-            self.bounds.clone(),
+            bounds,
             sizes,
         )?;
         let set = solve(&problem, &self.solver)?;
@@ -109,12 +152,15 @@ impl PlanRequest {
         let plans = set.solutions.iter().map(|solution| {
             let rules = solution.choice.iter().map(|&c| self.candidates[c].into()).collect();
             let mut plan = Plan::new(shape, self.sink, self.min_span, rules)?;
+            let values = |of: &dyn Fn(&Bound) -> Option<f64>| {
+                let at = |b| of(b).map(|value| AtLength { length: b.length, value });
+                self.bounds.iter().filter_map(at).collect()
+            };
             plan.provenance = Provenance {
-                density_bounds: self
-                    .bounds
-                    .iter()
-                    .map(|b| AtLength { length: b.length, value: b.max })
-                    .collect(),
+                space: Some(self.space.name().to_string()),
+                density_bounds: values(&|b| Some(b.max)),
+                decode_time: self.decode_time.as_ref().map(|bound| bound.share),
+                density_floors: values(&|b| b.min),
                 predicted_losses: at(lengths, &solution.losses),
                 profile_lengths: lengths.to_vec(),
                 ..Provenance::default()
@@ -136,8 +182,32 @@ impl PlanRequest {
             *plan = plan.clone().with_fingerprint(profile.info.fingerprint.clone());
             plan.provenance.objective = Some(profile.info.objective.clone());
             plan.provenance.data = Some(profile.info.data.clone());
+            // Losses beyond the longest are extended from it.
+            plan.provenance.profile_lengths.retain(|&length| profile.at(length).is_ok());
         }
         Ok(found)
+    }
+}
+
+/// With a narrow and a wide candidate, asks for as many wide heads as fit the upper bounds: a
+/// ranking says which heads come first, not when to stop. `sizes` is `[bound][candidate]`.
+fn fill(bounds: &mut [Bound], sizes: &[f64], heads: usize) {
+    let sizes: Vec<(f64, f64)> = sizes.chunks(2).map(|pair| (pair[0], pair[1])).collect();
+    let fit = |(bound, &(narrow, wide)): (&Bound, &(f64, f64))| {
+        if wide <= narrow {
+            return heads as f64;
+        }
+        // 1e-9 absorbs the rounding of a bound that a whole number of heads meets exactly.
+        let room = (bound.max - narrow) / (wide - narrow) * heads as f64;
+        (room + 1e-9).floor().clamp(0.0, heads as f64)
+    };
+    let count = bounds.iter().zip(&sizes).map(fit).fold(heads as f64, f64::min);
+    for (bound, (narrow, wide)) in bounds.iter_mut().zip(sizes) {
+        let filled = narrow + (wide - narrow) * count / heads as f64 - 1e-9;
+        // Where even narrow heads are too many, the search says so.
+        if filled <= bound.max {
+            bound.min = Some(bound.min.unwrap_or(0.0).max(filled));
+        }
     }
 }
 

@@ -1,13 +1,16 @@
 use std::collections::BTreeMap;
 
-use moa_core::search::Options as SolverOptions;
-use moa_core::{DEFAULT_SINK, FoundPlans, Influence, Plan, PlanRequest, Profile, ProfileInfo};
+use moa_core::search::{Bound, Options as SolverOptions};
+use moa_core::{
+    CostBound, CostCurve, DEFAULT_SINK, FoundPlans, Influence, ModelShape, Plan, PlanRequest,
+    Profile, ProfileInfo, Space,
+};
 
 use crate::calibrate::{CalibrationData, CalibrationOptions};
 use crate::checkpoint::Checkpoint;
 use crate::generate::Next;
 use crate::llama::Llama;
-use crate::objective::Objective;
+use crate::objective::{Objective, TokenWeight, WeightedObjective};
 use crate::ops::{BackwardOps, Ops};
 use crate::profile::Item;
 use crate::refine::{Refined, refine};
@@ -21,6 +24,16 @@ pub const DEFAULT_BLOCK: usize = 64;
 pub struct CompressOptions {
     /// Largest mean density at every bound length.
     pub density: f64,
+    /// Smallest mean density at every bound length.
+    pub min_density: Option<f64>,
+    /// Bounds on density in place of `density`, `min_density` and `bound_lengths`, such as those that
+    /// bytes come to ([`Bound::kv_bytes`]); empty for those.
+    pub bounds: Vec<Bound>,
+    /// Largest attention time of a decode step at every bound length, as a share of dense attention's,
+    /// by measurements on the backend.
+    pub decode_time: Option<f64>,
+    /// Kind of plan.
+    pub space: Space,
     /// Lengths at which influence is measured.
     pub lengths: Vec<usize>,
     /// Lengths at which the density is bounded; empty for the profile lengths, the validation length
@@ -28,6 +41,8 @@ pub struct CompressOptions {
     pub bound_lengths: Vec<usize>,
     /// What influence is measured on.
     pub objective: Objective,
+    /// How much each token of a response counts.
+    pub token_weight: TokenWeight,
     /// Sink positions of every head; 0 is allowed.
     pub sink: usize,
     /// Smallest span of any head.
@@ -53,9 +68,14 @@ impl Default for CompressOptions {
     fn default() -> Self {
         Self {
             density: 0.25,
+            min_density: None,
+            bounds: Vec::new(),
+            decode_time: None,
+            space: Space::default(),
             lengths: vec![1024, 2048],
             bound_lengths: Vec::new(),
             objective: Objective::Margin,
+            token_weight: TokenWeight::default(),
             sink: DEFAULT_SINK,
             min_span: DEFAULT_SINK + 16,
             samples: 8,
@@ -132,9 +152,14 @@ impl CompressOptions {
         }
         lengths.sort_unstable();
         lengths.dedup();
-        let mut request = PlanRequest::density(self.density, &lengths, self.sink, self.min_span)?;
+        let bound = |&length| Bound { length, max: self.density, min: self.min_density };
+        let bounds = match self.bounds.is_empty() {
+            true => lengths.iter().map(bound).collect(),
+            false => self.bounds.clone(),
+        };
+        let mut request = PlanRequest::bounded(bounds, self.sink, self.min_span)?;
         request.solver = self.solver.clone();
-        Ok(request)
+        Ok(request.with_space(self.space))
     }
 
     fn calibration(&self, lengths: Vec<usize>, samples: usize, seed: u64) -> CalibrationOptions {
@@ -164,14 +189,15 @@ impl<O: BackwardOps> Llama<O> {
     pub fn profile_all(
         &self,
         items: &BTreeMap<usize, Vec<Item>>,
-        objective: Objective,
+        objective: impl Into<WeightedObjective>,
         block: usize,
         data: &str,
         on_item: &mut dyn FnMut() -> Next,
     ) -> Result<Profile> {
+        let objective = objective.into();
         let info = ProfileInfo {
             fingerprint: Some(self.fingerprint().to_string()),
-            objective: objective.name().to_string(),
+            objective: objective.name(),
             data: data.to_string(),
         };
         let mut profile = Profile::new(self.shape(), info);
@@ -203,13 +229,18 @@ pub fn compress<O: BackwardOps>(
     options.validate()?;
     let model = &checkpoint.model;
     let context = model.config().context_length();
-    let request = options.request(context)?;
+    let mut request = options.request(context)?;
+    if let Some(share) = options.decode_time {
+        bound_decode_time(&mut request, &model.ops, model.shape(), share)?;
+    }
     let count = options.lengths.len() * options.samples;
     let items = calibrate(checkpoint, data, &options.profile_calibration(), count, on_progress)?;
     let description = format!("{}, seed {}", describe(data), options.seed);
     let profile = {
         let mut step = counter(Stage::Profile, count, on_progress);
-        model.profile_all(&items, options.objective, DEFAULT_BLOCK, &description, &mut step)?
+        let objective =
+            WeightedObjective { objective: options.objective, weight: options.token_weight };
+        model.profile_all(&items, objective, DEFAULT_BLOCK, &description, &mut step)?
     };
     on_progress(Stage::Search, 0, 1);
     let found = request.search_profile(&profile, &request.objective_lengths(&profile))?;
@@ -230,6 +261,26 @@ pub fn compress<O: BackwardOps>(
         refine(model, &items, &found.plans, &request, &profile, options.evaluations, &mut step)?;
     refined.plan.provenance.method = Some("moa compress".to_string());
     Ok(Compressed { plan: refined.plan.clone(), profile, found, refined })
+}
+
+/// Bounds the decode time of a search by measurements on the backend.
+///
+/// # Errors
+/// If the share is not above 0, or the backend does not measure ([`moa_core::Error::Unsupported`]).
+pub fn bound_decode_time<O: Ops>(
+    request: &mut PlanRequest,
+    ops: &O,
+    shape: ModelShape,
+    share: f64,
+) -> Result<()> {
+    if !(share > 0.0 && share.is_finite()) {
+        return Err(Error::invalid("decode time", "a share above 0", share));
+    }
+    let longest = request.bounds.iter().map(|b| b.length).max().unwrap_or(1);
+    let shortest = request.min_span.min(longest);
+    let curve = CostCurve::measure(ops.attention(), shape, shortest, longest);
+    request.decode_time = Some(CostBound { share, curve: curve.map_err(Error::backend)? });
+    Ok(())
 }
 
 /// A name for calibration data, as profiles keep it.

@@ -15,12 +15,14 @@ use crate::{Error, Result};
 #[derive(Clone, Debug, Default)]
 pub struct CpuOps {
     attention: CpuBackend,
+    /// With f32 caches.
+    exact: CpuBackend,
 }
 
 impl CpuOps {
     /// With KV caches of this element type.
     pub fn new(cache: CacheDtype) -> Self {
-        Self { attention: CpuBackend::new(cache) }
+        Self { attention: CpuBackend::new(cache), exact: CpuBackend::new(CacheDtype::F32) }
     }
 }
 
@@ -199,6 +201,10 @@ impl Ops for CpuOps {
 }
 
 impl BackwardOps for CpuOps {
+    fn exact_attention(&self) -> &CpuBackend {
+        &self.exact
+    }
+
     fn linear_backward(&self, d_y: &Tensor, weight: &CpuMatrix) -> Result<Tensor> {
         kernels::linear_backward_input(d_y, weight.view()?).map_err(Error::backend)
     }

@@ -39,7 +39,9 @@ pub use calibrate::{CalibrationData, CalibrationOptions, Prompt};
 pub use chat::{ChatTemplate, Message};
 pub use chat_session::ChatSession;
 pub use checkpoint::{Checkpoint, Completion, TextProgress};
-pub use compress::{CompressOptions, Compressed, DEFAULT_BLOCK, Stage, compress, describe};
+pub use compress::{
+    CompressOptions, Compressed, DEFAULT_BLOCK, Stage, bound_decode_time, compress, describe,
+};
 pub use config::LlamaConfig;
 pub use cpu::{CpuMatrix, CpuOps};
 #[cfg(feature = "hub")]
@@ -50,7 +52,7 @@ pub use generation_config::GenerationConfig;
 pub use llama::{Llama, LogitRows, Sequence};
 pub use measure::{PerplexityReport, RetrievalReport};
 pub use moa_backend_cpu::CacheDtype;
-pub use objective::Objective;
+pub use objective::{Objective, TokenWeight, WeightedObjective};
 pub use ops::{BackwardOps, Ops};
 pub use profile::Item;
 pub use records::{PHRASINGS, Phrasing, RecordPrompt};

@@ -8,16 +8,23 @@ use crate::{Error, Result};
 /// What a plan must not harm, as a function of the logits `z` at the positions that predict the
 /// response, and how its influence is summed.
 ///
-/// Each is a loss: larger is worse. A response's loss is the mean over its tokens `y`.
+/// Each is a loss: larger is worse. A response's loss is the mean over its tokens `y`, or weighted
+/// by [`TokenWeight`]. Its influence `E_ij = A_ij/(1-A_ij) * (D_i - dO_i . V_j)`, with `D_i = dO_i .
+/// O_i` and `dO` the gradient of the loss by a query head's attention output, is the first-order
+/// change when query `i` no longer sees key `j`. A KV head's influence is the sum over the query
+/// heads of its group, as their keys go together: `E_ij = sum_h E_ij^h`, or `sum_h |E_ij^h|` where
+/// influence is absolute; a KV head is then kept if any query head of its group needs it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Objective {
-    /// Cross entropy `logsumexp(z) - z_y`, signed influence (the MoA paper, section 4.2).
+    /// Cross entropy `logsumexp(z) - z_y`, signed influence (the MoA paper, section 4.2). Its
+    /// gradient `softmax(z) - onehot(y)` vanishes where the model is certain.
     CrossEntropy,
-    /// Cross entropy, absolute influence per attention entry (the original code).
+    /// Cross entropy `logsumexp(z) - z_y`, absolute influence per attention entry (the original
+    /// code). What is noise adds up instead of cancelling, over all N^2 entries.
     CrossEntropyAbsolute,
-    /// Logit margin `logsumexp(z_others) - z_y`, signed. It does not saturate where the model is
-    /// certain, which is where the gradient of the cross entropy vanishes.
+    /// Logit margin `logsumexp(z_others) - z_y`, signed. Its gradient `softmax(z_others) - onehot(y)`
+    /// is as large where the model is certain as anywhere.
     Margin,
 }
 
@@ -70,6 +77,73 @@ impl Objective {
     }
 }
 
+/// How much each token of a response counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TokenWeight {
+    /// All alike: `w_t = 1 / T`.
+    #[default]
+    Uniform,
+    /// By how hard the token is for the dense model: `w_t = (c_t + 0.01) / sum_s (c_s + 0.01)`, with
+    /// `c` the cross entropy in nats. Tokens that follow from the text before them, whatever heads see,
+    /// count for little; the constant keeps a response that is certain throughout from being decided by
+    /// one token.
+    Hard,
+}
+
+impl TokenWeight {
+    /// Every weighting with its name on the command line.
+    pub const ALL: [(Self, &'static str); 2] = [(Self::Uniform, "uniform"), (Self::Hard, "hard")];
+
+    /// Weights of tokens of these cross entropies; their sum is 1.
+    pub(crate) fn weights(self, cross_entropies: &[f64]) -> Vec<f64> {
+        const LEAST: f64 = 0.01;
+        let weight = |c: &f64| match self {
+            Self::Uniform => 1.0,
+            Self::Hard => c.max(0.0) + LEAST,
+        };
+        let weights: Vec<f64> = cross_entropies.iter().map(weight).collect();
+        let sum: f64 = weights.iter().sum();
+        weights.into_iter().map(|w| w / sum).collect()
+    }
+}
+
+impl FromStr for TokenWeight {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL.iter().find(|(_, n)| *n == name).map(|(w, _)| *w).ok_or_else(|| {
+            let names: Vec<_> = Self::ALL.iter().map(|(_, n)| *n).collect();
+            Error::invalid("token weight", names.join(", "), name)
+        })
+    }
+}
+
+/// An objective with the weight of each token: `sum_t w_t * loss(z_t, y_t)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct WeightedObjective {
+    /// Loss of a token.
+    pub objective: Objective,
+    /// How much it counts.
+    pub weight: TokenWeight,
+}
+
+impl From<Objective> for WeightedObjective {
+    fn from(objective: Objective) -> Self {
+        Self { objective, weight: TokenWeight::Uniform }
+    }
+}
+
+impl WeightedObjective {
+    /// Name in files, such as `margin` or `margin, hard tokens`.
+    pub fn name(self) -> String {
+        match self.weight {
+            TokenWeight::Uniform => self.objective.name().to_string(),
+            TokenWeight::Hard => format!("{}, hard tokens", self.objective.name()),
+        }
+    }
+}
+
 /// Cross entropy of one row of logits, in nats.
 pub(crate) fn cross_entropy(logits: &[f32], target: usize) -> f64 {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -116,7 +190,22 @@ mod tests {
     }
 
     #[test]
+    fn hard_tokens_weigh_more_and_certain_responses_evenly() {
+        let weights = TokenWeight::Hard.weights(&[0.0, 0.99, 0.0]);
+        assert!((weights.iter().sum::<f64>() - 1.0).abs() < 1e-12);
+        assert!((weights[1] / weights[0] - 100.0).abs() < 1e-9);
+        // Rounding makes a cross entropy of 0 slightly negative.
+        let weights = TokenWeight::Hard.weights(&[1e-9, 0.0, -1e-9]);
+        assert!(weights.iter().all(|w| (w - 1.0 / 3.0).abs() < 1e-6), "{weights:?}");
+        assert_eq!(TokenWeight::Uniform.weights(&[3.0, 0.0]), [0.5, 0.5]);
+    }
+
+    #[test]
     fn names_parse_and_unknown_ones_are_listed() {
+        for (weight, name) in TokenWeight::ALL {
+            assert_eq!(name.parse::<TokenWeight>().unwrap(), weight);
+        }
+        assert!("soft".parse::<TokenWeight>().unwrap_err().to_string().contains("hard"));
         for (objective, name) in Objective::ALL {
             assert_eq!(name.parse::<Objective>().unwrap(), objective);
             assert_eq!(objective.name(), name);

@@ -118,6 +118,13 @@ pub trait Ops: Send + Sync {
 
 /// Gradients of the operations by their input, for profiling. Weights get no gradients.
 pub trait BackwardOps: Ops {
+    /// Attention whose caches round nothing, for the forward pass of profiling.
+    ///
+    /// Influence is `A/(1-A) * (D - dO . V)`: where a head is sure of one key, `1 - A` and the bracket
+    /// are both nearly 0. An output of rounded keys and values leaves in the bracket what rounding
+    /// cost, and the quotient makes that the largest entry of all.
+    fn exact_attention(&self) -> &Self::Attention;
+
     /// `d_y . weight`.
     ///
     /// # Errors

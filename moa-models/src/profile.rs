@@ -9,7 +9,7 @@ use std::ops::Range;
 use moa_core::{Gradients, Influence, InfluenceInputs, LayerLayout, Span, SparseAttentionBackend};
 
 use crate::llama::{Layer, Llama, Rotations};
-use crate::objective::Objective;
+use crate::objective::{Objective, WeightedObjective, cross_entropy};
 use crate::ops::BackwardOps;
 use crate::{Error, Result};
 
@@ -76,7 +76,13 @@ impl<O: BackwardOps> Llama<O> {
     ///
     /// # Errors
     /// If `into` is for another model, or the item is longer than it or the model's context allows.
-    pub fn profile(&self, item: &Item, objective: Objective, into: &mut Influence) -> Result<f64> {
+    pub fn profile(
+        &self,
+        item: &Item,
+        objective: impl Into<WeightedObjective>,
+        into: &mut Influence,
+    ) -> Result<f64> {
+        let objective = objective.into();
         let tokens = item.inputs();
         if into.shape() != self.shape() {
             let (expected, got) = (self.shape(), into.shape());
@@ -110,7 +116,7 @@ impl<O: BackwardOps> Llama<O> {
                 &active,
                 d_y,
                 &rotations,
-                (objective, into.block(), index > 0),
+                (objective.objective, into.block(), index > 0),
             )?;
             into.add_layer(index, tokens.len().div_ceil(into.block()), &blocks, 1.0)?;
             active = 0..tokens.len();
@@ -135,7 +141,7 @@ impl<O: BackwardOps> Llama<O> {
         let mut saved = Vec::with_capacity(self.layers.len());
         for (index, layer) in self.layers.iter().enumerate() {
             let (q, k, v) = self.qkv(layer, &x, rotations)?;
-            let attention = self.ops.attention();
+            let attention = self.ops.exact_attention();
             let mut cache =
                 attention.open(&layout, self.config.head_dim).map_err(Error::backend)?;
             let (out, lse) = attention
@@ -163,7 +169,7 @@ impl<O: BackwardOps> Llama<O> {
         &self,
         saved: &[Saved<O::Tensor>],
         item: &Item,
-        objective: Objective,
+        WeightedObjective { objective, weight }: WeightedObjective,
     ) -> Result<(f64, O::Tensor)> {
         let (ops, eps) = (&self.ops, self.eps());
         let (Some(layer), Some(top)) = (self.layers.last(), saved.last()) else {
@@ -176,11 +182,14 @@ impl<O: BackwardOps> Llama<O> {
         let shape = ops.shape(&logits);
         let mut values = ops.values(logits)?;
         let response = item.response();
+        let vocab = self.config.vocab_size;
+        let rows = values.chunks(vocab).zip(response);
+        let certain: Vec<f64> = rows.map(|(row, y)| cross_entropy(row, *y as usize)).collect();
+        let weights = weight.weights(&certain);
         let mut loss = 0.0;
-        let share = 1.0 / response.len() as f32;
-        for (row, &target) in values.chunks_mut(self.config.vocab_size).zip(response) {
-            loss += objective.gradient(row, target as usize) * f64::from(share);
-            row.iter_mut().for_each(|g| *g *= share);
+        for ((row, &target), weight) in values.chunks_mut(vocab).zip(response).zip(weights) {
+            loss += objective.gradient(row, target as usize) * weight;
+            row.iter_mut().for_each(|g| *g *= weight as f32);
         }
         let d_logits = ops.tensor(values, &shape)?;
         let d_h = ops.linear_backward(&d_logits, self.output_matrix())?;
@@ -251,7 +260,8 @@ impl<O: BackwardOps> Llama<O> {
             sign: objective.sign(),
             gradients,
         };
-        let output = ops.attention().influence(&inputs, self.scale()).map_err(Error::backend)?;
+        let output =
+            ops.exact_attention().influence(&inputs, self.scale()).map_err(Error::backend)?;
         let Some(Gradients { d_q, d_k, d_v }) = output.gradients else {
             return Ok((output.blocks, None));
         };

@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
-use moa_core::{AtLength, ElasticRule, ModelShape, Plan, PlanRequest, Profile};
+use moa_core::{AtLength, ElasticRule, ModelShape, Plan, PlanRequest, Profile, Trial};
 
 use crate::generate::Next;
 use crate::llama::Llama;
@@ -42,6 +42,8 @@ struct Measure<'a, O: Ops> {
     model: &'a Llama<O>,
     items: &'a BTreeMap<usize, Vec<Item>>,
     known: HashMap<String, Vec<AtLength>>,
+    /// What was predicted and measured of plans on the shortest items.
+    trials: Vec<Trial>,
     /// Plans measured, on all items or on the shortest.
     done: usize,
     budget: usize,
@@ -66,16 +68,16 @@ impl<O: Ops> Measure<'_, O> {
     }
 
     /// The plan with the lowest loss. All are measured on the shortest items; of several, only the
-    /// two best of those on all items.
-    fn best(&mut self, mut plans: Vec<Plan>) -> Result<Option<(f64, Plan)>> {
-        if plans.len() > 2
-            && let Some((&length, items)) = self.items.iter().next()
-        {
+    /// two best of those on all items. `round` is for the record of trials.
+    fn best(&mut self, round: usize, mut plans: Vec<Plan>) -> Result<Option<(f64, Plan)>> {
+        let screens = plans.len() > 2;
+        if screens && let Some((&length, items)) = self.items.iter().next() {
             let shortest = BTreeMap::from([(length, items.clone())]);
             let mut screened = Vec::with_capacity(plans.len());
             for plan in plans {
                 let losses = measured_losses(self.model, &shortest, &plan)?;
                 self.count()?;
+                self.trials.extend(plan.provenance.trial(round, losses[0]));
                 screened.push((losses[0].value, plan));
             }
             screened.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -84,6 +86,10 @@ impl<O: Ops> Measure<'_, O> {
         let mut best: Option<(f64, Plan)> = None;
         for plan in plans {
             let loss = self.loss(&plan)?;
+            if !screens {
+                let shortest = self.losses(&plan)?[0];
+                self.trials.extend(plan.provenance.trial(round, shortest));
+            }
             if best.as_ref().is_none_or(|b| loss < b.0) {
                 best = Some((loss, plan));
             }
@@ -145,13 +151,14 @@ pub fn refine<O: Ops>(
         model,
         items,
         known: HashMap::new(),
+        trials: Vec::new(),
         done: 0,
         budget: evaluations,
         on_evaluation,
     };
     let dense = full_plan(first, model.shape())?;
     let dense_loss = measure.loss(&dense)?;
-    let Some(mut best) = measure.best(starts.to_vec())? else {
+    let Some(mut best) = measure.best(0, starts.to_vec())? else {
         return Err(Error::invalid("plans", "at least one", 0));
     };
     let start_loss = best.0;
@@ -164,13 +171,14 @@ pub fn refine<O: Ops>(
     request.solver.max_plans = request.solver.max_plans.min(4);
     request.solver.intervals = request.solver.intervals.min(2);
     let mut around = dense;
-    let mut stalled = 0;
+    let (mut stalled, mut round) = (0, 0);
     while measure.left() > 0 && best.0 > dense_loss + CLOSE && stalled < 3 {
         table.probe(&mut measure, &around)?;
         let found = request.search(model.shape(), &lengths, table.losses())?;
         let fingerprint = first.fingerprint().map(str::to_string);
         let plans = found.plans.into_iter().map(|p| p.with_fingerprint(fingerprint.clone()));
-        let Some((loss, plan)) = measure.best(plans.collect())? else { break };
+        round += 1;
+        let Some((loss, plan)) = measure.best(round, plans.collect())? else { break };
         stalled = if loss < best.0 - 1e-4 { 0 } else { stalled + 1 };
         if loss < best.0 {
             best = (loss, plan.clone());
@@ -182,6 +190,7 @@ pub fn refine<O: Ops>(
     plan.provenance = starts[0].provenance.clone();
     plan.provenance.measured_losses = measure.losses(&plan)?;
     plan.provenance.predicted_losses.clear();
+    plan.provenance.trials = measure.trials;
     Ok(Refined {
         plan,
         loss: best.0,

@@ -1,10 +1,11 @@
 use std::path::PathBuf;
 
-use moa_models::{CompressOptions, Objective, compress};
+use moa_models::{CompressOptions, compress};
 use serde_json::json;
 
 use super::search::SolverArgs;
-use crate::args::{DataArg, ModelArg, SpanArgs, objective_parser, parse_count, parse_density};
+use crate::args::{DataArg, ModelArg, ObjectiveArgs, SpanArgs, parse_count};
+use crate::budget::BudgetArgs;
 use crate::calibration;
 use crate::error::Result;
 use crate::files::{check_file, check_optional};
@@ -16,25 +17,20 @@ use crate::report;
 /// Find a plan in one step: profile, search, validate and refine
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Example:\n  moa compress --model assets/moa-tiny --density 0.25 --out plan.json"
+    after_help = "Examples:\n  moa compress --model assets/moa-tiny --density 0.25 --out plan.json\n  moa compress --model assets/moa-tiny --kv-bytes 4096:3MiB --out plan.json"
 )]
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArg,
     #[command(flatten)]
     data: DataArg,
-    /// Largest mean share of the context that heads keep
-    #[arg(long, default_value = "0.25", value_parser = parse_density)]
-    density: f64,
+    #[command(flatten)]
+    budget: BudgetArgs,
     /// Lengths to profile, prompt and response together
     #[arg(long, default_value = "1024,2048", value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]
     lengths: Vec<usize>,
-    /// Lengths at which the density is bounded [default: the lengths, the validation length and twice the longest]
-    #[arg(long, value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]
-    bound_lengths: Vec<usize>,
-    /// What a plan must not harm
-    #[arg(long, default_value = "margin", value_parser = objective_parser())]
-    objective: Objective,
+    #[command(flatten)]
+    objective: ObjectiveArgs,
     #[command(flatten)]
     span: SpanArgs,
     /// Calibration items per length
@@ -65,11 +61,12 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     check_file(&args.out)?;
     check_optional(args.save_profile.as_deref())?;
+    let data = calibration::load(&args.data.data)?;
+    let model = model::open(&args.model.model, context)?;
     let options = CompressOptions {
-        density: args.density,
         lengths: args.lengths.clone(),
-        bound_lengths: args.bound_lengths.clone(),
-        objective: args.objective,
+        objective: args.objective.objective,
+        token_weight: args.objective.token_weight,
         sink: args.span.sink,
         min_span: args.span.min_span,
         samples: args.samples,
@@ -77,12 +74,12 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         validation_length: args.validation_length,
         validation_samples: args.validation_samples,
         evaluations: args.evaluations,
+        space: args.solver.space,
         solver: args.solver.options(context),
         seed: context.seed,
+        ..args.budget.options(model.model.shape(), context)?
     };
     options.validate()?;
-    let data = calibration::load(&args.data.data)?;
-    let model = model::open(&args.model.model, context)?;
     let bar = Progress::new(context, "calibrate", 1);
     let found =
         compress(&model, &data, &options, &mut |stage, done, total| bar.stage(stage, done, total))?;

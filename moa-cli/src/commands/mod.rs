@@ -6,6 +6,7 @@ pub(crate) mod generate;
 pub(crate) mod plan;
 pub(crate) mod profile;
 pub(crate) mod quickstart;
+pub(crate) mod report;
 pub(crate) mod search;
 pub(crate) mod validate;
 

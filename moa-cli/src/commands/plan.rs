@@ -7,10 +7,10 @@ use serde_json::json;
 use super::plan_make;
 use crate::args::parse_count;
 use crate::error::Result;
+use crate::figure;
 use crate::files::check_optional;
 use crate::output::{Context, table};
 use crate::report;
-use crate::svg;
 
 /// Inspect, convert and make plans
 #[derive(Debug, clap::Args)]
@@ -63,7 +63,8 @@ fn show(args: &ShowArgs, context: &Context) -> Result<()> {
     let lengths = if args.at.is_empty() { report::lengths_of(&plan) } else { args.at.clone() };
     if let Some(path) = &args.svg {
         let title = format!("Span of each KV head, {}", plan.shape());
-        write_atomic(path, svg::draw(&title, &report::maps(&plan, &lengths)).as_bytes())?;
+        let figure = figure::head_map(&title, &[("", report::maps(&plan, &lengths))]);
+        write_atomic(path, figure.svg().as_bytes())?;
     }
     let element_bytes = context.cache.bytes();
     context.print(format_args!("{}", plan.shape()))?;
@@ -89,6 +90,7 @@ fn origin(plan: &Plan) -> Vec<String> {
     };
     say("weights", plan.fingerprint().map(str::to_string));
     say("made by", from.method.clone());
+    say("kind", from.space.clone());
     say("objective", from.objective.clone());
     say("data", from.data.clone());
     say("predicted loss", Some(report::at_lengths(&from.predicted_losses)));

@@ -1,10 +1,10 @@
 use std::path::PathBuf;
 
 use moa_core::{DEFAULT_SINK, ElasticRule, HeadRule, Profile};
-use moa_models::{CalibrationOptions, DEFAULT_BLOCK, Objective, describe};
+use moa_models::{CalibrationOptions, DEFAULT_BLOCK, WeightedObjective, describe};
 use serde_json::json;
 
-use crate::args::{DataArg, ModelArg, objective_parser, parse_count};
+use crate::args::{DataArg, ModelArg, ObjectiveArgs, parse_count};
 use crate::calibration;
 use crate::error::Result;
 use crate::files::check_file;
@@ -28,9 +28,8 @@ pub(crate) struct Args {
     /// Most calibration items per length
     #[arg(long, default_value_t = 8, value_name = "N", value_parser = parse_count)]
     samples: usize,
-    /// What a plan must not harm
-    #[arg(long, default_value = "margin", value_parser = objective_parser())]
-    objective: Objective,
+    #[command(flatten)]
+    objective: ObjectiveArgs,
     /// Tokens per side of an influence block
     #[arg(long, default_value_t = DEFAULT_BLOCK, value_name = "TOKENS", value_parser = parse_count)]
     block: usize,
@@ -58,10 +57,10 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let items = calibration::items(&model, &data, &options, context)?;
     let bar = Progress::new(context, "profile", items.values().map(Vec::len).sum());
     let description = format!("{}, seed {}", describe(&data), context.seed);
+    let ObjectiveArgs { objective, token_weight } = args.objective;
+    let objective = WeightedObjective { objective, weight: token_weight };
     let profile =
-        model
-            .model
-            .profile_all(&items, args.objective, args.block, &description, &mut || bar.step())?;
+        model.model.profile_all(&items, objective, args.block, &description, &mut || bar.step())?;
     drop(bar);
     profile.save(&args.out)?;
 

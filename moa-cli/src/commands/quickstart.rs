@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use super::eval_retrieval::{HEAD, ask, report_json, row};
 use crate::args::{parse_count, parse_density};
 use crate::error::{Error, Result};
+use crate::figure;
 use crate::files::OutputFolder;
 use crate::head_map;
 use crate::held_out;
@@ -17,7 +18,6 @@ use crate::model::{self, Model};
 use crate::output::{Context, table};
 use crate::progress::Progress;
 use crate::report;
-use crate::svg;
 
 /// From a checkpoint to a plan to answers, on a small model, in a minute or two
 #[derive(Debug, clap::Args)]
@@ -95,7 +95,8 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     found.profile.save(&profile)?;
     folder.wrote(profile);
     let title = format!("Span of each KV head at density {}", args.density);
-    folder.write("heads.svg", svg::draw(&title, &maps).as_bytes())?;
+    let figure = figure::head_map(&title, &[("", maps)]);
+    folder.write("heads.svg", figure.svg().as_bytes())?;
     let seconds = begin.elapsed().as_secs_f64();
     let value = json!({
         "model": model_path,

@@ -2,11 +2,12 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use moa_core::{FoundPlans, Profile, search::Options};
-use moa_models::CompressOptions;
+use moa_core::{FoundPlans, Profile, Space, search::Options};
+use moa_models::{CompressOptions, CpuOps, bound_decode_time};
 use serde_json::{Value, json};
 
-use crate::args::{SpanArgs, parse_count, parse_density};
+use crate::args::{SpanArgs, parse_count, space_parser};
+use crate::budget::BudgetArgs;
 use crate::error::{Error, Result};
 use crate::files::OutputFolder;
 use crate::output::{Context, percent, table};
@@ -15,21 +16,18 @@ use crate::plans;
 /// Search the Pareto set of plans for a memory budget
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Example:\n  moa search --profile profile.safetensors --density 0.25 --out plans"
+    after_help = "Examples:\n  moa search --profile profile.safetensors --density 0.25 --out plans\n  moa search --profile profile.safetensors --space per-layer --bound-lengths 4096 --out rival"
 )]
 pub(crate) struct Args {
     /// Profile of `moa profile`
     #[arg(long, value_name = "FILE")]
     profile: PathBuf,
-    /// Largest mean share of the context that heads keep
-    #[arg(long, default_value = "0.25", value_parser = parse_density)]
-    density: f64,
-    /// Profiled lengths whose losses count [default: all]
+    #[command(flatten)]
+    budget: BudgetArgs,
+    /// Profiled lengths whose losses count [default: all, and the longest bound length, extended
+    /// from the longest profiled]
     #[arg(long, value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]
     lengths: Vec<usize>,
-    /// Lengths at which the density is bounded [default: the lengths, 1.5 and 2 times the longest]
-    #[arg(long, value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]
-    bound_lengths: Vec<usize>,
     #[command(flatten)]
     span: SpanArgs,
     #[command(flatten)]
@@ -42,9 +40,14 @@ pub(crate) struct Args {
     force: bool,
 }
 
-/// How to search.
+/// What to search, and how.
 #[derive(Debug, clap::Args)]
 pub(crate) struct SolverArgs {
+    /// Kind of plan: a rule per KV head that grows with the context (elastic), a span per KV head
+    /// (fixed) or per layer (per-layer), or heads that keep everything or the smallest span (duo).
+    /// Fixed spans are best bounded at one length
+    #[arg(long, default_value = "elastic", value_name = "KIND", value_parser = space_parser())]
+    pub(crate) space: Space,
     /// At most this many distinct rules in one layer
     #[arg(long, value_name = "K", value_parser = parse_count)]
     pub(crate) max_rules_per_layer: Option<usize>,
@@ -84,18 +87,32 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         profile.at(length).map_err(|e| Error::from(e).at(args.profile.display().to_string()))?;
     }
     let options = CompressOptions {
-        density: args.density,
         lengths: lengths.clone(),
-        bound_lengths: args.bound_lengths.clone(),
         sink: args.span.sink,
         min_span: args.span.min_span,
+        space: args.solver.space,
         solver: args.solver.options(context),
-        ..CompressOptions::default()
+        ..args.budget.options(profile.shape, context)?
     };
     // A profile does not say how long the model's context is; a bound beyond it does no harm.
-    let request = options.request(usize::MAX)?;
+    let mut request = options.request(usize::MAX)?;
+    if let Some(share) = options.decode_time {
+        bound_decode_time(&mut request, &CpuOps::new(context.cache), profile.shape, share)?;
+    }
+    if matches!(request.space, Space::Fixed | Space::PerLayer) && request.bounds.len() > 1 {
+        let shortest = request.bounds.iter().map(|b| b.length).min().unwrap_or(0);
+        context.note(format_args!(
+            "fixed spans: the bound at {shortest} tokens decides, plans are smaller than asked for at \
+             greater lengths; name one length with --bound-lengths to use the room there"
+        ));
+    }
     let mut folder = OutputFolder::create(&args.out)?;
-    let mut found = request.search_profile(&profile, &lengths)?;
+    // As `moa compress` does: rules that stop growing beyond the profile lose there.
+    let objectives = match args.lengths.is_empty() {
+        true => request.objective_lengths(&profile),
+        false => lengths,
+    };
+    let mut found = request.search_profile(&profile, &objectives)?;
     for plan in &mut found.plans {
         plan.provenance.method = Some("moa search".to_string());
     }
@@ -117,7 +134,8 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     ))?;
     context.json(&json!({
         "out": args.out,
-        "density": args.density,
+        "density": request.bounds.iter().map(|b| b.max).fold(0.0, f64::max),
+        "space": args.solver.space.name(),
         "worst_gap": found.set.worst_gap,
         "seconds": found.set.seconds,
         "plans": plans_json(&found, &files),

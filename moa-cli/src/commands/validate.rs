@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use moa_core::{Plan, Profile};
+use moa_core::{AtLength, Plan, Profile};
 use moa_models::{CompressOptions, Item, measured_losses, refine};
 use serde_json::json;
 
@@ -86,7 +86,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     if let (Some(evaluations), Some(profile)) = (args.refine, &profile) {
         let bar = Progress::new(context, "refine", evaluations);
         let starts: Vec<Plan> = files.iter().map(|f| f.plan.clone()).collect();
-        let request = plans::request(&files[best])?;
+        let request = plans::request(&files[best], context)?;
         let found =
             refine(&model.model, &items, &starts, &request, profile, evaluations, &mut || {
                 bar.step()
@@ -95,6 +95,12 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         refined = Some(found);
     }
     plan.provenance.measured_losses = measured_losses(&model.model, &items, &plan)?;
+    let measured = files.iter().zip(&losses);
+    plan.provenance
+        .trials
+        .extend(measured.filter_map(|(file, &value)| {
+            file.plan.provenance.trial(0, AtLength { length, value })
+        }));
     plan.provenance.method = Some("moa validate".to_string());
     plan.save(&args.out)?;
 

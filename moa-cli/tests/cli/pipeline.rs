@@ -280,6 +280,7 @@ fn help_of_every_subcommand_has_an_example() {
         &["eval"],
         &["eval", "retrieval"],
         &["eval", "perplexity"],
+        &["report"],
     ];
     for command in all {
         let text = ok(Path::new("."), &[command, &["--help"][..]].concat());

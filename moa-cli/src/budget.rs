@@ -1,0 +1,87 @@
+use moa_core::ModelShape;
+use moa_core::search::Bound;
+use moa_models::CompressOptions;
+
+use crate::args::{parse_count, parse_density};
+use crate::error::{Error, Result};
+use crate::output::Context;
+
+/// How large plans may be.
+#[derive(Debug, clap::Args)]
+pub(crate) struct BudgetArgs {
+    /// Largest mean share of the context that heads keep
+    #[arg(long, default_value = "0.25", value_parser = parse_density)]
+    pub(crate) density: f64,
+    /// Smallest mean share of the context that heads keep
+    #[arg(long, value_name = "DENSITY", value_parser = parse_density)]
+    min_density: Option<f64>,
+    /// Lengths at which the density is bounded [default: the profiled lengths, 1.5 and 2 times the
+    /// longest]
+    #[arg(long, value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]
+    bound_lengths: Vec<usize>,
+    /// Most bytes of keys and values of one sequence of a length, such as 8192:64MiB, in place of
+    /// --density
+    #[arg(long, value_delimiter = ',', value_name = "TOKENS:BYTES,..", value_parser = parse_kv_bytes,
+          conflicts_with_all = ["density", "min_density", "bound_lengths"])]
+    kv_bytes: Vec<(usize, u64)>,
+    /// Largest attention time of a decode step, as a share of dense attention's, as measured on this
+    /// machine before the search; in addition to the other bounds
+    #[arg(long, value_name = "SHARE", value_parser = parse_density)]
+    pub(crate) decode_time: Option<f64>,
+}
+
+impl BudgetArgs {
+    /// The same as options for a model of this shape.
+    pub(crate) fn options(&self, shape: ModelShape, context: &Context) -> Result<CompressOptions> {
+        let element = context.cache.bytes();
+        let bounds = self.kv_bytes.iter();
+        let bounds = bounds.map(|&(length, bytes)| Bound::kv_bytes(length, bytes, shape, element));
+        Ok(CompressOptions {
+            density: self.density,
+            min_density: self.min_density,
+            bound_lengths: self.bound_lengths.clone(),
+            bounds: bounds.collect::<Result<_, _>>()?,
+            decode_time: self.decode_time,
+            ..CompressOptions::default()
+        })
+    }
+}
+
+/// `TOKENS:BYTES`.
+fn parse_kv_bytes(text: &str) -> Result<(usize, u64), Error> {
+    let fault = || Error::argument("KV bytes", "TOKENS:BYTES, such as 8192:64MiB", text);
+    let (length, bytes) = text.split_once(':').ok_or_else(fault)?;
+    let length = length.trim().parse().ok().filter(|n| *n > 0).ok_or_else(fault)?;
+    Ok((length, parse_bytes(bytes.trim()).ok_or_else(fault)?))
+}
+
+/// A number of bytes above 0, with a binary unit or none.
+fn parse_bytes(text: &str) -> Option<u64> {
+    let end = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let unit = match unit {
+        "" | "B" => 1.0,
+        "KiB" => 1024.0,
+        "MiB" => 1048576.0,
+        "GiB" => 1073741824.0,
+        _ => return None,
+    };
+    let bytes = number.trim().parse::<f64>().ok()? * unit;
+    (bytes >= 1.0 && bytes < u64::MAX as f64).then_some(bytes as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_have_binary_units() {
+        assert_eq!(parse_kv_bytes("8192:64MiB").unwrap(), (8192, 64 << 20));
+        assert_eq!(parse_kv_bytes("1: 1.5 KiB").unwrap(), (1, 1536));
+        assert_eq!(parse_kv_bytes("100:4096").unwrap(), (100, 4096));
+        for text in ["8192", "8192:", "0:1KiB", "8192:64MB", "8192:-1", "8192:0", "a:1", "1:nan"] {
+            let message = parse_kv_bytes(text).unwrap_err().to_string();
+            assert!(message.contains("8192:64MiB"), "{text}: {message}");
+        }
+    }
+}

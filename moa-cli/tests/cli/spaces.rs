@@ -1,0 +1,83 @@
+//! Rivals' allocations: searched, refined and run like any other plan.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::common::{json_of, ok, refuses, tiny};
+
+/// Spans of a plan at one length, `[layer][head]`.
+fn spans(root: &Path, plan: &str, length: &str) -> Vec<Vec<u64>> {
+    let shown = json_of(root, &["plan", "show", plan, "--at", length]);
+    serde_json::from_value(shown["at"][0]["spans"].clone()).unwrap()
+}
+
+#[test]
+fn every_space_gives_plans_of_its_kind_under_one_bound() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let tiny = tiny.to_str().unwrap();
+    let profile = ["profile", "--model", tiny, "--lengths", "256", "--samples", "1"];
+    ok(root, &[&profile[..], &["--out", "p.safetensors"]].concat());
+    for space in ["elastic", "fixed", "per-layer", "duo"] {
+        let args = ["search", "--profile", "p.safetensors", "--density", "0.5", "--space", space];
+        let found =
+            json_of(root, &[&args[..], &["--bound-lengths", "256", "--out", space]].concat());
+        assert_eq!(found["space"], space);
+        let plan = format!("{space}/plan-00.json");
+        let kept = spans(root, &plan, "256");
+        let mean = kept.concat().iter().sum::<u64>() as f64 / 12.0;
+        assert!(mean <= 0.5 * 256.0 + 1e-6, "{space}: {mean}");
+        match space {
+            "per-layer" => assert!(kept.iter().all(|layer| layer[0] == layer[1]), "{kept:?}"),
+            "duo" => {
+                // 12 heads: 3 of 256 and 9 of 80 are 48.4 %, 4 would be 54.2 %.
+                assert_eq!(kept.concat().iter().filter(|s| **s == 256).count(), 3, "{kept:?}");
+                assert_eq!(kept.concat().iter().filter(|s| **s == 80).count(), 9, "{kept:?}");
+            }
+            "fixed" => assert_eq!(spans(root, &plan, "4096"), spans(root, &plan, "1024")),
+            _ => {}
+        }
+    }
+
+    let validate = ["validate", "--model", tiny, "--plans", "duo", "--profile", "p.safetensors"];
+    let options = ["--samples", "1", "--length", "256", "--refine", "4"];
+    ok(root, &[&validate[..], &options, &["--out", "plan.json"]].concat());
+    let kept = spans(root, "plan.json", "256").concat();
+    assert!(kept.iter().all(|span| [80, 256].contains(span)), "refined within its space: {kept:?}");
+    let plan: Value =
+        serde_json::from_str(&fs::read_to_string(root.join("plan.json")).unwrap()).unwrap();
+    assert_eq!(plan["provenance"]["space"], "duo");
+    let trials = plan["provenance"]["trials"].as_array().unwrap();
+    assert!(trials.iter().any(|trial| trial["round"] == 0 && trial["measured_at"] == 256));
+
+    let search = ["search", "--profile", "p.safetensors", "--force"];
+    refuses(
+        root,
+        &[&search[..], &["--space", "per-head", "--out", "x"]].concat(),
+        &["per-head", "per-layer"],
+    );
+    // A dense cache of 256 tokens takes 768 KiB.
+    ok(root, &[&search[..], &["--kv-bytes", "256:384KiB", "--out", "bytes"]].concat());
+    let shown = json_of(root, &["plan", "show", "bytes/plan-00.json", "--at", "256"]);
+    assert_eq!(shown["provenance"]["density_bounds"], json!([{ "length": 256, "value": 0.5 }]));
+    assert!(shown["at"][0]["kv_bytes"].as_u64().unwrap() <= 384 << 10);
+    let both = ["--density", "0.5", "--min-density", "0.45", "--bound-lengths", "256"];
+    ok(root, &[&search[..], &both, &["--out", "both"]].concat());
+    let kept = spans(root, "both/plan-00.json", "256").concat();
+    let mean = kept.iter().sum::<u64>() as f64 / (12.0 * 256.0);
+    assert!((0.45..=0.5 + 1e-9).contains(&mean), "{kept:?}");
+    ok(root, &[&search[..], &["--density", "0.5", "--decode-time", "1", "--out", "time"]].concat());
+    for (options, parts) in [
+        (&["--kv-bytes", "256:1KiB"][..], ["256", "at most"]),
+        (&["--kv-bytes", "256"], ["--kv-bytes", "8192:64MiB"]),
+        (&["--min-density", "0.9"], ["smallest density", "0.25"]),
+        (&["--density", "0.5", "--decode-time", "0.0001"], ["at most 0.0001", "size"]),
+    ] {
+        refuses(root, &[&search[..], options, &["--out", "x"]].concat(), &parts);
+    }
+    let both = ["--kv-bytes", "256:384KiB", "--density", "0.5", "--out", "x"];
+    refuses(root, &[&search[..], &both].concat(), &["--kv-bytes", "--density"]);
+}

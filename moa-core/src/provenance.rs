@@ -1,0 +1,83 @@
+use serde::{Deserialize, Serialize};
+
+/// A value at a context length.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AtLength {
+    /// Context length, in tokens.
+    pub length: usize,
+    /// The value there.
+    pub value: f64,
+}
+
+/// Where a plan came from; every field is optional and none changes what the plan does.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Provenance {
+    /// What made the plan, such as `"moa compress"` or `"import"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub method: Option<String>,
+    /// Objective whose influence was profiled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub objective: Option<String>,
+    /// Name of the [`Space`](crate::Space) that was searched.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub space: Option<String>,
+    /// Lengths that were profiled.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub profile_lengths: Vec<usize>,
+    /// Bounds on density the search obeyed.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub density_bounds: Vec<AtLength>,
+    /// Lower bounds on density the search obeyed.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub density_floors: Vec<AtLength>,
+    /// Bound on decode time the search obeyed, as a share of dense attention's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decode_time: Option<f64>,
+    /// Loss that the influence predicts at each profile length.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub predicted_losses: Vec<AtLength>,
+    /// Loss measured at validation lengths.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub measured_losses: Vec<AtLength>,
+    /// Plans that were measured before this one was chosen.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub trials: Vec<Trial>,
+    /// Calibration data and seed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data: Option<String>,
+}
+
+/// A plan that was measured, beside what had been predicted of it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Trial {
+    /// 0 for plans of the influence alone, then the rounds of refinement, whose predictions rest on
+    /// measured changes of single heads.
+    pub round: usize,
+    /// Length of the prediction.
+    pub predicted_at: usize,
+    /// Loss beyond dense attention's that was predicted, in the unit of the objective.
+    pub predicted: f64,
+    /// Length of the items that were measured.
+    pub measured_at: usize,
+    /// Response loss, in nats per token.
+    pub measured: f64,
+}
+
+impl Provenance {
+    /// What was measured at a length, beside the prediction for the length nearest to it; `None`
+    /// without predictions.
+    pub fn trial(&self, round: usize, measured: AtLength) -> Option<Trial> {
+        let nearest = |p: &&AtLength| p.length.abs_diff(measured.length);
+        let predicted = self.predicted_losses.iter().min_by_key(nearest)?;
+        Some(Trial {
+            round,
+            predicted_at: predicted.length,
+            predicted: predicted.value,
+            measured_at: measured.length,
+            measured: measured.value,
+        })
+    }
+}

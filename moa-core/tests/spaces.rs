@@ -1,0 +1,150 @@
+//! Spaces of plans: what each may choose, and that all obey the same bounds.
+
+use moa_core::search::Bound;
+use moa_core::{
+    CostBound, CostCurve, Error, FoundPlans, Influence, ModelShape, Plan, PlanRequest, Profile,
+    ProfileInfo, Space,
+};
+use proptest::prelude::*;
+
+const SHAPE: ModelShape = ModelShape { layers: 3, query_heads: 4, kv_heads: 2, head_dim: 8 };
+const LENGTH: usize = 1024;
+
+/// Influence `scale[head]` for each head, less with distance, halved at every block.
+fn profile(scale: &[f64]) -> Profile {
+    let block = 64;
+    let side = LENGTH / block;
+    let mut influence = Influence::new(SHAPE, LENGTH, block).unwrap();
+    for (layer, scale) in scale.chunks(2).enumerate() {
+        let mut blocks = vec![0.0; 2 * side * side];
+        for (head, scale) in scale.iter().enumerate() {
+            for row in 0..side {
+                for column in 0..=row {
+                    let fall = (-((row - column) as f64) / 4.0).exp();
+                    blocks[(head * side + row) * side + column] = scale * fall;
+                }
+            }
+        }
+        influence.add_layer(layer, side, &blocks, 1.0).unwrap();
+    }
+    influence.count_sample();
+    let mut profile = Profile::new(SHAPE, ProfileInfo::default());
+    profile.add(influence).unwrap();
+    profile
+}
+
+fn find(space: Space, bounds: &[Bound], profile: &Profile) -> Result<FoundPlans, Error> {
+    let mut request = PlanRequest::bounded(bounds.to_vec(), 16, 32)?.with_space(space);
+    request.solver.target_gap = 0.0;
+    request.search_profile(profile, &[LENGTH])
+}
+
+fn at_most(max: f64) -> Bound {
+    Bound { length: LENGTH, max, min: None }
+}
+
+fn is_full(plan: &Plan) -> Vec<bool> {
+    plan.spans(LENGTH).iter().map(|span| span.total() == LENGTH).collect()
+}
+
+#[test]
+fn duo_keeps_the_heads_whole_that_need_the_context_most() {
+    // Ranked 4, 1, 0, 3, 5, 2; the last two would rather see less.
+    let profile = profile(&[2.0, 5.0, -3.0, 1.0, 9.0, -1.0]);
+    let full = |max| is_full(&find(Space::Duo, &[at_most(max)], &profile).unwrap().plans[0]);
+    assert_eq!(full(0.36), [false, true, false, false, true, false]);
+    assert_eq!(full(0.6), [true, true, false, false, true, false]);
+    assert_eq!(full(0.9), [true, true, false, true, true, true], "filled, though it is no gain");
+    assert!(full(1.0).iter().all(|full| *full));
+    assert_eq!(full(0.1), [false; 6]);
+    let narrow = find(Space::Duo, &[at_most(0.02)], &profile).unwrap_err();
+    assert!(matches!(narrow, Error::Infeasible { length: LENGTH, .. }), "{narrow}");
+}
+
+#[test]
+fn every_bound_decides_how_many_duo_heads_are_full() {
+    let profile = profile(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    let bounds = [at_most(0.9), Bound { length: 2048, max: 0.4, min: None }];
+    let plan = &find(Space::Duo, &bounds, &profile).unwrap().plans[0];
+    assert_eq!(is_full(plan).iter().filter(|full| **full).count(), 2);
+    assert_eq!(plan.provenance.space.as_deref(), Some("duo"));
+}
+
+#[test]
+fn a_bound_on_decode_time_holds_beside_density() {
+    let profile = profile(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    // A head of 32 keys takes half the time of one of 1024.
+    let curve = CostCurve::new(vec![(32, 1.0), (1024, 2.0)]).unwrap();
+    let full = |share| {
+        let mut request = PlanRequest::bounded(vec![at_most(0.9)], 16, 32)?.with_space(Space::Duo);
+        request.decode_time = Some(CostBound { share, curve: curve.clone() });
+        let found = request.search_profile(&profile, &[LENGTH])?;
+        assert_eq!(found.plans[0].provenance.decode_time, Some(share));
+        Ok::<_, Error>(is_full(&found.plans[0]).iter().filter(|full| **full).count())
+    };
+    assert_eq!(full(0.75).unwrap(), 3);
+    assert_eq!(full(1.0).unwrap(), 5, "the density binds");
+    assert!(matches!(full(0.4), Err(Error::Infeasible { length: LENGTH, .. })));
+}
+
+#[test]
+fn lower_bounds_are_met_and_kept() {
+    // Nothing here matters, so without a lower bound the smallest plan is the best one.
+    let profile = profile(&[-1.0; 6]);
+    let bound = |min| [Bound { length: LENGTH, max: 0.5, min }];
+    let density =
+        |min| find(Space::Elastic, &bound(min), &profile).unwrap().plans[0].density(LENGTH);
+    assert!(density(None) < 0.05);
+    assert!((0.45..=0.5).contains(&density(Some(0.45))));
+    let found = find(Space::Fixed, &bound(Some(0.45)), &profile).unwrap();
+    assert_eq!(found.plans[0].provenance.density_floors[0].value, 0.45);
+    // One span, 25 % at 1k, is 12.5 % at 2k.
+    let both = [1024, 2048].map(|length| Bound { length, max: 0.25, min: Some(0.2) });
+    assert!(matches!(
+        find(Space::PerLayer, &both, &profile),
+        Err(Error::Infeasible { length: 1024 | 2048, .. })
+    ));
+    for min in [-0.1, 0.6, f64::NAN] {
+        assert!(matches!(
+            PlanRequest::bounded(bound(Some(min)).to_vec(), 16, 32),
+            Err(Error::Invalid { ref what, .. }) if what == "smallest density"
+        ));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_space_obeys_the_bounds_and_its_own_form(
+        scale in prop::collection::vec(-1.0f64..9.0, 6),
+        max in 0.1f64..0.9,
+    ) {
+        let profile = profile(&scale);
+        let mut losses = Vec::new();
+        for (space, name) in Space::ALL {
+            let found = find(space, &[at_most(max)], &profile).unwrap();
+            for plan in &found.plans {
+                prop_assert!(plan.density(LENGTH) <= max + 1e-9, "{}", name);
+                let spans = plan.spans(LENGTH);
+                let fixed = plan.rules().iter().all(|rule| rule.lines()[0].beta == 0.0);
+                match space {
+                    Space::Elastic => {}
+                    Space::Fixed => prop_assert!(fixed),
+                    Space::PerLayer => {
+                        prop_assert!(fixed && spans.chunks(2).all(|layer| layer[0] == layer[1]));
+                    }
+                    Space::Duo => {
+                        let full = spans.iter().filter(|s| s.total() == LENGTH).count();
+                        prop_assert!(spans.iter().all(|s| [32, LENGTH].contains(&s.total())));
+                        let more = (full + 1) as f64 + (5.0 - full as f64) / 32.0;
+                        prop_assert!(full == 6 || more / 6.0 > max, "{} heads are full", full);
+                    }
+                }
+            }
+            losses.push(found.set.solutions[0].losses[0]);
+        }
+        // A layer's span is a choice of spans for its heads.
+        prop_assert!(losses[1] <= losses[2] + 1e-6, "per head {} per layer {}", losses[1], losses[2]);
+    }
+}
