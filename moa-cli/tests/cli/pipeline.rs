@@ -87,7 +87,7 @@ fn profile_search_validate_generate_eval() {
     let dense = json_of(root, &[&eval[..], &["--items", "items.jsonl"]].concat());
     assert_eq!((dense["cases"].as_u64(), dense["density"].as_f64()), (Some(2), Some(1.0)));
     assert_eq!(dense["kv_bytes"], dense["kv_bytes_dense"]);
-    assert_eq!(fs::read_to_string(root.join("items.jsonl")).unwrap().lines().count(), 2);
+    assert_eq!(fs::read_to_string(root.join("items.jsonl")).unwrap().lines().count(), 3);
     let planned = json_of(root, &[&eval[..], &["--plan", "plan.json", "--lines", "8"]].concat());
     assert!(planned["kv_bytes"].as_u64() < planned["kv_bytes_dense"].as_u64());
     assert!(planned["prompt_tokens_mean"].as_f64() < dense["prompt_tokens_mean"].as_f64());
@@ -279,6 +279,7 @@ fn help_of_every_subcommand_has_an_example() {
         &["generate"],
         &["eval"],
         &["eval", "retrieval"],
+        &["eval", "tasks"],
         &["eval", "perplexity"],
     ];
     for command in all {
