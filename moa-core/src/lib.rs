@@ -43,6 +43,7 @@
 mod backend;
 mod cache;
 mod error;
+mod far_losses;
 mod file;
 mod influence;
 mod mask;
@@ -58,6 +59,7 @@ pub use backend::{
 };
 pub use cache::{Extent, HeadLayout, LayerLayout, Run, Slot};
 pub use error::{Error, Result};
+pub use far_losses::FarLosses;
 pub use file::write_atomic;
 pub use influence::{ByDistance, Influence, Profile, ProfileInfo};
 pub use mask::{Position, Span};

@@ -6,10 +6,13 @@
 
 use std::ops::Range;
 
-use moa_core::{Gradients, Influence, InfluenceInputs, LayerLayout, Span, SparseAttentionBackend};
+use moa_core::{
+    DEFAULT_SINK, ElasticRule, Gradients, Influence, InfluenceInputs, LayerLayout, Plan, Span,
+    SparseAttentionBackend,
+};
 
 use crate::llama::{Layer, Llama, Rotations};
-use crate::objective::Objective;
+use crate::objective::{Objective, cross_entropy};
 use crate::ops::BackwardOps;
 use crate::{Error, Result};
 
@@ -77,6 +80,27 @@ impl<O: BackwardOps> Llama<O> {
     /// # Errors
     /// If `into` is for another model, or the item is longer than it or the model's context allows.
     pub fn profile(&self, item: &Item, objective: Objective, into: &mut Influence) -> Result<f64> {
+        Ok(self.sweep(item, objective, into)?.0)
+    }
+
+    /// [`Llama::profile`], and the cross entropy that the response grows by when every head sees only
+    /// the sink and a window of a quarter of the context.
+    pub(crate) fn profile_with_far_loss(
+        &self,
+        item: &Item,
+        objective: Objective,
+        into: &mut Influence,
+    ) -> Result<()> {
+        let near = ElasticRule::new(DEFAULT_SINK as f64, 0.25)?;
+        let near = Plan::uniform(self.shape(), DEFAULT_SINK, near)?;
+        let near = self.response_loss(item, &near, item.inputs().len())?;
+        let (_, dense) = self.sweep(item, objective, into)?;
+        into.add_far_loss(near - dense);
+        Ok(())
+    }
+
+    /// Adds one item's influence to `into`; returns the item's loss and cross entropy.
+    fn sweep(&self, item: &Item, objective: Objective, into: &mut Influence) -> Result<(f64, f64)> {
         let tokens = item.inputs();
         if into.shape() != self.shape() {
             let (expected, got) = (self.shape(), into.shape());
@@ -100,7 +124,7 @@ impl<O: BackwardOps> Llama<O> {
         let saved = self.forward_saving(tokens, &rotations)?;
 
         let rows = item.rows();
-        let (loss, mut d_x) = self.top_gradient(&saved, item, objective)?;
+        let (losses, mut d_x) = self.top_gradient(&saved, item, objective)?;
         let mut active = rows;
         for (index, (layer, saved)) in self.layers.iter().zip(saved).enumerate().rev() {
             let d_y = self.mlp_backward(layer, &saved, &active, d_x)?;
@@ -120,7 +144,7 @@ impl<O: BackwardOps> Llama<O> {
             }
         }
         into.count_sample();
-        Ok(loss)
+        Ok(losses)
     }
 
     fn forward_saving(
@@ -158,13 +182,14 @@ impl<O: BackwardOps> Llama<O> {
         Ok(saved)
     }
 
-    /// Loss, and its gradient by the top layer's output at the rows that predict the response.
+    /// Loss and cross entropy, and the loss's gradient by the top layer's output at the rows that
+    /// predict the response.
     fn top_gradient(
         &self,
         saved: &[Saved<O::Tensor>],
         item: &Item,
         objective: Objective,
-    ) -> Result<(f64, O::Tensor)> {
+    ) -> Result<((f64, f64), O::Tensor)> {
         let (ops, eps) = (&self.ops, self.eps());
         let (Some(layer), Some(top)) = (self.layers.last(), saved.last()) else {
             return Err(Error::invalid("layers", "at least 1", 0));
@@ -176,15 +201,16 @@ impl<O: BackwardOps> Llama<O> {
         let shape = ops.shape(&logits);
         let mut values = ops.values(logits)?;
         let response = item.response();
-        let mut loss = 0.0;
+        let (mut loss, mut entropy) = (0.0, 0.0);
         let share = 1.0 / response.len() as f32;
         for (row, &target) in values.chunks_mut(self.config.vocab_size).zip(response) {
+            entropy += cross_entropy(row, target as usize) * f64::from(share);
             loss += objective.gradient(row, target as usize) * f64::from(share);
             row.iter_mut().for_each(|g| *g *= share);
         }
         let d_logits = ops.tensor(values, &shape)?;
         let d_h = ops.linear_backward(&d_logits, self.output_matrix())?;
-        Ok((loss, ops.rms_norm_backward(&z, &self.norm, eps, &d_h)?))
+        Ok(((loss, entropy), ops.rms_norm_backward(&z, &self.norm, eps, &d_h)?))
     }
 
     /// The stream between attention and MLP, at `rows`.

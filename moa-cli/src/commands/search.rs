@@ -7,6 +7,7 @@ use moa_models::CompressOptions;
 use serde_json::{Value, json};
 
 use crate::args::{SpanArgs, parse_count, parse_density};
+use crate::calibration;
 use crate::error::{Error, Result};
 use crate::files::OutputFolder;
 use crate::output::{Context, percent, table};
@@ -115,12 +116,14 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         percent(found.set.worst_gap),
         found.set.seconds,
     ))?;
+    let warnings = calibration::warnings(&profile, context)?;
     context.json(&json!({
         "out": args.out,
         "density": args.density,
         "worst_gap": found.set.worst_gap,
         "seconds": found.set.seconds,
         "plans": plans_json(&found, &files),
+        "warnings": warnings,
     }))
 }
 
