@@ -62,6 +62,8 @@ pub struct RetrievalReport {
     pub correct: usize,
     /// Mean score; `correct / cases` where every question has one reference.
     pub accuracy: f64,
+    /// Standard error of the accuracy, from the scatter of scores; 0 where all are equal.
+    pub standard_error: f64,
     /// Mean tokens of the messages.
     pub prompt_tokens_mean: f64,
     /// Mean context length: messages and room for answers.
@@ -114,11 +116,14 @@ impl RetrievalReport {
             items.iter().map(field).sum::<u64>() / items.len() as u64
         };
         let prompt_tokens = sum(&|i| i.prompt_tokens as f64);
+        let accuracy = sum(&|i| i.score) / n;
+        let scatter = sum(&|i| (i.score - accuracy).powi(2));
         let (prefill, decode) = (sum(&|i| i.prefill_seconds), sum(&|i| i.decode_seconds));
         Ok(Self {
             cases: items.len(),
             correct: items.iter().filter(|i| i.is_right()).count(),
-            accuracy: sum(&|i| i.score) / n,
+            accuracy,
+            standard_error: (scatter / (n - 1.0).max(1.0) / n).sqrt(),
             prompt_tokens_mean: prompt_tokens / n,
             context_mean: sum(&|i| i.context as f64) / n,
             density: sum(&|i| i.density) / n,
@@ -164,7 +169,7 @@ impl RetrievalReport {
     }
 }
 
-/// Accuracy from which a length counts as understood (MoA, section 5).
+/// Accuracy from which a length belongs to the effective context, as in the MoA paper.
 pub const EFFECTIVE_ACCURACY: f64 = 0.9;
 
 /// How far a model retrieves, against the keys it keeps for that.
@@ -217,6 +222,7 @@ mod tests {
         let report = RetrievalReport::new(items).unwrap();
         assert_eq!((report.cases, report.correct), (3, 2));
         assert!((report.accuracy - 2.5 / 3.0).abs() < 1e-12);
+        assert!((report.standard_error - 1.0 / 6.0).abs() < 1e-12);
         let sizes = report.by_size();
         assert_eq!(
             sizes.iter().map(|r| (r.items[0].size, r.cases)).collect::<Vec<_>>(),

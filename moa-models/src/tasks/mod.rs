@@ -1,19 +1,3 @@
-//! Generated questions over long contexts, of the kinds that RULER and Zoology ask: their own
-//! wording, any length, any number, the same for the same seed and tokenizer.
-//!
-//! | task | context | question | score |
-//! |---|---|---|---|
-//! | [`Task::Passkey`] | prose with one number in it | the number | 0 or 1 |
-//! | [`Task::MultiKey`] | prose with 8 record lines | the value of one line | 0 or 1 |
-//! | [`Task::VariableTracking`] | prose with two chains of 5 assignments | all variables that hold a value | share of the 5 names |
-//! | [`Task::Mqar`] | record lines and nothing else | the values of 4 lines, one after another in a conversation | share of the 4 values |
-//!
-//! Answers are scored as RULER scores them, by
-//! [`string_match_all`](crate::metrics::string_match_all).
-//!
-//! Multi-key and MQAR ask in LongEval's wording, which the small models of this project follow. The
-//! other two need a model that understands plain English.
-
 mod fit;
 mod mqar;
 mod multi_key;
@@ -27,7 +11,24 @@ use crate::eval::Question;
 use crate::rng::SplitMix64;
 use crate::{Error, Result};
 
-/// A kind of generated question.
+/// A kind of generated question over a long context, as RULER and Zoology ask them: with its own
+/// wording, for any length and any number, the same for the same seed and tokenizer.
+///
+/// | task | context | question | score |
+/// |---|---|---|---|
+/// | [`Task::Passkey`] | prose with one number in it | the number | 0 or 1 |
+/// | [`Task::MultiKey`] | prose with 8 record lines | the value of one line | 0 or 1 |
+/// | [`Task::VariableTracking`] | prose with two chains of 5 assignments | all variables that hold a value | share of the 5 names |
+/// | [`Task::Mqar`] | record lines and nothing else | the values of 4 lines, one after another in a conversation | share of the 4 values |
+///
+/// Answers are scored as RULER scores them, by
+/// [`string_match_all`](crate::metrics::string_match_all). [`Checkpoint::task_question`] makes a
+/// question of a given length.
+///
+/// Multi-key and MQAR ask in LongEval's wording, which small models trained on it follow. The other
+/// two need a model that understands plain English.
+///
+/// [`Checkpoint::task_question`]: crate::Checkpoint::task_question
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Task {
     /// One number in prose.

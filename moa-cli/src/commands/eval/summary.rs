@@ -36,6 +36,7 @@ pub(in crate::commands) fn report_json(report: &RetrievalReport) -> Value {
         "cases": report.cases,
         "correct": report.correct,
         "accuracy": report.accuracy,
+        "standard_error": report.standard_error,
         "prompt_tokens_mean": report.prompt_tokens_mean,
         "density": report.density,
         "kv_bytes": report.kv_bytes,
