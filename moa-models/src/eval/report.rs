@@ -173,24 +173,29 @@ impl RetrievalReport {
 pub const EFFECTIVE_ACCURACY: f64 = 0.9;
 
 /// How far a model retrieves, against the keys it keeps for that.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct EffectiveContext {
-    /// The longest context, in tokens, up to which every length reached [`EFFECTIVE_ACCURACY`].
+    /// The longest context, in tokens, that reached [`EFFECTIVE_ACCURACY`].
     pub context: f64,
     /// Keys that a KV head may keep there, on average.
     pub average_span: f64,
     /// `context / average_span`.
     pub ratio: f64,
+    /// Shorter contexts that did not reach it, ascending: the claim has holes there.
+    pub missed: Vec<f64>,
 }
 
-/// The effective context length of reports of several lengths; `None` if the shortest already misses
-/// [`EFFECTIVE_ACCURACY`]. A length above one that misses it does not count.
+/// The effective context length of reports of several lengths; `None` if all of them miss
+/// [`EFFECTIVE_ACCURACY`].
 pub fn effective_context(reports: &[RetrievalReport]) -> Option<EffectiveContext> {
     let mut reports: Vec<_> = reports.iter().collect();
     reports.sort_by(|a, b| a.context_mean.total_cmp(&b.context_mean));
-    let last = reports.into_iter().take_while(|r| r.accuracy >= EFFECTIVE_ACCURACY).last()?;
-    let (context, average_span) = (last.context_mean, last.average_span);
-    Some(EffectiveContext { context, average_span, ratio: context / average_span })
+    let reaches = |report: &&RetrievalReport| report.accuracy >= EFFECTIVE_ACCURACY;
+    let longest = reports.iter().rposition(reaches)?;
+    let (context, average_span) = (reports[longest].context_mean, reports[longest].average_span);
+    let missed = reports[..longest].iter().filter(|r| !reaches(r)).map(|r| r.context_mean);
+    let missed = missed.collect();
+    Some(EffectiveContext { context, average_span, ratio: context / average_span, missed })
 }
 
 #[cfg(test)]
@@ -235,11 +240,12 @@ mod tests {
     }
 
     #[test]
-    fn effective_context_ends_where_a_length_first_fails() {
+    fn effective_context_names_the_shorter_ones_that_fail() {
         let report = |size, found| RetrievalReport::new(vec![item(size, &[(0.0, found)])]).unwrap();
-        let reports = [report(80, true), report(40, false), report(20, true), report(10, true)];
+        let reports = [report(80, false), report(10, false), report(40, true), report(20, true)];
         let found = effective_context(&reports).unwrap();
-        assert_eq!((found.context, found.average_span, found.ratio), (200.0, 50.0, 4.0));
-        assert_eq!(effective_context(&reports[1..2]), None);
+        assert_eq!((found.context, found.average_span, found.ratio), (400.0, 100.0, 4.0));
+        assert_eq!(found.missed, [100.0]);
+        assert_eq!(effective_context(&reports[..2]), None);
     }
 }

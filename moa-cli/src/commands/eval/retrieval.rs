@@ -12,9 +12,9 @@ use crate::output::Context;
 
 /// Ask LongEval cases: the last integer of the answer must be the expected number
 ///
-/// Accuracy is given by length and by the depth of the right line, and from several lengths the
-/// effective context: the longest up to which at least 90 % are right, with the mean of keys that a
-/// KV head keeps there.
+/// Accuracy is given by length and by the depth of the right line, and for several lengths the
+/// effective context: the longest with at least 90 % right, over the mean of keys that a KV head
+/// keeps there.
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Example:\n  moa eval retrieval --model assets/moa-tiny --plan plan.json --data 200_lines.jsonl --lines 40,90,200 --limit 20"

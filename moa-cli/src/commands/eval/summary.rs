@@ -1,4 +1,4 @@
-use moa_models::{EFFECTIVE_ACCURACY, RetrievalReport, effective_context};
+use moa_models::{EFFECTIVE_ACCURACY, EffectiveContext, RetrievalReport, effective_context};
 use serde_json::{Value, json};
 
 use crate::error::Result;
@@ -69,22 +69,14 @@ impl Summary<'_> {
         self.print_depths(&sizes, &label, context)?;
         let effective = effective_context(&sizes);
         if sizes.len() > 1 {
-            context.print(match &effective {
-                Some(e) => format!(
-                    "\nEffective context: {:.0} tokens, {:.2} times the average span of {:.0} keys",
-                    e.context, e.ratio, e.average_span
-                ),
-                None => format!(
-                    "\nEffective context: none; the shortest is below {}",
-                    percent(EFFECTIVE_ACCURACY)
-                ),
-            })?;
+            context.print(format_args!("\nEffective context: {}", text(effective.as_ref())))?;
         }
         let mut value = report_json(self.report);
         value["plan"] = json!(self.plan);
-        value["effective_context"] = json!(effective.map(|e| e.context));
-        value["average_span"] = json!(effective.map(|e| e.average_span));
-        value["ratio"] = json!(effective.map(|e| e.ratio));
+        value["effective_context"] = json!(effective.as_ref().map(|e| e.context));
+        value["average_span"] = json!(effective.as_ref().map(|e| e.average_span));
+        value["ratio"] = json!(effective.as_ref().map(|e| e.ratio));
+        value["missed"] = json!(effective.map(|e| e.missed));
         let sizes = sizes.iter().map(|report| {
             let mut value = report_json(report);
             value[self.unit] = json!(size(report));
@@ -127,4 +119,20 @@ impl Summary<'_> {
         let head: Vec<&str> = head.iter().map(String::as_str).collect();
         context.print(format_args!("\nFound, by depth in the context:\n{}", table(&head, &rows)))
     }
+}
+
+/// The effective context as a sentence.
+fn text(effective: Option<&EffectiveContext>) -> String {
+    let goal = percent(EFFECTIVE_ACCURACY);
+    let Some(EffectiveContext { context, average_span, ratio, missed }) = effective else {
+        return format!("none; no length reaches {goal}");
+    };
+    let mut text = format!(
+        "{context:.0} tokens, {ratio:.2} times the average span of {average_span:.0} keys there"
+    );
+    if !missed.is_empty() {
+        let missed: Vec<_> = missed.iter().map(|m| format!("{m:.0}")).collect();
+        text.push_str(&format!("; but {} tokens are below {goal}", missed.join(", ")));
+    }
+    text
 }
