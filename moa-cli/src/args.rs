@@ -4,7 +4,7 @@ use std::str::FromStr;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use moa_core::{DEFAULT_SINK, Space};
-use moa_models::{CacheDtype, Objective, TokenWeight};
+use moa_models::{CacheDtype, Objective, Task, TokenWeight};
 
 use crate::error::Error;
 
@@ -137,6 +137,11 @@ pub(crate) fn space_parser() -> impl TypedValueParser<Value = Space> {
         .try_map(|name| name.parse::<Space>())
 }
 
+/// Parses a [`Task`], listing their names in the help.
+pub(crate) fn task_parser() -> impl TypedValueParser<Value = Task> {
+    PossibleValuesParser::new(Task::ALL.map(|(_, name)| name)).try_map(|name| name.parse::<Task>())
+}
+
 /// A share of the context in (0, 1].
 pub(crate) fn parse_density(text: &str) -> Result<f64, Error> {
     let fault = || Error::argument("density", "a number above 0 and at most 1", text);
@@ -148,6 +153,12 @@ pub(crate) fn parse_density(text: &str) -> Result<f64, Error> {
 pub(crate) fn parse_count(text: &str) -> Result<usize, Error> {
     let fault = || Error::argument("count", "a whole number of at least 1", text);
     text.parse().ok().filter(|n| *n > 0).ok_or_else(fault)
+}
+
+/// A number of depth bins.
+pub(crate) fn parse_depth_bins(text: &str) -> Result<usize, Error> {
+    let fault = || Error::argument("depth bins", "a whole number from 1 to 10", text);
+    text.parse().ok().filter(|n| (1..=10).contains(n)).ok_or_else(fault)
 }
 
 fn parse_threads(text: &str) -> Result<usize, Error> {

@@ -4,6 +4,7 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
+use crate::far_losses::FarLosses;
 use crate::file::{read, write_atomic};
 use crate::{Error, ModelShape, Result, Span};
 
@@ -20,6 +21,7 @@ pub struct Influence {
     samples: u64,
     /// `[layers, kv_heads, blocks, blocks]`.
     sums: Vec<f64>,
+    far_losses: FarLosses,
 }
 
 impl Influence {
@@ -42,7 +44,8 @@ impl Influence {
             .and_then(|n| n.checked_mul(blocks))
             .filter(|n| *n < 1 << 40)
             .ok_or_else(|| Error::invalid("blocks", "fewer than 2^40 block sums", blocks))?;
-        Ok(Self { shape, length, block, samples: 0, sums: vec![0.0; size] })
+        let far_losses = FarLosses::default();
+        Ok(Self { shape, length, block, samples: 0, sums: vec![0.0; size], far_losses })
     }
 
     /// Dimensions of the model.
@@ -119,6 +122,16 @@ impl Influence {
         self.samples += 1;
     }
 
+    /// What the far context is worth to the samples; empty where that was not measured.
+    pub fn far_losses(&self) -> &FarLosses {
+        &self.far_losses
+    }
+
+    /// Adds what the far context is worth to a sample, in nats per token.
+    pub fn add_far_loss(&mut self, growth: f64) {
+        self.far_losses.push(growth);
+    }
+
     /// Adds the samples of another shard.
     ///
     /// # Errors
@@ -140,6 +153,7 @@ impl Influence {
         }
         self.sums.iter_mut().zip(&other.sums).for_each(|(a, b)| *a += b);
         self.samples += other.samples;
+        self.far_losses.merge(&other.far_losses);
         Ok(())
     }
 
@@ -229,6 +243,9 @@ pub struct ProfileInfo {
 struct LengthInfo {
     block: usize,
     samples: u64,
+    /// Missing in older files.
+    #[serde(default)]
+    far_losses: FarLosses,
 }
 
 const FORMAT: &str = "moa-profile-1";
@@ -293,8 +310,10 @@ impl Profile {
                 vec![self.shape.layers, self.shape.kv_heads, side, side],
                 bytes,
             ));
-            lengths
-                .insert(length, LengthInfo { block: influence.block, samples: influence.samples });
+            let Influence { block, samples, far_losses, .. } = influence;
+            let info =
+                LengthInfo { block: *block, samples: *samples, far_losses: far_losses.clone() };
+            lengths.insert(length, info);
         }
         let json = |x: serde_json::Result<String>| x.map_err(|e| format(e.to_string()));
         let metadata = HashMap::from([
@@ -349,7 +368,7 @@ impl Profile {
         let lengths: BTreeMap<usize, LengthInfo> =
             serde_json::from_str(field("lengths")?).map_err(|e| bad("lengths", &e))?;
         let mut profile = Self::new(shape, info);
-        for (length, LengthInfo { block, samples }) in lengths {
+        for (length, LengthInfo { block, samples, far_losses }) in lengths {
             let name = format!("influence.{length}");
             let tensor = file.tensor(&name).map_err(|e| bad(&name, &e))?;
             let mut influence = Influence::new(shape, length, block)?;
@@ -369,6 +388,7 @@ impl Profile {
                 return Err(Error::invalid(name, "finite sums", bad_value));
             }
             influence.samples = samples;
+            influence.far_losses = far_losses;
             profile.add(influence)?;
         }
         Ok(profile)

@@ -44,6 +44,7 @@ mod backend;
 mod cache;
 mod cost;
 mod error;
+mod far_losses;
 mod file;
 mod influence;
 mod mask;
@@ -62,6 +63,7 @@ pub use backend::{
 pub use cache::{Extent, HeadLayout, LayerLayout, Run, Slot};
 pub use cost::{CostBound, CostCurve};
 pub use error::{Error, Result};
+pub use far_losses::FarLosses;
 pub use file::write_atomic;
 pub use influence::{ByDistance, Influence, Profile, ProfileInfo};
 pub use mask::{Position, Span};

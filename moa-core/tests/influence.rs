@@ -80,6 +80,7 @@ fn profile() -> Profile {
         let mut influence = Influence::new(SHAPE, length, 8).unwrap();
         influence.add_layer(0, length / 8, &ones(length, 8), 0.5).unwrap();
         influence.count_sample();
+        influence.add_far_loss(1.5);
         profile.add(influence).unwrap();
     }
     profile
@@ -94,6 +95,8 @@ fn a_saved_profile_loads_the_same_and_merges() {
     assert_eq!(loaded, profile());
     loaded.add(profile().at(32).unwrap().clone()).unwrap();
     assert_eq!(loaded.at(32).unwrap().samples(), 2);
+    assert_eq!(loaded.at(32).unwrap().far_losses().samples(), 2);
+    assert!(!loaded.at(64).unwrap().far_losses().is_noise());
     match loaded.at(48) {
         Err(Error::UnknownLength { length: 48, available }) => assert_eq!(available, [32, 64]),
         other => panic!("{other:?}"),

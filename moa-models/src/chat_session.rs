@@ -3,7 +3,7 @@ use moa_core::Plan;
 use crate::Result;
 use crate::chat::Message;
 use crate::checkpoint::{Checkpoint, Completion, TextProgress};
-use crate::generate::{GenerateOptions, Next};
+use crate::generate::{GenerateOptions, Generation, Next};
 use crate::llama::Sequence;
 use crate::ops::Ops;
 
@@ -53,6 +53,22 @@ impl<'a, O: Ops> ChatSession<'a, O> {
         stop: &[String],
         on_progress: &mut dyn FnMut(TextProgress<'_>) -> Next,
     ) -> Result<Completion> {
+        Ok(self.turn(content, options, stop, on_progress)?.0)
+    }
+
+    /// Bytes of keys and values that the cache holds.
+    pub(crate) fn kv_bytes(&self) -> u64 {
+        self.checkpoint.model.kv_bytes(&self.sequence[0])
+    }
+
+    /// [`ChatSession::say`], with what was read and written and the time it took.
+    pub(crate) fn turn(
+        &mut self,
+        content: &str,
+        options: &GenerateOptions,
+        stop: &[String],
+        on_progress: &mut dyn FnMut(TextProgress<'_>) -> Next,
+    ) -> Result<(Completion, Generation)> {
         let mut messages = self.messages.clone();
         messages.push(Message::user(content));
         let tokens = self.checkpoint.chat_tokens(&messages)?;
@@ -76,7 +92,7 @@ impl<'a, O: Ops> ChatSession<'a, O> {
         let completion = completions.remove(0);
         messages.push(Message::assistant(&completion.text));
         self.messages = messages;
-        Ok(completion)
+        Ok((completion, generation))
     }
 
     fn roll_back(&mut self, len: usize) -> Result<()> {

@@ -182,7 +182,8 @@ impl CompressOptions {
 }
 
 impl<O: BackwardOps> Llama<O> {
-    /// Influence of a set of calibration items at each length.
+    /// Influence of a set of calibration items at each length, and what the far context is worth to
+    /// them ([`Influence::far_losses`]).
     ///
     /// # Errors
     /// As [`Llama::profile`]; [`Error::Cancelled`].
@@ -204,7 +205,7 @@ impl<O: BackwardOps> Llama<O> {
         for (&length, items) in items {
             let mut influence = Influence::new(self.shape(), length, block)?;
             for item in items {
-                self.profile(item, objective, &mut influence)?;
+                self.profile_with_far_loss(item, objective, &mut influence)?;
                 if on_item() != Next::Continue {
                     return Err(Error::Cancelled);
                 }

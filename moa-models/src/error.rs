@@ -224,6 +224,22 @@ pub enum Error {
         reason: String,
     },
 
+    /// A file of results was written under other settings than those of this run.
+    #[error(
+        "{}: written with {setting} = {got}, not {expected}; name another file or use the same settings",
+        path.display()
+    )]
+    OtherSettings {
+        /// The file.
+        path: PathBuf,
+        /// The setting.
+        setting: String,
+        /// Its value in this run.
+        expected: String,
+        /// Its value in the file.
+        got: String,
+    },
+
     /// No calibration item could be made for a length.
     #[error("no calibration item of {length} tokens: {reason}")]
     NoCalibration {

@@ -6,7 +6,10 @@
 
 use std::ops::Range;
 
-use moa_core::{Gradients, Influence, InfluenceInputs, LayerLayout, Span, SparseAttentionBackend};
+use moa_core::{
+    DEFAULT_SINK, ElasticRule, Gradients, Influence, InfluenceInputs, LayerLayout, Plan, Span,
+    SparseAttentionBackend,
+};
 
 use crate::llama::{Layer, Llama, Rotations};
 use crate::objective::{Objective, WeightedObjective, cross_entropy};
@@ -82,7 +85,32 @@ impl<O: BackwardOps> Llama<O> {
         objective: impl Into<WeightedObjective>,
         into: &mut Influence,
     ) -> Result<f64> {
-        let objective = objective.into();
+        Ok(self.sweep(item, objective.into(), into)?.0)
+    }
+
+    /// [`Llama::profile`], and the cross entropy that the response grows by when every head sees only
+    /// the sink and a window of a quarter of the context.
+    pub(crate) fn profile_with_far_loss(
+        &self,
+        item: &Item,
+        objective: WeightedObjective,
+        into: &mut Influence,
+    ) -> Result<()> {
+        let near = ElasticRule::new(DEFAULT_SINK as f64, 0.25)?;
+        let near = Plan::uniform(self.shape(), DEFAULT_SINK, near)?;
+        let near = self.response_loss(item, &near, item.inputs().len())?;
+        let (_, dense) = self.sweep(item, objective, into)?;
+        into.add_far_loss(near - dense);
+        Ok(())
+    }
+
+    /// Adds one item's influence to `into`; returns the item's loss and cross entropy.
+    fn sweep(
+        &self,
+        item: &Item,
+        objective: WeightedObjective,
+        into: &mut Influence,
+    ) -> Result<(f64, f64)> {
         let tokens = item.inputs();
         if into.shape() != self.shape() {
             let (expected, got) = (self.shape(), into.shape());
@@ -106,7 +134,7 @@ impl<O: BackwardOps> Llama<O> {
         let saved = self.forward_saving(tokens, &rotations)?;
 
         let rows = item.rows();
-        let (loss, mut d_x) = self.top_gradient(&saved, item, objective)?;
+        let (losses, mut d_x) = self.top_gradient(&saved, item, objective)?;
         let mut active = rows;
         for (index, (layer, saved)) in self.layers.iter().zip(saved).enumerate().rev() {
             let d_y = self.mlp_backward(layer, &saved, &active, d_x)?;
@@ -126,7 +154,7 @@ impl<O: BackwardOps> Llama<O> {
             }
         }
         into.count_sample();
-        Ok(loss)
+        Ok(losses)
     }
 
     fn forward_saving(
@@ -164,13 +192,14 @@ impl<O: BackwardOps> Llama<O> {
         Ok(saved)
     }
 
-    /// Loss, and its gradient by the top layer's output at the rows that predict the response.
+    /// Loss and cross entropy, and the loss's gradient by the top layer's output at the rows that
+    /// predict the response.
     fn top_gradient(
         &self,
         saved: &[Saved<O::Tensor>],
         item: &Item,
         WeightedObjective { objective, weight }: WeightedObjective,
-    ) -> Result<(f64, O::Tensor)> {
+    ) -> Result<((f64, f64), O::Tensor)> {
         let (ops, eps) = (&self.ops, self.eps());
         let (Some(layer), Some(top)) = (self.layers.last(), saved.last()) else {
             return Err(Error::invalid("layers", "at least 1", 0));
@@ -186,6 +215,7 @@ impl<O: BackwardOps> Llama<O> {
         let rows = values.chunks(vocab).zip(response);
         let certain: Vec<f64> = rows.map(|(row, y)| cross_entropy(row, *y as usize)).collect();
         let weights = weight.weights(&certain);
+        let entropy = certain.iter().sum::<f64>() / certain.len() as f64;
         let mut loss = 0.0;
         for ((row, &target), weight) in values.chunks_mut(vocab).zip(response).zip(weights) {
             loss += objective.gradient(row, target as usize) * weight;
@@ -193,7 +223,7 @@ impl<O: BackwardOps> Llama<O> {
         }
         let d_logits = ops.tensor(values, &shape)?;
         let d_h = ops.linear_backward(&d_logits, self.output_matrix())?;
-        Ok((loss, ops.rms_norm_backward(&z, &self.norm, eps, &d_h)?))
+        Ok(((loss, entropy), ops.rms_norm_backward(&z, &self.norm, eps, &d_h)?))
     }
 
     /// The stream between attention and MLP, at `rows`.

@@ -6,7 +6,8 @@ use std::collections::HashSet;
 
 use crate::rng::SplitMix64;
 
-const FIRST: &[&str] = &[
+/// First words of keys.
+pub(crate) const FIRST: &[&str] = &[
     "absent", "alert", "amused", "ancient", "aquatic", "average", "bitter", "blue", "bored",
     "brave", "brief", "bright", "broad", "broken", "busy", "calm", "careful", "chilly", "clean",
     "clever", "cloudy", "cold", "cool", "crowded", "curious", "curly", "curved", "damp", "dark",
@@ -20,7 +21,8 @@ const FIRST: &[&str] = &[
     "smooth", "solid", "spicy", "square", "steady", "stormy", "strange", "strong",
 ];
 
-const SECOND: &[&str] = &[
+/// Second words of keys.
+pub(crate) const SECOND: &[&str] = &[
     "acorn", "airport", "album", "almond", "angel", "ankle", "apron", "arcade", "arch", "armchair",
     "army", "arrival", "arrow", "artist", "aunt", "autumn", "avenue", "award", "bacon", "badge",
     "badger", "bagel", "bakery", "balcony", "ball", "balloon", "bamboo", "bandana", "banjo",
@@ -108,6 +110,9 @@ pub const PHRASINGS: &[Phrasing] = &[
     },
 ];
 
+/// Of the keys that the words allow, about half: drawing distinct ones stays quick.
+const MOST_ENTRIES: usize = 30_000;
+
 /// A prompt whose answer is known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RecordPrompt {
@@ -131,19 +136,7 @@ impl Phrasing {
     pub fn prompt(&self, lines: usize, seed: u64) -> RecordPrompt {
         let lines = lines.clamp(1, 4000);
         let mut rng = SplitMix64::new(seed);
-        let mut used = HashSet::new();
-        let mut entries = Vec::with_capacity(lines);
-        let mut second = SECOND.to_vec();
-        while entries.len() < lines {
-            // Second words come round in random order, so that short records repeat none.
-            let turn = entries.len() % second.len();
-            let other = turn + rng.below(second.len() - turn);
-            second.swap(turn, other);
-            let key = format!("{}-{}", rng.pick(FIRST), second[turn]);
-            if used.insert(key.clone()) {
-                entries.push((key, 1 + rng.below(50_000) as u32));
-            }
-        }
+        let entries = entries(&mut rng, lines);
         let mut text = self.introduction.to_string();
         for (key, value) in &entries {
             text.push_str(&self.line.replace("{key}", key).replace("{value}", &value.to_string()));
@@ -152,6 +145,35 @@ impl Phrasing {
         text.push_str(&self.question.replace("{key}", key));
         RecordPrompt { text, answer: *answer }
     }
+}
+
+/// Distinct keys with a value each, at most [`MOST_ENTRIES`]; fewer are the beginning of more.
+pub(crate) fn entries(rng: &mut SplitMix64, count: usize) -> Vec<(String, u32)> {
+    let count = count.min(MOST_ENTRIES);
+    let mut used = HashSet::new();
+    let mut entries = Vec::with_capacity(count);
+    let mut second = SECOND.to_vec();
+    while entries.len() < count {
+        // Second words come round in random order, so that short records repeat none.
+        let turn = entries.len() % second.len();
+        let other = turn + rng.below(second.len() - turn);
+        second.swap(turn, other);
+        let key = format!("{}-{}", rng.pick(FIRST), second[turn]);
+        if used.insert(key.clone()) {
+            entries.push((key, 1 + rng.below(50_000) as u32));
+        }
+    }
+    entries
+}
+
+/// A record line in LongEval's wording, with its line end.
+pub(crate) fn record_line(key: &str, value: u32) -> String {
+    format!("line {key}: REGISTER_CONTENT is <{value}>\n")
+}
+
+/// The question about a record line in LongEval's wording.
+pub(crate) fn line_question(key: &str) -> String {
+    format!("Tell me what is the <REGISTER_CONTENT> in line {key}? I need the number.")
 }
 
 /// The last integer in a text, which is how LongEval reads an answer.

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
+use crate::eval::{Question, Reference, Scoring};
 use crate::jsonl;
-use crate::records::last_integer;
 use crate::rng::SplitMix64;
 use crate::{Error, Result};
 
@@ -19,21 +19,6 @@ pub struct RetrievalCase {
     /// The line that holds the answer; needed only to shorten the case.
     #[serde(default)]
     pub correct_line: Option<String>,
-}
-
-/// How one case went.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct RetrievalItem {
-    /// Index in the file.
-    pub case: usize,
-    /// The right number.
-    pub expected: i64,
-    /// The last integer of the answer.
-    pub got: Option<i64>,
-    /// What the model wrote.
-    pub text: String,
-    /// Tokens of the prompt.
-    pub prompt_tokens: usize,
 }
 
 impl RetrievalCase {
@@ -54,16 +39,9 @@ impl RetrievalCase {
         if lines == 0 {
             return Err(Error::invalid("lines", "at least 1", 0));
         }
-        let all: Vec<&str> = self.prompt.split_inclusive('\n').collect();
-        let is_record = |line: &&str| line.starts_with("line ") && line.contains('<');
-        let first = all.iter().position(is_record).unwrap_or(0);
-        let count = all[first..].iter().take_while(|line| is_record(line)).count();
-        let needle = format!("<{}>", self.expected_number);
-        let is_right = |line: &&str| match &self.correct_line {
-            Some(right) => line.trim_end() == right.trim_end(),
-            None => line.contains(&needle),
-        };
-        let Some(right) = all[first..first + count].iter().position(is_right) else {
+        let Record { all, first, count, right } = self.record();
+        let Some(right) = right else {
+            let needle = format!("<{}>", self.expected_number);
             return Err(Error::invalid("case", "a record line with the expected number", needle));
         };
         if lines >= count {
@@ -77,10 +55,35 @@ impl RetrievalCase {
         Ok(Self { prompt: kept.concat(), ..self.clone() })
     }
 
-    /// Whether an answer is right: its last integer is the expected one.
-    pub fn is_right(&self, answer: &str) -> bool {
-        last_integer(answer) == Some(self.expected_number)
+    /// The case as a question, with where the right line lies among the record lines.
+    pub fn question(&self) -> Question {
+        let Record { count, right, .. } = self.record();
+        let depth = right.map(|right| right as f64 / (count - 1).max(1) as f64);
+        let text = self.expected_number.to_string();
+        Question::one(&self.prompt, vec![Reference { text, depth }], Scoring::LastInteger)
     }
+
+    fn record(&self) -> Record<'_> {
+        let all: Vec<&str> = self.prompt.split_inclusive('\n').collect();
+        let is_record = |line: &&str| line.starts_with("line ") && line.contains('<');
+        let first = all.iter().position(is_record).unwrap_or(0);
+        let count = all[first..].iter().take_while(|line| is_record(line)).count();
+        let needle = format!("<{}>", self.expected_number);
+        let is_right = |line: &&str| match &self.correct_line {
+            Some(right) => line.trim_end() == right.trim_end(),
+            None => line.contains(&needle),
+        };
+        let right = all[first..first + count].iter().position(is_right);
+        Record { all, first, count, right }
+    }
+}
+
+/// The lines of a prompt: `count` record lines from line `first`, and the right one among them.
+struct Record<'a> {
+    all: Vec<&'a str>,
+    first: usize,
+    count: usize,
+    right: Option<usize>,
 }
 
 #[cfg(test)]
@@ -118,6 +121,7 @@ mod tests {
             );
         }
         assert_eq!(places.len(), 3);
+        assert_eq!(case().question().turns[0].references[0].depth, Some(7.0 / 9.0));
         assert_eq!(case().shorten(10, 0).unwrap(), case());
         assert!(case().shorten(0, 0).is_err());
         let without = RetrievalCase { expected_number: 5, correct_line: None, ..case() };

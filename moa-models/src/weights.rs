@@ -10,6 +10,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 
 use crate::error::{Error, Result};
+use crate::fingerprint::Fnv1a;
 use crate::json::Object;
 
 const SINGLE: &str = "model.safetensors";
@@ -119,19 +120,14 @@ impl Weights {
     /// their names: cheap, stable across machines and releases, and no defence against forgery.
     #[must_use]
     pub fn fingerprint(&self) -> String {
-        let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
-        let mut feed = |bytes: &[u8]| {
-            for &byte in bytes {
-                hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
-            }
-        };
+        let mut hash = Fnv1a::default();
         for (name, entry) in &self.tensors {
-            feed(name.as_bytes());
-            feed(format!("\n{:?} {:?}\n", entry.dtype, entry.shape).as_bytes());
+            hash.feed(name.as_bytes());
+            hash.feed(format!("\n{:?} {:?}\n", entry.dtype, entry.shape).as_bytes());
             let head = entry.offset..entry.offset + entry.len.min(4096);
-            feed(&self.files[entry.file].map[head]);
+            hash.feed(&self.files[entry.file].map[head]);
         }
-        format!("{hash:016x}")
+        hash.to_string()
     }
 
     fn add_shards(&mut self, index: &Path) -> Result<()> {

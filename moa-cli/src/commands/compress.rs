@@ -94,9 +94,11 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     context.print(report::plan_text(&found.plan, &lengths, element_bytes))?;
     context.print(format_args!("\n{}", report::compressed_text(&found)))?;
     context.print(format_args!("Plan: {}", args.out.display()))?;
+    let warnings = calibration::warnings(&found.profile, context)?;
     context.json(&json!({
         "out": args.out,
         "losses": report::compressed_json(&found),
         "plan": report::plan_json(&found.plan, &lengths, element_bytes),
+        "warnings": warnings,
     }))
 }

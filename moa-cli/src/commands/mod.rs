@@ -11,6 +11,4 @@ pub(crate) mod search;
 pub(crate) mod validate;
 
 mod chat;
-mod eval_perplexity;
-mod eval_retrieval;
 mod plan_make;

@@ -67,30 +67,45 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let mut rows = Vec::new();
     let mut at = Vec::new();
     for length in profile.lengths() {
-        let samples = profile.at(length)?.samples();
+        let influence = profile.at(length)?;
+        let (samples, far) = (influence.samples(), influence.far_losses());
         let heads = ranked_heads(&profile, length)?;
         let names: Vec<_> = heads
             .iter()
             .take(TOP_HEADS)
             .map(|(layer, head, _)| format!("{layer}:{head}"))
             .collect();
-        rows.push(vec![length.to_string(), samples.to_string(), names.join(" ")]);
+        let growth = format!("{:.3} +- {:.3}", far.mean(), far.standard_error());
+        rows.push(vec![length.to_string(), samples.to_string(), growth, names.join(" ")]);
         let heads: Vec<_> = heads
             .iter()
             .map(|(layer, head, loss)| json!({ "layer": layer, "kv_head": head, "loss": loss }))
             .collect();
-        at.push(json!({ "length": length, "samples": samples, "heads": heads }));
+        at.push(json!({
+            "length": length,
+            "samples": samples,
+            "far_loss": far.mean(),
+            "far_loss_standard_error": far.standard_error(),
+            "heads": heads,
+        }));
     }
     context.print(table(
-        &["length", "samples", "heads that need the context most (layer:KV head)"],
+        &[
+            "length",
+            "samples",
+            "loss without the far context",
+            "heads that need the context most (layer:KV head)",
+        ],
         &rows,
     ))?;
     context.print(format_args!("\nProfile: {}", args.out.display()))?;
+    let warnings = calibration::warnings(&profile, context)?;
     context.json(&json!({
         "out": args.out,
         "objective": profile.info.objective,
         "data": profile.info.data,
         "lengths": at,
+        "warnings": warnings,
     }))
 }
 

@@ -7,7 +7,7 @@ use moa_models::{
 };
 use serde_json::{Value, json};
 
-use super::eval_retrieval::{HEAD, ask, report_json, row};
+use super::eval::{HEAD, ask, report_json, row};
 use crate::args::{parse_count, parse_density};
 use crate::error::{Error, Result};
 use crate::figure;
@@ -144,7 +144,7 @@ fn answer(
     context: &Context,
 ) -> Result<Vec<Value>> {
     let shape = model.model.shape();
-    let ask = |plan: &Plan| ask(model, cases, plan, ANSWER_TOKENS, &mut 0, context);
+    let ask = |plan: &Plan| ask(model, cases, plan, ANSWER_TOKENS, context);
     let dense = ask(&Plan::full(shape)?)?;
     let planned = ask(plan)?;
     // As dense as the plan was at the lengths of these very questions.

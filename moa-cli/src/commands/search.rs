@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use crate::args::{SpanArgs, parse_count, space_parser};
 use crate::budget::BudgetArgs;
+use crate::calibration;
 use crate::error::{Error, Result};
 use crate::files::OutputFolder;
 use crate::output::{Context, percent, table};
@@ -132,6 +133,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         percent(found.set.worst_gap),
         found.set.seconds,
     ))?;
+    let warnings = calibration::warnings(&profile, context)?;
     context.json(&json!({
         "out": args.out,
         "density": request.bounds.iter().map(|b| b.max).fold(0.0, f64::max),
@@ -139,6 +141,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         "worst_gap": found.set.worst_gap,
         "seconds": found.set.seconds,
         "plans": plans_json(&found, &files),
+        "warnings": warnings,
     }))
 }
 

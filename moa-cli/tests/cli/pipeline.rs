@@ -20,6 +20,7 @@ fn profile_search_validate_generate_eval() {
     assert_eq!(profile["lengths"][0]["length"], 256);
     assert_eq!(profile["lengths"][1]["samples"], 1);
     assert_eq!(profile["lengths"][1]["heads"].as_array().unwrap().len(), 12);
+    assert_eq!(profile["warnings"], serde_json::json!([]), "{profile}");
 
     refuses(
         root,
@@ -87,7 +88,7 @@ fn profile_search_validate_generate_eval() {
     let dense = json_of(root, &[&eval[..], &["--items", "items.jsonl"]].concat());
     assert_eq!((dense["cases"].as_u64(), dense["density"].as_f64()), (Some(2), Some(1.0)));
     assert_eq!(dense["kv_bytes"], dense["kv_bytes_dense"]);
-    assert_eq!(fs::read_to_string(root.join("items.jsonl")).unwrap().lines().count(), 2);
+    assert_eq!(fs::read_to_string(root.join("items.jsonl")).unwrap().lines().count(), 3);
     let planned = json_of(root, &[&eval[..], &["--plan", "plan.json", "--lines", "8"]].concat());
     assert!(planned["kv_bytes"].as_u64() < planned["kv_bytes_dense"].as_u64());
     assert!(planned["prompt_tokens_mean"].as_f64() < dense["prompt_tokens_mean"].as_f64());
@@ -120,7 +121,7 @@ fn compress_reads_calibration_prompts_of_a_file() {
     let root = dir.path();
     let tiny = tiny();
     let prompt = "The sea was calm and the ship went on. ".repeat(40);
-    let lines: String = (0..2)
+    let lines: String = (0..3)
         .map(|i| {
             format!(
                 "{}\n",
@@ -138,7 +139,7 @@ fn compress_reads_calibration_prompts_of_a_file() {
         "--lengths",
         "256",
         "--samples",
-        "1",
+        "3",
         "--validation-samples",
         "1",
         "--evaluations",
@@ -155,6 +156,11 @@ fn compress_reads_calibration_prompts_of_a_file() {
     let found = json_of(root, &args);
     assert!(root.join("p.safetensors").is_file());
     assert_eq!(found["plan"]["provenance"]["method"], "moa compress");
+    // A sentence over and over again, and an answer that any of them gives.
+    let warning = found["warnings"][0].as_str().unwrap();
+    assert!(warning.contains("no long dependency at 256 tokens"), "{warning}");
+    let search = ["search", "--profile", "p.safetensors", "--density", "0.6", "--out", "plans"];
+    assert_eq!(json_of(root, &search)["warnings"], found["warnings"]);
     let plan: serde_json::Value =
         serde_json::from_str(&fs::read_to_string(root.join("plan.json")).unwrap()).unwrap();
     for layer in plan["rules"].as_array().unwrap() {
@@ -279,6 +285,7 @@ fn help_of_every_subcommand_has_an_example() {
         &["generate"],
         &["eval"],
         &["eval", "retrieval"],
+        &["eval", "tasks"],
         &["eval", "perplexity"],
         &["report"],
     ];

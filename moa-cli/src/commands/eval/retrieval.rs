@@ -1,0 +1,78 @@
+use std::path::PathBuf;
+
+use moa_models::RetrievalCase;
+use serde_json::json;
+
+use super::questions::{Asked, Evaluation, ItemArgs, file_fingerprint};
+use super::summary::Summary;
+use crate::args::{ModelArg, PlanArgs, parse_count};
+use crate::error::{Error, Result};
+use crate::model;
+use crate::output::Context;
+
+/// Ask LongEval cases: the last integer of the answer must be the expected number
+///
+/// Accuracy is given by length and by the depth of the right line, and for several lengths the
+/// effective context: the longest with at least 90 % right, over the mean of keys that a KV head
+/// keeps there.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example:\n  moa eval retrieval --model assets/moa-tiny --plan plan.json --data 200_lines.jsonl --lines 40,90,200 --limit 20"
+)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    model: ModelArg,
+    #[command(flatten)]
+    plan: PlanArgs,
+    /// Cases, one {"prompt", "expected_number"} a line
+    #[arg(long, value_name = "FILE.jsonl")]
+    data: PathBuf,
+    /// Shorten each case to so many record lines around the right one; several lengths are asked one
+    /// after another [default: whole cases]
+    #[arg(long, value_delimiter = ',', value_name = "K,..", value_parser = parse_count)]
+    lines: Vec<usize>,
+    /// Ask only the first cases
+    #[arg(long, value_name = "M", value_parser = parse_count)]
+    limit: Option<usize>,
+    /// Most tokens of an answer
+    #[arg(long, default_value_t = 100, value_name = "N", value_parser = parse_count)]
+    max_new_tokens: usize,
+    #[command(flatten)]
+    items: ItemArgs,
+}
+
+pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    args.items.check()?;
+    let mut cases = RetrievalCase::load(&args.data)?;
+    cases.truncate(args.limit.unwrap_or(usize::MAX));
+    let mut questions = Vec::new();
+    let mut lines: Vec<Option<usize>> = args.lines.iter().copied().map(Some).collect();
+    lines.sort_unstable();
+    lines.dedup();
+    if lines.is_empty() {
+        lines.push(None);
+    }
+    for &size in &lines {
+        for (index, case) in cases.iter().enumerate() {
+            let place = format!("{}, case {}", args.data.display(), index + 1);
+            let seed = context.seed.rotate_left(32) ^ index as u64;
+            let question = match size {
+                Some(lines) => case.shorten(lines, seed).map(|case| case.question()),
+                None => Ok(case.question()),
+            };
+            let question = question.map_err(|e| Error::from(e).at(&place))?;
+            questions.push(Asked { size, case: index, question, place });
+        }
+    }
+    let model = model::open(&args.model.model, context)?;
+    let plan = model::choose_plan(&args.plan, &model)?;
+    let evaluation = Evaluation {
+        model: &model,
+        plan: &plan,
+        max_new_tokens: args.max_new_tokens,
+        settings: json!({ "evaluation": "retrieval", "data": file_fingerprint(&args.data)? }),
+    };
+    let report = args.items.ask(&evaluation, &questions, context)?;
+    let depth_bins = args.items.depth_bins;
+    Summary { plan: &plan.name, unit: "lines", report: &report, depth_bins }.write(context)
+}

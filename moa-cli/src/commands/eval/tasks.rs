@@ -1,0 +1,78 @@
+use moa_models::Task;
+use serde_json::json;
+
+use super::questions::{Asked, Evaluation, ItemArgs};
+use super::summary::Summary;
+use crate::args::{ModelArg, PlanArgs, parse_count, task_parser};
+use crate::error::{Error, Result};
+use crate::model;
+use crate::output::Context;
+use crate::progress::Progress;
+
+/// Ask generated questions: pass key, multi-key, variable tracking, associative recall
+///
+/// passkey: the one number in prose. multi-key: one of 8 record lines in prose. variable-tracking:
+/// all 5 variables that a value was handed on to, beside another chain. mqar: 4 of many record lines,
+/// asked one after another in one conversation. The score is the share of the right strings that
+/// the answers contain (RULER's string_match_all). multi-key and mqar are worded as LongEval is;
+/// the other two need a model that understands plain English.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example:\n  moa eval tasks --model assets/moa-tiny --plan plan.json --task mqar --lengths 1024,2048 --samples 20"
+)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    model: ModelArg,
+    #[command(flatten)]
+    plan: PlanArgs,
+    /// What to ask
+    #[arg(long, value_parser = task_parser())]
+    task: Task,
+    /// Context lengths, messages and answers together
+    #[arg(long, default_value = "1024,2048", value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]
+    lengths: Vec<usize>,
+    /// Questions per length
+    #[arg(long, default_value_t = 20, value_name = "N", value_parser = parse_count)]
+    samples: usize,
+    /// Most tokens of an answer
+    #[arg(long, default_value_t = 48, value_name = "N", value_parser = parse_count)]
+    max_new_tokens: usize,
+    #[command(flatten)]
+    items: ItemArgs,
+}
+
+pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    args.items.check()?;
+    let model = model::open(&args.model.model, context)?;
+    let plan = model::choose_plan(&args.plan, &model)?;
+    let mut lengths = args.lengths.clone();
+    lengths.sort_unstable();
+    lengths.dedup();
+    let limit = model.model.config().context_length();
+    if let Some(&asked) = lengths.iter().find(|length| **length > limit) {
+        let error = moa_models::Error::ContextExceeded { asked, limit };
+        return Err(Error::from(error).at("--lengths"));
+    }
+    let mut questions = Vec::new();
+    let bar = Progress::new(context, "make", lengths.len() * args.samples);
+    for &length in &lengths {
+        for case in 0..args.samples {
+            let draw = (context.seed, case);
+            let question = model.task_question(args.task, length, args.max_new_tokens, draw);
+            let question = question.map_err(|e| Error::from(e).at("--lengths"))?;
+            let place = format!("{} at {length} tokens", args.task.name());
+            questions.push(Asked { size: Some(length), case, question, place });
+            bar.step();
+        }
+    }
+    drop(bar);
+    let evaluation = Evaluation {
+        model: &model,
+        plan: &plan,
+        max_new_tokens: args.max_new_tokens,
+        settings: json!({ "evaluation": args.task.name() }),
+    };
+    let report = args.items.ask(&evaluation, &questions, context)?;
+    let depth_bins = args.items.depth_bins;
+    Summary { plan: &plan.name, unit: "tokens", report: &report, depth_bins }.write(context)
+}

@@ -1,0 +1,152 @@
+//! Evaluations: by length and depth, resumed, in several tasks and lengths.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::common::{cases, json_of, moa_in, ok, refuses, tiny};
+
+fn lines_of(path: &Path) -> Vec<String> {
+    fs::read_to_string(path).unwrap().lines().map(str::to_string).collect()
+}
+
+/// The answers are those of the file: new ones would have taken another time.
+fn same_seconds(a: &Value, b: &Value) {
+    let seconds = |value: &Value| value["seconds"].as_f64().unwrap();
+    assert!((seconds(a) - seconds(b)).abs() < 1e-9, "{a} and {b}");
+}
+
+#[test]
+fn retrieval_is_grouped_by_length_and_depth_and_goes_on_where_it_stopped() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let tiny = tiny.to_str().unwrap();
+    cases(&root.join("cases.jsonl"), 3, 16);
+    let eval = [
+        "eval",
+        "retrieval",
+        "--model",
+        tiny,
+        "--data",
+        "cases.jsonl",
+        "--max-new-tokens",
+        "30",
+        "--lines",
+        "12,4",
+        "--items",
+        "items.jsonl",
+    ];
+    let whole = json_of(root, &eval);
+    let sizes = whole["sizes"].as_array().unwrap();
+    let numbers =
+        |field: &str| -> Vec<u64> { sizes.iter().filter_map(|s| s[field].as_u64()).collect() };
+    assert_eq!((numbers("lines"), numbers("cases")), (vec![4, 12], vec![3, 3]));
+    for size in sizes {
+        let depths = size["depths"].as_array().unwrap();
+        let asked: u64 = depths.iter().map(|d| d["asked"].as_u64().unwrap()).sum();
+        assert_eq!(asked, 3, "{size}");
+    }
+    // The model answers all of them: the effective context is the longest, and dense.
+    assert_eq!(whole["correct"], 6, "{whole}");
+    assert_eq!(whole["effective_context"], sizes[1]["context_mean"]);
+    assert_eq!(whole["ratio"], 1.0);
+
+    // Cut at any place, the file is completed to what it was, but for the times.
+    let path = root.join("items.jsonl");
+    let lines = lines_of(&path);
+    assert_eq!(lines.len(), 7);
+    let text = fs::read_to_string(&path).unwrap();
+    let cut = text.len() - lines[6].len() - lines[5].len() / 2;
+    fs::write(&path, &text[..cut]).unwrap();
+    let again = json_of(root, &eval);
+    assert_eq!(lines_of(&path)[..5], lines[..5]);
+    assert_eq!(lines_of(&path).len(), 7);
+    same_seconds(&again["sizes"][0], &whole["sizes"][0]);
+    for field in ["cases", "correct", "accuracy", "kv_bytes", "effective_context"] {
+        assert_eq!(again[field], whole[field]);
+    }
+
+    // Fewer cases of the same settings need no model run; other settings are refused.
+    let few = json_of(root, &[&eval[..], &["--limit", "1"]].concat());
+    assert_eq!(few["cases"], 2);
+    refuses(root, &[&eval[..], &["--uniform", "0.5"]].concat(), &["items.jsonl", "plan"]);
+    refuses(root, &[&eval[..], &["--seed", "1"]].concat(), &["items.jsonl", "seed = 0, not 1"]);
+    refuses(root, &[&eval[..], &["--depth-bins", "11"]].concat(), &["--depth-bins", "1 to 10"]);
+    let table = ok(root, &[&eval[..], &["--depth-bins", "2"]].concat());
+    assert!(table.contains("0-50 %") && table.contains("Effective context: "), "{table}");
+    fs::write(&path, "{\"case\": 1}\n").unwrap();
+    refuses(root, &eval, &["items.jsonl, line 1", "settings"]);
+}
+
+#[test]
+fn generated_tasks_have_the_length_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let tiny = tiny.to_str().unwrap();
+    for task in ["variable-tracking", "mqar"] {
+        let args = [
+            "eval",
+            "tasks",
+            "--model",
+            tiny,
+            "--task",
+            task,
+            "--lengths",
+            "448,512",
+            "--samples",
+            "1",
+            "--max-new-tokens",
+            "8",
+            "--items",
+            task,
+        ];
+        let report = json_of(root, &args);
+        let sizes = report["sizes"].as_array().unwrap();
+        for (size, length) in sizes.iter().zip([448.0, 512.0]) {
+            assert_eq!(size["tokens"].as_f64(), Some(length), "{report}");
+            let context = size["context_mean"].as_f64().unwrap();
+            assert!(context <= length && context > length - 64.0, "{task}: {context} of {length}");
+        }
+        let items = lines_of(&root.join(task));
+        assert_eq!(items.len(), 3);
+        // Made again, nothing is left to ask.
+        same_seconds(&json_of(root, &args), &report);
+        assert_eq!(lines_of(&root.join(task)), items);
+        let few = ["eval", "tasks", "--model", tiny, "--task", task, "--lengths", "64"];
+        refuses(root, &few, &["--lengths", "at least"]);
+    }
+    let args = ["eval", "tasks", "--model", tiny, "--task", "mqar", "--lengths", "512,9000"];
+    refuses(root, &args, &["--lengths", "9000", "8192"]);
+    let args = ["eval", "tasks", "--model", tiny, "--task", "needle"];
+    refuses(root, &args, &["needle", "variable-tracking"]);
+}
+
+#[test]
+fn perplexity_is_given_for_each_length_and_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let tiny = tiny.to_str().unwrap();
+    let text = |subject: &str| format!("The {subject} left the harbor before the sun was up. ");
+    fs::write(root.join("a.txt"), text("ship").repeat(60)).unwrap();
+    fs::write(root.join("b.txt"), text("pilot").repeat(40)).unwrap();
+    let eval = ["eval", "perplexity", "--model", tiny, "--text", "a.txt", "--text", "b.txt"];
+    let args = [&eval[..], &["--lengths", "128,64", "--windows", "2"]].concat();
+    let report = json_of(root, &args);
+    let lengths = report["lengths"].as_array().unwrap();
+    assert_eq!(lengths.len(), 2);
+    for (at, length) in lengths.iter().zip([64, 128]) {
+        assert_eq!((at["length"].as_u64(), at["windows"].as_u64()), (Some(length), Some(4)));
+        let texts = at["texts"].as_array().unwrap();
+        let mean: f64 =
+            texts.iter().map(|t| t["cross_entropy"].as_f64().unwrap()).sum::<f64>() / 2.0;
+        assert!((at["cross_entropy"].as_f64().unwrap() - mean).abs() < 1e-9, "{at}");
+    }
+    assert_eq!(report["tokens"], 4 * 63 + 4 * 127);
+    refuses(root, &[&eval[..], &["--lengths", "64,900"]].concat(), &["a.txt", "at least 900"]);
+    let output = moa_in(root, &["eval", "perplexity", "--model", tiny, "--text", "a.txt"]);
+    assert_eq!(output.status.code(), Some(2));
+}
