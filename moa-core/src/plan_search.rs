@@ -146,11 +146,14 @@ impl PlanRequest {
             sizes,
         )?;
         let set = solve(&problem, &self.solver)?;
+        let bounded = self.bounds.iter().map(|bound| bound.length);
+        let shortest = lengths.iter().copied().chain(bounded).min().unwrap_or(0);
         let at = |lengths: &[usize], values: &[f64]| {
             lengths.iter().zip(values).map(|(&length, &value)| AtLength { length, value }).collect()
         };
         let plans = set.solutions.iter().map(|solution| {
-            let rules = solution.choice.iter().map(|&c| self.candidates[c].into()).collect();
+            let rule = |&c: &usize| self.kept_below(shortest, self.candidates[c]);
+            let rules = solution.choice.iter().map(rule).collect::<Result<_>>()?;
             let mut plan = Plan::new(shape, self.sink, self.min_span, rules)?;
             let values = |of: &dyn Fn(&Bound) -> Option<f64>| {
                 let at = |b| of(b).map(|value| AtLength { length: b.length, value });
@@ -168,6 +171,16 @@ impl PlanRequest {
             Ok(plan)
         });
         Ok(FoundPlans { plans: plans.collect::<Result<_>>()?, set })
+    }
+
+    /// A rule that below `shortest` tokens, the shortest length at which losses or bounds say anything,
+    /// keeps the span it has there: a line with a negative offset would otherwise shrink a head that
+    /// needs its whole context to nothing where contexts are short. It keeps no more bytes than at
+    /// `shortest`.
+    fn kept_below(&self, shortest: usize, rule: ElasticRule) -> Result<HeadRule> {
+        let floor = ElasticRule::fixed(rule.span(shortest, self.min_span));
+        let shrinks = rule.alpha < 0.0 && floor.alpha > self.min_span as f64;
+        HeadRule::union(std::iter::once(rule).chain(shrinks.then_some(floor)))
     }
 
     /// Searches on a profile: [`PlanRequest::predicted_losses`], then [`PlanRequest::search`].
