@@ -174,13 +174,12 @@ impl PlanRequest {
     }
 
     /// A rule that below `shortest` tokens, the shortest length at which losses or bounds say anything,
-    /// keeps the span it has there: a line with a negative offset would otherwise shrink a head that
-    /// needs its whole context to nothing where contexts are short. It keeps no more bytes than at
-    /// `shortest`.
+    /// keeps the span it has there, and so no more bytes than there. What a head needs does not shrink
+    /// in proportion: lines that go on below that length lose retrieval there.
     fn kept_below(&self, shortest: usize, rule: ElasticRule) -> Result<HeadRule> {
-        let floor = ElasticRule::fixed(rule.span(shortest, self.min_span));
-        let shrinks = rule.alpha < 0.0 && floor.alpha > self.min_span as f64;
-        HeadRule::union(std::iter::once(rule).chain(shrinks.then_some(floor)))
+        let span = rule.span(shortest, self.min_span);
+        let shrinks = rule.beta > 0.0 && span > self.min_span && (span < shortest || rule.alpha < 0.0);
+        HeadRule::union(std::iter::once(rule).chain(shrinks.then(|| ElasticRule::fixed(span))))
     }
 
     /// Searches on a profile: [`PlanRequest::predicted_losses`], then [`PlanRequest::search`].
