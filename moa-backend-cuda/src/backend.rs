@@ -1,11 +1,11 @@
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use moa_core::{InfluenceInputs, InfluenceOutput, LayerLayout, SparseAttentionBackend};
 
 use crate::compile::Variant;
 use crate::memory::Workspace;
 use crate::step::{Batch, Step, Tensors};
-use crate::tables::Geometry;
+use crate::tensor::Form;
 use crate::{Cache, Device, Dtype, Error, Result, Tensor, influence, timing};
 
 /// Attention on one GPU.
@@ -53,44 +53,56 @@ impl CudaBackend {
         self.device.kernels(Variant { head_dim, dtype: self.dtype }).map(drop)
     }
 
-    /// Everything about the tensors that can be wrong; the batch is checked by the step.
-    fn check(&self, caches: &[&Cache], tokens: &[usize], [q, k, v]: [&Tensor; 3]) -> Result<usize> {
-        let total = tokens.iter().try_fold(0usize, |sum, &n| sum.checked_add(n));
-        let total =
-            total.ok_or_else(|| Error::argument(OP, "tokens", "a sum below 2^64", "more"))?;
-        let Some(cache) = caches.first() else {
-            return Err(Error::argument(OP, "caches", "at least 1", 0));
-        };
-        let (kv_heads, head_dim) = (cache.layout().heads().len(), cache.head_dim());
-        let &[q_tokens, query_heads, q_dim] = q.shape() else {
-            return Err(Error::shape(OP, "q", "[tokens, query heads, head dim]", q.shape()));
-        };
-        if [q_tokens, q_dim] != [total, head_dim]
-            || query_heads == 0
-            || !query_heads.is_multiple_of(kv_heads)
-        {
-            let expected = format!("[{total}, a multiple of {kv_heads}, {head_dim}]");
-            return Err(Error::shape(OP, "q", expected, q.shape()));
-        }
-        let kv_shape = [total, kv_heads, head_dim];
-        for (what, tensor) in [("k", k), ("v", v)] {
-            if tensor.shape() != kv_shape {
-                return Err(Error::shape(OP, what, format_args!("{kv_shape:?}"), tensor.shape()));
-            }
-        }
-        for (what, tensor) in [("q", q), ("k", k), ("v", v)] {
-            if tensor.dtype() != cache.dtype() {
-                return Err(Error::argument(OP, what, cache.dtype(), tensor.dtype()));
-            }
+    fn check(&self, caches: &[&Cache], tokens: &[usize], tensors: [&Tensor; 3]) -> Result<usize> {
+        let query_heads = check(&self.device, caches, tokens, tensors)?;
+        for (what, tensor) in ["q", "k", "v"].into_iter().zip(tensors) {
             if tensor.device().context() != self.device.context() {
                 return Err(Error::argument(OP, what, "on the backend's device", "on another"));
             }
         }
-        if cache.device().context() != self.device.context() {
-            return Err(Error::argument(OP, "cache", "on the backend's device", "on another"));
-        }
         Ok(query_heads)
     }
+}
+
+/// Everything about the tensors that can be wrong, but for their device; the batch is checked by the
+/// step. Returns the number of query heads.
+pub(crate) fn check<T: Form>(
+    device: &Device,
+    caches: &[&Cache],
+    tokens: &[usize],
+    [q, k, v]: [&T; 3],
+) -> Result<usize> {
+    let total = tokens.iter().try_fold(0usize, |sum, &n| sum.checked_add(n));
+    let total = total.ok_or_else(|| Error::argument(OP, "tokens", "a sum below 2^64", "more"))?;
+    let Some(cache) = caches.first() else {
+        return Err(Error::argument(OP, "caches", "at least 1", 0));
+    };
+    let (kv_heads, head_dim) = (cache.layout().heads().len(), cache.head_dim());
+    let &[q_tokens, query_heads, q_dim] = q.shape() else {
+        return Err(Error::shape(OP, "q", "[tokens, query heads, head dim]", q.shape()));
+    };
+    if [q_tokens, q_dim] != [total, head_dim]
+        || query_heads == 0
+        || !query_heads.is_multiple_of(kv_heads)
+    {
+        let expected = format!("[{total}, a multiple of {kv_heads}, {head_dim}]");
+        return Err(Error::shape(OP, "q", expected, q.shape()));
+    }
+    let kv_shape = [total, kv_heads, head_dim];
+    for (what, tensor) in [("k", k), ("v", v)] {
+        if tensor.shape() != kv_shape {
+            return Err(Error::shape(OP, what, format_args!("{kv_shape:?}"), tensor.shape()));
+        }
+    }
+    for (what, tensor) in [("q", q), ("k", k), ("v", v)] {
+        if tensor.dtype() != cache.dtype() {
+            return Err(Error::argument(OP, what, cache.dtype(), tensor.dtype()));
+        }
+    }
+    if cache.device().context() != device.context() {
+        return Err(Error::argument(OP, "cache", "on the backend's device", "on another"));
+    }
+    Ok(query_heads)
 }
 
 impl SparseAttentionBackend for CudaBackend {
@@ -103,10 +115,7 @@ impl SparseAttentionBackend for CudaBackend {
     }
 
     fn open(&self, layout: &LayerLayout, head_dim: usize) -> Result<Cache> {
-        let geometry = Geometry::new(layout.clone()).ok_or_else(|| {
-            Error::argument("open", "capacity", "fewer than 2^30 tokens", layout.capacity())
-        })?;
-        Cache::new(&self.device, Arc::new(geometry), Variant { head_dim, dtype: self.dtype })
+        Cache::open(&self.device, layout, Variant { head_dim, dtype: self.dtype })
     }
 
     fn extend(

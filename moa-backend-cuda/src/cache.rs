@@ -24,6 +24,14 @@ pub struct Cache {
 }
 
 impl Cache {
+    /// An empty one for sequences of this layout.
+    pub(crate) fn open(device: &Device, layout: &LayerLayout, variant: Variant) -> Result<Self> {
+        let geometry = Geometry::new(layout.clone()).ok_or_else(|| {
+            Error::argument("open", "capacity", "fewer than 2^30 tokens", layout.capacity())
+        })?;
+        Self::new(device, Arc::new(geometry), variant)
+    }
+
     pub(crate) fn new(device: &Device, geometry: Arc<Geometry>, variant: Variant) -> Result<Self> {
         variant.check("open")?;
         let elements = geometry.layout.slots().checked_mul(2 * variant.head_dim);

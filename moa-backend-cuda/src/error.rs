@@ -94,6 +94,15 @@ pub enum Error {
         /// The driver's text for it.
         message: String,
     },
+    /// burn's server refused: a tensor was never written, or memory could not be had.
+    #[cfg(feature = "burn")]
+    #[error("{op}: burn's server refused: {message}")]
+    Burn {
+        /// The operation.
+        op: &'static str,
+        /// What it said.
+        message: String,
+    },
 }
 
 /// Result of this crate.

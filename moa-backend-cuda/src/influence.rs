@@ -1,10 +1,14 @@
 //! Influence of every attention value on the objective, in blocks.
 
+use std::sync::Arc;
+
 use moa_core::{InfluenceInputs, InfluenceOutput, InfluenceSign};
 
 use crate::compile::Variant;
-use crate::tables::InfluenceArgs;
-use crate::{Device, Dtype, Error, Result, Tensor};
+use crate::kernels::Kernels;
+use crate::tables::{DevicePointer, InfluenceArgs, Packed};
+use crate::tensor::Form;
+use crate::{Device, Dtype, Error, RawStream, Result, Tensor};
 
 const OP: &str = "influence";
 
@@ -18,31 +22,85 @@ pub(crate) fn influence(
     inputs: &InfluenceInputs<'_, Tensor>,
     scale: f32,
 ) -> Result<InfluenceOutput<Tensor>> {
-    let [tokens, query_heads, kv_heads, head_dim] = check(device, dtype, inputs)?;
-    let side = tokens.div_ceil(BLOCK);
-    // Entries above the diagonal stay 0.
-    let sums = Tensor::zeros(device, &[kv_heads, side, side], Dtype::F32)?;
-    let int = |n: usize| n as i32;
-    let args = InfluenceArgs {
-        q: inputs.q.packed(),
-        k: inputs.k.packed(),
-        v: inputs.v.packed(),
-        out: inputs.out.packed(),
-        d_out: inputs.d_out.packed(),
-        lse: inputs.lse.pointer(),
-        blocks: sums.pointer(),
-        tokens: int(tokens),
-        query_heads: int(query_heads),
-        kv_heads: int(kv_heads),
-        absolute: i32::from(inputs.sign == InfluenceSign::Absolute),
-        scale,
-        padding: 0,
-    };
-    let kernels = device.kernels(Variant { head_dim, dtype })?;
+    let InfluenceInputs { q, k, v, out, lse, d_out, .. } = *inputs;
+    let all = [("q", q), ("k", k), ("v", v), ("out", out), ("lse", lse), ("d_out", d_out)];
+    for (what, tensor) in all {
+        if tensor.device().context() != device.context() {
+            return Err(Error::argument(OP, what, "on the backend's device", "on another"));
+        }
+    }
+    let sweep = Sweep::new(device, dtype, inputs)?;
+    let packed = [q, k, v, out, d_out].map(Tensor::packed);
     // SAFETY: the shapes were checked; everything is on the device's own stream.
-    unsafe { kernels.influence(device.stream(), &args) }?;
-    let blocks = coarsen(&sums.to_f32()?, side, inputs.block / BLOCK);
-    Ok(InfluenceOutput { blocks, gradients: None })
+    unsafe { sweep.launch(device.stream(), packed, lse.pointer(), scale) }?;
+    sweep.finish()
+}
+
+/// One call, checked, with room for its result.
+pub(crate) struct Sweep {
+    kernels: Arc<Kernels>,
+    /// Sums over the kernel's blocks, allocated on the device's own stream. Those above the diagonal
+    /// stay 0.
+    sums: Tensor,
+    /// Tokens, query heads, KV heads.
+    dims: [usize; 3],
+    block: usize,
+    sign: InfluenceSign,
+}
+
+impl Sweep {
+    pub(crate) fn new<T: Form>(
+        device: &Device,
+        dtype: Dtype,
+        inputs: &InfluenceInputs<'_, T>,
+    ) -> Result<Self> {
+        let [tokens, query_heads, kv_heads, head_dim] = check(dtype, inputs)?;
+        let side = tokens.div_ceil(BLOCK);
+        Ok(Self {
+            kernels: device.kernels(Variant { head_dim, dtype })?,
+            sums: Tensor::zeros(device, &[kv_heads, side, side], Dtype::F32)?,
+            dims: [tokens, query_heads, kv_heads],
+            block: inputs.block,
+            sign: inputs.sign,
+        })
+    }
+
+    /// # Safety
+    /// As [`Kernels::influence`]: q, k, v, out, d_out and the log-sum-exp, without gaps, have the
+    /// shapes that `new` saw; `stream` runs after the device's own stream has come this far.
+    pub(crate) unsafe fn launch(
+        &self,
+        stream: RawStream,
+        [q, k, v, out, d_out]: [Packed; 5],
+        lse: DevicePointer,
+        scale: f32,
+    ) -> Result<()> {
+        let [tokens, query_heads, kv_heads] = self.dims.map(|n| n as i32);
+        let args = InfluenceArgs {
+            q,
+            k,
+            v,
+            out,
+            d_out,
+            lse,
+            blocks: self.sums.pointer(),
+            tokens,
+            query_heads,
+            kv_heads,
+            absolute: i32::from(self.sign == InfluenceSign::Absolute),
+            scale,
+            padding: 0,
+        };
+        // SAFETY: as the caller promises.
+        unsafe { self.kernels.influence(stream, &args) }
+    }
+
+    /// The result, once the device's own stream has come to it.
+    pub(crate) fn finish<T>(self) -> Result<InfluenceOutput<T>> {
+        let side = self.dims[0].div_ceil(BLOCK);
+        let blocks = coarsen(&self.sums.to_f32()?, side, self.block / BLOCK);
+        Ok(InfluenceOutput { blocks, gradients: None })
+    }
 }
 
 /// Sums `factor` x `factor` blocks of `[heads, side, side]`.
@@ -57,11 +115,7 @@ fn coarsen(fine: &[f32], side: usize, factor: usize) -> Vec<f64> {
 }
 
 /// Tokens, query heads, KV heads, head dim.
-fn check(
-    device: &Device,
-    dtype: Dtype,
-    inputs: &InfluenceInputs<'_, Tensor>,
-) -> Result<[usize; 4]> {
+fn check<T: Form>(dtype: Dtype, inputs: &InfluenceInputs<'_, T>) -> Result<[usize; 4]> {
     let &[tokens, query_heads, head_dim] = inputs.q.shape() else {
         return Err(Error::shape(OP, "q", "[tokens, query heads, head dim]", inputs.q.shape()));
     };
@@ -76,7 +130,7 @@ fn check(
         return Err(Error::shape(OP, "k", expected, inputs.k.shape()));
     }
     let (of_q, of_k) = ([tokens, query_heads, head_dim], [tokens, kv_heads, head_dim]);
-    let all: [(&'static str, &Tensor, &[usize], Dtype); 6] = [
+    let all: [(&'static str, &T, &[usize], Dtype); 6] = [
         ("q", inputs.q, &of_q, dtype),
         ("k", inputs.k, &of_k, dtype),
         ("v", inputs.v, &of_k, dtype),
@@ -90,9 +144,6 @@ fn check(
         }
         if tensor.dtype() != dtype {
             return Err(Error::argument(OP, what, dtype, tensor.dtype()));
-        }
-        if tensor.device().context() != device.context() {
-            return Err(Error::argument(OP, what, "on the backend's device", "on another"));
         }
     }
     if inputs.block == 0 || !inputs.block.is_multiple_of(BLOCK) {

@@ -37,9 +37,12 @@
 //! # Inside another engine
 //! [`Step`] runs the same kernels on foreign memory and a foreign stream: it plans on the host and
 //! uploads tables (`prepare`), then only launches (`run`), also inside a CUDA graph. [`Kernels`] is
-//! the level below: addresses, strides and tables.
+//! the level below: addresses, strides and tables. `examples/candle_cuda` in the repository runs it
+//! inside candle; with the feature `burn`, the module `burn` has the same backend on burn's tensors.
 
 mod backend;
+#[cfg(feature = "burn")]
+pub mod burn;
 mod cache;
 mod check;
 mod compile;

@@ -17,6 +17,22 @@ pub struct Tensor {
     axes: usize,
 }
 
+/// Shape and element type: all that checks of arguments look at.
+pub(crate) trait Form {
+    fn shape(&self) -> &[usize];
+    fn dtype(&self) -> Dtype;
+}
+
+impl Form for Tensor {
+    fn shape(&self) -> &[usize] {
+        self.shape()
+    }
+
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+}
+
 impl Tensor {
     /// Copies numbers to the device, rounded to `dtype`.
     ///
