@@ -178,7 +178,8 @@ impl PlanRequest {
     /// in proportion: lines that go on below that length lose retrieval there.
     fn kept_below(&self, shortest: usize, rule: ElasticRule) -> Result<HeadRule> {
         let span = rule.span(shortest, self.min_span);
-        let shrinks = rule.beta > 0.0 && span > self.min_span && (span < shortest || rule.alpha < 0.0);
+        let shrinks =
+            rule.beta > 0.0 && span > self.min_span && (span < shortest || rule.alpha < 0.0);
         HeadRule::union(std::iter::once(rule).chain(shrinks.then(|| ElasticRule::fixed(span))))
     }
 
