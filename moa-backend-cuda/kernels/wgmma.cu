@@ -208,9 +208,13 @@ struct Queue {
     __device__ __forceinline__ int next(int lane) {
         const int slot = count % STAGES;
         barrier_wait(full + slot * 8, count / STAGES & 1);
-        const int item = uniform(items[slot]);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(empty + slot * 8);
+        // The lane that reads is the one that frees the slot.
+        int item = 0;
+        if (lane == 0) {
+            item = items[slot];
+            barrier_arrive(empty + slot * 8);
+        }
+        item = uniform(item);
         count++;
         return item;
     }
