@@ -92,7 +92,8 @@ impl Bench {
         Ok(2.0 * BYTES as f64 / f64::from(ms) / 1e9)
     }
 
-    /// Whole prompts with the plan's spans, and without: milliseconds and TFLOP/s on kept pairs.
+    /// Whole prompts with the plan's spans, and without: milliseconds with writing the caches, and for
+    /// attention alone, which is what the peers do; TFLOP/s of attention on kept pairs.
     fn prefill(&mut self, tokens: usize) -> Result<Value> {
         let spans = self.options.spans(tokens)?;
         let dense = vec![Span::full(tokens); self.options.kv_heads];
@@ -104,11 +105,20 @@ impl Bench {
             let cache = self.backend.open(&layout, self.options.head_dim)?;
             self.prepare(&[&cache], &[tokens])?;
             let ms = self.median_ms(|| self.run(&io))?;
+            let tensors = io.from(0, self.options.head_dim);
+            // SAFETY: as in `prepare`.
+            let attention_ms = self.median_ms(|| unsafe {
+                Ok(self.step.attend(&self.workspace, &tensors, self.device.stream())?)
+            })?;
             let pairs: u128 = spans.iter().map(|span| span.kept_pairs(tokens)).sum();
             let group = self.options.heads / self.options.kv_heads;
             let operations = 4.0 * pairs as f64 * (group * self.options.head_dim) as f64;
             row.insert(format!("{name}_ms"), json!(ms));
-            row.insert(format!("{name}_TFLOP_s"), json!(operations / f64::from(ms) / 1e9));
+            row.insert(format!("{name}_attention_ms"), json!(attention_ms));
+            row.insert(
+                format!("{name}_TFLOP_s"),
+                json!(operations / f64::from(attention_ms) / 1e9),
+            );
             row.insert(format!("{name}_kept"), json!(pairs as f64 / causal));
         }
         Ok(Value::Object(row))

@@ -1,18 +1,23 @@
 // append: rotates q and k (RoPE) and writes k and v of new tokens into the ring caches.
 // advance: moves the sequences' lengths on, so that a captured step can be replayed.
 //
-// One warp per (token, head): grid (ceil(max tokens * heads / 8), sequences), block 256, where
-// heads = query_heads + 2 * kv_heads (q, then k, then v).
+// A row is the vector of one (token, head) and has HEAD_DIM / 8 threads: grid (ceil(max tokens * heads /
+// ROWS), sequences), block 256, where heads = query_heads + 2 * kv_heads (q, then k, then v).
 #include "common.cuh"
 
+constexpr int ROW_THREADS = HEAD_DIM / 8;
+constexpr int ROWS = 256 / ROW_THREADS;
+
 extern "C" __global__ void __launch_bounds__(256) append(const __grid_constant__ AppendArgs args) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
     const Sequence sequence = args.sequences[blockIdx.y];
     const int heads = args.query_heads + 2 * args.kv_heads;
-    const int task = blockIdx.x * 8 + threadIdx.x / 32;
+    const int row = threadIdx.x / ROW_THREADS, part = threadIdx.x % ROW_THREADS;
+    const int task = blockIdx.x * ROWS + row;
     const int token = task / heads;
     int head = task % heads;
-    if (token >= sequence.tokens) return;
-    const int lane = threadIdx.x % 32;
+    if (row >= ROWS || token >= sequence.tokens) return;
     const int len = args.lens[blockIdx.y];
     const int position = len + token;
 
@@ -23,35 +28,34 @@ extern "C" __global__ void __launch_bounds__(256) append(const __grid_constant__
     const Packed in = is_query ? args.q : is_key ? args.k : args.v;
     if (in.data == nullptr) return;
 
-    // Element pairs (i, i + HEAD_DIM / 2), or (2i, 2i + 1): lane holds i = lane, lane + 32, ...
-    const u16* from = (const u16*)in.data + (sequence.first + token) * in.token + head * in.head;
+    // A thread holds the element pairs 4 * part to 4 * part + 3: (i, i + HEAD_DIM / 2), or (2i, 2i + 1).
     const int half = HEAD_DIM / 2;
-    const bool rotate = args.rope != nullptr && (is_query || is_key);
-    u16 low[(HEAD_DIM + 63) / 64], high[(HEAD_DIM + 63) / 64];
-#pragma unroll
-    for (int n = 0; n < (HEAD_DIM + 63) / 64; n++) {
-        int i = n * 32 + lane;
-        if (i >= half) break;
-        int a = args.interleaved ? 2 * i : i;
-        int b = args.interleaved ? 2 * i + 1 : i + half;
-        low[n] = from[a];
-        high[n] = from[b];
-        if (rotate) {
-            float2 turn = args.rope[(i64)position * half + i];
-            float2 x = unpack2((u32)low[n] | (u32)high[n] << 16);
-            u32 y = pack2(x.x * turn.x - x.y * turn.y, x.y * turn.x + x.x * turn.y);
-            low[n] = (u16)y;
-            high[n] = (u16)(y >> 16);
+    const int first = args.interleaved ? 8 * part : 4 * part;
+    const int second = args.interleaved ? first + 4 : first + half;
+    const u16* from = (const u16*)in.data + (sequence.first + token) * in.token + head * in.head;
+    uint2 a = *(const uint2*)(from + first), b = *(const uint2*)(from + second);
+    if (args.rope != nullptr && (is_query || is_key)) {
+        const float4* table = (const float4*)(args.rope + (i64)position * half + 4 * part);
+        const float4 low = table[0], high = table[1];
+        auto turn = [](u32 pair, float cos, float sin) {
+            const float2 x = unpack2(pair);
+            return pack2(x.x * cos - x.y * sin, x.y * cos + x.x * sin);
+        };
+        if (args.interleaved) {
+            a = make_uint2(turn(a.x, low.x, low.y), turn(a.y, low.z, low.w));
+            b = make_uint2(turn(b.x, high.x, high.y), turn(b.y, high.z, high.w));
+        } else {
+            const u32 y0 = turn(__byte_perm(a.x, b.x, 0x5410), low.x, low.y);
+            const u32 y1 = turn(__byte_perm(a.x, b.x, 0x7632), low.z, low.w);
+            const u32 y2 = turn(__byte_perm(a.y, b.y, 0x5410), high.x, high.y);
+            const u32 y3 = turn(__byte_perm(a.y, b.y, 0x7632), high.z, high.w);
+            a = make_uint2(__byte_perm(y0, y1, 0x5410), __byte_perm(y2, y3, 0x5410));
+            b = make_uint2(__byte_perm(y0, y1, 0x7632), __byte_perm(y2, y3, 0x7632));
         }
     }
     auto write = [&](u16* to) {
-#pragma unroll
-        for (int n = 0; n < (HEAD_DIM + 63) / 64; n++) {
-            int i = n * 32 + lane;
-            if (i >= half) break;
-            to[args.interleaved ? 2 * i : i] = low[n];
-            to[args.interleaved ? 2 * i + 1 : i + half] = high[n];
-        }
+        *(uint2*)(to + first) = a;
+        *(uint2*)(to + second) = b;
     };
     if (is_query || is_key) {
         const Packed out = is_query ? args.q_out : args.k_out;
@@ -73,6 +77,7 @@ extern "C" __global__ void __launch_bounds__(256) append(const __grid_constant__
 }
 
 extern "C" __global__ void advance(int* lens, const Sequence* sequences, int n) {
+    wait_for_previous_kernel();
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) lens[i] += sequences[i].tokens;
 }

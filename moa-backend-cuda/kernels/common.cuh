@@ -37,6 +37,22 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// ---- consecutive kernels ----------------------------------------------------------------------
+// A kernel launched with programmatic serialization may start before the one before it has ended, and
+// reads nothing of it before this. Every kernel waits, so that the wait holds for all earlier ones too.
+
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- shared memory ----------------------------------------------------------------------------
 
 __device__ __forceinline__ u32 shared_address(const void* p) {

@@ -92,6 +92,8 @@ fn options(variant: Variant, architecture: Architecture) -> Vec<String> {
         format!("--gpu-architecture={architecture}"),
         "--std=c++17".into(),
         "-default-device".into(),
+        // For profilers and sanitizers; costs nothing at run time.
+        "--generate-line-info".into(),
         "--extra-device-vectorization".into(),
         format!("-DHEAD_DIM={}", variant.head_dim),
         format!("-DMIN_SPLIT_KEYS={MIN_SPLIT_KEYS}"),

@@ -3,8 +3,11 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use cudarc::driver::sys::CUfunction_attribute as Attribute;
-use cudarc::driver::{CudaContext, CudaFunction, result};
+use cudarc::driver::sys::{
+    self, CUfunction_attribute as Attribute, CUlaunchAttribute, CUlaunchAttributeID,
+    CUlaunchAttributeValue, CUlaunchConfig,
+};
+use cudarc::driver::{CudaContext, CudaFunction};
 use cudarc::nvrtc::Ptx;
 
 use crate::compile::{Variant, compile};
@@ -43,6 +46,8 @@ struct Kernel {
     call: &'static str,
     threads: u32,
     shared_bytes: usize,
+    /// Whether it may be launched before the kernel before it has ended, as it waits for that itself.
+    overlaps: bool,
 }
 
 impl Kernels {
@@ -92,7 +97,8 @@ impl Kernels {
                     .set_attribute(attribute, shared_bytes as i32)
                     .map_err(Error::driver("cuFuncSetAttribute"))?;
             }
-            Ok(Some(Kernel { function, call: symbol, threads, shared_bytes }))
+            let overlaps = architecture.major >= 9 && matches!(symbol, "append" | "extend_split");
+            Ok(Some(Kernel { function, call: symbol, threads, shared_bytes, overlaps }))
         };
         let always = |kernel: Result<Option<Kernel>>, source: Source| {
             kernel?.ok_or_else(|| {
@@ -151,7 +157,8 @@ impl Kernels {
         max_tokens: usize,
     ) -> Result<()> {
         let heads = (args.query_heads + 2 * args.kv_heads) as usize;
-        let blocks = (max_tokens * heads).div_ceil(8);
+        let rows = self.append.threads as usize / (self.variant.head_dim / 8);
+        let blocks = (max_tokens * heads).div_ceil(rows);
         // SAFETY: as the caller promises.
         unsafe { self.launch(&self.append, stream, [blocks, args.num_sequences as usize], args) }
     }
@@ -294,17 +301,29 @@ impl Kernels {
             return Err(Error::argument(kernel.call, "blocks", "fewer than 2^31 x 2^16", got));
         };
         self.context.bind_to_thread().map_err(Error::driver("cuCtxSetCurrent"))?;
+        let mut overlap = CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = CUlaunchConfig {
+            gridDimX: x as u32,
+            gridDimY: u32::from(y),
+            gridDimZ: 1,
+            blockDimX: kernel.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: kernel.shared_bytes as u32,
+            hStream: stream.cast(),
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(kernel.overlaps),
+        };
+        let function = kernel.function.cu_function();
         // SAFETY: the function is loaded; the arguments are as the caller promises.
         unsafe {
-            result::launch_kernel(
-                kernel.function.cu_function(),
-                (x as u32, u32::from(y), 1),
-                (kernel.threads, 1, 1),
-                kernel.shared_bytes as u32,
-                stream.cast(),
-                arguments,
-            )
+            sys::cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), std::ptr::null_mut())
         }
+        .result()
         .map_err(Error::driver(kernel.call))
     }
 }

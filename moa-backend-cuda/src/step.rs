@@ -92,6 +92,16 @@ struct Tables {
     lens: DevicePointer,
 }
 
+impl Tensors {
+    /// With queries and keys where RoPE puts them.
+    fn rotated(&self) -> Self {
+        match self.rope {
+            Some(rope) => Self { q: rope.q, k: rope.k, rope: None, ..*self },
+            None => *self,
+        }
+    }
+}
+
 impl Step {
     /// A step with nothing prepared.
     pub fn new(device: &Device) -> Self {
@@ -184,33 +194,52 @@ impl Step {
         tensors: &Tensors,
         stream: RawStream,
     ) -> Result<()> {
-        let Prepared { kernels, .. } = self.prepared()?;
-        let head_dim = kernels.variant().head_dim;
-        let scratch = workspace.addresses(&self.plan, head_dim)?;
         let (committed, all) = (self.plan.committed(), self.plan.order.len());
-        let rotated = match tensors.rope {
-            Some(rope) => Tensors { q: rope.q, k: rope.k, rope: None, ..*tensors },
-            None => *tensors,
-        };
         // SAFETY: as the caller promises.
         unsafe {
             self.append(tensors, 0..committed, true, stream)?;
             if tensors.rope.is_some() {
                 self.append(tensors, committed..all, false, stream)?;
             }
-            for launch in &self.plan.launches {
-                let mut args = self.extend_args(&rotated, launch.places.clone())?;
-                args.items += launch.items.start as u64 * 8;
-                args.num_items = launch.items.len() as i32;
-                args.num_tiles = launch.blocks as i32;
-                [args.partial, args.tickets, args.finished] = scratch;
+            let rotated = tensors.rotated();
+            self.attend(workspace, &rotated, stream)?;
+            self.append(&rotated, committed..all, true, stream)
+        }
+    }
+
+    /// The attention of [`run`](Self::run) alone, on queries and keys that come rotated, without
+    /// writing to the caches: the output of a step once more, or of tokens that are not kept. Steps of
+    /// one token and others whose new keys may go first read these from the caches, where a `run` of
+    /// the same preparation has to have written them.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    ///
+    /// # Safety
+    /// As [`run`](Self::run).
+    pub unsafe fn attend(
+        &self,
+        workspace: &Workspace,
+        tensors: &Tensors,
+        stream: RawStream,
+    ) -> Result<()> {
+        let Prepared { kernels, .. } = self.prepared()?;
+        let scratch = workspace.addresses(&self.plan, kernels.variant().head_dim)?;
+        for launch in &self.plan.launches {
+            let mut args = self.extend_args(tensors, launch.places.clone())?;
+            args.items += launch.items.start as u64 * 8;
+            args.num_items = launch.items.len() as i32;
+            args.num_tiles = launch.blocks as i32;
+            [args.partial, args.tickets, args.finished] = scratch;
+            // SAFETY: as the caller promises.
+            unsafe {
                 kernels.extend(launch.path, stream, &args)?;
                 if launch.shared {
                     kernels.merge_tiles(stream, &args)?;
                 }
             }
-            self.append(&rotated, committed..all, true, stream)
         }
+        Ok(())
     }
 
     /// Adds the new tokens to the lengths on the device, for the next replay of a captured step.
