@@ -8,6 +8,7 @@ use crate::chat::Message;
 use crate::checkpoint::Checkpoint;
 use crate::generate::Next;
 use crate::jsonl;
+use crate::llama::LogitRows;
 use crate::ops::Ops;
 use crate::profile::Item;
 use crate::records::{PHRASINGS, Phrasing, last_integer};
@@ -49,6 +50,9 @@ pub struct CalibrationOptions {
     pub lengths: Vec<usize>,
     /// Most items per length.
     pub samples: usize,
+    /// Questions about each built-in record, at even depths; items that share a record lie next to
+    /// each other and cost little more than one ([`Llama::response_loss`](crate::Llama::response_loss)).
+    pub questions: usize,
     /// Most tokens of a response.
     pub max_response: usize,
     /// Seed of the built-in records.
@@ -57,7 +61,7 @@ pub struct CalibrationOptions {
 
 impl Default for CalibrationOptions {
     fn default() -> Self {
-        Self { lengths: vec![1024, 2048], samples: 8, max_response: 48, seed: 0 }
+        Self { lengths: vec![1024, 2048], samples: 8, questions: 1, max_response: 48, seed: 0 }
     }
 }
 
@@ -92,8 +96,8 @@ impl<O: Ops> Checkpoint<O> {
                 ));
             }
         }
-        if options.lengths.is_empty() || options.samples == 0 {
-            return Err(Error::invalid("lengths and samples", "at least one", 0));
+        if options.lengths.is_empty() || options.samples == 0 || options.questions == 0 {
+            return Err(Error::invalid("lengths, samples and questions", "at least one", 0));
         }
         match data {
             CalibrationData::Records => self.record_items(options, on_item),
@@ -101,13 +105,27 @@ impl<O: Ops> Checkpoint<O> {
         }
     }
 
-    fn dense_answer(&self, prompt: &[u32], max_response: usize) -> Result<Vec<u32>> {
+    /// The dense model's greedy answers to prompts that begin alike.
+    fn dense_answers(&self, prompts: &[Vec<u32>], max_response: usize) -> Result<Vec<Vec<u32>>> {
+        let Some(first) = prompts.first() else { return Ok(Vec::new()) };
+        let shared = prompts.iter().fold(first.len(), |shared, prompt| {
+            let equal = first[..shared].iter().zip(prompt).take_while(|(a, b)| a == b).count();
+            equal.min(prompt.len() - 1)
+        });
+        let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
         let plan = Plan::full(self.model.shape())?;
-        let mut batch = [self.model.open(&plan, prompt.len() + max_response, 0)?];
+        let mut sequence = self.model.open(&plan, longest + max_response, 0)?;
+        if shared > 0 {
+            self.model.forward(&mut [&mut sequence], &[&first[..shared]], LogitRows::None)?;
+        }
+        let mut batch =
+            (1..prompts.len()).map(|_| self.model.fork(&sequence)).collect::<Result<Vec<_>>>()?;
+        batch.push(sequence);
+        let rests: Vec<&[u32]> = prompts.iter().map(|prompt| &prompt[shared..]).collect();
         let options = self.greedy(max_response);
-        let mut generation =
-            self.model.generate(&mut batch, &[prompt], &options, &mut |_| Next::Continue)?;
-        Ok(generation.sequences.swap_remove(0).tokens)
+        let generation =
+            self.model.generate(&mut batch, &rests, &options, &mut |_| Next::Continue)?;
+        Ok(generation.sequences.into_iter().map(|sequence| sequence.tokens).collect())
     }
 
     fn record_items(
@@ -118,20 +136,20 @@ impl<O: Ops> Checkpoint<O> {
         let phrasing = self.best_phrasing(options)?;
         let mut items = BTreeMap::new();
         for &length in &options.lengths {
-            let mut own = Vec::new();
+            let (mut own, mut records) = (Vec::new(), 0);
             // A model that answers a quarter of its calibration prompts still fills the set.
             for attempt in 0..4 * options.samples as u64 {
-                if own.len() == options.samples {
+                if records == options.samples {
                     break;
                 }
                 let seed = options
                     .seed
                     .wrapping_mul(0x1_0000)
                     .wrapping_add(attempt ^ (length as u64) << 32);
-                if let Some(item) =
-                    self.record_item(phrasing, length, seed, options.max_response)?
-                {
-                    own.push(item);
+                let items = self.record_questions(phrasing, length, seed, options)?;
+                if !items.is_empty() {
+                    own.extend(items);
+                    records += 1;
                     if on_item() != Next::Continue {
                         return Err(Error::Cancelled);
                     }
@@ -151,14 +169,13 @@ impl<O: Ops> Checkpoint<O> {
     /// The phrasing whose short records the dense model answers best.
     fn best_phrasing(&self, options: &CalibrationOptions) -> Result<&'static Phrasing> {
         let length = options.lengths.iter().copied().min().unwrap_or(1024).min(1024);
+        let options = CalibrationOptions { questions: 1, ..options.clone() };
         let mut best = (0, &PHRASINGS[0]);
         for phrasing in PHRASINGS {
             let mut right = 0;
             for probe in 0..4 {
                 let seed = options.seed.wrapping_add(0xca11_b000 + probe);
-                right += usize::from(
-                    self.record_item(phrasing, length, seed, options.max_response)?.is_some(),
-                );
+                right += self.record_questions(phrasing, length, seed, &options)?.len();
             }
             tracing::debug!(?phrasing, right, "calibration phrasing");
             if right > best.0 {
@@ -171,34 +188,45 @@ impl<O: Ops> Checkpoint<O> {
         Ok(best.1)
     }
 
-    /// A record of about `length` tokens with the dense model's answer, if it is right.
-    fn record_item(
+    /// A record of about `length` tokens with the dense model's answers, those that are right.
+    fn record_questions(
         &self,
         phrasing: &Phrasing,
         length: usize,
         seed: u64,
-        max_response: usize,
-    ) -> Result<Option<Item>> {
-        let room = length - max_response;
+        options: &CalibrationOptions,
+    ) -> Result<Vec<Item>> {
+        let room = length - options.max_response;
         let tokens = |lines: usize| {
-            let record = phrasing.prompt(lines, seed);
-            Ok::<_, Error>((self.chat_tokens(&[Message::user(&record.text)])?, record.answer))
+            let records = match options.questions {
+                1 => vec![phrasing.prompt(lines, seed)],
+                several => phrasing.prompts(lines, seed, several),
+            };
+            let prompts: Result<Vec<_>> =
+                records.iter().map(|r| self.chat_tokens(&[Message::user(&r.text)])).collect();
+            let answers: Vec<u32> = records.iter().map(|r| r.answer).collect();
+            Ok::<_, Error>((prompts?, answers))
         };
-        let (few, many) = (tokens(8)?.0.len(), tokens(40)?.0.len());
+        let longest = |prompts: &[Vec<u32>]| prompts.iter().map(Vec::len).max().unwrap_or(0);
+        let (few, many) = (longest(&tokens(8)?.0), longest(&tokens(40)?.0));
         let per_line = (many - few).max(32) as f64 / 32.0;
         let mut lines = ((room as f64 - few as f64) / per_line) as usize + 8;
-        let (prompt, answer) = loop {
-            let (prompt, answer) = tokens(lines)?;
-            if prompt.len() <= room || lines == 1 {
-                break (prompt, answer);
+        let (prompts, answers) = loop {
+            let (prompts, answers) = tokens(lines)?;
+            let most = longest(&prompts);
+            if most <= room || lines == 1 {
+                break (prompts, answers);
             }
-            lines -=
-                (((prompt.len() - room) as f64 / per_line).ceil() as usize).clamp(1, lines - 1);
+            lines -= (((most - room) as f64 / per_line).ceil() as usize).clamp(1, lines - 1);
         };
-        let response = self.dense_answer(&prompt, max_response)?;
-        let right =
-            last_integer(&self.tokenizer.decode(&response, true)?) == Some(i64::from(answer));
-        if right { Item::new(&prompt, &response).map(Some) } else { Ok(None) }
+        let responses = self.dense_answers(&prompts, options.max_response)?;
+        let mut items = Vec::with_capacity(prompts.len());
+        for ((prompt, answer), response) in prompts.iter().zip(answers).zip(responses) {
+            if last_integer(&self.tokenizer.decode(&response, true)?) == Some(i64::from(answer)) {
+                items.push(Item::new(prompt, &response)?);
+            }
+        }
+        Ok(items)
     }
 
     fn prompt_items(
@@ -229,7 +257,9 @@ impl<O: Ops> Checkpoint<O> {
             cut_middle(&mut tokens, length - response_room);
             let response = match given {
                 Some(tokens) => tokens,
-                None => self.dense_answer(&tokens, options.max_response)?,
+                None => self
+                    .dense_answers(std::slice::from_ref(&tokens), options.max_response)?
+                    .swap_remove(0),
             };
             if response.is_empty() {
                 continue;

@@ -54,8 +54,10 @@ pub struct CompressOptions {
     /// Unseen length at which plans compete; `None` for 1.5 times the longest profile length, or the
     /// longest profile length itself where the model's context ends before that.
     pub validation_length: Option<usize>,
-    /// Validation items.
+    /// Validation records or prompts.
     pub validation_samples: usize,
+    /// Questions about each validation record ([`CalibrationOptions::questions`]).
+    pub validation_questions: usize,
     /// Plans to measure in refinement; 0 for none.
     pub evaluations: usize,
     /// How to search.
@@ -82,6 +84,7 @@ impl Default for CompressOptions {
             max_response: 48,
             validation_length: None,
             validation_samples: 4,
+            validation_questions: 8,
             evaluations: 200,
             solver: SolverOptions::default(),
             seed: 0,
@@ -163,7 +166,8 @@ impl CompressOptions {
     }
 
     fn calibration(&self, lengths: Vec<usize>, samples: usize, seed: u64) -> CalibrationOptions {
-        CalibrationOptions { lengths, samples, max_response: self.max_response, seed }
+        let max_response = self.max_response;
+        CalibrationOptions { lengths, samples, questions: 1, max_response, seed }
     }
 
     /// Calibration items for profiling.
@@ -177,7 +181,11 @@ impl CompressOptions {
         let mut lengths = vec![self.validation_length(context_length)];
         lengths.extend(self.lengths.iter().copied().min());
         lengths.dedup();
-        self.calibration(lengths, self.validation_samples, self.seed ^ 0x5eed_0000_0000)
+        let seed = self.seed ^ 0x5eed_0000_0000;
+        CalibrationOptions {
+            questions: self.validation_questions,
+            ..self.calibration(lengths, self.validation_samples, seed)
+        }
     }
 }
 

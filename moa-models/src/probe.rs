@@ -1,5 +1,6 @@
 //! Response loss of a plan, and of many plans that differ from it in one layer, without running the
-//! layers below that one again.
+//! layers below that one again. Items that begin alike, as questions about one text do, share what
+//! they have in common.
 
 use moa_core::{LayerLayout, Plan, SparseAttentionBackend};
 
@@ -9,90 +10,169 @@ use crate::ops::Ops;
 use crate::profile::Item;
 use crate::{Error, Result};
 
-/// One item under one plan, in a single chunk.
+/// Items under one plan: a chunk of what they share, then a chunk with the rest of each.
 struct Pass<'a> {
-    item: &'a Item,
+    items: &'a [Item],
     capacity: usize,
-    rotations: Rotations,
+    /// Tokens that all items begin with; 0 or most of each.
+    shared: usize,
+    shared_rotations: Rotations,
+    rest_rotations: Rotations,
+    /// Rows of the rest that predict responses.
+    rows: Vec<usize>,
+}
+
+/// Hidden states of a pass.
+#[derive(Clone)]
+struct Hidden<T> {
+    shared: Option<T>,
+    rest: T,
+}
+
+/// Consecutive items that share at least three quarters of their tokens.
+fn groups(items: &[Item]) -> impl Iterator<Item = &[Item]> {
+    items.chunk_by(|a, b| {
+        let most = a.inputs().len().max(b.inputs().len());
+        4 * common_prefix(a, b) >= 3 * most
+    })
+}
+
+fn common_prefix(a: &Item, b: &Item) -> usize {
+    let equal = a.prompt().iter().zip(b.prompt()).take_while(|(a, b)| a == b).count();
+    // A last row is left to ask.
+    equal.min(a.prompt().len() - 1).min(b.prompt().len() - 1)
 }
 
 impl<O: Ops> Llama<O> {
-    /// Mean cross entropy of an item's response, in nats per token, in a sequence opened for
-    /// `capacity` tokens.
+    /// Mean cross entropy of items' responses, in nats per token, in sequences opened for
+    /// `capacity` tokens: the mean over items of each one's mean. Consecutive items that begin alike
+    /// are computed together.
     ///
     /// # Errors
-    /// If the plan is for another model or the item is longer than `capacity`.
-    pub fn response_loss(&self, item: &Item, plan: &Plan, capacity: usize) -> Result<f64> {
-        let pass = self.pass(item, plan, capacity)?;
-        let x = self.ops.embed(&self.embedding, item.inputs())?;
-        self.upwards(&pass, plan, 0, x, None)
+    /// If there is no item, the plan is for another model or an item is longer than `capacity`.
+    pub fn response_loss(&self, items: &[Item], plan: &Plan, capacity: usize) -> Result<f64> {
+        Ok(self.variant_losses(items, plan, &[], capacity)?.0)
     }
 
     /// [`Llama::response_loss`] of `plan`, and of each of `variants`: plans that differ from it only
     /// in the layer given.
     pub(crate) fn variant_losses(
         &self,
-        item: &Item,
+        items: &[Item],
         plan: &Plan,
         variants: &[(usize, Plan)],
         capacity: usize,
     ) -> Result<(f64, Vec<f64>)> {
-        let pass = self.pass(item, plan, capacity)?;
-        let mut inputs = Vec::with_capacity(self.layers.len());
-        let x = self.ops.embed(&self.embedding, item.inputs())?;
-        let base = self.upwards(&pass, plan, 0, x, Some(&mut inputs))?;
-        let losses = variants.iter().map(|(layer, variant)| {
-            self.upwards(&pass, variant, *layer, inputs[*layer].clone(), None)
-        });
-        Ok((base, losses.collect::<Result<_>>()?))
+        if items.is_empty() {
+            return Err(Error::invalid("items", "at least one", 0));
+        }
+        let (mut base, mut losses) = (0.0, vec![0.0; variants.len()]);
+        for group in groups(items) {
+            let pass = self.pass(group, plan, capacity)?;
+            let mut inputs = Vec::with_capacity(self.layers.len());
+            let x = self.embed_pass(&pass)?;
+            let keep = (!variants.is_empty()).then_some(&mut inputs);
+            base += self.upwards(&pass, plan, 0, x, keep)?;
+            for (loss, (layer, variant)) in losses.iter_mut().zip(variants) {
+                *loss += self.upwards(&pass, variant, *layer, inputs[*layer].clone(), None)?;
+            }
+        }
+        let count = items.len() as f64;
+        losses.iter_mut().for_each(|loss| *loss /= count);
+        Ok((base / count, losses))
     }
 
-    fn pass<'a>(&self, item: &'a Item, plan: &Plan, capacity: usize) -> Result<Pass<'a>> {
+    fn pass<'a>(&self, items: &'a [Item], plan: &Plan, capacity: usize) -> Result<Pass<'a>> {
         plan.check_shape(&self.shape())?;
-        let tokens = item.inputs().len();
+        let tokens = items.iter().map(|item| item.inputs().len()).max().unwrap_or(0);
         if tokens > capacity {
             return Err(Error::ContextExceeded { asked: tokens, limit: capacity });
         }
-        let mut rotations = Rotations::new();
-        rotations.extend(&self.rope(capacity)?, 0..tokens);
-        Ok(Pass { item, capacity, rotations })
+        let shared = match items.split_first() {
+            Some((first, others)) if !others.is_empty() => {
+                others.iter().map(|item| common_prefix(first, item)).min().unwrap_or(0)
+            }
+            _ => 0,
+        };
+        let table = self.rope(capacity)?;
+        let (mut shared_rotations, mut rest_rotations) = (Rotations::new(), Rotations::new());
+        shared_rotations.extend(&table, 0..shared);
+        let mut rows = Vec::new();
+        let mut before = 0;
+        for item in items {
+            rest_rotations.extend(&table, shared..item.inputs().len());
+            rows.extend(item.rows().map(|row| before + row - shared));
+            before += item.inputs().len() - shared;
+        }
+        Ok(Pass { items, capacity, shared, shared_rotations, rest_rotations, rows })
     }
 
-    /// Runs layers from `first` up on their input `x`; `keep` collects every layer's input.
+    fn embed_pass(&self, pass: &Pass<'_>) -> Result<Hidden<O::Tensor>> {
+        let embed = |ids: &[u32]| self.ops.embed(&self.embedding, ids);
+        let shared = match pass.shared {
+            0 => None,
+            n => Some(embed(&pass.items[0].inputs()[..n])?),
+        };
+        let rest: Vec<&[u32]> = pass.items.iter().map(|i| &i.inputs()[pass.shared..]).collect();
+        Ok(Hidden { shared, rest: embed(&rest.concat())? })
+    }
+
+    /// Runs layers from `first` up on their input `x`; `keep` collects every layer's input. Returns
+    /// the sum of the items' losses.
     fn upwards(
         &self,
         pass: &Pass<'_>,
         plan: &Plan,
         first: usize,
-        mut x: O::Tensor,
-        mut keep: Option<&mut Vec<O::Tensor>>,
+        mut x: Hidden<O::Tensor>,
+        mut keep: Option<&mut Vec<Hidden<O::Tensor>>>,
     ) -> Result<f64> {
         let (ops, attention) = (&self.ops, self.ops.attention());
-        let rows: Vec<usize> = pass.item.rows().collect();
+        let counts: Vec<usize> =
+            pass.items.iter().map(|i| i.inputs().len() - pass.shared).collect();
         for (index, layer) in self.layers.iter().enumerate().skip(first) {
             if let Some(keep) = &mut keep {
                 keep.push(x.clone());
             }
+            let is_top = index + 1 == self.layers.len();
             let spans = plan.layer_spans(index, pass.capacity);
             let layout = LayerLayout::new(&spans, pass.capacity, 0)?;
             let mut cache =
                 attention.open(&layout, self.config.head_dim).map_err(Error::backend)?;
-            let (q, k, v) = self.qkv(layer, &x, &pass.rotations)?;
-            let tokens = [pass.item.inputs().len()];
-            let (mut out, _) = attention
-                .extend(&mut [&mut cache], &tokens, &q, &k, &v, self.scale(), false)
-                .map_err(Error::backend)?;
-            if index + 1 == self.layers.len() {
-                // Nothing reads the other rows of the top layer.
-                (x, out) = (ops.rows(&x, &rows)?, ops.rows(&out, &rows)?);
+            if let Some(shared) = x.shared.take() {
+                let (q, k, v) = self.qkv(layer, &shared, &pass.shared_rotations)?;
+                let (out, _) = attention
+                    .extend(&mut [&mut cache], &[pass.shared], &q, &k, &v, self.scale(), false)
+                    .map_err(Error::backend)?;
+                // Nothing reads these rows of the top layer but the keys and values.
+                if !is_top {
+                    let shared = self.after_attention(layer, shared, out)?;
+                    x.shared = Some(self.mlp(layer, shared)?);
+                }
             }
-            x = self.mlp(layer, self.after_attention(layer, x, out)?)?;
+            let mut caches = Vec::with_capacity(counts.len());
+            for _ in 1..counts.len() {
+                caches.push(attention.fork(&cache).map_err(Error::backend)?);
+            }
+            caches.push(cache);
+            let mut caches: Vec<_> = caches.iter_mut().collect();
+            let (q, k, v) = self.qkv(layer, &x.rest, &pass.rest_rotations)?;
+            let (mut out, _) = attention
+                .extend(&mut caches, &counts, &q, &k, &v, self.scale(), false)
+                .map_err(Error::backend)?;
+            if is_top {
+                (x.rest, out) = (ops.rows(&x.rest, &pass.rows)?, ops.rows(&out, &pass.rows)?);
+            }
+            x.rest = self.mlp(layer, self.after_attention(layer, x.rest, out)?)?;
         }
-        let h = ops.rms_norm(&x, &self.norm, self.eps())?;
+        let h = ops.rms_norm(&x.rest, &self.norm, self.eps())?;
         let logits = ops.values(ops.linear(&h, self.output_matrix(), None)?)?;
-        let response = pass.item.response();
-        let losses = logits.chunks(self.config.vocab_size).zip(response);
-        Ok(losses.map(|(row, y)| cross_entropy(row, *y as usize)).sum::<f64>()
-            / response.len() as f64)
+        let mut rows = logits.chunks(self.config.vocab_size);
+        let losses = pass.items.iter().map(|item| {
+            let response = item.response();
+            let loss = |(row, y): (&[f32], &u32)| cross_entropy(row, *y as usize);
+            rows.by_ref().zip(response).map(loss).sum::<f64>() / response.len() as f64
+        });
+        Ok(losses.sum())
     }
 }

@@ -98,7 +98,7 @@ impl<O: BackwardOps> Llama<O> {
     ) -> Result<()> {
         let near = ElasticRule::new(DEFAULT_SINK as f64, 0.25)?;
         let near = Plan::uniform(self.shape(), DEFAULT_SINK, near)?;
-        let near = self.response_loss(item, &near, item.inputs().len())?;
+        let near = self.response_loss(std::slice::from_ref(item), &near, item.inputs().len())?;
         let (_, dense) = self.sweep(item, objective, into)?;
         into.add_far_loss(near - dense);
         Ok(())

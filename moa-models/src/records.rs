@@ -134,16 +134,36 @@ impl Phrasing {
 
     /// A record of `lines` lines (at most 4,000) and a question about one of them, drawn with `seed`.
     pub fn prompt(&self, lines: usize, seed: u64) -> RecordPrompt {
-        let lines = lines.clamp(1, 4000);
+        let (mut rng, entries, text) = self.record(lines, seed);
+        self.ask(&text, &entries[rng.below(entries.len())])
+    }
+
+    /// The record of [`prompt`](Self::prompt) with `questions` questions, one drawn from each of as
+    /// many equal parts of it, in order.
+    pub fn prompts(&self, lines: usize, seed: u64, questions: usize) -> Vec<RecordPrompt> {
+        let (mut rng, entries, text) = self.record(lines, seed);
+        let place = |part: usize| entries.len() * part / questions;
+        (0..questions)
+            .map(|part| place(part) + rng.below((place(part + 1) - place(part)).max(1)))
+            .map(|line| self.ask(&text, &entries[line]))
+            .collect()
+    }
+
+    fn record(&self, lines: usize, seed: u64) -> (SplitMix64, Vec<(String, u32)>, String) {
         let mut rng = SplitMix64::new(seed);
-        let entries = entries(&mut rng, lines);
+        let entries = entries(&mut rng, lines.clamp(1, 4000));
         let mut text = self.introduction.to_string();
         for (key, value) in &entries {
             text.push_str(&self.line.replace("{key}", key).replace("{value}", &value.to_string()));
         }
-        let (key, answer) = &entries[rng.below(lines)];
-        text.push_str(&self.question.replace("{key}", key));
-        RecordPrompt { text, answer: *answer }
+        (rng, entries, text)
+    }
+
+    fn ask(&self, record: &str, (key, answer): &(String, u32)) -> RecordPrompt {
+        RecordPrompt {
+            text: format!("{record}{}", self.question.replace("{key}", key)),
+            answer: *answer,
+        }
     }
 }
 
@@ -192,6 +212,19 @@ mod tests {
             assert_eq!(prompt, phrasing.prompt(50, 7));
             assert_ne!(prompt, phrasing.prompt(50, 8));
             assert!(prompt.text.contains(&prompt.answer.to_string()));
+
+            let line = |prompt: &RecordPrompt| {
+                let key = phrasing.question.replace("{key}", "|");
+                let (before, after) = key.split_once('|').unwrap();
+                let key = prompt.text.rsplit(before).next().unwrap().strip_suffix(after).unwrap();
+                prompt.text.lines().position(|line| line.contains(key)).unwrap()
+            };
+            let places: Vec<_> = phrasing.prompts(50, 7, 5).iter().map(line).collect();
+            let first = places[0] / 10 * 10;
+            assert!(
+                places.iter().zip(0..).all(|(p, part)| (p - first).abs_diff(10 * part + 5) < 9)
+            );
+            assert_eq!(phrasing.prompts(2, 7, 3).len(), 3);
         }
     }
 

@@ -122,9 +122,7 @@ pub fn measured_losses<O: Ops>(
     items
         .iter()
         .map(|(&length, items)| {
-            let losses: Result<Vec<f64>> =
-                items.iter().map(|item| model.response_loss(item, plan, length)).collect();
-            Ok(AtLength { length, value: losses?.iter().sum::<f64>() / items.len() as f64 })
+            Ok(AtLength { length, value: model.response_loss(items, plan, length)? })
         })
         .collect()
 }
@@ -254,16 +252,10 @@ impl Table {
             let (layer, head) = (head / kv_heads, head % kv_heads);
             variants.push((layer, plan.clone().with_rule(layer, head, rule.into())?));
         }
-        let mut changes = vec![0.0; self.heads];
-        for item in items {
-            let (base, losses) = measure.model.variant_losses(item, plan, &variants, length)?;
-            for (change, loss) in changes.iter_mut().zip(losses) {
-                *change += (loss - base) / items.len() as f64;
-            }
-        }
-        for ((height, change), is_wide) in self.height.iter_mut().zip(changes).zip(is_wide) {
+        let (base, losses) = measure.model.variant_losses(items, plan, &variants, length)?;
+        for ((height, loss), is_wide) in self.height.iter_mut().zip(losses).zip(is_wide) {
             measure.count()?;
-            let now = if is_wide { change } else { -change };
+            let now = if is_wide { loss - base } else { base - loss };
             // A head that mattered around one plan may be covered by another around the next.
             *height = height.max(now) * 0.5 + now.max(0.0) * 0.5;
         }

@@ -51,6 +51,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let options = CalibrationOptions {
         lengths: args.lengths.clone(),
         samples: args.samples,
+        questions: 1,
         max_response: args.max_response,
         seed: context.seed,
     };
