@@ -140,14 +140,18 @@ impl Tiles {
         }
         let steps = |head| Self::steps(request, head, dims);
         let heads = request.geometry.layout.heads();
-        // Where most multiprocessors have a tile, sharing costs more (partial results, keys that
-        // meet in the L2 cache less often) than their unequal lengths do: measured on an H100.
-        if 2 * tiles * heads.len() > dims.multiprocessors {
+        let all: usize = heads.iter().map(|head| tiles * steps(head)).sum();
+        let longest = heads.iter().map(steps).max().unwrap_or(0);
+        // Sharing costs partial results and a merge, and needs idle multiprocessors to pay: with one
+        // tile for each at most, the longest decides how long all take.
+        let idle = tiles * heads.len() <= dims.multiprocessors
+            && 4 * longest * dims.multiprocessors > 5 * all;
+        if !idle {
             return Self { tiles, limit: None };
         }
-        let all: usize = heads.iter().map(|head| tiles * steps(head)).sum();
-        let limit = all.div_ceil(dims.multiprocessors).max(MIN_PART_STEPS);
-        let shared = heads.iter().any(|head| steps(head) > limit);
+        // Two thirds of an even share: parts of unequal length still pack well.
+        let limit = (2 * all).div_ceil(3 * dims.multiprocessors).max(MIN_PART_STEPS);
+        let shared = longest > limit;
         Self { tiles, limit: shared.then_some(limit) }
     }
 
