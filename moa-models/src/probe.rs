@@ -3,17 +3,17 @@
 
 use moa_core::{LayerLayout, Plan, SparseAttentionBackend};
 
-use crate::llama::{Llama, Rotations};
+use crate::llama::Llama;
 use crate::objective::cross_entropy;
 use crate::ops::Ops;
 use crate::profile::Item;
 use crate::{Error, Result};
 
 /// One item under one plan, in a single chunk.
-struct Pass<'a> {
+struct Pass<'a, O: Ops> {
     item: &'a Item,
     capacity: usize,
-    rotations: Rotations,
+    rotations: O::Rotations,
 }
 
 impl<O: Ops> Llama<O> {
@@ -47,21 +47,21 @@ impl<O: Ops> Llama<O> {
         Ok((base, losses.collect::<Result<_>>()?))
     }
 
-    fn pass<'a>(&self, item: &'a Item, plan: &Plan, capacity: usize) -> Result<Pass<'a>> {
+    fn pass<'a>(&self, item: &'a Item, plan: &Plan, capacity: usize) -> Result<Pass<'a, O>> {
         plan.check_shape(&self.shape())?;
         let tokens = item.inputs().len();
         if tokens > capacity {
             return Err(Error::ContextExceeded { asked: tokens, limit: capacity });
         }
-        let mut rotations = Rotations::new();
-        rotations.extend(&self.rope(capacity)?, 0..tokens);
+        let rope = self.rope(capacity)?;
+        let rotations = self.rotations([(&rope, 0..tokens)].into_iter())?;
         Ok(Pass { item, capacity, rotations })
     }
 
     /// Runs layers from `first` up on their input `x`; `keep` collects every layer's input.
     fn upwards(
         &self,
-        pass: &Pass<'_>,
+        pass: &Pass<'_, O>,
         plan: &Plan,
         first: usize,
         mut x: O::Tensor,
@@ -89,7 +89,7 @@ impl<O: Ops> Llama<O> {
             x = self.mlp(layer, self.after_attention(layer, x, out)?)?;
         }
         let h = ops.rms_norm(&x, &self.norm, self.eps())?;
-        let logits = ops.values(ops.linear(&h, self.output_matrix(), None)?)?;
+        let logits = ops.values(ops.logits(&h, self.output_matrix())?)?;
         let response = pass.item.response();
         let losses = logits.chunks(self.config.vocab_size).zip(response);
         Ok(losses.map(|(row, y)| cross_entropy(row, *y as usize)).sum::<f64>()
