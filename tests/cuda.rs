@@ -6,6 +6,8 @@ mod conformance;
 mod gpu;
 #[path = "gpu/hazards.rs"]
 mod hazards;
+#[path = "gpu/ops.rs"]
+mod ops;
 #[path = "gpu/step.rs"]
 mod step;
 

@@ -74,6 +74,25 @@ pub enum Error {
         /// Library names that were tried.
         searched: &'static [&'static str],
     },
+    /// cuBLASLt, which computes matrix products, is not on this machine.
+    #[error(
+        "no cuBLASLt: none of {searched:?} could be loaded; install the CUDA toolkit or the package \
+         nvidia-cublas and put its folder on LD_LIBRARY_PATH"
+    )]
+    NoCublasLt {
+        /// Library names that were tried.
+        searched: &'static [&'static str],
+    },
+    /// cuBLASLt refused a call.
+    #[error("{call} failed{product}: {status}")]
+    Blas {
+        /// What was attempted.
+        call: &'static str,
+        /// cuBLASLt's status.
+        status: String,
+        /// The matrix product, with a word before it, or nothing.
+        product: String,
+    },
     /// NVRTC refused a kernel.
     #[error("cannot compile {kernel} for {architecture}: {log}")]
     Compile {

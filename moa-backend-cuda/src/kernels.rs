@@ -56,6 +56,7 @@ impl Kernels {
         let architecture = device.architecture();
         let wanted: Vec<Source> = Source::ALL
             .into_iter()
+            .filter(|source| source.is_attention())
             .filter(|source| source.exists_for(variant.head_dim, architecture))
             .collect();
         // NVRTC takes seconds for some of them.

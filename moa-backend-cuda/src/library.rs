@@ -1,4 +1,4 @@
-//! Whether the driver and NVRTC are there, asked before anything calls into them.
+//! Whether the driver, NVRTC and cuBLASLt are there, asked before anything calls into them.
 
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -11,6 +11,12 @@ const NVRTC: &[&str] = if cfg!(windows) {
     &["nvrtc64_130_0.dll", "nvrtc64_120_0.dll"]
 } else {
     &["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"]
+};
+
+const CUBLASLT: &[&str] = if cfg!(windows) {
+    &["cublasLt64_13.dll", "cublasLt64_12.dll"]
+} else {
+    &["libcublasLt.so", "libcublasLt.so.13", "libcublasLt.so.12"]
 };
 
 /// # Errors
@@ -27,22 +33,32 @@ pub(crate) fn driver() -> Result<()> {
 /// [`Error::NoNvrtc`].
 pub(crate) fn nvrtc() -> Result<()> {
     static FOUND: OnceLock<bool> = OnceLock::new();
-    let found = FOUND.get_or_init(|| {
-        // A toolkit's folder is often not on the loader's path. Once loaded from there, the library
-        // answers to its bare name too.
-        let toolkit = || {
-            let roots = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os);
-            let roots = roots.map(PathBuf::from).chain([PathBuf::from("/usr/local/cuda")]);
-            roots
-                .into_iter()
-                .any(|root| NVRTC[1..].iter().any(|name| load(root.join("lib64").join(name))))
-        };
-        NVRTC.iter().any(|name| load(name.into())) || toolkit()
-    });
+    let found = FOUND.get_or_init(|| load_any(NVRTC));
     match found {
         true => Ok(()),
         false => Err(Error::NoNvrtc { searched: NVRTC }),
     }
+}
+
+/// # Errors
+/// [`Error::NoCublasLt`].
+pub(crate) fn cublaslt() -> Result<()> {
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    match FOUND.get_or_init(|| load_any(CUBLASLT)) {
+        true => Ok(()),
+        false => Err(Error::NoCublasLt { searched: CUBLASLT }),
+    }
+}
+
+/// Loads a library by its name, or from the toolkit's folder, which is often not on the loader's
+/// path. Once loaded from there, it answers to its bare name too.
+fn load_any(names: &[&str]) -> bool {
+    let toolkit = || {
+        let roots = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os);
+        let mut roots = roots.map(PathBuf::from).chain([PathBuf::from("/usr/local/cuda")]);
+        roots.any(|root| names[1..].iter().any(|name| load(root.join("lib64").join(name))))
+    };
+    names.iter().any(|name| load(name.into())) || toolkit()
 }
 
 /// Loads a library for the life of the process.

@@ -151,24 +151,39 @@ impl Staging {
         to: DevicePointer,
         stream: RawStream,
     ) -> Result<()> {
+        // SAFETY: as the caller promises.
+        unsafe { self.fill(bytes.len(), to, stream, |staged| staged.copy_from_slice(bytes)) }
+    }
+
+    /// [`upload`](Self::upload) of `len` bytes that `fill` writes.
+    ///
+    /// # Safety
+    /// As [`upload`](Self::upload).
+    pub(crate) unsafe fn fill(
+        &mut self,
+        len: usize,
+        to: DevicePointer,
+        stream: RawStream,
+        fill: impl FnOnce(&mut [u8]),
+    ) -> Result<()> {
         let slot = &mut self.slots[self.next];
         self.next = (self.next + 1) % SLOTS;
         if let Some((_, event)) = slot {
             event.synchronize().map_err(Error::driver("cuEventSynchronize"))?;
         }
-        if slot.as_ref().is_none_or(|(buffer, _)| buffer.len() < bytes.len()) {
+        if slot.as_ref().is_none_or(|(buffer, _)| buffer.len() < len) {
             let context = self.device.context();
-            let len = bytes.len().next_power_of_two().max(4096);
+            let room = len.next_power_of_two().max(4096);
             // SAFETY: it is written before it is read.
-            let buffer = unsafe { context.alloc_pinned_with_flags(len, 0) }
+            let buffer = unsafe { context.alloc_pinned_with_flags(room, 0) }
                 .map_err(Error::driver("cuMemHostAlloc"))?;
             let event = context.new_event(None).map_err(Error::driver("cuEventCreate"))?;
             *slot = Some((buffer, event));
         }
         let Some((buffer, event)) = slot else { return Ok(()) };
         let all = buffer.as_mut_slice().map_err(Error::driver("cuEventSynchronize"))?;
-        let staged = &mut all[..bytes.len()];
-        staged.copy_from_slice(bytes);
+        let staged = &mut all[..len];
+        fill(staged);
         // SAFETY: as the caller promises; the slot is not touched before its event has passed.
         unsafe {
             result::memcpy_htod_async(to, staged, stream.cast())

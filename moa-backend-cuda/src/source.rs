@@ -1,6 +1,6 @@
 //! The kernels' sources, part of the library.
 
-use crate::compile::Architecture;
+use crate::compile::{Architecture, HEAD_DIMS};
 
 /// A file of kernels, compiled as one module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -15,6 +15,8 @@ pub enum Source {
     Wgmma,
     /// Influence of attention values.
     Influence,
+    /// What a Llama layer needs besides attention and matrix products.
+    Ops,
 }
 
 /// What `#include` may name.
@@ -26,8 +28,8 @@ pub(crate) const HEADERS: [(&str, &str); 3] = [
 
 impl Source {
     /// All of them.
-    pub const ALL: [Self; 5] =
-        [Self::Append, Self::Decode, Self::Tile, Self::Wgmma, Self::Influence];
+    pub const ALL: [Self; 6] =
+        [Self::Append, Self::Decode, Self::Tile, Self::Wgmma, Self::Influence, Self::Ops];
 
     /// Name of the file.
     pub fn name(self) -> &'static str {
@@ -37,12 +39,23 @@ impl Source {
             Self::Tile => "tile.cu",
             Self::Wgmma => "wgmma.cu",
             Self::Influence => "influence.cu",
+            Self::Ops => "ops.cu",
         }
     }
 
-    /// Whether there are kernels in it for this head dimension and architecture.
+    /// Whether there are kernels in it for this head dimension and architecture. Those that do not
+    /// depend on the head dimension are compiled under the first one.
     pub fn exists_for(self, head_dim: usize, architecture: Architecture) -> bool {
-        self != Self::Wgmma || architecture.has_wgmma() && matches!(head_dim, 64 | 128)
+        match self {
+            Self::Wgmma => architecture.has_wgmma() && matches!(head_dim, 64 | 128),
+            Self::Ops => head_dim == HEAD_DIMS[0],
+            _ => true,
+        }
+    }
+
+    /// Whether it is part of attention, so one of [`Kernels`](crate::Kernels).
+    pub(crate) fn is_attention(self) -> bool {
+        self != Self::Ops
     }
 
     pub(crate) fn text(self) -> &'static str {
@@ -52,6 +65,7 @@ impl Source {
             Self::Tile => include_str!("../kernels/tile.cu"),
             Self::Wgmma => include_str!("../kernels/wgmma.cu"),
             Self::Influence => include_str!("../kernels/influence.cu"),
+            Self::Ops => include_str!("../kernels/ops.cu"),
         }
     }
 }

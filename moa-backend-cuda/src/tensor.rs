@@ -1,4 +1,6 @@
-use cudarc::driver::CudaSlice;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaSlice, result};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
@@ -7,11 +9,12 @@ use crate::tables::{DevicePointer, Packed};
 use crate::{Device, Dtype, Error, Result};
 
 /// Row-major activations in device memory with one to three axes, the first of which packs the
-/// tokens of all sequences of a batch.
-#[derive(Debug)]
+/// tokens of all sequences of a batch. Clones share memory; whoever writes in place takes a copy
+/// first.
+#[derive(Clone, Debug)]
 pub struct Tensor {
     device: Device,
-    data: CudaSlice<u8>,
+    data: Arc<CudaSlice<u8>>,
     dtype: Dtype,
     shape: [usize; 3],
     axes: usize,
@@ -71,11 +74,11 @@ impl Tensor {
             let expected = format!("{len} elements of {dtype} for shape {shape:?}");
             return Err(Error::shape(OP, "data", expected, &[bytes.len() / dtype.bytes()]));
         }
-        let mut tensor = Self::uninitialised(device, OP, shape, dtype)?;
+        let tensor = Self::uninitialised(device, OP, shape, dtype)?;
         if !bytes.is_empty() {
-            let stream = device.cuda_stream();
-            stream
-                .memcpy_htod(bytes, &mut tensor.data)
+            device.bind()?;
+            // SAFETY: the tensor was made for these bytes, which the call has read when it returns.
+            unsafe { result::memcpy_htod_async(tensor.pointer(), bytes, device.stream().cast()) }
                 .map_err(Error::driver("cuMemcpyHtoDAsync"))?;
         }
         Ok(tensor)
@@ -86,9 +89,13 @@ impl Tensor {
     /// # Errors
     /// [`Error::Shape`] unless there are 1 to 3 axes, [`Error::OutOfMemory`].
     pub fn zeros(device: &Device, shape: &[usize], dtype: Dtype) -> Result<Self> {
-        let mut tensor = Self::uninitialised(device, "Tensor::zeros", shape, dtype)?;
-        let stream = device.cuda_stream();
-        stream.memset_zeros(&mut tensor.data).map_err(Error::driver("cuMemsetD8Async"))?;
+        let tensor = Self::uninitialised(device, "Tensor::zeros", shape, dtype)?;
+        device.bind()?;
+        // SAFETY: these are the tensor's bytes.
+        unsafe {
+            result::memset_d8_async(tensor.pointer(), 0, tensor.bytes(), device.stream().cast())
+        }
+        .map_err(Error::driver("cuMemsetD8Async"))?;
         Ok(tensor)
     }
 
@@ -100,7 +107,7 @@ impl Tensor {
         dtype: Dtype,
     ) -> Result<Self> {
         let (padded, axes, len) = check(op, shape)?;
-        let data = device.alloc("tensor", len.saturating_mul(dtype.bytes()))?;
+        let data = Arc::new(device.alloc("tensor", len.saturating_mul(dtype.bytes()))?);
         Ok(Self { device: device.clone(), data, dtype, shape: padded, axes })
     }
 
@@ -112,9 +119,9 @@ impl Tensor {
         let bytes = self
             .device
             .cuda_stream()
-            .clone_dtoh(&self.data)
+            .clone_dtoh(&*self.data)
             .map_err(Error::driver("cuMemcpyDtoHAsync"))?;
-        let bytes = &bytes[..self.len() * self.dtype.bytes()];
+        let bytes = &bytes[..self.bytes()];
         // Element by element: a vector of bytes need not be aligned to more.
         Ok(match self.dtype {
             Dtype::F32 => bytes.chunks_exact(4).map(bytemuck::pod_read_unaligned).collect(),
@@ -127,6 +134,37 @@ impl Tensor {
                 .map(|x| bytemuck::pod_read_unaligned::<bf16>(x).to_f32())
                 .collect(),
         })
+    }
+
+    /// The same elements under another shape.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] unless there are 1 to 3 axes with the same number of elements.
+    pub fn reshape(self, shape: &[usize]) -> Result<Self> {
+        const OP: &str = "Tensor::reshape";
+        let (padded, axes, len) = check(OP, shape)?;
+        if len != self.len() {
+            return Err(Error::shape(OP, "shape", format!("{} elements", self.len()), shape));
+        }
+        Ok(Self { shape: padded, axes, ..self })
+    }
+
+    /// The tensor with memory of its own, to be written in place.
+    pub(crate) fn into_unique(mut self) -> Result<Self> {
+        if Arc::get_mut(&mut self.data).is_some() {
+            return Ok(self);
+        }
+        let copy = Self::uninitialised(&self.device, "copy", self.shape(), self.dtype)?;
+        if self.bytes() > 0 {
+            let stream = self.device.stream().cast();
+            self.device.bind()?;
+            // SAFETY: both tensors have these bytes, on the device's stream.
+            unsafe {
+                result::memcpy_dtod_async(copy.pointer(), self.pointer(), self.bytes(), stream)
+            }
+            .map_err(Error::driver("cuMemcpyDtoDAsync"))?;
+        }
+        Ok(copy)
     }
 
     /// Lengths of the axes.
@@ -153,8 +191,17 @@ impl Tensor {
         &self.device
     }
 
+    /// Elements of one entry of the first axis.
+    pub(crate) fn row_len(&self) -> usize {
+        self.shape[1..].iter().product()
+    }
+
     fn len(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    fn bytes(&self) -> usize {
+        self.len() * self.dtype.bytes()
     }
 }
 

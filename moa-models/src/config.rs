@@ -149,6 +149,16 @@ impl LlamaConfig {
         self.rope_scaling.context_length(self.max_position_embeddings)
     }
 
+    /// Weights of the model, biases not counted.
+    #[must_use]
+    pub fn parameters(&self) -> u64 {
+        let heads = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim;
+        let layer = self.hidden_size * (heads + 3 * self.intermediate_size + 2);
+        let tables = if self.tie_word_embeddings { 1 } else { 2 };
+        let rest = self.hidden_size * (tables * self.vocab_size + 1);
+        (self.num_hidden_layers * layer + rest) as u64
+    }
+
     /// Query heads that share one KV head.
     #[must_use]
     pub fn group_size(&self) -> usize {

@@ -86,10 +86,18 @@ impl CpuMatrix {
     }
 }
 
+/// Cosines and sines of packed tokens, `[tokens, head_dim / 2]` each.
+#[derive(Debug)]
+pub struct CpuRotations {
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
 impl Ops for CpuOps {
     type Tensor = Tensor;
     type Matrix = CpuMatrix;
     type Vector = Vec<f32>;
+    type Rotations = CpuRotations;
     type Attention = CpuBackend;
 
     fn attention(&self) -> &CpuBackend {
@@ -150,12 +158,18 @@ impl Ops for CpuOps {
         kernels::linear(x, weight.view()?, bias.map(Vec::as_slice)).map_err(Error::backend)
     }
 
+    fn rotations(&self, cos: Vec<f32>, sin: Vec<f32>, _: usize) -> Result<CpuRotations> {
+        match cos.len() == sin.len() {
+            true => Ok(CpuRotations { cos, sin }),
+            false => Err(Error::invalid("sines", format!("{} of them", cos.len()), sin.len())),
+        }
+    }
+
     fn rope(
         &self,
         x: Tensor,
         head_dim: usize,
-        cos: &[f32],
-        sin: &[f32],
+        CpuRotations { cos, sin }: &CpuRotations,
         inverse: bool,
     ) -> Result<Tensor> {
         let (rows, width) = (x.rows(), x.row_len());

@@ -8,6 +8,8 @@ mod checkpoint;
 mod compress;
 mod config;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod date;
 #[cfg(feature = "hub")]
 mod download;
@@ -47,7 +49,9 @@ pub use compress::{
     CompressOptions, Compressed, DEFAULT_BLOCK, Stage, bound_decode_time, compress, describe,
 };
 pub use config::LlamaConfig;
-pub use cpu::{CpuMatrix, CpuOps};
+pub use cpu::{CpuMatrix, CpuOps, CpuRotations};
+#[cfg(feature = "cuda")]
+pub use cuda::{CudaDtype, CudaOps};
 #[cfg(feature = "hub")]
 pub use download::download;
 pub use error::{Error, Result};

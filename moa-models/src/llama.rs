@@ -1,3 +1,5 @@
+use std::ops::Range;
+
 use moa_core::{Extent, LayerLayout, ModelShape, Plan, SparseAttentionBackend};
 
 use crate::config::LlamaConfig;
@@ -32,6 +34,11 @@ impl<O: Ops> Linear<O> {
 
     pub(crate) fn forward(&self, ops: &O, x: &O::Tensor) -> Result<O::Tensor> {
         ops.linear(x, &self.weight, self.bias.as_ref())
+    }
+
+    /// The residual stream `x` with this layer's output for `y` added.
+    fn add_to(&self, ops: &O, x: O::Tensor, y: &O::Tensor) -> Result<O::Tensor> {
+        ops.linear_add(x, y, &self.weight, self.bias.as_ref())
     }
 }
 
@@ -88,27 +95,6 @@ impl<O: Ops> std::fmt::Debug for Llama<O> {
     }
 }
 
-/// Cosines and sines of packed tokens, `[tokens, head_dim / 2]` each.
-pub(crate) struct Rotations {
-    pub(crate) cos: Vec<f32>,
-    pub(crate) sin: Vec<f32>,
-}
-
-impl Rotations {
-    pub(crate) fn extend(&mut self, table: &RopeTable, positions: std::ops::Range<usize>) {
-        for position in positions {
-            for (cos, sin) in table.cos_sin(position) {
-                self.cos.push(cos);
-                self.sin.push(sin);
-            }
-        }
-    }
-
-    pub(crate) fn new() -> Self {
-        Self { cos: Vec::new(), sin: Vec::new() }
-    }
-}
-
 /// One sequence: its caches in every layer, as large as its plan allows and no larger.
 pub struct Sequence<O: Ops> {
     caches: Vec<<O::Attention as SparseAttentionBackend>::Cache>,
@@ -160,6 +146,7 @@ impl<O: Ops> Llama<O> {
     /// # Errors
     /// If a tensor is missing or has another shape than the configuration says.
     pub fn load(ops: O, config: LlamaConfig, weights: &Weights) -> Result<Self> {
+        ops.check_room("weights", ops.weight_bytes(config.parameters()))?;
         let table = [config.vocab_size, config.hidden_size];
         let embedding = ops.matrix(weights.tensor("model.embed_tokens.weight", &table)?)?;
         let layers = (0..config.num_hidden_layers)
@@ -211,6 +198,21 @@ impl<O: Ops> Llama<O> {
         RopeTable::new(&self.config, capacity)
     }
 
+    /// Rotary angles of packed sequences, each with its new positions.
+    pub(crate) fn rotations<'a>(
+        &self,
+        sequences: impl Iterator<Item = (&'a RopeTable, Range<usize>)>,
+    ) -> Result<O::Rotations> {
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        for (table, positions) in sequences {
+            for (c, s) in positions.flat_map(|position| table.cos_sin(position)) {
+                cos.push(c);
+                sin.push(s);
+            }
+        }
+        self.ops.rotations(cos, sin, self.config.head_dim)
+    }
+
     /// Opens an empty sequence of at most `capacity` tokens with the spans of `plan` at that
     /// length. `slack` more tokens per head can be rolled back (speculative decoding).
     ///
@@ -225,6 +227,9 @@ impl<O: Ops> Llama<O> {
         let layouts = (0..self.layers.len())
             .map(|layer| LayerLayout::new(&plan.layer_spans(layer, capacity), capacity, slack))
             .collect::<moa_core::Result<Vec<_>>>()?;
+        let slots: usize = layouts.iter().map(LayerLayout::slots).sum();
+        let element_bytes = 2 * self.config.head_dim * self.ops.cache_element_bytes();
+        self.ops.check_room("keys and values", slots as u64 * element_bytes as u64)?;
         let open = |layout| self.ops.attention().open(layout, self.config.head_dim);
         let caches = layouts.iter().map(open).collect::<Result<_, _>>().map_err(Error::backend)?;
         let rope = self.rope(capacity)?;
@@ -283,10 +288,9 @@ impl<O: Ops> Llama<O> {
         logits: LogitRows<'_>,
     ) -> Result<O::Tensor> {
         self.check_step(batch, tokens)?;
-        let mut rotations = Rotations::new();
-        for (sequence, new) in batch.iter().zip(tokens) {
-            rotations.extend(&sequence.rope, sequence.len()..sequence.len() + new.len());
-        }
+        let new = |(s, new): (&&mut Sequence<O>, &&[u32])| s.len()..s.len() + new.len();
+        let positions = batch.iter().zip(tokens).map(new);
+        let rotations = self.rotations(batch.iter().map(|s| &s.rope).zip(positions))?;
         let counts: Vec<usize> = tokens.iter().map(|t| t.len()).collect();
         let ids = tokens.concat();
         let rows: Vec<usize> = match logits {
@@ -352,7 +356,7 @@ impl<O: Ops> Llama<O> {
         batch: &mut [&mut Sequence<O>],
         counts: &[usize],
         mut x: O::Tensor,
-        rotations: &Rotations,
+        rotations: &O::Rotations,
     ) -> Result<O::Tensor> {
         for (index, layer) in self.layers.iter().enumerate() {
             let (q, k, v) = self.qkv(layer, &x, rotations)?;
@@ -373,12 +377,12 @@ impl<O: Ops> Llama<O> {
         &self,
         layer: &Layer<O>,
         x: &O::Tensor,
-        rotations: &Rotations,
+        rotations: &O::Rotations,
     ) -> Result<(O::Tensor, O::Tensor, O::Tensor)> {
         let (ops, dim) = (&self.ops, self.config.head_dim);
-        let tokens = rotations.cos.len() / (dim / 2);
+        let tokens = ops.shape(x)[0];
         let h = ops.rms_norm(x, &layer.attention_norm, self.eps())?;
-        let rope = |y| ops.rope(y, dim, &rotations.cos, &rotations.sin, false);
+        let rope = |y| ops.rope(y, dim, rotations, false);
         let q = rope(layer.q.forward(ops, &h)?)?;
         let k = rope(layer.k.forward(ops, &h)?)?;
         let v = layer.v.forward(ops, &h)?;
@@ -396,7 +400,7 @@ impl<O: Ops> Llama<O> {
         let flat = self
             .ops
             .reshape(out, &[rows, self.config.num_attention_heads * self.config.head_dim])?;
-        self.ops.add(x, &layer.o.forward(&self.ops, &flat)?)
+        layer.o.add_to(&self.ops, x, &flat)
     }
 
     /// `x + mlp(norm(x))`.
@@ -404,7 +408,7 @@ impl<O: Ops> Llama<O> {
         let ops = &self.ops;
         let h = ops.rms_norm(&x, &layer.mlp_norm, self.eps())?;
         let act = ops.swiglu(layer.gate.forward(ops, &h)?, &layer.up.forward(ops, &h)?)?;
-        ops.add(x, &layer.down.forward(ops, &act)?)
+        layer.down.add_to(ops, x, &act)
     }
 
     pub(crate) fn eps(&self) -> f32 {
@@ -415,6 +419,6 @@ impl<O: Ops> Llama<O> {
     fn logits(&self, x: &O::Tensor, rows: &[usize]) -> Result<O::Tensor> {
         let picked = self.ops.rows(x, rows)?;
         let h = self.ops.rms_norm(&picked, &self.norm, self.eps())?;
-        self.ops.linear(&h, self.output_matrix(), None)
+        self.ops.logits(&h, self.output_matrix())
     }
 }

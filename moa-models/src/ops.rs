@@ -17,6 +17,8 @@ pub trait Ops: Send + Sync {
     type Matrix: Send + Sync;
     /// A norm's weight or a bias.
     type Vector: Send + Sync;
+    /// Rotary angles of packed tokens.
+    type Rotations: Send + Sync;
     /// Attention of the same device.
     type Attention: SparseAttentionBackend<Tensor = Self::Tensor, Cache: Send + Sync>;
 
@@ -25,6 +27,21 @@ pub trait Ops: Send + Sync {
 
     /// Bytes of one element of the KV cache.
     fn cache_element_bytes(&self) -> usize;
+
+    /// Asks whether the device has `bytes` more, before they are taken piece by piece for `what`.
+    ///
+    /// # Errors
+    /// If it is known that it has not.
+    fn check_room(&self, what: &'static str, bytes: u64) -> Result<()> {
+        let _ = (what, bytes);
+        Ok(())
+    }
+
+    /// Bytes of a weight of `elements` elements on the device, 0 where it stays in its file's map.
+    fn weight_bytes(&self, elements: u64) -> u64 {
+        let _ = elements;
+        0
+    }
 
     /// Brings a weight to the device.
     ///
@@ -76,9 +93,37 @@ pub trait Ops: Send + Sync {
         bias: Option<&Self::Vector>,
     ) -> Result<Self::Tensor>;
 
-    /// Splits rows into heads and rotates each (half-split layout); `cos` and `sin` are
-    /// `[tokens, head_dim / 2]`. `[tokens, heads * head_dim]` becomes `[tokens, heads, head_dim]`.
-    /// `inverse` rotates back, which is also the gradient.
+    /// `x + y . weight^T + bias`: the end of a residual branch.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn linear_add(
+        &self,
+        x: Self::Tensor,
+        y: &Self::Tensor,
+        weight: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+    ) -> Result<Self::Tensor> {
+        self.add(x, &self.linear(y, weight, bias)?)
+    }
+
+    /// [`linear`](Self::linear) of the output matrix, as exact as the device can: logits decide
+    /// between near equals.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn logits(&self, x: &Self::Tensor, weight: &Self::Matrix) -> Result<Self::Tensor> {
+        self.linear(x, weight, None)
+    }
+
+    /// Brings the angles of packed tokens to the device, `[tokens, head_dim / 2]` each.
+    ///
+    /// # Errors
+    /// If there are not as many cosines as sines, or the memory cannot be had.
+    fn rotations(&self, cos: Vec<f32>, sin: Vec<f32>, head_dim: usize) -> Result<Self::Rotations>;
+
+    /// Splits rows into heads and rotates each (half-split layout): `[tokens, heads * head_dim]`
+    /// becomes `[tokens, heads, head_dim]`. `inverse` rotates back, which is also the gradient.
     ///
     /// # Errors
     /// If shapes do not fit.
@@ -86,8 +131,7 @@ pub trait Ops: Send + Sync {
         &self,
         x: Self::Tensor,
         head_dim: usize,
-        cos: &[f32],
-        sin: &[f32],
+        rotations: &Self::Rotations,
         inverse: bool,
     ) -> Result<Self::Tensor>;
 

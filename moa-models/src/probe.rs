@@ -4,20 +4,20 @@
 
 use moa_core::{LayerLayout, Plan, SparseAttentionBackend};
 
-use crate::llama::{Llama, Rotations};
+use crate::llama::Llama;
 use crate::objective::cross_entropy;
 use crate::ops::Ops;
 use crate::profile::Item;
 use crate::{Error, Result};
 
 /// Items under one plan: a chunk of what they share, then a chunk with the rest of each.
-struct Pass<'a> {
+struct Pass<'a, O: Ops> {
     items: &'a [Item],
     capacity: usize,
     /// Tokens that all items begin with; 0 or most of each.
     shared: usize,
-    shared_rotations: Rotations,
-    rest_rotations: Rotations,
+    shared_rotations: O::Rotations,
+    rest_rotations: O::Rotations,
     /// Rows of the rest that predict responses.
     rows: Vec<usize>,
 }
@@ -82,7 +82,7 @@ impl<O: Ops> Llama<O> {
         Ok((base / count, losses))
     }
 
-    fn pass<'a>(&self, items: &'a [Item], plan: &Plan, capacity: usize) -> Result<Pass<'a>> {
+    fn pass<'a>(&self, items: &'a [Item], plan: &Plan, capacity: usize) -> Result<Pass<'a, O>> {
         plan.check_shape(&self.shape())?;
         let tokens = items.iter().map(|item| item.inputs().len()).max().unwrap_or(0);
         if tokens > capacity {
@@ -95,19 +95,19 @@ impl<O: Ops> Llama<O> {
             _ => 0,
         };
         let table = self.rope(capacity)?;
-        let (mut shared_rotations, mut rest_rotations) = (Rotations::new(), Rotations::new());
-        shared_rotations.extend(&table, 0..shared);
+        let shared_rotations = self.rotations([(&table, 0..shared)].into_iter())?;
+        let rests = items.iter().map(|item| (&table, shared..item.inputs().len()));
+        let rest_rotations = self.rotations(rests)?;
         let mut rows = Vec::new();
         let mut before = 0;
         for item in items {
-            rest_rotations.extend(&table, shared..item.inputs().len());
             rows.extend(item.rows().map(|row| before + row - shared));
             before += item.inputs().len() - shared;
         }
         Ok(Pass { items, capacity, shared, shared_rotations, rest_rotations, rows })
     }
 
-    fn embed_pass(&self, pass: &Pass<'_>) -> Result<Hidden<O::Tensor>> {
+    fn embed_pass(&self, pass: &Pass<'_, O>) -> Result<Hidden<O::Tensor>> {
         let embed = |ids: &[u32]| self.ops.embed(&self.embedding, ids);
         let shared = match pass.shared {
             0 => None,
@@ -121,7 +121,7 @@ impl<O: Ops> Llama<O> {
     /// the sum of the items' losses.
     fn upwards(
         &self,
-        pass: &Pass<'_>,
+        pass: &Pass<'_, O>,
         plan: &Plan,
         first: usize,
         mut x: Hidden<O::Tensor>,
@@ -166,7 +166,7 @@ impl<O: Ops> Llama<O> {
             x.rest = self.mlp(layer, self.after_attention(layer, x.rest, out)?)?;
         }
         let h = ops.rms_norm(&x.rest, &self.norm, self.eps())?;
-        let logits = ops.values(ops.linear(&h, self.output_matrix(), None)?)?;
+        let logits = ops.values(ops.logits(&h, self.output_matrix())?)?;
         let mut rows = logits.chunks(self.config.vocab_size);
         let losses = pass.items.iter().map(|item| {
             let response = item.response();

@@ -11,7 +11,7 @@ use moa_core::{
     SparseAttentionBackend,
 };
 
-use crate::llama::{Layer, Llama, Rotations};
+use crate::llama::{Layer, Llama};
 use crate::objective::{Objective, WeightedObjective, cross_entropy};
 use crate::ops::BackwardOps;
 use crate::{Error, Result};
@@ -129,8 +129,8 @@ impl<O: BackwardOps> Llama<O> {
                 limit: self.config.context_length(),
             });
         }
-        let mut rotations = Rotations::new();
-        rotations.extend(&self.rope(tokens.len())?, 0..tokens.len());
+        let rope = self.rope(tokens.len())?;
+        let rotations = self.rotations([(&rope, 0..tokens.len())].into_iter())?;
         let saved = self.forward_saving(tokens, &rotations)?;
 
         let rows = item.rows();
@@ -160,7 +160,7 @@ impl<O: BackwardOps> Llama<O> {
     fn forward_saving(
         &self,
         tokens: &[u32],
-        rotations: &Rotations,
+        rotations: &O::Rotations,
     ) -> Result<Vec<Saved<O::Tensor>>> {
         let n = tokens.len();
         let spans = vec![Span::full(n); self.config.num_key_value_heads];
@@ -207,7 +207,7 @@ impl<O: BackwardOps> Llama<O> {
         let y = self.residual(layer, top, &item.rows())?;
         let z = self.mlp(layer, y)?;
         let h = ops.rms_norm(&z, &self.norm, eps)?;
-        let logits = ops.linear(&h, self.output_matrix(), None)?;
+        let logits = ops.logits(&h, self.output_matrix())?;
         let shape = ops.shape(&logits);
         let mut values = ops.values(logits)?;
         let response = item.response();
@@ -270,7 +270,7 @@ impl<O: BackwardOps> Llama<O> {
         saved: &Saved<O::Tensor>,
         rows: &Range<usize>,
         d_y: O::Tensor,
-        rotations: &Rotations,
+        rotations: &O::Rotations,
         (objective, block, gradients): (Objective, usize, bool),
     ) -> Result<(Vec<f64>, Option<O::Tensor>)> {
         let (ops, c) = (&self.ops, &self.config);
@@ -296,7 +296,7 @@ impl<O: BackwardOps> Llama<O> {
             return Ok((output.blocks, None));
         };
         let unrotate = |g| -> Result<O::Tensor> {
-            let g = ops.rope(g, c.head_dim, &rotations.cos, &rotations.sin, true)?;
+            let g = ops.rope(g, c.head_dim, rotations, true)?;
             self.flatten(g)
         };
         let mut d_h = ops.linear_backward(&unrotate(d_q)?, &layer.q.weight)?;

@@ -241,6 +241,18 @@ impl DType {
             Self::F16 | Self::BF16 => 2,
         }
     }
+
+    /// Appends little-endian elements as f32; they need not be aligned.
+    pub(crate) fn extend_f32(self, bytes: &[u8], to: &mut Vec<f32>) {
+        let pairs = || bytes.as_chunks::<2>().0.iter().copied();
+        match self {
+            Self::F32 => {
+                to.extend(bytes.as_chunks::<4>().0.iter().copied().map(f32::from_le_bytes));
+            }
+            Self::F16 => to.extend(pairs().map(|b| f16::from_le_bytes(b).to_f32())),
+            Self::BF16 => to.extend(pairs().map(|b| bf16::from_le_bytes(b).to_f32())),
+        }
+    }
 }
 
 /// A tensor that lies in a mapped file, row-major and little-endian.
@@ -278,15 +290,9 @@ impl MappedTensor {
     /// The elements as f32, copied.
     #[must_use]
     pub fn to_f32(&self) -> Vec<f32> {
-        let bytes = self.bytes();
-        let pairs = || bytes.as_chunks::<2>().0.iter().copied();
-        match self.dtype {
-            DType::F32 => {
-                bytes.as_chunks::<4>().0.iter().copied().map(f32::from_le_bytes).collect()
-            }
-            DType::F16 => pairs().map(|b| f16::from_le_bytes(b).to_f32()).collect(),
-            DType::BF16 => pairs().map(|b| bf16::from_le_bytes(b).to_f32()).collect(),
-        }
+        let mut values = Vec::new();
+        self.dtype.extend_f32(self.bytes(), &mut values);
+        values
     }
 }
 

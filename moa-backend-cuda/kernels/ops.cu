@@ -1,0 +1,183 @@
+// What a Llama layer needs besides attention and matrix products. Row-major, rows of a multiple of 8
+// elements that begin at multiples of 16 bytes; a row's result depends on that row alone.
+//
+// "element" is the 16-bit type; the residual stream, norm weights and biases are f32.
+#include "common.cuh"
+
+// Mirrored by `src/ops/launch.rs`.
+struct OpArgs {
+    const void* x;
+    const void* y;
+    const void* w;
+    void* out;
+    const int* ids;
+    i64 x_stride;    // elements between rows
+    i64 y_stride;
+    i64 out_stride;
+    int rows;
+    int cols;
+    float eps;
+    int flag;
+};
+
+struct Eight {
+    float x[8];
+};
+
+__device__ __forceinline__ Eight load8(const u16* p) {
+    const uint4 v = *(const uint4*)p;
+    const u32 words[4] = {v.x, v.y, v.z, v.w};
+    Eight e;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 pair = unpack2(words[i]);
+        e.x[2 * i] = pair.x;
+        e.x[2 * i + 1] = pair.y;
+    }
+    return e;
+}
+__device__ __forceinline__ Eight load8(const float* p) {
+    const float4 a = ((const float4*)p)[0], b = ((const float4*)p)[1];
+    return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+}
+__device__ __forceinline__ void store8(u16* p, const Eight& e) {
+    *(uint4*)p = make_uint4(pack2(e.x[0], e.x[1]), pack2(e.x[2], e.x[3]), pack2(e.x[4], e.x[5]),
+                            pack2(e.x[6], e.x[7]));
+}
+__device__ __forceinline__ void store8(float* p, const Eight& e) {
+    ((float4*)p)[0] = make_float4(e.x[0], e.x[1], e.x[2], e.x[3]);
+    ((float4*)p)[1] = make_float4(e.x[4], e.x[5], e.x[6], e.x[7]);
+}
+
+// Sum over a block of up to 1024 threads, a multiple of 32; every thread gets it.
+__device__ __forceinline__ float block_sum(float x) {
+    __shared__ float sums[32];
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffff, x, offset);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (lane == 0) sums[warp] = x;
+    __syncthreads();
+    x = lane < blockDim.x / 32 ? sums[lane] : 0.0f;
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffff, x, offset);
+    return x;
+}
+
+// ---- by rows: one block each ------------------------------------------------------------------
+
+// out = x / sqrt(mean(x^2) + eps) * w; x f32, out element.
+extern "C" __global__ void __launch_bounds__(1024) rms_norm(const __grid_constant__ OpArgs args) {
+    const float* x = (const float*)args.x + blockIdx.x * args.x_stride;
+    const float* w = (const float*)args.w;
+    u16* out = (u16*)args.out + blockIdx.x * args.out_stride;
+    const int first = threadIdx.x * 8, step = blockDim.x * 8;
+    float sum = 0;
+    for (int i = first; i < args.cols; i += step) {
+        const Eight v = load8(x + i);
+#pragma unroll
+        for (int n = 0; n < 8; n++) sum += v.x[n] * v.x[n];
+    }
+    const float scale = rsqrtf(block_sum(sum) / (float)args.cols + args.eps);
+    for (int i = first; i < args.cols; i += step) {
+        Eight v = load8(x + i);
+        const Eight weight = load8(w + i);
+#pragma unroll
+        for (int n = 0; n < 8; n++) v.x[n] = v.x[n] * scale * weight.x[n];
+        store8(out + i, v);
+    }
+}
+
+// ---- by elements: grid (columns / 8 / 256, rows) ------------------------------------------------
+
+#define FOR_EIGHT(i)                                                 \
+    const int i = (blockIdx.x * blockDim.x + threadIdx.x) * 8;       \
+    if (i >= args.cols) return;                                      \
+    const i64 row = blockIdx.y + (i64)blockIdx.z * gridDim.y;        \
+    if (row >= args.rows) return;
+
+// out = x[ids]; x element, out f32.
+extern "C" __global__ void __launch_bounds__(256) embed(const __grid_constant__ OpArgs args) {
+    FOR_EIGHT(i)
+    const u16* x = (const u16*)args.x + args.ids[row] * args.x_stride;
+    store8((float*)args.out + row * args.out_stride + i, load8(x + i));
+}
+
+// out = x[ids]; both f32 (flag) or both element.
+extern "C" __global__ void __launch_bounds__(256) rows(const __grid_constant__ OpArgs args) {
+    FOR_EIGHT(i)
+    const i64 from = args.ids[row] * args.x_stride + i, to = row * args.out_stride + i;
+    if (args.flag) {
+        store8((float*)args.out + to, load8((const float*)args.x + from));
+    } else {
+        *(uint4*)((u16*)args.out + to) = *(const uint4*)((const u16*)args.x + from);
+    }
+}
+
+// out = silu(x) * y; all element.
+extern "C" __global__ void __launch_bounds__(256) swiglu(const __grid_constant__ OpArgs args) {
+    FOR_EIGHT(i)
+    const Eight gate = load8((const u16*)args.x + row * args.x_stride + i);
+    Eight up = load8((const u16*)args.y + row * args.y_stride + i);
+#pragma unroll
+    for (int n = 0; n < 8; n++) up.x[n] *= gate.x[n] / (1.0f + exp2_fast(-LOG2E * gate.x[n]));
+    store8((u16*)args.out + row * args.out_stride + i, up);
+}
+
+// out = x + y; x and out f32, may be the same; y f32 (flag) or element.
+extern "C" __global__ void __launch_bounds__(256) add(const __grid_constant__ OpArgs args) {
+    FOR_EIGHT(i)
+    Eight x = load8((const float*)args.x + row * args.x_stride + i);
+    const i64 from = row * args.y_stride + i;
+    const Eight y = args.flag ? load8((const float*)args.y + from) : load8((const u16*)args.y + from);
+#pragma unroll
+    for (int n = 0; n < 8; n++) x.x[n] += y.x[n];
+    store8((float*)args.out + row * args.out_stride + i, x);
+}
+
+// out += w, one bias per column; out f32 (flag) or element.
+extern "C" __global__ void __launch_bounds__(256) add_bias(const __grid_constant__ OpArgs args) {
+    FOR_EIGHT(i)
+    const Eight bias = load8((const float*)args.w + i);
+    const i64 at = row * args.out_stride + i;
+    Eight x = args.flag ? load8((const float*)args.out + at) : load8((const u16*)args.out + at);
+#pragma unroll
+    for (int n = 0; n < 8; n++) x.x[n] += bias.x[n];
+    if (args.flag) {
+        store8((float*)args.out + at, x);
+    } else {
+        store8((u16*)args.out + at, x);
+    }
+}
+
+// out = x, f32 to element.
+extern "C" __global__ void __launch_bounds__(256) cast(const __grid_constant__ OpArgs args) {
+    FOR_EIGHT(i)
+    store8((u16*)args.out + row * args.out_stride + i,
+           load8((const float*)args.x + row * args.x_stride + i));
+}
+
+// Rotates pairs (i, i + n / 2) of each head of n elements of `out` in place by w, f32 [rows, n / 2]
+// pairs (cos, sin); back if flag. n is y_stride: this module serves all head dimensions. f32 if y is
+// not null, else element.
+extern "C" __global__ void __launch_bounds__(256) rope(const __grid_constant__ OpArgs args) {
+    const int task = blockIdx.x * blockDim.x + threadIdx.x;
+    const i64 row = blockIdx.y + (i64)blockIdx.z * gridDim.y;
+    if (task >= args.cols / 2 || row >= args.rows) return;
+    const int half = (int)args.y_stride / 2;
+    const int head = task / half, pair = task % half;
+    float2 turn = ((const float2*)args.w)[row * half + pair];
+    if (args.flag) turn.y = -turn.y;
+    const i64 at = row * args.out_stride + head * 2 * half + pair;
+    if (args.y != nullptr) {
+        float* x = (float*)args.out + at;
+        const float a = x[0], b = x[half];
+        x[0] = a * turn.x - b * turn.y;
+        x[half] = b * turn.x + a * turn.y;
+    } else {
+        u16* x = (u16*)args.out + at;
+        const float2 v = unpack2((u32)x[0] | (u32)x[half] << 16);
+        const u32 rotated = pack2(v.x * turn.x - v.y * turn.y, v.y * turn.x + v.x * turn.y);
+        x[0] = (u16)rotated;
+        x[half] = (u16)(rotated >> 16);
+    }
+}

@@ -1,0 +1,232 @@
+//! Matrix products by cuBLASLt.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::cublaslt::result::{self, CublasError};
+use cudarc::cublaslt::sys::{
+    self, cublasComputeType_t, cublasLtMatmulDescAttributes_t,
+    cublasLtMatmulPreferenceAttributes_t, cudaDataType,
+};
+use cudarc::driver::CudaSlice;
+
+use crate::memory::address;
+use crate::tables::DevicePointer;
+use crate::{Device, Dtype, Error, Result, library};
+
+/// `d[m, n] = a[m, k] . weight`, or `d +=`; row-major.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Product {
+    pub(crate) m: usize,
+    pub(crate) n: usize,
+    pub(crate) k: usize,
+    /// Elements between the rows of `a`.
+    pub(crate) a_stride: usize,
+    /// Elements between the rows of `d`.
+    pub(crate) d_stride: usize,
+    /// Whether the weight is stored `[n, k]`, as linear layers are, rather than `[k, n]`.
+    pub(crate) transposed: bool,
+    /// Type of `a` and the weight.
+    pub(crate) input: Dtype,
+    /// Type of `d`.
+    pub(crate) output: Dtype,
+    /// Whether the product is added to what `d` holds.
+    pub(crate) accumulate: bool,
+}
+
+/// A handle, its scratch memory and the plans made so far. For the device's own stream alone.
+#[derive(Debug)]
+pub(crate) struct Blas {
+    device: Device,
+    handle: Handle,
+    scratch: CudaSlice<u8>,
+    plans: Mutex<HashMap<Product, Arc<Plan>>>,
+}
+
+#[derive(Debug)]
+struct Handle(sys::cublasLtHandle_t);
+
+// SAFETY: cuBLASLt's functions may be called with one handle from any thread.
+unsafe impl Send for Handle {}
+// SAFETY: as above.
+unsafe impl Sync for Handle {}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        // SAFETY: it is not used any more. There is nothing to do about a failure.
+        let _ = unsafe { result::destroy_handle(self.0) };
+    }
+}
+
+/// NVIDIA's recommendation for Hopper, which no other architecture exceeds.
+const SCRATCH_BYTES: usize = 32 << 20;
+
+impl Blas {
+    pub(crate) fn new(device: &Device) -> Result<Self> {
+        library::cublaslt()?;
+        device.bind()?;
+        let handle = Handle(result::create_handle().map_err(failed("cublasLtCreate", None))?);
+        let scratch = device.alloc("matrix products", SCRATCH_BYTES)?;
+        Ok(Self { device: device.clone(), handle, scratch, plans: Mutex::default() })
+    }
+
+    /// # Safety
+    /// The addresses are device memory of the sizes that `product` says, 16-byte aligned and in use
+    /// by nothing else before the device's stream has passed this call.
+    pub(crate) unsafe fn run(
+        &self,
+        product: Product,
+        a: DevicePointer,
+        weight: DevicePointer,
+        d: DevicePointer,
+    ) -> Result<()> {
+        self.device.bind()?;
+        let plan = self.plan(product)?;
+        let (alpha, beta) = (1f32, if product.accumulate { 1f32 } else { 0f32 });
+        // SAFETY: the plan is of this product, whose memory is as the caller promises; the scratch
+        // memory is used on one stream only.
+        unsafe {
+            result::matmul(
+                self.handle.0,
+                plan.desc.0,
+                (&raw const alpha).cast(),
+                (&raw const beta).cast(),
+                weight as *const _,
+                plan.weight.0,
+                a as *const _,
+                plan.a.0,
+                d as *const _,
+                plan.d.0,
+                d as *mut _,
+                plan.d.0,
+                &raw const plan.algorithm,
+                address(&self.scratch) as *mut _,
+                SCRATCH_BYTES,
+                self.device.stream().cast(),
+            )
+        }
+        .map_err(failed("cublasLtMatmul", Some(product)))
+    }
+
+    fn plan(&self, product: Product) -> Result<Arc<Plan>> {
+        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(plan) = plans.get(&product) {
+            return Ok(Arc::clone(plan));
+        }
+        let plan = Plan::new(&self.handle, product);
+        let plan = Arc::new(plan.map_err(failed("cublasLtMatmulAlgoGetHeuristic", Some(product)))?);
+        plans.insert(product, Arc::clone(&plan));
+        Ok(plan)
+    }
+}
+
+fn failed(call: &'static str, product: Option<Product>) -> impl Fn(CublasError) -> Error {
+    move |error| Error::Blas {
+        call,
+        status: format!("{:?}", error.0),
+        product: product.map_or_else(String::new, |p| format!(" for {p:?}")),
+    }
+}
+
+/// cuBLASLt is column-major: it computes `d^T = op(weight) . a^T`.
+#[derive(Debug)]
+struct Plan {
+    desc: Desc,
+    weight: Layout,
+    a: Layout,
+    d: Layout,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+// SAFETY: descriptors are only read once they are made.
+unsafe impl Send for Plan {}
+// SAFETY: as above.
+unsafe impl Sync for Plan {}
+
+impl Plan {
+    fn new(handle: &Handle, product: Product) -> Result<Self, CublasError> {
+        let Product { m, n, k, a_stride, d_stride, transposed, input, output, .. } = product;
+        let desc = Desc(result::create_matmul_desc(
+            cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            cudaDataType::CUDA_R_32F,
+        )?);
+        // CUBLAS_OP_T and CUBLAS_OP_N, which these bindings lack.
+        let transpose = i32::from(transposed);
+        // SAFETY: the descriptor exists; the attribute is of this type.
+        unsafe {
+            result::set_matmul_desc_attribute(
+                desc.0,
+                cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA,
+                (&raw const transpose).cast(),
+                size_of_val(&transpose),
+            )
+        }?;
+        let weight = match transposed {
+            true => Layout::new(input, k, n, k)?,
+            false => Layout::new(input, n, k, n)?,
+        };
+        let a = Layout::new(input, k, m, a_stride)?;
+        let d = Layout::new(output, n, m, d_stride)?;
+        let scratch_bytes = SCRATCH_BYTES;
+        let preference = Preference(result::create_matmul_pref()?);
+        // SAFETY: all descriptors exist; the attribute is a 64-bit size.
+        let found = unsafe {
+            result::set_matmul_pref_attribute(
+                preference.0,
+                cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                (&raw const scratch_bytes).cast(),
+                size_of::<usize>(),
+            )?;
+            result::get_matmul_algo_heuristic(
+                handle.0,
+                desc.0,
+                weight.0,
+                a.0,
+                d.0,
+                d.0,
+                preference.0,
+            )
+        }?;
+        Ok(Self { desc, weight, a, d, algorithm: found.algo })
+    }
+}
+
+#[derive(Debug)]
+struct Desc(sys::cublasLtMatmulDesc_t);
+
+impl Drop for Desc {
+    fn drop(&mut self) {
+        // SAFETY: it is not used any more.
+        let _ = unsafe { result::destroy_matmul_desc(self.0) };
+    }
+}
+
+#[derive(Debug)]
+struct Layout(sys::cublasLtMatrixLayout_t);
+
+impl Layout {
+    fn new(dtype: Dtype, rows: usize, cols: usize, stride: usize) -> Result<Self, CublasError> {
+        let dtype = match dtype {
+            Dtype::F16 => cudaDataType::CUDA_R_16F,
+            Dtype::Bf16 => cudaDataType::CUDA_R_16BF,
+            Dtype::F32 => cudaDataType::CUDA_R_32F,
+        };
+        result::create_matrix_layout(dtype, rows as u64, cols as u64, stride as i64).map(Self)
+    }
+}
+
+impl Drop for Layout {
+    fn drop(&mut self) {
+        // SAFETY: it is not used any more.
+        let _ = unsafe { result::destroy_matrix_layout(self.0) };
+    }
+}
+
+struct Preference(sys::cublasLtMatmulPreference_t);
+
+impl Drop for Preference {
+    fn drop(&mut self) {
+        // SAFETY: it is not used any more.
+        let _ = unsafe { result::destroy_matmul_pref(self.0) };
+    }
+}

@@ -1,0 +1,121 @@
+//! The kernels of `ops.cu`, loaded on a device.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+
+use cudarc::driver::{CudaFunction, result};
+use cudarc::nvrtc::Ptx;
+
+use crate::compile::{HEAD_DIMS, Variant, compile};
+use crate::source::Source;
+use crate::tables::DevicePointer;
+use crate::{Device, Dtype, Error, Result};
+
+/// Arguments of every kernel, field by field as in `kernels/ops.cu`, which says what each one reads.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct OpArgs {
+    pub(crate) x: DevicePointer,
+    pub(crate) y: DevicePointer,
+    pub(crate) w: DevicePointer,
+    pub(crate) out: DevicePointer,
+    pub(crate) ids: DevicePointer,
+    pub(crate) x_stride: i64,
+    pub(crate) y_stride: i64,
+    pub(crate) out_stride: i64,
+    pub(crate) rows: i32,
+    pub(crate) cols: i32,
+    pub(crate) eps: f32,
+    pub(crate) flag: i32,
+}
+
+const _: () = assert!(size_of::<OpArgs>() == 80);
+
+/// Names of the kernels.
+const NAMES: [&str; 8] = ["rms_norm", "embed", "rows", "swiglu", "add", "add_bias", "cast", "rope"];
+
+/// Most rows of blocks in a grid, which goes on along its third axis.
+const GRID_ROWS: usize = 1 << 15;
+
+#[derive(Debug)]
+pub(crate) struct OpKernels {
+    device: Device,
+    functions: HashMap<&'static str, CudaFunction>,
+}
+
+impl OpKernels {
+    pub(crate) fn load(device: &Device, dtype: Dtype) -> Result<Self> {
+        // Nothing in them depends on the head dimension.
+        let variant = Variant { head_dim: HEAD_DIMS[0], dtype };
+        let cubin = compile(Source::Ops, variant, device.architecture())?;
+        let module = device
+            .context()
+            .load_module(Ptx::from_binary(cubin))
+            .map_err(Error::driver("cuModuleLoadData"))?;
+        let load = |name| {
+            let function = module.load_function(name);
+            Ok((name, function.map_err(Error::driver("cuModuleGetFunction"))?))
+        };
+        let functions = NAMES.into_iter().map(load).collect::<Result<_>>()?;
+        Ok(Self { device: device.clone(), functions })
+    }
+
+    /// One block for each row.
+    ///
+    /// # Safety
+    /// What `args` points to is device memory of the sizes that the kernel says, in use by nothing
+    /// else before the device's stream has passed this launch.
+    pub(crate) unsafe fn by_rows(&self, name: &'static str, args: &OpArgs) -> Result<()> {
+        let threads = (args.cols as usize / 8).next_multiple_of(32).clamp(32, 1024);
+        // SAFETY: as the caller promises.
+        unsafe { self.launch(name, [args.rows as usize, 1, 1], threads, args) }
+    }
+
+    /// One thread for `each` elements of a row.
+    ///
+    /// # Safety
+    /// As [`by_rows`](Self::by_rows).
+    pub(crate) unsafe fn by_elements(
+        &self,
+        name: &'static str,
+        each: usize,
+        args: &OpArgs,
+    ) -> Result<()> {
+        let rows = args.rows as usize;
+        let y = rows.min(GRID_ROWS);
+        let grid = [(args.cols as usize / each).div_ceil(256), y, rows.div_ceil(y.max(1))];
+        // SAFETY: as the caller promises.
+        unsafe { self.launch(name, grid, 256, args) }
+    }
+
+    unsafe fn launch(
+        &self,
+        name: &'static str,
+        grid: [usize; 3],
+        threads: usize,
+        args: &OpArgs,
+    ) -> Result<()> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        let Some(function) = self.functions.get(name) else {
+            return Err(Error::argument("Operations", "kernel", "one of ops.cu", name));
+        };
+        self.device.bind()?;
+        let [x, y, z] = grid.map(|n| n as u32);
+        let mut arguments = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
+        // SAFETY: each kernel takes one argument, by value, which the launch copies; the rest is as
+        // the caller promises.
+        unsafe {
+            result::launch_kernel(
+                function.cu_function(),
+                (x, y, z),
+                (threads as u32, 1, 1),
+                0,
+                self.device.stream().cast(),
+                &mut arguments,
+            )
+        }
+        .map_err(Error::driver(name))
+    }
+}

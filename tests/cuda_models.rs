@@ -1,0 +1,132 @@
+//! Whole models on CUDA against the same models on the CPU: logits, laws, greedy text, retrieval.
+//!
+//! Without a GPU each test says that it is skipped; with `MOA_REQUIRE_GPU=1` it fails then. Golden
+//! logits of an independent implementation are read from the folder that `MOA_TEST_DATA` names.
+
+#[path = "cuda_models/errors.rs"]
+mod errors;
+#[path = "cuda_models/laws.rs"]
+mod laws;
+#[path = "cuda_models/logits.rs"]
+mod logits;
+#[path = "cuda_models/text.rs"]
+mod text;
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::{LazyLock, OnceLock};
+
+use moa_core::{ElasticRule, HeadRule, ModelShape, Plan};
+use moa_models::{Checkpoint, CpuOps, CudaDtype, CudaOps, Llama, LogitRows, Ops, Sequence};
+
+/// moa-tiny, from wherever the test runs: it may have been built on another machine.
+fn moa_tiny() -> PathBuf {
+    let built = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/moa-tiny");
+    let places = [built, "assets/moa-tiny", "../assets/moa-tiny"].map(Path::new);
+    let found = places.iter().find(|place| place.join("config.json").is_file());
+    found.unwrap_or_else(|| panic!("none of {places:?} is moa-tiny")).to_path_buf()
+}
+
+fn cpu() -> &'static Checkpoint<CpuOps> {
+    static TINY: LazyLock<Checkpoint<CpuOps>> =
+        LazyLock::new(|| Checkpoint::open(CpuOps::default(), moa_tiny()).expect("moa-tiny"));
+    &TINY
+}
+
+/// The first device, or `None` with a loud word.
+fn open(dtype: CudaDtype) -> Option<CudaOps> {
+    match CudaOps::new(0, dtype) {
+        Ok(ops) => Some(ops),
+        Err(error) => {
+            let required = std::env::var_os("MOA_REQUIRE_GPU").is_some_and(|value| value == "1");
+            assert!(!required, "MOA_REQUIRE_GPU is set, but: {error}");
+            let thread = std::thread::current();
+            eprintln!("skipped: {}: {error}", thread.name().unwrap_or("test"));
+            None
+        }
+    }
+}
+
+/// moa-tiny on the GPU, with how far its logits may be from the CPU's: a share of their spread.
+fn cuda() -> Vec<(&'static Checkpoint<CudaOps>, f64)> {
+    static F16: OnceLock<Option<Checkpoint<CudaOps>>> = OnceLock::new();
+    static BF16: OnceLock<Option<Checkpoint<CudaOps>>> = OnceLock::new();
+    let load = |dtype| open(dtype).map(|ops| Checkpoint::open(ops, moa_tiny()).expect("moa-tiny"));
+    let f16 = F16.get_or_init(|| load(CudaDtype::F16)).as_ref();
+    let bf16 = BF16.get_or_init(|| load(CudaDtype::Bf16)).as_ref();
+    if f16.is_none() {
+        // Asked again, so that every test that is skipped says so.
+        let _ = open(CudaDtype::F16);
+    }
+    f16.map(|model| (model, 0.01)).into_iter().chain(bf16.map(|model| (model, 0.06))).collect()
+}
+
+/// `len` tokens of English text.
+fn prose(len: usize) -> Vec<u32> {
+    const TEXT: &str = "The keeper of the lighthouse wrote down the weather every evening, and \
+        every morning he read what he had written and found that he did not remember any of it. ";
+    let tokenizer = &cpu().tokenizer;
+    let mut ids = tokenizer.encode(TEXT, true).expect("plain text");
+    while ids.len() < len {
+        // Numbered, so that no stretch of the text repeats exactly.
+        let more = format!("Evening {}. {TEXT}", ids.len());
+        ids.extend(tokenizer.encode(&more, false).expect("plain text"));
+    }
+    ids.truncate(len);
+    ids
+}
+
+/// Fixed spans of all heads: `odd` keys where layer + KV head is odd, else `even`.
+fn alternating(shape: ModelShape, sink: usize, odd: usize, even: usize) -> Plan {
+    let heads = (0..shape.layers).flat_map(|layer| (0..shape.kv_heads).map(move |h| layer + h));
+    let rules = heads
+        .map(|place| HeadRule::from(ElasticRule::fixed(if place % 2 == 1 { odd } else { even })));
+    Plan::new(shape, sink, sink + 1, rules.collect()).expect("one rule per head")
+}
+
+/// Dense, and spans that prompts of a hundred tokens wrap.
+fn plans(shape: ModelShape) -> [Plan; 2] {
+    [Plan::full(shape).expect("a valid shape"), alternating(shape, 8, 24, 48)]
+}
+
+/// One step; the logits of all its tokens.
+fn step<O: Ops>(model: &Llama<O>, sequence: &mut Sequence<O>, tokens: &[u32]) -> Vec<Vec<f32>> {
+    let rows: Vec<usize> = (0..tokens.len()).collect();
+    let logits = model.forward(&mut [sequence], &[tokens], LogitRows::Rows(&rows)).unwrap();
+    let values = model.ops().values(logits).unwrap();
+    values.chunks(model.config().vocab_size).map(<[f32]>::to_vec).collect()
+}
+
+/// Reads `tokens` in chunks; the logits of the last.
+fn read<O: Ops>(
+    model: &Llama<O>,
+    sequence: &mut Sequence<O>,
+    tokens: &[u32],
+    chunk: usize,
+) -> Vec<f32> {
+    model.prefill(sequence, tokens, chunk, &mut |_| ControlFlow::Continue(())).unwrap()
+}
+
+/// Largest difference as a share of the spread (standard deviation) of `expected`.
+fn difference(got: &[f32], expected: &[f32]) -> f64 {
+    assert_eq!(got.len(), expected.len());
+    let n = expected.len() as f64;
+    let mean = expected.iter().map(|&x| f64::from(x)).sum::<f64>() / n;
+    let spread = expected.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / n;
+    let worst = got.iter().zip(expected).map(|(a, b)| f64::from((a - b).abs()));
+    // Not a maximum that forgets what is not a number.
+    let worst = worst.fold(0.0, |most, x| if x <= most { most } else { x });
+    worst / spread.sqrt()
+}
+
+#[track_caller]
+fn close(what: &str, got: &[f32], expected: &[f32], share: f64) {
+    let difference = difference(got, expected);
+    println!("{what}: {difference:.5} of the spread, {share} allowed");
+    assert!(difference <= share, "{what}: {difference} of the spread, more than {share}");
+}
+
+fn likeliest(logits: &[f32]) -> u32 {
+    let best = |best: usize, (i, z): (usize, &f32)| if *z > logits[best] { i } else { best };
+    logits.iter().enumerate().fold(0, best) as u32
+}

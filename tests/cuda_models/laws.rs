@@ -1,0 +1,88 @@
+//! The output depends neither on chunks nor on the batch, and a sequence can be forked and rolled
+//! back. Matrix products of other shapes may sum in another order, so "equal" allows for rounding,
+//! but not where the shapes are the same.
+
+use moa_models::{LogitRows, Ops};
+
+use crate::{alternating, close, cuda, plans, prose, read, step};
+
+#[test]
+fn chunking_does_not_change_output() {
+    for (checkpoint, share) in cuda() {
+        let model = &checkpoint.model;
+        let tokens = prose(300);
+        for plan in &plans(model.shape()) {
+            let whole = read(model, &mut model.open(plan, 300, 0).unwrap(), &tokens, 300);
+            for chunk in [1, 7, 90] {
+                let mut sequence = model.open(plan, 300, 0).unwrap();
+                let got = read(model, &mut sequence, &tokens, chunk);
+                close(&format!("chunks of {chunk}"), &got, &whole, share);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_ragged_batch_equals_each_sequence_alone() {
+    for (checkpoint, share) in cuda() {
+        let model = &checkpoint.model;
+        let tokens = prose(400);
+        for plan in &plans(model.shape()) {
+            let lens = [130, 1, 57, 200];
+            let mut batch: Vec<_> =
+                lens.iter().map(|_| model.open(plan, 300, 0).unwrap()).collect();
+            let mut alone: Vec<_> =
+                lens.iter().map(|_| model.open(plan, 300, 0).unwrap()).collect();
+            let mut at = [0; 4];
+            // Prefill of different lengths, then steps that mix decode with more prompt.
+            for round in [lens, [1, 1, 1, 1], [1, 30, 1, 2], [1, 1, 1, 1]] {
+                let parts: Vec<&[u32]> =
+                    round.iter().zip(&at).map(|(n, at)| &tokens[*at..at + n]).collect();
+                let mut sequences: Vec<_> = batch.iter_mut().collect();
+                let logits = model.forward(&mut sequences, &parts, LogitRows::Last).unwrap();
+                let together = model.ops().values(logits).unwrap();
+                let each = parts.iter().zip(&mut alone).flat_map(|(part, sequence)| {
+                    step(model, sequence, part).pop().expect("one row per token")
+                });
+                let each: Vec<f32> = each.collect();
+                close(&format!("batch of {round:?}"), &together, &each, share);
+                at.iter_mut().zip(round).for_each(|(at, n)| *at += n);
+            }
+        }
+    }
+}
+
+#[test]
+fn forks_and_rolled_back_sequences_go_on_as_if_nothing_had_been() {
+    for (checkpoint, _) in cuda() {
+        let model = &checkpoint.model;
+        let tokens = prose(220);
+        for plan in &plans(model.shape()) {
+            let mut straight = model.open(plan, 300, 8).unwrap();
+            read(model, &mut straight, &tokens[..150], 150);
+            let mut fork = model.fork(&straight).unwrap();
+            // The fork goes its own way, and comes back.
+            step(model, &mut fork, &tokens[200..208]);
+            model.truncate(&mut fork, 150).unwrap();
+            let expected = step(model, &mut straight, &tokens[150..180]);
+            assert_eq!(step(model, &mut fork, &tokens[150..180]), expected);
+            assert_eq!(model.kv_bytes(&fork), model.kv_bytes(&straight));
+        }
+    }
+}
+
+#[test]
+fn repeats_are_bitwise_equal() {
+    for (checkpoint, _) in cuda() {
+        let model = &checkpoint.model;
+        let tokens = prose(150);
+        let plan = alternating(model.shape(), 8, 24, 48);
+        let run = || {
+            let mut sequence = model.open(&plan, 160, 0).unwrap();
+            let prompt = step(model, &mut sequence, &tokens[..149]);
+            [prompt, step(model, &mut sequence, &tokens[149..])].concat()
+        };
+        let first = run();
+        assert!((0..5).all(|_| run() == first));
+    }
+}

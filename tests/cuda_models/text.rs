@@ -1,0 +1,89 @@
+//! Greedy text and retrieval: what a user of the model sees.
+
+use moa_models::{GenerateOptions, Next, Ops, PHRASINGS, Task};
+
+use crate::{cpu, cuda, likeliest, plans, prose, read, step};
+
+/// Prompts that continue greedily for this many tokens.
+const NEW: usize = 32;
+
+fn greedy<O: Ops>(
+    model: &moa_models::Llama<O>,
+    plan: &moa_core::Plan,
+    prompts: &[&[u32]],
+) -> Vec<Vec<u32>> {
+    let options = GenerateOptions { max_new_tokens: NEW, ..GenerateOptions::default() };
+    let mut batch: Vec<_> =
+        prompts.iter().map(|p| model.open(plan, p.len() + NEW, 0).unwrap()).collect();
+    let generation =
+        model.generate(&mut batch, prompts, &options, &mut |_| Next::Continue).unwrap();
+    generation.sequences.into_iter().map(|sequence| sequence.tokens).collect()
+}
+
+/// Where texts part, the CPU's logits must have been nearly equal there.
+#[test]
+fn greedy_text_is_the_cpus_or_parts_at_a_near_tie() {
+    let text = prose(2000);
+    for (checkpoint, share) in cuda() {
+        let (gpu, cpu) = (&checkpoint.model, &cpu().model);
+        let prompts: Vec<&[u32]> = (0..20).map(|i| &text[i * 60..i * 60 + 30 + 17 * i]).collect();
+        for plan in &plans(cpu.shape()) {
+            let expected = greedy(cpu, plan, &prompts);
+            let got = greedy(gpu, plan, &prompts);
+            let mut equal = 0;
+            for ((prompt, expected), got) in prompts.iter().zip(&expected).zip(&got) {
+                let same = expected.iter().zip(got).take_while(|(a, b)| a == b).count();
+                if same == NEW {
+                    equal += 1;
+                    continue;
+                }
+                let mut sequence = cpu.open(plan, prompt.len() + NEW, 0).unwrap();
+                let mut logits = read(cpu, &mut sequence, prompt, 500);
+                for token in &expected[..same] {
+                    logits = step(cpu, &mut sequence, &[*token]).pop().unwrap();
+                }
+                assert_eq!(likeliest(&logits), expected[same]);
+                let gap = logits[expected[same] as usize] - logits[got[same] as usize];
+                let spread = spread(&logits);
+                println!("token {same} differs, gap {gap} of a spread of {spread}");
+                // Both tokens may be off by what the logits may.
+                assert!(f64::from(gap) <= 2.0 * share * spread, "gap {gap} at token {same}");
+            }
+            println!("{equal} of {} texts are equal", prompts.len());
+            assert!(equal * 2 > prompts.len(), "only {equal} texts are equal");
+        }
+    }
+}
+
+fn spread(logits: &[f32]) -> f64 {
+    let n = logits.len() as f64;
+    let mean = logits.iter().map(|&z| f64::from(z)).sum::<f64>() / n;
+    (logits.iter().map(|&z| (f64::from(z) - mean).powi(2)).sum::<f64>() / n).sqrt()
+}
+
+#[test]
+fn records_are_retrieved_as_on_the_cpu() {
+    for (checkpoint, _) in cuda() {
+        let [dense, narrow] = plans(checkpoint.model.shape());
+        let mut right = 0;
+        for seed in 0..6 {
+            let prompt = PHRASINGS[0].prompt(40, seed);
+            let messages = [moa_models::Message::user(&prompt.text)];
+            let tokens = checkpoint.chat_tokens(&messages).unwrap();
+            let [text] = &greedy(&checkpoint.model, &dense, &[&tokens])[..] else { panic!() };
+            let text = checkpoint.tokenizer.decode(text, true).unwrap();
+            right += usize::from(text.contains(&prompt.answer.to_string()));
+        }
+        assert!(right >= 5, "{right} of 6 records were retrieved");
+
+        let question = checkpoint.task_question(Task::MultiKey, 512, 32, (0, 0)).unwrap();
+        let (there, here) =
+            (checkpoint.ask(&question, &dense, 32), cpu().ask(&question, &dense, 32));
+        let (there, here) = (there.unwrap(), here.unwrap());
+        assert_eq!((there.score, &there.answers), (1.0, &here.answers));
+        let there = checkpoint.ask(&question, &narrow, 32).unwrap();
+        // Elements of the caches are half as wide as the CPU's.
+        assert!(there.kv_bytes * 5 < there.kv_bytes_dense, "{there:?}");
+        assert_eq!(2 * there.kv_bytes_dense, here.kv_bytes_dense);
+    }
+}

@@ -1,0 +1,213 @@
+//! The operations beside attention, against arithmetic in f64 on the numbers that the device holds.
+
+use moa_backend_cuda::{Device, Dtype, Error, Operations, Tensor};
+
+use super::conformance::world::{f64s, normal};
+use super::gpu::{device, round};
+
+/// What tests of one element type need.
+struct Ops {
+    device: &'static Device,
+    operations: Operations,
+}
+
+impl Ops {
+    fn all() -> Vec<Self> {
+        let Some(device) = device() else { return Vec::new() };
+        let new = |dtype| Self { device, operations: Operations::new(device, dtype).unwrap() };
+        [Dtype::F16, Dtype::Bf16].map(new).into()
+    }
+
+    fn dtype(&self) -> Dtype {
+        self.operations.dtype()
+    }
+
+    /// Random numbers of a shape, rounded to `dtype`, there and here.
+    fn random(&self, shape: &[usize], dtype: Dtype, seed: u64) -> (Tensor, Vec<f64>) {
+        let mut values = normal(shape.iter().product(), seed);
+        values.iter_mut().for_each(|x| *x = round(dtype, *x));
+        (Tensor::from_f32(self.device, &values, shape, dtype).unwrap(), f64s(&values))
+    }
+
+    /// Relative error that rounding the result to `dtype` explains.
+    #[track_caller]
+    fn close(&self, got: &Tensor, expected: &[f64], sums: f64) {
+        let rounding = match got.dtype() {
+            Dtype::F16 => 2f64.powi(-11),
+            Dtype::Bf16 => 2f64.powi(-8),
+            Dtype::F32 => 2f64.powi(-24),
+        };
+        let got = got.to_f32().unwrap();
+        assert_eq!(got.len(), expected.len());
+        for (at, (got, expected)) in got.iter().zip(expected).enumerate() {
+            let error = (f64::from(*got) - expected).abs();
+            assert!(
+                error <= 1.01 * rounding * expected.abs() + sums,
+                "element {at}: {got}, expected {expected}"
+            );
+        }
+    }
+}
+
+fn product(a: &[f64], w: &[f64], k: usize, n: usize) -> Vec<f64> {
+    let dot = |a: &[f64], w: &[f64]| a.iter().zip(w).map(|(a, w)| a * w).sum::<f64>();
+    a.chunks(k).flat_map(|a| w.chunks(k).take(n).map(move |w| dot(a, w))).collect()
+}
+
+#[test]
+fn linear_is_a_product_with_the_transpose() {
+    for ops in Ops::all() {
+        for (m, n, k) in [(1, 8, 8), (3, 40, 264), (65, 512, 256), (130, 2048, 704)] {
+            let (x, xs) = ops.random(&[m, k], ops.dtype(), 1);
+            let (w, ws) = ops.random(&[n, k], ops.dtype(), 2);
+            let (bias, biases) = ops.random(&[n], Dtype::F32, 3);
+            let mut expected = product(&xs, &ws, k, n);
+            let sums = 1e-6 * k as f64;
+            for output in [ops.dtype(), Dtype::F32] {
+                let y = ops.operations.linear(&x, &w, None, output).unwrap();
+                assert_eq!((y.shape(), y.dtype()), (&[m, n][..], output));
+                ops.close(&y, &expected, sums);
+            }
+            let (sum, sums_before) = ops.random(&[m, n], Dtype::F32, 4);
+            let kept = sum.clone();
+            for (row, before) in expected.chunks_mut(n).zip(sums_before.chunks(n)) {
+                row.iter_mut().zip(before).zip(&biases).for_each(|((y, x), b)| *y += x + b);
+            }
+            let y = ops.operations.linear_add(sum, &x, &w, Some(&bias)).unwrap();
+            ops.close(&y, &expected, sums);
+            ops.close(&kept, &sums_before, 0.0);
+        }
+    }
+}
+
+#[test]
+fn wide_inputs_of_products_are_rounded() {
+    for ops in Ops::all() {
+        let (x, xs) = ops.random(&[5, 64], Dtype::F32, 1);
+        let (w, ws) = ops.random(&[16, 64], ops.dtype(), 2);
+        let rounded: Vec<f64> = xs.iter().map(|x| round(ops.dtype(), *x as f32).into()).collect();
+        let y = ops.operations.linear(&x, &w, None, Dtype::F32).unwrap();
+        ops.close(&y, &product(&rounded, &ws, 64, 16), 1e-4);
+    }
+}
+
+#[test]
+fn embedding_and_rows_copy() {
+    for ops in Ops::all() {
+        let (table, values) = ops.random(&[100, 40], ops.dtype(), 1);
+        let ids = [99, 0, 7, 7];
+        let expected: Vec<f64> =
+            ids.iter().flat_map(|id| values[id * 40..][..40].to_vec()).collect();
+        let embedded = ops.operations.embed(&table, &ids.map(|id| id as u32)).unwrap();
+        assert_eq!((embedded.shape(), embedded.dtype()), (&[4, 40][..], Dtype::F32));
+        ops.close(&embedded, &expected, 0.0);
+        let picked = ops.operations.rows(&table, &ids).unwrap();
+        assert_eq!(picked.dtype(), ops.dtype());
+        assert_eq!(f64s(&picked.to_f32().unwrap()), expected);
+        let heads = table.reshape(&[100, 5, 8]).unwrap();
+        let picked = ops.operations.rows(&heads, &ids).unwrap();
+        assert_eq!(picked.shape(), [4, 5, 8]);
+        assert_eq!(f64s(&picked.to_f32().unwrap()), expected);
+        assert_eq!(ops.operations.rows(&heads, &[]).unwrap().shape(), [0, 5, 8]);
+    }
+}
+
+#[test]
+fn norm_swiglu_and_add() {
+    for ops in Ops::all() {
+        for (rows, cols) in [(1, 8), (3, 256), (70, 4096), (2, 8200)] {
+            let (x, xs) = ops.random(&[rows, cols], Dtype::F32, 1);
+            let (w, ws) = ops.random(&[cols], Dtype::F32, 2);
+            let normed = xs.chunks(cols).flat_map(|row| {
+                let mean = row.iter().map(|x| x * x).sum::<f64>() / cols as f64;
+                row.iter().zip(&ws).map(move |(x, w)| x / (mean + 1e-5).sqrt() * w)
+            });
+            let y = ops.operations.rms_norm(&x, &w, 1e-5).unwrap();
+            ops.close(&y, &normed.collect::<Vec<_>>(), 1e-5);
+
+            let (up, ups) = ops.random(&[rows, cols], ops.dtype(), 3);
+            let (gate, gates) = ops.random(&[rows, cols], ops.dtype(), 4);
+            let silu = gates.iter().zip(&ups).map(|(g, u)| g / (1.0 + (-g).exp()) * u);
+            let y = ops.operations.swiglu(&gate, &up).unwrap();
+            ops.close(&y, &silu.collect::<Vec<_>>(), 1e-5);
+
+            for (y, ys) in [(up, ups), (x.clone(), xs.clone())] {
+                let sum = xs.iter().zip(&ys).map(|(x, y)| x + y).collect::<Vec<_>>();
+                ops.close(&ops.operations.add(x.clone(), &y).unwrap(), &sum, 0.0);
+                ops.close(&x, &xs, 0.0);
+            }
+        }
+    }
+}
+
+#[test]
+fn rope_rotates_and_rotates_back() {
+    for ops in Ops::all() {
+        for dtype in [ops.dtype(), Dtype::F32] {
+            let (tokens, heads, dim) = (37, 3, 64);
+            let (x, xs) = ops.random(&[tokens, heads, dim], dtype, 1);
+            let angle = |token: usize, i: usize| token as f64 * 0.3 / (1 + i) as f64;
+            let turns: Vec<f32> = (0..tokens)
+                .flat_map(|t| (0..dim / 2).map(move |i| angle(t, i).sin_cos()))
+                .flat_map(|(sin, cos)| [cos as f32, sin as f32])
+                .collect();
+            let turns = Tensor::from_f32(ops.device, &turns, &[tokens, dim], Dtype::F32).unwrap();
+            let mut expected = xs.clone();
+            for (row, head) in expected.chunks_exact_mut(dim).enumerate() {
+                for i in 0..dim / 2 {
+                    let (sin, cos) = angle(row / heads, i).sin_cos();
+                    let (a, b) = (head[i], head[i + dim / 2]);
+                    (head[i], head[i + dim / 2]) = (a * cos - b * sin, b * cos + a * sin);
+                }
+            }
+            let rotated = ops.operations.rope(x.clone(), &turns, false).unwrap();
+            ops.close(&rotated, &expected, 1e-6);
+            ops.close(&x, &xs, 0.0);
+            let back = ops.operations.rope(rotated, &turns, true).unwrap();
+            let slack = if dtype == Dtype::F32 { 1e-5 } else { 0.05 };
+            ops.close(&back, &xs, slack);
+        }
+    }
+}
+
+#[test]
+fn operations_refuse_what_does_not_fit() {
+    for ops in Ops::all() {
+        let zeros = |shape: &[usize], dtype| Tensor::zeros(ops.device, shape, dtype).unwrap();
+        let (narrow, f32s) = (ops.dtype(), Dtype::F32);
+        let weight = zeros(&[16, 64], narrow);
+        let o = &ops.operations;
+        for (name, result) in [
+            ("x", o.linear(&zeros(&[3, 48], narrow), &weight, None, narrow)),
+            ("weight", o.linear(&zeros(&[3, 64], narrow), &zeros(&[64], narrow), None, narrow)),
+            ("sum", o.linear_add(zeros(&[2, 16], f32s), &zeros(&[3, 64], narrow), &weight, None)),
+            (
+                "bias",
+                o.linear_add(
+                    zeros(&[3, 16], f32s),
+                    &zeros(&[3, 64], narrow),
+                    &weight,
+                    Some(&zeros(&[8], f32s)),
+                ),
+            ),
+            ("x", o.rms_norm(&zeros(&[3, 12], f32s), &zeros(&[12], f32s), 1e-5)),
+            ("up", o.swiglu(&zeros(&[3, 16], narrow), &zeros(&[3, 8], narrow))),
+            ("turns", o.rope(zeros(&[3, 1, 8], narrow), &zeros(&[2, 8], f32s), false)),
+        ] {
+            let error = result.unwrap_err();
+            assert!(matches!(&error, Error::Shape { what, .. } if *what == name), "{error}");
+        }
+        for (name, result) in [
+            ("weight", o.linear(&zeros(&[3, 64], narrow), &zeros(&[16, 64], f32s), None, narrow)),
+            ("sum", o.linear_add(zeros(&[3, 16], narrow), &zeros(&[3, 64], narrow), &weight, None)),
+            ("index", o.embed(&weight, &[16])),
+            ("index", o.rows(&weight, &[3, 16])),
+            ("x", o.add(zeros(&[3, 16], narrow), &zeros(&[3, 16], narrow))),
+        ] {
+            let error = result.unwrap_err();
+            assert!(matches!(&error, Error::Argument { what, .. } if *what == name), "{error}");
+        }
+        let error = Operations::new(ops.device, f32s).unwrap_err();
+        assert!(matches!(error, Error::Argument { what: "dtype", .. }), "{error}");
+    }
+}
