@@ -214,6 +214,16 @@ struct KeySource {
         return row >= 0 ? v_cache + (i64)row * HEAD_DIM : v_new + (i64)~row * v_stride;
     }
 
+    // List entries from `first` on that are consecutive in memory; ends of tensors are not looked at.
+    __device__ __forceinline__ int straight(const KeyList& list, int first) const {
+        const int p = list.position(first);
+        const int in_list = first < list.sinks ? list.sinks - first : 0x7fffffff;
+        if (p >= cached) return in_list;
+        const int r = p - sink_slots - turn;
+        const int in_cache = p < sink_slots ? sink_slots - p : r < ring ? ring - r : 2 * ring - r;
+        return min(in_list, min(in_cache, cached - p));
+    }
+
     // Rows of list entries first..=last; almost always one stretch.
     __device__ __forceinline__ Stretch stretch(const KeyList& list, int first, int last) const {
         const int low = row(list.position(first)), high = row(list.position(last));

@@ -307,13 +307,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                         from += 2 * stride;
                     }
                 } else {
+                    // A few stretches, each row by row.
+                    int done = 0;
+                    while (first + done <= last) {
+                        const int end = done + min(source.straight(tile.list, first + done),
+                                                   last + 1 - first - done);
+                        const Stretch part = source.stretch(tile.list, first + done, first + done);
+                        const i64 stride = values ? part.v_stride : part.k_stride;
+                        int r = done + ((row - done) & (ROWS_AT_ONCE - 1));
+                        const u16* from = (values ? part.v : part.k) + (r - done) * stride + chunk * 8;
 #pragma unroll 1
-                    for (int r = row; r < TILE_KEYS; r += ROWS_AT_ONCE) {
-                        const int at = source.row(tile.list.position(min(first + r, last)));
-                        copy16_async(to + panel_offset(r, chunk, KEY_PANEL_BYTES),
-                                     (values ? source.value(at) : source.key(at)) + chunk * 8,
-                                     first + r <= last);
+                        for (; r < end; r += ROWS_AT_ONCE, from += stride * ROWS_AT_ONCE)
+                            copy16_async(to + panel_offset(r, chunk, KEY_PANEL_BYTES), from, true);
+                        done = end;
                     }
+                    for (int r = done + ((row - done) & (ROWS_AT_ONCE - 1)); r < TILE_KEYS;
+                         r += ROWS_AT_ONCE)
+                        copy16_async(to + panel_offset(r, chunk, KEY_PANEL_BYTES),
+                                     (const u16*)args.q.data, false);
                 }
                 hand_over(full + stage * 8);
             }
