@@ -21,10 +21,10 @@ pub(crate) struct Global {
     /// Seed of everything drawn: calibration prompts, sampling, shortened cases
     #[arg(long, global = true, default_value_t = 0, value_name = "N")]
     pub(crate) seed: u64,
-    /// Where the model runs
+    /// Where the model runs: cpu, or cuda:N for GPU N where this build has the feature `cuda`
     #[arg(long, global = true, default_value = "cpu", value_name = "DEVICE")]
     pub(crate) device: Device,
-    /// Element type of KV caches
+    /// Element type of KV caches; on a GPU of weights and activations too
     #[arg(long, global = true, default_value = "bf16", value_name = "TYPE")]
     pub(crate) cache_dtype: CacheType,
     /// CPU threads [default: all]
@@ -32,19 +32,35 @@ pub(crate) struct Global {
     pub(crate) threads: Option<usize>,
 }
 
-/// Where a model can run; this build has the CPU only.
+/// Where a model can run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Device {
     Cpu,
+    /// By number, from 0.
+    #[cfg(feature = "cuda")]
+    Cuda(usize),
 }
+
+/// What `--device` takes.
+const DEVICES: &str = match cfg!(feature = "cuda") {
+    true => "cpu, cuda, cuda:N",
+    false => "cpu (cuda needs a build with `--features cuda`)",
+};
 
 impl FromStr for Device {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self, Error> {
+        #[cfg(feature = "cuda")]
+        if let Some(rest) = name.strip_prefix("cuda") {
+            let number = if rest.is_empty() { Some("0") } else { rest.strip_prefix(':') };
+            if let Some(Ok(ordinal)) = number.map(str::parse) {
+                return Ok(Self::Cuda(ordinal));
+            }
+        }
         match name {
             "cpu" => Ok(Self::Cpu),
-            other => Err(Error::Device { got: other.to_string(), available: "cpu" }),
+            other => Err(Error::Device { got: other.to_string(), available: DEVICES }),
         }
     }
 }
@@ -192,8 +208,24 @@ mod tests {
 
     #[test]
     fn unknown_device_says_what_there_is() {
-        let message = "cuda".parse::<Device>().unwrap_err().to_string();
-        assert!(message.contains("cuda") && message.contains("cpu"), "{message}");
+        for name in ["tpu", "cuda:", "cuda:x", "cuda0", "cuda:-1", ""] {
+            let message = name.parse::<Device>().unwrap_err().to_string();
+            assert!(message.contains(name) && message.contains("cpu"), "{message}");
+        }
         assert_eq!("cpu".parse::<Device>().unwrap(), Device::Cpu);
+    }
+
+    #[test]
+    #[cfg(not(feature = "cuda"))]
+    fn a_build_without_cuda_names_the_feature() {
+        let message = "cuda:1".parse::<Device>().unwrap_err().to_string();
+        assert!(message.contains("--features cuda"), "{message}");
+    }
+
+    #[test]
+    #[cfg(feature = "cuda")]
+    fn gpus_are_counted_from_0() {
+        assert_eq!("cuda".parse::<Device>().unwrap(), Device::Cuda(0));
+        assert_eq!("cuda:3".parse::<Device>().unwrap(), Device::Cuda(3));
     }
 }

@@ -1,10 +1,9 @@
 use std::collections::BTreeMap;
 
 use moa_core::Profile;
-use moa_models::{CalibrationData, CalibrationOptions, Item, Prompt};
+use moa_models::{CalibrationData, CalibrationOptions, Checkpoint, Item, Ops, Prompt};
 
 use crate::error::Result;
-use crate::model::Model;
 use crate::output::Context;
 use crate::progress::Progress;
 
@@ -17,8 +16,8 @@ pub(crate) fn load(data: &str) -> Result<CalibrationData> {
 }
 
 /// Makes calibration items under a progress bar.
-pub(crate) fn items(
-    model: &Model,
+pub(crate) fn items<O: Ops>(
+    model: &Checkpoint<O>,
     data: &CalibrationData,
     options: &CalibrationOptions,
     context: &Context,

@@ -1,16 +1,15 @@
 use moa_core::Plan;
-use moa_models::{Message, Next, PHRASINGS, Phrasing, RetrievalCase};
+use moa_models::{Checkpoint, Message, Next, Ops, PHRASINGS, Phrasing, RetrievalCase};
 
 use crate::error::Result;
-use crate::model::Model;
 
 /// Seeds of calibration are multiples of 2^16 plus small numbers; these lie apart from them.
 const SEED: u64 = 0x7e57_0000_0000_8000;
 
 /// Questions about records of about `length` tokens with their answer of at most `max_new_tokens`,
 /// none of which calibration uses.
-pub(crate) fn cases(
-    model: &Model,
+pub(crate) fn cases<O: Ops>(
+    model: &Checkpoint<O>,
     length: usize,
     max_new_tokens: usize,
     count: usize,
@@ -26,7 +25,12 @@ fn draw(seed: u64, index: u64) -> u64 {
 }
 
 /// The longest record prompt of at most `room` tokens.
-fn filled(model: &Model, phrasing: &Phrasing, room: usize, seed: u64) -> Result<RetrievalCase> {
+fn filled<O: Ops>(
+    model: &Checkpoint<O>,
+    phrasing: &Phrasing,
+    room: usize,
+    seed: u64,
+) -> Result<RetrievalCase> {
     let fits = |lines: usize| -> Result<bool> {
         let text = phrasing.prompt(lines, seed).text;
         Ok(model.chat_tokens(&[Message::user(&text)])?.len() <= room)
@@ -50,7 +54,11 @@ fn case(phrasing: &Phrasing, lines: usize, seed: u64) -> RetrievalCase {
 }
 
 /// The phrasing whose short questions the dense model answers best.
-fn best_phrasing(model: &Model, max_new_tokens: usize, seed: u64) -> Result<&'static Phrasing> {
+fn best_phrasing<O: Ops>(
+    model: &Checkpoint<O>,
+    max_new_tokens: usize,
+    seed: u64,
+) -> Result<&'static Phrasing> {
     let dense = Plan::full(model.model.shape())?;
     let mut best = (0, &PHRASINGS[0]);
     for phrasing in PHRASINGS {

@@ -1,17 +1,61 @@
 use std::path::Path;
 
 use moa_core::{DEFAULT_SINK, ElasticRule, ModelShape, Plan};
-use moa_models::{Checkpoint, CpuOps, LlamaConfig};
+use moa_models::{Checkpoint, CpuOps, LlamaConfig, Ops};
 
-use crate::args::PlanArgs;
+use crate::args::{Device, PlanArgs};
 use crate::error::{Error, Result};
 use crate::output::Context;
 
-/// A checkpoint on the CPU.
-pub(crate) type Model = Checkpoint<CpuOps>;
+/// Evaluates an expression with the operations of the device that `--device` names. It is compiled
+/// once for each device.
+macro_rules! on_device {
+    ($context:expr, |$ops:ident| $body:expr) => {
+        match $context.device {
+            $crate::args::Device::Cpu => {
+                let $ops = $crate::model::cpu($context);
+                $body
+            }
+            #[cfg(feature = "cuda")]
+            $crate::args::Device::Cuda(ordinal) => {
+                let $ops = $crate::model::cuda(ordinal, $context)?;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use on_device;
 
-/// Opens a model folder.
-pub(crate) fn open(folder: &Path, context: &Context) -> Result<Model> {
+/// The CPU.
+pub(crate) fn cpu(context: &Context) -> CpuOps {
+    CpuOps::new(context.cache)
+}
+
+/// A GPU; weights and activations have the type of the caches.
+#[cfg(feature = "cuda")]
+pub(crate) fn cuda(ordinal: usize, context: &Context) -> Result<moa_models::CudaOps> {
+    use moa_models::{CacheDtype, CudaDtype, CudaOps};
+    let dtype = match context.cache {
+        CacheDtype::F16 => CudaDtype::F16,
+        CacheDtype::Bf16 => CudaDtype::Bf16,
+        CacheDtype::F32 => {
+            return Err(Error::argument("--cache-dtype", "f16 or bf16 on a GPU", "f32"));
+        }
+    };
+    Ok(CudaOps::new(ordinal, dtype)?)
+}
+
+/// The operations for commands that need gradients, which the CPU alone has.
+pub(crate) fn with_gradients(context: &Context) -> Result<CpuOps> {
+    match context.device {
+        Device::Cpu => Ok(cpu(context)),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => Err(Error::argument("--device", "cpu for profiling", "cuda")),
+    }
+}
+
+/// Opens a model folder on a device.
+pub(crate) fn open<O: Ops>(ops: O, folder: &Path) -> Result<Checkpoint<O>> {
     if !folder.is_dir() {
         let source = match std::fs::metadata(folder) {
             Ok(_) => std::io::Error::from(std::io::ErrorKind::NotADirectory),
@@ -19,7 +63,7 @@ pub(crate) fn open(folder: &Path, context: &Context) -> Result<Model> {
         };
         return Err(Error::Read { path: folder.to_path_buf(), source });
     }
-    Ok(Checkpoint::open(CpuOps::new(context.cache), folder)?)
+    Ok(Checkpoint::open(ops, folder)?)
 }
 
 /// Dimensions of a model from its `config.json`, without its weights.
@@ -46,7 +90,7 @@ pub(crate) struct ChosenPlan {
 }
 
 /// The plan that the flags ask for, checked against the model.
-pub(crate) fn choose_plan(args: &PlanArgs, model: &Model) -> Result<ChosenPlan> {
+pub(crate) fn choose_plan<O: Ops>(args: &PlanArgs, model: &Checkpoint<O>) -> Result<ChosenPlan> {
     let shape = model.model.shape();
     if let Some(path) = &args.plan {
         let plan = Plan::load(path)?;
@@ -63,7 +107,11 @@ pub(crate) fn choose_plan(args: &PlanArgs, model: &Model) -> Result<ChosenPlan> 
 }
 
 /// Checks that a plan is for this model, and unless `any_weights` for these weights.
-pub(crate) fn check_plan(plan: &Plan, model: &Model, any_weights: bool) -> Result<()> {
+pub(crate) fn check_plan<O: Ops>(
+    plan: &Plan,
+    model: &Checkpoint<O>,
+    any_weights: bool,
+) -> Result<()> {
     match any_weights {
         true => Ok(plan.check_shape(&model.model.shape())?),
         false => Ok(model.check_plan(plan)?),

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use moa_models::CacheDtype;
 use serde_json::Value;
 
-use crate::args::Global;
+use crate::args::{Device, Global};
 use crate::error::{Error, Result};
 
 /// What all commands share: where results go, and the global options.
@@ -13,6 +13,7 @@ pub(crate) struct Context {
     pub(crate) json: bool,
     pub(crate) quiet: bool,
     pub(crate) seed: u64,
+    pub(crate) device: Device,
     pub(crate) cache: CacheDtype,
     /// Threads of the search; 0 for all.
     pub(crate) threads: usize,
@@ -24,6 +25,7 @@ impl Context {
             json: global.json,
             quiet: global.quiet,
             seed: global.seed,
+            device: global.device,
             cache: global.cache_dtype.into(),
             threads: global.threads.unwrap_or(0),
         }

@@ -2,9 +2,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use moa_core::{AtLength, Plan, PlanRequest, Space, search};
-use moa_models::{CpuOps, bound_decode_time};
+use moa_models::bound_decode_time;
 
 use crate::error::{Error, Result};
+use crate::model::on_device;
 use crate::output::Context;
 
 /// A plan with the file it came from.
@@ -87,7 +88,7 @@ pub(crate) fn request(file: &PlanFile, context: &Context) -> Result<PlanRequest>
     let request = PlanRequest::bounded(bounds, plan.sink(), plan.min_span()).map_err(in_file)?;
     let mut request = request.with_space(space.map_err(in_file)?);
     if let Some(share) = from.decode_time {
-        bound_decode_time(&mut request, &CpuOps::new(context.cache), plan.shape(), share)?;
+        on_device!(context, |ops| bound_decode_time(&mut request, &ops, plan.shape(), share))?;
     }
     Ok(request)
 }

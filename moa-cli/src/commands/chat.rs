@@ -1,21 +1,21 @@
 use std::io::{self, BufRead, IsTerminal};
 use std::time::Instant;
 
-use moa_models::{ChatSession, GenerateOptions, Next, TextProgress};
+use moa_models::{ChatSession, Checkpoint, GenerateOptions, Next, Ops, TextProgress};
 use serde_json::json;
 
 use super::generate::{Args, finish};
 use crate::error::{Error, Result};
-use crate::model::{ChosenPlan, Model};
+use crate::model::ChosenPlan;
 use crate::output::{Context, bytes, percent};
 
 /// Longest conversation where `--context` does not say: caches are allocated for all of it.
 const DEFAULT_CONTEXT: usize = 8192;
 
 /// A conversation on one cache, a turn per line of stdin.
-pub(super) fn run(
+pub(super) fn run<O: Ops>(
     args: &Args,
-    model: &Model,
+    model: &Checkpoint<O>,
     chosen: &ChosenPlan,
     options: &GenerateOptions,
     context: &Context,

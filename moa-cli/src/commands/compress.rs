@@ -62,7 +62,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     check_file(&args.out)?;
     check_optional(args.save_profile.as_deref())?;
     let data = calibration::load(&args.data.data)?;
-    let model = model::open(&args.model.model, context)?;
+    let model = model::open(model::with_gradients(context)?, &args.model.model)?;
     let options = CompressOptions {
         lengths: args.lengths.clone(),
         objective: args.objective.objective,

@@ -3,14 +3,15 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 use moa_models::{
-    ChatTemplate, Finish, GenerateOptions, Message, Next, SamplingOptions, TextProgress,
+    ChatTemplate, Checkpoint, Finish, GenerateOptions, Message, Next, Ops, SamplingOptions,
+    TextProgress,
 };
 use serde_json::json;
 
 use super::chat;
 use crate::args::{ModelArg, PlanArgs, parse_count};
 use crate::error::{Error, Result};
-use crate::model::{self, ChosenPlan, Model};
+use crate::model::{self, ChosenPlan, on_device};
 use crate::output::{Context, bytes, percent};
 use crate::progress::Progress;
 
@@ -112,7 +113,20 @@ impl SamplingArgs {
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let prompts = read_prompts(args)?;
-    let mut model = model::open(&args.model.model, context)?;
+    on_device!(context, |ops| with_model(
+        args,
+        &prompts,
+        model::open(ops, &args.model.model)?,
+        context
+    ))
+}
+
+fn with_model<O: Ops>(
+    args: &Args,
+    prompts: &[NamedPrompt],
+    mut model: Checkpoint<O>,
+    context: &Context,
+) -> Result<()> {
     match args.template {
         Some(Template::Vicuna) => model.set_template(ChatTemplate::vicuna()?),
         Some(Template::Llama2) => model.set_template(ChatTemplate::llama2()?),
@@ -128,7 +142,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     };
     match args.prompts.chat {
         true => chat::run(args, &model, &chosen, &options, context),
-        false => batch(args, &prompts, &model, &chosen, &options, context),
+        false => batch(args, prompts, &model, &chosen, &options, context),
     }
 }
 
@@ -154,7 +168,7 @@ fn read_prompts(args: &Args) -> Result<Vec<NamedPrompt>> {
     Ok(prompts)
 }
 
-fn tokens(args: &Args, model: &Model, prompt: &NamedPrompt) -> Result<Vec<u32>> {
+fn tokens<O: Ops>(args: &Args, model: &Checkpoint<O>, prompt: &NamedPrompt) -> Result<Vec<u32>> {
     if args.raw {
         return Ok(model.tokenizer.encode(&prompt.text, true)?);
     }
@@ -163,10 +177,10 @@ fn tokens(args: &Args, model: &Model, prompt: &NamedPrompt) -> Result<Vec<u32>> 
     Ok(model.chat_tokens(&messages)?)
 }
 
-fn batch(
+fn batch<O: Ops>(
     args: &Args,
     prompts: &[NamedPrompt],
-    model: &Model,
+    model: &Checkpoint<O>,
     chosen: &ChosenPlan,
     options: &GenerateOptions,
     context: &Context,

@@ -47,7 +47,7 @@ const TOP_HEADS: usize = 5;
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     check_file(&args.out)?;
     let data = calibration::load(&args.data.data)?;
-    let model = model::open(&args.model.model, context)?;
+    let model = model::open(model::with_gradients(context)?, &args.model.model)?;
     let options = CalibrationOptions {
         lengths: args.lengths.clone(),
         samples: args.samples,

@@ -3,7 +3,8 @@ use std::time::Instant;
 
 use moa_core::{DEFAULT_SINK, Plan};
 use moa_models::{
-    CalibrationData, CompressOptions, Compressed, RetrievalCase, RetrievalReport, compress,
+    BackwardOps, CalibrationData, Checkpoint, CompressOptions, Compressed, Ops, RetrievalCase,
+    RetrievalReport, compress,
 };
 use serde_json::{Value, json};
 
@@ -14,7 +15,7 @@ use crate::figure;
 use crate::files::OutputFolder;
 use crate::head_map;
 use crate::held_out;
-use crate::model::{self, Model};
+use crate::model;
 use crate::output::{Context, table};
 use crate::progress::Progress;
 use crate::report;
@@ -62,12 +63,13 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
             args.length,
         ));
     }
+    let ops = model::with_gradients(context)?;
     let mut folder = OutputFolder::create(&args.out)?;
     let model_path = match &args.model {
         Some(path) => path.clone(),
         None => tiny_model()?,
     };
-    let model = model::open(&model_path, context)?;
+    let model = model::open(ops, &model_path)?;
     let shape = model.model.shape();
     context.print(format_args!("Model: {} ({shape})", model_path.display()))?;
 
@@ -115,7 +117,11 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     context.json(&value)
 }
 
-fn find_plan(args: &Args, model: &Model, context: &Context) -> Result<Compressed> {
+fn find_plan<O: BackwardOps>(
+    args: &Args,
+    model: &Checkpoint<O>,
+    context: &Context,
+) -> Result<Compressed> {
     let options = CompressOptions {
         density: args.density,
         lengths: args.lengths.clone(),
@@ -137,8 +143,8 @@ fn find_plan(args: &Args, model: &Model, context: &Context) -> Result<Compressed
 }
 
 /// Answers the questions with the dense cache, a uniform window of the plan's bytes, and the plan.
-fn answer(
-    model: &Model,
+fn answer<O: Ops>(
+    model: &Checkpoint<O>,
     plan: &Plan,
     cases: &[RetrievalCase],
     context: &Context,

@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use moa_core::{FoundPlans, Profile, Space, search::Options};
-use moa_models::{CompressOptions, CpuOps, bound_decode_time};
+use moa_models::{CompressOptions, bound_decode_time};
 use serde_json::{Value, json};
 
 use crate::args::{SpanArgs, parse_count, space_parser};
@@ -11,6 +11,7 @@ use crate::budget::BudgetArgs;
 use crate::calibration;
 use crate::error::{Error, Result};
 use crate::files::OutputFolder;
+use crate::model::on_device;
 use crate::output::{Context, percent, table};
 use crate::plans;
 
@@ -98,7 +99,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     // A profile does not say how long the model's context is; a bound beyond it does no harm.
     let mut request = options.request(usize::MAX)?;
     if let Some(share) = options.decode_time {
-        bound_decode_time(&mut request, &CpuOps::new(context.cache), profile.shape, share)?;
+        on_device!(context, |ops| bound_decode_time(&mut request, &ops, profile.shape, share))?;
     }
     if matches!(request.space, Space::Fixed | Space::PerLayer) && request.bounds.len() > 1 {
         let shortest = request.bounds.iter().map(|b| b.length).min().unwrap_or(0);

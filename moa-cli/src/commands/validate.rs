@@ -2,14 +2,16 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use moa_core::{AtLength, Plan, Profile};
-use moa_models::{CompressOptions, Item, measured_losses, refine};
+use moa_models::{
+    CalibrationData, Checkpoint, CompressOptions, Item, Ops, measured_losses, refine,
+};
 use serde_json::json;
 
 use crate::args::{DataArg, ModelArg, parse_count};
 use crate::calibration;
 use crate::error::{Error, Result};
 use crate::files::check_file;
-use crate::model::{self, Model};
+use crate::model::{self, on_device};
 use crate::output::{Context, percent, table};
 use crate::plans::{self, PlanFile};
 use crate::progress::Progress;
@@ -57,9 +59,31 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let files = plans::load_folder(&args.plans)?;
     let profile = args.profile.as_ref().map(Profile::load).transpose()?;
     let lengths = profile_lengths(args, &files)?;
-    let model = model::open(&args.model.model, context)?;
+    let inputs = Inputs { data, files, profile, lengths };
+    on_device!(context, |ops| with_model(
+        args,
+        inputs,
+        &model::open(ops, &args.model.model)?,
+        context
+    ))
+}
+
+/// What the command reads before it opens the model.
+struct Inputs {
+    data: CalibrationData,
+    files: Vec<PlanFile>,
+    profile: Option<Profile>,
+    lengths: Vec<usize>,
+}
+
+fn with_model<O: Ops>(
+    args: &Args,
+    Inputs { data, files, profile, lengths }: Inputs,
+    model: &Checkpoint<O>,
+    context: &Context,
+) -> Result<()> {
     for file in &files {
-        model::check_plan(&file.plan, &model, args.any_weights)
+        model::check_plan(&file.plan, model, args.any_weights)
             .map_err(|e| e.at(file.path.display().to_string()))?;
     }
     let limit = model.model.config().context_length();
@@ -76,10 +100,10 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     if args.refine.is_none() {
         calibration.lengths = vec![length];
     }
-    let items = calibration::items(&model, &data, &calibration, context)?;
+    let items = calibration::items(model, &data, &calibration, context)?;
 
-    let losses = measure(&model, &items, &files, length, context)?;
-    let dense = loss_at(&model, &items, &Plan::full(model.model.shape())?, length)?;
+    let losses = measure(model, &items, &files, length, context)?;
+    let dense = loss_at(model, &items, &Plan::full(model.model.shape())?, length)?;
     let best = (0..files.len()).min_by(|a, b| losses[*a].total_cmp(&losses[*b])).unwrap_or(0);
     let mut plan = files[best].plan.clone();
     let mut refined = None;
@@ -163,8 +187,8 @@ fn profile_lengths(args: &Args, files: &[PlanFile]) -> Result<Vec<usize>> {
 }
 
 /// Mean response loss of every plan at the validation length.
-fn measure(
-    model: &Model,
+fn measure<O: Ops>(
+    model: &Checkpoint<O>,
     items: &BTreeMap<usize, Vec<Item>>,
     files: &[PlanFile],
     length: usize,
@@ -181,8 +205,8 @@ fn measure(
         .collect()
 }
 
-fn loss_at(
-    model: &Model,
+fn loss_at<O: Ops>(
+    model: &Checkpoint<O>,
     items: &BTreeMap<usize, Vec<Item>>,
     plan: &Plan,
     length: usize,

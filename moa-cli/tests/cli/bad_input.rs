@@ -175,8 +175,14 @@ fn values_out_of_range_are_refused() {
     refuses(root, &["generate", "--model", tiny, "--prompt", "a", "--what"], &["--what"]);
     refuses(
         root,
-        &["generate", "--model", tiny, "--prompt", "a", "--device", "cuda"],
-        &["cuda", "cpu"],
+        &["generate", "--model", tiny, "--prompt", "a", "--device", "tpu"],
+        &["tpu", "cpu"],
+    );
+    // Without the feature it is named; with it the device, or what is missing for it.
+    refuses(
+        root,
+        &["generate", "--model", tiny, "--prompt", "a", "--device", "cuda:99"],
+        if cfg!(feature = "cuda") { &["CUDA"] } else { &["cuda:99", "--features cuda"] },
     );
     refuses(
         root,

@@ -1,12 +1,12 @@
 use std::fs;
 use std::path::PathBuf;
 
-use moa_models::PerplexityReport;
+use moa_models::{Checkpoint, Ops, PerplexityReport};
 use serde_json::{Value, json};
 
 use crate::args::{ModelArg, PlanArgs, parse_count};
 use crate::error::{Error, Result};
-use crate::model::{self, Model};
+use crate::model::{self, on_device};
 use crate::output::{Context, bytes, percent, table};
 use crate::progress::Progress;
 
@@ -41,8 +41,21 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let mut lengths = args.lengths.clone();
     lengths.sort_unstable();
     lengths.dedup();
-    let model = model::open(&args.model.model, context)?;
-    let chosen = model::choose_plan(&args.plan, &model)?;
+    on_device!(context, |ops| with_model(
+        args,
+        (texts, lengths),
+        &model::open(ops, &args.model.model)?,
+        context
+    ))
+}
+
+fn with_model<O: Ops>(
+    args: &Args,
+    (texts, lengths): (Vec<(String, String)>, Vec<usize>),
+    model: &Checkpoint<O>,
+    context: &Context,
+) -> Result<()> {
+    let chosen = model::choose_plan(&args.plan, model)?;
     let tokens = texts
         .into_iter()
         .map(|(name, text)| Ok((name, model.tokenizer.encode(&text, false)?)))
@@ -50,8 +63,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let bos = model.model.config().bos_token_id;
     let longest = lengths.last().copied().unwrap_or(0);
     for (name, tokens) in &tokens {
-        check(&model, tokens.len() + usize::from(bos.is_some()), longest)
-            .map_err(|e| e.at(name))?;
+        check(model, tokens.len() + usize::from(bos.is_some()), longest).map_err(|e| e.at(name))?;
     }
     let total = lengths.len() * tokens.len() * args.windows;
     let bar = Progress::new(context, "windows", total);
@@ -88,7 +100,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
 }
 
 /// Checks that a text fills a window of the greatest length, before the shorter ones are measured.
-fn check(model: &Model, tokens: usize, longest: usize) -> Result<()> {
+fn check<O: Ops>(model: &Checkpoint<O>, tokens: usize, longest: usize) -> Result<()> {
     let limit = model.model.config().context_length();
     if longest > limit {
         return Err(moa_models::Error::ContextExceeded { asked: longest, limit }.into());

@@ -2,14 +2,17 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use moa_core::Plan;
-use moa_models::{ItemLog, Question, RetrievalCase, RetrievalItem, RetrievalReport, fingerprint};
+use moa_core::{Plan, SparseAttentionBackend};
+use moa_models::{
+    Checkpoint, ItemLog, Ops, Question, RetrievalCase, RetrievalItem, RetrievalReport, fingerprint,
+};
 use serde_json::{Value, json};
 
+use crate::args::Device;
 use crate::args::parse_depth_bins;
 use crate::error::{Error, Result};
 use crate::files::check_optional;
-use crate::model::{ChosenPlan, Model};
+use crate::model::ChosenPlan;
 use crate::output::Context;
 use crate::progress::Progress;
 
@@ -37,8 +40,8 @@ pub(super) struct Asked {
 }
 
 /// An evaluation: who answers, and how.
-pub(super) struct Evaluation<'a> {
-    pub(super) model: &'a Model,
+pub(super) struct Evaluation<'a, O: Ops> {
+    pub(super) model: &'a Checkpoint<O>,
     pub(super) plan: &'a ChosenPlan,
     pub(super) max_new_tokens: usize,
     /// What else an answer depends on, with a name for each.
@@ -52,9 +55,9 @@ impl ItemArgs {
     }
 
     /// Asks all questions but those that the file of items has the answers of.
-    pub(super) fn ask(
+    pub(super) fn ask<O: Ops>(
         &self,
-        evaluation: &Evaluation<'_>,
+        evaluation: &Evaluation<'_, O>,
         questions: &[Asked],
         context: &Context,
     ) -> Result<RetrievalReport> {
@@ -96,7 +99,7 @@ impl ItemArgs {
     }
 }
 
-impl Evaluation<'_> {
+impl<O: Ops> Evaluation<'_, O> {
     fn settings(&self, context: &Context) -> Value {
         let mut settings = json!({
             "model": self.model.model.fingerprint(),
@@ -105,6 +108,10 @@ impl Evaluation<'_> {
             "cache_dtype": format!("{:?}", context.cache),
             "seed": context.seed,
         });
+        // Logs of before there was a choice say nothing.
+        if context.device != Device::Cpu {
+            settings["device"] = json!(self.model.model.ops().attention().name());
+        }
         if let (Some(all), Some(own)) = (settings.as_object_mut(), self.settings.as_object()) {
             all.extend(own.clone());
         }
@@ -120,8 +127,8 @@ pub(super) fn file_fingerprint(path: &Path) -> Result<String> {
 }
 
 /// Asks LongEval cases under a progress bar.
-pub(in crate::commands) fn ask(
-    model: &Model,
+pub(in crate::commands) fn ask<O: Ops>(
+    model: &Checkpoint<O>,
     cases: &[RetrievalCase],
     plan: &Plan,
     max_new_tokens: usize,

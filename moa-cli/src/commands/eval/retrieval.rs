@@ -1,13 +1,13 @@
 use std::path::PathBuf;
 
-use moa_models::RetrievalCase;
+use moa_models::{Checkpoint, Ops, RetrievalCase};
 use serde_json::json;
 
 use super::questions::{Asked, Evaluation, ItemArgs, file_fingerprint};
 use super::summary::Summary;
 use crate::args::{ModelArg, PlanArgs, parse_count};
 use crate::error::{Error, Result};
-use crate::model;
+use crate::model::{self, on_device};
 use crate::output::Context;
 
 /// Ask LongEval cases: the last integer of the answer must be the expected number
@@ -64,15 +64,28 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
             questions.push(Asked { size, case: index, question, place });
         }
     }
-    let model = model::open(&args.model.model, context)?;
-    let plan = model::choose_plan(&args.plan, &model)?;
+    on_device!(context, |ops| with_model(
+        args,
+        &questions,
+        &model::open(ops, &args.model.model)?,
+        context
+    ))
+}
+
+fn with_model<O: Ops>(
+    args: &Args,
+    questions: &[Asked],
+    model: &Checkpoint<O>,
+    context: &Context,
+) -> Result<()> {
+    let plan = model::choose_plan(&args.plan, model)?;
     let evaluation = Evaluation {
-        model: &model,
+        model,
         plan: &plan,
         max_new_tokens: args.max_new_tokens,
         settings: json!({ "evaluation": "retrieval", "data": file_fingerprint(&args.data)? }),
     };
-    let report = args.items.ask(&evaluation, &questions, context)?;
+    let report = args.items.ask(&evaluation, questions, context)?;
     let depth_bins = args.items.depth_bins;
     Summary { plan: &plan.name, unit: "lines", report: &report, depth_bins }.write(context)
 }

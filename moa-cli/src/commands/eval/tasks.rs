@@ -1,11 +1,11 @@
-use moa_models::Task;
+use moa_models::{Checkpoint, Ops, Task};
 use serde_json::json;
 
 use super::questions::{Asked, Evaluation, ItemArgs};
 use super::summary::Summary;
 use crate::args::{ModelArg, PlanArgs, parse_count, task_parser};
 use crate::error::{Error, Result};
-use crate::model;
+use crate::model::{self, on_device};
 use crate::output::Context;
 use crate::progress::Progress;
 
@@ -43,8 +43,11 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     args.items.check()?;
-    let model = model::open(&args.model.model, context)?;
-    let plan = model::choose_plan(&args.plan, &model)?;
+    on_device!(context, |ops| with_model(args, &model::open(ops, &args.model.model)?, context))
+}
+
+fn with_model<O: Ops>(args: &Args, model: &Checkpoint<O>, context: &Context) -> Result<()> {
+    let plan = model::choose_plan(&args.plan, model)?;
     let mut lengths = args.lengths.clone();
     lengths.sort_unstable();
     lengths.dedup();
@@ -67,7 +70,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     }
     drop(bar);
     let evaluation = Evaluation {
-        model: &model,
+        model,
         plan: &plan,
         max_new_tokens: args.max_new_tokens,
         settings: json!({ "evaluation": args.task.name() }),
