@@ -30,7 +30,7 @@ struct Hidden<T> {
 }
 
 /// Consecutive items that share at least three quarters of their tokens.
-fn groups(items: &[Item]) -> impl Iterator<Item = &[Item]> {
+pub(crate) fn groups(items: &[Item]) -> impl Iterator<Item = &[Item]> {
     items.chunk_by(|a, b| {
         let most = a.inputs().len().max(b.inputs().len());
         4 * common_prefix(a, b) >= 3 * most

@@ -3,81 +3,23 @@
 //! section 4.3: general text teaches a plan nothing about long dependencies).
 
 use std::collections::HashSet;
+use std::sync::LazyLock;
 
 use crate::rng::SplitMix64;
 
 /// First words of keys.
-pub(crate) const FIRST: &[&str] = &[
-    "absent", "alert", "amused", "ancient", "aquatic", "average", "bitter", "blue", "bored",
-    "brave", "brief", "bright", "broad", "broken", "busy", "calm", "careful", "chilly", "clean",
-    "clever", "cloudy", "cold", "cool", "crowded", "curious", "curly", "curved", "damp", "dark",
-    "deep", "dizzy", "dusty", "eager", "early", "earthy", "easy", "elated", "elegant", "empty",
-    "famous", "fancy", "fast", "fierce", "fluffy", "fresh", "funny", "gentle", "giant", "gifted",
-    "glossy", "good", "green", "happy", "heavy", "helpful", "hollow", "huge", "hungry", "jolly",
-    "juicy", "kind", "large", "lazy", "little", "lively", "lonely", "long", "loud", "lucky",
-    "mighty", "misty", "modern", "muddy", "noisy", "open", "orange", "oval", "perfect", "plain",
-    "proud", "purple", "quick", "quiet", "rainy", "rapid", "rare", "rich", "ripe", "round",
-    "royal", "rustic", "salty", "shiny", "silent", "silky", "silly", "sleepy", "slow", "small",
-    "smooth", "solid", "spicy", "square", "steady", "stormy", "strange", "strong",
-];
+pub(crate) static FIRST: LazyLock<Vec<&str>> =
+    LazyLock::new(|| words(include_str!("words/first.txt")));
 
 /// Second words of keys.
-pub(crate) const SECOND: &[&str] = &[
-    "acorn", "airport", "album", "almond", "angel", "ankle", "apron", "arcade", "arch", "armchair",
-    "army", "arrival", "arrow", "artist", "aunt", "autumn", "avenue", "award", "bacon", "badge",
-    "badger", "bagel", "bakery", "balcony", "ball", "balloon", "bamboo", "bandana", "banjo",
-    "bank", "banner", "barley", "barn", "barrel", "baseball", "basket", "bat", "bath", "beach",
-    "bead", "beam", "bean", "bear", "beaver", "bed", "bee", "beetle", "bell", "belt", "bench",
-    "berry", "bicycle", "bike", "birch", "bird", "biscuit", "blade", "blanket", "block", "blossom",
-    "board", "boat", "bone", "bonfire", "book", "boot", "bottle", "boulder", "bow", "bowl", "box",
-    "boy", "bracelet", "brake", "branch", "bread", "breeze", "brick", "bridge", "broom", "brother",
-    "brush", "bubble", "bucket", "buffalo", "bulb", "bull", "bus", "bush", "butter", "button",
-    "cabbage", "cabin", "cable", "cactus", "cake", "calendar", "calf", "camel", "camera", "can",
-    "canal", "candle", "canoe", "cap", "captain", "car", "card", "carpet", "carrot", "cart",
-    "castle", "cat", "cave", "ceiling", "cereal", "chain", "chair", "chalk", "cheese", "cherry",
-    "chess", "chest", "chicken", "child", "chin", "church", "circle", "city", "clam", "class",
-    "clay", "cliff", "clock", "cloth", "cloud", "clover", "coach", "coal", "coast", "coat",
-    "coffee", "coin", "collar", "comb", "computer", "condor", "cook", "coral", "cord", "corn",
-    "cotton", "couch", "cow", "crab", "cradle", "crane", "crayon", "cream", "creek", "crow",
-    "crown", "cub", "cup", "curtain", "dagger", "daisy", "dance", "dawn", "deer", "desert", "desk",
-    "diamond", "dinner", "dish", "dock", "doctor", "dog", "doll", "dollar", "dolphin", "donkey",
-    "door", "dragon", "drawer", "dress", "drum", "duck", "eagle", "ear", "earth", "egg", "elbow",
-    "elephant", "elevator", "engine", "envelope", "eye", "face", "farm", "farmer", "father",
-    "feather", "fence", "ferry", "fiddle", "field", "finger", "fire", "fish", "flag", "flame",
-    "flock", "floor", "flower", "flute", "fog", "foot", "forest", "fork", "fountain", "fox",
-    "frame", "frog", "fruit", "fur", "game", "garage", "garden", "garlic", "gate", "ghost",
-    "giraffe", "glacier", "glass", "globe", "glove", "goat", "gold", "goose", "grape", "grass",
-    "guitar", "gym", "hair", "hall", "hammer", "hand", "harbor", "harp", "hat", "hawk", "heron",
-    "hill", "hive", "hole", "honey", "hook", "horn", "horse", "hospital", "hotel", "hour", "house",
-    "ice", "ink", "iron", "island", "ivory", "jackal", "jacket", "jaguar", "jam", "jar", "jeans",
-    "jeep", "jewel", "judge", "juice", "jungle", "kangaroo", "kettle", "key", "king", "kitchen",
-    "kite", "kitten", "knee", "knife", "lace", "ladder", "lake", "lantern", "lawn", "lawyer",
-    "leaf", "leg", "lemon", "letter", "library", "light", "lily", "lion", "lip", "lizard", "lock",
-    "log", "lunch", "lynx", "magnet", "mail", "mantle", "map", "marble", "market", "mask",
-    "meadow", "meal", "melon", "metal", "milk", "mint", "mirror", "monkey", "moon", "moth",
-    "mother", "motor", "mountain", "mouse", "mouth", "mud", "music", "nail", "napkin", "neck",
-    "needle", "nest", "net", "night", "north", "nose", "note", "number", "nurse", "nut", "oak",
-    "oasis", "ocean", "office", "oil", "onion", "orchard", "otter", "oven", "owl", "ox", "paddle",
-    "page", "paint", "palm", "pan", "panda", "paper", "park", "parrot", "party", "path", "peach",
-    "peanut", "pear", "pen", "pencil", "penguin", "pepper", "piano", "picture", "pie", "pig",
-    "pillar", "pilot", "pin", "pine", "pipe", "pizza", "plane", "planet", "plant", "plate", "plow",
-    "pocket", "poem", "pond", "pony", "pool", "potato", "prince", "purse", "queen", "quilt",
-    "rabbit", "radio", "rain", "rat", "raven", "rice", "ridge", "ring", "river", "road", "robin",
-    "rocket", "roof", "room", "rope", "rose", "saddle", "sailor", "salad", "salt", "sand",
-    "school", "scissors", "sea", "seal", "seat", "seed", "shark", "sheep", "shelf", "shell",
-    "ship", "shirt", "shoe", "shop", "shovel", "silver", "sister", "skate", "skirt", "sky",
-    "slope", "snail", "snake", "snow", "soap", "sock", "sofa", "song", "soup", "spade", "sparrow",
-    "spider", "spoon", "spring", "squirrel", "stable", "stair", "star", "station", "steam",
-    "steel", "stem", "stick", "stone", "store", "storm", "stove", "straw", "street", "sugar",
-    "suit", "summit", "sun", "swan", "sweater", "swing", "table", "tail", "tea", "teacher",
-    "temple", "tent", "thistle", "thread", "throne", "ticket", "tie", "tiger", "toad", "toast",
-    "toe", "tomato", "tongue", "tooth", "towel", "tower", "town", "toy", "track", "tractor",
-    "train", "tray", "tree", "truck", "trumpet", "tulip", "tunnel", "turkey", "turtle", "umbrella",
-    "uncle", "valley", "vase", "vessel", "violin", "volcano", "wagon", "wall", "wallet", "walnut",
-    "warden", "wasp", "watch", "water", "wave", "wax", "whale", "wheat", "wheel", "whistle",
-    "willow", "window", "wing", "winter", "wire", "wolf", "wood", "wool", "worm", "yard", "yarn",
-    "zebra", "zephyr", "zipper",
-];
+pub(crate) static SECOND: LazyLock<Vec<&str>> =
+    LazyLock::new(|| words(include_str!("words/second.txt")));
+
+/// Common and rare words: of common ones alone, which are a token or two, plans were found that
+/// confuse longer keys.
+fn words(text: &'static str) -> Vec<&'static str> {
+    text.split_whitespace().collect()
+}
 
 /// A way of writing a record: introduction, line, question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,7 +120,7 @@ pub(crate) fn entries(rng: &mut SplitMix64, count: usize) -> Vec<(String, u32)> 
         let turn = entries.len() % second.len();
         let other = turn + rng.below(second.len() - turn);
         second.swap(turn, other);
-        let key = format!("{}-{}", rng.pick(FIRST), second[turn]);
+        let key = format!("{}-{}", rng.pick(&FIRST), second[turn]);
         if used.insert(key.clone()) {
             entries.push((key, 1 + rng.below(50_000) as u32));
         }

@@ -3,8 +3,11 @@
 //! Heads that retrieve together hide each other to first order, so the search's additive losses
 //! are re-measured: around the dense model, then around the best plan found, each head's rule is
 //! swapped between its narrowest and full, one at a time, and the change of the real loss replaces
-//! the head's predicted total. The influence keeps only its shape over spans. The search then runs
-//! again. A plan is kept only if its measured loss is lower.
+//! the head's predicted total at the lengths next to the measured one. The influence keeps only its
+//! shape over spans. The search then runs again. A plan is kept only if its measured loss is lower.
+//!
+//! Single heads and many plans are measured on a part of the items (the *probe*) that has about as
+//! many tokens at each length.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
@@ -14,6 +17,7 @@ use moa_core::{AtLength, ElasticRule, ModelShape, Plan, PlanRequest, Profile, Tr
 use crate::generate::Next;
 use crate::llama::Llama;
 use crate::ops::Ops;
+use crate::probe::groups;
 use crate::profile::Item;
 use crate::{Error, Result};
 
@@ -41,10 +45,11 @@ pub struct Refined {
 struct Measure<'a, O: Ops> {
     model: &'a Llama<O>,
     items: &'a BTreeMap<usize, Vec<Item>>,
+    probe: BTreeMap<usize, Vec<Item>>,
     known: HashMap<String, Vec<AtLength>>,
-    /// What was predicted and measured of plans on the shortest items.
+    /// What was predicted and measured of plans, at the shortest length.
     trials: Vec<Trial>,
-    /// Plans measured, on all items or on the shortest.
+    /// Plans measured, on all items or on the probe.
     done: usize,
     budget: usize,
     on_evaluation: &'a mut dyn FnMut() -> Next,
@@ -63,22 +68,20 @@ impl<O: Ops> Measure<'_, O> {
     }
 
     fn loss(&mut self, plan: &Plan) -> Result<f64> {
-        let losses = self.losses(plan)?;
-        Ok(losses.iter().map(|l| l.value).sum::<f64>() / losses.len() as f64)
+        Ok(mean(&self.losses(plan)?))
     }
 
-    /// The plan with the lowest loss. All are measured on the shortest items; of several, only the
-    /// two best of those on all items. `round` is for the record of trials.
+    /// The plan with the lowest loss. Of several, all are measured on the probe and the two best of
+    /// those on all items. `round` is for the record of trials.
     fn best(&mut self, round: usize, mut plans: Vec<Plan>) -> Result<Option<(f64, Plan)>> {
         let screens = plans.len() > 2;
-        if screens && let Some((&length, items)) = self.items.iter().next() {
-            let shortest = BTreeMap::from([(length, items.clone())]);
+        if screens {
             let mut screened = Vec::with_capacity(plans.len());
             for plan in plans {
-                let losses = measured_losses(self.model, &shortest, &plan)?;
+                let losses = measured_losses(self.model, &self.probe, &plan)?;
                 self.count()?;
                 self.trials.extend(plan.provenance.trial(round, losses[0]));
-                screened.push((losses[0].value, plan));
+                screened.push((mean(&losses), plan));
             }
             screened.sort_by(|a, b| a.0.total_cmp(&b.0));
             plans = screened.into_iter().take(2).map(|(_, plan)| plan).collect();
@@ -110,6 +113,21 @@ impl<O: Ops> Measure<'_, O> {
     }
 }
 
+fn mean(losses: &[AtLength]) -> f64 {
+    losses.iter().map(|l| l.value).sum::<f64>() / losses.len() as f64
+}
+
+/// At each length the first items that together have about as many tokens as those of the shortest
+/// length, but at least one group of items that begin alike.
+fn probe(items: &BTreeMap<usize, Vec<Item>>) -> BTreeMap<usize, Vec<Item>> {
+    let shortest = items.iter().next().map_or(0, |(length, own)| length * groups(own).count());
+    let first = |(&length, own): (&usize, &Vec<Item>)| {
+        let some = (shortest as f64 / length as f64).round().max(1.0) as usize;
+        (length, groups(own).take(some).flatten().cloned().collect())
+    };
+    items.iter().map(first).collect()
+}
+
 /// Mean response loss of a plan at each length.
 ///
 /// # Errors
@@ -128,7 +146,7 @@ pub fn measured_losses<O: Ops>(
 }
 
 /// Improves on `starts` (never returns a plan with a higher measured loss than the best of them),
-/// with about `evaluations` measurements: of plans on all `items`, and of single heads on the shortest.
+/// with about `evaluations` measurements: of plans on all `items`, and of single heads on some of them.
 ///
 /// # Errors
 /// As [`Llama::response_loss`] and [`PlanRequest::search`]; [`Error::Cancelled`].
@@ -148,6 +166,7 @@ pub fn refine<O: Ops>(
     let mut measure = Measure {
         model,
         items,
+        probe: probe(items),
         known: HashMap::new(),
         trials: Vec::new(),
         done: 0,
@@ -161,7 +180,8 @@ pub fn refine<O: Ops>(
     };
     let start_loss = best.0;
     let lengths = request.objective_lengths(profile);
-    let mut table = Table::new(request, profile, &lengths)?;
+    let measured: Vec<usize> = items.keys().copied().collect();
+    let mut table = Table::new(request, profile, &lengths, &measured)?;
     // Heights are measured to a few percent at best: proofs beyond that are wasted.
     let mut request = request.clone();
     request.solver.target_gap = request.solver.target_gap.max(1e-3);
@@ -206,15 +226,22 @@ fn full_plan(like: &Plan, shape: ModelShape) -> Result<Plan> {
 
 /// Additive losses `[length][head][candidate]`: a shape from influence, a height from measurement.
 struct Table {
-    lengths: usize,
     heads: usize,
     candidates: usize,
     shape: Vec<f64>,
-    height: Vec<f64>,
+    /// `[measured length][head]`.
+    height: Vec<Vec<f64>>,
+    /// For each length of the search, the measured one whose heights it takes.
+    nearest: Vec<usize>,
 }
 
 impl Table {
-    fn new(request: &PlanRequest, profile: &Profile, lengths: &[usize]) -> Result<Self> {
+    fn new(
+        request: &PlanRequest,
+        profile: &Profile,
+        lengths: &[usize],
+        measured: &[usize],
+    ) -> Result<Self> {
         let (heads, candidates) = (profile.shape.total_kv_heads(), request.candidates.len());
         let mut shape = request.predicted_losses(profile, lengths)?;
         for (row, values) in shape.chunks_mut(candidates).enumerate() {
@@ -230,17 +257,24 @@ impl Table {
                 // Half influence, half "what is asked for lies anywhere": influence of a head that
                 // others hide has noise for a shape.
                 let anywhere = (1.0 - kept) / (1.0 - least).max(1e-9);
-                let measured =
+                let predicted =
                     if total > 0.0 { (*value / total).clamp(0.0, 1.0) } else { anywhere };
-                *value = 0.5 * (measured + anywhere);
+                *value = 0.5 * (predicted + anywhere);
             }
         }
-        Ok(Self { lengths: lengths.len(), heads, candidates, shape, height: vec![0.0; heads] })
+        let nearest = |&length: &usize| {
+            let distance = |i: &usize| (measured[*i] as f64 / length as f64).ln().abs();
+            let place = (0..measured.len()).min_by(|a, b| distance(a).total_cmp(&distance(b)));
+            place.unwrap_or(0)
+        };
+        let nearest = lengths.iter().map(nearest).collect();
+        let height = vec![vec![0.0; heads]; measured.len()];
+        Ok(Self { heads, candidates, shape, height, nearest })
     }
 
-    /// Measures every head's swap around `plan`, on the shortest items.
+    /// Measures every head's swap around `plan`, on the probe.
     fn probe<O: Ops>(&mut self, measure: &mut Measure<'_, O>, plan: &Plan) -> Result<()> {
-        let Some((&length, items)) = measure.items.iter().next() else { return Ok(()) };
+        let Some(&length) = measure.probe.keys().next() else { return Ok(()) };
         let kv_heads = plan.shape().kv_heads;
         let narrow = ElasticRule::fixed(plan.min_span());
         let mut is_wide = Vec::with_capacity(self.heads);
@@ -252,23 +286,24 @@ impl Table {
             let (layer, head) = (head / kv_heads, head % kv_heads);
             variants.push((layer, plan.clone().with_rule(layer, head, rule.into())?));
         }
-        let (base, losses) = measure.model.variant_losses(items, plan, &variants, length)?;
-        for ((height, loss), is_wide) in self.height.iter_mut().zip(losses).zip(is_wide) {
-            measure.count()?;
-            let now = if is_wide { loss - base } else { base - loss };
-            // A head that mattered around one plan may be covered by another around the next.
-            *height = height.max(now) * 0.5 + now.max(0.0) * 0.5;
+        for (heights, (&length, items)) in self.height.iter_mut().zip(&measure.probe) {
+            let (base, losses) = measure.model.variant_losses(items, plan, &variants, length)?;
+            for ((height, loss), is_wide) in heights.iter_mut().zip(losses).zip(&is_wide) {
+                let now = if *is_wide { loss - base } else { base - loss };
+                // A head that mattered around one plan may be covered by another around the next.
+                *height = height.max(now) * 0.5 + now.max(0.0) * 0.5;
+            }
         }
-        Ok(())
+        (0..self.heads).try_for_each(|_| measure.count())
     }
 
     fn losses(&self) -> Vec<f64> {
         let smallest = 1e-6;
         let mut losses = Vec::with_capacity(self.shape.len());
-        for length in 0..self.lengths {
+        for (length, &nearest) in self.nearest.iter().enumerate() {
             for head in 0..self.heads {
                 let row = (length * self.heads + head) * self.candidates;
-                let height = self.height[head].max(smallest);
+                let height = self.height[nearest][head].max(smallest);
                 losses.extend(self.shape[row..row + self.candidates].iter().map(|s| s * height));
             }
         }

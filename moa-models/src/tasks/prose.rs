@@ -59,7 +59,7 @@ fn sentence(rng: &mut SplitMix64) -> String {
     let mut text = String::new();
     while let Some((before, after)) = rest.split_once('{') {
         text.push_str(before);
-        text.push_str(rng.pick(if after.starts_with('a') { FIRST } else { SECOND }));
+        text.push_str(rng.pick(if after.starts_with('a') { &FIRST } else { &SECOND }));
         rest = &after[2..];
     }
     text + rest
