@@ -100,6 +100,29 @@ fn the_loss_is_that_of_dense_attention() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn items_that_begin_alike_lose_what_each_loses_alone() -> Result<()> {
+    let tokens = text(200);
+    let shared = &tokens[..120];
+    let item = |from: usize, prompt: usize, response: usize| {
+        let (question, answer) = tokens[from..from + prompt + response].split_at(prompt);
+        Item::new(&[shared, question].concat(), answer)
+    };
+    // Two that share everything but questions of unequal length, one of its own, one alone.
+    let other = Item::new(&tokens[40..160], &tokens[160..170])?;
+    let items = [item(120, 9, 4)?, item(140, 17, 1)?, item(131, 1, 7)?, other];
+    let narrow = Plan::new(tiny().shape(), 8, 24, vec![ElasticRule::fixed(48).into(); 12])?;
+    for plan in [full(), narrow] {
+        let together = tiny().response_loss(&items, &plan, 160)?;
+        let alone =
+            items.iter().map(|item| tiny().response_loss(std::slice::from_ref(item), &plan, 160));
+        let alone = alone.sum::<Result<f64>>()? / items.len() as f64;
+        assert!((together - alone).abs() < 1e-4, "{together}, not {alone}");
+    }
+    assert!(tiny().response_loss(&[], &full(), 160).is_err());
+    Ok(())
+}
+
 /// Rounded outputs against exact values once made up influences a thousand times the real ones, and
 /// with them first-order plans that answered nothing.
 #[test]
