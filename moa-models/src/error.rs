@@ -270,6 +270,13 @@ pub enum Error {
     },
 }
 
+#[cfg(feature = "cuda")]
+impl From<moa_backend_cuda::Error> for Error {
+    fn from(source: moa_backend_cuda::Error) -> Self {
+        Self::backend(source)
+    }
+}
+
 impl Error {
     /// An [`Error::Backend`].
     pub(crate) fn backend(source: impl std::error::Error + Send + Sync + 'static) -> Self {

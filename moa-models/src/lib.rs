@@ -11,6 +11,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod date;
+mod decode;
 #[cfg(feature = "hub")]
 mod download;
 mod error;
@@ -51,7 +52,8 @@ pub use compress::{
 pub use config::LlamaConfig;
 pub use cpu::{CpuMatrix, CpuOps, CpuRotations};
 #[cfg(feature = "cuda")]
-pub use cuda::{CudaDtype, CudaOps};
+pub use cuda::{CudaDtype, CudaOps, Joined};
+pub use decode::Decode;
 #[cfg(feature = "hub")]
 pub use download::download;
 pub use error::{Error, Result};
@@ -65,7 +67,7 @@ pub use generation_config::GenerationConfig;
 pub use llama::{Llama, LogitRows, Sequence};
 pub use moa_backend_cpu::CacheDtype;
 pub use objective::{Objective, TokenWeight, WeightedObjective};
-pub use ops::{BackwardOps, Ops};
+pub use ops::{BackwardOps, LinearWeights, Ops};
 pub use perplexity::PerplexityReport;
 pub use profile::Item;
 pub use records::{PHRASINGS, Phrasing, RecordPrompt};

@@ -54,7 +54,7 @@ impl<O: Ops> Llama<O> {
             return Err(Error::ContextExceeded { asked: tokens, limit: capacity });
         }
         let rope = self.rope(capacity)?;
-        let rotations = self.rotations([(&rope, 0..tokens)].into_iter())?;
+        let rotations = self.ops.rotations(&[(&rope, 0..tokens)])?;
         Ok(Pass { item, capacity, rotations })
     }
 
@@ -77,7 +77,7 @@ impl<O: Ops> Llama<O> {
             let layout = LayerLayout::new(&spans, pass.capacity, 0)?;
             let mut cache =
                 attention.open(&layout, self.config.head_dim).map_err(Error::backend)?;
-            let (q, k, v) = self.qkv(layer, &x, &pass.rotations)?;
+            let [q, k, v] = self.qkv(layer, &x, &pass.rotations)?;
             let tokens = [pass.item.inputs().len()];
             let (mut out, _) = attention
                 .extend(&mut [&mut cache], &tokens, &q, &k, &v, self.scale(), false)

@@ -189,7 +189,7 @@ impl Sampler {
 }
 
 /// The token of the highest logit and that logit; the lowest id of equals.
-fn likeliest(logits: &[f32]) -> (u32, f32) {
+pub(crate) fn likeliest(logits: &[f32]) -> (u32, f32) {
     let first = (0, f32::NEG_INFINITY);
     logits.iter().zip(0..).fold(
         first,
@@ -199,7 +199,7 @@ fn likeliest(logits: &[f32]) -> (u32, f32) {
     )
 }
 
-fn check_logits(logits: &[f32]) -> Result<()> {
+pub(crate) fn check_logits(logits: &[f32]) -> Result<()> {
     if let Some(id) = logits.iter().position(|x| x.is_nan() || *x == f32::INFINITY) {
         return Err(Error::Logits { got: format!("{} for token {id}", logits[id]) });
     }

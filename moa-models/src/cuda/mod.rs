@@ -1,13 +1,21 @@
 //! The operations on one NVIDIA GPU, over [`moa_backend_cuda`]. Weights are rounded to the type of
 //! the activations on their way to the device, and are nowhere else.
 
+mod replay;
+
+use std::ops::Range;
+
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use moa_backend_cuda::{CudaBackend, Device, Dtype, Operations, Tensor};
+use moa_backend_cuda::{CudaBackend, Device, Dtype, Operations, Tensor, Turns};
 
-use crate::ops::Ops;
+use crate::decode::Decode;
+use crate::llama::{Llama, Sequence};
+use crate::ops::{LinearWeights, Ops};
+use crate::rope::RopeTable;
 use crate::weights::{DType, MappedTensor};
 use crate::{Error, Result};
+use replay::Replay;
 
 /// Element type of weights, activations and KV caches on the GPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -57,10 +65,21 @@ impl CudaOps {
     }
 }
 
+/// Linear layers of one input, computed as one product.
+#[derive(Debug)]
+pub struct Joined {
+    /// `[sum of out, in]`.
+    weight: Tensor,
+    bias: Option<Tensor>,
+    /// Where each layer's outputs end.
+    ends: Vec<usize>,
+}
+
 impl Ops for CudaOps {
     type Tensor = Tensor;
     type Matrix = Tensor;
     type Vector = Tensor;
+    type Joined = Joined;
     /// Pairs (cos, sin), f32 `[tokens, head_dim]`.
     type Rotations = Tensor;
     type Attention = CudaBackend;
@@ -88,11 +107,38 @@ impl Ops for CudaOps {
     }
 
     fn matrix(&self, tensor: MappedTensor) -> Result<Tensor> {
-        self.upload(&tensor, self.dtype())
+        self.upload(&[&tensor], tensor.shape(), self.dtype())
     }
 
     fn vector(&self, tensor: MappedTensor) -> Result<Tensor> {
-        self.upload(&tensor, Dtype::F32)
+        self.upload(&[&tensor], tensor.shape(), Dtype::F32)
+    }
+
+    fn join(&self, parts: Vec<LinearWeights>) -> Result<Joined> {
+        let mut ends = Vec::new();
+        let mut input = None;
+        for LinearWeights { weight, .. } in &parts {
+            let &[out, width] = weight.shape() else {
+                return Err(Error::invalid("weight", "2 axes", weight.shape().len()));
+            };
+            if *input.get_or_insert(width) != width {
+                return Err(Error::invalid("joined layers", "of one input", width));
+            }
+            ends.push(ends.last().unwrap_or(&0) + out);
+        }
+        let (Some(&out), Some(input)) = (ends.last(), input) else {
+            return Err(Error::invalid("joined layers", "at least 1", 0));
+        };
+        let weights: Vec<&MappedTensor> = parts.iter().map(|part| &part.weight).collect();
+        let weight = self.upload(&weights, &[out, input], self.dtype())?;
+        let biases: Vec<&MappedTensor> =
+            parts.iter().filter_map(|part| part.bias.as_ref()).collect();
+        let bias = match biases.len() {
+            0 => None,
+            n if n == parts.len() => Some(self.upload(&biases, &[out], Dtype::F32)?),
+            n => return Err(Error::invalid("biases", format!("0 or {}", parts.len()), n)),
+        };
+        Ok(Joined { weight, bias, ends })
     }
 
     fn shape(&self, x: &Tensor) -> Vec<usize> {
@@ -119,6 +165,13 @@ impl Ops for CudaOps {
         self.operations.linear(x, weight, bias, self.dtype()).map_err(Error::backend)
     }
 
+    fn linears(&self, x: &Tensor, joined: &Joined) -> Result<Vec<Tensor>> {
+        let y = self.linear(x, &joined.weight, joined.bias.as_ref())?;
+        let mut start = 0;
+        let part = |&end: &usize| y.columns(std::mem::replace(&mut start, end)..end);
+        joined.ends.iter().map(part).collect::<Result<_, _>>().map_err(Error::backend)
+    }
+
     fn linear_add(
         &self,
         x: Tensor,
@@ -133,13 +186,10 @@ impl Ops for CudaOps {
         self.operations.linear(x, weight, None, Dtype::F32).map_err(Error::backend)
     }
 
-    fn rotations(&self, cos: Vec<f32>, sin: Vec<f32>, head_dim: usize) -> Result<Tensor> {
-        let turns: Vec<f32> = cos.iter().zip(&sin).flat_map(|(&c, &s)| [c, s]).collect();
-        let shape = [turns.len() / head_dim.max(1), head_dim];
-        let upload = self.operations.upload(&shape, Dtype::F32, |range, staged| {
-            staged.copy_from_slice(bytemuck::cast_slice(&turns[range]));
-        });
-        upload.map_err(Error::backend)
+    fn rotations(&self, sequences: &[(&RopeTable, Range<usize>)]) -> Result<Tensor> {
+        let turns: Vec<Turns<'_>> =
+            sequences.iter().map(|(table, positions)| turns(table, positions.clone())).collect();
+        self.operations.turns(&turns).map_err(Error::backend)
     }
 
     fn rope(
@@ -153,7 +203,7 @@ impl Ops for CudaOps {
         let (rows, width) = (shape[0], shape[1..].iter().product::<usize>());
         let heads = width.checked_div(head_dim).unwrap_or(0);
         let x = self.reshape(x, &[rows, heads, head_dim])?;
-        self.operations.rope(x, rotations, inverse).map_err(Error::backend)
+        self.operations.rope(&x, rotations, inverse).map_err(Error::backend)
     }
 
     fn reshape(&self, x: Tensor, shape: &[usize]) -> Result<Tensor> {
@@ -171,36 +221,63 @@ impl Ops for CudaOps {
     fn rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
         self.operations.rows(x, rows).map_err(Error::backend)
     }
+
+    fn decoder<'a>(
+        model: &'a Llama<Self>,
+        batch: Vec<&'a mut Sequence<Self>>,
+    ) -> Result<Box<dyn Decode + 'a>> {
+        Ok(Box::new(Replay::new(model, batch)))
+    }
+}
+
+fn turns(table: &RopeTable, positions: Range<usize>) -> Turns<'_> {
+    Turns { inv_freq: table.inv_freq(), scale: table.attention_scale(), positions }
 }
 
 impl CudaOps {
-    /// A weight as `dtype`, converted piece by piece in page-locked memory.
-    fn upload(&self, tensor: &MappedTensor, dtype: Dtype) -> Result<Tensor> {
-        let (bytes, from) = (tensor.bytes(), tensor.dtype());
+    /// Weights one after the other in one tensor, converted piece by piece in page-locked memory.
+    fn upload(&self, parts: &[&MappedTensor], shape: &[usize], dtype: Dtype) -> Result<Tensor> {
         let mut values = Vec::new();
-        let fill = |range: std::ops::Range<usize>, staged: &mut [u8]| {
-            let size = from.size_bytes();
-            let bytes = &bytes[range.start * size..range.end * size];
-            let same = matches!(
-                (from, dtype),
-                (DType::F32, Dtype::F32) | (DType::F16, Dtype::F16) | (DType::BF16, Dtype::Bf16)
-            );
-            if same && cfg!(target_endian = "little") {
-                return staged.copy_from_slice(bytes);
-            }
-            values.clear();
-            from.extend_f32(bytes, &mut values);
-            match dtype {
-                Dtype::F32 => staged.copy_from_slice(bytemuck::cast_slice(&values)),
-                // Page-locked memory begins at a page.
-                Dtype::F16 => {
-                    bytemuck::cast_slice_mut::<u8, f16>(staged).convert_from_f32_slice(&values)
+        let fill = |range: Range<usize>, mut staged: &mut [u8]| {
+            let mut start = 0;
+            for part in parts {
+                let len = part.shape().iter().product::<usize>();
+                let own = range.start.max(start)..range.end.min(start + len);
+                if !own.is_empty() {
+                    let (to, rest) = staged.split_at_mut(own.len() * dtype.bytes());
+                    convert(part, own.start - start..own.end - start, dtype, to, &mut values);
+                    staged = rest;
                 }
-                Dtype::Bf16 => {
-                    bytemuck::cast_slice_mut::<u8, bf16>(staged).convert_from_f32_slice(&values)
-                }
+                start += len;
             }
         };
-        self.operations.upload(tensor.shape(), dtype, fill).map_err(Error::backend)
+        self.operations.upload(shape, dtype, fill).map_err(Error::backend)
+    }
+}
+
+/// Writes elements of a weight as `dtype`; `values` is scratch memory.
+fn convert(
+    from: &MappedTensor,
+    elements: Range<usize>,
+    dtype: Dtype,
+    to: &mut [u8],
+    values: &mut Vec<f32>,
+) {
+    let size = from.dtype().size_bytes();
+    let bytes = &from.bytes()[elements.start * size..elements.end * size];
+    let same = matches!(
+        (from.dtype(), dtype),
+        (DType::F32, Dtype::F32) | (DType::F16, Dtype::F16) | (DType::BF16, Dtype::Bf16)
+    );
+    if same && cfg!(target_endian = "little") {
+        return to.copy_from_slice(bytes);
+    }
+    values.clear();
+    from.dtype().extend_f32(bytes, values);
+    match dtype {
+        Dtype::F32 => to.copy_from_slice(bytemuck::cast_slice(values)),
+        // Page-locked memory begins at a page.
+        Dtype::F16 => bytemuck::cast_slice_mut::<u8, f16>(to).convert_from_f32_slice(values),
+        Dtype::Bf16 => bytemuck::cast_slice_mut::<u8, bf16>(to).convert_from_f32_slice(values),
     }
 }
