@@ -57,6 +57,7 @@ mod library;
 mod memory;
 mod ops;
 mod plan;
+mod pool;
 mod source;
 mod step;
 pub mod tables;

@@ -9,7 +9,7 @@ use crate::{Error, Result};
 /// A weight and its optional bias.
 pub(crate) struct Linear<O: Ops> {
     pub(crate) weight: O::Matrix,
-    bias: Option<O::Vector>,
+    pub(crate) bias: Option<O::Vector>,
 }
 
 impl<O: Ops> Linear<O> {
@@ -77,8 +77,8 @@ pub struct Llama<O: Ops> {
     pub(crate) layers: Vec<Layer<O>>,
     pub(crate) norm: O::Vector,
     /// `None` when the embedding is tied.
-    lm_head: Option<O::Matrix>,
-    fingerprint: String,
+    pub(crate) lm_head: Option<O::Matrix>,
+    pub(crate) fingerprint: String,
 }
 
 impl<O: Ops> std::fmt::Debug for Llama<O> {

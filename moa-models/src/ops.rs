@@ -20,6 +20,36 @@ pub struct LinearWeights {
     pub bias: Option<MappedTensor>,
 }
 
+/// Memory of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// Most bytes in use at once since [`Ops::reset_peak`].
+    pub peak_bytes: u64,
+    /// Bytes that can still be had.
+    pub available_bytes: u64,
+}
+
+/// Operations whose weights can be made up: speed does not depend on their values.
+pub trait RandomWeights: Ops {
+    /// A weight `[out, in]` of uniform random numbers of variance `1 / in`.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    fn random_matrix(&self, out: usize, input: usize, seed: u32) -> Result<Self::Matrix>;
+
+    /// As many joined layers without bias as there are numbers of outputs.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    fn random_joined(&self, outs: &[usize], input: usize, seed: u32) -> Result<Self::Joined>;
+
+    /// A norm's weight of ones.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    fn ones(&self, len: usize) -> Result<Self::Vector>;
+}
+
 /// Operations of one device. Activations are packed along the first axis: `[tokens, features]`, or
 /// `[tokens, heads, head_dim]` around attention.
 pub trait Ops: Send + Sync {
@@ -184,6 +214,30 @@ pub trait Ops: Send + Sync {
     /// # Errors
     /// If a row does not exist.
     fn rows(&self, x: &Self::Tensor, rows: &[usize]) -> Result<Self::Tensor>;
+
+    /// Memory of the device, if it has its own.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn memory(&self) -> Result<Option<Memory>> {
+        Ok(None)
+    }
+
+    /// Counts the peak of [`memory`](Self::memory) from now on.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn reset_peak(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Waits for the device, where calls return before it is done.
+    ///
+    /// # Errors
+    /// If the device failed.
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// Decode steps of a batch that stays the same from step to step, by the fastest way that the
     /// device has. Results are those of [`Llama::forward`].

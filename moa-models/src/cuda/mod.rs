@@ -1,6 +1,7 @@
 //! The operations on one NVIDIA GPU, over [`moa_backend_cuda`]. Weights are rounded to the type of
 //! the activations on their way to the device, and are nowhere else.
 
+mod random;
 mod replay;
 
 use std::ops::Range;
@@ -11,7 +12,7 @@ use moa_backend_cuda::{CudaBackend, Device, Dtype, Operations, Tensor, Turns};
 
 use crate::decode::Decode;
 use crate::llama::{Llama, Sequence};
-use crate::ops::{LinearWeights, Ops};
+use crate::ops::{LinearWeights, Memory, Ops};
 use crate::rope::RopeTable;
 use crate::weights::{DType, MappedTensor};
 use crate::{Error, Result};
@@ -48,7 +49,9 @@ impl CudaOps {
             CudaDtype::F16 => Dtype::F16,
             CudaDtype::Bf16 => Dtype::Bf16,
         };
-        let device = Device::open(ordinal).map_err(Error::backend)?;
+        let device = Device::open(ordinal)?;
+        // Models own their GPU: memory that a step has freed is what the next one asks for.
+        device.keep_freed(u64::MAX)?;
         Ok(Self {
             attention: CudaBackend::new(&device, dtype).map_err(Error::backend)?,
             operations: Operations::new(&device, dtype).map_err(Error::backend)?,
@@ -93,7 +96,7 @@ impl Ops for CudaOps {
     }
 
     fn check_room(&self, what: &'static str, bytes: u64) -> Result<()> {
-        let (free, _) = self.device().memory().map_err(Error::backend)?;
+        let free = self.device().available()?;
         match bytes <= free {
             true => Ok(()),
             false => {
@@ -220,6 +223,19 @@ impl Ops for CudaOps {
 
     fn rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
         self.operations.rows(x, rows).map_err(Error::backend)
+    }
+
+    fn memory(&self) -> Result<Option<Memory>> {
+        let device = self.device();
+        Ok(Some(Memory { peak_bytes: device.peak_bytes()?, available_bytes: device.available()? }))
+    }
+
+    fn reset_peak(&self) -> Result<()> {
+        Ok(self.device().reset_peak()?)
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(self.device().synchronize()?)
     }
 
     fn decoder<'a>(
