@@ -4,6 +4,8 @@
 
 mod conformance;
 mod gpu;
+#[path = "gpu/gradients.rs"]
+mod gradients;
 #[path = "gpu/hazards.rs"]
 mod hazards;
 #[path = "gpu/ops.rs"]
@@ -78,10 +80,6 @@ impl TestBackend for Cuda {
 
     fn influence_blocks(&self) -> &'static [usize] {
         &[320, 64, 128]
-    }
-
-    fn has_gradients(&self) -> bool {
-        false
     }
 }
 

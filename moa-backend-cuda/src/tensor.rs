@@ -181,6 +181,20 @@ impl Tensor {
         }
     }
 
+    /// Some entries of the first axis, in the same memory.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there are not as many.
+    pub fn rows(&self, rows: Range<usize>) -> Result<Self> {
+        if rows.start > rows.end || rows.end > self.shape[0] {
+            let expected = format!("at least {} rows", rows.end);
+            return Err(Error::shape("Tensor::rows", "tensor", expected, self.shape()));
+        }
+        let [_, second, third] = self.shape;
+        let offset = self.offset + rows.start * self.stride;
+        Ok(Self { shape: [rows.len(), second, third], offset, ..self.clone() })
+    }
+
     /// The same elements under another shape.
     ///
     /// # Errors

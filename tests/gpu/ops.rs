@@ -6,24 +6,24 @@ use super::conformance::world::{f64s, normal};
 use super::gpu::{device, round};
 
 /// What tests of one element type need.
-struct Ops {
-    device: &'static Device,
-    operations: Operations,
+pub(crate) struct Ops {
+    pub(crate) device: &'static Device,
+    pub(crate) operations: Operations,
 }
 
 impl Ops {
-    fn all() -> Vec<Self> {
+    pub(crate) fn all() -> Vec<Self> {
         let Some(device) = device() else { return Vec::new() };
         let new = |dtype| Self { device, operations: Operations::new(device, dtype).unwrap() };
         [Dtype::F16, Dtype::Bf16].map(new).into()
     }
 
-    fn dtype(&self) -> Dtype {
+    pub(crate) fn dtype(&self) -> Dtype {
         self.operations.dtype()
     }
 
     /// Random numbers of a shape, rounded to `dtype`, there and here.
-    fn random(&self, shape: &[usize], dtype: Dtype, seed: u64) -> (Tensor, Vec<f64>) {
+    pub(crate) fn random(&self, shape: &[usize], dtype: Dtype, seed: u64) -> (Tensor, Vec<f64>) {
         let mut values = normal(shape.iter().product(), seed);
         values.iter_mut().for_each(|x| *x = round(dtype, *x));
         (Tensor::from_f32(self.device, &values, shape, dtype).unwrap(), f64s(&values))
@@ -31,7 +31,7 @@ impl Ops {
 
     /// Relative error that rounding the result to `dtype` explains.
     #[track_caller]
-    fn close(&self, got: &Tensor, expected: &[f64], sums: f64) {
+    pub(crate) fn close(&self, got: &Tensor, expected: &[f64], sums: f64) {
         let rounding = match got.dtype() {
             Dtype::F16 => 2f64.powi(-11),
             Dtype::Bf16 => 2f64.powi(-8),
@@ -49,7 +49,7 @@ impl Ops {
     }
 }
 
-fn product(a: &[f64], w: &[f64], k: usize, n: usize) -> Vec<f64> {
+pub(crate) fn product(a: &[f64], w: &[f64], k: usize, n: usize) -> Vec<f64> {
     let dot = |a: &[f64], w: &[f64]| a.iter().zip(w).map(|(a, w)| a * w).sum::<f64>();
     a.chunks(k).flat_map(|a| w.chunks(k).take(n).map(move |w| dot(a, w))).collect()
 }

@@ -62,7 +62,7 @@ impl Operations {
     }
 
     /// `d (+)= x . weight^T`, or `x . weight` unless transposed.
-    fn product(
+    pub(super) fn product(
         &self,
         op: &'static str,
         x: &Tensor,
@@ -88,6 +88,8 @@ impl Operations {
             n,
             k,
             a_stride: x.stride(),
+            a_transposed: false,
+            weight_stride: weight.stride(),
             d_stride: d.stride(),
             transposed,
             input: self.dtype,

@@ -1,5 +1,6 @@
 //! What a Llama needs besides attention.
 
+mod backward;
 mod blas;
 mod elementwise;
 mod indices;
@@ -7,14 +8,16 @@ mod launch;
 mod linear;
 
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::memory::Staging;
+use crate::source::Source;
 use crate::{Device, Dtype, Error, Result, Tensor};
+pub use backward::AttentionGradients;
 use blas::Blas;
 pub use elementwise::Turns;
 pub use indices::{Indices, Lengths};
-use launch::{OpArgs, OpKernels};
+use launch::{FORWARD, OpArgs, OpKernels};
 
 /// The operations of a Llama layer beside attention, on one GPU and its own stream: cuBLASLt for
 /// matrix products, own kernels for the rest.
@@ -28,6 +31,8 @@ pub struct Operations {
     device: Device,
     dtype: Dtype,
     kernels: OpKernels,
+    /// Loaded when a gradient is first asked for.
+    backward: Mutex<Option<Arc<OpKernels>>>,
     blas: Blas,
     staging: Mutex<Staging>,
 }
@@ -48,7 +53,8 @@ impl Operations {
         Ok(Self {
             device: device.clone(),
             dtype,
-            kernels: OpKernels::load(device, dtype)?,
+            kernels: OpKernels::load(device, dtype, Source::Ops, &FORWARD)?,
+            backward: Mutex::default(),
             blas: Blas::new(device)?,
             staging: Mutex::new(Staging::new(device)),
         })

@@ -1,6 +1,7 @@
 //! The operations on one NVIDIA GPU, over [`moa_backend_cuda`]. Weights are rounded to the type of
 //! the activations on their way to the device, and are nowhere else.
 
+mod backward;
 mod random;
 mod replay;
 
@@ -34,6 +35,7 @@ pub enum CudaDtype {
 #[derive(Debug)]
 pub struct CudaOps {
     attention: CudaBackend,
+    exact: CudaBackend,
     operations: Operations,
 }
 
@@ -53,8 +55,9 @@ impl CudaOps {
         // Models own their GPU: memory that a step has freed is what the next one asks for.
         device.keep_freed(u64::MAX)?;
         Ok(Self {
-            attention: CudaBackend::new(&device, dtype).map_err(Error::backend)?,
-            operations: Operations::new(&device, dtype).map_err(Error::backend)?,
+            attention: CudaBackend::new(&device, dtype)?,
+            exact: CudaBackend::exact(&device, dtype)?,
+            operations: Operations::new(&device, dtype)?,
         })
     }
 
