@@ -10,6 +10,8 @@ mod gradients;
 mod hazards;
 #[path = "gpu/ops.rs"]
 mod ops;
+#[path = "gpu/sample.rs"]
+mod sample;
 #[path = "gpu/step.rs"]
 mod step;
 

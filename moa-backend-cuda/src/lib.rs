@@ -73,7 +73,7 @@ pub use error::{Error, Result};
 pub use graph::Graph;
 pub use kernels::Kernels;
 pub use memory::Workspace;
-pub use ops::{AttentionGradients, Indices, Lengths, Operations, Turns};
+pub use ops::{AttentionGradients, Draw, Indices, Lengths, Operations, Turns};
 pub use source::Source;
 pub use step::{Batch, Rope, Step, Tensors};
 pub use tensor::Tensor;

@@ -19,6 +19,8 @@ pub enum Source {
     Ops,
     /// Gradients of a Llama layer, between matrix products.
     Backward,
+    /// Choice of tokens.
+    Sample,
 }
 
 /// What `#include` may name.
@@ -31,7 +33,7 @@ pub(crate) const HEADERS: [(&str, &str); 4] = [
 
 impl Source {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Append,
         Self::Decode,
         Self::Tile,
@@ -39,6 +41,7 @@ impl Source {
         Self::Influence,
         Self::Ops,
         Self::Backward,
+        Self::Sample,
     ];
 
     /// Name of the file.
@@ -51,6 +54,7 @@ impl Source {
             Self::Influence => "influence.cu",
             Self::Ops => "ops.cu",
             Self::Backward => "backward.cu",
+            Self::Sample => "sample.cu",
         }
     }
 
@@ -59,14 +63,14 @@ impl Source {
     pub fn exists_for(self, head_dim: usize, architecture: Architecture) -> bool {
         match self {
             Self::Wgmma => architecture.has_wgmma() && matches!(head_dim, 64 | 128),
-            Self::Ops | Self::Backward => head_dim == HEAD_DIMS[0],
+            Self::Ops | Self::Backward | Self::Sample => head_dim == HEAD_DIMS[0],
             _ => true,
         }
     }
 
     /// Whether it is part of attention, so one of [`Kernels`](crate::Kernels).
     pub(crate) fn is_attention(self) -> bool {
-        !matches!(self, Self::Ops | Self::Backward)
+        !matches!(self, Self::Ops | Self::Backward | Self::Sample)
     }
 
     pub(crate) fn text(self) -> &'static str {
@@ -78,6 +82,7 @@ impl Source {
             Self::Influence => include_str!("../kernels/influence.cu"),
             Self::Ops => include_str!("../kernels/ops.cu"),
             Self::Backward => include_str!("../kernels/backward.cu"),
+            Self::Sample => include_str!("../kernels/sample.cu"),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::llama::{Llama, LogitRows, Sequence};
 use crate::ops::Ops;
-use crate::sampling::{check_logits, likeliest};
+use crate::sampling::{SamplingOptions, check_logits, likeliest};
 use crate::{Error, Result};
 
 /// Decode steps of one batch; see [`Llama::decoder`].
@@ -18,6 +18,27 @@ pub trait Decode {
     /// # Errors
     /// As [`Llama::forward`], and [`Error::Logits`] if a logit is infinite or not a number.
     fn step_greedy(&mut self, tokens: &[u32]) -> Result<Vec<u32>>;
+
+    /// Whether the device draws tokens itself.
+    fn can_sample(&self) -> bool {
+        false
+    }
+
+    /// [`step`](Self::step), but only a token of each, drawn by `sampling` (its temperature and
+    /// restrictions) with a uniform number in [0, 1) for each sequence. A device need not choose as
+    /// another does with the same numbers, but equal inputs give equal tokens.
+    ///
+    /// # Errors
+    /// As [`step_greedy`](Self::step_greedy); [`Error::Invalid`] where the device cannot sample.
+    fn step_sampled(
+        &mut self,
+        tokens: &[u32],
+        sampling: &SamplingOptions,
+        units: &[f64],
+    ) -> Result<Vec<u32>> {
+        let _ = (tokens, sampling, units);
+        Err(Error::invalid("decoder", "one that can sample", "one that cannot"))
+    }
 }
 
 /// [`Llama::forward`], step by step.

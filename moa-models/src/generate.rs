@@ -224,8 +224,9 @@ impl<O: Ops> Llama<O> {
         on_progress: &mut dyn FnMut(Progress) -> Next,
     ) -> Result<usize> {
         let mut room: Vec<usize> = batch.iter().map(|s| s.capacity() - s.len()).collect();
-        let greedy =
-            options.sampling.temperature == 0.0 && options.sampling.repetition_penalty == 1.0;
+        // A penalty depends on all tokens so far, which the device does not know.
+        let plain = options.sampling.repetition_penalty == 1.0;
+        let greedy = options.sampling.temperature == 0.0;
         let mut decoded = 0;
         let mut choose = |running: &mut [Running], room: &[usize]| -> Result<Vec<usize>> {
             for (i, run) in running.iter_mut().enumerate() {
@@ -241,8 +242,16 @@ impl<O: Ops> Llama<O> {
             // One decoder for as long as no sequence ends.
             loop {
                 let tokens: Vec<u32> = going.iter().map(|i| running[*i].last()).collect();
-                if greedy {
-                    for (&i, token) in going.iter().zip(decoder.step_greedy(&tokens)?) {
+                if plain && (greedy || decoder.can_sample()) {
+                    let chosen = match greedy {
+                        true => decoder.step_greedy(&tokens)?,
+                        false => {
+                            let units: Vec<f64> =
+                                going.iter().map(|i| running[*i].sampler.unit()).collect();
+                            decoder.step_sampled(&tokens, &options.sampling, &units)?
+                        }
+                    };
+                    for (&i, token) in going.iter().zip(chosen) {
                         running[i].next = Some(token);
                     }
                 } else {

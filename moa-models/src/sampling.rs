@@ -104,9 +104,7 @@ impl Sampler {
         self.weigh(logits);
         self.restrict();
         let total: f64 = self.candidates.iter().map(|c| c.weight).sum();
-        // The upper 53 bits, uniform in [0, 1).
-        let unit = (self.random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
-        let mut left = unit * total;
+        let mut left = self.unit() * total;
         let mut chosen = self.candidates[0].id;
         for candidate in &self.candidates {
             if candidate.weight > 0.0 {
@@ -144,6 +142,12 @@ impl Sampler {
             }
         }
         Ok(())
+    }
+
+    /// The next random number, uniform in [0, 1).
+    pub(crate) fn unit(&mut self) -> f64 {
+        // The upper 53 bits.
+        (self.random.next_u64() >> 11) as f64 / (1u64 << 53) as f64
     }
 
     /// Makes every token a candidate, at the temperature.

@@ -1,7 +1,7 @@
 //! Gradients of the operations by their input.
 
 use std::ops::Range;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use cudarc::driver::result;
 
@@ -234,12 +234,7 @@ impl Operations {
     }
 
     fn backward(&self) -> Result<Arc<OpKernels>> {
-        let mut kernels = self.backward.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kernels) = &*kernels {
-            return Ok(Arc::clone(kernels));
-        }
-        let loaded = OpKernels::load(&self.device, self.dtype, Source::Backward, &BACKWARD)?;
-        Ok(Arc::clone(kernels.insert(Arc::new(loaded))))
+        self.lazily(&self.backward, Source::Backward, &BACKWARD)
     }
 }
 

@@ -1,4 +1,4 @@
-//! The kernels of `ops.cu` and `backward.cu`, loaded on a device.
+//! The kernels of `ops.cu`, `backward.cu` and `sample.cu`, loaded on a device.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -44,6 +44,9 @@ pub(crate) struct OpKernels {
     device: Device,
     functions: HashMap<&'static str, CudaFunction>,
 }
+
+/// Names of the kernels of sampling.
+pub(crate) const SAMPLE: [&str; 1] = ["sample"];
 
 /// Names of the kernels of a backward pass.
 pub(crate) const BACKWARD: [&str; 4] =

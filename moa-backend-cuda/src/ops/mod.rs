@@ -6,6 +6,7 @@ mod elementwise;
 mod indices;
 mod launch;
 mod linear;
+mod sample;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,6 +19,7 @@ use blas::Blas;
 pub use elementwise::Turns;
 pub use indices::{Indices, Lengths};
 use launch::{FORWARD, OpArgs, OpKernels};
+pub use sample::Draw;
 
 /// The operations of a Llama layer beside attention, on one GPU and its own stream: cuBLASLt for
 /// matrix products, own kernels for the rest.
@@ -31,11 +33,14 @@ pub struct Operations {
     device: Device,
     dtype: Dtype,
     kernels: OpKernels,
-    /// Loaded when a gradient is first asked for.
-    backward: Mutex<Option<Arc<OpKernels>>>,
+    backward: Lazy,
+    sampling: Lazy,
     blas: Blas,
     staging: Mutex<Staging>,
 }
+
+/// Kernels that are loaded when they are first needed.
+type Lazy = Mutex<Option<Arc<OpKernels>>>;
 
 /// Bytes of a weight that are copied to the device at once.
 const PIECE_BYTES: usize = 4 << 20;
@@ -54,7 +59,8 @@ impl Operations {
             device: device.clone(),
             dtype,
             kernels: OpKernels::load(device, dtype, Source::Ops, &FORWARD)?,
-            backward: Mutex::default(),
+            backward: Lazy::default(),
+            sampling: Lazy::default(),
             blas: Blas::new(device)?,
             staging: Mutex::new(Staging::new(device)),
         })
@@ -125,6 +131,21 @@ impl Operations {
         // SAFETY: the shape is the tensor's; all of it is on the device's stream.
         unsafe { self.kernels.by_elements("randomise", 8, &args) }?;
         Ok(tensor)
+    }
+
+    /// Kernels that are loaded when they are first needed.
+    fn lazily(
+        &self,
+        kept: &Lazy,
+        source: Source,
+        names: &[&'static str],
+    ) -> Result<Arc<OpKernels>> {
+        let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kernels) = &*kept {
+            return Ok(Arc::clone(kernels));
+        }
+        let loaded = OpKernels::load(&self.device, self.dtype, source, names)?;
+        Ok(Arc::clone(kept.insert(Arc::new(loaded))))
     }
 
     /// Copies `bytes` bytes, which `fill` writes, to memory just allocated for them.

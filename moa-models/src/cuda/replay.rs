@@ -1,13 +1,14 @@
 //! Decode steps as one CUDA graph, launched again for every token.
 
 use moa_backend_cuda::{
-    Batch, Cache, Dtype, Graph, Indices, Lengths, Rope, Step, Tensor, Tensors, Workspace,
+    Batch, Cache, Draw, Dtype, Graph, Indices, Lengths, Rope, Step, Tensor, Tensors, Workspace,
 };
 
 use super::{CudaOps, turns};
 use crate::decode::{Decode, Stepwise};
-use crate::llama::{Llama, Sequence};
+use crate::llama::{Llama, LogitRows, Sequence};
 use crate::ops::Ops;
+use crate::sampling::SamplingOptions;
 use crate::{Error, Result};
 
 /// Steps before a graph is worth its preparation: many answers are shorter.
@@ -138,19 +139,56 @@ impl Decode for Replay<'_> {
 
     fn step_greedy(&mut self, tokens: &[u32]) -> Result<Vec<u32>> {
         let chosen = match self.begin(tokens)? {
-            true => {
-                let chosen = self.run(tokens)?.likeliest.to_host().map_err(Error::backend)?;
-                let valid = |(row, id): (usize, &i32)| {
-                    let got = || format!("a NaN or infinity, sequence {row}");
-                    u32::try_from(*id).map_err(|_| Error::Logits { got: got() })
-                };
-                chosen.iter().enumerate().map(valid).collect::<Result<_>>()?
-            }
+            true => valid(&self.run(tokens)?.likeliest)?,
             false => self.plainly(|plain| plain.step_greedy(tokens))?,
         };
         self.steps += 1;
         Ok(chosen)
     }
+
+    fn can_sample(&self) -> bool {
+        true
+    }
+
+    fn step_sampled(
+        &mut self,
+        tokens: &[u32],
+        sampling: &SamplingOptions,
+        units: &[f64],
+    ) -> Result<Vec<u32>> {
+        let operations = &self.model.ops.operations;
+        let draw = Draw {
+            temperature: sampling.temperature,
+            top_k: sampling.top_k.unwrap_or(0),
+            top_p: sampling.top_p,
+            min_p: sampling.min_p,
+        };
+        let chosen = match self.begin(tokens)? {
+            true => {
+                let prepared = self.run(tokens)?;
+                operations.sample(&prepared.logits, draw, units, &prepared.likeliest)?;
+                valid(&prepared.likeliest)?
+            }
+            false => {
+                let each: Vec<&[u32]> = tokens.chunks(1).collect();
+                let logits = self.model.forward(&mut self.batch, &each, LogitRows::Last)?;
+                let chosen = operations.indices(std::iter::repeat_n(0, tokens.len()), 1)?;
+                operations.sample(&logits, draw, units, &chosen)?;
+                valid(&chosen)?
+            }
+        };
+        self.steps += 1;
+        Ok(chosen)
+    }
+}
+
+/// Tokens that the device has chosen.
+fn valid(chosen: &Indices) -> Result<Vec<u32>> {
+    let token = |(row, id): (usize, &i32)| {
+        let got = || format!("a NaN or infinity, sequence {row}");
+        u32::try_from(*id).map_err(|_| Error::Logits { got: got() })
+    };
+    chosen.to_host()?.iter().enumerate().map(token).collect()
 }
 
 impl Prepared {
