@@ -4,10 +4,14 @@
 
 mod conformance;
 mod gpu;
+#[path = "gpu/gradients.rs"]
+mod gradients;
 #[path = "gpu/hazards.rs"]
 mod hazards;
 #[path = "gpu/ops.rs"]
 mod ops;
+#[path = "gpu/sample.rs"]
+mod sample;
 #[path = "gpu/step.rs"]
 mod step;
 
@@ -78,10 +82,6 @@ impl TestBackend for Cuda {
 
     fn influence_blocks(&self) -> &'static [usize] {
         &[320, 64, 128]
-    }
-
-    fn has_gradients(&self) -> bool {
-        false
     }
 }
 

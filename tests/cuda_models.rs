@@ -9,6 +9,8 @@ mod errors;
 mod laws;
 #[path = "cuda_models/logits.rs"]
 mod logits;
+#[path = "cuda_models/profile.rs"]
+mod profile;
 #[path = "cuda_models/text.rs"]
 mod text;
 

@@ -2,66 +2,7 @@
 // elements that begin at multiples of 16 bytes; a row's result depends on that row alone.
 //
 // "element" is the 16-bit type; the residual stream, norm weights and biases are f32.
-#include "common.cuh"
-
-// Mirrored by `src/ops/launch.rs`.
-struct OpArgs {
-    const void* x;
-    const void* y;
-    const void* w;
-    void* out;
-    const int* ids;
-    i64 x_stride;    // elements between rows
-    i64 y_stride;
-    i64 out_stride;
-    int rows;
-    int cols;
-    float eps;
-    int flag;
-};
-
-struct Eight {
-    float x[8];
-};
-
-__device__ __forceinline__ Eight load8(const u16* p) {
-    const uint4 v = *(const uint4*)p;
-    const u32 words[4] = {v.x, v.y, v.z, v.w};
-    Eight e;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const float2 pair = unpack2(words[i]);
-        e.x[2 * i] = pair.x;
-        e.x[2 * i + 1] = pair.y;
-    }
-    return e;
-}
-__device__ __forceinline__ Eight load8(const float* p) {
-    const float4 a = ((const float4*)p)[0], b = ((const float4*)p)[1];
-    return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
-}
-__device__ __forceinline__ void store8(u16* p, const Eight& e) {
-    *(uint4*)p = make_uint4(pack2(e.x[0], e.x[1]), pack2(e.x[2], e.x[3]), pack2(e.x[4], e.x[5]),
-                            pack2(e.x[6], e.x[7]));
-}
-__device__ __forceinline__ void store8(float* p, const Eight& e) {
-    ((float4*)p)[0] = make_float4(e.x[0], e.x[1], e.x[2], e.x[3]);
-    ((float4*)p)[1] = make_float4(e.x[4], e.x[5], e.x[6], e.x[7]);
-}
-
-// Sum over a block of up to 1024 threads, a multiple of 32; every thread gets it.
-__device__ __forceinline__ float block_sum(float x) {
-    __shared__ float sums[32];
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffff, x, offset);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (lane == 0) sums[warp] = x;
-    __syncthreads();
-    x = lane < blockDim.x / 32 ? sums[lane] : 0.0f;
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffff, x, offset);
-    return x;
-}
+#include "rows.cuh"
 
 // ---- by rows: one block each ------------------------------------------------------------------
 
@@ -88,12 +29,6 @@ extern "C" __global__ void __launch_bounds__(1024) rms_norm(const __grid_constan
 }
 
 // ---- by elements: grid (columns / 8 / 256, rows) ------------------------------------------------
-
-#define FOR_EIGHT(i)                                                 \
-    const int i = (blockIdx.x * blockDim.x + threadIdx.x) * 8;       \
-    if (i >= args.cols) return;                                      \
-    const i64 row = blockIdx.y + (i64)blockIdx.z * gridDim.y;        \
-    if (row >= args.rows) return;
 
 // out = x[ids]; x element, out f32.
 extern "C" __global__ void __launch_bounds__(256) embed(const __grid_constant__ OpArgs args) {
@@ -156,9 +91,9 @@ extern "C" __global__ void __launch_bounds__(256) cast(const __grid_constant__ O
            load8((const float*)args.x + row * args.x_stride + i));
 }
 
-// Rotates pairs (i, i + n / 2) of each head of n elements of `out` in place by w, f32 [rows, n / 2]
-// pairs (cos, sin); back if flag. n is y_stride: this module serves all head dimensions. f32 if y is
-// not null, else element.
+// out = x with the pairs (i, i + n / 2) of each head of n elements rotated by w, f32 [rows, n / 2]
+// pairs (cos, sin); back if flag. n is y_stride: this module serves all head dimensions. Both f32 if y
+// is not null, else element. One thread a pair.
 extern "C" __global__ void __launch_bounds__(256) rope(const __grid_constant__ OpArgs args) {
     const int task = blockIdx.x * blockDim.x + threadIdx.x;
     const i64 row = blockIdx.y + (i64)blockIdx.z * gridDim.y;
@@ -167,17 +102,110 @@ extern "C" __global__ void __launch_bounds__(256) rope(const __grid_constant__ O
     const int head = task / half, pair = task % half;
     float2 turn = ((const float2*)args.w)[row * half + pair];
     if (args.flag) turn.y = -turn.y;
-    const i64 at = row * args.out_stride + head * 2 * half + pair;
+    const i64 from = row * args.x_stride + head * 2 * half + pair;
+    const i64 to = row * args.out_stride + head * 2 * half + pair;
     if (args.y != nullptr) {
-        float* x = (float*)args.out + at;
+        const float* x = (const float*)args.x + from;
+        float* out = (float*)args.out + to;
         const float a = x[0], b = x[half];
-        x[0] = a * turn.x - b * turn.y;
-        x[half] = b * turn.x + a * turn.y;
+        out[0] = a * turn.x - b * turn.y;
+        out[half] = b * turn.x + a * turn.y;
     } else {
-        u16* x = (u16*)args.out + at;
+        const u16* x = (const u16*)args.x + from;
+        u16* out = (u16*)args.out + to;
         const float2 v = unpack2((u32)x[0] | (u32)x[half] << 16);
         const u32 rotated = pack2(v.x * turn.x - v.y * turn.y, v.y * turn.x + v.x * turn.y);
-        x[0] = (u16)rotated;
-        x[half] = (u16)(rotated >> 16);
+        out[0] = (u16)rotated;
+        out[half] = (u16)(rotated >> 16);
+    }
+}
+
+// Rotary angles, out f32 [rows, cols / 2] pairs (cos, sin). ids: pairs (table, position) for each row.
+// w: tables of cols / 2 frequencies in half turns a position, then a factor of cosine and sine; f64,
+// so that positions of any context are exact to the f32 that they are rounded to. One thread a pair.
+extern "C" __global__ void __launch_bounds__(256) turns(const __grid_constant__ OpArgs args) {
+    const int pair = blockIdx.x * blockDim.x + threadIdx.x;
+    const i64 row = blockIdx.y + (i64)blockIdx.z * gridDim.y;
+    const int half = args.cols / 2;
+    if (pair >= half || row >= args.rows) return;
+    const int2 id = ((const int2*)args.ids)[row];
+    const double* table = (const double*)args.w + (i64)id.x * (half + 1);
+    double sine, cosine;
+    sincospi(table[pair] * (double)id.y, &sine, &cosine);
+    ((float2*)args.out)[row * half + pair] =
+        make_float2((float)(cosine * table[half]), (float)(sine * table[half]));
+}
+
+// ---- choice of tokens -------------------------------------------------------------------------
+
+// out = index of the largest of each f32 row, the lowest of equals; -1 where one is not a number or
+// infinite, or none is finite.
+extern "C" __global__ void __launch_bounds__(1024) argmax(const __grid_constant__ OpArgs args) {
+    const float* x = (const float*)args.x + blockIdx.x * args.x_stride;
+    float best = NEG_INF;
+    int at = args.cols;
+    int bad = 0;
+    for (int i = threadIdx.x; i < args.cols; i += blockDim.x) {
+        const float z = x[i];
+        bad |= !(z < -NEG_INF);
+        if (z > best) {
+            best = z;
+            at = i;
+        }
+    }
+    __shared__ float values[32];
+    __shared__ int places[32];
+    auto reduce = [&] {
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2) {
+            const float z = __shfl_xor_sync(0xffffffff, best, offset);
+            const int i = __shfl_xor_sync(0xffffffff, at, offset);
+            if (z > best || (z == best && i < at)) {
+                best = z;
+                at = i;
+            }
+        }
+    };
+    reduce();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (lane == 0) {
+        values[warp] = best;
+        places[warp] = at;
+    }
+    bad = __syncthreads_or(bad);
+    best = lane < blockDim.x / 32 ? values[lane] : NEG_INF;
+    at = lane < blockDim.x / 32 ? places[lane] : args.cols;
+    reduce();
+    if (threadIdx.x == 0) ((int*)args.out)[blockIdx.x] = bad || at == args.cols ? -1 : at;
+}
+
+// Adds 1 to the first `cols` numbers at each of `rows` addresses x: the lengths of a batch's sequences
+// in every layer.
+extern "C" __global__ void __launch_bounds__(256) grow(const __grid_constant__ OpArgs args) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    const i64 row = blockIdx.y + (i64)blockIdx.z * gridDim.y;
+    if (i < args.cols && row < args.rows) ((int* const*)args.x)[row][i] += 1;
+}
+
+// ---- weights for measurements -----------------------------------------------------------------
+
+// out = uniform in [-eps, eps), by a counter hashed with flag (splitmix64's finaliser). Element, or
+// f32 if y is not null.
+extern "C" __global__ void __launch_bounds__(256) randomise(const __grid_constant__ OpArgs args) {
+    FOR_EIGHT(i)
+    const i64 at = row * args.out_stride + i;
+    Eight values;
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+        u64 z = (u64)(at + n) + 0x9e3779b97f4a7c15ull * (u64)(u32)args.flag;
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+        z ^= z >> 31;
+        values.x[n] = ((float)(u32)(z >> 40) * 0x1p-23f - 1.0f) * args.eps;
+    }
+    if (args.y != nullptr) {
+        store8((float*)args.out + at, values);
+    } else {
+        store8((u16*)args.out + at, values);
     }
 }

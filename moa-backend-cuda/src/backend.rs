@@ -1,4 +1,4 @@
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use moa_core::{InfluenceInputs, InfluenceOutput, LayerLayout, SparseAttentionBackend};
 
@@ -6,7 +6,7 @@ use crate::compile::Variant;
 use crate::memory::Workspace;
 use crate::step::{Batch, Step, Tensors};
 use crate::tensor::Form;
-use crate::{Cache, Device, Dtype, Error, Result, Tensor, influence, timing};
+use crate::{Cache, Device, Dtype, Error, Operations, Result, Tensor, influence, timing};
 
 /// Attention on one GPU.
 ///
@@ -16,6 +16,10 @@ use crate::{Cache, Device, Dtype, Error, Result, Tensor, influence, timing};
 pub struct CudaBackend {
     device: Device,
     dtype: Dtype,
+    /// Whether influence is always computed from q, k and v alone.
+    exact: bool,
+    /// For gradients; made when they are first asked for.
+    operations: Mutex<Option<Arc<Operations>>>,
     /// Reused from call to call: the stream keeps their uses in order.
     scratch: Mutex<(Step, Workspace)>,
 }
@@ -32,7 +36,27 @@ impl CudaBackend {
             return Err(Error::argument("CudaBackend::new", "dtype", "f16 or bf16", dtype));
         }
         let scratch = Mutex::new((Step::new(device), Workspace::new(device)));
-        Ok(Self { device: device.clone(), dtype, scratch })
+        let operations = Mutex::default();
+        Ok(Self { device: device.clone(), dtype, exact: false, operations, scratch })
+    }
+
+    /// One whose [`influence`](SparseAttentionBackend::influence) does not read the attention's
+    /// output, which was rounded, even where no gradients are asked for: for profiling. It needs
+    /// cuBLASLt and more time.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] unless `dtype` is f16 or bf16.
+    pub fn exact(device: &Device, dtype: Dtype) -> Result<Self> {
+        Ok(Self { exact: true, ..Self::new(device, dtype)? })
+    }
+
+    fn operations(&self) -> Result<Arc<Operations>> {
+        let mut operations = self.operations.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(operations) = &*operations {
+            return Ok(Arc::clone(operations));
+        }
+        let made = Arc::new(Operations::new(&self.device, self.dtype)?);
+        Ok(Arc::clone(operations.insert(made)))
     }
 
     /// The GPU.
@@ -181,7 +205,10 @@ impl SparseAttentionBackend for CudaBackend {
         inputs: &InfluenceInputs<'_, Tensor>,
         scale: f32,
     ) -> Result<InfluenceOutput<Tensor>> {
-        influence::influence(&self.device, self.dtype, inputs, scale)
+        match self.exact || inputs.gradients {
+            true => influence::with_gradients(&*self.operations()?, inputs, scale),
+            false => influence::influence(&self.device, self.dtype, inputs, scale),
+        }
     }
 
     fn decode_seconds(&self, span: usize, group: usize, head_dim: usize) -> Result<f64> {

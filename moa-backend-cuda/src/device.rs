@@ -7,6 +7,7 @@ use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr};
 
 use crate::compile::{Architecture, Variant};
 use crate::kernels::Kernels;
+use crate::pool::Pool;
 use crate::{Error, Result, library};
 
 /// A `CUstream` of any library in this process; null is the default stream.
@@ -62,7 +63,7 @@ impl Device {
         if major < 8 {
             return Err(Error::OldDevice { name, major, minor });
         }
-        keep_memory(&context)?;
+        Pool::of(&context)?.keep(KEPT_BYTES)?;
         Ok(Self(Arc::new(Inner {
             stream: context.new_stream().map_err(Error::driver("cuStreamCreate"))?,
             name,
@@ -98,6 +99,42 @@ impl Device {
     pub fn memory(&self) -> Result<(u64, u64)> {
         let (free, total) = self.0.context.mem_get_info().map_err(Error::driver("cuMemGetInfo"))?;
         Ok((free as u64, total as u64))
+    }
+
+    /// Bytes that can still be had: those that are free, and those that the driver keeps of what was
+    /// freed.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn available(&self) -> Result<u64> {
+        let kept = Pool::of(&self.0.context)?.unused()?;
+        Ok(self.memory()?.0 + kept)
+    }
+
+    /// Lets the driver keep up to so many bytes of freed memory for the next allocations: a program
+    /// that has the GPU to itself allocates faster if it keeps all.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn keep_freed(&self, bytes: u64) -> Result<()> {
+        Pool::of(&self.0.context)?.keep(bytes)
+    }
+
+    /// Most bytes that were in use at once since [`reset_peak`](Self::reset_peak), those inside of
+    /// graphs included.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn peak_bytes(&self) -> Result<u64> {
+        Pool::of(&self.0.context)?.peak()
+    }
+
+    /// Forgets the peak before.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    pub fn reset_peak(&self) -> Result<()> {
+        Pool::of(&self.0.context)?.reset_peak()
     }
 
     /// The stream that tensors and caches are allocated on and that the safe operations run on.
@@ -154,7 +191,7 @@ impl Device {
     ) -> Result<CudaSlice<T>> {
         let len = len.max(1);
         let out_of_memory = |bytes| {
-            let free = self.memory().map_or(0, |(free, _)| free);
+            let free = self.available().unwrap_or(0);
             Error::OutOfMemory { what, bytes, free }
         };
         let bytes = len.checked_mul(size_of::<T>()).filter(|&bytes| bytes <= isize::MAX as usize);
@@ -167,28 +204,4 @@ impl Device {
             }
         })
     }
-}
-
-/// Without this, every synchronisation returns freed memory to the system, and the next step's
-/// output is allocated anew.
-fn keep_memory(context: &CudaContext) -> Result<()> {
-    if !context.has_async_alloc() {
-        return Ok(());
-    }
-    let driver = Error::driver("cuMemPoolSetAttribute");
-    let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-    let mut kept = 0u64;
-    // SAFETY: the device exists; the attribute is a 64-bit integer.
-    unsafe {
-        let mut pool = std::ptr::null_mut();
-        sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device()).result().map_err(&driver)?;
-        let value = (&raw mut kept).cast();
-        sys::cuMemPoolGetAttribute(pool, threshold, value).result().map_err(&driver)?;
-        if kept < KEPT_BYTES {
-            kept = KEPT_BYTES;
-            let value = (&raw mut kept).cast();
-            sys::cuMemPoolSetAttribute(pool, threshold, value).result().map_err(&driver)?;
-        }
-    }
-    Ok(())
 }

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use moa_core::{InfluenceInputs, InfluenceOutput, InfluenceSign};
+use moa_core::{Gradients, InfluenceInputs, InfluenceOutput, InfluenceSign};
 
 use crate::compile::Variant;
 use crate::kernels::Kernels;
 use crate::tables::{DevicePointer, InfluenceArgs, Packed};
 use crate::tensor::Form;
-use crate::{Device, Dtype, Error, RawStream, Result, Tensor};
+use crate::{Device, Dtype, Error, Operations, RawStream, Result, Tensor};
 
 const OP: &str = "influence";
 
@@ -34,6 +34,21 @@ pub(crate) fn influence(
     // SAFETY: the shapes were checked; everything is on the device's own stream.
     unsafe { sweep.launch(device.stream(), packed, lse.pointer(), scale) }?;
     sweep.finish()
+}
+
+/// The same from q, k, v and the output's gradient alone, with the gradients by them if wanted.
+pub(crate) fn with_gradients(
+    operations: &Operations,
+    inputs: &InfluenceInputs<'_, Tensor>,
+    scale: f32,
+) -> Result<InfluenceOutput<Tensor>> {
+    let absolute = inputs.sign == InfluenceSign::Absolute;
+    let InfluenceInputs { q, k, v, d_out, block, gradients, .. } = *inputs;
+    let tensors = [q, k, v, d_out];
+    let found = operations.attention_backward(tensors, scale, block, absolute, gradients)?;
+    let blocks = found.blocks.to_f32()?.into_iter().map(f64::from).collect();
+    let gradients = found.by_inputs.map(|[d_q, d_k, d_v]| Gradients { d_q, d_k, d_v });
+    Ok(InfluenceOutput { blocks, gradients })
 }
 
 /// One call, checked, with room for its result.

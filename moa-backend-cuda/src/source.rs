@@ -17,19 +17,32 @@ pub enum Source {
     Influence,
     /// What a Llama layer needs besides attention and matrix products.
     Ops,
+    /// Gradients of a Llama layer, between matrix products.
+    Backward,
+    /// Choice of tokens.
+    Sample,
 }
 
 /// What `#include` may name.
-pub(crate) const HEADERS: [(&str, &str); 3] = [
+pub(crate) const HEADERS: [(&str, &str); 4] = [
     ("common.cuh", include_str!("../kernels/common.cuh")),
+    ("rows.cuh", include_str!("../kernels/rows.cuh")),
     ("tables.cuh", include_str!("../kernels/tables.cuh")),
     ("wgmma.cuh", include_str!("../kernels/wgmma.cuh")),
 ];
 
 impl Source {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::Append, Self::Decode, Self::Tile, Self::Wgmma, Self::Influence, Self::Ops];
+    pub const ALL: [Self; 8] = [
+        Self::Append,
+        Self::Decode,
+        Self::Tile,
+        Self::Wgmma,
+        Self::Influence,
+        Self::Ops,
+        Self::Backward,
+        Self::Sample,
+    ];
 
     /// Name of the file.
     pub fn name(self) -> &'static str {
@@ -40,6 +53,8 @@ impl Source {
             Self::Wgmma => "wgmma.cu",
             Self::Influence => "influence.cu",
             Self::Ops => "ops.cu",
+            Self::Backward => "backward.cu",
+            Self::Sample => "sample.cu",
         }
     }
 
@@ -48,14 +63,14 @@ impl Source {
     pub fn exists_for(self, head_dim: usize, architecture: Architecture) -> bool {
         match self {
             Self::Wgmma => architecture.has_wgmma() && matches!(head_dim, 64 | 128),
-            Self::Ops => head_dim == HEAD_DIMS[0],
+            Self::Ops | Self::Backward | Self::Sample => head_dim == HEAD_DIMS[0],
             _ => true,
         }
     }
 
     /// Whether it is part of attention, so one of [`Kernels`](crate::Kernels).
     pub(crate) fn is_attention(self) -> bool {
-        self != Self::Ops
+        !matches!(self, Self::Ops | Self::Backward | Self::Sample)
     }
 
     pub(crate) fn text(self) -> &'static str {
@@ -66,6 +81,8 @@ impl Source {
             Self::Wgmma => include_str!("../kernels/wgmma.cu"),
             Self::Influence => include_str!("../kernels/influence.cu"),
             Self::Ops => include_str!("../kernels/ops.cu"),
+            Self::Backward => include_str!("../kernels/backward.cu"),
+            Self::Sample => include_str!("../kernels/sample.cu"),
         }
     }
 }

@@ -255,6 +255,16 @@ impl Step {
         unsafe { kernels.advance(stream, tables.lens, tables.sequences, self.plan.order.len()) }
     }
 
+    /// Sequences of the batch that was planned last.
+    pub(crate) fn sequences(&self) -> usize {
+        self.plan.order.len()
+    }
+
+    /// Address of the lengths on the device, one i32 per sequence.
+    pub(crate) fn lens(&self) -> Result<DevicePointer> {
+        Ok(self.prepared()?.tables.lens)
+    }
+
     /// Kernels that `run` launches.
     pub fn launches(&self) -> usize {
         let committed = self.plan.committed();

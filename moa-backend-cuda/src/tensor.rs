@@ -1,6 +1,8 @@
+use std::ops::Range;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, result};
+use bytemuck::Pod;
+use cudarc::driver::{CudaSlice, result, sys};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
@@ -18,6 +20,10 @@ pub struct Tensor {
     dtype: Dtype,
     shape: [usize; 3],
     axes: usize,
+    /// Elements before the first one.
+    offset: usize,
+    /// Elements between entries of the first axis.
+    stride: usize,
 }
 
 /// Shape and element type: all that checks of arguments look at.
@@ -99,6 +105,14 @@ impl Tensor {
         Ok(tensor)
     }
 
+    /// Memory that holds whatever it held before, for a kernel to write.
+    ///
+    /// # Errors
+    /// As [`zeros`](Self::zeros).
+    pub fn empty(device: &Device, shape: &[usize], dtype: Dtype) -> Result<Self> {
+        Self::uninitialised(device, "Tensor::empty", shape, dtype)
+    }
+
     /// To be written by a kernel that writes every element.
     pub(crate) fn uninitialised(
         device: &Device,
@@ -108,7 +122,8 @@ impl Tensor {
     ) -> Result<Self> {
         let (padded, axes, len) = check(op, shape)?;
         let data = Arc::new(device.alloc("tensor", len.saturating_mul(dtype.bytes()))?);
-        Ok(Self { device: device.clone(), data, dtype, shape: padded, axes })
+        let stride = padded[1] * padded[2];
+        Ok(Self { device: device.clone(), data, dtype, shape: padded, axes, offset: 0, stride })
     }
 
     /// All elements, copied to the host once the device has computed them.
@@ -116,24 +131,68 @@ impl Tensor {
     /// # Errors
     /// [`Error::Driver`], also for what went wrong in an earlier kernel.
     pub fn to_f32(&self) -> Result<Vec<f32>> {
-        let bytes = self
-            .device
-            .cuda_stream()
-            .clone_dtoh(&*self.data)
+        if !self.is_contiguous() {
+            return self.contiguous()?.to_f32();
+        }
+        let mut values = vec![0f32; self.len()];
+        match self.dtype {
+            Dtype::F32 => self.read(&mut values)?,
+            Dtype::F16 => {
+                let mut halves = vec![f16::ZERO; self.len()];
+                self.read(&mut halves)?;
+                halves.convert_to_f32_slice(&mut values);
+            }
+            Dtype::Bf16 => {
+                let mut halves = vec![bf16::ZERO; self.len()];
+                self.read(&mut halves)?;
+                halves.convert_to_f32_slice(&mut values);
+            }
+        }
+        Ok(values)
+    }
+
+    /// Copies all elements to `to`, which is of the same type and length; waits for them.
+    fn read<T: Pod>(&self, to: &mut [T]) -> Result<()> {
+        if to.is_empty() {
+            return Ok(());
+        }
+        self.device.bind()?;
+        // SAFETY: the callers' slices have the tensor's bytes, and live until the stream is done.
+        unsafe { result::memcpy_dtoh_async(to, self.pointer(), self.device.stream().cast()) }
             .map_err(Error::driver("cuMemcpyDtoHAsync"))?;
-        let bytes = &bytes[..self.bytes()];
-        // Element by element: a vector of bytes need not be aligned to more.
-        Ok(match self.dtype {
-            Dtype::F32 => bytes.chunks_exact(4).map(bytemuck::pod_read_unaligned).collect(),
-            Dtype::F16 => bytes
-                .chunks_exact(2)
-                .map(|x| bytemuck::pod_read_unaligned::<f16>(x).to_f32())
-                .collect(),
-            Dtype::Bf16 => bytes
-                .chunks_exact(2)
-                .map(|x| bytemuck::pod_read_unaligned::<bf16>(x).to_f32())
-                .collect(),
-        })
+        self.device.synchronize()
+    }
+
+    /// Some columns of `[rows, columns]`, in the same memory.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] unless there are two axes, the second of which has these columns.
+    pub fn columns(&self, columns: Range<usize>) -> Result<Self> {
+        const OP: &str = "Tensor::columns";
+        match self.shape() {
+            &[rows, all] if columns.start <= columns.end && columns.end <= all => Ok(Self {
+                shape: [rows, columns.len(), 1],
+                offset: self.offset + columns.start,
+                ..self.clone()
+            }),
+            shape => {
+                Err(Error::shape(OP, "tensor", format!("[rows, at least {}]", columns.end), shape))
+            }
+        }
+    }
+
+    /// Some entries of the first axis, in the same memory.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there are not as many.
+    pub fn rows(&self, rows: Range<usize>) -> Result<Self> {
+        if rows.start > rows.end || rows.end > self.shape[0] {
+            let expected = format!("at least {} rows", rows.end);
+            return Err(Error::shape("Tensor::rows", "tensor", expected, self.shape()));
+        }
+        let [_, second, third] = self.shape;
+        let offset = self.offset + rows.start * self.stride;
+        Ok(Self { shape: [rows.len(), second, third], offset, ..self.clone() })
     }
 
     /// The same elements under another shape.
@@ -146,24 +205,53 @@ impl Tensor {
         if len != self.len() {
             return Err(Error::shape(OP, "shape", format!("{} elements", self.len()), shape));
         }
-        Ok(Self { shape: padded, axes, ..self })
+        if self.is_contiguous() {
+            return Ok(Self { shape: padded, axes, stride: padded[1] * padded[2], ..self });
+        }
+        // Rows with gaps between them stay rows.
+        match padded[0] == self.shape[0] {
+            true => Ok(Self { shape: padded, axes, ..self }),
+            false => self.contiguous()?.reshape(shape),
+        }
     }
 
     /// The tensor with memory of its own, to be written in place.
     pub(crate) fn into_unique(mut self) -> Result<Self> {
-        if Arc::get_mut(&mut self.data).is_some() {
-            return Ok(self);
+        match Arc::get_mut(&mut self.data).is_some() {
+            true => Ok(self),
+            false => self.contiguous(),
         }
+    }
+
+    /// A copy without gaps.
+    fn contiguous(&self) -> Result<Self> {
         let copy = Self::uninitialised(&self.device, "copy", self.shape(), self.dtype)?;
-        if self.bytes() > 0 {
-            let stream = self.device.stream().cast();
-            self.device.bind()?;
-            // SAFETY: both tensors have these bytes, on the device's stream.
-            unsafe {
-                result::memcpy_dtod_async(copy.pointer(), self.pointer(), self.bytes(), stream)
-            }
-            .map_err(Error::driver("cuMemcpyDtoDAsync"))?;
+        if self.len() == 0 {
+            return Ok(copy);
         }
+        self.device.bind()?;
+        let width = self.row_len() * self.dtype.bytes();
+        let rows = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            srcHost: std::ptr::null(),
+            srcDevice: self.pointer(),
+            srcArray: std::ptr::null_mut(),
+            srcPitch: self.stride * self.dtype.bytes(),
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstHost: std::ptr::null_mut(),
+            dstDevice: copy.pointer(),
+            dstArray: std::ptr::null_mut(),
+            dstPitch: width,
+            WidthInBytes: width,
+            Height: self.shape[0],
+        };
+        // SAFETY: both tensors have these rows, on the device's stream.
+        unsafe { sys::cuMemcpy2DAsync_v2(&rows, self.device.stream().cast()).result() }
+            .map_err(Error::driver("cuMemcpy2DAsync"))?;
         Ok(copy)
     }
 
@@ -179,16 +267,26 @@ impl Tensor {
 
     /// Address of the first element.
     pub fn pointer(&self) -> DevicePointer {
-        address(&self.data)
+        address(&*self.data) + (self.offset * self.dtype.bytes()) as u64
     }
 
     /// As kernels read it, `[tokens, heads, head_dim]`.
     pub fn packed(&self) -> Packed {
-        Packed::contiguous(self.pointer(), self.shape[1], self.shape[2])
+        let head = self.shape[2] as i64;
+        Packed { data: self.pointer(), token: self.stride as i64, head }
     }
 
     pub(crate) fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// Elements between entries of the first axis.
+    pub(crate) fn stride(&self) -> usize {
+        self.stride
+    }
+
+    fn is_contiguous(&self) -> bool {
+        self.stride == self.row_len() || self.shape[0] <= 1
     }
 
     /// Elements of one entry of the first axis.

@@ -26,7 +26,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use args::Global;
-use commands::{compress, eval, generate, plan, profile, quickstart, search, validate};
+use commands::{bench, compress, eval, generate, plan, profile, quickstart, search, validate};
 use error::{Error, Result};
 use output::Context;
 
@@ -55,6 +55,7 @@ enum Command {
     Plan(plan::Args),
     Generate(generate::Args),
     Eval(eval::Args),
+    Bench(bench::Args),
     Report(commands::report::Args),
 }
 
@@ -91,6 +92,7 @@ fn dispatch(cli: &Cli) -> Result<()> {
         Command::Plan(args) => plan::run(args, &context),
         Command::Generate(args) => generate::run(args, &context),
         Command::Eval(args) => eval::run(args, &context),
+        Command::Bench(args) => bench::run(args, &context),
         Command::Report(args) => commands::report::run(args, &context),
     }
 }

@@ -3,7 +3,7 @@ use std::path::Path;
 use moa_core::{DEFAULT_SINK, ElasticRule, ModelShape, Plan};
 use moa_models::{Checkpoint, CpuOps, LlamaConfig, Ops};
 
-use crate::args::{Device, PlanArgs};
+use crate::args::PlanArgs;
 use crate::error::{Error, Result};
 use crate::output::Context;
 
@@ -43,15 +43,6 @@ pub(crate) fn cuda(ordinal: usize, context: &Context) -> Result<moa_models::Cuda
         }
     };
     Ok(CudaOps::new(ordinal, dtype)?)
-}
-
-/// The operations for commands that need gradients, which the CPU alone has.
-pub(crate) fn with_gradients(context: &Context) -> Result<CpuOps> {
-    match context.device {
-        Device::Cpu => Ok(cpu(context)),
-        #[cfg(feature = "cuda")]
-        Device::Cuda(_) => Err(Error::argument("--device", "cpu for profiling", "cuda")),
-    }
 }
 
 /// Opens a model folder on a device.

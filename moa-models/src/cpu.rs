@@ -7,7 +7,9 @@ use half::{bf16, f16};
 use moa_backend_cpu::ops::{self as kernels, WeightData, WeightRef};
 use moa_backend_cpu::{CacheDtype, CpuBackend, Tensor};
 
-use crate::ops::{BackwardOps, Ops};
+use crate::ops::{BackwardOps, LinearWeights, Ops, RandomWeights};
+use crate::rng::SplitMix64;
+use crate::rope::RopeTable;
 use crate::weights::{DType, MappedTensor};
 use crate::{Error, Result};
 
@@ -97,6 +99,7 @@ impl Ops for CpuOps {
     type Tensor = Tensor;
     type Matrix = CpuMatrix;
     type Vector = Vec<f32>;
+    type Joined = Vec<(CpuMatrix, Option<Vec<f32>>)>;
     type Rotations = CpuRotations;
     type Attention = CpuBackend;
 
@@ -114,6 +117,13 @@ impl Ops for CpuOps {
 
     fn vector(&self, tensor: MappedTensor) -> Result<Vec<f32>> {
         Ok(tensor.to_f32())
+    }
+
+    fn join(&self, parts: Vec<LinearWeights>) -> Result<Self::Joined> {
+        let load = |LinearWeights { weight, bias }| {
+            Ok((self.matrix(weight)?, bias.map(|bias| bias.to_f32())))
+        };
+        parts.into_iter().map(load).collect()
     }
 
     fn shape(&self, x: &Tensor) -> Vec<usize> {
@@ -158,11 +168,19 @@ impl Ops for CpuOps {
         kernels::linear(x, weight.view()?, bias.map(Vec::as_slice)).map_err(Error::backend)
     }
 
-    fn rotations(&self, cos: Vec<f32>, sin: Vec<f32>, _: usize) -> Result<CpuRotations> {
-        match cos.len() == sin.len() {
-            true => Ok(CpuRotations { cos, sin }),
-            false => Err(Error::invalid("sines", format!("{} of them", cos.len()), sin.len())),
+    fn linears(&self, x: &Tensor, joined: &Self::Joined) -> Result<Vec<Tensor>> {
+        joined.iter().map(|(weight, bias)| self.linear(x, weight, bias.as_ref())).collect()
+    }
+
+    fn rotations(&self, sequences: &[(&RopeTable, Range<usize>)]) -> Result<CpuRotations> {
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        for (table, positions) in sequences {
+            for (c, s) in positions.clone().flat_map(|position| table.cos_sin(position)) {
+                cos.push(c);
+                sin.push(s);
+            }
         }
+        Ok(CpuRotations { cos, sin })
     }
 
     fn rope(
@@ -214,6 +232,28 @@ impl Ops for CpuOps {
     }
 }
 
+impl RandomWeights for CpuOps {
+    fn random_matrix(&self, out: usize, input: usize, seed: u32) -> Result<CpuMatrix> {
+        let mut random = SplitMix64::new(seed.into());
+        // The variance of a uniform number in [-a, a) is a^2 / 3.
+        let amplitude = (3.0 / input.max(1) as f32).sqrt();
+        let uniform = |bits: u64| (bits >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
+        let number = |_| bf16::from_f32(uniform(random.next_u64()) * amplitude);
+        let data = Data::BF16((0..out * input).map(number).collect());
+        Ok(CpuMatrix { rows: out, cols: input, data })
+    }
+
+    fn random_joined(&self, outs: &[usize], input: usize, seed: u32) -> Result<Self::Joined> {
+        let seeds = (0..).map(|part: u32| seed.wrapping_add(part << 24));
+        let parts = outs.iter().zip(seeds);
+        parts.map(|(&out, seed)| Ok((self.random_matrix(out, input, seed)?, None))).collect()
+    }
+
+    fn ones(&self, len: usize) -> Result<Vec<f32>> {
+        Ok(vec![1.0; len])
+    }
+}
+
 impl BackwardOps for CpuOps {
     fn exact_attention(&self) -> &CpuBackend {
         &self.exact
@@ -221,6 +261,18 @@ impl BackwardOps for CpuOps {
 
     fn linear_backward(&self, d_y: &Tensor, weight: &CpuMatrix) -> Result<Tensor> {
         kernels::linear_backward_input(d_y, weight.view()?).map_err(Error::backend)
+    }
+
+    fn linears_backward(&self, d_y: &[Tensor], joined: &Self::Joined) -> Result<Tensor> {
+        let mut sum = None;
+        for (d_y, (weight, _)) in d_y.iter().zip(joined) {
+            let d_x = self.linear_backward(d_y, weight)?;
+            sum = Some(match sum {
+                Some(sum) => self.add(sum, &d_x)?,
+                None => d_x,
+            });
+        }
+        sum.ok_or_else(|| Error::invalid("joined layers", "at least 1", 0))
     }
 
     fn rms_norm_backward(

@@ -270,7 +270,29 @@ pub enum Error {
     },
 }
 
+#[cfg(feature = "cuda")]
+impl From<moa_backend_cuda::Error> for Error {
+    fn from(source: moa_backend_cuda::Error) -> Self {
+        Self::backend(source)
+    }
+}
+
 impl Error {
+    /// Whether the device had not enough memory: less of it may be asked for.
+    #[must_use]
+    pub fn is_out_of_memory(&self) -> bool {
+        #[cfg(feature = "cuda")]
+        if let Self::Backend(source) = self {
+            use moa_backend_cuda::Error::{Driver, OutOfMemory};
+            // 2 is the driver's own number for it, where a graph or a module takes memory.
+            return matches!(
+                source.downcast_ref(),
+                Some(OutOfMemory { .. } | Driver { code: 2, .. })
+            );
+        }
+        false
+    }
+
     /// An [`Error::Backend`].
     pub(crate) fn backend(source: impl std::error::Error + Send + Sync + 'static) -> Self {
         Self::Backend(Box::new(source))

@@ -204,28 +204,7 @@ impl<O: Ops> Llama<O> {
         }
         let prefill = start.elapsed();
         let start = Instant::now();
-        let mut decoded_tokens = 0;
-        loop {
-            for (i, (run, sequence)) in running.iter_mut().zip(batch.iter()).enumerate() {
-                run.choose(i, options, sequence.capacity() - sequence.len(), on_progress)?;
-            }
-            let (mut step, mut tokens) = (Vec::new(), Vec::new());
-            for (sequence, run) in
-                batch.iter_mut().zip(&running).filter(|(_, r)| r.finish.is_none())
-            {
-                step.push(sequence);
-                tokens.push(&run.history[run.history.len() - 1..]);
-            }
-            if step.is_empty() {
-                break;
-            }
-            decoded_tokens += step.len();
-            let values = self.ops().values(self.forward(&mut step, &tokens, LogitRows::Last)?)?;
-            let still = running.iter_mut().filter(|r| r.finish.is_none());
-            for (run, row) in still.zip(values.chunks(self.config().vocab_size)) {
-                run.logits = row.to_vec();
-            }
-        }
+        let decoded_tokens = self.decode(batch, &mut running, options, on_progress)?;
         let sequences = running.into_iter().map(Running::finish).collect();
         Ok(Generation {
             sequences,
@@ -234,6 +213,64 @@ impl<O: Ops> Llama<O> {
             decoded_tokens,
             decode: start.elapsed(),
         })
+    }
+
+    /// Continues sequences whose prompts are read until all have ended; how many tokens that took.
+    fn decode(
+        &self,
+        batch: &mut [Sequence<O>],
+        running: &mut [Running],
+        options: &GenerateOptions,
+        on_progress: &mut dyn FnMut(Progress) -> Next,
+    ) -> Result<usize> {
+        let mut room: Vec<usize> = batch.iter().map(|s| s.capacity() - s.len()).collect();
+        // A penalty depends on all tokens so far, which the device does not know.
+        let plain = options.sampling.repetition_penalty == 1.0;
+        let greedy = options.sampling.temperature == 0.0;
+        let mut decoded = 0;
+        let mut choose = |running: &mut [Running], room: &[usize]| -> Result<Vec<usize>> {
+            for (i, run) in running.iter_mut().enumerate() {
+                run.choose(i, options, room[i], on_progress)?;
+            }
+            Ok((0..running.len()).filter(|i| running[*i].finish.is_none()).collect())
+        };
+        let mut going = choose(running, &room)?;
+        while !going.is_empty() {
+            let sequences = batch.iter_mut().zip(running.iter());
+            let sequences = sequences.filter(|(_, run)| run.finish.is_none()).map(|(s, _)| s);
+            let mut decoder = self.decoder(sequences.collect())?;
+            // One decoder for as long as no sequence ends.
+            loop {
+                let tokens: Vec<u32> = going.iter().map(|i| running[*i].last()).collect();
+                if plain && (greedy || decoder.can_sample()) {
+                    let chosen = match greedy {
+                        true => decoder.step_greedy(&tokens)?,
+                        false => {
+                            let units: Vec<f64> =
+                                going.iter().map(|i| running[*i].sampler.unit()).collect();
+                            decoder.step_sampled(&tokens, &options.sampling, &units)?
+                        }
+                    };
+                    for (&i, token) in going.iter().zip(chosen) {
+                        running[i].next = Some(token);
+                    }
+                } else {
+                    let logits = decoder.step(&tokens)?;
+                    for (&i, row) in going.iter().zip(logits.chunks(self.config().vocab_size)) {
+                        running[i].logits = row.to_vec();
+                    }
+                }
+                decoded += going.len();
+                going.iter().for_each(|i| room[*i] -= 1);
+                let still = choose(running, &room)?;
+                let same = still == going;
+                going = still;
+                if !same {
+                    break;
+                }
+            }
+        }
+        Ok(decoded)
     }
 }
 
@@ -245,6 +282,8 @@ struct Running {
     prompt_len: usize,
     /// Of the last token; empty once they were sampled.
     logits: Vec<f32>,
+    /// The token to come, where the device has chosen it.
+    next: Option<u32>,
     finish: Option<Finish>,
 }
 
@@ -256,8 +295,14 @@ impl Running {
             history: prompt.to_vec(),
             prompt_len: prompt.len(),
             logits: Vec::new(),
+            next: None,
             finish: None,
         })
+    }
+
+    /// The token that its next step appends.
+    fn last(&self) -> u32 {
+        self.history[self.history.len() - 1]
     }
 
     /// Samples the next token, if the sequence still runs.
@@ -275,7 +320,10 @@ impl Running {
             self.finish = Some(Finish::Length);
             return Ok(());
         }
-        let token = self.sampler.sample(&mut self.logits, &self.history)?;
+        let token = match self.next.take() {
+            Some(token) => token,
+            None => self.sampler.sample(&mut self.logits, &self.history)?,
+        };
         if options.eos_token_ids.contains(&token) {
             self.finish = Some(Finish::Eos);
             return Ok(());

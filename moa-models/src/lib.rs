@@ -1,6 +1,7 @@
 //! Llama-2, Llama-3 and Vicuna models whose KV caches are as small as a
 //! [plan](moa_core::Plan) allows.
 
+mod bench;
 mod calibrate;
 mod chat;
 mod chat_session;
@@ -11,6 +12,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod date;
+mod decode;
 #[cfg(feature = "hub")]
 mod download;
 mod error;
@@ -28,6 +30,7 @@ mod ops;
 mod perplexity;
 mod probe;
 mod profile;
+mod random;
 mod records;
 mod refine;
 mod retrieval;
@@ -41,6 +44,7 @@ mod tasks;
 mod tokenizer;
 mod weights;
 
+pub use bench::{BenchOptions, BenchReport};
 pub use calibrate::{CalibrationData, CalibrationOptions, Prompt};
 pub use chat::{ChatTemplate, Message};
 pub use chat_session::ChatSession;
@@ -51,7 +55,8 @@ pub use compress::{
 pub use config::LlamaConfig;
 pub use cpu::{CpuMatrix, CpuOps, CpuRotations};
 #[cfg(feature = "cuda")]
-pub use cuda::{CudaDtype, CudaOps};
+pub use cuda::{CudaDtype, CudaOps, Joined};
+pub use decode::Decode;
 #[cfg(feature = "hub")]
 pub use download::download;
 pub use error::{Error, Result};
@@ -65,7 +70,7 @@ pub use generation_config::GenerationConfig;
 pub use llama::{Llama, LogitRows, Sequence};
 pub use moa_backend_cpu::CacheDtype;
 pub use objective::{Objective, TokenWeight, WeightedObjective};
-pub use ops::{BackwardOps, Ops};
+pub use ops::{BackwardOps, LinearWeights, Memory, Ops, RandomWeights};
 pub use perplexity::PerplexityReport;
 pub use profile::Item;
 pub use records::{PHRASINGS, Phrasing, RecordPrompt};

@@ -1,9 +1,7 @@
-use std::ops::Range;
-
 use moa_core::{Extent, LayerLayout, ModelShape, Plan, SparseAttentionBackend};
 
 use crate::config::LlamaConfig;
-use crate::ops::Ops;
+use crate::ops::{LinearWeights, Ops};
 use crate::rope::RopeTable;
 use crate::weights::Weights;
 use crate::{Error, Result};
@@ -11,29 +9,13 @@ use crate::{Error, Result};
 /// A weight and its optional bias.
 pub(crate) struct Linear<O: Ops> {
     pub(crate) weight: O::Matrix,
-    bias: Option<O::Vector>,
+    pub(crate) bias: Option<O::Vector>,
 }
 
 impl<O: Ops> Linear<O> {
-    fn load(
-        ops: &O,
-        weights: &Weights,
-        name: &str,
-        out: usize,
-        input: usize,
-        bias: bool,
-    ) -> Result<Self> {
-        Ok(Self {
-            weight: ops.matrix(weights.tensor(&format!("{name}.weight"), &[out, input])?)?,
-            bias: match bias {
-                true => Some(ops.vector(weights.tensor(&format!("{name}.bias"), &[out])?)?),
-                false => None,
-            },
-        })
-    }
-
-    pub(crate) fn forward(&self, ops: &O, x: &O::Tensor) -> Result<O::Tensor> {
-        ops.linear(x, &self.weight, self.bias.as_ref())
+    fn load(ops: &O, LinearWeights { weight, bias }: LinearWeights) -> Result<Self> {
+        let bias = bias.map(|bias| ops.vector(bias)).transpose()?;
+        Ok(Self { weight: ops.matrix(weight)?, bias })
     }
 
     /// The residual stream `x` with this layer's output for `y` added.
@@ -44,13 +26,12 @@ impl<O: Ops> Linear<O> {
 
 pub(crate) struct Layer<O: Ops> {
     pub(crate) attention_norm: O::Vector,
-    pub(crate) q: Linear<O>,
-    pub(crate) k: Linear<O>,
-    pub(crate) v: Linear<O>,
+    /// Queries, keys, values.
+    pub(crate) qkv: O::Joined,
     pub(crate) o: Linear<O>,
     pub(crate) mlp_norm: O::Vector,
-    pub(crate) gate: Linear<O>,
-    pub(crate) up: Linear<O>,
+    /// Gate and up.
+    pub(crate) gate_up: O::Joined,
     pub(crate) down: Linear<O>,
 }
 
@@ -60,19 +41,30 @@ impl<O: Ops> Layer<O> {
         let (hidden, inner) = (c.hidden_size, c.intermediate_size);
         let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
         let norm = |part: &str| ops.vector(weights.tensor(&name(part), &[hidden])?);
-        let linear = |part: &str, out, input, bias| {
-            Linear::load(ops, weights, &name(part), out, input, bias)
+        let linear = |part: &str, out: usize, input: usize, bias: bool| -> Result<LinearWeights> {
+            let name = name(part);
+            Ok(LinearWeights {
+                weight: weights.tensor(&format!("{name}.weight"), &[out, input])?,
+                bias: match bias {
+                    true => Some(weights.tensor(&format!("{name}.bias"), &[out])?),
+                    false => None,
+                },
+            })
         };
         Ok(Self {
             attention_norm: norm("input_layernorm.weight")?,
-            q: linear("self_attn.q_proj", q, hidden, c.attention_bias)?,
-            k: linear("self_attn.k_proj", kv, hidden, c.attention_bias)?,
-            v: linear("self_attn.v_proj", kv, hidden, c.attention_bias)?,
-            o: linear("self_attn.o_proj", hidden, q, c.attention_bias)?,
+            qkv: ops.join(vec![
+                linear("self_attn.q_proj", q, hidden, c.attention_bias)?,
+                linear("self_attn.k_proj", kv, hidden, c.attention_bias)?,
+                linear("self_attn.v_proj", kv, hidden, c.attention_bias)?,
+            ])?,
+            o: Linear::load(ops, linear("self_attn.o_proj", hidden, q, c.attention_bias)?)?,
             mlp_norm: norm("post_attention_layernorm.weight")?,
-            gate: linear("mlp.gate_proj", inner, hidden, c.mlp_bias)?,
-            up: linear("mlp.up_proj", inner, hidden, c.mlp_bias)?,
-            down: linear("mlp.down_proj", hidden, inner, c.mlp_bias)?,
+            gate_up: ops.join(vec![
+                linear("mlp.gate_proj", inner, hidden, c.mlp_bias)?,
+                linear("mlp.up_proj", inner, hidden, c.mlp_bias)?,
+            ])?,
+            down: Linear::load(ops, linear("mlp.down_proj", hidden, inner, c.mlp_bias)?)?,
         })
     }
 }
@@ -85,8 +77,8 @@ pub struct Llama<O: Ops> {
     pub(crate) layers: Vec<Layer<O>>,
     pub(crate) norm: O::Vector,
     /// `None` when the embedding is tied.
-    lm_head: Option<O::Matrix>,
-    fingerprint: String,
+    pub(crate) lm_head: Option<O::Matrix>,
+    pub(crate) fingerprint: String,
 }
 
 impl<O: Ops> std::fmt::Debug for Llama<O> {
@@ -97,13 +89,13 @@ impl<O: Ops> std::fmt::Debug for Llama<O> {
 
 /// One sequence: its caches in every layer, as large as its plan allows and no larger.
 pub struct Sequence<O: Ops> {
-    caches: Vec<<O::Attention as SparseAttentionBackend>::Cache>,
+    pub(crate) caches: Vec<<O::Attention as SparseAttentionBackend>::Cache>,
     layouts: Vec<LayerLayout>,
-    extent: Extent,
+    pub(crate) extent: Extent,
     capacity: usize,
-    rope: RopeTable,
+    pub(crate) rope: RopeTable,
     /// A device failed half-way through a step: layers disagree on the length.
-    broken: bool,
+    pub(crate) broken: bool,
 }
 
 impl<O: Ops> std::fmt::Debug for Sequence<O> {
@@ -198,21 +190,6 @@ impl<O: Ops> Llama<O> {
         RopeTable::new(&self.config, capacity)
     }
 
-    /// Rotary angles of packed sequences, each with its new positions.
-    pub(crate) fn rotations<'a>(
-        &self,
-        sequences: impl Iterator<Item = (&'a RopeTable, Range<usize>)>,
-    ) -> Result<O::Rotations> {
-        let (mut cos, mut sin) = (Vec::new(), Vec::new());
-        for (table, positions) in sequences {
-            for (c, s) in positions.flat_map(|position| table.cos_sin(position)) {
-                cos.push(c);
-                sin.push(s);
-            }
-        }
-        self.ops.rotations(cos, sin, self.config.head_dim)
-    }
-
     /// Opens an empty sequence of at most `capacity` tokens with the spans of `plan` at that
     /// length. `slack` more tokens per head can be rolled back (speculative decoding).
     ///
@@ -288,9 +265,12 @@ impl<O: Ops> Llama<O> {
         logits: LogitRows<'_>,
     ) -> Result<O::Tensor> {
         self.check_step(batch, tokens)?;
-        let new = |(s, new): (&&mut Sequence<O>, &&[u32])| s.len()..s.len() + new.len();
-        let positions = batch.iter().zip(tokens).map(new);
-        let rotations = self.rotations(batch.iter().map(|s| &s.rope).zip(positions))?;
+        let positions: Vec<_> = batch
+            .iter()
+            .zip(tokens)
+            .map(|(s, new)| (&s.rope, s.len()..s.len() + new.len()))
+            .collect();
+        let rotations = self.ops.rotations(&positions)?;
         let counts: Vec<usize> = tokens.iter().map(|t| t.len()).collect();
         let ids = tokens.concat();
         let rows: Vec<usize> = match logits {
@@ -318,7 +298,7 @@ impl<O: Ops> Llama<O> {
         self.logits(&result?, &rows)
     }
 
-    fn check_step(&self, batch: &[&mut Sequence<O>], tokens: &[&[u32]]) -> Result<()> {
+    pub(crate) fn check_step(&self, batch: &[&mut Sequence<O>], tokens: &[&[u32]]) -> Result<()> {
         if batch.len() != tokens.len() || batch.is_empty() {
             return Err(Error::invalid(
                 "tokens",
@@ -359,7 +339,7 @@ impl<O: Ops> Llama<O> {
         rotations: &O::Rotations,
     ) -> Result<O::Tensor> {
         for (index, layer) in self.layers.iter().enumerate() {
-            let (q, k, v) = self.qkv(layer, &x, rotations)?;
+            let [q, k, v] = self.qkv(layer, &x, rotations)?;
             let mut caches: Vec<_> = batch.iter_mut().map(|s| &mut s.caches[index]).collect();
             let (out, _) = self
                 .ops
@@ -378,15 +358,21 @@ impl<O: Ops> Llama<O> {
         layer: &Layer<O>,
         x: &O::Tensor,
         rotations: &O::Rotations,
-    ) -> Result<(O::Tensor, O::Tensor, O::Tensor)> {
+    ) -> Result<[O::Tensor; 3]> {
         let (ops, dim) = (&self.ops, self.config.head_dim);
+        let [q, k, v] = self.projections(layer, x)?;
+        Ok([ops.rope(q, dim, rotations, false)?, ops.rope(k, dim, rotations, false)?, v])
+    }
+
+    /// Queries, keys and values before rotation, `[tokens, heads, head_dim]`.
+    pub(crate) fn projections(&self, layer: &Layer<O>, x: &O::Tensor) -> Result<[O::Tensor; 3]> {
+        let (ops, c) = (&self.ops, &self.config);
         let tokens = ops.shape(x)[0];
         let h = ops.rms_norm(x, &layer.attention_norm, self.eps())?;
-        let rope = |y| ops.rope(y, dim, rotations, false);
-        let q = rope(layer.q.forward(ops, &h)?)?;
-        let k = rope(layer.k.forward(ops, &h)?)?;
-        let v = layer.v.forward(ops, &h)?;
-        Ok((q, k, ops.reshape(v, &[tokens, self.config.num_key_value_heads, dim])?))
+        let [q, k, v] = parts(ops.linears(&h, &layer.qkv)?)?;
+        let heads = |y, heads| ops.reshape(y, &[tokens, heads, c.head_dim]);
+        let (query, kv) = (c.num_attention_heads, c.num_key_value_heads);
+        Ok([heads(q, query)?, heads(k, kv)?, heads(v, kv)?])
     }
 
     /// `x + o_proj(out)`.
@@ -407,7 +393,8 @@ impl<O: Ops> Llama<O> {
     pub(crate) fn mlp(&self, layer: &Layer<O>, x: O::Tensor) -> Result<O::Tensor> {
         let ops = &self.ops;
         let h = ops.rms_norm(&x, &layer.mlp_norm, self.eps())?;
-        let act = ops.swiglu(layer.gate.forward(ops, &h)?, &layer.up.forward(ops, &h)?)?;
+        let [gate, up] = parts(ops.linears(&h, &layer.gate_up)?)?;
+        let act = ops.swiglu(gate, &up)?;
         layer.down.add_to(ops, x, &act)
     }
 
@@ -421,4 +408,10 @@ impl<O: Ops> Llama<O> {
         let h = self.ops.rms_norm(&picked, &self.norm, self.eps())?;
         self.ops.logits(&h, self.output_matrix())
     }
+}
+
+/// What joined layers gave.
+pub(crate) fn parts<T, const N: usize>(tensors: Vec<T>) -> Result<[T; N]> {
+    let got = tensors.len();
+    tensors.try_into().map_err(|_| Error::invalid("joined layers", N.to_string(), got))
 }

@@ -6,7 +6,49 @@ use std::ops::Range;
 use moa_core::SparseAttentionBackend;
 
 use crate::Result;
+use crate::decode::{Decode, Stepwise};
+use crate::llama::{Llama, Sequence};
+use crate::rope::RopeTable;
 use crate::weights::MappedTensor;
+
+/// A linear layer before it is on a device.
+#[derive(Clone, Debug)]
+pub struct LinearWeights {
+    /// `[out, in]`.
+    pub weight: MappedTensor,
+    /// `[out]`.
+    pub bias: Option<MappedTensor>,
+}
+
+/// Memory of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// Most bytes in use at once since [`Ops::reset_peak`].
+    pub peak_bytes: u64,
+    /// Bytes that can still be had.
+    pub available_bytes: u64,
+}
+
+/// Operations whose weights can be made up: speed does not depend on their values.
+pub trait RandomWeights: Ops {
+    /// A weight `[out, in]` of uniform random numbers of variance `1 / in`.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    fn random_matrix(&self, out: usize, input: usize, seed: u32) -> Result<Self::Matrix>;
+
+    /// As many joined layers without bias as there are numbers of outputs.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    fn random_joined(&self, outs: &[usize], input: usize, seed: u32) -> Result<Self::Joined>;
+
+    /// A norm's weight of ones.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    fn ones(&self, len: usize) -> Result<Self::Vector>;
+}
 
 /// Operations of one device. Activations are packed along the first axis: `[tokens, features]`, or
 /// `[tokens, heads, head_dim]` around attention.
@@ -17,6 +59,8 @@ pub trait Ops: Send + Sync {
     type Matrix: Send + Sync;
     /// A norm's weight or a bias.
     type Vector: Send + Sync;
+    /// Linear layers of one input, which a device may compute as one.
+    type Joined: Send + Sync;
     /// Rotary angles of packed tokens.
     type Rotations: Send + Sync;
     /// Attention of the same device.
@@ -54,6 +98,12 @@ pub trait Ops: Send + Sync {
     /// # Errors
     /// If the memory cannot be had.
     fn vector(&self, tensor: MappedTensor) -> Result<Self::Vector>;
+
+    /// Brings linear layers of one input to the device.
+    ///
+    /// # Errors
+    /// If their inputs differ, or the memory cannot be had.
+    fn join(&self, parts: Vec<LinearWeights>) -> Result<Self::Joined>;
 
     /// Lengths of a tensor's axes.
     fn shape(&self, x: &Self::Tensor) -> Vec<usize>;
@@ -93,6 +143,12 @@ pub trait Ops: Send + Sync {
         bias: Option<&Self::Vector>,
     ) -> Result<Self::Tensor>;
 
+    /// [`linear`](Self::linear) by each of the layers that were joined.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn linears(&self, x: &Self::Tensor, joined: &Self::Joined) -> Result<Vec<Self::Tensor>>;
+
     /// `x + y . weight^T + bias`: the end of a residual branch.
     ///
     /// # Errors
@@ -116,11 +172,11 @@ pub trait Ops: Send + Sync {
         self.linear(x, weight, None)
     }
 
-    /// Brings the angles of packed tokens to the device, `[tokens, head_dim / 2]` each.
+    /// Rotary angles of packed sequences, each with the positions of its new tokens.
     ///
     /// # Errors
-    /// If there are not as many cosines as sines, or the memory cannot be had.
-    fn rotations(&self, cos: Vec<f32>, sin: Vec<f32>, head_dim: usize) -> Result<Self::Rotations>;
+    /// If the memory cannot be had.
+    fn rotations(&self, sequences: &[(&RopeTable, Range<usize>)]) -> Result<Self::Rotations>;
 
     /// Splits rows into heads and rotates each (half-split layout): `[tokens, heads * head_dim]`
     /// becomes `[tokens, heads, head_dim]`. `inverse` rotates back, which is also the gradient.
@@ -158,6 +214,45 @@ pub trait Ops: Send + Sync {
     /// # Errors
     /// If a row does not exist.
     fn rows(&self, x: &Self::Tensor, rows: &[usize]) -> Result<Self::Tensor>;
+
+    /// Memory of the device, if it has its own.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn memory(&self) -> Result<Option<Memory>> {
+        Ok(None)
+    }
+
+    /// Counts the peak of [`memory`](Self::memory) from now on.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn reset_peak(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Waits for the device, where calls return before it is done.
+    ///
+    /// # Errors
+    /// If the device failed.
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Decode steps of a batch that stays the same from step to step, by the fastest way that the
+    /// device has. Results are those of [`Llama::forward`].
+    ///
+    /// # Errors
+    /// If the device cannot prepare them.
+    fn decoder<'a>(
+        model: &'a Llama<Self>,
+        batch: Vec<&'a mut Sequence<Self>>,
+    ) -> Result<Box<dyn Decode + 'a>>
+    where
+        Self: Sized,
+    {
+        Ok(Box::new(Stepwise::new(model, batch)))
+    }
 }
 
 /// Gradients of the operations by their input, for profiling. Weights get no gradients.
@@ -174,6 +269,13 @@ pub trait BackwardOps: Ops {
     /// # Errors
     /// If shapes do not fit.
     fn linear_backward(&self, d_y: &Self::Tensor, weight: &Self::Matrix) -> Result<Self::Tensor>;
+
+    /// Gradient of [`Ops::linears`] by `x`, from those of its outputs.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn linears_backward(&self, d_y: &[Self::Tensor], joined: &Self::Joined)
+    -> Result<Self::Tensor>;
 
     /// Gradient of [`Ops::rms_norm`] by `x`.
     ///

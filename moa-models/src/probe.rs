@@ -16,7 +16,8 @@ struct Pass<'a, O: Ops> {
     capacity: usize,
     /// Tokens that all items begin with; 0 or most of each.
     shared: usize,
-    shared_rotations: O::Rotations,
+    /// `None` if nothing is shared.
+    shared_rotations: Option<O::Rotations>,
     rest_rotations: O::Rotations,
     /// Rows of the rest that predict responses.
     rows: Vec<usize>,
@@ -95,9 +96,12 @@ impl<O: Ops> Llama<O> {
             _ => 0,
         };
         let table = self.rope(capacity)?;
-        let shared_rotations = self.rotations([(&table, 0..shared)].into_iter())?;
-        let rests = items.iter().map(|item| (&table, shared..item.inputs().len()));
-        let rest_rotations = self.rotations(rests)?;
+        let shared_rotations = match shared {
+            0 => None,
+            _ => Some(self.ops.rotations(&[(&table, 0..shared)])?),
+        };
+        let rests: Vec<_> = items.iter().map(|i| (&table, shared..i.inputs().len())).collect();
+        let rest_rotations = self.ops.rotations(&rests)?;
         let mut rows = Vec::new();
         let mut before = 0;
         for item in items {
@@ -139,8 +143,8 @@ impl<O: Ops> Llama<O> {
             let layout = LayerLayout::new(&spans, pass.capacity, 0)?;
             let mut cache =
                 attention.open(&layout, self.config.head_dim).map_err(Error::backend)?;
-            if let Some(shared) = x.shared.take() {
-                let (q, k, v) = self.qkv(layer, &shared, &pass.shared_rotations)?;
+            if let (Some(shared), Some(rotations)) = (x.shared.take(), &pass.shared_rotations) {
+                let [q, k, v] = self.qkv(layer, &shared, rotations)?;
                 let (out, _) = attention
                     .extend(&mut [&mut cache], &[pass.shared], &q, &k, &v, self.scale(), false)
                     .map_err(Error::backend)?;
@@ -156,7 +160,7 @@ impl<O: Ops> Llama<O> {
             }
             caches.push(cache);
             let mut caches: Vec<_> = caches.iter_mut().collect();
-            let (q, k, v) = self.qkv(layer, &x.rest, &pass.rest_rotations)?;
+            let [q, k, v] = self.qkv(layer, &x.rest, &pass.rest_rotations)?;
             let (mut out, _) = attention
                 .extend(&mut caches, &counts, &q, &k, &v, self.scale(), false)
                 .map_err(Error::backend)?;

@@ -11,7 +11,7 @@ use moa_core::{
     SparseAttentionBackend,
 };
 
-use crate::llama::{Layer, Llama};
+use crate::llama::{Layer, Llama, parts};
 use crate::objective::{Objective, WeightedObjective, cross_entropy};
 use crate::ops::BackwardOps;
 use crate::{Error, Result};
@@ -130,7 +130,7 @@ impl<O: BackwardOps> Llama<O> {
             });
         }
         let rope = self.rope(tokens.len())?;
-        let rotations = self.rotations([(&rope, 0..tokens.len())].into_iter())?;
+        let rotations = self.ops.rotations(&[(&rope, 0..tokens.len())])?;
         let saved = self.forward_saving(tokens, &rotations)?;
 
         let rows = item.rows();
@@ -168,7 +168,7 @@ impl<O: BackwardOps> Llama<O> {
         let mut x = self.ops.embed(&self.embedding, tokens)?;
         let mut saved = Vec::with_capacity(self.layers.len());
         for (index, layer) in self.layers.iter().enumerate() {
-            let (q, k, v) = self.qkv(layer, &x, rotations)?;
+            let [q, k, v] = self.qkv(layer, &x, rotations)?;
             let attention = self.ops.exact_attention();
             let mut cache =
                 attention.open(&layout, self.config.head_dim).map_err(Error::backend)?;
@@ -253,13 +253,10 @@ impl<O: BackwardOps> Llama<O> {
         let ops = &self.ops;
         let y = self.residual(layer, saved, rows)?;
         let h = ops.rms_norm(&y, &layer.mlp_norm, self.eps())?;
-        let (gate, up) = (layer.gate.forward(ops, &h)?, layer.up.forward(ops, &h)?);
+        let [gate, up] = parts(ops.linears(&h, &layer.gate_up)?)?;
         let d_act = ops.linear_backward(&d_z, &layer.down.weight)?;
         let (d_gate, d_up) = ops.swiglu_backward(&gate, &up, &d_act)?;
-        let d_h = ops.add(
-            ops.linear_backward(&d_gate, &layer.gate.weight)?,
-            &ops.linear_backward(&d_up, &layer.up.weight)?,
-        )?;
+        let d_h = ops.linears_backward(&[d_gate, d_up], &layer.gate_up)?;
         ops.add(d_z, &ops.rms_norm_backward(&y, &layer.mlp_norm, self.eps(), &d_h)?)
     }
 
@@ -275,7 +272,7 @@ impl<O: BackwardOps> Llama<O> {
     ) -> Result<(Vec<f64>, Option<O::Tensor>)> {
         let (ops, c) = (&self.ops, &self.config);
         let total = ops.shape(&saved.x)[0];
-        let (q, k, v) = self.qkv(layer, &saved.x, rotations)?;
+        let [q, k, v] = self.qkv(layer, &saved.x, rotations)?;
         let d_out = ops.linear_backward(&d_y, &layer.o.weight)?;
         let d_out = self.place(d_out, rows, total)?;
         let d_out = ops.reshape(d_out, &[total, c.num_attention_heads, c.head_dim])?;
@@ -299,9 +296,8 @@ impl<O: BackwardOps> Llama<O> {
             let g = ops.rope(g, c.head_dim, rotations, true)?;
             self.flatten(g)
         };
-        let mut d_h = ops.linear_backward(&unrotate(d_q)?, &layer.q.weight)?;
-        d_h = ops.add(d_h, &ops.linear_backward(&unrotate(d_k)?, &layer.k.weight)?)?;
-        d_h = ops.add(d_h, &ops.linear_backward(&self.flatten(d_v)?, &layer.v.weight)?)?;
+        let d_qkv = [unrotate(d_q)?, unrotate(d_k)?, self.flatten(d_v)?];
+        let d_h = ops.linears_backward(&d_qkv, &layer.qkv)?;
         let through = ops.rms_norm_backward(&saved.x, &layer.attention_norm, self.eps(), &d_h)?;
         let d_x = ops.add(through, &self.place(d_y, rows, total)?)?;
         Ok((output.blocks, Some(d_x)))

@@ -104,9 +104,7 @@ impl Sampler {
         self.weigh(logits);
         self.restrict();
         let total: f64 = self.candidates.iter().map(|c| c.weight).sum();
-        // The upper 53 bits, uniform in [0, 1).
-        let unit = (self.random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
-        let mut left = unit * total;
+        let mut left = self.unit() * total;
         let mut chosen = self.candidates[0].id;
         for candidate in &self.candidates {
             if candidate.weight > 0.0 {
@@ -144,6 +142,12 @@ impl Sampler {
             }
         }
         Ok(())
+    }
+
+    /// The next random number, uniform in [0, 1).
+    pub(crate) fn unit(&mut self) -> f64 {
+        // The upper 53 bits.
+        (self.random.next_u64() >> 11) as f64 / (1u64 << 53) as f64
     }
 
     /// Makes every token a candidate, at the temperature.
@@ -189,7 +193,7 @@ impl Sampler {
 }
 
 /// The token of the highest logit and that logit; the lowest id of equals.
-fn likeliest(logits: &[f32]) -> (u32, f32) {
+pub(crate) fn likeliest(logits: &[f32]) -> (u32, f32) {
     let first = (0, f32::NEG_INFINITY);
     logits.iter().zip(0..).fold(
         first,
@@ -199,7 +203,7 @@ fn likeliest(logits: &[f32]) -> (u32, f32) {
     )
 }
 
-fn check_logits(logits: &[f32]) -> Result<()> {
+pub(crate) fn check_logits(logits: &[f32]) -> Result<()> {
     if let Some(id) = logits.iter().position(|x| x.is_nan() || *x == f32::INFINITY) {
         return Err(Error::Logits { got: format!("{} for token {id}", logits[id]) });
     }

@@ -1,6 +1,6 @@
 //! Greedy text and retrieval: what a user of the model sees.
 
-use moa_models::{GenerateOptions, Next, Ops, PHRASINGS, Task};
+use moa_models::{GenerateOptions, Next, Ops, PHRASINGS, SamplingOptions, Task};
 
 use crate::{cpu, cuda, likeliest, plans, prose, read, step};
 
@@ -59,6 +59,32 @@ fn spread(logits: &[f32]) -> f64 {
     let n = logits.len() as f64;
     let mean = logits.iter().map(|&z| f64::from(z)).sum::<f64>() / n;
     (logits.iter().map(|&z| (f64::from(z) - mean).powi(2)).sum::<f64>() / n).sqrt()
+}
+
+#[test]
+fn sampled_text_repeats_with_its_seed_and_stays_among_the_likeliest() {
+    let text = prose(300);
+    for (checkpoint, _) in cuda() {
+        let model = &checkpoint.model;
+        let [dense, _] = plans(model.shape());
+        let prompts: Vec<&[u32]> = [40, 90, 41].map(|len| &text[..len]).into();
+        let run = |sampling: SamplingOptions| -> Vec<Vec<u32>> {
+            let options =
+                GenerateOptions { max_new_tokens: NEW, sampling, ..GenerateOptions::default() };
+            let mut batch: Vec<_> =
+                prompts.iter().map(|p| model.open(&dense, p.len() + NEW, 0).unwrap()).collect();
+            let generation =
+                model.generate(&mut batch, &prompts, &options, &mut |_| Next::Continue).unwrap();
+            generation.sequences.into_iter().map(|sequence| sequence.tokens).collect()
+        };
+        let warm = |seed| SamplingOptions { temperature: 1.0, seed, ..Default::default() };
+        assert_eq!(run(warm(1)), run(warm(1)));
+        assert_ne!(run(warm(1)), run(warm(2)));
+        let one = SamplingOptions { top_k: Some(1), ..warm(3) };
+        assert_eq!(run(one), run(SamplingOptions::default()), "the likeliest one is greedy");
+        let penalised = SamplingOptions { repetition_penalty: 1.3, ..Default::default() };
+        assert_ne!(run(penalised), run(SamplingOptions::default()), "chosen on the host");
+    }
 }
 
 #[test]

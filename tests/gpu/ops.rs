@@ -1,29 +1,29 @@
 //! The operations beside attention, against arithmetic in f64 on the numbers that the device holds.
 
-use moa_backend_cuda::{Device, Dtype, Error, Operations, Tensor};
+use moa_backend_cuda::{Device, Dtype, Error, Operations, Tensor, Turns};
 
 use super::conformance::world::{f64s, normal};
 use super::gpu::{device, round};
 
 /// What tests of one element type need.
-struct Ops {
-    device: &'static Device,
-    operations: Operations,
+pub(crate) struct Ops {
+    pub(crate) device: &'static Device,
+    pub(crate) operations: Operations,
 }
 
 impl Ops {
-    fn all() -> Vec<Self> {
+    pub(crate) fn all() -> Vec<Self> {
         let Some(device) = device() else { return Vec::new() };
         let new = |dtype| Self { device, operations: Operations::new(device, dtype).unwrap() };
         [Dtype::F16, Dtype::Bf16].map(new).into()
     }
 
-    fn dtype(&self) -> Dtype {
+    pub(crate) fn dtype(&self) -> Dtype {
         self.operations.dtype()
     }
 
     /// Random numbers of a shape, rounded to `dtype`, there and here.
-    fn random(&self, shape: &[usize], dtype: Dtype, seed: u64) -> (Tensor, Vec<f64>) {
+    pub(crate) fn random(&self, shape: &[usize], dtype: Dtype, seed: u64) -> (Tensor, Vec<f64>) {
         let mut values = normal(shape.iter().product(), seed);
         values.iter_mut().for_each(|x| *x = round(dtype, *x));
         (Tensor::from_f32(self.device, &values, shape, dtype).unwrap(), f64s(&values))
@@ -31,7 +31,7 @@ impl Ops {
 
     /// Relative error that rounding the result to `dtype` explains.
     #[track_caller]
-    fn close(&self, got: &Tensor, expected: &[f64], sums: f64) {
+    pub(crate) fn close(&self, got: &Tensor, expected: &[f64], sums: f64) {
         let rounding = match got.dtype() {
             Dtype::F16 => 2f64.powi(-11),
             Dtype::Bf16 => 2f64.powi(-8),
@@ -49,7 +49,7 @@ impl Ops {
     }
 }
 
-fn product(a: &[f64], w: &[f64], k: usize, n: usize) -> Vec<f64> {
+pub(crate) fn product(a: &[f64], w: &[f64], k: usize, n: usize) -> Vec<f64> {
     let dot = |a: &[f64], w: &[f64]| a.iter().zip(w).map(|(a, w)| a * w).sum::<f64>();
     a.chunks(k).flat_map(|a| w.chunks(k).take(n).map(move |w| dot(a, w))).collect()
 }
@@ -160,13 +160,80 @@ fn rope_rotates_and_rotates_back() {
                     (head[i], head[i + dim / 2]) = (a * cos - b * sin, b * cos + a * sin);
                 }
             }
-            let rotated = ops.operations.rope(x.clone(), &turns, false).unwrap();
+            let rotated = ops.operations.rope(&x, &turns, false).unwrap();
             ops.close(&rotated, &expected, 1e-6);
             ops.close(&x, &xs, 0.0);
-            let back = ops.operations.rope(rotated, &turns, true).unwrap();
+            let back = ops.operations.rope(&rotated, &turns, true).unwrap();
             let slack = if dtype == Dtype::F32 { 1e-5 } else { 0.05 };
             ops.close(&back, &xs, slack);
         }
+    }
+}
+
+#[test]
+fn turns_are_the_angles_of_positions() {
+    for ops in Ops::all() {
+        let plain: Vec<f64> = (0..32).map(|i| 5e5f64.powf(-f64::from(i) / 32.0)).collect();
+        let slow: Vec<f64> = plain.iter().map(|f| f / 8.0).collect();
+        let sequences = [(&plain, 1.0, 0..3), (&slow, 1.25, 131_070..131_072)];
+        let turns = sequences.clone().map(|(inv_freq, scale, positions)| Turns {
+            inv_freq,
+            scale,
+            positions,
+        });
+        let got = ops.operations.turns(&turns).unwrap();
+        assert_eq!(got.shape(), [5, 64]);
+        let expected = sequences.iter().flat_map(|(inv_freq, scale, positions)| {
+            positions.clone().flat_map(move |position| {
+                inv_freq.iter().flat_map(move |f| {
+                    let (sin, cos) = (position as f64 * f).sin_cos();
+                    [cos * scale, sin * scale]
+                })
+            })
+        });
+        ops.close(&got, &expected.collect::<Vec<_>>(), 1e-9);
+    }
+}
+
+#[test]
+fn columns_are_views_that_every_operation_takes() {
+    for ops in Ops::all() {
+        let (both, values) = ops.random(&[6, 48], ops.dtype(), 1);
+        let part = |from: usize| -> Vec<f64> {
+            values.chunks(48).flat_map(|row| row[from..from + 24].to_vec()).collect()
+        };
+        let [left, right] = [0..24, 24..48].map(|range| both.columns(range).unwrap());
+        assert_eq!(f64s(&right.to_f32().unwrap()), part(24));
+        let heads = right.clone().reshape(&[6, 3, 8]).unwrap();
+        assert_eq!(f64s(&heads.to_f32().unwrap()), part(24));
+        assert_eq!(f64s(&heads.reshape(&[3, 48]).unwrap().to_f32().unwrap()), part(24));
+        let silu = part(0).into_iter().zip(part(24)).map(|(g, u)| g / (1.0 + (-g).exp()) * u);
+        let y = ops.operations.swiglu(&left, &right).unwrap();
+        ops.close(&y, &silu.collect::<Vec<_>>(), 1e-5);
+        let (w, ws) = ops.random(&[16, 24], ops.dtype(), 2);
+        let y = ops.operations.linear(&right, &w, None, Dtype::F32).unwrap();
+        ops.close(&y, &product(&part(24), &ws, 24, 16), 1e-4);
+        let error = both.columns(40..49).unwrap_err();
+        assert!(matches!(error, Error::Shape { .. }), "{error}");
+    }
+}
+
+#[test]
+fn argmax_is_the_lowest_of_the_largest_and_refuses_what_is_no_number() {
+    for ops in Ops::all() {
+        let cols = 5003;
+        let mut values = normal(5 * cols, 1);
+        for at in [17, 4000, 5002] {
+            values[at] = 50.0;
+            values[cols + at] = if at == 17 { f32::NEG_INFINITY } else { 50.0 };
+        }
+        values[2 * cols + 9] = f32::NAN;
+        values[3 * cols + 9] = f32::INFINITY;
+        values[4 * cols..].fill(f32::NEG_INFINITY);
+        let x = Tensor::from_f32(ops.device, &values, &[5, cols], Dtype::F32).unwrap();
+        let into = ops.operations.indices([0; 5].into_iter(), 1).unwrap();
+        ops.operations.argmax(&x, &into).unwrap();
+        assert_eq!(into.to_host().unwrap(), [17, 4000, -1, -1, -1]);
     }
 }
 
@@ -192,7 +259,7 @@ fn operations_refuse_what_does_not_fit() {
             ),
             ("x", o.rms_norm(&zeros(&[3, 12], f32s), &zeros(&[12], f32s), 1e-5)),
             ("up", o.swiglu(&zeros(&[3, 16], narrow), &zeros(&[3, 8], narrow))),
-            ("turns", o.rope(zeros(&[3, 1, 8], narrow), &zeros(&[2, 8], f32s), false)),
+            ("turns", o.rope(&zeros(&[3, 1, 8], narrow), &zeros(&[2, 8], f32s), false)),
         ] {
             let error = result.unwrap_err();
             assert!(matches!(&error, Error::Shape { what, .. } if *what == name), "{error}");

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys::{
     self, cublasComputeType_t, cublasLtMatmulDescAttributes_t,
-    cublasLtMatmulPreferenceAttributes_t, cudaDataType,
+    cublasLtMatmulPreferenceAttributes_t as Attribute, cudaDataType,
 };
 use cudarc::driver::CudaSlice;
 
@@ -20,8 +20,12 @@ pub(crate) struct Product {
     pub(crate) m: usize,
     pub(crate) n: usize,
     pub(crate) k: usize,
-    /// Elements between the rows of `a`.
+    /// Elements between the rows of `a` as it is stored.
     pub(crate) a_stride: usize,
+    /// Whether `a` is stored `[k, m]`.
+    pub(crate) a_transposed: bool,
+    /// Elements between the rows of the weight as it is stored.
+    pub(crate) weight_stride: usize,
     /// Elements between the rows of `d`.
     pub(crate) d_stride: usize,
     /// Whether the weight is stored `[n, k]`, as linear layers are, rather than `[k, n]`.
@@ -40,7 +44,8 @@ pub(crate) struct Blas {
     device: Device,
     handle: Handle,
     scratch: CudaSlice<u8>,
-    plans: Mutex<HashMap<Product, Arc<Plan>>>,
+    /// By product, and by the alignment in bytes that all its addresses have.
+    plans: Mutex<HashMap<(Product, u32), Arc<Plan>>>,
 }
 
 #[derive(Debug)]
@@ -81,7 +86,8 @@ impl Blas {
         d: DevicePointer,
     ) -> Result<()> {
         self.device.bind()?;
-        let plan = self.plan(product)?;
+        let alignment = 1 << (a | weight | d).trailing_zeros().min(8);
+        let plan = self.plan(product, alignment)?;
         let (alpha, beta) = (1f32, if product.accumulate { 1f32 } else { 0f32 });
         // SAFETY: the plan is of this product, whose memory is as the caller promises; the scratch
         // memory is used on one stream only.
@@ -108,14 +114,14 @@ impl Blas {
         .map_err(failed("cublasLtMatmul", Some(product)))
     }
 
-    fn plan(&self, product: Product) -> Result<Arc<Plan>> {
+    fn plan(&self, product: Product, alignment: u32) -> Result<Arc<Plan>> {
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(plan) = plans.get(&product) {
+        if let Some(plan) = plans.get(&(product, alignment)) {
             return Ok(Arc::clone(plan));
         }
-        let plan = Plan::new(&self.handle, product);
+        let plan = Plan::new(&self.handle, product, alignment);
         let plan = Arc::new(plan.map_err(failed("cublasLtMatmulAlgoGetHeuristic", Some(product)))?);
-        plans.insert(product, Arc::clone(&plan));
+        plans.insert((product, alignment), Arc::clone(&plan));
         Ok(plan)
     }
 }
@@ -144,39 +150,43 @@ unsafe impl Send for Plan {}
 unsafe impl Sync for Plan {}
 
 impl Plan {
-    fn new(handle: &Handle, product: Product) -> Result<Self, CublasError> {
-        let Product { m, n, k, a_stride, d_stride, transposed, input, output, .. } = product;
+    fn new(handle: &Handle, product: Product, alignment: u32) -> Result<Self, CublasError> {
+        let Product { m, n, k, transposed, a_transposed, input, output, .. } = product;
         let desc = Desc(result::create_matmul_desc(
             cublasComputeType_t::CUBLAS_COMPUTE_32F,
             cudaDataType::CUDA_R_32F,
         )?);
         // CUBLAS_OP_T and CUBLAS_OP_N, which these bindings lack.
-        let transpose = i32::from(transposed);
-        // SAFETY: the descriptor exists; the attribute is of this type.
-        unsafe {
-            result::set_matmul_desc_attribute(
-                desc.0,
-                cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA,
-                (&raw const transpose).cast(),
-                size_of_val(&transpose),
-            )
-        }?;
+        let operations = [
+            (cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA, i32::from(transposed)),
+            (cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB, i32::from(a_transposed)),
+        ];
+        for (attribute, transpose) in operations {
+            let (value, size) = ((&raw const transpose).cast(), size_of_val(&transpose));
+            // SAFETY: the descriptor exists; the attribute is of this type.
+            unsafe { result::set_matmul_desc_attribute(desc.0, attribute, value, size) }?;
+        }
         let weight = match transposed {
-            true => Layout::new(input, k, n, k)?,
-            false => Layout::new(input, n, k, n)?,
+            true => Layout::new(input, k, n, product.weight_stride)?,
+            false => Layout::new(input, n, k, product.weight_stride)?,
         };
-        let a = Layout::new(input, k, m, a_stride)?;
-        let d = Layout::new(output, n, m, d_stride)?;
-        let scratch_bytes = SCRATCH_BYTES;
+        let a = match a_transposed {
+            true => Layout::new(input, m, k, product.a_stride)?,
+            false => Layout::new(input, k, m, product.a_stride)?,
+        };
+        let d = Layout::new(output, n, m, product.d_stride)?;
         let preference = Preference(result::create_matmul_pref()?);
-        // SAFETY: all descriptors exist; the attribute is a 64-bit size.
+        preference.set(Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, SCRATCH_BYTES)?;
+        for attribute in [
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+        ] {
+            preference.set(attribute, alignment)?;
+        }
+        // SAFETY: all descriptors exist.
         let found = unsafe {
-            result::set_matmul_pref_attribute(
-                preference.0,
-                cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
-                (&raw const scratch_bytes).cast(),
-                size_of::<usize>(),
-            )?;
             result::get_matmul_algo_heuristic(
                 handle.0,
                 desc.0,
@@ -223,6 +233,15 @@ impl Drop for Layout {
 }
 
 struct Preference(sys::cublasLtMatmulPreference_t);
+
+impl Preference {
+    /// Sets an attribute, of the type that cuBLASLt has for it.
+    fn set<T: Copy>(&self, attribute: Attribute, value: T) -> Result<(), CublasError> {
+        let (value, size) = ((&raw const value).cast(), size_of::<T>());
+        // SAFETY: the descriptor exists; cuBLASLt checks the size, and reads so many bytes.
+        unsafe { result::set_matmul_pref_attribute(self.0, attribute, value, size) }
+    }
+}
 
 impl Drop for Preference {
     fn drop(&mut self) {

@@ -1,4 +1,4 @@
-//! The kernels of `ops.cu`, loaded on a device.
+//! The kernels of `ops.cu`, `backward.cu` and `sample.cu`, loaded on a device.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -11,7 +11,8 @@ use crate::source::Source;
 use crate::tables::DevicePointer;
 use crate::{Device, Dtype, Error, Result};
 
-/// Arguments of every kernel, field by field as in `kernels/ops.cu`, which says what each one reads.
+/// Arguments of every kernel, field by field as in `kernels/rows.cuh`; the kernels say what each one
+/// reads.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct OpArgs {
@@ -31,8 +32,9 @@ pub(crate) struct OpArgs {
 
 const _: () = assert!(size_of::<OpArgs>() == 80);
 
-/// Names of the kernels.
-const NAMES: [&str; 8] = ["rms_norm", "embed", "rows", "swiglu", "add", "add_bias", "cast", "rope"];
+/// Names of the kernels of a forward pass.
+pub(crate) const FORWARD: [&str; 8] =
+    ["rms_norm", "embed", "rows", "swiglu", "add", "add_bias", "cast", "rope"];
 
 /// Most rows of blocks in a grid, which goes on along its third axis.
 const GRID_ROWS: usize = 1 << 15;
@@ -43,20 +45,32 @@ pub(crate) struct OpKernels {
     functions: HashMap<&'static str, CudaFunction>,
 }
 
+/// Names of the kernels of sampling.
+pub(crate) const SAMPLE: [&str; 1] = ["sample"];
+
+/// Names of the kernels of a backward pass.
+pub(crate) const BACKWARD: [&str; 4] =
+    ["attend_backward", "add_blocks", "rms_norm_backward", "swiglu_backward"];
+
 impl OpKernels {
-    pub(crate) fn load(device: &Device, dtype: Dtype) -> Result<Self> {
+    pub(crate) fn load(
+        device: &Device,
+        dtype: Dtype,
+        source: Source,
+        names: &[&'static str],
+    ) -> Result<Self> {
         // Nothing in them depends on the head dimension.
         let variant = Variant { head_dim: HEAD_DIMS[0], dtype };
-        let cubin = compile(Source::Ops, variant, device.architecture())?;
+        let cubin = compile(source, variant, device.architecture())?;
         let module = device
             .context()
             .load_module(Ptx::from_binary(cubin))
             .map_err(Error::driver("cuModuleLoadData"))?;
-        let load = |name| {
+        let load = |&name| {
             let function = module.load_function(name);
             Ok((name, function.map_err(Error::driver("cuModuleGetFunction"))?))
         };
-        let functions = NAMES.into_iter().map(load).collect::<Result<_>>()?;
+        let functions = names.iter().map(load).collect::<Result<_>>()?;
         Ok(Self { device: device.clone(), functions })
     }
 
@@ -88,18 +102,20 @@ impl OpKernels {
         unsafe { self.launch(name, grid, 256, args) }
     }
 
-    unsafe fn launch(
+    /// # Safety
+    /// As [`by_rows`](Self::by_rows); `args` is the kernel's one argument.
+    pub(crate) unsafe fn launch<A>(
         &self,
         name: &'static str,
         grid: [usize; 3],
         threads: usize,
-        args: &OpArgs,
+        args: &A,
     ) -> Result<()> {
         if grid.contains(&0) {
             return Ok(());
         }
         let Some(function) = self.functions.get(name) else {
-            return Err(Error::argument("Operations", "kernel", "one of ops.cu", name));
+            return Err(Error::argument("Operations", "kernel", "one that was loaded", name));
         };
         self.device.bind()?;
         let [x, y, z] = grid.map(|n| n as u32);

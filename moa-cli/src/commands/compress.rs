@@ -1,6 +1,6 @@
 use std::path::PathBuf;
 
-use moa_models::{CompressOptions, compress};
+use moa_models::{BackwardOps, CalibrationData, Checkpoint, CompressOptions, compress};
 use serde_json::json;
 
 use super::search::SolverArgs;
@@ -9,7 +9,7 @@ use crate::budget::BudgetArgs;
 use crate::calibration;
 use crate::error::Result;
 use crate::files::{check_file, check_optional};
-use crate::model;
+use crate::model::{self, on_device};
 use crate::output::Context;
 use crate::progress::Progress;
 use crate::report;
@@ -62,7 +62,20 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     check_file(&args.out)?;
     check_optional(args.save_profile.as_deref())?;
     let data = calibration::load(&args.data.data)?;
-    let model = model::open(model::with_gradients(context)?, &args.model.model)?;
+    on_device!(context, |ops| with_model(
+        args,
+        &data,
+        &model::open(ops, &args.model.model)?,
+        context
+    ))
+}
+
+fn with_model<O: BackwardOps>(
+    args: &Args,
+    data: &CalibrationData,
+    model: &Checkpoint<O>,
+    context: &Context,
+) -> Result<()> {
     let options = CompressOptions {
         lengths: args.lengths.clone(),
         objective: args.objective.objective,
@@ -82,7 +95,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     options.validate()?;
     let bar = Progress::new(context, "calibrate", 1);
     let found =
-        compress(&model, &data, &options, &mut |stage, done, total| bar.stage(stage, done, total))?;
+        compress(model, data, &options, &mut |stage, done, total| bar.stage(stage, done, total))?;
     drop(bar);
     if let Some(path) = &args.save_profile {
         found.profile.save(path)?;

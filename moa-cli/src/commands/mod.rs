@@ -1,5 +1,6 @@
 //! One file per subcommand: its flags, and what it does with them.
 
+pub(crate) mod bench;
 pub(crate) mod compress;
 pub(crate) mod eval;
 pub(crate) mod generate;

@@ -1,14 +1,17 @@
 use std::path::PathBuf;
 
 use moa_core::{DEFAULT_SINK, ElasticRule, HeadRule, Profile};
-use moa_models::{CalibrationOptions, DEFAULT_BLOCK, WeightedObjective, describe};
+use moa_models::{
+    BackwardOps, CalibrationData, CalibrationOptions, Checkpoint, DEFAULT_BLOCK, WeightedObjective,
+    describe,
+};
 use serde_json::json;
 
 use crate::args::{DataArg, ModelArg, ObjectiveArgs, parse_count};
 use crate::calibration;
 use crate::error::Result;
 use crate::files::check_file;
-use crate::model;
+use crate::model::{self, on_device};
 use crate::output::{Context, table};
 use crate::progress::Progress;
 
@@ -47,7 +50,20 @@ const TOP_HEADS: usize = 5;
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     check_file(&args.out)?;
     let data = calibration::load(&args.data.data)?;
-    let model = model::open(model::with_gradients(context)?, &args.model.model)?;
+    on_device!(context, |ops| with_model(
+        args,
+        &data,
+        &model::open(ops, &args.model.model)?,
+        context
+    ))
+}
+
+fn with_model<O: BackwardOps>(
+    args: &Args,
+    data: &CalibrationData,
+    model: &Checkpoint<O>,
+    context: &Context,
+) -> Result<()> {
     let options = CalibrationOptions {
         lengths: args.lengths.clone(),
         samples: args.samples,
@@ -55,9 +71,9 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         max_response: args.max_response,
         seed: context.seed,
     };
-    let items = calibration::items(&model, &data, &options, context)?;
+    let items = calibration::items(model, data, &options, context)?;
     let bar = Progress::new(context, "profile", items.values().map(Vec::len).sum());
-    let description = format!("{}, seed {}", describe(&data), context.seed);
+    let description = format!("{}, seed {}", describe(data), context.seed);
     let ObjectiveArgs { objective, token_weight } = args.objective;
     let objective = WeightedObjective { objective, weight: token_weight };
     let profile =

@@ -15,7 +15,7 @@ use crate::figure;
 use crate::files::OutputFolder;
 use crate::head_map;
 use crate::held_out;
-use crate::model;
+use crate::model::{self, on_device};
 use crate::output::{Context, table};
 use crate::progress::Progress;
 use crate::report;
@@ -55,6 +55,10 @@ const ANSWER_TOKENS: usize = 32;
 const SHORTEST: usize = 256;
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    on_device!(context, |ops| with_ops(args, ops, context))
+}
+
+fn with_ops<O: BackwardOps>(args: &Args, ops: O, context: &Context) -> Result<()> {
     let begin = Instant::now();
     if args.length < SHORTEST {
         return Err(Error::argument(
@@ -63,7 +67,6 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
             args.length,
         ));
     }
-    let ops = model::with_gradients(context)?;
     let mut folder = OutputFolder::create(&args.out)?;
     let model_path = match &args.model {
         Some(path) => path.clone(),

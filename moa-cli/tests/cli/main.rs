@@ -1,6 +1,7 @@
 //! The command as its users see it.
 
 mod bad_input;
+mod bench;
 mod common;
 mod eval;
 mod pipeline;

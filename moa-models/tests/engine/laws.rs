@@ -300,3 +300,42 @@ fn generations_leave_nothing_for_the_next() -> Result<()> {
     assert_eq!(again.sequences[0].tokens, first);
     Ok(())
 }
+
+#[test]
+fn a_decoder_equals_single_steps_and_refuses_what_they_refuse() -> Result<()> {
+    let text = text(200);
+    let vocab = tiny().config().vocab_size as u32;
+    let open = |len: usize| {
+        let mut sequence = tiny().open(&narrow(), len + 6, 0)?;
+        read(&mut sequence, &text[..len], 100)?;
+        Ok::<_, Error>(sequence)
+    };
+    let (mut together, mut alone) = ([open(120)?, open(31)?], [open(120)?, open(31)?]);
+    let mut next = [7, 8];
+    let mut decoder = tiny().decoder(together.iter_mut().collect())?;
+    for round in 0..6 {
+        let mut expected = Vec::new();
+        for (sequence, token) in alone.iter_mut().zip(next) {
+            expected.extend(step(sequence, &[token])?);
+        }
+        let chosen: Vec<u32> = expected.iter().map(|row| likeliest(row)).collect();
+        if round % 2 == 0 {
+            let got = decoder.step(&next)?;
+            assert!(largest_difference(&got, &expected.concat()) < 1e-4);
+        } else {
+            assert_eq!(decoder.step_greedy(&next)?, chosen);
+        }
+        next = [chosen[0], chosen[1]];
+    }
+    assert!(decoder.step(&next).is_err(), "there is no room");
+    drop(decoder);
+    let mut fresh = [open(20)?];
+    let mut decoder = tiny().decoder(fresh.iter_mut().collect())?;
+    for tokens in [&[vocab][..], &[1, 2], &[]] {
+        assert!(decoder.step_greedy(tokens).is_err(), "{tokens:?}");
+    }
+    drop(decoder);
+    assert_eq!(fresh[0].len(), 20);
+    assert!(matches!(tiny().decoder(Vec::new()).err(), Some(Error::Invalid { what: "batch", .. })));
+    Ok(())
+}

@@ -1,0 +1,213 @@
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use moa_core::{DEFAULT_SINK, Plan, SparseAttentionBackend};
+use moa_models::{BenchOptions, BenchReport, Llama, LlamaConfig, RandomWeights, Weights};
+use serde_json::json;
+
+use crate::args::{parse_count, parse_density};
+use crate::error::{Error, Result};
+use crate::model::{self, on_device};
+use crate::output::{Context, bytes, percent, table};
+use crate::progress::Progress;
+
+/// Measure speed and memory: prefill, first token, decode, by context and batch, dense and plan
+///
+/// A prompt of random tokens is read, its sequence is copied to the whole batch, and tokens are decoded
+/// greedily. GB/s are the bytes that a step has to read, weights and visible keys and values, over the
+/// median time of a step.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  moa bench --model assets/moa-tiny --plan plan.json --prompts 1024,4096\n  moa bench --device cuda --config config.json --random-weights 0 --uniform 0.5 --prompts 3072 --new-tokens 1024 --batches 1,8,max"
+)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    source: SourceArgs,
+    /// Plan file; dense attention is measured too
+    #[arg(long, value_name = "FILE", conflicts_with = "uniform")]
+    plan: Option<PathBuf>,
+    /// Every head sees the sink and a window, together this share of the context
+    #[arg(long, value_name = "DENSITY", value_parser = parse_density)]
+    uniform: Option<f64>,
+    /// Leave dense attention out
+    #[arg(long)]
+    no_dense: bool,
+    /// Seed of random weights made on the device, in place of those of a model
+    #[arg(long, value_name = "SEED", requires = "config")]
+    random_weights: Option<u32>,
+    /// Tokens of each prompt; several lengths are measured one after another
+    #[arg(long, default_value = "1024", value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]
+    prompts: Vec<usize>,
+    /// Sequences that decode together; `max` for as many as the memory of the device holds
+    #[arg(long, default_value = "1", value_delimiter = ',', value_name = "N,..|max")]
+    batches: Vec<Batch>,
+    /// Tokens to decode; caches are as large as prompt and new tokens need
+    #[arg(long, default_value_t = 64, value_name = "N", value_parser = parse_count)]
+    new_tokens: usize,
+    /// Prompt tokens per forward step
+    #[arg(long, default_value_t = 2048, value_name = "N", value_parser = parse_count)]
+    prefill_chunk: usize,
+}
+
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+struct SourceArgs {
+    /// Model folder: config.json and *.safetensors
+    #[arg(long, value_name = "DIR", conflicts_with = "random_weights")]
+    model: Option<PathBuf>,
+    /// config.json of a model whose weights are made up
+    #[arg(long, value_name = "FILE", requires = "random_weights")]
+    config: Option<PathBuf>,
+}
+
+/// How many sequences decode together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Batch {
+    Of(usize),
+    Largest,
+}
+
+impl FromStr for Batch {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "max" => Ok(Self::Largest),
+            number => parse_count(number).map(Self::Of),
+        }
+    }
+}
+
+/// Batches tried in place of the largest that was computed, each a little smaller.
+const RETRIES: usize = 12;
+
+pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    on_device!(context, |ops| with_ops(args, ops, context))
+}
+
+fn with_ops<O: RandomWeights>(args: &Args, ops: O, context: &Context) -> Result<()> {
+    let model = match (&args.source.model, &args.source.config, args.random_weights) {
+        (Some(folder), ..) => {
+            Llama::load(ops, LlamaConfig::from_file(folder)?, &Weights::open(folder)?)?
+        }
+        (_, Some(config), Some(seed)) => Llama::random(ops, LlamaConfig::from_file(config)?, seed)?,
+        _ => {
+            return Err(Error::argument(
+                "model",
+                "--model, or --config and --random-weights",
+                "none",
+            ));
+        }
+    };
+    let mut plans: Vec<(String, Plan)> = Vec::new();
+    if !args.no_dense || (args.plan.is_none() && args.uniform.is_none()) {
+        plans.push(("dense".into(), Plan::full(model.shape())?));
+    }
+    if let Some(path) = &args.plan {
+        let plan = Plan::load(path)?;
+        let shape = plan.check_shape(&model.shape());
+        shape.map_err(|e| Error::from(e).at(path.display().to_string()))?;
+        plans.push((path.display().to_string(), plan));
+    }
+    if let Some(density) = args.uniform {
+        let plan = model::uniform(model.shape(), DEFAULT_SINK, density)?;
+        plans.push((format!("uniform {density}"), plan));
+    }
+    let total = plans.len() * args.prompts.len() * args.batches.len();
+    let bar = Progress::new(context, "bench", total);
+    let (mut rows, mut values) = (Vec::new(), Vec::new());
+    for &prompt in &args.prompts {
+        for (name, plan) in &plans {
+            for &batch in &args.batches {
+                let options = BenchOptions {
+                    prompt,
+                    new_tokens: args.new_tokens,
+                    batch: 1,
+                    prefill_chunk: args.prefill_chunk,
+                    seed: context.seed,
+                };
+                let report = measure(&model, plan, batch, &options)?;
+                rows.push(row(name, &report));
+                let mut value = json!(report);
+                value["plan"] = json!(name);
+                values.push(value);
+                bar.step();
+            }
+        }
+    }
+    drop(bar);
+    context.print(table(&HEAD, &rows))?;
+    context.json(&json!({
+        "device": model.ops().attention().name(),
+        "layers": model.config().num_hidden_layers,
+        "parameters": model.config().parameters(),
+        "measurements": values,
+    }))
+}
+
+fn measure<O: RandomWeights>(
+    model: &Llama<O>,
+    plan: &Plan,
+    batch: Batch,
+    options: &BenchOptions,
+) -> Result<BenchReport> {
+    let mut batch = match batch {
+        Batch::Of(batch) => return Ok(model.bench(plan, &BenchOptions { batch, ..*options })?),
+        Batch::Largest => {
+            let context = options.prompt + options.new_tokens;
+            let missing = || Error::argument("--batches", "numbers on this device", "max");
+            model.largest_batch(plan, context)?.ok_or_else(missing)?.max(1)
+        }
+    };
+    for _ in 0..RETRIES {
+        match model.bench(plan, &BenchOptions { batch, ..*options }) {
+            Err(error) if error.is_out_of_memory() && batch > 1 => batch -= batch.div_ceil(50),
+            other => return Ok(other?),
+        }
+    }
+    Ok(model.bench(plan, &BenchOptions { batch, ..*options })?)
+}
+
+const HEAD: [&str; 11] = [
+    "cache",
+    "prompt",
+    "batch",
+    "first token",
+    "prefill tok/s",
+    "decode tok/s",
+    "ms/step",
+    "GB/s",
+    "KV bytes",
+    "of dense",
+    "peak",
+];
+
+fn row(name: &str, report: &BenchReport) -> Vec<String> {
+    vec![
+        name.to_string(),
+        report.prompt.to_string(),
+        report.batch.to_string(),
+        format!("{:.3} s", report.first_token_seconds),
+        format!("{:.0}", report.prefill_tokens_per_second),
+        format!("{:.1}", report.decode_tokens_per_second),
+        format!("{:.3}", report.step_seconds * 1e3),
+        format!("{:.0}", report.step_bytes_per_second / 1e9),
+        bytes(report.kv_bytes),
+        percent(report.kv_bytes as f64 / report.kv_bytes_dense.max(1) as f64),
+        report.peak_bytes.map_or_else(|| "-".to_string(), bytes),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_are_counts_or_the_largest() {
+        assert_eq!("max".parse::<Batch>().unwrap(), Batch::Largest);
+        assert_eq!("8".parse::<Batch>().unwrap(), Batch::Of(8));
+        for text in ["0", "-1", "all", ""] {
+            assert!(text.parse::<Batch>().is_err(), "{text}");
+        }
+    }
+}

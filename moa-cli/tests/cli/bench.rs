@@ -1,0 +1,49 @@
+//! `moa bench`: what it says, and what it refuses.
+
+use crate::common::{json_of, ok, refuses, tiny};
+
+#[test]
+fn dense_and_plan_are_measured_for_every_prompt_and_batch() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let tiny = tiny.to_str().unwrap();
+    let args = ["bench", "--model", tiny, "--uniform", "0.25", "--new-tokens", "8"];
+    let value = json_of(root, &[&args[..], &["--prompts", "120,248", "--batches", "1,3"]].concat());
+    let all = value["measurements"].as_array().unwrap();
+    assert_eq!(all.len(), 8);
+    for one in all {
+        let batch = one["batch"].as_u64().unwrap();
+        assert_eq!(one["context"].as_u64(), one["prompt"].as_u64().map(|n| n + 8));
+        for field in ["first_token_seconds", "decode_tokens_per_second", "step_seconds"] {
+            assert!(one[field].as_f64().unwrap() > 0.0, "{one}");
+        }
+        // 6 layers x 2 KV heads x 64 x (K and V) x 2 bytes per token.
+        let dense = batch * one["context"].as_u64().unwrap() * 6 * 2 * 64 * 2 * 2;
+        assert_eq!(one["kv_bytes_dense"].as_u64(), Some(dense));
+        let share = one["kv_bytes"].as_u64().unwrap() as f64 / dense as f64;
+        let expected = if one["plan"] == "dense" { 1.0 } else { one["density"].as_f64().unwrap() };
+        assert!((share - expected).abs() < 0.01, "{one}");
+    }
+    let config = format!("{tiny}/config.json");
+    let args = ["bench", "--config", &config, "--random-weights", "3", "--new-tokens", "6"];
+    assert!(ok(root, &[&args[..], &["--prompts", "30"]].concat()).contains("dense"));
+}
+
+#[test]
+fn what_cannot_be_measured_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let tiny = tiny.to_str().unwrap();
+    let bench = |args: &[&str], parts: &[&str]| {
+        refuses(root, &[&["bench"], args].concat(), parts);
+    };
+    bench(&[], &["--model"]);
+    bench(&["--model", tiny, "--random-weights", "1"], &["--random-weights"]);
+    bench(&["--config", "config.json"], &["--random-weights"]);
+    bench(&["--model", tiny, "--batches", "0"], &["--batches"]);
+    bench(&["--model", tiny, "--batches", "max"], &["--batches", "max"]);
+    bench(&["--model", tiny, "--new-tokens", "3"], &["new tokens", "3"]);
+    bench(&["--model", tiny, "--prompts", "8190"], &["8254", "8192"]);
+}

@@ -1,0 +1,302 @@
+//! The operations on one NVIDIA GPU, over [`moa_backend_cuda`]. Weights are rounded to the type of
+//! the activations on their way to the device, and are nowhere else.
+
+mod backward;
+mod random;
+mod replay;
+
+use std::ops::Range;
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use moa_backend_cuda::{CudaBackend, Device, Dtype, Operations, Tensor, Turns};
+
+use crate::decode::Decode;
+use crate::llama::{Llama, Sequence};
+use crate::ops::{LinearWeights, Memory, Ops};
+use crate::rope::RopeTable;
+use crate::weights::{DType, MappedTensor};
+use crate::{Error, Result};
+use replay::Replay;
+
+/// Element type of weights, activations and KV caches on the GPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum CudaDtype {
+    /// IEEE half precision: finer, but overflows beyond 65504.
+    F16,
+    /// The upper half of an f32, as most models are published.
+    #[default]
+    Bf16,
+}
+
+/// Runs a model on an NVIDIA GPU.
+///
+/// Activations are f32 in the residual stream and of the 16-bit type elsewhere; logits are f32.
+#[derive(Debug)]
+pub struct CudaOps {
+    attention: CudaBackend,
+    exact: CudaBackend,
+    operations: Operations,
+}
+
+impl CudaOps {
+    /// On device `ordinal`, counted from 0. The attention kernels are compiled when the first
+    /// sequence needs them; the others, and the device, are tried now.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] with a [`moa_backend_cuda::Error`] that names what is missing: driver,
+    /// device, compute capability, NVRTC, cuBLASLt, memory.
+    pub fn new(ordinal: usize, dtype: CudaDtype) -> Result<Self> {
+        let dtype = match dtype {
+            CudaDtype::F16 => Dtype::F16,
+            CudaDtype::Bf16 => Dtype::Bf16,
+        };
+        let device = Device::open(ordinal)?;
+        // Models own their GPU: memory that a step has freed is what the next one asks for.
+        device.keep_freed(u64::MAX)?;
+        Ok(Self {
+            attention: CudaBackend::new(&device, dtype)?,
+            exact: CudaBackend::exact(&device, dtype)?,
+            operations: Operations::new(&device, dtype)?,
+        })
+    }
+
+    /// The GPU.
+    pub fn device(&self) -> &Device {
+        self.operations.device()
+    }
+
+    fn dtype(&self) -> Dtype {
+        self.operations.dtype()
+    }
+}
+
+/// Linear layers of one input, computed as one product.
+#[derive(Debug)]
+pub struct Joined {
+    /// `[sum of out, in]`.
+    weight: Tensor,
+    bias: Option<Tensor>,
+    /// Where each layer's outputs end.
+    ends: Vec<usize>,
+}
+
+impl Ops for CudaOps {
+    type Tensor = Tensor;
+    type Matrix = Tensor;
+    type Vector = Tensor;
+    type Joined = Joined;
+    /// Pairs (cos, sin), f32 `[tokens, head_dim]`.
+    type Rotations = Tensor;
+    type Attention = CudaBackend;
+
+    fn attention(&self) -> &CudaBackend {
+        &self.attention
+    }
+
+    fn cache_element_bytes(&self) -> usize {
+        self.dtype().bytes()
+    }
+
+    fn check_room(&self, what: &'static str, bytes: u64) -> Result<()> {
+        let free = self.device().available()?;
+        match bytes <= free {
+            true => Ok(()),
+            false => {
+                Err(Error::backend(moa_backend_cuda::Error::OutOfMemory { what, bytes, free }))
+            }
+        }
+    }
+
+    fn weight_bytes(&self, elements: u64) -> u64 {
+        elements * self.dtype().bytes() as u64
+    }
+
+    fn matrix(&self, tensor: MappedTensor) -> Result<Tensor> {
+        self.upload(&[&tensor], tensor.shape(), self.dtype())
+    }
+
+    fn vector(&self, tensor: MappedTensor) -> Result<Tensor> {
+        self.upload(&[&tensor], tensor.shape(), Dtype::F32)
+    }
+
+    fn join(&self, parts: Vec<LinearWeights>) -> Result<Joined> {
+        let mut ends = Vec::new();
+        let mut input = None;
+        for LinearWeights { weight, .. } in &parts {
+            let &[out, width] = weight.shape() else {
+                return Err(Error::invalid("weight", "2 axes", weight.shape().len()));
+            };
+            if *input.get_or_insert(width) != width {
+                return Err(Error::invalid("joined layers", "of one input", width));
+            }
+            ends.push(ends.last().unwrap_or(&0) + out);
+        }
+        let (Some(&out), Some(input)) = (ends.last(), input) else {
+            return Err(Error::invalid("joined layers", "at least 1", 0));
+        };
+        let weights: Vec<&MappedTensor> = parts.iter().map(|part| &part.weight).collect();
+        let weight = self.upload(&weights, &[out, input], self.dtype())?;
+        let biases: Vec<&MappedTensor> =
+            parts.iter().filter_map(|part| part.bias.as_ref()).collect();
+        let bias = match biases.len() {
+            0 => None,
+            n if n == parts.len() => Some(self.upload(&biases, &[out], Dtype::F32)?),
+            n => return Err(Error::invalid("biases", format!("0 or {}", parts.len()), n)),
+        };
+        Ok(Joined { weight, bias, ends })
+    }
+
+    fn shape(&self, x: &Tensor) -> Vec<usize> {
+        x.shape().to_vec()
+    }
+
+    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
+        Tensor::from_f32(self.device(), &values, shape, Dtype::F32).map_err(Error::backend)
+    }
+
+    fn values(&self, x: Tensor) -> Result<Vec<f32>> {
+        x.to_f32().map_err(Error::backend)
+    }
+
+    fn embed(&self, table: &Tensor, ids: &[u32]) -> Result<Tensor> {
+        self.operations.embed(table, ids).map_err(Error::backend)
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+        self.operations.rms_norm(x, weight, eps).map_err(Error::backend)
+    }
+
+    fn linear(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        self.operations.linear(x, weight, bias, self.dtype()).map_err(Error::backend)
+    }
+
+    fn linears(&self, x: &Tensor, joined: &Joined) -> Result<Vec<Tensor>> {
+        let y = self.linear(x, &joined.weight, joined.bias.as_ref())?;
+        let mut start = 0;
+        let part = |&end: &usize| y.columns(std::mem::replace(&mut start, end)..end);
+        joined.ends.iter().map(part).collect::<Result<_, _>>().map_err(Error::backend)
+    }
+
+    fn linear_add(
+        &self,
+        x: Tensor,
+        y: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        self.operations.linear_add(x, y, weight, bias).map_err(Error::backend)
+    }
+
+    fn logits(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+        self.operations.linear(x, weight, None, Dtype::F32).map_err(Error::backend)
+    }
+
+    fn rotations(&self, sequences: &[(&RopeTable, Range<usize>)]) -> Result<Tensor> {
+        let turns: Vec<Turns<'_>> =
+            sequences.iter().map(|(table, positions)| turns(table, positions.clone())).collect();
+        self.operations.turns(&turns).map_err(Error::backend)
+    }
+
+    fn rope(
+        &self,
+        x: Tensor,
+        head_dim: usize,
+        rotations: &Tensor,
+        inverse: bool,
+    ) -> Result<Tensor> {
+        let shape = x.shape();
+        let (rows, width) = (shape[0], shape[1..].iter().product::<usize>());
+        let heads = width.checked_div(head_dim).unwrap_or(0);
+        let x = self.reshape(x, &[rows, heads, head_dim])?;
+        self.operations.rope(&x, rotations, inverse).map_err(Error::backend)
+    }
+
+    fn reshape(&self, x: Tensor, shape: &[usize]) -> Result<Tensor> {
+        x.reshape(shape).map_err(Error::backend)
+    }
+
+    fn swiglu(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
+        self.operations.swiglu(&gate, up).map_err(Error::backend)
+    }
+
+    fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
+        self.operations.add(x, y).map_err(Error::backend)
+    }
+
+    fn rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
+        self.operations.rows(x, rows).map_err(Error::backend)
+    }
+
+    fn memory(&self) -> Result<Option<Memory>> {
+        let device = self.device();
+        Ok(Some(Memory { peak_bytes: device.peak_bytes()?, available_bytes: device.available()? }))
+    }
+
+    fn reset_peak(&self) -> Result<()> {
+        Ok(self.device().reset_peak()?)
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(self.device().synchronize()?)
+    }
+
+    fn decoder<'a>(
+        model: &'a Llama<Self>,
+        batch: Vec<&'a mut Sequence<Self>>,
+    ) -> Result<Box<dyn Decode + 'a>> {
+        Ok(Box::new(Replay::new(model, batch)))
+    }
+}
+
+fn turns(table: &RopeTable, positions: Range<usize>) -> Turns<'_> {
+    Turns { inv_freq: table.inv_freq(), scale: table.attention_scale(), positions }
+}
+
+impl CudaOps {
+    /// Weights one after the other in one tensor, converted piece by piece in page-locked memory.
+    fn upload(&self, parts: &[&MappedTensor], shape: &[usize], dtype: Dtype) -> Result<Tensor> {
+        let mut values = Vec::new();
+        let fill = |range: Range<usize>, mut staged: &mut [u8]| {
+            let mut start = 0;
+            for part in parts {
+                let len = part.shape().iter().product::<usize>();
+                let own = range.start.max(start)..range.end.min(start + len);
+                if !own.is_empty() {
+                    let (to, rest) = staged.split_at_mut(own.len() * dtype.bytes());
+                    convert(part, own.start - start..own.end - start, dtype, to, &mut values);
+                    staged = rest;
+                }
+                start += len;
+            }
+        };
+        self.operations.upload(shape, dtype, fill).map_err(Error::backend)
+    }
+}
+
+/// Writes elements of a weight as `dtype`; `values` is scratch memory.
+fn convert(
+    from: &MappedTensor,
+    elements: Range<usize>,
+    dtype: Dtype,
+    to: &mut [u8],
+    values: &mut Vec<f32>,
+) {
+    let size = from.dtype().size_bytes();
+    let bytes = &from.bytes()[elements.start * size..elements.end * size];
+    let same = matches!(
+        (from.dtype(), dtype),
+        (DType::F32, Dtype::F32) | (DType::F16, Dtype::F16) | (DType::BF16, Dtype::Bf16)
+    );
+    if same && cfg!(target_endian = "little") {
+        return to.copy_from_slice(bytes);
+    }
+    values.clear();
+    from.dtype().extend_f32(bytes, values);
+    match dtype {
+        Dtype::F32 => to.copy_from_slice(bytemuck::cast_slice(values)),
+        // Page-locked memory begins at a page.
+        Dtype::F16 => bytemuck::cast_slice_mut::<u8, f16>(to).convert_from_f32_slice(values),
+        Dtype::Bf16 => bytemuck::cast_slice_mut::<u8, bf16>(to).convert_from_f32_slice(values),
+    }
+}
