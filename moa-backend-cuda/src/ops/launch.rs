@@ -33,8 +33,20 @@ pub(crate) struct OpArgs {
 const _: () = assert!(size_of::<OpArgs>() == 80);
 
 /// Names of the kernels of a forward pass.
-pub(crate) const FORWARD: [&str; 8] =
-    ["rms_norm", "embed", "rows", "swiglu", "add", "add_bias", "cast", "rope"];
+pub(crate) const FORWARD: [&str; 12] = [
+    "rms_norm",
+    "embed",
+    "rows",
+    "swiglu",
+    "add",
+    "add_bias",
+    "cast",
+    "rope",
+    "turns",
+    "argmax",
+    "grow",
+    "randomise",
+];
 
 /// Most rows of blocks in a grid, which goes on along its third axis.
 const GRID_ROWS: usize = 1 << 15;
@@ -133,5 +145,26 @@ impl OpKernels {
             )
         }
         .map_err(Error::driver(name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A kernel that is not named here is found missing only on a GPU.
+    #[test]
+    fn every_kernel_of_a_source_is_named() {
+        for (source, names) in [
+            (Source::Ops, &FORWARD[..]),
+            (Source::Sample, &SAMPLE[..]),
+            (Source::Backward, &BACKWARD[..]),
+        ] {
+            let text = source.text();
+            assert_eq!(text.matches("extern \"C\"").count(), names.len(), "{}", source.name());
+            for name in names {
+                assert!(text.contains(&format!(" {name}(const ")), "{name}");
+            }
+        }
     }
 }
