@@ -24,8 +24,8 @@
 //!
 //! # What is needed
 //! Nothing to build. To run: a driver, a GPU of compute capability 8.0 or later, and NVRTC 12 or 13
-//! (the CUDA toolkit, or the package `nvidia-cuda-nvrtc` on `LD_LIBRARY_PATH`). Each of them missing
-//! is an [`Error`] of its own. Kernels are compiled at first use and kept on disk; [`compile()`]
+//! (the CUDA toolkit, or the package `nvidia-cuda-nvrtc` on `LD_LIBRARY_PATH`); for [`Operations`] and
+//! gradients cuBLASLt too. Each of them missing is an [`Error`] of its own. Kernels are compiled at first use and kept on disk; [`compile()`]
 //! fills that cache on a machine without a GPU.
 //!
 //! # Which kernel runs
@@ -33,6 +33,11 @@
 //! keys that a head sees every 512 keys; more take a tensor-core tile kernel, on Hopper with
 //! warp-group instructions where the chunk is long enough. Which one, and how a sequence is cut,
 //! depends on that sequence alone, so its result is bitwise the same whatever else is in the batch.
+//!
+//! # Whole models
+//! [`Operations`] is the rest of a Llama, forward and backward; the crate `moa-models` runs models on
+//! it. What is allocated and launched on the device's own stream alone can be captured and launched
+//! as one [`Graph`].
 //!
 //! # Inside another engine
 //! [`Step`] runs the same kernels on foreign memory and a foreign stream: it plans on the host and
