@@ -36,8 +36,8 @@
 //!
 //! # Whole models
 //! [`Operations`] is the rest of a Llama, forward and backward; the crate `moa-models` runs models on
-//! it. What is allocated and launched on the device's own stream alone can be captured and launched
-//! as one [`Graph`].
+//! it. What is launched on the device's own stream alone can be captured and launched as one
+//! [`Graph`], with its intermediate tensors in an [`Arena`].
 //!
 //! # Inside another engine
 //! [`Step`] runs the same kernels on foreign memory and a foreign stream: it plans on the host and
@@ -45,6 +45,7 @@
 //! the level below: addresses, strides and tables. `examples/candle_cuda` in the repository runs it
 //! inside candle; with the feature `burn`, the module `burn` has the same backend on burn's tensors.
 
+mod arena;
 mod backend;
 #[cfg(feature = "burn")]
 pub mod burn;
@@ -69,6 +70,7 @@ pub mod tables;
 mod tensor;
 mod timing;
 
+pub use arena::Arena;
 pub use backend::CudaBackend;
 pub use cache::Cache;
 pub use compile::{Architecture, HEAD_DIMS, Variant, compile};
