@@ -177,19 +177,28 @@ impl Operations {
         len: usize,
     ) -> Result<()> {
         check_shape(op, what, vector, &[len])?;
+        self.check_place(op, what, vector)?;
         check_dtype(op, what, vector, Dtype::F32)
+    }
+
+    /// On this device, and aligned as the kernels read it.
+    fn check_place(&self, op: &'static str, what: &'static str, x: &Tensor) -> Result<()> {
+        if x.device().context() != self.device.context() {
+            return Err(Error::argument(op, what, "on the device of the operations", "on another"));
+        }
+        match x.pointer().is_multiple_of(16) {
+            true => Ok(()),
+            false => Err(Error::argument(op, what, "at a multiple of 16 bytes", x.pointer())),
+        }
     }
 
     /// Rows that the kernels can take, on this device.
     fn check_rows(&self, op: &'static str, what: &'static str, x: &Tensor) -> Result<()> {
-        if x.device().context() != self.device.context() {
-            return Err(Error::argument(op, what, "on the device of the operations", "on another"));
-        }
+        self.check_place(op, what, x)?;
         let cols = x.row_len();
         let aligned = cols.is_multiple_of(8) && x.stride().is_multiple_of(8);
-        if !aligned || !x.pointer().is_multiple_of(16) || i32::try_from(cols).is_err() {
-            let expected = "rows of a multiple of 8 elements that begin at 16 bytes";
-            return Err(Error::shape(op, what, expected, x.shape()));
+        if !aligned || i32::try_from(cols).is_err() {
+            return Err(Error::shape(op, what, "rows of a multiple of 8 elements", x.shape()));
         }
         match i32::try_from(x.shape()[0]) {
             Ok(_) => Ok(()),
