@@ -85,6 +85,9 @@ impl Operations {
             other => return Err(Error::argument(op, "x", self.dtype, other)),
         };
         let x = rounded.as_ref().unwrap_or(x);
+        if transposed && Self::has_gemv(x) {
+            return self.gemv(x, weight, d, accumulate);
+        }
         let product = Product {
             m,
             n,

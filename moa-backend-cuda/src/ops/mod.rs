@@ -3,6 +3,7 @@
 mod backward;
 mod blas;
 mod elementwise;
+mod gemv;
 mod indices;
 mod launch;
 mod linear;
@@ -22,7 +23,7 @@ use launch::{FORWARD, OpArgs, OpKernels};
 pub use sample::Draw;
 
 /// The operations of a Llama layer beside attention, on one GPU and its own stream: cuBLASLt for
-/// matrix products, own kernels for the rest.
+/// matrix products of more than 4 rows, own kernels for the rest.
 ///
 /// Weights and the inputs of matrix products are f16 or bf16, one of them for all. The residual
 /// stream and logits are f32, as sums over many layers and choices between near equals want; norms
@@ -35,6 +36,7 @@ pub struct Operations {
     kernels: OpKernels,
     backward: Lazy,
     sampling: Lazy,
+    gemv: Lazy,
     blas: Blas,
     staging: Mutex<Staging>,
 }
@@ -61,6 +63,7 @@ impl Operations {
             kernels: OpKernels::load(device, dtype, Source::Ops, &FORWARD)?,
             backward: Lazy::default(),
             sampling: Lazy::default(),
+            gemv: Lazy::default(),
             blas: Blas::new(device)?,
             staging: Mutex::new(Staging::new(device)),
         })
