@@ -57,7 +57,7 @@ fn requests_that_come_and_go_get_what_they_get_alone() -> Result<()> {
             // Chunks of different sizes, so that prompts are read over several steps.
             prefill_chunk: 20 + 13 * id,
             sampling: SamplingOptions {
-                temperature: if sampled && id % 2 == 0 { 0.9 } else { 0.0 },
+                temperature: if sampled && id.is_multiple_of(2) { 0.9 } else { 0.0 },
                 seed: id as u64,
                 ..SamplingOptions::default()
             },
