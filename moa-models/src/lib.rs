@@ -1,5 +1,8 @@
 //! Llama-2, Llama-3 and Vicuna models whose KV caches are as small as a
 //! [plan](moa_core::Plan) allows.
+//!
+//! Everything is written over [`Ops`], the operations of one device: [`CpuOps`], and `CudaOps` with the
+//! feature `cuda`, which needs nothing to build, and to run a driver, NVRTC and cuBLASLt.
 
 mod bench;
 mod calibrate;
