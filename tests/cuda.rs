@@ -6,6 +6,8 @@ mod conformance;
 mod gpu;
 #[path = "gpu/gradients.rs"]
 mod gradients;
+#[path = "gpu/graph.rs"]
+mod graph;
 #[path = "gpu/hazards.rs"]
 mod hazards;
 #[path = "gpu/ops.rs"]

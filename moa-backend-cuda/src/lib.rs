@@ -24,8 +24,8 @@
 //!
 //! # What is needed
 //! Nothing to build. To run: a driver, a GPU of compute capability 8.0 or later, and NVRTC 12 or 13
-//! (the CUDA toolkit, or the package `nvidia-cuda-nvrtc` on `LD_LIBRARY_PATH`). Each of them missing
-//! is an [`Error`] of its own. Kernels are compiled at first use and kept on disk; [`compile()`]
+//! (the CUDA toolkit, or the package `nvidia-cuda-nvrtc` on `LD_LIBRARY_PATH`); for [`Operations`] and
+//! gradients cuBLASLt too. Each of them missing is an [`Error`] of its own. Kernels are compiled at first use and kept on disk; [`compile()`]
 //! fills that cache on a machine without a GPU.
 //!
 //! # Which kernel runs
@@ -34,12 +34,18 @@
 //! warp-group instructions where the chunk is long enough. Which one, and how a sequence is cut,
 //! depends on that sequence alone, so its result is bitwise the same whatever else is in the batch.
 //!
+//! # Whole models
+//! [`Operations`] is the rest of a Llama, forward and backward; the crate `moa-models` runs models on
+//! it. What is launched on the device's own stream alone can be captured and launched as one
+//! [`Graph`], with its intermediate tensors in an [`Arena`].
+//!
 //! # Inside another engine
 //! [`Step`] runs the same kernels on foreign memory and a foreign stream: it plans on the host and
 //! uploads tables (`prepare`), then only launches (`run`), also inside a CUDA graph. [`Kernels`] is
 //! the level below: addresses, strides and tables. `examples/candle_cuda` in the repository runs it
 //! inside candle; with the feature `burn`, the module `burn` has the same backend on burn's tensors.
 
+mod arena;
 mod backend;
 #[cfg(feature = "burn")]
 pub mod burn;
@@ -64,6 +70,7 @@ pub mod tables;
 mod tensor;
 mod timing;
 
+pub use arena::Arena;
 pub use backend::CudaBackend;
 pub use cache::Cache;
 pub use compile::{Architecture, HEAD_DIMS, Variant, compile};

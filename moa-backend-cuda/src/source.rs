@@ -21,6 +21,8 @@ pub enum Source {
     Backward,
     /// Choice of tokens.
     Sample,
+    /// Products of few rows.
+    Gemv,
 }
 
 /// What `#include` may name.
@@ -33,7 +35,7 @@ pub(crate) const HEADERS: [(&str, &str); 4] = [
 
 impl Source {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Append,
         Self::Decode,
         Self::Tile,
@@ -42,6 +44,7 @@ impl Source {
         Self::Ops,
         Self::Backward,
         Self::Sample,
+        Self::Gemv,
     ];
 
     /// Name of the file.
@@ -55,6 +58,7 @@ impl Source {
             Self::Ops => "ops.cu",
             Self::Backward => "backward.cu",
             Self::Sample => "sample.cu",
+            Self::Gemv => "gemv.cu",
         }
     }
 
@@ -63,14 +67,14 @@ impl Source {
     pub fn exists_for(self, head_dim: usize, architecture: Architecture) -> bool {
         match self {
             Self::Wgmma => architecture.has_wgmma() && matches!(head_dim, 64 | 128),
-            Self::Ops | Self::Backward | Self::Sample => head_dim == HEAD_DIMS[0],
+            Self::Ops | Self::Backward | Self::Sample | Self::Gemv => head_dim == HEAD_DIMS[0],
             _ => true,
         }
     }
 
     /// Whether it is part of attention, so one of [`Kernels`](crate::Kernels).
     pub(crate) fn is_attention(self) -> bool {
-        !matches!(self, Self::Ops | Self::Backward | Self::Sample)
+        !matches!(self, Self::Ops | Self::Backward | Self::Sample | Self::Gemv)
     }
 
     pub(crate) fn text(self) -> &'static str {
@@ -83,6 +87,7 @@ impl Source {
             Self::Ops => include_str!("../kernels/ops.cu"),
             Self::Backward => include_str!("../kernels/backward.cu"),
             Self::Sample => include_str!("../kernels/sample.cu"),
+            Self::Gemv => include_str!("../kernels/gemv.cu"),
         }
     }
 }

@@ -2,11 +2,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytemuck::Pod;
-use cudarc::driver::{CudaSlice, result, sys};
+use cudarc::driver::{result, sys};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use crate::memory::address;
+use crate::arena::Memory;
 use crate::tables::{DevicePointer, Packed};
 use crate::{Device, Dtype, Error, Result};
 
@@ -16,7 +16,7 @@ use crate::{Device, Dtype, Error, Result};
 #[derive(Clone, Debug)]
 pub struct Tensor {
     device: Device,
-    data: Arc<CudaSlice<u8>>,
+    data: Arc<Memory>,
     dtype: Dtype,
     shape: [usize; 3],
     axes: usize,
@@ -121,7 +121,8 @@ impl Tensor {
         dtype: Dtype,
     ) -> Result<Self> {
         let (padded, axes, len) = check(op, shape)?;
-        let data = Arc::new(device.alloc("tensor", len.saturating_mul(dtype.bytes()))?);
+        let bytes = len.saturating_mul(dtype.bytes());
+        let data = Arc::new(Memory::new(device, "tensor", bytes)?);
         let stride = padded[1] * padded[2];
         Ok(Self { device: device.clone(), data, dtype, shape: padded, axes, offset: 0, stride })
     }
@@ -267,7 +268,7 @@ impl Tensor {
 
     /// Address of the first element.
     pub fn pointer(&self) -> DevicePointer {
-        address(&*self.data) + (self.offset * self.dtype.bytes()) as u64
+        self.data.address() + (self.offset * self.dtype.bytes()) as u64
     }
 
     /// As kernels read it, `[tokens, heads, head_dim]`.

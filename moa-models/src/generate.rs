@@ -3,7 +3,8 @@ use std::time::{Duration, Instant};
 
 use crate::llama::{Llama, LogitRows, Sequence};
 use crate::ops::Ops;
-use crate::sampling::{Sampler, SamplingOptions};
+use crate::running::Running;
+use crate::sampling::SamplingOptions;
 use crate::{Error, Result};
 
 /// How to continue prompts.
@@ -173,17 +174,7 @@ impl<O: Ops> Llama<O> {
         }
         options.sampling.validate()?;
         for (sequence, prompt) in batch.iter().zip(prompts) {
-            let room = sequence.capacity() - sequence.len();
-            if prompt.is_empty() {
-                return Err(Error::invalid("prompt", "at least 1 token", 0));
-            }
-            if prompt.len() > room {
-                return Err(Error::ContextExceeded {
-                    asked: sequence.len() + prompt.len(),
-                    limit: sequence.capacity(),
-                });
-            }
-            self.check_tokens(prompt)?;
+            self.check_prompt(sequence, prompt)?;
         }
         let total = prompts.iter().map(|p| p.len()).sum();
         let mut running: Vec<Running> = prompts
@@ -213,6 +204,20 @@ impl<O: Ops> Llama<O> {
             decoded_tokens,
             decode: start.elapsed(),
         })
+    }
+
+    /// Checks that a sequence has room for a prompt of the vocabulary.
+    pub(crate) fn check_prompt(&self, sequence: &Sequence<O>, prompt: &[u32]) -> Result<()> {
+        if prompt.is_empty() {
+            return Err(Error::invalid("prompt", "at least 1 token", 0));
+        }
+        if prompt.len() > sequence.capacity() - sequence.len() {
+            return Err(Error::ContextExceeded {
+                asked: sequence.len() + prompt.len(),
+                limit: sequence.capacity(),
+            });
+        }
+        self.check_tokens(prompt)
     }
 
     /// Continues sequences whose prompts are read until all have ended; how many tokens that took.
@@ -271,81 +276,5 @@ impl<O: Ops> Llama<O> {
             }
         }
         Ok(decoded)
-    }
-}
-
-/// One sequence of a batch while it runs.
-struct Running {
-    sampler: Sampler,
-    /// Prompt and new tokens.
-    history: Vec<u32>,
-    prompt_len: usize,
-    /// Of the last token; empty once they were sampled.
-    logits: Vec<f32>,
-    /// The token to come, where the device has chosen it.
-    next: Option<u32>,
-    finish: Option<Finish>,
-}
-
-impl Running {
-    fn new(prompt: &[u32], sampling: &SamplingOptions, index: usize) -> Result<Self> {
-        let seed = sampling.seed.wrapping_add(index as u64);
-        Ok(Self {
-            sampler: Sampler::new(SamplingOptions { seed, ..sampling.clone() })?,
-            history: prompt.to_vec(),
-            prompt_len: prompt.len(),
-            logits: Vec::new(),
-            next: None,
-            finish: None,
-        })
-    }
-
-    /// The token that its next step appends.
-    fn last(&self) -> u32 {
-        self.history[self.history.len() - 1]
-    }
-
-    /// Samples the next token, if the sequence still runs.
-    fn choose(
-        &mut self,
-        index: usize,
-        options: &GenerateOptions,
-        room: usize,
-        on_progress: &mut dyn FnMut(Progress) -> Next,
-    ) -> Result<()> {
-        if self.finish.is_some() {
-            return Ok(());
-        }
-        if self.history.len() - self.prompt_len >= options.max_new_tokens {
-            self.finish = Some(Finish::Length);
-            return Ok(());
-        }
-        let token = match self.next.take() {
-            Some(token) => token,
-            None => self.sampler.sample(&mut self.logits, &self.history)?,
-        };
-        if options.eos_token_ids.contains(&token) {
-            self.finish = Some(Finish::Eos);
-            return Ok(());
-        }
-        self.history.push(token);
-        match on_progress(Progress::Token { sequence: index, token }) {
-            Next::Continue => {}
-            Next::Stop => self.finish = Some(Finish::Stopped),
-            Next::Cancel => return Err(Error::Cancelled),
-        }
-        if self.finish.is_none()
-            && (room == 0 || self.history.len() - self.prompt_len >= options.max_new_tokens)
-        {
-            self.finish = Some(Finish::Length);
-        }
-        Ok(())
-    }
-
-    fn finish(self) -> Generated {
-        Generated {
-            tokens: self.history[self.prompt_len..].to_vec(),
-            finish: self.finish.unwrap_or(Finish::Length),
-        }
     }
 }

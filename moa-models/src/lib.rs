@@ -1,5 +1,8 @@
 //! Llama-2, Llama-3 and Vicuna models whose KV caches are as small as a
 //! [plan](moa_core::Plan) allows.
+//!
+//! Everything is written over [`Ops`], the operations of one device: [`CpuOps`], and `CudaOps` with the
+//! feature `cuda`, which needs nothing to build, and to run a driver, NVRTC and cuBLASLt.
 
 mod bench;
 mod calibrate;
@@ -37,7 +40,9 @@ mod retrieval;
 mod rng;
 mod rope;
 mod rope_scaling;
+mod running;
 mod sampling;
+mod serve;
 mod special_tokens;
 mod stop;
 mod tasks;
@@ -79,6 +84,7 @@ pub use retrieval::RetrievalCase;
 pub use rope::RopeTable;
 pub use rope_scaling::RopeScaling;
 pub use sampling::{Sampler, SamplingOptions};
+pub use serve::{Request, Served};
 pub use stop::StopStrings;
 pub use tasks::Task;
 pub use tokenizer::{TokenStream, Tokenizer};

@@ -1,6 +1,6 @@
 //! Greedy text and retrieval: what a user of the model sees.
 
-use moa_models::{GenerateOptions, Next, Ops, PHRASINGS, SamplingOptions, Task};
+use moa_models::{GenerateOptions, Next, Ops, PHRASINGS, Request, SamplingOptions, Served, Task};
 
 use crate::{cpu, cuda, likeliest, plans, prose, read, step};
 
@@ -84,6 +84,52 @@ fn sampled_text_repeats_with_its_seed_and_stays_among_the_likeliest() {
         assert_eq!(run(one), run(SamplingOptions::default()), "the likeliest one is greedy");
         let penalised = SamplingOptions { repetition_penalty: 1.3, ..Default::default() };
         assert_ne!(run(penalised), run(SamplingOptions::default()), "chosen on the host");
+    }
+}
+
+/// Requests come while others run, so products have other shapes than alone: texts may part at ties.
+#[test]
+fn requests_that_come_and_go_get_what_they_get_alone_but_for_ties() {
+    let text = prose(400);
+    for (checkpoint, _) in cuda() {
+        let model = &checkpoint.model;
+        let [dense, _] = plans(model.shape());
+        let prompts: Vec<&[u32]> = (0..8).map(|i| &text[i * 20..i * 20 + 40 + 15 * i]).collect();
+        let mut waiting = prompts.iter().enumerate().map(|(id, prompt)| Request {
+            id: id as u64,
+            sequence: model.open(&dense, prompt.len() + NEW, 0).unwrap(),
+            prompt: prompt.to_vec(),
+            options: GenerateOptions {
+                max_new_tokens: NEW,
+                prefill_chunk: 50,
+                ..GenerateOptions::default()
+            },
+        });
+        let (mut calls, mut served) = (0, vec![Vec::new(); prompts.len()]);
+        let serve = model.serve(
+            &mut |running| {
+                calls += 1;
+                // One every 9 steps: graphs are made, replayed and dropped.
+                if running == 0 || calls % 9 == 0 { waiting.next() } else { None }
+            },
+            &mut |event| {
+                match event {
+                    Served::Finished { id, generated, .. } => {
+                        served[id as usize] = generated.tokens;
+                    }
+                    Served::Refused { error, .. } => panic!("{error}"),
+                    Served::Token { .. } => {}
+                }
+                Next::Continue
+            },
+        );
+        serve.unwrap();
+        let alone: Vec<_> =
+            prompts.iter().map(|prompt| greedy(model, &dense, &[prompt]).remove(0)).collect();
+        let equal = alone.iter().zip(&served).filter(|(a, b)| a == b).count();
+        println!("{equal} of {} texts are equal", prompts.len());
+        assert!(served.iter().all(|tokens| tokens.len() == NEW));
+        assert!(equal * 4 >= 3 * prompts.len(), "{equal} texts are equal");
     }
 }
 

@@ -79,14 +79,15 @@ fn influence_and_gradients_of_attention_equal_the_reference() {
     for ops in Ops::all() {
         let tolerance = if ops.dtype() == Dtype::F16 { 2e-3 } else { 1.5e-2 };
         for (query, kv, dim, tokens, sharp) in
-            [(4, 2, 64, 130, 1.0), (3, 1, 128, 700, 1.0), (2, 2, 64, 200, 30.0)]
+            [(4, 2, 64, 130, 1.0), (3, 1, 128, 700, 1.0), (2, 2, 64, 200, 8.0)]
         {
             let heads = Heads { query, kv, dim };
             let (q, qs) = ops.random(&[tokens, query, dim], ops.dtype(), 1);
             let (k, ks) = ops.random(&[tokens, kv, dim], ops.dtype(), 2);
             let (v, vs) = ops.random(&[tokens, kv, dim], ops.dtype(), 3);
             let (d_out, d_outs) = ops.random(&[tokens, query, dim], ops.dtype(), 4);
-            // Sharp: most queries put nearly all on one key, where `1 - A` has no digits left.
+            // Sharp: `1 - A` comes down to 1e-8, of which f32 holds nothing. Below 1e-16 the reference
+            // itself could not tell.
             let scale = sharp / (dim as f32).sqrt();
             let tensors = [&q, &k, &v, &d_out];
             let found = ops.operations.attention_backward(tensors, scale, 64, true, true).unwrap();

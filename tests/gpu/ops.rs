@@ -57,7 +57,16 @@ pub(crate) fn product(a: &[f64], w: &[f64], k: usize, n: usize) -> Vec<f64> {
 #[test]
 fn linear_is_a_product_with_the_transpose() {
     for ops in Ops::all() {
-        for (m, n, k) in [(1, 8, 8), (3, 40, 264), (65, 512, 256), (130, 2048, 704)] {
+        for (m, n, k) in [
+            (1, 8, 8),
+            (1, 40, 4096),
+            (2, 72, 1096),
+            (3, 40, 264),
+            (4, 136, 2048),
+            (5, 64, 1024),
+            (65, 512, 256),
+            (130, 2048, 704),
+        ] {
             let (x, xs) = ops.random(&[m, k], ops.dtype(), 1);
             let (w, ws) = ops.random(&[n, k], ops.dtype(), 2);
             let (bias, biases) = ops.random(&[n], Dtype::F32, 3);
@@ -76,6 +85,20 @@ fn linear_is_a_product_with_the_transpose() {
             let y = ops.operations.linear_add(sum, &x, &w, Some(&bias)).unwrap();
             ops.close(&y, &expected, sums);
             ops.close(&kept, &sums_before, 0.0);
+        }
+    }
+}
+
+#[test]
+fn a_row_of_a_product_does_not_depend_on_the_few_others() {
+    for ops in Ops::all() {
+        let (x, _) = ops.random(&[4, 704], ops.dtype(), 1);
+        let (w, _) = ops.random(&[71, 704], ops.dtype(), 2);
+        let all = ops.operations.linear(&x, &w, None, Dtype::F32).unwrap().to_f32().unwrap();
+        for rows in [0..1, 1..3, 1..4] {
+            let part = x.rows(rows.clone()).unwrap();
+            let part = ops.operations.linear(&part, &w, None, Dtype::F32).unwrap();
+            assert_eq!(part.to_f32().unwrap(), all[rows.start * 71..rows.end * 71]);
         }
     }
 }

@@ -96,6 +96,7 @@ impl Operations {
     ) -> Result<Tensor> {
         const OP: &str = "rms_norm_backward";
         self.check_rows(OP, "x", x)?;
+        self.check_rows(OP, "d_y", d_y)?;
         check_shape(OP, "d_y", d_y, x.shape())?;
         for (what, tensor) in [("x", x), ("d_y", d_y)] {
             check_dtype(OP, what, tensor, Dtype::F32)?;
@@ -119,11 +120,16 @@ impl Operations {
             return Err(Error::shape(OP, "gate", "[rows, cols]", gate.shape()));
         };
         self.check_rows(OP, "gate", gate)?;
-        check_shape(OP, "up", up, gate.shape())?;
-        check_shape(OP, "d_y", d_y, gate.shape())?;
+        for (what, tensor) in [("up", up), ("d_y", d_y)] {
+            self.check_rows(OP, what, tensor)?;
+            check_shape(OP, what, tensor, gate.shape())?;
+        }
         check_dtype(OP, "gate", gate, self.dtype)?;
         check_dtype(OP, "up", up, self.dtype)?;
         check_dtype(OP, "d_y", d_y, Dtype::F32)?;
+        if d_y.stride() != cols {
+            return Err(Error::argument(OP, "d_y", "without gaps", d_y.stride()));
+        }
         let out = Tensor::uninitialised(&self.device, OP, &[rows, 2 * cols], self.dtype)?;
         let args =
             OpArgs { w: d_y.pointer(), cols: cols as i32, ..shaped(&out).with_x(gate).with_y(up) };

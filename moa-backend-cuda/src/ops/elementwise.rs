@@ -90,6 +90,7 @@ impl Operations {
     pub fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         const OP: &str = "swiglu";
         self.check_rows(OP, "gate", gate)?;
+        self.check_rows(OP, "up", up)?;
         check_shape(OP, "up", up, gate.shape())?;
         check_dtype(OP, "gate", gate, self.dtype)?;
         check_dtype(OP, "up", up, self.dtype)?;
@@ -108,6 +109,7 @@ impl Operations {
         const OP: &str = "add";
         self.check_rows(OP, "x", &x)?;
         check_dtype(OP, "x", &x, Dtype::F32)?;
+        self.check_rows(OP, "y", y)?;
         check_shape(OP, "y", y, x.shape())?;
         let x = x.into_unique()?;
         let flag = i32::from(y.dtype() == Dtype::F32);
@@ -131,6 +133,8 @@ impl Operations {
         if !head_dim.is_multiple_of(2) {
             return Err(Error::argument(OP, "head dim", "even", head_dim));
         }
+        self.check_rows(OP, "x", x)?;
+        self.check_rows(OP, "turns", turns)?;
         check_shape(OP, "turns", turns, &[tokens, head_dim])?;
         check_dtype(OP, "turns", turns, Dtype::F32)?;
         let out = Tensor::uninitialised(&self.device, OP, x.shape(), x.dtype())?;

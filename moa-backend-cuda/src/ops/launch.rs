@@ -57,6 +57,9 @@ pub(crate) struct OpKernels {
     functions: HashMap<&'static str, CudaFunction>,
 }
 
+/// Names of the kernels of products of few rows, by how many.
+pub(crate) const GEMV: [&str; 4] = ["gemv_1", "gemv_2", "gemv_3", "gemv_4"];
+
 /// Names of the kernels of sampling.
 pub(crate) const SAMPLE: [&str; 1] = ["sample"];
 

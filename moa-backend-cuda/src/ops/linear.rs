@@ -74,6 +74,8 @@ impl Operations {
         let (n, k) = if transposed { (out, input) } else { (input, out) };
         let m = x.shape()[0];
         check_shape(op, "x", x, &[m, k])?;
+        self.check_place(op, "x", x)?;
+        self.check_place(op, "out", d)?;
         if m == 0 {
             return Ok(());
         }
@@ -83,6 +85,9 @@ impl Operations {
             other => return Err(Error::argument(op, "x", self.dtype, other)),
         };
         let x = rounded.as_ref().unwrap_or(x);
+        if transposed && Self::has_gemv(x) {
+            return self.gemv(x, weight, d, accumulate);
+        }
         let product = Product {
             m,
             n,

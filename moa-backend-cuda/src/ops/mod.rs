@@ -3,6 +3,7 @@
 mod backward;
 mod blas;
 mod elementwise;
+mod gemv;
 mod indices;
 mod launch;
 mod linear;
@@ -22,7 +23,7 @@ use launch::{FORWARD, OpArgs, OpKernels};
 pub use sample::Draw;
 
 /// The operations of a Llama layer beside attention, on one GPU and its own stream: cuBLASLt for
-/// matrix products, own kernels for the rest.
+/// matrix products of more than 4 rows, own kernels for the rest.
 ///
 /// Weights and the inputs of matrix products are f16 or bf16, one of them for all. The residual
 /// stream and logits are f32, as sums over many layers and choices between near equals want; norms
@@ -35,6 +36,7 @@ pub struct Operations {
     kernels: OpKernels,
     backward: Lazy,
     sampling: Lazy,
+    gemv: Lazy,
     blas: Blas,
     staging: Mutex<Staging>,
 }
@@ -61,6 +63,7 @@ impl Operations {
             kernels: OpKernels::load(device, dtype, Source::Ops, &FORWARD)?,
             backward: Lazy::default(),
             sampling: Lazy::default(),
+            gemv: Lazy::default(),
             blas: Blas::new(device)?,
             staging: Mutex::new(Staging::new(device)),
         })
@@ -177,19 +180,28 @@ impl Operations {
         len: usize,
     ) -> Result<()> {
         check_shape(op, what, vector, &[len])?;
+        self.check_place(op, what, vector)?;
         check_dtype(op, what, vector, Dtype::F32)
+    }
+
+    /// On this device, and aligned as the kernels read it.
+    fn check_place(&self, op: &'static str, what: &'static str, x: &Tensor) -> Result<()> {
+        if x.device().context() != self.device.context() {
+            return Err(Error::argument(op, what, "on the device of the operations", "on another"));
+        }
+        match x.pointer().is_multiple_of(16) {
+            true => Ok(()),
+            false => Err(Error::argument(op, what, "at a multiple of 16 bytes", x.pointer())),
+        }
     }
 
     /// Rows that the kernels can take, on this device.
     fn check_rows(&self, op: &'static str, what: &'static str, x: &Tensor) -> Result<()> {
-        if x.device().context() != self.device.context() {
-            return Err(Error::argument(op, what, "on the device of the operations", "on another"));
-        }
+        self.check_place(op, what, x)?;
         let cols = x.row_len();
         let aligned = cols.is_multiple_of(8) && x.stride().is_multiple_of(8);
-        if !aligned || !x.pointer().is_multiple_of(16) || i32::try_from(cols).is_err() {
-            let expected = "rows of a multiple of 8 elements that begin at 16 bytes";
-            return Err(Error::shape(op, what, expected, x.shape()));
+        if !aligned || i32::try_from(cols).is_err() {
+            return Err(Error::shape(op, what, "rows of a multiple of 8 elements", x.shape()));
         }
         match i32::try_from(x.shape()[0]) {
             Ok(_) => Ok(()),

@@ -1,7 +1,8 @@
 //! Decode steps as one CUDA graph, launched again for every token.
 
 use moa_backend_cuda::{
-    Batch, Cache, Draw, Dtype, Graph, Indices, Lengths, Rope, Step, Tensor, Tensors, Workspace,
+    Arena, Batch, Cache, Draw, Dtype, Graph, Indices, Lengths, Rope, Step, Tensor, Tensors,
+    Workspace,
 };
 
 use super::{CudaOps, turns};
@@ -30,6 +31,7 @@ pub(super) struct Replay<'a> {
 struct Prepared {
     /// Dropped first: it refers to all the others.
     graph: Option<Graph>,
+    arena: Arena,
     layers: Vec<Step>,
     workspace: Workspace,
     lengths: Lengths,
@@ -81,6 +83,7 @@ impl<'a> Replay<'a> {
         let prepare = || -> moa_backend_cuda::Result<Prepared> {
             Ok(Prepared {
                 graph: None,
+                arena: Arena::new(),
                 lengths: operations.lengths(&layers)?,
                 table: operations.turns(&[turns(&first.rope, 0..capacity)])?,
                 ids: operations.indices(none(), config.vocab_size)?,
@@ -197,12 +200,13 @@ impl Prepared {
         let ids = tokens.iter().map(|id| *id as usize);
         operations.set_indices(&self.ids, ids, model.config.vocab_size).map_err(Error::backend)?;
         if !capture {
-            return self.launch(model);
+            return self.arena.rehearse(|| self.launch(model));
         }
         if self.graph.is_none() {
             // SAFETY: `launch` only launches, and drops what it makes; what else it uses is in
             // `self`, in the model and in sequences that the owner of `self` borrows.
-            self.graph = Some(unsafe { model.ops.device().capture(|| self.launch(model)) }?);
+            let capture = |work| unsafe { model.ops.device().capture(&self.arena, work) };
+            self.graph = Some(capture(|| self.launch(model))?);
         }
         match &mut self.graph {
             // SAFETY: as above.

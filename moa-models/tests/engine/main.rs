@@ -10,6 +10,7 @@ mod generate;
 mod golden;
 mod laws;
 mod profile;
+mod serve;
 mod stories260k;
 
 use std::ops::ControlFlow;
