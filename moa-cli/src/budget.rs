@@ -15,6 +15,10 @@ pub(crate) struct BudgetArgs {
     /// Smallest mean share of the context that heads keep
     #[arg(long, value_name = "DENSITY", value_parser = parse_density)]
     min_density: Option<f64>,
+    /// Smallest share of the context that any single head keeps, for the sake of texts that calibration
+    /// says nothing about
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = parse_share)]
+    min_share: f64,
     /// Lengths at which the density is bounded [default: the profiled lengths, 1.5 and 2 times the
     /// longest]
     #[arg(long, value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]
@@ -39,12 +43,19 @@ impl BudgetArgs {
         Ok(CompressOptions {
             density: self.density,
             min_density: self.min_density,
+            min_share: self.min_share,
             bound_lengths: self.bound_lengths.clone(),
             bounds: bounds.collect::<Result<_, _>>()?,
             decode_time: self.decode_time,
             ..CompressOptions::default()
         })
     }
+}
+
+/// A share of the context, 0 for none.
+fn parse_share(text: &str) -> Result<f64, Error> {
+    let fault = || Error::argument("share", "a number from 0 to 1", text);
+    text.parse().ok().filter(|share| (0.0..=1.0).contains(share)).ok_or_else(fault)
 }
 
 /// `TOKENS:BYTES`.

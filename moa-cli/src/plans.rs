@@ -86,7 +86,8 @@ pub(crate) fn request(file: &PlanFile, context: &Context) -> Result<PlanRequest>
     let space = from.space.as_deref().map_or(Ok(Space::default()), str::parse::<Space>);
     let in_file = |e| Error::from(e).at(file.path.display().to_string());
     let request = PlanRequest::bounded(bounds, plan.sink(), plan.min_span()).map_err(in_file)?;
-    let mut request = request.with_space(space.map_err(in_file)?);
+    let request = request.with_space(space.map_err(in_file)?);
+    let mut request = request.with_min_share(from.min_share.unwrap_or(0.0)).map_err(in_file)?;
     if let Some(share) = from.decode_time {
         on_device!(context, |ops| bound_decode_time(&mut request, &ops, plan.shape(), share))?;
     }

@@ -15,6 +15,9 @@ pub struct PlanRequest {
     pub sink: usize,
     /// Smallest span of any head; more than `sink`.
     pub min_span: usize,
+    /// Smallest share of the context that any head keeps at the lengths of `bounds`;
+    /// [`PlanRequest::with_min_share`] sets it with what depends on it.
+    pub min_share: f64,
     /// What kind of plan; [`PlanRequest::with_space`] sets it with what depends on it.
     pub space: Space,
     /// Rules to choose from.
@@ -62,7 +65,8 @@ impl PlanRequest {
         }
         let (space, solver) = (Space::default(), Options::default());
         let candidates = space.candidates(longest, min_span);
-        Ok(Self { bounds, decode_time: None, sink, min_span, space, candidates, solver })
+        let (decode_time, min_share) = (None, 0.0);
+        Ok(Self { bounds, decode_time, sink, min_span, min_share, space, candidates, solver })
     }
 
     /// The same request for plans of another kind.
@@ -75,6 +79,36 @@ impl PlanRequest {
         }
         self.space = space;
         self
+    }
+
+    /// The same request for plans whose heads keep at least `share` of the context at the lengths of
+    /// the bounds. Calibration tells which heads its answers need, not what the others do for text that
+    /// it does not hold. Set the space first.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the share is negative or above an upper bound, or the space is not
+    /// elastic: others have spans that do not grow.
+    pub fn with_min_share(mut self, share: f64) -> Result<Self> {
+        let most = self.bounds.iter().map(|b| b.max).fold(1.0, f64::min);
+        if !(0.0..=most).contains(&share) {
+            let expected = format!("at least 0 and at most the density, {most}");
+            return Err(Error::invalid("smallest share", expected, share));
+        }
+        if share > 0.0 {
+            if self.space != Space::Elastic {
+                return Err(Error::invalid("smallest share", "0 but for elastic plans", share));
+            }
+            let floor = ElasticRule::new(0.0, share)?;
+            let span = |rule: &ElasticRule, b: &Bound| rule.span(b.length, self.min_span);
+            let wide = |rule: &ElasticRule| {
+                *rule != floor && self.bounds.iter().all(|b| span(rule, b) >= span(&floor, b))
+            };
+            let mut candidates = vec![floor];
+            candidates.extend(self.candidates.iter().filter(|rule| wide(rule)));
+            self.candidates = candidates;
+        }
+        self.min_share = share;
+        Ok(self)
     }
 
     /// The lengths to minimise losses at: those profiled and, if it is longer, the longest bound
@@ -164,6 +198,7 @@ impl PlanRequest {
                 density_bounds: values(&|b| Some(b.max)),
                 decode_time: self.decode_time.as_ref().map(|bound| bound.share),
                 density_floors: values(&|b| b.min),
+                min_share: Some(self.min_share).filter(|share| *share > 0.0),
                 predicted_losses: at(lengths, &solution.losses),
                 profile_lengths: lengths.to_vec(),
                 ..Provenance::default()

@@ -32,6 +32,9 @@ pub struct Provenance {
     /// Lower bounds on density the search obeyed.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub density_floors: Vec<AtLength>,
+    /// Smallest share of the context that any head was to keep.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_share: Option<f64>,
     /// Bound on decode time the search obeyed, as a share of dense attention's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decode_time: Option<f64>,

@@ -32,6 +32,8 @@ pub struct CompressOptions {
     /// Largest attention time of a decode step at every bound length, as a share of dense attention's,
     /// by measurements on the backend.
     pub decode_time: Option<f64>,
+    /// Smallest share of the context that any head keeps ([`PlanRequest::with_min_share`]).
+    pub min_share: f64,
     /// Kind of plan.
     pub space: Space,
     /// Lengths at which influence is measured.
@@ -73,6 +75,7 @@ impl Default for CompressOptions {
             min_density: None,
             bounds: Vec::new(),
             decode_time: None,
+            min_share: 0.0,
             space: Space::default(),
             lengths: vec![1024, 2048],
             bound_lengths: Vec::new(),
@@ -162,7 +165,7 @@ impl CompressOptions {
         };
         let mut request = PlanRequest::bounded(bounds, self.sink, self.min_span)?;
         request.solver = self.solver.clone();
-        Ok(request.with_space(self.space))
+        Ok(request.with_space(self.space).with_min_share(self.min_share)?)
     }
 
     fn calibration(&self, lengths: Vec<usize>, samples: usize, seed: u64) -> CalibrationOptions {

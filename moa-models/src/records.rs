@@ -31,22 +31,23 @@ pub struct Phrasing {
     question: &'static str,
 }
 
-/// The built-in phrasings. Small models follow only those near to what they were trained on, so
+/// The built-in phrasings. Introductions are longer than sinks, as real instructions are: what lies in
+/// the sinks is seen by every head, whatever its span. Small models follow only those near to what they were trained on, so
 /// calibration asks the dense model which of them it answers (see
 /// [`Checkpoint::calibrate`](crate::Checkpoint::calibrate)).
 pub const PHRASINGS: &[Phrasing] = &[
     Phrasing {
-        introduction: "Here is a register with one entry per line. Every entry has a name and a numerical content. Read it carefully, a question about one of the entries follows.\n\n",
+        introduction: "Here is a register with one entry per line. Every entry has a name and a numerical content. The names are made of two words, and no name is used twice. The contents are whole numbers in angle brackets, in no particular order, and have nothing to do with the names or with each other. Please read all of the lines carefully and keep them in mind. When the register is over, there will be one question about a single entry, and the right answer is the content that stands in the line of that name, exactly as it is written there. The register begins now.\n\n",
         line: "line {key}: REGISTER_CONTENT is <{value}>\n",
         question: "\nThat was the register. Tell me what is the <REGISTER_CONTENT> in line {key}? I need the number.",
     },
     Phrasing {
-        introduction: "Here is a list of storage lockers. Every locker has a name and a code. Read the list carefully, a question about one of the lockers follows.\n\n",
+        introduction: "Here is a list of storage lockers. Every locker has a name and a code. The names are made of two words, and no name is used twice. The codes are whole numbers, in no particular order, and have nothing to do with the names or with each other. Please read the whole list carefully and keep it in mind. When the list is over, there will be one question about a single locker, and the right answer is the code that stands beside its name, exactly as it is written there. The list begins now.\n\n",
         line: "Locker {key} has the code {value}.\n",
         question: "\nThat was the whole list. What is the code of locker {key}? Answer with the number.",
     },
     Phrasing {
-        introduction: "The following notes assign a number to each name.\n\n",
+        introduction: "The following notes assign a number to each name. The names are made of two words, and no name is used twice. The numbers are whole, in no particular order, and have nothing to do with the names or with each other. Please read all of the notes carefully and keep them in mind. When they are over, there will be one question about a single name, and the right answer is the number that stands beside it, exactly as it is written there. The notes begin now.\n\n",
         line: "{key} = {value}\n",
         question: "\nWhich number do the notes assign to {key}? Answer with the number.",
     },

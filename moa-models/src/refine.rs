@@ -228,6 +228,8 @@ fn full_plan(like: &Plan, shape: ModelShape) -> Result<Plan> {
 struct Table {
     heads: usize,
     candidates: usize,
+    /// The candidate that keeps least.
+    narrow: ElasticRule,
     shape: Vec<f64>,
     /// `[measured length][head]`.
     height: Vec<Vec<f64>>,
@@ -269,20 +271,23 @@ impl Table {
         };
         let nearest = lengths.iter().map(nearest).collect();
         let height = vec![vec![0.0; heads]; measured.len()];
-        Ok(Self { heads, candidates, shape, height, nearest })
+        let longest = lengths.iter().copied().max().unwrap_or(1);
+        let span = |rule: &&ElasticRule| rule.span(longest, request.min_span);
+        let narrow = ElasticRule::fixed(request.min_span);
+        let narrow = request.candidates.iter().min_by_key(span).copied().unwrap_or(narrow);
+        Ok(Self { heads, candidates, narrow, shape, height, nearest })
     }
 
     /// Measures every head's swap around `plan`, on the probe.
     fn probe<O: Ops>(&mut self, measure: &mut Measure<'_, O>, plan: &Plan) -> Result<()> {
         let Some(&length) = measure.probe.keys().next() else { return Ok(()) };
         let kv_heads = plan.shape().kv_heads;
-        let narrow = ElasticRule::fixed(plan.min_span());
         let mut is_wide = Vec::with_capacity(self.heads);
         let mut variants = Vec::with_capacity(self.heads);
         for head in 0..self.heads {
             let span = plan.rules()[head].span(length, plan.sink(), plan.min_span()).total();
             is_wide.push(2 * span > length);
-            let rule = if is_wide[head] { narrow } else { ElasticRule::FULL };
+            let rule = if is_wide[head] { self.narrow } else { ElasticRule::FULL };
             let (layer, head) = (head / kv_heads, head % kv_heads);
             variants.push((layer, plan.clone().with_rule(layer, head, rule.into())?));
         }
