@@ -29,7 +29,8 @@ impl Device {
     ///
     /// # Safety
     /// `work` neither waits for the device nor copies from or to the host. It drops every tensor that
-    /// it makes and none that was made before. Everything else that the captured kernels read and
+    /// it makes and none that was made before. No other thread uses this device's stream meanwhile (one
+    /// opened by itself has its own). Everything else that the captured kernels read and
     /// write lives as long as the graph is launched, and no other graph of this arena is.
     pub unsafe fn capture<E: From<Error>>(
         &self,

@@ -16,9 +16,9 @@ pub(crate) struct BudgetArgs {
     #[arg(long, value_name = "DENSITY", value_parser = parse_density)]
     min_density: Option<f64>,
     /// Smallest share of the context that any single head keeps, for the sake of texts that calibration
-    /// says nothing about
-    #[arg(long, value_name = "SHARE", default_value_t = 0.0, value_parser = parse_share)]
-    min_share: f64,
+    /// says nothing about [default: a quarter of the density, for elastic plans]
+    #[arg(long, value_name = "SHARE", value_parser = parse_share)]
+    min_share: Option<f64>,
     /// Lengths at which the density is bounded [default: the profiled lengths, 1.5 and 2 times the
     /// longest]
     #[arg(long, value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]

@@ -32,8 +32,9 @@ pub struct CompressOptions {
     /// Largest attention time of a decode step at every bound length, as a share of dense attention's,
     /// by measurements on the backend.
     pub decode_time: Option<f64>,
-    /// Smallest share of the context that any head keeps ([`PlanRequest::with_min_share`]).
-    pub min_share: f64,
+    /// Smallest share of the context that any head keeps ([`PlanRequest::with_min_share`]); `None` for a
+    /// quarter of the smallest density bound where the space is elastic, and nothing elsewhere.
+    pub min_share: Option<f64>,
     /// Kind of plan.
     pub space: Space,
     /// Lengths at which influence is measured.
@@ -75,7 +76,7 @@ impl Default for CompressOptions {
             min_density: None,
             bounds: Vec::new(),
             decode_time: None,
-            min_share: 0.0,
+            min_share: None,
             space: Space::default(),
             lengths: vec![1024, 2048],
             bound_lengths: Vec::new(),
@@ -165,7 +166,7 @@ impl CompressOptions {
         };
         let mut request = PlanRequest::bounded(bounds, self.sink, self.min_span)?;
         request.solver = self.solver.clone();
-        Ok(request.with_space(self.space).with_min_share(self.min_share)?)
+        Ok(with_min_share(request.with_space(self.space), self.min_share)?)
     }
 
     fn calibration(&self, lengths: Vec<usize>, samples: usize, seed: u64) -> CalibrationOptions {
@@ -273,6 +274,17 @@ pub fn compress<O: BackwardOps>(
         refine(model, &items, &found.plans, &request, &profile, options.evaluations, &mut step)?;
     refined.plan.provenance.method = Some("moa compress".to_string());
     Ok(Compressed { plan: refined.plan.clone(), profile, found, refined })
+}
+
+/// Adds the smallest share of the context that any head keeps, or the one that is used by default: a
+/// quarter of the smallest density bound for elastic plans, nothing for others.
+///
+/// # Errors
+/// As [`PlanRequest::with_min_share`].
+pub fn with_min_share(request: PlanRequest, share: Option<f64>) -> moa_core::Result<PlanRequest> {
+    let least = request.bounds.iter().map(|b| b.max).fold(1.0, f64::min);
+    let usual = if request.space == Space::Elastic { least / 4.0 } else { 0.0 };
+    request.with_min_share(share.unwrap_or(usual))
 }
 
 /// Bounds the decode time of a search by measurements on the backend.

@@ -56,6 +56,7 @@ pub use chat_session::ChatSession;
 pub use checkpoint::{Checkpoint, Completion, TextProgress};
 pub use compress::{
     CompressOptions, Compressed, DEFAULT_BLOCK, Stage, bound_decode_time, compress, describe,
+    with_min_share,
 };
 pub use config::LlamaConfig;
 pub use cpu::{CpuMatrix, CpuOps, CpuRotations};

@@ -1,12 +1,17 @@
 //! Captured work: what it computes, and what is refused.
 
-use moa_backend_cuda::{Arena, Dtype, Error, Operations, Result, Tensor};
+use moa_backend_cuda::{Arena, Device, Dtype, Error, Operations, Result, Tensor};
 
-use super::gpu::device;
+use super::gpu;
+
+/// A device of the test's own: other threads must not use a stream that is being captured.
+fn device() -> Option<Device> {
+    gpu::device().map(|_| Device::open(0).unwrap())
+}
 
 #[test]
 fn a_captured_step_computes_what_it_did_when_rehearsed() {
-    let Some(device) = device() else { return };
+    let Some(device) = &device() else { return };
     let operations = Operations::new(device, Dtype::Bf16).unwrap();
     let weight = operations.random(&[64, 64], Dtype::Bf16, 0.2, 1).unwrap();
     let norm = Tensor::from_f32(device, &[1.0; 64], &[64], Dtype::F32).unwrap();
@@ -47,7 +52,7 @@ fn a_captured_step_computes_what_it_did_when_rehearsed() {
 
 #[test]
 fn work_that_was_not_rehearsed_is_refused_and_the_stream_goes_on() {
-    let Some(device) = device() else { return };
+    let Some(device) = &device() else { return };
     let operations = Operations::new(device, Dtype::F16).unwrap();
     let x = Tensor::zeros(device, &[4, 64], Dtype::F32).unwrap();
     let add = || operations.add(x.clone(), &x).map(drop);

@@ -31,6 +31,9 @@ pub enum CudaDtype {
 
 /// Runs a model on an NVIDIA GPU.
 ///
+/// Use it from one thread at a time: a decode step is captured into a graph, and what another thread
+/// launched on the same stream meanwhile would end up in it. Models of other threads open their own.
+///
 /// Activations are f32 in the residual stream and of the 16-bit type elsewhere; logits are f32.
 #[derive(Debug)]
 pub struct CudaOps {
