@@ -62,8 +62,8 @@ fn influence_is_the_cpus() {
                 let (cosine, ratio) = compare(&all(&got), &all(&expected));
                 println!("{objective:?}, layer {layer}: cosine {cosine:.5}, size {ratio:.4}");
                 assert!(cosine > 0.98, "layer {layer}: {cosine}");
-                // f16 loses the smallest gradients on their way to the lowest layer.
-                let off = if share < 0.05 && layer == 0 { 0.2 } else { 0.1 };
+                // bf16 rounds gradients coarsely on their way down to the lowest layers.
+                let off = if share > 0.05 { 0.2 } else { 0.1 };
                 assert!((ratio - 1.0).abs() < off, "layer {layer}: {ratio}");
             }
         }
