@@ -50,10 +50,12 @@ fn far_losses_tell_far_answers_from_near_ones() -> Result<()> {
             tiny().profile_all(&items, Objective::Margin, 64, "test", &mut || Next::Continue)?;
         Ok::<_, moa_models::Error>(profile.at(384)?.far_losses().clone())
     };
-    // The question is about one of the first lines.
-    let record = (0..)
-        .map(|seed| PHRASINGS[0].prompt(10, seed))
-        .find(|r| r.text.find(&format!("<{}>", r.answer)).is_some_and(|at| at < r.text.len() / 2));
+    // The question is about one of the first lines, which begin in the middle of the prompt.
+    let first = |r: &RecordPrompt| {
+        let at = r.text.find(&format!("<{}>", r.answer));
+        at.is_some_and(|at| r.text[..at].matches("line ").count() < 3)
+    };
+    let record = (0..1000).map(|seed| PHRASINGS[0].prompt(8, seed)).find(first);
     let RecordPrompt { text: record, answer } = record.unwrap();
     let key = record.rsplit("in line ").next().unwrap().split('?').next().unwrap();
     let response = format!(" The <REGISTER_CONTENT> in line {key} is <{answer}>.");
