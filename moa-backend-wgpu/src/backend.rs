@@ -1,0 +1,75 @@
+use moa_core::{LayerLayout, SparseAttentionBackend};
+
+use crate::extend::{self, Call};
+use crate::{Cache, Device, Error, Result, Tensor};
+
+/// Attention on one GPU.
+///
+/// Tensors and arithmetic are f32. Calls return when their kernels are queued, and
+/// [`Tensor::to_vec`] waits for them; what goes wrong on the device is reported there too.
+#[derive(Clone, Debug)]
+pub struct WgpuBackend {
+    device: Device,
+}
+
+impl WgpuBackend {
+    /// A backend on this device.
+    pub fn new(device: &Device) -> Self {
+        Self { device: device.clone() }
+    }
+
+    /// The GPU.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+}
+
+impl SparseAttentionBackend for WgpuBackend {
+    type Tensor = Tensor;
+    type Cache = Cache;
+    type Error = Error;
+
+    fn name(&self) -> &'static str {
+        "wgpu"
+    }
+
+    fn open(&self, layout: &LayerLayout, head_dim: usize) -> Result<Cache> {
+        Cache::open(&self.device, layout, head_dim)
+    }
+
+    fn extend(
+        &self,
+        caches: &mut [&mut Cache],
+        tokens: &[usize],
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        scale: f32,
+        lse: bool,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let query_heads = extend::check(&self.device, caches, tokens, [q, k, v])?;
+        let out = Tensor::uninitialised(&self.device, "extend", q.shape())?;
+        let stats = Tensor::uninitialised(&self.device, "extend", &q.shape()[..2])?;
+        let device = &self.device;
+        let call = Call { device, q, k, v, out: &out, lse: &stats, query_heads, scale };
+        let steps = call.plan(caches, tokens)?;
+        call.run(caches, tokens, &steps);
+        Ok((out, lse.then_some(stats)))
+    }
+
+    fn len(&self, cache: &Cache) -> usize {
+        cache.len()
+    }
+
+    fn fork(&self, cache: &Cache) -> Result<Cache> {
+        cache.fork()
+    }
+
+    fn truncate(&self, cache: &mut Cache, len: usize) -> Result<()> {
+        cache.truncate(len)
+    }
+
+    fn bytes(&self, cache: &Cache) -> u64 {
+        cache.bytes()
+    }
+}

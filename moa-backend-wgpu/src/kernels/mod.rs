@@ -1,0 +1,11 @@
+//! The kernels: functions that CubeCL compiles for the device at hand, and that nothing but
+//! [`crate::extend`] and its like launch.
+//!
+//! Numbers are u32, as WebGPU has no larger integers. Functions that host and device must agree
+//! on are called by both.
+
+pub(crate) mod append;
+pub(crate) mod attend;
+pub(crate) mod copy;
+pub(crate) mod keys;
+pub(crate) mod merge;

@@ -1,0 +1,16 @@
+#![doc = include_str!("../README.md")]
+
+mod backend;
+mod cache;
+mod device;
+mod error;
+mod extend;
+mod kernels;
+mod tensor;
+
+pub use backend::WgpuBackend;
+pub use cache::{Cache, MAX_HEAD_DIM};
+pub use cubecl;
+pub use device::Device;
+pub use error::{Error, Result};
+pub use tensor::Tensor;
