@@ -1,21 +1,27 @@
-use moa_core::{LayerLayout, SparseAttentionBackend};
+use moa_core::{InfluenceInputs, InfluenceOutput, LayerLayout, SparseAttentionBackend};
 
 use crate::extend::{self, Call};
-use crate::{Cache, Device, Error, Result, Tensor};
+use crate::{Cache, CacheDtype, Device, Error, Result, Tensor, influence};
 
 /// Attention on one GPU.
 ///
-/// Tensors and arithmetic are f32. Calls return when their kernels are queued, and
+/// Tensors and arithmetic are f32, caches what was asked for. Calls return when their kernels are queued, and
 /// [`Tensor::to_vec`] waits for them; what goes wrong on the device is reported there too.
 #[derive(Clone, Debug)]
 pub struct WgpuBackend {
     device: Device,
+    dtype: CacheDtype,
 }
 
 impl WgpuBackend {
-    /// A backend on this device.
-    pub fn new(device: &Device) -> Self {
-        Self { device: device.clone() }
+    /// A backend whose caches hold keys and values of this type.
+    pub fn new(device: &Device, dtype: CacheDtype) -> Self {
+        Self { device: device.clone(), dtype }
+    }
+
+    /// Element type of the caches.
+    pub fn cache_dtype(&self) -> CacheDtype {
+        self.dtype
     }
 
     /// The GPU.
@@ -34,7 +40,7 @@ impl SparseAttentionBackend for WgpuBackend {
     }
 
     fn open(&self, layout: &LayerLayout, head_dim: usize) -> Result<Cache> {
-        Cache::open(&self.device, layout, head_dim)
+        Cache::open(&self.device, layout, head_dim, self.dtype)
     }
 
     fn extend(
@@ -50,8 +56,9 @@ impl SparseAttentionBackend for WgpuBackend {
         let query_heads = extend::check(&self.device, caches, tokens, [q, k, v])?;
         let out = Tensor::uninitialised(&self.device, "extend", q.shape())?;
         let stats = Tensor::uninitialised(&self.device, "extend", &q.shape()[..2])?;
-        let device = &self.device;
-        let call = Call { device, q, k, v, out: &out, lse: &stats, query_heads, scale };
+        let (device, dtype) = (&self.device, caches[0].dtype());
+        let (k, v) = (&extend::words(device, k, dtype)?, &extend::words(device, v, dtype)?);
+        let call = Call { device, q, k, v, dtype, out: &out, lse: &stats, query_heads, scale };
         let steps = call.plan(caches, tokens)?;
         call.run(caches, tokens, &steps);
         Ok((out, lse.then_some(stats)))
@@ -71,5 +78,13 @@ impl SparseAttentionBackend for WgpuBackend {
 
     fn bytes(&self, cache: &Cache) -> u64 {
         cache.bytes()
+    }
+
+    fn influence(
+        &self,
+        inputs: &InfluenceInputs<'_, Tensor>,
+        scale: f32,
+    ) -> Result<InfluenceOutput<Tensor>> {
+        influence::influence(&self.device, inputs, scale)
     }
 }

@@ -3,10 +3,10 @@ use std::sync::Arc;
 use cubecl::server::Handle;
 use moa_core::{Extent, LayerLayout};
 
-use crate::extend::{Row, arg};
+use crate::extend::arg;
 use crate::kernels::copy::copy;
 use crate::kernels::keys::{HEAD_FIELDS, Head};
-use crate::{Device, Error, Result};
+use crate::{CacheDtype, Device, Error, Result};
 
 const OP: &str = "open";
 
@@ -20,6 +20,7 @@ pub struct Cache {
     device: Device,
     geometry: Arc<Geometry>,
     head_dim: usize,
+    dtype: CacheDtype,
     extent: Extent,
     pub(crate) keys: Handle,
     pub(crate) values: Handle,
@@ -64,21 +65,35 @@ impl Geometry {
 }
 
 impl Cache {
-    pub(crate) fn open(device: &Device, layout: &LayerLayout, head_dim: usize) -> Result<Self> {
+    pub(crate) fn open(
+        device: &Device,
+        layout: &LayerLayout,
+        head_dim: usize,
+        dtype: CacheDtype,
+    ) -> Result<Self> {
         if head_dim == 0 || head_dim > MAX_HEAD_DIM {
             let expected = format_args!("1 to {MAX_HEAD_DIM}").to_string();
             return Err(Error::argument(OP, "head_dim", expected, head_dim));
         }
-        Self::new(device, Arc::new(Geometry::new(device, layout.clone())?), head_dim)
+        if !head_dim.is_multiple_of(dtype.per_word()) {
+            let expected = format_args!("even for {dtype} caches").to_string();
+            return Err(Error::argument(OP, "head_dim", expected, head_dim));
+        }
+        Self::new(device, Arc::new(Geometry::new(device, layout.clone())?), head_dim, dtype)
     }
 
-    fn new(device: &Device, geometry: Arc<Geometry>, head_dim: usize) -> Result<Self> {
+    fn new(
+        device: &Device,
+        geometry: Arc<Geometry>,
+        head_dim: usize,
+        dtype: CacheDtype,
+    ) -> Result<Self> {
         let elements = geometry.layout.slots().saturating_mul(head_dim);
-        let keys = device.alloc("cached keys", elements, 4)?;
-        let values = device.alloc("cached values", elements, 4)?;
+        let keys = device.alloc("cached keys", elements, dtype.bytes())?;
+        let values = device.alloc("cached values", elements, dtype.bytes())?;
         device.check(OP, &[&keys, &values])?;
-        let device = device.clone();
-        Ok(Self { device, geometry, head_dim, extent: Extent::default(), keys, values })
+        let (device, extent) = (device.clone(), Extent::default());
+        Ok(Self { device, geometry, head_dim, dtype, extent, keys, values })
     }
 
     /// Where each head keeps which position.
@@ -89,6 +104,11 @@ impl Cache {
     /// Elements per key.
     pub fn head_dim(&self) -> usize {
         self.head_dim
+    }
+
+    /// Element type of keys and values.
+    pub fn dtype(&self) -> CacheDtype {
+        self.dtype
     }
 
     /// Tokens held.
@@ -133,21 +153,21 @@ impl Cache {
 
     /// An independent copy, made on the device.
     pub(crate) fn fork(&self) -> Result<Self> {
-        let mut fork = Self::new(&self.device, Arc::clone(&self.geometry), self.head_dim)?;
-        let row = Row::of(self.head_dim);
-        let vectors = self.layout().slots() * row.vectors;
-        let (cubes, dim) = self.device.cubes(vectors);
+        let geometry = Arc::clone(&self.geometry);
+        let mut fork = Self::new(&self.device, geometry, self.head_dim, self.dtype)?;
+        let words = self.layout().slots() * self.head_dim / self.dtype.per_word();
+        let (cubes, dim) = self.device.cubes(words);
         for (from, to) in [(&self.keys, &fork.keys), (&self.values, &fork.values)] {
-            // SAFETY: both buffers hold `vectors` vectors, and the kernel goes no further.
+            let client = self.device.client();
+            // SAFETY: both buffers hold `words` words, and the kernel goes no further.
             unsafe {
-                copy::launch_unchecked::<f32>(
-                    self.device.client(),
+                copy::launch_unchecked(
+                    client,
                     cubes.clone(),
                     dim,
-                    row.width,
                     arg(from),
                     arg(to),
-                    vectors as u32,
+                    words as u32,
                 );
             }
         }

@@ -3,8 +3,10 @@
 mod backend;
 mod cache;
 mod device;
+mod dtype;
 mod error;
 mod extend;
+mod influence;
 mod kernels;
 mod tensor;
 
@@ -12,5 +14,6 @@ pub use backend::WgpuBackend;
 pub use cache::{Cache, MAX_HEAD_DIM};
 pub use cubecl;
 pub use device::Device;
+pub use dtype::CacheDtype;
 pub use error::{Error, Result};
 pub use tensor::Tensor;

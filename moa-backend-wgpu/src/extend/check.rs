@@ -45,6 +45,9 @@ pub(crate) fn check(
             let expected = format_args!("[{kv_heads}, {head_dim}]").to_string();
             return Err(Error::shape(OP, "cache [kv heads, head dim]", expected, &has));
         }
+        if cache.dtype() != first.dtype() {
+            return Err(Error::argument(OP, "cache dtype", first.dtype(), cache.dtype()));
+        }
         if !cache.device().is(device) {
             return Err(Error::argument(OP, "cache", "on the backend's device", "on another"));
         }

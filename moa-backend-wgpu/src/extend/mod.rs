@@ -14,11 +14,12 @@ use cubecl::{CubeCount, CubeDim};
 use crate::kernels::append::append;
 use crate::kernels::attend::{Shape, attend};
 use crate::kernels::merge::merge;
-use crate::{Cache, Device, Result, Tensor};
+use crate::kernels::words::narrow;
+use crate::{Cache, CacheDtype, Device, Result, Tensor};
 
 pub(crate) use check::check;
-pub(crate) use plan::Row;
-use plan::{Limits, Step};
+use plan::Step;
+pub(crate) use plan::{Limits, Row, square};
 
 const OP: &str = "extend";
 
@@ -29,13 +30,33 @@ pub(crate) fn arg(handle: &Handle) -> BufferArg {
     unsafe { BufferArg::from_raw_parts(handle.clone(), elements) }
 }
 
+/// New keys or values as a cache of this type holds them: rounded before the chunk attends to them, so
+/// that a key is one number wherever it is read.
+pub(crate) fn words(device: &Device, tensor: &Tensor, dtype: CacheDtype) -> Result<Handle> {
+    if dtype == CacheDtype::F32 {
+        return Ok(tensor.handle().clone());
+    }
+    let words = tensor.len() / dtype.per_word();
+    let narrowed = device.alloc("new keys and values", words, 4)?;
+    let (cubes, dim) = device.cubes(words);
+    let (from, to) = (arg(tensor.handle()), arg(&narrowed));
+    // SAFETY: there are that many pairs and words; head dimensions are even.
+    unsafe {
+        narrow::launch_unchecked(device.client(), cubes, dim, from, to, words as u32, dtype);
+    }
+    Ok(narrowed)
+}
+
 /// What all sequences of a call share.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Call<'a> {
     pub(crate) device: &'a Device,
     pub(crate) q: &'a Tensor,
-    pub(crate) k: &'a Tensor,
-    pub(crate) v: &'a Tensor,
+    /// New keys in the words of the cache: see [`words`].
+    pub(crate) k: &'a Handle,
+    /// New values, the same.
+    pub(crate) v: &'a Handle,
+    pub(crate) dtype: CacheDtype,
     pub(crate) out: &'a Tensor,
     pub(crate) lse: &'a Tensor,
     pub(crate) query_heads: usize,
@@ -113,18 +134,21 @@ impl Call<'_> {
         stats: &Handle,
     ) {
         let kv_heads = cache.layout().heads().len();
-        let shape = Shape { tile: step.tile, vectors: row.vectors, partial: step.splits > 1 };
+        let columns = row.vectors.div_ceil(step.tile.units_x);
+        let (dtype, partial) = (self.dtype, step.splits > 1);
+        let shape = Shape { tile: step.tile, columns, dtype, partial };
         // SAFETY: the tensors have `first + tokens` tokens of as many heads as is said, the cache
         // is filled up to its length, and the outputs have room as planned.
         unsafe {
-            attend::launch_unchecked::<f32>(
+            attend::launch_unchecked(
                 self.device.client(),
                 CubeCount::Static(step.tiles, kv_heads as u32, step.splits),
                 CubeDim::new_1d(step.tile.units() as u32),
                 row.width,
+                row.width / self.dtype.per_word(),
                 arg(self.q.handle()),
-                arg(self.k.handle()),
-                arg(self.v.handle()),
+                arg(self.k),
+                arg(self.v),
                 arg(&cache.keys),
                 arg(&cache.values),
                 arg(&cache.geometry().table),
@@ -135,6 +159,7 @@ impl Call<'_> {
                 cache.len() as u32,
                 self.query_heads as u32,
                 kv_heads as u32,
+                row.vectors as u32,
                 self.scale,
                 shape,
             );
@@ -169,7 +194,7 @@ impl Call<'_> {
                 self.query_heads as u32,
                 cache.layout().heads().len() as u32,
                 step.splits,
-                row.vectors,
+                row.vectors as u32,
             );
         }
     }
@@ -180,13 +205,13 @@ impl Call<'_> {
         // SAFETY: the tensors have `first + tokens` tokens, the cache has the slots of its table and
         // room for the tokens.
         unsafe {
-            append::launch_unchecked::<f32>(
+            append::launch_unchecked(
                 self.device.client(),
                 cubes,
                 dim,
-                row.width,
-                arg(self.k.handle()),
-                arg(self.v.handle()),
+                row.width / self.dtype.per_word(),
+                arg(self.k),
+                arg(self.v),
                 arg(&cache.geometry().table),
                 arg(&cache.keys),
                 arg(&cache.values),
@@ -194,7 +219,7 @@ impl Call<'_> {
                 tokens as u32,
                 cache.len() as u32,
                 kv_heads as u32,
-                row.vectors,
+                row.vectors as u32,
             );
         }
     }

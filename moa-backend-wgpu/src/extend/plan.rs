@@ -1,5 +1,5 @@
-use crate::kernels::attend::Tile;
 use crate::kernels::keys::{Head, keys, split_keys};
+use crate::kernels::tile::Tile;
 use crate::{Device, Error, Result};
 
 /// Most rows (new tokens x query heads per KV head) whose keys are split over cubes.
@@ -84,14 +84,26 @@ impl Step {
     }
 }
 
+const SMALL: Tile = Tile { unit_rows: 4, units_y: 8, unit_keys: 4, units_x: 8, depth: 4 };
+const LARGE: Tile = Tile { unit_rows: 4, units_y: 16, unit_keys: 4, units_x: 16, depth: 4 };
+
 /// Few rows share their keys' way through the cube; many rows reuse them.
 fn tile(limits: &Limits, rows: usize, width: usize) -> Tile {
-    const SMALL: Tile = Tile { unit_rows: 4, units_y: 8, unit_keys: 4, units_x: 8, depth: 4 };
-    const LARGE: Tile = Tile { unit_rows: 4, units_y: 16, unit_keys: 4, units_x: 16, depth: 4 };
     if rows <= SPLIT_ROWS {
-        let unit_rows = rows.next_power_of_two();
-        return Tile { unit_rows, units_y: 1, unit_keys: 2, units_x: 32, depth: 8 };
+        // Few sizes, as each is a kernel to compile, and few rows a unit, as those are unrolled.
+        let (unit_rows, units_y) = match rows {
+            1 => (1, 1),
+            2..=4 => (4, 1),
+            5..=8 => (4, 2),
+            _ => (4, 4),
+        };
+        return Tile { unit_rows, units_y, unit_keys: 2, units_x: 32, depth: 8 };
     }
+    square(limits, rows, width)
+}
+
+/// A square tile for `rows` rows and as many keys.
+pub(crate) fn square(limits: &Limits, rows: usize, width: usize) -> Tile {
     let fits = LARGE.shared_bytes(width) <= limits.shared_bytes && LARGE.units() <= limits.units;
     if fits && rows > SMALL.rows() { LARGE } else { SMALL }
 }

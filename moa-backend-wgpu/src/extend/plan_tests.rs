@@ -27,7 +27,8 @@ fn numbered_keys_are_those_that_the_mask_admits() {
             for end in first + 1..30 {
                 let keys = keys(&head, first, end);
                 let listed: Vec<u32> = (0..keys.count).map(|n| position(&keys, n)).collect();
-                let sees = |q: u32, k: u32| span.attends(Position(q as usize), Position(k as usize));
+                let sees =
+                    |q: u32, k: u32| span.attends(Position(q as usize), Position(k as usize));
                 let seen: Vec<u32> =
                     (0..30).filter(|&k| (first..end).any(|q| sees(q, k))).collect();
                 assert!(seen.iter().all(|k| listed.contains(k)), "{first}..{end}: {listed:?}");

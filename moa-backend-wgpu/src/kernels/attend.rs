@@ -1,60 +1,18 @@
 use cubecl::prelude::*;
 
 use super::keys::{attends, head, keys, position, slot, split_keys};
-
-/// How the units of a cube share a tile of scores: `unit_rows * units_y` rows, which are pairs of a
-/// new token and a query head of its group, by `unit_keys * units_x` keys.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Tile {
-    /// Rows of a unit.
-    pub(crate) unit_rows: usize,
-    /// Units that share the rows.
-    pub(crate) units_y: usize,
-    /// Keys of a unit.
-    pub(crate) unit_keys: usize,
-    /// Units that share the keys, and the columns of the output.
-    pub(crate) units_x: usize,
-    /// Vectors of a row that are multiplied at a time.
-    pub(crate) depth: usize,
-}
-
-impl Tile {
-    pub(crate) const fn rows(&self) -> usize {
-        self.unit_rows * self.units_y
-    }
-
-    pub(crate) const fn keys(&self) -> usize {
-        self.unit_keys * self.units_x
-    }
-
-    pub(crate) const fn units(&self) -> usize {
-        self.units_x * self.units_y
-    }
-
-    /// Elements between rows of a staged tile; one more than needed spreads them over the banks.
-    const fn staged(&self) -> usize {
-        self.depth + 1
-    }
-
-    /// Vectors of the buffer that holds keys, then values.
-    const fn right(&self) -> usize {
-        let (keys, values) = (self.keys() * self.staged(), self.units());
-        if keys > values { keys } else { values }
-    }
-
-    /// Bytes of shared memory.
-    pub(crate) const fn shared_bytes(&self, width: usize) -> usize {
-        let vectors = self.rows() * self.staged() + self.right();
-        4 * (vectors * width + self.rows() * (self.keys() + 1) + self.keys())
-    }
-}
+use super::tile::Tile;
+use super::words::widen;
+use crate::CacheDtype;
 
 /// What a kernel is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Shape {
     pub(crate) tile: Tile,
-    /// Vectors per row of a head.
-    pub(crate) vectors: usize,
+    /// Vectors of an output row that are one unit's.
+    pub(crate) columns: usize,
+    /// Element type of keys and values.
+    pub(crate) dtype: CacheDtype,
     /// Whether several cubes share the keys of a tile and leave partial results.
     pub(crate) partial: bool,
 }
@@ -68,18 +26,18 @@ const MASKED: f32 = -1e30;
 /// Attention of one sequence's new tokens over its cache and over themselves. Cubes: tiles of rows,
 /// KV heads, splits of the keys.
 ///
-/// `q` and `out` are `[batch tokens, query_heads, vectors]`, `k` and `v` alike with `kv_heads`, of
-/// which the sequence has `tokens` from `first` on. `stats` is the log-sum-exp of each row. Of
+/// `q` and `out` are `[batch tokens, query_heads, vectors]`, `k` and `v` alike with `kv_heads`
+/// in the words of the cache, of which the sequence has `tokens` from `first` on. `stats` is the log-sum-exp of each row. Of
 /// partial results, `out` is `[kv_heads, splits, rows, vectors]` without the division by the sum,
 /// and `stats` holds each row's (maximum, sum).
 #[allow(clippy::too_many_arguments)]
 #[cube(launch_unchecked)]
-pub(crate) fn attend<C: Float, N: Size>(
+pub(crate) fn attend<N: Size, M: Size>(
     q: &[Vector<f32, N>],
-    k: &[Vector<C, N>],
-    v: &[Vector<C, N>],
-    cached_k: &[Vector<C, N>],
-    cached_v: &[Vector<C, N>],
+    k: &[Vector<u32, M>],
+    v: &[Vector<u32, M>],
+    cached_k: &[Vector<u32, M>],
+    cached_v: &[Vector<u32, M>],
     table: &[u32],
     out: &mut [Vector<f32, N>],
     stats: &mut [f32],
@@ -88,6 +46,7 @@ pub(crate) fn attend<C: Float, N: Size>(
     len: u32,
     query_heads: u32,
     kv_heads: u32,
+    vectors: u32,
     scale: f32,
     #[comptime] shape: Shape,
 ) {
@@ -98,15 +57,14 @@ pub(crate) fn attend<C: Float, N: Size>(
     let units_x = comptime!(tile.units_x);
     let units = comptime!(tile.units());
     let depth = comptime!(tile.depth);
-    let staged = comptime!(tile.depth + 1);
-    let vectors = comptime!(shape.vectors);
-    let columns = comptime!(shape.vectors.div_ceil(tile.units_x));
-    let chunks = comptime!(shape.vectors.div_ceil(tile.depth));
+    let staged = comptime!(tile.staged());
+    let columns = comptime!(shape.columns);
+    let vectors = vectors as usize;
     let weights_row = comptime!(tile.keys() + 1);
 
-    let mut left = Shared::<[Vector<f32, N>]>::new_slice(comptime!(tile.rows() * (tile.depth + 1)));
+    let mut left = Shared::<[Vector<f32, N>]>::new_slice(comptime!(tile.left()));
     let mut right = Shared::<[Vector<f32, N>]>::new_slice(comptime!(tile.right()));
-    let mut weights = Shared::<[f32]>::new_slice(comptime!(tile.rows() * (tile.keys() + 1)));
+    let mut weights = Shared::<[f32]>::new_slice(comptime!(tile.weights()));
     let mut key_rows = Shared::<[u32]>::new_slice(comptime!(tile.keys()));
 
     let unit = UNIT_POS as usize;
@@ -135,7 +93,7 @@ pub(crate) fn attend<C: Float, N: Size>(
     let mut queries = Array::<u32>::new(unit_rows);
     let mut maximum = Array::<f32>::new(unit_rows);
     let mut sum = Array::<f32>::new(unit_rows);
-    let mut output = Array::<Vector<f32, N>>::new(comptime!(tile.unit_rows * columns));
+    let mut output = Array::<Vector<f32, N>>::new(comptime!(tile.unit_rows * shape.columns));
     let mut scores = Array::<f32>::new(comptime!(tile.unit_rows * tile.unit_keys));
     #[unroll]
     for i in 0..unit_rows {
@@ -170,7 +128,7 @@ pub(crate) fn attend<C: Float, N: Size>(
             scores[s] = 0.0;
         }
 
-        for chunk in 0..chunks {
+        for chunk in 0..vectors.div_ceil(depth) {
             sync_cube();
             let mut at = unit;
             while at < comptime!(tile.rows() * tile.depth) {
@@ -190,38 +148,50 @@ pub(crate) fn attend<C: Float, N: Size>(
                 let column = chunk * depth + at % depth;
                 let mut value = Vector::<f32, N>::new(0.0);
                 if column < vectors {
-                    value = load(k, cached_k, key_rows[at / depth], column, vectors);
+                    value = load::<N, M>(k, cached_k, key_rows[at / depth], column, vectors, shape);
                 }
                 right[at / depth * staged + at % depth] = value;
                 at += units;
             }
             sync_cube();
-            #[unroll]
+            // Not unrolled: drivers do that where it helps, and compile much less.
             for d in 0..depth {
+                let mut held = Array::<Vector<f32, N>>::new(unit_keys);
+                #[unroll]
+                for j in 0..unit_keys {
+                    held[j] = right[(x + j * units_x) * staged + d];
+                }
                 #[unroll]
                 for i in 0..unit_rows {
                     let query = left[(y * unit_rows + i) * staged + d];
                     #[unroll]
                     for j in 0..unit_keys {
-                        let key = right[(x + j * units_x) * staged + d];
-                        scores[i * unit_keys + j] += query.dot(key);
+                        scores[i * unit_keys + j] += query.dot(held[j]);
                     }
                 }
             }
         }
 
+        let mut best = Array::<f32>::new(unit_rows);
         #[unroll]
         for i in 0..unit_rows {
-            let mut largest = maximum[i];
+            best[i] = maximum[i];
+        }
+        #[unroll]
+        for j in 0..unit_keys {
+            let number = base + (x + j * units_x) as u32;
+            let key = position(&keys, number);
             #[unroll]
-            for j in 0..unit_keys {
-                let number = base + (x + j * units_x) as u32;
-                let seen = number < to && attends(&head, queries[i], position(&keys, number));
+            for i in 0..unit_rows {
+                let seen = (number < to) & attends(&head, queries[i], key);
                 let score = select(seen, scores[i * unit_keys + j] * scale, MASKED);
                 scores[i * unit_keys + j] = score;
-                largest = largest.max(score);
+                best[i] = best[i].max(score);
             }
-            weights[(y * unit_rows + i) * weights_row + x] = largest;
+        }
+        #[unroll]
+        for i in 0..unit_rows {
+            weights[(y * unit_rows + i) * weights_row + x] = best[i];
         }
         sync_cube();
         let mut rescale = Array::<f32>::new(unit_rows);
@@ -255,14 +225,15 @@ pub(crate) fn attend<C: Float, N: Size>(
         #[unroll]
         for c in 0..columns {
             let column = c * units_x + x;
-            if comptime!(tile.units_y == 1) {
-                // Every value is one unit's only: no need to share.
+            if comptime!(tile.units_y <= 4) {
+                // So few units read a value that the device's cache shares it.
                 if column < vectors {
                     for key in 0..tile_keys {
-                        let value = load(v, cached_v, key_rows[key], column, vectors);
+                        let value =
+                            load::<N, M>(v, cached_v, key_rows[key], column, vectors, shape);
                         #[unroll]
                         for i in 0..unit_rows {
-                            let weight = weights[i * weights_row + key];
+                            let weight = weights[(y * unit_rows + i) * weights_row + key];
                             output[i * columns + c] += value * Vector::new(weight);
                         }
                     }
@@ -272,7 +243,14 @@ pub(crate) fn attend<C: Float, N: Size>(
                     let first_key = block * tile.units_y;
                     let mut value = Vector::<f32, N>::new(0.0);
                     if column < vectors && first_key + y < tile_keys {
-                        value = load(v, cached_v, key_rows[first_key + y], column, vectors);
+                        value = load::<N, M>(
+                            v,
+                            cached_v,
+                            key_rows[first_key + y],
+                            column,
+                            vectors,
+                            shape,
+                        );
                     }
                     right[unit] = value;
                     sync_cube();
@@ -339,16 +317,18 @@ pub(crate) fn attend<C: Float, N: Size>(
 
 /// A vector of a key or value, new or cached.
 #[cube]
-fn load<C: Float, N: Size>(
-    new: &[Vector<C, N>],
-    cached: &[Vector<C, N>],
+fn load<N: Size, M: Size>(
+    new: &[Vector<u32, M>],
+    cached: &[Vector<u32, M>],
     row: u32,
     column: usize,
-    #[comptime] vectors: usize,
+    vectors: usize,
+    #[comptime] shape: Shape,
 ) -> Vector<f32, N> {
-    if row >= NEW {
-        Vector::cast_from(new[(row - NEW) as usize * vectors + column])
+    let words = if row >= NEW {
+        new[(row - NEW) as usize * vectors + column]
     } else {
-        Vector::cast_from(cached[row as usize * vectors + column])
-    }
+        cached[row as usize * vectors + column]
+    };
+    widen::<N, M>(words, shape.dtype)
 }

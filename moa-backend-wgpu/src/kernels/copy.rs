@@ -1,8 +1,8 @@
 use cubecl::prelude::*;
 
-/// Copies `len` elements.
+/// Copies `len` words.
 #[cube(launch_unchecked)]
-pub(crate) fn copy<C: Numeric, N: Size>(from: &[Vector<C, N>], to: &mut [Vector<C, N>], len: u32) {
+pub(crate) fn copy(from: &[u32], to: &mut [u32], len: u32) {
     if ABSOLUTE_POS < len as usize {
         to[ABSOLUTE_POS] = from[ABSOLUTE_POS];
     }

@@ -41,7 +41,8 @@ pub(crate) fn head(table: &[u32], kv_head: u32) -> Head {
 /// [`moa_core::Span::attends`].
 #[cube]
 pub(crate) fn attends(head: &Head, query: u32, key: u32) -> bool {
-    key <= query && (key < head.sink || query - key < head.window)
+    // Without branches, and without differences that would be negative.
+    (key <= query) & ((key < head.sink) | (query < key + head.window))
 }
 
 /// [`moa_core::HeadLayout::slot`].
@@ -79,11 +80,8 @@ pub(crate) fn keys(head: &Head, first: u32, end: u32) -> Keys {
 /// Position of a numbered key.
 #[cube]
 pub(crate) fn position(keys: &Keys, number: u32) -> u32 {
-    let mut position = number;
-    if number >= keys.sink_end {
-        position = keys.start + number - keys.sink_end;
-    }
-    position
+    // The second is no sink's position, but it is one.
+    select(number < keys.sink_end, number, keys.start + number - keys.sink_end)
 }
 
 /// Keys per split of a head that sees `count` keys. Depends on nothing else, so that the rounding

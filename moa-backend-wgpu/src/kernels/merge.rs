@@ -18,8 +18,9 @@ pub(crate) fn merge<N: Size>(
     query_heads: u32,
     kv_heads: u32,
     splits: u32,
-    #[comptime] vectors: usize,
+    vectors: u32,
 ) {
+    let vectors = vectors as usize;
     let at = (ABSOLUTE_POS / vectors) as u32;
     let column = ABSOLUTE_POS % vectors;
     if at >= tokens * query_heads {
@@ -35,7 +36,8 @@ pub(crate) fn merge<N: Size>(
 
     let mut largest = partial_stats[2 * (kv_head * splits * rows + row) as usize];
     for split in 1..used {
-        largest = largest.max(partial_stats[2 * ((kv_head * splits + split) * rows + row) as usize]);
+        largest =
+            largest.max(partial_stats[2 * ((kv_head * splits + split) * rows + row) as usize]);
     }
     let mut sum = 0.0f32;
     let mut output = Vector::<f32, N>::new(0.0);

@@ -7,5 +7,8 @@
 pub(crate) mod append;
 pub(crate) mod attend;
 pub(crate) mod copy;
+pub(crate) mod influence;
 pub(crate) mod keys;
 pub(crate) mod merge;
+pub(crate) mod tile;
+pub(crate) mod words;
