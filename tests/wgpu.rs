@@ -7,9 +7,10 @@ mod conformance;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use conformance::{TestBackend, conformance};
+use conformance::{TestBackend, conformance, world::World};
 use half::{bf16, f16};
-use moa_backend_wgpu::{CacheDtype, Device, Tensor, WgpuBackend};
+use moa_backend_wgpu::{Device, Dtype, Error, MAX_HEAD_DIM, Tensor, WgpuBackend};
+use moa_core::{LayerLayout, Span, SparseAttentionBackend};
 
 struct Wgpu {
     backend: WgpuBackend,
@@ -17,7 +18,7 @@ struct Wgpu {
 }
 
 impl Wgpu {
-    fn new(dtype: CacheDtype) -> Option<Self> {
+    fn new(dtype: Dtype) -> Option<Self> {
         static ALONE: Mutex<()> = Mutex::new(());
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         match Device::open() {
@@ -51,8 +52,8 @@ impl TestBackend for Wgpu {
 
     fn round(&self, x: f32) -> f32 {
         match self.backend.cache_dtype() {
-            CacheDtype::F16 => f16::from_f32(x).to_f32(),
-            CacheDtype::Bf16 => bf16::from_f32(x).to_f32(),
+            Dtype::F16 => f16::from_f32(x).to_f32(),
+            Dtype::Bf16 => bf16::from_f32(x).to_f32(),
             _ => x,
         }
     }
@@ -60,14 +61,14 @@ impl TestBackend for Wgpu {
     // Vectors of 1, 2 and 4 elements, and few of each: every size is a set of kernels to compile.
     fn dims(&self) -> &'static [usize] {
         match self.backend.cache_dtype() {
-            CacheDtype::F32 => &[7, 64, 72],
-            CacheDtype::F16 => &[72],
+            Dtype::F32 => &[7, 64, 72],
+            Dtype::F16 => &[72],
             _ => &[10, 72],
         }
     }
 }
 
-conformance!(f32_cache, Wgpu::new(CacheDtype::F32));
+conformance!(f32_cache, Wgpu::new(Dtype::F32));
 
 /// What 16-bit caches could get wrong: rounding, and reading both halves of a word.
 macro_rules! sixteen_bits {
@@ -89,5 +90,44 @@ macro_rules! sixteen_bits {
     };
 }
 
-sixteen_bits!(f16_cache, CacheDtype::F16);
-sixteen_bits!(bf16_cache, CacheDtype::Bf16);
+sixteen_bits!(f16_cache, Dtype::F16);
+sixteen_bits!(bf16_cache, Dtype::Bf16);
+
+#[test]
+fn every_error_variant_says_what_came() {
+    let Some(t) = Wgpu::new(Dtype::Bf16) else { return };
+    let backend = &t.backend;
+    let layout = LayerLayout::new(&[Span::full(4)], 4, 0).unwrap();
+    for head_dim in [0, MAX_HEAD_DIM + 2, 7] {
+        let error = backend.open(&layout, head_dim).unwrap_err();
+        assert!(matches!(error, Error::Argument { what: "head_dim", .. }), "{error}");
+    }
+    let huge = LayerLayout::new(&[Span::full(1 << 29); 3], 1 << 29, 0).unwrap();
+    assert!(matches!(backend.open(&huge, 256), Err(Error::TooLarge { .. })));
+    let long = LayerLayout::new(&[Span::new(0, 5).unwrap()], 1 << 30, 0).unwrap();
+    assert!(matches!(backend.open(&long, 8), Err(Error::Argument { what: "capacity", .. })));
+
+    let mut cache = backend.open(&layout, 8).unwrap();
+    let x = t.tensor(&[0.0; 40], &[5, 1, 8]);
+    let error = backend.extend(&mut [&mut cache], &[5], &x, &x, &x, 1.0, false).unwrap_err();
+    assert!(matches!(
+        error,
+        Error::Core(moa_core::Error::CapacityExceeded { len: 0, more: 5, capacity: 4 })
+    ));
+    let mut other = WgpuBackend::new(backend.device(), Dtype::F32).open(&layout, 8).unwrap();
+    let x = t.tensor(&[0.0; 16], &[2, 1, 8]);
+    let mixed = backend.extend(&mut [&mut cache, &mut other], &[1, 1], &x, &x, &x, 1.0, false);
+    assert!(matches!(mixed, Err(Error::Argument { what: "cache dtype", .. })));
+    assert!(backend.decode_seconds(100, 1, 8).is_err());
+}
+
+#[test]
+fn reset_forgets_everything() {
+    let Some(t) = Wgpu::new(Dtype::F32) else { return };
+    let world = World::new(2, 1, 8, &[(1, 4)], 20);
+    let mut cache = world.open(&t, 20, 0);
+    world.extend(&t, &mut cache, 0..20).unwrap();
+    cache.reset();
+    assert!(cache.is_empty());
+    assert!(world.run_in(&t, &mut cache, 0, &[15, 5]) == world.run(&t, &[15, 5]));
+}

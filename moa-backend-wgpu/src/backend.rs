@@ -1,7 +1,7 @@
 use moa_core::{InfluenceInputs, InfluenceOutput, LayerLayout, SparseAttentionBackend};
 
 use crate::extend::{self, Call};
-use crate::{Cache, CacheDtype, Device, Error, Result, Tensor, influence};
+use crate::{Cache, Device, Dtype, Error, Result, Tensor, influence};
 
 /// Attention on one GPU.
 ///
@@ -10,17 +10,17 @@ use crate::{Cache, CacheDtype, Device, Error, Result, Tensor, influence};
 #[derive(Clone, Debug)]
 pub struct WgpuBackend {
     device: Device,
-    dtype: CacheDtype,
+    dtype: Dtype,
 }
 
 impl WgpuBackend {
     /// A backend whose caches hold keys and values of this type.
-    pub fn new(device: &Device, dtype: CacheDtype) -> Self {
+    pub fn new(device: &Device, dtype: Dtype) -> Self {
         Self { device: device.clone(), dtype }
     }
 
     /// Element type of the caches.
-    pub fn cache_dtype(&self) -> CacheDtype {
+    pub fn cache_dtype(&self) -> Dtype {
         self.dtype
     }
 

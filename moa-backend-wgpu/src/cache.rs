@@ -6,7 +6,7 @@ use moa_core::{Extent, LayerLayout};
 use crate::extend::arg;
 use crate::kernels::copy::copy;
 use crate::kernels::keys::{HEAD_FIELDS, Head};
-use crate::{CacheDtype, Device, Error, Result};
+use crate::{Device, Dtype, Error, Result};
 
 const OP: &str = "open";
 
@@ -20,7 +20,7 @@ pub struct Cache {
     device: Device,
     geometry: Arc<Geometry>,
     head_dim: usize,
-    dtype: CacheDtype,
+    dtype: Dtype,
     extent: Extent,
     pub(crate) keys: Handle,
     pub(crate) values: Handle,
@@ -69,7 +69,7 @@ impl Cache {
         device: &Device,
         layout: &LayerLayout,
         head_dim: usize,
-        dtype: CacheDtype,
+        dtype: Dtype,
     ) -> Result<Self> {
         if head_dim == 0 || head_dim > MAX_HEAD_DIM {
             let expected = format_args!("1 to {MAX_HEAD_DIM}").to_string();
@@ -86,7 +86,7 @@ impl Cache {
         device: &Device,
         geometry: Arc<Geometry>,
         head_dim: usize,
-        dtype: CacheDtype,
+        dtype: Dtype,
     ) -> Result<Self> {
         let elements = geometry.layout.slots().saturating_mul(head_dim);
         let keys = device.alloc("cached keys", elements, dtype.bytes())?;
@@ -107,7 +107,7 @@ impl Cache {
     }
 
     /// Element type of keys and values.
-    pub fn dtype(&self) -> CacheDtype {
+    pub fn dtype(&self) -> Dtype {
         self.dtype
     }
 

@@ -1,19 +1,19 @@
 use std::fmt;
 
-/// Element type of cached keys and values. Every device has all of them: 16-bit elements are stored
+/// Element type of cached keys and values, and of weights. Every device has all of them: 16-bit elements are stored
 /// in pairs, in words of 32 bits, and taken apart by integer arithmetic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
-pub enum CacheDtype {
-    /// 4 bytes: keys and values are kept as they come.
+pub enum Dtype {
+    /// 4 bytes: numbers are kept as they come.
     #[default]
     F32,
-    /// 2 bytes, 11 bits of precision, values up to 65504. The head dimension must be even.
+    /// 2 bytes, 11 bits of precision, values up to 65504. Rows must be of even length.
     F16,
-    /// 2 bytes, 8 bits of precision, the range of f32. The head dimension must be even.
+    /// 2 bytes, 8 bits of precision, the range of f32. Rows must be of even length.
     Bf16,
 }
 
-impl CacheDtype {
+impl Dtype {
     /// Bytes of one element.
     pub const fn bytes(self) -> usize {
         4 / self.per_word()
@@ -28,7 +28,7 @@ impl CacheDtype {
     }
 }
 
-impl fmt::Display for CacheDtype {
+impl fmt::Display for Dtype {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::F32 => "f32",

@@ -45,14 +45,6 @@ pub enum Error {
         /// What was found instead.
         message: String,
     },
-    /// The device lacks something that was asked for by name.
-    #[error("{device} has no {feature}")]
-    Feature {
-        /// Name of the device.
-        device: String,
-        /// What it lacks.
-        feature: &'static str,
-    },
     /// The device failed: out of memory, a kernel refused, the device lost.
     #[error("{op}: the device failed: {message}")]
     Device {

@@ -170,7 +170,10 @@ fn check(
     let &[_, kv_heads, _] = inputs.k.shape() else {
         return Err(Error::shape(OP, "k", "[tokens, kv heads, head dim]", inputs.k.shape()));
     };
-    if !query_heads.is_multiple_of(kv_heads) {
+    if tokens == 0 || query_heads == 0 || head_dim == 0 {
+        return Err(Error::shape(OP, "q", "no empty axis", inputs.q.shape()));
+    }
+    if kv_heads == 0 || !query_heads.is_multiple_of(kv_heads) {
         let expected = format_args!("[{tokens}, a divisor of {query_heads}, {head_dim}]");
         return Err(Error::shape(OP, "k", expected.to_string(), inputs.k.shape()));
     }

@@ -8,12 +8,15 @@ mod error;
 mod extend;
 mod influence;
 mod kernels;
+mod matrix;
+pub mod ops;
 mod tensor;
 
 pub use backend::WgpuBackend;
 pub use cache::{Cache, MAX_HEAD_DIM};
 pub use cubecl;
 pub use device::Device;
-pub use dtype::CacheDtype;
+pub use dtype::Dtype;
 pub use error::{Error, Result};
+pub use matrix::Matrix;
 pub use tensor::Tensor;

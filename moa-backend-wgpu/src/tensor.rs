@@ -16,7 +16,7 @@ impl Tensor {
     /// Copies numbers to the device.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless there are 1 to 3 axes, none empty, whose product is `data.len()`;
+    /// [`Error::Shape`] unless there are 1 to 3 axes whose product is `data.len()`;
     /// [`Error::TooLarge`].
     pub fn new(device: &Device, data: &[f32], shape: &[usize]) -> Result<Self> {
         const OP: &str = "Tensor::new";
@@ -29,6 +29,8 @@ impl Tensor {
         if bytes > limit {
             return Err(Error::TooLarge { what: "tensor", bytes, limit });
         }
+        // An empty buffer is none: one element stands for it.
+        let data = if data.is_empty() { &[0.0] } else { data };
         let handle = device.client().create_from_slice(bytemuck::cast_slice(data));
         Ok(Self { device: device.clone(), handle, shape: padded, axes: shape.len() })
     }
@@ -36,7 +38,7 @@ impl Tensor {
     /// A buffer of f32 that CubeCL already holds, row-major without gaps.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless there are 1 to 3 axes, none empty, that the buffer has room for.
+    /// [`Error::Shape`] unless there are 1 to 3 axes that the buffer has room for.
     pub fn from_handle(device: &Device, handle: Handle, shape: &[usize]) -> Result<Self> {
         const OP: &str = "Tensor::from_handle";
         let (padded, len) = check(OP, shape)?;
@@ -55,7 +57,7 @@ impl Tensor {
         shape: &[usize],
     ) -> Result<Self> {
         let (padded, len) = check(op, shape)?;
-        let handle = device.alloc("tensor", len, 4)?;
+        let handle = device.alloc("tensor", len.max(1), 4)?;
         Ok(Self { device: device.clone(), handle, shape: padded, axes: shape.len() })
     }
 
@@ -68,6 +70,20 @@ impl Tensor {
         let bytes = read.map_err(Error::device("Tensor::to_vec"))?;
         let elements = bytes.chunks_exact(4).take(self.len());
         Ok(elements.map(bytemuck::pod_read_unaligned).collect())
+    }
+
+    /// The same elements under another shape.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] unless there are 1 to 3 axes of as many elements.
+    pub fn reshape(self, shape: &[usize]) -> Result<Self> {
+        const OP: &str = "Tensor::reshape";
+        let (padded, len) = check(OP, shape)?;
+        if len != self.len() {
+            let expected = format_args!("{} elements", self.len()).to_string();
+            return Err(Error::shape(OP, "shape", expected, shape));
+        }
+        Ok(Self { shape: padded, axes: shape.len(), ..self })
     }
 
     /// Lengths of the axes.
@@ -85,6 +101,16 @@ impl Tensor {
         &self.device
     }
 
+    /// Length of the first axis.
+    pub fn rows(&self) -> usize {
+        self.shape[0]
+    }
+
+    /// Elements per row.
+    pub fn row_len(&self) -> usize {
+        self.shape[1] * self.shape[2]
+    }
+
     /// Number of elements.
     pub(crate) fn len(&self) -> usize {
         self.shape.iter().product()
@@ -98,7 +124,7 @@ fn check(op: &'static str, shape: &[usize]) -> Result<([usize; 3], usize)> {
     }
     padded[..shape.len()].copy_from_slice(shape);
     match shape.iter().try_fold(1usize, |n, &axis| n.checked_mul(axis)) {
-        Some(len) if len > 0 => Ok((padded, len)),
-        _ => Err(Error::shape(op, "shape", "1 to 2^64 elements", shape)),
+        Some(len) => Ok((padded, len)),
+        None => Err(Error::shape(op, "shape", "fewer than 2^64 elements", shape)),
     }
 }

@@ -38,6 +38,8 @@ mod stop;
 mod tasks;
 mod tokenizer;
 mod weights;
+#[cfg(feature = "wgpu")]
+mod wgpu;
 
 pub use calibrate::{CalibrationData, CalibrationOptions, Prompt};
 pub use chat::{ChatTemplate, Message};
@@ -74,3 +76,5 @@ pub use stop::StopStrings;
 pub use tasks::Task;
 pub use tokenizer::{TokenStream, Tokenizer};
 pub use weights::{DType, MappedTensor, Weights};
+#[cfg(feature = "wgpu")]
+pub use wgpu::WgpuOps;

@@ -24,7 +24,10 @@ pub(crate) fn check(
     let &[q_tokens, query_heads, q_dim] = q.shape() else {
         return Err(Error::shape(OP, "q", "[tokens, query heads, head dim]", q.shape()));
     };
-    if [q_tokens, q_dim] != [total, head_dim] || !query_heads.is_multiple_of(kv_heads) {
+    if [q_tokens, q_dim] != [total, head_dim]
+        || query_heads == 0
+        || !query_heads.is_multiple_of(kv_heads)
+    {
         let expected = format!("[{total}, a multiple of {kv_heads}, {head_dim}]");
         return Err(Error::shape(OP, "q", expected, q.shape()));
     }

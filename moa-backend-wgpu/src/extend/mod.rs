@@ -15,7 +15,7 @@ use crate::kernels::append::append;
 use crate::kernels::attend::{Shape, attend};
 use crate::kernels::merge::merge;
 use crate::kernels::words::narrow;
-use crate::{Cache, CacheDtype, Device, Result, Tensor};
+use crate::{Cache, Device, Dtype, Result, Tensor};
 
 pub(crate) use check::check;
 use plan::Step;
@@ -32,8 +32,8 @@ pub(crate) fn arg(handle: &Handle) -> BufferArg {
 
 /// New keys or values as a cache of this type holds them: rounded before the chunk attends to them, so
 /// that a key is one number wherever it is read.
-pub(crate) fn words(device: &Device, tensor: &Tensor, dtype: CacheDtype) -> Result<Handle> {
-    if dtype == CacheDtype::F32 {
+pub(crate) fn words(device: &Device, tensor: &Tensor, dtype: Dtype) -> Result<Handle> {
+    if dtype == Dtype::F32 {
         return Ok(tensor.handle().clone());
     }
     let words = tensor.len() / dtype.per_word();
@@ -56,7 +56,7 @@ pub(crate) struct Call<'a> {
     pub(crate) k: &'a Handle,
     /// New values, the same.
     pub(crate) v: &'a Handle,
-    pub(crate) dtype: CacheDtype,
+    pub(crate) dtype: Dtype,
     pub(crate) out: &'a Tensor,
     pub(crate) lse: &'a Tensor,
     pub(crate) query_heads: usize,

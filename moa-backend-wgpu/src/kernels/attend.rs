@@ -3,7 +3,7 @@ use cubecl::prelude::*;
 use super::keys::{attends, head, keys, position, slot, split_keys};
 use super::tile::Tile;
 use super::words::widen;
-use crate::CacheDtype;
+use crate::Dtype;
 
 /// What a kernel is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -12,7 +12,7 @@ pub(crate) struct Shape {
     /// Vectors of an output row that are one unit's.
     pub(crate) columns: usize,
     /// Element type of keys and values.
-    pub(crate) dtype: CacheDtype,
+    pub(crate) dtype: Dtype,
     /// Whether several cubes share the keys of a tile and leave partial results.
     pub(crate) partial: bool,
 }

@@ -9,6 +9,8 @@ pub(crate) mod attend;
 pub(crate) mod copy;
 pub(crate) mod influence;
 pub(crate) mod keys;
+pub(crate) mod linear;
 pub(crate) mod merge;
+pub(crate) mod rows;
 pub(crate) mod tile;
 pub(crate) mod words;

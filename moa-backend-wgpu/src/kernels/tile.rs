@@ -1,5 +1,8 @@
 use cubecl::prelude::*;
 
+use super::words::widen;
+use crate::Dtype;
+
 /// How the units of a cube share a tile of scores: `unit_rows * units_y` rows, which are pairs of a
 /// new token and a query head of its group, by `unit_keys * units_x` keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -102,52 +105,102 @@ impl<N: Size> Stage<N> {
         vectors: usize,
         #[comptime] tile: Tile,
     ) {
-        let depth = comptime!(tile.depth);
-        let staged = comptime!(tile.staged());
-        let unit = UNIT_POS as usize;
-        let x = unit % tile.units_x;
-        let y = unit / tile.units_x;
         #[unroll]
         for p in 0..comptime!(tile.unit_rows * tile.unit_keys) {
             products[p] = 0.0;
         }
-        for chunk in 0..vectors.div_ceil(depth) {
+        for chunk in 0..vectors.div_ceil(tile.depth) {
             // What was staged before was read.
             sync_cube();
-            let mut at = unit;
-            while at < comptime!(tile.rows() * tile.depth) {
-                let column = chunk * depth + at % depth;
-                let mut value = Vector::<f32, N>::new(0.0);
-                if column < vectors {
-                    value = left[row(left_rows, (at / depth) as u32) * vectors + column];
-                }
-                self.left[at / depth * staged + at % depth] = value;
-                at += comptime!(tile.units());
-            }
-            let mut at = unit;
+            self.load_left(left, left_rows, chunk, vectors, tile);
+            let mut at = UNIT_POS as usize;
             while at < comptime!(tile.keys() * tile.depth) {
-                let column = chunk * depth + at % depth;
+                let column = chunk * tile.depth + at % tile.depth;
                 let mut value = Vector::<f32, N>::new(0.0);
                 if column < vectors {
-                    value = right[row(right_rows, (at / depth) as u32) * vectors + column];
+                    value = right[row(right_rows, (at / tile.depth) as u32) * vectors + column];
                 }
-                self.right[at / depth * staged + at % depth] = value;
+                self.right[at / tile.depth * comptime!(tile.staged()) + at % tile.depth] = value;
                 at += comptime!(tile.units());
             }
             sync_cube();
-            for d in 0..depth {
-                let mut held = Array::<Vector<f32, N>>::new(tile.unit_keys);
+            self.multiply(products, tile);
+        }
+    }
+
+    /// The same with right rows in the words of a type.
+    pub(crate) fn products_with_words<M: Size>(
+        &mut self,
+        products: &mut Array<f32>,
+        left: &[Vector<f32, N>],
+        left_rows: &Rows,
+        right: &[Vector<u32, M>],
+        right_rows: &Rows,
+        vectors: usize,
+        #[comptime] tile: Tile,
+        #[comptime] dtype: Dtype,
+    ) {
+        #[unroll]
+        for p in 0..comptime!(tile.unit_rows * tile.unit_keys) {
+            products[p] = 0.0;
+        }
+        for chunk in 0..vectors.div_ceil(tile.depth) {
+            sync_cube();
+            self.load_left(left, left_rows, chunk, vectors, tile);
+            let mut at = UNIT_POS as usize;
+            while at < comptime!(tile.keys() * tile.depth) {
+                let column = chunk * tile.depth + at % tile.depth;
+                let mut value = Vector::<f32, N>::new(0.0);
+                if column < vectors {
+                    let from = row(right_rows, (at / tile.depth) as u32) * vectors + column;
+                    value = widen::<N, M>(right[from], dtype);
+                }
+                self.right[at / tile.depth * comptime!(tile.staged()) + at % tile.depth] = value;
+                at += comptime!(tile.units());
+            }
+            sync_cube();
+            self.multiply(products, tile);
+        }
+    }
+
+    fn load_left(
+        &mut self,
+        left: &[Vector<f32, N>],
+        left_rows: &Rows,
+        chunk: usize,
+        vectors: usize,
+        #[comptime] tile: Tile,
+    ) {
+        let mut at = UNIT_POS as usize;
+        while at < comptime!(tile.rows() * tile.depth) {
+            let column = chunk * tile.depth + at % tile.depth;
+            let mut value = Vector::<f32, N>::new(0.0);
+            if column < vectors {
+                value = left[row(left_rows, (at / tile.depth) as u32) * vectors + column];
+            }
+            self.left[at / tile.depth * comptime!(tile.staged()) + at % tile.depth] = value;
+            at += comptime!(tile.units());
+        }
+    }
+
+    /// Adds the products of what is staged.
+    fn multiply(&self, products: &mut Array<f32>, #[comptime] tile: Tile) {
+        let x = UNIT_POS as usize % tile.units_x;
+        let y = UNIT_POS as usize / tile.units_x;
+        let staged = comptime!(tile.staged());
+        // Not unrolled: drivers do that where it helps, and compile much less.
+        for d in 0..tile.depth {
+            let mut held = Array::<Vector<f32, N>>::new(tile.unit_keys);
+            #[unroll]
+            for j in 0..tile.unit_keys {
+                held[j] = self.right[(x + j * tile.units_x) * staged + d];
+            }
+            #[unroll]
+            for i in 0..tile.unit_rows {
+                let a = self.left[(y * tile.unit_rows + i) * staged + d];
                 #[unroll]
                 for j in 0..tile.unit_keys {
-                    held[j] = self.right[(x + j * tile.units_x) * staged + d];
-                }
-                #[unroll]
-                for i in 0..tile.unit_rows {
-                    let a = self.left[(y * tile.unit_rows + i) * staged + d];
-                    #[unroll]
-                    for j in 0..tile.unit_keys {
-                        products[i * tile.unit_keys + j] += a.dot(held[j]);
-                    }
+                    products[i * tile.unit_keys + j] += a.dot(held[j]);
                 }
             }
         }

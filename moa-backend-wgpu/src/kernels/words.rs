@@ -3,25 +3,25 @@
 
 use cubecl::prelude::*;
 
-use crate::CacheDtype;
+use crate::Dtype;
 
 /// `M` words as `N` elements; a word holds one or two of them.
 #[cube]
 pub(crate) fn widen<N: Size, M: Size>(
     words: Vector<u32, M>,
-    #[comptime] dtype: CacheDtype,
+    #[comptime] dtype: Dtype,
 ) -> Vector<f32, N> {
     let mut wide = Vector::<f32, N>::new(0.0);
     #[unroll]
     for i in 0..M::value() {
         let word = words.extract(i);
         match dtype {
-            CacheDtype::F32 => wide.insert(i, f32::from_bits(word)),
-            CacheDtype::F16 => {
+            Dtype::F32 => wide.insert(i, f32::from_bits(word)),
+            Dtype::F16 => {
                 wide.insert(2 * i, widen_f16(word & 0xffff));
                 wide.insert(2 * i + 1, widen_f16(word >> 16));
             }
-            CacheDtype::Bf16 => {
+            Dtype::Bf16 => {
                 wide.insert(2 * i, f32::from_bits(word << 16));
                 wide.insert(2 * i + 1, f32::from_bits(word & 0xffff_0000));
             }
@@ -32,11 +32,11 @@ pub(crate) fn widen<N: Size, M: Size>(
 
 /// Rounds pairs of elements to nearest, ties to even, one unit per word.
 #[cube(launch_unchecked)]
-pub(crate) fn narrow(from: &[f32], to: &mut [u32], words: u32, #[comptime] dtype: CacheDtype) {
+pub(crate) fn narrow(from: &[f32], to: &mut [u32], words: u32, #[comptime] dtype: Dtype) {
     if ABSOLUTE_POS < words as usize {
         let (low, high) = (from[2 * ABSOLUTE_POS], from[2 * ABSOLUTE_POS + 1]);
         let word = match dtype {
-            CacheDtype::F16 => narrow_f16(low) | (narrow_f16(high) << 16),
+            Dtype::F16 => narrow_f16(low) | (narrow_f16(high) << 16),
             _ => narrow_bf16(low) | (narrow_bf16(high) << 16),
         };
         to[ABSOLUTE_POS] = word;

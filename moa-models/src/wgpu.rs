@@ -1,0 +1,143 @@
+//! The operations on any GPU that wgpu reaches, over [`moa_backend_wgpu`]. Weights stay on the device,
+//! in the type of their file.
+
+use std::sync::{Mutex, PoisonError};
+
+use moa_backend_wgpu::{Device, Dtype, Matrix, Tensor, WgpuBackend, ops as kernels};
+
+use crate::ops::Ops;
+use crate::weights::{DType, MappedTensor};
+use crate::{Error, Result};
+
+/// Runs a model on a GPU over Vulkan, Metal, DX12 or WebGPU.
+#[derive(Debug)]
+pub struct WgpuOps {
+    attention: WgpuBackend,
+    /// The angles of the running step: every layer uses the same twice.
+    angles: Mutex<Option<Angles>>,
+}
+
+#[derive(Debug)]
+struct Angles {
+    host: [Vec<f32>; 2],
+    device: [Tensor; 2],
+}
+
+impl WgpuOps {
+    /// On this device, with KV caches of this element type.
+    pub fn new(device: &Device, cache: Dtype) -> Self {
+        Self { attention: WgpuBackend::new(device, cache), angles: Mutex::new(None) }
+    }
+
+    fn device(&self) -> &Device {
+        self.attention.device()
+    }
+
+    /// Cosines and sines on the device, `[tokens, half]`.
+    fn angles(&self, cos: &[f32], sin: &[f32], tokens: usize, half: usize) -> Result<[Tensor; 2]> {
+        let mut angles = self.angles.lock().unwrap_or_else(PoisonError::into_inner);
+        let shape = [tokens, half];
+        if let Some(Angles { host, device }) = &*angles
+            && host[0] == cos
+            && host[1] == sin
+            && device[0].shape() == shape
+        {
+            return Ok(device.clone());
+        }
+        let device = [self.tensor(cos.to_vec(), &shape)?, self.tensor(sin.to_vec(), &shape)?];
+        let host = [cos.to_vec(), sin.to_vec()];
+        *angles = Some(Angles { host, device: device.clone() });
+        Ok(device)
+    }
+}
+
+impl Ops for WgpuOps {
+    type Tensor = Tensor;
+    type Matrix = Matrix;
+    type Vector = Tensor;
+    type Attention = WgpuBackend;
+
+    fn attention(&self) -> &WgpuBackend {
+        &self.attention
+    }
+
+    fn cache_element_bytes(&self) -> usize {
+        self.attention.cache_dtype().bytes()
+    }
+
+    fn matrix(&self, tensor: MappedTensor) -> Result<Matrix> {
+        let &[rows, cols] = tensor.shape() else {
+            return Err(Error::invalid("weight", "2 axes", tensor.shape().len()));
+        };
+        let dtype = match tensor.dtype() {
+            DType::F32 => Dtype::F32,
+            DType::F16 => Dtype::F16,
+            DType::BF16 => Dtype::Bf16,
+        };
+        Matrix::new(self.device(), tensor.bytes(), rows, cols, dtype).map_err(Error::backend)
+    }
+
+    fn vector(&self, tensor: MappedTensor) -> Result<Tensor> {
+        let values = tensor.to_f32();
+        let len = values.len();
+        self.tensor(values, &[len])
+    }
+
+    fn shape(&self, x: &Tensor) -> Vec<usize> {
+        x.shape().to_vec()
+    }
+
+    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
+        Tensor::new(self.device(), &values, shape).map_err(Error::backend)
+    }
+
+    fn values(&self, x: Tensor) -> Result<Vec<f32>> {
+        x.to_vec().map_err(Error::backend)
+    }
+
+    fn embed(&self, table: &Matrix, ids: &[u32]) -> Result<Tensor> {
+        kernels::embed(table, ids).map_err(Error::backend)
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+        kernels::rms_norm(x, weight, eps).map_err(Error::backend)
+    }
+
+    fn linear(&self, x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
+        kernels::linear(x, weight, bias).map_err(Error::backend)
+    }
+
+    fn rope(
+        &self,
+        x: Tensor,
+        head_dim: usize,
+        cos: &[f32],
+        sin: &[f32],
+        inverse: bool,
+    ) -> Result<Tensor> {
+        let (rows, width) = (x.rows(), x.row_len());
+        if head_dim == 0 || width % head_dim != 0 {
+            let expected = format!("a multiple of head_dim ({head_dim})");
+            return Err(Error::invalid("row", expected, width));
+        }
+        let x = self.reshape(x, &[rows, width / head_dim, head_dim])?;
+        let [cos, sin] = self.angles(cos, sin, rows, head_dim / 2)?;
+        kernels::rope(&x, &cos, &sin, inverse).map_err(Error::backend)
+    }
+
+    fn reshape(&self, x: Tensor, shape: &[usize]) -> Result<Tensor> {
+        x.reshape(shape).map_err(Error::backend)
+    }
+
+    fn swiglu(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
+        kernels::swiglu(&gate, up).map_err(Error::backend)
+    }
+
+    fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
+        kernels::add(&x, y).map_err(Error::backend)
+    }
+
+    fn rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
+        kernels::rows(x, rows).map_err(Error::backend)
+    }
+}
