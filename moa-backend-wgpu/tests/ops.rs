@@ -5,7 +5,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use half::{bf16, f16};
-use moa_backend_wgpu::{Device, Dtype, Error, Matrix, Tensor, ops};
+use moa_backend_wgpu::{Device, Dtype, Error, Matrix, Result, Tensor, ops};
 
 fn device() -> Option<(Device, MutexGuard<'static, ()>)> {
     static ALONE: Mutex<()> = Mutex::new(());
@@ -141,16 +141,16 @@ fn rotations_and_pairwise_operations() {
     close(&ops::swiglu(&input, &other).unwrap(), silu);
 }
 
+fn is_shape(result: Result<Tensor>, named: &str) -> bool {
+    matches!(result, Err(Error::Shape { what, .. }) if what == named)
+}
+
 #[test]
 fn wrong_shapes_are_refused() {
     let Some((device, _alone)) = device() else { return };
-    let zeros = |shape: &[usize]| {
-        Tensor::new(&device, &vec![0.0; shape.iter().product()], shape).unwrap()
-    };
+    let zeros =
+        |shape: &[usize]| Tensor::new(&device, &vec![0.0; shape.iter().product()], shape).unwrap();
     let (weight, _) = matrix(&device, 4, 6, Dtype::F16);
-    let is_shape = |result: moa_backend_wgpu::Result<Tensor>, named: &str| {
-        matches!(result, Err(Error::Shape { what, .. }) if what == named)
-    };
     assert!(is_shape(ops::linear(&zeros(&[2, 5]), &weight, None), "x"));
     assert!(is_shape(ops::linear(&zeros(&[2, 6]), &weight, Some(&zeros(&[5]))), "bias"));
     assert!(is_shape(ops::rms_norm(&zeros(&[2, 6]), &zeros(&[5]), 0.1), "weight"));
@@ -163,10 +163,7 @@ fn wrong_shapes_are_refused() {
     assert!(is_shape(Tensor::new(&device, &[1.0], &[2]), "data"));
     assert!(is_shape(Tensor::new(&device, &[1.0], &[1, 1, 1, 1]), "shape"));
     assert!(matches!(ops::embed(&weight, &[4]), Err(Error::Argument { what: "id", .. })));
-    assert!(matches!(
-        ops::rows(&zeros(&[2, 6]), &[2]),
-        Err(Error::Argument { what: "row", .. })
-    ));
+    assert!(matches!(ops::rows(&zeros(&[2, 6]), &[2]), Err(Error::Argument { what: "row", .. })));
     assert!(matches!(
         Matrix::new(&device, &[0; 6], 1, 3, Dtype::Bf16),
         Err(Error::Argument { what: "cols", .. })

@@ -1,11 +1,12 @@
 //! The operations on any GPU that wgpu reaches, over [`moa_backend_wgpu`]. Weights stay on the device,
 //! in the type of their file.
 
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use moa_backend_wgpu::{Device, Dtype, Matrix, Tensor, WgpuBackend, ops as kernels};
 
-use crate::ops::Ops;
+use crate::ops::{BackwardOps, Ops};
 use crate::weights::{DType, MappedTensor};
 use crate::{Error, Result};
 
@@ -13,6 +14,8 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct WgpuOps {
     attention: WgpuBackend,
+    /// With f32 caches.
+    exact: WgpuBackend,
     /// The angles of the running step: every layer uses the same twice.
     angles: Mutex<Option<Angles>>,
 }
@@ -26,7 +29,11 @@ struct Angles {
 impl WgpuOps {
     /// On this device, with KV caches of this element type.
     pub fn new(device: &Device, cache: Dtype) -> Self {
-        Self { attention: WgpuBackend::new(device, cache), angles: Mutex::new(None) }
+        Self {
+            attention: WgpuBackend::new(device, cache),
+            exact: WgpuBackend::new(device, Dtype::F32),
+            angles: Mutex::new(None),
+        }
     }
 
     fn device(&self) -> &Device {
@@ -139,5 +146,38 @@ impl Ops for WgpuOps {
 
     fn rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
         kernels::rows(x, rows).map_err(Error::backend)
+    }
+}
+
+impl BackwardOps for WgpuOps {
+    fn exact_attention(&self) -> &WgpuBackend {
+        &self.exact
+    }
+
+    fn linear_backward(&self, d_y: &Tensor, weight: &Matrix) -> Result<Tensor> {
+        kernels::linear_backward(d_y, weight).map_err(Error::backend)
+    }
+
+    fn rms_norm_backward(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        eps: f32,
+        d_y: &Tensor,
+    ) -> Result<Tensor> {
+        kernels::rms_norm_backward(x, weight, eps, d_y).map_err(Error::backend)
+    }
+
+    fn swiglu_backward(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        d_y: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        kernels::swiglu_backward(gate, up, d_y).map_err(Error::backend)
+    }
+
+    fn place_rows(&self, x: &Tensor, rows: Range<usize>, total: usize) -> Result<Tensor> {
+        kernels::place_rows(x, rows, total).map_err(Error::backend)
     }
 }

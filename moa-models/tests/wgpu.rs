@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use moa_backend_wgpu::{Device, Dtype};
-use moa_core::{ElasticRule, HeadRule, ModelShape, Plan};
+use moa_core::{ElasticRule, HeadRule, Influence, ModelShape, Plan, Span};
 use moa_models::{
-    CacheDtype, Checkpoint, CpuOps, GenerateOptions, LogitRows, Next, Ops, WgpuOps,
+    BackwardOps, CacheDtype, Checkpoint, CpuOps, GenerateOptions, Item, LogitRows, Next, Objective,
+    Ops, WgpuOps,
 };
 
 fn moa_tiny() -> PathBuf {
@@ -96,4 +97,33 @@ fn cache_bytes_are_what_the_plan_promises() {
         assert_eq!(gpu.kv_bytes(&sequence), plan.kv_bytes(1000, element_bytes));
         assert_eq!(gpu.ops().cache_element_bytes(), element_bytes);
     }
+}
+
+/// A profile of one item: its loss, and what two spans of each head are predicted to cost.
+fn profile<O: BackwardOps>(checkpoint: &Checkpoint<O>) -> Vec<f64> {
+    let model = &checkpoint.model;
+    let tokens = checkpoint.tokenizer.encode(TEXT, true).unwrap();
+    let item = Item::new(&tokens[..tokens.len() - 12], &tokens[tokens.len() - 12..]).unwrap();
+    let mut influence = Influence::new(model.shape(), tokens.len(), 4).unwrap();
+    let mut found = vec![model.profile(&item, Objective::CrossEntropy, &mut influence).unwrap()];
+    let shape = model.shape();
+    for (layer, head) in (0..shape.layers).flat_map(|l| (0..shape.kv_heads).map(move |h| (l, h))) {
+        for (sink, window) in [(4, 16), (16, 48)] {
+            found.push(influence.loss(layer, head, Span::new(sink, window).unwrap()));
+        }
+    }
+    found
+}
+
+#[test]
+fn influence_equals_that_of_the_cpu() {
+    let Some((device, _alone)) = device() else { return };
+    let cpu = Checkpoint::open(CpuOps::new(CacheDtype::F32), moa_tiny()).unwrap();
+    let gpu = Checkpoint::open(WgpuOps::new(&device, Dtype::Bf16), moa_tiny()).unwrap();
+    let (expected, found) = (profile(&cpu), profile(&gpu));
+    let largest = expected.iter().fold(0.0f64, |max, x| max.max(x.abs()));
+    for (found, expected) in found.iter().zip(&expected) {
+        assert!((found - expected).abs() <= 1e-3 * largest, "{found} {expected} of {largest}");
+    }
+    assert!(expected[1..].iter().any(|x| x.abs() > 1e-4), "no influence to compare: {expected:?}");
 }

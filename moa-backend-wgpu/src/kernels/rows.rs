@@ -98,3 +98,81 @@ pub(crate) fn add(x: &[f32], y: &[f32], out: &mut [f32], len: u32) {
         out[ABSOLUTE_POS] = x[ABSOLUTE_POS] + y[ABSOLUTE_POS];
     }
 }
+
+/// Gradient of [`rms_norm`] by `x`: with `r = 1 / sqrt(mean(x^2) + eps)` and `g = dy * weight`,
+/// `dx = r * (g - x * r^2 * mean(g * x))`.
+#[allow(clippy::too_many_arguments)]
+#[cube(launch_unchecked)]
+pub(crate) fn rms_norm_backward(
+    x: &[f32],
+    weight: &[f32],
+    d_y: &[f32],
+    d_x: &mut [f32],
+    rows: u32,
+    len: u32,
+    eps: f32,
+) {
+    let row = CUBE_POS_X + CUBE_POS_Y * CUBE_COUNT_X;
+    if row >= rows {
+        terminate!();
+    }
+    let len = len as usize;
+    let first = row as usize * len;
+    let mut squares = 0.0f32;
+    let mut products = 0.0f32;
+    let mut at = UNIT_POS as usize;
+    while at < len {
+        squares += x[first + at] * x[first + at];
+        products += x[first + at] * d_y[first + at] * weight[at];
+        at += NORM_UNITS;
+    }
+    let mut shared = Shared::<[f32]>::new_slice(comptime!(2 * NORM_UNITS));
+    shared[UNIT_POS as usize] = squares;
+    shared[NORM_UNITS + UNIT_POS as usize] = products;
+    sync_cube();
+    let mut square = 0.0f32;
+    let mut product = 0.0f32;
+    for unit in 0..NORM_UNITS {
+        square += shared[unit];
+        product += shared[NORM_UNITS + unit];
+    }
+    let factor = 1.0 / (square / len as f32 + eps).sqrt();
+    let back = factor * factor * product / len as f32;
+    let mut at = UNIT_POS as usize;
+    while at < len {
+        d_x[first + at] = factor * (d_y[first + at] * weight[at] - x[first + at] * back);
+        at += NORM_UNITS;
+    }
+}
+
+/// Gradients of [`swiglu`] by gate and up.
+#[cube(launch_unchecked)]
+pub(crate) fn swiglu_backward(
+    gate: &[f32],
+    up: &[f32],
+    d_y: &[f32],
+    d_gate: &mut [f32],
+    d_up: &mut [f32],
+    len: u32,
+) {
+    if ABSOLUTE_POS < len as usize {
+        let x = gate[ABSOLUTE_POS];
+        let sigmoid = 1.0 / (1.0 + (-x).exp());
+        let d = d_y[ABSOLUTE_POS];
+        d_gate[ABSOLUTE_POS] = d * up[ABSOLUTE_POS] * sigmoid * (1.0 + x * (1.0 - sigmoid));
+        d_up[ABSOLUTE_POS] = d * x * sigmoid;
+    }
+}
+
+/// `x` from element `first` on, zeros elsewhere.
+#[cube(launch_unchecked)]
+pub(crate) fn place(x: &[f32], out: &mut [f32], first: u32, len: u32, total: u32) {
+    if ABSOLUTE_POS < total as usize {
+        let (first, len) = (first as usize, len as usize);
+        let mut value = 0.0f32;
+        if (ABSOLUTE_POS >= first) & (ABSOLUTE_POS < first + len) {
+            value = x[ABSOLUTE_POS - first];
+        }
+        out[ABSOLUTE_POS] = value;
+    }
+}

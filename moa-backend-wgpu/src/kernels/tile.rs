@@ -1,3 +1,6 @@
+// The macro that compiles for the device drops attributes of functions.
+#![allow(clippy::too_many_arguments)]
+
 use cubecl::prelude::*;
 
 use super::words::widen;
@@ -246,6 +249,42 @@ impl<N: Size> Stage<N> {
                         let weight = self.weights[at + first + key];
                         sums[i * columns + c] += value * Vector::new(weight);
                     }
+                }
+            }
+        }
+        sync_cube();
+    }
+
+    /// The same for one column of right rows in the words of a type.
+    pub(crate) fn accumulate_words<M: Size>(
+        &mut self,
+        sums: &mut Array<Vector<f32, N>>,
+        right: &[Vector<u32, M>],
+        right_rows: &Rows,
+        column: usize,
+        vectors: usize,
+        #[comptime] tile: Tile,
+        #[comptime] dtype: Dtype,
+    ) {
+        let unit = UNIT_POS as usize;
+        let x = unit % tile.units_x;
+        let y = unit / tile.units_x;
+        for block in 0..comptime!(tile.keys() / tile.units_y) {
+            let first = block * tile.units_y;
+            let mut value = Vector::<f32, N>::new(0.0);
+            if column < vectors {
+                let from = row(right_rows, (first + y) as u32) * vectors + column;
+                value = widen::<N, M>(right[from], dtype);
+            }
+            sync_cube();
+            self.right[unit] = value;
+            sync_cube();
+            for key in 0..tile.units_y {
+                let value = self.right[key * tile.units_x + x];
+                #[unroll]
+                for i in 0..tile.unit_rows {
+                    let at = (y * tile.unit_rows + i) * comptime!(tile.keys() + 1);
+                    sums[i] += value * Vector::new(self.weights[at + first + key]);
                 }
             }
         }

@@ -1,6 +1,10 @@
 //! The other operations of a Llama, on the tensors of this crate. All return when their kernels are
 //! queued.
 
+mod backward;
+
+pub use backward::{linear_backward, place_rows, rms_norm_backward, swiglu_backward};
+
 use cubecl::{CubeCount, CubeDim};
 
 use crate::extend::{Limits, Row, arg, square};
