@@ -1,7 +1,7 @@
 use moa_core::{InfluenceInputs, InfluenceOutput, LayerLayout, SparseAttentionBackend};
 
 use crate::extend::{self, Call};
-use crate::{Cache, Device, Dtype, Error, Result, Tensor, influence};
+use crate::{Cache, Device, Dtype, Error, Result, Tensor, influence, timing};
 
 /// Attention on one GPU.
 ///
@@ -86,5 +86,9 @@ impl SparseAttentionBackend for WgpuBackend {
         scale: f32,
     ) -> Result<InfluenceOutput<Tensor>> {
         influence::influence(&self.device, inputs, scale)
+    }
+
+    fn decode_seconds(&self, span: usize, group: usize, head_dim: usize) -> Result<f64> {
+        timing::decode_seconds(self, span, group, head_dim)
     }
 }

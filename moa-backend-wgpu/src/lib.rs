@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 
 mod backend;
+#[cfg(feature = "burn")]
+mod burn;
 mod cache;
 mod device;
 mod dtype;
@@ -11,6 +13,7 @@ mod kernels;
 mod matrix;
 pub mod ops;
 mod tensor;
+mod timing;
 
 pub use backend::WgpuBackend;
 pub use cache::{Cache, MAX_HEAD_DIM};

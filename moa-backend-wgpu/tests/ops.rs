@@ -173,3 +173,62 @@ fn wrong_shapes_are_refused() {
         Err(Error::Shape { what: "bytes", .. })
     ));
 }
+
+#[test]
+fn gradients_of_the_operations() {
+    let Some((device, _alone)) = device() else { return };
+    for (rows, features, cols) in [(1, 70, 96), (70, 131, 72)] {
+        for dtype in [Dtype::F32, Dtype::F16] {
+            let (weight, w) = matrix(&device, features, cols, dtype);
+            let d_y = numbers(rows * features, 577);
+            let input = Tensor::new(&device, &d_y, &[rows, features]).unwrap();
+            let expected = (0..rows * cols).map(|at| {
+                let (row, col) = (at / cols * features, at % cols);
+                (0..features).map(|f| f64::from(d_y[row + f]) * w[f * cols + col]).sum()
+            });
+            close(&ops::linear_backward(&input, &weight).unwrap(), expected);
+        }
+    }
+
+    // The others by central differences of the operations themselves, in f64.
+    let (x, up, d_y) = (numbers(3 * 20, 13), numbers(3 * 20, 29), numbers(3 * 20, 7));
+    let weight = numbers(20, 11);
+    let tensor = |x: &[f32]| Tensor::new(&device, x, &[3, 20]).unwrap();
+    let f64s = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
+    let differences = |x: &[f32], objective: &dyn Fn(&[f64]) -> f64| -> Vec<f64> {
+        let shifted = |at: usize, by: f64| {
+            let mut x = f64s(x);
+            x[at] += by;
+            objective(&x)
+        };
+        (0..x.len()).map(|at| (shifted(at, 1e-5) - shifted(at, -1e-5)) / 2e-5).collect()
+    };
+    let norm = |x: &[f64]| -> f64 {
+        let rows = x.chunks(20).zip(d_y.chunks(20)).map(|(x, d)| {
+            let mean = x.iter().map(|x| x * x).sum::<f64>() / 20.0;
+            let terms = x.iter().zip(&weight).zip(d);
+            terms.map(|((x, &w), &d)| x * f64::from(w) * f64::from(d)).sum::<f64>()
+                / (mean + 0.1).sqrt()
+        });
+        rows.sum()
+    };
+    let weights = Tensor::new(&device, &weight, &[20]).unwrap();
+    let found = ops::rms_norm_backward(&tensor(&x), &weights, 0.1, &tensor(&d_y)).unwrap();
+    close(&found, differences(&x, &norm));
+
+    let swiglu = |gate: &[f64], up: &[f64]| -> f64 {
+        let terms = gate.iter().zip(up).zip(&d_y);
+        terms.map(|((x, up), &d)| x / (1.0 + (-x).exp()) * up * f64::from(d)).sum()
+    };
+    let (d_gate, d_up) = ops::swiglu_backward(&tensor(&x), &tensor(&up), &tensor(&d_y)).unwrap();
+    close(&d_gate, differences(&x, &|x| swiglu(x, &f64s(&up))));
+    close(&d_up, differences(&up, &|up| swiglu(&f64s(&x), up)));
+
+    let placed = ops::place_rows(&tensor(&x), 1..4, 5).unwrap();
+    let zeros = || std::iter::repeat_n(0.0, 20);
+    close(&placed, zeros().chain(f64s(&x)).chain(zeros()));
+    assert!(matches!(
+        ops::place_rows(&tensor(&x), 3..6, 5),
+        Err(Error::Argument { what: "rows", .. })
+    ));
+}
