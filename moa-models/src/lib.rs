@@ -48,6 +48,8 @@ mod stop;
 mod tasks;
 mod tokenizer;
 mod weights;
+#[cfg(feature = "wgpu")]
+mod wgpu;
 
 pub use bench::{BenchOptions, BenchReport};
 pub use calibrate::{CalibrationData, CalibrationOptions, Prompt};
@@ -90,3 +92,5 @@ pub use stop::StopStrings;
 pub use tasks::Task;
 pub use tokenizer::{TokenStream, Tokenizer};
 pub use weights::{DType, MappedTensor, Weights};
+#[cfg(feature = "wgpu")]
+pub use wgpu::WgpuOps;

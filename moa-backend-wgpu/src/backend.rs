@@ -1,0 +1,94 @@
+use moa_core::{InfluenceInputs, InfluenceOutput, LayerLayout, SparseAttentionBackend};
+
+use crate::extend::{self, Call};
+use crate::{Cache, Device, Dtype, Error, Result, Tensor, influence, timing};
+
+/// Attention on one GPU.
+///
+/// Tensors and arithmetic are f32, caches what was asked for. Calls return when their kernels are queued, and
+/// [`Tensor::to_vec`] waits for them; what goes wrong on the device is reported there too.
+#[derive(Clone, Debug)]
+pub struct WgpuBackend {
+    device: Device,
+    dtype: Dtype,
+}
+
+impl WgpuBackend {
+    /// A backend whose caches hold keys and values of this type.
+    pub fn new(device: &Device, dtype: Dtype) -> Self {
+        Self { device: device.clone(), dtype }
+    }
+
+    /// Element type of the caches.
+    pub fn cache_dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// The GPU.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+}
+
+impl SparseAttentionBackend for WgpuBackend {
+    type Tensor = Tensor;
+    type Cache = Cache;
+    type Error = Error;
+
+    fn name(&self) -> &'static str {
+        "wgpu"
+    }
+
+    fn open(&self, layout: &LayerLayout, head_dim: usize) -> Result<Cache> {
+        Cache::open(&self.device, layout, head_dim, self.dtype)
+    }
+
+    fn extend(
+        &self,
+        caches: &mut [&mut Cache],
+        tokens: &[usize],
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        scale: f32,
+        lse: bool,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let query_heads = extend::check(&self.device, caches, tokens, [q, k, v])?;
+        let out = Tensor::uninitialised(&self.device, "extend", q.shape())?;
+        let stats = Tensor::uninitialised(&self.device, "extend", &q.shape()[..2])?;
+        let (device, dtype) = (&self.device, caches[0].dtype());
+        let (k, v) = (&extend::words(device, k, dtype)?, &extend::words(device, v, dtype)?);
+        let call = Call { device, q, k, v, dtype, out: &out, lse: &stats, query_heads, scale };
+        let steps = call.plan(caches, tokens)?;
+        call.run(caches, tokens, &steps);
+        Ok((out, lse.then_some(stats)))
+    }
+
+    fn len(&self, cache: &Cache) -> usize {
+        cache.len()
+    }
+
+    fn fork(&self, cache: &Cache) -> Result<Cache> {
+        cache.fork()
+    }
+
+    fn truncate(&self, cache: &mut Cache, len: usize) -> Result<()> {
+        cache.truncate(len)
+    }
+
+    fn bytes(&self, cache: &Cache) -> u64 {
+        cache.bytes()
+    }
+
+    fn influence(
+        &self,
+        inputs: &InfluenceInputs<'_, Tensor>,
+        scale: f32,
+    ) -> Result<InfluenceOutput<Tensor>> {
+        influence::influence(&self.device, inputs, scale)
+    }
+
+    fn decode_seconds(&self, span: usize, group: usize, head_dim: usize) -> Result<f64> {
+        timing::decode_seconds(self, span, group, head_dim)
+    }
+}

@@ -1,0 +1,111 @@
+use std::fmt;
+
+use cubecl::client::Client;
+use cubecl::server::Handle;
+use cubecl::wgpu::{
+    AutoGraphicsApi, RuntimeOptions, WgpuDevice, WgpuInitError, WgpuSetup, try_init_device,
+    try_init_setup,
+};
+use cubecl::{CubeCount, CubeDim, calculate_cube_count_elemwise};
+
+use crate::{Error, Result};
+
+/// A GPU, reached through CubeCL. Clones are the same device.
+#[derive(Clone)]
+pub struct Device {
+    client: Client,
+}
+
+/// Units of a cube in kernels without tiles.
+const UNITS: u32 = 256;
+
+impl Device {
+    /// The default GPU of this machine, over Vulkan, Metal, DX12 or OpenGL.
+    /// `CUBECL_WGPU_DEFAULT_DEVICE` chooses another one, such as `DiscreteGpu(1)`.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`].
+    pub fn open() -> Result<Self> {
+        let refused = |error: WgpuInitError| Error::NoDevice { message: error.to_string() };
+        let options = RuntimeOptions::try_default().map_err(refused)?;
+        let device = WgpuDevice::default();
+        match try_init_setup::<AutoGraphicsApi>(&device, options) {
+            // CubeCL keeps one client per process and device: it may be there already.
+            Ok(_) | Err(WgpuInitError::Registration { .. }) => Ok(Self::of(&device)),
+            Err(error) => Err(refused(error)),
+        }
+    }
+
+    /// The GPU that the application already uses, with its wgpu device and queue. Register a setup
+    /// once and clone the result: CubeCL does not notice repetitions.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`] if CubeCL refuses the setup.
+    pub fn from_setup(setup: WgpuSetup) -> Result<Self> {
+        let refused = |error: WgpuInitError| Error::NoDevice { message: error.to_string() };
+        let options = RuntimeOptions::try_default().map_err(refused)?;
+        try_init_device(setup, options).map(|device| Self::of(&device)).map_err(refused)
+    }
+
+    /// A device of any CubeCL runtime, such as the one of another library's tensors.
+    pub fn from_client(client: Client) -> Self {
+        Self { client }
+    }
+
+    fn of(device: &WgpuDevice) -> Self {
+        Self { client: cubecl::Device::Wgpu(device.clone()).client() }
+    }
+
+    /// CubeCL's client, which launches kernels and owns memory.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// The adapter's name.
+    pub fn name(&self) -> &str {
+        &self.client.properties().identity.name
+    }
+
+    /// Whether both are one device.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        self.client.service_id() == other.client.service_id()
+    }
+
+    /// Most bytes of one buffer; kernels count elements in 32 bits.
+    pub fn max_buffer_bytes(&self) -> u64 {
+        self.client.properties().memory.max_page_size.min(u64::from(u32::MAX))
+    }
+
+    /// Room for `elements`, of unspecified content. Memory that cannot be had is reported by
+    /// [`Device::check`] or when something is read.
+    pub(crate) fn alloc(
+        &self,
+        what: &'static str,
+        elements: usize,
+        element_bytes: usize,
+    ) -> Result<Handle> {
+        let limit = self.max_buffer_bytes();
+        let bytes = (elements as u64).saturating_mul(element_bytes as u64);
+        if bytes > limit {
+            return Err(Error::TooLarge { what, bytes, limit });
+        }
+        Ok(self.client.empty(bytes as usize))
+    }
+
+    /// Whether buffers were allocated and what should have written them was launched.
+    pub(crate) fn check(&self, op: &'static str, handles: &[&Handle]) -> Result<()> {
+        self.client.check(handles.iter().copied()).map_err(Error::device(op))
+    }
+
+    /// Cubes for a kernel of one unit per element.
+    pub(crate) fn cubes(&self, elements: usize) -> (CubeCount, CubeDim) {
+        let dim = CubeDim::new_1d(UNITS.min(self.client.properties().hardware.max_units_per_cube));
+        (calculate_cube_count_elemwise(&self.client, elements, dim), dim)
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Device").field(&self.name()).finish()
+    }
+}

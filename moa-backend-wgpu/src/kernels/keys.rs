@@ -1,0 +1,93 @@
+//! Which keys a query sees and where they lie: [`moa_core::Span`] and [`moa_core::HeadLayout`]
+//! for the device.
+
+use cubecl::prelude::*;
+
+/// Entries per KV head in a cache's table: see [`head`].
+pub(crate) const HEAD_FIELDS: usize = 5;
+
+/// Fewest keys of a split, and most splits of a head: longer heads have larger splits.
+pub(crate) const MIN_SPLIT_KEYS: u32 = 128;
+pub(crate) const MAX_SPLITS: u32 = 256;
+
+/// One KV head's part of the cache, and its mask.
+#[derive(CubeType, Clone, Copy, Debug)]
+pub(crate) struct Head {
+    /// First slot.
+    pub(crate) offset: u32,
+    /// The first slots hold positions `0..sink_slots`.
+    pub(crate) sink_slots: u32,
+    /// Then a ring of this many slots.
+    pub(crate) ring: u32,
+    /// The mask's sink.
+    pub(crate) sink: u32,
+    /// The mask's window.
+    pub(crate) window: u32,
+}
+
+/// Reads a head from the cache's table.
+#[cube]
+pub(crate) fn head(table: &[u32], kv_head: u32) -> Head {
+    let at = kv_head as usize * HEAD_FIELDS;
+    Head {
+        offset: table[at],
+        sink_slots: table[at + 1],
+        ring: table[at + 2],
+        sink: table[at + 3],
+        window: table[at + 4],
+    }
+}
+
+/// [`moa_core::Span::attends`].
+#[cube]
+pub(crate) fn attends(head: &Head, query: u32, key: u32) -> bool {
+    // Without branches, and without differences that would be negative.
+    (key <= query) & ((key < head.sink) | (query < key + head.window))
+}
+
+/// [`moa_core::HeadLayout::slot`].
+#[cube]
+pub(crate) fn slot(head: &Head, position: u32) -> u32 {
+    let mut slot = head.offset + position;
+    if position >= head.sink_slots {
+        slot = head.offset + head.sink_slots + (position - head.sink_slots) % head.ring;
+    }
+    slot
+}
+
+/// All keys that some query of a range sees, numbered from 0: sinks, then the rest.
+#[derive(CubeType, Clone, Copy)]
+pub(crate) struct Keys {
+    /// Positions `0..sink_end` come first.
+    pub(crate) sink_end: u32,
+    /// Then those from here on.
+    pub(crate) start: u32,
+    pub(crate) count: u32,
+}
+
+/// Keys that queries at positions `first..end` see.
+#[cube]
+pub(crate) fn keys(head: &Head, first: u32, end: u32) -> Keys {
+    let sink_end = head.sink.min(end);
+    // The first query is the one whose window reaches back furthest.
+    let mut start = sink_end;
+    if first + 1 > head.window + sink_end {
+        start = first + 1 - head.window;
+    }
+    Keys { sink_end, start, count: sink_end + end - start }
+}
+
+/// Position of a numbered key.
+#[cube]
+pub(crate) fn position(keys: &Keys, number: u32) -> u32 {
+    // The second is no sink's position, but it is one.
+    select(number < keys.sink_end, number, keys.start + number - keys.sink_end)
+}
+
+/// Keys per split of a head that sees `count` keys. Depends on nothing else, so that the rounding
+/// of a sequence's result never depends on the batch.
+#[cube]
+pub(crate) fn split_keys(count: u32) -> u32 {
+    let needed = count.div_ceil(MAX_SPLITS).div_ceil(64) * 64;
+    needed.max(MIN_SPLIT_KEYS)
+}

@@ -1,0 +1,16 @@
+//! The kernels: functions that CubeCL compiles for the device at hand, and that nothing but
+//! [`crate::extend`] and its like launch.
+//!
+//! Numbers are u32, as WebGPU has no larger integers. Functions that host and device must agree
+//! on are called by both.
+
+pub(crate) mod append;
+pub(crate) mod attend;
+pub(crate) mod copy;
+pub(crate) mod influence;
+pub(crate) mod keys;
+pub(crate) mod linear;
+pub(crate) mod merge;
+pub(crate) mod rows;
+pub(crate) mod tile;
+pub(crate) mod words;

@@ -1,0 +1,234 @@
+//! The other operations of a Llama against plain loops in f64.
+//!
+//! Without a GPU the tests say that they are skipped; with `MOA_REQUIRE_WGPU=1` they fail then.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use half::{bf16, f16};
+use moa_backend_wgpu::{Device, Dtype, Error, Matrix, Result, Tensor, ops};
+
+fn device() -> Option<(Device, MutexGuard<'static, ()>)> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    match Device::open() {
+        Ok(device) => Some((device, alone)),
+        Err(error) if std::env::var_os("MOA_REQUIRE_WGPU").is_some_and(|v| v == "1") => {
+            panic!("MOA_REQUIRE_WGPU is set: {error}")
+        }
+        Err(error) => {
+            eprintln!("SKIPPED: {error}");
+            None
+        }
+    }
+}
+
+fn numbers(n: usize, by: usize) -> Vec<f32> {
+    (0..n).map(|i| (i * by % 1009) as f32 / 504.0 - 1.0).collect()
+}
+
+#[track_caller]
+fn close(got: &Tensor, expected: impl IntoIterator<Item = f64>) {
+    let got = got.to_vec().unwrap();
+    let expected: Vec<f64> = expected.into_iter().collect();
+    assert_eq!(got.len(), expected.len());
+    for (at, (got, expected)) in got.iter().zip(expected).enumerate() {
+        let error = (f64::from(*got) - expected).abs() / expected.abs().max(1.0);
+        assert!(error < 1e-5, "{at}: {got} {expected}");
+    }
+}
+
+/// A matrix, and its elements as they were rounded.
+fn matrix(device: &Device, rows: usize, cols: usize, dtype: Dtype) -> (Matrix, Vec<f64>) {
+    let values = numbers(rows * cols, 331);
+    let (bytes, rounded): (Vec<u8>, Vec<f64>) = match dtype {
+        Dtype::F32 => (
+            values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            values.iter().map(|&x| x.into()).collect(),
+        ),
+        Dtype::F16 => {
+            let halves: Vec<f16> = values.iter().map(|&x| f16::from_f32(x)).collect();
+            (
+                halves.iter().flat_map(|x| x.to_le_bytes()).collect(),
+                halves.iter().map(|x| x.to_f64()).collect(),
+            )
+        }
+        Dtype::Bf16 => {
+            let halves: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
+            (
+                halves.iter().flat_map(|x| x.to_le_bytes()).collect(),
+                halves.iter().map(|x| x.to_f64()).collect(),
+            )
+        }
+    };
+    (Matrix::new(device, &bytes, rows, cols, dtype).unwrap(), rounded)
+}
+
+#[test]
+fn linear_is_the_matrix_product() {
+    let Some((device, _alone)) = device() else { return };
+    // One row, few and many; features and columns beside the tiles' sizes.
+    let sizes = [(1, 70, 96), (3, 5, 6), (17, 33, 20), (70, 131, 72)];
+    for (rows, features, cols) in sizes {
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+            let (weight, w) = matrix(&device, features, cols, dtype);
+            let (x, b) = (numbers(rows * cols, 577), numbers(features, 91));
+            let bias = Tensor::new(&device, &b, &[features]).unwrap();
+            let input = Tensor::new(&device, &x, &[rows, cols]).unwrap();
+            let product = |with_bias: f64| {
+                let at = move |i: usize| (i / features * cols, i % features * cols, i % features);
+                let (x, w, b) = (&x, &w, &b);
+                (0..rows * features).map(move |i| {
+                    let (row, feature, bias) = at(i);
+                    let terms = (0..cols).map(|c| f64::from(x[row + c]) * w[feature + c]);
+                    terms.sum::<f64>() + with_bias * f64::from(b[bias])
+                })
+            };
+            close(&ops::linear(&input, &weight, None).unwrap(), product(0.0));
+            close(&ops::linear(&input, &weight, Some(&bias)).unwrap(), product(1.0));
+        }
+    }
+}
+
+#[test]
+fn rows_are_gathered_and_normed() {
+    let Some((device, _alone)) = device() else { return };
+    let (table, values) = matrix(&device, 11, 10, Dtype::Bf16);
+    let row = |r: usize| values[r * 10..(r + 1) * 10].to_vec();
+    let embedded = ops::embed(&table, &[7, 0, 7, 10]).unwrap();
+    close(&embedded, [7, 0, 7, 10].into_iter().flat_map(row));
+    close(&ops::rows(&embedded, &[3, 1]).unwrap(), [10, 0].into_iter().flat_map(row));
+    let none = ops::rows(&embedded, &[]).unwrap();
+    assert_eq!((none.shape(), none.to_vec().unwrap()), (&[0, 10][..], vec![]));
+
+    let weight = numbers(10, 7);
+    let norm = ops::rms_norm(&embedded, &Tensor::new(&device, &weight, &[10]).unwrap(), 0.1);
+    let expected = [7, 0, 7, 10].into_iter().flat_map(|r| {
+        let x = row(r);
+        let mean = x.iter().map(|x| x * x).sum::<f64>() / 10.0;
+        let scaled = x.into_iter().zip(&weight);
+        scaled.map(move |(x, &w)| x / (mean + 0.1).sqrt() * f64::from(w)).collect::<Vec<_>>()
+    });
+    close(&norm.unwrap(), expected);
+}
+
+#[test]
+fn rotations_and_pairwise_operations() {
+    let Some((device, _alone)) = device() else { return };
+    let (x, y) = (numbers(5 * 3 * 8, 13), numbers(5 * 3 * 8, 29));
+    let angles: Vec<f32> = (0..5 * 4).map(|i| i as f32 * 0.3).collect();
+    let table = |f: fn(f32) -> f32| {
+        let values: Vec<f32> = angles.iter().map(|&a| f(a)).collect();
+        Tensor::new(&device, &values, &[5, 4]).unwrap()
+    };
+    let (cos, sin) = (table(f32::cos), table(f32::sin));
+    let input = Tensor::new(&device, &x, &[5, 3, 8]).unwrap();
+    let rotated = ops::rope(&input, &cos, &sin, false).unwrap();
+    let expected = (0..x.len()).map(|at| {
+        let (i, half) = (at % 8, 4);
+        let angle = f64::from(angles[at / 24 * 4 + i % half]);
+        let (own, other) = (f64::from(x[at]), f64::from(x[at - i + (i + half) % 8]));
+        let sign = if i < half { -1.0 } else { 1.0 };
+        own * angle.cos() + sign * other * angle.sin()
+    });
+    close(&rotated, expected);
+    let back = ops::rope(&rotated, &cos, &sin, true).unwrap();
+    close(&back, x.iter().map(|&x| x.into()));
+
+    let other = Tensor::new(&device, &y, &[5, 3, 8]).unwrap();
+    let pairs = || x.iter().zip(&y).map(|(&x, &y)| (f64::from(x), f64::from(y)));
+    close(&ops::add(&input, &other).unwrap(), pairs().map(|(x, y)| x + y));
+    let silu = pairs().map(|(x, y)| x / (1.0 + (-x).exp()) * y);
+    close(&ops::swiglu(&input, &other).unwrap(), silu);
+}
+
+fn is_shape(result: Result<Tensor>, named: &str) -> bool {
+    matches!(result, Err(Error::Shape { what, .. }) if what == named)
+}
+
+#[test]
+fn wrong_shapes_are_refused() {
+    let Some((device, _alone)) = device() else { return };
+    let zeros =
+        |shape: &[usize]| Tensor::new(&device, &vec![0.0; shape.iter().product()], shape).unwrap();
+    let (weight, _) = matrix(&device, 4, 6, Dtype::F16);
+    assert!(is_shape(ops::linear(&zeros(&[2, 5]), &weight, None), "x"));
+    assert!(is_shape(ops::linear(&zeros(&[2, 6]), &weight, Some(&zeros(&[5]))), "bias"));
+    assert!(is_shape(ops::rms_norm(&zeros(&[2, 6]), &zeros(&[5]), 0.1), "weight"));
+    assert!(is_shape(ops::add(&zeros(&[2, 6]), &zeros(&[6, 2])), "right side"));
+    assert!(is_shape(
+        ops::rope(&zeros(&[2, 1, 6]), &zeros(&[2, 3]), &zeros(&[1, 3]), false),
+        "sin"
+    ));
+    assert!(is_shape(zeros(&[2, 6]).reshape(&[5]), "shape"));
+    assert!(is_shape(Tensor::new(&device, &[1.0], &[2]), "data"));
+    assert!(is_shape(Tensor::new(&device, &[1.0], &[1, 1, 1, 1]), "shape"));
+    assert!(matches!(ops::embed(&weight, &[4]), Err(Error::Argument { what: "id", .. })));
+    assert!(matches!(ops::rows(&zeros(&[2, 6]), &[2]), Err(Error::Argument { what: "row", .. })));
+    assert!(matches!(
+        Matrix::new(&device, &[0; 6], 1, 3, Dtype::Bf16),
+        Err(Error::Argument { what: "cols", .. })
+    ));
+    assert!(matches!(
+        Matrix::new(&device, &[0; 5], 1, 3, Dtype::F32),
+        Err(Error::Shape { what: "bytes", .. })
+    ));
+}
+
+#[test]
+fn gradients_of_the_operations() {
+    let Some((device, _alone)) = device() else { return };
+    for (rows, features, cols) in [(1, 70, 96), (70, 131, 72)] {
+        for dtype in [Dtype::F32, Dtype::F16] {
+            let (weight, w) = matrix(&device, features, cols, dtype);
+            let d_y = numbers(rows * features, 577);
+            let input = Tensor::new(&device, &d_y, &[rows, features]).unwrap();
+            let expected = (0..rows * cols).map(|at| {
+                let (row, col) = (at / cols * features, at % cols);
+                (0..features).map(|f| f64::from(d_y[row + f]) * w[f * cols + col]).sum()
+            });
+            close(&ops::linear_backward(&input, &weight).unwrap(), expected);
+        }
+    }
+
+    // The others by central differences of the operations themselves, in f64.
+    let (x, up, d_y) = (numbers(3 * 20, 13), numbers(3 * 20, 29), numbers(3 * 20, 7));
+    let weight = numbers(20, 11);
+    let tensor = |x: &[f32]| Tensor::new(&device, x, &[3, 20]).unwrap();
+    let f64s = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<f64>>();
+    let differences = |x: &[f32], objective: &dyn Fn(&[f64]) -> f64| -> Vec<f64> {
+        let shifted = |at: usize, by: f64| {
+            let mut x = f64s(x);
+            x[at] += by;
+            objective(&x)
+        };
+        (0..x.len()).map(|at| (shifted(at, 1e-5) - shifted(at, -1e-5)) / 2e-5).collect()
+    };
+    let norm = |x: &[f64]| -> f64 {
+        let rows = x.chunks(20).zip(d_y.chunks(20)).map(|(x, d)| {
+            let mean = x.iter().map(|x| x * x).sum::<f64>() / 20.0;
+            let terms = x.iter().zip(&weight).zip(d);
+            terms.map(|((x, &w), &d)| x * f64::from(w) * f64::from(d)).sum::<f64>()
+                / (mean + 0.1).sqrt()
+        });
+        rows.sum()
+    };
+    let weights = Tensor::new(&device, &weight, &[20]).unwrap();
+    let found = ops::rms_norm_backward(&tensor(&x), &weights, 0.1, &tensor(&d_y)).unwrap();
+    close(&found, differences(&x, &norm));
+
+    let swiglu = |gate: &[f64], up: &[f64]| -> f64 {
+        let terms = gate.iter().zip(up).zip(&d_y);
+        terms.map(|((x, up), &d)| x / (1.0 + (-x).exp()) * up * f64::from(d)).sum()
+    };
+    let (d_gate, d_up) = ops::swiglu_backward(&tensor(&x), &tensor(&up), &tensor(&d_y)).unwrap();
+    close(&d_gate, differences(&x, &|x| swiglu(x, &f64s(&up))));
+    close(&d_up, differences(&up, &|up| swiglu(&f64s(&x), up)));
+
+    let placed = ops::place_rows(&tensor(&x), 1..4, 5).unwrap();
+    let zeros = || std::iter::repeat_n(0.0, 20);
+    close(&placed, zeros().chain(f64s(&x)).chain(zeros()));
+    assert!(matches!(
+        ops::place_rows(&tensor(&x), 3..6, 5),
+        Err(Error::Argument { what: "rows", .. })
+    ));
+}

@@ -1,0 +1,129 @@
+//! The model that comes with the repository, on a GPU: the same tokens as on the CPU.
+//!
+//! Without a GPU the tests say that they are skipped; with `MOA_REQUIRE_WGPU=1` they fail then. A
+//! software Vulkan driver is a GPU.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use moa_backend_wgpu::{Device, Dtype};
+use moa_core::{ElasticRule, HeadRule, Influence, ModelShape, Plan, Span};
+use moa_models::{
+    BackwardOps, CacheDtype, Checkpoint, CpuOps, GenerateOptions, Item, LogitRows, Next, Objective,
+    Ops, WgpuOps,
+};
+
+fn moa_tiny() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/moa-tiny")
+}
+
+/// The GPU, for one test at a time.
+fn device() -> Option<(Device, MutexGuard<'static, ()>)> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    match Device::open() {
+        Ok(device) => Some((device, alone)),
+        Err(error) if std::env::var_os("MOA_REQUIRE_WGPU").is_some_and(|v| v == "1") => {
+            panic!("MOA_REQUIRE_WGPU is set: {error}")
+        }
+        Err(error) => {
+            eprintln!("SKIPPED: {error}");
+            None
+        }
+    }
+}
+
+/// Spans of 48 and 24 keys in turn: prompts of a hundred tokens wrap every ring.
+fn narrow(shape: ModelShape) -> Plan {
+    let heads = (0..shape.layers).flat_map(|layer| (0..shape.kv_heads).map(move |h| layer + h));
+    let span = |place| if place % 2 == 1 { 24 } else { 48 };
+    let rules = heads.map(|place| HeadRule::from(ElasticRule::fixed(span(place))));
+    Plan::new(shape, 8, 9, rules.collect()).unwrap()
+}
+
+const TEXT: &str = "The red box is in the garden. The key of the red box is 7142. A pilot who could \
+    not see the coast still knew how fast the ship had sailed, for how many hours, and in which \
+    direction; from these three figures he drew a line on paper and said that the harbour lay at \
+    its end. When the line was wrong nobody came home to say so. What is the key of the red box?";
+
+/// Tokens and logits of the step after the prompt, read in chunks of 50.
+fn run<O: Ops>(checkpoint: &Checkpoint<O>, narrow_spans: bool) -> (Vec<Vec<u32>>, Vec<f32>) {
+    let model = &checkpoint.model;
+    let plan = match narrow_spans {
+        true => narrow(model.shape()),
+        false => Plan::full(model.shape()).unwrap(),
+    };
+    let long = checkpoint.tokenizer.encode(TEXT, true).unwrap();
+    let short = &long[..9];
+    let mut sequence = model.open(&plan, long.len(), 0).unwrap();
+    let mut logits = Vec::new();
+    for chunk in long.chunks(50) {
+        let rows: Vec<usize> = (0..chunk.len()).collect();
+        let x = model.forward(&mut [&mut sequence], &[chunk], LogitRows::Rows(&rows)).unwrap();
+        logits.extend(model.ops().values(x).unwrap());
+    }
+    let options = GenerateOptions { max_new_tokens: 12, ..GenerateOptions::default() };
+    let mut batch =
+        [&long[..], short].map(|prompt| model.open(&plan, prompt.len() + 12, 0).unwrap());
+    let prompts = [&long[..], short];
+    let generation =
+        model.generate(&mut batch, &prompts, &options, &mut |_| Next::Continue).unwrap();
+    (generation.sequences.into_iter().map(|s| s.tokens).collect(), logits)
+}
+
+#[test]
+fn generation_and_logits_equal_those_of_the_cpu() {
+    let Some((device, _alone)) = device() else { return };
+    let cpu = Checkpoint::open(CpuOps::new(CacheDtype::F32), moa_tiny()).unwrap();
+    let gpu = Checkpoint::open(WgpuOps::new(&device, Dtype::F32), moa_tiny()).unwrap();
+    for narrow_spans in [false, true] {
+        let (expected, expected_logits) = run(&cpu, narrow_spans);
+        let (tokens, logits) = run(&gpu, narrow_spans);
+        assert_eq!(tokens, expected);
+        assert_eq!(logits.len(), expected_logits.len());
+        let pairs = logits.iter().zip(&expected_logits);
+        let largest = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(largest < 2e-3, "narrow {narrow_spans}: logits differ by {largest}");
+    }
+}
+
+#[test]
+fn cache_bytes_are_what_the_plan_promises() {
+    let Some((device, _alone)) = device() else { return };
+    for (dtype, element_bytes) in [(Dtype::F32, 4), (Dtype::Bf16, 2)] {
+        let gpu = Checkpoint::open(WgpuOps::new(&device, dtype), moa_tiny()).unwrap().model;
+        let plan = narrow(gpu.shape());
+        let sequence = gpu.open(&plan, 1000, 0).unwrap();
+        assert_eq!(gpu.kv_bytes(&sequence), plan.kv_bytes(1000, element_bytes));
+        assert_eq!(gpu.ops().cache_element_bytes(), element_bytes);
+    }
+}
+
+/// A profile of one item: its loss, and what two spans of each head are predicted to cost.
+fn profile<O: BackwardOps>(checkpoint: &Checkpoint<O>) -> Vec<f64> {
+    let model = &checkpoint.model;
+    let tokens = checkpoint.tokenizer.encode(TEXT, true).unwrap();
+    let item = Item::new(&tokens[..tokens.len() - 12], &tokens[tokens.len() - 12..]).unwrap();
+    let mut influence = Influence::new(model.shape(), tokens.len(), 4).unwrap();
+    let mut found = vec![model.profile(&item, Objective::CrossEntropy, &mut influence).unwrap()];
+    let shape = model.shape();
+    for (layer, head) in (0..shape.layers).flat_map(|l| (0..shape.kv_heads).map(move |h| (l, h))) {
+        for (sink, window) in [(4, 16), (16, 48)] {
+            found.push(influence.loss(layer, head, Span::new(sink, window).unwrap()));
+        }
+    }
+    found
+}
+
+#[test]
+fn influence_equals_that_of_the_cpu() {
+    let Some((device, _alone)) = device() else { return };
+    let cpu = Checkpoint::open(CpuOps::new(CacheDtype::F32), moa_tiny()).unwrap();
+    let gpu = Checkpoint::open(WgpuOps::new(&device, Dtype::Bf16), moa_tiny()).unwrap();
+    let (expected, found) = (profile(&cpu), profile(&gpu));
+    let largest = expected.iter().fold(0.0f64, |max, x| max.max(x.abs()));
+    for (found, expected) in found.iter().zip(&expected) {
+        assert!((found - expected).abs() <= 1e-3 * largest, "{found} {expected} of {largest}");
+    }
+    assert!(expected[1..].iter().any(|x| x.abs() > 1e-4), "no influence to compare: {expected:?}");
+}

@@ -1,0 +1,144 @@
+//! The WGPU backend against the conformance suite, and what is particular to it.
+//!
+//! Without a GPU each test says that it is skipped; with `MOA_REQUIRE_WGPU=1` it fails then. A
+//! software Vulkan driver is a GPU. Tests run one at a time: such a driver uses all cores itself.
+
+mod conformance;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use conformance::{TestBackend, conformance, world::World};
+use half::{bf16, f16};
+use moa_backend_wgpu::{Device, Dtype, Error, MAX_HEAD_DIM, Tensor, WgpuBackend};
+use moa_core::{LayerLayout, Span, SparseAttentionBackend};
+
+struct Wgpu {
+    backend: WgpuBackend,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Wgpu {
+    fn new(dtype: Dtype) -> Option<Self> {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        match Device::open() {
+            Ok(device) => Some(Self { backend: WgpuBackend::new(&device, dtype), _alone: alone }),
+            Err(error) if std::env::var_os("MOA_REQUIRE_WGPU").is_some_and(|v| v == "1") => {
+                panic!("MOA_REQUIRE_WGPU is set: {error}")
+            }
+            Err(error) => {
+                eprintln!("SKIPPED: {error}");
+                None
+            }
+        }
+    }
+}
+
+impl TestBackend for Wgpu {
+    type Backend = WgpuBackend;
+    type Tensor = Tensor;
+
+    fn backend(&self) -> &WgpuBackend {
+        &self.backend
+    }
+
+    fn tensor(&self, data: &[f32], shape: &[usize]) -> Tensor {
+        Tensor::new(self.backend.device(), data, shape).unwrap()
+    }
+
+    fn host(&self, tensor: &Tensor) -> Vec<f32> {
+        tensor.to_vec().unwrap()
+    }
+
+    fn round(&self, x: f32) -> f32 {
+        match self.backend.cache_dtype() {
+            Dtype::F16 => f16::from_f32(x).to_f32(),
+            Dtype::Bf16 => bf16::from_f32(x).to_f32(),
+            _ => x,
+        }
+    }
+
+    // Vectors of 1, 2 and 4 elements, and few of each: every size is a set of kernels to compile.
+    fn dims(&self) -> &'static [usize] {
+        match self.backend.cache_dtype() {
+            Dtype::F32 => &[7, 72],
+            _ => &[10, 72],
+        }
+    }
+}
+
+conformance!(f32_cache, Wgpu::new(Dtype::F32));
+
+/// What 16-bit caches could get wrong: rounding, and reading both halves of a word.
+mod f16_cache {
+    use super::*;
+    conformance!(@tests Wgpu::new(Dtype::F16); traps:
+        trap_01_window_counts_the_query_itself
+        trap_02_chunk_sees_keys_that_it_pushes_out
+        trap_06_memory_is_as_small_as_the_spans
+        trap_12_result_does_not_depend_on_the_batch
+    );
+}
+
+/// Differs from f16 in how a word is taken apart alone.
+mod bf16_cache {
+    use super::*;
+    conformance!(@tests Wgpu::new(Dtype::Bf16); laws:
+        output_equals_the_reference chunking_does_not_change_output fork_is_independent
+        truncate_then_extend_equals_never_having_extended
+    );
+    conformance!(@tests Wgpu::new(Dtype::Bf16); traps:
+        trap_01_window_counts_the_query_itself
+        trap_02_chunk_sees_keys_that_it_pushes_out
+        trap_04_speculative_rollback_of_a_wrapped_ring
+        trap_06_memory_is_as_small_as_the_spans
+        trap_12_result_does_not_depend_on_the_batch
+    );
+}
+
+#[test]
+fn every_error_variant_says_what_came() {
+    let Some(t) = Wgpu::new(Dtype::Bf16) else { return };
+    let backend = &t.backend;
+    let layout = LayerLayout::new(&[Span::full(4)], 4, 0).unwrap();
+    for head_dim in [0, MAX_HEAD_DIM + 2, 7] {
+        let error = backend.open(&layout, head_dim).unwrap_err();
+        assert!(matches!(error, Error::Argument { what: "head_dim", .. }), "{error}");
+    }
+    let huge = LayerLayout::new(&[Span::full(1 << 29); 3], 1 << 29, 0).unwrap();
+    assert!(matches!(backend.open(&huge, 256), Err(Error::TooLarge { .. })));
+    let long = LayerLayout::new(&[Span::new(0, 5).unwrap()], 1 << 30, 0).unwrap();
+    assert!(matches!(backend.open(&long, 8), Err(Error::Argument { what: "capacity", .. })));
+
+    let mut cache = backend.open(&layout, 8).unwrap();
+    let x = t.tensor(&[0.0; 40], &[5, 1, 8]);
+    let error = backend.extend(&mut [&mut cache], &[5], &x, &x, &x, 1.0, false).unwrap_err();
+    assert!(matches!(
+        error,
+        Error::Core(moa_core::Error::CapacityExceeded { len: 0, more: 5, capacity: 4 })
+    ));
+    let mut other = WgpuBackend::new(backend.device(), Dtype::F32).open(&layout, 8).unwrap();
+    let x = t.tensor(&[0.0; 16], &[2, 1, 8]);
+    let mixed = backend.extend(&mut [&mut cache, &mut other], &[1, 1], &x, &x, &x, 1.0, false);
+    assert!(matches!(mixed, Err(Error::Argument { what: "cache dtype", .. })));
+    let none = backend.decode_seconds(0, 1, 8);
+    assert!(matches!(none, Err(Error::Core(moa_core::Error::Invalid { .. }))));
+}
+
+#[test]
+fn reset_forgets_everything() {
+    let Some(t) = Wgpu::new(Dtype::F32) else { return };
+    let world = World::new(2, 1, 8, &[(1, 4)], 20);
+    let mut cache = world.open(&t, 20, 0);
+    world.extend(&t, &mut cache, 0..20).unwrap();
+    cache.reset();
+    assert!(cache.is_empty());
+    assert!(world.run_in(&t, &mut cache, 0, &[15, 5]) == world.run(&t, &[15, 5]));
+}
+
+#[test]
+fn decode_seconds_are_measured() {
+    let Some(t) = Wgpu::new(Dtype::Bf16) else { return };
+    let seconds = t.backend.decode_seconds(2048, 2, 64).unwrap();
+    assert!(seconds > 0.0 && seconds < 1.0, "{seconds}");
+}
