@@ -153,3 +153,35 @@ proptest! {
         prop_assert!(losses[1] <= losses[2] + 1e-6, "per head {} per layer {}", losses[1], losses[2]);
     }
 }
+
+#[test]
+fn every_head_keeps_the_smallest_share_and_the_plan_says_so() {
+    // The fourth head would rather see nothing.
+    let profile = profile(&[2.0, 5.0, 0.5, -4.0, 9.0, 1.0]);
+    let longer = Bound { length: 4 * LENGTH, max: 0.4, min: None };
+    let search = |share: f64| {
+        let request = PlanRequest::bounded(vec![at_most(0.4), longer], 16, 32)?;
+        request.with_min_share(share)?.search_profile(&profile, &[LENGTH])
+    };
+    let least =
+        |plan: &Plan, length| plan.spans(length).iter().map(|span| span.total()).min().unwrap();
+    let free = search(0.0).unwrap();
+    assert!(free.plans.iter().any(|plan| least(plan, 4 * LENGTH) == 32));
+    assert_eq!(free.plans[0].provenance.min_share, None);
+    for share in [0.1, 0.33, 0.4] {
+        for plan in search(share).unwrap().plans {
+            for length in [LENGTH, 4 * LENGTH] {
+                assert!(least(&plan, length) >= (share * length as f64) as usize);
+                let kept: usize = plan.spans(length).iter().map(|span| span.total()).sum();
+                assert!(kept as f64 <= 0.4 * (6 * length) as f64 + 1e-6);
+            }
+            assert_eq!(plan.provenance.min_share, Some(share));
+        }
+    }
+    for share in [-0.1, 0.41, f64::NAN] {
+        assert!(search(share).unwrap_err().to_string().contains("smallest share"));
+    }
+    let fixed = PlanRequest::bounded(vec![at_most(0.4)], 16, 32).unwrap().with_space(Space::Fixed);
+    assert!(fixed.clone().with_min_share(0.1).is_err());
+    assert_eq!(fixed.clone().with_min_share(0.0).unwrap(), fixed);
+}
