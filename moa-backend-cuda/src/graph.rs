@@ -35,6 +35,11 @@ pub(crate) fn current(own: RawStream) -> RawStream {
     }
 }
 
+/// Whether this thread captures, so that what it launches writes no weights.
+pub(crate) fn is_capturing() -> bool {
+    CAPTURING.get().is_some()
+}
+
 /// Brings the capture before back, also when the work panics.
 struct Guard(Option<[RawStream; 2]>);
 
@@ -53,7 +58,8 @@ impl Device {
     /// launches nothing, [`Error::Driver`].
     ///
     /// # Safety
-    /// `work` neither waits for the device nor copies from or to the host. It drops every tensor that
+    /// `work` neither waits for the device nor copies from or to the host, and writes no weight of a matrix
+    /// product: these are read ahead. It drops every tensor that
     /// it makes and none that was made before. Everything else that the captured kernels read and write
     /// lives as long as the graph is launched, and no other graph of this arena is.
     pub unsafe fn capture<E: From<Error>>(

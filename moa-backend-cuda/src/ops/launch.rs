@@ -3,10 +3,12 @@
 use std::collections::HashMap;
 use std::ffi::c_void;
 
-use cudarc::driver::{CudaFunction, result};
+use cudarc::driver::CudaFunction;
+use cudarc::driver::sys::{self, CUlaunchConfig};
 use cudarc::nvrtc::Ptx;
 
 use crate::compile::{HEAD_DIMS, Variant, compile};
+use crate::kernels::overlapping;
 use crate::source::Source;
 use crate::tables::DevicePointer;
 use crate::{Device, Dtype, Error, Result};
@@ -55,10 +57,12 @@ const GRID_ROWS: usize = 1 << 15;
 pub(crate) struct OpKernels {
     device: Device,
     functions: HashMap<&'static str, CudaFunction>,
+    /// Whether they may be launched before the kernel before has ended, as they wait for that themselves.
+    overlap: bool,
 }
 
 /// Names of the kernels of products of few rows, by how many.
-pub(crate) const GEMV: [&str; 4] = ["gemv_1", "gemv_2", "gemv_3", "gemv_4"];
+pub(crate) const GEMV: [&str; 2] = ["gemv_1", "gemv_2"];
 
 /// Names of the kernels of sampling.
 pub(crate) const SAMPLE: [&str; 1] = ["sample"];
@@ -86,7 +90,9 @@ impl OpKernels {
             Ok((name, function.map_err(Error::driver("cuModuleGetFunction"))?))
         };
         let functions = names.iter().map(load).collect::<Result<_>>()?;
-        Ok(Self { device: device.clone(), functions })
+        let overlap =
+            device.architecture().major >= 9 && matches!(source, Source::Ops | Source::Gemv);
+        Ok(Self { device: device.clone(), functions, overlap })
     }
 
     /// One block for each row.
@@ -135,18 +141,26 @@ impl OpKernels {
         self.device.bind()?;
         let [x, y, z] = grid.map(|n| n as u32);
         let mut arguments = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
+        let mut attribute = overlapping();
+        let config = CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: threads as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: 0,
+            hStream: self.device.stream().cast(),
+            attrs: &raw mut attribute,
+            numAttrs: u32::from(self.overlap),
+        };
+        let function = function.cu_function();
         // SAFETY: each kernel takes one argument, by value, which the launch copies; the rest is as
         // the caller promises.
         unsafe {
-            result::launch_kernel(
-                function.cu_function(),
-                (x, y, z),
-                (threads as u32, 1, 1),
-                0,
-                self.device.stream().cast(),
-                &mut arguments,
-            )
+            sys::cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), std::ptr::null_mut())
         }
+        .result()
         .map_err(Error::driver(name))
     }
 }

@@ -23,7 +23,7 @@ use launch::{FORWARD, OpArgs, OpKernels};
 pub use sample::Draw;
 
 /// The operations of a Llama layer beside attention, on one GPU and its own stream: cuBLASLt for
-/// matrix products of more than 4 rows, own kernels for the rest.
+/// matrix products of more than 2 rows, own kernels for the rest.
 ///
 /// Weights and the inputs of matrix products are f16 or bf16, one of them for all. The residual
 /// stream and logits are f32, as sums over many layers and choices between near equals want; norms
