@@ -1,8 +1,9 @@
-//! The kernels of `ops.cu`, `backward.cu` and `sample.cu`, loaded on a device.
+//! The kernels beside attention, loaded on a device.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
 
+use cudarc::driver::sys::CUfunction_attribute as Attribute;
 use cudarc::driver::{CudaFunction, result};
 use cudarc::nvrtc::Ptx;
 
@@ -60,6 +61,10 @@ pub(crate) struct OpKernels {
 /// Names of the kernels of products of few rows, by how many.
 pub(crate) const GEMV: [&str; 4] = ["gemv_1", "gemv_2", "gemv_3", "gemv_4"];
 
+/// Names of the kernels of 8-bit weights, those of products of few rows first.
+pub(crate) const E4M3: [&str; 6] =
+    ["e4m3_8", "e4m3_16", "e4m3_32", "e4m3_64", "widen_e4m3", "randomise_e4m3"];
+
 /// Names of the kernels of sampling.
 pub(crate) const SAMPLE: [&str; 1] = ["sample"];
 
@@ -83,7 +88,16 @@ impl OpKernels {
             .map_err(Error::driver("cuModuleLoadData"))?;
         let load = |&name| {
             let function = module.load_function(name);
-            Ok((name, function.map_err(Error::driver("cuModuleGetFunction"))?))
+            let function = function.map_err(Error::driver("cuModuleGetFunction"))?;
+            if source == Source::E4m3 {
+                function
+                    .set_attribute(
+                        Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                        device.shared_bytes() as i32,
+                    )
+                    .map_err(Error::driver("cuFuncSetAttribute"))?;
+            }
+            Ok((name, function))
         };
         let functions = names.iter().map(load).collect::<Result<_>>()?;
         Ok(Self { device: device.clone(), functions })
@@ -126,6 +140,22 @@ impl OpKernels {
         threads: usize,
         args: &A,
     ) -> Result<()> {
+        // SAFETY: as the caller promises.
+        unsafe { self.launch_shared(name, grid, threads, 0, args) }
+    }
+
+    /// With dynamic shared memory.
+    ///
+    /// # Safety
+    /// As [`launch`](Self::launch).
+    pub(crate) unsafe fn launch_shared<A>(
+        &self,
+        name: &'static str,
+        grid: [usize; 3],
+        threads: usize,
+        shared_bytes: usize,
+        args: &A,
+    ) -> Result<()> {
         if grid.contains(&0) {
             return Ok(());
         }
@@ -142,7 +172,7 @@ impl OpKernels {
                 function.cu_function(),
                 (x, y, z),
                 (threads as u32, 1, 1),
-                0,
+                shared_bytes as u32,
                 self.device.stream().cast(),
                 &mut arguments,
             )
