@@ -28,7 +28,7 @@ struct E4m3Args {
 
 #define STRETCH 64      // k that a pair of warps takes at once
 #define PAIRS 4         // of warps, each pair on k of its own
-#define TOKEN_BYTES 144 // of a stretch; 16 more than there are, so that 8 rows lie in 8 bank groups
+#define TOKEN_BYTES 128 // of a stretch
 
 // Numbers below are off by this power of two.
 #if DTYPE_BF16
@@ -72,8 +72,9 @@ __device__ __forceinline__ void product(const E4m3Args& args) {
     const int token = blockIdx.x * 8 * GROUPS;
     u8* const stages = memory + pair * STAGES * STAGE_BYTES;
     const u32 to_w = shared_address(stages) + thread * 16;
-    const u32 to_x =
-        shared_address(stages) + WEIGHT_BYTES + thread / 8 * TOKEN_BYTES + thread % 8 * 16;
+    // Chunks of odd tokens change places in pairs: lanes read every second chunk of two tokens at once.
+    const u32 to_x = shared_address(stages) + WEIGHT_BYTES + thread / 8 * TOKEN_BYTES +
+                     (thread % 8 ^ thread / 8 % 2) * 16;
 
     // Of the stage that is copied next.
     int k = pair * STRETCH;
@@ -139,7 +140,7 @@ __device__ __forceinline__ void product(const E4m3Args& args) {
                 for (int j = 0; j < GROUPS; j++) {
                     const uint4 tokens =
                         *(const uint4*)(stretch + WEIGHT_BYTES + (j * 8 + g) * TOKEN_BYTES +
-                                        t * 32 + half * 16);
+                                        t * 32 + (half ^ g % 2) * 16);
 #pragma unroll
                     for (int tile = 0; tile < TILES; tile++) {
                         mma(sums[tile][j], a[tile][0], tokens.x, tokens.y);
@@ -200,8 +201,8 @@ __device__ __forceinline__ void product(const E4m3Args& args) {
         e4m3_##TOKENS(const __grid_constant__ E4m3Args args) {                \
         product<GROUPS, TILES, STRETCHES, STAGES>(args);                      \
     }
-PRODUCT(8, 1, 1, 2, 3, 2)
-PRODUCT(16, 2, 2, 1, 3, 2)
+PRODUCT(8, 1, 1, 2, 3, 3)
+PRODUCT(16, 2, 2, 1, 4, 2)
 PRODUCT(32, 4, 2, 1, 3, 2)
 PRODUCT(64, 8, 2, 1, 4, 1)
 

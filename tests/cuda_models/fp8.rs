@@ -94,8 +94,8 @@ fn logits_are_those_of_the_rounded_weights() {
         let (gpu, cpu) = (&checkpoint.model, &rounded().model);
         let tokens = prose(420);
         for plan in &plans(cpu.shape()) {
-            // Chunks of every kernel: widened weights, and tiles of 64, 32, 16 and 8 tokens.
-            for chunk in [400, 100, 60, 30, 10, 3] {
+            // Weights widened in memory, and in registers.
+            for chunk in [400, 100, 30, 3] {
                 let mut here = cpu.open(plan, 500, 0).unwrap();
                 let mut there = gpu.open(plan, 500, 0).unwrap();
                 let expected = read(cpu, &mut here, &tokens[..400], 400);

@@ -69,16 +69,40 @@ struct Few {
 
 /// Bytes of a stretch of 64 elements of 4 pairs of warps: `groups` of 8 tokens, `tiles` of 32 weights.
 const fn stretch_bytes(groups: usize, tiles: usize) -> usize {
-    4 * (groups * 8 * 144 + tiles * 2048)
+    4 * (groups * 8 * 128 + tiles * 2048)
 }
 
 /// By the rows that they take; numbers as in `kernels/e4m3.cu`.
 const FEW: [Few; 4] = [
     Few { name: E4M3[0], tokens: 8, block_rows: 32, shared_bytes: 6 * stretch_bytes(1, 1) },
-    Few { name: E4M3[1], tokens: 16, block_rows: 64, shared_bytes: 3 * stretch_bytes(2, 2) },
+    Few { name: E4M3[1], tokens: 16, block_rows: 64, shared_bytes: 4 * stretch_bytes(2, 2) },
     Few { name: E4M3[2], tokens: 32, block_rows: 64, shared_bytes: 3 * stretch_bytes(4, 2) },
     Few { name: E4M3[3], tokens: 64, block_rows: 64, shared_bytes: 4 * stretch_bytes(8, 2) },
 ];
+
+impl Few {
+    /// The kernel for a product of so many rows and outputs: all rows in one block, unless blocks are then
+    /// too few for the device. Results are the same, bit for bit.
+    fn choose(
+        rows: usize,
+        n: usize,
+        shared_bytes: usize,
+        processors: usize,
+    ) -> Option<&'static Self> {
+        let able = FEW.iter().take_while(|few| few.shared_bytes <= shared_bytes);
+        let able = &FEW[..able.count()];
+        let wide = able.iter().position(|few| few.tokens >= rows).unwrap_or(able.len().max(1) - 1);
+        let mut fitting = able.iter().take(wide + 1).rev();
+        let busy =
+            |few: &&Self| 4 * few.grid(rows, n)[..2].iter().product::<usize>() >= 3 * processors;
+        fitting.find(busy).or(able.first())
+    }
+
+    /// Blocks of the same weights follow each other, and find them in the L2 cache.
+    fn grid(&self, rows: usize, n: usize) -> [usize; 3] {
+        [rows.div_ceil(self.tokens), n.div_ceil(self.block_rows), 1]
+    }
+}
 
 /// Rows of `x` from which on cuBLASLt is faster, although the weight is first widened in memory:
 /// what that costs, five bytes of traffic for each weight, is then little beside the arithmetic.
@@ -182,10 +206,8 @@ impl Operations {
             return self.widened_product(x, weight, d, accumulate);
         }
         let [n, k] = weight.shape;
-        let room = self.device.shared_bytes();
-        let mut able = FEW.iter().filter(|few| few.shared_bytes <= room);
-        let largest = able.clone().next_back();
-        let Some(few) = able.find(|few| few.tokens >= rows).or(largest) else {
+        let (room, processors) = (self.device.shared_bytes(), self.device.multiprocessors());
+        let Some(few) = Few::choose(rows, n, room, processors) else {
             return self.widened_product(x, weight, d, accumulate);
         };
         let args = E4m3Args {
@@ -202,11 +224,9 @@ impl Operations {
             accumulate: i32::from(accumulate),
             unused: 0,
         };
-        // Blocks of the same weights follow each other, and find them in the L2 cache.
-        let grid = [rows.div_ceil(few.tokens), n.div_ceil(few.block_rows), 1];
         let kernels = self.e4m3_kernels()?;
         // SAFETY: the shapes are checked; all of it is on the device's stream.
-        unsafe { kernels.launch_shared(few.name, grid, 256, few.shared_bytes, &args) }
+        unsafe { kernels.launch_shared(few.name, few.grid(rows, n), 256, few.shared_bytes, &args) }
     }
 
     /// As [`product_e4m3`](Self::product_e4m3), by cuBLASLt on widened parts of the weight.
@@ -259,6 +279,24 @@ impl Operations {
 mod tests {
     use super::*;
 
+    #[test]
+    fn kernels_are_wide_enough_but_leave_no_device_idle() {
+        let tokens = |rows, n, room, processors| {
+            Few::choose(rows, n, room, processors).map(|few| few.tokens)
+        };
+        let hopper = 227 << 10;
+        for (rows, expected) in [(1, 8), (8, 8), (9, 16), (17, 32), (33, 64), (64, 64), (128, 64)] {
+            assert_eq!(tokens(rows, 8192, hopper, 132), Some(expected), "{rows} rows");
+        }
+        // 64 blocks would be half of them.
+        assert_eq!(tokens(64, 4096, hopper, 132), Some(32));
+        assert_eq!(tokens(16, 4096, hopper, 132), Some(8));
+        assert_eq!(tokens(64, 64, hopper, 132), Some(8));
+        // Other GPUs have less shared memory, and none with too little has kernels.
+        assert_eq!(tokens(64, 57344, 99 << 10, 128), Some(32));
+        assert_eq!(tokens(1, 4096, 48 << 10, 16), None);
+    }
+
     /// What is launched has the tile and the memory that the kernel was written for.
     #[test]
     fn products_of_few_rows_are_as_in_the_source() {
@@ -277,6 +315,8 @@ mod tests {
             assert_eq!(few.shared_bytes, stretches * stages * stretch_bytes(groups, tiles));
             // Of a Hopper multiprocessor's 228 KiB, each block costs one more.
             assert!(blocks * (few.shared_bytes + 1024) <= 228 << 10, "{}", few.name);
+            // Of other GPUs' blocks, 99 KiB.
+            assert!(few.shared_bytes <= 99 << 10 || tokens == 64, "{}", few.name);
             // The sums of three pairs of warps.
             assert!(few.shared_bytes >= 3 * 2 * 128 * 4 * tiles * groups, "{}", few.name);
         }
