@@ -51,7 +51,7 @@ mod weights;
 #[cfg(feature = "wgpu")]
 mod wgpu;
 
-pub use bench::{BenchOptions, BenchReport};
+pub use bench::{BenchOptions, BenchReport, ProfileBenchReport};
 pub use calibrate::{CalibrationData, CalibrationOptions, Prompt};
 pub use chat::{ChatTemplate, Message};
 pub use chat_session::ChatSession;

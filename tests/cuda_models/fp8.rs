@@ -63,12 +63,14 @@ fn round(file: &Path) {
 /// moa-tiny with 8-bit weights on the GPU, with how far its logits may be from those of the CPU on
 /// the same weights: no further than with 16-bit weights, as activations are the same.
 fn cuda() -> Vec<(&'static Checkpoint<CudaOps>, f64)> {
-    let load = |(dtype, share)| -> Option<(&'static Checkpoint<CudaOps>, f64)> {
-        let ops = open(dtype)?.with_fp8_weights();
-        let checkpoint = Checkpoint::open(ops, moa_tiny()).expect("moa-tiny");
-        Some((Box::leak(Box::new(checkpoint)), share))
-    };
-    [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)].into_iter().map_while(load).collect()
+    static TINY: LazyLock<Vec<(Checkpoint<CudaOps>, f64)>> = LazyLock::new(|| {
+        let load = |(dtype, share)| {
+            let ops = open(dtype)?.with_fp8_weights();
+            Some((Checkpoint::open(ops, moa_tiny()).expect("moa-tiny"), share))
+        };
+        [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)].into_iter().map_while(load).collect()
+    });
+    TINY.iter().map(|(checkpoint, share)| (checkpoint, *share)).collect()
 }
 
 /// Runs on the CPU: what rounding alone does to this model.

@@ -139,3 +139,29 @@ fn repeats_are_bitwise_equal() {
         assert!((0..5).all(|_| run() == first));
     }
 }
+
+/// Each thread prepares and captures graphs of its own while the others launch.
+#[test]
+fn threads_share_a_model() {
+    for (checkpoint, _) in cuda() {
+        let model = &checkpoint.model;
+        let tokens = prose(120);
+        let [dense, _] = plans(model.shape());
+        let run = |thread: usize| -> Vec<Vec<f32>> {
+            let prompt = &tokens[..40 + 20 * thread];
+            let mut sequence = model.open(&dense, 120, 0).unwrap();
+            let mut all = vec![read(model, &mut sequence, prompt, 120)];
+            let mut decoder = model.decoder(vec![&mut sequence]).unwrap();
+            all.extend((0..12).map(|i| decoder.step(&[tokens[i]]).unwrap()));
+            all
+        };
+        let alone: Vec<_> = (0..4).map(run).collect();
+        for _ in 0..5 {
+            let together: Vec<_> = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..4).map(|i| scope.spawn(move || run(i))).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert!(together == alone);
+        }
+    }
+}

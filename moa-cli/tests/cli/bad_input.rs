@@ -199,6 +199,7 @@ fn values_out_of_range_are_refused() {
         &["profile", "--model", "none", "--out", "p"][..],
         &["compress", "--model", "none", "--out", "p"],
         &["quickstart", "--model", "none", "--out", "p"],
+        &["bench", "--model", "none", "--profile"],
     ] {
         refuses(root, &[args, &["--weights", "fp8"]].concat(), &["--weights", "profiling", "fp8"]);
     }

@@ -32,8 +32,7 @@ pub enum CudaDtype {
 
 /// Runs a model on an NVIDIA GPU.
 ///
-/// Use it from one thread at a time: a decode step is captured into a graph, and what another thread
-/// launched on the same stream meanwhile would end up in it. Models of other threads open their own.
+/// Threads may share it: what they ask for runs in the order in which they ask.
 ///
 /// Activations are f32 in the residual stream and of the 16-bit type elsewhere; logits are f32.
 #[derive(Debug)]
