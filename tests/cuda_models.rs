@@ -5,6 +5,8 @@
 
 #[path = "cuda_models/errors.rs"]
 mod errors;
+#[path = "cuda_models/fp8.rs"]
+mod fp8;
 #[path = "cuda_models/laws.rs"]
 mod laws;
 #[path = "cuda_models/logits.rs"]

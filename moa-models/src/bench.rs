@@ -189,9 +189,12 @@ impl<O: Ops> Llama<O> {
         let c = &self.config;
         let table = (c.vocab_size * c.hidden_size) as u64;
         let unread = if c.tie_word_embeddings { 0 } else { table };
+        let linear = c.linear_parameters();
+        let rest = c.parameters() - linear - unread;
         // Weights that stay in their file are of 2 bytes in all files that we know.
-        let elements = c.parameters() - unread;
-        self.ops.weight_bytes(elements).max(2 * elements)
+        let read = |bytes, elements| if bytes == 0 { 2 * elements } else { bytes };
+        read(self.ops.linear_bytes(linear, c.linear_outputs()), linear)
+            + read(self.ops.weight_bytes(rest), rest)
     }
 
     /// Bytes of keys and values that the query of token `len` sees.

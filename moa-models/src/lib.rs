@@ -63,7 +63,7 @@ pub use compress::{
 pub use config::LlamaConfig;
 pub use cpu::{CpuMatrix, CpuOps, CpuRotations};
 #[cfg(feature = "cuda")]
-pub use cuda::{CudaDtype, CudaOps, Joined};
+pub use cuda::{CudaDtype, CudaMatrix, CudaOps, Joined};
 pub use decode::Decode;
 #[cfg(feature = "hub")]
 pub use download::download;

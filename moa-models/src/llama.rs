@@ -15,7 +15,7 @@ pub(crate) struct Linear<O: Ops> {
 impl<O: Ops> Linear<O> {
     fn load(ops: &O, LinearWeights { weight, bias }: LinearWeights) -> Result<Self> {
         let bias = bias.map(|bias| ops.vector(bias)).transpose()?;
-        Ok(Self { weight: ops.matrix(weight)?, bias })
+        Ok(Self { weight: ops.linear_matrix(weight)?, bias })
     }
 
     /// The residual stream `x` with this layer's output for `y` added.
@@ -138,7 +138,7 @@ impl<O: Ops> Llama<O> {
     /// # Errors
     /// If a tensor is missing or has another shape than the configuration says.
     pub fn load(ops: O, config: LlamaConfig, weights: &Weights) -> Result<Self> {
-        ops.check_room("weights", ops.weight_bytes(config.parameters()))?;
+        ops.check_room("weights", weight_bytes(&ops, &config))?;
         let table = [config.vocab_size, config.hidden_size];
         let embedding = ops.matrix(weights.tensor("model.embed_tokens.weight", &table)?)?;
         let layers = (0..config.num_hidden_layers)
@@ -161,6 +161,11 @@ impl<O: Ops> Llama<O> {
     /// The device.
     pub fn ops(&self) -> &O {
         &self.ops
+    }
+
+    /// Bytes of the weights on the device, 0 where they stay in their file's map.
+    pub fn weight_bytes(&self) -> u64 {
+        weight_bytes(&self.ops, &self.config)
     }
 
     /// Fingerprint of the weights, as plan files hold it.
@@ -408,6 +413,13 @@ impl<O: Ops> Llama<O> {
         let h = self.ops.rms_norm(&picked, &self.norm, self.eps())?;
         self.ops.logits(&h, self.output_matrix())
     }
+}
+
+/// Bytes of all weights on a device.
+pub(crate) fn weight_bytes<O: Ops>(ops: &O, config: &LlamaConfig) -> u64 {
+    let linear = config.linear_parameters();
+    let rest = config.parameters() - linear;
+    ops.weight_bytes(rest) + ops.linear_bytes(linear, config.linear_outputs())
 }
 
 /// What joined layers gave.

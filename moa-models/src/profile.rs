@@ -96,6 +96,7 @@ impl<O: BackwardOps> Llama<O> {
         objective: WeightedObjective,
         into: &mut Influence,
     ) -> Result<()> {
+        self.ops.check_gradients()?;
         let near = ElasticRule::new(DEFAULT_SINK as f64, 0.25)?;
         let near = Plan::uniform(self.shape(), DEFAULT_SINK, near)?;
         let near = self.response_loss(std::slice::from_ref(item), &near, item.inputs().len())?;
@@ -111,6 +112,7 @@ impl<O: BackwardOps> Llama<O> {
         objective: WeightedObjective,
         into: &mut Influence,
     ) -> Result<(f64, f64)> {
+        self.ops.check_gradients()?;
         let tokens = item.inputs();
         if into.shape() != self.shape() {
             let (expected, got) = (self.shape(), into.shape());

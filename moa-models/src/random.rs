@@ -1,7 +1,7 @@
 //! Models of random weights, for measurements of speed and memory.
 
 use crate::config::LlamaConfig;
-use crate::llama::{Layer, Linear, Llama};
+use crate::llama::{Layer, Linear, Llama, weight_bytes};
 use crate::ops::RandomWeights;
 use crate::{Error, Result};
 
@@ -16,18 +16,16 @@ impl<O: RandomWeights> Llama<O> {
         if config.attention_bias || config.mlp_bias {
             return Err(Error::invalid("random weights", "of a model without biases", "biases"));
         }
-        ops.check_room("weights", ops.weight_bytes(config.parameters()))?;
+        ops.check_room("weights", weight_bytes(&ops, &config))?;
         let c = &config;
-        let matrix = |out, input, number: usize| {
-            ops.random_matrix(out, input, seed.wrapping_mul(0x9e37).wrapping_add(number as u32))
-        };
-        let joined = |outs: &[usize], input, number: usize| {
-            ops.random_joined(outs, input, seed.wrapping_mul(0x9e37).wrapping_add(number as u32))
-        };
+        let seed_of = |number: usize| seed.wrapping_mul(0x9e37).wrapping_add(number as u32);
+        let matrix = |out, input, number| ops.random_matrix(out, input, seed_of(number));
+        let joined =
+            |outs: &[usize], input, number| ops.random_joined(outs, input, seed_of(number));
         let (hidden, inner) = (c.hidden_size, c.intermediate_size);
         let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
         let linear = |out, input, number| -> Result<Linear<O>> {
-            Ok(Linear { weight: matrix(out, input, number)?, bias: None })
+            Ok(Linear { weight: ops.random_linear(out, input, seed_of(number))?, bias: None })
         };
         let layer = |index: usize| -> Result<Layer<O>> {
             let first = 4 * index + 2;

@@ -1,10 +1,10 @@
-//! The kernels of `ops.cu`, `backward.cu` and `sample.cu`, loaded on a device.
+//! The kernels beside attention, loaded on a device.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
 
 use cudarc::driver::CudaFunction;
-use cudarc::driver::sys::{self, CUlaunchConfig};
+use cudarc::driver::sys::{self, CUfunction_attribute as Attribute, CUlaunchConfig};
 use cudarc::nvrtc::Ptx;
 
 use crate::compile::{HEAD_DIMS, Variant, compile};
@@ -64,6 +64,10 @@ pub(crate) struct OpKernels {
 /// Names of the kernels of products of few rows, by how many.
 pub(crate) const GEMV: [&str; 2] = ["gemv_1", "gemv_2"];
 
+/// Names of the kernels of 8-bit weights, those of products of few rows first.
+pub(crate) const E4M3: [&str; 6] =
+    ["e4m3_8", "e4m3_16", "e4m3_32", "e4m3_64", "widen_e4m3", "randomise_e4m3"];
+
 /// Names of the kernels of sampling.
 pub(crate) const SAMPLE: [&str; 1] = ["sample"];
 
@@ -87,11 +91,20 @@ impl OpKernels {
             .map_err(Error::driver("cuModuleLoadData"))?;
         let load = |&name| {
             let function = module.load_function(name);
-            Ok((name, function.map_err(Error::driver("cuModuleGetFunction"))?))
+            let function = function.map_err(Error::driver("cuModuleGetFunction"))?;
+            if source == Source::E4m3 {
+                function
+                    .set_attribute(
+                        Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                        device.shared_bytes() as i32,
+                    )
+                    .map_err(Error::driver("cuFuncSetAttribute"))?;
+            }
+            Ok((name, function))
         };
         let functions = names.iter().map(load).collect::<Result<_>>()?;
-        let overlap =
-            device.architecture().major >= 9 && matches!(source, Source::Ops | Source::Gemv);
+        let overlap = device.architecture().major >= 9
+            && matches!(source, Source::Ops | Source::Gemv | Source::E4m3);
         Ok(Self { device: device.clone(), functions, overlap })
     }
 
@@ -132,6 +145,22 @@ impl OpKernels {
         threads: usize,
         args: &A,
     ) -> Result<()> {
+        // SAFETY: as the caller promises.
+        unsafe { self.launch_shared(name, grid, threads, 0, args) }
+    }
+
+    /// With dynamic shared memory.
+    ///
+    /// # Safety
+    /// As [`launch`](Self::launch).
+    pub(crate) unsafe fn launch_shared<A>(
+        &self,
+        name: &'static str,
+        grid: [usize; 3],
+        threads: usize,
+        shared_bytes: usize,
+        args: &A,
+    ) -> Result<()> {
         if grid.contains(&0) {
             return Ok(());
         }
@@ -149,7 +178,7 @@ impl OpKernels {
             blockDimX: threads as u32,
             blockDimY: 1,
             blockDimZ: 1,
-            sharedMemBytes: 0,
+            sharedMemBytes: shared_bytes as u32,
             hStream: self.device.stream().cast(),
             attrs: &raw mut attribute,
             numAttrs: u32::from(self.overlap),

@@ -90,6 +90,9 @@ impl FromStr for Batch {
 const RETRIES: usize = 12;
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    if args.profile {
+        model::check_gradients(context)?;
+    }
     on_device!(context, |ops| with_ops(args, ops, context))
 }
 
