@@ -3,10 +3,11 @@ use std::fmt;
 use cubecl::client::Client;
 use cubecl::server::Handle;
 use cubecl::wgpu::{
-    AutoGraphicsApi, RuntimeOptions, WgpuDevice, WgpuInitError, WgpuSetup, try_init_device,
-    try_init_setup,
+    AutoGraphicsApi, RuntimeOptions, WgpuDevice, WgpuInitError, WgpuRuntime, WgpuSetup,
+    WgslCompiler, try_init_device, try_init_setup,
 };
 use cubecl::{CubeCount, CubeDim, calculate_cube_count_elemwise};
+use cubecl_server::runtime::Runtime;
 
 use crate::{Error, Result};
 
@@ -23,17 +24,60 @@ impl Device {
     /// The default GPU of this machine, over Vulkan, Metal, DX12 or OpenGL.
     /// `CUBECL_WGPU_DEFAULT_DEVICE` chooses another one, such as `DiscreteGpu(1)`.
     ///
+    /// With the feature `vulkan`, kernels are SPIR-V where the device takes it; `MOA_WGPU_SHADERS=wgsl` keeps
+    /// them WGSL, as software drivers always have them.
+    ///
     /// # Errors
     /// [`Error::NoDevice`].
     pub fn open() -> Result<Self> {
+        Self::init(&WgpuDevice::default())
+    }
+
+    /// One of the machine's GPUs, counted from 0 as their driver lists them.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`], which says how many there are.
+    pub fn open_nth(index: usize) -> Result<Self> {
+        let devices =
+            cubecl::Device::enumerate_all().into_iter().filter_map(|device| match device {
+                cubecl::Device::Wgpu(device) => Some(device),
+                _ => None,
+            });
+        let devices: Vec<WgpuDevice> = devices.collect();
+        match devices.get(index) {
+            Some(device) => Self::init(device),
+            None => {
+                let message = match devices.len() {
+                    0 => "wgpu finds no adapter".to_string(),
+                    count => {
+                        format_args!("{index} is none of the {count} adapters, counted from 0")
+                            .to_string()
+                    }
+                };
+                Err(Error::NoDevice { message })
+            }
+        }
+    }
+
+    fn init(device: &WgpuDevice) -> Result<Self> {
         let refused = |error: WgpuInitError| Error::NoDevice { message: error.to_string() };
         let options = RuntimeOptions::try_default().map_err(refused)?;
-        let device = WgpuDevice::default();
-        match try_init_setup::<AutoGraphicsApi>(&device, options) {
+        match try_init_setup::<AutoGraphicsApi>(device, options) {
             // CubeCL keeps one client per process and device: it may be there already.
-            Ok(_) | Err(WgpuInitError::Registration { .. }) => Ok(Self::of(&device)),
+            Ok(_) | Err(WgpuInitError::Registration { .. }) => Ok(Self::of(device).checked(device)),
             Err(error) => Err(refused(error)),
         }
+    }
+
+    /// With kernels in WGSL where SPIR-V is not wanted, or is more than the driver is known to compile:
+    /// Mesa's software driver crashes on some kernels.
+    fn checked(self, device: &WgpuDevice) -> Self {
+        let software = self.client.properties().identity.physical.is_none();
+        let unwanted = std::env::var_os("MOA_WGPU_SHADERS").is_some_and(|name| name == "wgsl");
+        if cfg!(feature = "vulkan") && (software || unwanted) {
+            return Self { client: WgpuRuntime::<WgslCompiler>::client(device) };
+        }
+        self
     }
 
     /// The GPU that the application already uses, with its wgpu device and queue. Register a setup

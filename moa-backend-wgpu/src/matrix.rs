@@ -1,5 +1,7 @@
 use cubecl::server::Handle;
 
+use crate::extend::arg;
+use crate::kernels::random::random;
 use crate::{Device, Dtype, Error, Result};
 
 /// A weight `[rows, cols]` on the device, in the element type of its file.
@@ -39,6 +41,38 @@ impl Matrix {
             return Err(Error::TooLarge { what: "weight", bytes: bytes_len, limit });
         }
         let words = device.client().create_from_slice(bytes);
+        Ok(Self { device: device.clone(), words, rows, cols, dtype })
+    }
+
+    /// Uniform numbers in `[-amplitude, amplitude)`, made on the device.
+    ///
+    /// # Errors
+    /// As [`Matrix::new`].
+    pub fn random(
+        device: &Device,
+        rows: usize,
+        cols: usize,
+        dtype: Dtype,
+        amplitude: f32,
+        seed: u32,
+    ) -> Result<Self> {
+        const OP: &str = "Matrix::random";
+        let elements = rows.saturating_mul(cols);
+        if elements == 0 {
+            return Err(Error::shape(OP, "matrix", "no empty axis", &[rows, cols]));
+        }
+        if !cols.is_multiple_of(dtype.per_word()) {
+            return Err(Error::argument(OP, "cols", format_args!("even for {dtype}"), cols));
+        }
+        let words = device.alloc("weight", elements, dtype.bytes())?;
+        let count = elements / dtype.per_word();
+        let (cubes, dim) = device.cubes(count);
+        let (client, to, count) = (device.client(), arg(&words), count as u32);
+        // SAFETY: the buffer has that many words.
+        unsafe {
+            random::launch_unchecked(client, cubes, dim, to, count, seed, amplitude, dtype);
+        }
+        device.check(OP, &[&words])?;
         Ok(Self { device: device.clone(), words, rows, cols, dtype })
     }
 

@@ -21,7 +21,8 @@ pub(crate) struct Global {
     /// Seed of everything drawn: calibration prompts, sampling, shortened cases
     #[arg(long, global = true, default_value_t = 0, value_name = "N")]
     pub(crate) seed: u64,
-    /// Where the model runs: cpu, or cuda:N for GPU N where this build has the feature `cuda`
+    /// Where the model runs: cpu, or where this build has the features `cuda` and `wgpu`, cuda:N and
+    /// wgpu:N for GPU N
     #[arg(long, global = true, default_value = "cpu", value_name = "DEVICE")]
     pub(crate) device: Device,
     /// Element type of KV caches; on a GPU of weights and activations too
@@ -43,24 +44,41 @@ pub(crate) enum Device {
     /// By number, from 0.
     #[cfg(feature = "cuda")]
     Cuda(usize),
+    /// By number, from 0, or the one that wgpu prefers.
+    #[cfg(feature = "wgpu")]
+    Wgpu(Option<usize>),
 }
 
 /// What `--device` takes.
-const DEVICES: &str = match cfg!(feature = "cuda") {
-    true => "cpu, cuda, cuda:N",
-    false => "cpu (cuda needs a build with `--features cuda`)",
+const DEVICES: &str = match (cfg!(feature = "cuda"), cfg!(feature = "wgpu")) {
+    (true, true) => "cpu, cuda, cuda:N, wgpu, wgpu:N",
+    (true, false) => "cpu, cuda, cuda:N (wgpu needs a build with `--features wgpu`)",
+    (false, true) => "cpu, wgpu, wgpu:N (cuda needs a build with `--features cuda`)",
+    (false, false) => {
+        "cpu (cuda needs a build with `--features cuda`, wgpu one with `--features wgpu`)"
+    }
 };
+
+/// The number in `KIND:N`; none in `KIND`.
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+fn number(name: &str, kind: &str) -> Option<Option<usize>> {
+    match name.strip_prefix(kind)? {
+        "" => Some(None),
+        rest => rest.strip_prefix(':')?.parse().ok().map(Some),
+    }
+}
 
 impl FromStr for Device {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self, Error> {
         #[cfg(feature = "cuda")]
-        if let Some(rest) = name.strip_prefix("cuda") {
-            let number = if rest.is_empty() { Some("0") } else { rest.strip_prefix(':') };
-            if let Some(Ok(ordinal)) = number.map(str::parse) {
-                return Ok(Self::Cuda(ordinal));
-            }
+        if let Some(ordinal) = number(name, "cuda") {
+            return Ok(Self::Cuda(ordinal.unwrap_or(0)));
+        }
+        #[cfg(feature = "wgpu")]
+        if let Some(index) = number(name, "wgpu") {
+            return Ok(Self::Wgpu(index));
         }
         match name {
             "cpu" => Ok(Self::Cpu),
@@ -219,7 +237,7 @@ mod tests {
 
     #[test]
     fn unknown_device_says_what_there_is() {
-        for name in ["tpu", "cuda:", "cuda:x", "cuda0", "cuda:-1", ""] {
+        for name in ["tpu", "cuda:", "cuda:x", "cuda0", "cuda:-1", "wgpu:", "wgpu:x", "wgpu0", ""] {
             let message = name.parse::<Device>().unwrap_err().to_string();
             assert!(message.contains(name) && message.contains("cpu"), "{message}");
         }
@@ -238,5 +256,19 @@ mod tests {
     fn gpus_are_counted_from_0() {
         assert_eq!("cuda".parse::<Device>().unwrap(), Device::Cuda(0));
         assert_eq!("cuda:3".parse::<Device>().unwrap(), Device::Cuda(3));
+    }
+
+    #[test]
+    #[cfg(not(feature = "wgpu"))]
+    fn a_build_without_wgpu_names_the_feature() {
+        let message = "wgpu".parse::<Device>().unwrap_err().to_string();
+        assert!(message.contains("--features wgpu"), "{message}");
+    }
+
+    #[test]
+    #[cfg(feature = "wgpu")]
+    fn an_adapter_is_numbered_or_chosen_by_wgpu() {
+        assert_eq!("wgpu".parse::<Device>().unwrap(), Device::Wgpu(None));
+        assert_eq!("wgpu:1".parse::<Device>().unwrap(), Device::Wgpu(Some(1)));
     }
 }

@@ -21,6 +21,11 @@ macro_rules! on_device {
                 let $ops = $crate::model::cuda(ordinal, $context)?;
                 $body
             }
+            #[cfg(feature = "wgpu")]
+            $crate::args::Device::Wgpu(index) => {
+                let $ops = moa_models::WgpuOps::open(index, $context.cache)?;
+                $body
+            }
         }
     };
 }

@@ -2,7 +2,8 @@
 //! [plan](moa_core::Plan) allows.
 //!
 //! Everything is written over [`Ops`], the operations of one device: [`CpuOps`], and `CudaOps` with the
-//! feature `cuda`, which needs nothing to build, and to run a driver, NVRTC and cuBLASLt.
+//! feature `cuda`, which needs nothing to build, and to run a driver, NVRTC and cuBLASLt, and `WgpuOps`
+//! with the feature `wgpu`, which runs on any GPU with a driver for Vulkan, Metal or DX12.
 
 mod bench;
 mod calibrate;

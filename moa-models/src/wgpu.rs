@@ -5,10 +5,10 @@ use std::ops::Range;
 
 use moa_backend_wgpu::{Device, Dtype, Matrix, Tensor, WgpuBackend, ops as kernels};
 
-use crate::ops::{BackwardOps, LinearWeights, Ops};
+use crate::ops::{BackwardOps, LinearWeights, Ops, RandomWeights};
 use crate::rope::RopeTable;
 use crate::weights::{DType, MappedTensor};
-use crate::{Error, Result};
+use crate::{CacheDtype, Error, Result};
 
 /// Runs a model on a GPU over Vulkan, Metal, DX12 or WebGPU.
 #[derive(Debug)]
@@ -19,6 +19,20 @@ pub struct WgpuOps {
 }
 
 impl WgpuOps {
+    /// On the GPU of this number, or on the one that wgpu prefers, with KV caches of this element type.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] with a [`moa_backend_wgpu::Error`] if there is no such GPU.
+    pub fn open(index: Option<usize>, cache: CacheDtype) -> Result<Self> {
+        let device = index.map_or_else(Device::open, Device::open_nth).map_err(Error::backend)?;
+        let dtype = match cache {
+            CacheDtype::F32 => Dtype::F32,
+            CacheDtype::F16 => Dtype::F16,
+            CacheDtype::Bf16 => Dtype::Bf16,
+        };
+        Ok(Self::new(&device, dtype))
+    }
+
     /// On this device, with KV caches of this element type.
     pub fn new(device: &Device, cache: Dtype) -> Self {
         Self {
@@ -146,6 +160,25 @@ impl Ops for WgpuOps {
 
     fn rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
         kernels::rows(x, rows).map_err(Error::backend)
+    }
+}
+
+impl RandomWeights for WgpuOps {
+    fn random_matrix(&self, out: usize, input: usize, seed: u32) -> Result<Matrix> {
+        // The variance of a uniform number in [-a, a) is a^2 / 3.
+        let amplitude = (3.0 / input.max(1) as f32).sqrt();
+        Matrix::random(self.device(), out, input, Dtype::Bf16, amplitude, seed)
+            .map_err(Error::backend)
+    }
+
+    fn random_joined(&self, outs: &[usize], input: usize, seed: u32) -> Result<Self::Joined> {
+        let seeds = (0..).map(|part: u32| seed.wrapping_add(part << 24));
+        let parts = outs.iter().zip(seeds);
+        parts.map(|(&out, seed)| Ok((self.random_matrix(out, input, seed)?, None))).collect()
+    }
+
+    fn ones(&self, len: usize) -> Result<Tensor> {
+        self.tensor(vec![1.0; len], &[len])
     }
 }
 

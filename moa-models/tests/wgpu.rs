@@ -14,7 +14,9 @@ use moa_models::{
 };
 
 fn moa_tiny() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/moa-tiny")
+    let built = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/moa-tiny");
+    let places = [built, "assets/moa-tiny"].map(Path::new);
+    places.into_iter().find(|path| path.is_dir()).unwrap_or(places[0]).to_path_buf()
 }
 
 /// The GPU, for one test at a time.

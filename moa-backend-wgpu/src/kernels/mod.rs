@@ -11,6 +11,7 @@ pub(crate) mod influence;
 pub(crate) mod keys;
 pub(crate) mod linear;
 pub(crate) mod merge;
+pub(crate) mod random;
 pub(crate) mod rows;
 pub(crate) mod tile;
 pub(crate) mod words;

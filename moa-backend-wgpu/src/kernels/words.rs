@@ -58,7 +58,7 @@ fn widen_f16(half: u32) -> f32 {
 }
 
 #[cube]
-fn narrow_f16(x: f32) -> u32 {
+pub(crate) fn narrow_f16(x: f32) -> u32 {
     let bits = x.to_bits();
     let magnitude = bits & 0x7fff_ffff;
     // Adds half a unit of the last place, or less so that ties go to even.
@@ -78,7 +78,7 @@ fn narrow_f16(x: f32) -> u32 {
 }
 
 #[cube]
-fn narrow_bf16(x: f32) -> u32 {
+pub(crate) fn narrow_bf16(x: f32) -> u32 {
     let bits = x.to_bits();
     let magnitude = bits & 0x7fff_ffff;
     let mut half = (magnitude + 0x7fff + ((bits >> 16) & 1)) >> 16;

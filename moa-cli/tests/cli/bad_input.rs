@@ -205,6 +205,11 @@ fn values_out_of_range_are_refused() {
     }
     refuses(
         root,
+        &["generate", "--model", tiny, "--prompt", "a", "--device", "wgpu:99"],
+        if cfg!(feature = "wgpu") { &["no GPU"] } else { &["wgpu:99", "--features wgpu"] },
+    );
+    refuses(
+        root,
         &["profile", "--model", tiny, "--objective", "mse", "--out", "p"],
         &["mse", "margin"],
     );

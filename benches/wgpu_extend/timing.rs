@@ -1,0 +1,66 @@
+use std::time::Instant;
+
+use moa_backend_wgpu::Device;
+use moa_backend_wgpu::cubecl::future::block_on;
+use serde_json::{Value, json};
+
+use super::Result;
+
+/// Seconds of one run.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Time {
+    /// By the host's clock, several runs queued before their end is awaited; median.
+    pub(crate) wall: f64,
+    /// By the device's clock, where there is one and it is not the host's.
+    pub(crate) device: Option<f64>,
+}
+
+impl Time {
+    pub(crate) fn json(&self) -> Value {
+        json!({ "wall_us": self.wall * 1e6, "device_us": self.device.map(|s| s * 1e6) })
+    }
+}
+
+/// Most runs that are queued at a time, and samples of a median.
+const MOST_RUNS: usize = 32;
+const SAMPLES: usize = 7;
+
+/// Runs that one measurement makes at most.
+pub(crate) const MOST: usize = 2 + (SAMPLES + 1) * MOST_RUNS;
+
+/// Times `run`, which queues work, for about `seconds`.
+pub(crate) fn time(
+    device: &Device,
+    seconds: f64,
+    mut run: impl FnMut() -> Result<()>,
+) -> Result<Time> {
+    let client = device.client();
+    let sync = || block_on(client.sync()).map_err(|error| format!("{error:?}"));
+    // The first compiles.
+    run()?;
+    sync()?;
+    let start = Instant::now();
+    run()?;
+    sync()?;
+    let one = start.elapsed().as_secs_f64();
+    let runs = ((seconds / SAMPLES as f64 / one) as usize).clamp(1, MOST_RUNS);
+    let samples = if seconds > one { SAMPLES.min((seconds / one) as usize + 1) } else { 1 };
+    let mut walls = Vec::new();
+    for _ in 0..samples {
+        let start = Instant::now();
+        for _ in 0..runs {
+            run()?;
+        }
+        sync()?;
+        walls.push(start.elapsed().as_secs_f64() / runs as f64);
+    }
+    walls.sort_by(f64::total_cmp);
+    let window = client.profile_start().map_err(|error| format!("{error:?}"))?;
+    for _ in 0..runs {
+        run()?;
+    }
+    let ticks = client.profile_end(window).ok().and_then(|ticks| block_on(ticks.resolve()));
+    sync()?;
+    let device = ticks.map(|ticks| ticks.duration().as_secs_f64() / runs as f64);
+    Ok(Time { wall: walls[walls.len() / 2], device: device.filter(|&seconds| seconds > 0.0) })
+}
