@@ -59,13 +59,7 @@ pub(crate) fn open<O: Ops>(ops: O, folder: &Path) -> Result<Checkpoint<O>> {
 
 /// Dimensions of a model from its `config.json`, without its weights.
 pub(crate) fn shape(config: &Path) -> Result<ModelShape> {
-    let config = LlamaConfig::from_file(config)?;
-    Ok(ModelShape {
-        layers: config.num_hidden_layers,
-        query_heads: config.num_attention_heads,
-        kv_heads: config.num_key_value_heads,
-        head_dim: config.head_dim,
-    })
+    Ok(LlamaConfig::from_file(config)?.shape())
 }
 
 /// Every head keeps the same share of the context.

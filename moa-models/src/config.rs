@@ -1,5 +1,7 @@
 use std::path::Path;
 
+use moa_core::ModelShape;
+
 use crate::error::{Error, Result};
 use crate::json::Object;
 use crate::rope_scaling::RopeScaling;
@@ -157,6 +159,17 @@ impl LlamaConfig {
         let tables = if self.tie_word_embeddings { 1 } else { 2 };
         let rest = self.hidden_size * (tables * self.vocab_size + 1);
         (self.num_hidden_layers * layer + rest) as u64
+    }
+
+    /// The dimensions that plans depend on.
+    #[must_use]
+    pub fn shape(&self) -> ModelShape {
+        ModelShape {
+            layers: self.num_hidden_layers,
+            query_heads: self.num_attention_heads,
+            kv_heads: self.num_key_value_heads,
+            head_dim: self.head_dim,
+        }
     }
 
     /// Query heads that share one KV head.

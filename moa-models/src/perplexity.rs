@@ -74,7 +74,7 @@ impl<O: Ops> Llama<O> {
                 let rows: Vec<usize> = (0..chunk.len()).collect();
                 let logits =
                     self.forward(&mut [&mut sequence], &[chunk], LogitRows::Rows(&rows))?;
-                let logits = self.ops().values(logits)?;
+                let logits = self.values(logits)?;
                 let targets = &ids[index * LOGIT_CHUNK + 1..];
                 for (row, target) in logits.chunks(self.config().vocab_size).zip(targets) {
                     sum += cross_entropy(row, *target as usize);

@@ -111,6 +111,7 @@ impl<O: BackwardOps> Llama<O> {
         objective: WeightedObjective,
         into: &mut Influence,
     ) -> Result<(f64, f64)> {
+        self.check_whole("profiling")?;
         let tokens = item.inputs();
         if into.shape() != self.shape() {
             let (expected, got) = (self.shape(), into.shape());

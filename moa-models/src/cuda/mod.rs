@@ -3,6 +3,7 @@
 
 mod backward;
 mod random;
+mod ranks;
 mod replay;
 
 use std::ops::Range;
@@ -13,10 +14,12 @@ use moa_backend_cuda::{CudaBackend, Device, Dtype, Operations, Tensor, Turns};
 
 use crate::decode::Decode;
 use crate::llama::{Llama, Sequence};
+use crate::mapped::MappedTensor;
 use crate::ops::{LinearWeights, Memory, Ops};
 use crate::rope::RopeTable;
-use crate::weights::{DType, MappedTensor};
+use crate::weights::DType;
 use crate::{Error, Result};
+pub use ranks::NcclRank;
 use replay::Replay;
 
 /// Element type of weights, activations and KV caches on the GPU.
@@ -195,6 +198,18 @@ impl Ops for CudaOps {
         self.operations.linear(x, weight, None, Dtype::F32).map_err(Error::backend)
     }
 
+    fn logits_within(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        columns: Range<usize>,
+        total: usize,
+    ) -> Result<Tensor> {
+        let logits = Tensor::empty(self.device(), &[x.shape()[0], total], Dtype::F32)?;
+        self.logits_into(x, weight, columns, &logits)?;
+        Ok(logits)
+    }
+
     fn rotations(&self, sequences: &[(&RopeTable, Range<usize>)]) -> Result<Tensor> {
         let turns: Vec<Turns<'_>> =
             sequences.iter().map(|(table, positions)| turns(table, positions.clone())).collect();
@@ -257,6 +272,18 @@ fn turns(table: &RopeTable, positions: Range<usize>) -> Turns<'_> {
 }
 
 impl CudaOps {
+    /// Logits of a part of the vocabulary as columns of `logits`, and zeros for the others.
+    fn logits_into(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        columns: Range<usize>,
+        logits: &Tensor,
+    ) -> Result<()> {
+        logits.clear()?;
+        Ok(self.operations.linear_into(x, weight, &logits.columns(columns)?)?)
+    }
+
     /// Weights one after the other in one tensor, converted piece by piece in page-locked memory.
     fn upload(&self, parts: &[&MappedTensor], shape: &[usize], dtype: Dtype) -> Result<Tensor> {
         let mut values = Vec::new();

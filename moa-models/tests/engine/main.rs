@@ -11,6 +11,7 @@ mod golden;
 mod laws;
 mod profile;
 mod serve;
+mod shard;
 mod stories260k;
 
 use std::ops::ControlFlow;
