@@ -21,7 +21,8 @@ pub(crate) struct Global {
     /// Seed of everything drawn: calibration prompts, sampling, shortened cases
     #[arg(long, global = true, default_value_t = 0, value_name = "N")]
     pub(crate) seed: u64,
-    /// Where the model runs: cpu, or cuda:N for GPU N where this build has the feature `cuda`
+    /// Where the model runs: cpu, or cuda:N for GPU N where this build has the feature `cuda`; several
+    /// GPUs, cuda:0,1,.., share a model in generate, eval and bench
     #[arg(long, global = true, default_value = "cpu", value_name = "DEVICE")]
     pub(crate) device: Device,
     /// Element type of KV caches; on a GPU of weights and activations too
@@ -39,11 +40,14 @@ pub(crate) enum Device {
     /// By number, from 0.
     #[cfg(feature = "cuda")]
     Cuda(usize),
+    /// Several that share a model.
+    #[cfg(feature = "cuda")]
+    CudaGroup(crate::gpus::Gpus),
 }
 
 /// What `--device` takes.
 const DEVICES: &str = match cfg!(feature = "cuda") {
-    true => "cpu, cuda, cuda:N",
+    true => "cpu, cuda, cuda:N, cuda:N,M,..",
     false => "cpu (cuda needs a build with `--features cuda`)",
 };
 
@@ -56,6 +60,9 @@ impl FromStr for Device {
             let number = if rest.is_empty() { Some("0") } else { rest.strip_prefix(':') };
             if let Some(Ok(ordinal)) = number.map(str::parse) {
                 return Ok(Self::Cuda(ordinal));
+            }
+            if let Some(gpus) = number.and_then(crate::gpus::Gpus::parse) {
+                return Ok(Self::CudaGroup(gpus));
             }
         }
         match name {
@@ -227,5 +234,18 @@ mod tests {
     fn gpus_are_counted_from_0() {
         assert_eq!("cuda".parse::<Device>().unwrap(), Device::Cuda(0));
         assert_eq!("cuda:3".parse::<Device>().unwrap(), Device::Cuda(3));
+    }
+
+    #[test]
+    #[cfg(feature = "cuda")]
+    fn several_gpus_keep_their_order() {
+        let Device::CudaGroup(gpus) = "cuda:2,0,3".parse::<Device>().unwrap() else {
+            panic!("not a group")
+        };
+        assert_eq!(gpus.ordinals(), [2, 0, 3]);
+        for name in ["cuda:0,0", "cuda:0,", "cuda:,1", "cuda:0,x", "cuda:0,1,999"] {
+            let message = name.parse::<Device>().unwrap_err().to_string();
+            assert!(message.contains("cuda:N,M,.."), "{message}");
+        }
     }
 }

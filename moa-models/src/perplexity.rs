@@ -100,11 +100,11 @@ impl<O: Ops> Llama<O> {
         })
     }
 
-    /// Bytes that a dense cache of `capacity` tokens would hold.
+    /// Bytes that a dense cache of `capacity` tokens would hold, of the heads that are here.
     ///
     /// # Errors
     /// Never for a model that was loaded.
     pub fn dense_bytes(&self, capacity: usize) -> Result<u64> {
-        Ok(Plan::full(self.shape())?.kv_bytes(capacity, self.ops().cache_element_bytes()))
+        Ok(Plan::full(self.local)?.kv_bytes(capacity, self.ops().cache_element_bytes()))
     }
 }

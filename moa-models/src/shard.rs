@@ -266,6 +266,11 @@ impl<O: Ops> Llama<O> {
         Self::load_part(ops, config, weights, Some(shard))
     }
 
+    /// Devices that share the model.
+    pub fn ranks(&self) -> usize {
+        self.shard.as_ref().map_or(1, |shard| shard.sharding.ranks())
+    }
+
     /// Whether all of the model is here.
     ///
     /// # Errors
