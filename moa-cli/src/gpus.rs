@@ -10,13 +10,13 @@ use crate::error::{Error, Result};
 use crate::model;
 use crate::output::Context;
 
-/// Most GPUs of one run.
-const MOST: usize = 64;
+/// Most GPUs of one run: as many as a machine has.
+const MOST: usize = 16;
 
 /// At least two GPUs, each once.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Gpus {
-    ordinals: [usize; MOST],
+    ordinals: [u8; MOST],
     count: usize,
 }
 
@@ -31,8 +31,8 @@ impl Gpus {
     pub(crate) fn parse(text: &str) -> Option<Self> {
         let mut gpus = Self { ordinals: [0; MOST], count: 0 };
         for number in text.split(',') {
-            let ordinal = number.parse().ok().filter(|n| *n < MOST)?;
-            if gpus.ordinals().contains(&ordinal) {
+            let ordinal: u8 = number.parse().ok()?;
+            if gpus.ordinals().contains(&ordinal) || gpus.count == MOST {
                 return None;
             }
             gpus.ordinals[gpus.count] = ordinal;
@@ -42,7 +42,7 @@ impl Gpus {
     }
 
     /// Their numbers, by rank.
-    pub(crate) fn ordinals(&self) -> &[usize] {
+    pub(crate) fn ordinals(&self) -> &[u8] {
         &self.ordinals[..self.count]
     }
 
@@ -69,7 +69,7 @@ impl Gpus {
         let sharding = sharding.map_err(|e| Error::from(e).at("--device"))?;
         let done = on_ranks(NcclRank::group(self.count)?, |rank: Arc<NcclRank>| {
             let number = rank.rank();
-            let ops = model::cuda(self.ordinals()[number], context)?;
+            let ops = model::cuda(self.ordinals()[number].into(), context)?;
             rank.connect(&ops)?;
             if number == 0 {
                 context.note(format_args!("{} GPUs; bytes are those of the first", self.count));

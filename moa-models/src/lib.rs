@@ -26,6 +26,7 @@ mod generation_config;
 mod json;
 mod json_style;
 mod jsonl;
+mod layer;
 mod llama;
 mod mapped;
 pub mod metrics;
@@ -48,7 +49,7 @@ mod shard;
 mod special_tokens;
 mod stop;
 mod tasks;
-mod thread_group;
+mod thread_rank;
 mod tokenizer;
 mod weights;
 #[cfg(feature = "wgpu")]
@@ -97,7 +98,7 @@ pub use serve::{Request, Served};
 pub use shard::{Communicator, Rank, Shard, on_ranks};
 pub use stop::StopStrings;
 pub use tasks::Task;
-pub use thread_group::{ThreadGroup, ThreadRank};
+pub use thread_rank::ThreadRank;
 pub use tokenizer::{TokenStream, Tokenizer};
 pub use weights::{DType, Weights};
 #[cfg(feature = "wgpu")]

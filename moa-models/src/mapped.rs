@@ -93,7 +93,7 @@ impl MappedTensor {
             return Err(Error::invalid("weight", "2 axes", self.shape.len()));
         };
         let pieces = pieces(columns, count, "columns of a weight")?;
-        if pieces == [0..count] {
+        if matches!(&pieces[..], [all] if *all == (0..count)) {
             return Ok(self.clone());
         }
         let size = self.dtype.size_bytes();

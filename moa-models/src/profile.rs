@@ -11,7 +11,8 @@ use moa_core::{
     SparseAttentionBackend,
 };
 
-use crate::llama::{Layer, Llama, parts};
+use crate::layer::Layer;
+use crate::llama::{Llama, parts};
 use crate::objective::{Objective, WeightedObjective, cross_entropy};
 use crate::ops::BackwardOps;
 use crate::{Error, Result};

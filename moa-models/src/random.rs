@@ -1,7 +1,8 @@
 //! Models of random weights, for measurements of speed and memory.
 
 use crate::config::LlamaConfig;
-use crate::llama::{Layer, Linear, Llama};
+use crate::layer::{Layer, Linear};
+use crate::llama::Llama;
 use crate::ops::RandomWeights;
 use crate::shard::Shard;
 use crate::{Error, Result};

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use moa_core::{ModelShape, Plan, Sharding};
 
 use crate::config::LlamaConfig;
-use crate::llama::{Linear, Llama};
+use crate::layer::Linear;
+use crate::llama::Llama;
 use crate::ops::Ops;
 use crate::weights::Weights;
 use crate::{Error, Result};
@@ -153,8 +154,13 @@ impl<O: Ops> Shard<O> {
         Ok(Self { sharding: sharding.clone(), communicator: Box::new(communicator) })
     }
 
-    fn rank(&self) -> usize {
+    pub(crate) fn rank(&self) -> usize {
         self.communicator.rank()
+    }
+
+    /// KV heads of a layer that are here.
+    pub(crate) fn heads(&self, layer: usize) -> &[usize] {
+        self.sharding.heads(layer, self.rank())
     }
 
     /// [`Communicator::all_reduce`].
@@ -213,37 +219,6 @@ impl<O: Ops> Shard<O> {
             ..c.clone()
         };
         own.parameters() + (shard.vocabulary(c).len() * c.hidden_size) as u64
-    }
-}
-
-/// Rows and columns of one layer's weights that are here.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct LayerPart {
-    /// Of queries and attention's output.
-    pub(crate) query: Vec<Range<usize>>,
-    /// Of keys and values.
-    pub(crate) kv: Vec<Range<usize>>,
-    /// Of gate and up.
-    pub(crate) inner: Vec<Range<usize>>,
-    /// One rank brings the residual stream and the biases of the sums.
-    pub(crate) brings_residual: bool,
-}
-
-impl LayerPart {
-    pub(crate) fn of<O: Ops>(shard: Option<&Shard<O>>, c: &LlamaConfig, layer: usize) -> Self {
-        let every: Vec<usize> = (0..c.num_key_value_heads).collect();
-        let (heads, rank) = match shard {
-            Some(shard) => (shard.sharding.heads(layer, shard.rank()), shard.rank()),
-            None => (&every[..], 0),
-        };
-        let of_width = |width: usize| heads.iter().map(|h| h * width..(h + 1) * width).collect();
-        let inner = Shard::inner(shard, c);
-        Self {
-            query: of_width(c.group_size() * c.head_dim),
-            kv: of_width(c.head_dim),
-            inner: vec![rank * inner..(rank + 1) * inner],
-            brings_residual: rank == 0,
-        }
     }
 }
 

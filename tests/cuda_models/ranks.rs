@@ -7,7 +7,7 @@ use moa_backend_cuda::Error as CudaError;
 use moa_core::{Plan, Sharding};
 use moa_models::{
     Communicator, CudaDtype, CudaOps, Error, GenerateOptions, Llama, LlamaConfig, LogitRows,
-    NcclRank, Next, Ops, Rank, SamplingOptions, Shard, ThreadGroup, ThreadRank, Weights, on_ranks,
+    NcclRank, Next, Ops, Rank, SamplingOptions, Shard, ThreadRank, Weights, on_ranks,
 };
 
 use crate::{alternating, close, cpu, moa_tiny, open, plans, prose, read, step};
@@ -28,7 +28,7 @@ fn part(
 
 /// What two ranks on the first GPU compute.
 fn on_two<T: Send>(dtype: CudaDtype, plan: &Plan, work: impl Fn(&Model) -> T + Sync) -> Vec<T> {
-    let ranks = ThreadGroup::new(2).unwrap();
+    let ranks = ThreadRank::group(2).unwrap();
     on_ranks(ranks, |rank: Arc<ThreadRank>| Ok::<_, Error>(work(&part(dtype, plan, rank)?)))
         .unwrap()
 }
@@ -92,7 +92,7 @@ fn a_rank_that_cannot_go_on_ends_the_other() {
         return;
     }
     let [plan, _] = plans(cpu().model.shape());
-    let ended = on_ranks(ThreadGroup::new(2).unwrap(), |rank: Arc<ThreadRank>| {
+    let ended = on_ranks(ThreadRank::group(2).unwrap(), |rank: Arc<ThreadRank>| {
         let number = rank.rank();
         let model = part(CudaDtype::F16, &plan, rank)?;
         let mut sequence = model.open(&plan, 40, 0)?;

@@ -5,7 +5,7 @@ use moa_backend_cuda::{Nccl, NcclId, Tensor};
 use super::CudaOps;
 use crate::Result;
 use crate::shard::{Communicator, Rank};
-use crate::thread_group::{ThreadGroup, ThreadRank};
+use crate::thread_rank::ThreadRank;
 
 /// One of several GPUs that share a model and add up over NCCL, each worked with by a thread of its own.
 #[derive(Debug)]
@@ -27,7 +27,7 @@ impl NcclRank {
     /// # Errors
     /// If there are none, or there is no NCCL.
     pub fn group(ranks: usize) -> Result<Vec<Self>> {
-        let threads = ThreadGroup::new(ranks)?;
+        let threads = ThreadRank::group(ranks)?;
         let id = NcclId::new()?;
         let joined = Arc::default();
         let rank = |threads: ThreadRank| Self {
@@ -50,7 +50,7 @@ impl NcclRank {
         if rank >= ranks {
             return Err(crate::Error::invalid("rank", format!("below {ranks}"), rank));
         }
-        let threads = ThreadGroup::new(1)?.swap_remove(0);
+        let threads = ThreadRank::group(1)?.swap_remove(0);
         let (own, joined) = (Mutex::default(), Arc::default());
         Ok(Self { id, rank, ranks, threads, own, joined })
     }

@@ -7,7 +7,7 @@ use std::sync::{Arc, LazyLock};
 use moa_core::{ElasticRule, HeadRule, Influence, Plan, Sharding};
 use moa_models::{
     Communicator, CpuOps, Error, GenerateOptions, Item, Llama, LlamaConfig, LogitRows, Next,
-    Objective, Rank, Result, SamplingOptions, Shard, ThreadGroup, ThreadRank, Weights, on_ranks,
+    Objective, Rank, Result, SamplingOptions, Shard, ThreadRank, Weights, on_ranks,
 };
 
 use crate::{alternating, largest_difference, moa_tiny, text, tiny};
@@ -43,7 +43,7 @@ impl Folder {
         plan: &Plan,
         work: impl Fn(&Model) -> Result<T> + Sync,
     ) -> Result<Vec<T>> {
-        on_ranks(ThreadGroup::new(ranks)?, |rank: Arc<ThreadRank>| work(&self.part(plan, rank)?))
+        on_ranks(ThreadRank::group(ranks)?, |rank: Arc<ThreadRank>| work(&self.part(plan, rank)?))
     }
 }
 
@@ -272,7 +272,7 @@ fn a_rank_that_fails_takes_the_others_with_it() -> Result<()> {
     // In the first layer, in the last, in the logits, and in a later step.
     for at in [0, 5, 6, 9] {
         let mut results = Vec::new();
-        let error = on_ranks(ThreadGroup::new(3)?, |rank: Arc<ThreadRank>| {
+        let error = on_ranks(ThreadRank::group(3)?, |rank: Arc<ThreadRank>| {
             let left = AtomicUsize::new(if rank.rank() == 1 { at } else { usize::MAX });
             let model = folder.part(&plan, Failing { rank, left })?;
             let mut sequence = model.open(&plan, 200, 0)?;
@@ -304,7 +304,7 @@ fn who_waits_for_a_rank_that_failed_or_left_is_told_which() -> Result<()> {
     };
     // It is dropped before it has taken part; it has been told to fail; it brings another shape.
     for case in 0..3 {
-        let mut ranks = ThreadGroup::new(2)?;
+        let mut ranks = ThreadRank::group(2)?;
         let (other, own) = (ranks.remove(1), ranks.remove(0));
         let model = folder.part(&plan, own)?;
         std::thread::scope(|scope| {
@@ -359,7 +359,7 @@ fn a_panic_does_not_leave_the_others_waiting() {
 fn impossible_splits_are_refused() -> Result<()> {
     let folder = biased();
     let plan = uneven();
-    let ranks = || ThreadGroup::new(5).map(|mut ranks| ranks.swap_remove(0));
+    let ranks = || ThreadRank::group(5).map(|mut ranks| ranks.swap_remove(0));
     let inner = folder.part(&plan, ranks()?).unwrap_err();
     let expected = "ranks must be a divisor of intermediate_size (96), got 5";
     assert_eq!(inner.to_string(), expected);
@@ -369,17 +369,17 @@ fn impossible_splits_are_refused() -> Result<()> {
     assert!(matches!(error, Error::Invalid { what: "communicator", .. }), "{error}");
 
     let foreign = Sharding::balanced(&Plan::full(tiny().shape())?, 200, 2)?;
-    let rank = ThreadGroup::new(2)?.swap_remove(0);
+    let rank = ThreadRank::group(2)?.swap_remove(0);
     let shard = Shard::new(&foreign, rank)?;
     let error = Llama::load_shard(CpuOps::default(), folder.config.clone(), &folder.weights, shard);
     assert!(matches!(error, Err(Error::Core(moa_core::Error::ShapeMismatch { .. }))));
 
     let few = LlamaConfig { vocab_size: 15, ..folder.config.clone() };
-    let rank = ThreadGroup::new(2)?.swap_remove(0);
+    let rank = ThreadRank::group(2)?.swap_remove(0);
     let shard = Shard::new(&other, rank)?;
     let error = Llama::load_shard(CpuOps::default(), few, &folder.weights, shard).unwrap_err();
     assert!(error.to_string().contains("vocab_size (15)"), "{error}");
-    assert!(matches!(ThreadGroup::new(0), Err(Error::Invalid { what: "ranks", .. })));
+    assert!(matches!(ThreadRank::group(0), Err(Error::Invalid { what: "ranks", .. })));
     Ok(())
 }
 
@@ -413,7 +413,7 @@ fn parts_of_random_weights_can_be_measured() -> Result<()> {
     let sharding = Sharding::balanced(&plan, 60, 4)?;
     let options =
         moa_models::BenchOptions { prompt: 50, new_tokens: 8, batch: 2, ..Default::default() };
-    let reports = on_ranks(ThreadGroup::new(4)?, |rank: Arc<ThreadRank>| {
+    let reports = on_ranks(ThreadRank::group(4)?, |rank: Arc<ThreadRank>| {
         let shard = Shard::new(&sharding, rank)?;
         Llama::random_shard(CpuOps::default(), config.clone(), 1, shard)?.bench(&plan, &options)
     })?;

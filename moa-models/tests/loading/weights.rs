@@ -303,7 +303,7 @@ proptest! {
         let beyond = whole.columns(&[0..1, 1..cols + 1]).unwrap_err();
         let named = matches!(beyond, Error::Invalid { what: "columns of a weight", .. });
         prop_assert!(named, "{beyond}");
-        let beyond = whole.rows(&[rows + 1..rows + 1]).unwrap_err();
+        let beyond = whole.rows(&[0..1, rows + 1..rows + 1]).unwrap_err();
         let named = matches!(beyond, Error::Invalid { what: "rows of a weight", .. });
         prop_assert!(named, "{beyond}");
     }

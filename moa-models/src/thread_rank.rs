@@ -4,19 +4,20 @@ use crate::ops::Ops;
 use crate::shard::{Communicator, Rank};
 use crate::{Error, Result};
 
-/// Ranks that are threads of one process and add up over its memory: for tests and for devices that
-/// have no faster way. Works on every device, at the price of a copy to the host and back.
-#[derive(Debug)]
-pub struct ThreadGroup {
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
-/// One member of a [`ThreadGroup`]; leaves it when it is dropped.
+/// A rank that is a thread of one process and adds up over its memory: for tests, and for devices that have
+/// no faster way. Works on every device, at the price of a copy to the host and back.
+///
+/// It leaves its group when it is dropped; who waits for it then fails.
 #[derive(Debug)]
 pub struct ThreadRank {
     group: Arc<ThreadGroup>,
     rank: usize,
+}
+
+#[derive(Debug)]
+struct ThreadGroup {
+    state: Mutex<State>,
+    changed: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -32,19 +33,6 @@ struct State {
 }
 
 impl ThreadGroup {
-    /// The members of a group.
-    ///
-    /// # Errors
-    /// If there are none.
-    pub fn new(ranks: usize) -> Result<Vec<ThreadRank>> {
-        if ranks == 0 {
-            return Err(Error::invalid("ranks", "at least 1", ranks));
-        }
-        let state = State { parts: vec![None; ranks], ..State::default() };
-        let group = Arc::new(Self { state: Mutex::new(state), changed: Condvar::new() });
-        Ok((0..ranks).map(|rank| ThreadRank { group: Arc::clone(&group), rank }).collect())
-    }
-
     fn state(&self) -> MutexGuard<'_, State> {
         // Each change is complete before anything can panic.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -52,6 +40,19 @@ impl ThreadGroup {
 }
 
 impl ThreadRank {
+    /// All ranks of a group.
+    ///
+    /// # Errors
+    /// If there are none.
+    pub fn group(ranks: usize) -> Result<Vec<Self>> {
+        if ranks == 0 {
+            return Err(Error::invalid("ranks", "at least 1", ranks));
+        }
+        let state = State { parts: vec![None; ranks], ..State::default() };
+        let group = Arc::new(ThreadGroup { state: Mutex::new(state), changed: Condvar::new() });
+        Ok((0..ranks).map(|rank| Self { group: Arc::clone(&group), rank }).collect())
+    }
+
     /// Waits until all ranks do.
     #[cfg(feature = "cuda")]
     pub(crate) fn wait(&self) -> Result<()> {
