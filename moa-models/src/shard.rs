@@ -126,6 +126,27 @@ pub fn on_ranks<R: Rank, T: Send, E: Send>(
 /// features. Those back to the residual stream are split by input, and give a part of the sum, so that
 /// each layer needs two sums over ranks. Norms and embedding are everywhere, and the output matrix is
 /// split by rows.
+///
+/// ```no_run
+/// use moa_core::{Plan, Sharding};
+/// use moa_models::{
+///     CpuOps, Error, GenerateOptions, Llama, LlamaConfig, Next, Shard, ThreadRank, Weights, on_ranks,
+/// };
+///
+/// let (config, weights) = (LlamaConfig::from_file("model")?, Weights::open("model")?);
+/// let plan = Plan::load("plan.json")?;
+/// let sharding = Sharding::balanced(&plan, 8192, 2)?;
+/// // On two GPUs: `NcclRank::group(2)`, and `CudaOps::new(rank.rank(), ..)`.
+/// let generated = on_ranks(ThreadRank::group(2)?, |rank| {
+///     let shard = Shard::new(&sharding, rank)?;
+///     let model = Llama::load_shard(CpuOps::default(), config.clone(), &weights, shard)?;
+///     let mut batch = [model.open(&plan, 8192, 0)?];
+///     let options = GenerateOptions::default();
+///     model.generate(&mut batch, &[&[1, 2, 3]], &options, &mut |_| Next::Continue)
+/// })?;
+/// assert_eq!(generated[0].sequences, generated[1].sequences);
+/// # Ok::<(), Error>(())
+/// ```
 pub struct Shard<O: Ops> {
     sharding: Sharding,
     communicator: Box<dyn Communicator<O>>,

@@ -7,7 +7,8 @@ use std::sync::{Arc, LazyLock};
 use moa_core::{ElasticRule, HeadRule, Influence, Plan, Sharding};
 use moa_models::{
     Communicator, CpuOps, Error, GenerateOptions, Item, Llama, LlamaConfig, LogitRows, Next,
-    Objective, Rank, Result, SamplingOptions, Shard, ThreadRank, Weights, on_ranks,
+    Objective, Rank, Request, Result, SamplingOptions, Served, Shard, ThreadRank, Weights,
+    on_ranks,
 };
 
 use crate::{alternating, largest_difference, moa_tiny, text, tiny};
@@ -209,6 +210,40 @@ fn two_ranks_write_the_text_of_one() -> Result<()> {
         let expected = generate(tiny())?;
         assert_eq!(folder.on(2, &plan, generate)?, [expected.clone(), expected]);
     }
+    Ok(())
+}
+
+#[test]
+fn requests_that_come_and_go_get_the_tokens_of_one_rank() -> Result<()> {
+    let folder = tiny_folder();
+    let plan = alternating(folder.config.shape(), 8, 24, 48);
+    let source = text(120);
+    let serve = |model: &Model| {
+        let request = |id: usize| -> Result<_> {
+            let prompt = source[id * 9..id * 9 + 20 + 25 * (id % 3)].to_vec();
+            let options = GenerateOptions {
+                max_new_tokens: 4 + 3 * id,
+                prefill_chunk: 16,
+                ..Default::default()
+            };
+            let sequence = model.open(&plan, prompt.len() + 20, 0)?;
+            Ok(Request { id: id as u64, sequence, prompt, options })
+        };
+        let mut requests = (0..4).map(request).collect::<Result<Vec<_>>>()?.into_iter();
+        let mut told = vec![Vec::new(); 4];
+        // Two at most run together.
+        let mut next = |running| if running < 2 { requests.next() } else { None };
+        model.serve(&mut next, &mut |event| {
+            if let Served::Token { id, token } = event {
+                told[id as usize].push(token);
+            }
+            Next::Continue
+        })?;
+        Ok(told)
+    };
+    let expected = serve(tiny())?;
+    assert!((0..4).all(|id| expected[id].len() == 4 + 3 * id));
+    assert_eq!(folder.on(2, &plan, serve)?, [expected.clone(), expected]);
     Ok(())
 }
 
