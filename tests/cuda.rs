@@ -3,6 +3,8 @@
 //! Without a GPU each test says that it is skipped; with `MOA_REQUIRE_GPU=1` it fails then.
 
 mod conformance;
+#[path = "gpu/e4m3.rs"]
+mod e4m3;
 mod gpu;
 #[path = "gpu/gradients.rs"]
 mod gradients;

@@ -5,6 +5,8 @@
 
 #[path = "cuda_models/errors.rs"]
 mod errors;
+#[path = "cuda_models/fp8.rs"]
+mod fp8;
 #[path = "cuda_models/laws.rs"]
 mod laws;
 #[path = "cuda_models/logits.rs"]
@@ -51,19 +53,15 @@ fn open(dtype: CudaDtype) -> Option<CudaOps> {
     }
 }
 
-/// moa-tiny on the GPU, with how far its logits may be from the CPU's: a share of their spread. Every
-/// call loads it anew, and leaves it there: tests run in threads, and a device's stream is for one thread
-/// while another one's work on it is captured.
+/// moa-tiny on the GPU, with how far its logits may be from the CPU's: a share of their spread.
 fn cuda() -> Vec<(&'static Checkpoint<CudaOps>, f64)> {
-    let load = |dtype, share| -> Option<(&'static Checkpoint<CudaOps>, f64)> {
-        let checkpoint = Checkpoint::open(open(dtype)?, moa_tiny()).expect("moa-tiny");
-        Some((Box::leak(Box::new(checkpoint)), share))
-    };
-    let f16 = load(CudaDtype::F16, 0.01);
-    if f16.is_none() {
-        return Vec::new();
-    }
-    f16.into_iter().chain(load(CudaDtype::Bf16, 0.06)).collect()
+    static TINY: LazyLock<Vec<(Checkpoint<CudaOps>, f64)>> = LazyLock::new(|| {
+        let load = |(dtype, share)| {
+            Some((Checkpoint::open(open(dtype)?, moa_tiny()).expect("moa-tiny"), share))
+        };
+        [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)].into_iter().map_while(load).collect()
+    });
+    TINY.iter().map(|(checkpoint, share)| (checkpoint, *share)).collect()
 }
 
 /// `len` tokens of English text.

@@ -31,6 +31,7 @@ def parse():
     parser.add_argument("--prompts", default="1024")
     parser.add_argument("--batches", default="1")
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, help="time so many steps, in the middle of the new tokens")
     parser.add_argument("--prefill-chunk", type=int, help="for moa bench alone: here a prompt is one chunk")
     parser.add_argument("--plan", help="for moa bench alone")
     parser.add_argument("--uniform", help="for moa bench alone")
@@ -131,14 +132,17 @@ def prefill(model, prompt):
     return min(times[1:])
 
 
-def decode(model, prompt, new_tokens, batch):
+def decode(model, prompt, new_tokens, timed, batch):
     context = prompt + new_tokens
     cache = model.open(batch, context)
     ids = torch.zeros(batch, 1, dtype=torch.long, device="cuda")
-    position = torch.full((1,), prompt, dtype=torch.long, device="cuda")
-    times, done = [], 0
-    while done < new_tokens:
-        steps = min(STEPS_PER_CUT, new_tokens - done)
+    run = min(timed + WARM_UP, new_tokens) if timed else new_tokens
+    done = (new_tokens - run) // 2
+    end = done + run
+    position = torch.full((1,), prompt + done, dtype=torch.long, device="cuda")
+    times = []
+    while done < end:
+        steps = min(STEPS_PER_CUT, end - done)
         cut = prompt + done + steps
 
         def step():
@@ -186,12 +190,30 @@ def best(measure):
 def largest(model, prompt, new_tokens):
     each = 2 * len(model.layers) * model.kv_heads * (prompt + new_tokens) * model.dim * 2
     free, _ = torch.cuda.mem_get_info()
-    return max(1, int((free - (2 << 30)) // each))
+    return max(1, int((free - (1 << 30)) // each))
+
+
+def copy_rate():
+    """Bytes read and written per second by a copy on the device: the roofline of decode steps."""
+    source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(10):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return 2 * source.numel() / statistics.median(times)
 
 
 @torch.inference_mode()
 def main():
     args = parse()
+    copied = copy_rate()
+    torch.cuda.empty_cache()
+    print(f"copy on the device: {copied / 1e9:.0f} GB/s, read and written")
     with open(args.config) as file:
         config = json.load(file)
     model = Llama(config, {"bf16": torch.bfloat16, "f16": torch.float16}[args.cache_dtype])
@@ -200,12 +222,13 @@ def main():
         first = best(lambda: prefill(model, prompt))
         seconds = min(first.values())
         for batch in args.batches.split(","):
+            torch.cuda.empty_cache()
             count = largest(model, prompt, args.new_tokens) if batch == "max" else int(batch)
             while True:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
                 try:
-                    found = best(lambda: decode(model, prompt, args.new_tokens, count))
+                    found = best(lambda: decode(model, prompt, args.new_tokens, args.steps, count))
                     break
                 except torch.cuda.OutOfMemoryError:
                     if count == 1:
@@ -233,7 +256,8 @@ def main():
             )
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "measurements": measurements}, file)
+            device = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+            json.dump({**device, "copy_bytes_per_second": copied, "measurements": measurements}, file)
 
 
 main()

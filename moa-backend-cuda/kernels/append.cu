@@ -9,8 +9,7 @@ constexpr int ROW_THREADS = HEAD_DIM / 8;
 constexpr int ROWS = 256 / ROW_THREADS;
 
 extern "C" __global__ void __launch_bounds__(256) append(const __grid_constant__ AppendArgs args) {
-    wait_for_previous_kernel();
-    let_next_kernel_start();
+    start();
     const Sequence sequence = args.sequences[blockIdx.y];
     const int heads = args.query_heads + 2 * args.kv_heads;
     const int row = threadIdx.x / ROW_THREADS, part = threadIdx.x % ROW_THREADS;

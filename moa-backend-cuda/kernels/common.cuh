@@ -39,7 +39,9 @@ __device__ __forceinline__ float exp2_fast(float x) {
 
 // ---- consecutive kernels ----------------------------------------------------------------------
 // A kernel launched with programmatic serialization may start before the one before it has ended, and
-// reads nothing of it before this. Every kernel waits, so that the wait holds for all earlier ones too.
+// reads and writes nothing that a kernel before it writes or reads before this. Every kernel waits, so that
+// the wait holds for all earlier ones too; and lets the next one start first, which then waits in its place
+// on the multiprocessors instead of being launched.
 
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
@@ -51,6 +53,11 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+__device__ __forceinline__ void start() {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
 }
 
 // ---- shared memory ----------------------------------------------------------------------------

@@ -44,8 +44,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
     __shared__ float2 row_state[WARPS][ROWS];
     __shared__ int is_last;
 
-    wait_for_previous_kernel();
-    let_next_kernel_start();
+    start();
     const int2 item = args.items[blockIdx.x];
     const int s = item.x / args.kv_heads, kv_head = item.x % args.kv_heads;
     const Sequence sequence = args.sequences[s];

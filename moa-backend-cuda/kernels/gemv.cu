@@ -1,4 +1,4 @@
-// out (+)= x . w^T for 1 to 4 rows of x: decode steps of few sequences, where all that counts is how fast
+// out (+)= x . w^T for 1 or 2 rows of x: decode steps of few sequences, where all that counts is how fast
 // the weights come from memory.
 //
 // A warp takes two rows of w, 8 elements a lane and step, and keeps seven steps of both on their way to
@@ -18,6 +18,8 @@ struct GemvArgs {
     int k;           // a multiple of 8
     int wide;
     int accumulate;  // 1: added to what out holds
+    int settled;     // 1: no kernel that may still run writes w
+    int padding;
 };
 
 #define WARPS 4
@@ -38,6 +40,8 @@ __device__ __forceinline__ float add_dot(float sum, const uint4& a, const uint4&
 
 template <int M>
 __device__ __forceinline__ void gemv(const GemvArgs& args) {
+    let_next_kernel_start();
+    if (!args.settled) wait_for_previous_kernel();
     const int lane = threadIdx.x % 32;
     const int first = (blockIdx.x * WARPS + threadIdx.x / 32) * ROWS;
     if (first >= args.n) return;
@@ -61,6 +65,8 @@ __device__ __forceinline__ void gemv(const GemvArgs& args) {
     };
 #pragma unroll
     for (int step = 0; step < STAGES - 1; step++) load(step);
+    // The weights come while the kernel before this still makes x.
+    if (args.settled) wait_for_previous_kernel();
 
     float sums[ROWS][M] = {};
     for (int step = 0; step < steps; step++) {
@@ -106,5 +112,3 @@ __device__ __forceinline__ void gemv(const GemvArgs& args) {
     }
 GEMV(1)
 GEMV(2)
-GEMV(3)
-GEMV(4)

@@ -8,6 +8,7 @@
 
 // out = x / sqrt(mean(x^2) + eps) * w; x f32, out element.
 extern "C" __global__ void __launch_bounds__(1024) rms_norm(const __grid_constant__ OpArgs args) {
+    start();
     const float* x = (const float*)args.x + blockIdx.x * args.x_stride;
     const float* w = (const float*)args.w;
     u16* out = (u16*)args.out + blockIdx.x * args.out_stride;
@@ -32,6 +33,7 @@ extern "C" __global__ void __launch_bounds__(1024) rms_norm(const __grid_constan
 
 // out = x[ids]; x element, out f32.
 extern "C" __global__ void __launch_bounds__(256) embed(const __grid_constant__ OpArgs args) {
+    start();
     FOR_EIGHT(i)
     const u16* x = (const u16*)args.x + args.ids[row] * args.x_stride;
     store8((float*)args.out + row * args.out_stride + i, load8(x + i));
@@ -39,6 +41,7 @@ extern "C" __global__ void __launch_bounds__(256) embed(const __grid_constant__ 
 
 // out = x[ids]; both f32 (flag) or both element.
 extern "C" __global__ void __launch_bounds__(256) rows(const __grid_constant__ OpArgs args) {
+    start();
     FOR_EIGHT(i)
     const i64 from = args.ids[row] * args.x_stride + i, to = row * args.out_stride + i;
     if (args.flag) {
@@ -50,6 +53,7 @@ extern "C" __global__ void __launch_bounds__(256) rows(const __grid_constant__ O
 
 // out = silu(x) * y; all element.
 extern "C" __global__ void __launch_bounds__(256) swiglu(const __grid_constant__ OpArgs args) {
+    start();
     FOR_EIGHT(i)
     const Eight gate = load8((const u16*)args.x + row * args.x_stride + i);
     Eight up = load8((const u16*)args.y + row * args.y_stride + i);
@@ -60,6 +64,7 @@ extern "C" __global__ void __launch_bounds__(256) swiglu(const __grid_constant__
 
 // out = x + y; x and out f32, may be the same; y f32 (flag) or element.
 extern "C" __global__ void __launch_bounds__(256) add(const __grid_constant__ OpArgs args) {
+    start();
     FOR_EIGHT(i)
     Eight x = load8((const float*)args.x + row * args.x_stride + i);
     const i64 from = row * args.y_stride + i;
@@ -71,6 +76,7 @@ extern "C" __global__ void __launch_bounds__(256) add(const __grid_constant__ Op
 
 // out += w, one bias per column; out f32 (flag) or element.
 extern "C" __global__ void __launch_bounds__(256) add_bias(const __grid_constant__ OpArgs args) {
+    start();
     FOR_EIGHT(i)
     const Eight bias = load8((const float*)args.w + i);
     const i64 at = row * args.out_stride + i;
@@ -86,6 +92,7 @@ extern "C" __global__ void __launch_bounds__(256) add_bias(const __grid_constant
 
 // out = x, f32 to element.
 extern "C" __global__ void __launch_bounds__(256) cast(const __grid_constant__ OpArgs args) {
+    start();
     FOR_EIGHT(i)
     store8((u16*)args.out + row * args.out_stride + i,
            load8((const float*)args.x + row * args.x_stride + i));
@@ -95,6 +102,7 @@ extern "C" __global__ void __launch_bounds__(256) cast(const __grid_constant__ O
 // pairs (cos, sin); back if flag. n is y_stride: this module serves all head dimensions. Both f32 if y
 // is not null, else element. One thread a pair.
 extern "C" __global__ void __launch_bounds__(256) rope(const __grid_constant__ OpArgs args) {
+    start();
     const int task = blockIdx.x * blockDim.x + threadIdx.x;
     const i64 row = blockIdx.y + (i64)blockIdx.z * gridDim.y;
     if (task >= args.cols / 2 || row >= args.rows) return;
@@ -124,6 +132,7 @@ extern "C" __global__ void __launch_bounds__(256) rope(const __grid_constant__ O
 // w: tables of cols / 2 frequencies in half turns a position, then a factor of cosine and sine; f64,
 // so that positions of any context are exact to the f32 that they are rounded to. One thread a pair.
 extern "C" __global__ void __launch_bounds__(256) turns(const __grid_constant__ OpArgs args) {
+    start();
     const int pair = blockIdx.x * blockDim.x + threadIdx.x;
     const i64 row = blockIdx.y + (i64)blockIdx.z * gridDim.y;
     const int half = args.cols / 2;
@@ -141,16 +150,26 @@ extern "C" __global__ void __launch_bounds__(256) turns(const __grid_constant__ 
 // out = index of the largest of each f32 row, the lowest of equals; -1 where one is not a number or
 // infinite, or none is finite.
 extern "C" __global__ void __launch_bounds__(1024) argmax(const __grid_constant__ OpArgs args) {
+    start();
     const float* x = (const float*)args.x + blockIdx.x * args.x_stride;
     float best = NEG_INF;
     int at = args.cols;
     int bad = 0;
-    for (int i = threadIdx.x; i < args.cols; i += blockDim.x) {
-        const float z = x[i];
-        bad |= !(z < -NEG_INF);
-        if (z > best) {
-            best = z;
-            at = i;
+    // One block reads a whole vocabulary, so many loads have to be on their way at once.
+    for (int first = threadIdx.x; first < args.cols; first += 8 * blockDim.x) {
+        float z[8];
+#pragma unroll
+        for (int n = 0; n < 8; n++) {
+            const int i = first + n * blockDim.x;
+            z[n] = i < args.cols ? x[i] : NEG_INF;
+        }
+#pragma unroll
+        for (int n = 0; n < 8; n++) {
+            bad |= !(z[n] < -NEG_INF);
+            if (z[n] > best) {
+                best = z[n];
+                at = first + n * blockDim.x;
+            }
         }
     }
     __shared__ float values[32];
@@ -182,6 +201,7 @@ extern "C" __global__ void __launch_bounds__(1024) argmax(const __grid_constant_
 // Adds 1 to the first `cols` numbers at each of `rows` addresses x: the lengths of a batch's sequences
 // in every layer.
 extern "C" __global__ void __launch_bounds__(256) grow(const __grid_constant__ OpArgs args) {
+    start();
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     const i64 row = blockIdx.y + (i64)blockIdx.z * gridDim.y;
     if (i < args.cols && row < args.rows) ((int* const*)args.x)[row][i] += 1;
@@ -192,6 +212,7 @@ extern "C" __global__ void __launch_bounds__(256) grow(const __grid_constant__ O
 // out = uniform in [-eps, eps), by a counter hashed with flag (splitmix64's finaliser). Element, or
 // f32 if y is not null.
 extern "C" __global__ void __launch_bounds__(256) randomise(const __grid_constant__ OpArgs args) {
+    start();
     FOR_EIGHT(i)
     const i64 at = row * args.out_stride + i;
     Eight values;

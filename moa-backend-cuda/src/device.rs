@@ -6,6 +6,7 @@ use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr};
 
 use crate::compile::{Architecture, Variant};
+use crate::graph::current;
 use crate::kernels::Kernels;
 use crate::pool::Pool;
 use crate::{Error, Result, library};
@@ -137,9 +138,10 @@ impl Device {
         Pool::of(&self.0.context)?.reset_peak()
     }
 
-    /// The stream that tensors and caches are allocated on and that the safe operations run on.
+    /// The stream that tensors and caches are allocated on and that the safe operations run on; inside
+    /// of [`capture`](Self::capture), the one that captures.
     pub fn stream(&self) -> RawStream {
-        self.0.stream.cu_stream().cast()
+        current(self.0.stream.cu_stream().cast())
     }
 
     /// Waits for everything on [`stream`](Self::stream).

@@ -31,6 +31,16 @@ pub enum Error {
         /// What came.
         got: String,
     },
+    /// An element of a weight that is to be rounded is infinite or not a number.
+    #[error("cannot round a weight to e4m3: the element of row {row}, column {column} is {value}")]
+    NotFinite {
+        /// Its row, from 0; that of an output.
+        row: usize,
+        /// Its column, from 0.
+        column: usize,
+        /// What it is.
+        value: f32,
+    },
     /// The device memory could not be had.
     #[error("cannot allocate {bytes} bytes of device memory for {what}, {free} are free")]
     OutOfMemory {
@@ -161,6 +171,14 @@ impl Error {
         got: impl std::fmt::Display,
     ) -> Self {
         Self::Argument { op, what, expected: expected.to_string(), got: got.to_string() }
+    }
+
+    /// The same of another row.
+    pub(crate) fn in_row(self, row: usize) -> Self {
+        match self {
+            Self::NotFinite { column, value, .. } => Self::NotFinite { row, column, value },
+            other => other,
+        }
     }
 
     /// For `map_err` on driver calls.

@@ -302,11 +302,7 @@ impl Kernels {
             return Err(Error::argument(kernel.call, "blocks", "fewer than 2^31 x 2^16", got));
         };
         self.context.bind_to_thread().map_err(Error::driver("cuCtxSetCurrent"))?;
-        let mut overlap = CUlaunchAttribute {
-            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-        };
+        let mut overlap = overlapping();
         let config = CUlaunchConfig {
             gridDimX: x as u32,
             gridDimY: u32::from(y),
@@ -326,6 +322,15 @@ impl Kernels {
         }
         .result()
         .map_err(Error::driver(kernel.call))
+    }
+}
+
+/// Lets a kernel start before the one before it has ended.
+pub(crate) fn overlapping() -> CUlaunchAttribute {
+    CUlaunchAttribute {
+        id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
     }
 }
 

@@ -23,6 +23,8 @@ pub enum Source {
     Sample,
     /// Products of few rows.
     Gemv,
+    /// Weights of 8-bit floats.
+    E4m3,
 }
 
 /// What `#include` may name.
@@ -35,7 +37,7 @@ pub(crate) const HEADERS: [(&str, &str); 4] = [
 
 impl Source {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Append,
         Self::Decode,
         Self::Tile,
@@ -45,6 +47,7 @@ impl Source {
         Self::Backward,
         Self::Sample,
         Self::Gemv,
+        Self::E4m3,
     ];
 
     /// Name of the file.
@@ -59,6 +62,7 @@ impl Source {
             Self::Backward => "backward.cu",
             Self::Sample => "sample.cu",
             Self::Gemv => "gemv.cu",
+            Self::E4m3 => "e4m3.cu",
         }
     }
 
@@ -67,14 +71,13 @@ impl Source {
     pub fn exists_for(self, head_dim: usize, architecture: Architecture) -> bool {
         match self {
             Self::Wgmma => architecture.has_wgmma() && matches!(head_dim, 64 | 128),
-            Self::Ops | Self::Backward | Self::Sample | Self::Gemv => head_dim == HEAD_DIMS[0],
-            _ => true,
+            _ => self.is_attention() || head_dim == HEAD_DIMS[0],
         }
     }
 
     /// Whether it is part of attention, so one of [`Kernels`](crate::Kernels).
     pub(crate) fn is_attention(self) -> bool {
-        !matches!(self, Self::Ops | Self::Backward | Self::Sample | Self::Gemv)
+        !matches!(self, Self::Ops | Self::Backward | Self::Sample | Self::Gemv | Self::E4m3)
     }
 
     pub(crate) fn text(self) -> &'static str {
@@ -88,6 +91,7 @@ impl Source {
             Self::Backward => include_str!("../kernels/backward.cu"),
             Self::Sample => include_str!("../kernels/sample.cu"),
             Self::Gemv => include_str!("../kernels/gemv.cu"),
+            Self::E4m3 => include_str!("../kernels/e4m3.cu"),
         }
     }
 }

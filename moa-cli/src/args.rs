@@ -28,6 +28,10 @@ pub(crate) struct Global {
     /// Element type of KV caches; on a GPU of weights and activations too
     #[arg(long, global = true, default_value = "bf16", value_name = "TYPE")]
     pub(crate) cache_dtype: CacheType,
+    /// Type of linear layers' weights on a GPU, if not that of caches: fp8 halves the model's memory,
+    /// but cannot be profiled
+    #[arg(long, global = true, value_name = "TYPE")]
+    pub(crate) weights: Option<WeightType>,
     /// CPU threads [default: all]
     #[arg(long, global = true, value_name = "N", value_parser = parse_threads)]
     pub(crate) threads: Option<usize>,
@@ -88,6 +92,13 @@ impl From<CacheType> for CacheDtype {
             CacheType::F32 => Self::F32,
         }
     }
+}
+
+/// What weights can be besides of the type of caches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum WeightType {
+    /// e4m3 with a factor for each output.
+    Fp8,
 }
 
 /// The model of a command.

@@ -3,7 +3,7 @@ use std::path::Path;
 use moa_core::{DEFAULT_SINK, ElasticRule, ModelShape, Plan};
 use moa_models::{Checkpoint, CpuOps, LlamaConfig, Ops};
 
-use crate::args::PlanArgs;
+use crate::args::{PlanArgs, WeightType};
 use crate::error::{Error, Result};
 use crate::output::Context;
 
@@ -13,7 +13,7 @@ macro_rules! on_device {
     ($context:expr, |$ops:ident| $body:expr) => {
         match $context.device {
             $crate::args::Device::Cpu => {
-                let $ops = $crate::model::cpu($context);
+                let $ops = $crate::model::cpu($context)?;
                 $body
             }
             #[cfg(feature = "cuda")]
@@ -54,12 +54,23 @@ macro_rules! on_model {
 }
 pub(crate) use on_model;
 
-/// The CPU.
-pub(crate) fn cpu(context: &Context) -> CpuOps {
-    CpuOps::new(context.cache)
+/// The CPU, where weights stay as they are in their file.
+pub(crate) fn cpu(context: &Context) -> Result<CpuOps> {
+    match context.weights {
+        Some(WeightType::Fp8) => Err(Error::argument("--weights", "left out on the CPU", "fp8")),
+        None => Ok(CpuOps::new(context.cache)),
+    }
 }
 
-/// A GPU; weights and activations have the type of the caches.
+/// Refuses weights that a command which needs gradients cannot have, before anything is read.
+pub(crate) fn check_gradients(context: &Context) -> Result<()> {
+    match context.weights {
+        Some(WeightType::Fp8) => Err(Error::argument("--weights", "left out in profiling", "fp8")),
+        None => Ok(()),
+    }
+}
+
+/// A GPU; activations have the type of the caches, and weights unless another one is asked for.
 #[cfg(feature = "cuda")]
 pub(crate) fn cuda(ordinal: usize, context: &Context) -> Result<moa_models::CudaOps> {
     use moa_models::{CacheDtype, CudaDtype, CudaOps};
@@ -70,7 +81,11 @@ pub(crate) fn cuda(ordinal: usize, context: &Context) -> Result<moa_models::Cuda
             return Err(Error::argument("--cache-dtype", "f16 or bf16 on a GPU", "f32"));
         }
     };
-    Ok(CudaOps::new(ordinal, dtype)?)
+    let ops = CudaOps::new(ordinal, dtype)?;
+    Ok(match context.weights {
+        Some(WeightType::Fp8) => ops.with_fp8_weights(),
+        None => ops,
+    })
 }
 
 /// Opens a model folder on a device.

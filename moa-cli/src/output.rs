@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use moa_models::CacheDtype;
 use serde_json::Value;
 
-use crate::args::{Device, Global};
+use crate::args::{Device, Global, WeightType};
 use crate::error::{Error, Result};
 
 /// What all commands share: where results go, and the global options.
@@ -15,6 +15,7 @@ pub(crate) struct Context {
     pub(crate) seed: u64,
     pub(crate) device: Device,
     pub(crate) cache: CacheDtype,
+    pub(crate) weights: Option<WeightType>,
     /// Threads of the search; 0 for all.
     pub(crate) threads: usize,
     /// Nothing is written at all: another GPU's thread writes the same.
@@ -29,6 +30,7 @@ impl Context {
             seed: global.seed,
             device: global.device,
             cache: global.cache_dtype.into(),
+            weights: global.weights,
             threads: global.threads.unwrap_or(0),
             muted: false,
         }

@@ -3,11 +3,13 @@
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-use moa_core::Plan;
+use moa_core::{Influence, Plan};
 use serde::Serialize;
 
 use crate::llama::{Llama, Sequence};
-use crate::ops::Ops;
+use crate::objective::Objective;
+use crate::ops::{BackwardOps, Ops};
+use crate::profile::Item;
 use crate::rng::SplitMix64;
 use crate::shard::Shard;
 use crate::{Error, Result};
@@ -17,8 +19,11 @@ use crate::{Error, Result};
 pub struct BenchOptions {
     /// Tokens of every prompt.
     pub prompt: usize,
-    /// Tokens to decode.
+    /// Tokens that caches have room for beside the prompt.
     pub new_tokens: usize,
+    /// Steps to time, in the middle of the new tokens; all of them if `None`. The bytes that a step
+    /// reads grow with every token, so the middle is the average.
+    pub steps: Option<usize>,
     /// Sequences that decode together.
     pub batch: usize,
     /// Prompt tokens per forward step.
@@ -29,7 +34,8 @@ pub struct BenchOptions {
 
 impl Default for BenchOptions {
     fn default() -> Self {
-        Self { prompt: 1024, new_tokens: 64, batch: 1, prefill_chunk: 2048, seed: 0 }
+        let (prompt, new_tokens, batch, prefill_chunk) = (1024, 64, 1, 2048);
+        Self { prompt, new_tokens, steps: None, batch, prefill_chunk, seed: 0 }
     }
 }
 
@@ -66,6 +72,19 @@ pub struct BenchReport {
     pub peak_bytes: Option<u64>,
 }
 
+/// What profiling one item took.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct ProfileBenchReport {
+    /// Tokens of the item.
+    pub tokens: usize,
+    /// Tokens of them that the objective looks at.
+    pub response: usize,
+    /// Seconds of its forward and backward pass; the second of two times.
+    pub seconds: f64,
+    /// Most bytes of the device in use at once, weights included; where it has memory of its own.
+    pub peak_bytes: Option<u64>,
+}
+
 /// Steps before those that are timed: plain ones, preparation and capture of a decoder.
 const WARM_UP: usize = 5;
 
@@ -73,34 +92,40 @@ impl<O: Ops> Llama<O> {
     /// Reads a prompt of random tokens, copies its sequence to the whole batch and decodes greedily.
     ///
     /// # Errors
-    /// If an option is 0 or there are too few new tokens to time, if prompt and new tokens are more than the model's context; if the memory
-    /// cannot be had.
+    /// If an option is 0, if there are too few new tokens to time or fewer than `steps`, if prompt and
+    /// new tokens are more than the model's context; if the memory cannot be had.
     pub fn bench(&self, plan: &Plan, options: &BenchOptions) -> Result<BenchReport> {
-        let BenchOptions { prompt, new_tokens, batch, prefill_chunk, seed } = *options;
+        let BenchOptions { prompt, new_tokens, steps, batch, prefill_chunk, seed } = *options;
         if prompt.min(batch).min(prefill_chunk) == 0 {
             return Err(Error::invalid("prompt, batch and chunk", "at least 1", 0));
         }
-        if new_tokens <= WARM_UP {
-            let expected = format!("more than the {WARM_UP} that warm up");
+        let run = steps.map_or(new_tokens, |steps| steps.saturating_add(WARM_UP));
+        if run <= WARM_UP || run > new_tokens {
+            let expected = format!("more than the {WARM_UP} that warm up and those that are timed");
             return Err(Error::invalid("new tokens", expected, new_tokens));
         }
         let context = prompt + new_tokens;
         let mut random = SplitMix64::new(seed);
         let vocab = self.config.vocab_size;
-        let tokens: Vec<u32> = (0..prompt).map(|_| random.below(vocab) as u32).collect();
+        let skipped = (new_tokens - run) / 2;
+        let tokens: Vec<u32> = (0..prompt + skipped).map(|_| random.below(vocab) as u32).collect();
+        let (tokens, middle) = tokens.split_at(prompt);
         self.ops.reset_peak()?;
 
         let mut sequence = self.open(plan, context, 0)?;
-        let read = |sequence: &mut Sequence<O>| -> Result<f64> {
+        let read = |sequence: &mut Sequence<O>, tokens: &[u32]| -> Result<f64> {
             self.ops.synchronize()?;
             let begin = Instant::now();
             let go_on = &mut |_| ControlFlow::Continue(());
-            self.prefill(sequence, &tokens, prefill_chunk, go_on)?;
+            self.prefill(sequence, tokens, prefill_chunk, go_on)?;
             Ok(begin.elapsed().as_secs_f64())
         };
-        read(&mut sequence)?;
+        read(&mut sequence, tokens)?;
         self.truncate(&mut sequence, 0)?;
-        let first_token_seconds = read(&mut sequence)?;
+        let first_token_seconds = read(&mut sequence, tokens)?;
+        if !middle.is_empty() {
+            read(&mut sequence, middle)?;
+        }
 
         let mut sequences = vec![sequence];
         while sequences.len() < batch {
@@ -109,9 +134,9 @@ impl<O: Ops> Llama<O> {
         }
         let kv_bytes = sequences.iter().map(|s| self.kv_bytes(s)).sum();
         let mut next: Vec<u32> = (0..batch).map(|_| random.below(vocab) as u32).collect();
-        let mut times = Vec::with_capacity(new_tokens);
+        let mut times = Vec::with_capacity(run);
         let mut decoder = self.decoder(sequences.iter_mut().collect())?;
-        for _ in 0..new_tokens {
+        for _ in 0..run {
             let begin = Instant::now();
             next = decoder.step_greedy(&next)?;
             times.push(begin.elapsed().as_secs_f64());
@@ -123,9 +148,9 @@ impl<O: Ops> Llama<O> {
         let step_seconds = timed[timed.len() / 2];
         let steps = timed.len();
 
-        let middle = prompt + new_tokens.div_ceil(2);
+        let len = prompt + new_tokens.div_ceil(2);
         let step_bytes =
-            self.weight_bytes_read() + batch as u64 * self.kv_bytes_read(plan, context, middle)?;
+            self.weight_bytes_read() + batch as u64 * self.kv_bytes_read(plan, context, len)?;
         Ok(BenchReport {
             prompt,
             batch,
@@ -155,7 +180,7 @@ impl<O: Ops> Llama<O> {
         let each = plan.kv_bytes(context, self.ops.cache_element_bytes());
         // Activations of a chunk, logits, work space of kernels, what the driver needs for graphs.
         let chunk = 2048 * (8 * self.config.hidden_size + 6 * self.config.intermediate_size);
-        let reserve = (2u64 << 30) + chunk as u64;
+        let reserve = (1u64 << 30) + chunk as u64;
         // One step's logits are f32, as wide as the vocabulary.
         let each = each + 8 * self.config.vocab_size as u64;
         let own = memory.available_bytes.saturating_sub(reserve) / each.max(1);
@@ -169,9 +194,12 @@ impl<O: Ops> Llama<O> {
         // A part of a tied model has an output matrix of its own.
         let is_read = c.tie_word_embeddings && self.shard.is_none();
         let unread = if is_read { 0 } else { table };
+        let weights = Shard::weights(self.shard.as_ref(), c);
+        let rest = weights.rest - unread;
         // Weights that stay in their file are of 2 bytes in all files that we know.
-        let elements = Shard::parameters(self.shard.as_ref(), c) - unread;
-        self.ops.weight_bytes(elements).max(2 * elements)
+        let read = |bytes, elements| if bytes == 0 { 2 * elements } else { bytes };
+        read(weights.linear_bytes(&self.ops), weights.linear)
+            + read(self.ops.weight_bytes(rest), rest)
     }
 
     /// Bytes of keys and values that the query of token `len` sees.
@@ -180,5 +208,37 @@ impl<O: Ops> Llama<O> {
         let spans = (0..self.layers.len()).flat_map(|layer| plan.layer_spans(layer, context));
         let keys: usize = spans.map(|span| span.total().min(len)).sum();
         Ok((2 * keys * self.config.head_dim * self.ops.cache_element_bytes()) as u64)
+    }
+}
+
+/// Tokens of a response to profile.
+const RESPONSE: usize = 64;
+/// Side of a block of influence, as by default in calibration.
+const BLOCK: usize = 64;
+
+impl<O: BackwardOps> Llama<O> {
+    /// Profiles an item of `tokens` random tokens, of which the last 64, or half, are the response.
+    ///
+    /// # Errors
+    /// If `tokens` is less than 2 or more than the model's context; if the memory cannot be had.
+    pub fn bench_profile(&self, tokens: usize, seed: u64) -> Result<ProfileBenchReport> {
+        let response = RESPONSE.min(tokens / 2);
+        let mut random = SplitMix64::new(seed);
+        let vocab = self.config.vocab_size;
+        // The last token is only predicted.
+        let ids: Vec<u32> = (0..=tokens).map(|_| random.below(vocab) as u32).collect();
+        let (prompt, answer) = ids.split_at(ids.len() - response);
+        let item = Item::new(prompt, answer)?;
+        self.ops.reset_peak()?;
+        let mut seconds = 0.0;
+        for _ in 0..2 {
+            let mut influence = Influence::new(self.shape(), tokens, BLOCK)?;
+            self.ops.synchronize()?;
+            let begin = Instant::now();
+            self.profile(&item, Objective::Margin, &mut influence)?;
+            seconds = begin.elapsed().as_secs_f64();
+        }
+        let peak_bytes = self.ops.memory()?.map(|memory| memory.peak_bytes);
+        Ok(ProfileBenchReport { tokens, response, seconds, peak_bytes })
     }
 }

@@ -154,11 +154,24 @@ impl LlamaConfig {
     /// Weights of the model, biases not counted.
     #[must_use]
     pub fn parameters(&self) -> u64 {
-        let heads = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim;
-        let layer = self.hidden_size * (heads + 3 * self.intermediate_size + 2);
         let tables = if self.tie_word_embeddings { 1 } else { 2 };
-        let rest = self.hidden_size * (tables * self.vocab_size + 1);
-        (self.num_hidden_layers * layer + rest) as u64
+        let norms = 2 * self.num_hidden_layers + 1;
+        let rest = self.hidden_size * (tables * self.vocab_size + norms);
+        self.linear_parameters() + rest as u64
+    }
+
+    /// Those of linear layers, output matrix not counted.
+    pub(crate) fn linear_parameters(&self) -> u64 {
+        let heads = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim;
+        let layer = self.hidden_size * (heads + 3 * self.intermediate_size);
+        (self.num_hidden_layers * layer) as u64
+    }
+
+    /// Outputs of those layers.
+    pub(crate) fn linear_outputs(&self) -> u64 {
+        let heads = self.num_attention_heads + 2 * self.num_key_value_heads;
+        let layer = heads * self.head_dim + 2 * self.hidden_size + 2 * self.intermediate_size;
+        (self.num_hidden_layers * layer) as u64
     }
 
     /// The dimensions that plans depend on.

@@ -15,7 +15,7 @@ pub(crate) struct Linear<O: Ops> {
 impl<O: Ops> Linear<O> {
     fn load(ops: &O, LinearWeights { weight, bias }: LinearWeights) -> Result<Self> {
         let bias = bias.map(|bias| ops.vector(bias)).transpose()?;
-        Ok(Self { weight: ops.matrix(weight)?, bias })
+        Ok(Self { weight: ops.linear_matrix(weight)?, bias })
     }
 }
 

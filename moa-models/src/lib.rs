@@ -55,7 +55,7 @@ mod weights;
 #[cfg(feature = "wgpu")]
 mod wgpu;
 
-pub use bench::{BenchOptions, BenchReport};
+pub use bench::{BenchOptions, BenchReport, ProfileBenchReport};
 pub use calibrate::{CalibrationData, CalibrationOptions, Prompt};
 pub use chat::{ChatTemplate, Message};
 pub use chat_session::ChatSession;
@@ -67,7 +67,7 @@ pub use compress::{
 pub use config::LlamaConfig;
 pub use cpu::{CpuMatrix, CpuOps, CpuRotations};
 #[cfg(feature = "cuda")]
-pub use cuda::{CudaDtype, CudaOps, Joined, NcclRank};
+pub use cuda::{CudaDtype, CudaMatrix, CudaOps, Joined, NcclRank};
 pub use decode::Decode;
 #[cfg(feature = "hub")]
 pub use download::download;

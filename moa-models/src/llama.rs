@@ -91,7 +91,7 @@ impl<O: Ops> Llama<O> {
         shard: Option<Shard<O>>,
     ) -> Result<Self> {
         let local = Shard::local_shape(shard.as_ref(), &config)?;
-        ops.check_room("weights", ops.weight_bytes(Shard::parameters(shard.as_ref(), &config)))?;
+        ops.check_room("weights", Shard::weights(shard.as_ref(), &config).bytes(&ops))?;
         let table = [config.vocab_size, config.hidden_size];
         let embedding = weights.tensor("model.embed_tokens.weight", &table)?;
         let layers = (0..config.num_hidden_layers)
@@ -123,6 +123,11 @@ impl<O: Ops> Llama<O> {
     /// The device.
     pub fn ops(&self) -> &O {
         &self.ops
+    }
+
+    /// Bytes of the weights on the device, 0 where they stay in their file's map.
+    pub fn weight_bytes(&self) -> u64 {
+        Shard::weights(self.shard.as_ref(), &self.config).bytes(&self.ops)
     }
 
     /// Fingerprint of the weights, as plan files hold it.

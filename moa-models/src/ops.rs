@@ -37,6 +37,15 @@ pub trait RandomWeights: Ops {
     /// If the memory cannot be had.
     fn random_matrix(&self, out: usize, input: usize, seed: u32) -> Result<Self::Matrix>;
 
+    /// [`random_matrix`](Self::random_matrix) as a linear layer's weight, which a device may keep in
+    /// another type.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    fn random_linear(&self, out: usize, input: usize, seed: u32) -> Result<Self::Matrix> {
+        self.random_matrix(out, input, seed)
+    }
+
     /// As many joined layers without bias as there are numbers of outputs.
     ///
     /// # Errors
@@ -87,11 +96,27 @@ pub trait Ops: Send + Sync {
         0
     }
 
-    /// Brings a weight to the device.
+    /// Bytes of linear layers' weights of `elements` elements and `outputs` outputs, as
+    /// [`weight_bytes`](Self::weight_bytes).
+    fn linear_bytes(&self, elements: u64, outputs: u64) -> u64 {
+        let _ = outputs;
+        self.weight_bytes(elements)
+    }
+
+    /// Brings an embedding or output matrix to the device.
     ///
     /// # Errors
     /// If the memory cannot be had.
     fn matrix(&self, tensor: MappedTensor) -> Result<Self::Matrix>;
+
+    /// Brings the weight of a linear layer inside of the model to the device, which may keep it in
+    /// another type.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    fn linear_matrix(&self, tensor: MappedTensor) -> Result<Self::Matrix> {
+        self.matrix(tensor)
+    }
 
     /// Brings a norm's weight or a bias to the device.
     ///
@@ -289,6 +314,14 @@ pub trait BackwardOps: Ops {
     /// are both nearly 0. An output of rounded keys and values leaves in the bracket what rounding
     /// cost, and the quotient makes that the largest entry of all.
     fn exact_attention(&self) -> &Self::Attention;
+
+    /// Asks whether there are gradients, before work that needs them is begun.
+    ///
+    /// # Errors
+    /// If weights are of a type without.
+    fn check_gradients(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// `d_y . weight`.
     ///

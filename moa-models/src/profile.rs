@@ -97,6 +97,7 @@ impl<O: BackwardOps> Llama<O> {
         objective: WeightedObjective,
         into: &mut Influence,
     ) -> Result<()> {
+        self.ops.check_gradients()?;
         let near = ElasticRule::new(DEFAULT_SINK as f64, 0.25)?;
         let near = Plan::uniform(self.shape(), DEFAULT_SINK, near)?;
         let near = self.response_loss(std::slice::from_ref(item), &near, item.inputs().len())?;
@@ -113,6 +114,7 @@ impl<O: BackwardOps> Llama<O> {
         into: &mut Influence,
     ) -> Result<(f64, f64)> {
         self.check_whole("profiling")?;
+        self.ops.check_gradients()?;
         let tokens = item.inputs();
         if into.shape() != self.shape() {
             let (expected, got) = (self.shape(), into.shape());

@@ -37,18 +37,16 @@ impl<O: RandomWeights> Llama<O> {
             return Err(Error::invalid("random weights", "of a model without biases", "biases"));
         }
         let local = Shard::local_shape(shard.as_ref(), &config)?;
-        ops.check_room("weights", ops.weight_bytes(Shard::parameters(shard.as_ref(), &config)))?;
+        ops.check_room("weights", Shard::weights(shard.as_ref(), &config).bytes(&ops))?;
         let c = &config;
-        let matrix = |out, input, number: usize| {
-            ops.random_matrix(out, input, seed.wrapping_mul(0x9e37).wrapping_add(number as u32))
-        };
-        let joined = |outs: &[usize], input, number: usize| {
-            ops.random_joined(outs, input, seed.wrapping_mul(0x9e37).wrapping_add(number as u32))
-        };
+        let seed_of = |number: usize| seed.wrapping_mul(0x9e37).wrapping_add(number as u32);
+        let matrix = |out, input, number| ops.random_matrix(out, input, seed_of(number));
+        let joined =
+            |outs: &[usize], input, number| ops.random_joined(outs, input, seed_of(number));
         let (hidden, inner) = (c.hidden_size, Shard::inner(shard.as_ref(), c));
         let (q, kv) = (local.query_heads * c.head_dim, local.kv_heads * c.head_dim);
         let linear = |out, input, number| -> Result<Linear<O>> {
-            Ok(Linear { weight: matrix(out, input, number)?, bias: None })
+            Ok(Linear { weight: ops.random_linear(out, input, seed_of(number))?, bias: None })
         };
         let layer = |index: usize| -> Result<Layer<O>> {
             let first = 4 * index + 2;

@@ -158,6 +158,34 @@ impl<O: Ops> std::fmt::Debug for Shard<O> {
     }
 }
 
+/// How many weights there are, biases not counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct WeightCounts {
+    /// Of linear layers, without the output matrix.
+    pub(crate) linear: u64,
+    /// Outputs of those layers.
+    outputs: u64,
+    /// Of embedding, output matrix and norms.
+    pub(crate) rest: u64,
+}
+
+impl WeightCounts {
+    fn of(c: &LlamaConfig) -> Self {
+        let linear = c.linear_parameters();
+        Self { linear, outputs: c.linear_outputs(), rest: c.parameters() - linear }
+    }
+
+    /// Bytes of linear layers on a device.
+    pub(crate) fn linear_bytes<O: Ops>(&self, ops: &O) -> u64 {
+        ops.linear_bytes(self.linear, self.outputs)
+    }
+
+    /// Bytes of all on a device.
+    pub(crate) fn bytes<O: Ops>(&self, ops: &O) -> u64 {
+        ops.weight_bytes(self.rest) + self.linear_bytes(ops)
+    }
+}
+
 /// Elements of a row that kernels read at once: parts of the vocabulary begin at their multiples.
 const ALIGNED: usize = 8;
 
@@ -228,9 +256,9 @@ impl<O: Ops> Shard<O> {
         c.intermediate_size / shard.map_or(1, |shard| shard.sharding.ranks())
     }
 
-    /// Weights that are here, biases not counted.
-    pub(crate) fn parameters(shard: Option<&Self>, c: &LlamaConfig) -> u64 {
-        let Some(shard) = shard else { return c.parameters() };
+    /// Weights that are here.
+    pub(crate) fn weights(shard: Option<&Self>, c: &LlamaConfig) -> WeightCounts {
+        let Some(shard) = shard else { return WeightCounts::of(c) };
         let heads = shard.sharding.rank_shape(shard.rank());
         let own = LlamaConfig {
             num_attention_heads: heads.query_heads,
@@ -239,7 +267,9 @@ impl<O: Ops> Shard<O> {
             tie_word_embeddings: true,
             ..c.clone()
         };
-        own.parameters() + (shard.vocabulary(c).len() * c.hidden_size) as u64
+        let output = (shard.vocabulary(c).len() * c.hidden_size) as u64;
+        let counts = WeightCounts::of(&own);
+        WeightCounts { rest: counts.rest + output, ..counts }
     }
 }
 

@@ -2,7 +2,7 @@
 //! back. Matrix products of other shapes may sum in another order, so "equal" allows for rounding,
 //! but not where the shapes are the same.
 
-use moa_models::{LogitRows, Ops};
+use moa_models::{CudaOps, Llama, LogitRows, Ops};
 
 use crate::{alternating, close, cuda, plans, prose, read, step};
 
@@ -75,49 +75,52 @@ fn forks_and_rolled_back_sequences_go_on_as_if_nothing_had_been() {
 #[test]
 fn a_decoder_equals_single_steps() {
     for (checkpoint, _) in cuda() {
-        let model = &checkpoint.model;
-        let tokens = prose(400);
-        let vocab = model.config().vocab_size;
-        for plan in &plans(model.shape()) {
-            let lens = [130, 3, 57];
-            let open = || {
-                lens.map(|len| {
-                    let mut sequence = model.open(plan, len + 60, 0).unwrap();
-                    read(model, &mut sequence, &tokens[..len], 500);
-                    sequence
-                })
-            };
-            let (mut replayed, mut plain) = (open(), open());
-            let mut next = [5, 6, 7];
-            let mut decoder = model.decoder(replayed.iter_mut().collect()).unwrap();
-            for round in 0..40 {
-                let parts: Vec<&[u32]> = next.chunks(1).collect();
-                let mut batch: Vec<_> = plain.iter_mut().collect();
-                let expected = model.forward(&mut batch, &parts, LogitRows::Last).unwrap();
-                let expected = model.ops().values(expected).unwrap();
-                let rows = expected.chunks(vocab);
-                let likeliest: Vec<u32> = rows.map(crate::likeliest).collect();
-                if round % 3 == 0 {
-                    let got = decoder.step(&next).unwrap();
-                    assert!(got == expected, "logits differ in round {round}");
-                } else {
-                    assert_eq!(decoder.step_greedy(&next).unwrap(), likeliest, "round {round}");
-                }
-                // Not greedy: a small model would repeat itself.
-                next = [0, 1, 2].map(|i| (likeliest[i] + round) % vocab as u32);
+        decoder_equals_steps(&checkpoint.model);
+    }
+}
+
+pub(crate) fn decoder_equals_steps(model: &Llama<CudaOps>) {
+    let tokens = prose(400);
+    let vocab = model.config().vocab_size;
+    for plan in &plans(model.shape()) {
+        let lens = [130, 3, 57];
+        let open = || {
+            lens.map(|len| {
+                let mut sequence = model.open(plan, len + 60, 0).unwrap();
+                read(model, &mut sequence, &tokens[..len], 500);
+                sequence
+            })
+        };
+        let (mut replayed, mut plain) = (open(), open());
+        let mut next = [5, 6, 7];
+        let mut decoder = model.decoder(replayed.iter_mut().collect()).unwrap();
+        for round in 0..40 {
+            let parts: Vec<&[u32]> = next.chunks(1).collect();
+            let mut batch: Vec<_> = plain.iter_mut().collect();
+            let expected = model.forward(&mut batch, &parts, LogitRows::Last).unwrap();
+            let expected = model.ops().values(expected).unwrap();
+            let rows = expected.chunks(vocab);
+            let likeliest: Vec<u32> = rows.map(crate::likeliest).collect();
+            if round % 3 == 0 {
+                let got = decoder.step(&next).unwrap();
+                assert!(got == expected, "logits differ in round {round}");
+            } else {
+                assert_eq!(decoder.step_greedy(&next).unwrap(), likeliest, "round {round}");
             }
-            assert!(decoder.step(&[vocab as u32, 1, 1]).is_err());
-            assert!(decoder.step(&[1, 1]).is_err());
-            drop(decoder);
-            // The sequences know what has happened, and have room for 20 more.
-            for (replayed, plain) in replayed.iter_mut().zip(&mut plain) {
-                assert_eq!(replayed.len(), plain.len());
-                let more = &tokens[300..320];
-                assert_eq!(step(model, replayed, more), step(model, plain, more));
-            }
-            let mut decoder = model.decoder(replayed.iter_mut().collect()).unwrap();
-            assert!(decoder.step_greedy(&next).is_err(), "there is no room");
+            // Not greedy: a small model would repeat itself.
+            next = [0, 1, 2].map(|i| (likeliest[i] + round) % vocab as u32);
         }
+        assert!(decoder.step(&[vocab as u32, 1, 1]).is_err());
+        assert!(decoder.step(&[1, 1]).is_err());
+        drop(decoder);
+        // The sequences know what has happened, and have room for 20 more.
+        for (replayed, plain) in replayed.iter_mut().zip(&mut plain) {
+            assert_eq!(replayed.len(), plain.len());
+            let more = &tokens[300..320];
+            assert_eq!(step(model, replayed, more), step(model, plain, more));
+        }
+        let mut decoder = model.decoder(replayed.iter_mut().collect()).unwrap();
+        assert!(decoder.step_greedy(&next).is_err(), "there is no room");
     }
 }
 
@@ -134,5 +137,31 @@ fn repeats_are_bitwise_equal() {
         };
         let first = run();
         assert!((0..5).all(|_| run() == first));
+    }
+}
+
+/// Each thread prepares and captures graphs of its own while the others launch.
+#[test]
+fn threads_share_a_model() {
+    for (checkpoint, _) in cuda() {
+        let model = &checkpoint.model;
+        let tokens = prose(120);
+        let [dense, _] = plans(model.shape());
+        let run = |thread: usize| -> Vec<Vec<f32>> {
+            let prompt = &tokens[..40 + 20 * thread];
+            let mut sequence = model.open(&dense, 120, 0).unwrap();
+            let mut all = vec![read(model, &mut sequence, prompt, 120)];
+            let mut decoder = model.decoder(vec![&mut sequence]).unwrap();
+            all.extend((0..12).map(|i| decoder.step(&[tokens[i]]).unwrap()));
+            all
+        };
+        let alone: Vec<_> = (0..4).map(run).collect();
+        for _ in 0..5 {
+            let together: Vec<_> = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..4).map(|i| scope.spawn(move || run(i))).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert!(together == alone);
+        }
     }
 }

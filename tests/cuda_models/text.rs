@@ -1,14 +1,17 @@
 //! Greedy text and retrieval: what a user of the model sees.
 
-use moa_models::{GenerateOptions, Next, Ops, PHRASINGS, Request, SamplingOptions, Served, Task};
+use moa_models::{
+    CpuOps, CudaOps, GenerateOptions, Llama, Next, Ops, PHRASINGS, Request, SamplingOptions,
+    Served, Task,
+};
 
 use crate::{cpu, cuda, likeliest, plans, prose, read, step};
 
 /// Prompts that continue greedily for this many tokens.
 const NEW: usize = 32;
 
-fn greedy<O: Ops>(
-    model: &moa_models::Llama<O>,
+pub(crate) fn greedy<O: Ops>(
+    model: &Llama<O>,
     plan: &moa_core::Plan,
     prompts: &[&[u32]],
 ) -> Vec<Vec<u32>> {
@@ -20,38 +23,41 @@ fn greedy<O: Ops>(
     generation.sequences.into_iter().map(|sequence| sequence.tokens).collect()
 }
 
-/// Where texts part, the CPU's logits must have been nearly equal there.
 #[test]
 fn greedy_text_is_the_cpus_or_parts_at_a_near_tie() {
-    let text = prose(2000);
     for (checkpoint, share) in cuda() {
-        let (gpu, cpu) = (&checkpoint.model, &cpu().model);
-        let prompts: Vec<&[u32]> = (0..20).map(|i| &text[i * 60..i * 60 + 30 + 17 * i]).collect();
-        for plan in &plans(cpu.shape()) {
-            let expected = greedy(cpu, plan, &prompts);
-            let got = greedy(gpu, plan, &prompts);
-            let mut equal = 0;
-            for ((prompt, expected), got) in prompts.iter().zip(&expected).zip(&got) {
-                let same = expected.iter().zip(got).take_while(|(a, b)| a == b).count();
-                if same == NEW {
-                    equal += 1;
-                    continue;
-                }
-                let mut sequence = cpu.open(plan, prompt.len() + NEW, 0).unwrap();
-                let mut logits = read(cpu, &mut sequence, prompt, 500);
-                for token in &expected[..same] {
-                    logits = step(cpu, &mut sequence, &[*token]).pop().unwrap();
-                }
-                assert_eq!(likeliest(&logits), expected[same]);
-                let gap = logits[expected[same] as usize] - logits[got[same] as usize];
-                let spread = spread(&logits);
-                println!("token {same} differs, gap {gap} of a spread of {spread}");
-                // Both tokens may be off by what the logits may.
-                assert!(f64::from(gap) <= 2.0 * share * spread, "gap {gap} at token {same}");
+        greedy_text_agrees(&checkpoint.model, &cpu().model, share);
+    }
+}
+
+/// Where texts part, the CPU's logits must have been nearly equal there.
+pub(crate) fn greedy_text_agrees(gpu: &Llama<CudaOps>, cpu: &Llama<CpuOps>, share: f64) {
+    let text = prose(2500);
+    let prompts: Vec<&[u32]> = (0..100).map(|i| &text[i * 20..i * 20 + 30 + 4 * i]).collect();
+    for plan in &plans(cpu.shape()) {
+        let expected = greedy(cpu, plan, &prompts);
+        let got = greedy(gpu, plan, &prompts);
+        let mut equal = 0;
+        for ((prompt, expected), got) in prompts.iter().zip(&expected).zip(&got) {
+            let same = expected.iter().zip(got).take_while(|(a, b)| a == b).count();
+            if same == NEW {
+                equal += 1;
+                continue;
             }
-            println!("{equal} of {} texts are equal", prompts.len());
-            assert!(equal * 2 > prompts.len(), "only {equal} texts are equal");
+            let mut sequence = cpu.open(plan, prompt.len() + NEW, 0).unwrap();
+            let mut logits = read(cpu, &mut sequence, prompt, 500);
+            for token in &expected[..same] {
+                logits = step(cpu, &mut sequence, &[*token]).pop().unwrap();
+            }
+            assert_eq!(likeliest(&logits), expected[same]);
+            let gap = logits[expected[same] as usize] - logits[got[same] as usize];
+            let spread = spread(&logits);
+            println!("token {same} differs, gap {gap} of a spread of {spread}");
+            // Both tokens may be off by what the logits may.
+            assert!(f64::from(gap) <= 2.0 * share * spread, "gap {gap} at token {same}");
         }
+        println!("{equal} of {} texts are equal", prompts.len());
+        assert!(equal * 2 > prompts.len(), "only {equal} texts are equal");
     }
 }
 

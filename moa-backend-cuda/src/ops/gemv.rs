@@ -2,6 +2,7 @@
 
 use super::Operations;
 use super::launch::GEMV;
+use crate::graph::is_capturing;
 use crate::source::Source;
 use crate::tables::DevicePointer;
 use crate::{Dtype, Result, Tensor};
@@ -20,9 +21,11 @@ struct GemvArgs {
     k: i32,
     wide: i32,
     accumulate: i32,
+    settled: i32,
+    padding: i32,
 }
 
-const _: () = assert!(size_of::<GemvArgs>() == 64);
+const _: () = assert!(size_of::<GemvArgs>() == 72);
 
 /// Rows of the weight that a block takes.
 const BLOCK_ROWS: usize = 8;
@@ -54,6 +57,8 @@ impl Operations {
             k: k as i32,
             wide: i32::from(d.dtype() == Dtype::F32),
             accumulate: i32::from(accumulate),
+            settled: i32::from(is_capturing()),
+            padding: 0,
         };
         let name = GEMV[x.shape()[0] - 1];
         let kernels = self.lazily(&self.gemv, Source::Gemv, &GEMV)?;

@@ -1,12 +1,14 @@
-//! The kernels of `ops.cu`, `backward.cu` and `sample.cu`, loaded on a device.
+//! The kernels beside attention, loaded on a device.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
 
-use cudarc::driver::{CudaFunction, result};
+use cudarc::driver::CudaFunction;
+use cudarc::driver::sys::{self, CUfunction_attribute as Attribute, CUlaunchConfig};
 use cudarc::nvrtc::Ptx;
 
 use crate::compile::{HEAD_DIMS, Variant, compile};
+use crate::kernels::overlapping;
 use crate::source::Source;
 use crate::tables::DevicePointer;
 use crate::{Device, Dtype, Error, Result};
@@ -55,10 +57,16 @@ const GRID_ROWS: usize = 1 << 15;
 pub(crate) struct OpKernels {
     device: Device,
     functions: HashMap<&'static str, CudaFunction>,
+    /// Whether they may be launched before the kernel before has ended, as they wait for that themselves.
+    overlap: bool,
 }
 
 /// Names of the kernels of products of few rows, by how many.
-pub(crate) const GEMV: [&str; 4] = ["gemv_1", "gemv_2", "gemv_3", "gemv_4"];
+pub(crate) const GEMV: [&str; 2] = ["gemv_1", "gemv_2"];
+
+/// Names of the kernels of 8-bit weights, those of products of few rows first.
+pub(crate) const E4M3: [&str; 6] =
+    ["e4m3_8", "e4m3_16", "e4m3_32", "e4m3_64", "widen_e4m3", "randomise_e4m3"];
 
 /// Names of the kernels of sampling.
 pub(crate) const SAMPLE: [&str; 1] = ["sample"];
@@ -83,10 +91,21 @@ impl OpKernels {
             .map_err(Error::driver("cuModuleLoadData"))?;
         let load = |&name| {
             let function = module.load_function(name);
-            Ok((name, function.map_err(Error::driver("cuModuleGetFunction"))?))
+            let function = function.map_err(Error::driver("cuModuleGetFunction"))?;
+            if source == Source::E4m3 {
+                function
+                    .set_attribute(
+                        Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                        device.shared_bytes() as i32,
+                    )
+                    .map_err(Error::driver("cuFuncSetAttribute"))?;
+            }
+            Ok((name, function))
         };
         let functions = names.iter().map(load).collect::<Result<_>>()?;
-        Ok(Self { device: device.clone(), functions })
+        let overlap = device.architecture().major >= 9
+            && matches!(source, Source::Ops | Source::Gemv | Source::E4m3);
+        Ok(Self { device: device.clone(), functions, overlap })
     }
 
     /// One block for each row.
@@ -126,6 +145,22 @@ impl OpKernels {
         threads: usize,
         args: &A,
     ) -> Result<()> {
+        // SAFETY: as the caller promises.
+        unsafe { self.launch_shared(name, grid, threads, 0, args) }
+    }
+
+    /// With dynamic shared memory.
+    ///
+    /// # Safety
+    /// As [`launch`](Self::launch).
+    pub(crate) unsafe fn launch_shared<A>(
+        &self,
+        name: &'static str,
+        grid: [usize; 3],
+        threads: usize,
+        shared_bytes: usize,
+        args: &A,
+    ) -> Result<()> {
         if grid.contains(&0) {
             return Ok(());
         }
@@ -135,18 +170,26 @@ impl OpKernels {
         self.device.bind()?;
         let [x, y, z] = grid.map(|n| n as u32);
         let mut arguments = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
+        let mut attribute = overlapping();
+        let config = CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: threads as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared_bytes as u32,
+            hStream: self.device.stream().cast(),
+            attrs: &raw mut attribute,
+            numAttrs: u32::from(self.overlap),
+        };
+        let function = function.cu_function();
         // SAFETY: each kernel takes one argument, by value, which the launch copies; the rest is as
         // the caller promises.
         unsafe {
-            result::launch_kernel(
-                function.cu_function(),
-                (x, y, z),
-                (threads as u32, 1, 1),
-                0,
-                self.device.stream().cast(),
-                &mut arguments,
-            )
+            sys::cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), std::ptr::null_mut())
         }
+        .result()
         .map_err(Error::driver(name))
     }
 }

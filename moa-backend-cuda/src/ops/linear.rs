@@ -2,8 +2,29 @@
 
 use super::blas::Product;
 use super::launch::OpArgs;
-use super::{Operations, check_dtype, check_shape, shaped};
+use super::{E4m3Weight, Operations, check_dtype, check_shape, shaped};
 use crate::{Dtype, Error, Result, Tensor};
+
+/// A linear layer's weight, `[out, in]`.
+#[derive(Clone, Copy, Debug)]
+pub enum Weight<'a> {
+    /// Of the type of the operations.
+    Wide(&'a Tensor),
+    /// Of 8-bit floats.
+    E4m3(&'a E4m3Weight),
+}
+
+impl<'a> From<&'a Tensor> for Weight<'a> {
+    fn from(weight: &'a Tensor) -> Self {
+        Self::Wide(weight)
+    }
+}
+
+impl<'a> From<&'a E4m3Weight> for Weight<'a> {
+    fn from(weight: &'a E4m3Weight) -> Self {
+        Self::E4m3(weight)
+    }
+}
 
 impl Operations {
     /// `x . weight^T + bias`, rounded to `output`: `x` is `[rows, in]`, `weight` `[out, in]`, `bias`
@@ -12,18 +33,19 @@ impl Operations {
     /// # Errors
     /// [`Error::Shape`], [`Error::Argument`], [`Error::Blas`], [`Error::OutOfMemory`],
     /// [`Error::Driver`].
-    pub fn linear(
+    pub fn linear<'w>(
         &self,
         x: &Tensor,
-        weight: &Tensor,
+        weight: impl Into<Weight<'w>>,
         bias: Option<&Tensor>,
         output: Dtype,
     ) -> Result<Tensor> {
         const OP: &str = "linear";
-        let [out, _] = self.matrix(OP, "weight", weight)?;
+        let weight = weight.into();
+        let [out, _] = self.weight_shape(OP, weight)?;
         let rows = x.shape()[0];
         let y = Tensor::uninitialised(&self.device, OP, &[rows, out], output)?;
-        self.product(OP, x, weight, &y, (true, false))?;
+        self.multiply(OP, x, weight, &y, false)?;
         self.add_bias(&y, bias)?;
         Ok(y)
     }
@@ -33,32 +55,84 @@ impl Operations {
     ///
     /// # Errors
     /// As [`linear`](Self::linear).
-    pub fn linear_into(&self, x: &Tensor, weight: &Tensor, out: &Tensor) -> Result<()> {
+    pub fn linear_into<'w>(
+        &self,
+        x: &Tensor,
+        weight: impl Into<Weight<'w>>,
+        out: &Tensor,
+    ) -> Result<()> {
         const OP: &str = "linear_into";
-        let [width, _] = self.matrix(OP, "weight", weight)?;
+        let weight = weight.into();
+        let [width, _] = self.weight_shape(OP, weight)?;
         check_shape(OP, "out", out, &[x.shape()[0], width])?;
-        self.product(OP, x, weight, out, (true, false))
+        self.multiply(OP, x, weight, out, false)
     }
 
     /// `sum + x . weight^T + bias` with an f32 `sum`: the end of a residual branch.
     ///
     /// # Errors
     /// As [`linear`](Self::linear).
-    pub fn linear_add(
+    pub fn linear_add<'w>(
         &self,
         sum: Tensor,
         x: &Tensor,
-        weight: &Tensor,
+        weight: impl Into<Weight<'w>>,
         bias: Option<&Tensor>,
     ) -> Result<Tensor> {
         const OP: &str = "linear_add";
-        let [out, _] = self.matrix(OP, "weight", weight)?;
+        let weight = weight.into();
+        let [out, _] = self.weight_shape(OP, weight)?;
         check_dtype(OP, "sum", &sum, Dtype::F32)?;
         check_shape(OP, "sum", &sum, &[x.shape()[0], out])?;
         let sum = sum.into_unique()?;
-        self.product(OP, x, weight, &sum, (true, true))?;
+        self.multiply(OP, x, weight, &sum, true)?;
         self.add_bias(&sum, bias)?;
         Ok(sum)
+    }
+
+    fn weight_shape(&self, op: &'static str, weight: Weight<'_>) -> Result<[usize; 2]> {
+        const WHAT: &str = "weight";
+        match weight {
+            Weight::Wide(weight) => self.matrix(op, WHAT, weight),
+            Weight::E4m3(weight) if weight.device().context() == self.device.context() => {
+                Ok(weight.shape())
+            }
+            Weight::E4m3(_) => {
+                Err(Error::argument(op, WHAT, "on the device of the operations", "on another"))
+            }
+        }
+    }
+
+    /// `d (+)= x . weight^T`.
+    fn multiply(
+        &self,
+        op: &'static str,
+        x: &Tensor,
+        weight: Weight<'_>,
+        d: &Tensor,
+        accumulate: bool,
+    ) -> Result<()> {
+        let weight = match weight {
+            Weight::Wide(weight) => return self.product(op, x, weight, d, (true, accumulate)),
+            Weight::E4m3(weight) => weight,
+        };
+        let rows = x.shape()[0];
+        check_shape(op, "x", x, &[rows, weight.shape()[1]])?;
+        self.check_place(op, "out", d)?;
+        match rows {
+            0 => Ok(()),
+            _ => self.product_e4m3(&self.rounded(op, x)?, weight, d, accumulate),
+        }
+    }
+
+    /// An input of a product in the type of the operations.
+    fn rounded(&self, op: &'static str, x: &Tensor) -> Result<Tensor> {
+        self.check_place(op, "x", x)?;
+        match x.dtype() {
+            Dtype::F32 => self.cast(x),
+            other if other == self.dtype => Ok(x.clone()),
+            other => Err(Error::argument(op, "x", self.dtype, other)),
+        }
     }
 
     /// `d (+)= x . weight^T`, or `x . weight` unless transposed.
@@ -74,17 +148,11 @@ impl Operations {
         let (n, k) = if transposed { (out, input) } else { (input, out) };
         let m = x.shape()[0];
         check_shape(op, "x", x, &[m, k])?;
-        self.check_place(op, "x", x)?;
         self.check_place(op, "out", d)?;
         if m == 0 {
             return Ok(());
         }
-        let rounded = match x.dtype() {
-            Dtype::F32 => Some(self.cast(x)?),
-            other if other == self.dtype => None,
-            other => return Err(Error::argument(op, "x", self.dtype, other)),
-        };
-        let x = rounded.as_ref().unwrap_or(x);
+        let x = &self.rounded(op, x)?;
         if transposed && Self::has_gemv(x) {
             return self.gemv(x, weight, d, accumulate);
         }

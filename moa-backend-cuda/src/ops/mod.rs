@@ -2,6 +2,7 @@
 
 mod backward;
 mod blas;
+mod e4m3;
 mod elementwise;
 mod gemv;
 mod indices;
@@ -17,15 +18,18 @@ use crate::source::Source;
 use crate::{Device, Dtype, Error, Result, Tensor};
 pub use backward::AttentionGradients;
 use blas::Blas;
+pub use e4m3::E4m3Weight;
 pub use elementwise::Turns;
 pub use indices::{Indices, Lengths};
 use launch::{FORWARD, OpArgs, OpKernels};
+pub use linear::Weight;
 pub use sample::Draw;
 
 /// The operations of a Llama layer beside attention, on one GPU and its own stream: cuBLASLt for
-/// matrix products of more than 4 rows, own kernels for the rest.
+/// matrix products of more than 2 rows, own kernels for the rest.
 ///
-/// Weights and the inputs of matrix products are f16 or bf16, one of them for all. The residual
+/// Weights and the inputs of matrix products are f16 or bf16, one of them for all; those of linear
+/// layers may be e4m3 instead ([`E4m3Weight`]). The residual
 /// stream and logits are f32, as sums over many layers and choices between near equals want; norms
 /// and products sum in f32. Rows have a multiple of 8 elements. Calls return when their kernels are
 /// launched; [`Tensor::to_f32`] waits for them.
@@ -37,6 +41,7 @@ pub struct Operations {
     backward: Lazy,
     sampling: Lazy,
     gemv: Lazy,
+    e4m3: Lazy,
     blas: Blas,
     staging: Mutex<Staging>,
 }
@@ -64,6 +69,7 @@ impl Operations {
             backward: Lazy::default(),
             sampling: Lazy::default(),
             gemv: Lazy::default(),
+            e4m3: Lazy::default(),
             blas: Blas::new(device)?,
             staging: Mutex::new(Staging::new(device)),
         })

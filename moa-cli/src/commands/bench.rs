@@ -2,8 +2,10 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use moa_core::{DEFAULT_SINK, Plan, SparseAttentionBackend};
-use moa_models::{BenchOptions, BenchReport, Llama, LlamaConfig, RandomWeights, Shard, Weights};
-use serde_json::json;
+use moa_models::{
+    BackwardOps, BenchOptions, BenchReport, Llama, LlamaConfig, Ops, RandomWeights, Shard, Weights,
+};
+use serde_json::{Value, json};
 
 use crate::args::{parse_count, parse_density};
 use crate::error::{Error, Result};
@@ -44,9 +46,15 @@ pub(crate) struct Args {
     /// Tokens to decode; caches are as large as prompt and new tokens need
     #[arg(long, default_value_t = 64, value_name = "N", value_parser = parse_count)]
     new_tokens: usize,
+    /// Time only so many steps, in the middle of the new tokens [default: all of them]
+    #[arg(long, value_name = "N", value_parser = parse_count)]
+    steps: Option<usize>,
     /// Prompt tokens per forward step
     #[arg(long, default_value_t = 2048, value_name = "N", value_parser = parse_count)]
     prefill_chunk: usize,
+    /// Measure profiling one item as long as each prompt, in place of generation
+    #[arg(long, conflicts_with_all = ["plan", "uniform", "no_dense"])]
+    profile: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -82,6 +90,10 @@ impl FromStr for Batch {
 const RETRIES: usize = 12;
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    if args.profile {
+        model::check_gradients(context)?;
+        context.check_one_device("--device with --profile")?;
+    }
     #[cfg(feature = "cuda")]
     if let crate::args::Device::CudaGroup(gpus) = context.device {
         let source = args.source.model.as_ref().or(args.source.config.as_ref());
@@ -94,7 +106,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     on_device!(context, |ops| with_ops(args, ops, None, context))
 }
 
-fn with_ops<O: RandomWeights>(
+fn with_ops<O: RandomWeights + BackwardOps>(
     args: &Args,
     ops: O,
     shard: Option<Shard<O>>,
@@ -122,6 +134,9 @@ fn with_ops<O: RandomWeights>(
             ));
         }
     };
+    if args.profile {
+        return profile(args, &model, context);
+    }
     let mut plans: Vec<(String, Plan)> = Vec::new();
     if !args.no_dense || (args.plan.is_none() && args.uniform.is_none()) {
         plans.push(("dense".into(), Plan::full(model.shape())?));
@@ -145,6 +160,7 @@ fn with_ops<O: RandomWeights>(
                 let options = BenchOptions {
                     prompt,
                     new_tokens: args.new_tokens,
+                    steps: args.steps,
                     batch: 1,
                     prefill_chunk: args.prefill_chunk,
                     seed: context.seed,
@@ -160,12 +176,41 @@ fn with_ops<O: RandomWeights>(
     }
     drop(bar);
     context.print(table(&HEAD, &rows))?;
+    finish(&model, "measurements", values, context)
+}
+
+/// Profiles one item of each length.
+fn profile<O: RandomWeights + BackwardOps>(
+    args: &Args,
+    model: &Llama<O>,
+    context: &Context,
+) -> Result<()> {
+    let bar = Progress::new(context, "bench", args.prompts.len());
+    let (mut rows, mut values) = (Vec::new(), Vec::new());
+    for &tokens in &args.prompts {
+        let report = model.bench_profile(tokens, context.seed)?;
+        let peak = report.peak_bytes.map_or_else(|| "-".to_string(), bytes);
+        rows.push(vec![tokens.to_string(), format!("{:.3} s", report.seconds), peak]);
+        values.push(json!(report));
+        bar.step();
+    }
+    drop(bar);
+    context.print(table(&["tokens", "profiling an item", "peak"], &rows))?;
+    finish(model, "profiles", values, context)
+}
+
+fn finish<O: Ops>(
+    model: &Llama<O>,
+    what: &str,
+    values: Vec<Value>,
+    context: &Context,
+) -> Result<()> {
     context.json(&json!({
         "device": model.ops().attention().name(),
         "layers": model.config().num_hidden_layers,
         "parameters": model.config().parameters(),
         "ranks": model.ranks(),
-        "measurements": values,
+        what: values,
     }))
 }
 

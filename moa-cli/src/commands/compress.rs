@@ -59,6 +59,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    model::check_gradients(context)?;
     check_file(&args.out)?;
     check_optional(args.save_profile.as_deref())?;
     let data = calibration::load(&args.data.data)?;

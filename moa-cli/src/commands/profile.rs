@@ -48,6 +48,7 @@ pub(crate) struct Args {
 const TOP_HEADS: usize = 5;
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    model::check_gradients(context)?;
     check_file(&args.out)?;
     let data = calibration::load(&args.data.data)?;
     on_device!(context, |ops| with_model(

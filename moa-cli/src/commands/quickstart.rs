@@ -55,6 +55,7 @@ const ANSWER_TOKENS: usize = 32;
 const SHORTEST: usize = 256;
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    model::check_gradients(context)?;
     on_device!(context, |ops| with_ops(args, ops, context))
 }
 

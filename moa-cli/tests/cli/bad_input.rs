@@ -186,6 +186,25 @@ fn values_out_of_range_are_refused() {
     );
     refuses(
         root,
+        &["generate", "--model", tiny, "--prompt", "a", "--weights", "int4"],
+        &["--weights", "int4", "fp8"],
+    );
+    refuses(
+        root,
+        &["generate", "--model", tiny, "--prompt", "a", "--weights", "fp8"],
+        &["--weights", "CPU", "fp8"],
+    );
+    // No gradients, on any device: said before one is opened.
+    for args in [
+        &["profile", "--model", "none", "--out", "p"][..],
+        &["compress", "--model", "none", "--out", "p"],
+        &["quickstart", "--model", "none", "--out", "p"],
+        &["bench", "--model", "none", "--profile"],
+    ] {
+        refuses(root, &[args, &["--weights", "fp8"]].concat(), &["--weights", "profiling", "fp8"]);
+    }
+    refuses(
+        root,
         &["profile", "--model", tiny, "--objective", "mse", "--out", "p"],
         &["mse", "margin"],
     );

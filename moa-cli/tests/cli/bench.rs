@@ -28,6 +28,24 @@ fn dense_and_plan_are_measured_for_every_prompt_and_batch() {
     let config = format!("{tiny}/config.json");
     let args = ["bench", "--config", &config, "--random-weights", "3", "--new-tokens", "6"];
     assert!(ok(root, &[&args[..], &["--prompts", "30"]].concat()).contains("dense"));
+    let args = ["bench", "--model", tiny, "--prompts", "40", "--new-tokens", "30", "--steps", "4"];
+    let one = &json_of(root, &args)["measurements"][0];
+    assert_eq!((one["steps"].as_u64(), one["context"].as_u64()), (Some(4), Some(70)));
+}
+
+#[test]
+fn profiling_is_measured_by_length() {
+    let dir = tempfile::tempdir().unwrap();
+    let tiny = tiny();
+    let args = ["bench", "--model", tiny.to_str().unwrap(), "--profile", "--prompts", "20,300"];
+    let value = json_of(dir.path(), &args);
+    let all = value["profiles"].as_array().unwrap();
+    for (one, [tokens, response]) in all.iter().zip([[20, 10], [300, 64]]) {
+        assert_eq!(one["tokens"].as_u64(), Some(tokens));
+        assert_eq!(one["response"].as_u64(), Some(response));
+        assert!(one["seconds"].as_f64().unwrap() > 0.0, "{one}");
+    }
+    assert_eq!(all.len(), 2);
 }
 
 #[test]
@@ -42,8 +60,11 @@ fn what_cannot_be_measured_is_refused() {
     bench(&[], &["--model"]);
     bench(&["--model", tiny, "--random-weights", "1"], &["--random-weights"]);
     bench(&["--config", "config.json"], &["--random-weights"]);
+    bench(&["--model", tiny, "--profile", "--uniform", "0.5"], &["--profile"]);
+    bench(&["--model", tiny, "--profile", "--prompts", "1"], &["calibration item"]);
     bench(&["--model", tiny, "--batches", "0"], &["--batches"]);
     bench(&["--model", tiny, "--batches", "max"], &["--batches", "max"]);
     bench(&["--model", tiny, "--new-tokens", "3"], &["new tokens", "3"]);
+    bench(&["--model", tiny, "--new-tokens", "20", "--steps", "16"], &["new tokens", "20"]);
     bench(&["--model", tiny, "--prompts", "8190"], &["8254", "8192"]);
 }

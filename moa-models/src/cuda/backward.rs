@@ -2,7 +2,7 @@ use std::ops::Range;
 
 use moa_backend_cuda::{CudaBackend, Tensor};
 
-use super::{CudaOps, Joined};
+use super::{CudaMatrix, CudaOps, Joined};
 use crate::ops::{BackwardOps, Ops};
 use crate::{Error, Result};
 
@@ -13,8 +13,15 @@ impl BackwardOps for CudaOps {
         &self.exact
     }
 
-    fn linear_backward(&self, d_y: &Tensor, weight: &Tensor) -> Result<Tensor> {
-        Ok(self.operations.linear_backward(d_y, weight)?)
+    fn check_gradients(&self) -> Result<()> {
+        match self.fp8_weights {
+            true => Err(Error::invalid("weights of a model with gradients", "f16 or bf16", "fp8")),
+            false => Ok(()),
+        }
+    }
+
+    fn linear_backward(&self, d_y: &Tensor, weight: &CudaMatrix) -> Result<Tensor> {
+        Ok(self.operations.linear_backward(d_y, weight.wide()?)?)
     }
 
     fn linears_backward(&self, d_y: &[Tensor], joined: &Joined) -> Result<Tensor> {
@@ -24,7 +31,7 @@ impl BackwardOps for CudaOps {
         let mut start = 0;
         let mut sum = None;
         for (d_y, &end) in d_y.iter().zip(&joined.ends) {
-            let weight = joined.weight.rows(std::mem::replace(&mut start, end)..end)?;
+            let weight = joined.weight.wide()?.rows(std::mem::replace(&mut start, end)..end)?;
             sum = Some(match sum {
                 Some(sum) => self.operations.linear_backward_add(sum, d_y, &weight)?,
                 None => self.operations.linear_backward(d_y, &weight)?,

@@ -244,8 +244,8 @@ impl Prepared {
         let (operations, device) = (&ops.operations, ops.device());
         let out_shape = [self.ids.len(), model.local.query_heads, config.head_dim];
         // SAFETY: `step` has put tokens of the vocabulary there.
-        let mut x =
-            unsafe { operations.embed_at(&model.embedding, &self.ids) }.map_err(Error::backend)?;
+        let mut x = unsafe { operations.embed_at(model.embedding.wide()?, &self.ids) }
+            .map_err(Error::backend)?;
         for (layer, step) in model.layers.iter().zip(&self.layers) {
             let [q, k, v] = model.projections(layer, &x)?;
             let out = Tensor::empty(device, &out_shape, ops.dtype()).map_err(Error::backend)?;
