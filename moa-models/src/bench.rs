@@ -232,7 +232,7 @@ impl<O: BackwardOps> Llama<O> {
         self.ops.reset_peak()?;
         let mut seconds = 0.0;
         for _ in 0..2 {
-            let mut influence = Influence::new(self.shape(), tokens, BLOCK)?;
+            let mut influence = Influence::new(self.shape(), tokens, BLOCK.min(tokens))?;
             self.ops.synchronize()?;
             let begin = Instant::now();
             self.profile(&item, Objective::Margin, &mut influence)?;
