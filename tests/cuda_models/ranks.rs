@@ -63,6 +63,32 @@ fn two_ranks_agree_with_the_cpu() {
     }
 }
 
+/// Slices have factors of their own, but these are powers of two: all but the smallest weights are rounded
+/// as in the whole.
+#[test]
+fn two_ranks_of_8_bit_weights_agree_with_one() {
+    let Some(ops) = open(CudaDtype::F16) else { return };
+    let config = LlamaConfig::from_file(moa_tiny()).unwrap();
+    let weights = Weights::open(moa_tiny()).unwrap();
+    let tokens = prose(200);
+    let [_, plan] = plans(cpu().model.shape());
+    let sharding = Sharding::balanced(&plan, 500, 2).unwrap();
+    let run = |gpu: &Model| {
+        let mut sequence = gpu.open(&plan, 250, 0).unwrap();
+        [&tokens[..190], &tokens[190..191], &tokens[191..]]
+            .map(|part| step(gpu, &mut sequence, part).concat())
+            .concat()
+    };
+    let whole = Llama::load(ops.with_fp8_weights(), config.clone(), &weights).unwrap();
+    let expected = run(&whole);
+    let parts = on_ranks(ThreadRank::group(2).unwrap(), |rank: Arc<ThreadRank>| {
+        let ops = CudaOps::new(0, CudaDtype::F16)?.with_fp8_weights();
+        let shard = Shard::new(&sharding, rank)?;
+        Ok::<_, Error>(run(&Llama::load_shard(ops, config.clone(), &weights, shard)?))
+    });
+    close("8-bit weights on two ranks", &parts.unwrap()[0], &expected, 0.03);
+}
+
 #[test]
 fn two_ranks_draw_the_same_tokens() {
     if open(CudaDtype::F16).is_none() {
