@@ -12,6 +12,7 @@ mod laws;
 mod profile;
 mod serve;
 mod shard;
+mod shard_failures;
 mod stories260k;
 
 use std::ops::ControlFlow;
