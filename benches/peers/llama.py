@@ -34,6 +34,7 @@ def parse():
     parser.add_argument("--steps", type=int, help="time so many steps, in the middle of the new tokens")
     parser.add_argument("--prefill-chunk", type=int, help="for moa bench alone: here a prompt is one chunk")
     parser.add_argument("--plan", help="for moa bench alone")
+    parser.add_argument("--weights", help="for moa bench alone")
     parser.add_argument("--uniform", help="for moa bench alone")
     parser.add_argument("--no-dense", action="store_true", help="for moa bench alone")
     parser.add_argument("--cache-dtype", default="bf16", choices=["bf16", "f16"])

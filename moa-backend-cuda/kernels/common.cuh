@@ -39,8 +39,8 @@ __device__ __forceinline__ float exp2_fast(float x) {
 
 // ---- consecutive kernels ----------------------------------------------------------------------
 // A kernel launched with programmatic serialization may start before the one before it has ended, and
-// reads and writes nothing that a kernel before it writes or reads before this. Every kernel waits, so that
-// the wait holds for all earlier ones too; and lets the next one start first, which then waits in its place
+// reads and writes nothing that a kernel before it writes or reads before this. Every kernel launched so waits,
+// so that the wait holds for all earlier ones too; and lets the next one start first, which then waits in its place
 // on the multiprocessors instead of being launched.
 
 __device__ __forceinline__ void wait_for_previous_kernel() {

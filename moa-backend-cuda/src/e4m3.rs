@@ -40,6 +40,8 @@ pub fn decode(byte: u8) -> f32 {
 /// result is also an f16 or bf16 (one that f16 has no number as small as is below 2^-24 times what
 /// rounding costs the row's largest).
 ///
+/// `to` is as long as `row`; of what is longer the rest stays as it is.
+///
 /// # Errors
 /// [`Error::NotFinite`] with the place in the row.
 pub fn encode_row(row: &[f32], to: &mut [u8]) -> Result<f32> {

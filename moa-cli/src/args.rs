@@ -28,8 +28,8 @@ pub(crate) struct Global {
     /// Element type of KV caches; on a GPU of weights and activations too
     #[arg(long, global = true, default_value = "bf16", value_name = "TYPE")]
     pub(crate) cache_dtype: CacheType,
-    /// Type of linear layers' weights on a GPU, if not that of caches: fp8 halves the model's memory,
-    /// but cannot be profiled
+    /// Type of linear layers' weights on an NVIDIA GPU, if not that of caches: fp8 halves the
+    /// model's memory, but cannot be profiled
     #[arg(long, global = true, value_name = "TYPE")]
     pub(crate) weights: Option<WeightType>,
     /// CPU threads [default: all]

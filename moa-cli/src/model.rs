@@ -23,7 +23,7 @@ macro_rules! on_device {
             }
             #[cfg(feature = "wgpu")]
             $crate::args::Device::Wgpu(index) => {
-                let $ops = moa_models::WgpuOps::open(index, $context.cache)?;
+                let $ops = $crate::model::wgpu(index, $context)?;
                 $body
             }
             #[cfg(feature = "cuda")]
@@ -91,6 +91,15 @@ pub(crate) fn cuda(ordinal: usize, context: &Context) -> Result<moa_models::Cuda
         Some(WeightType::Fp8) => ops.with_fp8_weights(),
         None => ops,
     })
+}
+
+/// A GPU by wgpu, where weights keep the type of their file.
+#[cfg(feature = "wgpu")]
+pub(crate) fn wgpu(index: Option<usize>, context: &Context) -> Result<moa_models::WgpuOps> {
+    match context.weights {
+        Some(WeightType::Fp8) => Err(Error::argument("--weights", "left out on wgpu", "fp8")),
+        None => Ok(moa_models::WgpuOps::open(index, context.cache)?),
+    }
 }
 
 /// Opens a model folder on a device.

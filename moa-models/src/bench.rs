@@ -104,7 +104,8 @@ impl<O: Ops> Llama<O> {
             let expected = format!("more than the {WARM_UP} that warm up and those that are timed");
             return Err(Error::invalid("new tokens", expected, new_tokens));
         }
-        let context = prompt + new_tokens;
+        let context = prompt.saturating_add(new_tokens);
+        self.check_length(context)?;
         let mut random = SplitMix64::new(seed);
         let vocab = self.config.vocab_size;
         let skipped = (new_tokens - run) / 2;
@@ -112,6 +113,11 @@ impl<O: Ops> Llama<O> {
         let (tokens, middle) = tokens.split_at(prompt);
         self.ops.reset_peak()?;
 
+        // A rank has only a part of them, which `open` checks sequence by sequence.
+        if self.ranks() == 1 {
+            let each = plan.kv_bytes(context, self.ops.cache_element_bytes());
+            self.ops.check_room("keys and values", each.saturating_mul(batch as u64))?;
+        }
         let mut sequence = self.open(plan, context, 0)?;
         let read = |sequence: &mut Sequence<O>, tokens: &[u32]| -> Result<f64> {
             self.ops.synchronize()?;
@@ -169,6 +175,14 @@ impl<O: Ops> Llama<O> {
         })
     }
 
+    fn check_length(&self, asked: usize) -> Result<()> {
+        let limit = self.config.context_length();
+        match asked <= limit {
+            true => Ok(()),
+            false => Err(Error::ContextExceeded { asked, limit }),
+        }
+    }
+
     /// The largest batch of sequences of `context` tokens that the device has memory for, by the
     /// sizes of their caches (the smallest of all ranks); `None` where it has no memory of its own.
     ///
@@ -222,6 +236,7 @@ impl<O: BackwardOps> Llama<O> {
     /// # Errors
     /// If `tokens` is less than 2 or more than the model's context; if the memory cannot be had.
     pub fn bench_profile(&self, tokens: usize, seed: u64) -> Result<ProfileBenchReport> {
+        self.check_length(tokens)?;
         let response = RESPONSE.min(tokens / 2);
         let mut random = SplitMix64::new(seed);
         let vocab = self.config.vocab_size;

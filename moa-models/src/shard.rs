@@ -35,7 +35,7 @@ pub trait Communicator<O: Ops>: Rank {
     /// and with the same shapes.
     ///
     /// # Errors
-    /// [`Error::Rank`] if another rank failed or left; if the device fails.
+    /// [`Error::Rank`] if another rank failed or, over the host, left; if the device fails.
     fn all_reduce(&self, ops: &O, x: &mut O::Tensor) -> Result<()>;
 
     /// Whether [`all_reduce`](Self::all_reduce) only launches work that writes `x` in place, so that

@@ -287,8 +287,10 @@ fn operations_refuse_what_does_not_fit() {
             let error = result.unwrap_err();
             assert!(matches!(&error, Error::Shape { what, .. } if *what == name), "{error}");
         }
+        let other = if narrow == Dtype::F16 { Dtype::Bf16 } else { Dtype::F16 };
         for (name, result) in [
             ("weight", o.linear(&zeros(&[3, 64], narrow), &zeros(&[16, 64], f32s), None, narrow)),
+            ("out", o.linear(&zeros(&[1, 64], narrow), &weight, None, other)),
             ("sum", o.linear_add(zeros(&[3, 16], narrow), &zeros(&[3, 64], narrow), &weight, None)),
             ("index", o.embed(&weight, &[16])),
             ("index", o.rows(&weight, &[3, 16])),

@@ -208,7 +208,9 @@ impl Operations {
         }
         let [n, k] = weight.shape;
         let (room, processors) = (self.device.shared_bytes(), self.device.multiprocessors());
-        let Some(few) = Few::choose(rows, n, room, processors) else {
+        // Rows of blocks are fewer than 2^16 in a grid.
+        let few = Few::choose(rows, n, room, processors);
+        let Some(few) = few.filter(|few| few.grid(rows, n)[1] < 1 << 16) else {
             return self.widened_product(x, weight, d, accumulate);
         };
         let args = E4m3Args {

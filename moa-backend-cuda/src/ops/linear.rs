@@ -118,10 +118,19 @@ impl Operations {
         };
         let rows = x.shape()[0];
         check_shape(op, "x", x, &[rows, weight.shape()[1]])?;
-        self.check_place(op, "out", d)?;
+        self.check_output(op, d)?;
         match rows {
             0 => Ok(()),
             _ => self.product_e4m3(&self.rounded(op, x)?, weight, d, accumulate),
+        }
+    }
+
+    /// Where a product may be written: f32, or the type of the operations.
+    fn check_output(&self, op: &'static str, d: &Tensor) -> Result<()> {
+        self.check_place(op, "out", d)?;
+        match d.dtype() {
+            Dtype::F32 => Ok(()),
+            _ => check_dtype(op, "out", d, self.dtype),
         }
     }
 
@@ -148,7 +157,7 @@ impl Operations {
         let (n, k) = if transposed { (out, input) } else { (input, out) };
         let m = x.shape()[0];
         check_shape(op, "x", x, &[m, k])?;
-        self.check_place(op, "out", d)?;
+        self.check_output(op, d)?;
         if m == 0 {
             return Ok(());
         }

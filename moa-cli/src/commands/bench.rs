@@ -98,7 +98,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     if let crate::args::Device::CudaGroup(gpus) = context.device {
         let source = args.source.model.as_ref().or(args.source.config.as_ref());
         let config = LlamaConfig::from_file(source.map_or("".as_ref(), PathBuf::as_path))?;
-        let length = args.prompts.iter().max().unwrap_or(&0) + args.new_tokens;
+        let length = args.prompts.iter().max().unwrap_or(&0).saturating_add(args.new_tokens);
         return gpus.run(&config, args.plan.as_deref(), length, context, |ops, shard, context| {
             with_ops(args, ops, Some(shard), context)
         });
@@ -223,7 +223,7 @@ fn measure<O: RandomWeights>(
     let mut batch = match batch {
         Batch::Of(batch) => return Ok(model.bench(plan, &BenchOptions { batch, ..*options })?),
         Batch::Largest => {
-            let context = options.prompt + options.new_tokens;
+            let context = options.prompt.saturating_add(options.new_tokens);
             let missing = || Error::argument("--batches", "numbers on this device", "max");
             model.largest_batch(plan, context)?.ok_or_else(missing)?.max(1)
         }

@@ -3,9 +3,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use moa_backend_cuda::{Nccl, NcclId, Tensor};
 
 use super::CudaOps;
-use crate::Result;
 use crate::shard::{Communicator, Rank};
 use crate::thread_rank::ThreadRank;
+use crate::{Error, Result};
 
 /// One of several GPUs that share a model and add up over NCCL, each worked with by a thread of its own.
 #[derive(Debug)]
@@ -73,6 +73,11 @@ impl NcclRank {
         self.threads.wait()?;
         let nccl = Arc::new(Nccl::new(ops.device(), &self.id, self.rank, self.ranks)?);
         lock(&self.joined).push(Arc::clone(&nccl));
+        // Who failed meanwhile has not seen it in the list.
+        if let Some(rank) = self.failed() {
+            nccl.abort();
+            return Err(Error::Rank { rank });
+        }
         Ok(Arc::clone(own.insert(nccl)))
     }
 }
@@ -93,7 +98,8 @@ impl Rank for NcclRank {
     fn fail(&self) {
         self.threads.fail();
         // Kernels of the other GPUs wait for this one; who waits for them asks `failed` afterwards.
-        lock(&self.joined).drain(..).for_each(|nccl| nccl.abort());
+        let joined = std::mem::take(&mut *lock(&self.joined));
+        joined.iter().for_each(|nccl| nccl.abort());
     }
 
     fn failed(&self) -> Option<usize> {

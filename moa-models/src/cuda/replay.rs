@@ -131,6 +131,7 @@ impl<'a> Replay<'a> {
     /// Checks a step before it changes anything; whether it is to be replayed.
     fn begin(&mut self, tokens: &[u32]) -> Result<bool> {
         let each: Vec<&[u32]> = tokens.chunks(1).collect();
+        self.model.check_ranks()?;
         self.model.check_step(&self.batch, &each)?;
         Ok(self.prepared.is_some() || self.steps >= PLAIN_STEPS && self.can_replay())
     }
