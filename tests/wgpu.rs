@@ -7,7 +7,8 @@ mod conformance;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use conformance::{TestBackend, conformance, world::World};
+use conformance::world::{World, error};
+use conformance::{TestBackend, conformance};
 use half::{bf16, f16};
 use moa_backend_wgpu::{Device, Dtype, Error, MAX_HEAD_DIM, Tensor, WgpuBackend};
 use moa_core::{LayerLayout, Span, SparseAttentionBackend};
@@ -94,6 +95,21 @@ mod bf16_cache {
         trap_06_memory_is_as_small_as_the_spans
         trap_12_result_does_not_depend_on_the_batch
     );
+}
+
+/// Steps of one token at sizes of real models: several splits, rows of whole loads, both for f32 and for pairs.
+#[test]
+fn decode_equals_the_reference() {
+    for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+        for (query_heads, dim) in [(8, 128), (2, 64), (16, 64)] {
+            let Some(t) = Wgpu::new(dtype) else { return };
+            let world = World::new(query_heads, 2, dim, &[(0, 4000), (4, 300)], 603);
+            let output = world.run(&t, &[600, 1, 1, 1]);
+            let (out, lse) = world.reference(&t);
+            let errors = [error(&output.out, &out), error(&output.lse, &lse)];
+            assert!(errors.iter().all(|&e| e <= t.tolerance()), "{dtype}, {dim}: {errors:?}");
+        }
+    }
 }
 
 #[test]

@@ -57,7 +57,6 @@ impl SparseAttentionBackend for WgpuBackend {
         let out = Tensor::uninitialised(&self.device, "extend", q.shape())?;
         let stats = Tensor::uninitialised(&self.device, "extend", &q.shape()[..2])?;
         let (device, dtype) = (&self.device, caches[0].dtype());
-        let (k, v) = (&extend::words(device, k, dtype)?, &extend::words(device, v, dtype)?);
         let call = Call { device, q, k, v, dtype, out: &out, lse: &stats, query_heads, scale };
         let steps = call.plan(caches, tokens)?;
         call.run(caches, tokens, &steps);

@@ -26,6 +26,8 @@ pub(crate) struct Limits {
     pub(crate) units: usize,
     /// Cubes along one axis.
     pub(crate) cubes: u32,
+    /// Buffers of a kernel.
+    pub(crate) bindings: usize,
 }
 
 impl Limits {
@@ -36,6 +38,7 @@ impl Limits {
             shared_bytes: hardware.max_shared_memory_size,
             units: hardware.max_units_per_cube as usize,
             cubes: x.min(y).min(z),
+            bindings: hardware.max_bindings as usize,
         }
     }
 }

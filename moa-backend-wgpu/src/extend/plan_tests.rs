@@ -4,7 +4,7 @@ use super::*;
 use crate::kernels::keys::{MAX_SPLITS, attends, position, slot};
 
 /// WebGPU's smallest limits.
-const WEB: Limits = Limits { shared_bytes: 16384, units: 256, cubes: 65535 };
+const WEB: Limits = Limits { shared_bytes: 16384, units: 256, cubes: 65535, bindings: 7 };
 
 fn head(layout: &LayerLayout, kv_head: usize) -> Head {
     let head = layout.head(kv_head);

@@ -7,7 +7,9 @@
 pub(crate) mod append;
 pub(crate) mod attend;
 pub(crate) mod copy;
+pub(crate) mod decode;
 pub(crate) mod influence;
+pub(crate) mod join;
 pub(crate) mod keys;
 pub(crate) mod linear;
 pub(crate) mod merge;
