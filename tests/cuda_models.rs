@@ -13,6 +13,8 @@ mod laws;
 mod logits;
 #[path = "cuda_models/profile.rs"]
 mod profile;
+#[path = "cuda_models/ranks.rs"]
+mod ranks;
 #[path = "cuda_models/text.rs"]
 mod text;
 

@@ -23,7 +23,7 @@ struct E4m3Args {
     int k;                // a multiple of 16
     int wide;
     int accumulate;       // 1: added to what out holds
-    int unused;
+    int settled;          // 1: no kernel that may still run writes w
 };
 
 #define STRETCH 64      // k that a pair of warps takes at once
@@ -61,7 +61,8 @@ __device__ __forceinline__ u32 high_pair(u32 word) {
 // GROUPS of 8 tokens; TILES of 16 weight rows a warp; STRETCHES copied as one stage, STAGES in memory.
 template <int GROUPS, int TILES, int STRETCHES, int STAGES>
 __device__ __forceinline__ void product(const E4m3Args& args) {
-    start();
+    let_next_kernel_start();
+    if (!args.settled) wait_for_previous_kernel();
     constexpr int WEIGHT_BYTES = TILES * 2 * 64 * 16;
     constexpr int STRETCH_BYTES = WEIGHT_BYTES + GROUPS * 8 * TOKEN_BYTES;
     constexpr int STAGE_BYTES = STRETCHES * STRETCH_BYTES;
@@ -78,30 +79,41 @@ __device__ __forceinline__ void product(const E4m3Args& args) {
                      (thread % 8 ^ thread / 8 % 2) * 16;
 
     // Of the stage that is copied next.
-    int k = pair * STRETCH;
-    const u8* w = args.w + (i64)(first + g) * args.k + t * 16 + k;
-    const u16* x = args.x + (i64)(token + thread / 8) * args.x_stride + thread % 8 * 8 + k;
-    auto load = [&](int slot) {
+    int weight_k = pair * STRETCH, token_k = weight_k;
+    const u8* w = args.w + (i64)(first + g) * args.k + t * 16 + weight_k;
+    const u16* x = args.x + (i64)(token + thread / 8) * args.x_stride + thread % 8 * 8 + token_k;
+    auto load_weights = [&](int slot) {
 #pragma unroll
         for (int b = 0; b < STRETCHES; b++) {
             const u32 at = slot * STAGE_BYTES + b * STRETCH_BYTES;
 #pragma unroll
             for (int h = 0; h < 2 * TILES; h++)
                 copy16_async(to_w + at + h * 64 * 16, w + (i64)h * 8 * args.k,
-                             first + h * 8 + g < args.n && k + t * 16 < args.k);
+                             first + h * 8 + g < args.n && weight_k + t * 16 < args.k);
+            weight_k += PAIRS * STRETCH;
+            w += PAIRS * STRETCH;
+        }
+    };
+    auto load_tokens = [&](int slot) {
+#pragma unroll
+        for (int b = 0; b < STRETCHES; b++) {
+            const u32 at = slot * STAGE_BYTES + b * STRETCH_BYTES;
 #pragma unroll
             for (int p = 0; p < GROUPS; p++)
                 copy16_async(to_x + at + p * 8 * TOKEN_BYTES, x + p * 8 * args.x_stride,
                              token + p * 8 + thread / 8 < args.rows &&
-                                 k + thread % 8 * 8 < args.k);
-            k += PAIRS * STRETCH;
-            w += PAIRS * STRETCH;
+                                 token_k + thread % 8 * 8 < args.k);
+            token_k += PAIRS * STRETCH;
             x += PAIRS * STRETCH;
         }
         commit_copies();
     };
 #pragma unroll
-    for (int slot = 0; slot < STAGES - 1; slot++) load(slot);
+    for (int slot = 0; slot < STAGES - 1; slot++) load_weights(slot);
+    // The weights come while the kernel before this still makes x.
+    if (args.settled) wait_for_previous_kernel();
+#pragma unroll
+    for (int slot = 0; slot < STAGES - 1; slot++) load_tokens(slot);
 
     float sums[TILES][GROUPS][4] = {};
     int slot = 0;
@@ -110,7 +122,9 @@ __device__ __forceinline__ void product(const E4m3Args& args) {
         wait_copies<STAGES - 2>();
         // What the others have copied is there, and they are done with the slot that is filled next.
         __syncthreads();
-        load(slot == 0 ? STAGES - 1 : slot - 1);
+        const int next = slot == 0 ? STAGES - 1 : slot - 1;
+        load_weights(next);
+        load_tokens(next);
         const u8* const stage = stages + slot * STAGE_BYTES;
         slot = slot + 1 == STAGES ? 0 : slot + 1;
 #pragma unroll

@@ -93,6 +93,23 @@ pub enum Error {
         /// Library names that were tried.
         searched: &'static [&'static str],
     },
+    /// NCCL, which adds up over several GPUs, is not on this machine.
+    #[error(
+        "no NCCL: none of {searched:?} could be loaded; install libnccl2 or the package nvidia-nccl and \
+         put its folder on LD_LIBRARY_PATH"
+    )]
+    NoNccl {
+        /// Library names that were tried.
+        searched: &'static [&'static str],
+    },
+    /// NCCL refused a call.
+    #[error("{call} failed: {status}")]
+    Nccl {
+        /// What was attempted.
+        call: &'static str,
+        /// NCCL's text and number.
+        status: String,
+    },
     /// cuBLASLt refused a call.
     #[error("{call} failed{product}: {status}")]
     Blas {

@@ -39,6 +39,10 @@
 //! it. What is launched on the device's own stream alone can be captured and launched as one
 //! [`Graph`], with its intermediate tensors in an [`Arena`].
 //!
+//! # Several GPUs
+//! [`Nccl`] adds up tensors over the GPUs that share a model. It needs NCCL 2 (`libnccl2`, or the package
+//! `nvidia-nccl`), and nothing else does.
+//!
 //! # Inside another engine
 //! [`Step`] runs the same kernels on foreign memory and a foreign stream: it plans on the host and
 //! uploads tables (`prepare`), then only launches (`run`), also inside a CUDA graph. [`Kernels`] is
@@ -62,6 +66,7 @@ mod influence;
 mod kernels;
 mod library;
 mod memory;
+mod nccl;
 mod ops;
 mod plan;
 mod pool;
@@ -81,6 +86,7 @@ pub use error::{Error, Result};
 pub use graph::Graph;
 pub use kernels::Kernels;
 pub use memory::Workspace;
+pub use nccl::{Nccl, NcclId};
 pub use ops::{AttentionGradients, Draw, E4m3Weight, Indices, Lengths, Operations, Turns, Weight};
 pub use source::Source;
 pub use step::{Batch, Rope, Step, Tensors};

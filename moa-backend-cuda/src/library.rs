@@ -1,7 +1,9 @@
-//! Whether the driver, NVRTC and cuBLASLt are there, asked before anything calls into them.
+//! Whether the driver, NVRTC, cuBLASLt and NCCL are there, asked before anything calls into them.
 
 use std::path::PathBuf;
 use std::sync::OnceLock;
+
+use libloading::Library;
 
 use crate::{Error, Result};
 
@@ -19,11 +21,15 @@ const CUBLASLT: &[&str] = if cfg!(windows) {
     &["libcublasLt.so", "libcublasLt.so.13", "libcublasLt.so.12"]
 };
 
+pub(crate) const NCCL: &[&str] =
+    if cfg!(windows) { &["nccl.dll"] } else { &["libnccl.so", "libnccl.so.2"] };
+
 /// # Errors
 /// [`Error::NoDriver`].
 pub(crate) fn driver() -> Result<()> {
     static FOUND: OnceLock<bool> = OnceLock::new();
-    match FOUND.get_or_init(|| DRIVER.iter().any(|name| load(name.into()))) {
+    let found = || DRIVER.iter().any(|name| load(name.into()).map(std::mem::forget).is_some());
+    match FOUND.get_or_init(found) {
         true => Ok(()),
         false => Err(Error::NoDriver { searched: DRIVER }),
     }
@@ -33,8 +39,7 @@ pub(crate) fn driver() -> Result<()> {
 /// [`Error::NoNvrtc`].
 pub(crate) fn nvrtc() -> Result<()> {
     static FOUND: OnceLock<bool> = OnceLock::new();
-    let found = FOUND.get_or_init(|| load_any(NVRTC));
-    match found {
+    match FOUND.get_or_init(|| open(NVRTC).map(std::mem::forget).is_some()) {
         true => Ok(()),
         false => Err(Error::NoNvrtc { searched: NVRTC }),
     }
@@ -44,31 +49,24 @@ pub(crate) fn nvrtc() -> Result<()> {
 /// [`Error::NoCublasLt`].
 pub(crate) fn cublaslt() -> Result<()> {
     static FOUND: OnceLock<bool> = OnceLock::new();
-    match FOUND.get_or_init(|| load_any(CUBLASLT)) {
+    match FOUND.get_or_init(|| open(CUBLASLT).map(std::mem::forget).is_some()) {
         true => Ok(()),
         false => Err(Error::NoCublasLt { searched: CUBLASLT }),
     }
 }
 
 /// Loads a library by its name, or from the toolkit's folder, which is often not on the loader's
-/// path. Once loaded from there, it answers to its bare name too.
-fn load_any(names: &[&str]) -> bool {
+/// path. Once loaded from there, and not dropped, it answers to its bare name too.
+pub(crate) fn open(names: &[&str]) -> Option<Library> {
     let toolkit = || {
         let roots = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os);
         let mut roots = roots.map(PathBuf::from).chain([PathBuf::from("/usr/local/cuda")]);
-        roots.any(|root| names[1..].iter().any(|name| load(root.join("lib64").join(name))))
+        roots.find_map(|root| names.iter().find_map(|name| load(root.join("lib64").join(name))))
     };
-    names.iter().any(|name| load(name.into())) || toolkit()
+    names.iter().find_map(|name| load(name.into())).or_else(toolkit)
 }
 
-/// Loads a library for the life of the process.
-fn load(path: PathBuf) -> bool {
+fn load(path: PathBuf) -> Option<Library> {
     // SAFETY: these libraries' initialisers may run at any time, on any thread.
-    match unsafe { libloading::Library::new(path) } {
-        Ok(library) => {
-            std::mem::forget(library);
-            true
-        }
-        Err(_) => false,
-    }
+    unsafe { Library::new(path) }.ok()
 }

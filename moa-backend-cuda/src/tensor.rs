@@ -96,13 +96,24 @@ impl Tensor {
     /// [`Error::Shape`] unless there are 1 to 3 axes, [`Error::OutOfMemory`].
     pub fn zeros(device: &Device, shape: &[usize], dtype: Dtype) -> Result<Self> {
         let tensor = Self::uninitialised(device, "Tensor::zeros", shape, dtype)?;
-        device.bind()?;
+        tensor.clear()?;
+        Ok(tensor)
+    }
+
+    /// Makes all elements 0, also those that clones see.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there are gaps between rows, [`Error::Driver`].
+    pub fn clear(&self) -> Result<()> {
+        if !self.is_contiguous() {
+            return Err(Error::shape("clear", "tensor", "rows without gaps", self.shape()));
+        }
+        self.device.bind()?;
         // SAFETY: these are the tensor's bytes.
         unsafe {
-            result::memset_d8_async(tensor.pointer(), 0, tensor.bytes(), device.stream().cast())
+            result::memset_d8_async(self.pointer(), 0, self.bytes(), self.device.stream().cast())
         }
-        .map_err(Error::driver("cuMemsetD8Async"))?;
-        Ok(tensor)
+        .map_err(Error::driver("cuMemsetD8Async"))
     }
 
     /// Memory that holds whatever it held before, for a kernel to write.
@@ -286,7 +297,7 @@ impl Tensor {
         self.stride
     }
 
-    fn is_contiguous(&self) -> bool {
+    pub(crate) fn is_contiguous(&self) -> bool {
         self.stride == self.row_len() || self.shape[0] <= 1
     }
 

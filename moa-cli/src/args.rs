@@ -22,7 +22,7 @@ pub(crate) struct Global {
     #[arg(long, global = true, default_value_t = 0, value_name = "N")]
     pub(crate) seed: u64,
     /// Where the model runs: cpu, or where this build has the features `cuda` and `wgpu`, cuda:N and
-    /// wgpu:N for GPU N
+    /// wgpu:N for GPU N; several GPUs, cuda:0,1,.., share a model in generate, eval and bench
     #[arg(long, global = true, default_value = "cpu", value_name = "DEVICE")]
     pub(crate) device: Device,
     /// Element type of KV caches; on a GPU of weights and activations too
@@ -44,6 +44,9 @@ pub(crate) enum Device {
     /// By number, from 0.
     #[cfg(feature = "cuda")]
     Cuda(usize),
+    /// Several that share a model.
+    #[cfg(feature = "cuda")]
+    CudaGroup(crate::gpus::Gpus),
     /// By number, from 0, or the one that wgpu prefers.
     #[cfg(feature = "wgpu")]
     Wgpu(Option<usize>),
@@ -51,8 +54,8 @@ pub(crate) enum Device {
 
 /// What `--device` takes.
 const DEVICES: &str = match (cfg!(feature = "cuda"), cfg!(feature = "wgpu")) {
-    (true, true) => "cpu, cuda, cuda:N, wgpu, wgpu:N",
-    (true, false) => "cpu, cuda, cuda:N (wgpu needs a build with `--features wgpu`)",
+    (true, true) => "cpu, cuda, cuda:N, cuda:N,M,.., wgpu, wgpu:N",
+    (true, false) => "cpu, cuda, cuda:N, cuda:N,M,.. (wgpu needs a build with `--features wgpu`)",
     (false, true) => "cpu, wgpu, wgpu:N (cuda needs a build with `--features cuda`)",
     (false, false) => {
         "cpu (cuda needs a build with `--features cuda`, wgpu one with `--features wgpu`)"
@@ -75,6 +78,10 @@ impl FromStr for Device {
         #[cfg(feature = "cuda")]
         if let Some(ordinal) = number(name, "cuda") {
             return Ok(Self::Cuda(ordinal.unwrap_or(0)));
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(gpus) = name.strip_prefix("cuda:").and_then(crate::gpus::Gpus::parse) {
+            return Ok(Self::CudaGroup(gpus));
         }
         #[cfg(feature = "wgpu")]
         if let Some(index) = number(name, "wgpu") {
@@ -270,5 +277,18 @@ mod tests {
     fn an_adapter_is_numbered_or_chosen_by_wgpu() {
         assert_eq!("wgpu".parse::<Device>().unwrap(), Device::Wgpu(None));
         assert_eq!("wgpu:1".parse::<Device>().unwrap(), Device::Wgpu(Some(1)));
+    }
+
+    #[test]
+    #[cfg(feature = "cuda")]
+    fn several_gpus_keep_their_order() {
+        let Device::CudaGroup(gpus) = "cuda:2,0,3".parse::<Device>().unwrap() else {
+            panic!("not a group")
+        };
+        assert_eq!(gpus.ordinals(), [2, 0, 3]);
+        for name in ["cuda:0,0", "cuda:0,", "cuda:,1", "cuda:0,x", "cuda:0,1,999"] {
+            let message = name.parse::<Device>().unwrap_err().to_string();
+            assert!(message.contains("cuda:N,M,.."), "{message}");
+        }
     }
 }

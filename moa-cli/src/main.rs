@@ -11,6 +11,8 @@ mod commands;
 mod error;
 mod figure;
 mod files;
+#[cfg(feature = "cuda")]
+mod gpus;
 mod head_map;
 mod held_out;
 mod items;

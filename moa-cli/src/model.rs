@@ -26,10 +26,38 @@ macro_rules! on_device {
                 let $ops = moa_models::WgpuOps::open(index, $context.cache)?;
                 $body
             }
+            #[cfg(feature = "cuda")]
+            $crate::args::Device::CudaGroup(gpus) => {
+                let got = format!("GPUs {gpus:?}");
+                return Err($crate::error::Error::argument(
+                    "--device",
+                    "one device for this command",
+                    got,
+                )
+                .into());
+            }
         }
     };
 }
 pub(crate) use on_device;
+
+/// Evaluates an expression with the model of a folder on the device that `--device` names, or with its
+/// parts on several, each with a context of its own.
+macro_rules! on_model {
+    ($context:expr, $folder:expr, $plan:expr, |$model:ident, $own:ident| $body:expr) => {
+        match $context.device {
+            #[cfg(feature = "cuda")]
+            $crate::args::Device::CudaGroup(gpus) => {
+                gpus.run_model($folder, $plan.plan.as_deref(), $context, |$model, $own| $body)
+            }
+            _ => $crate::model::on_device!($context, |ops| {
+                let ($model, $own) = ($crate::model::open(ops, $folder)?, $context);
+                $body
+            }),
+        }
+    };
+}
+pub(crate) use on_model;
 
 /// The CPU, where weights stay as they are in their file.
 pub(crate) fn cpu(context: &Context) -> Result<CpuOps> {
@@ -67,6 +95,12 @@ pub(crate) fn cuda(ordinal: usize, context: &Context) -> Result<moa_models::Cuda
 
 /// Opens a model folder on a device.
 pub(crate) fn open<O: Ops>(ops: O, folder: &Path) -> Result<Checkpoint<O>> {
+    check_folder(folder)?;
+    Ok(Checkpoint::open(ops, folder)?)
+}
+
+/// Checks that a folder is one.
+pub(crate) fn check_folder(folder: &Path) -> Result<()> {
     if !folder.is_dir() {
         let source = match std::fs::metadata(folder) {
             Ok(_) => std::io::Error::from(std::io::ErrorKind::NotADirectory),
@@ -74,18 +108,12 @@ pub(crate) fn open<O: Ops>(ops: O, folder: &Path) -> Result<Checkpoint<O>> {
         };
         return Err(Error::Read { path: folder.to_path_buf(), source });
     }
-    Ok(Checkpoint::open(ops, folder)?)
+    Ok(())
 }
 
 /// Dimensions of a model from its `config.json`, without its weights.
 pub(crate) fn shape(config: &Path) -> Result<ModelShape> {
-    let config = LlamaConfig::from_file(config)?;
-    Ok(ModelShape {
-        layers: config.num_hidden_layers,
-        query_heads: config.num_attention_heads,
-        kv_heads: config.num_key_value_heads,
-        head_dim: config.head_dim,
-    })
+    Ok(LlamaConfig::from_file(config)?.shape())
 }
 
 /// Every head keeps the same share of the context.

@@ -18,6 +18,8 @@ pub(crate) struct Context {
     pub(crate) weights: Option<WeightType>,
     /// Threads of the search; 0 for all.
     pub(crate) threads: usize,
+    /// Nothing is written at all: another GPU's thread writes the same.
+    muted: bool,
 }
 
 impl Context {
@@ -30,6 +32,27 @@ impl Context {
             cache: global.cache_dtype.into(),
             weights: global.weights,
             threads: global.threads.unwrap_or(0),
+            muted: false,
+        }
+    }
+
+    /// One that writes nothing.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn muted(&self) -> Self {
+        Self { json: false, quiet: true, muted: true, ..*self }
+    }
+
+    /// Checks that the model runs on one device.
+    pub(crate) fn check_one_device(&self, what: &'static str) -> Result<()> {
+        match self.device {
+            #[cfg(feature = "cuda")]
+            Device::CudaGroup(gpus) => {
+                Err(Error::argument(what, "one device", format!("GPUs {gpus:?}")))
+            }
+            _ => {
+                let _ = what;
+                Ok(())
+            }
         }
     }
 
@@ -40,7 +63,7 @@ impl Context {
 
     /// Writes a part of a line to stdout at once; nothing with `--json`.
     pub(crate) fn stream(&self, text: impl Display) -> Result<()> {
-        if self.json { Ok(()) } else { to_stdout(&text) }
+        if self.json || self.muted { Ok(()) } else { to_stdout(&text) }
     }
 
     /// Writes the result for programs, with `--json` only.

@@ -9,6 +9,7 @@
 //!   buffer, what an append writes and what a query may see, and [`Extent`] how far it is filled;
 //! * [`Influence`] and [`Profile`]: how much each head needs each part of the context;
 //! * [`search`]: the best plans for a memory budget;
+//! * [`Sharding`]: which of several devices owns which heads;
 //! * [`SparseAttentionBackend`]: what a device has to offer, and [`mod@reference`], the specification.
 //!
 //! Method: "MoA: Mixture of Sparse Attention for Automatic LLM Compression", arXiv 2406.14909.
@@ -55,6 +56,7 @@ mod provenance;
 pub mod reference;
 mod rule;
 pub mod search;
+mod sharding;
 mod space;
 
 pub use backend::{
@@ -71,4 +73,5 @@ pub use plan::{DEFAULT_SINK, ModelShape, Plan};
 pub use plan_search::{FoundPlans, PlanRequest};
 pub use provenance::{AtLength, Provenance, Trial};
 pub use rule::{ElasticRule, HeadRule};
+pub use sharding::Sharding;
 pub use space::Space;

@@ -11,6 +11,7 @@ use crate::objective::Objective;
 use crate::ops::{BackwardOps, Ops};
 use crate::profile::Item;
 use crate::rng::SplitMix64;
+use crate::shard::Shard;
 use crate::{Error, Result};
 
 /// What to measure.
@@ -38,7 +39,7 @@ impl Default for BenchOptions {
     }
 }
 
-/// What was measured.
+/// What was measured; where several devices share the model, bytes are those of one of them.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct BenchReport {
     /// Tokens of every prompt.
@@ -149,7 +150,7 @@ impl<O: Ops> Llama<O> {
 
         let len = prompt + new_tokens.div_ceil(2);
         let step_bytes =
-            self.weight_bytes_read() + batch as u64 * self.kv_bytes_read(plan, context, len);
+            self.weight_bytes_read() + batch as u64 * self.kv_bytes_read(plan, context, len)?;
         Ok(BenchReport {
             prompt,
             batch,
@@ -169,39 +170,44 @@ impl<O: Ops> Llama<O> {
     }
 
     /// The largest batch of sequences of `context` tokens that the device has memory for, by the
-    /// sizes of their caches; `None` where it has no memory of its own.
+    /// sizes of their caches (the smallest of all ranks); `None` where it has no memory of its own.
     ///
     /// # Errors
     /// If the device fails.
     pub fn largest_batch(&self, plan: &Plan, context: usize) -> Result<Option<usize>> {
         let Some(memory) = self.ops.memory()? else { return Ok(None) };
+        let plan = self.own_plan(plan)?;
         let each = plan.kv_bytes(context, self.ops.cache_element_bytes());
         // Activations of a chunk, logits, work space of kernels, what the driver needs for graphs.
         let chunk = 2048 * (8 * self.config.hidden_size + 6 * self.config.intermediate_size);
         let reserve = (1u64 << 30) + chunk as u64;
         // One step's logits are f32, as wide as the vocabulary.
         let each = each + 8 * self.config.vocab_size as u64;
-        Ok(Some((memory.available_bytes.saturating_sub(reserve) / each.max(1)) as usize))
+        let own = memory.available_bytes.saturating_sub(reserve) / each.max(1);
+        self.least(own as usize).map(Some)
     }
 
     /// Bytes of weights that a decode step reads: all but the embedding's other rows.
     fn weight_bytes_read(&self) -> u64 {
         let c = &self.config;
         let table = (c.vocab_size * c.hidden_size) as u64;
-        let unread = if c.tie_word_embeddings { 0 } else { table };
-        let linear = c.linear_parameters();
-        let rest = c.parameters() - linear - unread;
+        // A part of a tied model has an output matrix of its own.
+        let is_read = c.tie_word_embeddings && self.shard.is_none();
+        let unread = if is_read { 0 } else { table };
+        let weights = Shard::weights(self.shard.as_ref(), c);
+        let rest = weights.rest - unread;
         // Weights that stay in their file are of 2 bytes in all files that we know.
         let read = |bytes, elements| if bytes == 0 { 2 * elements } else { bytes };
-        read(self.ops.linear_bytes(linear, c.linear_outputs()), linear)
+        read(weights.linear_bytes(&self.ops), weights.linear)
             + read(self.ops.weight_bytes(rest), rest)
     }
 
     /// Bytes of keys and values that the query of token `len` sees.
-    fn kv_bytes_read(&self, plan: &Plan, context: usize, len: usize) -> u64 {
+    fn kv_bytes_read(&self, plan: &Plan, context: usize, len: usize) -> Result<u64> {
+        let plan = self.own_plan(plan)?;
         let spans = (0..self.layers.len()).flat_map(|layer| plan.layer_spans(layer, context));
         let keys: usize = spans.map(|span| span.total().min(len)).sum();
-        (2 * keys * self.config.head_dim * self.ops.cache_element_bytes()) as u64
+        Ok((2 * keys * self.config.head_dim * self.ops.cache_element_bytes()) as u64)
     }
 }
 

@@ -8,6 +8,7 @@ use crate::generate::{Finish, GenerateOptions, Generation, Next, Progress};
 use crate::generation_config::GenerationConfig;
 use crate::llama::{Llama, Sequence};
 use crate::ops::Ops;
+use crate::shard::Shard;
 use crate::stop::StopStrings;
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
@@ -42,13 +43,24 @@ impl<O: Ops> Checkpoint<O> {
     /// # Errors
     /// If a file is missing or malformed, or the parts are not of one model.
     pub fn open(ops: O, folder: impl AsRef<Path>) -> Result<Self> {
-        let folder = folder.as_ref();
+        Self::open_part(ops, folder.as_ref(), None)
+    }
+
+    /// [`open`](Self::open) with one rank's part of the network.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open) and [`Llama::load_shard`].
+    pub fn open_shard(ops: O, folder: impl AsRef<Path>, shard: Shard<O>) -> Result<Self> {
+        Self::open_part(ops, folder.as_ref(), Some(shard))
+    }
+
+    fn open_part(ops: O, folder: &Path, shard: Option<Shard<O>>) -> Result<Self> {
         let config = LlamaConfig::from_file(folder)?;
         let tokenizer = Tokenizer::from_dir(folder)?;
         tokenizer.check_vocab_size(config.vocab_size)?;
         let generation = GenerationConfig::from_dir(folder)?;
         let template = ChatTemplate::from_dir(folder)?;
-        let model = Llama::load(ops, config, &Weights::open(folder)?)?;
+        let model = Llama::load_part(ops, config, &Weights::open(folder)?, shard)?;
         Ok(Self { model, tokenizer, generation, template, folder: folder.to_path_buf() })
     }
 

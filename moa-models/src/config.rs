@@ -1,5 +1,7 @@
 use std::path::Path;
 
+use moa_core::ModelShape;
+
 use crate::error::{Error, Result};
 use crate::json::Object;
 use crate::rope_scaling::RopeScaling;
@@ -170,6 +172,17 @@ impl LlamaConfig {
         let heads = self.num_attention_heads + 2 * self.num_key_value_heads;
         let layer = heads * self.head_dim + 2 * self.hidden_size + 2 * self.intermediate_size;
         (self.num_hidden_layers * layer) as u64
+    }
+
+    /// The dimensions that plans depend on.
+    #[must_use]
+    pub fn shape(&self) -> ModelShape {
+        ModelShape {
+            layers: self.num_hidden_layers,
+            query_heads: self.num_attention_heads,
+            kv_heads: self.num_key_value_heads,
+            head_dim: self.head_dim,
+        }
     }
 
     /// Query heads that share one KV head.

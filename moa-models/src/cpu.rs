@@ -7,10 +7,11 @@ use half::{bf16, f16};
 use moa_backend_cpu::ops::{self as kernels, WeightData, WeightRef};
 use moa_backend_cpu::{CacheDtype, CpuBackend, Tensor};
 
+use crate::mapped::MappedTensor;
 use crate::ops::{BackwardOps, LinearWeights, Ops, RandomWeights};
 use crate::rng::SplitMix64;
 use crate::rope::RopeTable;
-use crate::weights::{DType, MappedTensor};
+use crate::weights::DType;
 use crate::{Error, Result};
 
 /// Runs a model on the CPU.

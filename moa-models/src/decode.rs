@@ -57,7 +57,7 @@ impl<O: Ops> Decode for Stepwise<'_, O> {
     fn step(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
         let tokens: Vec<&[u32]> = tokens.chunks(1).collect();
         let logits = self.model.forward(&mut self.batch, &tokens, LogitRows::Last)?;
-        self.model.ops().values(logits)
+        self.model.values(logits)
     }
 
     fn step_greedy(&mut self, tokens: &[u32]) -> Result<Vec<u32>> {

@@ -253,6 +253,13 @@ pub enum Error {
     #[error(transparent)]
     Core(#[from] moa_core::Error),
 
+    /// A device with another part of the model failed, or was given up before a step was done.
+    #[error("rank {rank}, which has another part of the model, failed or left")]
+    Rank {
+        /// The rank, from 0.
+        rank: usize,
+    },
+
     /// The device failed.
     #[error("device: {0}")]
     Backend(Box<dyn std::error::Error + Send + Sync>),

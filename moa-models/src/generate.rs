@@ -145,7 +145,7 @@ impl<O: Ops> Llama<O> {
                 return Err(Error::Cancelled);
             }
             if is_last {
-                return self.ops().values(logits);
+                return self.values(logits);
             }
         }
     }

@@ -27,7 +27,9 @@ mod generation_config;
 mod json;
 mod json_style;
 mod jsonl;
+mod layer;
 mod llama;
+mod mapped;
 pub mod metrics;
 mod objective;
 mod ops;
@@ -44,9 +46,11 @@ mod rope_scaling;
 mod running;
 mod sampling;
 mod serve;
+mod shard;
 mod special_tokens;
 mod stop;
 mod tasks;
+mod thread_rank;
 mod tokenizer;
 mod weights;
 #[cfg(feature = "wgpu")]
@@ -64,7 +68,7 @@ pub use compress::{
 pub use config::LlamaConfig;
 pub use cpu::{CpuMatrix, CpuOps, CpuRotations};
 #[cfg(feature = "cuda")]
-pub use cuda::{CudaDtype, CudaMatrix, CudaOps, Joined};
+pub use cuda::{CudaDtype, CudaMatrix, CudaOps, Joined, NcclRank};
 pub use decode::Decode;
 #[cfg(feature = "hub")]
 pub use download::download;
@@ -77,7 +81,10 @@ pub use fingerprint::fingerprint;
 pub use generate::{Finish, GenerateOptions, Generated, Generation, Next, Progress};
 pub use generation_config::GenerationConfig;
 pub use llama::{Llama, LogitRows, Sequence};
+pub use mapped::MappedTensor;
 pub use moa_backend_cpu::CacheDtype;
+#[cfg(feature = "cuda")]
+pub use moa_backend_cuda::NcclId;
 pub use objective::{Objective, TokenWeight, WeightedObjective};
 pub use ops::{BackwardOps, LinearWeights, Memory, Ops, RandomWeights};
 pub use perplexity::PerplexityReport;
@@ -89,9 +96,11 @@ pub use rope::RopeTable;
 pub use rope_scaling::RopeScaling;
 pub use sampling::{Sampler, SamplingOptions};
 pub use serve::{Request, Served};
+pub use shard::{Communicator, Rank, Shard, on_ranks};
 pub use stop::StopStrings;
 pub use tasks::Task;
+pub use thread_rank::ThreadRank;
 pub use tokenizer::{TokenStream, Tokenizer};
-pub use weights::{DType, MappedTensor, Weights};
+pub use weights::{DType, Weights};
 #[cfg(feature = "wgpu")]
 pub use wgpu::WgpuOps;

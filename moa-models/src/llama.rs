@@ -1,84 +1,27 @@
 use moa_core::{Extent, LayerLayout, ModelShape, Plan, SparseAttentionBackend};
 
 use crate::config::LlamaConfig;
-use crate::ops::{LinearWeights, Ops};
+use crate::layer::{Layer, LayerPart};
+use crate::ops::Ops;
 use crate::rope::RopeTable;
+use crate::shard::Shard;
 use crate::weights::Weights;
 use crate::{Error, Result};
 
-/// A weight and its optional bias.
-pub(crate) struct Linear<O: Ops> {
-    pub(crate) weight: O::Matrix,
-    pub(crate) bias: Option<O::Vector>,
-}
-
-impl<O: Ops> Linear<O> {
-    fn load(ops: &O, LinearWeights { weight, bias }: LinearWeights) -> Result<Self> {
-        let bias = bias.map(|bias| ops.vector(bias)).transpose()?;
-        Ok(Self { weight: ops.linear_matrix(weight)?, bias })
-    }
-
-    /// The residual stream `x` with this layer's output for `y` added.
-    fn add_to(&self, ops: &O, x: O::Tensor, y: &O::Tensor) -> Result<O::Tensor> {
-        ops.linear_add(x, y, &self.weight, self.bias.as_ref())
-    }
-}
-
-pub(crate) struct Layer<O: Ops> {
-    pub(crate) attention_norm: O::Vector,
-    /// Queries, keys, values.
-    pub(crate) qkv: O::Joined,
-    pub(crate) o: Linear<O>,
-    pub(crate) mlp_norm: O::Vector,
-    /// Gate and up.
-    pub(crate) gate_up: O::Joined,
-    pub(crate) down: Linear<O>,
-}
-
-impl<O: Ops> Layer<O> {
-    fn load(ops: &O, c: &LlamaConfig, weights: &Weights, index: usize) -> Result<Self> {
-        let name = |part: &str| format!("model.layers.{index}.{part}");
-        let (hidden, inner) = (c.hidden_size, c.intermediate_size);
-        let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
-        let norm = |part: &str| ops.vector(weights.tensor(&name(part), &[hidden])?);
-        let linear = |part: &str, out: usize, input: usize, bias: bool| -> Result<LinearWeights> {
-            let name = name(part);
-            Ok(LinearWeights {
-                weight: weights.tensor(&format!("{name}.weight"), &[out, input])?,
-                bias: match bias {
-                    true => Some(weights.tensor(&format!("{name}.bias"), &[out])?),
-                    false => None,
-                },
-            })
-        };
-        Ok(Self {
-            attention_norm: norm("input_layernorm.weight")?,
-            qkv: ops.join(vec![
-                linear("self_attn.q_proj", q, hidden, c.attention_bias)?,
-                linear("self_attn.k_proj", kv, hidden, c.attention_bias)?,
-                linear("self_attn.v_proj", kv, hidden, c.attention_bias)?,
-            ])?,
-            o: Linear::load(ops, linear("self_attn.o_proj", hidden, q, c.attention_bias)?)?,
-            mlp_norm: norm("post_attention_layernorm.weight")?,
-            gate_up: ops.join(vec![
-                linear("mlp.gate_proj", inner, hidden, c.mlp_bias)?,
-                linear("mlp.up_proj", inner, hidden, c.mlp_bias)?,
-            ])?,
-            down: Linear::load(ops, linear("mlp.down_proj", hidden, inner, c.mlp_bias)?)?,
-        })
-    }
-}
-
-/// A Llama-type decoder on one device.
+/// A Llama-type decoder on one device, or one device's part of it.
 pub struct Llama<O: Ops> {
     pub(crate) ops: O,
     pub(crate) config: LlamaConfig,
     pub(crate) embedding: O::Matrix,
     pub(crate) layers: Vec<Layer<O>>,
     pub(crate) norm: O::Vector,
-    /// `None` when the embedding is tied.
+    /// `None` when the embedding is tied and whole.
     pub(crate) lm_head: Option<O::Matrix>,
     pub(crate) fingerprint: String,
+    /// What of the model this is, where several devices share it.
+    pub(crate) shard: Option<Shard<O>>,
+    /// Dimensions of what is here.
+    pub(crate) local: ModelShape,
 }
 
 impl<O: Ops> std::fmt::Debug for Llama<O> {
@@ -138,19 +81,38 @@ impl<O: Ops> Llama<O> {
     /// # Errors
     /// If a tensor is missing or has another shape than the configuration says.
     pub fn load(ops: O, config: LlamaConfig, weights: &Weights) -> Result<Self> {
-        ops.check_room("weights", weight_bytes(&ops, &config))?;
+        Self::load_part(ops, config, weights, None)
+    }
+
+    pub(crate) fn load_part(
+        ops: O,
+        config: LlamaConfig,
+        weights: &Weights,
+        shard: Option<Shard<O>>,
+    ) -> Result<Self> {
+        let local = Shard::local_shape(shard.as_ref(), &config)?;
+        ops.check_room("weights", Shard::weights(shard.as_ref(), &config).bytes(&ops))?;
         let table = [config.vocab_size, config.hidden_size];
-        let embedding = ops.matrix(weights.tensor("model.embed_tokens.weight", &table)?)?;
+        let embedding = weights.tensor("model.embed_tokens.weight", &table)?;
         let layers = (0..config.num_hidden_layers)
-            .map(|index| Layer::load(&ops, &config, weights, index))
+            .map(|index| {
+                let part = LayerPart::of(shard.as_ref(), &config, index);
+                Layer::load(&ops, &config, weights, index, &part)
+            })
             .collect::<Result<_>>()?;
         let norm = ops.vector(weights.tensor("model.norm.weight", &[config.hidden_size])?)?;
-        let lm_head = match config.tie_word_embeddings {
-            true => None,
-            false => Some(ops.matrix(weights.tensor("lm_head.weight", &table)?)?),
+        let output = match config.tie_word_embeddings {
+            true => embedding.clone(),
+            false => weights.tensor("lm_head.weight", &table)?,
         };
+        let lm_head = match &shard {
+            None if config.tie_word_embeddings => None,
+            None => Some(ops.matrix(output)?),
+            Some(shard) => Some(ops.matrix(output.rows(&[shard.vocabulary(&config)])?)?),
+        };
+        let embedding = ops.matrix(embedding)?;
         let fingerprint = weights.fingerprint();
-        Ok(Self { ops, config, embedding, layers, norm, lm_head, fingerprint })
+        Ok(Self { ops, config, embedding, layers, norm, lm_head, fingerprint, shard, local })
     }
 
     /// The model's configuration.
@@ -165,7 +127,7 @@ impl<O: Ops> Llama<O> {
 
     /// Bytes of the weights on the device, 0 where they stay in their file's map.
     pub fn weight_bytes(&self) -> u64 {
-        weight_bytes(&self.ops, &self.config)
+        Shard::weights(self.shard.as_ref(), &self.config).bytes(&self.ops)
     }
 
     /// Fingerprint of the weights, as plan files hold it.
@@ -175,12 +137,7 @@ impl<O: Ops> Llama<O> {
 
     /// The dimensions that plans depend on.
     pub fn shape(&self) -> ModelShape {
-        ModelShape {
-            layers: self.config.num_hidden_layers,
-            query_heads: self.config.num_attention_heads,
-            kv_heads: self.config.num_key_value_heads,
-            head_dim: self.config.head_dim,
-        }
+        self.config.shape()
     }
 
     pub(crate) fn scale(&self) -> f32 {
@@ -201,7 +158,7 @@ impl<O: Ops> Llama<O> {
     /// # Errors
     /// If the plan is for another model or `capacity` is longer than the model's context.
     pub fn open(&self, plan: &Plan, capacity: usize, slack: usize) -> Result<Sequence<O>> {
-        plan.check_shape(&self.shape())?;
+        let plan = self.own_plan(plan)?;
         let limit = self.config.context_length();
         if capacity > limit {
             return Err(Error::ContextExceeded { asked: capacity, limit });
@@ -270,6 +227,25 @@ impl<O: Ops> Llama<O> {
         logits: LogitRows<'_>,
     ) -> Result<O::Tensor> {
         self.check_step(batch, tokens)?;
+        let total = tokens.iter().map(|new| new.len()).sum::<usize>();
+        if let LogitRows::Rows(rows) = logits
+            && let Some(row) = rows.iter().find(|row| **row >= total)
+        {
+            return Err(Error::invalid("logit row", format!("below {total}"), row));
+        }
+        let result = self.step(batch, tokens, logits);
+        if result.is_err() {
+            self.tell_failure();
+        }
+        result
+    }
+
+    fn step(
+        &self,
+        batch: &mut [&mut Sequence<O>],
+        tokens: &[&[u32]],
+        logits: LogitRows<'_>,
+    ) -> Result<O::Tensor> {
         let positions: Vec<_> = batch
             .iter()
             .zip(tokens)
@@ -289,9 +265,6 @@ impl<O: Ops> Llama<O> {
             LogitRows::Rows(rows) => rows.to_vec(),
             LogitRows::None => Vec::new(),
         };
-        if let Some(&row) = rows.iter().find(|r| **r >= ids.len()) {
-            return Err(Error::invalid("logit row", format!("below {}", ids.len()), row));
-        }
         let x = self.ops.embed(&self.embedding, &ids)?;
         let result = self.run_layers(batch, &counts, x, &rotations);
         for (sequence, n) in batch.iter_mut().zip(&counts) {
@@ -376,7 +349,7 @@ impl<O: Ops> Llama<O> {
         let h = ops.rms_norm(x, &layer.attention_norm, self.eps())?;
         let [q, k, v] = parts(ops.linears(&h, &layer.qkv)?)?;
         let heads = |y, heads| ops.reshape(y, &[tokens, heads, c.head_dim]);
-        let (query, kv) = (c.num_attention_heads, c.num_key_value_heads);
+        let (query, kv) = (self.local.query_heads, self.local.kv_heads);
         Ok([heads(q, query)?, heads(k, kv)?, heads(v, kv)?])
     }
 
@@ -388,10 +361,9 @@ impl<O: Ops> Llama<O> {
         out: O::Tensor,
     ) -> Result<O::Tensor> {
         let rows = self.ops.shape(&out)[0];
-        let flat = self
-            .ops
-            .reshape(out, &[rows, self.config.num_attention_heads * self.config.head_dim])?;
-        layer.o.add_to(&self.ops, x, &flat)
+        let width = self.local.query_heads * self.config.head_dim;
+        let flat = self.ops.reshape(out, &[rows, width])?;
+        self.add_branch(x, &flat, &layer.o)
     }
 
     /// `x + mlp(norm(x))`.
@@ -400,7 +372,7 @@ impl<O: Ops> Llama<O> {
         let h = ops.rms_norm(&x, &layer.mlp_norm, self.eps())?;
         let [gate, up] = parts(ops.linears(&h, &layer.gate_up)?)?;
         let act = ops.swiglu(gate, &up)?;
-        layer.down.add_to(ops, x, &act)
+        self.add_branch(x, &act, &layer.down)
     }
 
     pub(crate) fn eps(&self) -> f32 {
@@ -411,15 +383,8 @@ impl<O: Ops> Llama<O> {
     fn logits(&self, x: &O::Tensor, rows: &[usize]) -> Result<O::Tensor> {
         let picked = self.ops.rows(x, rows)?;
         let h = self.ops.rms_norm(&picked, &self.norm, self.eps())?;
-        self.ops.logits(&h, self.output_matrix())
+        self.output(&h)
     }
-}
-
-/// Bytes of all weights on a device.
-pub(crate) fn weight_bytes<O: Ops>(ops: &O, config: &LlamaConfig) -> u64 {
-    let linear = config.linear_parameters();
-    let rest = config.parameters() - linear;
-    ops.weight_bytes(rest) + ops.linear_bytes(linear, config.linear_outputs())
 }
 
 /// What joined layers gave.

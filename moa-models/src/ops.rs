@@ -5,11 +5,11 @@ use std::ops::Range;
 
 use moa_core::SparseAttentionBackend;
 
-use crate::Result;
 use crate::decode::{Decode, Stepwise};
 use crate::llama::{Llama, Sequence};
+use crate::mapped::MappedTensor;
 use crate::rope::RopeTable;
-use crate::weights::MappedTensor;
+use crate::{Error, Result};
 
 /// A linear layer before it is on a device.
 #[derive(Clone, Debug)]
@@ -195,6 +195,32 @@ pub trait Ops: Send + Sync {
     /// If shapes do not fit.
     fn logits(&self, x: &Self::Tensor, weight: &Self::Matrix) -> Result<Self::Tensor> {
         self.linear(x, weight, None)
+    }
+
+    /// [`logits`](Self::logits) by a part of the output matrix, as these columns of `[rows, total]` of
+    /// zeros.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn logits_within(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Matrix,
+        columns: Range<usize>,
+        total: usize,
+    ) -> Result<Self::Tensor> {
+        let part = self.logits(x, weight)?;
+        let rows = self.shape(&part)[0];
+        let part = self.values(part)?;
+        if part.len() != rows * columns.len() || columns.end > total {
+            let expected = format!("{rows} x {} of {total} columns", columns.len());
+            return Err(Error::invalid("part of logits", expected, part.len()));
+        }
+        let mut all = vec![0.0; rows * total];
+        for (to, from) in all.chunks_mut(total).zip(part.chunks(columns.len())) {
+            to[columns.clone()].copy_from_slice(from);
+        }
+        self.tensor(all, &[rows, total])
     }
 
     /// Rotary angles of packed sequences, each with the positions of its new tokens.

@@ -74,7 +74,7 @@ impl<O: Ops> Llama<O> {
                 let rows: Vec<usize> = (0..chunk.len()).collect();
                 let logits =
                     self.forward(&mut [&mut sequence], &[chunk], LogitRows::Rows(&rows))?;
-                let logits = self.ops().values(logits)?;
+                let logits = self.values(logits)?;
                 let targets = &ids[index * LOGIT_CHUNK + 1..];
                 for (row, target) in logits.chunks(self.config().vocab_size).zip(targets) {
                     sum += cross_entropy(row, *target as usize);
@@ -100,11 +100,11 @@ impl<O: Ops> Llama<O> {
         })
     }
 
-    /// Bytes that a dense cache of `capacity` tokens would hold.
+    /// Bytes that a dense cache of `capacity` tokens would hold, of the heads that are here.
     ///
     /// # Errors
     /// Never for a model that was loaded.
     pub fn dense_bytes(&self, capacity: usize) -> Result<u64> {
-        Ok(Plan::full(self.shape())?.kv_bytes(capacity, self.ops().cache_element_bytes()))
+        Ok(Plan::full(self.local)?.kv_bytes(capacity, self.ops().cache_element_bytes()))
     }
 }

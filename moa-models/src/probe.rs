@@ -132,6 +132,7 @@ impl<O: Ops> Llama<O> {
         mut keep: Option<&mut Vec<Hidden<O::Tensor>>>,
     ) -> Result<f64> {
         let (ops, attention) = (&self.ops, self.ops.attention());
+        let plan = self.own_plan(plan)?;
         let counts: Vec<usize> =
             pass.items.iter().map(|i| i.inputs().len() - pass.shared).collect();
         for (index, layer) in self.layers.iter().enumerate().skip(first) {
@@ -170,7 +171,7 @@ impl<O: Ops> Llama<O> {
             x.rest = self.mlp(layer, self.after_attention(layer, x.rest, out)?)?;
         }
         let h = ops.rms_norm(&x.rest, &self.norm, self.eps())?;
-        let logits = ops.values(ops.logits(&h, self.output_matrix())?)?;
+        let logits = self.values(self.output(&h)?)?;
         let mut rows = logits.chunks(self.config.vocab_size);
         let losses = pass.items.iter().map(|item| {
             let response = item.response();

@@ -11,7 +11,8 @@ use moa_core::{
     SparseAttentionBackend,
 };
 
-use crate::llama::{Layer, Llama, parts};
+use crate::layer::Layer;
+use crate::llama::{Llama, parts};
 use crate::objective::{Objective, WeightedObjective, cross_entropy};
 use crate::ops::BackwardOps;
 use crate::{Error, Result};
@@ -112,6 +113,7 @@ impl<O: BackwardOps> Llama<O> {
         objective: WeightedObjective,
         into: &mut Influence,
     ) -> Result<(f64, f64)> {
+        self.check_whole("profiling")?;
         self.ops.check_gradients()?;
         let tokens = item.inputs();
         if into.shape() != self.shape() {

@@ -1,8 +1,10 @@
 //! Models of random weights, for measurements of speed and memory.
 
 use crate::config::LlamaConfig;
-use crate::llama::{Layer, Linear, Llama, weight_bytes};
+use crate::layer::{Layer, Linear};
+use crate::llama::Llama;
 use crate::ops::RandomWeights;
+use crate::shard::Shard;
 use crate::{Error, Result};
 
 impl<O: RandomWeights> Llama<O> {
@@ -12,18 +14,37 @@ impl<O: RandomWeights> Llama<O> {
     /// [`Error::Invalid`] if the model has biases, which are not made up; if the memory cannot be
     /// had.
     pub fn random(ops: O, config: LlamaConfig, seed: u32) -> Result<Self> {
+        Self::random_part(ops, config, seed, None)
+    }
+
+    /// One rank's part of a model of random weights: of the same sizes as one that was loaded, but not
+    /// the numbers that [`random`](Self::random) makes of the same seed.
+    ///
+    /// # Errors
+    /// As [`random`](Self::random) and [`load_shard`](Self::load_shard).
+    pub fn random_shard(ops: O, config: LlamaConfig, seed: u32, shard: Shard<O>) -> Result<Self> {
+        Self::random_part(ops, config, seed, Some(shard))
+    }
+
+    fn random_part(
+        ops: O,
+        config: LlamaConfig,
+        seed: u32,
+        shard: Option<Shard<O>>,
+    ) -> Result<Self> {
         config.validate()?;
         if config.attention_bias || config.mlp_bias {
             return Err(Error::invalid("random weights", "of a model without biases", "biases"));
         }
-        ops.check_room("weights", weight_bytes(&ops, &config))?;
+        let local = Shard::local_shape(shard.as_ref(), &config)?;
+        ops.check_room("weights", Shard::weights(shard.as_ref(), &config).bytes(&ops))?;
         let c = &config;
         let seed_of = |number: usize| seed.wrapping_mul(0x9e37).wrapping_add(number as u32);
         let matrix = |out, input, number| ops.random_matrix(out, input, seed_of(number));
         let joined =
             |outs: &[usize], input, number| ops.random_joined(outs, input, seed_of(number));
-        let (hidden, inner) = (c.hidden_size, c.intermediate_size);
-        let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
+        let (hidden, inner) = (c.hidden_size, Shard::inner(shard.as_ref(), c));
+        let (q, kv) = (local.query_heads * c.head_dim, local.kv_heads * c.head_dim);
         let linear = |out, input, number| -> Result<Linear<O>> {
             Ok(Linear { weight: ops.random_linear(out, input, seed_of(number))?, bias: None })
         };
@@ -40,12 +61,13 @@ impl<O: RandomWeights> Llama<O> {
         };
         let layers = (0..c.num_hidden_layers).map(layer).collect::<Result<_>>()?;
         let embedding = matrix(c.vocab_size, hidden, 0)?;
-        let lm_head = match c.tie_word_embeddings {
-            true => None,
-            false => Some(matrix(c.vocab_size, hidden, 1)?),
+        let lm_head = match &shard {
+            None if c.tie_word_embeddings => None,
+            None => Some(matrix(c.vocab_size, hidden, 1)?),
+            Some(shard) => Some(matrix(shard.vocabulary(c).len(), hidden, 1)?),
         };
         let norm = ops.ones(hidden)?;
         let fingerprint = format!("random-{seed}");
-        Ok(Self { ops, config, embedding, layers, norm, lm_head, fingerprint })
+        Ok(Self { ops, config, embedding, layers, norm, lm_head, fingerprint, shard, local })
     }
 }

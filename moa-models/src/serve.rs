@@ -136,7 +136,7 @@ impl<O: Ops> Llama<O> {
         let tokens: Vec<&[u32]> = parts.iter().map(Vec::as_slice).collect();
         let mut batch: Vec<_> = slots.iter_mut().map(|slot| &mut slot.sequence).collect();
         let logits = self.forward(&mut batch, &tokens, LogitRows::Rows(&rows))?;
-        let values = self.ops().values(logits)?;
+        let values = self.values(logits)?;
         let read = slots.iter_mut().filter(|slot| slot.unread.is_empty());
         for (slot, row) in read.zip(values.chunks(self.config().vocab_size)) {
             slot.run.logits = row.to_vec();

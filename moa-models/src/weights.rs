@@ -1,5 +1,4 @@
 use std::collections::BTreeMap;
-use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,6 +11,7 @@ use safetensors::tensor::Dtype;
 use crate::error::{Error, Result};
 use crate::fingerprint::Fnv1a;
 use crate::json::Object;
+use crate::mapped::MappedTensor;
 
 const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
@@ -94,7 +94,7 @@ impl Weights {
             }
         };
         let (offset, len) = (entry.offset, entry.len);
-        Ok(MappedTensor { map: file.map.clone(), offset, len, dtype, shape: shape.to_owned() })
+        Ok(MappedTensor::new(file.map.clone(), offset..offset + len, dtype, shape))
     }
 
     /// Whether there is a tensor `name`.
@@ -252,55 +252,5 @@ impl DType {
             Self::F16 => to.extend(pairs().map(|b| f16::from_le_bytes(b).to_f32())),
             Self::BF16 => to.extend(pairs().map(|b| bf16::from_le_bytes(b).to_f32())),
         }
-    }
-}
-
-/// A tensor that lies in a mapped file, row-major and little-endian.
-///
-/// A clone shares the map, which lives as long as any tensor of the file does. The bytes need
-/// not be aligned to their elements: safetensors does not promise it.
-#[derive(Clone)]
-pub struct MappedTensor {
-    map: Arc<Mmap>,
-    offset: usize,
-    len: usize,
-    dtype: DType,
-    shape: Vec<usize>,
-}
-
-impl MappedTensor {
-    /// The elements' bytes.
-    #[must_use]
-    pub fn bytes(&self) -> &[u8] {
-        &self.map[self.offset..self.offset + self.len]
-    }
-
-    /// The element type.
-    #[must_use]
-    pub fn dtype(&self) -> DType {
-        self.dtype
-    }
-
-    /// Elements along each dimension, the last one contiguous.
-    #[must_use]
-    pub fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    /// The elements as f32, copied.
-    #[must_use]
-    pub fn to_f32(&self) -> Vec<f32> {
-        let mut values = Vec::new();
-        self.dtype.extend_f32(self.bytes(), &mut values);
-        values
-    }
-}
-
-impl fmt::Debug for MappedTensor {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MappedTensor")
-            .field("dtype", &self.dtype)
-            .field("shape", &self.shape)
-            .finish_non_exhaustive()
     }
 }

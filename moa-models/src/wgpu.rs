@@ -5,9 +5,10 @@ use std::ops::Range;
 
 use moa_backend_wgpu::{Device, Dtype, Matrix, Tensor, WgpuBackend, ops as kernels};
 
+use crate::mapped::MappedTensor;
 use crate::ops::{BackwardOps, LinearWeights, Ops, RandomWeights};
 use crate::rope::RopeTable;
-use crate::weights::{DType, MappedTensor};
+use crate::weights::DType;
 use crate::{CacheDtype, Error, Result};
 
 /// Runs a model on a GPU over Vulkan, Metal, DX12 or WebGPU.

@@ -7,6 +7,7 @@ use super::blas::Product;
 use super::launch::{E4M3, OpArgs, OpKernels};
 use super::{Operations, PIECE_BYTES, shaped};
 use crate::arena::Memory;
+use crate::graph::is_capturing;
 use crate::source::Source;
 use crate::tables::DevicePointer;
 use crate::{Device, Dtype, Error, Result, Tensor, e4m3};
@@ -51,7 +52,7 @@ struct E4m3Args {
     k: i32,
     wide: i32,
     accumulate: i32,
-    unused: i32,
+    settled: i32,
 }
 
 const _: () = assert!(size_of::<E4m3Args>() == 72);
@@ -222,7 +223,7 @@ impl Operations {
             k: k as i32,
             wide: i32::from(d.dtype() == Dtype::F32),
             accumulate: i32::from(accumulate),
-            unused: 0,
+            settled: i32::from(is_capturing()),
         };
         let kernels = self.e4m3_kernels()?;
         // SAFETY: the shapes are checked; all of it is on the device's stream.

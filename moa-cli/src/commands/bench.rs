@@ -3,7 +3,7 @@ use std::str::FromStr;
 
 use moa_core::{DEFAULT_SINK, Plan, SparseAttentionBackend};
 use moa_models::{
-    BackwardOps, BenchOptions, BenchReport, Llama, LlamaConfig, Ops, RandomWeights, Weights,
+    BackwardOps, BenchOptions, BenchReport, Llama, LlamaConfig, Ops, RandomWeights, Shard, Weights,
 };
 use serde_json::{Value, json};
 
@@ -92,16 +92,40 @@ const RETRIES: usize = 12;
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     if args.profile {
         model::check_gradients(context)?;
+        context.check_one_device("--device with --profile")?;
     }
-    on_device!(context, |ops| with_ops(args, ops, context))
+    #[cfg(feature = "cuda")]
+    if let crate::args::Device::CudaGroup(gpus) = context.device {
+        let source = args.source.model.as_ref().or(args.source.config.as_ref());
+        let config = LlamaConfig::from_file(source.map_or("".as_ref(), PathBuf::as_path))?;
+        let length = args.prompts.iter().max().unwrap_or(&0) + args.new_tokens;
+        return gpus.run(&config, args.plan.as_deref(), length, context, |ops, shard, context| {
+            with_ops(args, ops, Some(shard), context)
+        });
+    }
+    on_device!(context, |ops| with_ops(args, ops, None, context))
 }
 
-fn with_ops<O: RandomWeights + BackwardOps>(args: &Args, ops: O, context: &Context) -> Result<()> {
-    let model = match (&args.source.model, &args.source.config, args.random_weights) {
-        (Some(folder), ..) => {
+fn with_ops<O: RandomWeights + BackwardOps>(
+    args: &Args,
+    ops: O,
+    shard: Option<Shard<O>>,
+    context: &Context,
+) -> Result<()> {
+    let model = match (&args.source.model, &args.source.config, args.random_weights, shard) {
+        (Some(folder), .., None) => {
             Llama::load(ops, LlamaConfig::from_file(folder)?, &Weights::open(folder)?)?
         }
-        (_, Some(config), Some(seed)) => Llama::random(ops, LlamaConfig::from_file(config)?, seed)?,
+        (Some(folder), .., Some(shard)) => {
+            let (config, weights) = (LlamaConfig::from_file(folder)?, Weights::open(folder)?);
+            Llama::load_shard(ops, config, &weights, shard)?
+        }
+        (_, Some(config), Some(seed), None) => {
+            Llama::random(ops, LlamaConfig::from_file(config)?, seed)?
+        }
+        (_, Some(config), Some(seed), Some(shard)) => {
+            Llama::random_shard(ops, LlamaConfig::from_file(config)?, seed, shard)?
+        }
         _ => {
             return Err(Error::argument(
                 "model",
@@ -185,6 +209,7 @@ fn finish<O: Ops>(
         "device": model.ops().attention().name(),
         "layers": model.config().num_hidden_layers,
         "parameters": model.config().parameters(),
+        "ranks": model.ranks(),
         what: values,
     }))
 }
@@ -205,7 +230,10 @@ fn measure<O: RandomWeights>(
     };
     for _ in 0..RETRIES {
         match model.bench(plan, &BenchOptions { batch, ..*options }) {
-            Err(error) if error.is_out_of_memory() && batch > 1 => batch -= batch.div_ceil(50),
+            // Several ranks would have to agree on it.
+            Err(error) if error.is_out_of_memory() && batch > 1 && model.ranks() == 1 => {
+                batch -= batch.div_ceil(50)
+            }
             other => return Ok(other?),
         }
     }

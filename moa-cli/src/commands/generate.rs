@@ -11,7 +11,7 @@ use serde_json::json;
 use super::chat;
 use crate::args::{ModelArg, PlanArgs, parse_count};
 use crate::error::{Error, Result};
-use crate::model::{self, ChosenPlan, on_device};
+use crate::model::{self, ChosenPlan, on_model};
 use crate::output::{Context, bytes, percent};
 use crate::progress::Progress;
 
@@ -113,11 +113,12 @@ impl SamplingArgs {
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let prompts = read_prompts(args)?;
-    on_device!(context, |ops| with_model(
-        args,
-        &prompts,
-        model::open(ops, &args.model.model)?,
-        context
+    if args.prompts.chat {
+        // Each rank would have to read the same lines.
+        context.check_one_device("--device with --chat")?;
+    }
+    on_model!(context, &args.model.model, args.plan, |model, context| with_model(
+        args, &prompts, model, context
     ))
 }
 

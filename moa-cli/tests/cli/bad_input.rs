@@ -326,3 +326,30 @@ fn errors_with_json_leave_stdout_empty() {
     let dir = tempfile::tempdir().unwrap();
     refuses(dir.path(), &["plan", "show", "none.json", "--json"], &["none.json"]);
 }
+
+#[cfg(feature = "cuda")]
+#[test]
+fn a_model_that_gpus_cannot_share_is_refused_before_they_are_opened() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let tiny = tiny.to_str().unwrap();
+    let prompt = ["generate", "--model", tiny, "--prompt", "a", "--device"];
+    // The model has 2 KV heads.
+    refuses(
+        root,
+        &[&prompt[..], &["cuda:0,1,2"]].concat(),
+        &["--device", "1 to 2 (KV heads)", "3"],
+    );
+    refuses(
+        root,
+        &["generate", "--model", tiny, "--chat", "--device", "cuda:0,1"],
+        &["--chat", "[0, 1]"],
+    );
+    let tasks = ["eval", "tasks", "--model", tiny, "--task", "passkey", "--device", "cuda:0,1"];
+    refuses(root, &[&tasks[..], &["--items", "items.jsonl"]].concat(), &["--items", "one device"]);
+    let profile = ["profile", "--model", tiny, "--device", "cuda:0,1", "--out", "p.safetensors"];
+    refuses(root, &profile, &["one device"]);
+    let bench = ["bench", "--model", "nowhere", "--device", "cuda:0,1"];
+    refuses(root, &bench, &["nowhere"]);
+}

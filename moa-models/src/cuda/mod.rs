@@ -4,6 +4,7 @@
 
 mod backward;
 mod random;
+mod ranks;
 mod replay;
 mod weights;
 
@@ -13,10 +14,11 @@ use moa_backend_cuda::{CudaBackend, Device, Dtype, Operations, Tensor, Turns};
 
 use crate::decode::Decode;
 use crate::llama::{Llama, Sequence};
+use crate::mapped::MappedTensor;
 use crate::ops::{LinearWeights, Memory, Ops};
 use crate::rope::RopeTable;
-use crate::weights::MappedTensor;
 use crate::{Error, Result};
+pub use ranks::NcclRank;
 use replay::Replay;
 pub use weights::CudaMatrix;
 
@@ -219,6 +221,18 @@ impl Ops for CudaOps {
         self.operations.linear(x, weight, None, Dtype::F32).map_err(Error::backend)
     }
 
+    fn logits_within(
+        &self,
+        x: &Tensor,
+        weight: &CudaMatrix,
+        columns: Range<usize>,
+        total: usize,
+    ) -> Result<Tensor> {
+        let logits = Tensor::empty(self.device(), &[x.shape()[0], total], Dtype::F32)?;
+        self.logits_into(x, weight, columns, &logits)?;
+        Ok(logits)
+    }
+
     fn rotations(&self, sequences: &[(&RopeTable, Range<usize>)]) -> Result<Tensor> {
         let turns: Vec<Turns<'_>> =
             sequences.iter().map(|(table, positions)| turns(table, positions.clone())).collect();
@@ -278,4 +292,18 @@ impl Ops for CudaOps {
 
 fn turns(table: &RopeTable, positions: Range<usize>) -> Turns<'_> {
     Turns { inv_freq: table.inv_freq(), scale: table.attention_scale(), positions }
+}
+
+impl CudaOps {
+    /// Logits of a part of the vocabulary as columns of `logits`, and zeros for the others.
+    fn logits_into(
+        &self,
+        x: &Tensor,
+        weight: &CudaMatrix,
+        columns: Range<usize>,
+        logits: &Tensor,
+    ) -> Result<()> {
+        logits.clear()?;
+        Ok(self.operations.linear_into(x, weight, &logits.columns(columns)?)?)
+    }
 }

@@ -47,8 +47,12 @@ impl<'a> Replay<'a> {
         Self { model, batch, steps: 0, prepared: None }
     }
 
-    /// Sequences that were opened with different rotary frequencies have no table in common.
+    /// Sequences that were opened with different rotary frequencies have no table in common, and sums
+    /// over the host cannot be captured.
     fn can_replay(&self) -> bool {
+        if self.model.shard.as_ref().is_some_and(|shard| !shard.only_launches()) {
+            return false;
+        }
         let Some(first) = self.batch.first().map(|s| &s.rope) else { return false };
         self.batch.iter().all(|s| {
             s.rope.inv_freq() == first.inv_freq()
@@ -65,7 +69,7 @@ impl<'a> Replay<'a> {
         let mut layers = Vec::with_capacity(model.layers.len());
         for layer in 0..model.layers.len() {
             let caches: Vec<&Cache> = self.batch.iter().map(|s| &s.caches[layer]).collect();
-            let query_heads = config.num_attention_heads;
+            let query_heads = model.local.query_heads;
             let batch = Batch { caches: &caches, tokens: &tokens, query_heads, grows: true };
             let mut step = Step::new(device);
             // SAFETY: everything of this model is on the device's own stream, not in a capture.
@@ -99,6 +103,15 @@ impl<'a> Replay<'a> {
 
     /// Appends tokens and leaves logits and the likeliest tokens on the device.
     fn run(&mut self, tokens: &[u32]) -> Result<&Prepared> {
+        if let Err(error) = self.try_run(tokens) {
+            self.model.tell_failure();
+            return Err(error);
+        }
+        let missing = || Error::invalid("decoder", "a prepared one", "none");
+        self.prepared.as_ref().ok_or_else(missing)
+    }
+
+    fn try_run(&mut self, tokens: &[u32]) -> Result<()> {
         let mut prepared = match self.prepared.take() {
             Some(prepared) => prepared,
             None => self.prepare()?,
@@ -111,7 +124,8 @@ impl<'a> Replay<'a> {
             }
         }
         result?;
-        Ok(self.prepared.insert(prepared))
+        self.prepared = Some(prepared);
+        Ok(())
     }
 
     /// Checks a step before it changes anything; whether it is to be replayed.
@@ -133,7 +147,10 @@ impl<'a> Replay<'a> {
 impl Decode for Replay<'_> {
     fn step(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
         let logits = match self.begin(tokens)? {
-            true => self.run(tokens)?.logits.to_f32().map_err(Error::backend)?,
+            true => {
+                let logits = self.run(tokens)?.logits.clone();
+                self.model.values(logits)?
+            }
             false => self.plainly(|plain| plain.step(tokens))?,
         };
         self.steps += 1;
@@ -142,7 +159,11 @@ impl Decode for Replay<'_> {
 
     fn step_greedy(&mut self, tokens: &[u32]) -> Result<Vec<u32>> {
         let chosen = match self.begin(tokens)? {
-            true => valid(&self.run(tokens)?.likeliest)?,
+            true => {
+                let chosen = self.run(tokens)?.likeliest.to_host()?;
+                self.model.check_ranks()?;
+                valid(&chosen)?
+            }
             false => self.plainly(|plain| plain.step_greedy(tokens))?,
         };
         self.steps += 1;
@@ -170,28 +191,30 @@ impl Decode for Replay<'_> {
             true => {
                 let prepared = self.run(tokens)?;
                 operations.sample(&prepared.logits, draw, units, &prepared.likeliest)?;
-                valid(&prepared.likeliest)?
+                prepared.likeliest.to_host()?
             }
             false => {
                 let each: Vec<&[u32]> = tokens.chunks(1).collect();
                 let logits = self.model.forward(&mut self.batch, &each, LogitRows::Last)?;
                 let chosen = operations.indices(std::iter::repeat_n(0, tokens.len()), 1)?;
                 operations.sample(&logits, draw, units, &chosen)?;
-                valid(&chosen)?
+                chosen.to_host()?
             }
         };
+        self.model.check_ranks()?;
+        let chosen = valid(&chosen)?;
         self.steps += 1;
         Ok(chosen)
     }
 }
 
 /// Tokens that the device has chosen.
-fn valid(chosen: &Indices) -> Result<Vec<u32>> {
+fn valid(chosen: &[i32]) -> Result<Vec<u32>> {
     let token = |(row, id): (usize, &i32)| {
         let got = || format!("a NaN or infinity, sequence {row}");
         u32::try_from(*id).map_err(|_| Error::Logits { got: got() })
     };
-    chosen.to_host()?.iter().enumerate().map(token).collect()
+    chosen.iter().enumerate().map(token).collect()
 }
 
 impl Prepared {
@@ -219,7 +242,7 @@ impl Prepared {
     fn launch(&self, model: &Llama<CudaOps>) -> Result<()> {
         let (ops, config) = (&model.ops, &model.config);
         let (operations, device) = (&ops.operations, ops.device());
-        let out_shape = [self.ids.len(), config.num_attention_heads, config.head_dim];
+        let out_shape = [self.ids.len(), model.local.query_heads, config.head_dim];
         // SAFETY: `step` has put tokens of the vocabulary there.
         let mut x = unsafe { operations.embed_at(model.embedding.wide()?, &self.ids) }
             .map_err(Error::backend)?;
@@ -245,8 +268,15 @@ impl Prepared {
             x = model.mlp(layer, x)?;
         }
         let h = ops.rms_norm(&x, &model.norm, model.eps())?;
+        match &model.shard {
+            None => operations.linear_into(&h, model.output_matrix(), &self.logits)?,
+            Some(shard) => {
+                let columns = shard.vocabulary(config);
+                ops.logits_into(&h, model.output_matrix(), columns, &self.logits)?;
+                shard.all_reduce(ops, &mut self.logits.clone())?;
+            }
+        }
         let finish = || -> moa_backend_cuda::Result<()> {
-            operations.linear_into(&h, model.output_matrix(), &self.logits)?;
             operations.argmax(&self.logits, &self.likeliest)?;
             // SAFETY: the steps are alive and were not prepared again.
             unsafe { operations.grow(&self.lengths) }

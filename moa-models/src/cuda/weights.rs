@@ -7,7 +7,8 @@ use half::{bf16, f16};
 use moa_backend_cuda::{Dtype, E4m3Weight, Tensor, Weight};
 
 use super::CudaOps;
-use crate::weights::{DType, MappedTensor};
+use crate::mapped::MappedTensor;
+use crate::weights::DType;
 use crate::{Error, Result};
 
 /// A linear layer's or embedding's weight on the GPU, `[out, in]`.

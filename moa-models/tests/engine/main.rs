@@ -11,6 +11,8 @@ mod golden;
 mod laws;
 mod profile;
 mod serve;
+mod shard;
+mod shard_failures;
 mod stories260k;
 
 use std::ops::ControlFlow;

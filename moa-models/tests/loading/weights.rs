@@ -261,3 +261,50 @@ fn sharded_checkpoint_of_a_trained_model() -> Result<(), Error> {
     assert!(error.to_string().contains("model-00003-of-00004.safetensors"), "{error}");
     Ok(())
 }
+
+proptest! {
+    #[test]
+    fn slices_are_those_of_the_whole(
+        dtype in prop_oneof![Just(("F32", 4)), Just(("BF16", 2))],
+        (rows, cols) in (1usize..9, 1usize..9),
+        shift in 0usize..3,
+        cuts in prop::collection::vec((0usize..9, 0usize..9), 0..4),
+    ) {
+        let (name, size) = dtype;
+        let len = rows * cols * size;
+        // What lies before the tensor may leave it at any address.
+        let parts = [
+            tensor("before", "U8", &[shift], 0, shift),
+            tensor("w", name, &[rows, cols], shift, shift + len),
+        ];
+        let weights = open(&file(&format!("{{{}}}", parts.join(",")), shift + len)).unwrap();
+        let whole = weights.tensor("w", &[rows, cols]).unwrap();
+        let values: Vec<u32> = whole.to_f32().iter().map(|x| x.to_bits()).collect();
+        let within = |count: usize| -> Vec<std::ops::Range<usize>> {
+            let range = |(a, b): &(usize, usize)| a.min(b) % (count + 1)..a.max(b) % (count + 1);
+            cuts.iter().map(range).filter(|range| range.start <= range.end).collect()
+        };
+        let of = |tensor: &moa_models::MappedTensor| -> Vec<u32> {
+            tensor.to_f32().iter().map(|x| x.to_bits()).collect()
+        };
+
+        let picked: Vec<usize> = within(rows).into_iter().flatten().collect();
+        let some = whole.rows(&within(rows)).unwrap();
+        let expected: Vec<u32> =
+            picked.iter().flat_map(|row| values[row * cols..(row + 1) * cols].to_vec()).collect();
+        prop_assert_eq!((some.shape(), of(&some)), (&[picked.len(), cols][..], expected));
+
+        let picked: Vec<usize> = within(cols).into_iter().flatten().collect();
+        let some = whole.columns(&within(cols)).unwrap();
+        let row = |row: usize| picked.iter().map(move |col| row * cols + col).collect::<Vec<_>>();
+        let expected: Vec<u32> = (0..rows).flat_map(row).map(|place| values[place]).collect();
+        prop_assert_eq!((some.shape(), of(&some)), (&[rows, picked.len()][..], expected));
+
+        let beyond = whole.columns(&[0..1, 1..cols + 1]).unwrap_err();
+        let named = matches!(beyond, Error::Invalid { what: "columns of a weight", .. });
+        prop_assert!(named, "{beyond}");
+        let beyond = whole.rows(&[0..1, rows + 1..rows + 1]).unwrap_err();
+        let named = matches!(beyond, Error::Invalid { what: "rows of a weight", .. });
+        prop_assert!(named, "{beyond}");
+    }
+}

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::args::{ModelArg, PlanArgs, parse_count};
 use crate::error::{Error, Result};
-use crate::model::{self, on_device};
+use crate::model::{self, on_model};
 use crate::output::{Context, bytes, percent, table};
 use crate::progress::Progress;
 
@@ -41,34 +41,35 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let mut lengths = args.lengths.clone();
     lengths.sort_unstable();
     lengths.dedup();
-    on_device!(context, |ops| with_model(
+    on_model!(context, &args.model.model, args.plan, |model, context| with_model(
         args,
-        (texts, lengths),
-        &model::open(ops, &args.model.model)?,
+        (&texts, &lengths),
+        &model,
         context
     ))
 }
 
 fn with_model<O: Ops>(
     args: &Args,
-    (texts, lengths): (Vec<(String, String)>, Vec<usize>),
+    (texts, lengths): (&[(String, String)], &[usize]),
     model: &Checkpoint<O>,
     context: &Context,
 ) -> Result<()> {
     let chosen = model::choose_plan(&args.plan, model)?;
     let tokens = texts
-        .into_iter()
-        .map(|(name, text)| Ok((name, model.tokenizer.encode(&text, false)?)))
+        .iter()
+        .map(|(name, text)| Ok((name, model.tokenizer.encode(text, false)?)))
         .collect::<Result<Vec<_>>>()?;
     let bos = model.model.config().bos_token_id;
     let longest = lengths.last().copied().unwrap_or(0);
     for (name, tokens) in &tokens {
-        check(model, tokens.len() + usize::from(bos.is_some()), longest).map_err(|e| e.at(name))?;
+        check(model, tokens.len() + usize::from(bos.is_some()), longest)
+            .map_err(|e| e.at(*name))?;
     }
     let total = lengths.len() * tokens.len() * args.windows;
     let bar = Progress::new(context, "windows", total);
     let (mut rows, mut all, mut at) = (Vec::new(), Vec::new(), Vec::new());
-    for &length in &lengths {
+    for &length in lengths {
         let mut own = Vec::new();
         let mut values = Vec::new();
         for (name, tokens) in &tokens {
@@ -76,7 +77,7 @@ fn with_model<O: Ops>(
             let report = model
                 .model
                 .perplexity(tokens, bos, length, args.windows, &chosen.plan, &mut step)
-                .map_err(|e| Error::from(e).at(name))?;
+                .map_err(|e| Error::from(e).at(*name))?;
             let mut value = json!(report);
             value["text"] = json!(name);
             values.push(value);

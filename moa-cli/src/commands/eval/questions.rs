@@ -50,7 +50,11 @@ pub(super) struct Evaluation<'a, O: Ops> {
 
 impl ItemArgs {
     /// Checks that the file of items can be written, before any work.
-    pub(super) fn check(&self) -> Result<()> {
+    pub(super) fn check(&self, context: &Context) -> Result<()> {
+        if self.items.is_some() {
+            // Each rank would have to leave out the same questions.
+            context.check_one_device("--device with --items")?;
+        }
         check_optional(self.items.as_deref())
     }
 

@@ -7,7 +7,7 @@ use super::questions::{Asked, Evaluation, ItemArgs, file_fingerprint};
 use super::summary::Summary;
 use crate::args::{ModelArg, PlanArgs, parse_count};
 use crate::error::{Error, Result};
-use crate::model::{self, on_device};
+use crate::model::{self, on_model};
 use crate::output::Context;
 
 /// Ask LongEval cases: the last integer of the answer must be the expected number
@@ -42,7 +42,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
-    args.items.check()?;
+    args.items.check(context)?;
     let mut cases = RetrievalCase::load(&args.data)?;
     cases.truncate(args.limit.unwrap_or(usize::MAX));
     let mut questions = Vec::new();
@@ -64,11 +64,8 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
             questions.push(Asked { size, case: index, question, place });
         }
     }
-    on_device!(context, |ops| with_model(
-        args,
-        &questions,
-        &model::open(ops, &args.model.model)?,
-        context
+    on_model!(context, &args.model.model, args.plan, |model, context| with_model(
+        args, &questions, &model, context
     ))
 }
 

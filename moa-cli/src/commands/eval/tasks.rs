@@ -5,7 +5,7 @@ use super::questions::{Asked, Evaluation, ItemArgs};
 use super::summary::Summary;
 use crate::args::{ModelArg, PlanArgs, parse_count, task_parser};
 use crate::error::{Error, Result};
-use crate::model::{self, on_device};
+use crate::model::{self, on_model};
 use crate::output::Context;
 use crate::progress::Progress;
 
@@ -42,8 +42,10 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
-    args.items.check()?;
-    on_device!(context, |ops| with_model(args, &model::open(ops, &args.model.model)?, context))
+    args.items.check(context)?;
+    on_model!(context, &args.model.model, args.plan, |model, context| with_model(
+        args, &model, context
+    ))
 }
 
 fn with_model<O: Ops>(args: &Args, model: &Checkpoint<O>, context: &Context) -> Result<()> {
