@@ -13,9 +13,11 @@ use cubecl::{CubeCount, CubeDim};
 
 use crate::kernels::append::append;
 use crate::kernels::attend::{Shape, attend};
+use crate::kernels::fragments::Blocks;
 use crate::kernels::merge::merge;
+use crate::kernels::prefill::prefill;
 use crate::kernels::words::narrow;
-use crate::{Cache, Device, Dtype, Result, Tensor};
+use crate::{Cache, Device, Dtype, MatrixUnits, Result, Tensor};
 
 pub(crate) use check::check;
 use plan::Step;
@@ -61,6 +63,7 @@ pub(crate) struct Call<'a> {
     pub(crate) lse: &'a Tensor,
     pub(crate) query_heads: usize,
     pub(crate) scale: f32,
+    pub(crate) matrix_units: MatrixUnits,
 }
 
 /// How a call's sequences are cut, and room for partial results.
@@ -81,9 +84,11 @@ impl Call<'_> {
     /// Everything of a call that can fail. Shapes were checked.
     pub(crate) fn plan(&self, caches: &[&mut Cache], tokens: &[usize]) -> Result<Plan> {
         let limits = Limits::of(self.device);
+        let head_dim = self.q.shape()[2];
+        let blocks = self.matrix_units.blocks(self.device, &limits, self.dtype, head_dim);
         let step = |(cache, &tokens): (&&mut Cache, &usize)| {
             let (heads, row) = (&cache.geometry().heads, Row::of(cache.head_dim()));
-            Step::new(&limits, heads, cache.len(), tokens, self.query_heads, row)
+            Step::new(&limits, heads, cache.len(), tokens, self.query_heads, row, blocks)
         };
         let steps = caches.iter().zip(tokens).map(step).collect::<Result<Vec<_>>>()?;
         let rows = |(step, tokens): (&Step, &usize)| match step.splits {
@@ -110,6 +115,9 @@ impl Call<'_> {
                 Some(scratch) if step.splits > 1 => {
                     self.attend(cache, first, tokens, row, step, &scratch.out, &scratch.stats);
                     self.merge(cache, first, tokens, row, step, scratch);
+                }
+                _ if let Some(blocks) = step.blocks => {
+                    self.prefill(cache, first, tokens, blocks, step.tiles);
                 }
                 _ => {
                     let (out, lse) = (self.out.handle(), self.lse.handle());
@@ -162,6 +170,33 @@ impl Call<'_> {
                 row.vectors as u32,
                 self.scale,
                 shape,
+            );
+        }
+    }
+
+    fn prefill(&self, cache: &Cache, first: usize, tokens: usize, blocks: Blocks, tiles: u32) {
+        let kv_heads = cache.layout().heads().len();
+        // SAFETY: as in `attend`; head dimensions are multiples of 8.
+        unsafe {
+            prefill::launch_unchecked(
+                self.device.client(),
+                CubeCount::Static(tiles, kv_heads as u32, 1),
+                CubeDim::new_1d(blocks.units() as u32),
+                arg(self.q.handle()),
+                arg(self.k),
+                arg(self.v),
+                arg(&cache.keys),
+                arg(&cache.values),
+                arg(&cache.geometry().table),
+                arg(self.out.handle()),
+                arg(self.lse.handle()),
+                first as u32,
+                tokens as u32,
+                cache.len() as u32,
+                self.query_heads as u32,
+                kv_heads as u32,
+                self.scale,
+                blocks,
             );
         }
     }

@@ -7,10 +7,12 @@
 pub(crate) mod append;
 pub(crate) mod attend;
 pub(crate) mod copy;
+pub(crate) mod fragments;
 pub(crate) mod influence;
 pub(crate) mod keys;
 pub(crate) mod linear;
 pub(crate) mod merge;
+pub(crate) mod prefill;
 pub(crate) mod random;
 pub(crate) mod rows;
 pub(crate) mod tile;
