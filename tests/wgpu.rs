@@ -10,11 +10,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use conformance::world::{World, error};
 use conformance::{TestBackend, conformance};
 use half::{bf16, f16};
-use moa_backend_wgpu::{Device, Dtype, Error, MAX_HEAD_DIM, Tensor, WgpuBackend};
+use moa_backend_wgpu::{Device, Dtype, Error, MAX_HEAD_DIM, MatrixUnits, Tensor, WgpuBackend};
 use moa_core::{LayerLayout, Span, SparseAttentionBackend};
 
 struct Wgpu {
     backend: WgpuBackend,
+    /// Head dimension of tests of the kernel with matrix units.
+    fragments: bool,
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -23,7 +25,11 @@ impl Wgpu {
         static ALONE: Mutex<()> = Mutex::new(());
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         match Device::open() {
-            Ok(device) => Some(Self { backend: WgpuBackend::new(&device, dtype), _alone: alone }),
+            Ok(device) => {
+                let backend =
+                    WgpuBackend::new(&device, dtype).with_matrix_units(MatrixUnits::Unused);
+                Some(Self { backend, fragments: false, _alone: alone })
+            }
             Err(error) if std::env::var_os("MOA_REQUIRE_WGPU").is_some_and(|v| v == "1") => {
                 panic!("MOA_REQUIRE_WGPU is set: {error}")
             }
@@ -32,6 +38,19 @@ impl Wgpu {
                 None
             }
         }
+    }
+}
+
+impl Wgpu {
+    /// f16 caches with matrix units, if the device has them, or with the same kernel without.
+    fn fragments(matrix_units: MatrixUnits) -> Option<Self> {
+        let Self { backend, _alone, .. } = Self::new(Dtype::F16)?;
+        let backend = backend.with_matrix_units(matrix_units);
+        if !backend.has_matrix_units(64) {
+            eprintln!("SKIPPED: {} has no matrix units for f16", backend.device().name());
+            return None;
+        }
+        Some(Self { backend, fragments: true, _alone })
     }
 }
 
@@ -59,8 +78,28 @@ impl TestBackend for Wgpu {
         }
     }
 
+    // Few rows keep the bits of a query.
+    fn round_tensor(&self, x: f32) -> f32 {
+        if self.fragments { f16::from_f32(x).to_f32() } else { x }
+    }
+
+    fn tolerance(&self) -> f64 {
+        if self.fragments { 1e-3 } else { 1e-4 }
+    }
+
+    fn same(&self) -> f64 {
+        if self.fragments { 2e-3 } else { 1e-5 }
+    }
+
+    fn dim(&self, wanted: usize) -> usize {
+        if self.fragments { 64 } else { wanted }
+    }
+
     // Vectors of 1, 2 and 4 elements, and few of each: every size is a set of kernels to compile.
     fn dims(&self) -> &'static [usize] {
+        if self.fragments {
+            return &[64, 96, 128];
+        }
         match self.backend.cache_dtype() {
             Dtype::F32 => &[7, 72],
             _ => &[10, 72],
@@ -77,6 +116,37 @@ mod f16_cache {
         trap_01_window_counts_the_query_itself
         trap_02_chunk_sees_keys_that_it_pushes_out
         trap_06_memory_is_as_small_as_the_spans
+        trap_12_result_does_not_depend_on_the_batch
+    );
+}
+
+/// What differs from other kernels: products of matrices, and what is rounded for them.
+mod f16_matrix_units {
+    use super::*;
+    conformance!(@tests Wgpu::fragments(MatrixUnits::WhereOffered); laws:
+        output_equals_the_reference chunking_does_not_change_output
+        batch_composition_does_not_change_output spare_capacity_does_not_change_output
+        a_group_equals_repeated_heads truncate_then_extend_equals_never_having_extended
+        fork_is_independent
+    );
+    conformance!(@tests Wgpu::fragments(MatrixUnits::WhereOffered); traps:
+        trap_01_window_counts_the_query_itself
+        trap_02_chunk_sees_keys_that_it_pushes_out
+        trap_04_speculative_rollback_of_a_wrapped_ring
+        trap_07_length_equal_to_window
+        trap_12_result_does_not_depend_on_the_batch
+    );
+}
+
+/// The same kernel, so that it is tested without them.
+mod f16_matrix_units_emulated {
+    use super::*;
+    conformance!(@tests Wgpu::fragments(MatrixUnits::Emulated); laws:
+        output_equals_the_reference chunking_does_not_change_output
+    );
+    conformance!(@tests Wgpu::fragments(MatrixUnits::Emulated); traps:
+        trap_01_window_counts_the_query_itself
+        trap_02_chunk_sees_keys_that_it_pushes_out
         trap_12_result_does_not_depend_on_the_batch
     );
 }

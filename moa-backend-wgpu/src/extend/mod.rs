@@ -14,9 +14,11 @@ use cubecl::{CubeCount, CubeDim};
 
 use crate::kernels::append::append;
 use crate::kernels::attend::{Shape, attend};
+use crate::kernels::fragments::Blocks;
 use crate::kernels::merge::merge;
+use crate::kernels::prefill::prefill;
 use crate::kernels::words::narrow;
-use crate::{Cache, Device, Dtype, Result, Tensor};
+use crate::{Cache, Device, Dtype, MatrixUnits, Result, Tensor};
 
 pub(crate) use check::check;
 use decode::Decode;
@@ -62,6 +64,7 @@ pub(crate) struct Call<'a> {
     pub(crate) lse: &'a Tensor,
     pub(crate) query_heads: usize,
     pub(crate) scale: f32,
+    pub(crate) matrix_units: MatrixUnits,
 }
 
 /// How a call's sequences are cut, and room for what lies between kernels.
@@ -94,6 +97,7 @@ impl Call<'_> {
         let limits = Limits::of(self.device);
         let (head_dim, kv_heads) = (self.q.shape()[2], caches[0].layout().heads().len());
         let decode = Decode::new(self, &limits, head_dim, self.query_heads / kv_heads);
+        let blocks = self.matrix_units.blocks(self.device, &limits, self.dtype, head_dim);
         let (mut parts, mut at, mut rows) = (Vec::new(), 0, 0);
         while at < caches.len() {
             if let Some(decode) = decode.filter(|_| tokens[at] == 1) {
@@ -104,7 +108,7 @@ impl Call<'_> {
             }
             let (heads, len) = (&caches[at].geometry().heads, caches[at].len());
             let row = Row::of(head_dim);
-            let step = Step::new(&limits, heads, len, tokens[at], self.query_heads, row)?;
+            let step = Step::new(&limits, heads, len, tokens[at], self.query_heads, row, blocks)?;
             if step.splits > 1 {
                 rows = rows.max(step.splits as usize * tokens[at] * self.query_heads);
             }
@@ -164,6 +168,9 @@ impl Call<'_> {
     ) {
         let row = Row::of(cache.head_dim());
         match scratch {
+            _ if let Some(blocks) = step.blocks => {
+                self.prefill(cache, first, tokens, blocks, step.tiles, words);
+            }
             Some(scratch) if step.splits > 1 => {
                 let results = [&scratch.out, &scratch.stats];
                 self.attend(cache, first, tokens, row, step, words, results);
@@ -217,6 +224,41 @@ impl Call<'_> {
                 row.vectors as u32,
                 self.scale,
                 shape,
+            );
+        }
+    }
+
+    fn prefill(
+        &self,
+        cache: &Cache,
+        first: usize,
+        tokens: usize,
+        blocks: Blocks,
+        tiles: u32,
+        [k, v]: &[Handle; 2],
+    ) {
+        let kv_heads = cache.layout().heads().len();
+        // SAFETY: as in `attend`; head dimensions are multiples of 8.
+        unsafe {
+            prefill::launch_unchecked(
+                self.device.client(),
+                CubeCount::Static(tiles, kv_heads as u32, 1),
+                CubeDim::new_1d(blocks.units() as u32),
+                arg(self.q.handle()),
+                arg(k),
+                arg(v),
+                arg(&cache.keys),
+                arg(&cache.values),
+                arg(&cache.geometry().table),
+                arg(self.out.handle()),
+                arg(self.lse.handle()),
+                first as u32,
+                tokens as u32,
+                cache.len() as u32,
+                self.query_heads as u32,
+                kv_heads as u32,
+                self.scale,
+                blocks,
             );
         }
     }

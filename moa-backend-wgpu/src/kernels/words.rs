@@ -64,7 +64,7 @@ pub(crate) fn widen_word(
 }
 
 #[cube]
-fn widen_f16(half: u32) -> f32 {
+pub(crate) fn widen_f16(half: u32) -> f32 {
     let magnitude = half & 0x7fff;
     let mut bits = (magnitude << 13) + 0x3800_0000;
     if magnitude < 0x400 {
