@@ -148,7 +148,7 @@ impl Bench {
             let pairs: f64 = spans.iter().map(|span| span.kept_pairs(tokens) as f64).sum();
             let operations = 4.0 * pairs * (heads / kv_heads * head_dim) as f64;
             let rate = operations / taken.wall;
-            show(&format!("ours, {name}"), taken, format!("{:.2} TFLOP/s", rate / 1e12));
+            show(&format!("ours, {name}"), &taken, format!("{:.2} TFLOP/s", rate / 1e12));
             let mut value = taken.json();
             value["TFLOP_s"] = json!(rate / 1e12);
             value["pairs_of_dense"] = json!(pairs / all);
@@ -165,7 +165,7 @@ impl Bench {
         for (name, taken) in peer.times(&self.device, seconds, &expected, clock, slow) {
             match taken {
                 Ok(taken) => {
-                    show(&format!("burn, {name}"), taken, String::new());
+                    show(&format!("burn, {name}"), &taken, String::new());
                     best = best.min(taken.wall);
                     values.insert(name, taken.json());
                 }
@@ -230,7 +230,7 @@ impl Bench {
                 on_device.map_or_else(|| "-".to_string(), |x| format!("{:.0}", 100.0 * x));
             show(
                 &format!("ours, {name}"),
-                taken,
+                &taken,
                 format!(
                     "{:.1} MB, {:.0} GB/s, {:.0} % of copy ({by_device} % by the device's clock)",
                     bytes as f64 / 1e6,
@@ -253,7 +253,7 @@ impl Bench {
     }
 }
 
-fn show(name: &str, taken: Time, more: String) {
+fn show(name: &str, taken: &Time, more: String) {
     let device = taken.device.map_or_else(|| "-".to_string(), |s| format!("{:.1}", s * 1e6));
     println!("  {name:<38} {:>11.1} us, device {device:>11} us  {more}", taken.wall * 1e6);
 }

@@ -96,8 +96,8 @@ impl Decode {
         };
         for (number, caches) in caches.chunks(self.shape.sequences).enumerate() {
             let at = number * self.shape.sequences;
-            // Few sizes, as each is a kernel to compile: the last cache stands for those that are not.
-            let sequences = caches.len().next_power_of_two();
+            // Two sizes, as each is a kernel to compile: the last cache stands for those that are not.
+            let sequences = if caches.len() == 1 { 1 } else { self.shape.sequences };
             let last = caches.last().into_iter().cycle();
             let held = caches.iter().chain(last).take(sequences).map(|cache| {
                 HeldLaunch::new(
