@@ -2,7 +2,7 @@ use cubecl::ir::features::{MmaConfig, Plane};
 use cubecl::ir::{ElemType, FloatKind};
 
 use crate::extend::Limits;
-use crate::kernels::fragments::{Blocks, CHUNK, PLANE, SIDE};
+use crate::kernels::blocks::{Blocks, CHUNK, PLANE, SIDE};
 use crate::{Device, Dtype};
 
 /// Whether matrix units, also known as tensor cores, multiply in long chunks on f16 caches. They take queries and

@@ -14,7 +14,7 @@ use cubecl::{CubeCount, CubeDim};
 
 use crate::kernels::append::append;
 use crate::kernels::attend::{Shape, attend};
-use crate::kernels::fragments::Blocks;
+use crate::kernels::blocks::Blocks;
 use crate::kernels::merge::merge;
 use crate::kernels::prefill::prefill;
 use crate::kernels::words::narrow;

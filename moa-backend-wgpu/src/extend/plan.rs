@@ -1,4 +1,4 @@
-use crate::kernels::fragments::Blocks;
+use crate::kernels::blocks::Blocks;
 use crate::kernels::keys::{Head, keys, split_keys};
 use crate::kernels::tile::Tile;
 use crate::{Device, Error, Result};

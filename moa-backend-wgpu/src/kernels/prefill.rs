@@ -1,8 +1,7 @@
 use cubecl::prelude::*;
 
-use super::fragments::{
-    Blocks, CHUNK, Fragments, PLANE, SIDE, Words, any, lane, own, pack, partner, plane, sync,
-};
+use super::blocks::{Blocks, CHUNK, PLANE, SIDE, Words, any, lane, pack, partner, plane, sync};
+use super::fragments::{Fragments, own};
 use super::keys::{Head, Keys, attends, head, keys, position, slot};
 
 /// Score of a key that a row does not see. Finite: the difference of two of them is a number.
