@@ -70,4 +70,4 @@ fn offered(device: &Device) -> bool {
         && features.plane.contains(Plane::Sync)
 }
 
-const _: () = assert!(CHUNK % SIDE == 0);
+const _: () = assert!(CHUNK.is_multiple_of(SIDE));
