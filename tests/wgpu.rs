@@ -15,8 +15,8 @@ use moa_core::{LayerLayout, Span, SparseAttentionBackend};
 
 struct Wgpu {
     backend: WgpuBackend,
-    /// Head dimension of tests of the kernel with matrix units.
-    fragments: bool,
+    /// Of tests of the kernel with matrix units.
+    fragments: Option<MatrixUnits>,
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -28,7 +28,7 @@ impl Wgpu {
             Ok(device) => {
                 let backend =
                     WgpuBackend::new(&device, dtype).with_matrix_units(MatrixUnits::Unused);
-                Some(Self { backend, fragments: false, _alone: alone })
+                Some(Self { backend, fragments: None, _alone: alone })
             }
             Err(error) if std::env::var_os("MOA_REQUIRE_WGPU").is_some_and(|v| v == "1") => {
                 panic!("MOA_REQUIRE_WGPU is set: {error}")
@@ -50,7 +50,7 @@ impl Wgpu {
             eprintln!("SKIPPED: {} has no matrix units for f16", backend.device().name());
             return None;
         }
-        Some(Self { backend, fragments: true, _alone })
+        Some(Self { backend, fragments: Some(matrix_units), _alone })
     }
 }
 
@@ -80,25 +80,27 @@ impl TestBackend for Wgpu {
 
     // Few rows keep the bits of a query.
     fn round_tensor(&self, x: f32) -> f32 {
-        if self.fragments { f16::from_f32(x).to_f32() } else { x }
+        if self.fragments.is_some() { f16::from_f32(x).to_f32() } else { x }
     }
 
     fn tolerance(&self) -> f64 {
-        if self.fragments { 1e-3 } else { 1e-4 }
+        if self.fragments.is_some() { 1e-3 } else { 1e-4 }
     }
 
     fn same(&self) -> f64 {
-        if self.fragments { 2e-3 } else { 1e-5 }
+        if self.fragments.is_some() { 2e-3 } else { 1e-5 }
     }
 
     fn dim(&self, wanted: usize) -> usize {
-        if self.fragments { 64 } else { wanted }
+        if self.fragments.is_some() { 64 } else { wanted }
     }
 
     // Vectors of 1, 2 and 4 elements, and few of each: every size is a set of kernels to compile.
     fn dims(&self) -> &'static [usize] {
-        if self.fragments {
-            return &[64, 96, 128];
+        match self.fragments {
+            Some(MatrixUnits::Emulated) => return &[96],
+            Some(_) => return &[64, 96, 128],
+            None => {}
         }
         match self.backend.cache_dtype() {
             Dtype::F32 => &[7, 72],

@@ -15,6 +15,10 @@ const MAX_GROUP: usize = 8;
 /// a buffer by number.
 const MAX_SEQUENCES: usize = 8;
 
+/// The same where sums go through shared memory: drivers without plane operations are mostly software, and
+/// compile eight copies with barriers in them for a minute.
+const MAX_SEQUENCES_WITHOUT_PLANES: usize = 2;
+
 /// Most sequences whose partial results are held at once.
 const MAX_RUN: usize = 4096;
 
@@ -49,8 +53,9 @@ impl Decode {
         }
         let lanes = (head_dim / (4 * parts)).next_power_of_two();
         let bindings = limits.bindings.saturating_sub(5) / 3;
-        let sequences = 1 << bindings.clamp(1, MAX_SEQUENCES).ilog2();
         let (planes, native) = (lanes <= call.device.plane_units(), call.device.converts_f16());
+        let most = if planes { MAX_SEQUENCES } else { MAX_SEQUENCES_WITHOUT_PLANES };
+        let sequences = 1 << bindings.clamp(1, most).ilog2();
         let (dtype, native) = (call.dtype, native && call.dtype == Dtype::F16);
         let shape = Shape { sequences, group, lanes, dtype, planes, native, partial: true };
         let units = DECODE_UNITS.max(JOIN_UNITS);
