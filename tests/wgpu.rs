@@ -7,13 +7,16 @@ mod conformance;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use conformance::{TestBackend, conformance, world::World};
+use conformance::world::{World, error};
+use conformance::{TestBackend, conformance};
 use half::{bf16, f16};
-use moa_backend_wgpu::{Device, Dtype, Error, MAX_HEAD_DIM, Tensor, WgpuBackend};
+use moa_backend_wgpu::{Device, Dtype, Error, MAX_HEAD_DIM, MatrixUnits, Tensor, WgpuBackend};
 use moa_core::{LayerLayout, Span, SparseAttentionBackend};
 
 struct Wgpu {
     backend: WgpuBackend,
+    /// Of tests of the kernel with matrix units.
+    fragments: Option<MatrixUnits>,
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -22,7 +25,11 @@ impl Wgpu {
         static ALONE: Mutex<()> = Mutex::new(());
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         match Device::open() {
-            Ok(device) => Some(Self { backend: WgpuBackend::new(&device, dtype), _alone: alone }),
+            Ok(device) => {
+                let backend =
+                    WgpuBackend::new(&device, dtype).with_matrix_units(MatrixUnits::Unused);
+                Some(Self { backend, fragments: None, _alone: alone })
+            }
             Err(error) if std::env::var_os("MOA_REQUIRE_WGPU").is_some_and(|v| v == "1") => {
                 panic!("MOA_REQUIRE_WGPU is set: {error}")
             }
@@ -31,6 +38,19 @@ impl Wgpu {
                 None
             }
         }
+    }
+}
+
+impl Wgpu {
+    /// f16 caches with matrix units, if the device has them, or with the same kernel without.
+    fn fragments(matrix_units: MatrixUnits) -> Option<Self> {
+        let Self { backend, _alone, .. } = Self::new(Dtype::F16)?;
+        let backend = backend.with_matrix_units(matrix_units);
+        if !backend.has_matrix_units(64) {
+            eprintln!("SKIPPED: {} has no matrix units for f16", backend.device().name());
+            return None;
+        }
+        Some(Self { backend, fragments: Some(matrix_units), _alone })
     }
 }
 
@@ -58,8 +78,30 @@ impl TestBackend for Wgpu {
         }
     }
 
+    // Few rows keep the bits of a query.
+    fn round_tensor(&self, x: f32) -> f32 {
+        if self.fragments.is_some() { f16::from_f32(x).to_f32() } else { x }
+    }
+
+    fn tolerance(&self) -> f64 {
+        if self.fragments.is_some() { 1e-3 } else { 1e-4 }
+    }
+
+    fn same(&self) -> f64 {
+        if self.fragments.is_some() { 2e-3 } else { 1e-5 }
+    }
+
+    fn dim(&self, wanted: usize) -> usize {
+        if self.fragments.is_some() { 64 } else { wanted }
+    }
+
     // Vectors of 1, 2 and 4 elements, and few of each: every size is a set of kernels to compile.
     fn dims(&self) -> &'static [usize] {
+        match self.fragments {
+            Some(MatrixUnits::Emulated) => return &[96],
+            Some(_) => return &[64, 96, 128],
+            None => {}
+        }
         match self.backend.cache_dtype() {
             Dtype::F32 => &[7, 72],
             _ => &[10, 72],
@@ -80,6 +122,36 @@ mod f16_cache {
     );
 }
 
+/// What differs from other kernels: products of matrices, and what is rounded for them.
+mod f16_matrix_units {
+    use super::*;
+    conformance!(@tests Wgpu::fragments(MatrixUnits::WhereOffered); laws:
+        output_equals_the_reference chunking_does_not_change_output
+        batch_composition_does_not_change_output spare_capacity_does_not_change_output
+        a_group_equals_repeated_heads truncate_then_extend_equals_never_having_extended
+        fork_is_independent
+    );
+    conformance!(@tests Wgpu::fragments(MatrixUnits::WhereOffered); traps:
+        trap_01_window_counts_the_query_itself
+        trap_02_chunk_sees_keys_that_it_pushes_out
+        trap_04_speculative_rollback_of_a_wrapped_ring
+        trap_07_length_equal_to_window
+        trap_12_result_does_not_depend_on_the_batch
+    );
+}
+
+/// The same kernel, so that it is tested without them.
+mod f16_matrix_units_emulated {
+    use super::*;
+    conformance!(@tests Wgpu::fragments(MatrixUnits::Emulated); laws:
+        output_equals_the_reference chunking_does_not_change_output
+    );
+    conformance!(@tests Wgpu::fragments(MatrixUnits::Emulated); traps:
+        trap_01_window_counts_the_query_itself
+        trap_02_chunk_sees_keys_that_it_pushes_out
+    );
+}
+
 /// Differs from f16 in how a word is taken apart alone.
 mod bf16_cache {
     use super::*;
@@ -94,6 +166,37 @@ mod bf16_cache {
         trap_06_memory_is_as_small_as_the_spans
         trap_12_result_does_not_depend_on_the_batch
     );
+}
+
+/// Steps of one token at sizes of real models: several splits, rows of whole loads, both for f32 and for pairs.
+/// Few, as each is a set of kernels to compile.
+fn decode_equals_the_reference(dtype: Dtype, query_heads: usize, dim: usize) {
+    let Some(t) = Wgpu::new(dtype) else { return };
+    let world = World::new(query_heads, 2, dim, &[(0, 4000), (4, 300)], 303);
+    let output = world.run(&t, &[300, 1, 1, 1]);
+    let (out, lse) = world.reference(&t);
+    let errors = [error(&output.out, &out), error(&output.lse, &lse)];
+    assert!(errors.iter().all(|&e| e <= t.tolerance()), "{errors:?}");
+}
+
+#[test]
+fn decode_of_f32_equals_the_reference() {
+    decode_equals_the_reference(Dtype::F32, 8, 128);
+}
+
+#[test]
+fn decode_of_f16_equals_the_reference() {
+    decode_equals_the_reference(Dtype::F16, 8, 128);
+}
+
+#[test]
+fn decode_of_large_groups_equals_the_reference() {
+    decode_equals_the_reference(Dtype::F16, 16, 64);
+}
+
+#[test]
+fn decode_of_bf16_equals_the_reference() {
+    decode_equals_the_reference(Dtype::Bf16, 2, 64);
 }
 
 #[test]

@@ -80,8 +80,8 @@ impl Options {
     fn set(&mut self, name: &str, value: String) -> Result<()> {
         match name {
             "--contexts" => {
-                self.contexts =
-                    value.split(',').map(str::parse).collect::<std::result::Result<_, _>>()?;
+                let items = value.split(',').filter(|item| !item.is_empty());
+                self.contexts = items.map(str::parse).collect::<std::result::Result<_, _>>()?;
             }
             "--decode" => {
                 let parse = |item: &str| -> Result<(usize, usize)> {

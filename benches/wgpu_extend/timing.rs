@@ -7,17 +7,27 @@ use serde_json::{Value, json};
 use super::Result;
 
 /// Seconds of one run.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Time {
     /// By the host's clock, several runs queued before their end is awaited; median.
     pub(crate) wall: f64,
-    /// By the device's clock, where there is one and it is not the host's.
+    /// By the device's clock, where there is one and it is not the host's; median.
     pub(crate) device: Option<f64>,
+    /// Runs of a sample.
+    pub(crate) runs: usize,
+    /// What the device's median is of.
+    pub(crate) windows: Vec<f64>,
 }
 
 impl Time {
     pub(crate) fn json(&self) -> Value {
-        json!({ "wall_us": self.wall * 1e6, "device_us": self.device.map(|s| s * 1e6) })
+        let windows: Vec<f64> = self.windows.iter().map(|seconds| seconds * 1e6).collect();
+        json!({
+            "wall_us": self.wall * 1e6,
+            "device_us": self.device.map(|s| s * 1e6),
+            "runs": self.runs,
+            "device_windows_us": windows,
+        })
     }
 }
 
@@ -25,8 +35,14 @@ impl Time {
 const MOST_RUNS: usize = 32;
 const SAMPLES: usize = 7;
 
+/// Windows of the device's clock.
+const WINDOWS: usize = 3;
+
+/// Runs before the first that counts, and after the one that compiles.
+const WARM_UP: usize = 5;
+
 /// Runs that one measurement makes at most.
-pub(crate) const MOST: usize = 2 + (SAMPLES + 1) * MOST_RUNS;
+pub(crate) const MOST: usize = 1 + WARM_UP + (SAMPLES + WINDOWS) * MOST_RUNS;
 
 /// Times `run`, which queues work, for about `seconds`.
 pub(crate) fn time(
@@ -36,13 +52,18 @@ pub(crate) fn time(
 ) -> Result<Time> {
     let client = device.client();
     let sync = || block_on(client.sync()).map_err(|error| format!("{error:?}"));
-    // The first compiles.
-    run()?;
-    sync()?;
-    let start = Instant::now();
-    run()?;
-    sync()?;
-    let one = start.elapsed().as_secs_f64();
+    // The first compiles, and the next ones still find memory to be had and clocks to rise.
+    let mut one = f64::INFINITY;
+    for number in 0..=WARM_UP {
+        let start = Instant::now();
+        run()?;
+        sync()?;
+        let taken = start.elapsed().as_secs_f64();
+        one = one.min(taken);
+        if number > 0 && taken > seconds {
+            break;
+        }
+    }
     let runs = ((seconds / SAMPLES as f64 / one) as usize).clamp(1, MOST_RUNS);
     let samples = if seconds > one { SAMPLES.min((seconds / one) as usize + 1) } else { 1 };
     let mut walls = Vec::new();
@@ -55,12 +76,22 @@ pub(crate) fn time(
         walls.push(start.elapsed().as_secs_f64() / runs as f64);
     }
     walls.sort_by(f64::total_cmp);
-    let window = client.profile_start().map_err(|error| format!("{error:?}"))?;
-    for _ in 0..runs {
-        run()?;
+    let mut windows = Vec::new();
+    for _ in 0..samples.min(WINDOWS) {
+        let window = client.profile_start().map_err(|error| format!("{error:?}"))?;
+        for _ in 0..runs {
+            run()?;
+        }
+        let ticks = client.profile_end(window).ok().and_then(|ticks| block_on(ticks.resolve()));
+        sync()?;
+        windows.extend(ticks.map(|ticks| ticks.duration().as_secs_f64() / runs as f64));
     }
-    let ticks = client.profile_end(window).ok().and_then(|ticks| block_on(ticks.resolve()));
-    sync()?;
-    let device = ticks.map(|ticks| ticks.duration().as_secs_f64() / runs as f64);
-    Ok(Time { wall: walls[walls.len() / 2], device: device.filter(|&seconds| seconds > 0.0) })
+    windows.retain(|&seconds| seconds > 0.0);
+    windows.sort_by(f64::total_cmp);
+    Ok(Time {
+        wall: walls[walls.len() / 2],
+        device: windows.get(windows.len() / 2).copied(),
+        runs,
+        windows,
+    })
 }

@@ -1,7 +1,7 @@
 use moa_core::{InfluenceInputs, InfluenceOutput, LayerLayout, SparseAttentionBackend};
 
 use crate::extend::{self, Call};
-use crate::{Cache, Device, Dtype, Error, Result, Tensor, influence, timing};
+use crate::{Cache, Device, Dtype, Error, MatrixUnits, Result, Tensor, influence, timing};
 
 /// Attention on one GPU.
 ///
@@ -11,12 +11,24 @@ use crate::{Cache, Device, Dtype, Error, Result, Tensor, influence, timing};
 pub struct WgpuBackend {
     device: Device,
     dtype: Dtype,
+    matrix_units: MatrixUnits,
 }
 
 impl WgpuBackend {
     /// A backend whose caches hold keys and values of this type.
     pub fn new(device: &Device, dtype: Dtype) -> Self {
-        Self { device: device.clone(), dtype }
+        Self { device: device.clone(), dtype, matrix_units: MatrixUnits::default() }
+    }
+
+    /// The same with another use of matrix units.
+    pub fn with_matrix_units(self, matrix_units: MatrixUnits) -> Self {
+        Self { matrix_units, ..self }
+    }
+
+    /// Whether long chunks on this backend's caches are multiplied as [`MatrixUnits`] says.
+    pub fn has_matrix_units(&self, head_dim: usize) -> bool {
+        let limits = extend::Limits::of(&self.device);
+        self.matrix_units.blocks(&self.device, &limits, self.dtype, head_dim).is_some()
     }
 
     /// Element type of the caches.
@@ -57,8 +69,19 @@ impl SparseAttentionBackend for WgpuBackend {
         let out = Tensor::uninitialised(&self.device, "extend", q.shape())?;
         let stats = Tensor::uninitialised(&self.device, "extend", &q.shape()[..2])?;
         let (device, dtype) = (&self.device, caches[0].dtype());
-        let (k, v) = (&extend::words(device, k, dtype)?, &extend::words(device, v, dtype)?);
-        let call = Call { device, q, k, v, dtype, out: &out, lse: &stats, query_heads, scale };
+        let (room, matrix_units) = (&out, self.matrix_units);
+        let call = Call {
+            device,
+            q,
+            k,
+            v,
+            dtype,
+            out: room,
+            lse: &stats,
+            query_heads,
+            scale,
+            matrix_units,
+        };
         let steps = call.plan(caches, tokens)?;
         call.run(caches, tokens, &steps);
         Ok((out, lse.then_some(stats)))

@@ -1,6 +1,8 @@
 use std::fmt;
 
 use cubecl::client::Client;
+use cubecl::ir::features::Plane;
+use cubecl::ir::{ElemType, FloatKind};
 use cubecl::server::Handle;
 use cubecl::wgpu::{
     AutoGraphicsApi, RuntimeOptions, WgpuDevice, WgpuInitError, WgpuRuntime, WgpuSetup,
@@ -15,6 +17,9 @@ use crate::{Error, Result};
 #[derive(Clone)]
 pub struct Device {
     client: Client,
+    /// Units of the smallest plane, 0 without plane operations.
+    plane_units: usize,
+    converts_f16: bool,
 }
 
 /// Units of a cube in kernels without tiles.
@@ -25,7 +30,9 @@ impl Device {
     /// `CUBECL_WGPU_DEFAULT_DEVICE` chooses another one, such as `DiscreteGpu(1)`.
     ///
     /// With the feature `vulkan`, kernels are SPIR-V where the device takes it; `MOA_WGPU_SHADERS=wgsl` keeps
-    /// them WGSL, as software drivers always have them.
+    /// them WGSL, as software drivers always have them. `MOA_WGPU_PLANES=0` does without what only some
+    /// devices offer, plane operations and conversions of f16; with 1, planes are used where CubeCL does
+    /// not trust the driver with them.
     ///
     /// # Errors
     /// [`Error::NoDevice`].
@@ -75,7 +82,8 @@ impl Device {
         let software = self.client.properties().identity.physical.is_none();
         let unwanted = std::env::var_os("MOA_WGPU_SHADERS").is_some_and(|name| name == "wgsl");
         if cfg!(feature = "vulkan") && (software || unwanted) {
-            return Self { client: WgpuRuntime::<WgslCompiler>::client(device) };
+            let client = WgpuRuntime::<WgslCompiler>::client(device);
+            return Self { converts_f16: false, ..Self::from_client(client) };
         }
         self
     }
@@ -93,11 +101,23 @@ impl Device {
 
     /// A device of any CubeCL runtime, such as the one of another library's tensors.
     pub fn from_client(client: Client) -> Self {
-        Self { client }
+        let (features, wanted) = (client.features(), std::env::var_os("MOA_WGPU_PLANES"));
+        let refused = wanted.as_ref().is_some_and(|value| value == "0");
+        let planes =
+            features.plane.contains(Plane::Ops) || wanted.is_some_and(|value| value == "1");
+        let plane_units = match planes && !refused {
+            true => client.properties().hardware.plane_size_min as usize,
+            false => 0,
+        };
+        // WGSL has no way from a word to two halves.
+        let f16 = ElemType::Float(FloatKind::F16);
+        let converts_f16 =
+            client.name() == "wgpu<spirv>" && features.supports_type(f16) && !refused;
+        Self { client, plane_units, converts_f16 }
     }
 
     fn of(device: &WgpuDevice) -> Self {
-        Self { client: cubecl::Device::Wgpu(device.clone()).client() }
+        Self::from_client(cubecl::Device::Wgpu(device.clone()).client())
     }
 
     /// CubeCL's client, which launches kernels and owns memory.
@@ -108,6 +128,16 @@ impl Device {
     /// The adapter's name.
     pub fn name(&self) -> &str {
         &self.client.properties().identity.name
+    }
+
+    /// Most units of a plane that can be relied on: 0 without plane operations.
+    pub(crate) fn plane_units(&self) -> usize {
+        self.plane_units
+    }
+
+    /// Whether kernels may convert f16 in place of taking it apart.
+    pub(crate) fn converts_f16(&self) -> bool {
+        self.converts_f16
     }
 
     /// Whether both are one device.

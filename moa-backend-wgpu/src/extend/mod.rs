@@ -1,10 +1,11 @@
-//! One call of `extend`: sequence by sequence, attention over the old cache and the new tokens, then
-//! the append.
+//! One call of `extend`: attention over the old caches and the new tokens, and the append.
 //!
-//! WebGPU kernels cannot follow pointers, and arrays of buffers are an extension; so each sequence
-//! of a batch is a dispatch of its own. Nothing of a sequence's result can depend on the others.
+//! WebGPU kernels cannot follow pointers, and arrays of buffers are an extension; so each sequence with
+//! several new tokens is a dispatch of its own. Those with one token share a dispatch by eights, which has
+//! a copy of its code for each. Nothing of a sequence's result can depend on the others.
 
 mod check;
+mod decode;
 mod plan;
 
 use cubecl::prelude::BufferArg;
@@ -13,11 +14,14 @@ use cubecl::{CubeCount, CubeDim};
 
 use crate::kernels::append::append;
 use crate::kernels::attend::{Shape, attend};
+use crate::kernels::blocks::Blocks;
 use crate::kernels::merge::merge;
+use crate::kernels::prefill::prefill;
 use crate::kernels::words::narrow;
-use crate::{Cache, Device, Dtype, Result, Tensor};
+use crate::{Cache, Device, Dtype, MatrixUnits, Result, Tensor};
 
 pub(crate) use check::check;
+use decode::Decode;
 use plan::Step;
 pub(crate) use plan::{Limits, Row, square};
 
@@ -32,7 +36,7 @@ pub(crate) fn arg(handle: &Handle) -> BufferArg {
 
 /// New keys or values as a cache of this type holds them: rounded before the chunk attends to them, so
 /// that a key is one number wherever it is read.
-pub(crate) fn words(device: &Device, tensor: &Tensor, dtype: Dtype) -> Result<Handle> {
+fn words(device: &Device, tensor: &Tensor, dtype: Dtype) -> Result<Handle> {
     if dtype == Dtype::F32 {
         return Ok(tensor.handle().clone());
     }
@@ -52,22 +56,32 @@ pub(crate) fn words(device: &Device, tensor: &Tensor, dtype: Dtype) -> Result<Ha
 pub(crate) struct Call<'a> {
     pub(crate) device: &'a Device,
     pub(crate) q: &'a Tensor,
-    /// New keys in the words of the cache: see [`words`].
-    pub(crate) k: &'a Handle,
-    /// New values, the same.
-    pub(crate) v: &'a Handle,
+    pub(crate) k: &'a Tensor,
+    pub(crate) v: &'a Tensor,
+    /// Element type of the caches.
     pub(crate) dtype: Dtype,
     pub(crate) out: &'a Tensor,
     pub(crate) lse: &'a Tensor,
     pub(crate) query_heads: usize,
     pub(crate) scale: f32,
+    pub(crate) matrix_units: MatrixUnits,
 }
 
-/// How a call's sequences are cut, and room for partial results.
+/// How a call's sequences are cut, and room for what lies between kernels.
 #[derive(Debug)]
 pub(crate) struct Plan {
-    steps: Vec<Step>,
+    decode: Option<Decode>,
+    parts: Vec<Part>,
     scratch: Option<Scratch>,
+    /// New keys and values in the words of the caches, where a part reads them: see [`words`].
+    words: Option<[Handle; 2]>,
+}
+
+/// Sequences that are computed together.
+#[derive(Debug)]
+enum Part {
+    One(Step),
+    Run(decode::Run),
 }
 
 /// Partial results of one sequence after the other: outputs, then (maximum, sum) of each row.
@@ -81,45 +95,93 @@ impl Call<'_> {
     /// Everything of a call that can fail. Shapes were checked.
     pub(crate) fn plan(&self, caches: &[&mut Cache], tokens: &[usize]) -> Result<Plan> {
         let limits = Limits::of(self.device);
-        let step = |(cache, &tokens): (&&mut Cache, &usize)| {
-            let (heads, row) = (&cache.geometry().heads, Row::of(cache.head_dim()));
-            Step::new(&limits, heads, cache.len(), tokens, self.query_heads, row)
-        };
-        let steps = caches.iter().zip(tokens).map(step).collect::<Result<Vec<_>>>()?;
-        let rows = |(step, tokens): (&Step, &usize)| match step.splits {
-            1 => 0,
-            splits => splits as usize * tokens * self.query_heads,
-        };
-        let scratch = match steps.iter().zip(tokens).map(rows).max() {
-            None | Some(0) => None,
-            Some(rows) => {
-                let elements = rows.saturating_mul(self.q.shape()[2]);
+        let (head_dim, kv_heads) = (self.q.shape()[2], caches[0].layout().heads().len());
+        let decode = Decode::new(self, &limits, head_dim, self.query_heads / kv_heads);
+        let blocks = self.matrix_units.blocks(self.device, &limits, self.dtype, head_dim);
+        let (mut parts, mut at, mut rows) = (Vec::new(), 0, 0);
+        while at < caches.len() {
+            if let Some(decode) = decode.filter(|_| tokens[at] == 1) {
+                let run = decode.run(self, &caches[at..], &tokens[at..])?;
+                at += run.sequences;
+                parts.push(Part::Run(run));
+                continue;
+            }
+            let (heads, len) = (&caches[at].geometry().heads, caches[at].len());
+            let row = Row::of(head_dim);
+            let step = Step::new(&limits, heads, len, tokens[at], self.query_heads, row, blocks)?;
+            if step.splits > 1 {
+                rows = rows.max(step.splits as usize * tokens[at] * self.query_heads);
+            }
+            parts.push(Part::One(step));
+            at += 1;
+        }
+        let scratch = match rows {
+            0 => None,
+            rows => {
+                let elements = rows.saturating_mul(head_dim);
                 let out = self.device.alloc("partial results", elements, 4)?;
                 Some(Scratch { out, stats: self.device.alloc("partial results", 2 * rows, 4)? })
             }
         };
-        Ok(Plan { steps, scratch })
+        let words = match parts.iter().any(|part| matches!(part, Part::One(_))) {
+            true => Some([
+                words(self.device, self.k, self.dtype)?,
+                words(self.device, self.v, self.dtype)?,
+            ]),
+            false => None,
+        };
+        Ok(Plan { decode, parts, scratch, words })
     }
 
     /// Queues the kernels and records the new tokens.
     pub(crate) fn run(&self, caches: &mut [&mut Cache], tokens: &[usize], plan: &Plan) {
-        let mut first = 0;
-        for ((cache, &tokens), step) in caches.iter_mut().zip(tokens).zip(&plan.steps) {
-            let row = Row::of(cache.head_dim());
-            match &plan.scratch {
-                Some(scratch) if step.splits > 1 => {
-                    self.attend(cache, first, tokens, row, step, &scratch.out, &scratch.stats);
-                    self.merge(cache, first, tokens, row, step, scratch);
+        let (mut first, mut at) = (0, 0);
+        for part in &plan.parts {
+            let sequences = match (part, &plan.decode, &plan.words) {
+                (Part::Run(run), Some(decode), _) => {
+                    decode.launch(self, &caches[at..at + run.sequences], first, run);
+                    run.sequences
                 }
-                _ => {
-                    let (out, lse) = (self.out.handle(), self.lse.handle());
-                    self.attend(cache, first, tokens, row, step, out, lse);
+                (Part::One(step), _, Some(words)) => {
+                    self.one(caches[at], first, tokens[at], step, plan.scratch.as_ref(), words);
+                    1
                 }
+                // A plan has what its parts need.
+                _ => 0,
+            };
+            for (cache, &tokens) in caches[at..].iter_mut().zip(&tokens[at..]).take(sequences) {
+                cache.extent_mut().advance(tokens);
+                first += tokens;
             }
-            self.append(cache, first, tokens, row);
-            cache.extent_mut().advance(tokens);
-            first += tokens;
+            at += sequences;
         }
+    }
+
+    fn one(
+        &self,
+        cache: &Cache,
+        first: usize,
+        tokens: usize,
+        step: &Step,
+        scratch: Option<&Scratch>,
+        words: &[Handle; 2],
+    ) {
+        let row = Row::of(cache.head_dim());
+        match scratch {
+            _ if let Some(blocks) = step.blocks => {
+                self.prefill(cache, first, tokens, blocks, step.tiles, words);
+            }
+            Some(scratch) if step.splits > 1 => {
+                let results = [&scratch.out, &scratch.stats];
+                self.attend(cache, first, tokens, row, step, words, results);
+                self.merge(cache, first, tokens, row, step, scratch);
+            }
+            _ => {
+                let results = [self.out.handle(), self.lse.handle()];
+                self.attend(cache, first, tokens, row, step, words, results);
+            }
+        }
+        self.append(cache, first, tokens, row, words);
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -130,8 +192,8 @@ impl Call<'_> {
         tokens: usize,
         row: Row,
         step: &Step,
-        out: &Handle,
-        stats: &Handle,
+        [k, v]: &[Handle; 2],
+        [out, stats]: [&Handle; 2],
     ) {
         let kv_heads = cache.layout().heads().len();
         let columns = row.vectors.div_ceil(step.tile.units_x);
@@ -147,8 +209,8 @@ impl Call<'_> {
                 row.width,
                 row.width / self.dtype.per_word(),
                 arg(self.q.handle()),
-                arg(self.k),
-                arg(self.v),
+                arg(k),
+                arg(v),
                 arg(&cache.keys),
                 arg(&cache.values),
                 arg(&cache.geometry().table),
@@ -162,6 +224,41 @@ impl Call<'_> {
                 row.vectors as u32,
                 self.scale,
                 shape,
+            );
+        }
+    }
+
+    fn prefill(
+        &self,
+        cache: &Cache,
+        first: usize,
+        tokens: usize,
+        blocks: Blocks,
+        tiles: u32,
+        [k, v]: &[Handle; 2],
+    ) {
+        let kv_heads = cache.layout().heads().len();
+        // SAFETY: as in `attend`; head dimensions are multiples of 8.
+        unsafe {
+            prefill::launch_unchecked(
+                self.device.client(),
+                CubeCount::Static(tiles, kv_heads as u32, 1),
+                CubeDim::new_1d(blocks.units() as u32),
+                arg(self.q.handle()),
+                arg(k),
+                arg(v),
+                arg(&cache.keys),
+                arg(&cache.values),
+                arg(&cache.geometry().table),
+                arg(self.out.handle()),
+                arg(self.lse.handle()),
+                first as u32,
+                tokens as u32,
+                cache.len() as u32,
+                self.query_heads as u32,
+                kv_heads as u32,
+                self.scale,
+                blocks,
             );
         }
     }
@@ -199,7 +296,7 @@ impl Call<'_> {
         }
     }
 
-    fn append(&self, cache: &Cache, first: usize, tokens: usize, row: Row) {
+    fn append(&self, cache: &Cache, first: usize, tokens: usize, row: Row, [k, v]: &[Handle; 2]) {
         let kv_heads = cache.layout().heads().len();
         let (cubes, dim) = self.device.cubes(tokens * kv_heads * row.vectors);
         // SAFETY: the tensors have `first + tokens` tokens, the cache has the slots of its table and
@@ -210,8 +307,8 @@ impl Call<'_> {
                 cubes,
                 dim,
                 row.width / self.dtype.per_word(),
-                arg(self.k),
-                arg(self.v),
+                arg(k),
+                arg(v),
                 arg(&cache.geometry().table),
                 arg(&cache.keys),
                 arg(&cache.values),

@@ -1,3 +1,4 @@
+use crate::kernels::blocks::Blocks;
 use crate::kernels::keys::{Head, keys, split_keys};
 use crate::kernels::tile::Tile;
 use crate::{Device, Error, Result};
@@ -26,6 +27,8 @@ pub(crate) struct Limits {
     pub(crate) units: usize,
     /// Cubes along one axis.
     pub(crate) cubes: u32,
+    /// Buffers of a kernel.
+    pub(crate) bindings: usize,
 }
 
 impl Limits {
@@ -36,6 +39,7 @@ impl Limits {
             shared_bytes: hardware.max_shared_memory_size,
             units: hardware.max_units_per_cube as usize,
             cubes: x.min(y).min(z),
+            bindings: hardware.max_bindings as usize,
         }
     }
 }
@@ -44,6 +48,8 @@ impl Limits {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Step {
     pub(crate) tile: Tile,
+    /// Where matrix units multiply, in place of the tile.
+    pub(crate) blocks: Option<Blocks>,
     /// Tiles of rows of a KV head.
     pub(crate) tiles: u32,
     /// Most splits of a head.
@@ -60,10 +66,13 @@ impl Step {
         tokens: usize,
         query_heads: usize,
         row: Row,
+        blocks: Option<Blocks>,
     ) -> Result<Self> {
         let rows = tokens * (query_heads / heads.len());
         let tile = tile(limits, rows, row.width);
-        let tiles = rows.div_ceil(tile.rows());
+        let blocks = blocks.filter(|_| rows > SPLIT_ROWS);
+        let cube_rows = blocks.map_or(tile.rows(), |blocks| blocks.rows());
+        let tiles = rows.div_ceil(cube_rows);
         let (from, to) = (len as u32, (len + tokens) as u32);
         let splits = |head: &Head| {
             let count = keys(head, from, to).count;
@@ -74,9 +83,9 @@ impl Step {
             false => 1,
         };
         match u32::try_from(tiles) {
-            Ok(tiles) if tiles <= limits.cubes => Ok(Self { tile, tiles, splits }),
+            Ok(tiles) if tiles <= limits.cubes => Ok(Self { tile, blocks, tiles, splits }),
             _ => {
-                let expected = limits.cubes as usize * tile.rows() * heads.len() / query_heads;
+                let expected = limits.cubes as usize * cube_rows * heads.len() / query_heads;
                 let expected = format_args!("at most {expected} at once").to_string();
                 Err(Error::argument("extend", "tokens", expected, tokens))
             }

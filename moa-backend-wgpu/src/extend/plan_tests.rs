@@ -4,7 +4,7 @@ use super::*;
 use crate::kernels::keys::{MAX_SPLITS, attends, position, slot};
 
 /// WebGPU's smallest limits.
-const WEB: Limits = Limits { shared_bytes: 16384, units: 256, cubes: 65535 };
+const WEB: Limits = Limits { shared_bytes: 16384, units: 256, cubes: 65535, bindings: 7 };
 
 fn head(layout: &LayerLayout, kv_head: usize) -> Head {
     let head = layout.head(kv_head);
@@ -71,7 +71,7 @@ fn every_step_fits_the_smallest_device() {
         assert_eq!(row.width * row.vectors, head_dim);
         for (len, tokens) in [(0, 1), (4990, 1), (1000, 3), (0, 700), (20, 4000)] {
             for group in [1, 3, 8, 20] {
-                let step = Step::new(&WEB, &heads, len, tokens, 2 * group, row).unwrap();
+                let step = Step::new(&WEB, &heads, len, tokens, 2 * group, row, None).unwrap();
                 assert!(step.tile.shared_bytes(row.width) <= WEB.shared_bytes, "{step:?}");
                 assert!(step.tile.units() <= WEB.units);
                 assert!(step.tiles as usize * step.tile.rows() >= tokens * group);
@@ -81,7 +81,7 @@ fn every_step_fits_the_smallest_device() {
     }
     let tight = Limits { cubes: 3, ..WEB };
     assert!(matches!(
-        Step::new(&tight, &heads, 0, 1000, 2, Row::of(64)),
+        Step::new(&tight, &heads, 0, 1000, 2, Row::of(64), None),
         Err(Error::Argument { what: "tokens", .. })
     ));
 }

@@ -6,11 +6,17 @@
 
 pub(crate) mod append;
 pub(crate) mod attend;
+pub(crate) mod blocks;
 pub(crate) mod copy;
+pub(crate) mod decode;
+pub(crate) mod fragments;
 pub(crate) mod influence;
+pub(crate) mod join;
 pub(crate) mod keys;
+pub(crate) mod lanes;
 pub(crate) mod linear;
 pub(crate) mod merge;
+pub(crate) mod prefill;
 pub(crate) mod random;
 pub(crate) mod rows;
 pub(crate) mod tile;

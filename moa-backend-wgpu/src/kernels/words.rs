@@ -2,6 +2,7 @@
 //! integer arithmetic is everywhere, exact, and hidden behind the reads.
 
 use cubecl::prelude::*;
+use half::f16;
 
 use crate::Dtype;
 
@@ -43,8 +44,27 @@ pub(crate) fn narrow(from: &[f32], to: &mut [u32], words: u32, #[comptime] dtype
     }
 }
 
+/// The low (0) or high (1) element of a word of two; `native` where the device converts f16 itself.
 #[cube]
-fn widen_f16(half: u32) -> f32 {
+pub(crate) fn widen_word(
+    word: u32,
+    #[comptime] half: usize,
+    #[comptime] dtype: Dtype,
+    #[comptime] native: bool,
+) -> f32 {
+    if comptime!(matches!(dtype, Dtype::F16) && native) {
+        let pair = Vector::<f16, Const<2>>::reinterpret(word);
+        f32::cast_from(pair.extract(half))
+    } else if comptime!(matches!(dtype, Dtype::F16)) {
+        widen_f16((word >> comptime!(16 * half as u32)) & 0xffff)
+    } else {
+        let bits = if comptime!(half == 0) { word << 16 } else { word & 0xffff_0000 };
+        f32::from_bits(bits)
+    }
+}
+
+#[cube]
+pub(crate) fn widen_f16(half: u32) -> f32 {
     let magnitude = half & 0x7fff;
     let mut bits = (magnitude << 13) + 0x3800_0000;
     if magnitude < 0x400 {
@@ -90,7 +110,7 @@ pub(crate) fn narrow_bf16(x: f32) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use half::{bf16, f16};
+    use half::bf16;
 
     use super::*;
 

@@ -1,0 +1,159 @@
+use cubecl::prelude::SequenceArg;
+use cubecl::server::Handle;
+use cubecl::{CubeCount, CubeDim};
+
+use super::{Call, Limits, arg};
+use crate::kernels::decode::{DECODE_UNITS, HeldLaunch, NewLaunch, Shape, decode};
+use crate::kernels::join::{JOIN_UNITS, join};
+use crate::kernels::keys::{keys, split_keys};
+use crate::{Cache, Dtype, Result};
+
+/// Most query heads per KV head: a unit holds a share of each one's query and output in registers.
+const MAX_GROUP: usize = 8;
+
+/// Most sequences of one dispatch. Each has its caches' buffers and its own code, as kernels cannot choose
+/// a buffer by number.
+const MAX_SEQUENCES: usize = 8;
+
+/// The same where sums go through shared memory: drivers without plane operations are mostly software, and
+/// compile eight copies with barriers in them for a minute.
+const MAX_SEQUENCES_WITHOUT_PLANES: usize = 2;
+
+/// Most sequences whose partial results are held at once.
+const MAX_RUN: usize = 4096;
+
+/// What all sequences with one new token share.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Decode {
+    shape: Shape,
+    /// Vectors of four elements of a row.
+    vectors: usize,
+}
+
+/// Sequences next to each other that have one new token each, and room for partial results.
+#[derive(Debug)]
+pub(crate) struct Run {
+    pub(crate) sequences: usize,
+    splits: u32,
+    partial: Option<[Handle; 2]>,
+}
+
+impl Decode {
+    /// `None` where [`crate::kernels::attend`] has to do: rows that are not whole loads, more query heads
+    /// per KV head than registers hold.
+    pub(crate) fn new(
+        call: &Call<'_>,
+        limits: &Limits,
+        head_dim: usize,
+        group: usize,
+    ) -> Option<Self> {
+        let parts = call.dtype.per_word();
+        if !head_dim.is_multiple_of(4 * parts) || group > MAX_GROUP {
+            return None;
+        }
+        let lanes = (head_dim / (4 * parts)).next_power_of_two();
+        let bindings = limits.bindings.saturating_sub(5) / 3;
+        let (planes, native) = (lanes <= call.device.plane_units(), call.device.converts_f16());
+        let most = if planes { MAX_SEQUENCES } else { MAX_SEQUENCES_WITHOUT_PLANES };
+        let sequences = 1 << bindings.clamp(1, most).ilog2();
+        let (dtype, native) = (call.dtype, native && call.dtype == Dtype::F16);
+        let shape = Shape { sequences, group, lanes, dtype, planes, native, partial: true };
+        let units = DECODE_UNITS.max(JOIN_UNITS);
+        (shape.shared_bytes() <= limits.shared_bytes && units <= limits.units)
+            .then_some(Self { shape, vectors: head_dim / 4 })
+    }
+
+    /// A run of the sequences at the start of these that have one new token.
+    pub(crate) fn run(
+        &self,
+        call: &Call<'_>,
+        caches: &[&mut Cache],
+        tokens: &[usize],
+    ) -> Result<Run> {
+        let sequences = tokens.iter().take(MAX_RUN).take_while(|&&n| n == 1).count();
+        let splits = |cache: &Cache| {
+            let len = cache.len() as u32;
+            let counts = cache.geometry().heads.iter().map(|h| keys(h, len, len + 1).count);
+            counts.map(|count| count.div_ceil(split_keys(count))).max().unwrap_or(1)
+        };
+        let splits = caches[..sequences].iter().map(|cache| splits(cache)).max().unwrap_or(1);
+        let partial = match splits {
+            1 => None,
+            _ => {
+                let rows = sequences.saturating_mul(call.query_heads * splits as usize);
+                let out = call.device.alloc(
+                    "partial results",
+                    rows.saturating_mul(4 * self.vectors),
+                    4,
+                )?;
+                Some([out, call.device.alloc("partial results", 2 * rows, 4)?])
+            }
+        };
+        Ok(Run { sequences, splits, partial })
+    }
+
+    /// Queues a run, whose first token is `first`.
+    pub(crate) fn launch(&self, call: &Call<'_>, caches: &[&mut Cache], first: usize, run: &Run) {
+        let kv_heads = call.query_heads / self.shape.group;
+        let (out, stats) = match &run.partial {
+            Some([out, stats]) => (out, stats),
+            None => (call.out.handle(), call.lse.handle()),
+        };
+        for (number, caches) in caches.chunks(self.shape.sequences).enumerate() {
+            let at = number * self.shape.sequences;
+            // Two sizes, as each is a kernel to compile: the last cache stands for those that are not.
+            let sequences = if caches.len() == 1 { 1 } else { self.shape.sequences };
+            let last = caches.last().into_iter().cycle();
+            let held = caches.iter().chain(last).take(sequences).map(|cache| {
+                HeldLaunch::new(
+                    arg(&cache.keys),
+                    arg(&cache.values),
+                    arg(&cache.geometry().table),
+                    cache.len() as u32,
+                )
+            });
+            let new = NewLaunch::new(
+                arg(call.q.handle()),
+                arg(call.k.handle()),
+                arg(call.v.handle()),
+                arg(out),
+                arg(stats),
+                (first + at) as u32,
+                at as u32,
+                call.query_heads as u32,
+                kv_heads as u32,
+                self.vectors as u32,
+                call.scale,
+            );
+            // SAFETY: shapes were checked, caches are filled up to their lengths and have room for a
+            // token, and the outputs have room as planned.
+            unsafe {
+                decode::launch_unchecked(
+                    call.device.client(),
+                    CubeCount::Static(run.splits, kv_heads as u32, caches.len() as u32),
+                    CubeDim::new_1d(DECODE_UNITS as u32),
+                    new,
+                    held.collect::<SequenceArg<_>>(),
+                    Shape { sequences, partial: run.partial.is_some(), ..self.shape },
+                );
+            }
+        }
+        let Some([partial, partial_stats]) = &run.partial else { return };
+        // SAFETY: as above.
+        unsafe {
+            join::launch_unchecked(
+                call.device.client(),
+                CubeCount::Static(call.query_heads as u32, run.sequences as u32, 1),
+                CubeDim::new_1d(JOIN_UNITS as u32),
+                arg(partial),
+                arg(partial_stats),
+                arg(call.out.handle()),
+                arg(call.lse.handle()),
+                first as u32,
+                run.splits,
+                self.vectors as u32,
+                self.vectors.next_power_of_two(),
+            );
+        }
+    }
+}

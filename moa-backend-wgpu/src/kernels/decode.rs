@@ -1,0 +1,335 @@
+use cubecl::prelude::*;
+
+use super::keys::{Head, Keys, head, keys, position, slot, split_keys};
+use super::lanes::{add, part, round};
+use crate::Dtype;
+
+/// Units of a cube.
+pub(crate) const DECODE_UNITS: usize = 128;
+
+/// Keys that a unit has under way at once.
+const AHEAD: usize = 4;
+
+/// Score of a key that is none. Finite: the difference of two of them is a number.
+const MASKED: f32 = -1e30;
+
+/// Four words: the widest load that every GPU has.
+pub(crate) type Words = Vector<u32, Const<4>>;
+pub(crate) type Floats = Vector<f32, Const<4>>;
+
+/// What a kernel is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Shape {
+    /// Sequences of a dispatch.
+    pub(crate) sequences: usize,
+    /// Query heads per KV head.
+    pub(crate) group: usize,
+    /// Units that share a row, a power of two: enough for one load of [`Words`] each.
+    pub(crate) lanes: usize,
+    /// Element type of keys and values.
+    pub(crate) dtype: Dtype,
+    /// Sums over a row's units by plane operations, in place of shared memory.
+    pub(crate) planes: bool,
+    /// f16 is widened by the device's own conversion.
+    pub(crate) native: bool,
+    /// Whether several cubes share the keys of a head and leave partial results.
+    pub(crate) partial: bool,
+}
+
+impl Shape {
+    /// Vectors of four elements in a load.
+    const fn parts(&self) -> usize {
+        self.dtype.per_word()
+    }
+
+    /// Rows that a cube reads at once.
+    const fn rows(&self) -> usize {
+        DECODE_UNITS / self.lanes
+    }
+
+    /// Elements of the shared memory of sums.
+    const fn sums(&self) -> usize {
+        if self.planes { 1 } else { DECODE_UNITS * AHEAD * self.group }
+    }
+
+    /// Bytes of shared memory.
+    pub(crate) const fn shared_bytes(&self) -> usize {
+        4 * self.sums() + 16 * DECODE_UNITS * self.parts() + 8 * self.rows()
+    }
+}
+
+/// One sequence's cache.
+#[derive(CubeType, CubeLaunch)]
+pub(crate) struct Held {
+    pub(crate) keys: Box<[Words]>,
+    pub(crate) values: Box<[Words]>,
+    pub(crate) table: Box<[u32]>,
+    pub(crate) len: u32,
+}
+
+/// What all sequences of a dispatch share.
+#[derive(CubeType, CubeLaunch)]
+pub(crate) struct New {
+    pub(crate) q: Box<[Floats]>,
+    pub(crate) k: Box<[Floats]>,
+    pub(crate) v: Box<[Floats]>,
+    pub(crate) out: Box<[Floats]>,
+    pub(crate) stats: Box<[f32]>,
+    /// The dispatch's first sequence among the tokens, and among the partial results.
+    pub(crate) first_token: u32,
+    pub(crate) first: u32,
+    pub(crate) query_heads: u32,
+    pub(crate) kv_heads: u32,
+    /// Vectors of four elements of a row.
+    pub(crate) vectors: u32,
+    pub(crate) scale: f32,
+}
+
+/// Attention of one new token of each sequence over its cache and itself, and the append. Cubes: splits of
+/// the keys, KV heads, sequences.
+///
+/// A cube reads whole rows, the units of a row next to each other, and each row's units keep a result of
+/// their own; these are joined at the end. `q` and `out` are `[tokens, query_heads, vectors]`, `k` and `v`
+/// alike with `kv_heads`; `stats` is the log-sum-exp of each row. Of partial results, `out` is
+/// `[sequences, query_heads, splits, vectors]` without the division by the sum, and `stats` alike (maximum,
+/// sum), the sum 0 where a split has no key.
+///
+/// The token's slot is one that its own query does not see: the append needs no order.
+#[cube(launch_unchecked)]
+pub(crate) fn decode(new: &mut New, held: &mut Sequence<Held>, #[comptime] shape: Shape) {
+    let mut sums = Shared::<[f32]>::new_slice(comptime!(shape.sums()));
+    let mut outputs = Shared::<[Floats]>::new_slice(comptime!(DECODE_UNITS * shape.parts()));
+    let mut stats = Shared::<[f32]>::new_slice(comptime!(2 * shape.rows()));
+    #[unroll]
+    for sequence in 0..shape.sequences {
+        if CUBE_POS_Z == comptime!(sequence as u32) {
+            let cache = held.index_mut(sequence);
+            one(new, cache, &mut sums, &mut outputs, &mut stats, shape);
+        }
+    }
+}
+
+#[cube]
+fn one(
+    new: &mut New,
+    cache: &mut Held,
+    sums: &mut [f32],
+    outputs: &mut [Floats],
+    stats: &mut [f32],
+    #[comptime] shape: Shape,
+) {
+    let group = comptime!(shape.group);
+    let lanes = comptime!(shape.lanes);
+    let parts = comptime!(shape.parts());
+    let rows = comptime!(shape.rows());
+    let unit = UNIT_POS as usize;
+    let lane = unit % lanes;
+    let row = unit / lanes;
+    let kv_head = CUBE_POS_Y;
+    let vectors = new.vectors as usize;
+    let columns = vectors / parts;
+    // Units beyond a row's end read its last column and count for nothing.
+    let column = lane.min(columns - 1);
+    let token = new.first_token + CUBE_POS_Z;
+    let sequence = new.first + CUBE_POS_Z;
+
+    let len = cache.len;
+    let head = head(&cache.table, kv_head);
+    let keys = keys(&head, len, len + 1);
+    let share = split_keys(keys.count);
+    let from = CUBE_POS_X * share;
+    let to = (from + share).min(keys.count);
+
+    let mut maximum = Array::<f32>::new(group);
+    let mut sum = Array::<f32>::new(group);
+    let mut output = Array::<Floats>::new(comptime!(group * parts));
+    let mut query = Array::<Floats>::new(comptime!(group * parts));
+    #[unroll]
+    for g in 0..group {
+        maximum[g] = MASKED;
+        sum[g] = 0.0;
+        let at = (token * new.query_heads + kv_head * comptime!(group as u32) + g as u32) as usize;
+        #[unroll]
+        for p in 0..parts {
+            output[g * parts + p] = Vector::new(0.0);
+            let scale = select(lane < columns, new.scale, 0.0);
+            query[g * parts + p] = new.q[at * vectors + column * parts + p] * Vector::new(scale);
+        }
+    }
+
+    if from < to {
+        // The last key is the new one, which is not in the cache.
+        let end = to.min(keys.count - 1);
+        let ring = ring(&head, &keys, from);
+        let mut base = from;
+        while base < end {
+            let mut held_k = Array::<Words>::new(AHEAD);
+            let mut held_v = Array::<Words>::new(AHEAD);
+            #[unroll]
+            for a in 0..AHEAD {
+                let number = (base + (a * rows + row) as u32).min(end - 1);
+                let slot = slot_after(&head, &ring, position(&keys, number));
+                held_k[a] = cache.keys[slot as usize * columns + column];
+                held_v[a] = cache.values[slot as usize * columns + column];
+            }
+            let mut scores = Array::<f32>::new(comptime!(AHEAD * group));
+            #[unroll]
+            for a in 0..AHEAD {
+                #[unroll]
+                for g in 0..group {
+                    scores[a * group + g] = 0.0;
+                }
+                #[unroll]
+                for p in 0..parts {
+                    let key = part(held_k[a], p, shape);
+                    #[unroll]
+                    for g in 0..group {
+                        scores[a * group + g] += query[g * parts + p].dot(key);
+                    }
+                }
+            }
+            add(&mut scores, sums, comptime!(AHEAD * group), shape);
+            #[unroll]
+            for g in 0..group {
+                let mut best = maximum[g];
+                #[unroll]
+                for a in 0..AHEAD {
+                    let some = base + ((a * rows + row) as u32) < end;
+                    scores[a * group + g] = select(some, scores[a * group + g], MASKED);
+                    best = best.max(scores[a * group + g]);
+                }
+                let rescale = (maximum[g] - best).exp();
+                maximum[g] = best;
+                sum[g] *= rescale;
+                #[unroll]
+                for p in 0..parts {
+                    output[g * parts + p] *= Vector::new(rescale);
+                }
+                #[unroll]
+                for a in 0..AHEAD {
+                    let score = scores[a * group + g];
+                    let weight = select(score > MASKED, (score - best).exp(), 0.0);
+                    sum[g] += weight;
+                    scores[a * group + g] = weight;
+                }
+            }
+            #[unroll]
+            for a in 0..AHEAD {
+                #[unroll]
+                for p in 0..parts {
+                    let value = part(held_v[a], p, shape);
+                    #[unroll]
+                    for g in 0..group {
+                        output[g * parts + p] += value * Vector::new(scores[a * group + g]);
+                    }
+                }
+            }
+            base += comptime!((AHEAD * rows) as u32);
+        }
+
+        if to == keys.count {
+            let at = (token * new.kv_heads + kv_head) as usize * vectors + column * parts;
+            let key = round(&new.k, at, shape);
+            let value = round(&new.v, at, shape);
+            let mut scores = Array::<f32>::new(group);
+            #[unroll]
+            for g in 0..group {
+                scores[g] = 0.0;
+                #[unroll]
+                for p in 0..parts {
+                    scores[g] += query[g * parts + p].dot(part(key, p, shape));
+                }
+            }
+            add(&mut scores, sums, group, shape);
+            if row == 0 {
+                #[unroll]
+                for g in 0..group {
+                    let best = maximum[g].max(scores[g]);
+                    let rescale = (maximum[g] - best).exp();
+                    let weight = (scores[g] - best).exp();
+                    maximum[g] = best;
+                    sum[g] = sum[g] * rescale + weight;
+                    #[unroll]
+                    for p in 0..parts {
+                        let before = output[g * parts + p] * Vector::new(rescale);
+                        output[g * parts + p] =
+                            before + part(value, p, shape) * Vector::new(weight);
+                    }
+                }
+                if lane < columns {
+                    let to = slot(&head, len) as usize * columns + column;
+                    cache.keys[to] = key;
+                    cache.values[to] = value;
+                }
+            }
+        }
+    }
+
+    #[unroll]
+    for g in 0..group {
+        // The head before was read.
+        sync_cube();
+        #[unroll]
+        for p in 0..parts {
+            outputs[unit * parts + p] = output[g * parts + p];
+        }
+        if lane == 0 {
+            stats[2 * row] = maximum[g];
+            stats[2 * row + 1] = sum[g];
+        }
+        sync_cube();
+        if unit < vectors {
+            let mut largest = stats[0];
+            for other in 1..rows {
+                largest = largest.max(stats[2 * other]);
+            }
+            let mut total = 0.0f32;
+            let mut joined = Vector::new(0.0f32);
+            for other in 0..rows {
+                let factor = (stats[2 * other] - largest).exp();
+                total += stats[2 * other + 1] * factor;
+                joined += outputs[other * comptime!(lanes * parts) + unit] * Vector::new(factor);
+            }
+            let query_head = kv_head * comptime!(group as u32) + g as u32;
+            if comptime!(shape.partial) {
+                let at = ((sequence * new.query_heads + query_head) * CUBE_COUNT_X + CUBE_POS_X)
+                    as usize;
+                new.out[at * vectors + unit] = joined;
+                if unit == 0 {
+                    new.stats[2 * at] = largest;
+                    new.stats[2 * at + 1] = total;
+                }
+            } else {
+                let at = (token * new.query_heads + query_head) as usize;
+                new.out[at * vectors + unit] = joined * Vector::new(1.0 / total);
+                if unit == 0 {
+                    new.stats[at] = largest + total.ln();
+                }
+            }
+        }
+    }
+}
+
+/// A split's first key in the ring: later ones are found without a division.
+#[derive(CubeType, Clone, Copy)]
+struct Ring {
+    position: u32,
+    slot: u32,
+}
+
+#[cube]
+fn ring(head: &Head, keys: &Keys, from: u32) -> Ring {
+    let first = position(keys, from);
+    let position = first.max(keys.start.max(head.sink_slots));
+    Ring { position, slot: (position - head.sink_slots) % head.ring.max(1) }
+}
+
+/// [`super::keys::slot`] of a key that the split sees: those beyond the sink are no more than the ring.
+#[cube]
+fn slot_after(head: &Head, ring: &Ring, position: u32) -> u32 {
+    let mut at = ring.slot + position - ring.position;
+    if at >= head.ring {
+        at -= head.ring;
+    }
+    select(position < head.sink_slots, head.offset + position, head.offset + head.sink_slots + at)
+}
