@@ -2,7 +2,8 @@
 //! API.
 //!
 //! `cargo bench -p moa-backend-wgpu --features peer,vulkan --bench wgpu_extend -- --contexts 4096,8192
-//! --json out.json`; `--test` measures tiny sizes, for a software driver.
+//! --json out.json`; `--test` measures tiny sizes; on a software driver leave out the
+//! feature `vulkan`.
 
 use std::cell::RefCell;
 use std::collections::HashSet;

@@ -64,7 +64,10 @@ impl Options {
                     (options.copy_bytes, options.turn_bytes) = (1 << 20, 1 << 20);
                     options.seconds = 0.0;
                 }
-                "--help" => return Err(HELP.into()),
+                "--help" => {
+                    println!("{HELP}");
+                    std::process::exit(0);
+                }
                 _ => {
                     let value = arguments.next().ok_or(format!("{name} needs a value"))?;
                     options.set(&name, value)?;

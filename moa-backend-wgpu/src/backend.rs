@@ -25,7 +25,7 @@ impl WgpuBackend {
         Self { matrix_units, ..self }
     }
 
-    /// Whether long chunks on this backend's caches are multiplied as [`MatrixUnits`] says.
+    /// Whether long chunks with heads of this size take the matrix-unit kernel, emulated or not.
     pub fn has_matrix_units(&self, head_dim: usize) -> bool {
         let limits = extend::Limits::of(&self.device);
         self.matrix_units.blocks(&self.device, &limits, self.dtype, head_dim).is_some()

@@ -6,7 +6,7 @@ use cubecl::ir::{ElemType, FloatKind};
 use cubecl::server::Handle;
 use cubecl::wgpu::{
     AutoGraphicsApi, RuntimeOptions, WgpuDevice, WgpuInitError, WgpuRuntime, WgpuSetup,
-    WgslCompiler, try_init_device, try_init_setup,
+    WgslCompiler, try_init_device, try_init_setup, wgpu::Features,
 };
 use cubecl::{CubeCount, CubeDim, calculate_cube_count_elemwise};
 use cubecl_server::runtime::Runtime;
@@ -20,6 +20,8 @@ pub struct Device {
     /// Units of the smallest plane, 0 without plane operations.
     plane_units: usize,
     converts_f16: bool,
+    /// Whether cooperative matrices that CubeCL lists can be compiled and used.
+    matrix_units: bool,
 }
 
 /// Units of a cube in kernels without tiles.
@@ -31,8 +33,8 @@ impl Device {
     ///
     /// With the feature `vulkan`, kernels are SPIR-V where the device takes it; `MOA_WGPU_SHADERS=wgsl` keeps
     /// them WGSL, as software drivers always have them. `MOA_WGPU_PLANES=0` does without what only some
-    /// devices offer, plane operations and conversions of f16; with 1, planes are used where CubeCL does
-    /// not trust the driver with them.
+    /// devices offer: plane operations, conversions of f16, matrix units. With 1, planes are used where
+    /// CubeCL does not trust the driver with them; that the device has subgroups is not checked.
     ///
     /// # Errors
     /// [`Error::NoDevice`].
@@ -83,12 +85,14 @@ impl Device {
         let unwanted = std::env::var_os("MOA_WGPU_SHADERS").is_some_and(|name| name == "wgsl");
         if cfg!(feature = "vulkan") && (software || unwanted) {
             let client = WgpuRuntime::<WgslCompiler>::client(device);
-            return Self { converts_f16: false, ..Self::from_client(client) };
+            let own = Self::from_client(client);
+            return Self { converts_f16: false, matrix_units: false, ..own };
         }
         self
     }
 
-    /// The GPU that the application already uses, with its wgpu device and queue. Register a setup
+    /// The GPU that the application already uses, with its wgpu device and queue. Plane operations are
+    /// used if the device was asked for subgroups; matrix units are not. Register a setup
     /// once and clone the result: CubeCL does not notice repetitions.
     ///
     /// # Errors
@@ -96,10 +100,17 @@ impl Device {
     pub fn from_setup(setup: WgpuSetup) -> Result<Self> {
         let refused = |error: WgpuInitError| Error::NoDevice { message: error.to_string() };
         let options = RuntimeOptions::try_default().map_err(refused)?;
-        try_init_device(setup, options).map(|device| Self::of(&device)).map_err(refused)
+        // CubeCL lists what the adapter offers; the application may have asked for less.
+        let subgroups = setup.device.features().contains(Features::SUBGROUP);
+        let device = try_init_device(setup, options).map_err(refused)?;
+        let own = Self::of(&device);
+        let plane_units = if subgroups { own.plane_units } else { 0 };
+        Ok(Self { plane_units, converts_f16: false, matrix_units: false, ..own })
     }
 
-    /// A device of any CubeCL runtime, such as the one of another library's tensors.
+    /// A device of any CubeCL runtime, such as the one of another library's tensors. In builds with the
+    /// feature `vulkan` it must not compile to WGSL on a device with matrix units, which it lists all the
+    /// same.
     pub fn from_client(client: Client) -> Self {
         let (features, wanted) = (client.features(), std::env::var_os("MOA_WGPU_PLANES"));
         let refused = wanted.as_ref().is_some_and(|value| value == "0");
@@ -113,7 +124,7 @@ impl Device {
         let f16 = ElemType::Float(FloatKind::F16);
         let converts_f16 =
             client.name() == "wgpu<spirv>" && features.supports_type(f16) && !refused;
-        Self { client, plane_units, converts_f16 }
+        Self { client, plane_units, converts_f16, matrix_units: !refused }
     }
 
     fn of(device: &WgpuDevice) -> Self {
@@ -138,6 +149,11 @@ impl Device {
     /// Whether kernels may convert f16 in place of taking it apart.
     pub(crate) fn converts_f16(&self) -> bool {
         self.converts_f16
+    }
+
+    /// Whether cooperative matrices that CubeCL lists may be used.
+    pub(crate) fn has_matrix_units(&self) -> bool {
+        self.matrix_units
     }
 
     /// Whether both are one device.

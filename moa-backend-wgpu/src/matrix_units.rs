@@ -64,7 +64,8 @@ fn offered(device: &Device) -> bool {
         k: side,
     };
     let planes = [hardware.plane_size_min, hardware.plane_size_max];
-    features.matmul.cmma.contains(&products)
+    device.has_matrix_units()
+        && features.matmul.cmma.contains(&products)
         && planes == [PLANE as u32; 2]
         && features.plane.contains(Plane::Ops)
         && features.plane.contains(Plane::Sync)

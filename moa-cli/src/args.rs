@@ -25,7 +25,7 @@ pub(crate) struct Global {
     /// wgpu:N for GPU N; several GPUs, cuda:0,1,.., share a model in generate, eval and bench
     #[arg(long, global = true, default_value = "cpu", value_name = "DEVICE")]
     pub(crate) device: Device,
-    /// Element type of KV caches; on a GPU of weights and activations too
+    /// Element type of KV caches; with cuda of weights and activations too
     #[arg(long, global = true, default_value = "bf16", value_name = "TYPE")]
     pub(crate) cache_dtype: CacheType,
     /// Type of linear layers' weights on an NVIDIA GPU, if not that of caches: fp8 halves the

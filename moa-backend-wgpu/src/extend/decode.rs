@@ -22,6 +22,9 @@ const MAX_SEQUENCES_WITHOUT_PLANES: usize = 2;
 /// Most sequences whose partial results are held at once.
 const MAX_RUN: usize = 4096;
 
+/// Most bytes of their partial results.
+const PARTIAL_BYTES: u64 = 256 << 20;
+
 /// What all sequences with one new token share.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Decode {
@@ -77,6 +80,10 @@ impl Decode {
             counts.map(|count| count.div_ceil(split_keys(count))).max().unwrap_or(1)
         };
         let splits = caches[..sequences].iter().map(|cache| splits(cache)).max().unwrap_or(1);
+        // Results do not depend on where a batch is cut.
+        let each = call.query_heads * splits as usize * self.vectors * 16;
+        let most = call.device.max_buffer_bytes().min(PARTIAL_BYTES) as usize / each.max(1);
+        let sequences = if splits == 1 { sequences } else { sequences.min(most.max(1)) };
         let partial = match splits {
             1 => None,
             _ => {

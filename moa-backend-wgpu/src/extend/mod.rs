@@ -1,8 +1,8 @@
 //! One call of `extend`: attention over the old caches and the new tokens, and the append.
 //!
 //! WebGPU kernels cannot follow pointers, and arrays of buffers are an extension; so each sequence with
-//! several new tokens is a dispatch of its own. Those with one token share a dispatch by eights, which has
-//! a copy of its code for each. Nothing of a sequence's result can depend on the others.
+//! several new tokens is a dispatch of its own. Those with one token share a dispatch, up to eight of them,
+//! which has a copy of its code for each (see `decode`). Nothing of a sequence's result can depend on the others.
 
 mod check;
 mod decode;
