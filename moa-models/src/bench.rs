@@ -105,7 +105,7 @@ impl<O: Ops> Llama<O> {
             return Err(Error::invalid("new tokens", expected, new_tokens));
         }
         let context = prompt.saturating_add(new_tokens);
-        self.check_length(context)?;
+        self.config.check_context(context)?;
         let mut random = SplitMix64::new(seed);
         let vocab = self.config.vocab_size;
         let skipped = (new_tokens - run) / 2;
@@ -175,14 +175,6 @@ impl<O: Ops> Llama<O> {
         })
     }
 
-    fn check_length(&self, asked: usize) -> Result<()> {
-        let limit = self.config.context_length();
-        match asked <= limit {
-            true => Ok(()),
-            false => Err(Error::ContextExceeded { asked, limit }),
-        }
-    }
-
     /// The largest batch of sequences of `context` tokens that the device has memory for, by the
     /// sizes of their caches (the smallest of all ranks); `None` where it has no memory of its own.
     ///
@@ -236,7 +228,7 @@ impl<O: BackwardOps> Llama<O> {
     /// # Errors
     /// If `tokens` is less than 2 or more than the model's context; if the memory cannot be had.
     pub fn bench_profile(&self, tokens: usize, seed: u64) -> Result<ProfileBenchReport> {
-        self.check_length(tokens)?;
+        self.config.check_context(tokens)?;
         let response = RESPONSE.min(tokens / 2);
         let mut random = SplitMix64::new(seed);
         let vocab = self.config.vocab_size;

@@ -151,6 +151,15 @@ impl LlamaConfig {
         self.rope_scaling.context_length(self.max_position_embeddings)
     }
 
+    /// Whether the model's context holds so many tokens.
+    pub(crate) fn check_context(&self, asked: usize) -> Result<()> {
+        let limit = self.context_length();
+        match asked <= limit {
+            true => Ok(()),
+            false => Err(Error::ContextExceeded { asked, limit }),
+        }
+    }
+
     /// Weights of the model, biases not counted.
     #[must_use]
     pub fn parameters(&self) -> u64 {

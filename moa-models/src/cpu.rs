@@ -8,7 +8,7 @@ use moa_backend_cpu::ops::{self as kernels, WeightData, WeightRef};
 use moa_backend_cpu::{CacheDtype, CpuBackend, Tensor};
 
 use crate::mapped::MappedTensor;
-use crate::ops::{BackwardOps, LinearWeights, Ops, RandomWeights};
+use crate::ops::{BackwardOps, LinearWeights, Ops, RandomWeights, part_seeds, random_amplitude};
 use crate::rng::SplitMix64;
 use crate::rope::RopeTable;
 use crate::weights::DType;
@@ -236,8 +236,7 @@ impl Ops for CpuOps {
 impl RandomWeights for CpuOps {
     fn random_matrix(&self, out: usize, input: usize, seed: u32) -> Result<CpuMatrix> {
         let mut random = SplitMix64::new(seed.into());
-        // The variance of a uniform number in [-a, a) is a^2 / 3.
-        let amplitude = (3.0 / input.max(1) as f32).sqrt();
+        let amplitude = random_amplitude(input);
         let uniform = |bits: u64| (bits >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
         let number = |_| bf16::from_f32(uniform(random.next_u64()) * amplitude);
         let data = Data::BF16((0..out * input).map(number).collect());
@@ -245,8 +244,7 @@ impl RandomWeights for CpuOps {
     }
 
     fn random_joined(&self, outs: &[usize], input: usize, seed: u32) -> Result<Self::Joined> {
-        let seeds = (0..).map(|part: u32| seed.wrapping_add(part << 24));
-        let parts = outs.iter().zip(seeds);
+        let parts = outs.iter().zip(part_seeds(seed));
         parts.map(|(&out, seed)| Ok((self.random_matrix(out, input, seed)?, None))).collect()
     }
 

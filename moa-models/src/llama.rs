@@ -159,10 +159,7 @@ impl<O: Ops> Llama<O> {
     /// If the plan is for another model or `capacity` is longer than the model's context.
     pub fn open(&self, plan: &Plan, capacity: usize, slack: usize) -> Result<Sequence<O>> {
         let plan = self.own_plan(plan)?;
-        let limit = self.config.context_length();
-        if capacity > limit {
-            return Err(Error::ContextExceeded { asked: capacity, limit });
-        }
+        self.config.check_context(capacity)?;
         let layouts = (0..self.layers.len())
             .map(|layer| LayerLayout::new(&plan.layer_spans(layer, capacity), capacity, slack))
             .collect::<moa_core::Result<Vec<_>>>()?;

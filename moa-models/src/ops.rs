@@ -29,6 +29,16 @@ pub struct Memory {
     pub available_bytes: u64,
 }
 
+/// Bound `a` of uniform random weights in `[-a, a)`, whose variance is `a^2 / 3`.
+pub(crate) fn random_amplitude(input: usize) -> f32 {
+    (3.0 / input.max(1) as f32).sqrt()
+}
+
+/// Seeds of joined layers that are made up one by one.
+pub(crate) fn part_seeds(seed: u32) -> impl Iterator<Item = u32> {
+    (0..).map(move |part: u32| seed.wrapping_add(part << 24))
+}
+
 /// Operations whose weights can be made up: speed does not depend on their values.
 pub trait RandomWeights: Ops {
     /// A weight `[out, in]` of uniform random numbers of variance `1 / in`.

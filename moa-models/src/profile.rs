@@ -127,12 +127,6 @@ impl<O: BackwardOps> Llama<O> {
                 tokens.len(),
             ));
         }
-        if tokens.len() > self.config.context_length() {
-            return Err(Error::ContextExceeded {
-                asked: tokens.len(),
-                limit: self.config.context_length(),
-            });
-        }
         let rope = self.rope(tokens.len())?;
         let rotations = self.ops.rotations(&[(&rope, 0..tokens.len())])?;
         let saved = self.forward_saving(tokens, &rotations)?;

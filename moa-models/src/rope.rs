@@ -37,10 +37,7 @@ impl RopeTable {
         if context_length == 0 {
             return Err(Error::invalid("context_length", "at least 1", 0));
         }
-        if context_length > config.context_length() {
-            let limit = config.context_length();
-            return Err(Error::ContextExceeded { asked: context_length, limit });
-        }
+        config.check_context(context_length)?;
         let (inv_freq, attention_scale) = frequencies(config, context_length);
         if let Some(bad) = inv_freq.iter().find(|f| !(f.is_finite() && **f > 0.0)) {
             return Err(Error::invalid("rotary inverse frequency", "finite and above 0", bad));

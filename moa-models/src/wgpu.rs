@@ -6,7 +6,7 @@ use std::ops::Range;
 use moa_backend_wgpu::{Device, Dtype, Matrix, Tensor, WgpuBackend, ops as kernels};
 
 use crate::mapped::MappedTensor;
-use crate::ops::{BackwardOps, LinearWeights, Ops, RandomWeights};
+use crate::ops::{BackwardOps, LinearWeights, Ops, RandomWeights, part_seeds, random_amplitude};
 use crate::rope::RopeTable;
 use crate::weights::DType;
 use crate::{CacheDtype, Error, Result};
@@ -166,15 +166,13 @@ impl Ops for WgpuOps {
 
 impl RandomWeights for WgpuOps {
     fn random_matrix(&self, out: usize, input: usize, seed: u32) -> Result<Matrix> {
-        // The variance of a uniform number in [-a, a) is a^2 / 3.
-        let amplitude = (3.0 / input.max(1) as f32).sqrt();
+        let amplitude = random_amplitude(input);
         Matrix::random(self.device(), out, input, Dtype::Bf16, amplitude, seed)
             .map_err(Error::backend)
     }
 
     fn random_joined(&self, outs: &[usize], input: usize, seed: u32) -> Result<Self::Joined> {
-        let seeds = (0..).map(|part: u32| seed.wrapping_add(part << 24));
-        let parts = outs.iter().zip(seeds);
+        let parts = outs.iter().zip(part_seeds(seed));
         parts.map(|(&out, seed)| Ok((self.random_matrix(out, input, seed)?, None))).collect()
     }
 

@@ -37,8 +37,7 @@ impl<O: Ops> Checkpoint<O> {
     /// [`Error::ContextExceeded`], or as [`Checkpoint::question_context`].
     pub fn check_question(&self, question: &Question, max_new_tokens: usize) -> Result<()> {
         let asked = self.question_context(question, max_new_tokens)?;
-        let limit = self.model.config().context_length();
-        if asked > limit { Err(Error::ContextExceeded { asked, limit }) } else { Ok(()) }
+        self.model.config().check_context(asked)
     }
 
     /// Asks a question: each message, trimmed, goes through the chat template and is answered with
