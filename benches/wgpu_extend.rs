@@ -163,22 +163,20 @@ impl Bench {
         let mut best = f64::INFINITY;
         let mut values = Map::new();
         let slow = &mut self.slow.borrow_mut();
-        for (name, taken) in peer.times(&self.device, seconds, &expected, clock, slow) {
-            match taken {
-                Ok(taken) => {
-                    show(&format!("burn, {name}"), &taken, String::new());
-                    best = best.min(taken.wall);
-                    values.insert(name, taken.json());
-                }
-                Err(error) => {
-                    let error = error.to_string();
-                    let error: String = error.split_whitespace().collect::<Vec<_>>().join(" ");
-                    let error: String = error.chars().take(600).collect();
-                    println!("  burn, {name}: {error}");
-                    values.insert(name, json!({ "error": error }));
-                }
+        peer.times(&self.device, seconds, &expected, clock, slow, |name, taken| match taken {
+            Ok(taken) => {
+                show(&format!("burn, {name}"), &taken, String::new());
+                best = best.min(taken.wall);
+                values.insert(name, taken.json());
             }
-        }
+            Err(error) => {
+                let error = error.to_string();
+                let error: String = error.split_whitespace().collect::<Vec<_>>().join(" ");
+                let error: String = error.chars().take(600).collect();
+                println!("  burn, {name}: {error}");
+                values.insert(name, json!({ "error": error }));
+            }
+        });
         row.insert("burn".into(), Value::Object(values));
         let [faster, dense_faster] = [best / times[0], best / times[1]];
         row.insert("times_burn".into(), json!({ "plan": faster, "dense": dense_faster }));

@@ -29,6 +29,7 @@ const SLOW_SECONDS: f64 = 1.0;
 
 /// Queries, keys and values of some heads of one prompt, `[1, heads, tokens, head_dim]`. burn's kernels
 /// know no grouped queries, so keys and values are repeated for every query head.
+#[derive(Clone)]
 struct Prompt {
     q: CubeTensor,
     k: CubeTensor,
@@ -58,9 +59,6 @@ pub(crate) struct Peer {
     /// Tokens, query heads, KV heads, head dim.
     shape: [usize; 4],
 }
-
-/// What became of a strategy: its time, or why it has none.
-pub(crate) type Outcome = (String, Result<Time>);
 
 impl Peer {
     pub(crate) fn new(device: &CubeDevice, shape: [usize; 4], dtype: Dtype) -> Self {
@@ -97,8 +95,9 @@ impl Peer {
         Prompt { q: tensor(heads, 1), k: tensor(kv_heads, 2), v: tensor(kv_heads, 3) }
     }
 
-    /// Every strategy that gives `expected`, our dense output `[tokens, heads, head_dim]`, with its time, and
-    /// of the others why they are none. Without the device's time nothing ran, if there is a `clock`.
+    /// Tells `each` of every strategy that gives `expected`, our dense output `[tokens, heads, head_dim]`, its
+    /// time, and of the others why they have none. Without the device's time nothing ran, if there is a
+    /// `clock`.
     pub(crate) fn times(
         &self,
         device: &Device,
@@ -106,8 +105,10 @@ impl Peer {
         expected: &[f32],
         clock: bool,
         slow: &mut HashSet<String>,
-    ) -> Vec<Outcome> {
+        mut each: impl FnMut(String, Result<Time>),
+    ) {
         let [tokens, heads, ..] = self.shape;
+        let whole = self.prompt(0..heads);
         let flash = |run: fn() -> Flash| Strategy::Flash(run);
         let mut strategies = vec![
             ("flash, matrix units, 2 planes".to_string(), flash(accelerated::<2, 1>), heads),
@@ -136,8 +137,10 @@ impl Peer {
             }
             // What a device cannot do is a panic in places.
             let run = AssertUnwindSafe(|| -> Result<Time> {
-                let prompts: Vec<Prompt> =
-                    (0..heads).step_by(some).map(|head| self.prompt(head..head + some)).collect();
+                let prompts: Vec<Prompt> = match some == heads {
+                    true => vec![whole.clone()],
+                    false => (0..heads).step_by(some).map(|h| self.prompt(h..h + some)).collect(),
+                };
                 let all = || prompts.iter().map(|p| p.run(strategy)).collect::<Result<Vec<_>>>();
                 self.check(device, &all()?, expected)?;
                 let start = Instant::now();
@@ -159,11 +162,10 @@ impl Peer {
                 Err(format!("it panicked: {}", text.unwrap_or("without a text")).into())
             })
         };
-        let outcome = |(name, strategy, some): (String, Strategy, usize)| {
+        for (name, strategy, some) in strategies {
             let taken = measure(&name, strategy, some, slow);
-            (name, taken)
-        };
-        strategies.into_iter().map(outcome).collect()
+            each(name, taken);
+        }
     }
 
     /// Whether outputs of some heads each are all that is expected. What went wrong on the device is known

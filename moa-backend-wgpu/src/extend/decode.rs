@@ -11,13 +11,8 @@ use crate::{Cache, Dtype, Result};
 /// Most query heads per KV head: a unit holds a share of each one's query and output in registers.
 const MAX_GROUP: usize = 8;
 
-/// Most sequences of one dispatch. Each has its caches' buffers and its own code, as kernels cannot choose
-/// a buffer by number.
+/// Most sequences of one dispatch: the kernel has branches for each one's buffers.
 const MAX_SEQUENCES: usize = 8;
-
-/// The same where sums go through shared memory: drivers without plane operations are mostly software, and
-/// compile eight copies with barriers in them for a minute.
-const MAX_SEQUENCES_WITHOUT_PLANES: usize = 2;
 
 /// Most sequences whose partial results are held at once.
 const MAX_RUN: usize = 4096;
@@ -57,8 +52,7 @@ impl Decode {
         let lanes = (head_dim / (4 * parts)).next_power_of_two();
         let bindings = limits.bindings.saturating_sub(5) / 3;
         let (planes, native) = (lanes <= call.device.plane_units(), call.device.converts_f16());
-        let most = if planes { MAX_SEQUENCES } else { MAX_SEQUENCES_WITHOUT_PLANES };
-        let sequences = 1 << bindings.clamp(1, most).ilog2();
+        let sequences = bindings.clamp(1, MAX_SEQUENCES);
         let (dtype, native) = (call.dtype, native && call.dtype == Dtype::F16);
         let shape = Shape { sequences, group, lanes, dtype, planes, native, partial: true };
         let units = DECODE_UNITS.max(JOIN_UNITS);
@@ -108,10 +102,7 @@ impl Decode {
         };
         for (number, caches) in caches.chunks(self.shape.sequences).enumerate() {
             let at = number * self.shape.sequences;
-            // Two sizes, as each is a kernel to compile: the last cache stands for those that are not.
-            let sequences = if caches.len() == 1 { 1 } else { self.shape.sequences };
-            let last = caches.last().into_iter().cycle();
-            let held = caches.iter().chain(last).take(sequences).map(|cache| {
+            let held = caches.iter().map(|cache| {
                 HeldLaunch::new(
                     arg(&cache.keys),
                     arg(&cache.values),
@@ -141,7 +132,7 @@ impl Decode {
                     CubeDim::new_1d(DECODE_UNITS as u32),
                     new,
                     held.collect::<SequenceArg<_>>(),
-                    Shape { sequences, partial: run.partial.is_some(), ..self.shape },
+                    Shape { sequences: caches.len(), partial: run.partial.is_some(), ..self.shape },
                 );
             }
         }

@@ -97,31 +97,13 @@ pub(crate) struct New {
 /// The token's slot is one that its own query does not see: the append needs no order.
 #[cube(launch_unchecked)]
 pub(crate) fn decode(new: &mut New, held: &mut Sequence<Held>, #[comptime] shape: Shape) {
-    let mut sums = Shared::<[f32]>::new_slice(comptime!(shape.sums()));
-    let mut outputs = Shared::<[Floats]>::new_slice(comptime!(DECODE_UNITS * shape.parts()));
-    let mut stats = Shared::<[f32]>::new_slice(comptime!(2 * shape.rows()));
-    #[unroll]
-    for sequence in 0..shape.sequences {
-        if CUBE_POS_Z == comptime!(sequence as u32) {
-            let cache = held.index_mut(sequence);
-            one(new, cache, &mut sums, &mut outputs, &mut stats, shape);
-        }
-    }
-}
-
-#[cube]
-fn one(
-    new: &mut New,
-    cache: &mut Held,
-    sums: &mut [f32],
-    outputs: &mut [Floats],
-    stats: &mut [f32],
-    #[comptime] shape: Shape,
-) {
     let group = comptime!(shape.group);
     let lanes = comptime!(shape.lanes);
     let parts = comptime!(shape.parts());
     let rows = comptime!(shape.rows());
+    let mut sums = Shared::<[f32]>::new_slice(comptime!(shape.sums()));
+    let mut outputs = Shared::<[Floats]>::new_slice(comptime!(DECODE_UNITS * parts));
+    let mut stats = Shared::<[f32]>::new_slice(comptime!(2 * rows));
     let unit = UNIT_POS as usize;
     let lane = unit % lanes;
     let row = unit / lanes;
@@ -133,8 +115,7 @@ fn one(
     let token = new.first_token + CUBE_POS_Z;
     let sequence = new.first + CUBE_POS_Z;
 
-    let len = cache.len;
-    let head = head(&cache.table, kv_head);
+    let (head, len) = described(&*held, kv_head, shape);
     let keys = keys(&head, len, len + 1);
     let share = split_keys(keys.count);
     let from = CUBE_POS_X * share;
@@ -163,15 +144,16 @@ fn one(
         let ring = ring(&head, &keys, from);
         let mut base = from;
         while base < end {
-            let mut held_k = Array::<Words>::new(AHEAD);
-            let mut held_v = Array::<Words>::new(AHEAD);
+            let mut at = Array::<usize>::new(AHEAD);
             #[unroll]
             for a in 0..AHEAD {
                 let number = (base + (a * rows + row) as u32).min(end - 1);
                 let slot = slot_after(&head, &ring, position(&keys, number));
-                held_k[a] = cache.keys[slot as usize * columns + column];
-                held_v[a] = cache.values[slot as usize * columns + column];
+                at[a] = slot as usize * columns + column;
             }
+            let mut held_k = Array::<Words>::new(AHEAD);
+            let mut held_v = Array::<Words>::new(AHEAD);
+            load(&*held, &at, &mut held_k, &mut held_v, shape);
             let mut scores = Array::<f32>::new(comptime!(AHEAD * group));
             #[unroll]
             for a in 0..AHEAD {
@@ -188,7 +170,7 @@ fn one(
                     }
                 }
             }
-            add(&mut scores, sums, comptime!(AHEAD * group), shape);
+            add(&mut scores, &mut sums, comptime!(AHEAD * group), shape);
             #[unroll]
             for g in 0..group {
                 let mut best = maximum[g];
@@ -240,7 +222,7 @@ fn one(
                     scores[g] += query[g * parts + p].dot(part(key, p, shape));
                 }
             }
-            add(&mut scores, sums, group, shape);
+            add(&mut scores, &mut sums, group, shape);
             if row == 0 {
                 #[unroll]
                 for g in 0..group {
@@ -258,8 +240,7 @@ fn one(
                 }
                 if lane < columns {
                     let to = slot(&head, len) as usize * columns + column;
-                    cache.keys[to] = key;
-                    cache.values[to] = value;
+                    store(held, to, key, value, shape);
                 }
             }
         }
@@ -306,6 +287,59 @@ fn one(
                     new.stats[at] = largest + total.ln();
                 }
             }
+        }
+    }
+}
+
+/// The KV head of the cube's sequence, and the sequence's length.
+#[cube]
+fn described(held: &Sequence<Held>, kv_head: u32, #[comptime] shape: Shape) -> (Head, u32) {
+    let first = held.index(0);
+    let mut found = head(&first.table, kv_head);
+    let mut len = first.len;
+    #[unroll]
+    for sequence in 1..shape.sequences {
+        if CUBE_POS_Z == comptime!(sequence as u32) {
+            let cache = held.index(sequence);
+            found = head(&cache.table, kv_head);
+            len = cache.len;
+        }
+    }
+    (found, len)
+}
+
+/// Loads a unit's share of [`AHEAD`] rows of the cube's sequence. Kernels cannot choose a buffer by number:
+/// these branches, which all units take alike, are what a sequence adds to a kernel.
+#[cube]
+fn load(
+    held: &Sequence<Held>,
+    at: &Array<usize>,
+    keys: &mut Array<Words>,
+    values: &mut Array<Words>,
+    #[comptime] shape: Shape,
+) {
+    #[unroll]
+    for sequence in 0..shape.sequences {
+        if comptime!(shape.sequences == 1) || CUBE_POS_Z == comptime!(sequence as u32) {
+            let cache = held.index(sequence);
+            #[unroll]
+            for a in 0..AHEAD {
+                keys[a] = cache.keys[at[a]];
+                values[a] = cache.values[at[a]];
+            }
+        }
+    }
+}
+
+/// Writes a unit's share of a row of the cube's sequence.
+#[cube]
+fn store(held: &mut Sequence<Held>, at: usize, key: Words, value: Words, #[comptime] shape: Shape) {
+    #[unroll]
+    for sequence in 0..shape.sequences {
+        if comptime!(shape.sequences == 1) || CUBE_POS_Z == comptime!(sequence as u32) {
+            let cache = held.index_mut(sequence);
+            cache.keys[at] = key;
+            cache.values[at] = value;
         }
     }
 }

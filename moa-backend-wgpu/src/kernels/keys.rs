@@ -11,7 +11,7 @@ pub(crate) const MIN_SPLIT_KEYS: u32 = 128;
 pub(crate) const MAX_SPLITS: u32 = 256;
 
 /// One KV head's part of the cache, and its mask.
-#[derive(CubeType, Clone, Copy, Debug)]
+#[derive(CubeType, CubeTypeMut, Clone, Copy, Debug)]
 pub(crate) struct Head {
     /// First slot.
     pub(crate) offset: u32,
