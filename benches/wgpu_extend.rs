@@ -9,7 +9,6 @@ use std::cell::RefCell;
 use std::collections::HashSet;
 
 use burn_cubecl::CubeDevice;
-use cubecl::prelude::*;
 use cubecl::wgpu::WgpuDevice;
 use moa_backend_wgpu::{Cache, Device, Dtype, Tensor, WgpuBackend};
 use moa_core::{LayerLayout, Span, SparseAttentionBackend};
@@ -24,7 +23,7 @@ mod timing;
 
 use options::Options;
 use peer::Peer;
-use timing::{MOST, Time, time};
+use timing::{MOST, Time, copy_rate, time};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -48,7 +47,11 @@ fn main() -> Result<()> {
         return Ok(());
     }
     let burns = CubeDevice::Wgpu(WgpuDevice::default());
-    let device = Device::from_burn(&burns);
+    let device = if std::env::var_os("MOA_OPEN").is_some() {
+        Device::open()?
+    } else {
+        Device::from_burn(&burns)
+    };
     let client = device.client();
     let features = client.features();
     let matrices: Vec<String> =
@@ -94,31 +97,6 @@ fn main() -> Result<()> {
 fn numbers(len: usize, seed: u32) -> Vec<f32> {
     let hash = |i: u32| (i ^ seed).wrapping_mul(2_654_435_761).rotate_left(13).wrapping_mul(40_503);
     (0..len as u32).map(|i| ((hash(i) >> 8) as f32 / (1 << 23) as f32 - 1.0) * 1.732).collect()
-}
-
-#[cube(launch_unchecked)]
-fn copy<N: Size>(from: &[Vector<u32, N>], to: &mut [Vector<u32, N>], len: u32) {
-    if ABSOLUTE_POS < len as usize {
-        to[ABSOLUTE_POS] = from[ABSOLUTE_POS];
-    }
-}
-
-fn copy_rate(device: &Device, bytes: usize, seconds: f64) -> Result<f64> {
-    let client = device.client();
-    let (from, to) = (client.empty(bytes), client.empty(bytes));
-    let vectors = bytes / 16;
-    let dim = CubeDim::new_1d(256);
-    let cubes = cubecl::calculate_cube_count_elemwise(client, vectors, dim);
-    let taken = time(device, seconds, || {
-        // SAFETY: both buffers have that many vectors of four words.
-        unsafe {
-            let [from, to] =
-                [&from, &to].map(|handle| BufferArg::from_raw_parts(handle.clone(), bytes / 4));
-            copy::launch_unchecked(client, cubes.clone(), dim, 4, from, to, vectors as u32);
-        }
-        Ok(())
-    })?;
-    Ok(2.0 * bytes as f64 / taken.wall)
 }
 
 impl Bench {

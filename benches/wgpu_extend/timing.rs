@@ -1,5 +1,9 @@
+use std::sync::OnceLock;
 use std::time::Instant;
 
+use cubecl::client::Client;
+use cubecl::prelude::*;
+use cubecl::server::Handle;
 use moa_backend_wgpu::Device;
 use moa_backend_wgpu::cubecl::future::block_on;
 use serde_json::{Value, json};
@@ -32,7 +36,7 @@ impl Time {
 }
 
 /// Most runs that are queued at a time, and samples of a median.
-const MOST_RUNS: usize = 32;
+const MOST_RUNS: usize = 256;
 const SAMPLES: usize = 7;
 
 /// Windows of the device's clock.
@@ -43,6 +47,25 @@ const WARM_UP: usize = 5;
 
 /// Runs that one measurement makes at most.
 pub(crate) const MOST: usize = 1 + WARM_UP + (SAMPLES + WINDOWS) * MOST_RUNS;
+
+/// Most seconds of copies before anything counts.
+const HEAT: f64 = 0.25;
+
+/// Keeps the device busy: drivers lower the clocks of one that mostly waits, by a factor of four on an H200,
+/// and raise them after a while.
+fn heat(client: &Client, seconds: f64) -> Result<()> {
+    static BUFFERS: OnceLock<[Handle; 2]> = OnceLock::new();
+    const BYTES: usize = 256 << 20;
+    let [from, to] = BUFFERS.get_or_init(|| [client.empty(BYTES), client.empty(BYTES)]);
+    let start = Instant::now();
+    while start.elapsed().as_secs_f64() < seconds {
+        for _ in 0..4 {
+            queue_copy(client, from, to, BYTES);
+        }
+        block_on(client.sync()).map_err(|error| format!("{error:?}"))?;
+    }
+    Ok(())
+}
 
 /// Times `run`, which queues work, for about `seconds`.
 pub(crate) fn time(
@@ -64,13 +87,23 @@ pub(crate) fn time(
             break;
         }
     }
+    heat(client, HEAT.min(seconds))?;
     let runs = ((seconds / SAMPLES as f64 / one) as usize).clamp(1, MOST_RUNS);
+    debug_assert!(runs <= MOST_RUNS && 1 + WARM_UP + (SAMPLES + WINDOWS) * runs <= MOST);
     let samples = if seconds > one { SAMPLES.min((seconds / one) as usize + 1) } else { 1 };
     let mut walls = Vec::new();
     for _ in 0..samples {
         let start = Instant::now();
         for _ in 0..runs {
             run()?;
+        }
+        if true {
+            if walls.is_empty() {
+                println!(
+                    "    queued {runs} in {:.1} us a run",
+                    start.elapsed().as_secs_f64() / runs as f64 * 1e6
+                );
+            }
         }
         sync()?;
         walls.push(start.elapsed().as_secs_f64() / runs as f64);
@@ -94,4 +127,35 @@ pub(crate) fn time(
         runs,
         windows,
     })
+}
+
+/// Copies vectors of words.
+#[cube(launch_unchecked)]
+fn copy<N: Size>(from: &[Vector<u32, N>], to: &mut [Vector<u32, N>], len: u32) {
+    if ABSOLUTE_POS < len as usize {
+        to[ABSOLUTE_POS] = from[ABSOLUTE_POS];
+    }
+}
+
+/// Queues a copy of `bytes`, a multiple of 16.
+fn queue_copy(client: &Client, from: &Handle, to: &Handle, bytes: usize) {
+    let (vectors, dim) = (bytes / 16, CubeDim::new_1d(256));
+    let cubes = cubecl::calculate_cube_count_elemwise(client, vectors, dim);
+    // SAFETY: both buffers have that many vectors of four words.
+    unsafe {
+        let [from, to] =
+            [from, to].map(|handle| BufferArg::from_raw_parts(handle.clone(), bytes / 4));
+        copy::launch_unchecked(client, cubes, dim, 4, from, to, vectors as u32);
+    }
+}
+
+/// Bytes read and written a second where that many are copied.
+pub(crate) fn copy_rate(device: &Device, bytes: usize, seconds: f64) -> Result<f64> {
+    let client = device.client();
+    let (from, to) = (client.empty(bytes), client.empty(bytes));
+    let taken = time(device, seconds, || {
+        queue_copy(client, &from, &to, bytes);
+        Ok(())
+    })?;
+    Ok(2.0 * bytes as f64 / taken.wall)
 }

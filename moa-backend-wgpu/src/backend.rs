@@ -66,8 +66,10 @@ impl SparseAttentionBackend for WgpuBackend {
         lse: bool,
     ) -> Result<(Tensor, Option<Tensor>)> {
         let query_heads = extend::check(&self.device, caches, tokens, [q, k, v])?;
-        let out = Tensor::uninitialised(&self.device, "extend", q.shape())?;
-        let stats = Tensor::uninitialised(&self.device, "extend", &q.shape()[..2])?;
+        let rows = &q.shape()[..2];
+        let [out, stats] = self.device.alloc_two("tensor", q.len(), rows.iter().product())?;
+        let out = Tensor::from_handle(&self.device, out, q.shape())?;
+        let stats = Tensor::from_handle(&self.device, stats, rows)?;
         let (device, dtype) = (&self.device, caches[0].dtype());
         let (room, matrix_units) = (&out, self.matrix_units);
         let call = Call {

@@ -11,7 +11,7 @@ use cubecl::wgpu::{
 use cubecl::{CubeCount, CubeDim, calculate_cube_count_elemwise};
 use cubecl_server::runtime::Runtime;
 
-use crate::{Error, Result};
+use crate::{Dtype, Error, Result};
 
 /// A GPU, reached through CubeCL. Clones are the same device.
 #[derive(Clone)]
@@ -127,6 +127,16 @@ impl Device {
         Self { client, plane_units, converts_f16, matrix_units: !refused }
     }
 
+    /// An NVIDIA GPU, counted from 0, over CUDA in place of wgpu: for GPUs that `moa-backend-cuda` does not know.
+    ///
+    /// # Panics
+    /// If there is no such GPU, as CubeCL does.
+    #[cfg(feature = "cuda")]
+    pub fn open_cuda(index: usize) -> Self {
+        let device = cubecl::cuda::CudaDevice::new(index);
+        Self::from_client(cubecl::cuda::CudaRuntime::client(&device))
+    }
+
     fn of(device: &WgpuDevice) -> Self {
         Self::from_client(cubecl::Device::Wgpu(device.clone()).client())
     }
@@ -149,6 +159,11 @@ impl Device {
     /// Whether kernels may convert f16 in place of taking it apart.
     pub(crate) fn converts_f16(&self) -> bool {
         self.converts_f16
+    }
+
+    /// Whether [`crate::ops::linears`] multiplies many rows on matrix units if asked to round to this type.
+    pub fn multiplies(&self, inner: Dtype) -> bool {
+        cfg!(feature = "vulkan") && inner == Dtype::F16 && crate::matrix_units::offered(self)
     }
 
     /// Whether cooperative matrices that CubeCL lists may be used.
@@ -180,6 +195,20 @@ impl Device {
             return Err(Error::TooLarge { what, bytes, limit });
         }
         Ok(self.client.empty(bytes as usize))
+    }
+
+    /// Two buffers of so many numbers in one allocation, which costs the host as much as a kernel.
+    pub(crate) fn alloc_two(
+        &self,
+        what: &'static str,
+        first: usize,
+        second: usize,
+    ) -> Result<[Handle; 2]> {
+        let bytes = |numbers: usize| (numbers as u64).saturating_mul(4);
+        let at = bytes(first).next_multiple_of(self.client.properties().memory.alignment);
+        let total = at.saturating_add(bytes(second));
+        let both = self.alloc(what, usize::try_from(total).unwrap_or(usize::MAX), 1)?;
+        Ok([both.clone().offset_end(total - bytes(first)), both.offset_start(at)])
     }
 
     /// Whether buffers were allocated and what should have written them was launched.

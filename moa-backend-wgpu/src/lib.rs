@@ -13,6 +13,8 @@ mod kernels;
 mod matrix;
 mod matrix_units;
 pub mod ops;
+#[cfg(feature = "vulkan")]
+mod products;
 mod tensor;
 mod timing;
 

@@ -52,7 +52,7 @@ impl MatrixUnits {
     }
 }
 
-fn offered(device: &Device) -> bool {
+pub(crate) fn offered(device: &Device) -> bool {
     let (hardware, features) = (&device.client().properties().hardware, device.client().features());
     let side = SIDE as u32;
     let products = MmaConfig {

@@ -5,6 +5,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use half::{bf16, f16};
+use moa_backend_wgpu::ops::Layer;
 use moa_backend_wgpu::{Device, Dtype, Error, Matrix, Result, Tensor, ops};
 
 fn device() -> Option<(Device, MutexGuard<'static, ()>)> {
@@ -85,6 +86,69 @@ fn linear_is_the_matrix_product() {
             };
             close(&ops::linear(&input, &weight, None).unwrap(), product(0.0));
             close(&ops::linear(&input, &weight, Some(&bias)).unwrap(), product(1.0));
+        }
+    }
+}
+
+#[test]
+fn layers_of_one_input_and_ends_of_branches() {
+    let Some((device, _alone)) = device() else { return };
+    // One row, few and many; rows of whole loads, and not.
+    for (rows, cols) in [(1, 576), (3, 64), (9, 40), (16, 64), (17, 64), (2, 12)] {
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+            let x = numbers(rows * cols, 577);
+            let input = Tensor::new(&device, &x, &[rows, cols]).unwrap();
+            let b = numbers(33, 91);
+            let bias = Tensor::new(&device, &b, &[33]).unwrap();
+            let weights = [70, 33, 8, 9].map(|features| matrix(&device, features, cols, dtype));
+            let product = |(weight, w): &(Matrix, Vec<f64>), more: &dyn Fn(usize) -> f64| {
+                let features = weight.rows();
+                let at = |i: usize| (i / features * cols, i % features * cols);
+                let dot = |(row, feature): (usize, usize)| -> f64 {
+                    (0..cols).map(|c| f64::from(x[row + c]) * w[feature + c]).sum()
+                };
+                (0..rows * features).map(|i| dot(at(i)) + more(i)).collect::<Vec<f64>>()
+            };
+            let layer = |i: usize| Layer { weight: &weights[i].0, bias: (i == 1).then_some(&bias) };
+            let outs = ops::linears(&input, &[0, 1, 2, 3].map(layer), Dtype::F32).unwrap();
+            for (i, (out, weight)) in outs.iter().zip(&weights).enumerate() {
+                let bias = |at: usize| if i == 1 { f64::from(b[at % 33]) } else { 0.0 };
+                close(out, product(weight, &bias));
+            }
+            let plus = numbers(rows * 33, 7);
+            let residual = Tensor::new(&device, &plus, &[rows, 33]).unwrap();
+            let out = ops::linear_add(&residual, &input, layer(1), Dtype::F32).unwrap();
+            close(&out, product(&weights[1], &|at| f64::from(plus[at]) + f64::from(b[at % 33])));
+            let refused = ops::linear_add(&bias, &input, layer(1), Dtype::F32);
+            assert!(is_shape(refused, "plus"));
+        }
+    }
+}
+
+#[test]
+fn many_rows_may_be_rounded() {
+    let Some((device, _alone)) = device() else { return };
+    for (rows, features, cols) in [(40, 64, 96), (130, 200, 72), (1030, 256, 128)] {
+        let (weight, w) = matrix(&device, features, cols, Dtype::F16);
+        let (x, plus) = (numbers(rows * cols, 577), numbers(rows * features, 13));
+        let b = numbers(features, 91);
+        let bias = Tensor::new(&device, &b, &[features]).unwrap();
+        let input = Tensor::new(&device, &x, &[rows, cols]).unwrap();
+        let residual = Tensor::new(&device, &plus, &[rows, features]).unwrap();
+        let layer = Layer { weight: &weight, bias: Some(&bias) };
+        let out = ops::linear_add(&residual, &input, layer, Dtype::F16).unwrap();
+        let rounds = device.multiplies(Dtype::F16);
+        for (i, got) in out.to_vec().unwrap().into_iter().enumerate() {
+            let (row, feature) = (i / features * cols, i % features * cols);
+            // What each term may be off, where a number of up to 1 is rounded to 11 bits.
+            let (mut sum, mut size) = (0.0, 1.0);
+            for c in 0..cols {
+                let term = f64::from(x[row + c]) * w[feature + c];
+                (sum, size) = (sum + term, size + term.abs());
+            }
+            let expected = sum + f64::from(plus[i]) + f64::from(b[i % features]);
+            let most = size * if rounds { 4.9e-4 } else { 2e-6 };
+            assert!((f64::from(got) - expected).abs() <= most, "{i}: {got} {expected}");
         }
     }
 }

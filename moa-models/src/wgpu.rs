@@ -1,9 +1,12 @@
 //! The operations on any GPU that wgpu reaches, over [`moa_backend_wgpu`]. Weights stay on the device,
-//! in the type of their file.
+//! in the type of their file, or where products of many rows are rounded to f16, in that.
 
 use std::ops::Range;
 
-use moa_backend_wgpu::{Device, Dtype, Matrix, Tensor, WgpuBackend, ops as kernels};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use moa_backend_wgpu::ops::{self as kernels, Layer};
+use moa_backend_wgpu::{Device, Dtype, Matrix, Tensor, WgpuBackend};
 
 use crate::mapped::MappedTensor;
 use crate::ops::{BackwardOps, LinearWeights, Ops, RandomWeights, part_seeds, random_amplitude};
@@ -12,11 +15,16 @@ use crate::weights::DType;
 use crate::{CacheDtype, Error, Result};
 
 /// Runs a model on a GPU over Vulkan, Metal, DX12 or WebGPU.
+///
+/// With f16 caches, and where the device has matrix units for them, linear layers multiply many rows in f16 and
+/// sum in f32. Everything else is f32 arithmetic.
 #[derive(Debug)]
 pub struct WgpuOps {
     attention: WgpuBackend,
     /// With f32 caches.
     exact: WgpuBackend,
+    /// What linear layers round many rows to.
+    inner: Dtype,
 }
 
 impl WgpuOps {
@@ -39,6 +47,7 @@ impl WgpuOps {
         Self {
             attention: WgpuBackend::new(device, cache),
             exact: WgpuBackend::new(device, Dtype::F32),
+            inner: if device.multiplies(cache) { cache } else { Dtype::F32 },
         }
     }
 
@@ -76,6 +85,17 @@ impl Ops for WgpuOps {
         Matrix::new(self.device(), tensor.bytes(), rows, cols, dtype).map_err(Error::backend)
     }
 
+    fn linear_matrix(&self, tensor: MappedTensor) -> Result<Matrix> {
+        if let (Dtype::F16, DType::BF16, &[rows, cols]) =
+            (self.inner, tensor.dtype(), tensor.shape())
+            && let Some(bytes) = narrowed(tensor.bytes())
+        {
+            return Matrix::new(self.device(), &bytes, rows, cols, Dtype::F16)
+                .map_err(Error::backend);
+        }
+        self.matrix(tensor)
+    }
+
     fn vector(&self, tensor: MappedTensor) -> Result<Tensor> {
         let values = tensor.to_f32();
         let len = values.len();
@@ -84,7 +104,7 @@ impl Ops for WgpuOps {
 
     fn join(&self, parts: Vec<LinearWeights>) -> Result<Self::Joined> {
         let load = |LinearWeights { weight, bias }| {
-            Ok((self.matrix(weight)?, bias.map(|bias| self.vector(bias)).transpose()?))
+            Ok((self.linear_matrix(weight)?, bias.map(|bias| self.vector(bias)).transpose()?))
         };
         parts.into_iter().map(load).collect()
     }
@@ -110,11 +130,29 @@ impl Ops for WgpuOps {
     }
 
     fn linear(&self, x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
-        kernels::linear(x, weight, bias).map_err(Error::backend)
+        let mut out =
+            kernels::linears(x, &[Layer { weight, bias }], self.inner).map_err(Error::backend)?;
+        out.pop().ok_or_else(|| Error::invalid("layers", "1", 0))
     }
 
     fn linears(&self, x: &Tensor, joined: &Self::Joined) -> Result<Vec<Tensor>> {
-        joined.iter().map(|(weight, bias)| self.linear(x, weight, bias.as_ref())).collect()
+        let layers = joined.iter().map(|(weight, bias)| Layer { weight, bias: bias.as_ref() });
+        let layers: Vec<Layer<'_>> = layers.collect();
+        kernels::linears(x, &layers, self.inner).map_err(Error::backend)
+    }
+
+    fn linear_add(
+        &self,
+        x: Tensor,
+        y: &Tensor,
+        weight: &Matrix,
+        bias: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        kernels::linear_add(&x, y, Layer { weight, bias }, self.inner).map_err(Error::backend)
+    }
+
+    fn logits(&self, x: &Tensor, weight: &Matrix) -> Result<Tensor> {
+        kernels::linear(x, weight, None).map_err(Error::backend)
     }
 
     fn rotations(&self, sequences: &[(&RopeTable, Range<usize>)]) -> Result<[Tensor; 2]> {
@@ -164,6 +202,26 @@ impl Ops for WgpuOps {
     }
 }
 
+/// bf16 elements as f16; `None` if one is too large for that.
+fn narrowed(bytes: &[u8]) -> Option<Vec<u8>> {
+    const BLOCK: usize = 4096;
+    let mut out = Vec::with_capacity(bytes.len());
+    let (mut wide, mut narrow) = ([0.0f32; BLOCK], [f16::ZERO; BLOCK]);
+    for block in bytes.chunks(2 * BLOCK) {
+        let len = block.len() / 2;
+        for (to, from) in wide.iter_mut().zip(block.chunks_exact(2)) {
+            *to = bf16::from_le_bytes([from[0], from[1]]).to_f32();
+        }
+        narrow[..len].convert_from_f32_slice(&wide[..len]);
+        let too_large = |(n, w): (&f16, &f32)| n.is_infinite() && w.is_finite();
+        if narrow[..len].iter().zip(&wide).any(too_large) {
+            return None;
+        }
+        out.extend(narrow[..len].iter().flat_map(|x| x.to_le_bytes()));
+    }
+    Some(out)
+}
+
 impl RandomWeights for WgpuOps {
     fn random_matrix(&self, out: usize, input: usize, seed: u32) -> Result<Matrix> {
         let amplitude = random_amplitude(input);
@@ -171,9 +229,15 @@ impl RandomWeights for WgpuOps {
             .map_err(Error::backend)
     }
 
+    fn random_linear(&self, out: usize, input: usize, seed: u32) -> Result<Matrix> {
+        let dtype = if self.inner == Dtype::F16 { self.inner } else { Dtype::Bf16 };
+        Matrix::random(self.device(), out, input, dtype, random_amplitude(input), seed)
+            .map_err(Error::backend)
+    }
+
     fn random_joined(&self, outs: &[usize], input: usize, seed: u32) -> Result<Self::Joined> {
         let parts = outs.iter().zip(part_seeds(seed));
-        parts.map(|(&out, seed)| Ok((self.random_matrix(out, input, seed)?, None))).collect()
+        parts.map(|(&out, seed)| Ok((self.random_linear(out, input, seed)?, None))).collect()
     }
 
     fn ones(&self, len: usize) -> Result<Tensor> {
@@ -223,5 +287,25 @@ impl BackwardOps for WgpuOps {
 
     fn place_rows(&self, x: &Tensor, rows: Range<usize>, total: usize) -> Result<Tensor> {
         kernels::place_rows(x, rows, total).map_err(Error::backend)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_are_narrowed_unless_one_is_too_large() {
+        let weights: Vec<f32> = (0..9000).map(|i| (i as f32 - 4500.0) / 300.0).collect();
+        let bytes = |weights: &[f32]| -> Vec<u8> {
+            weights.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect()
+        };
+        let narrow = narrowed(&bytes(&weights)).unwrap();
+        for (got, &weight) in narrow.chunks_exact(2).zip(&weights) {
+            let got = f16::from_le_bytes([got[0], got[1]]);
+            assert_eq!(got.to_f32(), bf16::from_f32(weight).to_f32());
+        }
+        assert_eq!(narrowed(&bytes(&[1.0, 7e4])), None);
+        assert!(narrowed(&bytes(&[f32::INFINITY])).is_some());
     }
 }

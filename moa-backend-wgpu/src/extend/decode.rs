@@ -82,12 +82,8 @@ impl Decode {
             1 => None,
             _ => {
                 let rows = sequences.saturating_mul(call.query_heads * splits as usize);
-                let out = call.device.alloc(
-                    "partial results",
-                    rows.saturating_mul(4 * self.vectors),
-                    4,
-                )?;
-                Some([out, call.device.alloc("partial results", 2 * rows, 4)?])
+                let numbers = rows.saturating_mul(4 * self.vectors);
+                Some(call.device.alloc_two("partial results", numbers, 2 * rows)?)
             }
         };
         Ok(Run { sequences, splits, partial })

@@ -36,7 +36,7 @@ pub(crate) fn arg(handle: &Handle) -> BufferArg {
 
 /// New keys or values as a cache of this type holds them: rounded before the chunk attends to them, so
 /// that a key is one number wherever it is read.
-fn words(device: &Device, tensor: &Tensor, dtype: Dtype) -> Result<Handle> {
+pub(crate) fn words(device: &Device, tensor: &Tensor, dtype: Dtype) -> Result<Handle> {
     if dtype == Dtype::F32 {
         return Ok(tensor.handle().clone());
     }
@@ -119,8 +119,8 @@ impl Call<'_> {
             0 => None,
             rows => {
                 let elements = rows.saturating_mul(head_dim);
-                let out = self.device.alloc("partial results", elements, 4)?;
-                Some(Scratch { out, stats: self.device.alloc("partial results", 2 * rows, 4)? })
+                let [out, stats] = self.device.alloc_two("partial results", elements, 2 * rows)?;
+                Some(Scratch { out, stats })
             }
         };
         let words = match parts.iter().any(|part| matches!(part, Part::One(_))) {

@@ -1,13 +1,13 @@
 use cubecl::prelude::*;
 
 use super::keys::{Head, Keys, head, keys, position, slot, split_keys};
-use super::lanes::{add, part, round};
+use super::lanes::{add, holder, number_of, part, round, scatter_add};
 use crate::Dtype;
 
-/// Units of a cube.
-pub(crate) const DECODE_UNITS: usize = 128;
+/// Units of a cube: few, so that many cubes hide each other's waits.
+pub(crate) const DECODE_UNITS: usize = 64;
 
-/// Keys that a unit has under way at once.
+/// Keys that a unit has under way at once, a power of two.
 const AHEAD: usize = 4;
 
 /// Score of a key that is none. Finite: the difference of two of them is a number.
@@ -50,6 +50,17 @@ impl Shape {
     /// Elements of the shared memory of sums.
     const fn sums(&self) -> usize {
         if self.planes { 1 } else { DECODE_UNITS * AHEAD * self.group }
+    }
+
+    /// Scores of a unit's keys.
+    const fn scores(&self) -> usize {
+        AHEAD * self.group
+    }
+
+    /// Whether each score's softmax is the work of one unit of its row, which tells the others: with planes, and
+    /// as long as a unit's scores are all of one query head.
+    const fn shared_softmax(&self) -> bool {
+        self.planes && self.group.is_power_of_two() && self.group <= self.lanes
     }
 
     /// Bytes of shared memory.
@@ -143,6 +154,7 @@ pub(crate) fn decode(new: &mut New, held: &mut Sequence<Held>, #[comptime] shape
         let end = to.min(keys.count - 1);
         let ring = ring(&head, &keys, from);
         let mut base = from;
+        let mut own = Own { maximum: MASKED.runtime(), sum: 0.0f32.runtime() };
         while base < end {
             let mut at = Array::<usize>::new(AHEAD);
             #[unroll]
@@ -154,59 +166,73 @@ pub(crate) fn decode(new: &mut New, held: &mut Sequence<Held>, #[comptime] shape
             let mut held_k = Array::<Words>::new(AHEAD);
             let mut held_v = Array::<Words>::new(AHEAD);
             load(&*held, &at, &mut held_k, &mut held_v, shape);
-            let mut scores = Array::<f32>::new(comptime!(AHEAD * group));
+            let mut scores = Array::<f32>::new(comptime!(shape.scores()));
             #[unroll]
             for a in 0..AHEAD {
                 #[unroll]
                 for g in 0..group {
-                    scores[a * group + g] = 0.0;
+                    scores[g * AHEAD + a] = 0.0;
                 }
                 #[unroll]
                 for p in 0..parts {
-                    let key = part(held_k[a], p, shape);
+                    let key = part(held_k[a], p, shape.dtype, shape.native);
                     #[unroll]
                     for g in 0..group {
-                        scores[a * group + g] += query[g * parts + p].dot(key);
+                        scores[g * AHEAD + a] += query[g * parts + p].dot(key);
                     }
                 }
             }
-            add(&mut scores, &mut sums, comptime!(AHEAD * group), shape);
-            #[unroll]
-            for g in 0..group {
-                let mut best = maximum[g];
+            if comptime!(shape.shared_softmax()) {
+                own.softmax(&mut scores, &mut output, base + row as u32, end, lane, shape);
+            } else {
+                add(
+                    &mut scores,
+                    &mut sums,
+                    comptime!(shape.scores()),
+                    lanes,
+                    DECODE_UNITS,
+                    shape.planes,
+                );
                 #[unroll]
-                for a in 0..AHEAD {
-                    let some = base + ((a * rows + row) as u32) < end;
-                    scores[a * group + g] = select(some, scores[a * group + g], MASKED);
-                    best = best.max(scores[a * group + g]);
-                }
-                let rescale = (maximum[g] - best).exp();
-                maximum[g] = best;
-                sum[g] *= rescale;
-                #[unroll]
-                for p in 0..parts {
-                    output[g * parts + p] *= Vector::new(rescale);
-                }
-                #[unroll]
-                for a in 0..AHEAD {
-                    let score = scores[a * group + g];
-                    let weight = select(score > MASKED, (score - best).exp(), 0.0);
-                    sum[g] += weight;
-                    scores[a * group + g] = weight;
+                for g in 0..group {
+                    let mut best = maximum[g];
+                    #[unroll]
+                    for a in 0..AHEAD {
+                        let some = base + ((a * rows + row) as u32) < end;
+                        scores[g * AHEAD + a] = select(some, scores[g * AHEAD + a], MASKED);
+                        best = best.max(scores[g * AHEAD + a]);
+                    }
+                    let rescale = (maximum[g] - best).exp();
+                    maximum[g] = best;
+                    sum[g] *= rescale;
+                    #[unroll]
+                    for p in 0..parts {
+                        output[g * parts + p] *= Vector::new(rescale);
+                    }
+                    #[unroll]
+                    for a in 0..AHEAD {
+                        let score = scores[g * AHEAD + a];
+                        let weight = select(score > MASKED, (score - best).exp(), 0.0);
+                        sum[g] += weight;
+                        scores[g * AHEAD + a] = weight;
+                    }
                 }
             }
             #[unroll]
             for a in 0..AHEAD {
                 #[unroll]
                 for p in 0..parts {
-                    let value = part(held_v[a], p, shape);
+                    let value = part(held_v[a], p, shape.dtype, shape.native);
                     #[unroll]
                     for g in 0..group {
-                        output[g * parts + p] += value * Vector::new(scores[a * group + g]);
+                        output[g * parts + p] += value * Vector::new(scores[g * AHEAD + a]);
                     }
                 }
             }
             base += comptime!((AHEAD * rows) as u32);
+        }
+        if comptime!(shape.shared_softmax()) {
+            own.tell(&mut maximum, &mut sum, lane, shape);
         }
 
         if to == keys.count {
@@ -219,10 +245,10 @@ pub(crate) fn decode(new: &mut New, held: &mut Sequence<Held>, #[comptime] shape
                 scores[g] = 0.0;
                 #[unroll]
                 for p in 0..parts {
-                    scores[g] += query[g * parts + p].dot(part(key, p, shape));
+                    scores[g] += query[g * parts + p].dot(part(key, p, shape.dtype, shape.native));
                 }
             }
-            add(&mut scores, &mut sums, group, shape);
+            add(&mut scores, &mut sums, group, lanes, DECODE_UNITS, shape.planes);
             if row == 0 {
                 #[unroll]
                 for g in 0..group {
@@ -234,8 +260,8 @@ pub(crate) fn decode(new: &mut New, held: &mut Sequence<Held>, #[comptime] shape
                     #[unroll]
                     for p in 0..parts {
                         let before = output[g * parts + p] * Vector::new(rescale);
-                        output[g * parts + p] =
-                            before + part(value, p, shape) * Vector::new(weight);
+                        output[g * parts + p] = before
+                            + part(value, p, shape.dtype, shape.native) * Vector::new(weight);
                     }
                 }
                 if lane < columns {
@@ -287,6 +313,103 @@ pub(crate) fn decode(new: &mut New, held: &mut Sequence<Held>, #[comptime] shape
                     new.stats[at] = largest + total.ln();
                 }
             }
+        }
+    }
+}
+
+/// The softmax of the query head whose scores are a unit's own: its maximum, and the sum of the weights of the
+/// unit's keys.
+#[derive(CubeType)]
+struct Own {
+    maximum: f32,
+    sum: f32,
+}
+
+#[cube]
+impl Own {
+    /// From a unit's shares of all scores to their weights, the output rescaled alike. `first` is the number of
+    /// the row's first key.
+    fn softmax(
+        &mut self,
+        scores: &mut Array<f32>,
+        output: &mut Array<Floats>,
+        first: u32,
+        end: u32,
+        lane: usize,
+        #[comptime] shape: Shape,
+    ) {
+        let (count, lanes, parts) = comptime!((shape.scores(), shape.lanes, shape.parts()));
+        let held = comptime!((count / lanes).max(1));
+        scatter_add(scores, lane, count, lanes);
+        let a = number_of(lane, count, lanes) % AHEAD;
+        let mut top = self.maximum;
+        #[unroll]
+        for i in 0..held {
+            let some = first + ((a + i) * comptime!(shape.rows())) as u32;
+            let some = some < end;
+            scores[i] = select(some, scores[i], MASKED);
+            top = top.max(scores[i]);
+        }
+        #[unroll]
+        for step in 0..comptime!(count.min(lanes).ilog2() - shape.group.ilog2()) {
+            let other = comptime!(1u32 << (step + shape.group.ilog2()));
+            top = top.max(plane_shuffle_xor(top, other));
+        }
+        let rescale = (self.maximum - top).exp();
+        let grown = plane_any(top > self.maximum);
+        self.maximum = top;
+        self.sum *= rescale;
+        #[unroll]
+        for i in 0..held {
+            let weight = select(scores[i] > MASKED, (scores[i] - top).exp(), 0.0);
+            self.sum += weight;
+            scores[i] = weight;
+        }
+        let row = UNIT_POS_PLANE - lane as u32;
+        if grown {
+            #[unroll]
+            for g in 0..shape.group {
+                let unit = comptime!(holder(g * AHEAD, count, lanes) as u32);
+                let rescale = Vector::new(plane_shuffle(rescale, row + unit));
+                #[unroll]
+                for p in 0..parts {
+                    output[g * parts + p] *= rescale;
+                }
+            }
+        }
+        let mut own = Array::<f32>::new(held);
+        #[unroll]
+        for i in 0..held {
+            own[i] = scores[i];
+        }
+        #[unroll]
+        for number in 0..count {
+            let unit = comptime!(holder(number, count, lanes) as u32);
+            scores[number] = plane_shuffle(own[comptime!(number % held)], row + unit);
+        }
+    }
+
+    /// Every unit learns of every query head.
+    fn tell(
+        &self,
+        maximum: &mut Array<f32>,
+        sum: &mut Array<f32>,
+        lane: usize,
+        #[comptime] shape: Shape,
+    ) {
+        let (count, lanes) = comptime!((shape.scores(), shape.lanes));
+        let mut total = self.sum;
+        #[unroll]
+        for step in 0..comptime!(count.min(lanes).ilog2() - shape.group.ilog2()) {
+            let other = comptime!(1u32 << (step + shape.group.ilog2()));
+            total += plane_shuffle_xor(total, other);
+        }
+        let row = UNIT_POS_PLANE - lane as u32;
+        #[unroll]
+        for g in 0..shape.group {
+            let unit = comptime!(holder(g * AHEAD, count, lanes) as u32);
+            maximum[g] = plane_shuffle(self.maximum, row + unit);
+            sum[g] = plane_shuffle(total, row + unit);
         }
     }
 }

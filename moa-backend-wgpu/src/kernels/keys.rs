@@ -7,7 +7,7 @@ use cubecl::prelude::*;
 pub(crate) const HEAD_FIELDS: usize = 5;
 
 /// Fewest keys of a split, and most splits of a head: longer heads have larger splits.
-pub(crate) const MIN_SPLIT_KEYS: u32 = 128;
+pub(crate) const MIN_SPLIT_KEYS: u32 = 256;
 pub(crate) const MAX_SPLITS: u32 = 256;
 
 /// One KV head's part of the cache, and its mask.

@@ -3,7 +3,7 @@
 
 use cubecl::prelude::*;
 
-use super::decode::{DECODE_UNITS, Floats, Shape, Words};
+use super::decode::{Floats, Shape, Words};
 use super::words::{narrow_bf16, narrow_f16, widen_word};
 use crate::Dtype;
 
@@ -13,10 +13,11 @@ pub(crate) fn add(
     numbers: &mut Array<f32>,
     sums: &mut [f32],
     #[comptime] count: usize,
-    #[comptime] shape: Shape,
+    #[comptime] lanes: usize,
+    #[comptime] units: usize,
+    #[comptime] planes: bool,
 ) {
-    let lanes = comptime!(shape.lanes);
-    if comptime!(shape.planes) {
+    if comptime!(planes) {
         #[unroll]
         for step in 0..comptime!(lanes.ilog2()) {
             #[unroll]
@@ -30,7 +31,7 @@ pub(crate) fn add(
         sync_cube();
         #[unroll]
         for i in 0..count {
-            sums[i * DECODE_UNITS + unit] = numbers[i];
+            sums[i * units + unit] = numbers[i];
         }
         sync_cube();
         let first = unit - unit % lanes;
@@ -38,30 +39,78 @@ pub(crate) fn add(
         while i < count {
             let mut total = 0.0f32;
             for lane in 0..lanes {
-                total += sums[i * DECODE_UNITS + first + lane];
+                total += sums[i * units + first + lane];
             }
-            sums[i * DECODE_UNITS + first] = total;
+            sums[i * units + first] = total;
             i += lanes;
         }
         sync_cube();
         #[unroll]
         for i in 0..count {
-            numbers[i] = sums[i * DECODE_UNITS + first];
+            numbers[i] = sums[i * units + first];
         }
     }
 }
 
+/// Sums over the row's units of each of `count` numbers, a power of two, dealt out to them: a unit's first
+/// numbers become the sums of those from [`number_of`] on.
+#[cube]
+pub(crate) fn scatter_add(
+    numbers: &mut Array<f32>,
+    lane: usize,
+    #[comptime] count: usize,
+    #[comptime] lanes: usize,
+) {
+    #[unroll]
+    for step in 0..comptime!(lanes.ilog2()) {
+        let left = comptime!(count >> (step + 1));
+        if comptime!(left > 0) {
+            // Half of them stay, the others go to the unit that keeps those.
+            let upper = (lane >> comptime!(step as usize)) % 2 == 1;
+            #[unroll]
+            for i in 0..left {
+                let keep = select(upper, numbers[i + left], numbers[i]);
+                let give = select(upper, numbers[i], numbers[i + left]);
+                numbers[i] = keep + plane_shuffle_xor(give, comptime!(1u32 << step));
+            }
+        } else {
+            numbers[0] += plane_shuffle_xor(numbers[0], comptime!(1u32 << step));
+        }
+    }
+}
+
+/// The first of the numbers whose sums [`scatter_add`] leaves with a unit.
+#[cube]
+pub(crate) fn number_of(lane: usize, #[comptime] count: usize, #[comptime] lanes: usize) -> usize {
+    let mut number = 0usize.runtime();
+    #[unroll]
+    for step in 0..comptime!(count.min(lanes).ilog2()) {
+        number += ((lane >> comptime!(step as usize)) % 2) * comptime!(count >> (step + 1));
+    }
+    number
+}
+
+/// The unit with which [`scatter_add`] leaves a number's sum, the first of them.
+pub(crate) fn holder(number: usize, count: usize, lanes: usize) -> usize {
+    (0..count.min(lanes).ilog2()).map(|step| (number / (count >> (step + 1)) % 2) << step).sum()
+}
+
 /// Four of a load's elements.
 #[cube]
-pub(crate) fn part(words: Words, #[comptime] part: usize, #[comptime] shape: Shape) -> Floats {
+pub(crate) fn part(
+    words: Words,
+    #[comptime] part: usize,
+    #[comptime] dtype: Dtype,
+    #[comptime] native: bool,
+) -> Floats {
     let mut wide = Vector::new(0.0f32);
     #[unroll]
     for i in 0..4usize {
-        if comptime!(shape.dtype == Dtype::F32) {
+        if comptime!(dtype == Dtype::F32) {
             wide.insert(i, f32::from_bits(words.extract(i)));
         } else {
             let word = words.extract(comptime!(2 * part + i / 2));
-            wide.insert(i, widen_word(word, comptime!(i % 2), shape.dtype, shape.native));
+            wide.insert(i, widen_word(word, comptime!(i % 2), dtype, native));
         }
     }
     wide
@@ -88,4 +137,24 @@ pub(crate) fn round(from: &[Floats], at: usize, #[comptime] shape: Shape) -> Wor
         }
     }
     words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{holder, number_of};
+
+    #[test]
+    fn a_sums_holder_knows_its_number() {
+        for count in [1, 2, 4, 8, 16, 32] {
+            for lanes in [1, 2, 4, 8, 16, 32] {
+                let held = (count / lanes).max(1);
+                for number in 0..count {
+                    let unit = holder(number, count, lanes);
+                    assert!(unit < lanes);
+                    let first = number_of(unit, count, lanes);
+                    assert!(first.is_multiple_of(held) && (first..first + held).contains(&number));
+                }
+            }
+        }
+    }
 }

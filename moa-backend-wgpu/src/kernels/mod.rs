@@ -9,6 +9,7 @@ pub(crate) mod attend;
 pub(crate) mod blocks;
 pub(crate) mod copy;
 pub(crate) mod decode;
+pub(crate) mod few_rows;
 pub(crate) mod fragments;
 pub(crate) mod influence;
 pub(crate) mod join;

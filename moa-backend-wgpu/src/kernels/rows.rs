@@ -91,11 +91,11 @@ pub(crate) fn swiglu(gate: &[f32], up: &[f32], out: &mut [f32], len: u32) {
     }
 }
 
-/// `x + y`.
+/// `x + y`, where `y` repeats after `period` elements.
 #[cube(launch_unchecked)]
-pub(crate) fn add(x: &[f32], y: &[f32], out: &mut [f32], len: u32) {
+pub(crate) fn add(x: &[f32], y: &[f32], out: &mut [f32], len: u32, period: u32) {
     if ABSOLUTE_POS < len as usize {
-        out[ABSOLUTE_POS] = x[ABSOLUTE_POS] + y[ABSOLUTE_POS];
+        out[ABSOLUTE_POS] = x[ABSOLUTE_POS] + y[ABSOLUTE_POS % period as usize];
     }
 }
 

@@ -2,19 +2,17 @@
 //! queued.
 
 mod backward;
+mod linear;
 
 pub use backward::{linear_backward, place_rows, rms_norm_backward, swiglu_backward};
+pub use linear::{Layer, linear, linear_add, linears};
 
 use cubecl::{CubeCount, CubeDim};
 
-use crate::extend::{Limits, Row, arg, square};
-use crate::kernels::linear::{FEATURE_UNITS, few_rows, many_rows};
+use crate::extend::{Limits, Row, arg};
 use crate::kernels::rows as kernels;
 use crate::kernels::rows::NORM_UNITS;
 use crate::{Device, Dtype, Error, Matrix, Result, Tensor};
-
-/// Most rows for which a linear layer reads its weight once per few of them.
-const FEW_ROWS: usize = 16;
 
 /// Rows `ids` of a table, `[ids, cols]`.
 ///
@@ -108,90 +106,6 @@ fn grid(device: &Device, count: usize) -> CubeCount {
     CubeCount::Static(along_x as u32, count.div_ceil(along_x.max(1)) as u32, 1)
 }
 
-/// `x . weight^T + bias`, `[rows, weight rows]`.
-///
-/// # Errors
-/// [`Error::Shape`] if shapes do not fit, [`Error::TooLarge`].
-pub fn linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
-    const OP: &str = "linear";
-    let (rows, features) = (x.rows(), weight.rows());
-    if x.row_len() != weight.cols() {
-        let expected = format_args!("[rows, {}]", weight.cols()).to_string();
-        return Err(Error::shape(OP, "x", expected, x.shape()));
-    }
-    if let Some(bias) = bias.filter(|bias| bias.shape() != [features]) {
-        return Err(Error::shape(OP, "bias", format_args!("[{features}]"), bias.shape()));
-    }
-    let device = x.device();
-    let out = Tensor::uninitialised(device, OP, &[rows, features])?;
-    if rows == 0 {
-        return Ok(out);
-    }
-    let row = Row::of(weight.cols());
-    let (width, words) = (row.width, row.width / weight.dtype().per_word());
-    let limits = Limits::of(device);
-    let (has_bias, bias) = (u32::from(bias.is_some()), bias.unwrap_or(x));
-    let [x, bias, to] = [x, bias, &out].map(|tensor| arg(tensor.handle()));
-    let sizes = [rows, features, row.vectors].map(|n| n as u32);
-    if rows <= FEW_ROWS {
-        let count = if rows == 1 { 1 } else { 4 };
-        let along_x = features.min(limits.cubes as usize);
-        let cubes = (along_x, rows.div_ceil(count), features.div_ceil(along_x));
-        // SAFETY: there is a cube for each feature and group of rows; shapes were checked.
-        unsafe {
-            few_rows::launch_unchecked(
-                device.client(),
-                CubeCount::Static(cubes.0 as u32, cubes.1 as u32, cubes.2 as u32),
-                CubeDim::new_1d(FEATURE_UNITS as u32),
-                width,
-                words,
-                x,
-                arg(&weight.words),
-                bias,
-                to,
-                sizes[0],
-                sizes[1],
-                sizes[2],
-                has_bias,
-                count,
-                weight.dtype(),
-            );
-        }
-    } else {
-        let tile = square(&limits, rows, width);
-        let cubes = [features.div_ceil(tile.keys()), rows.div_ceil(tile.rows())];
-        if let Some(cubes) = cubes.into_iter().find(|&n| n > limits.cubes as usize) {
-            return Err(Error::argument(
-                OP,
-                "tiles",
-                format_args!("at most {}", limits.cubes),
-                cubes,
-            ));
-        }
-        // SAFETY: there is a cube for each tile of the output; shapes were checked.
-        unsafe {
-            many_rows::launch_unchecked(
-                device.client(),
-                CubeCount::Static(cubes[0] as u32, cubes[1] as u32, 1),
-                CubeDim::new_1d(tile.units() as u32),
-                width,
-                words,
-                x,
-                arg(&weight.words),
-                bias,
-                to,
-                sizes[0],
-                sizes[1],
-                sizes[2],
-                has_bias,
-                tile,
-                weight.dtype(),
-            );
-        }
-    }
-    Ok(out)
-}
-
 /// Rotates heads in pairs `(i, i + head_dim / 2)`; `x` is `[tokens, heads, head_dim]`, `cos` and `sin`
 /// are `[tokens, head_dim / 2]`. `inverse` rotates back.
 ///
@@ -258,15 +172,26 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 /// [`Error::Shape`] if shapes differ, [`Error::TooLarge`].
 pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     let (out, cubes) = pairwise("add", x, y)?;
-    if let Some((cubes, dim)) = cubes {
-        let [x, y, to] = [x, y, &out].map(|tensor| arg(tensor.handle()));
-        let client = out.device().client();
-        // SAFETY: all three have that many elements.
-        unsafe {
-            kernels::add::launch_unchecked(client, cubes, dim, x, y, to, out.len() as u32);
-        }
-    }
+    launch_add(x, y, &out, cubes);
     Ok(out)
+}
+
+/// `x + y` of each row of `x` and the one row of `y`, which has as many elements.
+fn add_rows(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    let (out, cubes) = pairwise("add", x, x)?;
+    launch_add(x, y, &out, cubes);
+    Ok(out)
+}
+
+fn launch_add(x: &Tensor, y: &Tensor, out: &Tensor, cubes: Option<Cubes>) {
+    let Some((cubes, dim)) = cubes else { return };
+    let (len, period) = (out.len() as u32, y.len() as u32);
+    let client = out.device().client();
+    let [x, y, out] = [x, y, out].map(|tensor| arg(tensor.handle()));
+    // SAFETY: `x` and the output have that many elements, and `y` so many that repeat.
+    unsafe {
+        kernels::add::launch_unchecked(client, cubes, dim, x, y, out, len, period);
+    }
 }
 
 type Cubes = (CubeCount, CubeDim);

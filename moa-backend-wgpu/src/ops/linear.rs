@@ -1,0 +1,222 @@
+//! Linear layers. Few rows take a kernel that reads the weight once, many rows matrix units where the device has
+//! them for the type that is asked for, and tiles in f32 everywhere else.
+
+use cubecl::prelude::SequenceArg;
+use cubecl::{CubeCount, CubeDim};
+
+use super::{add, add_rows};
+use crate::extend::{Limits, Row, arg, square};
+use crate::kernels::few_rows::{FEATURES, LayerLaunch, Shape, UNITS, few_rows};
+use crate::kernels::linear::many_rows;
+use crate::{Dtype, Error, Matrix, Result, Tensor};
+
+const OP: &str = "linear";
+
+/// Most rows for which reading the weight is all that counts.
+const FEW: usize = 16;
+
+/// Most layers of one dispatch.
+const MOST_LAYERS: usize = 3;
+
+/// A linear layer: a weight `[features, columns]`, and a number per feature to add.
+#[derive(Clone, Copy, Debug)]
+pub struct Layer<'a> {
+    /// The weight.
+    pub weight: &'a Matrix,
+    /// The bias.
+    pub bias: Option<&'a Tensor>,
+}
+
+/// `x . weight^T + bias`, `[rows, weight rows]`, in f32 throughout.
+///
+/// # Errors
+/// [`Error::Shape`] if shapes do not fit, [`Error::TooLarge`].
+pub fn linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
+    one(x, Layer { weight, bias }, None, Dtype::F32)
+}
+
+/// Each of several layers of one input.
+///
+/// More than a few rows may be rounded to `inner` before they are multiplied: where that is the weights' type and
+/// the device has matrix units for it, which sum in f32.
+///
+/// # Errors
+/// As [`linear`].
+pub fn linears(x: &Tensor, layers: &[Layer<'_>], inner: Dtype) -> Result<Vec<Tensor>> {
+    for &layer in layers {
+        check(x, layer)?;
+    }
+    let Some(shape) = few(x, layers, false) else {
+        return layers.iter().map(|&layer| one(x, layer, None, inner)).collect();
+    };
+    let mut outs = Vec::with_capacity(layers.len());
+    for layers in layers.chunks(shape.layers) {
+        outs.extend(launch_few(x, layers, None, Shape { layers: layers.len(), ..shape })?);
+    }
+    Ok(outs)
+}
+
+/// `plus + x . weight^T + bias`; of `inner` see [`linears`].
+///
+/// # Errors
+/// As [`linear`].
+pub fn linear_add(plus: &Tensor, x: &Tensor, layer: Layer<'_>, inner: Dtype) -> Result<Tensor> {
+    one(x, layer, Some(plus), inner)
+}
+
+fn one(x: &Tensor, layer: Layer<'_>, plus: Option<&Tensor>, inner: Dtype) -> Result<Tensor> {
+    check(x, layer)?;
+    let features = layer.weight.rows();
+    if let Some(plus) = plus.filter(|plus| plus.shape() != [x.rows(), features]) {
+        let expected = format_args!("[{}, {features}]", x.rows()).to_string();
+        return Err(Error::shape(OP, "plus", expected, plus.shape()));
+    }
+    if let Some(shape) = few(x, &[layer], plus.is_some()) {
+        let mut outs = launch_few(x, &[layer], plus, shape)?;
+        return outs.pop().ok_or_else(|| Error::argument(OP, "layers", "1", 0));
+    }
+    let out = match by_matrix_units(x, layer.weight, inner)? {
+        Some(out) => match layer.bias {
+            Some(bias) => add_rows(&out, bias)?,
+            None => out,
+        },
+        None => by_tiles(x, layer)?,
+    };
+    match plus {
+        Some(plus) => add(plus, &out),
+        None => Ok(out),
+    }
+}
+
+fn check(x: &Tensor, layer: Layer<'_>) -> Result<()> {
+    let Layer { weight, bias } = layer;
+    if x.row_len() != weight.cols() {
+        let expected = format_args!("[rows, {}]", weight.cols()).to_string();
+        return Err(Error::shape(OP, "x", expected, x.shape()));
+    }
+    match bias.filter(|bias| bias.shape() != [weight.rows()]) {
+        Some(bias) => {
+            let expected = format_args!("[{}]", weight.rows()).to_string();
+            Err(Error::shape(OP, "bias", expected, bias.shape()))
+        }
+        None => Ok(()),
+    }
+}
+
+/// The kernel for few rows, and how many layers a dispatch takes; `None` for many rows, and for rows that are
+/// not whole loads.
+fn few(x: &Tensor, layers: &[Layer<'_>], plus: bool) -> Option<Shape> {
+    let first = layers.first()?;
+    let (dtype, device) = (first.weight.dtype(), x.device());
+    let fits = |layer: &Layer<'_>| {
+        let whole = layer.weight.cols().is_multiple_of(4 * dtype.per_word());
+        whole && layer.weight.dtype() == dtype
+    };
+    let limits = Limits::of(device);
+    let rows = if x.rows() == 1 { 1 } else { Shape::MOST };
+    let layers_at_once = (limits.bindings.saturating_sub(2) / 3).clamp(1, MOST_LAYERS);
+    let shape = Shape {
+        layers: layers_at_once.min(layers.len()),
+        rows,
+        dtype,
+        planes: Shape::fits_planes(device.plane_units()),
+        native: dtype == Dtype::F16 && device.converts_f16(),
+        plus,
+    };
+    let possible = shape.shared_bytes() <= limits.shared_bytes && UNITS <= limits.units;
+    (x.rows() <= FEW && layers.iter().all(fits) && possible).then_some(shape)
+}
+
+fn launch_few(
+    x: &Tensor,
+    layers: &[Layer<'_>],
+    plus: Option<&Tensor>,
+    shape: Shape,
+) -> Result<Vec<Tensor>> {
+    let (device, rows) = (x.device(), x.rows());
+    let (mut outs, mut args) = (Vec::with_capacity(layers.len()), SequenceArg::new());
+    let mut tiles = 0;
+    for layer in layers {
+        let features = layer.weight.rows();
+        let out = Tensor::uninitialised(device, OP, &[rows, features])?;
+        args.push(LayerLaunch::new(
+            arg(&layer.weight.words),
+            arg(layer.bias.unwrap_or(x).handle()),
+            arg(out.handle()),
+            features as u32,
+            tiles as u32,
+            u32::from(layer.bias.is_some()),
+        ));
+        tiles += features.div_ceil(FEATURES);
+        outs.push(out);
+    }
+    if rows == 0 {
+        return Ok(outs);
+    }
+    let along_x = tiles.min(Limits::of(device).cubes as usize);
+    let cubes = [along_x, rows.div_ceil(shape.rows), tiles.div_ceil(along_x)].map(|n| n as u32);
+    let columns = x.row_len() / (4 * shape.dtype.per_word());
+    // SAFETY: there is a cube for each tile of features and group of rows; shapes were checked.
+    unsafe {
+        few_rows::launch_unchecked(
+            device.client(),
+            CubeCount::Static(cubes[0], cubes[1], cubes[2]),
+            CubeDim::new_1d(UNITS as u32),
+            arg(x.handle()),
+            arg(plus.unwrap_or(x).handle()),
+            args,
+            rows as u32,
+            tiles as u32,
+            columns as u32,
+            shape,
+        );
+    }
+    Ok(outs)
+}
+
+/// `None` where the device has none for this type.
+fn by_matrix_units(x: &Tensor, weight: &Matrix, inner: Dtype) -> Result<Option<Tensor>> {
+    if !x.device().multiplies(inner) || weight.dtype() != inner {
+        return Ok(None);
+    }
+    #[cfg(feature = "vulkan")]
+    return crate::products::product(OP, x, weight);
+    #[cfg(not(feature = "vulkan"))]
+    Ok(None)
+}
+
+fn by_tiles(x: &Tensor, Layer { weight, bias }: Layer<'_>) -> Result<Tensor> {
+    let (device, rows, features) = (x.device(), x.rows(), weight.rows());
+    let out = Tensor::uninitialised(device, OP, &[rows, features])?;
+    if rows == 0 {
+        return Ok(out);
+    }
+    let row = Row::of(weight.cols());
+    let limits = Limits::of(device);
+    let tile = square(&limits, rows, row.width);
+    let cubes = [features.div_ceil(tile.keys()), rows.div_ceil(tile.rows())];
+    if let Some(cubes) = cubes.into_iter().find(|&n| n > limits.cubes as usize) {
+        return Err(Error::argument(OP, "tiles", format_args!("at most {}", limits.cubes), cubes));
+    }
+    // SAFETY: there is a cube for each tile of the output; shapes were checked.
+    unsafe {
+        many_rows::launch_unchecked(
+            device.client(),
+            CubeCount::Static(cubes[0] as u32, cubes[1] as u32, 1),
+            CubeDim::new_1d(tile.units() as u32),
+            row.width,
+            row.width / weight.dtype().per_word(),
+            arg(x.handle()),
+            arg(&weight.words),
+            arg(bias.unwrap_or(x).handle()),
+            arg(out.handle()),
+            rows as u32,
+            features as u32,
+            row.vectors as u32,
+            u32::from(bias.is_some()),
+            tile,
+            weight.dtype(),
+        );
+    }
+    Ok(out)
+}
