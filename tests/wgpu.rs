@@ -194,6 +194,12 @@ fn decode_of_large_groups_equals_the_reference() {
     decode_equals_the_reference(Dtype::F16, 16, 64);
 }
 
+/// No power of two: every unit of a row adds every score.
+#[test]
+fn decode_of_groups_of_three_equals_the_reference() {
+    decode_equals_the_reference(Dtype::F16, 6, 64);
+}
+
 #[test]
 fn decode_of_bf16_equals_the_reference() {
     decode_equals_the_reference(Dtype::Bf16, 2, 64);

@@ -55,12 +55,12 @@ const HEAT: f64 = 0.25;
 /// and raise them after a while.
 fn heat(client: &Client, seconds: f64) -> Result<()> {
     static BUFFERS: OnceLock<[Handle; 2]> = OnceLock::new();
-    const BYTES: usize = 256 << 20;
-    let [from, to] = BUFFERS.get_or_init(|| [client.empty(BYTES), client.empty(BYTES)]);
+    let bytes = (256 << 20).min(client.properties().memory.max_page_size as usize) / 16 * 16;
+    let [from, to] = BUFFERS.get_or_init(|| [client.empty(bytes), client.empty(bytes)]);
     let start = Instant::now();
     while start.elapsed().as_secs_f64() < seconds {
         for _ in 0..4 {
-            queue_copy(client, from, to, BYTES);
+            queue_copy(client, from, to, bytes);
         }
         block_on(client.sync()).map_err(|error| format!("{error:?}"))?;
     }
@@ -96,14 +96,6 @@ pub(crate) fn time(
         let start = Instant::now();
         for _ in 0..runs {
             run()?;
-        }
-        if true {
-            if walls.is_empty() {
-                println!(
-                    "    queued {runs} in {:.1} us a run",
-                    start.elapsed().as_secs_f64() / runs as f64 * 1e6
-                );
-            }
         }
         sync()?;
         walls.push(start.elapsed().as_secs_f64() / runs as f64);

@@ -197,18 +197,43 @@ impl Device {
         Ok(self.client.empty(bytes as usize))
     }
 
-    /// Two buffers of so many numbers in one allocation, which costs the host as much as a kernel.
+    /// Allocates outside of CubeCL's pools, which look through all they hold for each later allocation.
+    pub(crate) fn long_lived<T: Send>(&self, alloc: impl FnOnce(&Client) -> T + Send) -> T {
+        self.client.memory_dedicated_allocation((), |()| alloc(&self.client))
+    }
+
+    /// A buffer for each of these counts of numbers, all in one allocation where a buffer may be as large: one
+    /// costs the host as much as a kernel.
+    pub(crate) fn alloc_each(&self, what: &'static str, counts: &[usize]) -> Result<Vec<Handle>> {
+        let alignment = self.client.properties().memory.alignment;
+        let bytes = |count: usize| (count as u64).saturating_mul(4).max(4);
+        let mut starts = Vec::with_capacity(counts.len());
+        let mut total = 0u64;
+        for &count in counts {
+            let start = total.checked_next_multiple_of(alignment).unwrap_or(u64::MAX);
+            starts.push(start);
+            total = start.saturating_add(bytes(count));
+        }
+        if total > self.max_buffer_bytes() {
+            return counts.iter().map(|&count| self.alloc(what, count.max(1), 4)).collect();
+        }
+        let all = self.alloc(what, total as usize, 1)?;
+        let part = |(start, &count): (u64, &usize)| {
+            all.clone().offset_start(start).offset_end(total - start - bytes(count))
+        };
+        Ok(starts.into_iter().zip(counts).map(part).collect())
+    }
+
+    /// [`Device::alloc_each`] of two.
     pub(crate) fn alloc_two(
         &self,
         what: &'static str,
         first: usize,
         second: usize,
     ) -> Result<[Handle; 2]> {
-        let bytes = |numbers: usize| (numbers as u64).saturating_mul(4);
-        let at = bytes(first).next_multiple_of(self.client.properties().memory.alignment);
-        let total = at.saturating_add(bytes(second));
-        let both = self.alloc(what, usize::try_from(total).unwrap_or(usize::MAX), 1)?;
-        Ok([both.clone().offset_end(total - bytes(first)), both.offset_start(at)])
+        let mut both = self.alloc_each(what, &[first, second])?;
+        let second = both.swap_remove(1);
+        Ok([both.swap_remove(0), second])
     }
 
     /// Whether buffers were allocated and what should have written them was launched.

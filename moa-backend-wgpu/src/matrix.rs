@@ -40,7 +40,7 @@ impl Matrix {
         if bytes_len > limit {
             return Err(Error::TooLarge { what: "weight", bytes: bytes_len, limit });
         }
-        let words = device.client().create_from_slice(bytes);
+        let words = device.long_lived(|client| client.create_from_slice(bytes));
         Ok(Self { device: device.clone(), words, rows, cols, dtype })
     }
 
@@ -64,7 +64,7 @@ impl Matrix {
         if !cols.is_multiple_of(dtype.per_word()) {
             return Err(Error::argument(OP, "cols", format_args!("even for {dtype}"), cols));
         }
-        let words = device.alloc("weight", elements, dtype.bytes())?;
+        let words = device.long_lived(|_| device.alloc("weight", elements, dtype.bytes()))?;
         let count = elements / dtype.per_word();
         let (cubes, dim) = device.cubes(count);
         let (client, to, count) = (device.client(), arg(&words), count as u32);

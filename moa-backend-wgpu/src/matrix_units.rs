@@ -9,7 +9,7 @@ use crate::{Device, Dtype};
 /// weights in f16 and sum in f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub enum MatrixUnits {
-    /// Where the device has them and CubeCL reaches them: over Vulkan with the feature `vulkan`.
+    /// Where the device has them and CubeCL reaches them: over Vulkan with the feature `vulkan`, and over CUDA.
     #[default]
     WhereOffered,
     /// Nowhere: queries and weights stay in f32.

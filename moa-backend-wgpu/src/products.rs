@@ -11,8 +11,7 @@ use cubek::matmul::multi_level::routines::batch::simple::SimpleArgs;
 use cubek::matmul::routine::BlueprintStrategy;
 use cubek::std::InputBinding;
 
-use crate::extend::words;
-use crate::{Dtype, Matrix, Result, Tensor};
+use crate::{Matrix, Result, Tensor};
 
 const F16: ElemType = ElemType::Float(FloatKind::F16);
 const F32: ElemType = ElemType::Float(FloatKind::F32);
@@ -20,12 +19,16 @@ const F32: ElemType = ElemType::Float(FloatKind::F32);
 /// From this many rows on, planes that take several rows of tiles were faster on an H200.
 const MANY_ROWS: usize = 1024;
 
-/// `x . weight^T` of an f16 weight, with `x` rounded to f16 and sums in f32; `None` where cubek has no kernel for
-/// the shape or the device.
-pub(crate) fn product(op: &'static str, x: &Tensor, weight: &Matrix) -> Result<Option<Tensor>> {
-    let (rows, features, columns) = (x.rows(), weight.rows(), weight.cols());
-    let device = x.device();
-    let narrowed = words(device, x, Dtype::F16)?;
+/// `x . weight^T` of f16 matrices, `x` of that many rows, summed in f32; `None` where cubek has no kernel for the
+/// shape or the device.
+pub(crate) fn product(
+    op: &'static str,
+    x: &Handle,
+    rows: usize,
+    weight: &Matrix,
+) -> Result<Option<Tensor>> {
+    let (features, columns) = (weight.rows(), weight.cols());
+    let device = weight.device();
     let out = Tensor::uninitialised(device, op, &[rows, features])?;
     let binding = |handle: &Handle, strides: [usize; 2], shape: [usize; 2]| {
         // SAFETY: each buffer holds a matrix of this shape.
@@ -46,7 +49,7 @@ pub(crate) fn product(op: &'static str, x: &Tensor, weight: &Matrix) -> Result<O
     let launched = launch_ref(
         &Strategy::SimpleCyclicCmma(BlueprintStrategy::Inferred(args)).into(),
         device.client(),
-        InputBinding::new(binding(&narrowed, [columns, 1], [rows, columns]), F16),
+        InputBinding::new(binding(x, [columns, 1], [rows, columns]), F16),
         InputBinding::new(binding(&weight.words, [1, columns], [columns, features]), F16),
         binding(out.handle(), [features, 1], [rows, features]),
         &mut elements,

@@ -128,7 +128,17 @@ fn layers_of_one_input_and_ends_of_branches() {
 #[test]
 fn many_rows_may_be_rounded() {
     let Some((device, _alone)) = device() else { return };
-    for (rows, features, cols) in [(40, 64, 96), (130, 200, 72), (1030, 256, 128)] {
+    // Sizes that a product takes, and those for which there may be none.
+    let sizes = [
+        (40, 64, 96),
+        (130, 200, 72),
+        (1030, 256, 128),
+        (40, 33, 12),
+        (9, 5, 10),
+        (2, 7, 12),
+        (0, 8, 12),
+    ];
+    for (rows, features, cols) in sizes {
         let (weight, w) = matrix(&device, features, cols, Dtype::F16);
         let (x, plus) = (numbers(rows * cols, 577), numbers(rows * features, 13));
         let b = numbers(features, 91);
@@ -151,6 +161,17 @@ fn many_rows_may_be_rounded() {
             assert!((f64::from(got) - expected).abs() <= most, "{i}: {got} {expected}");
         }
     }
+    // Weights of another type are multiplied in it.
+    let x = Tensor::new(&device, &numbers(20 * 64, 577), &[20, 64]).unwrap();
+    let weights = [Dtype::F16, Dtype::F32].map(|dtype| matrix(&device, 24, 64, dtype).0);
+    let layers = [0, 1].map(|i| Layer { weight: &weights[i], bias: None });
+    let outs = ops::linears(&x, &layers, Dtype::F16).unwrap();
+    let exact = ops::linear(&x, &weights[1], None).unwrap().to_vec().unwrap();
+    assert!(outs[1].to_vec().unwrap() == exact);
+    for (got, exact) in outs[0].to_vec().unwrap().into_iter().zip(exact) {
+        assert!((got - exact).abs() < 0.1, "{got} {exact}");
+    }
+    assert!(ops::linears(&x, &[], Dtype::F16).unwrap().is_empty());
 }
 
 #[test]

@@ -16,8 +16,9 @@ use crate::{CacheDtype, Error, Result};
 
 /// Runs a model on a GPU over Vulkan, Metal, DX12 or WebGPU.
 ///
-/// With f16 caches, and where the device has matrix units for them, linear layers multiply many rows in f16 and
-/// sum in f32. Everything else is f32 arithmetic.
+/// With f16 caches, and where the device has matrix units for them, linear layers multiply more than 8 rows in f16
+/// and sum in f32: activations beyond 65,504 overflow there, as in any model in f16. Everything else is f32
+/// arithmetic.
 #[derive(Debug)]
 pub struct WgpuOps {
     attention: WgpuBackend,
@@ -304,6 +305,11 @@ mod tests {
         for (got, &weight) in narrow.chunks_exact(2).zip(&weights) {
             let got = f16::from_le_bytes([got[0], got[1]]);
             assert_eq!(got.to_f32(), bf16::from_f32(weight).to_f32());
+        }
+        // Below f16's normal numbers they are rounded.
+        for weight in [1e-6, 1e-9] {
+            let rounded = f16::from_f32(bf16::from_f32(weight).to_f32());
+            assert_eq!(narrowed(&bytes(&[weight])), Some(rounded.to_le_bytes().to_vec()));
         }
         assert_eq!(narrowed(&bytes(&[1.0, 7e4])), None);
         assert!(narrowed(&bytes(&[f32::INFINITY])).is_some());

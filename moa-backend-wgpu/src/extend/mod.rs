@@ -2,7 +2,7 @@
 //!
 //! WebGPU kernels cannot follow pointers, and arrays of buffers are an extension; so each sequence with
 //! several new tokens is a dispatch of its own. Those with one token share a dispatch, up to eight of them,
-//! which has a copy of its code for each (see `decode`). Nothing of a sequence's result can depend on the others.
+//! which branches where it loads (see `decode`). Nothing of a sequence's result can depend on the others.
 
 mod check;
 mod decode;

@@ -1,7 +1,7 @@
 use moa_core::{LayerLayout, Position, Span};
 
 use super::*;
-use crate::kernels::keys::{MAX_SPLITS, attends, position, slot};
+use crate::kernels::keys::{MAX_SPLITS, MIN_SPLIT_KEYS, attends, position, slot};
 
 /// WebGPU's smallest limits.
 const WEB: Limits = Limits { shared_bytes: 16384, units: 256, cubes: 65535, bindings: 7 };
@@ -69,13 +69,14 @@ fn every_step_fits_the_smallest_device() {
     for head_dim in [1, 6, 64, 72, 128, 255, 256] {
         let row = Row::of(head_dim);
         assert_eq!(row.width * row.vectors, head_dim);
-        for (len, tokens) in [(0, 1), (4990, 1), (1000, 3), (0, 700), (20, 4000)] {
+        for (len, tokens) in [(0, 1), (200, 1), (4990, 1), (1000, 3), (0, 700), (20, 4000)] {
             for group in [1, 3, 8, 20] {
                 let step = Step::new(&WEB, &heads, len, tokens, 2 * group, row, None).unwrap();
                 assert!(step.tile.shared_bytes(row.width) <= WEB.shared_bytes, "{step:?}");
                 assert!(step.tile.units() <= WEB.units);
                 assert!(step.tiles as usize * step.tile.rows() >= tokens * group);
-                assert_eq!(step.splits > 1, tokens * group <= 16 && len + tokens > 128);
+                let long = len + tokens > MIN_SPLIT_KEYS as usize;
+                assert_eq!(step.splits > 1, tokens * group <= 16 && long);
             }
         }
     }

@@ -1,5 +1,5 @@
-//! `x . weight^T + bias` of few rows, where reading the weight once is all that counts; for several layers of
-//! one input at once.
+//! `x . weight^T + bias` of few rows, where reading the weight once per [`Shape::MOST`] of them is all that counts;
+//! for several layers of one input at once.
 
 use cubecl::prelude::*;
 
@@ -38,6 +38,9 @@ pub(crate) struct Shape {
 impl Shape {
     /// Most rows of a cube.
     pub(crate) const MOST: usize = 8;
+
+    /// Rows that there are kernels for.
+    pub(crate) const ROWS: [usize; 3] = [1, 4, Self::MOST];
 
     /// Whether a plane of the device holds the units of a feature.
     pub(crate) const fn fits_planes(units: usize) -> bool {

@@ -2,17 +2,18 @@
 //! them for the type that is asked for, and tiles in f32 everywhere else.
 
 use cubecl::prelude::SequenceArg;
+use cubecl::server::Handle;
 use cubecl::{CubeCount, CubeDim};
 
 use super::{add, add_rows};
-use crate::extend::{Limits, Row, arg, square};
+use crate::extend::{Limits, Row, arg, square, words};
 use crate::kernels::few_rows::{FEATURES, LayerLaunch, Shape, UNITS, few_rows};
 use crate::kernels::linear::many_rows;
-use crate::{Dtype, Error, Matrix, Result, Tensor};
+use crate::{Device, Dtype, Error, Matrix, Result, Tensor};
 
 const OP: &str = "linear";
 
-/// Most rows for which reading the weight is all that counts.
+/// Most rows for which reading the weight is all that counts; with matrix units, those of one cube.
 const FEW: usize = 16;
 
 /// Most layers of one dispatch.
@@ -37,8 +38,9 @@ pub fn linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tens
 
 /// Each of several layers of one input.
 ///
-/// More than a few rows may be rounded to `inner` before they are multiplied: where that is the weights' type and
-/// the device has matrix units for it, which sum in f32.
+/// More than 8 rows may be rounded to `inner` before they are multiplied: where that is the weights' type and
+/// the device has matrix units for it ([`Device::multiplies`]), which sum in f32. A row's result then depends on how many
+/// there are, to within what rounding costs, and numbers beyond the type's range become infinite.
 ///
 /// # Errors
 /// As [`linear`].
@@ -46,8 +48,10 @@ pub fn linears(x: &Tensor, layers: &[Layer<'_>], inner: Dtype) -> Result<Vec<Ten
     for &layer in layers {
         check(x, layer)?;
     }
-    let Some(shape) = few(x, layers, false) else {
-        return layers.iter().map(|&layer| one(x, layer, None, inner)).collect();
+    let Some(shape) = few(x, layers, false, inner) else {
+        let narrowed = narrowed(x, layers, inner)?;
+        let one = |&layer: &Layer<'_>| many(x, narrowed.as_ref(), layer);
+        return layers.iter().map(one).collect();
     };
     let mut outs = Vec::with_capacity(layers.len());
     for layers in layers.chunks(shape.layers) {
@@ -71,17 +75,11 @@ fn one(x: &Tensor, layer: Layer<'_>, plus: Option<&Tensor>, inner: Dtype) -> Res
         let expected = format_args!("[{}, {features}]", x.rows()).to_string();
         return Err(Error::shape(OP, "plus", expected, plus.shape()));
     }
-    if let Some(shape) = few(x, &[layer], plus.is_some()) {
+    if let Some(shape) = few(x, &[layer], plus.is_some(), inner) {
         let mut outs = launch_few(x, &[layer], plus, shape)?;
         return outs.pop().ok_or_else(|| Error::argument(OP, "layers", "1", 0));
     }
-    let out = match by_matrix_units(x, layer.weight, inner)? {
-        Some(out) => match layer.bias {
-            Some(bias) => add_rows(&out, bias)?,
-            None => out,
-        },
-        None => by_tiles(x, layer)?,
-    };
+    let out = many(x, narrowed(x, &[layer], inner)?.as_ref(), layer)?;
     match plus {
         Some(plus) => add(plus, &out),
         None => Ok(out),
@@ -103,9 +101,14 @@ fn check(x: &Tensor, layer: Layer<'_>) -> Result<()> {
     }
 }
 
+/// Most rows that [`few_rows`] is for.
+fn most_rows(device: &Device, dtype: Dtype, inner: Dtype) -> usize {
+    if device.multiplies(inner) && dtype == inner { Shape::MOST } else { FEW }
+}
+
 /// The kernel for few rows, and how many layers a dispatch takes; `None` for many rows, and for rows that are
 /// not whole loads.
-fn few(x: &Tensor, layers: &[Layer<'_>], plus: bool) -> Option<Shape> {
+fn few(x: &Tensor, layers: &[Layer<'_>], plus: bool, inner: Dtype) -> Option<Shape> {
     let first = layers.first()?;
     let (dtype, device) = (first.weight.dtype(), x.device());
     let fits = |layer: &Layer<'_>| {
@@ -113,7 +116,7 @@ fn few(x: &Tensor, layers: &[Layer<'_>], plus: bool) -> Option<Shape> {
         whole && layer.weight.dtype() == dtype
     };
     let limits = Limits::of(device);
-    let rows = if x.rows() == 1 { 1 } else { Shape::MOST };
+    let rows = Shape::ROWS.into_iter().find(|&n| n >= x.rows()).unwrap_or(Shape::MOST);
     let layers_at_once = (limits.bindings.saturating_sub(2) / 3).clamp(1, MOST_LAYERS);
     let shape = Shape {
         layers: layers_at_once.min(layers.len()),
@@ -124,7 +127,8 @@ fn few(x: &Tensor, layers: &[Layer<'_>], plus: bool) -> Option<Shape> {
         plus,
     };
     let possible = shape.shared_bytes() <= limits.shared_bytes && UNITS <= limits.units;
-    (x.rows() <= FEW && layers.iter().all(fits) && possible).then_some(shape)
+    (x.rows() <= most_rows(device, dtype, inner) && layers.iter().all(fits) && possible)
+        .then_some(shape)
 }
 
 fn launch_few(
@@ -135,10 +139,11 @@ fn launch_few(
 ) -> Result<Vec<Tensor>> {
     let (device, rows) = (x.device(), x.rows());
     let (mut outs, mut args) = (Vec::with_capacity(layers.len()), SequenceArg::new());
+    let lens: Vec<usize> = layers.iter().map(|layer| rows * layer.weight.rows()).collect();
     let mut tiles = 0;
-    for layer in layers {
+    for (layer, out) in layers.iter().zip(device.alloc_each("tensor", &lens)?) {
         let features = layer.weight.rows();
-        let out = Tensor::uninitialised(device, OP, &[rows, features])?;
+        let out = Tensor::from_handle(device, out, &[rows, features])?;
         args.push(LayerLaunch::new(
             arg(&layer.weight.words),
             arg(layer.bias.unwrap_or(x).handle()),
@@ -174,15 +179,26 @@ fn launch_few(
     Ok(outs)
 }
 
-/// `None` where the device has none for this type.
-fn by_matrix_units(x: &Tensor, weight: &Matrix, inner: Dtype) -> Result<Option<Tensor>> {
-    if !x.device().multiplies(inner) || weight.dtype() != inner {
-        return Ok(None);
+/// `x` rounded to `inner`, if matrix units multiply it with one of the layers.
+fn narrowed(x: &Tensor, layers: &[Layer<'_>], inner: Dtype) -> Result<Option<Handle>> {
+    let fits = layers.iter().any(|layer| layer.weight.dtype() == inner);
+    match fits && x.device().multiplies(inner) && x.len() > 0 {
+        true => words(x.device(), x, inner).map(Some),
+        false => Ok(None),
     }
+}
+
+/// By matrix units where there is an input for them, and a kernel for the layer.
+fn many(x: &Tensor, narrowed: Option<&Handle>, layer: Layer<'_>) -> Result<Tensor> {
     #[cfg(feature = "vulkan")]
-    return crate::products::product(OP, x, weight);
-    #[cfg(not(feature = "vulkan"))]
-    Ok(None)
+    if let Some(narrowed) = narrowed.filter(|_| layer.weight.dtype() == Dtype::F16)
+        && let Some(out) = crate::products::product(OP, narrowed, x.rows(), layer.weight)?
+    {
+        return layer.bias.map_or_else(|| Ok(out.clone()), |bias| add_rows(&out, bias));
+    }
+    // CubeCL reaches matrix units over Vulkan alone.
+    let _ = narrowed;
+    by_tiles(x, layer)
 }
 
 fn by_tiles(x: &Tensor, Layer { weight, bias }: Layer<'_>) -> Result<Tensor> {
