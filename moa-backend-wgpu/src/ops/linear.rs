@@ -9,6 +9,8 @@ use super::{add, add_rows};
 use crate::extend::{Limits, Row, arg, square, words};
 use crate::kernels::few_rows::{FEATURES, LayerLaunch, Shape, UNITS, few_rows};
 use crate::kernels::linear::many_rows;
+#[cfg(feature = "vulkan")]
+use crate::products::product;
 use crate::{Device, Dtype, Error, Matrix, Result, Tensor};
 
 const OP: &str = "linear";
@@ -190,15 +192,21 @@ fn narrowed(x: &Tensor, layers: &[Layer<'_>], inner: Dtype) -> Result<Option<Han
 
 /// By matrix units where there is an input for them, and a kernel for the layer.
 fn many(x: &Tensor, narrowed: Option<&Handle>, layer: Layer<'_>) -> Result<Tensor> {
-    #[cfg(feature = "vulkan")]
     if let Some(narrowed) = narrowed.filter(|_| layer.weight.dtype() == Dtype::F16)
-        && let Some(out) = crate::products::product(OP, narrowed, x.rows(), layer.weight)?
+        && let Some(out) = product(OP, narrowed, x.rows(), layer.weight)?
     {
-        return layer.bias.map_or_else(|| Ok(out.clone()), |bias| add_rows(&out, bias));
+        return match layer.bias {
+            Some(bias) => add_rows(&out, bias),
+            None => Ok(out),
+        };
     }
-    // CubeCL reaches matrix units over Vulkan alone.
-    let _ = narrowed;
     by_tiles(x, layer)
+}
+
+/// CubeCL reaches matrix units over Vulkan alone, and cubek comes with it.
+#[cfg(not(feature = "vulkan"))]
+fn product(_: &'static str, _: &Handle, _: usize, _: &Matrix) -> Result<Option<Tensor>> {
+    Ok(None)
 }
 
 fn by_tiles(x: &Tensor, Layer { weight, bias }: Layer<'_>) -> Result<Tensor> {
