@@ -7,7 +7,7 @@
 use cubecl::ir::{ElemType, FloatKind};
 use cubecl::prelude::TensorBinding;
 use cubecl::server::Handle;
-use cubek::matmul::definition::MatmulElems;
+use cubek::matmul::definition::{MatmulElems, MatmulGlobalElems};
 use cubek::matmul::launch::launch_ref;
 use cubek::matmul::multi_level::Strategy;
 use cubek::matmul::multi_level::components::tile::TileMatmulKind;
@@ -164,17 +164,8 @@ fn product(
         // SAFETY: each buffer holds a matrix of this shape.
         unsafe { TensorBinding::from_raw_parts(handle.clone(), strides.into(), shape.into()) }
     };
-    let mut elements = MatmulElems {
-        lhs_global: F16,
-        rhs_global: F16,
-        acc_global: F32,
-        lhs_stage: F16,
-        rhs_stage: F16,
-        acc_stage: F32,
-        lhs_register: F16,
-        rhs_register: F16,
-        acc_register: F32,
-    };
+    let types = MatmulGlobalElems { lhs: F16, rhs: F16, out: F32 };
+    let mut elements = MatmulElems::from_globals(&types);
     launch_ref(
         &strategy.clone().into(),
         device.client(),
