@@ -47,11 +47,7 @@ fn main() -> Result<()> {
         return Ok(());
     }
     let burns = CubeDevice::Wgpu(WgpuDevice::default());
-    let device = if std::env::var_os("MOA_OPEN").is_some() {
-        Device::open()?
-    } else {
-        Device::from_burn(&burns)
-    };
+    let device = Device::from_burn(&burns);
     let client = device.client();
     let features = client.features();
     let matrices: Vec<String> =

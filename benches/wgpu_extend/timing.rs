@@ -46,6 +46,7 @@ const WINDOWS: usize = 3;
 const WARM_UP: usize = 5;
 
 /// Runs that one measurement makes at most.
+#[allow(dead_code, reason = "only benches that open caches leave room for them")]
 pub(crate) const MOST: usize = 1 + WARM_UP + (SAMPLES + WINDOWS) * MOST_RUNS;
 
 /// Most seconds of copies before anything counts.
@@ -89,7 +90,6 @@ pub(crate) fn time(
     }
     heat(client, HEAT.min(seconds))?;
     let runs = ((seconds / SAMPLES as f64 / one) as usize).clamp(1, MOST_RUNS);
-    debug_assert!(runs <= MOST_RUNS && 1 + WARM_UP + (SAMPLES + WINDOWS) * runs <= MOST);
     let samples = if seconds > one { SAMPLES.min((seconds / one) as usize + 1) } else { 1 };
     let mut walls = Vec::new();
     for _ in 0..samples {
