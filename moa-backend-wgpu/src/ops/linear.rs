@@ -15,7 +15,7 @@ use crate::{Device, Dtype, Error, Matrix, Result, Tensor};
 
 const OP: &str = "linear";
 
-/// Most rows for which reading the weight is all that counts; with matrix units, those of one cube.
+/// Most rows for which reading the weight is all that counts, without matrix units.
 const FEW: usize = 16;
 
 /// Most layers of one dispatch.
@@ -47,19 +47,7 @@ pub fn linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tens
 /// # Errors
 /// As [`linear`].
 pub fn linears(x: &Tensor, layers: &[Layer<'_>], inner: Dtype) -> Result<Vec<Tensor>> {
-    for &layer in layers {
-        check(x, layer)?;
-    }
-    let Some(shape) = few(x, layers, false, inner) else {
-        let narrowed = narrowed(x, layers, inner)?;
-        let one = |&layer: &Layer<'_>| many(x, narrowed.as_ref(), layer);
-        return layers.iter().map(one).collect();
-    };
-    let mut outs = Vec::with_capacity(layers.len());
-    for layers in layers.chunks(shape.layers) {
-        outs.extend(launch_few(x, layers, None, Shape { layers: layers.len(), ..shape })?);
-    }
-    Ok(outs)
+    each(x, layers, None, inner)
 }
 
 /// `plus + x . weight^T + bias`; of `inner` see [`linears`].
@@ -71,21 +59,41 @@ pub fn linear_add(plus: &Tensor, x: &Tensor, layer: Layer<'_>, inner: Dtype) -> 
 }
 
 fn one(x: &Tensor, layer: Layer<'_>, plus: Option<&Tensor>, inner: Dtype) -> Result<Tensor> {
-    check(x, layer)?;
-    let features = layer.weight.rows();
-    if let Some(plus) = plus.filter(|plus| plus.shape() != [x.rows(), features]) {
-        let expected = format_args!("[{}, {features}]", x.rows()).to_string();
-        return Err(Error::shape(OP, "plus", expected, plus.shape()));
+    let mut outs = each(x, &[layer], plus, inner)?;
+    outs.pop().ok_or_else(|| Error::argument(OP, "layers", "1", 0))
+}
+
+/// Each layer's output, with `plus` added to it.
+fn each(
+    x: &Tensor,
+    layers: &[Layer<'_>],
+    plus: Option<&Tensor>,
+    inner: Dtype,
+) -> Result<Vec<Tensor>> {
+    for &layer in layers {
+        check(x, layer)?;
+        let features = layer.weight.rows();
+        if let Some(plus) = plus.filter(|plus| plus.shape() != [x.rows(), features]) {
+            let expected = format_args!("[{}, {features}]", x.rows()).to_string();
+            return Err(Error::shape(OP, "plus", expected, plus.shape()));
+        }
     }
-    if let Some(shape) = few(x, &[layer], plus.is_some(), inner) {
-        let mut outs = launch_few(x, &[layer], plus, shape)?;
-        return outs.pop().ok_or_else(|| Error::argument(OP, "layers", "1", 0));
+    let Some(shape) = few(x, layers, plus.is_some(), inner) else {
+        let narrowed = narrowed(x, layers, inner)?;
+        let many = |&layer: &Layer<'_>| {
+            let out = many(x, narrowed.as_ref(), layer)?;
+            match plus {
+                Some(plus) => add(plus, &out),
+                None => Ok(out),
+            }
+        };
+        return layers.iter().map(many).collect();
+    };
+    let mut outs = Vec::with_capacity(layers.len());
+    for layers in layers.chunks(shape.layers) {
+        outs.extend(launch_few(x, layers, plus, Shape { layers: layers.len(), ..shape })?);
     }
-    let out = many(x, narrowed(x, &[layer], inner)?.as_ref(), layer)?;
-    match plus {
-        Some(plus) => add(plus, &out),
-        None => Ok(out),
-    }
+    Ok(outs)
 }
 
 fn check(x: &Tensor, layer: Layer<'_>) -> Result<()> {
