@@ -5,102 +5,62 @@
 //! feature `cuda`, which needs nothing to build, and to run a driver, NVRTC and cuBLASLt, and `WgpuOps`
 //! with the feature `wgpu`, which runs on any GPU with a driver for Vulkan, Metal or DX12.
 
-mod bench;
-mod calibrate;
-mod chat;
-mod chat_session;
 mod checkpoint;
-mod compress;
-mod config;
-mod cpu;
-#[cfg(feature = "cuda")]
-mod cuda;
 mod date;
-mod decode;
-#[cfg(feature = "hub")]
-mod download;
+mod decoder;
+mod device;
+mod engine;
 mod error;
 mod eval;
-mod fingerprint;
-mod generate;
-mod generation_config;
-mod json;
-mod json_style;
-mod jsonl;
-mod layer;
-mod llama;
-mod mapped;
-pub mod metrics;
-mod objective;
-mod ops;
-mod perplexity;
-mod probe;
-mod profile;
-mod random;
-mod records;
-mod refine;
-mod retrieval;
+mod find_plan;
 mod rng;
-mod rope;
-mod rope_scaling;
-mod running;
-mod sampling;
-mod serve;
-mod shard;
-mod special_tokens;
-mod stop;
-mod tasks;
-mod thread_rank;
-mod tokenizer;
-mod weights;
-#[cfg(feature = "wgpu")]
-mod wgpu;
 
-pub use bench::{BenchOptions, BenchReport, ProfileBenchReport};
-pub use calibrate::{CalibrationData, CalibrationOptions, Prompt};
-pub use chat::{ChatTemplate, Message};
-pub use chat_session::ChatSession;
-pub use checkpoint::{Checkpoint, Completion, TextProgress};
-pub use compress::{
-    CompressOptions, Compressed, DEFAULT_BLOCK, Stage, bound_decode_time, compress, describe,
-    with_min_share,
-};
-pub use config::LlamaConfig;
-pub use cpu::{CpuMatrix, CpuOps, CpuRotations};
-#[cfg(feature = "cuda")]
-pub use cuda::{CudaDtype, CudaMatrix, CudaOps, Joined, NcclRank};
-pub use decode::Decode;
+pub use checkpoint::fingerprint::fingerprint;
+pub use checkpoint::generation_config::GenerationConfig;
 #[cfg(feature = "hub")]
-pub use download::download;
+pub use checkpoint::hub::download;
+pub use checkpoint::mapped::MappedTensor;
+pub use checkpoint::safetensors::{DType, Weights};
+pub use checkpoint::template::{ChatTemplate, Message};
+pub use checkpoint::tokenizer::{TokenStream, Tokenizer};
+pub use checkpoint::{Checkpoint, Completion, TextProgress};
+pub use decoder::config::LlamaConfig;
+pub use decoder::llama::{Llama, LogitRows, Sequence};
+pub use decoder::rope::RopeTable;
+pub use decoder::rope_scaling::RopeScaling;
+pub use decoder::shard::{Communicator, Rank, Shard, on_ranks};
+pub use decoder::thread_rank::ThreadRank;
+pub use device::cpu::{CpuMatrix, CpuOps, CpuRotations};
+#[cfg(feature = "cuda")]
+pub use device::cuda::{CudaDtype, CudaMatrix, CudaOps, Joined, NcclRank};
+#[cfg(feature = "wgpu")]
+pub use device::wgpu::WgpuOps;
+pub use device::{BackwardOps, LinearWeights, Memory, Ops, RandomWeights};
+pub use engine::chat_session::ChatSession;
+pub use engine::decode::Decode;
+pub use engine::generate::{Finish, GenerateOptions, Generated, Generation, Next, Progress};
+pub use engine::sampling::{Sampler, SamplingOptions};
+pub use engine::serve::{Request, Served};
+pub use engine::stop::StopStrings;
 pub use error::{Error, Result};
+pub use eval::bench::{BenchOptions, BenchReport, ProfileBenchReport};
+pub use eval::metrics;
+pub use eval::perplexity::PerplexityReport;
+pub use eval::retrieval::RetrievalCase;
+pub use eval::tasks::Task;
 pub use eval::{
     Asked, DepthBin, EFFECTIVE_ACCURACY, EffectiveContext, ItemLog, Question, Reference,
     RetrievalItem, RetrievalReport, Scoring, Turn, effective_context,
 };
-pub use fingerprint::fingerprint;
-pub use generate::{Finish, GenerateOptions, Generated, Generation, Next, Progress};
-pub use generation_config::GenerationConfig;
-pub use llama::{Llama, LogitRows, Sequence};
-pub use mapped::MappedTensor;
+pub use find_plan::calibrate::{CalibrationData, CalibrationOptions, Prompt};
+pub use find_plan::compress::{
+    CompressOptions, Compressed, DEFAULT_BLOCK, Stage, bound_decode_time, compress, describe,
+    with_min_share,
+};
+pub use find_plan::objective::{Objective, TokenWeight, WeightedObjective};
+pub use find_plan::profile::Item;
+pub use find_plan::records::{PHRASINGS, Phrasing, RecordPrompt};
+pub use find_plan::refine::{Refined, measured_losses, refine};
 pub use moa_backend_cpu::CacheDtype;
 #[cfg(feature = "cuda")]
 pub use moa_backend_cuda::NcclId;
-pub use objective::{Objective, TokenWeight, WeightedObjective};
-pub use ops::{BackwardOps, LinearWeights, Memory, Ops, RandomWeights};
-pub use perplexity::PerplexityReport;
-pub use profile::Item;
-pub use records::{PHRASINGS, Phrasing, RecordPrompt};
-pub use refine::{Refined, measured_losses, refine};
-pub use retrieval::RetrievalCase;
-pub use rope::RopeTable;
-pub use rope_scaling::RopeScaling;
-pub use sampling::{Sampler, SamplingOptions};
-pub use serve::{Request, Served};
-pub use shard::{Communicator, Rank, Shard, on_ranks};
-pub use stop::StopStrings;
-pub use tasks::Task;
-pub use thread_rank::ThreadRank;
-pub use tokenizer::{TokenStream, Tokenizer};
-pub use weights::{DType, Weights};
-#[cfg(feature = "wgpu")]
-pub use wgpu::WgpuOps;

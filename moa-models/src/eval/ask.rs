@@ -2,12 +2,12 @@ use moa_core::Plan;
 
 use super::question::Question;
 use super::report::{Asked, RetrievalItem, RetrievalReport};
-use crate::chat::Message;
-use crate::chat_session::ChatSession;
 use crate::checkpoint::Checkpoint;
-use crate::generate::Next;
-use crate::ops::Ops;
-use crate::retrieval::RetrievalCase;
+use crate::checkpoint::template::Message;
+use crate::device::Ops;
+use crate::engine::chat_session::ChatSession;
+use crate::engine::generate::Next;
+use crate::eval::retrieval::RetrievalCase;
 use crate::{Error, Result};
 
 /// A template may write an answer of the model with a few tokens more than it was made of.

@@ -1,5 +1,12 @@
 //! Questions with known answers: what a plan leaves of a model's memory of its context.
 
+pub(crate) mod bench;
+pub(crate) mod jsonl;
+pub mod metrics;
+pub(crate) mod perplexity;
+pub(crate) mod retrieval;
+pub(crate) mod tasks;
+
 mod ask;
 mod item_log;
 mod question;

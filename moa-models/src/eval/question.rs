@@ -1,7 +1,7 @@
 use serde::{Deserialize, Serialize};
 
-use crate::metrics::contains;
-use crate::records::last_integer;
+use crate::eval::metrics::contains;
+use crate::find_plan::records::last_integer;
 
 /// Something that an answer has to hold.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -1,0 +1,136 @@
+use std::path::Path;
+
+use crate::checkpoint::json::Object;
+use crate::engine::sampling::SamplingOptions;
+use crate::error::Result;
+
+/// How a model's authors want it to be sampled, from `generation_config.json`.
+///
+/// Every field may be absent. Fields that are not listed are ignored.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GenerationConfig {
+    /// Tokens that end a generation; may be empty.
+    pub eos_token_ids: Vec<u32>,
+    /// Sample, rather than take the likeliest token.
+    pub do_sample: Option<bool>,
+    /// Divides the logits.
+    pub temperature: Option<f32>,
+    /// Keep this many of the likeliest tokens; 0 keeps all.
+    pub top_k: Option<usize>,
+    /// Keep the fewest likeliest tokens with this much probability together.
+    pub top_p: Option<f32>,
+    /// Keep tokens with at least this share of the likeliest token's probability.
+    pub min_p: Option<f32>,
+    /// Divides positive and multiplies negative logits of tokens already in the sequence.
+    pub repetition_penalty: Option<f32>,
+    /// Tokens to generate at most.
+    pub max_new_tokens: Option<usize>,
+}
+
+impl GenerationConfig {
+    /// Reads `generation_config.json` in `dir`; all fields are absent when there is no such file.
+    ///
+    /// # Errors
+    /// [`Error::Io`](crate::Error::Io), [`Error::Json`](crate::Error::Json), and
+    /// [`Error::Config`](crate::Error::Config) for a field of another type.
+    pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self> {
+        let path = dir.as_ref().join("generation_config.json");
+        if !path.is_file() {
+            return Ok(Self::default());
+        }
+        Self::from_object(&Object::read(&path)?)
+    }
+
+    fn from_object(object: &Object) -> Result<Self> {
+        let number = |field| -> Result<Option<f32>> {
+            Ok(object.number_from(field, 0.0)?.map(|x| x as f32))
+        };
+        let top_k = match object.get("top_k") {
+            None => None,
+            Some(value) => match value.as_u64().and_then(|k| usize::try_from(k).ok()) {
+                Some(k) => Some(k),
+                None => return Err(object.invalid("top_k", "a whole number of at least 0", value)),
+            },
+        };
+        Ok(Self {
+            eos_token_ids: object.token_ids("eos_token_id")?,
+            do_sample: object.flag("do_sample")?,
+            temperature: number("temperature")?,
+            top_k,
+            top_p: number("top_p")?,
+            min_p: number("min_p")?,
+            repetition_penalty: number("repetition_penalty")?,
+            max_new_tokens: object.count("max_new_tokens")?,
+        })
+    }
+
+    /// The sampling these fields ask for: greedy unless `do_sample`, and 1 as the temperature
+    /// where none is given. A `top_k` that is absent keeps all tokens.
+    #[must_use]
+    pub fn sampling(&self, seed: u64) -> SamplingOptions {
+        let greedy = SamplingOptions {
+            repetition_penalty: self.repetition_penalty.unwrap_or(1.0),
+            seed,
+            ..SamplingOptions::default()
+        };
+        if self.do_sample != Some(true) {
+            return greedy;
+        }
+        SamplingOptions {
+            temperature: self.temperature.unwrap_or(1.0),
+            top_k: self.top_k.filter(|k| *k > 0),
+            top_p: self.top_p.unwrap_or(1.0),
+            min_p: self.min_p.unwrap_or(0.0),
+            ..greedy
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Error;
+
+    fn parse(text: &str) -> Result<GenerationConfig> {
+        GenerationConfig::from_object(&Object::parse(Path::new("generation_config.json"), text)?)
+    }
+
+    #[test]
+    fn absent_fields_mean_greedy() -> Result<()> {
+        let config = parse("{}")?;
+        assert_eq!(config, GenerationConfig::default());
+        assert_eq!(config.sampling(3), SamplingOptions { seed: 3, ..Default::default() });
+        let config = parse(r#"{"do_sample":false,"temperature":0.6,"top_p":0.9}"#)?;
+        assert_eq!(config.sampling(0), SamplingOptions::default());
+        Ok(())
+    }
+
+    #[test]
+    fn fields_of_a_sampling_model() -> Result<()> {
+        let config = parse(
+            r#"{"eos_token_id":[128001,128008],"do_sample":true,"temperature":0.6,"top_p":0.9,
+                "top_k":0,"min_p":0.1,"repetition_penalty":1.2,"max_new_tokens":64}"#,
+        )?;
+        assert_eq!(config.eos_token_ids, [128001, 128008]);
+        assert_eq!(config.max_new_tokens, Some(64));
+        let expected = SamplingOptions {
+            temperature: 0.6,
+            top_k: None,
+            top_p: 0.9,
+            min_p: 0.1,
+            repetition_penalty: 1.2,
+            seed: 1,
+        };
+        assert_eq!(config.sampling(1), expected);
+        assert_eq!(parse(r#"{"eos_token_id":2}"#)?.eos_token_ids, [2]);
+        Ok(())
+    }
+
+    #[test]
+    fn field_of_another_type_is_named() {
+        for (field, value) in [("temperature", "\"hot\""), ("top_k", "-1"), ("do_sample", "1")] {
+            let error = parse(&format!("{{\"{field}\":{value}}}")).unwrap_err();
+            assert!(matches!(&error, Error::Config { field: f, .. } if f == field), "{error}");
+        }
+    }
+}

@@ -1,0 +1,147 @@
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use memmap2::Mmap;
+
+use crate::checkpoint::safetensors::DType;
+use crate::{Error, Result};
+
+/// A tensor that lies in a mapped file, row-major and little-endian, or a part of one.
+///
+/// A clone shares the map, which lives as long as any tensor of the file does. The bytes need
+/// not be aligned to their elements: safetensors does not promise it.
+#[derive(Clone)]
+pub struct MappedTensor {
+    memory: Memory,
+    bytes: Range<usize>,
+    dtype: DType,
+    shape: Vec<usize>,
+}
+
+#[derive(Clone)]
+enum Memory {
+    Map(Arc<Mmap>),
+    /// A part that does not lie in one piece. Words, so that elements are aligned.
+    Gathered(Arc<Vec<u64>>),
+}
+
+impl MappedTensor {
+    /// The caller has checked that the bytes are those of the shape.
+    pub(crate) fn new(map: Arc<Mmap>, bytes: Range<usize>, dtype: DType, shape: &[usize]) -> Self {
+        Self { memory: Memory::Map(map), bytes, dtype, shape: shape.to_owned() }
+    }
+
+    /// The elements' bytes.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        let all = match &self.memory {
+            Memory::Map(map) => map,
+            Memory::Gathered(words) => bytemuck::cast_slice(words.as_slice()),
+        };
+        &all[self.bytes.clone()]
+    }
+
+    /// The element type.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Elements along each dimension, the last one contiguous.
+    #[must_use]
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The elements as f32, copied.
+    #[must_use]
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut values = Vec::new();
+        self.dtype.extend_f32(self.bytes(), &mut values);
+        values
+    }
+
+    /// These entries of the first axis, in the order given: in the map where they are one piece, else
+    /// copied, and nothing else is read.
+    ///
+    /// # Errors
+    /// If the tensor does not have them.
+    pub fn rows(&self, rows: &[Range<usize>]) -> Result<Self> {
+        let Some(&count) = self.shape.first() else {
+            return Err(Error::invalid("weight", "at least 1 axis", 0));
+        };
+        let pieces = pieces(rows, count, "rows of a weight")?;
+        let row_bytes = self.bytes.len() / count.max(1);
+        let mut shape = self.shape.clone();
+        shape[0] = pieces.iter().map(Range::len).sum();
+        if let [piece] = &pieces[..] {
+            let start = self.bytes.start + piece.start * row_bytes;
+            let bytes = start..start + piece.len() * row_bytes;
+            return Ok(Self { bytes, shape, ..self.clone() });
+        }
+        let runs = pieces.iter().map(|piece| piece.start * row_bytes..piece.end * row_bytes);
+        Ok(self.gather(runs, shape))
+    }
+
+    /// These columns of `[rows, columns]`, in the order given; copied, unless they are all.
+    ///
+    /// # Errors
+    /// If the tensor does not have them.
+    pub fn columns(&self, columns: &[Range<usize>]) -> Result<Self> {
+        let &[rows, count] = self.shape() else {
+            return Err(Error::invalid("weight", "2 axes", self.shape.len()));
+        };
+        let pieces = pieces(columns, count, "columns of a weight")?;
+        if matches!(&pieces[..], [all] if *all == (0..count)) {
+            return Ok(self.clone());
+        }
+        let size = self.dtype.size_bytes();
+        let pieces = &pieces;
+        let runs = (0..rows).flat_map(|row| {
+            pieces.iter().map(move |piece| {
+                (row * count + piece.start) * size..(row * count + piece.end) * size
+            })
+        });
+        let width = pieces.iter().map(Range::len).sum();
+        Ok(self.gather(runs, vec![rows, width]))
+    }
+
+    /// A copy of runs of bytes.
+    fn gather(&self, runs: impl Iterator<Item = Range<usize>>, shape: Vec<usize>) -> Self {
+        let len = shape.iter().product::<usize>() * self.dtype.size_bytes();
+        let mut words = vec![0u64; len.div_ceil(8)];
+        let mut rest: &mut [u8] = bytemuck::cast_slice_mut(&mut words);
+        let from = self.bytes();
+        for run in runs {
+            let (to, others) = rest.split_at_mut(run.len());
+            to.copy_from_slice(&from[run]);
+            rest = others;
+        }
+        Self { memory: Memory::Gathered(Arc::new(words)), bytes: 0..len, dtype: self.dtype, shape }
+    }
+}
+
+/// The ranges, those joined that follow on each other.
+fn pieces(ranges: &[Range<usize>], count: usize, what: &'static str) -> Result<Vec<Range<usize>>> {
+    let mut pieces: Vec<Range<usize>> = Vec::new();
+    for range in ranges {
+        if range.start > range.end || range.end > count {
+            return Err(Error::invalid(what, format!("within 0..{count}"), format!("{range:?}")));
+        }
+        match pieces.last_mut() {
+            Some(last) if last.end == range.start => last.end = range.end,
+            _ => pieces.push(range.clone()),
+        }
+    }
+    Ok(pieces)
+}
+
+impl fmt::Debug for MappedTensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MappedTensor")
+            .field("dtype", &self.dtype)
+            .field("shape", &self.shape)
+            .finish_non_exhaustive()
+    }
+}

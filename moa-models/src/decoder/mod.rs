@@ -1,0 +1,10 @@
+//! The network: configuration, blocks, rotary angles, sequences, and its parts on several devices.
+
+pub(crate) mod block;
+pub(crate) mod config;
+pub(crate) mod llama;
+pub(crate) mod random;
+pub(crate) mod rope;
+pub(crate) mod rope_scaling;
+pub(crate) mod shard;
+pub(crate) mod thread_rank;

@@ -1,0 +1,138 @@
+use crate::checkpoint::json::Object;
+use crate::error::Result;
+
+/// How the rotary frequencies are stretched beyond the context a model was pretrained on.
+///
+/// The names and the defaults are those of `rope_scaling` (or, since transformers 5,
+/// `rope_parameters`) in `config.json`. The frequencies themselves are made by
+/// [`RopeTable`](crate::RopeTable).
+#[non_exhaustive]
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum RopeScaling {
+    /// No stretching.
+    #[default]
+    Default,
+    /// Position interpolation (arXiv 2306.15595): every frequency is divided by `factor`.
+    Linear {
+        /// How many times longer the context becomes.
+        factor: f64,
+    },
+    /// Dynamic NTK: the base grows with the context once it is longer than `original`.
+    Dynamic {
+        /// The `factor` of the formula; with it the base grows for `original * factor` tokens.
+        factor: f64,
+        /// The context the model was pretrained on, `max_position_embeddings`.
+        original: usize,
+    },
+    /// Llama 3.1: long wavelengths are divided by `factor`, short ones kept, a ramp between.
+    Llama3 {
+        /// How many times the long wavelengths are stretched.
+        factor: f64,
+        /// Wavelengths above `original_max_position_embeddings / low_freq_factor` are stretched.
+        low_freq_factor: f64,
+        /// Wavelengths below `original_max_position_embeddings / high_freq_factor` are kept.
+        high_freq_factor: f64,
+        /// The context the model was pretrained on.
+        original_max_position_embeddings: usize,
+    },
+    /// YaRN (arXiv 2309.00071): a ramp over dimensions between keeping and dividing by `factor`,
+    /// and a temperature on the attention.
+    Yarn {
+        /// How many times longer the context becomes.
+        factor: f64,
+        /// Rotations within `original` above which a dimension is kept; 32 in the paper.
+        beta_fast: f64,
+        /// Rotations within `original` below which a dimension is divided; 1 in the paper.
+        beta_slow: f64,
+        /// The context the model was pretrained on.
+        original: usize,
+        /// Multiplies cos and sin; derived from `factor` and the two `mscale`s when absent.
+        attention_factor: Option<f64>,
+        /// Numerator's weight of `ln(factor)` in the derived attention factor.
+        mscale: Option<f64>,
+        /// Denominator's weight of `ln(factor)` in the derived attention factor.
+        mscale_all_dim: Option<f64>,
+        /// Whether the ramp's ends are rounded to whole dimensions.
+        truncate: bool,
+    },
+}
+
+impl RopeScaling {
+    /// Reads the `rope_scaling` or `rope_parameters` object of a configuration.
+    ///
+    /// `max_position_embeddings` is the default of `original_max_position_embeddings`.
+    pub(crate) fn from_object(object: &Object, max_position_embeddings: usize) -> Result<Self> {
+        let kind = object.text("rope_type")?.or(object.text("type")?).unwrap_or("default");
+        let factor = || object.require("factor", object.number_from("factor", 1.0)?);
+        let original = object.count("original_max_position_embeddings")?;
+        if let Some(part) = object.number_above("partial_rotary_factor", 0.0)?
+            && part != 1.0
+        {
+            return Err(object.invalid("partial_rotary_factor", "1 or absent", part));
+        }
+        match kind {
+            "default" => Ok(Self::Default),
+            "linear" => Ok(Self::Linear { factor: factor()? }),
+            "dynamic" => Ok(Self::Dynamic { factor: factor()?, original: max_position_embeddings }),
+            "llama3" => {
+                let low = object.number_above("low_freq_factor", 0.0)?;
+                let low = object.require("low_freq_factor", low)?;
+                let high = object.number_above("high_freq_factor", 0.0)?;
+                let high = object.require("high_freq_factor", high)?;
+                if high <= low {
+                    let expected = format!("above low_freq_factor ({low})");
+                    return Err(object.invalid("high_freq_factor", &expected, high));
+                }
+                Ok(Self::Llama3 {
+                    factor: factor()?,
+                    low_freq_factor: low,
+                    high_freq_factor: high,
+                    original_max_position_embeddings: original.unwrap_or(max_position_embeddings),
+                })
+            }
+            "yarn" => {
+                let original = original.unwrap_or(max_position_embeddings);
+                let implied = max_position_embeddings as f64 / original as f64;
+                let factor = match object.get("factor") {
+                    None if implied >= 1.0 => implied,
+                    _ => factor()?,
+                };
+                let beta_fast = object.number_above("beta_fast", 0.0)?.unwrap_or(32.0);
+                let beta_slow = object.number_above("beta_slow", 0.0)?.unwrap_or(1.0);
+                if beta_fast < beta_slow {
+                    let expected = format!("at least beta_slow ({beta_slow})");
+                    return Err(object.invalid("beta_fast", &expected, beta_fast));
+                }
+                Ok(Self::Yarn {
+                    factor,
+                    beta_fast,
+                    beta_slow,
+                    original,
+                    attention_factor: object.number_above("attention_factor", 0.0)?,
+                    mscale: object.number_from("mscale", 0.0)?,
+                    mscale_all_dim: object.number_from("mscale_all_dim", 0.0)?,
+                    truncate: object.flag("truncate")?.unwrap_or(true),
+                })
+            }
+            other => {
+                Err(object.invalid("rope_type", "default, linear, dynamic, llama3 or yarn", other))
+            }
+        }
+    }
+
+    /// The longest context in tokens, as vLLM derives it.
+    ///
+    /// Linear and dynamic scaling leave `max_position_embeddings` at the pretraining length and
+    /// multiply it by `factor` (Vicuna 16k: 4096 times 4). Llama 3.1 writes the extended length
+    /// there. YaRN configs exist with either, but both give `original * factor`.
+    pub(crate) fn context_length(&self, max_position_embeddings: usize) -> usize {
+        let times = |length: usize, factor: f64| (length as f64 * factor).floor() as usize;
+        match *self {
+            Self::Default | Self::Llama3 { .. } => max_position_embeddings,
+            Self::Linear { factor } => times(max_position_embeddings, factor),
+            Self::Dynamic { factor, original } | Self::Yarn { factor, original, .. } => {
+                times(original, factor)
+            }
+        }
+    }
+}

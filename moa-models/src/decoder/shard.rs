@@ -1,0 +1,392 @@
+//! One model on several devices: each has some heads and some inner features of every layer.
+
+use std::borrow::Cow;
+use std::ops::Range;
+use std::panic::resume_unwind;
+use std::sync::Arc;
+
+use moa_core::{ModelShape, Plan, Sharding};
+
+use crate::checkpoint::safetensors::Weights;
+use crate::decoder::block::Linear;
+use crate::decoder::config::LlamaConfig;
+use crate::decoder::llama::Llama;
+use crate::device::Ops;
+use crate::{Error, Result};
+
+/// One of the devices that share a model.
+pub trait Rank: Send + Sync {
+    /// Its number, from 0.
+    fn rank(&self) -> usize;
+
+    /// How many there are.
+    fn ranks(&self) -> usize;
+
+    /// Tells the others that this one will not go on: they fail rather than wait for it.
+    fn fail(&self);
+
+    /// The first rank of this process that failed.
+    fn failed(&self) -> Option<usize>;
+}
+
+/// A [`Rank`] that can add up what all ranks have.
+pub trait Communicator<O: Ops>: Rank {
+    /// Makes `x` the sum over all ranks, the same on each to the last bit; all of them call this as often
+    /// and with the same shapes.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] if another rank failed or, over the host, left; if the device fails.
+    fn all_reduce(&self, ops: &O, x: &mut O::Tensor) -> Result<()>;
+
+    /// Whether [`all_reduce`](Self::all_reduce) only launches work that writes `x` in place, so that
+    /// it can be captured and launched again.
+    fn only_launches(&self) -> bool {
+        false
+    }
+}
+
+impl<R: Rank> Rank for Arc<R> {
+    fn rank(&self) -> usize {
+        (**self).rank()
+    }
+
+    fn ranks(&self) -> usize {
+        (**self).ranks()
+    }
+
+    fn fail(&self) {
+        (**self).fail();
+    }
+
+    fn failed(&self) -> Option<usize> {
+        (**self).failed()
+    }
+}
+
+impl<O: Ops, C: Communicator<O>> Communicator<O> for Arc<C> {
+    fn all_reduce(&self, ops: &O, x: &mut O::Tensor) -> Result<()> {
+        (**self).all_reduce(ops, x)
+    }
+
+    fn only_launches(&self) -> bool {
+        (**self).only_launches()
+    }
+}
+
+/// Runs the same work for each rank, on a thread of its own. A rank whose work fails or panics takes the
+/// others with it; the error is that of the first.
+///
+/// # Errors
+/// Those of `work`.
+///
+/// # Panics
+/// If `work` does.
+pub fn on_ranks<R: Rank, T: Send, E: Send>(
+    ranks: Vec<R>,
+    work: impl Fn(Arc<R>) -> Result<T, E> + Sync,
+) -> Result<Vec<T>, E> {
+    /// Also while the thread panics.
+    struct Leaving<'a, R: Rank>(&'a R, bool);
+    impl<R: Rank> Drop for Leaving<'_, R> {
+        fn drop(&mut self) {
+            if !self.1 {
+                self.0.fail();
+            }
+        }
+    }
+    let run = &|rank: Arc<R>| {
+        let mut leaving = Leaving(&*rank, false);
+        let result = work(Arc::clone(&rank));
+        leaving.1 = result.is_ok();
+        drop(leaving);
+        (result, rank.failed())
+    };
+    let results: Vec<_> = std::thread::scope(|scope| {
+        let ranks = ranks.into_iter().map(Arc::new);
+        let threads: Vec<_> = ranks.map(|rank| scope.spawn(move || run(rank))).collect();
+        threads.into_iter().map(|thread| thread.join()).collect()
+    });
+    let cause = results.iter().flatten().find_map(|(_, failed)| *failed);
+    let mut done = Vec::with_capacity(results.len());
+    let mut failed = None;
+    for (rank, result) in results.into_iter().enumerate() {
+        match result {
+            Ok((Ok(value), _)) => done.push(value),
+            Ok((Err(error), _)) if failed.is_none() || cause == Some(rank) => failed = Some(error),
+            Ok((Err(_), _)) => {}
+            Err(panic) => resume_unwind(panic),
+        }
+    }
+    failed.map_or(Ok(done), Err)
+}
+
+/// What one device has of a model that several share, and how they add up their results.
+///
+/// Projections to heads and inner features are split by output: a rank computes its own heads and
+/// features. Those back to the residual stream are split by input, and give a part of the sum, so that
+/// each layer needs two sums over ranks. Norms and embedding are everywhere, and the output matrix is
+/// split by rows.
+///
+/// ```no_run
+/// use moa_core::{Plan, Sharding};
+/// use moa_models::{
+///     CpuOps, Error, GenerateOptions, Llama, LlamaConfig, Next, Shard, ThreadRank, Weights, on_ranks,
+/// };
+///
+/// let (config, weights) = (LlamaConfig::from_file("model")?, Weights::open("model")?);
+/// let plan = Plan::load("plan.json")?;
+/// let sharding = Sharding::balanced(&plan, 8192, 2)?;
+/// // On two GPUs: `NcclRank::group(2)`, and `CudaOps::new(rank.rank(), ..)`.
+/// let generated = on_ranks(ThreadRank::group(2)?, |rank| {
+///     let shard = Shard::new(&sharding, rank)?;
+///     let model = Llama::load_shard(CpuOps::default(), config.clone(), &weights, shard)?;
+///     let mut batch = [model.open(&plan, 8192, 0)?];
+///     let options = GenerateOptions::default();
+///     model.generate(&mut batch, &[&[1, 2, 3]], &options, &mut |_| Next::Continue)
+/// })?;
+/// assert_eq!(generated[0].sequences, generated[1].sequences);
+/// # Ok::<(), Error>(())
+/// ```
+pub struct Shard<O: Ops> {
+    sharding: Sharding,
+    communicator: Box<dyn Communicator<O>>,
+}
+
+impl<O: Ops> std::fmt::Debug for Shard<O> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Shard({} of {})", self.communicator.rank(), self.communicator.ranks())
+    }
+}
+
+/// How many weights there are, biases not counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct WeightCounts {
+    /// Of linear layers, without the output matrix.
+    pub(crate) linear: u64,
+    /// Outputs of those layers.
+    outputs: u64,
+    /// Of embedding, output matrix and norms.
+    pub(crate) rest: u64,
+}
+
+impl WeightCounts {
+    fn of(c: &LlamaConfig) -> Self {
+        let linear = c.linear_parameters();
+        Self { linear, outputs: c.linear_outputs(), rest: c.parameters() - linear }
+    }
+
+    /// Bytes of linear layers on a device.
+    pub(crate) fn linear_bytes<O: Ops>(&self, ops: &O) -> u64 {
+        ops.linear_bytes(self.linear, self.outputs)
+    }
+
+    /// Bytes of all on a device.
+    pub(crate) fn bytes<O: Ops>(&self, ops: &O) -> u64 {
+        ops.weight_bytes(self.rest) + self.linear_bytes(ops)
+    }
+}
+
+/// Elements of a row that kernels read at once: parts of the vocabulary begin at their multiples.
+const ALIGNED: usize = 8;
+
+impl<O: Ops> Shard<O> {
+    /// The heads that `sharding` gives to the rank of `communicator`.
+    ///
+    /// # Errors
+    /// If they are of different numbers of ranks.
+    pub fn new(sharding: &Sharding, communicator: impl Communicator<O> + 'static) -> Result<Self> {
+        let (ranks, got) = (sharding.ranks(), communicator.ranks());
+        if ranks != got || communicator.rank() >= ranks {
+            let got = format!("rank {} of {got}", communicator.rank());
+            return Err(Error::invalid("communicator", format!("one of {ranks} ranks"), got));
+        }
+        Ok(Self { sharding: sharding.clone(), communicator: Box::new(communicator) })
+    }
+
+    pub(crate) fn rank(&self) -> usize {
+        self.communicator.rank()
+    }
+
+    /// KV heads of a layer that are here.
+    pub(crate) fn heads(&self, layer: usize) -> &[usize] {
+        self.sharding.heads(layer, self.rank())
+    }
+
+    /// [`Communicator::all_reduce`].
+    pub(crate) fn all_reduce(&self, ops: &O, x: &mut O::Tensor) -> Result<()> {
+        self.communicator.all_reduce(ops, x)
+    }
+
+    /// Whether a step can be captured.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn only_launches(&self) -> bool {
+        self.communicator.only_launches()
+    }
+
+    /// Checks that the model can be split so; the dimensions of what is here.
+    pub(crate) fn local_shape(shard: Option<&Self>, c: &LlamaConfig) -> Result<ModelShape> {
+        let Some(Self { sharding, communicator }) = shard else { return Ok(c.shape()) };
+        let (expected, got) = (c.shape(), sharding.shape());
+        if expected != got {
+            let what = "sharding";
+            return Err(moa_core::Error::ShapeMismatch { what, expected, got }.into());
+        }
+        let ranks = sharding.ranks();
+        if !c.intermediate_size.is_multiple_of(ranks) {
+            let expected = format!("a divisor of intermediate_size ({})", c.intermediate_size);
+            return Err(Error::invalid("ranks", expected, ranks));
+        }
+        if c.vocab_size < ALIGNED * ranks {
+            let expected = format!("at most vocab_size ({}) / {ALIGNED}", c.vocab_size);
+            return Err(Error::invalid("ranks", expected, ranks));
+        }
+        Ok(sharding.rank_shape(communicator.rank()))
+    }
+
+    /// Tokens whose logits are computed here.
+    pub(crate) fn vocabulary(&self, c: &LlamaConfig) -> Range<usize> {
+        let groups = c.vocab_size.div_ceil(ALIGNED);
+        let start =
+            |rank: usize| (groups * rank / self.sharding.ranks() * ALIGNED).min(c.vocab_size);
+        start(self.rank())..start(self.rank() + 1)
+    }
+
+    /// Inner features of a layer that are here.
+    pub(crate) fn inner(shard: Option<&Self>, c: &LlamaConfig) -> usize {
+        c.intermediate_size / shard.map_or(1, |shard| shard.sharding.ranks())
+    }
+
+    /// Weights that are here.
+    pub(crate) fn weights(shard: Option<&Self>, c: &LlamaConfig) -> WeightCounts {
+        let Some(shard) = shard else { return WeightCounts::of(c) };
+        let heads = shard.sharding.rank_shape(shard.rank());
+        let own = LlamaConfig {
+            num_attention_heads: heads.query_heads,
+            num_key_value_heads: heads.kv_heads,
+            intermediate_size: Self::inner(Some(shard), c),
+            tie_word_embeddings: true,
+            ..c.clone()
+        };
+        let output = (shard.vocabulary(c).len() * c.hidden_size) as u64;
+        let counts = WeightCounts::of(&own);
+        WeightCounts { rest: counts.rest + output, ..counts }
+    }
+}
+
+impl<O: Ops> Llama<O> {
+    /// Loads one rank's part of a Hugging Face checkpoint: of split weights it reads its own slices.
+    ///
+    /// All ranks are then called alike, each on a thread (or in a process) of its own, with the same
+    /// plans, tokens and options in the same order; they get the same logits. Plans are those of the
+    /// whole model, of which a rank opens caches for its own heads. Profiling needs a whole model.
+    ///
+    /// # Errors
+    /// If the sharding is for another model, the inner size cannot be divided by the number of ranks, or
+    /// the vocabulary is too small; as [`load`](Self::load).
+    pub fn load_shard(
+        ops: O,
+        config: LlamaConfig,
+        weights: &Weights,
+        shard: Shard<O>,
+    ) -> Result<Self> {
+        Self::load_part(ops, config, weights, Some(shard))
+    }
+
+    /// Devices that share the model.
+    pub fn ranks(&self) -> usize {
+        self.shard.as_ref().map_or(1, |shard| shard.sharding.ranks())
+    }
+
+    /// Whether all of the model is here.
+    ///
+    /// # Errors
+    /// If it is not.
+    pub(crate) fn check_whole(&self, what: &'static str) -> Result<()> {
+        match &self.shard {
+            None => Ok(()),
+            Some(shard) => Err(Error::invalid(what, "of a whole model", format!("{shard:?}"))),
+        }
+    }
+
+    /// What of a plan is about the heads that are here.
+    ///
+    /// # Errors
+    /// If it is for another model.
+    pub(crate) fn own_plan<'a>(&self, plan: &'a Plan) -> Result<Cow<'a, Plan>> {
+        plan.check_shape(&self.shape())?;
+        Ok(match &self.shard {
+            None => Cow::Borrowed(plan),
+            Some(shard) => Cow::Owned(shard.sharding.plan(plan, shard.rank())?),
+        })
+    }
+
+    /// The residual stream `x` with a branch's end added, that of all ranks.
+    pub(crate) fn add_branch(
+        &self,
+        x: O::Tensor,
+        y: &O::Tensor,
+        end: &Linear<O>,
+    ) -> Result<O::Tensor> {
+        let (ops, weight) = (&self.ops, &end.weight);
+        // The stream counts once, so the others bring products alone.
+        let mut sum = match self.shard.as_ref().map_or(0, Shard::rank) {
+            0 => ops.linear_add(x, y, weight, end.bias.as_ref())?,
+            _ => ops.logits(y, weight)?,
+        };
+        if let Some(shard) = &self.shard {
+            shard.all_reduce(ops, &mut sum)?;
+        }
+        Ok(sum)
+    }
+
+    /// Logits `[rows, vocab]` of normed rows.
+    pub(crate) fn output(&self, h: &O::Tensor) -> Result<O::Tensor> {
+        let (ops, matrix) = (&self.ops, self.output_matrix());
+        let Some(shard) = &self.shard else { return ops.logits(h, matrix) };
+        if ops.shape(h)[0] == 0 {
+            return ops.tensor(Vec::new(), &[0, self.config.vocab_size]);
+        }
+        let columns = shard.vocabulary(&self.config);
+        let mut logits = ops.logits_within(h, matrix, columns, self.config.vocab_size)?;
+        // Numbers of one rank and zeros of the others: exact, whatever the order.
+        shard.all_reduce(ops, &mut logits)?;
+        Ok(logits)
+    }
+
+    /// A tensor's values, if no rank failed before they were complete.
+    pub(crate) fn values(&self, x: O::Tensor) -> Result<Vec<f32>> {
+        let values = self.ops.values(x)?;
+        self.check_ranks()?;
+        Ok(values)
+    }
+
+    /// Whether what the device has computed so far is whole.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] if a rank failed.
+    pub(crate) fn check_ranks(&self) -> Result<()> {
+        match self.shard.as_ref().and_then(|shard| shard.communicator.failed()) {
+            None => Ok(()),
+            Some(rank) => Err(Error::Rank { rank }),
+        }
+    }
+
+    /// Tells the other ranks that a step failed here.
+    pub(crate) fn tell_failure(&self) {
+        if let Some(shard) = &self.shard {
+            shard.communicator.fail();
+        }
+    }
+
+    /// The least of a number that each rank has.
+    pub(crate) fn least(&self, own: usize) -> Result<usize> {
+        let Some(shard) = &self.shard else { return Ok(own) };
+        // Ranks can only add: each writes its own place. f32 holds numbers up to 2^24.
+        let mut all = vec![0.0; shard.sharding.ranks()];
+        all[shard.rank()] = own.min(1 << 24) as f32;
+        let mut all = self.ops.tensor(all, &[shard.sharding.ranks()])?;
+        shard.all_reduce(&self.ops, &mut all)?;
+        let all = self.values(all)?;
+        Ok(all.into_iter().map(|n| n as usize).min().unwrap_or(own))
+    }
+}

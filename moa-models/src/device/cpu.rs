@@ -1,0 +1,306 @@
+//! The operations on CPU threads, over [`moa_backend_cpu`]. Weights stay in the 16-bit type of their
+//! file, and in its memory map.
+
+use std::ops::Range;
+
+use half::{bf16, f16};
+use moa_backend_cpu::ops::{self as kernels, WeightData, WeightRef};
+use moa_backend_cpu::{CacheDtype, CpuBackend, Tensor};
+
+use crate::checkpoint::mapped::MappedTensor;
+use crate::checkpoint::safetensors::DType;
+use crate::decoder::rope::RopeTable;
+use crate::device::{BackwardOps, LinearWeights, Ops, RandomWeights, part_seeds, random_amplitude};
+use crate::rng::SplitMix64;
+use crate::{Error, Result};
+
+/// Runs a model on the CPU.
+#[derive(Clone, Debug, Default)]
+pub struct CpuOps {
+    attention: CpuBackend,
+    /// With f32 caches.
+    exact: CpuBackend,
+}
+
+impl CpuOps {
+    /// With KV caches of this element type.
+    pub fn new(cache: CacheDtype) -> Self {
+        Self { attention: CpuBackend::new(cache), exact: CpuBackend::new(CacheDtype::F32) }
+    }
+}
+
+/// A weight in its file's memory map, or a copy where the file does not align it.
+#[derive(Debug)]
+pub struct CpuMatrix {
+    rows: usize,
+    cols: usize,
+    data: Data,
+}
+
+#[derive(Debug)]
+enum Data {
+    Mapped(MappedTensor),
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    BF16(Vec<bf16>),
+}
+
+impl CpuMatrix {
+    fn new(tensor: MappedTensor) -> Result<Self> {
+        let &[rows, cols] = tensor.shape() else {
+            return Err(Error::invalid("weight", "2 axes", tensor.shape().len()));
+        };
+        let bytes = tensor.bytes();
+        let aligned = match tensor.dtype() {
+            DType::F32 => bytemuck::try_cast_slice::<_, f32>(bytes).is_ok(),
+            DType::F16 | DType::BF16 => bytemuck::try_cast_slice::<_, u16>(bytes).is_ok(),
+        };
+        let data = match (aligned, tensor.dtype()) {
+            (true, _) => Data::Mapped(tensor),
+            (false, DType::F32) => {
+                Data::F32(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+            }
+            (false, DType::F16) => {
+                Data::F16(bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b)).collect())
+            }
+            (false, DType::BF16) => {
+                Data::BF16(bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b)).collect())
+            }
+        };
+        Ok(Self { rows, cols, data })
+    }
+
+    fn data(&self) -> WeightData<'_> {
+        match &self.data {
+            // `new` has checked the alignment; lengths follow from the file's validation.
+            Data::Mapped(tensor) => match tensor.dtype() {
+                DType::F32 => WeightData::F32(bytemuck::cast_slice(tensor.bytes())),
+                DType::F16 => WeightData::F16(bytemuck::cast_slice(tensor.bytes())),
+                DType::BF16 => WeightData::Bf16(bytemuck::cast_slice(tensor.bytes())),
+            },
+            Data::F32(data) => WeightData::F32(data),
+            Data::F16(data) => WeightData::F16(data),
+            Data::BF16(data) => WeightData::Bf16(data),
+        }
+    }
+
+    fn view(&self) -> Result<WeightRef<'_>> {
+        WeightRef::new(self.data(), self.rows, self.cols).map_err(Error::backend)
+    }
+}
+
+/// Cosines and sines of packed tokens, `[tokens, head_dim / 2]` each.
+#[derive(Debug)]
+pub struct CpuRotations {
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl Ops for CpuOps {
+    type Tensor = Tensor;
+    type Matrix = CpuMatrix;
+    type Vector = Vec<f32>;
+    type Joined = Vec<(CpuMatrix, Option<Vec<f32>>)>;
+    type Rotations = CpuRotations;
+    type Attention = CpuBackend;
+
+    fn attention(&self) -> &CpuBackend {
+        &self.attention
+    }
+
+    fn cache_element_bytes(&self) -> usize {
+        self.attention.cache_dtype().bytes()
+    }
+
+    fn matrix(&self, tensor: MappedTensor) -> Result<CpuMatrix> {
+        CpuMatrix::new(tensor)
+    }
+
+    fn vector(&self, tensor: MappedTensor) -> Result<Vec<f32>> {
+        Ok(tensor.to_f32())
+    }
+
+    fn join(&self, parts: Vec<LinearWeights>) -> Result<Self::Joined> {
+        let load = |LinearWeights { weight, bias }| {
+            Ok((self.matrix(weight)?, bias.map(|bias| bias.to_f32())))
+        };
+        parts.into_iter().map(load).collect()
+    }
+
+    fn shape(&self, x: &Tensor) -> Vec<usize> {
+        x.shape().to_vec()
+    }
+
+    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
+        Tensor::new(values, shape).map_err(Error::backend)
+    }
+
+    fn values(&self, x: Tensor) -> Result<Vec<f32>> {
+        Ok(x.into_data())
+    }
+
+    fn embed(&self, table: &CpuMatrix, ids: &[u32]) -> Result<Tensor> {
+        let cols = table.cols;
+        let mut values = vec![0.0; ids.len() * cols];
+        for (out, &id) in values.chunks_mut(cols).zip(ids) {
+            let row = id as usize;
+            if row >= table.rows {
+                return Err(Error::invalid("token id", format!("below {}", table.rows), id));
+            }
+            let place = row * cols..(row + 1) * cols;
+            match table.data() {
+                WeightData::F32(x) => out.copy_from_slice(&x[place]),
+                WeightData::F16(x) => {
+                    out.iter_mut().zip(&x[place]).for_each(|(o, x)| *o = x.to_f32())
+                }
+                WeightData::Bf16(x) => {
+                    out.iter_mut().zip(&x[place]).for_each(|(o, x)| *o = x.to_f32())
+                }
+            }
+        }
+        self.tensor(values, &[ids.len(), cols])
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Vec<f32>, eps: f32) -> Result<Tensor> {
+        kernels::rms_norm(x, weight, eps).map_err(Error::backend)
+    }
+
+    fn linear(&self, x: &Tensor, weight: &CpuMatrix, bias: Option<&Vec<f32>>) -> Result<Tensor> {
+        kernels::linear(x, weight.view()?, bias.map(Vec::as_slice)).map_err(Error::backend)
+    }
+
+    fn linears(&self, x: &Tensor, joined: &Self::Joined) -> Result<Vec<Tensor>> {
+        joined.iter().map(|(weight, bias)| self.linear(x, weight, bias.as_ref())).collect()
+    }
+
+    fn rotations(&self, sequences: &[(&RopeTable, Range<usize>)]) -> Result<CpuRotations> {
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        for (table, positions) in sequences {
+            for (c, s) in positions.clone().flat_map(|position| table.cos_sin(position)) {
+                cos.push(c);
+                sin.push(s);
+            }
+        }
+        Ok(CpuRotations { cos, sin })
+    }
+
+    fn rope(
+        &self,
+        x: Tensor,
+        head_dim: usize,
+        CpuRotations { cos, sin }: &CpuRotations,
+        inverse: bool,
+    ) -> Result<Tensor> {
+        let (rows, width) = (x.rows(), x.row_len());
+        if head_dim == 0 || width % head_dim != 0 {
+            return Err(Error::invalid(
+                "row",
+                format!("a multiple of head_dim ({head_dim})"),
+                width,
+            ));
+        }
+        let mut x = self.reshape(x, &[rows, width / head_dim, head_dim])?;
+        // The tables already hold one row per packed token.
+        let positions: Vec<usize> = (0..rows).collect();
+        kernels::rope(&mut x, cos, sin, &positions, inverse).map_err(Error::backend)?;
+        Ok(x)
+    }
+
+    fn reshape(&self, x: Tensor, shape: &[usize]) -> Result<Tensor> {
+        x.reshape(shape).map_err(Error::backend)
+    }
+
+    fn swiglu(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
+        kernels::swiglu(&gate, up).map_err(Error::backend)
+    }
+
+    fn add(&self, mut x: Tensor, y: &Tensor) -> Result<Tensor> {
+        kernels::add_assign(&mut x, y).map_err(Error::backend)?;
+        Ok(x)
+    }
+
+    fn rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
+        let width = x.row_len();
+        let mut values = Vec::with_capacity(rows.len() * width);
+        for &row in rows {
+            if row >= x.rows() {
+                return Err(Error::invalid("row", format!("below {}", x.rows()), row));
+            }
+            values.extend_from_slice(&x.data()[row * width..(row + 1) * width]);
+        }
+        let shape = [&[rows.len()], &x.shape()[1..]].concat();
+        self.tensor(values, &shape)
+    }
+}
+
+impl RandomWeights for CpuOps {
+    fn random_matrix(&self, out: usize, input: usize, seed: u32) -> Result<CpuMatrix> {
+        let mut random = SplitMix64::new(seed.into());
+        let amplitude = random_amplitude(input);
+        let uniform = |bits: u64| (bits >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
+        let number = |_| bf16::from_f32(uniform(random.next_u64()) * amplitude);
+        let data = Data::BF16((0..out * input).map(number).collect());
+        Ok(CpuMatrix { rows: out, cols: input, data })
+    }
+
+    fn random_joined(&self, outs: &[usize], input: usize, seed: u32) -> Result<Self::Joined> {
+        let parts = outs.iter().zip(part_seeds(seed));
+        parts.map(|(&out, seed)| Ok((self.random_matrix(out, input, seed)?, None))).collect()
+    }
+
+    fn ones(&self, len: usize) -> Result<Vec<f32>> {
+        Ok(vec![1.0; len])
+    }
+}
+
+impl BackwardOps for CpuOps {
+    fn exact_attention(&self) -> &CpuBackend {
+        &self.exact
+    }
+
+    fn linear_backward(&self, d_y: &Tensor, weight: &CpuMatrix) -> Result<Tensor> {
+        kernels::linear_backward_input(d_y, weight.view()?).map_err(Error::backend)
+    }
+
+    fn linears_backward(&self, d_y: &[Tensor], joined: &Self::Joined) -> Result<Tensor> {
+        let mut sum = None;
+        for (d_y, (weight, _)) in d_y.iter().zip(joined) {
+            let d_x = self.linear_backward(d_y, weight)?;
+            sum = Some(match sum {
+                Some(sum) => self.add(sum, &d_x)?,
+                None => d_x,
+            });
+        }
+        sum.ok_or_else(|| Error::invalid("joined layers", "at least 1", 0))
+    }
+
+    fn rms_norm_backward(
+        &self,
+        x: &Tensor,
+        weight: &Vec<f32>,
+        eps: f32,
+        d_y: &Tensor,
+    ) -> Result<Tensor> {
+        kernels::rms_norm_backward(x, weight, eps, d_y).map_err(Error::backend)
+    }
+
+    fn swiglu_backward(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        d_y: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        kernels::swiglu_backward(gate, up, d_y).map_err(Error::backend)
+    }
+
+    fn place_rows(&self, x: &Tensor, rows: Range<usize>, total: usize) -> Result<Tensor> {
+        if x.rows() != rows.len() || rows.end > total {
+            return Err(Error::invalid("rows", format!("{} of {total}", rows.len()), x.rows()));
+        }
+        let width = x.row_len();
+        let mut values = vec![0.0; total * width];
+        values[rows.start * width..rows.end * width].copy_from_slice(x.data());
+        let shape = [&[total], &x.shape()[1..]].concat();
+        self.tensor(values, &shape)
+    }
+}

@@ -1,0 +1,309 @@
+//! The operations on one NVIDIA GPU, over [`moa_backend_cuda`]. Weights are rounded to the type of
+//! the activations, or those of linear layers to 8 bits, on their way to the device, and are nowhere
+//! else.
+
+mod backward;
+mod random;
+mod ranks;
+mod replay;
+mod weights;
+
+use std::ops::Range;
+
+use moa_backend_cuda::{CudaBackend, Device, Dtype, Operations, Tensor, Turns};
+
+use crate::checkpoint::mapped::MappedTensor;
+use crate::decoder::llama::{Llama, Sequence};
+use crate::decoder::rope::RopeTable;
+use crate::device::{LinearWeights, Memory, Ops};
+use crate::engine::decode::Decode;
+use crate::{Error, Result};
+pub use ranks::NcclRank;
+use replay::Replay;
+pub use weights::CudaMatrix;
+
+/// Element type of weights, activations and KV caches on the GPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum CudaDtype {
+    /// IEEE half precision: finer, but overflows beyond 65504.
+    F16,
+    /// The upper half of an f32, as most models are published.
+    #[default]
+    Bf16,
+}
+
+/// Runs a model on an NVIDIA GPU.
+///
+/// Threads may share it: what they ask for runs in the order in which they ask.
+///
+/// Activations are f32 in the residual stream and of the 16-bit type elsewhere; logits are f32.
+#[derive(Debug)]
+pub struct CudaOps {
+    attention: CudaBackend,
+    exact: CudaBackend,
+    operations: Operations,
+    fp8_weights: bool,
+}
+
+impl CudaOps {
+    /// On device `ordinal`, counted from 0. The attention kernels are compiled when the first
+    /// sequence needs them; the others, and the device, are tried now.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] with a [`moa_backend_cuda::Error`] that names what is missing: driver,
+    /// device, compute capability, NVRTC, cuBLASLt, memory.
+    pub fn new(ordinal: usize, dtype: CudaDtype) -> Result<Self> {
+        let dtype = match dtype {
+            CudaDtype::F16 => Dtype::F16,
+            CudaDtype::Bf16 => Dtype::Bf16,
+        };
+        let device = Device::open(ordinal)?;
+        // Models own their GPU: memory that a step has freed is what the next one asks for.
+        device.keep_freed(u64::MAX)?;
+        Ok(Self {
+            attention: CudaBackend::new(&device, dtype)?,
+            exact: CudaBackend::exact(&device, dtype)?,
+            operations: Operations::new(&device, dtype)?,
+            fp8_weights: false,
+        })
+    }
+
+    /// Rounds the weights of linear layers, but not the output matrix, to 8-bit floats (e4m3) with a
+    /// factor for each output: half the memory. Steps of few sequences take up to a third less time,
+    /// those of 32 and more may take longer. There are no gradients then, so no profiling.
+    #[must_use]
+    pub fn with_fp8_weights(self) -> Self {
+        Self { fp8_weights: true, ..self }
+    }
+
+    /// The GPU.
+    pub fn device(&self) -> &Device {
+        self.operations.device()
+    }
+
+    fn dtype(&self) -> Dtype {
+        self.operations.dtype()
+    }
+}
+
+/// Linear layers of one input, computed as one product.
+#[derive(Debug)]
+pub struct Joined {
+    /// `[sum of out, in]`.
+    weight: CudaMatrix,
+    bias: Option<Tensor>,
+    /// Where each layer's outputs end.
+    ends: Vec<usize>,
+}
+
+impl Ops for CudaOps {
+    type Tensor = Tensor;
+    type Matrix = CudaMatrix;
+    type Vector = Tensor;
+    type Joined = Joined;
+    /// Pairs (cos, sin), f32 `[tokens, head_dim]`.
+    type Rotations = Tensor;
+    type Attention = CudaBackend;
+
+    fn attention(&self) -> &CudaBackend {
+        &self.attention
+    }
+
+    fn cache_element_bytes(&self) -> usize {
+        self.dtype().bytes()
+    }
+
+    fn check_room(&self, what: &'static str, bytes: u64) -> Result<()> {
+        let free = self.device().available()?;
+        match bytes <= free {
+            true => Ok(()),
+            false => {
+                Err(Error::backend(moa_backend_cuda::Error::OutOfMemory { what, bytes, free }))
+            }
+        }
+    }
+
+    fn weight_bytes(&self, elements: u64) -> u64 {
+        elements * self.dtype().bytes() as u64
+    }
+
+    fn linear_bytes(&self, elements: u64, outputs: u64) -> u64 {
+        match self.fp8_weights {
+            true => elements + outputs * Dtype::F32.bytes() as u64,
+            false => self.weight_bytes(elements),
+        }
+    }
+
+    fn matrix(&self, tensor: MappedTensor) -> Result<CudaMatrix> {
+        Ok(CudaMatrix::Wide(self.upload(&[&tensor], tensor.shape(), self.dtype())?))
+    }
+
+    fn linear_matrix(&self, tensor: MappedTensor) -> Result<CudaMatrix> {
+        let &[out, input] = tensor.shape() else {
+            return Err(Error::invalid("weight", "2 axes", tensor.shape().len()));
+        };
+        self.upload_linear(&[&tensor], [out, input])
+    }
+
+    fn vector(&self, tensor: MappedTensor) -> Result<Tensor> {
+        self.upload(&[&tensor], tensor.shape(), Dtype::F32)
+    }
+
+    fn join(&self, parts: Vec<LinearWeights>) -> Result<Joined> {
+        let mut ends = Vec::new();
+        let mut input = None;
+        for LinearWeights { weight, .. } in &parts {
+            let &[out, width] = weight.shape() else {
+                return Err(Error::invalid("weight", "2 axes", weight.shape().len()));
+            };
+            if *input.get_or_insert(width) != width {
+                return Err(Error::invalid("joined layers", "of one input", width));
+            }
+            ends.push(ends.last().unwrap_or(&0) + out);
+        }
+        let (Some(&out), Some(input)) = (ends.last(), input) else {
+            return Err(Error::invalid("joined layers", "at least 1", 0));
+        };
+        let weights: Vec<&MappedTensor> = parts.iter().map(|part| &part.weight).collect();
+        let weight = self.upload_linear(&weights, [out, input])?;
+        let biases: Vec<&MappedTensor> =
+            parts.iter().filter_map(|part| part.bias.as_ref()).collect();
+        let bias = match biases.len() {
+            0 => None,
+            n if n == parts.len() => Some(self.upload(&biases, &[out], Dtype::F32)?),
+            n => return Err(Error::invalid("biases", format!("0 or {}", parts.len()), n)),
+        };
+        Ok(Joined { weight, bias, ends })
+    }
+
+    fn shape(&self, x: &Tensor) -> Vec<usize> {
+        x.shape().to_vec()
+    }
+
+    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
+        Tensor::from_f32(self.device(), &values, shape, Dtype::F32).map_err(Error::backend)
+    }
+
+    fn values(&self, x: Tensor) -> Result<Vec<f32>> {
+        x.to_f32().map_err(Error::backend)
+    }
+
+    fn embed(&self, table: &CudaMatrix, ids: &[u32]) -> Result<Tensor> {
+        self.operations.embed(table.wide()?, ids).map_err(Error::backend)
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+        self.operations.rms_norm(x, weight, eps).map_err(Error::backend)
+    }
+
+    fn linear(&self, x: &Tensor, weight: &CudaMatrix, bias: Option<&Tensor>) -> Result<Tensor> {
+        self.operations.linear(x, weight, bias, self.dtype()).map_err(Error::backend)
+    }
+
+    fn linears(&self, x: &Tensor, joined: &Joined) -> Result<Vec<Tensor>> {
+        let y = self.linear(x, &joined.weight, joined.bias.as_ref())?;
+        let mut start = 0;
+        let part = |&end: &usize| y.columns(std::mem::replace(&mut start, end)..end);
+        joined.ends.iter().map(part).collect::<Result<_, _>>().map_err(Error::backend)
+    }
+
+    fn linear_add(
+        &self,
+        x: Tensor,
+        y: &Tensor,
+        weight: &CudaMatrix,
+        bias: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        self.operations.linear_add(x, y, weight, bias).map_err(Error::backend)
+    }
+
+    fn logits(&self, x: &Tensor, weight: &CudaMatrix) -> Result<Tensor> {
+        self.operations.linear(x, weight, None, Dtype::F32).map_err(Error::backend)
+    }
+
+    fn logits_within(
+        &self,
+        x: &Tensor,
+        weight: &CudaMatrix,
+        columns: Range<usize>,
+        total: usize,
+    ) -> Result<Tensor> {
+        let logits = Tensor::empty(self.device(), &[x.shape()[0], total], Dtype::F32)?;
+        self.logits_into(x, weight, columns, &logits)?;
+        Ok(logits)
+    }
+
+    fn rotations(&self, sequences: &[(&RopeTable, Range<usize>)]) -> Result<Tensor> {
+        let turns: Vec<Turns<'_>> =
+            sequences.iter().map(|(table, positions)| turns(table, positions.clone())).collect();
+        self.operations.turns(&turns).map_err(Error::backend)
+    }
+
+    fn rope(
+        &self,
+        x: Tensor,
+        head_dim: usize,
+        rotations: &Tensor,
+        inverse: bool,
+    ) -> Result<Tensor> {
+        let shape = x.shape();
+        let (rows, width) = (shape[0], shape[1..].iter().product::<usize>());
+        let heads = width.checked_div(head_dim).unwrap_or(0);
+        let x = self.reshape(x, &[rows, heads, head_dim])?;
+        self.operations.rope(&x, rotations, inverse).map_err(Error::backend)
+    }
+
+    fn reshape(&self, x: Tensor, shape: &[usize]) -> Result<Tensor> {
+        x.reshape(shape).map_err(Error::backend)
+    }
+
+    fn swiglu(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
+        self.operations.swiglu(&gate, up).map_err(Error::backend)
+    }
+
+    fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
+        self.operations.add(x, y).map_err(Error::backend)
+    }
+
+    fn rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
+        self.operations.rows(x, rows).map_err(Error::backend)
+    }
+
+    fn memory(&self) -> Result<Option<Memory>> {
+        let device = self.device();
+        Ok(Some(Memory { peak_bytes: device.peak_bytes()?, available_bytes: device.available()? }))
+    }
+
+    fn reset_peak(&self) -> Result<()> {
+        Ok(self.device().reset_peak()?)
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(self.device().synchronize()?)
+    }
+
+    fn decoder<'a>(
+        model: &'a Llama<Self>,
+        batch: Vec<&'a mut Sequence<Self>>,
+    ) -> Result<Box<dyn Decode + 'a>> {
+        Ok(Box::new(Replay::new(model, batch)))
+    }
+}
+
+fn turns(table: &RopeTable, positions: Range<usize>) -> Turns<'_> {
+    Turns { inv_freq: table.inv_freq(), scale: table.attention_scale(), positions }
+}
+
+impl CudaOps {
+    /// Logits of a part of the vocabulary as columns of `logits`, and zeros for the others.
+    fn logits_into(
+        &self,
+        x: &Tensor,
+        weight: &CudaMatrix,
+        columns: Range<usize>,
+        logits: &Tensor,
+    ) -> Result<()> {
+        logits.clear()?;
+        Ok(self.operations.linear_into(x, weight, &logits.columns(columns)?)?)
+    }
+}

@@ -1,0 +1,123 @@
+//! Weights on their way to the device.
+
+use std::ops::Range;
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use moa_backend_cuda::{Dtype, E4m3Weight, Tensor, Weight};
+
+use super::CudaOps;
+use crate::checkpoint::mapped::MappedTensor;
+use crate::checkpoint::safetensors::DType;
+use crate::{Error, Result};
+
+/// A linear layer's or embedding's weight on the GPU, `[out, in]`.
+#[derive(Debug)]
+pub enum CudaMatrix {
+    /// Of the type of the activations.
+    Wide(Tensor),
+    /// Of 8-bit floats; never an embedding or output matrix.
+    E4m3(E4m3Weight),
+}
+
+impl CudaMatrix {
+    /// The weight where only 16 bits will do.
+    pub(super) fn wide(&self) -> Result<&Tensor> {
+        match self {
+            Self::Wide(weight) => Ok(weight),
+            Self::E4m3(_) => Err(Error::invalid("weight", "f16 or bf16", "e4m3")),
+        }
+    }
+}
+
+impl<'a> From<&'a CudaMatrix> for Weight<'a> {
+    fn from(matrix: &'a CudaMatrix) -> Self {
+        match matrix {
+            CudaMatrix::Wide(weight) => Self::Wide(weight),
+            CudaMatrix::E4m3(weight) => Self::E4m3(weight),
+        }
+    }
+}
+
+impl CudaOps {
+    /// Weights one after the other in one tensor, converted piece by piece in page-locked memory.
+    pub(super) fn upload(
+        &self,
+        parts: &[&MappedTensor],
+        shape: &[usize],
+        dtype: Dtype,
+    ) -> Result<Tensor> {
+        let mut values = Vec::new();
+        let fill = |range: Range<usize>, mut staged: &mut [u8]| {
+            for (part, own) in pieces(parts, range) {
+                let (to, rest) = staged.split_at_mut(own.len() * dtype.bytes());
+                convert(part, own, dtype, to, &mut values);
+                staged = rest;
+            }
+        };
+        self.operations.upload(shape, dtype, fill).map_err(Error::backend)
+    }
+
+    /// Linear layers' weights one after the other in one of the type that was asked for.
+    pub(super) fn upload_linear(
+        &self,
+        parts: &[&MappedTensor],
+        shape: [usize; 2],
+    ) -> Result<CudaMatrix> {
+        if !self.fp8_weights {
+            return Ok(CudaMatrix::Wide(self.upload(parts, &shape, self.dtype())?));
+        }
+        let fill = |range: Range<usize>, values: &mut Vec<f32>| {
+            for (part, own) in pieces(parts, range) {
+                part.dtype().extend_f32(bytes(part, own), values);
+            }
+        };
+        Ok(CudaMatrix::E4m3(self.operations.upload_e4m3(shape, fill)?))
+    }
+}
+
+/// The elements of each part that some of all parts, one after the other, are.
+fn pieces<'a>(
+    parts: &'a [&MappedTensor],
+    range: Range<usize>,
+) -> impl Iterator<Item = (&'a MappedTensor, Range<usize>)> {
+    let mut start = 0;
+    parts.iter().filter_map(move |&part| {
+        let first = start;
+        start += part.shape().iter().product::<usize>();
+        let own = range.start.max(first)..range.end.min(start);
+        (!own.is_empty()).then(|| (part, own.start - first..own.end - first))
+    })
+}
+
+/// Bytes of some elements.
+fn bytes(from: &MappedTensor, elements: Range<usize>) -> &[u8] {
+    let size = from.dtype().size_bytes();
+    &from.bytes()[elements.start * size..elements.end * size]
+}
+
+/// Writes elements of a weight as `dtype`; `values` is scratch memory.
+fn convert(
+    from: &MappedTensor,
+    elements: Range<usize>,
+    dtype: Dtype,
+    to: &mut [u8],
+    values: &mut Vec<f32>,
+) {
+    let bytes = bytes(from, elements);
+    let same = matches!(
+        (from.dtype(), dtype),
+        (DType::F32, Dtype::F32) | (DType::F16, Dtype::F16) | (DType::BF16, Dtype::Bf16)
+    );
+    if same && cfg!(target_endian = "little") {
+        return to.copy_from_slice(bytes);
+    }
+    values.clear();
+    from.dtype().extend_f32(bytes, values);
+    match dtype {
+        Dtype::F32 => to.copy_from_slice(bytemuck::cast_slice(values)),
+        // Page-locked memory begins at a page.
+        Dtype::F16 => bytemuck::cast_slice_mut::<u8, f16>(to).convert_from_f32_slice(values),
+        Dtype::Bf16 => bytemuck::cast_slice_mut::<u8, bf16>(to).convert_from_f32_slice(values),
+    }
+}

@@ -1,0 +1,388 @@
+//! The operations a device offers. The Llama forward ([`crate::Llama`]) and the profiling sweep are
+//! written once over them.
+
+pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+#[cfg(feature = "wgpu")]
+pub(crate) mod wgpu;
+
+use std::ops::Range;
+
+use moa_core::SparseAttentionBackend;
+
+use crate::checkpoint::mapped::MappedTensor;
+use crate::decoder::llama::{Llama, Sequence};
+use crate::decoder::rope::RopeTable;
+use crate::engine::decode::{Decode, Stepwise};
+use crate::{Error, Result};
+
+/// A linear layer before it is on a device.
+#[derive(Clone, Debug)]
+pub struct LinearWeights {
+    /// `[out, in]`.
+    pub weight: MappedTensor,
+    /// `[out]`.
+    pub bias: Option<MappedTensor>,
+}
+
+/// Memory of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// Most bytes in use at once since [`Ops::reset_peak`].
+    pub peak_bytes: u64,
+    /// Bytes that can still be had.
+    pub available_bytes: u64,
+}
+
+/// Bound `a` of uniform random weights in `[-a, a)`, whose variance is `a^2 / 3`.
+pub(crate) fn random_amplitude(input: usize) -> f32 {
+    (3.0 / input.max(1) as f32).sqrt()
+}
+
+/// Seeds of joined layers that are made up one by one.
+pub(crate) fn part_seeds(seed: u32) -> impl Iterator<Item = u32> {
+    (0..).map(move |part: u32| seed.wrapping_add(part << 24))
+}
+
+/// Operations whose weights can be made up: speed does not depend on their values.
+pub trait RandomWeights: Ops {
+    /// A weight `[out, in]` of uniform random numbers of variance `1 / in`.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    fn random_matrix(&self, out: usize, input: usize, seed: u32) -> Result<Self::Matrix>;
+
+    /// [`random_matrix`](Self::random_matrix) as a linear layer's weight, which a device may keep in
+    /// another type.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    fn random_linear(&self, out: usize, input: usize, seed: u32) -> Result<Self::Matrix> {
+        self.random_matrix(out, input, seed)
+    }
+
+    /// As many joined layers without bias as there are numbers of outputs.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    fn random_joined(&self, outs: &[usize], input: usize, seed: u32) -> Result<Self::Joined>;
+
+    /// A norm's weight of ones.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    fn ones(&self, len: usize) -> Result<Self::Vector>;
+}
+
+/// Operations of one device. Activations are packed along the first axis: `[tokens, features]`, or
+/// `[tokens, heads, head_dim]` around attention.
+pub trait Ops: Send + Sync {
+    /// Activations.
+    type Tensor: Clone + Send + Sync;
+    /// A linear layer's or embedding's weight, `[out, in]`.
+    type Matrix: Send + Sync;
+    /// A norm's weight or a bias.
+    type Vector: Send + Sync;
+    /// Linear layers of one input, which a device may compute as one.
+    type Joined: Send + Sync;
+    /// Rotary angles of packed tokens.
+    type Rotations: Send + Sync;
+    /// Attention of the same device.
+    type Attention: SparseAttentionBackend<Tensor = Self::Tensor, Cache: Send + Sync>;
+
+    /// Attention of the same device.
+    fn attention(&self) -> &Self::Attention;
+
+    /// Bytes of one element of the KV cache.
+    fn cache_element_bytes(&self) -> usize;
+
+    /// Asks whether the device has `bytes` more, before they are taken piece by piece for `what`.
+    ///
+    /// # Errors
+    /// If it is known that it has not.
+    fn check_room(&self, what: &'static str, bytes: u64) -> Result<()> {
+        let _ = (what, bytes);
+        Ok(())
+    }
+
+    /// Bytes of a weight of `elements` elements on the device, 0 where it stays in its file's map.
+    fn weight_bytes(&self, elements: u64) -> u64 {
+        let _ = elements;
+        0
+    }
+
+    /// Bytes of linear layers' weights of `elements` elements and `outputs` outputs, as
+    /// [`weight_bytes`](Self::weight_bytes).
+    fn linear_bytes(&self, elements: u64, outputs: u64) -> u64 {
+        let _ = outputs;
+        self.weight_bytes(elements)
+    }
+
+    /// Brings an embedding or output matrix to the device.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    fn matrix(&self, tensor: MappedTensor) -> Result<Self::Matrix>;
+
+    /// Brings the weight of a linear layer inside of the model to the device, which may keep it in
+    /// another type.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    fn linear_matrix(&self, tensor: MappedTensor) -> Result<Self::Matrix> {
+        self.matrix(tensor)
+    }
+
+    /// Brings a norm's weight or a bias to the device.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    fn vector(&self, tensor: MappedTensor) -> Result<Self::Vector>;
+
+    /// Brings linear layers of one input to the device.
+    ///
+    /// # Errors
+    /// If their inputs differ, or the memory cannot be had.
+    fn join(&self, parts: Vec<LinearWeights>) -> Result<Self::Joined>;
+
+    /// Lengths of a tensor's axes.
+    fn shape(&self, x: &Self::Tensor) -> Vec<usize>;
+
+    /// A tensor from host values.
+    ///
+    /// # Errors
+    /// If the number of values is not that of the shape.
+    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Self::Tensor>;
+
+    /// A tensor's values.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn values(&self, x: Self::Tensor) -> Result<Vec<f32>>;
+
+    /// Rows `ids` of an embedding, `[ids, hidden]`.
+    ///
+    /// # Errors
+    /// If an id is outside the vocabulary.
+    fn embed(&self, table: &Self::Matrix, ids: &[u32]) -> Result<Self::Tensor>;
+
+    /// `x / sqrt(mean(x^2) + eps) * weight` per row.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Vector, eps: f32) -> Result<Self::Tensor>;
+
+    /// `x . weight^T + bias`.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn linear(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+    ) -> Result<Self::Tensor>;
+
+    /// [`linear`](Self::linear) by each of the layers that were joined.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn linears(&self, x: &Self::Tensor, joined: &Self::Joined) -> Result<Vec<Self::Tensor>>;
+
+    /// `x + y . weight^T + bias`: the end of a residual branch.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn linear_add(
+        &self,
+        x: Self::Tensor,
+        y: &Self::Tensor,
+        weight: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+    ) -> Result<Self::Tensor> {
+        self.add(x, &self.linear(y, weight, bias)?)
+    }
+
+    /// [`linear`](Self::linear) of the output matrix, as exact as the device can: logits decide
+    /// between near equals.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn logits(&self, x: &Self::Tensor, weight: &Self::Matrix) -> Result<Self::Tensor> {
+        self.linear(x, weight, None)
+    }
+
+    /// [`logits`](Self::logits) by a part of the output matrix, as these columns of `[rows, total]` of
+    /// zeros.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn logits_within(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Matrix,
+        columns: Range<usize>,
+        total: usize,
+    ) -> Result<Self::Tensor> {
+        let part = self.logits(x, weight)?;
+        let rows = self.shape(&part)[0];
+        let part = self.values(part)?;
+        if part.len() != rows * columns.len() || columns.end > total {
+            let expected = format!("{rows} x {} of {total} columns", columns.len());
+            return Err(Error::invalid("part of logits", expected, part.len()));
+        }
+        let mut all = vec![0.0; rows * total];
+        for (to, from) in all.chunks_mut(total).zip(part.chunks(columns.len())) {
+            to[columns.clone()].copy_from_slice(from);
+        }
+        self.tensor(all, &[rows, total])
+    }
+
+    /// Rotary angles of packed sequences, each with the positions of its new tokens.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    fn rotations(&self, sequences: &[(&RopeTable, Range<usize>)]) -> Result<Self::Rotations>;
+
+    /// Splits rows into heads and rotates each (half-split layout): `[tokens, heads * head_dim]`
+    /// becomes `[tokens, heads, head_dim]`. `inverse` rotates back, which is also the gradient.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn rope(
+        &self,
+        x: Self::Tensor,
+        head_dim: usize,
+        rotations: &Self::Rotations,
+        inverse: bool,
+    ) -> Result<Self::Tensor>;
+
+    /// The same values under another shape.
+    ///
+    /// # Errors
+    /// If the number of values differs.
+    fn reshape(&self, x: Self::Tensor, shape: &[usize]) -> Result<Self::Tensor>;
+
+    /// `silu(gate) * up`.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn swiglu(&self, gate: Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor>;
+
+    /// `x + y`.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn add(&self, x: Self::Tensor, y: &Self::Tensor) -> Result<Self::Tensor>;
+
+    /// Rows of `x`, in the order given.
+    ///
+    /// # Errors
+    /// If a row does not exist.
+    fn rows(&self, x: &Self::Tensor, rows: &[usize]) -> Result<Self::Tensor>;
+
+    /// Memory of the device, if it has its own.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn memory(&self) -> Result<Option<Memory>> {
+        Ok(None)
+    }
+
+    /// Counts the peak of [`memory`](Self::memory) from now on.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn reset_peak(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Waits for the device, where calls return before it is done.
+    ///
+    /// # Errors
+    /// If the device failed.
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Decode steps of a batch that stays the same from step to step, by the fastest way that the
+    /// device has. Results are those of [`Llama::forward`].
+    ///
+    /// # Errors
+    /// If the device cannot prepare them.
+    fn decoder<'a>(
+        model: &'a Llama<Self>,
+        batch: Vec<&'a mut Sequence<Self>>,
+    ) -> Result<Box<dyn Decode + 'a>>
+    where
+        Self: Sized,
+    {
+        Ok(Box::new(Stepwise::new(model, batch)))
+    }
+}
+
+/// Gradients of the operations by their input, for profiling. Weights get no gradients.
+pub trait BackwardOps: Ops {
+    /// Attention whose caches round nothing, for the forward pass of profiling.
+    ///
+    /// Influence is `A/(1-A) * (D - dO . V)`: where a head is sure of one key, `1 - A` and the bracket
+    /// are both nearly 0. An output of rounded keys and values leaves in the bracket what rounding
+    /// cost, and the quotient makes that the largest entry of all.
+    fn exact_attention(&self) -> &Self::Attention;
+
+    /// Asks whether there are gradients, before work that needs them is begun.
+    ///
+    /// # Errors
+    /// If weights are of a type without.
+    fn check_gradients(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// `d_y . weight`.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn linear_backward(&self, d_y: &Self::Tensor, weight: &Self::Matrix) -> Result<Self::Tensor>;
+
+    /// Gradient of [`Ops::linears`] by `x`, from those of its outputs.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn linears_backward(&self, d_y: &[Self::Tensor], joined: &Self::Joined)
+    -> Result<Self::Tensor>;
+
+    /// Gradient of [`Ops::rms_norm`] by `x`.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn rms_norm_backward(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Vector,
+        eps: f32,
+        d_y: &Self::Tensor,
+    ) -> Result<Self::Tensor>;
+
+    /// Gradients of [`Ops::swiglu`] by gate and up.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn swiglu_backward(
+        &self,
+        gate: &Self::Tensor,
+        up: &Self::Tensor,
+        d_y: &Self::Tensor,
+    ) -> Result<(Self::Tensor, Self::Tensor)>;
+
+    /// Puts `x` at `rows` of a zero tensor of `total` rows.
+    ///
+    /// # Errors
+    /// If `x` does not have that many rows.
+    fn place_rows(
+        &self,
+        x: &Self::Tensor,
+        rows: Range<usize>,
+        total: usize,
+    ) -> Result<Self::Tensor>;
+}

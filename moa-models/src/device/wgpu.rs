@@ -1,0 +1,317 @@
+//! The operations on any GPU that wgpu reaches, over [`moa_backend_wgpu`]. Weights stay on the device,
+//! in the type of their file, or where products of many rows are rounded to f16, in that.
+
+use std::ops::Range;
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use moa_backend_wgpu::ops::{self as kernels, Layer};
+use moa_backend_wgpu::{Device, Dtype, Matrix, Tensor, WgpuBackend};
+
+use crate::checkpoint::mapped::MappedTensor;
+use crate::checkpoint::safetensors::DType;
+use crate::decoder::rope::RopeTable;
+use crate::device::{BackwardOps, LinearWeights, Ops, RandomWeights, part_seeds, random_amplitude};
+use crate::{CacheDtype, Error, Result};
+
+/// Runs a model on a GPU over Vulkan, Metal, DX12 or WebGPU.
+///
+/// With f16 caches, and where the device has matrix units for them, linear layers multiply more than 8 rows in f16
+/// and sum in f32: activations beyond 65,504 overflow there, as in any model in f16. Everything else is f32
+/// arithmetic.
+#[derive(Debug)]
+pub struct WgpuOps {
+    attention: WgpuBackend,
+    /// With f32 caches.
+    exact: WgpuBackend,
+    /// What linear layers round many rows to.
+    inner: Dtype,
+}
+
+impl WgpuOps {
+    /// On the GPU of this number, or on the one that wgpu prefers, with KV caches of this element type.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] with a [`moa_backend_wgpu::Error`] if there is no such GPU.
+    pub fn open(index: Option<usize>, cache: CacheDtype) -> Result<Self> {
+        let device = index.map_or_else(Device::open, Device::open_nth).map_err(Error::backend)?;
+        let dtype = match cache {
+            CacheDtype::F32 => Dtype::F32,
+            CacheDtype::F16 => Dtype::F16,
+            CacheDtype::Bf16 => Dtype::Bf16,
+        };
+        Ok(Self::new(&device, dtype))
+    }
+
+    /// On this device, with KV caches of this element type.
+    pub fn new(device: &Device, cache: Dtype) -> Self {
+        Self {
+            attention: WgpuBackend::new(device, cache),
+            exact: WgpuBackend::new(device, Dtype::F32),
+            inner: if device.multiplies(cache) { cache } else { Dtype::F32 },
+        }
+    }
+
+    fn device(&self) -> &Device {
+        self.attention.device()
+    }
+}
+
+impl Ops for WgpuOps {
+    type Tensor = Tensor;
+    type Matrix = Matrix;
+    type Vector = Tensor;
+    type Joined = Vec<(Matrix, Option<Tensor>)>;
+    /// Cosines and sines, `[tokens, head_dim / 2]` each.
+    type Rotations = [Tensor; 2];
+    type Attention = WgpuBackend;
+
+    fn attention(&self) -> &WgpuBackend {
+        &self.attention
+    }
+
+    fn cache_element_bytes(&self) -> usize {
+        self.attention.cache_dtype().bytes()
+    }
+
+    fn matrix(&self, tensor: MappedTensor) -> Result<Matrix> {
+        let &[rows, cols] = tensor.shape() else {
+            return Err(Error::invalid("weight", "2 axes", tensor.shape().len()));
+        };
+        let dtype = match tensor.dtype() {
+            DType::F32 => Dtype::F32,
+            DType::F16 => Dtype::F16,
+            DType::BF16 => Dtype::Bf16,
+        };
+        Matrix::new(self.device(), tensor.bytes(), rows, cols, dtype).map_err(Error::backend)
+    }
+
+    fn linear_matrix(&self, tensor: MappedTensor) -> Result<Matrix> {
+        if let (Dtype::F16, DType::BF16, &[rows, cols]) =
+            (self.inner, tensor.dtype(), tensor.shape())
+            && let Some(bytes) = narrowed(tensor.bytes())
+        {
+            return Matrix::new(self.device(), &bytes, rows, cols, Dtype::F16)
+                .map_err(Error::backend);
+        }
+        self.matrix(tensor)
+    }
+
+    fn vector(&self, tensor: MappedTensor) -> Result<Tensor> {
+        let values = tensor.to_f32();
+        let len = values.len();
+        self.tensor(values, &[len])
+    }
+
+    fn join(&self, parts: Vec<LinearWeights>) -> Result<Self::Joined> {
+        let load = |LinearWeights { weight, bias }| {
+            Ok((self.linear_matrix(weight)?, bias.map(|bias| self.vector(bias)).transpose()?))
+        };
+        parts.into_iter().map(load).collect()
+    }
+
+    fn shape(&self, x: &Tensor) -> Vec<usize> {
+        x.shape().to_vec()
+    }
+
+    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
+        Tensor::new(self.device(), &values, shape).map_err(Error::backend)
+    }
+
+    fn values(&self, x: Tensor) -> Result<Vec<f32>> {
+        x.to_vec().map_err(Error::backend)
+    }
+
+    fn embed(&self, table: &Matrix, ids: &[u32]) -> Result<Tensor> {
+        kernels::embed(table, ids).map_err(Error::backend)
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+        kernels::rms_norm(x, weight, eps).map_err(Error::backend)
+    }
+
+    fn linear(&self, x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
+        let mut out =
+            kernels::linears(x, &[Layer { weight, bias }], self.inner).map_err(Error::backend)?;
+        out.pop().ok_or_else(|| Error::invalid("layers", "1", 0))
+    }
+
+    fn linears(&self, x: &Tensor, joined: &Self::Joined) -> Result<Vec<Tensor>> {
+        let layers = joined.iter().map(|(weight, bias)| Layer { weight, bias: bias.as_ref() });
+        let layers: Vec<Layer<'_>> = layers.collect();
+        kernels::linears(x, &layers, self.inner).map_err(Error::backend)
+    }
+
+    fn linear_add(
+        &self,
+        x: Tensor,
+        y: &Tensor,
+        weight: &Matrix,
+        bias: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        kernels::linear_add(&x, y, Layer { weight, bias }, self.inner).map_err(Error::backend)
+    }
+
+    fn logits(&self, x: &Tensor, weight: &Matrix) -> Result<Tensor> {
+        kernels::linear(x, weight, None).map_err(Error::backend)
+    }
+
+    fn rotations(&self, sequences: &[(&RopeTable, Range<usize>)]) -> Result<[Tensor; 2]> {
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        let mut rows = 0;
+        for (table, positions) in sequences {
+            rows += positions.len();
+            for (c, s) in positions.clone().flat_map(|position| table.cos_sin(position)) {
+                cos.push(c);
+                sin.push(s);
+            }
+        }
+        let shape = [rows, cos.len() / rows.max(1)];
+        Ok([self.tensor(cos, &shape)?, self.tensor(sin, &shape)?])
+    }
+
+    fn rope(
+        &self,
+        x: Tensor,
+        head_dim: usize,
+        [cos, sin]: &[Tensor; 2],
+        inverse: bool,
+    ) -> Result<Tensor> {
+        let (rows, width) = (x.rows(), x.row_len());
+        if head_dim == 0 || width % head_dim != 0 {
+            let expected = format!("a multiple of head_dim ({head_dim})");
+            return Err(Error::invalid("row", expected, width));
+        }
+        let x = self.reshape(x, &[rows, width / head_dim, head_dim])?;
+        kernels::rope(&x, cos, sin, inverse).map_err(Error::backend)
+    }
+
+    fn reshape(&self, x: Tensor, shape: &[usize]) -> Result<Tensor> {
+        x.reshape(shape).map_err(Error::backend)
+    }
+
+    fn swiglu(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
+        kernels::swiglu(&gate, up).map_err(Error::backend)
+    }
+
+    fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
+        kernels::add(&x, y).map_err(Error::backend)
+    }
+
+    fn rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
+        kernels::rows(x, rows).map_err(Error::backend)
+    }
+}
+
+/// bf16 elements as f16; `None` if one is too large for that.
+fn narrowed(bytes: &[u8]) -> Option<Vec<u8>> {
+    const BLOCK: usize = 4096;
+    let mut out = Vec::with_capacity(bytes.len());
+    let (mut wide, mut narrow) = ([0.0f32; BLOCK], [f16::ZERO; BLOCK]);
+    for block in bytes.chunks(2 * BLOCK) {
+        let len = block.len() / 2;
+        for (to, from) in wide.iter_mut().zip(block.chunks_exact(2)) {
+            *to = bf16::from_le_bytes([from[0], from[1]]).to_f32();
+        }
+        narrow[..len].convert_from_f32_slice(&wide[..len]);
+        let too_large = |(n, w): (&f16, &f32)| n.is_infinite() && w.is_finite();
+        if narrow[..len].iter().zip(&wide).any(too_large) {
+            return None;
+        }
+        out.extend(narrow[..len].iter().flat_map(|x| x.to_le_bytes()));
+    }
+    Some(out)
+}
+
+impl RandomWeights for WgpuOps {
+    fn random_matrix(&self, out: usize, input: usize, seed: u32) -> Result<Matrix> {
+        let amplitude = random_amplitude(input);
+        Matrix::random(self.device(), out, input, Dtype::Bf16, amplitude, seed)
+            .map_err(Error::backend)
+    }
+
+    fn random_linear(&self, out: usize, input: usize, seed: u32) -> Result<Matrix> {
+        let dtype = if self.inner == Dtype::F16 { self.inner } else { Dtype::Bf16 };
+        Matrix::random(self.device(), out, input, dtype, random_amplitude(input), seed)
+            .map_err(Error::backend)
+    }
+
+    fn random_joined(&self, outs: &[usize], input: usize, seed: u32) -> Result<Self::Joined> {
+        let parts = outs.iter().zip(part_seeds(seed));
+        parts.map(|(&out, seed)| Ok((self.random_linear(out, input, seed)?, None))).collect()
+    }
+
+    fn ones(&self, len: usize) -> Result<Tensor> {
+        self.tensor(vec![1.0; len], &[len])
+    }
+}
+
+impl BackwardOps for WgpuOps {
+    fn exact_attention(&self) -> &WgpuBackend {
+        &self.exact
+    }
+
+    fn linear_backward(&self, d_y: &Tensor, weight: &Matrix) -> Result<Tensor> {
+        kernels::linear_backward(d_y, weight).map_err(Error::backend)
+    }
+
+    fn linears_backward(&self, d_y: &[Tensor], joined: &Self::Joined) -> Result<Tensor> {
+        let mut sum = None;
+        for (d_y, (weight, _)) in d_y.iter().zip(joined) {
+            let d_x = self.linear_backward(d_y, weight)?;
+            sum = Some(match sum {
+                Some(sum) => self.add(sum, &d_x)?,
+                None => d_x,
+            });
+        }
+        sum.ok_or_else(|| Error::invalid("joined layers", "at least 1", 0))
+    }
+
+    fn rms_norm_backward(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        eps: f32,
+        d_y: &Tensor,
+    ) -> Result<Tensor> {
+        kernels::rms_norm_backward(x, weight, eps, d_y).map_err(Error::backend)
+    }
+
+    fn swiglu_backward(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        d_y: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        kernels::swiglu_backward(gate, up, d_y).map_err(Error::backend)
+    }
+
+    fn place_rows(&self, x: &Tensor, rows: Range<usize>, total: usize) -> Result<Tensor> {
+        kernels::place_rows(x, rows, total).map_err(Error::backend)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_are_narrowed_unless_one_is_too_large() {
+        let weights: Vec<f32> = (0..9000).map(|i| (i as f32 - 4500.0) / 300.0).collect();
+        let bytes = |weights: &[f32]| -> Vec<u8> {
+            weights.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect()
+        };
+        let narrow = narrowed(&bytes(&weights)).unwrap();
+        for (got, &weight) in narrow.chunks_exact(2).zip(&weights) {
+            let got = f16::from_le_bytes([got[0], got[1]]);
+            assert_eq!(got.to_f32(), bf16::from_f32(weight).to_f32());
+        }
+        // Below f16's normal numbers they are rounded.
+        for weight in [1e-6, 1e-9] {
+            let rounded = f16::from_f32(bf16::from_f32(weight).to_f32());
+            assert_eq!(narrowed(&bytes(&[weight])), Some(rounded.to_le_bytes().to_vec()));
+        }
+        assert_eq!(narrowed(&bytes(&[1.0, 7e4])), None);
+        assert!(narrowed(&bytes(&[f32::INFINITY])).is_some());
+    }
+}

@@ -1,0 +1,110 @@
+use std::time::Instant;
+
+use moa_core::Plan;
+use serde::Serialize;
+
+use crate::decoder::llama::{Llama, LogitRows};
+use crate::device::Ops;
+use crate::engine::generate::Next;
+use crate::find_plan::objective::cross_entropy;
+use crate::{Error, Result};
+
+/// Tokens per forward step where every row's logits are wanted: bounds `[rows, vocab]`.
+const LOGIT_CHUNK: usize = 512;
+
+/// Perplexity of a text.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct PerplexityReport {
+    /// `exp` of the mean cross entropy.
+    pub perplexity: f64,
+    /// Mean cross entropy in nats per token.
+    pub cross_entropy: f64,
+    /// Tokens predicted.
+    pub tokens: usize,
+    /// Windows of the text.
+    pub windows: usize,
+    /// Tokens per window.
+    pub length: usize,
+    /// Keys kept / context length.
+    pub density: f64,
+    /// Bytes of keys and values that a sequence held.
+    pub kv_bytes: u64,
+    /// The same for dense attention.
+    pub kv_bytes_dense: u64,
+    /// Time for all windows.
+    pub seconds: f64,
+}
+
+impl<O: Ops> Llama<O> {
+    /// Perplexity of `tokens`, cut into windows of `length` that each begin with `first`.
+    ///
+    /// # Errors
+    /// If the text does not fill one window, or `length` is beyond the model's context.
+    pub fn perplexity(
+        &self,
+        tokens: &[u32],
+        first: Option<u32>,
+        length: usize,
+        windows: usize,
+        plan: &Plan,
+        on_window: &mut dyn FnMut() -> Next,
+    ) -> Result<PerplexityReport> {
+        let begin = Instant::now();
+        let head: Vec<u32> = first.into_iter().collect();
+        if length < head.len() + 2 || windows == 0 {
+            return Err(Error::invalid(
+                "length and windows",
+                "at least 3 tokens and 1 window",
+                length.min(windows),
+            ));
+        }
+        let parts: Vec<&[u32]> = tokens.chunks_exact(length - head.len()).take(windows).collect();
+        if parts.is_empty() {
+            return Err(Error::invalid(
+                "text",
+                format!("at least {} tokens", length - head.len()),
+                tokens.len(),
+            ));
+        }
+        let (mut sum, mut count, mut kv_bytes) = (0.0, 0, 0);
+        for part in &parts {
+            let ids = [&head, *part].concat();
+            let mut sequence = self.open(plan, length, 0)?;
+            for (index, chunk) in ids[..length - 1].chunks(LOGIT_CHUNK).enumerate() {
+                let rows: Vec<usize> = (0..chunk.len()).collect();
+                let logits =
+                    self.forward(&mut [&mut sequence], &[chunk], LogitRows::Rows(&rows))?;
+                let logits = self.values(logits)?;
+                let targets = &ids[index * LOGIT_CHUNK + 1..];
+                for (row, target) in logits.chunks(self.config().vocab_size).zip(targets) {
+                    sum += cross_entropy(row, *target as usize);
+                    count += 1;
+                }
+            }
+            kv_bytes = self.kv_bytes(&sequence);
+            if on_window() != Next::Continue {
+                return Err(Error::Cancelled);
+            }
+        }
+        let cross_entropy = sum / count as f64;
+        Ok(PerplexityReport {
+            perplexity: cross_entropy.exp(),
+            cross_entropy,
+            tokens: count,
+            windows: parts.len(),
+            length,
+            density: plan.density(length),
+            kv_bytes,
+            kv_bytes_dense: self.dense_bytes(length)?,
+            seconds: begin.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// Bytes that a dense cache of `capacity` tokens would hold, of the heads that are here.
+    ///
+    /// # Errors
+    /// Never for a model that was loaded.
+    pub fn dense_bytes(&self, capacity: usize) -> Result<u64> {
+        Ok(Plan::full(self.local)?.kv_bytes(capacity, self.ops().cache_element_bytes()))
+    }
+}

@@ -1,0 +1,292 @@
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use moa_core::Plan;
+use serde::Deserialize;
+
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::template::Message;
+use crate::decoder::llama::LogitRows;
+use crate::device::Ops;
+use crate::engine::generate::Next;
+use crate::eval::jsonl;
+use crate::find_plan::profile::Item;
+use crate::find_plan::records::{PHRASINGS, Phrasing, last_integer};
+use crate::{Error, Result};
+
+/// A calibration prompt of the user's.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Prompt {
+    /// The user's message; goes through the chat template.
+    pub prompt: String,
+    /// The response; where it is missing the dense model writes it.
+    #[serde(default)]
+    pub answer: Option<String>,
+}
+
+impl Prompt {
+    /// Reads prompts, one JSON object a line.
+    ///
+    /// # Errors
+    /// [`Error::Io`], or [`Error::Line`] with the line that is not a prompt.
+    pub fn load(path: impl AsRef<Path>) -> Result<Vec<Self>> {
+        jsonl::load(path.as_ref())
+    }
+}
+
+/// Where calibration prompts come from.
+#[derive(Clone, Debug)]
+pub enum CalibrationData {
+    /// Built-in records of each length.
+    Records,
+    /// These prompts, each used at the largest length it fills.
+    Prompts(Vec<Prompt>),
+}
+
+/// How many calibration items of which lengths.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CalibrationOptions {
+    /// Lengths in tokens, prompt and response together.
+    pub lengths: Vec<usize>,
+    /// Most items per length.
+    pub samples: usize,
+    /// Questions about each built-in record, at even depths; items that share a record lie next to
+    /// each other and cost little more than one ([`Llama::response_loss`](crate::Llama::response_loss)).
+    pub questions: usize,
+    /// Most tokens of a response.
+    pub max_response: usize,
+    /// Seed of the built-in records.
+    pub seed: u64,
+}
+
+impl Default for CalibrationOptions {
+    fn default() -> Self {
+        Self { lengths: vec![1024, 2048], samples: 8, questions: 1, max_response: 48, seed: 0 }
+    }
+}
+
+impl<O: Ops> Checkpoint<O> {
+    /// Makes calibration items for each length. Responses that the data does not give are the
+    /// greedy answers of the dense model itself (MoA, section 4.3). Of the built-in
+    /// records, only those count that the dense model answers right: a wrong answer shows no
+    /// dependency.
+    ///
+    /// `on_item` is told after each item and may cancel.
+    ///
+    /// # Errors
+    /// If a length is beyond the model's context, no item fills a length, or the dense model
+    /// answers no built-in record.
+    pub fn calibrate(
+        &self,
+        data: &CalibrationData,
+        options: &CalibrationOptions,
+        on_item: &mut dyn FnMut() -> Next,
+    ) -> Result<BTreeMap<usize, Vec<Item>>> {
+        let limit = self.model.config().context_length();
+        let shortest = 2 * options.max_response + 64;
+        for &length in &options.lengths {
+            if length > limit {
+                return Err(Error::ContextExceeded { asked: length, limit });
+            }
+            if length < shortest {
+                return Err(Error::invalid(
+                    "length",
+                    format!("at least {shortest} tokens"),
+                    length,
+                ));
+            }
+        }
+        if options.lengths.is_empty() || options.samples == 0 || options.questions == 0 {
+            return Err(Error::invalid("lengths, samples and questions", "at least one", 0));
+        }
+        match data {
+            CalibrationData::Records => self.record_items(options, on_item),
+            CalibrationData::Prompts(prompts) => self.prompt_items(prompts, options, on_item),
+        }
+    }
+
+    /// The dense model's greedy answers to prompts that begin alike.
+    fn dense_answers(&self, prompts: &[Vec<u32>], max_response: usize) -> Result<Vec<Vec<u32>>> {
+        let Some(first) = prompts.first() else { return Ok(Vec::new()) };
+        let shared = prompts.iter().fold(first.len(), |shared, prompt| {
+            let equal = first[..shared].iter().zip(prompt).take_while(|(a, b)| a == b).count();
+            equal.min(prompt.len() - 1)
+        });
+        let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+        let plan = Plan::full(self.model.shape())?;
+        let mut sequence = self.model.open(&plan, longest + max_response, 0)?;
+        if shared > 0 {
+            self.model.forward(&mut [&mut sequence], &[&first[..shared]], LogitRows::None)?;
+        }
+        let mut batch =
+            (1..prompts.len()).map(|_| self.model.fork(&sequence)).collect::<Result<Vec<_>>>()?;
+        batch.push(sequence);
+        let rests: Vec<&[u32]> = prompts.iter().map(|prompt| &prompt[shared..]).collect();
+        let options = self.greedy(max_response);
+        let generation =
+            self.model.generate(&mut batch, &rests, &options, &mut |_| Next::Continue)?;
+        Ok(generation.sequences.into_iter().map(|sequence| sequence.tokens).collect())
+    }
+
+    fn record_items(
+        &self,
+        options: &CalibrationOptions,
+        on_item: &mut dyn FnMut() -> Next,
+    ) -> Result<BTreeMap<usize, Vec<Item>>> {
+        let phrasing = self.best_phrasing(options)?;
+        let mut items = BTreeMap::new();
+        for &length in &options.lengths {
+            let (mut own, mut records) = (Vec::new(), 0);
+            // A model that answers a quarter of its calibration prompts still fills the set.
+            for attempt in 0..4 * options.samples as u64 {
+                if records == options.samples {
+                    break;
+                }
+                let seed = options
+                    .seed
+                    .wrapping_mul(0x1_0000)
+                    .wrapping_add(attempt ^ (length as u64) << 32);
+                let items = self.record_questions(phrasing, length, seed, options)?;
+                if !items.is_empty() {
+                    own.extend(items);
+                    records += 1;
+                    if on_item() != Next::Continue {
+                        return Err(Error::Cancelled);
+                    }
+                }
+            }
+            if own.is_empty() {
+                return Err(Error::NoCalibration {
+                    length,
+                    reason: "the dense model answered none of the built-in records".into(),
+                });
+            }
+            items.insert(length, own);
+        }
+        Ok(items)
+    }
+
+    /// The phrasing whose short records the dense model answers best.
+    fn best_phrasing(&self, options: &CalibrationOptions) -> Result<&'static Phrasing> {
+        let length = options.lengths.iter().copied().min().unwrap_or(1024).min(1024);
+        let options = CalibrationOptions { questions: 1, ..options.clone() };
+        let mut best = (0, &PHRASINGS[0]);
+        for phrasing in PHRASINGS {
+            let mut right = 0;
+            for probe in 0..4 {
+                let seed = options.seed.wrapping_add(0xca11_b000 + probe);
+                right += self.record_questions(phrasing, length, seed, &options)?.len();
+            }
+            tracing::debug!(?phrasing, right, "calibration phrasing");
+            if right > best.0 {
+                best = (right, phrasing);
+            }
+            if right == 4 {
+                break;
+            }
+        }
+        Ok(best.1)
+    }
+
+    /// A record of about `length` tokens with the dense model's answers, those that are right.
+    fn record_questions(
+        &self,
+        phrasing: &Phrasing,
+        length: usize,
+        seed: u64,
+        options: &CalibrationOptions,
+    ) -> Result<Vec<Item>> {
+        let room = length - options.max_response;
+        let tokens = |lines: usize| {
+            let records = match options.questions {
+                1 => vec![phrasing.prompt(lines, seed)],
+                several => phrasing.prompts(lines, seed, several),
+            };
+            let prompts: Result<Vec<_>> =
+                records.iter().map(|r| self.chat_tokens(&[Message::user(&r.text)])).collect();
+            let answers: Vec<u32> = records.iter().map(|r| r.answer).collect();
+            Ok::<_, Error>((prompts?, answers))
+        };
+        let longest = |prompts: &[Vec<u32>]| prompts.iter().map(Vec::len).max().unwrap_or(0);
+        let (few, many) = (longest(&tokens(8)?.0), longest(&tokens(40)?.0));
+        let per_line = (many - few).max(32) as f64 / 32.0;
+        let mut lines = ((room as f64 - few as f64) / per_line) as usize + 8;
+        let (prompts, answers) = loop {
+            let (prompts, answers) = tokens(lines)?;
+            let most = longest(&prompts);
+            if most <= room || lines == 1 {
+                break (prompts, answers);
+            }
+            lines -= (((most - room) as f64 / per_line).ceil() as usize).clamp(1, lines - 1);
+        };
+        let responses = self.dense_answers(&prompts, options.max_response)?;
+        let mut items = Vec::with_capacity(prompts.len());
+        for ((prompt, answer), response) in prompts.iter().zip(answers).zip(responses) {
+            if last_integer(&self.tokenizer.decode(&response, true)?) == Some(i64::from(answer)) {
+                items.push(Item::new(prompt, &response)?);
+            }
+        }
+        Ok(items)
+    }
+
+    fn prompt_items(
+        &self,
+        prompts: &[Prompt],
+        options: &CalibrationOptions,
+        on_item: &mut dyn FnMut() -> Next,
+    ) -> Result<BTreeMap<usize, Vec<Item>>> {
+        let mut lengths = options.lengths.clone();
+        lengths.sort_unstable();
+        let mut items: BTreeMap<usize, Vec<Item>> =
+            lengths.iter().map(|l| (*l, Vec::new())).collect();
+        let mut longest = 0;
+        for prompt in prompts {
+            let mut tokens = self.chat_tokens(&[Message::user(&prompt.prompt)])?;
+            let given = prompt
+                .answer
+                .as_deref()
+                .map(|a| self.tokenizer.encode(&format!(" {}", a.trim()), false))
+                .transpose()?;
+            let response_room = given.as_ref().map_or(options.max_response, Vec::len);
+            let total = tokens.len() + response_room;
+            longest = longest.max(total);
+            let Some(&length) = lengths.iter().rfind(|l| **l <= total) else { continue };
+            if items[&length].len() == options.samples || response_room + 2 > length {
+                continue;
+            }
+            cut_middle(&mut tokens, length - response_room);
+            let response = match given {
+                Some(tokens) => tokens,
+                None => self
+                    .dense_answers(std::slice::from_ref(&tokens), options.max_response)?
+                    .swap_remove(0),
+            };
+            if response.is_empty() {
+                continue;
+            }
+            items.entry(length).or_default().push(Item::new(&tokens, &response)?);
+            if on_item() != Next::Continue {
+                return Err(Error::Cancelled);
+            }
+        }
+        match items.iter().find(|(_, own)| own.is_empty()) {
+            Some((&length, _)) => Err(Error::NoCalibration {
+                length,
+                reason: format!(
+                    "no prompt with its answer fills it (the longest has {longest} tokens)"
+                ),
+            }),
+            None => Ok(items),
+        }
+    }
+}
+
+/// Shortens a prompt to `room` tokens by taking tokens out of its middle, as LongBench does: the
+/// beginning holds the instruction, the end the question.
+fn cut_middle(tokens: &mut Vec<u32>, room: usize) {
+    if tokens.len() > room {
+        let head = room / 2;
+        let tail = tokens.len() - (room - head);
+        tokens.drain(head..tail);
+    }
+}

@@ -1,0 +1,338 @@
+use std::collections::BTreeMap;
+
+use moa_core::search::{Bound, Options as SolverOptions};
+use moa_core::{
+    CostBound, CostCurve, DEFAULT_SINK, FoundPlans, Influence, ModelShape, Plan, PlanRequest,
+    Profile, ProfileInfo, Space,
+};
+
+use crate::checkpoint::Checkpoint;
+use crate::decoder::llama::Llama;
+use crate::device::{BackwardOps, Ops};
+use crate::engine::generate::Next;
+use crate::find_plan::calibrate::{CalibrationData, CalibrationOptions};
+use crate::find_plan::objective::{Objective, TokenWeight, WeightedObjective};
+use crate::find_plan::profile::Item;
+use crate::find_plan::refine::{Refined, refine};
+use crate::{Error, Result};
+
+/// Tokens per side of an influence block.
+pub const DEFAULT_BLOCK: usize = 64;
+
+/// How to find a plan: profile, search, validate, refine.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CompressOptions {
+    /// Largest mean density at every bound length.
+    pub density: f64,
+    /// Smallest mean density at every bound length.
+    pub min_density: Option<f64>,
+    /// Bounds on density in place of `density`, `min_density` and `bound_lengths`, such as those that
+    /// bytes come to ([`Bound::kv_bytes`]); empty for those.
+    pub bounds: Vec<Bound>,
+    /// Largest attention time of a decode step at every bound length, as a share of dense attention's,
+    /// by measurements on the backend.
+    pub decode_time: Option<f64>,
+    /// Smallest share of the context that any head keeps ([`PlanRequest::with_min_share`]); `None` for a
+    /// quarter of the smallest density bound where the space is elastic, and nothing elsewhere.
+    pub min_share: Option<f64>,
+    /// Kind of plan.
+    pub space: Space,
+    /// Lengths at which influence is measured.
+    pub lengths: Vec<usize>,
+    /// Lengths at which the density is bounded; empty for the profile lengths, the validation length
+    /// and twice the longest profile length.
+    pub bound_lengths: Vec<usize>,
+    /// What influence is measured on.
+    pub objective: Objective,
+    /// How much each token of a response counts.
+    pub token_weight: TokenWeight,
+    /// Sink positions of every head; 0 is allowed.
+    pub sink: usize,
+    /// Smallest span of any head.
+    pub min_span: usize,
+    /// Calibration items per length.
+    pub samples: usize,
+    /// Most tokens of a calibration response.
+    pub max_response: usize,
+    /// Unseen length at which plans compete; `None` for 1.5 times the longest profile length, or the
+    /// longest profile length itself where the model's context ends before that.
+    pub validation_length: Option<usize>,
+    /// Validation records or prompts.
+    pub validation_samples: usize,
+    /// Questions about each validation record ([`CalibrationOptions::questions`]).
+    pub validation_questions: usize,
+    /// Plans to measure in refinement; 0 for none.
+    pub evaluations: usize,
+    /// How to search.
+    pub solver: SolverOptions,
+    /// Seed of everything drawn.
+    pub seed: u64,
+}
+
+impl Default for CompressOptions {
+    fn default() -> Self {
+        Self {
+            density: 0.25,
+            min_density: None,
+            bounds: Vec::new(),
+            decode_time: None,
+            min_share: None,
+            space: Space::default(),
+            lengths: vec![1024, 2048],
+            bound_lengths: Vec::new(),
+            objective: Objective::Margin,
+            token_weight: TokenWeight::default(),
+            sink: DEFAULT_SINK,
+            min_span: DEFAULT_SINK + 16,
+            samples: 8,
+            max_response: 48,
+            validation_length: None,
+            validation_samples: 4,
+            validation_questions: 8,
+            evaluations: 200,
+            solver: SolverOptions::default(),
+            seed: 0,
+        }
+    }
+}
+
+/// What is being done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// The dense model answers calibration prompts.
+    Calibrate,
+    /// Influence is measured.
+    Profile,
+    /// Plans are searched.
+    Search,
+    /// Plans are measured at the validation length, and refined.
+    Measure,
+}
+
+/// Everything that [`compress`] found.
+#[derive(Debug)]
+pub struct Compressed {
+    /// The plan.
+    pub plan: Plan,
+    /// The influence it came from.
+    pub profile: Profile,
+    /// The first-order Pareto set.
+    pub found: FoundPlans,
+    /// Measured losses.
+    pub refined: Refined,
+}
+
+impl CompressOptions {
+    /// Checks the options that do not depend on the model.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming the option.
+    pub fn validate(&self) -> Result<()> {
+        if self.lengths.is_empty() {
+            return Err(Error::invalid("lengths", "at least one", "none"));
+        }
+        if self.samples == 0 || self.validation_samples == 0 {
+            return Err(Error::invalid("samples", "at least 1", 0));
+        }
+        self.request(1).map(|_| ())
+    }
+
+    /// Length at which plans compete, for a model of this context length.
+    pub fn validation_length(&self, context_length: usize) -> usize {
+        let longest = self.lengths.iter().copied().max().unwrap_or(1);
+        self.validation_length.unwrap_or_else(|| match longest * 3 / 2 {
+            unseen if unseen <= context_length => unseen,
+            _ => longest,
+        })
+    }
+
+    /// The search's request, for a model of this context length.
+    ///
+    /// # Errors
+    /// [`Error::Core`] naming the option that is out of range.
+    pub fn request(&self, context_length: usize) -> Result<PlanRequest> {
+        let mut lengths = self.bound_lengths.clone();
+        if lengths.is_empty() {
+            let longest = self.lengths.iter().copied().max().unwrap_or(1);
+            lengths.clone_from(&self.lengths);
+            lengths.extend([self.validation_length(context_length), 2 * longest]);
+        }
+        lengths.sort_unstable();
+        lengths.dedup();
+        let bound = |&length| Bound { length, max: self.density, min: self.min_density };
+        let bounds = match self.bounds.is_empty() {
+            true => lengths.iter().map(bound).collect(),
+            false => self.bounds.clone(),
+        };
+        let mut request = PlanRequest::bounded(bounds, self.sink, self.min_span)?;
+        request.solver = self.solver.clone();
+        Ok(with_min_share(request.with_space(self.space), self.min_share)?)
+    }
+
+    fn calibration(&self, lengths: Vec<usize>, samples: usize, seed: u64) -> CalibrationOptions {
+        let max_response = self.max_response;
+        CalibrationOptions { lengths, samples, questions: 1, max_response, seed }
+    }
+
+    /// Calibration items for profiling.
+    pub fn profile_calibration(&self) -> CalibrationOptions {
+        self.calibration(self.lengths.clone(), self.samples, self.seed)
+    }
+
+    /// Calibration items for measuring plans: other records than those profiled, at the shortest
+    /// profile length (cheap, and where spans are smallest) and at the validation length.
+    pub fn validation_calibration(&self, context_length: usize) -> CalibrationOptions {
+        let mut lengths = vec![self.validation_length(context_length)];
+        lengths.extend(self.lengths.iter().copied().min());
+        lengths.dedup();
+        let seed = self.seed ^ 0x5eed_0000_0000;
+        CalibrationOptions {
+            questions: self.validation_questions,
+            ..self.calibration(lengths, self.validation_samples, seed)
+        }
+    }
+}
+
+impl<O: BackwardOps> Llama<O> {
+    /// Influence of a set of calibration items at each length, and what the far context is worth to
+    /// them ([`Influence::far_losses`]).
+    ///
+    /// # Errors
+    /// As [`Llama::profile`]; [`Error::Cancelled`].
+    pub fn profile_all(
+        &self,
+        items: &BTreeMap<usize, Vec<Item>>,
+        objective: impl Into<WeightedObjective>,
+        block: usize,
+        data: &str,
+        on_item: &mut dyn FnMut() -> Next,
+    ) -> Result<Profile> {
+        let objective = objective.into();
+        let info = ProfileInfo {
+            fingerprint: Some(self.fingerprint().to_string()),
+            objective: objective.name(),
+            data: data.to_string(),
+        };
+        let mut profile = Profile::new(self.shape(), info);
+        for (&length, items) in items {
+            let mut influence = Influence::new(self.shape(), length, block)?;
+            for item in items {
+                self.profile_with_far_loss(item, objective, &mut influence)?;
+                if on_item() != Next::Continue {
+                    return Err(Error::Cancelled);
+                }
+            }
+            profile.add(influence)?;
+        }
+        Ok(profile)
+    }
+}
+
+/// Finds a plan for a checkpoint: profiles, searches, and decides by measured loss at a length that
+/// was not profiled. `on_progress` gets the stage and how many of its steps are done.
+///
+/// # Errors
+/// If an option is out of range for the model, or no plan meets the density.
+pub fn compress<O: BackwardOps>(
+    checkpoint: &Checkpoint<O>,
+    data: &CalibrationData,
+    options: &CompressOptions,
+    on_progress: &mut dyn FnMut(Stage, usize, usize) -> Next,
+) -> Result<Compressed> {
+    options.validate()?;
+    let model = &checkpoint.model;
+    let context = model.config().context_length();
+    let mut request = options.request(context)?;
+    if let Some(share) = options.decode_time {
+        bound_decode_time(&mut request, &model.ops, model.shape(), share)?;
+    }
+    let count = options.lengths.len() * options.samples;
+    let items = calibrate(checkpoint, data, &options.profile_calibration(), count, on_progress)?;
+    let description = format!("{}, seed {}", describe(data), options.seed);
+    let profile = {
+        let mut step = counter(Stage::Profile, count, on_progress);
+        let objective =
+            WeightedObjective { objective: options.objective, weight: options.token_weight };
+        model.profile_all(&items, objective, DEFAULT_BLOCK, &description, &mut step)?
+    };
+    on_progress(Stage::Search, 0, 1);
+    let found = request.search_profile(&profile, &request.objective_lengths(&profile))?;
+    let validation = options.validation_calibration(context);
+    let count = validation.lengths.len() * validation.samples;
+    let items = match data {
+        CalibrationData::Records => calibrate(checkpoint, data, &validation, count, on_progress)?,
+        // A user's file may hold nothing longer than the profile lengths.
+        CalibrationData::Prompts(_) => calibrate(checkpoint, data, &validation, count, on_progress)
+            .or_else(|error| match error {
+                Error::NoCalibration { .. } => Ok(items),
+                other => Err(other),
+            })?,
+    };
+    let evaluations = options.evaluations.max(found.plans.len() + 1);
+    let mut step = counter(Stage::Measure, evaluations, on_progress);
+    let mut refined =
+        refine(model, &items, &found.plans, &request, &profile, options.evaluations, &mut step)?;
+    refined.plan.provenance.method = Some("moa compress".to_string());
+    Ok(Compressed { plan: refined.plan.clone(), profile, found, refined })
+}
+
+/// Adds the smallest share of the context that any head keeps, or the one that is used by default: a
+/// quarter of the smallest density bound for elastic plans, nothing for others.
+///
+/// # Errors
+/// As [`PlanRequest::with_min_share`].
+pub fn with_min_share(request: PlanRequest, share: Option<f64>) -> moa_core::Result<PlanRequest> {
+    let least = request.bounds.iter().map(|b| b.max).fold(1.0, f64::min);
+    let usual = if request.space == Space::Elastic { least / 4.0 } else { 0.0 };
+    request.with_min_share(share.unwrap_or(usual))
+}
+
+/// Bounds the decode time of a search by measurements on the backend.
+///
+/// # Errors
+/// If the share is not above 0, or the backend does not measure ([`moa_core::Error::Unsupported`]).
+pub fn bound_decode_time<O: Ops>(
+    request: &mut PlanRequest,
+    ops: &O,
+    shape: ModelShape,
+    share: f64,
+) -> Result<()> {
+    if !(share > 0.0 && share.is_finite()) {
+        return Err(Error::invalid("decode time", "a share above 0", share));
+    }
+    let longest = request.bounds.iter().map(|b| b.length).max().unwrap_or(1);
+    let shortest = request.min_span.min(longest);
+    let curve = CostCurve::measure(ops.attention(), shape, shortest, longest);
+    request.decode_time = Some(CostBound { share, curve: curve.map_err(Error::backend)? });
+    Ok(())
+}
+
+/// A name for calibration data, as profiles keep it.
+pub fn describe(data: &CalibrationData) -> String {
+    match data {
+        CalibrationData::Records => "built-in records".to_string(),
+        CalibrationData::Prompts(prompts) => format!("{} prompts of a file", prompts.len()),
+    }
+}
+
+fn calibrate<O: Ops>(
+    checkpoint: &Checkpoint<O>,
+    data: &CalibrationData,
+    options: &CalibrationOptions,
+    count: usize,
+    on_progress: &mut dyn FnMut(Stage, usize, usize) -> Next,
+) -> Result<BTreeMap<usize, Vec<Item>>> {
+    checkpoint.calibrate(data, options, &mut counter(Stage::Calibrate, count, on_progress))
+}
+
+fn counter(
+    stage: Stage,
+    total: usize,
+    on_progress: &mut dyn FnMut(Stage, usize, usize) -> Next,
+) -> impl FnMut() -> Next {
+    let mut done = 0;
+    move || {
+        done += 1;
+        on_progress(stage, done.min(total), total)
+    }
+}

@@ -1,0 +1,9 @@
+//! From calibration data to a plan: profile, search, refinement by measured loss.
+
+pub(crate) mod calibrate;
+pub(crate) mod compress;
+pub(crate) mod objective;
+pub(crate) mod probe;
+pub(crate) mod profile;
+pub(crate) mod records;
+pub(crate) mod refine;

@@ -1,0 +1,312 @@
+//! Profiling: the influence of every attention value on an objective, layer by layer.
+//!
+//! The forward pass keeps each layer's input, attention output and log-sum-exp; the backward pass
+//! then recomputes one layer at a time. Memory is one layer's activations plus two hidden states
+//! per layer; nothing of size `tokens x tokens` is stored.
+
+use std::ops::Range;
+
+use moa_core::{
+    DEFAULT_SINK, ElasticRule, Gradients, Influence, InfluenceInputs, LayerLayout, Plan, Span,
+    SparseAttentionBackend,
+};
+
+use crate::decoder::block::Layer;
+use crate::decoder::llama::{Llama, parts};
+use crate::device::BackwardOps;
+use crate::find_plan::objective::{Objective, WeightedObjective, cross_entropy};
+use crate::{Error, Result};
+
+/// One calibration text: a prompt and the response that the objective looks at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Item {
+    /// Token ids of prompt and response.
+    tokens: Vec<u32>,
+    /// Tokens of the prompt.
+    prompt_len: usize,
+}
+
+impl Item {
+    /// An item from its prompt and response.
+    ///
+    /// # Errors
+    /// If one of them is empty.
+    pub fn new(prompt: &[u32], response: &[u32]) -> Result<Self> {
+        if prompt.is_empty() || response.is_empty() {
+            return Err(Error::invalid(
+                "calibration item",
+                "a prompt and a response of at least one token each",
+                format!("{} and {} tokens", prompt.len(), response.len()),
+            ));
+        }
+        Ok(Self { tokens: [prompt, response].concat(), prompt_len: prompt.len() })
+    }
+
+    /// Prompt and response.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// The prompt.
+    pub fn prompt(&self) -> &[u32] {
+        &self.tokens[..self.prompt_len]
+    }
+
+    /// The response.
+    pub fn response(&self) -> &[u32] {
+        &self.tokens[self.prompt_len..]
+    }
+
+    /// Tokens the model reads to predict the whole response: all but the last.
+    pub(crate) fn inputs(&self) -> &[u32] {
+        &self.tokens[..self.tokens.len() - 1]
+    }
+
+    /// Rows of [`Item::inputs`] that predict the response.
+    pub(crate) fn rows(&self) -> Range<usize> {
+        self.prompt_len - 1..self.tokens.len() - 1
+    }
+}
+
+/// What the backward pass needs of one layer.
+struct Saved<T> {
+    x: T,
+    out: T,
+    lse: T,
+}
+
+impl<O: BackwardOps> Llama<O> {
+    /// Adds one item's influence to `into` and returns the item's loss under dense attention.
+    ///
+    /// # Errors
+    /// If `into` is for another model, or the item is longer than it or the model's context allows.
+    pub fn profile(
+        &self,
+        item: &Item,
+        objective: impl Into<WeightedObjective>,
+        into: &mut Influence,
+    ) -> Result<f64> {
+        Ok(self.sweep(item, objective.into(), into)?.0)
+    }
+
+    /// [`Llama::profile`], and the cross entropy that the response grows by when every head sees only
+    /// the sink and a window of a quarter of the context.
+    pub(crate) fn profile_with_far_loss(
+        &self,
+        item: &Item,
+        objective: WeightedObjective,
+        into: &mut Influence,
+    ) -> Result<()> {
+        self.ops.check_gradients()?;
+        let near = ElasticRule::new(DEFAULT_SINK as f64, 0.25)?;
+        let near = Plan::uniform(self.shape(), DEFAULT_SINK, near)?;
+        let near = self.response_loss(std::slice::from_ref(item), &near, item.inputs().len())?;
+        let (_, dense) = self.sweep(item, objective, into)?;
+        into.add_far_loss(near - dense);
+        Ok(())
+    }
+
+    /// Adds one item's influence to `into`; returns the item's loss and cross entropy.
+    fn sweep(
+        &self,
+        item: &Item,
+        objective: WeightedObjective,
+        into: &mut Influence,
+    ) -> Result<(f64, f64)> {
+        self.check_whole("profiling")?;
+        self.ops.check_gradients()?;
+        let tokens = item.inputs();
+        if into.shape() != self.shape() {
+            let (expected, got) = (self.shape(), into.shape());
+            return Err(moa_core::Error::ShapeMismatch { what: "influence", expected, got }.into());
+        }
+        if tokens.len() > into.length() {
+            return Err(Error::invalid(
+                "calibration item",
+                format!("at most {} tokens", into.length()),
+                tokens.len(),
+            ));
+        }
+        let rope = self.rope(tokens.len())?;
+        let rotations = self.ops.rotations(&[(&rope, 0..tokens.len())])?;
+        let saved = self.forward_saving(tokens, &rotations)?;
+
+        let rows = item.rows();
+        let (losses, mut d_x) = self.top_gradient(&saved, item, objective)?;
+        let mut active = rows;
+        for (index, (layer, saved)) in self.layers.iter().zip(saved).enumerate().rev() {
+            let d_y = self.mlp_backward(layer, &saved, &active, d_x)?;
+            let (blocks, below) = self.attention_backward(
+                layer,
+                &saved,
+                &active,
+                d_y,
+                &rotations,
+                (objective.objective, into.block(), index > 0),
+            )?;
+            into.add_layer(index, tokens.len().div_ceil(into.block()), &blocks, 1.0)?;
+            active = 0..tokens.len();
+            match below {
+                Some(gradient) => d_x = gradient,
+                None => break,
+            }
+        }
+        into.count_sample();
+        Ok(losses)
+    }
+
+    fn forward_saving(
+        &self,
+        tokens: &[u32],
+        rotations: &O::Rotations,
+    ) -> Result<Vec<Saved<O::Tensor>>> {
+        let n = tokens.len();
+        let spans = vec![Span::full(n); self.config.num_key_value_heads];
+        let layout = LayerLayout::new(&spans, n, 0)?;
+        let mut x = self.ops.embed(&self.embedding, tokens)?;
+        let mut saved = Vec::with_capacity(self.layers.len());
+        for (index, layer) in self.layers.iter().enumerate() {
+            let [q, k, v] = self.qkv(layer, &x, rotations)?;
+            let attention = self.ops.exact_attention();
+            let mut cache =
+                attention.open(&layout, self.config.head_dim).map_err(Error::backend)?;
+            let (out, lse) = attention
+                .extend(&mut [&mut cache], &[n], &q, &k, &v, self.scale(), true)
+                .map_err(Error::backend)?;
+            let lse = lse.ok_or(Error::invalid("backend", "a log-sum-exp output", "none"))?;
+            let is_top = index + 1 == self.layers.len();
+            let next = match is_top {
+                true => None,
+                false => {
+                    Some(self.mlp(layer, self.after_attention(layer, x.clone(), out.clone())?)?)
+                }
+            };
+            saved.push(Saved { x, out, lse });
+            match next {
+                Some(next) => x = next,
+                None => break,
+            }
+        }
+        Ok(saved)
+    }
+
+    /// Loss and cross entropy, and the loss's gradient by the top layer's output at the rows that
+    /// predict the response.
+    fn top_gradient(
+        &self,
+        saved: &[Saved<O::Tensor>],
+        item: &Item,
+        WeightedObjective { objective, weight }: WeightedObjective,
+    ) -> Result<((f64, f64), O::Tensor)> {
+        let (ops, eps) = (&self.ops, self.eps());
+        let (Some(layer), Some(top)) = (self.layers.last(), saved.last()) else {
+            return Err(Error::invalid("layers", "at least 1", 0));
+        };
+        let y = self.residual(layer, top, &item.rows())?;
+        let z = self.mlp(layer, y)?;
+        let h = ops.rms_norm(&z, &self.norm, eps)?;
+        let logits = ops.logits(&h, self.output_matrix())?;
+        let shape = ops.shape(&logits);
+        let mut values = ops.values(logits)?;
+        let response = item.response();
+        let vocab = self.config.vocab_size;
+        let rows = values.chunks(vocab).zip(response);
+        let certain: Vec<f64> = rows.map(|(row, y)| cross_entropy(row, *y as usize)).collect();
+        let weights = weight.weights(&certain);
+        let entropy = certain.iter().sum::<f64>() / certain.len() as f64;
+        let mut loss = 0.0;
+        for ((row, &target), weight) in values.chunks_mut(vocab).zip(response).zip(weights) {
+            loss += objective.gradient(row, target as usize) * weight;
+            row.iter_mut().for_each(|g| *g *= weight as f32);
+        }
+        let d_logits = ops.tensor(values, &shape)?;
+        let d_h = ops.linear_backward(&d_logits, self.output_matrix())?;
+        Ok(((loss, entropy), ops.rms_norm_backward(&z, &self.norm, eps, &d_h)?))
+    }
+
+    /// The stream between attention and MLP, at `rows`.
+    fn residual(
+        &self,
+        layer: &Layer<O>,
+        saved: &Saved<O::Tensor>,
+        rows: &Range<usize>,
+    ) -> Result<O::Tensor> {
+        let total = self.ops.shape(&saved.x)[0];
+        if rows.len() == total {
+            return self.after_attention(layer, saved.x.clone(), saved.out.clone());
+        }
+        let rows: Vec<usize> = rows.clone().collect();
+        let x = self.ops.rows(&saved.x, &rows)?;
+        self.after_attention(layer, x, self.ops.rows(&saved.out, &rows)?)
+    }
+
+    /// Gradient by the stream before the MLP, from the gradient after it, both at `rows`.
+    fn mlp_backward(
+        &self,
+        layer: &Layer<O>,
+        saved: &Saved<O::Tensor>,
+        rows: &Range<usize>,
+        d_z: O::Tensor,
+    ) -> Result<O::Tensor> {
+        let ops = &self.ops;
+        let y = self.residual(layer, saved, rows)?;
+        let h = ops.rms_norm(&y, &layer.mlp_norm, self.eps())?;
+        let [gate, up] = parts(ops.linears(&h, &layer.gate_up)?)?;
+        let d_act = ops.linear_backward(&d_z, &layer.down.weight)?;
+        let (d_gate, d_up) = ops.swiglu_backward(&gate, &up, &d_act)?;
+        let d_h = ops.linears_backward(&[d_gate, d_up], &layer.gate_up)?;
+        ops.add(d_z, &ops.rms_norm_backward(&y, &layer.mlp_norm, self.eps(), &d_h)?)
+    }
+
+    /// Block sums of one layer and, unless it is the lowest, the gradient by its input.
+    fn attention_backward(
+        &self,
+        layer: &Layer<O>,
+        saved: &Saved<O::Tensor>,
+        rows: &Range<usize>,
+        d_y: O::Tensor,
+        rotations: &O::Rotations,
+        (objective, block, gradients): (Objective, usize, bool),
+    ) -> Result<(Vec<f64>, Option<O::Tensor>)> {
+        let (ops, c) = (&self.ops, &self.config);
+        let total = ops.shape(&saved.x)[0];
+        let [q, k, v] = self.qkv(layer, &saved.x, rotations)?;
+        let d_out = ops.linear_backward(&d_y, &layer.o.weight)?;
+        let d_out = self.place(d_out, rows, total)?;
+        let d_out = ops.reshape(d_out, &[total, c.num_attention_heads, c.head_dim])?;
+        let inputs = InfluenceInputs {
+            q: &q,
+            k: &k,
+            v: &v,
+            out: &saved.out,
+            lse: &saved.lse,
+            d_out: &d_out,
+            block,
+            sign: objective.sign(),
+            gradients,
+        };
+        let output =
+            ops.exact_attention().influence(&inputs, self.scale()).map_err(Error::backend)?;
+        let Some(Gradients { d_q, d_k, d_v }) = output.gradients else {
+            return Ok((output.blocks, None));
+        };
+        let unrotate = |g| -> Result<O::Tensor> {
+            let g = ops.rope(g, c.head_dim, rotations, true)?;
+            self.flatten(g)
+        };
+        let d_qkv = [unrotate(d_q)?, unrotate(d_k)?, self.flatten(d_v)?];
+        let d_h = ops.linears_backward(&d_qkv, &layer.qkv)?;
+        let through = ops.rms_norm_backward(&saved.x, &layer.attention_norm, self.eps(), &d_h)?;
+        let d_x = ops.add(through, &self.place(d_y, rows, total)?)?;
+        Ok((output.blocks, Some(d_x)))
+    }
+
+    fn place(&self, x: O::Tensor, rows: &Range<usize>, total: usize) -> Result<O::Tensor> {
+        if rows.len() == total { Ok(x) } else { self.ops.place_rows(&x, rows.clone(), total) }
+    }
+
+    fn flatten(&self, x: O::Tensor) -> Result<O::Tensor> {
+        let shape = self.ops.shape(&x);
+        self.ops.reshape(x, &[shape[0], shape[1..].iter().product()])
+    }
+}
