@@ -3,7 +3,7 @@ use std::time::Instant;
 
 use moa_core::{InfluenceInputs, InfluenceOutput, LayerLayout, Span, SparseAttentionBackend};
 
-use crate::extend::{self, Inputs};
+use crate::attention::{self, Inputs};
 use crate::{Cache, CacheDtype, Error, Result, Tensor, influence};
 
 /// Attention on CPU threads and SIMD.
@@ -53,7 +53,7 @@ impl SparseAttentionBackend for CpuBackend {
         scale: f32,
         lse: bool,
     ) -> Result<(Tensor, Option<Tensor>)> {
-        extend::extend(caches, tokens, &Inputs { q, k, v, scale, lse })
+        attention::extend(caches, tokens, &Inputs { q, k, v, scale, lse })
     }
 
     fn len(&self, cache: &Cache) -> usize {

@@ -34,12 +34,13 @@
 //! Work above a measured threshold is spread over the current rayon pool; smaller calls, such as one
 //! decode step of a small model, run on the calling thread.
 
+mod attention;
 mod backend;
 mod cache;
 mod element;
 mod error;
-mod extend;
 mod influence;
+mod linear;
 pub mod ops;
 mod pool;
 mod simd;

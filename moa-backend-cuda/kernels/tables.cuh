@@ -1,4 +1,4 @@
-// What the host passes to every kernel. Mirrored by `src/tables.rs`; sizes are asserted there.
+// What the host passes to every kernel. Mirrored by `src/kernels/tables.rs`; sizes are asserted there.
 // Plain pointers, element strides and small tables, so that any engine can launch the kernels on
 // its own memory and stream. No standard headers: NVRTC needs no include path.
 #pragma once

@@ -2,11 +2,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use moa_core::{InfluenceInputs, InfluenceOutput, LayerLayout, SparseAttentionBackend};
 
-use crate::compile::Variant;
+use crate::attention::step::{Batch, Step, Tensors};
+use crate::attention::timing;
+use crate::kernels::compile::Variant;
 use crate::memory::Workspace;
-use crate::step::{Batch, Step, Tensors};
 use crate::tensor::Form;
-use crate::{Cache, Device, Dtype, Error, Operations, Result, Tensor, influence, timing};
+use crate::{Cache, Device, Dtype, Error, Operations, Result, Tensor, influence};
 
 /// Attention on one GPU.
 ///

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, result};
 use moa_core::{Extent, LayerLayout};
 
-use crate::compile::Variant;
+use crate::kernels::compile::Variant;
+use crate::kernels::tables::{DevicePointer, Geometry};
 use crate::memory::address;
-use crate::tables::{DevicePointer, Geometry};
 use crate::{Device, Dtype, Error, Result};
 
 /// Keys and values of one sequence in one layer, in one piece of device memory: keys

@@ -50,46 +50,40 @@
 //! inside candle; with the feature `burn`, the module `burn` has the same backend on burn's tensors.
 
 mod arena;
+mod attention;
 mod backend;
 #[cfg(feature = "burn")]
 pub mod burn;
 mod cache;
-mod check;
-mod compile;
-mod cubin_cache;
 mod device;
 mod dtype;
-pub mod e4m3;
 mod error;
 mod graph;
 mod influence;
 mod kernels;
 mod library;
+mod linear;
 mod memory;
 mod nccl;
 mod ops;
-mod plan;
 mod pool;
-mod source;
-mod step;
-pub mod tables;
 mod tensor;
-mod timing;
 
 pub use arena::Arena;
+pub use attention::step::{Batch, Rope, Step, Tensors};
 pub use backend::CudaBackend;
 pub use cache::Cache;
-pub use compile::{Architecture, HEAD_DIMS, Variant, compile};
 pub use device::{Device, RawStream};
 pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use graph::Graph;
-pub use kernels::Kernels;
+pub use kernels::compile::{Architecture, HEAD_DIMS, Variant, compile};
+pub use kernels::source::Source;
+pub use kernels::{Kernels, tables};
+pub use linear::{E4m3Weight, Weight, e4m3};
 pub use memory::Workspace;
 pub use nccl::{Nccl, NcclId};
-pub use ops::{AttentionGradients, Draw, E4m3Weight, Indices, Lengths, Operations, Turns, Weight};
-pub use source::Source;
-pub use step::{Batch, Rope, Step, Tensors};
+pub use ops::{AttentionGradients, Draw, Indices, Lengths, Operations, Turns};
 pub use tensor::Tensor;
 
 /// The README's example compiles.

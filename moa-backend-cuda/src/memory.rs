@@ -2,8 +2,8 @@
 
 use cudarc::driver::{CudaEvent, CudaSlice, DevicePtr, DeviceRepr, PinnedHostSlice, result, sys};
 
-use crate::plan::{Launch, Plan};
-use crate::tables::DevicePointer;
+use crate::attention::schedule::{Launch, Plan};
+use crate::kernels::tables::DevicePointer;
 use crate::{Device, Error, RawStream, Result};
 
 /// Address of a slice. Ordering between streams is up to the caller, as nothing is tracked.

@@ -7,7 +7,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::arena::Memory;
-use crate::tables::{DevicePointer, Packed};
+use crate::kernels::tables::{DevicePointer, Packed};
 use crate::{Device, Dtype, Error, Result};
 
 /// Row-major activations in device memory with one to three axes, the first of which packs the

@@ -1,7 +1,7 @@
 use moa_core::{InfluenceInputs, InfluenceOutput, LayerLayout, SparseAttentionBackend};
 
-use crate::extend::{self, Call};
-use crate::{Cache, Device, Dtype, Error, MatrixUnits, Result, Tensor, influence, timing};
+use crate::attention::{self, Call, timing};
+use crate::{Cache, Device, Dtype, Error, MatrixUnits, Result, Tensor, influence};
 
 /// Attention on one GPU.
 ///
@@ -27,7 +27,7 @@ impl WgpuBackend {
 
     /// Whether long chunks with heads of this size take the matrix-unit kernel, emulated or not.
     pub fn has_matrix_units(&self, head_dim: usize) -> bool {
-        let limits = extend::Limits::of(&self.device);
+        let limits = attention::Limits::of(&self.device);
         self.matrix_units.blocks(&self.device, &limits, self.dtype, head_dim).is_some()
     }
 
@@ -65,7 +65,7 @@ impl SparseAttentionBackend for WgpuBackend {
         scale: f32,
         lse: bool,
     ) -> Result<(Tensor, Option<Tensor>)> {
-        let query_heads = extend::check(&self.device, caches, tokens, [q, k, v])?;
+        let query_heads = attention::check(&self.device, caches, tokens, [q, k, v])?;
         let rows = &q.shape()[..2];
         let [out, stats] = self.device.alloc_two("tensor", q.len(), rows.iter().product())?;
         let out = Tensor::from_handle(&self.device, out, q.shape())?;

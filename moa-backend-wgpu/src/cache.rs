@@ -3,7 +3,7 @@ use std::sync::Arc;
 use cubecl::server::Handle;
 use moa_core::{Extent, LayerLayout};
 
-use crate::extend::arg;
+use crate::attention::arg;
 use crate::kernels::copy::copy;
 use crate::kernels::keys::{HEAD_FIELDS, Head};
 use crate::{Device, Dtype, Error, Result};

@@ -40,13 +40,14 @@ use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeDevice, kernel};
 use moa_core::{InfluenceInputs, InfluenceOutput, LayerLayout, SparseAttentionBackend};
 
+use crate::attention::step::{Batch, Step, Tensors};
+use crate::attention::timing;
 use crate::backend::check;
-use crate::compile::Variant;
 use crate::influence::Sweep;
+use crate::kernels::compile::Variant;
+use crate::kernels::tables::Packed;
 use crate::memory::Workspace;
-use crate::step::{Batch, Step, Tensors};
-use crate::tables::Packed;
-use crate::{Cache, Device, Dtype, Error, Result, timing};
+use crate::{Cache, Device, Dtype, Error, Result};
 use server::Server;
 use view::View;
 

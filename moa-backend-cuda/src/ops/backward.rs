@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use cudarc::driver::result;
 
-use super::blas::Product;
 use super::launch::{BACKWARD, OpArgs, OpKernels};
 use super::{Operations, check_dtype, check_shape, shaped};
-use crate::source::Source;
-use crate::tables::DevicePointer;
+use crate::kernels::source::Source;
+use crate::kernels::tables::DevicePointer;
+use crate::linear::blas::Product;
 use crate::{Dtype, Error, Result, Tensor};
 
 /// Queries whose probabilities are in memory at once.

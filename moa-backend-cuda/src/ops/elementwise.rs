@@ -187,7 +187,7 @@ impl Operations {
     }
 
     /// An f32 tensor, rounded.
-    pub(super) fn cast(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn cast(&self, x: &Tensor) -> Result<Tensor> {
         const OP: &str = "cast";
         self.check_rows(OP, "x", x)?;
         let out = Tensor::uninitialised(&self.device, OP, x.shape(), self.dtype)?;

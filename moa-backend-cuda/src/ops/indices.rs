@@ -4,8 +4,8 @@ use cudarc::driver::CudaSlice;
 
 use super::launch::OpArgs;
 use super::{Operations, check_dtype, shaped};
+use crate::kernels::tables::DevicePointer;
 use crate::memory::address;
-use crate::tables::DevicePointer;
 use crate::{Device, Dtype, Error, Result, Step, Tensor};
 
 /// Indices of rows, i32, in device memory.

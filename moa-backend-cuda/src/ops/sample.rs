@@ -2,8 +2,8 @@
 
 use super::launch::SAMPLE;
 use super::{Indices, Operations, check_dtype};
-use crate::source::Source;
-use crate::tables::DevicePointer;
+use crate::kernels::source::Source;
+use crate::kernels::tables::DevicePointer;
 use crate::{Dtype, Error, Result, Tensor};
 
 /// How tokens are drawn from logits: each restriction applies to what the one before left.

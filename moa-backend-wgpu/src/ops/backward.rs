@@ -5,7 +5,7 @@ use std::ops::Range;
 use cubecl::{CubeCount, CubeDim};
 
 use super::{grid, pairwise};
-use crate::extend::{Limits, Row, arg, square};
+use crate::attention::{Limits, Row, arg, square};
 use crate::kernels::linear::backward;
 use crate::kernels::rows as kernels;
 use crate::kernels::rows::NORM_UNITS;

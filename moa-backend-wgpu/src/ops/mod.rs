@@ -2,14 +2,13 @@
 //! queued.
 
 mod backward;
-mod linear;
 
+pub use crate::linear::{Layer, linear, linear_add, linears};
 pub use backward::{linear_backward, place_rows, rms_norm_backward, swiglu_backward};
-pub use linear::{Layer, linear, linear_add, linears};
 
 use cubecl::{CubeCount, CubeDim};
 
-use crate::extend::{Limits, Row, arg};
+use crate::attention::{Limits, Row, arg};
 use crate::kernels::rows as kernels;
 use crate::kernels::rows::NORM_UNITS;
 use crate::{Device, Dtype, Error, Matrix, Result, Tensor};
@@ -177,7 +176,7 @@ pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
 }
 
 /// `x + y` of each row of `x` and the one row of `y`, which has as many elements.
-fn add_rows(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+pub(crate) fn add_rows(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     let (out, cubes) = pairwise("add", x, x)?;
     launch_add(x, y, &out, cubes);
     Ok(out)

@@ -6,7 +6,9 @@
 
 mod check;
 mod decode;
-mod plan;
+pub(crate) mod matrix_units;
+mod schedule;
+pub(crate) mod timing;
 
 use cubecl::prelude::BufferArg;
 use cubecl::server::Handle;
@@ -22,8 +24,8 @@ use crate::{Cache, Device, Dtype, MatrixUnits, Result, Tensor};
 
 pub(crate) use check::check;
 use decode::Decode;
-use plan::Step;
-pub(crate) use plan::{Limits, Row, square};
+use schedule::Step;
+pub(crate) use schedule::{Limits, Row, square};
 
 const OP: &str = "extend";
 

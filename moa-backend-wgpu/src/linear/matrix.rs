@@ -1,6 +1,6 @@
 use cubecl::server::Handle;
 
-use crate::extend::arg;
+use crate::attention::arg;
 use crate::kernels::random::random;
 use crate::{Device, Dtype, Error, Result};
 

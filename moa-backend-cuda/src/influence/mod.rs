@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use moa_core::{Gradients, InfluenceInputs, InfluenceOutput, InfluenceSign};
 
-use crate::compile::Variant;
 use crate::kernels::Kernels;
-use crate::tables::{DevicePointer, InfluenceArgs, Packed};
+use crate::kernels::compile::Variant;
+use crate::kernels::tables::{DevicePointer, InfluenceArgs, Packed};
 use crate::tensor::Form;
 use crate::{Device, Dtype, Error, Operations, RawStream, Result, Tensor};
 

@@ -10,8 +10,8 @@ use cudarc::cublaslt::sys::{
 };
 use cudarc::driver::CudaSlice;
 
+use crate::kernels::tables::DevicePointer;
 use crate::memory::address;
-use crate::tables::DevicePointer;
 use crate::{Device, Dtype, Error, Result, library};
 
 /// `d[m, n] = a[m, k] . weight`, or `d +=`; row-major.

@@ -1,7 +1,7 @@
 use cubecl::ir::features::{MmaConfig, Plane};
 use cubecl::ir::{ElemType, FloatKind};
 
-use crate::extend::Limits;
+use super::Limits;
 use crate::kernels::blocks::{Blocks, CHUNK, PLANE, SIDE};
 use crate::{Device, Dtype};
 

@@ -2,7 +2,7 @@ use std::ops::Range;
 
 use moa_core::HeadLayout;
 
-use crate::tables::Geometry;
+use crate::kernels::tables::Geometry;
 
 /// Fewest keys per partial result of the split kernel, counted over the keys that the new tokens see.
 pub(crate) const MIN_SPLIT_KEYS: usize = 512;
@@ -282,5 +282,5 @@ impl Plan {
 }
 
 #[cfg(test)]
-#[path = "plan_tests.rs"]
+#[path = "schedule_tests.rs"]
 mod tests;

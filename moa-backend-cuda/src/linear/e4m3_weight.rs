@@ -4,13 +4,15 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::blas::Product;
-use super::launch::{E4M3, OpArgs, OpKernels};
-use super::{Operations, PIECE_BYTES, shaped};
+use super::e4m3;
+use crate::Operations;
 use crate::arena::Memory;
 use crate::graph::is_capturing;
-use crate::source::Source;
-use crate::tables::DevicePointer;
-use crate::{Device, Dtype, Error, Result, Tensor, e4m3};
+use crate::kernels::source::Source;
+use crate::kernels::tables::DevicePointer;
+use crate::ops::launch::{E4M3, OpArgs, OpKernels};
+use crate::ops::{PIECE_BYTES, shaped};
+use crate::{Device, Dtype, Error, Result, Tensor};
 
 /// A linear layer's weight in e4m3, with one f32 factor for each output: a byte per element.
 ///
@@ -32,7 +34,7 @@ impl E4m3Weight {
         self.shape
     }
 
-    pub(super) fn device(&self) -> &Device {
+    pub(crate) fn device(&self) -> &Device {
         &self.device
     }
 }
@@ -181,7 +183,7 @@ impl Operations {
         Ok(E4m3Weight { device: self.device.clone(), bytes, scales, shape })
     }
 
-    fn e4m3_memory(&self, op: &'static str, [out, input]: [usize; 2]) -> Result<Memory> {
+    pub(crate) fn e4m3_memory(&self, op: &'static str, [out, input]: [usize; 2]) -> Result<Memory> {
         let fits = |n: usize| i32::try_from(n).is_ok();
         if !input.is_multiple_of(16) || !fits(input) || !fits(out) {
             let expected = "fewer than 2^31 rows of a multiple of 16 elements";
@@ -190,12 +192,12 @@ impl Operations {
         Memory::new(&self.device, "weight", out.saturating_mul(input))
     }
 
-    fn e4m3_kernels(&self) -> Result<Arc<OpKernels>> {
+    pub(crate) fn e4m3_kernels(&self) -> Result<Arc<OpKernels>> {
         self.lazily(&self.e4m3, Source::E4m3, &E4M3)
     }
 
     /// `d (+)= x . weight^T`; shapes, types and places were checked.
-    pub(super) fn product_e4m3(
+    pub(crate) fn product_e4m3(
         &self,
         x: &Tensor,
         weight: &E4m3Weight,

@@ -1,4 +1,4 @@
-use crate::step::Batch;
+use crate::attention::step::Batch;
 use crate::{Cache, Error, Result};
 
 const OP: &str = "Step::prepare";

@@ -1,8 +1,16 @@
 //! Matrix products with weights.
 
-use super::blas::Product;
-use super::launch::OpArgs;
-use super::{E4m3Weight, Operations, check_dtype, check_shape, shaped};
+pub(crate) mod blas;
+pub mod e4m3;
+mod e4m3_weight;
+mod gemv;
+
+use blas::Product;
+pub use e4m3_weight::E4m3Weight;
+
+use crate::Operations;
+use crate::ops::launch::OpArgs;
+use crate::ops::{check_dtype, check_shape, shaped};
 use crate::{Dtype, Error, Result, Tensor};
 
 /// A linear layer's weight, `[out, in]`.
@@ -90,7 +98,7 @@ impl Operations {
         Ok(sum)
     }
 
-    fn weight_shape(&self, op: &'static str, weight: Weight<'_>) -> Result<[usize; 2]> {
+    pub(crate) fn weight_shape(&self, op: &'static str, weight: Weight<'_>) -> Result<[usize; 2]> {
         const WHAT: &str = "weight";
         match weight {
             Weight::Wide(weight) => self.matrix(op, WHAT, weight),
@@ -104,7 +112,7 @@ impl Operations {
     }
 
     /// `d (+)= x . weight^T`.
-    fn multiply(
+    pub(crate) fn multiply(
         &self,
         op: &'static str,
         x: &Tensor,
@@ -126,7 +134,7 @@ impl Operations {
     }
 
     /// Where a product may be written: f32, or the type of the operations.
-    fn check_output(&self, op: &'static str, d: &Tensor) -> Result<()> {
+    pub(crate) fn check_output(&self, op: &'static str, d: &Tensor) -> Result<()> {
         self.check_place(op, "out", d)?;
         match d.dtype() {
             Dtype::F32 => Ok(()),
@@ -135,7 +143,7 @@ impl Operations {
     }
 
     /// An input of a product in the type of the operations.
-    fn rounded(&self, op: &'static str, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn rounded(&self, op: &'static str, x: &Tensor) -> Result<Tensor> {
         self.check_place(op, "x", x)?;
         match x.dtype() {
             Dtype::F32 => self.cast(x),
@@ -145,7 +153,7 @@ impl Operations {
     }
 
     /// `d (+)= x . weight^T`, or `x . weight` unless transposed.
-    pub(super) fn product(
+    pub(crate) fn product(
         &self,
         op: &'static str,
         x: &Tensor,
@@ -182,7 +190,7 @@ impl Operations {
         unsafe { self.blas.run(product, x.pointer(), weight.pointer(), d.pointer()) }
     }
 
-    fn add_bias(&self, y: &Tensor, bias: Option<&Tensor>) -> Result<()> {
+    pub(crate) fn add_bias(&self, y: &Tensor, bias: Option<&Tensor>) -> Result<()> {
         const OP: &str = "linear";
         let Some(bias) = bias else { return Ok(()) };
         self.check_rows(OP, "out", y)?;

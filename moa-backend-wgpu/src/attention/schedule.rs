@@ -118,5 +118,5 @@ pub(crate) fn square(limits: &Limits, rows: usize, width: usize) -> Tile {
 }
 
 #[cfg(test)]
-#[path = "plan_tests.rs"]
+#[path = "schedule_tests.rs"]
 mod tests;

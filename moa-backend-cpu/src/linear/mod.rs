@@ -97,7 +97,7 @@ pub fn linear(x: &Tensor, weight: WeightRef<'_>, bias: Option<&[f32]>) -> Result
         });
     }
     if let Some(bias) = bias {
-        super::by_rows(y.data_mut(), n, 1, |_, rows| {
+        crate::ops::by_rows(y.data_mut(), n, 1, |_, rows| {
             for row in rows.chunks_exact_mut(n) {
                 row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
             }

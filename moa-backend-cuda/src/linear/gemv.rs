@@ -1,10 +1,10 @@
 //! Products of few rows.
 
-use super::Operations;
-use super::launch::GEMV;
+use crate::Operations;
 use crate::graph::is_capturing;
-use crate::source::Source;
-use crate::tables::DevicePointer;
+use crate::kernels::source::Source;
+use crate::kernels::tables::DevicePointer;
+use crate::ops::launch::GEMV;
 use crate::{Dtype, Result, Tensor};
 
 /// As in `kernels/gemv.cu`.
@@ -32,13 +32,13 @@ const BLOCK_ROWS: usize = 8;
 
 impl Operations {
     /// Whether [`gemv`](Self::gemv) has a kernel for so many rows of `x`.
-    pub(super) fn has_gemv(x: &Tensor) -> bool {
+    pub(crate) fn has_gemv(x: &Tensor) -> bool {
         let rows = x.shape()[0];
         (1..=GEMV.len()).contains(&rows) && x.stride().is_multiple_of(8)
     }
 
     /// `d (+)= x . weight^T`; shapes, types and places were checked.
-    pub(super) fn gemv(
+    pub(crate) fn gemv(
         &self,
         x: &Tensor,
         weight: &Tensor,

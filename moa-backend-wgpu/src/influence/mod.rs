@@ -3,7 +3,7 @@
 use cubecl::{CubeCount, CubeDim};
 use moa_core::{Gradients, InfluenceInputs, InfluenceOutput, InfluenceSign};
 
-use crate::extend::{Limits, Row, arg, square};
+use crate::attention::{Limits, Row, arg, square};
 use crate::kernels::influence::{influence as blocks, key_gradient, query_gradient, row_dots};
 use crate::kernels::tile::Tile;
 use crate::{Device, Error, MAX_HEAD_DIM, Result, Tensor};

@@ -1,5 +1,10 @@
 //! Launching the kernels on any stream and any memory of the device.
 
+pub(crate) mod compile;
+mod cubin_cache;
+pub(crate) mod source;
+pub mod tables;
+
 use std::ffi::c_void;
 use std::sync::Arc;
 
@@ -10,10 +15,10 @@ use cudarc::driver::sys::{
 use cudarc::driver::{CudaContext, CudaFunction};
 use cudarc::nvrtc::Ptx;
 
-use crate::compile::{Variant, compile};
-use crate::plan::Path;
-use crate::source::Source;
-use crate::tables::{AppendArgs, DevicePointer, ExtendArgs, InfluenceArgs};
+use crate::attention::schedule::Path;
+use crate::kernels::compile::{Variant, compile};
+use crate::kernels::source::Source;
+use crate::kernels::tables::{AppendArgs, DevicePointer, ExtendArgs, InfluenceArgs};
 use crate::{Device, Error, RawStream, Result};
 
 /// Dynamic shared memory that needs no permission beside the kernels' own static memory, which
@@ -147,7 +152,7 @@ impl Kernels {
     ///
     /// # Safety
     /// Every address in `args` and in the tables that it points to is device memory of this device
-    /// of the size that [`AppendArgs`], [`crate::tables::Sequence`] and [`crate::tables::Head`] say,
+    /// of the size that [`AppendArgs`], [`crate::kernels::tables::Sequence`] and [`crate::kernels::tables::Head`] say,
     /// alive until the stream has passed this launch and written by nothing else meanwhile;
     /// `lens[s] + tokens` is at most the capacity of the layout; `stream` is a stream of this
     /// device's primary context.

@@ -2,8 +2,8 @@
 
 mod check;
 mod keys;
-mod plan;
 mod row;
+mod schedule;
 mod stage;
 mod tile;
 
@@ -11,7 +11,7 @@ use moa_core::HeadLayout;
 
 use self::check::Shape;
 use self::keys::Source;
-use self::plan::{Kind, Plan, Sequence, Task};
+use self::schedule::{Kind, Plan, Sequence, Task};
 use crate::cache::{Cache, Pair, with_store};
 use crate::element::Element;
 use crate::pool::{self, SharedMut};
@@ -45,7 +45,7 @@ pub(crate) fn extend(
             .zip(tokens)
             .map(|(cache, &tokens)| Sequence { layout: &cache.layout, len: cache.len(), tokens })
             .collect();
-        let plan = plan::plan(&sequences, shape.group, shape.head_dim);
+        let plan = schedule::plan(&sequences, shape.group, shape.head_dim);
         let call = Call {
             caches,
             tokens,
@@ -108,9 +108,9 @@ impl Call<'_> {
         let mut row_heads = Vec::new();
         let mut start = 0;
         for (sequence, (cache, &tokens)) in self.caches.iter().zip(self.tokens).enumerate() {
-            if plan::uses_rows(tokens, self.shape.group) {
+            if schedule::uses_rows(tokens, self.shape.group) {
                 for (kv_head, head) in cache.layout.heads().iter().enumerate() {
-                    let splits = plan::splits(head, cache.len(), tokens);
+                    let splits = schedule::splits(head, cache.len(), tokens);
                     row_heads.push(RowHead { sequence, kv_head, splits, start });
                     start += splits * self.split_len(sequence);
                 }
@@ -160,7 +160,7 @@ impl Call<'_> {
                 let same = |r: &&RowHead| r.sequence == sequence && r.kv_head == kv_head;
                 let Some(row_head) = row_heads.iter().find(same) else { return };
                 let len = self.split_len(sequence);
-                let start = row_head.start + split.start / plan::SPLIT_KEYS * len;
+                let start = row_head.start + split.start / schedule::SPLIT_KEYS * len;
                 workspace::run(row::RowTask {
                     head,
                     len: cache.len(),

@@ -1,17 +1,21 @@
 //! Linear layers. Few rows take a kernel that reads the weight once, many rows matrix units where the device has
 //! them for the type that is asked for, and tiles in f32 everywhere else.
 
+pub(crate) mod matrix;
+#[cfg(feature = "vulkan")]
+mod products;
+
 use cubecl::prelude::SequenceArg;
 use cubecl::server::Handle;
 use cubecl::{CubeCount, CubeDim};
 
-use super::{add, add_rows};
-use crate::extend::{Limits, Row, arg, square, words};
+use crate::attention::{Limits, Row, arg, square, words};
 use crate::kernels::few_rows::{FEATURES, LayerLaunch, Shape, UNITS, few_rows};
 use crate::kernels::linear::many_rows;
-#[cfg(feature = "vulkan")]
-use crate::products::product;
+use crate::ops::{add, add_rows};
 use crate::{Device, Dtype, Error, Matrix, Result, Tensor};
+#[cfg(feature = "vulkan")]
+use products::product;
 
 const OP: &str = "linear";
 

@@ -7,7 +7,7 @@ use moa_core::HeadLayout;
 use pulp::Simd;
 
 use super::keys::{Segment, Source, segments, visible};
-use super::plan::SPLIT_KEYS;
+use super::schedule::SPLIT_KEYS;
 use super::tile::NOTHING;
 use crate::element::Element;
 use crate::simd::dot::{Rows, dots, weighted_sum};

@@ -4,10 +4,11 @@ use std::ffi::{CString, c_char, c_int};
 
 use cudarc::nvrtc::{result, sys};
 
+use super::cubin_cache;
+use crate::attention::schedule::MIN_SPLIT_KEYS;
 use crate::dtype::Dtype;
-use crate::plan::MIN_SPLIT_KEYS;
-use crate::source::{HEADERS, Source};
-use crate::{Error, Result, cubin_cache, library};
+use crate::kernels::source::{HEADERS, Source};
+use crate::{Error, Result, library};
 
 /// Head dimensions that the kernels are written for.
 pub const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use cudarc::driver::{CudaEvent, result, sys};
 use moa_core::{LayerLayout, Span};
 
-use crate::compile::Variant;
+use crate::attention::step::{Batch, Step, Tensors};
+use crate::kernels::compile::Variant;
+use crate::kernels::tables::Geometry;
 use crate::memory::Workspace;
-use crate::step::{Batch, Step, Tensors};
-use crate::tables::Geometry;
 use crate::{Cache, Device, Error, Result, Tensor};
 
 const OP: &str = "decode_seconds";

@@ -4,11 +4,11 @@ use std::sync::Arc;
 use bytemuck::Pod;
 use cudarc::driver::CudaSlice;
 
-use crate::check::check;
+use crate::attention::check::check;
+use crate::attention::schedule::{Dims, Plan, Request};
 use crate::kernels::Kernels;
+use crate::kernels::tables::{AppendArgs, DevicePointer, ExtendArgs, Head, Packed, Sequence};
 use crate::memory::{Staging, Workspace, address, grow};
-use crate::plan::{Dims, Plan, Request};
-use crate::tables::{AppendArgs, DevicePointer, ExtendArgs, Head, Packed, Sequence};
 use crate::{Cache, Device, Error, RawStream, Result};
 
 /// Which sequences a step extends, and by how much.

@@ -1,6 +1,6 @@
 //! The kernels' sources, part of the library.
 
-use crate::compile::{Architecture, HEAD_DIMS};
+use super::compile::{Architecture, HEAD_DIMS};
 
 /// A file of kernels, compiled as one module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -29,10 +29,10 @@ pub enum Source {
 
 /// What `#include` may name.
 pub(crate) const HEADERS: [(&str, &str); 4] = [
-    ("common.cuh", include_str!("../kernels/common.cuh")),
-    ("rows.cuh", include_str!("../kernels/rows.cuh")),
-    ("tables.cuh", include_str!("../kernels/tables.cuh")),
-    ("wgmma.cuh", include_str!("../kernels/wgmma.cuh")),
+    ("common.cuh", include_str!("../../kernels/common.cuh")),
+    ("rows.cuh", include_str!("../../kernels/rows.cuh")),
+    ("tables.cuh", include_str!("../../kernels/tables.cuh")),
+    ("wgmma.cuh", include_str!("../../kernels/wgmma.cuh")),
 ];
 
 impl Source {
@@ -82,16 +82,16 @@ impl Source {
 
     pub(crate) fn text(self) -> &'static str {
         match self {
-            Self::Append => include_str!("../kernels/append.cu"),
-            Self::Decode => include_str!("../kernels/decode.cu"),
-            Self::Tile => include_str!("../kernels/tile.cu"),
-            Self::Wgmma => include_str!("../kernels/wgmma.cu"),
-            Self::Influence => include_str!("../kernels/influence.cu"),
-            Self::Ops => include_str!("../kernels/ops.cu"),
-            Self::Backward => include_str!("../kernels/backward.cu"),
-            Self::Sample => include_str!("../kernels/sample.cu"),
-            Self::Gemv => include_str!("../kernels/gemv.cu"),
-            Self::E4m3 => include_str!("../kernels/e4m3.cu"),
+            Self::Append => include_str!("../../kernels/append.cu"),
+            Self::Decode => include_str!("../../kernels/decode.cu"),
+            Self::Tile => include_str!("../../kernels/tile.cu"),
+            Self::Wgmma => include_str!("../../kernels/wgmma.cu"),
+            Self::Influence => include_str!("../../kernels/influence.cu"),
+            Self::Ops => include_str!("../../kernels/ops.cu"),
+            Self::Backward => include_str!("../../kernels/backward.cu"),
+            Self::Sample => include_str!("../../kernels/sample.cu"),
+            Self::Gemv => include_str!("../../kernels/gemv.cu"),
+            Self::E4m3 => include_str!("../../kernels/e4m3.cu"),
         }
     }
 }
