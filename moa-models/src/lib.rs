@@ -25,7 +25,7 @@ pub use checkpoint::template::{ChatTemplate, Message};
 pub use checkpoint::tokenizer::{TokenStream, Tokenizer};
 pub use checkpoint::{Checkpoint, Completion, TextProgress};
 pub use decoder::config::LlamaConfig;
-pub use decoder::llama::{Llama, LogitRows, Sequence};
+pub use decoder::model::{Llama, LogitRows, Sequence};
 pub use decoder::rope::RopeTable;
 pub use decoder::rope_scaling::RopeScaling;
 pub use decoder::shard::{Communicator, Rank, Shard, on_ranks};

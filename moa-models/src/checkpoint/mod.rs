@@ -21,7 +21,7 @@ use crate::checkpoint::safetensors::Weights;
 use crate::checkpoint::template::{ChatTemplate, Message};
 use crate::checkpoint::tokenizer::Tokenizer;
 use crate::decoder::config::LlamaConfig;
-use crate::decoder::llama::{Llama, Sequence};
+use crate::decoder::model::{Llama, Sequence};
 use crate::decoder::shard::Shard;
 use crate::device::Ops;
 use crate::engine::generate::{Finish, GenerateOptions, Generation, Next, Progress};

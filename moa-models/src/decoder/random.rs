@@ -2,7 +2,7 @@
 
 use crate::decoder::block::{Layer, Linear};
 use crate::decoder::config::LlamaConfig;
-use crate::decoder::llama::Llama;
+use crate::decoder::model::Llama;
 use crate::decoder::shard::Shard;
 use crate::device::RandomWeights;
 use crate::{Error, Result};

@@ -10,7 +10,7 @@ use moa_core::{ModelShape, Plan, Sharding};
 use crate::checkpoint::safetensors::Weights;
 use crate::decoder::block::Linear;
 use crate::decoder::config::LlamaConfig;
-use crate::decoder::llama::Llama;
+use crate::decoder::model::Llama;
 use crate::device::Ops;
 use crate::{Error, Result};
 

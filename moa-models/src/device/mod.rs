@@ -12,7 +12,7 @@ use std::ops::Range;
 use moa_core::SparseAttentionBackend;
 
 use crate::checkpoint::mapped::MappedTensor;
-use crate::decoder::llama::{Llama, Sequence};
+use crate::decoder::model::{Llama, Sequence};
 use crate::decoder::rope::RopeTable;
 use crate::engine::decode::{Decode, Stepwise};
 use crate::{Error, Result};

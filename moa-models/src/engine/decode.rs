@@ -1,6 +1,6 @@
 //! Steps of one token per sequence, of a batch that stays the same.
 
-use crate::decoder::llama::{Llama, LogitRows, Sequence};
+use crate::decoder::model::{Llama, LogitRows, Sequence};
 use crate::device::Ops;
 use crate::engine::sampling::{SamplingOptions, check_logits, likeliest};
 use crate::{Error, Result};

@@ -1,7 +1,7 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use crate::decoder::llama::{Llama, LogitRows, Sequence};
+use crate::decoder::model::{Llama, LogitRows, Sequence};
 use crate::device::Ops;
 use crate::engine::running::Running;
 use crate::engine::sampling::SamplingOptions;

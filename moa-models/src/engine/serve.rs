@@ -1,6 +1,6 @@
 //! Sequences that come and go while others run.
 
-use crate::decoder::llama::{Llama, LogitRows, Sequence};
+use crate::decoder::model::{Llama, LogitRows, Sequence};
 use crate::device::Ops;
 use crate::engine::generate::{GenerateOptions, Generated, Next, Progress};
 use crate::engine::running::Running;

@@ -6,7 +6,7 @@ use std::time::Instant;
 use moa_core::{Influence, Plan};
 use serde::Serialize;
 
-use crate::decoder::llama::{Llama, Sequence};
+use crate::decoder::model::{Llama, Sequence};
 use crate::decoder::shard::Shard;
 use crate::device::{BackwardOps, Ops};
 use crate::find_plan::objective::Objective;

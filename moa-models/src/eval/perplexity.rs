@@ -3,7 +3,7 @@ use std::time::Instant;
 use moa_core::Plan;
 use serde::Serialize;
 
-use crate::decoder::llama::{Llama, LogitRows};
+use crate::decoder::model::{Llama, LogitRows};
 use crate::device::Ops;
 use crate::engine::generate::Next;
 use crate::find_plan::objective::cross_entropy;

@@ -7,7 +7,7 @@ use moa_core::{
 };
 
 use crate::checkpoint::Checkpoint;
-use crate::decoder::llama::Llama;
+use crate::decoder::model::Llama;
 use crate::device::{BackwardOps, Ops};
 use crate::engine::generate::Next;
 use crate::find_plan::calibrate::{CalibrationData, CalibrationOptions};

@@ -4,7 +4,7 @@
 
 use moa_core::{LayerLayout, Plan, SparseAttentionBackend};
 
-use crate::decoder::llama::Llama;
+use crate::decoder::model::Llama;
 use crate::device::Ops;
 use crate::find_plan::objective::cross_entropy;
 use crate::find_plan::profile::Item;

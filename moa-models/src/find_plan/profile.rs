@@ -12,7 +12,7 @@ use moa_core::{
 };
 
 use crate::decoder::block::Layer;
-use crate::decoder::llama::{Llama, parts};
+use crate::decoder::model::{Llama, parts};
 use crate::device::BackwardOps;
 use crate::find_plan::objective::{Objective, WeightedObjective, cross_entropy};
 use crate::{Error, Result};

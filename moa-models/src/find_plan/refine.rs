@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use moa_core::{AtLength, ElasticRule, ModelShape, Plan, PlanRequest, Profile, Trial};
 
-use crate::decoder::llama::Llama;
+use crate::decoder::model::Llama;
 use crate::device::Ops;
 use crate::engine::generate::Next;
 use crate::find_plan::probe::groups;

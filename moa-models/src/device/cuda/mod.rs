@@ -13,7 +13,7 @@ use std::ops::Range;
 use moa_backend_cuda::{CudaBackend, Device, Dtype, Operations, Tensor, Turns};
 
 use crate::checkpoint::mapped::MappedTensor;
-use crate::decoder::llama::{Llama, Sequence};
+use crate::decoder::model::{Llama, Sequence};
 use crate::decoder::rope::RopeTable;
 use crate::device::{LinearWeights, Memory, Ops};
 use crate::engine::decode::Decode;

@@ -6,7 +6,7 @@ use moa_backend_cuda::{
 };
 
 use super::{CudaOps, turns};
-use crate::decoder::llama::{Llama, LogitRows, Sequence};
+use crate::decoder::model::{Llama, LogitRows, Sequence};
 use crate::device::Ops;
 use crate::engine::decode::{Decode, Stepwise};
 use crate::engine::sampling::SamplingOptions;
