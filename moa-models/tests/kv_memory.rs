@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use moa_core::{ElasticRule, Plan};
-use moa_models::{CacheDtype, CpuOps, GenerateOptions, Llama, LlamaConfig, Next, Result, Weights};
+use moa_models::{CacheDtype, Cpu, Decoder, GenerateOptions, ModelConfig, Next, Result, Weights};
 
 /// The system's allocator, with a count of the live bytes.
 struct Counting;
@@ -52,7 +52,7 @@ fn within_2_percent(got: usize, expected: u64, what: &str) {
 /// Generates in a sequence of `capacity` tokens, which the prompt nearly fills. Returns by how much
 /// the heap has grown then, all intermediate results dropped.
 fn holds_what_it_promises(
-    model: &Llama<CpuOps>,
+    model: &Decoder<Cpu>,
     plan: &Plan,
     capacity: usize,
     bytes: usize,
@@ -75,11 +75,11 @@ fn holds_what_it_promises(
     Ok(held - before)
 }
 
-fn load(folder: &Path, cache: CacheDtype) -> Result<Llama<CpuOps>> {
-    Llama::load(CpuOps::new(cache), LlamaConfig::from_file(folder)?, &Weights::open(folder)?)
+fn load(folder: &Path, cache: CacheDtype) -> Result<Decoder<Cpu>> {
+    Decoder::load(Cpu::new(cache), ModelConfig::from_file(folder)?, &Weights::open(folder)?)
 }
 
-fn quarter(model: &Llama<CpuOps>) -> Result<Plan> {
+fn quarter(model: &Decoder<Cpu>) -> Result<Plan> {
     let plan = Plan::uniform(model.shape(), 64, ElasticRule::new(0.0, 0.25)?)?;
     // Heads differ, the mean stays: one keeps everything for what three others leave out.
     let rule = |beta| ElasticRule::new(0.0, beta).map(Into::into);

@@ -1,22 +1,22 @@
 //! Steps of one token per sequence, of a batch that stays the same.
 
-use crate::decoder::model::{Llama, LogitRows, Sequence};
-use crate::device::Ops;
+use crate::decoder::model::{Decoder, LogitRows, Sequence};
+use crate::device::Math;
 use crate::engine::sampling::{SamplingOptions, check_logits, likeliest};
 use crate::{Error, Result};
 
-/// Decode steps of one batch; see [`Llama::decoder`].
+/// Decode steps of one batch; see [`Decoder::decoder`].
 pub trait Decode {
     /// Appends one token to each sequence; the logits of the tokens after them, `[sequences, vocab]`.
     ///
     /// # Errors
-    /// As [`Llama::forward`].
+    /// As [`Decoder::forward`].
     fn step(&mut self, tokens: &[u32]) -> Result<Vec<f32>>;
 
     /// [`step`](Self::step), but only the likeliest token of each; the lowest of equals.
     ///
     /// # Errors
-    /// As [`Llama::forward`], and [`Error::Logits`] if a logit is infinite or not a number.
+    /// As [`Decoder::forward`], and [`Error::Logits`] if a logit is infinite or not a number.
     fn step_greedy(&mut self, tokens: &[u32]) -> Result<Vec<u32>>;
 
     /// Whether the device draws tokens itself.
@@ -41,19 +41,19 @@ pub trait Decode {
     }
 }
 
-/// [`Llama::forward`], step by step.
-pub(crate) struct Stepwise<'a, O: Ops> {
-    model: &'a Llama<O>,
-    batch: Vec<&'a mut Sequence<O>>,
+/// [`Decoder::forward`], step by step.
+pub(crate) struct Stepwise<'a, D: Math> {
+    model: &'a Decoder<D>,
+    batch: Vec<&'a mut Sequence<D>>,
 }
 
-impl<'a, O: Ops> Stepwise<'a, O> {
-    pub(crate) fn new(model: &'a Llama<O>, batch: Vec<&'a mut Sequence<O>>) -> Self {
+impl<'a, D: Math> Stepwise<'a, D> {
+    pub(crate) fn new(model: &'a Decoder<D>, batch: Vec<&'a mut Sequence<D>>) -> Self {
         Self { model, batch }
     }
 }
 
-impl<O: Ops> Decode for Stepwise<'_, O> {
+impl<D: Math> Decode for Stepwise<'_, D> {
     fn step(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
         let tokens: Vec<&[u32]> = tokens.chunks(1).collect();
         let logits = self.model.forward(&mut self.batch, &tokens, LogitRows::Last)?;
@@ -67,16 +67,16 @@ impl<O: Ops> Decode for Stepwise<'_, O> {
     }
 }
 
-impl<O: Ops> Llama<O> {
+impl<D: Math> Decoder<D> {
     /// Decode steps of a batch that stays the same from step to step: faster than
     /// [`forward`](Self::forward) where the device can prepare them.
     ///
     /// # Errors
     /// If there is no sequence, or the device cannot prepare them.
-    pub fn decoder<'a>(&'a self, batch: Vec<&'a mut Sequence<O>>) -> Result<Box<dyn Decode + 'a>> {
+    pub fn decoder<'a>(&'a self, batch: Vec<&'a mut Sequence<D>>) -> Result<Box<dyn Decode + 'a>> {
         match batch.is_empty() {
             true => Err(Error::invalid("batch", "at least 1 sequence", 0)),
-            false => O::decoder(self, batch),
+            false => D::decoder(self, batch),
         }
     }
 }

@@ -1,8 +1,8 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use crate::decoder::model::{Llama, LogitRows, Sequence};
-use crate::device::Ops;
+use crate::decoder::model::{Decoder, LogitRows, Sequence};
+use crate::device::Math;
 use crate::engine::running::Running;
 use crate::engine::sampling::SamplingOptions;
 use crate::{Error, Result};
@@ -108,16 +108,16 @@ impl Generation {
     }
 }
 
-impl<O: Ops> Llama<O> {
+impl<D: Math> Decoder<D> {
     /// Appends tokens in chunks and returns the last one's logits, `[vocab]`. `on_chunk` is told how
     /// many tokens are read and may break off.
     ///
     /// # Errors
-    /// As [`Llama::forward`]; [`Error::Cancelled`] if `on_chunk` breaks off: the sequence then holds
+    /// As [`Decoder::forward`]; [`Error::Cancelled`] if `on_chunk` breaks off: the sequence then holds
     /// the chunks read so far.
     pub fn prefill(
         &self,
-        sequence: &mut Sequence<O>,
+        sequence: &mut Sequence<D>,
         tokens: &[u32],
         chunk: usize,
         on_chunk: &mut dyn FnMut(usize) -> ControlFlow<()>,
@@ -160,7 +160,7 @@ impl<O: Ops> Llama<O> {
     /// vocabulary, if an option is out of range (nothing has changed then), or [`Error::Cancelled`].
     pub fn generate(
         &self,
-        batch: &mut [Sequence<O>],
+        batch: &mut [Sequence<D>],
         prompts: &[&[u32]],
         options: &GenerateOptions,
         on_progress: &mut dyn FnMut(Progress) -> Next,
@@ -207,7 +207,7 @@ impl<O: Ops> Llama<O> {
     }
 
     /// Checks that a sequence has room for a prompt of the vocabulary.
-    pub(crate) fn check_prompt(&self, sequence: &Sequence<O>, prompt: &[u32]) -> Result<()> {
+    pub(crate) fn check_prompt(&self, sequence: &Sequence<D>, prompt: &[u32]) -> Result<()> {
         if prompt.is_empty() {
             return Err(Error::invalid("prompt", "at least 1 token", 0));
         }
@@ -223,7 +223,7 @@ impl<O: Ops> Llama<O> {
     /// Continues sequences whose prompts are read until all have ended; how many tokens that took.
     fn decode(
         &self,
-        batch: &mut [Sequence<O>],
+        batch: &mut [Sequence<D>],
         running: &mut [Running],
         options: &GenerateOptions,
         on_progress: &mut dyn FnMut(Progress) -> Next,

@@ -9,7 +9,7 @@ use moa_models::{
 
 use crate::{continued, greedy, narrow, text, tiny};
 
-type Cpu = moa_models::CpuOps;
+type Cpu = moa_models::Cpu;
 
 fn request(id: u64, prompt: &[u32], options: &GenerateOptions) -> Result<Request<Cpu>> {
     let sequence = tiny().open(&narrow(), prompt.len() + options.max_new_tokens, 0)?;
