@@ -7,6 +7,7 @@ pub(crate) mod hub;
 pub(crate) mod json;
 pub(crate) mod json_style;
 pub(crate) mod mapped;
+pub(crate) mod random;
 pub(crate) mod safetensors;
 pub(crate) mod special_tokens;
 pub(crate) mod template;
@@ -21,11 +22,13 @@ use crate::checkpoint::safetensors::Weights;
 use crate::checkpoint::template::{ChatTemplate, Message};
 use crate::checkpoint::tokenizer::Tokenizer;
 use crate::decoder::config::ModelConfig;
-use crate::decoder::model::{Decoder, Sequence};
+use crate::decoder::model::Decoder;
+use crate::decoder::sequence::Sequence;
 use crate::decoder::shard::Shard;
 use crate::device::Math;
 use crate::engine::generate::{Finish, GenerateOptions, Generation, Next, Progress};
 use crate::engine::stop::StopStrings;
+use crate::families::{FAMILIES, Family};
 use crate::{Error, Result};
 
 /// A Hugging Face model folder, ready to run: weights, tokenizer, chat template, defaults.
@@ -57,7 +60,19 @@ impl<D: Math> Checkpoint<D> {
     /// # Errors
     /// If a file is missing or malformed, or the parts are not of one model.
     pub fn open(device: D, folder: impl AsRef<Path>) -> Result<Self> {
-        Self::open_part(device, folder.as_ref(), None)
+        Self::open_part(device, folder.as_ref(), FAMILIES, None)
+    }
+
+    /// [`open`](Self::open) for a model of one of these families.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_with(
+        device: D,
+        folder: impl AsRef<Path>,
+        families: &[&dyn Family],
+    ) -> Result<Self> {
+        Self::open_part(device, folder.as_ref(), families, None)
     }
 
     /// [`open`](Self::open) with one rank's part of the network.
@@ -65,11 +80,16 @@ impl<D: Math> Checkpoint<D> {
     /// # Errors
     /// As [`open`](Self::open) and [`Decoder::load_shard`].
     pub fn open_shard(device: D, folder: impl AsRef<Path>, shard: Shard<D>) -> Result<Self> {
-        Self::open_part(device, folder.as_ref(), Some(shard))
+        Self::open_part(device, folder.as_ref(), FAMILIES, Some(shard))
     }
 
-    fn open_part(device: D, folder: &Path, shard: Option<Shard<D>>) -> Result<Self> {
-        let config = ModelConfig::from_file(folder)?;
+    fn open_part(
+        device: D,
+        folder: &Path,
+        families: &[&dyn Family],
+        shard: Option<Shard<D>>,
+    ) -> Result<Self> {
+        let config = ModelConfig::from_file_with(folder, families)?;
         let tokenizer = Tokenizer::from_dir(folder)?;
         tokenizer.check_vocab_size(config.vocab_size)?;
         let generation = GenerationConfig::from_dir(folder)?;

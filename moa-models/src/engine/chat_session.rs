@@ -3,7 +3,7 @@ use moa_core::Plan;
 use crate::Result;
 use crate::checkpoint::template::Message;
 use crate::checkpoint::{Checkpoint, Completion, TextProgress};
-use crate::decoder::model::Sequence;
+use crate::decoder::sequence::Sequence;
 use crate::device::Math;
 use crate::engine::generate::{GenerateOptions, Generation, Next};
 

@@ -1,7 +1,9 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use crate::decoder::model::{Decoder, LogitRows, Sequence};
+use crate::decoder::logits::LogitRows;
+use crate::decoder::model::Decoder;
+use crate::decoder::sequence::Sequence;
 use crate::device::Math;
 use crate::engine::running::Running;
 use crate::engine::sampling::SamplingOptions;
@@ -243,37 +245,36 @@ impl<D: Math> Decoder<D> {
         while !going.is_empty() {
             let sequences = batch.iter_mut().zip(running.iter());
             let sequences = sequences.filter(|(_, run)| run.finish.is_none()).map(|(s, _)| s);
-            let mut decoder = self.decoder(sequences.collect())?;
-            // One decoder for as long as no sequence ends.
-            loop {
-                let tokens: Vec<u32> = going.iter().map(|i| running[*i].last()).collect();
-                if plain && (greedy || decoder.can_sample()) {
-                    let chosen = match greedy {
-                        true => decoder.step_greedy(&tokens)?,
-                        false => {
-                            let units: Vec<f64> =
-                                going.iter().map(|i| running[*i].sampler.unit()).collect();
-                            decoder.step_sampled(&tokens, &options.sampling, &units)?
+            // One session for as long as no sequence ends.
+            going = self.in_session(sequences.collect(), |session| {
+                loop {
+                    let tokens: Vec<u32> = going.iter().map(|i| running[*i].last()).collect();
+                    if plain && (greedy || session.can_sample()) {
+                        let chosen = match greedy {
+                            true => session.step_greedy(self, &tokens)?,
+                            false => {
+                                let units: Vec<f64> =
+                                    going.iter().map(|i| running[*i].sampler.unit()).collect();
+                                session.step_sampled(self, &tokens, &options.sampling, &units)?
+                            }
+                        };
+                        for (&i, token) in going.iter().zip(chosen) {
+                            running[i].next = Some(token);
                         }
-                    };
-                    for (&i, token) in going.iter().zip(chosen) {
-                        running[i].next = Some(token);
+                    } else {
+                        let logits = session.step(self, &tokens)?;
+                        for (&i, row) in going.iter().zip(logits.chunks(self.config().vocab_size)) {
+                            running[i].logits = row.to_vec();
+                        }
                     }
-                } else {
-                    let logits = decoder.step(&tokens)?;
-                    for (&i, row) in going.iter().zip(logits.chunks(self.config().vocab_size)) {
-                        running[i].logits = row.to_vec();
+                    decoded += going.len();
+                    going.iter().for_each(|i| room[*i] -= 1);
+                    let still = choose(running, &room)?;
+                    if still != going {
+                        return Ok(still);
                     }
                 }
-                decoded += going.len();
-                going.iter().for_each(|i| room[*i] -= 1);
-                let still = choose(running, &room)?;
-                let same = still == going;
-                going = still;
-                if !same {
-                    break;
-                }
-            }
+            })?;
         }
         Ok(decoded)
     }

@@ -1,6 +1,8 @@
 //! Sequences that come and go while others run.
 
-use crate::decoder::model::{Decoder, LogitRows, Sequence};
+use crate::decoder::logits::LogitRows;
+use crate::decoder::model::Decoder;
+use crate::decoder::sequence::Sequence;
 use crate::device::Math;
 use crate::engine::generate::{GenerateOptions, Generated, Next, Progress};
 use crate::engine::running::Running;
@@ -161,32 +163,35 @@ impl<D: Math> Decoder<D> {
             sequences.push(sequence);
             others.push((*id, &*options, run));
         }
-        let mut decoder = self.decoder(sequences)?;
-        loop {
-            let tokens: Vec<u32> = others.iter().map(|(.., run)| run.last()).collect();
-            if greedy {
-                for ((.., run), token) in others.iter_mut().zip(decoder.step_greedy(&tokens)?) {
-                    run.next = Some(token);
+        self.in_session(sequences, |session| {
+            loop {
+                let tokens: Vec<u32> = others.iter().map(|(.., run)| run.last()).collect();
+                if greedy {
+                    for ((.., run), token) in
+                        others.iter_mut().zip(session.step_greedy(self, &tokens)?)
+                    {
+                        run.next = Some(token);
+                    }
+                } else {
+                    let logits = session.step(self, &tokens)?;
+                    let rows = logits.chunks(self.config().vocab_size);
+                    for ((.., run), row) in others.iter_mut().zip(rows) {
+                        run.logits = row.to_vec();
+                    }
                 }
-            } else {
-                let logits = decoder.step(&tokens)?;
-                let rows = logits.chunks(self.config().vocab_size);
-                for ((.., run), row) in others.iter_mut().zip(rows) {
-                    run.logits = row.to_vec();
+                room.iter_mut().for_each(|room| *room -= 1);
+                let request = next(count);
+                if request.is_some() {
+                    return Ok(request);
+                }
+                for ((id, options, run), room) in others.iter_mut().zip(&room) {
+                    choose_one(*id, options, run, *room, on_event)?;
+                }
+                if others.iter().any(|(.., run)| run.finish.is_some()) {
+                    return Ok(None);
                 }
             }
-            room.iter_mut().for_each(|room| *room -= 1);
-            let request = next(count);
-            if request.is_some() {
-                return Ok(request);
-            }
-            for ((id, options, run), room) in others.iter_mut().zip(&room) {
-                choose_one(*id, options, run, *room, on_event)?;
-            }
-            if others.iter().any(|(.., run)| run.finish.is_some()) {
-                return Ok(None);
-            }
-        }
+        })
     }
 }
 
