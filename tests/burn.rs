@@ -9,7 +9,7 @@ mod gpu;
 use std::sync::OnceLock;
 
 use burn_backend::ops::FloatTensorOps;
-use burn_backend::{DType, TensorData};
+use burn_backend::{Dtype, TensorData};
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice, ops};
 use conformance::world::World;
@@ -24,7 +24,7 @@ fn burns() -> CubeDevice {
     CubeDevice::Cuda(CudaDevice::new(0))
 }
 
-fn burn_tensor(data: &[f32], shape: &[usize], dtype: DType) -> CubeTensor {
+fn burn_tensor(data: &[f32], shape: &[usize], dtype: Dtype) -> CubeTensor {
     let data = TensorData::new(data.to_vec(), shape.to_vec()).convert_dtype(dtype);
     CubeBackend::float_from_data(data, &burns())
 }
@@ -54,12 +54,12 @@ impl TestBackend for Burn {
         burn_tensor(
             data,
             shape,
-            if self.0.dtype() == Dtype::F16 { DType::F16 } else { DType::BF16 },
+            if self.0.dtype() == Dtype::F16 { Dtype::F16 } else { Dtype::Bf16 },
         )
     }
 
     fn lse(&self, data: &[f32], shape: &[usize]) -> CubeTensor {
-        burn_tensor(data, shape, DType::F32)
+        burn_tensor(data, shape, Dtype::F32)
     }
 
     fn host(&self, tensor: &CubeTensor) -> Vec<f32> {

@@ -1,8 +1,8 @@
 //! Llama-2, Llama-3 and Vicuna models whose KV caches are as small as a
 //! [plan](moa_core::Plan) allows.
 //!
-//! Everything is written over [`Ops`], the operations of one device: [`CpuOps`], and `CudaOps` with the
-//! feature `cuda`, which needs nothing to build, and to run a driver, NVRTC and cuBLASLt, and `WgpuOps`
+//! Everything is written over [`Math`], the operations of one device: [`Cpu`], and `Cuda` with the
+//! feature `cuda`, which needs nothing to build, and to run a driver, NVRTC and cuBLASLt, and `Wgpu`
 //! with the feature `wgpu`, which runs on any GPU with a driver for Vulkan, Metal or DX12.
 
 mod checkpoint;
@@ -12,31 +12,38 @@ mod device;
 mod engine;
 mod error;
 mod eval;
+mod families;
 mod find_plan;
 
 pub use checkpoint::fingerprint::fingerprint;
 pub use checkpoint::generation_config::GenerationConfig;
 #[cfg(feature = "hub")]
 pub use checkpoint::hub::download;
+pub use checkpoint::json::JsonObject;
 pub use checkpoint::mapped::MappedTensor;
-pub use checkpoint::safetensors::Weights;
+pub use checkpoint::random::RandomTensors;
+pub use checkpoint::safetensors::{Tensors, Weights};
 pub use checkpoint::template::{ChatTemplate, Message};
 pub use checkpoint::tokenizer::{TokenStream, Tokenizer};
 pub use checkpoint::{Checkpoint, Completion, TextProgress};
-pub use decoder::config::LlamaConfig;
-pub use decoder::llama::{Llama, LogitRows, Sequence};
+pub use decoder::config::ModelConfig;
+pub use decoder::logits::LogitRows;
+pub use decoder::model::Decoder;
+pub use decoder::names::TensorNames;
 pub use decoder::rope::RopeTable;
 pub use decoder::rope_scaling::RopeScaling;
+pub use decoder::sequence::Sequence;
+pub use decoder::session::Session;
 pub use decoder::shard::{Communicator, Rank, Shard, on_ranks};
 pub use decoder::thread_rank::ThreadRank;
-pub use device::cpu::{CpuMatrix, CpuOps, CpuRotations};
+pub use device::cpu::{Cpu, CpuMatrix, CpuRotations};
 #[cfg(feature = "cuda")]
-pub use device::cuda::{CudaMatrix, CudaOps, Joined, NcclRank};
+pub use device::cuda::{Cuda, CudaMatrix, Joined, NcclRank};
+pub use device::replay::{Replay, ReplayBatch};
 #[cfg(feature = "wgpu")]
-pub use device::wgpu::WgpuOps;
-pub use device::{BackwardOps, LinearWeights, Memory, Ops, RandomWeights};
+pub use device::wgpu::Wgpu;
+pub use device::{Backward, Device, Draw, LinearWeights, Load, Math, Memory};
 pub use engine::chat_session::ChatSession;
-pub use engine::decode::Decode;
 pub use engine::generate::{Finish, GenerateOptions, Generated, Generation, Next, Progress};
 pub use engine::sampling::{Sampler, SamplingOptions};
 pub use engine::serve::{Request, Served};
@@ -51,6 +58,8 @@ pub use eval::{
     Asked, DepthBin, EFFECTIVE_ACCURACY, EffectiveContext, ItemLog, Question, Reference,
     RetrievalItem, RetrievalReport, Scoring, Turn, effective_context,
 };
+pub use families::llama::Llama;
+pub use families::{FAMILIES, Family};
 pub use find_plan::calibrate::{CalibrationData, CalibrationOptions, Prompt};
 pub use find_plan::compress::{
     CompressOptions, Compressed, DEFAULT_BLOCK, Stage, bound_decode_time, compress, describe,

@@ -3,7 +3,8 @@ use std::str::FromStr;
 
 use moa_core::{DEFAULT_SINK, Plan, SparseAttentionBackend};
 use moa_models::{
-    BackwardOps, BenchOptions, BenchReport, Llama, LlamaConfig, Ops, RandomWeights, Shard, Weights,
+    Backward, BenchOptions, BenchReport, Decoder, Math, ModelConfig, RandomTensors, Shard, Tensors,
+    Weights,
 };
 use serde_json::{Value, json};
 
@@ -97,42 +98,46 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     #[cfg(feature = "cuda")]
     if let crate::args::Device::CudaGroup(gpus) = context.device {
         let source = args.source.model.as_ref().or(args.source.config.as_ref());
-        let config = LlamaConfig::from_file(source.map_or("".as_ref(), PathBuf::as_path))?;
+        let config = ModelConfig::from_file(source.map_or("".as_ref(), PathBuf::as_path))?;
         let length = args.prompts.iter().max().unwrap_or(&0).saturating_add(args.new_tokens);
-        return gpus.run(&config, args.plan.as_deref(), length, context, |ops, shard, context| {
-            with_ops(args, ops, Some(shard), context)
-        });
+        return gpus.run(
+            &config,
+            args.plan.as_deref(),
+            length,
+            context,
+            |device, shard, context| with_ops(args, device, Some(shard), context),
+        );
     }
-    on_device!(context, |ops| with_ops(args, ops, None, context))
+    on_device!(context, |device| with_ops(args, device, None, context))
 }
 
-fn with_ops<O: RandomWeights + BackwardOps>(
+fn with_ops<D: Backward>(
     args: &Args,
-    ops: O,
-    shard: Option<Shard<O>>,
+    device: D,
+    shard: Option<Shard<D>>,
     context: &Context,
 ) -> Result<()> {
-    let model = match (&args.source.model, &args.source.config, args.random_weights, shard) {
-        (Some(folder), .., None) => {
-            Llama::load(ops, LlamaConfig::from_file(folder)?, &Weights::open(folder)?)?
-        }
-        (Some(folder), .., Some(shard)) => {
-            let (config, weights) = (LlamaConfig::from_file(folder)?, Weights::open(folder)?);
-            Llama::load_shard(ops, config, &weights, shard)?
-        }
-        (_, Some(config), Some(seed), None) => {
-            Llama::random(ops, LlamaConfig::from_file(config)?, seed)?
-        }
-        (_, Some(config), Some(seed), Some(shard)) => {
-            Llama::random_shard(ops, LlamaConfig::from_file(config)?, seed, shard)?
-        }
-        _ => {
-            return Err(Error::argument(
-                "model",
-                "--model, or --config and --random-weights",
-                "none",
-            ));
-        }
+    let (config, weights): (_, Box<dyn Tensors>) =
+        match (&args.source.model, &args.source.config, args.random_weights) {
+            (Some(folder), ..) => {
+                (ModelConfig::from_file(folder)?, Box::new(Weights::open(folder)?))
+            }
+            (_, Some(config), Some(seed)) => {
+                let config = ModelConfig::from_file(config)?;
+                let weights = RandomTensors::new(&config, seed)?;
+                (config, Box::new(weights))
+            }
+            _ => {
+                return Err(Error::argument(
+                    "model",
+                    "--model, or --config and --random-weights",
+                    "none",
+                ));
+            }
+        };
+    let model = match shard {
+        Some(shard) => Decoder::load_shard(device, config, &*weights, shard)?,
+        None => Decoder::load(device, config, &*weights)?,
     };
     if args.profile {
         return profile(args, &model, context);
@@ -180,11 +185,7 @@ fn with_ops<O: RandomWeights + BackwardOps>(
 }
 
 /// Profiles one item of each length.
-fn profile<O: RandomWeights + BackwardOps>(
-    args: &Args,
-    model: &Llama<O>,
-    context: &Context,
-) -> Result<()> {
+fn profile<D: Backward>(args: &Args, model: &Decoder<D>, context: &Context) -> Result<()> {
     let bar = Progress::new(context, "bench", args.prompts.len());
     let (mut rows, mut values) = (Vec::new(), Vec::new());
     for &tokens in &args.prompts {
@@ -199,14 +200,14 @@ fn profile<O: RandomWeights + BackwardOps>(
     finish(model, "profiles", values, context)
 }
 
-fn finish<O: Ops>(
-    model: &Llama<O>,
+fn finish<D: Math>(
+    model: &Decoder<D>,
     what: &str,
     values: Vec<Value>,
     context: &Context,
 ) -> Result<()> {
     context.json(&json!({
-        "device": model.ops().attention().name(),
+        "device": model.device().attention().name(),
         "layers": model.config().num_hidden_layers,
         "parameters": model.config().parameters(),
         "ranks": model.ranks(),
@@ -214,8 +215,8 @@ fn finish<O: Ops>(
     }))
 }
 
-fn measure<O: RandomWeights>(
-    model: &Llama<O>,
+fn measure<D: Math>(
+    model: &Decoder<D>,
     plan: &Plan,
     batch: Batch,
     options: &BenchOptions,
@@ -231,7 +232,7 @@ fn measure<O: RandomWeights>(
     for _ in 0..RETRIES {
         match model.bench(plan, &BenchOptions { batch, ..*options }) {
             // Several ranks would have to agree on it.
-            Err(error) if error.is_out_of_memory() && batch > 1 && model.ranks() == 1 => {
+            Err(moa_models::Error::OutOfMemory { .. }) if batch > 1 && model.ranks() == 1 => {
                 batch -= batch.div_ceil(50)
             }
             other => return Ok(other?),

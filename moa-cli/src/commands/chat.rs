@@ -1,7 +1,7 @@
 use std::io::{self, BufRead, IsTerminal};
 use std::time::Instant;
 
-use moa_models::{ChatSession, Checkpoint, GenerateOptions, Next, Ops, TextProgress};
+use moa_models::{ChatSession, Checkpoint, GenerateOptions, Math, Next, TextProgress};
 use serde_json::json;
 
 use super::generate::{Args, finish};
@@ -13,9 +13,9 @@ use crate::output::{Context, bytes, percent};
 const DEFAULT_CONTEXT: usize = 8192;
 
 /// A conversation on one cache, a turn per line of stdin.
-pub(super) fn run<O: Ops>(
+pub(super) fn run<D: Math>(
     args: &Args,
-    model: &Checkpoint<O>,
+    model: &Checkpoint<D>,
     chosen: &ChosenPlan,
     options: &GenerateOptions,
     context: &Context,

@@ -7,6 +7,7 @@ pub(crate) mod hub;
 pub(crate) mod json;
 pub(crate) mod json_style;
 pub(crate) mod mapped;
+pub(crate) mod random;
 pub(crate) mod safetensors;
 pub(crate) mod special_tokens;
 pub(crate) mod template;
@@ -20,19 +21,21 @@ use crate::checkpoint::generation_config::GenerationConfig;
 use crate::checkpoint::safetensors::Weights;
 use crate::checkpoint::template::{ChatTemplate, Message};
 use crate::checkpoint::tokenizer::Tokenizer;
-use crate::decoder::config::LlamaConfig;
-use crate::decoder::llama::{Llama, Sequence};
+use crate::decoder::config::ModelConfig;
+use crate::decoder::model::Decoder;
+use crate::decoder::sequence::Sequence;
 use crate::decoder::shard::Shard;
-use crate::device::Ops;
+use crate::device::Math;
 use crate::engine::generate::{Finish, GenerateOptions, Generation, Next, Progress};
 use crate::engine::stop::StopStrings;
+use crate::families::{FAMILIES, Family};
 use crate::{Error, Result};
 
 /// A Hugging Face model folder, ready to run: weights, tokenizer, chat template, defaults.
 #[derive(Debug)]
-pub struct Checkpoint<O: Ops> {
+pub struct Checkpoint<D: Math> {
     /// The network.
-    pub model: Llama<O>,
+    pub model: Decoder<D>,
     /// Text to tokens and back.
     pub tokenizer: Tokenizer,
     /// Generation defaults of the model's authors.
@@ -50,31 +53,48 @@ pub struct Completion {
     pub finish: Finish,
 }
 
-impl<O: Ops> Checkpoint<O> {
+impl<D: Math> Checkpoint<D> {
     /// Opens `config.json`, `*.safetensors`, `tokenizer.json`, and if they exist
     /// `tokenizer_config.json` and `generation_config.json`.
     ///
     /// # Errors
     /// If a file is missing or malformed, or the parts are not of one model.
-    pub fn open(ops: O, folder: impl AsRef<Path>) -> Result<Self> {
-        Self::open_part(ops, folder.as_ref(), None)
+    pub fn open(device: D, folder: impl AsRef<Path>) -> Result<Self> {
+        Self::open_part(device, folder.as_ref(), FAMILIES, None)
+    }
+
+    /// [`open`](Self::open) for a model of one of these families.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_with(
+        device: D,
+        folder: impl AsRef<Path>,
+        families: &[&dyn Family],
+    ) -> Result<Self> {
+        Self::open_part(device, folder.as_ref(), families, None)
     }
 
     /// [`open`](Self::open) with one rank's part of the network.
     ///
     /// # Errors
-    /// As [`open`](Self::open) and [`Llama::load_shard`].
-    pub fn open_shard(ops: O, folder: impl AsRef<Path>, shard: Shard<O>) -> Result<Self> {
-        Self::open_part(ops, folder.as_ref(), Some(shard))
+    /// As [`open`](Self::open) and [`Decoder::load_shard`].
+    pub fn open_shard(device: D, folder: impl AsRef<Path>, shard: Shard<D>) -> Result<Self> {
+        Self::open_part(device, folder.as_ref(), FAMILIES, Some(shard))
     }
 
-    fn open_part(ops: O, folder: &Path, shard: Option<Shard<O>>) -> Result<Self> {
-        let config = LlamaConfig::from_file(folder)?;
+    fn open_part(
+        device: D,
+        folder: &Path,
+        families: &[&dyn Family],
+        shard: Option<Shard<D>>,
+    ) -> Result<Self> {
+        let config = ModelConfig::from_file_with(folder, families)?;
         let tokenizer = Tokenizer::from_dir(folder)?;
         tokenizer.check_vocab_size(config.vocab_size)?;
         let generation = GenerationConfig::from_dir(folder)?;
         let template = ChatTemplate::from_dir(folder)?;
-        let model = Llama::load_part(ops, config, &Weights::open(folder)?, shard)?;
+        let model = Decoder::load_part(device, config, &Weights::open(folder)?, shard)?;
         Ok(Self { model, tokenizer, generation, template, folder: folder.to_path_buf() })
     }
 
@@ -135,10 +155,10 @@ impl<O: Ops> Checkpoint<O> {
     /// nothing of a stop string.
     ///
     /// # Errors
-    /// As [`Llama::generate`].
+    /// As [`Decoder::generate`].
     pub fn generate_text(
         &self,
-        batch: &mut [Sequence<O>],
+        batch: &mut [Sequence<D>],
         prompts: &[&[u32]],
         options: &GenerateOptions,
         stop: &[String],

@@ -1,6 +1,6 @@
 use std::f64::consts::PI;
 
-use crate::decoder::config::LlamaConfig;
+use crate::decoder::config::ModelConfig;
 use crate::decoder::rope_scaling::RopeScaling;
 use crate::error::{Error, Result};
 
@@ -32,7 +32,7 @@ impl RopeTable {
     /// # Errors
     /// [`Error::ContextExceeded`] when the model allows fewer tokens, [`Error::Invalid`] when
     /// `context_length` is 0 or `config` was changed by hand into something invalid.
-    pub fn new(config: &LlamaConfig, context_length: usize) -> Result<Self> {
+    pub fn new(config: &ModelConfig, context_length: usize) -> Result<Self> {
         config.validate()?;
         if context_length == 0 {
             return Err(Error::invalid("context_length", "at least 1", 0));
@@ -69,6 +69,11 @@ impl RopeTable {
         self.attention_scale
     }
 
+    /// Whether angles are those of `other`, whatever their lengths.
+    pub(crate) fn turns_like(&self, other: &Self) -> bool {
+        self.inv_freq == other.inv_freq && self.attention_scale == other.attention_scale
+    }
+
     /// Tokens the table was made for.
     #[must_use]
     pub fn context_length(&self) -> usize {
@@ -77,7 +82,7 @@ impl RopeTable {
 }
 
 /// Inverse frequencies and attention scale, as in transformers' `modeling_rope_utils.py`.
-fn frequencies(config: &LlamaConfig, context_length: usize) -> (Vec<f64>, f64) {
+fn frequencies(config: &ModelConfig, context_length: usize) -> (Vec<f64>, f64) {
     let dim = config.head_dim as f64;
     let theta = config.rope_theta;
     // RoFormer (arXiv 2104.09864), section 3.2.2.
@@ -158,8 +163,8 @@ fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
 mod tests {
     use super::*;
 
-    fn config(head_dim: usize, theta: f64, longest: usize, scaling: RopeScaling) -> LlamaConfig {
-        LlamaConfig {
+    fn config(head_dim: usize, theta: f64, longest: usize, scaling: RopeScaling) -> ModelConfig {
+        ModelConfig {
             vocab_size: 32,
             hidden_size: 2 * head_dim,
             intermediate_size: 8,
@@ -172,8 +177,11 @@ mod tests {
             rope_scaling: scaling,
             max_position_embeddings: longest,
             tie_word_embeddings: false,
-            attention_bias: false,
+            qkv_bias: false,
+            o_bias: false,
             mlp_bias: false,
+            qk_norm: false,
+            tensor_names: Default::default(),
             bos_token_id: None,
             eos_token_ids: vec![],
         }
@@ -318,7 +326,7 @@ mod tests {
             Err(Error::ContextExceeded { asked: 16385, limit: 16384 })
         ));
         assert!(matches!(RopeTable::new(&config, 0), Err(Error::Invalid { .. })));
-        let odd = LlamaConfig { head_dim: 7, ..config };
+        let odd = ModelConfig { head_dim: 7, ..config };
         assert!(matches!(RopeTable::new(&odd, 16), Err(Error::Invalid { what: "head_dim", .. })));
     }
 }

@@ -6,22 +6,22 @@ use std::ops::Range;
 use half::{bf16, f16};
 use moa_backend_cpu::ops::{self as kernels, WeightData, WeightRef};
 use moa_backend_cpu::{CpuBackend, Tensor};
-use moa_core::{Dtype, SplitMix64};
+use moa_core::Dtype;
 
 use crate::checkpoint::mapped::MappedTensor;
 use crate::decoder::rope::RopeTable;
-use crate::device::{BackwardOps, LinearWeights, Ops, RandomWeights, part_seeds, random_amplitude};
+use crate::device::{Backward, Device, LinearWeights, Load, Math};
 use crate::{Error, Result};
 
 /// Runs a model on the CPU.
 #[derive(Clone, Debug, Default)]
-pub struct CpuOps {
+pub struct Cpu {
     attention: CpuBackend,
     /// With f32 caches.
     exact: CpuBackend,
 }
 
-impl CpuOps {
+impl Cpu {
     /// With KV caches of this element type.
     pub fn new(cache: Dtype) -> Self {
         Self { attention: CpuBackend::new(cache), exact: CpuBackend::new(Dtype::F32) }
@@ -85,7 +85,7 @@ impl CpuMatrix {
     }
 
     fn view(&self) -> Result<WeightRef<'_>> {
-        WeightRef::new(self.data(), self.rows, self.cols).map_err(Error::backend)
+        Ok(WeightRef::new(self.data(), self.rows, self.cols)?)
     }
 }
 
@@ -96,7 +96,13 @@ pub struct CpuRotations {
     sin: Vec<f32>,
 }
 
-impl Ops for CpuOps {
+impl Cpu {
+    fn linear(&self, x: &Tensor, weight: &CpuMatrix, bias: Option<&Vec<f32>>) -> Result<Tensor> {
+        Ok(kernels::linear(x, weight.view()?, bias.map(Vec::as_slice))?)
+    }
+}
+
+impl Device for Cpu {
     type Tensor = Tensor;
     type Matrix = CpuMatrix;
     type Vector = Vec<f32>;
@@ -108,6 +114,20 @@ impl Ops for CpuOps {
         &self.attention
     }
 
+    fn shape(&self, x: &Tensor) -> Vec<usize> {
+        x.shape().to_vec()
+    }
+
+    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
+        Ok(Tensor::new(values, shape)?)
+    }
+
+    fn values(&self, x: Tensor) -> Result<Vec<f32>> {
+        Ok(x.into_data())
+    }
+}
+
+impl Load for Cpu {
     fn matrix(&self, tensor: MappedTensor) -> Result<CpuMatrix> {
         CpuMatrix::new(tensor)
     }
@@ -122,19 +142,9 @@ impl Ops for CpuOps {
         };
         parts.into_iter().map(load).collect()
     }
+}
 
-    fn shape(&self, x: &Tensor) -> Vec<usize> {
-        x.shape().to_vec()
-    }
-
-    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
-        Tensor::new(values, shape).map_err(Error::backend)
-    }
-
-    fn values(&self, x: Tensor) -> Result<Vec<f32>> {
-        Ok(x.into_data())
-    }
-
+impl Math for Cpu {
     fn embed(&self, table: &CpuMatrix, ids: &[u32]) -> Result<Tensor> {
         let cols = table.cols;
         let mut values = vec![0.0; ids.len() * cols];
@@ -158,11 +168,21 @@ impl Ops for CpuOps {
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Vec<f32>, eps: f32) -> Result<Tensor> {
-        kernels::rms_norm(x, weight, eps).map_err(Error::backend)
+        Ok(kernels::rms_norm(x, weight, eps)?)
     }
 
-    fn linear(&self, x: &Tensor, weight: &CpuMatrix, bias: Option<&Vec<f32>>) -> Result<Tensor> {
-        kernels::linear(x, weight.view()?, bias.map(Vec::as_slice)).map_err(Error::backend)
+    fn linear_add(
+        &self,
+        x: Tensor,
+        y: &Tensor,
+        weight: &CpuMatrix,
+        bias: Option<&Vec<f32>>,
+    ) -> Result<Tensor> {
+        self.add(x, &self.linear(y, weight, bias)?)
+    }
+
+    fn logits(&self, x: &Tensor, weight: &CpuMatrix) -> Result<Tensor> {
+        self.linear(x, weight, None)
     }
 
     fn linears(&self, x: &Tensor, joined: &Self::Joined) -> Result<Vec<Tensor>> {
@@ -198,20 +218,20 @@ impl Ops for CpuOps {
         let mut x = self.reshape(x, &[rows, width / head_dim, head_dim])?;
         // The tables already hold one row per packed token.
         let positions: Vec<usize> = (0..rows).collect();
-        kernels::rope(&mut x, cos, sin, &positions, inverse).map_err(Error::backend)?;
+        kernels::rope(&mut x, cos, sin, &positions, inverse)?;
         Ok(x)
     }
 
     fn reshape(&self, x: Tensor, shape: &[usize]) -> Result<Tensor> {
-        x.reshape(shape).map_err(Error::backend)
+        Ok(x.reshape(shape)?)
     }
 
     fn swiglu(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
-        kernels::swiglu(&gate, up).map_err(Error::backend)
+        Ok(kernels::swiglu(&gate, up)?)
     }
 
     fn add(&self, mut x: Tensor, y: &Tensor) -> Result<Tensor> {
-        kernels::add_assign(&mut x, y).map_err(Error::backend)?;
+        kernels::add_assign(&mut x, y)?;
         Ok(x)
     }
 
@@ -229,33 +249,13 @@ impl Ops for CpuOps {
     }
 }
 
-impl RandomWeights for CpuOps {
-    fn random_matrix(&self, out: usize, input: usize, seed: u32) -> Result<CpuMatrix> {
-        let mut random = SplitMix64::new(seed.into());
-        let amplitude = random_amplitude(input);
-        let uniform = |bits: u64| (bits >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
-        let number = |_| bf16::from_f32(uniform(random.next_u64()) * amplitude);
-        let data = Data::BF16((0..out * input).map(number).collect());
-        Ok(CpuMatrix { rows: out, cols: input, data })
-    }
-
-    fn random_joined(&self, outs: &[usize], input: usize, seed: u32) -> Result<Self::Joined> {
-        let parts = outs.iter().zip(part_seeds(seed));
-        parts.map(|(&out, seed)| Ok((self.random_matrix(out, input, seed)?, None))).collect()
-    }
-
-    fn ones(&self, len: usize) -> Result<Vec<f32>> {
-        Ok(vec![1.0; len])
-    }
-}
-
-impl BackwardOps for CpuOps {
+impl Backward for Cpu {
     fn exact_attention(&self) -> &CpuBackend {
         &self.exact
     }
 
     fn linear_backward(&self, d_y: &Tensor, weight: &CpuMatrix) -> Result<Tensor> {
-        kernels::linear_backward_input(d_y, weight.view()?).map_err(Error::backend)
+        Ok(kernels::linear_backward_input(d_y, weight.view()?)?)
     }
 
     fn linears_backward(&self, d_y: &[Tensor], joined: &Self::Joined) -> Result<Tensor> {
@@ -277,7 +277,7 @@ impl BackwardOps for CpuOps {
         eps: f32,
         d_y: &Tensor,
     ) -> Result<Tensor> {
-        kernels::rms_norm_backward(x, weight, eps, d_y).map_err(Error::backend)
+        Ok(kernels::rms_norm_backward(x, weight, eps, d_y)?)
     }
 
     fn swiglu_backward(
@@ -286,7 +286,7 @@ impl BackwardOps for CpuOps {
         up: &Tensor,
         d_y: &Tensor,
     ) -> Result<(Tensor, Tensor)> {
-        kernels::swiglu_backward(gate, up, d_y).map_err(Error::backend)
+        Ok(kernels::swiglu_backward(gate, up, d_y)?)
     }
 
     fn place_rows(&self, x: &Tensor, rows: Range<usize>, total: usize) -> Result<Tensor> {

@@ -1,9 +1,10 @@
-//! The operations a device offers. The Llama forward ([`crate::Llama`]) and the profiling sweep are
+//! The operations a device offers. The Llama forward ([`crate::Decoder`]) and the profiling sweep are
 //! written once over them.
 
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+pub(crate) mod replay;
 #[cfg(feature = "wgpu")]
 pub(crate) mod wgpu;
 
@@ -12,9 +13,8 @@ use std::ops::Range;
 use moa_core::SparseAttentionBackend;
 
 use crate::checkpoint::mapped::MappedTensor;
-use crate::decoder::llama::{Llama, Sequence};
 use crate::decoder::rope::RopeTable;
-use crate::engine::decode::{Decode, Stepwise};
+use crate::device::replay::{Replay, ReplayBatch};
 use crate::{Error, Result};
 
 /// A linear layer before it is on a device.
@@ -29,55 +29,30 @@ pub struct LinearWeights {
 /// Memory of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
-    /// Most bytes in use at once since [`Ops::reset_peak`].
+    /// Most bytes in use at once since [`Device::reset_peak`].
     pub peak_bytes: u64,
     /// Bytes that can still be had.
     pub available_bytes: u64,
 }
 
-/// Bound `a` of uniform random weights in `[-a, a)`, whose variance is `a^2 / 3`.
-pub(crate) fn random_amplitude(input: usize) -> f32 {
-    (3.0 / input.max(1) as f32).sqrt()
+/// How a device draws a token from logits: each restriction applies to what the one before left.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Draw {
+    /// Divides the logits; above 0.
+    pub temperature: f32,
+    /// Likeliest tokens to keep; 0 keeps all.
+    pub top_k: usize,
+    /// Probability that the likeliest tokens kept have together; 1 keeps all.
+    pub top_p: f32,
+    /// Least share of the likeliest token's probability; 0 keeps all.
+    pub min_p: f32,
 }
 
-/// Seeds of joined layers that are made up one by one.
-pub(crate) fn part_seeds(seed: u32) -> impl Iterator<Item = u32> {
-    (0..).map(move |part: u32| seed.wrapping_add(part << 24))
-}
-
-/// Operations whose weights can be made up: speed does not depend on their values.
-pub trait RandomWeights: Ops {
-    /// A weight `[out, in]` of uniform random numbers of variance `1 / in`.
-    ///
-    /// # Errors
-    /// If the memory cannot be had.
-    fn random_matrix(&self, out: usize, input: usize, seed: u32) -> Result<Self::Matrix>;
-
-    /// [`random_matrix`](Self::random_matrix) as a linear layer's weight, which a device may keep in
-    /// another type.
-    ///
-    /// # Errors
-    /// If the memory cannot be had.
-    fn random_linear(&self, out: usize, input: usize, seed: u32) -> Result<Self::Matrix> {
-        self.random_matrix(out, input, seed)
-    }
-
-    /// As many joined layers without bias as there are numbers of outputs.
-    ///
-    /// # Errors
-    /// If the memory cannot be had.
-    fn random_joined(&self, outs: &[usize], input: usize, seed: u32) -> Result<Self::Joined>;
-
-    /// A norm's weight of ones.
-    ///
-    /// # Errors
-    /// If the memory cannot be had.
-    fn ones(&self, len: usize) -> Result<Self::Vector>;
-}
-
-/// Operations of one device. Activations are packed along the first axis: `[tokens, features]`, or
-/// `[tokens, heads, head_dim]` around attention.
-pub trait Ops: Send + Sync {
+/// A device that a model runs on: the types it computes with, its attention and its memory.
+///
+/// Activations are packed along the first axis: `[tokens, features]`, or `[tokens, heads, head_dim]`
+/// around attention.
+pub trait Device: Send + Sync {
     /// Activations.
     type Tensor: Clone + Send + Sync;
     /// A linear layer's or embedding's weight, `[out, in]`.
@@ -89,7 +64,7 @@ pub trait Ops: Send + Sync {
     /// Rotary angles of packed tokens.
     type Rotations: Send + Sync;
     /// Attention of the same device.
-    type Attention: SparseAttentionBackend<Tensor = Self::Tensor, Cache: Send + Sync>;
+    type Attention: SparseAttentionBackend<Tensor = Self::Tensor, Cache: Send + Sync, Error: Into<Error>>;
 
     /// Attention of the same device.
     fn attention(&self) -> &Self::Attention;
@@ -103,6 +78,83 @@ pub trait Ops: Send + Sync {
         Ok(())
     }
 
+    /// Lengths of a tensor's axes.
+    fn shape(&self, x: &Self::Tensor) -> Vec<usize>;
+
+    /// A tensor from host values.
+    ///
+    /// # Errors
+    /// If the number of values is not that of the shape.
+    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Self::Tensor>;
+
+    /// A tensor's values.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn values(&self, x: Self::Tensor) -> Result<Vec<f32>>;
+
+    /// Memory of the device, if it has its own.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn memory(&self) -> Result<Option<Memory>> {
+        Ok(None)
+    }
+
+    /// Counts the peak of [`memory`](Self::memory) from now on.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn reset_peak(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Waits for the device, where calls return before it is done.
+    ///
+    /// # Errors
+    /// If the device failed.
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// A decode step of `batch` that the device records once and launches again for every token;
+    /// `None` if the device has no faster way than one operation after the other.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] and [`Error::Backend`] if the step cannot be prepared.
+    ///
+    /// # Safety
+    /// For as long as the result is used: the caches of `batch` and all that the described step reads
+    /// live and stay where they are, nothing else changes the caches, and no sequence exceeds its
+    /// capacity. The description keeps what [`Replay::run`] says.
+    unsafe fn replay(&self, batch: &ReplayBatch<'_, Self>) -> Result<Option<Box<dyn Replay<Self>>>>
+    where
+        Self: Sized,
+    {
+        let _ = batch;
+        Ok(None)
+    }
+
+    /// Whether [`sample`](Self::sample) draws tokens on the device.
+    fn can_sample(&self) -> bool {
+        false
+    }
+
+    /// A token for each row of logits `[rows, vocab]`, drawn with a uniform number in [0, 1) for each.
+    /// A device need not choose as another does with the same numbers, but equal inputs give equal
+    /// tokens.
+    ///
+    /// # Errors
+    /// [`Error::Logits`] if a logit is infinite or not a number, [`Error::Invalid`] where
+    /// [`can_sample`](Self::can_sample) is false, [`Error::Backend`] if the device fails.
+    fn sample(&self, logits: &Self::Tensor, draw: &Draw, units: &[f64]) -> Result<Vec<u32>> {
+        let _ = (logits, draw, units);
+        Err(Error::invalid("device", "one that can sample", "one that cannot"))
+    }
+}
+
+/// Brings weights to a device.
+pub trait Load: Device {
     /// Bytes of a weight of `elements` elements on the device, 0 where it stays in its file's map.
     fn weight_bytes(&self, elements: u64) -> u64 {
         let _ = elements;
@@ -142,22 +194,10 @@ pub trait Ops: Send + Sync {
     /// # Errors
     /// If their inputs differ, or the memory cannot be had.
     fn join(&self, parts: Vec<LinearWeights>) -> Result<Self::Joined>;
+}
 
-    /// Lengths of a tensor's axes.
-    fn shape(&self, x: &Self::Tensor) -> Vec<usize>;
-
-    /// A tensor from host values.
-    ///
-    /// # Errors
-    /// If the number of values is not that of the shape.
-    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Self::Tensor>;
-
-    /// A tensor's values.
-    ///
-    /// # Errors
-    /// If the device fails.
-    fn values(&self, x: Self::Tensor) -> Result<Vec<f32>>;
-
+/// The forward operations of a decoder on one device.
+pub trait Math: Load {
     /// Rows `ids` of an embedding, `[ids, hidden]`.
     ///
     /// # Errors
@@ -170,18 +210,7 @@ pub trait Ops: Send + Sync {
     /// If shapes do not fit.
     fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Vector, eps: f32) -> Result<Self::Tensor>;
 
-    /// `x . weight^T + bias`.
-    ///
-    /// # Errors
-    /// If shapes do not fit.
-    fn linear(
-        &self,
-        x: &Self::Tensor,
-        weight: &Self::Matrix,
-        bias: Option<&Self::Vector>,
-    ) -> Result<Self::Tensor>;
-
-    /// [`linear`](Self::linear) by each of the layers that were joined.
+    /// `x . weight^T + bias` by each of the layers that were joined.
     ///
     /// # Errors
     /// If shapes do not fit.
@@ -197,18 +226,14 @@ pub trait Ops: Send + Sync {
         y: &Self::Tensor,
         weight: &Self::Matrix,
         bias: Option<&Self::Vector>,
-    ) -> Result<Self::Tensor> {
-        self.add(x, &self.linear(y, weight, bias)?)
-    }
+    ) -> Result<Self::Tensor>;
 
-    /// [`linear`](Self::linear) of the output matrix, as exact as the device can: logits decide
+    /// `x . weight^T` by the output matrix, as exact as the device can: logits decide
     /// between near equals.
     ///
     /// # Errors
     /// If shapes do not fit.
-    fn logits(&self, x: &Self::Tensor, weight: &Self::Matrix) -> Result<Self::Tensor> {
-        self.linear(x, weight, None)
-    }
+    fn logits(&self, x: &Self::Tensor, weight: &Self::Matrix) -> Result<Self::Tensor>;
 
     /// [`logits`](Self::logits) by a part of the output matrix, as these columns of `[rows, total]` of
     /// zeros.
@@ -278,49 +303,10 @@ pub trait Ops: Send + Sync {
     /// # Errors
     /// If a row does not exist.
     fn rows(&self, x: &Self::Tensor, rows: &[usize]) -> Result<Self::Tensor>;
-
-    /// Memory of the device, if it has its own.
-    ///
-    /// # Errors
-    /// If the device fails.
-    fn memory(&self) -> Result<Option<Memory>> {
-        Ok(None)
-    }
-
-    /// Counts the peak of [`memory`](Self::memory) from now on.
-    ///
-    /// # Errors
-    /// If the device fails.
-    fn reset_peak(&self) -> Result<()> {
-        Ok(())
-    }
-
-    /// Waits for the device, where calls return before it is done.
-    ///
-    /// # Errors
-    /// If the device failed.
-    fn synchronize(&self) -> Result<()> {
-        Ok(())
-    }
-
-    /// Decode steps of a batch that stays the same from step to step, by the fastest way that the
-    /// device has. Results are those of [`Llama::forward`].
-    ///
-    /// # Errors
-    /// If the device cannot prepare them.
-    fn decoder<'a>(
-        model: &'a Llama<Self>,
-        batch: Vec<&'a mut Sequence<Self>>,
-    ) -> Result<Box<dyn Decode + 'a>>
-    where
-        Self: Sized,
-    {
-        Ok(Box::new(Stepwise::new(model, batch)))
-    }
 }
 
 /// Gradients of the operations by their input, for profiling. Weights get no gradients.
-pub trait BackwardOps: Ops {
+pub trait Backward: Math {
     /// Attention whose caches round nothing, for the forward pass of profiling.
     ///
     /// Influence is `A/(1-A) * (D - dO . V)`: where a head is sure of one key, `1 - A` and the bracket
@@ -342,14 +328,14 @@ pub trait BackwardOps: Ops {
     /// If shapes do not fit.
     fn linear_backward(&self, d_y: &Self::Tensor, weight: &Self::Matrix) -> Result<Self::Tensor>;
 
-    /// Gradient of [`Ops::linears`] by `x`, from those of its outputs.
+    /// Gradient of [`Math::linears`] by `x`, from those of its outputs.
     ///
     /// # Errors
     /// If shapes do not fit.
     fn linears_backward(&self, d_y: &[Self::Tensor], joined: &Self::Joined)
     -> Result<Self::Tensor>;
 
-    /// Gradient of [`Ops::rms_norm`] by `x`.
+    /// Gradient of [`Math::rms_norm`] by `x`.
     ///
     /// # Errors
     /// If shapes do not fit.
@@ -361,7 +347,7 @@ pub trait BackwardOps: Ops {
         d_y: &Self::Tensor,
     ) -> Result<Self::Tensor>;
 
-    /// Gradients of [`Ops::swiglu`] by gate and up.
+    /// Gradients of [`Math::swiglu`] by gate and up.
     ///
     /// # Errors
     /// If shapes do not fit.

@@ -6,11 +6,11 @@ use std::ops::Range;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use moa_backend_wgpu::ops::{self as kernels, Layer};
-use moa_backend_wgpu::{Device, Dtype, Matrix, Tensor, WgpuBackend};
+use moa_backend_wgpu::{Device as Gpu, Dtype, Matrix, Tensor, WgpuBackend};
 
 use crate::checkpoint::mapped::MappedTensor;
 use crate::decoder::rope::RopeTable;
-use crate::device::{BackwardOps, LinearWeights, Ops, RandomWeights, part_seeds, random_amplitude};
+use crate::device::{Backward, Device, LinearWeights, Load, Math};
 use crate::{Error, Result};
 
 /// Runs a model on a GPU over Vulkan, Metal, DX12 or WebGPU.
@@ -19,7 +19,7 @@ use crate::{Error, Result};
 /// and sum in f32: activations beyond 65,504 overflow there, as in any model in f16. Everything else is f32
 /// arithmetic.
 #[derive(Debug)]
-pub struct WgpuOps {
+pub struct Wgpu {
     attention: WgpuBackend,
     /// With f32 caches.
     exact: WgpuBackend,
@@ -27,18 +27,18 @@ pub struct WgpuOps {
     inner: Dtype,
 }
 
-impl WgpuOps {
+impl Wgpu {
     /// On the GPU of this number, or on the one that wgpu prefers, with KV caches of this element type.
     ///
     /// # Errors
     /// [`Error::Backend`] with a [`moa_backend_wgpu::Error`] if there is no such GPU.
     pub fn open(index: Option<usize>, cache: Dtype) -> Result<Self> {
-        let device = index.map_or_else(Device::open, Device::open_nth).map_err(Error::backend)?;
+        let device = index.map_or_else(Gpu::open, Gpu::open_nth)?;
         Ok(Self::new(&device, cache))
     }
 
     /// On this device, with KV caches of this element type.
-    pub fn new(device: &Device, cache: Dtype) -> Self {
+    pub fn new(device: &Gpu, cache: Dtype) -> Self {
         Self {
             attention: WgpuBackend::new(device, cache),
             exact: WgpuBackend::new(device, Dtype::F32),
@@ -46,12 +46,19 @@ impl WgpuOps {
         }
     }
 
-    fn device(&self) -> &Device {
+    fn gpu(&self) -> &Gpu {
         self.attention.device()
     }
 }
 
-impl Ops for WgpuOps {
+impl Wgpu {
+    fn linear(&self, x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
+        let mut out = kernels::linears(x, &[Layer { weight, bias }], self.inner)?;
+        out.pop().ok_or_else(|| Error::invalid("layers", "1", 0))
+    }
+}
+
+impl Device for Wgpu {
     type Tensor = Tensor;
     type Matrix = Matrix;
     type Vector = Tensor;
@@ -64,12 +71,25 @@ impl Ops for WgpuOps {
         &self.attention
     }
 
+    fn shape(&self, x: &Tensor) -> Vec<usize> {
+        x.shape().to_vec()
+    }
+
+    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
+        Ok(Tensor::new(self.gpu(), &values, shape)?)
+    }
+
+    fn values(&self, x: Tensor) -> Result<Vec<f32>> {
+        Ok(x.to_vec()?)
+    }
+}
+
+impl Load for Wgpu {
     fn matrix(&self, tensor: MappedTensor) -> Result<Matrix> {
         let &[rows, cols] = tensor.shape() else {
             return Err(Error::invalid("weight", "2 axes", tensor.shape().len()));
         };
-        Matrix::new(self.device(), tensor.bytes(), rows, cols, tensor.dtype())
-            .map_err(Error::backend)
+        Ok(Matrix::new(self.gpu(), tensor.bytes(), rows, cols, tensor.dtype())?)
     }
 
     fn linear_matrix(&self, tensor: MappedTensor) -> Result<Matrix> {
@@ -77,8 +97,7 @@ impl Ops for WgpuOps {
             (self.inner, tensor.dtype(), tensor.shape())
             && let Some(bytes) = narrowed(tensor.bytes())
         {
-            return Matrix::new(self.device(), &bytes, rows, cols, Dtype::F16)
-                .map_err(Error::backend);
+            return Ok(Matrix::new(self.gpu(), &bytes, rows, cols, Dtype::F16)?);
         }
         self.matrix(tensor)
     }
@@ -95,37 +114,21 @@ impl Ops for WgpuOps {
         };
         parts.into_iter().map(load).collect()
     }
+}
 
-    fn shape(&self, x: &Tensor) -> Vec<usize> {
-        x.shape().to_vec()
-    }
-
-    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
-        Tensor::new(self.device(), &values, shape).map_err(Error::backend)
-    }
-
-    fn values(&self, x: Tensor) -> Result<Vec<f32>> {
-        x.to_vec().map_err(Error::backend)
-    }
-
+impl Math for Wgpu {
     fn embed(&self, table: &Matrix, ids: &[u32]) -> Result<Tensor> {
-        kernels::embed(table, ids).map_err(Error::backend)
+        Ok(kernels::embed(table, ids)?)
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
-        kernels::rms_norm(x, weight, eps).map_err(Error::backend)
-    }
-
-    fn linear(&self, x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
-        let mut out =
-            kernels::linears(x, &[Layer { weight, bias }], self.inner).map_err(Error::backend)?;
-        out.pop().ok_or_else(|| Error::invalid("layers", "1", 0))
+        Ok(kernels::rms_norm(x, weight, eps)?)
     }
 
     fn linears(&self, x: &Tensor, joined: &Self::Joined) -> Result<Vec<Tensor>> {
         let layers = joined.iter().map(|(weight, bias)| Layer { weight, bias: bias.as_ref() });
         let layers: Vec<Layer<'_>> = layers.collect();
-        kernels::linears(x, &layers, self.inner).map_err(Error::backend)
+        Ok(kernels::linears(x, &layers, self.inner)?)
     }
 
     fn linear_add(
@@ -135,11 +138,11 @@ impl Ops for WgpuOps {
         weight: &Matrix,
         bias: Option<&Tensor>,
     ) -> Result<Tensor> {
-        kernels::linear_add(&x, y, Layer { weight, bias }, self.inner).map_err(Error::backend)
+        Ok(kernels::linear_add(&x, y, Layer { weight, bias }, self.inner)?)
     }
 
     fn logits(&self, x: &Tensor, weight: &Matrix) -> Result<Tensor> {
-        kernels::linear(x, weight, None).map_err(Error::backend)
+        Ok(kernels::linear(x, weight, None)?)
     }
 
     fn rotations(&self, sequences: &[(&RopeTable, Range<usize>)]) -> Result<[Tensor; 2]> {
@@ -169,23 +172,23 @@ impl Ops for WgpuOps {
             return Err(Error::invalid("row", expected, width));
         }
         let x = self.reshape(x, &[rows, width / head_dim, head_dim])?;
-        kernels::rope(&x, cos, sin, inverse).map_err(Error::backend)
+        Ok(kernels::rope(&x, cos, sin, inverse)?)
     }
 
     fn reshape(&self, x: Tensor, shape: &[usize]) -> Result<Tensor> {
-        x.reshape(shape).map_err(Error::backend)
+        Ok(x.reshape(shape)?)
     }
 
     fn swiglu(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
-        kernels::swiglu(&gate, up).map_err(Error::backend)
+        Ok(kernels::swiglu(&gate, up)?)
     }
 
     fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
-        kernels::add(&x, y).map_err(Error::backend)
+        Ok(kernels::add(&x, y)?)
     }
 
     fn rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
-        kernels::rows(x, rows).map_err(Error::backend)
+        Ok(kernels::rows(x, rows)?)
     }
 }
 
@@ -209,36 +212,13 @@ fn narrowed(bytes: &[u8]) -> Option<Vec<u8>> {
     Some(out)
 }
 
-impl RandomWeights for WgpuOps {
-    fn random_matrix(&self, out: usize, input: usize, seed: u32) -> Result<Matrix> {
-        let amplitude = random_amplitude(input);
-        Matrix::random(self.device(), out, input, Dtype::Bf16, amplitude, seed)
-            .map_err(Error::backend)
-    }
-
-    fn random_linear(&self, out: usize, input: usize, seed: u32) -> Result<Matrix> {
-        let dtype = if self.inner == Dtype::F16 { self.inner } else { Dtype::Bf16 };
-        Matrix::random(self.device(), out, input, dtype, random_amplitude(input), seed)
-            .map_err(Error::backend)
-    }
-
-    fn random_joined(&self, outs: &[usize], input: usize, seed: u32) -> Result<Self::Joined> {
-        let parts = outs.iter().zip(part_seeds(seed));
-        parts.map(|(&out, seed)| Ok((self.random_linear(out, input, seed)?, None))).collect()
-    }
-
-    fn ones(&self, len: usize) -> Result<Tensor> {
-        self.tensor(vec![1.0; len], &[len])
-    }
-}
-
-impl BackwardOps for WgpuOps {
+impl Backward for Wgpu {
     fn exact_attention(&self) -> &WgpuBackend {
         &self.exact
     }
 
     fn linear_backward(&self, d_y: &Tensor, weight: &Matrix) -> Result<Tensor> {
-        kernels::linear_backward(d_y, weight).map_err(Error::backend)
+        Ok(kernels::linear_backward(d_y, weight)?)
     }
 
     fn linears_backward(&self, d_y: &[Tensor], joined: &Self::Joined) -> Result<Tensor> {
@@ -260,7 +240,7 @@ impl BackwardOps for WgpuOps {
         eps: f32,
         d_y: &Tensor,
     ) -> Result<Tensor> {
-        kernels::rms_norm_backward(x, weight, eps, d_y).map_err(Error::backend)
+        Ok(kernels::rms_norm_backward(x, weight, eps, d_y)?)
     }
 
     fn swiglu_backward(
@@ -269,11 +249,11 @@ impl BackwardOps for WgpuOps {
         up: &Tensor,
         d_y: &Tensor,
     ) -> Result<(Tensor, Tensor)> {
-        kernels::swiglu_backward(gate, up, d_y).map_err(Error::backend)
+        Ok(kernels::swiglu_backward(gate, up, d_y)?)
     }
 
     fn place_rows(&self, x: &Tensor, rows: Range<usize>, total: usize) -> Result<Tensor> {
-        kernels::place_rows(x, rows, total).map_err(Error::backend)
+        Ok(kernels::place_rows(x, rows, total)?)
     }
 }
 

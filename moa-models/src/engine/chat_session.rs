@@ -3,27 +3,27 @@ use moa_core::Plan;
 use crate::Result;
 use crate::checkpoint::template::Message;
 use crate::checkpoint::{Checkpoint, Completion, TextProgress};
-use crate::decoder::llama::Sequence;
-use crate::device::Ops;
+use crate::decoder::sequence::Sequence;
+use crate::device::Math;
 use crate::engine::generate::{GenerateOptions, Generation, Next};
 
 /// A conversation on one cache: each turn reads only what is new.
 #[derive(Debug)]
-pub struct ChatSession<'a, O: Ops> {
-    checkpoint: &'a Checkpoint<O>,
+pub struct ChatSession<'a, D: Math> {
+    checkpoint: &'a Checkpoint<D>,
     /// One element: a batch of one.
-    sequence: [Sequence<O>; 1],
+    sequence: [Sequence<D>; 1],
     /// Tokens that the cache holds.
     cached: Vec<u32>,
     messages: Vec<Message>,
 }
 
-impl<'a, O: Ops> ChatSession<'a, O> {
+impl<'a, D: Math> ChatSession<'a, D> {
     /// An empty conversation of at most `capacity` tokens.
     ///
     /// # Errors
     /// If the plan is for another model or the capacity is beyond the model's context.
-    pub fn new(checkpoint: &'a Checkpoint<O>, plan: &Plan, capacity: usize) -> Result<Self> {
+    pub fn new(checkpoint: &'a Checkpoint<D>, plan: &Plan, capacity: usize) -> Result<Self> {
         let sequence = [checkpoint.model.open(plan, capacity, 0)?];
         Ok(Self { checkpoint, sequence, cached: Vec::new(), messages: Vec::new() })
     }

@@ -1,82 +1,21 @@
-//! Steps of one token per sequence, of a batch that stays the same.
+use crate::Result;
+use crate::decoder::model::Decoder;
+use crate::decoder::sequence::Sequence;
+use crate::decoder::session::Session;
+use crate::device::Math;
 
-use crate::decoder::llama::{Llama, LogitRows, Sequence};
-use crate::device::Ops;
-use crate::engine::sampling::{SamplingOptions, check_logits, likeliest};
-use crate::{Error, Result};
-
-/// Decode steps of one batch; see [`Llama::decoder`].
-pub trait Decode {
-    /// Appends one token to each sequence; the logits of the tokens after them, `[sequences, vocab]`.
-    ///
-    /// # Errors
-    /// As [`Llama::forward`].
-    fn step(&mut self, tokens: &[u32]) -> Result<Vec<f32>>;
-
-    /// [`step`](Self::step), but only the likeliest token of each; the lowest of equals.
-    ///
-    /// # Errors
-    /// As [`Llama::forward`], and [`Error::Logits`] if a logit is infinite or not a number.
-    fn step_greedy(&mut self, tokens: &[u32]) -> Result<Vec<u32>>;
-
-    /// Whether the device draws tokens itself.
-    fn can_sample(&self) -> bool {
-        false
-    }
-
-    /// [`step`](Self::step), but only a token of each, drawn by `sampling` (its temperature and
-    /// restrictions) with a uniform number in [0, 1) for each sequence. A device need not choose as
-    /// another does with the same numbers, but equal inputs give equal tokens.
-    ///
-    /// # Errors
-    /// As [`step_greedy`](Self::step_greedy); [`Error::Invalid`] where the device cannot sample.
-    fn step_sampled(
-        &mut self,
-        tokens: &[u32],
-        sampling: &SamplingOptions,
-        units: &[f64],
-    ) -> Result<Vec<u32>> {
-        let _ = (tokens, sampling, units);
-        Err(Error::invalid("decoder", "one that can sample", "one that cannot"))
-    }
-}
-
-/// [`Llama::forward`], step by step.
-pub(crate) struct Stepwise<'a, O: Ops> {
-    model: &'a Llama<O>,
-    batch: Vec<&'a mut Sequence<O>>,
-}
-
-impl<'a, O: Ops> Stepwise<'a, O> {
-    pub(crate) fn new(model: &'a Llama<O>, batch: Vec<&'a mut Sequence<O>>) -> Self {
-        Self { model, batch }
-    }
-}
-
-impl<O: Ops> Decode for Stepwise<'_, O> {
-    fn step(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
-        let tokens: Vec<&[u32]> = tokens.chunks(1).collect();
-        let logits = self.model.forward(&mut self.batch, &tokens, LogitRows::Last)?;
-        self.model.values(logits)
-    }
-
-    fn step_greedy(&mut self, tokens: &[u32]) -> Result<Vec<u32>> {
-        let logits = self.step(tokens)?;
-        let rows = logits.chunks(self.model.config().vocab_size);
-        rows.map(|row| check_logits(row).map(|()| likeliest(row).0)).collect()
-    }
-}
-
-impl<O: Ops> Llama<O> {
-    /// Decode steps of a batch that stays the same from step to step: faster than
-    /// [`forward`](Self::forward) where the device can prepare them.
-    ///
-    /// # Errors
-    /// If there is no sequence, or the device cannot prepare them.
-    pub fn decoder<'a>(&'a self, batch: Vec<&'a mut Sequence<O>>) -> Result<Box<dyn Decode + 'a>> {
-        match batch.is_empty() {
-            true => Err(Error::invalid("batch", "at least 1 sequence", 0)),
-            false => O::decoder(self, batch),
+impl<D: Math> Decoder<D> {
+    /// Runs `work` on a [`Session`] of these sequences.
+    pub(crate) fn in_session<T>(
+        &self,
+        mut places: Vec<&mut Sequence<D>>,
+        work: impl FnOnce(&mut Session<D>) -> Result<T>,
+    ) -> Result<T> {
+        let mut session = self.session(places.iter_mut().map(|place| place.take()).collect())?;
+        let result = work(&mut session);
+        for (place, sequence) in places.into_iter().zip(session.into_sequences()) {
+            *place = sequence;
         }
+        result
     }
 }

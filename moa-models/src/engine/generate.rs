@@ -1,8 +1,10 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use crate::decoder::llama::{Llama, LogitRows, Sequence};
-use crate::device::Ops;
+use crate::decoder::logits::LogitRows;
+use crate::decoder::model::Decoder;
+use crate::decoder::sequence::Sequence;
+use crate::device::Math;
 use crate::engine::running::Running;
 use crate::engine::sampling::SamplingOptions;
 use crate::{Error, Result};
@@ -108,16 +110,16 @@ impl Generation {
     }
 }
 
-impl<O: Ops> Llama<O> {
+impl<D: Math> Decoder<D> {
     /// Appends tokens in chunks and returns the last one's logits, `[vocab]`. `on_chunk` is told how
     /// many tokens are read and may break off.
     ///
     /// # Errors
-    /// As [`Llama::forward`]; [`Error::Cancelled`] if `on_chunk` breaks off: the sequence then holds
+    /// As [`Decoder::forward`]; [`Error::Cancelled`] if `on_chunk` breaks off: the sequence then holds
     /// the chunks read so far.
     pub fn prefill(
         &self,
-        sequence: &mut Sequence<O>,
+        sequence: &mut Sequence<D>,
         tokens: &[u32],
         chunk: usize,
         on_chunk: &mut dyn FnMut(usize) -> ControlFlow<()>,
@@ -160,7 +162,7 @@ impl<O: Ops> Llama<O> {
     /// vocabulary, if an option is out of range (nothing has changed then), or [`Error::Cancelled`].
     pub fn generate(
         &self,
-        batch: &mut [Sequence<O>],
+        batch: &mut [Sequence<D>],
         prompts: &[&[u32]],
         options: &GenerateOptions,
         on_progress: &mut dyn FnMut(Progress) -> Next,
@@ -207,7 +209,7 @@ impl<O: Ops> Llama<O> {
     }
 
     /// Checks that a sequence has room for a prompt of the vocabulary.
-    pub(crate) fn check_prompt(&self, sequence: &Sequence<O>, prompt: &[u32]) -> Result<()> {
+    pub(crate) fn check_prompt(&self, sequence: &Sequence<D>, prompt: &[u32]) -> Result<()> {
         if prompt.is_empty() {
             return Err(Error::invalid("prompt", "at least 1 token", 0));
         }
@@ -223,7 +225,7 @@ impl<O: Ops> Llama<O> {
     /// Continues sequences whose prompts are read until all have ended; how many tokens that took.
     fn decode(
         &self,
-        batch: &mut [Sequence<O>],
+        batch: &mut [Sequence<D>],
         running: &mut [Running],
         options: &GenerateOptions,
         on_progress: &mut dyn FnMut(Progress) -> Next,
@@ -243,37 +245,36 @@ impl<O: Ops> Llama<O> {
         while !going.is_empty() {
             let sequences = batch.iter_mut().zip(running.iter());
             let sequences = sequences.filter(|(_, run)| run.finish.is_none()).map(|(s, _)| s);
-            let mut decoder = self.decoder(sequences.collect())?;
-            // One decoder for as long as no sequence ends.
-            loop {
-                let tokens: Vec<u32> = going.iter().map(|i| running[*i].last()).collect();
-                if plain && (greedy || decoder.can_sample()) {
-                    let chosen = match greedy {
-                        true => decoder.step_greedy(&tokens)?,
-                        false => {
-                            let units: Vec<f64> =
-                                going.iter().map(|i| running[*i].sampler.unit()).collect();
-                            decoder.step_sampled(&tokens, &options.sampling, &units)?
+            // One session for as long as no sequence ends.
+            going = self.in_session(sequences.collect(), |session| {
+                loop {
+                    let tokens: Vec<u32> = going.iter().map(|i| running[*i].last()).collect();
+                    if plain && (greedy || session.can_sample()) {
+                        let chosen = match greedy {
+                            true => session.step_greedy(self, &tokens)?,
+                            false => {
+                                let units: Vec<f64> =
+                                    going.iter().map(|i| running[*i].sampler.unit()).collect();
+                                session.step_sampled(self, &tokens, &options.sampling, &units)?
+                            }
+                        };
+                        for (&i, token) in going.iter().zip(chosen) {
+                            running[i].next = Some(token);
                         }
-                    };
-                    for (&i, token) in going.iter().zip(chosen) {
-                        running[i].next = Some(token);
+                    } else {
+                        let logits = session.step(self, &tokens)?;
+                        for (&i, row) in going.iter().zip(logits.chunks(self.config().vocab_size)) {
+                            running[i].logits = row.to_vec();
+                        }
                     }
-                } else {
-                    let logits = decoder.step(&tokens)?;
-                    for (&i, row) in going.iter().zip(logits.chunks(self.config().vocab_size)) {
-                        running[i].logits = row.to_vec();
+                    decoded += going.len();
+                    going.iter().for_each(|i| room[*i] -= 1);
+                    let still = choose(running, &room)?;
+                    if still != going {
+                        return Ok(still);
                     }
                 }
-                decoded += going.len();
-                going.iter().for_each(|i| room[*i] -= 1);
-                let still = choose(running, &room)?;
-                let same = still == going;
-                going = still;
-                if !same {
-                    break;
-                }
-            }
+            })?;
         }
         Ok(decoded)
     }

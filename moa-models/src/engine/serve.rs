@@ -1,18 +1,20 @@
 //! Sequences that come and go while others run.
 
-use crate::decoder::llama::{Llama, LogitRows, Sequence};
-use crate::device::Ops;
+use crate::decoder::logits::LogitRows;
+use crate::decoder::model::Decoder;
+use crate::decoder::sequence::Sequence;
+use crate::device::Math;
 use crate::engine::generate::{GenerateOptions, Generated, Next, Progress};
 use crate::engine::running::Running;
 use crate::{Error, Result};
 
 /// A prompt to continue, in a sequence of its own.
 #[derive(Debug)]
-pub struct Request<O: Ops> {
+pub struct Request<D: Math> {
     /// The caller's name for it.
     pub id: u64,
     /// Where it runs; may already hold tokens.
-    pub sequence: Sequence<O>,
+    pub sequence: Sequence<D>,
     /// Tokens to read first.
     pub prompt: Vec<u32>,
     /// How to go on; the seed is this request's own, and `prefill_chunk` the most tokens of its
@@ -20,9 +22,9 @@ pub struct Request<O: Ops> {
     pub options: GenerateOptions,
 }
 
-/// What [`Llama::serve`] tells.
+/// What [`Decoder::serve`] tells.
 #[derive(Debug)]
-pub enum Served<O: Ops> {
+pub enum Served<D: Math> {
     /// A request has a new token; never an end-of-sequence token. [`Next::Stop`] ends that request.
     Token {
         /// The request.
@@ -37,7 +39,7 @@ pub enum Served<O: Ops> {
         /// Its new tokens, and why it ended.
         generated: Generated,
         /// Its sequence, for a next turn.
-        sequence: Sequence<O>,
+        sequence: Sequence<D>,
     },
     /// A request was refused; the others go on.
     Refused {
@@ -49,17 +51,17 @@ pub enum Served<O: Ops> {
 }
 
 /// A request that runs.
-struct Slot<O: Ops> {
+struct Slot<D: Math> {
     id: u64,
-    sequence: Sequence<O>,
+    sequence: Sequence<D>,
     options: GenerateOptions,
     run: Running,
     /// Prompt tokens that are not read yet.
     unread: Vec<u32>,
 }
 
-impl<O: Ops> Slot<O> {
-    fn new(model: &Llama<O>, request: Request<O>) -> Result<Self> {
+impl<D: Math> Slot<D> {
+    fn new(model: &Decoder<D>, request: Request<D>) -> Result<Self> {
         let Request { id, sequence, prompt, options } = request;
         options.sampling.validate()?;
         model.check_prompt(&sequence, &prompt)?;
@@ -77,7 +79,7 @@ impl<O: Ops> Slot<O> {
     }
 }
 
-impl<O: Ops> Llama<O> {
+impl<D: Math> Decoder<D> {
     /// Runs requests in one batch, into which they come and from which they go between steps without
     /// stopping the others; each one's tokens are those that it would get alone.
     ///
@@ -91,10 +93,10 @@ impl<O: Ops> Llama<O> {
     /// [`Served::Refused`].
     pub fn serve(
         &self,
-        next: &mut dyn FnMut(usize) -> Option<Request<O>>,
-        on_event: &mut dyn FnMut(Served<O>) -> Next,
+        next: &mut dyn FnMut(usize) -> Option<Request<D>>,
+        on_event: &mut dyn FnMut(Served<D>) -> Next,
     ) -> Result<()> {
-        let mut slots: Vec<Slot<O>> = Vec::new();
+        let mut slots: Vec<Slot<D>> = Vec::new();
         let mut waiting = None;
         loop {
             while let Some(request) = waiting.take().or_else(|| next(slots.len())) {
@@ -117,7 +119,7 @@ impl<O: Ops> Llama<O> {
     }
 
     /// One step that reads a stretch of every unread prompt, and the last token of the others.
-    fn mixed_step(&self, slots: &mut [Slot<O>]) -> Result<()> {
+    fn mixed_step(&self, slots: &mut [Slot<D>]) -> Result<()> {
         let parts: Vec<Vec<u32>> = slots
             .iter_mut()
             .map(|slot| match slot.unread.len().min(slot.options.prefill_chunk) {
@@ -147,10 +149,10 @@ impl<O: Ops> Llama<O> {
     /// Decode steps until a request ends or another comes; the last step's tokens are not chosen yet.
     fn decode_steps(
         &self,
-        slots: &mut [Slot<O>],
-        next: &mut dyn FnMut(usize) -> Option<Request<O>>,
-        on_event: &mut dyn FnMut(Served<O>) -> Next,
-    ) -> Result<Option<Request<O>>> {
+        slots: &mut [Slot<D>],
+        next: &mut dyn FnMut(usize) -> Option<Request<D>>,
+        on_event: &mut dyn FnMut(Served<D>) -> Next,
+    ) -> Result<Option<Request<D>>> {
         let greedy = slots.iter().all(Slot::is_greedy);
         let count = slots.len();
         let mut room: Vec<usize> =
@@ -161,39 +163,42 @@ impl<O: Ops> Llama<O> {
             sequences.push(sequence);
             others.push((*id, &*options, run));
         }
-        let mut decoder = self.decoder(sequences)?;
-        loop {
-            let tokens: Vec<u32> = others.iter().map(|(.., run)| run.last()).collect();
-            if greedy {
-                for ((.., run), token) in others.iter_mut().zip(decoder.step_greedy(&tokens)?) {
-                    run.next = Some(token);
+        self.in_session(sequences, |session| {
+            loop {
+                let tokens: Vec<u32> = others.iter().map(|(.., run)| run.last()).collect();
+                if greedy {
+                    for ((.., run), token) in
+                        others.iter_mut().zip(session.step_greedy(self, &tokens)?)
+                    {
+                        run.next = Some(token);
+                    }
+                } else {
+                    let logits = session.step(self, &tokens)?;
+                    let rows = logits.chunks(self.config().vocab_size);
+                    for ((.., run), row) in others.iter_mut().zip(rows) {
+                        run.logits = row.to_vec();
+                    }
                 }
-            } else {
-                let logits = decoder.step(&tokens)?;
-                let rows = logits.chunks(self.config().vocab_size);
-                for ((.., run), row) in others.iter_mut().zip(rows) {
-                    run.logits = row.to_vec();
+                room.iter_mut().for_each(|room| *room -= 1);
+                let request = next(count);
+                if request.is_some() {
+                    return Ok(request);
+                }
+                for ((id, options, run), room) in others.iter_mut().zip(&room) {
+                    choose_one(*id, options, run, *room, on_event)?;
+                }
+                if others.iter().any(|(.., run)| run.finish.is_some()) {
+                    return Ok(None);
                 }
             }
-            room.iter_mut().for_each(|room| *room -= 1);
-            let request = next(count);
-            if request.is_some() {
-                return Ok(request);
-            }
-            for ((id, options, run), room) in others.iter_mut().zip(&room) {
-                choose_one(*id, options, run, *room, on_event)?;
-            }
-            if others.iter().any(|(.., run)| run.finish.is_some()) {
-                return Ok(None);
-            }
-        }
+        })
     }
 }
 
 /// Chooses the token of every slot that has one to choose.
-fn choose<O: Ops>(
-    slots: &mut [Slot<O>],
-    on_event: &mut dyn FnMut(Served<O>) -> Next,
+fn choose<D: Math>(
+    slots: &mut [Slot<D>],
+    on_event: &mut dyn FnMut(Served<D>) -> Next,
 ) -> Result<()> {
     for Slot { id, sequence, options, run, unread } in slots {
         let has_token = run.next.is_some() || !run.logits.is_empty();
@@ -204,12 +209,12 @@ fn choose<O: Ops>(
     Ok(())
 }
 
-fn choose_one<O: Ops>(
+fn choose_one<D: Math>(
     id: u64,
     options: &GenerateOptions,
     run: &mut Running,
     room: usize,
-    on_event: &mut dyn FnMut(Served<O>) -> Next,
+    on_event: &mut dyn FnMut(Served<D>) -> Next,
 ) -> Result<()> {
     let tell = &mut |progress| match progress {
         Progress::Token { token, .. } => on_event(Served::Token { id, token }),
@@ -221,19 +226,19 @@ fn choose_one<O: Ops>(
 }
 
 /// Gives back the slots that have ended.
-fn retire<O: Ops>(
-    slots: &mut Vec<Slot<O>>,
-    on_event: &mut dyn FnMut(Served<O>) -> Next,
+fn retire<D: Math>(
+    slots: &mut Vec<Slot<D>>,
+    on_event: &mut dyn FnMut(Served<D>) -> Next,
 ) -> Result<()> {
-    let has_ended = |slot: &mut Slot<O>| slot.run.finish.is_some();
-    let ended: Vec<Slot<O>> = slots.extract_if(.., has_ended).collect();
+    let has_ended = |slot: &mut Slot<D>| slot.run.finish.is_some();
+    let ended: Vec<Slot<D>> = slots.extract_if(.., has_ended).collect();
     for Slot { id, sequence, run, .. } in ended {
         tell(on_event, Served::Finished { id, generated: run.finish(), sequence })?;
     }
     Ok(())
 }
 
-fn tell<O: Ops>(on_event: &mut dyn FnMut(Served<O>) -> Next, event: Served<O>) -> Result<()> {
+fn tell<D: Math>(on_event: &mut dyn FnMut(Served<D>) -> Next, event: Served<D>) -> Result<()> {
     match on_event(event) {
         Next::Cancel => Err(Error::Cancelled),
         Next::Continue | Next::Stop => Ok(()),

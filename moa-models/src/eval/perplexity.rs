@@ -3,8 +3,9 @@ use std::time::Instant;
 use moa_core::Plan;
 use serde::Serialize;
 
-use crate::decoder::llama::{Llama, LogitRows};
-use crate::device::Ops;
+use crate::decoder::logits::LogitRows;
+use crate::decoder::model::Decoder;
+use crate::device::Math;
 use crate::engine::generate::Next;
 use crate::find_plan::objective::cross_entropy;
 use crate::{Error, Result};
@@ -35,7 +36,7 @@ pub struct PerplexityReport {
     pub seconds: f64,
 }
 
-impl<O: Ops> Llama<O> {
+impl<D: Math> Decoder<D> {
     /// Perplexity of `tokens`, cut into windows of `length` that each begin with `first`.
     ///
     /// # Errors

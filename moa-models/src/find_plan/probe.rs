@@ -2,23 +2,23 @@
 //! layers below that one again. Items that begin alike, as questions about one text do, share what
 //! they have in common.
 
-use moa_core::{Append, ExtendInputs, LayerLayout, Plan, SparseAttentionBackend};
+use moa_core::{Append, LayerLayout, Plan, SparseAttentionBackend};
 
-use crate::decoder::llama::Llama;
-use crate::device::Ops;
+use crate::decoder::model::Decoder;
+use crate::device::Math;
 use crate::find_plan::objective::cross_entropy;
 use crate::find_plan::profile::Item;
 use crate::{Error, Result};
 
 /// Items under one plan: a chunk of what they share, then a chunk with the rest of each.
-struct Pass<'a, O: Ops> {
+struct Pass<'a, D: Math> {
     items: &'a [Item],
     capacity: usize,
     /// Tokens that all items begin with; 0 or most of each.
     shared: usize,
     /// `None` if nothing is shared.
-    shared_rotations: Option<O::Rotations>,
-    rest_rotations: O::Rotations,
+    shared_rotations: Option<D::Rotations>,
+    rest_rotations: D::Rotations,
     /// Rows of the rest that predict responses.
     rows: Vec<usize>,
 }
@@ -44,7 +44,7 @@ fn common_prefix(a: &Item, b: &Item) -> usize {
     equal.min(a.prompt().len() - 1).min(b.prompt().len() - 1)
 }
 
-impl<O: Ops> Llama<O> {
+impl<D: Math> Decoder<D> {
     /// Mean cross entropy of items' responses, in nats per token, in sequences opened for
     /// `capacity` tokens: the mean over items of each one's mean. Consecutive items that begin alike
     /// are computed together.
@@ -55,7 +55,7 @@ impl<O: Ops> Llama<O> {
         Ok(self.variant_losses(items, plan, &[], capacity)?.0)
     }
 
-    /// [`Llama::response_loss`] of `plan`, and of each of `variants`: plans that differ from it only
+    /// [`Decoder::response_loss`] of `plan`, and of each of `variants`: plans that differ from it only
     /// in the layer given.
     pub(crate) fn variant_losses(
         &self,
@@ -83,7 +83,7 @@ impl<O: Ops> Llama<O> {
         Ok((base / count, losses))
     }
 
-    fn pass<'a>(&self, items: &'a [Item], plan: &Plan, capacity: usize) -> Result<Pass<'a, O>> {
+    fn pass<'a>(&self, items: &'a [Item], plan: &Plan, capacity: usize) -> Result<Pass<'a, D>> {
         plan.check_shape(&self.shape())?;
         let tokens = items.iter().map(|item| item.inputs().len()).max().unwrap_or(0);
         if tokens > capacity {
@@ -98,10 +98,10 @@ impl<O: Ops> Llama<O> {
         let table = self.rope(capacity)?;
         let shared_rotations = match shared {
             0 => None,
-            _ => Some(self.ops.rotations(&[(&table, 0..shared)])?),
+            _ => Some(self.device.rotations(&[(&table, 0..shared)])?),
         };
         let rests: Vec<_> = items.iter().map(|i| (&table, shared..i.inputs().len())).collect();
-        let rest_rotations = self.ops.rotations(&rests)?;
+        let rest_rotations = self.device.rotations(&rests)?;
         let mut rows = Vec::new();
         let mut before = 0;
         for item in items {
@@ -111,8 +111,8 @@ impl<O: Ops> Llama<O> {
         Ok(Pass { items, capacity, shared, shared_rotations, rest_rotations, rows })
     }
 
-    fn embed_pass(&self, pass: &Pass<'_, O>) -> Result<Hidden<O::Tensor>> {
-        let embed = |ids: &[u32]| self.ops.embed(&self.embedding, ids);
+    fn embed_pass(&self, pass: &Pass<'_, D>) -> Result<Hidden<D::Tensor>> {
+        let embed = |ids: &[u32]| self.device.embed(&self.embedding, ids);
         let shared = match pass.shared {
             0 => None,
             n => Some(embed(&pass.items[0].inputs()[..n])?),
@@ -125,13 +125,13 @@ impl<O: Ops> Llama<O> {
     /// the sum of the items' losses.
     fn upwards(
         &self,
-        pass: &Pass<'_, O>,
+        pass: &Pass<'_, D>,
         plan: &Plan,
         first: usize,
-        mut x: Hidden<O::Tensor>,
-        mut keep: Option<&mut Vec<Hidden<O::Tensor>>>,
+        mut x: Hidden<D::Tensor>,
+        mut keep: Option<&mut Vec<Hidden<D::Tensor>>>,
     ) -> Result<f64> {
-        let (ops, attention) = (&self.ops, self.ops.attention());
+        let (device, attention) = (&self.device, self.device.attention());
         let plan = self.own_plan(plan)?;
         let counts: Vec<usize> =
             pass.items.iter().map(|i| i.inputs().len() - pass.shared).collect();
@@ -142,38 +142,41 @@ impl<O: Ops> Llama<O> {
             let is_top = index + 1 == self.layers.len();
             let spans = plan.layer_spans(index, pass.capacity);
             let layout = LayerLayout::new(&spans, pass.capacity, 0)?;
-            let mut cache =
-                attention.open(&layout, self.config.head_dim).map_err(Error::backend)?;
+            let mut cache = self.open_cache(&layout)?;
             if let (Some(shared), Some(rotations)) = (x.shared.take(), &pass.shared_rotations) {
-                let [q, k, v] = self.qkv(layer, &shared, rotations)?;
-                let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: self.scale(), lse: false };
-                let appends = &mut [Append { cache: &mut cache, tokens: pass.shared }];
-                let out = attention.extend(appends, &inputs).map_err(Error::backend)?.out;
+                let mut attend = |qkv| {
+                    let batch = &mut [Append { cache: &mut cache, tokens: pass.shared }];
+                    Ok(self.extend(attention, batch, qkv, rotations, false)?.out)
+                };
                 // Nothing reads these rows of the top layer but the keys and values.
-                if !is_top {
-                    let shared = self.after_attention(layer, shared, out)?;
-                    x.shared = Some(self.mlp(layer, shared)?);
+                match is_top {
+                    true => drop(attend(self.qkv(layer, &shared)?)?),
+                    false => x.shared = Some(self.block(layer, shared, attend)?),
                 }
             }
             let mut caches = Vec::with_capacity(counts.len());
             for _ in 1..counts.len() {
-                caches.push(attention.fork(&cache).map_err(Error::backend)?);
+                caches.push(attention.fork(&cache).map_err(Into::into)?);
             }
             caches.push(cache);
-            let mut appends: Vec<_> = caches
-                .iter_mut()
-                .zip(&counts)
-                .map(|(cache, &tokens)| Append { cache, tokens })
-                .collect();
-            let [q, k, v] = self.qkv(layer, &x.rest, &pass.rest_rotations)?;
-            let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: self.scale(), lse: false };
-            let mut out = attention.extend(&mut appends, &inputs).map_err(Error::backend)?.out;
-            if is_top {
-                (x.rest, out) = (ops.rows(&x.rest, &pass.rows)?, ops.rows(&out, &pass.rows)?);
-            }
-            x.rest = self.mlp(layer, self.after_attention(layer, x.rest, out)?)?;
+            let appends = caches.iter_mut().zip(&counts);
+            let mut appends: Vec<_> =
+                appends.map(|(cache, &tokens)| Append { cache, tokens }).collect();
+            let mut attend = |qkv| {
+                let rotations = &pass.rest_rotations;
+                Ok(self.extend(attention, &mut appends, qkv, rotations, false)?.out)
+            };
+            x.rest = match is_top {
+                true => {
+                    let out = attend(self.qkv(layer, &x.rest)?)?;
+                    let (x, out) =
+                        (device.rows(&x.rest, &pass.rows)?, device.rows(&out, &pass.rows)?);
+                    self.finish_block(layer, x, out)?
+                }
+                false => self.block(layer, x.rest, attend)?,
+            };
         }
-        let h = ops.rms_norm(&x.rest, &self.norm, self.eps())?;
+        let h = device.rms_norm(&x.rest, &self.norm, self.eps())?;
         let logits = self.values(self.output(&h)?)?;
         let mut rows = logits.chunks(self.config.vocab_size);
         let losses = pass.items.iter().map(|item| {

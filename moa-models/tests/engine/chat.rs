@@ -2,8 +2,8 @@
 
 use moa_core::{ElasticRule, Plan};
 use moa_models::{
-    ChatSession, Completion, CpuOps, Error, Finish, GenerateOptions, Message, Next, PHRASINGS,
-    Result, TextProgress,
+    ChatSession, Completion, Cpu, Error, Finish, GenerateOptions, Message, Next, PHRASINGS, Result,
+    TextProgress,
 };
 
 use crate::{checkpoint, full, tiny};
@@ -35,7 +35,7 @@ fn wrapped() -> Plan {
 }
 
 /// Says `content`; the answer and how many tokens were read for it.
-fn say(session: &mut ChatSession<'_, CpuOps>, content: &str) -> Result<(Completion, usize)> {
+fn say(session: &mut ChatSession<'_, Cpu>, content: &str) -> Result<(Completion, usize)> {
     let mut read = 0;
     let completion = session.say(content, &options(), &[], &mut |progress| {
         if let TextProgress::Prefill { total, .. } = progress {

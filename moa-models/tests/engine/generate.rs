@@ -1,7 +1,7 @@
 //! Generation as its caller sees it: stream, ends, errors, sampling.
 
 use moa_models::{
-    CpuOps, Error, Finish, GenerateOptions, Next, Progress, Result, SamplingOptions, Sequence,
+    Cpu, Error, Finish, GenerateOptions, Next, Progress, Result, SamplingOptions, Sequence,
     TextProgress,
 };
 
@@ -157,7 +157,7 @@ fn a_plan_for_another_model_is_refused() {
 fn progress_counts_the_prompts_and_may_cancel_them() -> Result<()> {
     let (a, b) = (text(50), text(30));
     let options = GenerateOptions { prefill_chunk: 16, ..greedy(2) };
-    let open = || -> Result<[Sequence<CpuOps>; 2]> {
+    let open = || -> Result<[Sequence<Cpu>; 2]> {
         Ok([tiny().open(&full(), 60, 0)?, tiny().open(&full(), 60, 0)?])
     };
     let (mut read, mut tokens) = (Vec::new(), Vec::new());

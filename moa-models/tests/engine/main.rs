@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use moa_core::{ElasticRule, HeadRule, ModelShape, Plan};
-use moa_models::{Checkpoint, CpuOps, GenerateOptions, Llama, LogitRows, Next, Result, Sequence};
+use moa_models::{Checkpoint, Cpu, Decoder, GenerateOptions, LogitRows, Next, Result, Sequence};
 
 fn moa_tiny() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/moa-tiny")
@@ -36,13 +36,13 @@ fn test_data(path: &str) -> Option<PathBuf> {
 }
 
 /// moa-tiny with f32 caches.
-fn checkpoint() -> &'static Checkpoint<CpuOps> {
-    static TINY: LazyLock<Checkpoint<CpuOps>> =
-        LazyLock::new(|| Checkpoint::open(CpuOps::default(), moa_tiny()).expect("moa-tiny"));
+fn checkpoint() -> &'static Checkpoint<Cpu> {
+    static TINY: LazyLock<Checkpoint<Cpu>> =
+        LazyLock::new(|| Checkpoint::open(Cpu::default(), moa_tiny()).expect("moa-tiny"));
     &TINY
 }
 
-fn tiny() -> &'static Llama<CpuOps> {
+fn tiny() -> &'static Decoder<Cpu> {
     &checkpoint().model
 }
 
@@ -83,12 +83,12 @@ fn full() -> Plan {
 }
 
 /// Reads `tokens` in chunks; the logits of the last.
-fn read(sequence: &mut Sequence<CpuOps>, tokens: &[u32], chunk: usize) -> Result<Vec<f32>> {
+fn read(sequence: &mut Sequence<Cpu>, tokens: &[u32], chunk: usize) -> Result<Vec<f32>> {
     tiny().prefill(sequence, tokens, chunk, &mut |_| ControlFlow::Continue(()))
 }
 
 /// One step; the logits of all its tokens.
-fn step(sequence: &mut Sequence<CpuOps>, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
+fn step(sequence: &mut Sequence<Cpu>, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
     let rows: Vec<usize> = (0..tokens.len()).collect();
     let logits = tiny().forward(&mut [sequence], &[tokens], LogitRows::Rows(&rows))?;
     Ok(logits.into_data().chunks(tiny().config().vocab_size).map(<[f32]>::to_vec).collect())

@@ -3,13 +3,11 @@
 use std::collections::BTreeMap;
 
 use moa_models::{
-    Error, Finish, GenerateOptions, Generated, Next, Request, Result, SamplingOptions, Sequence,
-    Served,
+    Cpu, Error, Finish, GenerateOptions, Generated, Next, Request, Result, SamplingOptions,
+    Sequence, Served,
 };
 
 use crate::{continued, greedy, narrow, text, tiny};
-
-type Cpu = moa_models::CpuOps;
 
 fn request(id: u64, prompt: &[u32], options: &GenerateOptions) -> Result<Request<Cpu>> {
     let sequence = tiny().open(&narrow(), prompt.len() + options.max_new_tokens, 0)?;

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use moa_core::Plan;
-use moa_models::{CpuOps, GenerateOptions, Llama, LlamaConfig, Next, Result, Weights};
+use moa_models::{Cpu, Decoder, GenerateOptions, ModelConfig, Next, Result, Weights};
 use serde_json::json;
 
 use crate::test_data;
@@ -161,9 +161,9 @@ fn stories260k_tells_its_published_story() -> Result<()> {
     let Some(source) = test_data("checkpoints/stories260K") else { return Ok(()) };
     let folder = tempfile::tempdir().unwrap();
     Export::read(&source.join("stories260K.bin")).convert(folder.path());
-    let model = Llama::load(
-        CpuOps::default(),
-        LlamaConfig::from_file(folder.path())?,
+    let model = Decoder::load(
+        Cpu::default(),
+        ModelConfig::from_file(folder.path())?,
         &Weights::open(folder.path())?,
     )?;
     let vocabulary = vocabulary(&source.join("tok512.bin"));

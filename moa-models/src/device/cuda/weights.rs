@@ -6,7 +6,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use moa_backend_cuda::{Dtype, E4m3Weight, Tensor, Weight};
 
-use super::CudaOps;
+use super::Cuda;
 use crate::checkpoint::mapped::{MappedTensor, extend_f32};
 use crate::{Error, Result};
 
@@ -38,7 +38,7 @@ impl<'a> From<&'a CudaMatrix> for Weight<'a> {
     }
 }
 
-impl CudaOps {
+impl Cuda {
     /// Weights one after the other in one tensor, converted piece by piece in page-locked memory.
     pub(super) fn upload(
         &self,
@@ -54,7 +54,7 @@ impl CudaOps {
                 staged = rest;
             }
         };
-        self.operations.upload(shape, dtype, fill).map_err(Error::backend)
+        Ok(self.operations.upload(shape, dtype, fill)?)
     }
 
     /// Linear layers' weights one after the other in one of the type that was asked for.

@@ -1,0 +1,129 @@
+use moa_core::{CacheState, LayerLayout, Plan, SparseAttentionBackend};
+
+use crate::decoder::block::Cache;
+use crate::decoder::model::Decoder;
+use crate::decoder::rope::RopeTable;
+use crate::device::{Device, Math};
+use crate::{Error, Result};
+
+/// One sequence: its caches in every layer, as large as its plan allows and no larger.
+pub struct Sequence<D: Device> {
+    pub(crate) caches: Vec<Cache<D>>,
+    /// How far the sequence is filled: the state of the first layer's cache between steps.
+    pub(crate) state: CacheState,
+    pub(crate) rope: RopeTable,
+    /// A device failed half-way through a step: layers disagree on the length.
+    pub(crate) broken: bool,
+}
+
+impl<D: Device> std::fmt::Debug for Sequence<D> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Sequence({} of {} tokens)", self.len(), self.capacity())
+    }
+}
+
+impl<D: Device> Sequence<D> {
+    /// Tokens held.
+    pub fn len(&self) -> usize {
+        self.state.len()
+    }
+
+    /// Whether no token is held.
+    pub fn is_empty(&self) -> bool {
+        self.state.is_empty()
+    }
+
+    /// Most tokens it may hold.
+    pub fn capacity(&self) -> usize {
+        self.state.capacity()
+    }
+
+    /// Checks that so many more tokens fit.
+    pub(crate) fn check_append(&self, tokens: usize) -> Result<()> {
+        Ok(self.state.check_append(tokens)?)
+    }
+
+    /// The sequence, in whose place a broken one stays.
+    pub(crate) fn take(&mut self) -> Self {
+        let rest = Self {
+            caches: Vec::new(),
+            state: self.state.clone(),
+            rope: self.rope.clone(),
+            broken: true,
+        };
+        std::mem::replace(self, rest)
+    }
+}
+
+impl<D: Math> Decoder<D> {
+    pub(crate) fn rope(&self, capacity: usize) -> Result<RopeTable> {
+        RopeTable::new(&self.config, capacity)
+    }
+
+    /// Opens an empty sequence of at most `capacity` tokens with the spans of `plan` at that
+    /// length. `slack` more tokens per head can be rolled back (speculative decoding).
+    ///
+    /// # Errors
+    /// If the plan is for another model or `capacity` is longer than the model's context.
+    pub fn open(&self, plan: &Plan, capacity: usize, slack: usize) -> Result<Sequence<D>> {
+        let plan = self.own_plan(plan)?;
+        self.config.check_context(capacity)?;
+        let layouts = (0..self.layers.len())
+            .map(|layer| LayerLayout::new(&plan.layer_spans(layer, capacity), capacity, slack))
+            .collect::<moa_core::Result<Vec<_>>>()?;
+        let bytes = layouts.iter().map(|layout| layout.bytes(self.slot_bytes())).sum();
+        self.device.check_room("keys and values", bytes)?;
+        let open = |layout| self.open_cache(layout);
+        let caches = layouts.iter().map(open).collect::<Result<Vec<Cache<D>>>>()?;
+        let rope = self.rope(capacity)?;
+        let Some(first) = caches.first() else {
+            return Err(Error::invalid("layers", "at least 1", 0));
+        };
+        let state = first.as_ref().clone();
+        Ok(Sequence { caches, state, rope, broken: false })
+    }
+
+    /// Bytes of one slot of a cache, key and value together.
+    pub(crate) fn slot_bytes(&self) -> u64 {
+        self.device.attention().slot_bytes(self.config.head_dim)
+    }
+
+    /// An empty cache of one layer.
+    pub(crate) fn open_cache(&self, layout: &LayerLayout) -> Result<Cache<D>> {
+        self.device.attention().open(layout, self.config.head_dim).map_err(Into::into)
+    }
+
+    /// An independent copy of a sequence, for a shared prefix.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    pub fn fork(&self, sequence: &Sequence<D>) -> Result<Sequence<D>> {
+        let fork = |cache| self.device.attention().fork(cache).map_err(Into::into);
+        Ok(Sequence {
+            caches: sequence.caches.iter().map(fork).collect::<Result<_>>()?,
+            state: sequence.state.clone(),
+            rope: sequence.rope.clone(),
+            broken: sequence.broken,
+        })
+    }
+
+    /// Forgets all tokens after the first `len`.
+    ///
+    /// # Errors
+    /// [`moa_core::Error::Evicted`] if keys that were overwritten would be needed; nothing changes.
+    pub fn truncate(&self, sequence: &mut Sequence<D>, len: usize) -> Result<()> {
+        // Layers differ in spans: ask all of them before changing one.
+        for cache in &sequence.caches {
+            cache.as_ref().clone().truncate(len)?;
+        }
+        for cache in &mut sequence.caches {
+            self.device.attention().truncate(cache, len).map_err(Into::into)?;
+        }
+        Ok(sequence.state.truncate(len)?)
+    }
+
+    /// Bytes of keys and values that a sequence really holds.
+    pub fn kv_bytes(&self, sequence: &Sequence<D>) -> u64 {
+        sequence.caches.iter().map(|c| self.device.attention().bytes(c)).sum()
+    }
+}
