@@ -13,6 +13,7 @@ mod engine;
 mod error;
 mod eval;
 mod find_plan;
+mod progress;
 mod rng;
 
 pub use checkpoint::fingerprint::fingerprint;
@@ -38,7 +39,9 @@ pub use device::wgpu::WgpuOps;
 pub use device::{BackwardOps, LinearWeights, Memory, Ops, RandomWeights};
 pub use engine::chat_session::ChatSession;
 pub use engine::decode::Decode;
-pub use engine::generate::{Finish, GenerateOptions, Generated, Generation, Next, Progress};
+pub use engine::generate::{
+    Finish, GenerateOptions, GenerateProgress, Generated, Generation, Next,
+};
 pub use engine::sampling::{Sampler, SamplingOptions};
 pub use engine::serve::{Request, Served};
 pub use engine::stop::StopStrings;
@@ -52,9 +55,9 @@ pub use eval::{
     Asked, DepthBin, EFFECTIVE_ACCURACY, EffectiveContext, ItemLog, Question, Reference,
     RetrievalItem, RetrievalReport, Scoring, Turn, effective_context,
 };
-pub use find_plan::calibrate::{CalibrationData, CalibrationOptions, Prompt};
+pub use find_plan::calibrate::{CalibrationData, CalibrationOptions, CalibrationPrompt};
 pub use find_plan::compress::{
-    CompressOptions, Compressed, DEFAULT_BLOCK, Stage, bound_decode_time, compress, describe,
+    CompressOptions, Compressed, DEFAULT_BLOCK, bound_decode_time, compress, describe,
     with_min_share,
 };
 pub use find_plan::objective::{Objective, TokenWeight, WeightedObjective};
@@ -64,3 +67,4 @@ pub use find_plan::refine::{Refined, measured_losses, refine};
 pub use moa_backend_cpu::CacheDtype;
 #[cfg(feature = "cuda")]
 pub use moa_backend_cuda::NcclId;
+pub use progress::{Progress, Stage};

@@ -24,7 +24,7 @@ use crate::decoder::config::LlamaConfig;
 use crate::decoder::llama::{Llama, Sequence};
 use crate::decoder::shard::Shard;
 use crate::device::Ops;
-use crate::engine::generate::{Finish, GenerateOptions, Generation, Next, Progress};
+use crate::engine::generate::{Finish, GenerateOptions, GenerateProgress, Generation, Next};
 use crate::engine::stop::StopStrings;
 use crate::{Error, Result};
 
@@ -151,10 +151,10 @@ impl<O: Ops> Checkpoint<O> {
         let mut failed = None;
         let generation =
             self.model.generate(batch, prompts, options, &mut |progress| match progress {
-                Progress::Prefill { done, total } => {
+                GenerateProgress::Prefill { done, total } => {
                     on_progress(TextProgress::Prefill { done, total })
                 }
-                Progress::Token { sequence, token } => {
+                GenerateProgress::Token { sequence, token } => {
                     let piece = match streams[sequence].push(token) {
                         Ok(piece) => piece.unwrap_or_default(),
                         Err(e) => {

@@ -44,7 +44,7 @@ pub enum Finish {
 
 /// What a generation tells its caller as it goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Progress {
+pub enum GenerateProgress {
     /// `done` of `total` prompt tokens of the batch are read.
     Prefill {
         /// Tokens read.
@@ -163,7 +163,7 @@ impl<O: Ops> Llama<O> {
         batch: &mut [Sequence<O>],
         prompts: &[&[u32]],
         options: &GenerateOptions,
-        on_progress: &mut dyn FnMut(Progress) -> Next,
+        on_progress: &mut dyn FnMut(GenerateProgress) -> Next,
     ) -> Result<Generation> {
         if batch.len() != prompts.len() || batch.is_empty() {
             return Err(Error::invalid(
@@ -185,11 +185,13 @@ impl<O: Ops> Llama<O> {
         let start = Instant::now();
         let mut before = 0;
         for ((sequence, prompt), run) in batch.iter_mut().zip(prompts).zip(&mut running) {
-            let mut tell =
-                |done| match on_progress(Progress::Prefill { done: before + done, total }) {
-                    Next::Cancel => ControlFlow::Break(()),
-                    Next::Continue | Next::Stop => ControlFlow::Continue(()),
-                };
+            let mut tell = |done| match on_progress(GenerateProgress::Prefill {
+                done: before + done,
+                total,
+            }) {
+                Next::Cancel => ControlFlow::Break(()),
+                Next::Continue | Next::Stop => ControlFlow::Continue(()),
+            };
             run.logits = self.prefill(sequence, prompt, options.prefill_chunk, &mut tell)?;
             before += prompt.len();
         }
@@ -226,7 +228,7 @@ impl<O: Ops> Llama<O> {
         batch: &mut [Sequence<O>],
         running: &mut [Running],
         options: &GenerateOptions,
-        on_progress: &mut dyn FnMut(Progress) -> Next,
+        on_progress: &mut dyn FnMut(GenerateProgress) -> Next,
     ) -> Result<usize> {
         let mut room: Vec<usize> = batch.iter().map(|s| s.capacity() - s.len()).collect();
         // A penalty depends on all tokens so far, which the device does not know.

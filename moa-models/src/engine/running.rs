@@ -1,4 +1,4 @@
-use crate::engine::generate::{Finish, GenerateOptions, Generated, Next, Progress};
+use crate::engine::generate::{Finish, GenerateOptions, GenerateProgress, Generated, Next};
 use crate::engine::sampling::{Sampler, SamplingOptions};
 use crate::{Error, Result};
 
@@ -39,7 +39,7 @@ impl Running {
         index: usize,
         options: &GenerateOptions,
         room: usize,
-        on_progress: &mut dyn FnMut(Progress) -> Next,
+        on_progress: &mut dyn FnMut(GenerateProgress) -> Next,
     ) -> Result<()> {
         if self.finish.is_some() {
             return Ok(());
@@ -57,7 +57,7 @@ impl Running {
             return Ok(());
         }
         self.history.push(token);
-        match on_progress(Progress::Token { sequence: index, token }) {
+        match on_progress(GenerateProgress::Token { sequence: index, token }) {
             Next::Continue => {}
             Next::Stop => self.finish = Some(Finish::Stopped),
             Next::Cancel => return Err(Error::Cancelled),

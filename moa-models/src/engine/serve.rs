@@ -2,7 +2,7 @@
 
 use crate::decoder::llama::{Llama, LogitRows, Sequence};
 use crate::device::Ops;
-use crate::engine::generate::{GenerateOptions, Generated, Next, Progress};
+use crate::engine::generate::{GenerateOptions, GenerateProgress, Generated, Next};
 use crate::engine::running::Running;
 use crate::{Error, Result};
 
@@ -212,8 +212,8 @@ fn choose_one<O: Ops>(
     on_event: &mut dyn FnMut(Served<O>) -> Next,
 ) -> Result<()> {
     let tell = &mut |progress| match progress {
-        Progress::Token { token, .. } => on_event(Served::Token { id, token }),
-        Progress::Prefill { .. } => Next::Continue,
+        GenerateProgress::Token { token, .. } => on_event(Served::Token { id, token }),
+        GenerateProgress::Prefill { .. } => Next::Continue,
     };
     run.choose(0, options, room, tell)?;
     run.logits.clear();

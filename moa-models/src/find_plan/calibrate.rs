@@ -16,7 +16,7 @@ use crate::{Error, Result};
 
 /// A calibration prompt of the user's.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-pub struct Prompt {
+pub struct CalibrationPrompt {
     /// The user's message; goes through the chat template.
     pub prompt: String,
     /// The response; where it is missing the dense model writes it.
@@ -24,7 +24,7 @@ pub struct Prompt {
     pub answer: Option<String>,
 }
 
-impl Prompt {
+impl CalibrationPrompt {
     /// Reads prompts, one JSON object a line.
     ///
     /// # Errors
@@ -40,7 +40,7 @@ pub enum CalibrationData {
     /// Built-in records of each length.
     Records,
     /// These prompts, each used at the largest length it fills.
-    Prompts(Vec<Prompt>),
+    Prompts(Vec<CalibrationPrompt>),
 }
 
 /// How many calibration items of which lengths.
@@ -231,7 +231,7 @@ impl<O: Ops> Checkpoint<O> {
 
     fn prompt_items(
         &self,
-        prompts: &[Prompt],
+        prompts: &[CalibrationPrompt],
         options: &CalibrationOptions,
         on_item: &mut dyn FnMut() -> Next,
     ) -> Result<BTreeMap<usize, Vec<Item>>> {

@@ -14,6 +14,7 @@ use crate::find_plan::calibrate::{CalibrationData, CalibrationOptions};
 use crate::find_plan::objective::{Objective, TokenWeight, WeightedObjective};
 use crate::find_plan::profile::Item;
 use crate::find_plan::refine::{Refined, refine};
+use crate::progress::Stage;
 use crate::{Error, Result};
 
 /// Tokens per side of an influence block.
@@ -94,19 +95,6 @@ impl Default for CompressOptions {
             seed: 0,
         }
     }
-}
-
-/// What is being done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stage {
-    /// The dense model answers calibration prompts.
-    Calibrate,
-    /// Influence is measured.
-    Profile,
-    /// Plans are searched.
-    Search,
-    /// Plans are measured at the validation length, and refined.
-    Measure,
 }
 
 /// Everything that [`compress`] found.

@@ -1,8 +1,8 @@
 //! Generation as its caller sees it: stream, ends, errors, sampling.
 
 use moa_models::{
-    CpuOps, Error, Finish, GenerateOptions, Next, Progress, Result, SamplingOptions, Sequence,
-    TextProgress,
+    CpuOps, Error, Finish, GenerateOptions, GenerateProgress, Next, Result, SamplingOptions,
+    Sequence, TextProgress,
 };
 
 use crate::{checkpoint, continued, full, greedy, narrow, read, step, text, tiny};
@@ -163,12 +163,12 @@ fn progress_counts_the_prompts_and_may_cancel_them() -> Result<()> {
     let (mut read, mut tokens) = (Vec::new(), Vec::new());
     let generation =
         tiny().generate(&mut open()?, &[&a, &b], &options, &mut |progress| match progress {
-            Progress::Prefill { done, total } => {
+            GenerateProgress::Prefill { done, total } => {
                 read.push((done, total));
                 // Of a prefill this means nothing.
                 Next::Stop
             }
-            Progress::Token { sequence, token } => {
+            GenerateProgress::Token { sequence, token } => {
                 tokens.push((sequence, token));
                 Next::Continue
             }
@@ -181,7 +181,7 @@ fn progress_counts_the_prompts_and_may_cancel_them() -> Result<()> {
 
     let mut batch = open()?;
     let error = tiny().generate(&mut batch, &[&a, &b], &options, &mut |progress| match progress {
-        Progress::Prefill { done, .. } if done >= 32 => Next::Cancel,
+        GenerateProgress::Prefill { done, .. } if done >= 32 => Next::Cancel,
         _ => Next::Continue,
     });
     assert!(matches!(error, Err(Error::Cancelled)), "{error:?}");
@@ -197,7 +197,7 @@ fn decoding_may_be_cancelled_and_single_sequences_stopped() -> Result<()> {
         let mut batch = [tiny().open(&plan, 60, 0)?, tiny().open(&plan, 60, 0)?];
         let mut seen = 0;
         let error = tiny().generate(&mut batch, &[&a, &b], &greedy(6), &mut |progress| {
-            seen += usize::from(matches!(progress, Progress::Token { .. }));
+            seen += usize::from(matches!(progress, GenerateProgress::Token { .. }));
             if seen == 4 { Next::Cancel } else { Next::Continue }
         });
         assert!(matches!(error, Err(Error::Cancelled)), "{error:?}");
@@ -211,7 +211,7 @@ fn decoding_may_be_cancelled_and_single_sequences_stopped() -> Result<()> {
     let mut seen = 0;
     let generation =
         tiny().generate(&mut batch, &[&a, &b], &greedy(6), &mut |progress| match progress {
-            Progress::Token { sequence: 0, .. } => {
+            GenerateProgress::Token { sequence: 0, .. } => {
                 seen += 1;
                 if seen == 2 { Next::Stop } else { Next::Continue }
             }
