@@ -260,6 +260,13 @@ pub enum Error {
         rank: usize,
     },
 
+    /// A step of several requests failed, of which this one was part.
+    #[error("a step of the batch failed: {reason}")]
+    Step {
+        /// The error of the step.
+        reason: String,
+    },
+
     /// The device failed.
     #[error("device: {0}")]
     Backend(Box<dyn std::error::Error + Send + Sync>),

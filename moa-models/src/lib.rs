@@ -16,6 +16,7 @@ mod find_plan;
 mod progress;
 mod rng;
 
+pub use checkpoint::Checkpoint;
 pub use checkpoint::fingerprint::fingerprint;
 pub use checkpoint::generation_config::GenerationConfig;
 #[cfg(feature = "hub")]
@@ -24,7 +25,6 @@ pub use checkpoint::mapped::MappedTensor;
 pub use checkpoint::safetensors::{DType, Weights};
 pub use checkpoint::template::{ChatTemplate, Message};
 pub use checkpoint::tokenizer::{TokenStream, Tokenizer};
-pub use checkpoint::{Checkpoint, Completion, TextProgress};
 pub use decoder::config::LlamaConfig;
 pub use decoder::llama::{Llama, LogitRows, Sequence};
 pub use decoder::rope::RopeTable;
@@ -38,12 +38,10 @@ pub use device::cuda::{CudaDtype, CudaMatrix, CudaOps, Joined, NcclRank};
 pub use device::wgpu::WgpuOps;
 pub use device::{BackwardOps, LinearWeights, Memory, Ops, RandomWeights};
 pub use engine::chat_session::ChatSession;
-pub use engine::decode::Decode;
-pub use engine::generate::{
-    Finish, GenerateOptions, GenerateProgress, Generated, Generation, Next,
-};
+pub use engine::decode::{Decode, Session};
+pub use engine::request::{Completion, Event, Finish, GenerateOptions, Prompt, RequestId, Usage};
 pub use engine::sampling::{Sampler, SamplingOptions};
-pub use engine::serve::{Request, Served};
+pub use engine::serve::{Engine, EngineOptions};
 pub use engine::stop::StopStrings;
 pub use error::{Error, Result};
 pub use eval::bench::{BenchOptions, BenchReport, ProfileBenchReport};
@@ -67,4 +65,4 @@ pub use find_plan::refine::{Refined, measured_losses, refine};
 pub use moa_backend_cpu::CacheDtype;
 #[cfg(feature = "cuda")]
 pub use moa_backend_cuda::NcclId;
-pub use progress::{Progress, Stage};
+pub use progress::{Next, Progress, Stage};

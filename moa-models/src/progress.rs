@@ -41,6 +41,15 @@ impl fmt::Display for Stage {
     }
 }
 
+/// What the caller of a long job wants next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Go on.
+    Continue,
+    /// End with [`Error::Cancelled`].
+    Cancel,
+}
+
 /// A listener of a long job, which may also cancel it.
 ///
 /// A closure `FnMut(Stage, usize, usize) -> ControlFlow<()>` is one, and `()` is one that does not

@@ -2,10 +2,13 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use moa_core::{ElasticRule, Plan};
-use moa_models::{CacheDtype, CpuOps, GenerateOptions, Llama, LlamaConfig, Next, Result, Weights};
+use moa_models::{
+    CacheDtype, CpuOps, Engine, EngineOptions, GenerateOptions, Llama, LlamaConfig, Result, Weights,
+};
 
 /// The system's allocator, with a count of the live bytes.
 struct Counting;
@@ -52,31 +55,34 @@ fn within_2_percent(got: usize, expected: u64, what: &str) {
 /// Generates in a sequence of `capacity` tokens, which the prompt nearly fills. Returns by how much
 /// the heap has grown then, all intermediate results dropped.
 fn holds_what_it_promises(
-    model: &Llama<CpuOps>,
+    model: &Arc<Llama<CpuOps>>,
     plan: &Plan,
     capacity: usize,
     bytes: usize,
 ) -> Result<usize> {
     let vocab = model.config().vocab_size as u32;
-    let options = GenerateOptions { max_new_tokens: 8, ..GenerateOptions::default() };
+    let eos_token_ids = Some(Vec::new());
+    let options = GenerateOptions { max_new_tokens: 8, eos_token_ids, ..Default::default() };
     let prompt: Vec<u32> = (0..capacity as u32 - 8).map(|i| i * 7919 % vocab).collect();
     let promised = plan.kv_bytes(capacity, bytes);
 
     let before = LIVE.load(Relaxed);
-    let mut batch = [model.open(plan, capacity, 0)?];
-    let generation = model.generate(&mut batch, &[&prompt], &options, &mut |_| Next::Continue)?;
-    assert_eq!(generation.sequences[0].tokens.len(), 8);
-    drop(generation);
-    assert_eq!(model.kv_bytes(&batch[0]), promised);
+    let mut engine = Engine::new(Arc::clone(model), EngineOptions::default());
+    let id = engine.resume(model.open(plan, capacity, 0)?, prompt, options);
+    assert_eq!(engine.complete_all()?[0].tokens.len(), 8);
+    let sequence = engine.reclaim(id).expect("it was resumed");
+    drop(engine);
+    assert_eq!(model.kv_bytes(&sequence), promised);
     let held = LIVE.load(Relaxed);
-    drop(batch);
+    drop(sequence);
     let after = LIVE.load(Relaxed);
     within_2_percent(held - after, promised, "freed with the sequence");
     Ok(held - before)
 }
 
-fn load(folder: &Path, cache: CacheDtype) -> Result<Llama<CpuOps>> {
-    Llama::load(CpuOps::new(cache), LlamaConfig::from_file(folder)?, &Weights::open(folder)?)
+fn load(folder: &Path, cache: CacheDtype) -> Result<Arc<Llama<CpuOps>>> {
+    let (config, weights) = (LlamaConfig::from_file(folder)?, Weights::open(folder)?);
+    Llama::load(CpuOps::new(cache), config, &weights).map(Arc::new)
 }
 
 fn quarter(model: &Llama<CpuOps>) -> Result<Plan> {

@@ -80,3 +80,52 @@ impl<O: Ops> Llama<O> {
         }
     }
 }
+
+/// Decode steps of sequences that it owns.
+pub struct Session<O: Ops> {
+    sequences: Vec<Sequence<O>>,
+}
+
+impl<O: Ops> Session<O> {
+    fn decoder<'a>(&'a mut self, model: &'a Llama<O>) -> Result<Box<dyn Decode + 'a>> {
+        model.decoder(self.sequences.iter_mut().collect())
+    }
+
+    /// Whether the device draws tokens itself.
+    pub fn can_sample(&mut self, model: &Llama<O>) -> bool {
+        self.decoder(model).is_ok_and(|decoder| decoder.can_sample())
+    }
+
+    /// As [`Decode::step`].
+    pub fn step(&mut self, model: &Llama<O>, tokens: &[u32]) -> Result<Vec<f32>> {
+        self.decoder(model)?.step(tokens)
+    }
+
+    /// As [`Decode::step_greedy`].
+    pub fn step_greedy(&mut self, model: &Llama<O>, tokens: &[u32]) -> Result<Vec<u32>> {
+        self.decoder(model)?.step_greedy(tokens)
+    }
+
+    /// As [`Decode::step_sampled`].
+    pub fn step_sampled(
+        &mut self,
+        model: &Llama<O>,
+        tokens: &[u32],
+        sampling: &SamplingOptions,
+        units: &[f64],
+    ) -> Result<Vec<u32>> {
+        self.decoder(model)?.step_sampled(tokens, sampling, units)
+    }
+
+    /// The sequences, as after the last step.
+    pub fn into_sequences(self) -> Vec<Sequence<O>> {
+        self.sequences
+    }
+}
+
+impl<O: Ops> Llama<O> {
+    /// Decode steps of sequences that stay the same from step to step.
+    pub fn session(&self, sequences: Vec<Sequence<O>>) -> Session<O> {
+        Session { sequences }
+    }
+}

@@ -1,6 +1,5 @@
 //! Speed and memory of a model under a plan.
 
-use std::ops::ControlFlow;
 use std::time::Instant;
 
 use moa_core::{Influence, Plan};
@@ -122,8 +121,7 @@ impl<O: Ops> Llama<O> {
         let read = |sequence: &mut Sequence<O>, tokens: &[u32]| -> Result<f64> {
             self.ops.synchronize()?;
             let begin = Instant::now();
-            let go_on = &mut |_| ControlFlow::Continue(());
-            self.prefill(sequence, tokens, prefill_chunk, go_on)?;
+            self.prefill(sequence, tokens, prefill_chunk)?;
             Ok(begin.elapsed().as_secs_f64())
         };
         read(&mut sequence, tokens)?;

@@ -5,8 +5,8 @@ use serde::Serialize;
 
 use crate::decoder::llama::{Llama, LogitRows};
 use crate::device::Ops;
-use crate::engine::generate::Next;
 use crate::find_plan::objective::cross_entropy;
+use crate::progress::Next;
 use crate::{Error, Result};
 
 /// Tokens per forward step where every row's logits are wanted: bounds `[rows, vocab]`.

@@ -8,10 +8,12 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::template::Message;
 use crate::decoder::llama::LogitRows;
 use crate::device::Ops;
-use crate::engine::generate::Next;
+use crate::engine::request::GenerateOptions;
+use crate::engine::serve::EngineOptions;
 use crate::eval::jsonl;
 use crate::find_plan::profile::Item;
 use crate::find_plan::records::{PHRASINGS, Phrasing, last_integer};
+use crate::progress::Next;
 use crate::{Error, Result};
 
 /// A calibration prompt of the user's.
@@ -121,11 +123,12 @@ impl<O: Ops> Checkpoint<O> {
         let mut batch =
             (1..prompts.len()).map(|_| self.model.fork(&sequence)).collect::<Result<Vec<_>>>()?;
         batch.push(sequence);
-        let rests: Vec<&[u32]> = prompts.iter().map(|prompt| &prompt[shared..]).collect();
-        let options = self.greedy(max_response);
-        let generation =
-            self.model.generate(&mut batch, &rests, &options, &mut |_| Next::Continue)?;
-        Ok(generation.sequences.into_iter().map(|sequence| sequence.tokens).collect())
+        let options = GenerateOptions { max_new_tokens: max_response, ..Default::default() };
+        let mut engine = self.engine(EngineOptions::default());
+        for (sequence, prompt) in batch.into_iter().zip(prompts) {
+            engine.resume(sequence, &prompt[shared..], options.clone());
+        }
+        Ok(engine.complete_all()?.into_iter().map(|completion| completion.tokens).collect())
     }
 
     fn record_items(

@@ -9,12 +9,11 @@ use moa_core::{
 use crate::checkpoint::Checkpoint;
 use crate::decoder::llama::Llama;
 use crate::device::{BackwardOps, Ops};
-use crate::engine::generate::Next;
 use crate::find_plan::calibrate::{CalibrationData, CalibrationOptions};
 use crate::find_plan::objective::{Objective, TokenWeight, WeightedObjective};
 use crate::find_plan::profile::Item;
 use crate::find_plan::refine::{Refined, refine};
-use crate::progress::Stage;
+use crate::progress::{Next, Stage};
 use crate::{Error, Result};
 
 /// Tokens per side of an influence block.

@@ -1,0 +1,38 @@
+use crate::decoder::llama::{Llama, Sequence};
+use crate::device::Ops;
+use crate::engine::decode::Session;
+
+/// The sequences of the running requests, in the order of those.
+///
+/// Steps that only decode are run by a session, which a device prepares for these sequences; it is
+/// given up as soon as one joins or leaves, or a prompt is to be read.
+pub(crate) struct Batch<O: Ops> {
+    sequences: Vec<Sequence<O>>,
+    /// Has all the sequences while there is one.
+    session: Option<Session<O>>,
+}
+
+impl<O: Ops> Batch<O> {
+    pub(crate) fn new() -> Self {
+        Self { sequences: Vec::new(), session: None }
+    }
+
+    /// The sequences one by one.
+    pub(crate) fn apart(&mut self) -> &mut Vec<Sequence<O>> {
+        if let Some(session) = self.session.take() {
+            self.sequences = session.into_sequences();
+        }
+        &mut self.sequences
+    }
+
+    /// The sequences as one batch that decodes.
+    pub(crate) fn session(&mut self, model: &Llama<O>) -> &mut Session<O> {
+        let sequences = &mut self.sequences;
+        self.session.get_or_insert_with(|| model.session(std::mem::take(sequences)))
+    }
+
+    /// Drops all sequences.
+    pub(crate) fn clear(&mut self) {
+        *self = Self::new();
+    }
+}
