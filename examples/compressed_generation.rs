@@ -6,13 +6,12 @@
 
 use moa_core::{ElasticRule, Plan};
 use moa_models::{
-    CacheDtype, Checkpoint, CpuOps, EngineOptions, Event, GenerateOptions, Message, PHRASINGS,
-    Result,
+    CacheDtype, Checkpoint, Cpu, EngineOptions, Event, GenerateOptions, Message, PHRASINGS, Result,
 };
 
 fn main() -> Result<()> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/moa-tiny");
-    let checkpoint = Checkpoint::open(CpuOps::new(CacheDtype::Bf16), folder)?;
+    let checkpoint = Checkpoint::open(Cpu::new(CacheDtype::Bf16), folder)?;
     let model = &checkpoint.model;
 
     // A record of 60 lines and a question about one of them.

@@ -7,13 +7,13 @@
 
 use moa_core::{ElasticRule, Plan};
 use moa_models::{
-    CacheDtype, Checkpoint, CpuOps, EngineOptions, Event, GenerateOptions, Message, PHRASINGS,
-    Prompt, Result,
+    CacheDtype, Checkpoint, Cpu, EngineOptions, Event, GenerateOptions, Message, PHRASINGS, Prompt,
+    Result,
 };
 
 fn main() -> Result<()> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/moa-tiny");
-    let checkpoint = Checkpoint::open(CpuOps::new(CacheDtype::Bf16), folder)?;
+    let checkpoint = Checkpoint::open(Cpu::new(CacheDtype::Bf16), folder)?;
     let shape = checkpoint.model.shape();
     let dense = Plan::full(shape)?;
     let quarter = Plan::uniform(shape, 64, ElasticRule::new(0.0, 0.25)?)?;

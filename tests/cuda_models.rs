@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use moa_core::{ElasticRule, HeadRule, ModelShape, Plan};
-use moa_models::{Checkpoint, CpuOps, CudaDtype, CudaOps, Llama, LogitRows, Ops, Sequence};
+use moa_models::{Checkpoint, Cpu, Cuda, CudaDtype, Decoder, LogitRows, Math, Sequence};
 
 /// moa-tiny, from wherever the test runs: it may have been built on another machine.
 fn moa_tiny() -> PathBuf {
@@ -33,16 +33,16 @@ fn moa_tiny() -> PathBuf {
     found.unwrap_or_else(|| panic!("none of {places:?} is moa-tiny")).to_path_buf()
 }
 
-fn cpu() -> &'static Checkpoint<CpuOps> {
-    static TINY: LazyLock<Checkpoint<CpuOps>> =
-        LazyLock::new(|| Checkpoint::open(CpuOps::default(), moa_tiny()).expect("moa-tiny"));
+fn cpu() -> &'static Checkpoint<Cpu> {
+    static TINY: LazyLock<Checkpoint<Cpu>> =
+        LazyLock::new(|| Checkpoint::open(Cpu::default(), moa_tiny()).expect("moa-tiny"));
     &TINY
 }
 
 /// The first device, or `None` with a loud word.
-fn open(dtype: CudaDtype) -> Option<CudaOps> {
-    match CudaOps::new(0, dtype) {
-        Ok(ops) => Some(ops),
+fn open(dtype: CudaDtype) -> Option<Cuda> {
+    match Cuda::new(0, dtype) {
+        Ok(device) => Some(device),
         Err(error) => {
             let required = std::env::var_os("MOA_REQUIRE_GPU").is_some_and(|value| value == "1");
             assert!(!required, "MOA_REQUIRE_GPU is set, but: {error}");
@@ -54,8 +54,8 @@ fn open(dtype: CudaDtype) -> Option<CudaOps> {
 }
 
 /// moa-tiny on the GPU, with how far its logits may be from the CPU's: a share of their spread.
-fn cuda() -> Vec<(&'static Checkpoint<CudaOps>, f64)> {
-    static TINY: LazyLock<Vec<(Checkpoint<CudaOps>, f64)>> = LazyLock::new(|| {
+fn cuda() -> Vec<(&'static Checkpoint<Cuda>, f64)> {
+    static TINY: LazyLock<Vec<(Checkpoint<Cuda>, f64)>> = LazyLock::new(|| {
         let load = |(dtype, share)| {
             Some((Checkpoint::open(open(dtype)?, moa_tiny()).expect("moa-tiny"), share))
         };
@@ -93,17 +93,17 @@ fn plans(shape: ModelShape) -> [Plan; 2] {
 }
 
 /// One step; the logits of all its tokens.
-fn step<O: Ops>(model: &Llama<O>, sequence: &mut Sequence<O>, tokens: &[u32]) -> Vec<Vec<f32>> {
+fn step<D: Math>(model: &Decoder<D>, sequence: &mut Sequence<D>, tokens: &[u32]) -> Vec<Vec<f32>> {
     let rows: Vec<usize> = (0..tokens.len()).collect();
     let logits = model.forward(&mut [sequence], &[tokens], LogitRows::Rows(&rows)).unwrap();
-    let values = model.ops().values(logits).unwrap();
+    let values = model.device().values(logits).unwrap();
     values.chunks(model.config().vocab_size).map(<[f32]>::to_vec).collect()
 }
 
 /// Reads `tokens` in chunks; the logits of the last.
-fn read<O: Ops>(
-    model: &Llama<O>,
-    sequence: &mut Sequence<O>,
+fn read<D: Math>(
+    model: &Decoder<D>,
+    sequence: &mut Sequence<D>,
     tokens: &[u32],
     chunk: usize,
 ) -> Vec<f32> {

@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 
 use moa_core::Profile;
-use moa_models::{CalibrationData, CalibrationOptions, CalibrationPrompt, Checkpoint, Item, Ops};
+use moa_models::{CalibrationData, CalibrationOptions, CalibrationPrompt, Checkpoint, Item, Math};
 
 use crate::error::Result;
 use crate::output::Context;
@@ -16,8 +16,8 @@ pub(crate) fn load(data: &str) -> Result<CalibrationData> {
 }
 
 /// Makes calibration items under a progress bar.
-pub(crate) fn items<O: Ops>(
-    model: &Checkpoint<O>,
+pub(crate) fn items<D: Math>(
+    model: &Checkpoint<D>,
     data: &CalibrationData,
     options: &CalibrationOptions,
     context: &Context,

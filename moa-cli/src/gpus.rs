@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use moa_core::{Plan, Sharding};
-use moa_models::{Checkpoint, CudaOps, LlamaConfig, NcclRank, Rank, Shard, on_ranks};
+use moa_models::{Checkpoint, Cuda, ModelConfig, NcclRank, Rank, Shard, on_ranks};
 
 use crate::error::{Error, Result};
 use crate::model;
@@ -50,11 +50,11 @@ impl Gpus {
     /// one's context writes. Heads are dealt for `plan`, or evenly, at `length` tokens.
     pub(crate) fn run(
         &self,
-        config: &LlamaConfig,
+        config: &ModelConfig,
         plan: Option<&Path>,
         length: usize,
         context: &Context,
-        work: impl Fn(CudaOps, Shard<CudaOps>, &Context) -> Result<()> + Sync,
+        work: impl Fn(Cuda, Shard<Cuda>, &Context) -> Result<()> + Sync,
     ) -> Result<()> {
         let plan = match plan {
             Some(path) => {
@@ -69,13 +69,13 @@ impl Gpus {
         let sharding = sharding.map_err(|e| Error::from(e).at("--device"))?;
         let done = on_ranks(NcclRank::group(self.count)?, |rank: Arc<NcclRank>| {
             let number = rank.rank();
-            let ops = model::cuda(self.ordinals()[number].into(), context)?;
-            rank.connect(&ops)?;
+            let device = model::cuda(self.ordinals()[number].into(), context)?;
+            rank.connect(&device)?;
             if number == 0 {
                 context.note(format_args!("{} GPUs; bytes are those of the first", self.count));
             }
             let context = if number == 0 { *context } else { context.muted() };
-            work(ops, Shard::new(&sharding, rank)?, &context)
+            work(device, Shard::new(&sharding, rank)?, &context)
         });
         done.map(drop)
     }
@@ -86,12 +86,12 @@ impl Gpus {
         folder: &Path,
         plan: Option<&Path>,
         context: &Context,
-        work: impl Fn(Checkpoint<CudaOps>, &Context) -> Result<()> + Sync,
+        work: impl Fn(Checkpoint<Cuda>, &Context) -> Result<()> + Sync,
     ) -> Result<()> {
         model::check_folder(folder)?;
-        let config = LlamaConfig::from_file(folder)?;
-        self.run(&config, plan, config.context_length(), context, |ops, shard, context| {
-            work(Checkpoint::open_shard(ops, folder, shard)?, context)
+        let config = ModelConfig::from_file(folder)?;
+        self.run(&config, plan, config.context_length(), context, |device, shard, context| {
+            work(Checkpoint::open_shard(device, folder, shard)?, context)
         })
     }
 }

@@ -1,5 +1,5 @@
 use moa_core::Plan;
-use moa_models::{Checkpoint, Message, Next, Ops, PHRASINGS, Phrasing, RetrievalCase};
+use moa_models::{Checkpoint, Math, Message, Next, PHRASINGS, Phrasing, RetrievalCase};
 
 use crate::error::Result;
 
@@ -8,8 +8,8 @@ const SEED: u64 = 0x7e57_0000_0000_8000;
 
 /// Questions about records of about `length` tokens with their answer of at most `max_new_tokens`,
 /// none of which calibration uses.
-pub(crate) fn cases<O: Ops>(
-    model: &Checkpoint<O>,
+pub(crate) fn cases<D: Math>(
+    model: &Checkpoint<D>,
     length: usize,
     max_new_tokens: usize,
     count: usize,
@@ -25,8 +25,8 @@ fn draw(seed: u64, index: u64) -> u64 {
 }
 
 /// The longest record prompt of at most `room` tokens.
-fn filled<O: Ops>(
-    model: &Checkpoint<O>,
+fn filled<D: Math>(
+    model: &Checkpoint<D>,
     phrasing: &Phrasing,
     room: usize,
     seed: u64,
@@ -54,8 +54,8 @@ fn case(phrasing: &Phrasing, lines: usize, seed: u64) -> RetrievalCase {
 }
 
 /// The phrasing whose short questions the dense model answers best.
-fn best_phrasing<O: Ops>(
-    model: &Checkpoint<O>,
+fn best_phrasing<D: Math>(
+    model: &Checkpoint<D>,
     max_new_tokens: usize,
     seed: u64,
 ) -> Result<&'static Phrasing> {

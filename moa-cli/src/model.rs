@@ -1,7 +1,7 @@
 use std::path::Path;
 
 use moa_core::{DEFAULT_SINK, ElasticRule, ModelShape, Plan};
-use moa_models::{Checkpoint, CpuOps, LlamaConfig, Ops};
+use moa_models::{Checkpoint, Cpu, Math, ModelConfig};
 
 use crate::args::{PlanArgs, WeightType};
 use crate::error::{Error, Result};
@@ -10,20 +10,20 @@ use crate::output::Context;
 /// Evaluates an expression with the operations of the device that `--device` names. It is compiled
 /// once for each device.
 macro_rules! on_device {
-    ($context:expr, |$ops:ident| $body:expr) => {
+    ($context:expr, |$device:ident| $body:expr) => {
         match $context.device {
             $crate::args::Device::Cpu => {
-                let $ops = $crate::model::cpu($context)?;
+                let $device = $crate::model::cpu($context)?;
                 $body
             }
             #[cfg(feature = "cuda")]
             $crate::args::Device::Cuda(ordinal) => {
-                let $ops = $crate::model::cuda(ordinal, $context)?;
+                let $device = $crate::model::cuda(ordinal, $context)?;
                 $body
             }
             #[cfg(feature = "wgpu")]
             $crate::args::Device::Wgpu(index) => {
-                let $ops = $crate::model::wgpu(index, $context)?;
+                let $device = $crate::model::wgpu(index, $context)?;
                 $body
             }
             #[cfg(feature = "cuda")]
@@ -50,8 +50,8 @@ macro_rules! on_model {
             $crate::args::Device::CudaGroup(gpus) => {
                 gpus.run_model($folder, $plan.plan.as_deref(), $context, |$model, $own| $body)
             }
-            _ => $crate::model::on_device!($context, |ops| {
-                let ($model, $own) = ($crate::model::open(ops, $folder)?, $context);
+            _ => $crate::model::on_device!($context, |device| {
+                let ($model, $own) = ($crate::model::open(device, $folder)?, $context);
                 $body
             }),
         }
@@ -60,10 +60,10 @@ macro_rules! on_model {
 pub(crate) use on_model;
 
 /// The CPU, where weights stay as they are in their file.
-pub(crate) fn cpu(context: &Context) -> Result<CpuOps> {
+pub(crate) fn cpu(context: &Context) -> Result<Cpu> {
     match context.weights {
         Some(WeightType::Fp8) => Err(Error::argument("--weights", "left out on the CPU", "fp8")),
-        None => Ok(CpuOps::new(context.cache)),
+        None => Ok(Cpu::new(context.cache)),
     }
 }
 
@@ -77,8 +77,8 @@ pub(crate) fn check_gradients(context: &Context) -> Result<()> {
 
 /// A GPU; activations have the type of the caches, and weights unless another one is asked for.
 #[cfg(feature = "cuda")]
-pub(crate) fn cuda(ordinal: usize, context: &Context) -> Result<moa_models::CudaOps> {
-    use moa_models::{CacheDtype, CudaDtype, CudaOps};
+pub(crate) fn cuda(ordinal: usize, context: &Context) -> Result<moa_models::Cuda> {
+    use moa_models::{CacheDtype, Cuda, CudaDtype};
     let dtype = match context.cache {
         CacheDtype::F16 => CudaDtype::F16,
         CacheDtype::Bf16 => CudaDtype::Bf16,
@@ -86,26 +86,26 @@ pub(crate) fn cuda(ordinal: usize, context: &Context) -> Result<moa_models::Cuda
             return Err(Error::argument("--cache-dtype", "f16 or bf16 on a GPU", "f32"));
         }
     };
-    let ops = CudaOps::new(ordinal, dtype)?;
+    let device = Cuda::new(ordinal, dtype)?;
     Ok(match context.weights {
-        Some(WeightType::Fp8) => ops.with_fp8_weights(),
-        None => ops,
+        Some(WeightType::Fp8) => device.with_fp8_weights(),
+        None => device,
     })
 }
 
 /// A GPU by wgpu, where weights keep the type of their file.
 #[cfg(feature = "wgpu")]
-pub(crate) fn wgpu(index: Option<usize>, context: &Context) -> Result<moa_models::WgpuOps> {
+pub(crate) fn wgpu(index: Option<usize>, context: &Context) -> Result<moa_models::Wgpu> {
     match context.weights {
         Some(WeightType::Fp8) => Err(Error::argument("--weights", "left out on wgpu", "fp8")),
-        None => Ok(moa_models::WgpuOps::open(index, context.cache)?),
+        None => Ok(moa_models::Wgpu::open(index, context.cache)?),
     }
 }
 
 /// Opens a model folder on a device.
-pub(crate) fn open<O: Ops>(ops: O, folder: &Path) -> Result<Checkpoint<O>> {
+pub(crate) fn open<D: Math>(device: D, folder: &Path) -> Result<Checkpoint<D>> {
     check_folder(folder)?;
-    Ok(Checkpoint::open(ops, folder)?)
+    Ok(Checkpoint::open(device, folder)?)
 }
 
 /// Checks that a folder is one.
@@ -122,7 +122,7 @@ pub(crate) fn check_folder(folder: &Path) -> Result<()> {
 
 /// Dimensions of a model from its `config.json`, without its weights.
 pub(crate) fn shape(config: &Path) -> Result<ModelShape> {
-    Ok(LlamaConfig::from_file(config)?.shape())
+    Ok(ModelConfig::from_file(config)?.shape())
 }
 
 /// Every head keeps the same share of the context.
@@ -138,7 +138,7 @@ pub(crate) struct ChosenPlan {
 }
 
 /// The plan that the flags ask for, checked against the model.
-pub(crate) fn choose_plan<O: Ops>(args: &PlanArgs, model: &Checkpoint<O>) -> Result<ChosenPlan> {
+pub(crate) fn choose_plan<D: Math>(args: &PlanArgs, model: &Checkpoint<D>) -> Result<ChosenPlan> {
     let shape = model.model.shape();
     if let Some(path) = &args.plan {
         let plan = Plan::load(path)?;
@@ -155,9 +155,9 @@ pub(crate) fn choose_plan<O: Ops>(args: &PlanArgs, model: &Checkpoint<O>) -> Res
 }
 
 /// Checks that a plan is for this model, and unless `any_weights` for these weights.
-pub(crate) fn check_plan<O: Ops>(
+pub(crate) fn check_plan<D: Math>(
     plan: &Plan,
-    model: &Checkpoint<O>,
+    model: &Checkpoint<D>,
     any_weights: bool,
 ) -> Result<()> {
     match any_weights {

@@ -89,7 +89,12 @@ pub(crate) fn request(file: &PlanFile, context: &Context) -> Result<PlanRequest>
     let request = request.with_space(space.map_err(in_file)?);
     let mut request = request.with_min_share(from.min_share.unwrap_or(0.0)).map_err(in_file)?;
     if let Some(share) = from.decode_time {
-        on_device!(context, |ops| bound_decode_time(&mut request, &ops, plan.shape(), share))?;
+        on_device!(context, |device| bound_decode_time(
+            &mut request,
+            &device,
+            plan.shape(),
+            share
+        ))?;
     }
     Ok(request)
 }

@@ -1,8 +1,8 @@
 //! Llama-2, Llama-3 and Vicuna models whose KV caches are as small as a
 //! [plan](moa_core::Plan) allows.
 //!
-//! Everything is written over [`Ops`], the operations of one device: [`CpuOps`], and `CudaOps` with the
-//! feature `cuda`, which needs nothing to build, and to run a driver, NVRTC and cuBLASLt, and `WgpuOps`
+//! Everything is written over [`Math`], the operations of one device: [`Cpu`], and `Cuda` with the
+//! feature `cuda`, which needs nothing to build, and to run a driver, NVRTC and cuBLASLt, and `Wgpu`
 //! with the feature `wgpu`, which runs on any GPU with a driver for Vulkan, Metal or DX12.
 
 mod checkpoint;
@@ -25,18 +25,18 @@ pub use checkpoint::mapped::MappedTensor;
 pub use checkpoint::safetensors::{DType, Weights};
 pub use checkpoint::template::{ChatTemplate, Message};
 pub use checkpoint::tokenizer::{TokenStream, Tokenizer};
-pub use decoder::config::LlamaConfig;
-pub use decoder::llama::{Llama, LogitRows, Sequence};
+pub use decoder::config::ModelConfig;
+pub use decoder::model::{Decoder, LogitRows, Sequence};
 pub use decoder::rope::RopeTable;
 pub use decoder::rope_scaling::RopeScaling;
 pub use decoder::shard::{Communicator, Rank, Shard, on_ranks};
 pub use decoder::thread_rank::ThreadRank;
-pub use device::cpu::{CpuMatrix, CpuOps, CpuRotations};
+pub use device::cpu::{Cpu, CpuMatrix, CpuRotations};
 #[cfg(feature = "cuda")]
-pub use device::cuda::{CudaDtype, CudaMatrix, CudaOps, Joined, NcclRank};
+pub use device::cuda::{Cuda, CudaDtype, CudaMatrix, Joined, NcclRank};
 #[cfg(feature = "wgpu")]
-pub use device::wgpu::WgpuOps;
-pub use device::{BackwardOps, LinearWeights, Memory, Ops, RandomWeights};
+pub use device::wgpu::Wgpu;
+pub use device::{Backward, Device, LinearWeights, Load, Math, Memory, RandomWeights};
 pub use engine::chat_session::ChatSession;
 pub use engine::decode::{Decode, Session};
 pub use engine::request::{Completion, Event, Finish, GenerateOptions, Prompt, RequestId, Usage};

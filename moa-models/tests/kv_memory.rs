@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use moa_core::{ElasticRule, Plan};
 use moa_models::{
-    CacheDtype, CpuOps, Engine, EngineOptions, GenerateOptions, Llama, LlamaConfig, Result, Weights,
+    CacheDtype, Cpu, Decoder, Engine, EngineOptions, GenerateOptions, ModelConfig, Result, Weights,
 };
 
 /// The system's allocator, with a count of the live bytes.
@@ -55,7 +55,7 @@ fn within_2_percent(got: usize, expected: u64, what: &str) {
 /// Generates in a sequence of `capacity` tokens, which the prompt nearly fills. Returns by how much
 /// the heap has grown then, all intermediate results dropped.
 fn holds_what_it_promises(
-    model: &Arc<Llama<CpuOps>>,
+    model: &Arc<Decoder<Cpu>>,
     plan: &Plan,
     capacity: usize,
     bytes: usize,
@@ -80,12 +80,12 @@ fn holds_what_it_promises(
     Ok(held - before)
 }
 
-fn load(folder: &Path, cache: CacheDtype) -> Result<Arc<Llama<CpuOps>>> {
-    let (config, weights) = (LlamaConfig::from_file(folder)?, Weights::open(folder)?);
-    Llama::load(CpuOps::new(cache), config, &weights).map(Arc::new)
+fn load(folder: &Path, cache: CacheDtype) -> Result<Arc<Decoder<Cpu>>> {
+    let (config, weights) = (ModelConfig::from_file(folder)?, Weights::open(folder)?);
+    Decoder::load(Cpu::new(cache), config, &weights).map(Arc::new)
 }
 
-fn quarter(model: &Llama<CpuOps>) -> Result<Plan> {
+fn quarter(model: &Decoder<Cpu>) -> Result<Plan> {
     let plan = Plan::uniform(model.shape(), 64, ElasticRule::new(0.0, 0.25)?)?;
     // Heads differ, the mean stays: one keeps everything for what three others leave out.
     let rule = |beta| ElasticRule::new(0.0, beta).map(Into::into);

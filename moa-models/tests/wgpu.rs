@@ -6,11 +6,11 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use moa_backend_wgpu::{Device, Dtype};
+use moa_backend_wgpu::{Device as Gpu, Dtype};
 use moa_core::{ElasticRule, HeadRule, Influence, ModelShape, Plan, Span};
 use moa_models::{
-    BackwardOps, CacheDtype, Checkpoint, CpuOps, GenerateOptions, Item, LogitRows, Next, Objective,
-    Ops, WgpuOps,
+    Backward, CacheDtype, Checkpoint, Cpu, Device, GenerateOptions, Item, LogitRows, Next,
+    Objective, Wgpu,
 };
 
 fn moa_tiny() -> PathBuf {
@@ -20,10 +20,10 @@ fn moa_tiny() -> PathBuf {
 }
 
 /// The GPU, for one test at a time.
-fn device() -> Option<(Device, MutexGuard<'static, ()>)> {
+fn device() -> Option<(Gpu, MutexGuard<'static, ()>)> {
     static ALONE: Mutex<()> = Mutex::new(());
     let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    match Device::open() {
+    match Gpu::open() {
         Ok(device) => Some((device, alone)),
         Err(error) if std::env::var_os("MOA_REQUIRE_WGPU").is_some_and(|v| v == "1") => {
             panic!("MOA_REQUIRE_WGPU is set: {error}")
@@ -49,7 +49,7 @@ const TEXT: &str = "The red box is in the garden. The key of the red box is 7142
     its end. When the line was wrong nobody came home to say so. What is the key of the red box?";
 
 /// Tokens and logits of the step after the prompt, read in chunks of 50.
-fn run<O: Ops>(checkpoint: &Checkpoint<O>, narrow_spans: bool) -> (Vec<Vec<u32>>, Vec<f32>) {
+fn run<D: Math>(checkpoint: &Checkpoint<D>, narrow_spans: bool) -> (Vec<Vec<u32>>, Vec<f32>) {
     let model = &checkpoint.model;
     let plan = match narrow_spans {
         true => narrow(model.shape()),
@@ -62,7 +62,7 @@ fn run<O: Ops>(checkpoint: &Checkpoint<O>, narrow_spans: bool) -> (Vec<Vec<u32>>
     for chunk in long.chunks(50) {
         let rows: Vec<usize> = (0..chunk.len()).collect();
         let x = model.forward(&mut [&mut sequence], &[chunk], LogitRows::Rows(&rows)).unwrap();
-        logits.extend(model.ops().values(x).unwrap());
+        logits.extend(model.device().values(x).unwrap());
     }
     let options = GenerateOptions { max_new_tokens: 12, ..GenerateOptions::default() };
     let mut batch =
@@ -76,8 +76,8 @@ fn run<O: Ops>(checkpoint: &Checkpoint<O>, narrow_spans: bool) -> (Vec<Vec<u32>>
 #[test]
 fn generation_and_logits_equal_those_of_the_cpu() {
     let Some((device, _alone)) = device() else { return };
-    let cpu = Checkpoint::open(CpuOps::new(CacheDtype::F32), moa_tiny()).unwrap();
-    let gpu = Checkpoint::open(WgpuOps::new(&device, Dtype::F32), moa_tiny()).unwrap();
+    let cpu = Checkpoint::open(Cpu::new(CacheDtype::F32), moa_tiny()).unwrap();
+    let gpu = Checkpoint::open(Wgpu::new(&device, Dtype::F32), moa_tiny()).unwrap();
     for narrow_spans in [false, true] {
         let (expected, expected_logits) = run(&cpu, narrow_spans);
         let (tokens, logits) = run(&gpu, narrow_spans);
@@ -93,16 +93,16 @@ fn generation_and_logits_equal_those_of_the_cpu() {
 fn cache_bytes_are_what_the_plan_promises() {
     let Some((device, _alone)) = device() else { return };
     for (dtype, element_bytes) in [(Dtype::F32, 4), (Dtype::Bf16, 2)] {
-        let gpu = Checkpoint::open(WgpuOps::new(&device, dtype), moa_tiny()).unwrap().model;
+        let gpu = Checkpoint::open(Wgpu::new(&device, dtype), moa_tiny()).unwrap().model;
         let plan = narrow(gpu.shape());
         let sequence = gpu.open(&plan, 1000, 0).unwrap();
         assert_eq!(gpu.kv_bytes(&sequence), plan.kv_bytes(1000, element_bytes));
-        assert_eq!(gpu.ops().cache_element_bytes(), element_bytes);
+        assert_eq!(gpu.device().cache_element_bytes(), element_bytes);
     }
 }
 
 /// A profile of one item: its loss, and what two spans of each head are predicted to cost.
-fn profile<O: BackwardOps>(checkpoint: &Checkpoint<O>) -> Vec<f64> {
+fn profile<D: Backward>(checkpoint: &Checkpoint<D>) -> Vec<f64> {
     let model = &checkpoint.model;
     let tokens = checkpoint.tokenizer.encode(TEXT, true).unwrap();
     let item = Item::new(&tokens[..tokens.len() - 12], &tokens[tokens.len() - 12..]).unwrap();
@@ -120,8 +120,8 @@ fn profile<O: BackwardOps>(checkpoint: &Checkpoint<O>) -> Vec<f64> {
 #[test]
 fn influence_equals_that_of_the_cpu() {
     let Some((device, _alone)) = device() else { return };
-    let cpu = Checkpoint::open(CpuOps::new(CacheDtype::F32), moa_tiny()).unwrap();
-    let gpu = Checkpoint::open(WgpuOps::new(&device, Dtype::Bf16), moa_tiny()).unwrap();
+    let cpu = Checkpoint::open(Cpu::new(CacheDtype::F32), moa_tiny()).unwrap();
+    let gpu = Checkpoint::open(Wgpu::new(&device, Dtype::Bf16), moa_tiny()).unwrap();
     let (expected, found) = (profile(&cpu), profile(&gpu));
     let largest = expected.iter().fold(0.0f64, |max, x| max.max(x.abs()));
     for (found, expected) in found.iter().zip(&expected) {

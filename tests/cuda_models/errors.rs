@@ -3,7 +3,7 @@
 use std::error::Error as _;
 
 use moa_backend_cuda::Error as CudaError;
-use moa_models::{CudaDtype, CudaOps, Error, LogitRows, Ops};
+use moa_models::{Cuda, CudaDtype, Device, Error, Load, LogitRows};
 
 use crate::{cuda, plans};
 
@@ -17,7 +17,7 @@ fn cause(error: &Error) -> Option<&CudaError> {
 
 #[test]
 fn a_device_that_is_not_there_is_named() {
-    let error = CudaOps::new(99, CudaDtype::Bf16).unwrap_err();
+    let error = Cuda::new(99, CudaDtype::Bf16).unwrap_err();
     let named = matches!(
         cause(&error),
         Some(CudaError::NoDevice { ordinal: 99, .. } | CudaError::NoDriver { .. })
@@ -28,16 +28,16 @@ fn a_device_that_is_not_there_is_named() {
 #[test]
 fn memory_is_asked_for_before_it_is_taken() {
     for (checkpoint, _) in cuda() {
-        let ops = checkpoint.model.ops();
-        let error = ops.check_room("weights", u64::MAX).unwrap_err();
+        let device = checkpoint.model.device();
+        let error = device.check_room("weights", u64::MAX).unwrap_err();
         let Some(&CudaError::OutOfMemory { what, bytes, free }) = cause(&error) else {
             panic!("{error}")
         };
         assert_eq!((what, bytes), ("weights", u64::MAX));
         assert!(free > 0 && error.to_string().contains(&free.to_string()), "{error}");
-        ops.check_room("weights", 1 << 20).unwrap();
+        device.check_room("weights", 1 << 20).unwrap();
         // 2 bytes for each of the 6.5 million weights.
-        let bytes = ops.weight_bytes(checkpoint.model.config().parameters());
+        let bytes = device.weight_bytes(checkpoint.model.config().parameters());
         assert!((12_000_000..14_500_000).contains(&bytes), "{bytes}");
     }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::LazyLock;
 
 use moa_backend_cuda::e4m3;
-use moa_models::{BackwardOps, Checkpoint, CpuOps, CudaDtype, CudaOps, Ops};
+use moa_models::{Backward, Checkpoint, Cpu, Cuda, CudaDtype, Load};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
@@ -13,14 +13,14 @@ use crate::text::{greedy, greedy_text_agrees};
 use crate::{close, cpu, difference, moa_tiny, open, plans, prose, read, step};
 
 /// moa-tiny with the weights of its linear layers rounded to e4m3, row by row.
-fn rounded() -> &'static Checkpoint<CpuOps> {
-    static ROUNDED: LazyLock<Checkpoint<CpuOps>> = LazyLock::new(|| {
+fn rounded() -> &'static Checkpoint<Cpu> {
+    static ROUNDED: LazyLock<Checkpoint<Cpu>> = LazyLock::new(|| {
         let folder = tempfile::tempdir().expect("a folder");
         for entry in std::fs::read_dir(moa_tiny()).expect("moa-tiny").map(Result::unwrap) {
             std::fs::copy(entry.path(), folder.path().join(entry.file_name())).expect("a copy");
         }
         round(&folder.path().join("model.safetensors"));
-        Checkpoint::open(CpuOps::default(), folder.path()).expect("moa-tiny, rounded")
+        Checkpoint::open(Cpu::default(), folder.path()).expect("moa-tiny, rounded")
     });
     &ROUNDED
 }
@@ -62,11 +62,11 @@ fn round(file: &Path) {
 
 /// moa-tiny with 8-bit weights on the GPU, with how far its logits may be from those of the CPU on
 /// the same weights: no further than with 16-bit weights, as activations are the same.
-fn cuda() -> Vec<(&'static Checkpoint<CudaOps>, f64)> {
-    static TINY: LazyLock<Vec<(Checkpoint<CudaOps>, f64)>> = LazyLock::new(|| {
+fn cuda() -> Vec<(&'static Checkpoint<Cuda>, f64)> {
+    static TINY: LazyLock<Vec<(Checkpoint<Cuda>, f64)>> = LazyLock::new(|| {
         let load = |(dtype, share)| {
-            let ops = open(dtype)?.with_fp8_weights();
-            Some((Checkpoint::open(ops, moa_tiny()).expect("moa-tiny"), share))
+            let device = open(dtype)?.with_fp8_weights();
+            Some((Checkpoint::open(device, moa_tiny()).expect("moa-tiny"), share))
         };
         [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)].into_iter().map_while(load).collect()
     });
@@ -155,8 +155,8 @@ fn bytes_are_counted_as_they_are() {
         let outputs = 6 * (64 * 8 + 256 + 2 * 704 + 256);
         let rest = 8192 * 256 + 13 * 256;
         assert_eq!(model.weight_bytes(), linear + 4 * outputs + 2 * rest);
-        assert_eq!(model.ops().weight_bytes(100), 200);
-        let wide = open(CudaDtype::Bf16).map(|ops| ops.linear_bytes(1000, 10));
+        assert_eq!(model.device().weight_bytes(100), 200);
+        let wide = open(CudaDtype::Bf16).map(|device| device.linear_bytes(1000, 10));
         assert_eq!(wide, Some(2000));
     }
 }
@@ -164,8 +164,8 @@ fn bytes_are_counted_as_they_are() {
 #[test]
 fn gradients_are_refused() {
     for (checkpoint, _) in cuda() {
-        let ops = checkpoint.model.ops();
-        let message = ops.check_gradients().unwrap_err().to_string();
+        let device = checkpoint.model.device();
+        let message = device.check_gradients().unwrap_err().to_string();
         assert!(message.contains("fp8") && message.contains("gradients"), "{message}");
         if let Some(wide) = open(CudaDtype::F16) {
             wide.check_gradients().unwrap();

@@ -2,7 +2,7 @@
 //! back. Matrix products of other shapes may sum in another order, so "equal" allows for rounding,
 //! but not where the shapes are the same.
 
-use moa_models::{CudaOps, Llama, LogitRows, Ops};
+use moa_models::{Cuda, Decoder, Device, LogitRows};
 
 use crate::{alternating, close, cuda, plans, prose, read, step};
 
@@ -40,7 +40,7 @@ fn a_ragged_batch_equals_each_sequence_alone() {
                     round.iter().zip(&at).map(|(n, at)| &tokens[*at..at + n]).collect();
                 let mut sequences: Vec<_> = batch.iter_mut().collect();
                 let logits = model.forward(&mut sequences, &parts, LogitRows::Last).unwrap();
-                let together = model.ops().values(logits).unwrap();
+                let together = model.device().values(logits).unwrap();
                 let each = parts.iter().zip(&mut alone).flat_map(|(part, sequence)| {
                     step(model, sequence, part).pop().expect("one row per token")
                 });
@@ -79,7 +79,7 @@ fn a_decoder_equals_single_steps() {
     }
 }
 
-pub(crate) fn decoder_equals_steps(model: &Llama<CudaOps>) {
+pub(crate) fn decoder_equals_steps(model: &Decoder<Cuda>) {
     let tokens = prose(400);
     let vocab = model.config().vocab_size;
     for plan in &plans(model.shape()) {
@@ -98,7 +98,7 @@ pub(crate) fn decoder_equals_steps(model: &Llama<CudaOps>) {
             let parts: Vec<&[u32]> = next.chunks(1).collect();
             let mut batch: Vec<_> = plain.iter_mut().collect();
             let expected = model.forward(&mut batch, &parts, LogitRows::Last).unwrap();
-            let expected = model.ops().values(expected).unwrap();
+            let expected = model.device().values(expected).unwrap();
             let rows = expected.chunks(vocab);
             let likeliest: Vec<u32> = rows.map(crate::likeliest).collect();
             if round % 3 == 0 {

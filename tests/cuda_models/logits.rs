@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use moa_models::{Llama, LlamaConfig, Ops, Weights};
+use moa_models::{Decoder, Device, ModelConfig, Weights};
 use serde::Deserialize;
 
 use crate::{CudaDtype, alternating, close, cpu, cuda, moa_tiny, open, plans, prose, read, step};
@@ -54,9 +54,9 @@ struct Golden {
 fn golden(folder: &Path, golden: &Path) {
     let golden: Golden = serde_json::from_str(&std::fs::read_to_string(golden).unwrap()).unwrap();
     for (dtype, share) in [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)] {
-        let Some(ops) = open(dtype) else { return };
-        let config = LlamaConfig::from_file(folder).unwrap();
-        let model = Llama::load(ops, config, &Weights::open(folder).unwrap()).unwrap();
+        let Some(device) = open(dtype) else { return };
+        let config = ModelConfig::from_file(folder).unwrap();
+        let model = Decoder::load(device, config, &Weights::open(folder).unwrap()).unwrap();
         let all: Vec<usize> = (0..model.config().vocab_size).collect();
         let ids = golden.logit_ids.as_ref().unwrap_or(&all);
         let dense = (plans(model.shape())[0].clone(), &golden.dense_last_logits);
@@ -66,11 +66,11 @@ fn golden(folder: &Path, golden: &Path) {
                 let mut sequence = model.open(&plan, golden.ids.len(), 0).unwrap();
                 let logits = read(&model, &mut sequence, &golden.ids, chunk);
                 let got: Vec<f32> = ids.iter().map(|id| logits[*id]).collect();
-                let name = model.ops().device().name();
+                let name = model.device().gpu().name();
                 close(&format!("golden {dtype:?} in {chunk} on {name}"), &got, expected, share);
             }
         }
-        assert_eq!(model.ops().cache_element_bytes(), 2);
+        assert_eq!(model.device().cache_element_bytes(), 2);
     }
 }
 

@@ -1,7 +1,7 @@
 //! Profiles made on the GPU against the CPU's.
 
 use moa_core::Influence;
-use moa_models::{BackwardOps, Item, Llama, Message, Objective, PHRASINGS};
+use moa_models::{Backward, Decoder, Item, Message, Objective, PHRASINGS};
 
 use crate::{cpu, cuda, likeliest, plans, read, step};
 
@@ -20,11 +20,7 @@ fn item() -> Item {
     Item::new(&prompt, &response).unwrap()
 }
 
-fn profile<O: BackwardOps>(
-    model: &Llama<O>,
-    item: &Item,
-    objective: Objective,
-) -> (f64, Influence) {
+fn profile<D: Backward>(model: &Decoder<D>, item: &Item, objective: Objective) -> (f64, Influence) {
     let mut influence = Influence::new(model.shape(), item.tokens().len(), 64).unwrap();
     let loss = model.profile(item, objective, &mut influence).unwrap();
     (loss, influence)

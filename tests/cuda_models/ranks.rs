@@ -6,24 +6,24 @@ use std::sync::Arc;
 use moa_backend_cuda::Error as CudaError;
 use moa_core::{Plan, Sharding};
 use moa_models::{
-    Communicator, CudaDtype, CudaOps, Error, GenerateOptions, Llama, LlamaConfig, LogitRows,
-    NcclRank, Next, Ops, Rank, SamplingOptions, Shard, ThreadRank, Weights, on_ranks,
+    Communicator, Cuda, CudaDtype, Decoder, Device, Error, GenerateOptions, LogitRows, ModelConfig,
+    NcclRank, Next, Rank, SamplingOptions, Shard, ThreadRank, Weights, on_ranks,
 };
 
 use crate::{alternating, close, cpu, moa_tiny, open, plans, prose, read, step};
 
-type Model = Llama<CudaOps>;
+type Model = Decoder<Cuda>;
 
 /// moa-tiny's part of one rank.
 fn part(
     dtype: CudaDtype,
     plan: &Plan,
-    communicator: impl Communicator<CudaOps> + 'static,
+    communicator: impl Communicator<Cuda> + 'static,
 ) -> Result<Model, Error> {
     let sharding = Sharding::balanced(plan, 500, communicator.ranks())?;
     let shard = Shard::new(&sharding, communicator)?;
-    let config = LlamaConfig::from_file(moa_tiny())?;
-    Llama::load_shard(CudaOps::new(0, dtype)?, config, &Weights::open(moa_tiny())?, shard)
+    let config = ModelConfig::from_file(moa_tiny())?;
+    Decoder::load_shard(Cuda::new(0, dtype)?, config, &Weights::open(moa_tiny())?, shard)
 }
 
 /// What two ranks on the first GPU compute.
@@ -67,8 +67,8 @@ fn two_ranks_agree_with_the_cpu() {
 /// as in the whole.
 #[test]
 fn two_ranks_of_8_bit_weights_agree_with_one() {
-    let Some(ops) = open(CudaDtype::F16) else { return };
-    let config = LlamaConfig::from_file(moa_tiny()).unwrap();
+    let Some(device) = open(CudaDtype::F16) else { return };
+    let config = ModelConfig::from_file(moa_tiny()).unwrap();
     let weights = Weights::open(moa_tiny()).unwrap();
     let tokens = prose(200);
     let [_, plan] = plans(cpu().model.shape());
@@ -79,12 +79,12 @@ fn two_ranks_of_8_bit_weights_agree_with_one() {
             .map(|part| step(gpu, &mut sequence, part).concat())
             .concat()
     };
-    let whole = Llama::load(ops.with_fp8_weights(), config.clone(), &weights).unwrap();
+    let whole = Decoder::load(device.with_fp8_weights(), config.clone(), &weights).unwrap();
     let expected = run(&whole);
     let parts = on_ranks(ThreadRank::group(2).unwrap(), |rank: Arc<ThreadRank>| {
-        let ops = CudaOps::new(0, CudaDtype::F16)?.with_fp8_weights();
+        let device = Cuda::new(0, CudaDtype::F16)?.with_fp8_weights();
         let shard = Shard::new(&sharding, rank)?;
-        Ok::<_, Error>(run(&Llama::load_shard(ops, config.clone(), &weights, shard)?))
+        Ok::<_, Error>(run(&Decoder::load_shard(device, config.clone(), &weights, shard)?))
     });
     close("8-bit weights on two ranks", &parts.unwrap()[0], &expected, 0.03);
 }
@@ -155,9 +155,9 @@ fn a_group_of_one_over_nccl_is_the_whole_model() {
         let tokens = prose(200);
         let [_, plan] = plans(cpu().model.shape());
         let part = part(dtype, &plan, rank).unwrap();
-        let config = LlamaConfig::from_file(moa_tiny()).unwrap();
+        let config = ModelConfig::from_file(moa_tiny()).unwrap();
         let weights = Weights::open(moa_tiny()).unwrap();
-        let whole = Llama::load(CudaOps::new(0, dtype).unwrap(), config, &weights).unwrap();
+        let whole = Decoder::load(Cuda::new(0, dtype).unwrap(), config, &weights).unwrap();
 
         let mut sequences = [&part, &whole].map(|model| model.open(&plan, 300, 0).unwrap());
         let [own, other] = &mut sequences;
@@ -170,7 +170,7 @@ fn a_group_of_one_over_nccl_is_the_whole_model() {
         let mut token = 5;
         for round in 0..12 {
             let logits = part.forward(&mut [&mut plain], &[&[token]], LogitRows::Last).unwrap();
-            let expected = part.ops().values(logits).unwrap();
+            let expected = part.device().values(logits).unwrap();
             let best = crate::likeliest(&expected);
             match round % 2 {
                 0 => assert!(decoder.step(&[token]).unwrap() == expected, "round {round}"),

@@ -1,8 +1,8 @@
 //! Greedy text and retrieval: what a user of the model sees.
 
 use moa_models::{
-    CpuOps, CudaOps, GenerateOptions, Llama, Next, Ops, PHRASINGS, Request, SamplingOptions,
-    Served, Task,
+    Cpu, Cuda, Decoder, GenerateOptions, Math, Next, PHRASINGS, Request, SamplingOptions, Served,
+    Task,
 };
 
 use crate::{cpu, cuda, likeliest, plans, prose, read, step};
@@ -10,8 +10,8 @@ use crate::{cpu, cuda, likeliest, plans, prose, read, step};
 /// Prompts that continue greedily for this many tokens.
 const NEW: usize = 32;
 
-pub(crate) fn greedy<O: Ops>(
-    model: &Llama<O>,
+pub(crate) fn greedy<D: Math>(
+    model: &Decoder<D>,
     plan: &moa_core::Plan,
     prompts: &[&[u32]],
 ) -> Vec<Vec<u32>> {
@@ -31,7 +31,7 @@ fn greedy_text_is_the_cpus_or_parts_at_a_near_tie() {
 }
 
 /// Where texts part, the CPU's logits must have been nearly equal there.
-pub(crate) fn greedy_text_agrees(gpu: &Llama<CudaOps>, cpu: &Llama<CpuOps>, share: f64) {
+pub(crate) fn greedy_text_agrees(gpu: &Decoder<Cuda>, cpu: &Decoder<Cpu>, share: f64) {
     let text = prose(2500);
     let prompts: Vec<&[u32]> = (0..100).map(|i| &text[i * 20..i * 20 + 30 + 4 * i]).collect();
     for plan in &plans(cpu.shape()) {

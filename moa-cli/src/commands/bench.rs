@@ -3,7 +3,7 @@ use std::str::FromStr;
 
 use moa_core::{DEFAULT_SINK, Plan, SparseAttentionBackend};
 use moa_models::{
-    BackwardOps, BenchOptions, BenchReport, Llama, LlamaConfig, Ops, RandomWeights, Shard, Weights,
+    Backward, BenchOptions, BenchReport, Decoder, Math, ModelConfig, RandomWeights, Shard, Weights,
 };
 use serde_json::{Value, json};
 
@@ -97,34 +97,38 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     #[cfg(feature = "cuda")]
     if let crate::args::Device::CudaGroup(gpus) = context.device {
         let source = args.source.model.as_ref().or(args.source.config.as_ref());
-        let config = LlamaConfig::from_file(source.map_or("".as_ref(), PathBuf::as_path))?;
+        let config = ModelConfig::from_file(source.map_or("".as_ref(), PathBuf::as_path))?;
         let length = args.prompts.iter().max().unwrap_or(&0).saturating_add(args.new_tokens);
-        return gpus.run(&config, args.plan.as_deref(), length, context, |ops, shard, context| {
-            with_ops(args, ops, Some(shard), context)
-        });
+        return gpus.run(
+            &config,
+            args.plan.as_deref(),
+            length,
+            context,
+            |device, shard, context| with_ops(args, device, Some(shard), context),
+        );
     }
-    on_device!(context, |ops| with_ops(args, ops, None, context))
+    on_device!(context, |device| with_ops(args, device, None, context))
 }
 
-fn with_ops<O: RandomWeights + BackwardOps>(
+fn with_ops<D: RandomWeights + Backward>(
     args: &Args,
-    ops: O,
-    shard: Option<Shard<O>>,
+    device: D,
+    shard: Option<Shard<D>>,
     context: &Context,
 ) -> Result<()> {
     let model = match (&args.source.model, &args.source.config, args.random_weights, shard) {
         (Some(folder), .., None) => {
-            Llama::load(ops, LlamaConfig::from_file(folder)?, &Weights::open(folder)?)?
+            Decoder::load(device, ModelConfig::from_file(folder)?, &Weights::open(folder)?)?
         }
         (Some(folder), .., Some(shard)) => {
-            let (config, weights) = (LlamaConfig::from_file(folder)?, Weights::open(folder)?);
-            Llama::load_shard(ops, config, &weights, shard)?
+            let (config, weights) = (ModelConfig::from_file(folder)?, Weights::open(folder)?);
+            Decoder::load_shard(device, config, &weights, shard)?
         }
         (_, Some(config), Some(seed), None) => {
-            Llama::random(ops, LlamaConfig::from_file(config)?, seed)?
+            Decoder::random(device, ModelConfig::from_file(config)?, seed)?
         }
         (_, Some(config), Some(seed), Some(shard)) => {
-            Llama::random_shard(ops, LlamaConfig::from_file(config)?, seed, shard)?
+            Decoder::random_shard(device, ModelConfig::from_file(config)?, seed, shard)?
         }
         _ => {
             return Err(Error::argument(
@@ -180,9 +184,9 @@ fn with_ops<O: RandomWeights + BackwardOps>(
 }
 
 /// Profiles one item of each length.
-fn profile<O: RandomWeights + BackwardOps>(
+fn profile<D: RandomWeights + Backward>(
     args: &Args,
-    model: &Llama<O>,
+    model: &Decoder<D>,
     context: &Context,
 ) -> Result<()> {
     let bar = Progress::new(context, "bench", args.prompts.len());
@@ -199,14 +203,14 @@ fn profile<O: RandomWeights + BackwardOps>(
     finish(model, "profiles", values, context)
 }
 
-fn finish<O: Ops>(
-    model: &Llama<O>,
+fn finish<D: Math>(
+    model: &Decoder<D>,
     what: &str,
     values: Vec<Value>,
     context: &Context,
 ) -> Result<()> {
     context.json(&json!({
-        "device": model.ops().attention().name(),
+        "device": model.device().attention().name(),
         "layers": model.config().num_hidden_layers,
         "parameters": model.config().parameters(),
         "ranks": model.ranks(),
@@ -214,8 +218,8 @@ fn finish<O: Ops>(
     }))
 }
 
-fn measure<O: RandomWeights>(
-    model: &Llama<O>,
+fn measure<D: Math>(
+    model: &Decoder<D>,
     plan: &Plan,
     batch: Batch,
     options: &BenchOptions,

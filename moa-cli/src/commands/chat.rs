@@ -1,7 +1,7 @@
 use std::io::{self, BufRead, IsTerminal};
 use std::time::Instant;
 
-use moa_models::{ChatSession, Checkpoint, Event, GenerateOptions, Ops};
+use moa_models::{ChatSession, Checkpoint, Event, GenerateOptions, Math};
 use serde_json::json;
 
 use crate::error::{Error, Result};
@@ -12,8 +12,8 @@ use crate::output::{Context, bytes, percent};
 const DEFAULT_CONTEXT: usize = 8192;
 
 /// A conversation on one cache, a turn per line of stdin.
-pub(super) fn run<O: Ops>(
-    model: &Checkpoint<O>,
+pub(super) fn run<D: Math>(
+    model: &Checkpoint<D>,
     chosen: &ChosenPlan,
     options: &GenerateOptions,
     capacity: Option<usize>,

@@ -1,6 +1,6 @@
 use std::path::PathBuf;
 
-use moa_models::{BackwardOps, CalibrationData, Checkpoint, CompressOptions, compress};
+use moa_models::{Backward, CalibrationData, Checkpoint, CompressOptions, compress};
 use serde_json::json;
 
 use super::search::SolverArgs;
@@ -63,18 +63,18 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     check_file(&args.out)?;
     check_optional(args.save_profile.as_deref())?;
     let data = calibration::load(&args.data.data)?;
-    on_device!(context, |ops| with_model(
+    on_device!(context, |device| with_model(
         args,
         &data,
-        &model::open(ops, &args.model.model)?,
+        &model::open(device, &args.model.model)?,
         context
     ))
 }
 
-fn with_model<O: BackwardOps>(
+fn with_model<D: Backward>(
     args: &Args,
     data: &CalibrationData,
-    model: &Checkpoint<O>,
+    model: &Checkpoint<D>,
     context: &Context,
 ) -> Result<()> {
     let options = CompressOptions {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 use moa_models::{
-    ChatTemplate, Checkpoint, EngineOptions, Event, GenerateOptions, Message, Ops, SamplingOptions,
+    ChatTemplate, Checkpoint, EngineOptions, Event, GenerateOptions, Math, Message, SamplingOptions,
 };
 use serde_json::json;
 
@@ -122,10 +122,10 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     ))
 }
 
-fn with_model<O: Ops>(
+fn with_model<D: Math>(
     args: &Args,
     prompts: &[NamedPrompt],
-    mut model: Checkpoint<O>,
+    mut model: Checkpoint<D>,
     context: &Context,
 ) -> Result<()> {
     match args.template {
@@ -169,7 +169,7 @@ fn read_prompts(args: &Args) -> Result<Vec<NamedPrompt>> {
     Ok(prompts)
 }
 
-fn tokens<O: Ops>(args: &Args, model: &Checkpoint<O>, prompt: &NamedPrompt) -> Result<Vec<u32>> {
+fn tokens<D: Math>(args: &Args, model: &Checkpoint<D>, prompt: &NamedPrompt) -> Result<Vec<u32>> {
     if args.raw {
         return Ok(model.tokenizer.encode(&prompt.text, true)?);
     }
@@ -178,10 +178,10 @@ fn tokens<O: Ops>(args: &Args, model: &Checkpoint<O>, prompt: &NamedPrompt) -> R
     Ok(model.chat_tokens(&messages)?)
 }
 
-fn batch<O: Ops>(
+fn batch<D: Math>(
     args: &Args,
     prompts: &[NamedPrompt],
-    model: &Checkpoint<O>,
+    model: &Checkpoint<D>,
     chosen: &ChosenPlan,
     options: &GenerateOptions,
     context: &Context,

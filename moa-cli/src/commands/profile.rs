@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use moa_core::{DEFAULT_SINK, ElasticRule, HeadRule, Profile};
 use moa_models::{
-    BackwardOps, CalibrationData, CalibrationOptions, Checkpoint, DEFAULT_BLOCK, WeightedObjective,
+    Backward, CalibrationData, CalibrationOptions, Checkpoint, DEFAULT_BLOCK, WeightedObjective,
     describe,
 };
 use serde_json::json;
@@ -51,18 +51,18 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     model::check_gradients(context)?;
     check_file(&args.out)?;
     let data = calibration::load(&args.data.data)?;
-    on_device!(context, |ops| with_model(
+    on_device!(context, |device| with_model(
         args,
         &data,
-        &model::open(ops, &args.model.model)?,
+        &model::open(device, &args.model.model)?,
         context
     ))
 }
 
-fn with_model<O: BackwardOps>(
+fn with_model<D: Backward>(
     args: &Args,
     data: &CalibrationData,
-    model: &Checkpoint<O>,
+    model: &Checkpoint<D>,
     context: &Context,
 ) -> Result<()> {
     let options = CalibrationOptions {

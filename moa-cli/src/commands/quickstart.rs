@@ -3,7 +3,7 @@ use std::time::Instant;
 
 use moa_core::{DEFAULT_SINK, Plan};
 use moa_models::{
-    BackwardOps, CalibrationData, Checkpoint, CompressOptions, Compressed, Ops, RetrievalCase,
+    Backward, CalibrationData, Checkpoint, CompressOptions, Compressed, Math, RetrievalCase,
     RetrievalReport, compress,
 };
 use serde_json::{Value, json};
@@ -56,10 +56,10 @@ const SHORTEST: usize = 256;
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     model::check_gradients(context)?;
-    on_device!(context, |ops| with_ops(args, ops, context))
+    on_device!(context, |device| with_ops(args, device, context))
 }
 
-fn with_ops<O: BackwardOps>(args: &Args, ops: O, context: &Context) -> Result<()> {
+fn with_ops<D: Backward>(args: &Args, device: D, context: &Context) -> Result<()> {
     let begin = Instant::now();
     if args.length < SHORTEST {
         return Err(Error::argument(
@@ -73,7 +73,7 @@ fn with_ops<O: BackwardOps>(args: &Args, ops: O, context: &Context) -> Result<()
         Some(path) => path.clone(),
         None => tiny_model()?,
     };
-    let model = model::open(ops, &model_path)?;
+    let model = model::open(device, &model_path)?;
     let shape = model.model.shape();
     context.print(format_args!("Model: {} ({shape})", model_path.display()))?;
 
@@ -121,9 +121,9 @@ fn with_ops<O: BackwardOps>(args: &Args, ops: O, context: &Context) -> Result<()
     context.json(&value)
 }
 
-fn find_plan<O: BackwardOps>(
+fn find_plan<D: Backward>(
     args: &Args,
-    model: &Checkpoint<O>,
+    model: &Checkpoint<D>,
     context: &Context,
 ) -> Result<Compressed> {
     let options = CompressOptions {
@@ -147,8 +147,8 @@ fn find_plan<O: BackwardOps>(
 }
 
 /// Answers the questions with the dense cache, a uniform window of the plan's bytes, and the plan.
-fn answer<O: Ops>(
-    model: &Checkpoint<O>,
+fn answer<D: Math>(
+    model: &Checkpoint<D>,
     plan: &Plan,
     cases: &[RetrievalCase],
     context: &Context,

@@ -99,7 +99,12 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     // A profile does not say how long the model's context is; a bound beyond it does no harm.
     let mut request = options.request(usize::MAX)?;
     if let Some(share) = options.decode_time {
-        on_device!(context, |ops| bound_decode_time(&mut request, &ops, profile.shape, share))?;
+        on_device!(context, |device| bound_decode_time(
+            &mut request,
+            &device,
+            profile.shape,
+            share
+        ))?;
     }
     if matches!(request.space, Space::Fixed | Space::PerLayer) && request.bounds.len() > 1 {
         let shortest = request.bounds.iter().map(|b| b.length).min().unwrap_or(0);

@@ -3,7 +3,7 @@ use std::path::PathBuf;
 
 use moa_core::{AtLength, Plan, Profile};
 use moa_models::{
-    CalibrationData, Checkpoint, CompressOptions, Item, Ops, measured_losses, refine,
+    CalibrationData, Checkpoint, CompressOptions, Item, Math, measured_losses, refine,
 };
 use serde_json::json;
 
@@ -60,10 +60,10 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let profile = args.profile.as_ref().map(Profile::load).transpose()?;
     let lengths = profile_lengths(args, &files)?;
     let inputs = Inputs { data, files, profile, lengths };
-    on_device!(context, |ops| with_model(
+    on_device!(context, |device| with_model(
         args,
         inputs,
-        &model::open(ops, &args.model.model)?,
+        &model::open(device, &args.model.model)?,
         context
     ))
 }
@@ -76,10 +76,10 @@ struct Inputs {
     lengths: Vec<usize>,
 }
 
-fn with_model<O: Ops>(
+fn with_model<D: Math>(
     args: &Args,
     Inputs { data, files, profile, lengths }: Inputs,
-    model: &Checkpoint<O>,
+    model: &Checkpoint<D>,
     context: &Context,
 ) -> Result<()> {
     for file in &files {
@@ -187,8 +187,8 @@ fn profile_lengths(args: &Args, files: &[PlanFile]) -> Result<Vec<usize>> {
 }
 
 /// Mean response loss of every plan at the validation length.
-fn measure<O: Ops>(
-    model: &Checkpoint<O>,
+fn measure<D: Math>(
+    model: &Checkpoint<D>,
     items: &BTreeMap<usize, Vec<Item>>,
     files: &[PlanFile],
     length: usize,
@@ -205,8 +205,8 @@ fn measure<O: Ops>(
         .collect()
 }
 
-fn loss_at<O: Ops>(
-    model: &Checkpoint<O>,
+fn loss_at<D: Math>(
+    model: &Checkpoint<D>,
     items: &BTreeMap<usize, Vec<Item>>,
     plan: &Plan,
     length: usize,

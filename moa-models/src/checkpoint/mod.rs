@@ -21,10 +21,10 @@ use crate::checkpoint::generation_config::GenerationConfig;
 use crate::checkpoint::safetensors::Weights;
 use crate::checkpoint::template::{ChatTemplate, Message};
 use crate::checkpoint::tokenizer::Tokenizer;
-use crate::decoder::config::LlamaConfig;
-use crate::decoder::llama::Llama;
+use crate::decoder::config::ModelConfig;
+use crate::decoder::model::Decoder;
 use crate::decoder::shard::Shard;
-use crate::device::Ops;
+use crate::device::Math;
 use crate::engine::request::{Completion, GenerateOptions, Prompt};
 use crate::engine::serve::{Engine, EngineOptions};
 use crate::{Error, Result};
@@ -36,17 +36,17 @@ use crate::{Error, Result};
 ///
 /// ```no_run
 /// use moa_core::Plan;
-/// use moa_models::{Checkpoint, CpuOps};
+/// use moa_models::{Checkpoint, Cpu};
 ///
-/// let checkpoint = Checkpoint::open(CpuOps::default(), "model")?;
+/// let checkpoint = Checkpoint::open(Cpu::default(), "model")?;
 /// let dense = Plan::full(checkpoint.model.shape())?;
 /// println!("{}", checkpoint.complete(&dense, "Once upon a time", 64)?.text);
 /// # Ok::<(), moa_models::Error>(())
 /// ```
 #[derive(Debug)]
-pub struct Checkpoint<O: Ops> {
+pub struct Checkpoint<D: Math> {
     /// The network.
-    pub model: Arc<Llama<O>>,
+    pub model: Arc<Decoder<D>>,
     /// Text to tokens and back.
     pub tokenizer: Tokenizer,
     /// Generation defaults of the model's authors.
@@ -55,7 +55,7 @@ pub struct Checkpoint<O: Ops> {
     folder: PathBuf,
 }
 
-impl<O: Ops> Clone for Checkpoint<O> {
+impl<D: Math> Clone for Checkpoint<D> {
     /// The network is shared, not copied.
     fn clone(&self) -> Self {
         Self {
@@ -68,31 +68,31 @@ impl<O: Ops> Clone for Checkpoint<O> {
     }
 }
 
-impl<O: Ops> Checkpoint<O> {
+impl<D: Math> Checkpoint<D> {
     /// Opens `config.json`, `*.safetensors`, `tokenizer.json`, and if they exist
     /// `tokenizer_config.json` and `generation_config.json`.
     ///
     /// # Errors
     /// If a file is missing or malformed, or the parts are not of one model.
-    pub fn open(ops: O, folder: impl AsRef<Path>) -> Result<Self> {
-        Self::open_part(ops, folder.as_ref(), None)
+    pub fn open(device: D, folder: impl AsRef<Path>) -> Result<Self> {
+        Self::open_part(device, folder.as_ref(), None)
     }
 
     /// [`open`](Self::open) with one rank's part of the network.
     ///
     /// # Errors
-    /// As [`open`](Self::open) and [`Llama::load_shard`].
-    pub fn open_shard(ops: O, folder: impl AsRef<Path>, shard: Shard<O>) -> Result<Self> {
-        Self::open_part(ops, folder.as_ref(), Some(shard))
+    /// As [`open`](Self::open) and [`Decoder::load_shard`].
+    pub fn open_shard(device: D, folder: impl AsRef<Path>, shard: Shard<D>) -> Result<Self> {
+        Self::open_part(device, folder.as_ref(), Some(shard))
     }
 
-    fn open_part(ops: O, folder: &Path, shard: Option<Shard<O>>) -> Result<Self> {
-        let config = LlamaConfig::from_file(folder)?;
+    fn open_part(device: D, folder: &Path, shard: Option<Shard<D>>) -> Result<Self> {
+        let config = ModelConfig::from_file(folder)?;
         let tokenizer = Tokenizer::from_dir(folder)?;
         tokenizer.check_vocab_size(config.vocab_size)?;
         let generation = GenerationConfig::from_dir(folder)?;
         let template = ChatTemplate::from_dir(folder)?;
-        let model = Arc::new(Llama::load_part(ops, config, &Weights::open(folder)?, shard)?);
+        let model = Arc::new(Decoder::load_part(device, config, &Weights::open(folder)?, shard)?);
         Ok(Self { model, tokenizer, generation, template, folder: folder.to_path_buf() })
     }
 
@@ -141,7 +141,7 @@ impl<O: Ops> Checkpoint<O> {
     }
 
     /// An engine for requests of this model, with its tokenizer, chat template and end tokens.
-    pub fn engine(&self, options: EngineOptions) -> Engine<O> {
+    pub fn engine(&self, options: EngineOptions) -> Engine<D> {
         Engine::with_text(self.clone(), options)
     }
 
@@ -151,9 +151,9 @@ impl<O: Ops> Checkpoint<O> {
     ///
     /// ```no_run
     /// use moa_core::Plan;
-    /// use moa_models::{Checkpoint, CpuOps};
+    /// use moa_models::{Checkpoint, Cpu};
     ///
-    /// let checkpoint = Checkpoint::open(CpuOps::default(), "model")?;
+    /// let checkpoint = Checkpoint::open(Cpu::default(), "model")?;
     /// let plan = Plan::load("plan.json")?;
     /// println!("{}", checkpoint.complete(&plan, "What is in line 7?", 256)?.text);
     /// # Ok::<(), moa_models::Error>(())

@@ -1,41 +1,41 @@
 use std::ops::Range;
 
 use crate::checkpoint::safetensors::Weights;
-use crate::decoder::config::LlamaConfig;
+use crate::decoder::config::ModelConfig;
 use crate::decoder::shard::Shard;
-use crate::device::{LinearWeights, Ops};
+use crate::device::{Device, LinearWeights, Load};
 use crate::{Error, Result};
 
 /// A weight and its optional bias.
-pub(crate) struct Linear<O: Ops> {
-    pub(crate) weight: O::Matrix,
-    pub(crate) bias: Option<O::Vector>,
+pub(crate) struct Linear<D: Device> {
+    pub(crate) weight: D::Matrix,
+    pub(crate) bias: Option<D::Vector>,
 }
 
-impl<O: Ops> Linear<O> {
-    fn load(ops: &O, LinearWeights { weight, bias }: LinearWeights) -> Result<Self> {
-        let bias = bias.map(|bias| ops.vector(bias)).transpose()?;
-        Ok(Self { weight: ops.linear_matrix(weight)?, bias })
+impl<D: Load> Linear<D> {
+    fn load(device: &D, LinearWeights { weight, bias }: LinearWeights) -> Result<Self> {
+        let bias = bias.map(|bias| device.vector(bias)).transpose()?;
+        Ok(Self { weight: device.linear_matrix(weight)?, bias })
     }
 }
 
-pub(crate) struct Layer<O: Ops> {
-    pub(crate) attention_norm: O::Vector,
+pub(crate) struct Layer<D: Device> {
+    pub(crate) attention_norm: D::Vector,
     /// Queries, keys, values.
-    pub(crate) qkv: O::Joined,
-    pub(crate) o: Linear<O>,
-    pub(crate) mlp_norm: O::Vector,
+    pub(crate) qkv: D::Joined,
+    pub(crate) o: Linear<D>,
+    pub(crate) mlp_norm: D::Vector,
     /// Gate and up.
-    pub(crate) gate_up: O::Joined,
-    pub(crate) down: Linear<O>,
+    pub(crate) gate_up: D::Joined,
+    pub(crate) down: Linear<D>,
 }
 
-impl<O: Ops> Layer<O> {
+impl<D: Load> Layer<D> {
     /// Outputs of q, k, v, gate and up that `part` names, and the inputs of o and down that come of
     /// them.
     pub(crate) fn load(
-        ops: &O,
-        c: &LlamaConfig,
+        device: &D,
+        c: &ModelConfig,
         weights: &Weights,
         index: usize,
         part: &LayerPart,
@@ -43,7 +43,7 @@ impl<O: Ops> Layer<O> {
         let name = |part: &str| format!("model.layers.{index}.{part}");
         let (hidden, inner) = (c.hidden_size, c.intermediate_size);
         let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
-        let norm = |part: &str| ops.vector(weights.tensor(&name(part), &[hidden])?);
+        let norm = |part: &str| device.vector(weights.tensor(&name(part), &[hidden])?);
         let weight = |part: &str, out: usize, input: usize| {
             weights.tensor(&format!("{}.weight", name(part)), &[out, input])
         };
@@ -63,18 +63,18 @@ impl<O: Ops> Layer<O> {
                 true => Some(bias(name, hidden)?),
                 false => None,
             };
-            Linear::load(ops, LinearWeights { weight, bias })
+            Linear::load(device, LinearWeights { weight, bias })
         };
         Ok(Self {
             attention_norm: norm("input_layernorm.weight")?,
-            qkv: ops.join(vec![
+            qkv: device.join(vec![
                 some("self_attn.q_proj", q, &part.query, c.attention_bias)?,
                 some("self_attn.k_proj", kv, &part.kv, c.attention_bias)?,
                 some("self_attn.v_proj", kv, &part.kv, c.attention_bias)?,
             ])?,
             o: sum("self_attn.o_proj", q, &part.query, c.attention_bias)?,
             mlp_norm: norm("post_attention_layernorm.weight")?,
-            gate_up: ops.join(vec![
+            gate_up: device.join(vec![
                 some("mlp.gate_proj", inner, &part.inner, c.mlp_bias)?,
                 some("mlp.up_proj", inner, &part.inner, c.mlp_bias)?,
             ])?,
@@ -97,7 +97,7 @@ pub(crate) struct LayerPart {
 }
 
 impl LayerPart {
-    pub(crate) fn of<O: Ops>(shard: Option<&Shard<O>>, c: &LlamaConfig, layer: usize) -> Self {
+    pub(crate) fn of<D: Device>(shard: Option<&Shard<D>>, c: &ModelConfig, layer: usize) -> Self {
         let every: Vec<usize> = (0..c.num_key_value_heads).collect();
         let (heads, rank) = match shard {
             Some(shard) => (shard.heads(layer), shard.rank()),

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 /// of KV heads, `head_dim` is even. A value changed by hand can be checked with
 /// [`validate`](Self::validate).
 #[derive(Clone, Debug, PartialEq)]
-pub struct LlamaConfig {
+pub struct ModelConfig {
     /// Rows of the embedding and of the output head.
     pub vocab_size: usize,
     /// Width of the residual stream.
@@ -49,7 +49,7 @@ pub struct LlamaConfig {
     pub eos_token_ids: Vec<u32>,
 }
 
-impl LlamaConfig {
+impl ModelConfig {
     /// Reads `config.json`, given its folder or the file itself.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 pub(crate) mod block;
 pub(crate) mod config;
-pub(crate) mod llama;
+pub(crate) mod model;
 pub(crate) mod random;
 pub(crate) mod rope;
 pub(crate) mod rope_scaling;

@@ -1,6 +1,6 @@
 use std::f64::consts::PI;
 
-use crate::decoder::config::LlamaConfig;
+use crate::decoder::config::ModelConfig;
 use crate::decoder::rope_scaling::RopeScaling;
 use crate::error::{Error, Result};
 
@@ -32,7 +32,7 @@ impl RopeTable {
     /// # Errors
     /// [`Error::ContextExceeded`] when the model allows fewer tokens, [`Error::Invalid`] when
     /// `context_length` is 0 or `config` was changed by hand into something invalid.
-    pub fn new(config: &LlamaConfig, context_length: usize) -> Result<Self> {
+    pub fn new(config: &ModelConfig, context_length: usize) -> Result<Self> {
         config.validate()?;
         if context_length == 0 {
             return Err(Error::invalid("context_length", "at least 1", 0));
@@ -77,7 +77,7 @@ impl RopeTable {
 }
 
 /// Inverse frequencies and attention scale, as in transformers' `modeling_rope_utils.py`.
-fn frequencies(config: &LlamaConfig, context_length: usize) -> (Vec<f64>, f64) {
+fn frequencies(config: &ModelConfig, context_length: usize) -> (Vec<f64>, f64) {
     let dim = config.head_dim as f64;
     let theta = config.rope_theta;
     // RoFormer (arXiv 2104.09864), section 3.2.2.
@@ -158,8 +158,8 @@ fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
 mod tests {
     use super::*;
 
-    fn config(head_dim: usize, theta: f64, longest: usize, scaling: RopeScaling) -> LlamaConfig {
-        LlamaConfig {
+    fn config(head_dim: usize, theta: f64, longest: usize, scaling: RopeScaling) -> ModelConfig {
+        ModelConfig {
             vocab_size: 32,
             hidden_size: 2 * head_dim,
             intermediate_size: 8,
@@ -318,7 +318,7 @@ mod tests {
             Err(Error::ContextExceeded { asked: 16385, limit: 16384 })
         ));
         assert!(matches!(RopeTable::new(&config, 0), Err(Error::Invalid { .. })));
-        let odd = LlamaConfig { head_dim: 7, ..config };
+        let odd = ModelConfig { head_dim: 7, ..config };
         assert!(matches!(RopeTable::new(&odd, 16), Err(Error::Invalid { what: "head_dim", .. })));
     }
 }

@@ -9,9 +9,9 @@ use moa_core::{ModelShape, Plan, Sharding};
 
 use crate::checkpoint::safetensors::Weights;
 use crate::decoder::block::Linear;
-use crate::decoder::config::LlamaConfig;
-use crate::decoder::llama::Llama;
-use crate::device::Ops;
+use crate::decoder::config::ModelConfig;
+use crate::decoder::model::Decoder;
+use crate::device::{Device, Load, Math};
 use crate::{Error, Result};
 
 /// One of the devices that share a model.
@@ -30,13 +30,13 @@ pub trait Rank: Send + Sync {
 }
 
 /// A [`Rank`] that can add up what all ranks have.
-pub trait Communicator<O: Ops>: Rank {
+pub trait Communicator<D: Device>: Rank {
     /// Makes `x` the sum over all ranks, the same on each to the last bit; all of them call this as often
     /// and with the same shapes.
     ///
     /// # Errors
     /// [`Error::Rank`] if another rank failed or, over the host, left; if the device fails.
-    fn all_reduce(&self, ops: &O, x: &mut O::Tensor) -> Result<()>;
+    fn all_reduce(&self, device: &D, x: &mut D::Tensor) -> Result<()>;
 
     /// Whether [`all_reduce`](Self::all_reduce) only launches work that writes `x` in place, so that
     /// it can be captured and launched again.
@@ -63,9 +63,9 @@ impl<R: Rank> Rank for Arc<R> {
     }
 }
 
-impl<O: Ops, C: Communicator<O>> Communicator<O> for Arc<C> {
-    fn all_reduce(&self, ops: &O, x: &mut O::Tensor) -> Result<()> {
-        (**self).all_reduce(ops, x)
+impl<D: Device, C: Communicator<D>> Communicator<D> for Arc<C> {
+    fn all_reduce(&self, device: &D, x: &mut D::Tensor) -> Result<()> {
+        (**self).all_reduce(device, x)
     }
 
     fn only_launches(&self) -> bool {
@@ -130,17 +130,17 @@ pub fn on_ranks<R: Rank, T: Send, E: Send>(
 /// ```no_run
 /// use moa_core::{Plan, Sharding};
 /// use moa_models::{
-///     CpuOps, Engine, EngineOptions, Error, GenerateOptions, Llama, LlamaConfig, Shard, ThreadRank,
+///     Cpu, Engine, EngineOptions, Error, GenerateOptions, Decoder, ModelConfig, Shard, ThreadRank,
 ///     Weights, on_ranks,
 /// };
 ///
-/// let (config, weights) = (LlamaConfig::from_file("model")?, Weights::open("model")?);
+/// let (config, weights) = (ModelConfig::from_file("model")?, Weights::open("model")?);
 /// let plan = Plan::load("plan.json")?;
 /// let sharding = Sharding::balanced(&plan, 8192, 2)?;
-/// // On two GPUs: `NcclRank::group(2)`, and `CudaOps::new(rank.rank(), ..)`.
+/// // On two GPUs: `NcclRank::group(2)`, and `Cuda::new(rank.rank(), ..)`.
 /// let generated = on_ranks(ThreadRank::group(2)?, |rank| {
 ///     let shard = Shard::new(&sharding, rank)?;
-///     let model = Llama::load_shard(CpuOps::default(), config.clone(), &weights, shard)?;
+///     let model = Decoder::load_shard(Cpu::default(), config.clone(), &weights, shard)?;
 ///     let mut engine = Engine::new(model.into(), EngineOptions::default());
 ///     engine.submit(vec![1, 2, 3], &plan, GenerateOptions::default());
 ///     engine.complete_all()
@@ -148,12 +148,12 @@ pub fn on_ranks<R: Rank, T: Send, E: Send>(
 /// assert_eq!(generated[0], generated[1]);
 /// # Ok::<(), Error>(())
 /// ```
-pub struct Shard<O: Ops> {
+pub struct Shard<D: Device> {
     sharding: Sharding,
-    communicator: Box<dyn Communicator<O>>,
+    communicator: Box<dyn Communicator<D>>,
 }
 
-impl<O: Ops> std::fmt::Debug for Shard<O> {
+impl<D: Device> std::fmt::Debug for Shard<D> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Shard({} of {})", self.communicator.rank(), self.communicator.ranks())
     }
@@ -171,31 +171,31 @@ pub(crate) struct WeightCounts {
 }
 
 impl WeightCounts {
-    fn of(c: &LlamaConfig) -> Self {
+    fn of(c: &ModelConfig) -> Self {
         let linear = c.linear_parameters();
         Self { linear, outputs: c.linear_outputs(), rest: c.parameters() - linear }
     }
 
     /// Bytes of linear layers on a device.
-    pub(crate) fn linear_bytes<O: Ops>(&self, ops: &O) -> u64 {
-        ops.linear_bytes(self.linear, self.outputs)
+    pub(crate) fn linear_bytes<D: Load>(&self, device: &D) -> u64 {
+        device.linear_bytes(self.linear, self.outputs)
     }
 
     /// Bytes of all on a device.
-    pub(crate) fn bytes<O: Ops>(&self, ops: &O) -> u64 {
-        ops.weight_bytes(self.rest) + self.linear_bytes(ops)
+    pub(crate) fn bytes<D: Load>(&self, device: &D) -> u64 {
+        device.weight_bytes(self.rest) + self.linear_bytes(device)
     }
 }
 
 /// Elements of a row that kernels read at once: parts of the vocabulary begin at their multiples.
 const ALIGNED: usize = 8;
 
-impl<O: Ops> Shard<O> {
+impl<D: Device> Shard<D> {
     /// The heads that `sharding` gives to the rank of `communicator`.
     ///
     /// # Errors
     /// If they are of different numbers of ranks.
-    pub fn new(sharding: &Sharding, communicator: impl Communicator<O> + 'static) -> Result<Self> {
+    pub fn new(sharding: &Sharding, communicator: impl Communicator<D> + 'static) -> Result<Self> {
         let (ranks, got) = (sharding.ranks(), communicator.ranks());
         if ranks != got || communicator.rank() >= ranks {
             let got = format!("rank {} of {got}", communicator.rank());
@@ -214,8 +214,8 @@ impl<O: Ops> Shard<O> {
     }
 
     /// [`Communicator::all_reduce`].
-    pub(crate) fn all_reduce(&self, ops: &O, x: &mut O::Tensor) -> Result<()> {
-        self.communicator.all_reduce(ops, x)
+    pub(crate) fn all_reduce(&self, device: &D, x: &mut D::Tensor) -> Result<()> {
+        self.communicator.all_reduce(device, x)
     }
 
     /// Whether a step can be captured.
@@ -225,7 +225,7 @@ impl<O: Ops> Shard<O> {
     }
 
     /// Checks that the model can be split so; the dimensions of what is here.
-    pub(crate) fn local_shape(shard: Option<&Self>, c: &LlamaConfig) -> Result<ModelShape> {
+    pub(crate) fn local_shape(shard: Option<&Self>, c: &ModelConfig) -> Result<ModelShape> {
         let Some(Self { sharding, communicator }) = shard else { return Ok(c.shape()) };
         let (expected, got) = (c.shape(), sharding.shape());
         if expected != got {
@@ -245,7 +245,7 @@ impl<O: Ops> Shard<O> {
     }
 
     /// Tokens whose logits are computed here.
-    pub(crate) fn vocabulary(&self, c: &LlamaConfig) -> Range<usize> {
+    pub(crate) fn vocabulary(&self, c: &ModelConfig) -> Range<usize> {
         let groups = c.vocab_size.div_ceil(ALIGNED);
         let start =
             |rank: usize| (groups * rank / self.sharding.ranks() * ALIGNED).min(c.vocab_size);
@@ -253,15 +253,15 @@ impl<O: Ops> Shard<O> {
     }
 
     /// Inner features of a layer that are here.
-    pub(crate) fn inner(shard: Option<&Self>, c: &LlamaConfig) -> usize {
+    pub(crate) fn inner(shard: Option<&Self>, c: &ModelConfig) -> usize {
         c.intermediate_size / shard.map_or(1, |shard| shard.sharding.ranks())
     }
 
     /// Weights that are here.
-    pub(crate) fn weights(shard: Option<&Self>, c: &LlamaConfig) -> WeightCounts {
+    pub(crate) fn weights(shard: Option<&Self>, c: &ModelConfig) -> WeightCounts {
         let Some(shard) = shard else { return WeightCounts::of(c) };
         let heads = shard.sharding.rank_shape(shard.rank());
-        let own = LlamaConfig {
+        let own = ModelConfig {
             num_attention_heads: heads.query_heads,
             num_key_value_heads: heads.kv_heads,
             intermediate_size: Self::inner(Some(shard), c),
@@ -274,7 +274,7 @@ impl<O: Ops> Shard<O> {
     }
 }
 
-impl<O: Ops> Llama<O> {
+impl<D: Math> Decoder<D> {
     /// Loads one rank's part of a Hugging Face checkpoint: of split weights it reads its own slices.
     ///
     /// All ranks are then called alike, each on a thread (or in a process) of its own, with the same
@@ -285,12 +285,12 @@ impl<O: Ops> Llama<O> {
     /// If the sharding is for another model, the inner size cannot be divided by the number of ranks, or
     /// the vocabulary is too small; as [`load`](Self::load).
     pub fn load_shard(
-        ops: O,
-        config: LlamaConfig,
+        device: D,
+        config: ModelConfig,
         weights: &Weights,
-        shard: Shard<O>,
+        shard: Shard<D>,
     ) -> Result<Self> {
-        Self::load_part(ops, config, weights, Some(shard))
+        Self::load_part(device, config, weights, Some(shard))
     }
 
     /// Devices that share the model.
@@ -324,39 +324,39 @@ impl<O: Ops> Llama<O> {
     /// The residual stream `x` with a branch's end added, that of all ranks.
     pub(crate) fn add_branch(
         &self,
-        x: O::Tensor,
-        y: &O::Tensor,
-        end: &Linear<O>,
-    ) -> Result<O::Tensor> {
-        let (ops, weight) = (&self.ops, &end.weight);
+        x: D::Tensor,
+        y: &D::Tensor,
+        end: &Linear<D>,
+    ) -> Result<D::Tensor> {
+        let (device, weight) = (&self.device, &end.weight);
         // The stream counts once, so the others bring products alone.
         let mut sum = match self.shard.as_ref().map_or(0, Shard::rank) {
-            0 => ops.linear_add(x, y, weight, end.bias.as_ref())?,
-            _ => ops.logits(y, weight)?,
+            0 => device.linear_add(x, y, weight, end.bias.as_ref())?,
+            _ => device.logits(y, weight)?,
         };
         if let Some(shard) = &self.shard {
-            shard.all_reduce(ops, &mut sum)?;
+            shard.all_reduce(device, &mut sum)?;
         }
         Ok(sum)
     }
 
     /// Logits `[rows, vocab]` of normed rows.
-    pub(crate) fn output(&self, h: &O::Tensor) -> Result<O::Tensor> {
-        let (ops, matrix) = (&self.ops, self.output_matrix());
-        let Some(shard) = &self.shard else { return ops.logits(h, matrix) };
-        if ops.shape(h)[0] == 0 {
-            return ops.tensor(Vec::new(), &[0, self.config.vocab_size]);
+    pub(crate) fn output(&self, h: &D::Tensor) -> Result<D::Tensor> {
+        let (device, matrix) = (&self.device, self.output_matrix());
+        let Some(shard) = &self.shard else { return device.logits(h, matrix) };
+        if device.shape(h)[0] == 0 {
+            return device.tensor(Vec::new(), &[0, self.config.vocab_size]);
         }
         let columns = shard.vocabulary(&self.config);
-        let mut logits = ops.logits_within(h, matrix, columns, self.config.vocab_size)?;
+        let mut logits = device.logits_within(h, matrix, columns, self.config.vocab_size)?;
         // Numbers of one rank and zeros of the others: exact, whatever the order.
-        shard.all_reduce(ops, &mut logits)?;
+        shard.all_reduce(device, &mut logits)?;
         Ok(logits)
     }
 
     /// A tensor's values, if no rank failed before they were complete.
-    pub(crate) fn values(&self, x: O::Tensor) -> Result<Vec<f32>> {
-        let values = self.ops.values(x)?;
+    pub(crate) fn values(&self, x: D::Tensor) -> Result<Vec<f32>> {
+        let values = self.device.values(x)?;
         self.check_ranks()?;
         Ok(values)
     }
@@ -385,8 +385,8 @@ impl<O: Ops> Llama<O> {
         // Ranks can only add: each writes its own place. f32 holds numbers up to 2^24.
         let mut all = vec![0.0; shard.sharding.ranks()];
         all[shard.rank()] = own.min(1 << 24) as f32;
-        let mut all = self.ops.tensor(all, &[shard.sharding.ranks()])?;
-        shard.all_reduce(&self.ops, &mut all)?;
+        let mut all = self.device.tensor(all, &[shard.sharding.ranks()])?;
+        shard.all_reduce(&self.device, &mut all)?;
         let all = self.values(all)?;
         Ok(all.into_iter().map(|n| n as usize).min().unwrap_or(own))
     }

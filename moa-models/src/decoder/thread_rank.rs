@@ -1,7 +1,7 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::decoder::shard::{Communicator, Rank};
-use crate::device::Ops;
+use crate::device::Device;
 use crate::{Error, Result};
 
 /// A rank that is a thread of one process and adds up over its memory: for tests, and for devices that have
@@ -126,11 +126,11 @@ impl Drop for ThreadRank {
     }
 }
 
-impl<O: Ops> Communicator<O> for ThreadRank {
-    fn all_reduce(&self, ops: &O, x: &mut O::Tensor) -> Result<()> {
-        let shape = ops.shape(x);
-        let sum = self.sum(ops.values(x.clone())?)?;
-        *x = ops.tensor(sum.to_vec(), &shape)?;
+impl<D: Device> Communicator<D> for ThreadRank {
+    fn all_reduce(&self, device: &D, x: &mut D::Tensor) -> Result<()> {
+        let shape = device.shape(x);
+        let sum = self.sum(device.values(x.clone())?)?;
+        *x = device.tensor(sum.to_vec(), &shape)?;
         Ok(())
     }
 }

@@ -10,19 +10,21 @@ use moa_backend_cpu::{CacheDtype, CpuBackend, Tensor};
 use crate::checkpoint::mapped::MappedTensor;
 use crate::checkpoint::safetensors::DType;
 use crate::decoder::rope::RopeTable;
-use crate::device::{BackwardOps, LinearWeights, Ops, RandomWeights, part_seeds, random_amplitude};
+use crate::device::{
+    Backward, Device, LinearWeights, Load, Math, RandomWeights, part_seeds, random_amplitude,
+};
 use crate::rng::SplitMix64;
 use crate::{Error, Result};
 
 /// Runs a model on the CPU.
 #[derive(Clone, Debug, Default)]
-pub struct CpuOps {
+pub struct Cpu {
     attention: CpuBackend,
     /// With f32 caches.
     exact: CpuBackend,
 }
 
-impl CpuOps {
+impl Cpu {
     /// With KV caches of this element type.
     pub fn new(cache: CacheDtype) -> Self {
         Self { attention: CpuBackend::new(cache), exact: CpuBackend::new(CacheDtype::F32) }
@@ -96,7 +98,7 @@ pub struct CpuRotations {
     sin: Vec<f32>,
 }
 
-impl Ops for CpuOps {
+impl Device for Cpu {
     type Tensor = Tensor;
     type Matrix = CpuMatrix;
     type Vector = Vec<f32>;
@@ -112,6 +114,24 @@ impl Ops for CpuOps {
         self.attention.cache_dtype().bytes()
     }
 
+    fn shape(&self, x: &Tensor) -> Vec<usize> {
+        x.shape().to_vec()
+    }
+
+    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
+        Tensor::new(values, shape).map_err(Error::backend)
+    }
+
+    fn values(&self, x: Tensor) -> Result<Vec<f32>> {
+        Ok(x.into_data())
+    }
+
+    fn reshape(&self, x: Tensor, shape: &[usize]) -> Result<Tensor> {
+        x.reshape(shape).map_err(Error::backend)
+    }
+}
+
+impl Load for Cpu {
     fn matrix(&self, tensor: MappedTensor) -> Result<CpuMatrix> {
         CpuMatrix::new(tensor)
     }
@@ -126,19 +146,9 @@ impl Ops for CpuOps {
         };
         parts.into_iter().map(load).collect()
     }
+}
 
-    fn shape(&self, x: &Tensor) -> Vec<usize> {
-        x.shape().to_vec()
-    }
-
-    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
-        Tensor::new(values, shape).map_err(Error::backend)
-    }
-
-    fn values(&self, x: Tensor) -> Result<Vec<f32>> {
-        Ok(x.into_data())
-    }
-
+impl Math for Cpu {
     fn embed(&self, table: &CpuMatrix, ids: &[u32]) -> Result<Tensor> {
         let cols = table.cols;
         let mut values = vec![0.0; ids.len() * cols];
@@ -206,10 +216,6 @@ impl Ops for CpuOps {
         Ok(x)
     }
 
-    fn reshape(&self, x: Tensor, shape: &[usize]) -> Result<Tensor> {
-        x.reshape(shape).map_err(Error::backend)
-    }
-
     fn swiglu(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
         kernels::swiglu(&gate, up).map_err(Error::backend)
     }
@@ -233,7 +239,7 @@ impl Ops for CpuOps {
     }
 }
 
-impl RandomWeights for CpuOps {
+impl RandomWeights for Cpu {
     fn random_matrix(&self, out: usize, input: usize, seed: u32) -> Result<CpuMatrix> {
         let mut random = SplitMix64::new(seed.into());
         let amplitude = random_amplitude(input);
@@ -253,7 +259,7 @@ impl RandomWeights for CpuOps {
     }
 }
 
-impl BackwardOps for CpuOps {
+impl Backward for Cpu {
     fn exact_attention(&self) -> &CpuBackend {
         &self.exact
     }

@@ -1,4 +1,4 @@
-//! The operations a device offers. The Llama forward ([`crate::Llama`]) and the profiling sweep are
+//! The operations a device offers. The Llama forward ([`crate::Decoder`]) and the profiling sweep are
 //! written once over them.
 
 pub(crate) mod cpu;
@@ -12,7 +12,7 @@ use std::ops::Range;
 use moa_core::SparseAttentionBackend;
 
 use crate::checkpoint::mapped::MappedTensor;
-use crate::decoder::llama::{Llama, Sequence};
+use crate::decoder::model::{Decoder, Sequence};
 use crate::decoder::rope::RopeTable;
 use crate::engine::decode::{Decode, Stepwise};
 use crate::{Error, Result};
@@ -29,7 +29,7 @@ pub struct LinearWeights {
 /// Memory of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
-    /// Most bytes in use at once since [`Ops::reset_peak`].
+    /// Most bytes in use at once since [`Device::reset_peak`].
     pub peak_bytes: u64,
     /// Bytes that can still be had.
     pub available_bytes: u64,
@@ -45,39 +45,11 @@ pub(crate) fn part_seeds(seed: u32) -> impl Iterator<Item = u32> {
     (0..).map(move |part: u32| seed.wrapping_add(part << 24))
 }
 
-/// Operations whose weights can be made up: speed does not depend on their values.
-pub trait RandomWeights: Ops {
-    /// A weight `[out, in]` of uniform random numbers of variance `1 / in`.
-    ///
-    /// # Errors
-    /// If the memory cannot be had.
-    fn random_matrix(&self, out: usize, input: usize, seed: u32) -> Result<Self::Matrix>;
-
-    /// [`random_matrix`](Self::random_matrix) as a linear layer's weight, which a device may keep in
-    /// another type.
-    ///
-    /// # Errors
-    /// If the memory cannot be had.
-    fn random_linear(&self, out: usize, input: usize, seed: u32) -> Result<Self::Matrix> {
-        self.random_matrix(out, input, seed)
-    }
-
-    /// As many joined layers without bias as there are numbers of outputs.
-    ///
-    /// # Errors
-    /// If the memory cannot be had.
-    fn random_joined(&self, outs: &[usize], input: usize, seed: u32) -> Result<Self::Joined>;
-
-    /// A norm's weight of ones.
-    ///
-    /// # Errors
-    /// If the memory cannot be had.
-    fn ones(&self, len: usize) -> Result<Self::Vector>;
-}
-
-/// Operations of one device. Activations are packed along the first axis: `[tokens, features]`, or
-/// `[tokens, heads, head_dim]` around attention.
-pub trait Ops: Send + Sync {
+/// A device that a model runs on: the types it computes with, its attention and its memory.
+///
+/// Activations are packed along the first axis: `[tokens, features]`, or `[tokens, heads, head_dim]`
+/// around attention.
+pub trait Device: Send + Sync {
     /// Activations.
     type Tensor: Clone + Send + Sync;
     /// A linear layer's or embedding's weight, `[out, in]`.
@@ -106,6 +78,54 @@ pub trait Ops: Send + Sync {
         Ok(())
     }
 
+    /// Lengths of a tensor's axes.
+    fn shape(&self, x: &Self::Tensor) -> Vec<usize>;
+
+    /// A tensor from host values.
+    ///
+    /// # Errors
+    /// If the number of values is not that of the shape.
+    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Self::Tensor>;
+
+    /// A tensor's values.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn values(&self, x: Self::Tensor) -> Result<Vec<f32>>;
+
+    /// The same values under another shape.
+    ///
+    /// # Errors
+    /// If the number of values differs.
+    fn reshape(&self, x: Self::Tensor, shape: &[usize]) -> Result<Self::Tensor>;
+
+    /// Memory of the device, if it has its own.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn memory(&self) -> Result<Option<Memory>> {
+        Ok(None)
+    }
+
+    /// Counts the peak of [`memory`](Self::memory) from now on.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn reset_peak(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Waits for the device, where calls return before it is done.
+    ///
+    /// # Errors
+    /// If the device failed.
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Brings weights to a device.
+pub trait Load: Device {
     /// Bytes of a weight of `elements` elements on the device, 0 where it stays in its file's map.
     fn weight_bytes(&self, elements: u64) -> u64 {
         let _ = elements;
@@ -145,22 +165,40 @@ pub trait Ops: Send + Sync {
     /// # Errors
     /// If their inputs differ, or the memory cannot be had.
     fn join(&self, parts: Vec<LinearWeights>) -> Result<Self::Joined>;
+}
 
-    /// Lengths of a tensor's axes.
-    fn shape(&self, x: &Self::Tensor) -> Vec<usize>;
-
-    /// A tensor from host values.
+/// Operations whose weights can be made up: speed does not depend on their values.
+pub trait RandomWeights: Load {
+    /// A weight `[out, in]` of uniform random numbers of variance `1 / in`.
     ///
     /// # Errors
-    /// If the number of values is not that of the shape.
-    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Self::Tensor>;
+    /// If the memory cannot be had.
+    fn random_matrix(&self, out: usize, input: usize, seed: u32) -> Result<Self::Matrix>;
 
-    /// A tensor's values.
+    /// [`random_matrix`](Self::random_matrix) as a linear layer's weight, which a device may keep in
+    /// another type.
     ///
     /// # Errors
-    /// If the device fails.
-    fn values(&self, x: Self::Tensor) -> Result<Vec<f32>>;
+    /// If the memory cannot be had.
+    fn random_linear(&self, out: usize, input: usize, seed: u32) -> Result<Self::Matrix> {
+        self.random_matrix(out, input, seed)
+    }
 
+    /// As many joined layers without bias as there are numbers of outputs.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    fn random_joined(&self, outs: &[usize], input: usize, seed: u32) -> Result<Self::Joined>;
+
+    /// A norm's weight of ones.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    fn ones(&self, len: usize) -> Result<Self::Vector>;
+}
+
+/// The forward operations of a decoder on one device.
+pub trait Math: Load {
     /// Rows `ids` of an embedding, `[ids, hidden]`.
     ///
     /// # Errors
@@ -258,12 +296,6 @@ pub trait Ops: Send + Sync {
         inverse: bool,
     ) -> Result<Self::Tensor>;
 
-    /// The same values under another shape.
-    ///
-    /// # Errors
-    /// If the number of values differs.
-    fn reshape(&self, x: Self::Tensor, shape: &[usize]) -> Result<Self::Tensor>;
-
     /// `silu(gate) * up`.
     ///
     /// # Errors
@@ -282,37 +314,13 @@ pub trait Ops: Send + Sync {
     /// If a row does not exist.
     fn rows(&self, x: &Self::Tensor, rows: &[usize]) -> Result<Self::Tensor>;
 
-    /// Memory of the device, if it has its own.
-    ///
-    /// # Errors
-    /// If the device fails.
-    fn memory(&self) -> Result<Option<Memory>> {
-        Ok(None)
-    }
-
-    /// Counts the peak of [`memory`](Self::memory) from now on.
-    ///
-    /// # Errors
-    /// If the device fails.
-    fn reset_peak(&self) -> Result<()> {
-        Ok(())
-    }
-
-    /// Waits for the device, where calls return before it is done.
-    ///
-    /// # Errors
-    /// If the device failed.
-    fn synchronize(&self) -> Result<()> {
-        Ok(())
-    }
-
     /// Decode steps of a batch that stays the same from step to step, by the fastest way that the
-    /// device has. Results are those of [`Llama::forward`].
+    /// device has. Results are those of [`Decoder::forward`].
     ///
     /// # Errors
     /// If the device cannot prepare them.
     fn decoder<'a>(
-        model: &'a Llama<Self>,
+        model: &'a Decoder<Self>,
         batch: Vec<&'a mut Sequence<Self>>,
     ) -> Result<Box<dyn Decode + 'a>>
     where
@@ -323,7 +331,7 @@ pub trait Ops: Send + Sync {
 }
 
 /// Gradients of the operations by their input, for profiling. Weights get no gradients.
-pub trait BackwardOps: Ops {
+pub trait Backward: Math {
     /// Attention whose caches round nothing, for the forward pass of profiling.
     ///
     /// Influence is `A/(1-A) * (D - dO . V)`: where a head is sure of one key, `1 - A` and the bracket
@@ -345,14 +353,14 @@ pub trait BackwardOps: Ops {
     /// If shapes do not fit.
     fn linear_backward(&self, d_y: &Self::Tensor, weight: &Self::Matrix) -> Result<Self::Tensor>;
 
-    /// Gradient of [`Ops::linears`] by `x`, from those of its outputs.
+    /// Gradient of [`Math::linears`] by `x`, from those of its outputs.
     ///
     /// # Errors
     /// If shapes do not fit.
     fn linears_backward(&self, d_y: &[Self::Tensor], joined: &Self::Joined)
     -> Result<Self::Tensor>;
 
-    /// Gradient of [`Ops::rms_norm`] by `x`.
+    /// Gradient of [`Math::rms_norm`] by `x`.
     ///
     /// # Errors
     /// If shapes do not fit.
@@ -364,7 +372,7 @@ pub trait BackwardOps: Ops {
         d_y: &Self::Tensor,
     ) -> Result<Self::Tensor>;
 
-    /// Gradients of [`Ops::swiglu`] by gate and up.
+    /// Gradients of [`Math::swiglu`] by gate and up.
     ///
     /// # Errors
     /// If shapes do not fit.

@@ -6,12 +6,14 @@ use std::ops::Range;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use moa_backend_wgpu::ops::{self as kernels, Layer};
-use moa_backend_wgpu::{Device, Dtype, Matrix, Tensor, WgpuBackend};
+use moa_backend_wgpu::{Device as Gpu, Dtype, Matrix, Tensor, WgpuBackend};
 
 use crate::checkpoint::mapped::MappedTensor;
 use crate::checkpoint::safetensors::DType;
 use crate::decoder::rope::RopeTable;
-use crate::device::{BackwardOps, LinearWeights, Ops, RandomWeights, part_seeds, random_amplitude};
+use crate::device::{
+    Backward, Device, LinearWeights, Load, Math, RandomWeights, part_seeds, random_amplitude,
+};
 use crate::{CacheDtype, Error, Result};
 
 /// Runs a model on a GPU over Vulkan, Metal, DX12 or WebGPU.
@@ -20,7 +22,7 @@ use crate::{CacheDtype, Error, Result};
 /// and sum in f32: activations beyond 65,504 overflow there, as in any model in f16. Everything else is f32
 /// arithmetic.
 #[derive(Debug)]
-pub struct WgpuOps {
+pub struct Wgpu {
     attention: WgpuBackend,
     /// With f32 caches.
     exact: WgpuBackend,
@@ -28,13 +30,13 @@ pub struct WgpuOps {
     inner: Dtype,
 }
 
-impl WgpuOps {
+impl Wgpu {
     /// On the GPU of this number, or on the one that wgpu prefers, with KV caches of this element type.
     ///
     /// # Errors
     /// [`Error::Backend`] with a [`moa_backend_wgpu::Error`] if there is no such GPU.
     pub fn open(index: Option<usize>, cache: CacheDtype) -> Result<Self> {
-        let device = index.map_or_else(Device::open, Device::open_nth).map_err(Error::backend)?;
+        let device = index.map_or_else(Gpu::open, Gpu::open_nth).map_err(Error::backend)?;
         let dtype = match cache {
             CacheDtype::F32 => Dtype::F32,
             CacheDtype::F16 => Dtype::F16,
@@ -44,7 +46,7 @@ impl WgpuOps {
     }
 
     /// On this device, with KV caches of this element type.
-    pub fn new(device: &Device, cache: Dtype) -> Self {
+    pub fn new(device: &Gpu, cache: Dtype) -> Self {
         Self {
             attention: WgpuBackend::new(device, cache),
             exact: WgpuBackend::new(device, Dtype::F32),
@@ -52,12 +54,12 @@ impl WgpuOps {
         }
     }
 
-    fn device(&self) -> &Device {
+    fn gpu(&self) -> &Gpu {
         self.attention.device()
     }
 }
 
-impl Ops for WgpuOps {
+impl Device for Wgpu {
     type Tensor = Tensor;
     type Matrix = Matrix;
     type Vector = Tensor;
@@ -74,6 +76,24 @@ impl Ops for WgpuOps {
         self.attention.cache_dtype().bytes()
     }
 
+    fn shape(&self, x: &Tensor) -> Vec<usize> {
+        x.shape().to_vec()
+    }
+
+    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
+        Tensor::new(self.gpu(), &values, shape).map_err(Error::backend)
+    }
+
+    fn values(&self, x: Tensor) -> Result<Vec<f32>> {
+        x.to_vec().map_err(Error::backend)
+    }
+
+    fn reshape(&self, x: Tensor, shape: &[usize]) -> Result<Tensor> {
+        x.reshape(shape).map_err(Error::backend)
+    }
+}
+
+impl Load for Wgpu {
     fn matrix(&self, tensor: MappedTensor) -> Result<Matrix> {
         let &[rows, cols] = tensor.shape() else {
             return Err(Error::invalid("weight", "2 axes", tensor.shape().len()));
@@ -83,7 +103,7 @@ impl Ops for WgpuOps {
             DType::F16 => Dtype::F16,
             DType::BF16 => Dtype::Bf16,
         };
-        Matrix::new(self.device(), tensor.bytes(), rows, cols, dtype).map_err(Error::backend)
+        Matrix::new(self.gpu(), tensor.bytes(), rows, cols, dtype).map_err(Error::backend)
     }
 
     fn linear_matrix(&self, tensor: MappedTensor) -> Result<Matrix> {
@@ -91,8 +111,7 @@ impl Ops for WgpuOps {
             (self.inner, tensor.dtype(), tensor.shape())
             && let Some(bytes) = narrowed(tensor.bytes())
         {
-            return Matrix::new(self.device(), &bytes, rows, cols, Dtype::F16)
-                .map_err(Error::backend);
+            return Matrix::new(self.gpu(), &bytes, rows, cols, Dtype::F16).map_err(Error::backend);
         }
         self.matrix(tensor)
     }
@@ -109,19 +128,9 @@ impl Ops for WgpuOps {
         };
         parts.into_iter().map(load).collect()
     }
+}
 
-    fn shape(&self, x: &Tensor) -> Vec<usize> {
-        x.shape().to_vec()
-    }
-
-    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
-        Tensor::new(self.device(), &values, shape).map_err(Error::backend)
-    }
-
-    fn values(&self, x: Tensor) -> Result<Vec<f32>> {
-        x.to_vec().map_err(Error::backend)
-    }
-
+impl Math for Wgpu {
     fn embed(&self, table: &Matrix, ids: &[u32]) -> Result<Tensor> {
         kernels::embed(table, ids).map_err(Error::backend)
     }
@@ -186,10 +195,6 @@ impl Ops for WgpuOps {
         kernels::rope(&x, cos, sin, inverse).map_err(Error::backend)
     }
 
-    fn reshape(&self, x: Tensor, shape: &[usize]) -> Result<Tensor> {
-        x.reshape(shape).map_err(Error::backend)
-    }
-
     fn swiglu(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
         kernels::swiglu(&gate, up).map_err(Error::backend)
     }
@@ -223,16 +228,15 @@ fn narrowed(bytes: &[u8]) -> Option<Vec<u8>> {
     Some(out)
 }
 
-impl RandomWeights for WgpuOps {
+impl RandomWeights for Wgpu {
     fn random_matrix(&self, out: usize, input: usize, seed: u32) -> Result<Matrix> {
         let amplitude = random_amplitude(input);
-        Matrix::random(self.device(), out, input, Dtype::Bf16, amplitude, seed)
-            .map_err(Error::backend)
+        Matrix::random(self.gpu(), out, input, Dtype::Bf16, amplitude, seed).map_err(Error::backend)
     }
 
     fn random_linear(&self, out: usize, input: usize, seed: u32) -> Result<Matrix> {
         let dtype = if self.inner == Dtype::F16 { self.inner } else { Dtype::Bf16 };
-        Matrix::random(self.device(), out, input, dtype, random_amplitude(input), seed)
+        Matrix::random(self.gpu(), out, input, dtype, random_amplitude(input), seed)
             .map_err(Error::backend)
     }
 
@@ -246,7 +250,7 @@ impl RandomWeights for WgpuOps {
     }
 }
 
-impl BackwardOps for WgpuOps {
+impl Backward for Wgpu {
     fn exact_attention(&self) -> &WgpuBackend {
         &self.exact
     }

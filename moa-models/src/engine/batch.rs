@@ -1,24 +1,24 @@
-use crate::decoder::llama::{Llama, Sequence};
-use crate::device::Ops;
+use crate::decoder::model::{Decoder, Sequence};
+use crate::device::Math;
 use crate::engine::decode::Session;
 
 /// The sequences of the running requests, in the order of those.
 ///
 /// Steps that only decode are run by a session, which a device prepares for these sequences; it is
 /// given up as soon as one joins or leaves, or a prompt is to be read.
-pub(crate) struct Batch<O: Ops> {
-    sequences: Vec<Sequence<O>>,
+pub(crate) struct Batch<D: Math> {
+    sequences: Vec<Sequence<D>>,
     /// Has all the sequences while there is one.
-    session: Option<Session<O>>,
+    session: Option<Session<D>>,
 }
 
-impl<O: Ops> Batch<O> {
+impl<D: Math> Batch<D> {
     pub(crate) fn new() -> Self {
         Self { sequences: Vec::new(), session: None }
     }
 
     /// The sequences one by one.
-    pub(crate) fn apart(&mut self) -> &mut Vec<Sequence<O>> {
+    pub(crate) fn apart(&mut self) -> &mut Vec<Sequence<D>> {
         if let Some(session) = self.session.take() {
             self.sequences = session.into_sequences();
         }
@@ -26,7 +26,7 @@ impl<O: Ops> Batch<O> {
     }
 
     /// The sequences as one batch that decodes.
-    pub(crate) fn session(&mut self, model: &Llama<O>) -> &mut Session<O> {
+    pub(crate) fn session(&mut self, model: &Decoder<D>) -> &mut Session<D> {
         let sequences = &mut self.sequences;
         self.session.get_or_insert_with(|| model.session(std::mem::take(sequences)))
     }

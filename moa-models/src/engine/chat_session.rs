@@ -2,8 +2,8 @@ use moa_core::Plan;
 
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::template::Message;
-use crate::decoder::llama::Sequence;
-use crate::device::Ops;
+use crate::decoder::model::Sequence;
+use crate::device::Math;
 use crate::engine::request::{Completion, Event, GenerateOptions, Prompt, RequestId, Usage};
 use crate::engine::serve::{Engine, EngineOptions};
 use crate::{Error, Result};
@@ -17,9 +17,9 @@ use crate::{Error, Result};
 ///
 /// ```no_run
 /// use moa_core::Plan;
-/// use moa_models::{ChatSession, Checkpoint, CpuOps, Event, GenerateOptions};
+/// use moa_models::{ChatSession, Checkpoint, Cpu, Event, GenerateOptions};
 ///
-/// let checkpoint = Checkpoint::open(CpuOps::default(), "model")?;
+/// let checkpoint = Checkpoint::open(Cpu::default(), "model")?;
 /// let mut chat = ChatSession::new(&checkpoint, &Plan::load("plan.json")?, 4096)?;
 /// chat.say("What is in line 7?", GenerateOptions::default())?;
 /// while let Some(event) = chat.step()? {
@@ -32,13 +32,13 @@ use crate::{Error, Result};
 /// # Ok::<(), moa_models::Error>(())
 /// ```
 #[derive(Debug)]
-pub struct ChatSession<O: Ops> {
-    checkpoint: Checkpoint<O>,
-    engine: Engine<O>,
+pub struct ChatSession<D: Math> {
+    checkpoint: Checkpoint<D>,
+    engine: Engine<D>,
     plan: Plan,
     capacity: usize,
     /// The engine has it while a turn runs; a device that failed has destroyed it.
-    sequence: Option<Sequence<O>>,
+    sequence: Option<Sequence<D>>,
     /// Tokens that the sequence holds.
     cached: Vec<u32>,
     messages: Vec<Message>,
@@ -55,13 +55,13 @@ struct Turn {
     tokens: Vec<u32>,
 }
 
-impl<O: Ops> ChatSession<O> {
+impl<D: Math> ChatSession<D> {
     /// An empty conversation of at most `capacity` tokens.
     ///
     /// # Errors
     /// [`Error::Core`] if the plan is for another model, [`Error::ContextExceeded`] if the capacity is
     /// beyond the model's context; those of the device.
-    pub fn new(checkpoint: &Checkpoint<O>, plan: &Plan, capacity: usize) -> Result<Self> {
+    pub fn new(checkpoint: &Checkpoint<D>, plan: &Plan, capacity: usize) -> Result<Self> {
         Self::with_options(checkpoint, plan, capacity, EngineOptions::default())
     }
 
@@ -70,7 +70,7 @@ impl<O: Ops> ChatSession<O> {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn with_options(
-        checkpoint: &Checkpoint<O>,
+        checkpoint: &Checkpoint<D>,
         plan: &Plan,
         capacity: usize,
         options: EngineOptions,
@@ -205,7 +205,7 @@ impl<O: Ops> ChatSession<O> {
         self.messages = messages;
     }
 
-    fn roll_back(&mut self, sequence: &mut Sequence<O>, len: usize) -> Result<()> {
+    fn roll_back(&mut self, sequence: &mut Sequence<D>, len: usize) -> Result<()> {
         let model = &self.checkpoint.model;
         let len = match model.truncate(sequence, len) {
             Ok(()) => len,

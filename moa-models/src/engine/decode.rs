@@ -1,22 +1,22 @@
 //! Steps of one token per sequence, of a batch that stays the same.
 
-use crate::decoder::llama::{Llama, LogitRows, Sequence};
-use crate::device::Ops;
+use crate::decoder::model::{Decoder, LogitRows, Sequence};
+use crate::device::Math;
 use crate::engine::sampling::{SamplingOptions, check_logits, likeliest};
 use crate::{Error, Result};
 
-/// Decode steps of one batch; see [`Llama::decoder`].
+/// Decode steps of one batch; see [`Decoder::decoder`].
 pub trait Decode {
     /// Appends one token to each sequence; the logits of the tokens after them, `[sequences, vocab]`.
     ///
     /// # Errors
-    /// As [`Llama::forward`].
+    /// As [`Decoder::forward`].
     fn step(&mut self, tokens: &[u32]) -> Result<Vec<f32>>;
 
     /// [`step`](Self::step), but only the likeliest token of each; the lowest of equals.
     ///
     /// # Errors
-    /// As [`Llama::forward`], and [`Error::Logits`] if a logit is infinite or not a number.
+    /// As [`Decoder::forward`], and [`Error::Logits`] if a logit is infinite or not a number.
     fn step_greedy(&mut self, tokens: &[u32]) -> Result<Vec<u32>>;
 
     /// Whether the device draws tokens itself.
@@ -41,19 +41,19 @@ pub trait Decode {
     }
 }
 
-/// [`Llama::forward`], step by step.
-pub(crate) struct Stepwise<'a, O: Ops> {
-    model: &'a Llama<O>,
-    batch: Vec<&'a mut Sequence<O>>,
+/// [`Decoder::forward`], step by step.
+pub(crate) struct Stepwise<'a, D: Math> {
+    model: &'a Decoder<D>,
+    batch: Vec<&'a mut Sequence<D>>,
 }
 
-impl<'a, O: Ops> Stepwise<'a, O> {
-    pub(crate) fn new(model: &'a Llama<O>, batch: Vec<&'a mut Sequence<O>>) -> Self {
+impl<'a, D: Math> Stepwise<'a, D> {
+    pub(crate) fn new(model: &'a Decoder<D>, batch: Vec<&'a mut Sequence<D>>) -> Self {
         Self { model, batch }
     }
 }
 
-impl<O: Ops> Decode for Stepwise<'_, O> {
+impl<D: Math> Decode for Stepwise<'_, D> {
     fn step(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
         let tokens: Vec<&[u32]> = tokens.chunks(1).collect();
         let logits = self.model.forward(&mut self.batch, &tokens, LogitRows::Last)?;
@@ -67,49 +67,49 @@ impl<O: Ops> Decode for Stepwise<'_, O> {
     }
 }
 
-impl<O: Ops> Llama<O> {
+impl<D: Math> Decoder<D> {
     /// Decode steps of a batch that stays the same from step to step: faster than
     /// [`forward`](Self::forward) where the device can prepare them.
     ///
     /// # Errors
     /// If there is no sequence, or the device cannot prepare them.
-    pub fn decoder<'a>(&'a self, batch: Vec<&'a mut Sequence<O>>) -> Result<Box<dyn Decode + 'a>> {
+    pub fn decoder<'a>(&'a self, batch: Vec<&'a mut Sequence<D>>) -> Result<Box<dyn Decode + 'a>> {
         match batch.is_empty() {
             true => Err(Error::invalid("batch", "at least 1 sequence", 0)),
-            false => O::decoder(self, batch),
+            false => D::decoder(self, batch),
         }
     }
 }
 
 /// Decode steps of sequences that it owns.
-pub struct Session<O: Ops> {
-    sequences: Vec<Sequence<O>>,
+pub struct Session<D: Math> {
+    sequences: Vec<Sequence<D>>,
 }
 
-impl<O: Ops> Session<O> {
-    fn decoder<'a>(&'a mut self, model: &'a Llama<O>) -> Result<Box<dyn Decode + 'a>> {
+impl<D: Math> Session<D> {
+    fn decoder<'a>(&'a mut self, model: &'a Decoder<D>) -> Result<Box<dyn Decode + 'a>> {
         model.decoder(self.sequences.iter_mut().collect())
     }
 
     /// Whether the device draws tokens itself.
-    pub fn can_sample(&mut self, model: &Llama<O>) -> bool {
+    pub fn can_sample(&mut self, model: &Decoder<D>) -> bool {
         self.decoder(model).is_ok_and(|decoder| decoder.can_sample())
     }
 
     /// As [`Decode::step`].
-    pub fn step(&mut self, model: &Llama<O>, tokens: &[u32]) -> Result<Vec<f32>> {
+    pub fn step(&mut self, model: &Decoder<D>, tokens: &[u32]) -> Result<Vec<f32>> {
         self.decoder(model)?.step(tokens)
     }
 
     /// As [`Decode::step_greedy`].
-    pub fn step_greedy(&mut self, model: &Llama<O>, tokens: &[u32]) -> Result<Vec<u32>> {
+    pub fn step_greedy(&mut self, model: &Decoder<D>, tokens: &[u32]) -> Result<Vec<u32>> {
         self.decoder(model)?.step_greedy(tokens)
     }
 
     /// As [`Decode::step_sampled`].
     pub fn step_sampled(
         &mut self,
-        model: &Llama<O>,
+        model: &Decoder<D>,
         tokens: &[u32],
         sampling: &SamplingOptions,
         units: &[f64],
@@ -118,14 +118,14 @@ impl<O: Ops> Session<O> {
     }
 
     /// The sequences, as after the last step.
-    pub fn into_sequences(self) -> Vec<Sequence<O>> {
+    pub fn into_sequences(self) -> Vec<Sequence<D>> {
         self.sequences
     }
 }
 
-impl<O: Ops> Llama<O> {
+impl<D: Math> Decoder<D> {
     /// Decode steps of sequences that stay the same from step to step.
-    pub fn session(&self, sequences: Vec<Sequence<O>>) -> Session<O> {
+    pub fn session(&self, sequences: Vec<Sequence<D>>) -> Session<D> {
         Session { sequences }
     }
 }

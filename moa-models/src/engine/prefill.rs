@@ -1,17 +1,17 @@
-use crate::decoder::llama::{Llama, LogitRows, Sequence};
-use crate::device::Ops;
+use crate::decoder::model::{Decoder, LogitRows, Sequence};
+use crate::device::Math;
 use crate::{Error, Result};
 
-impl<O: Ops> Llama<O> {
+impl<D: Math> Decoder<D> {
     /// Appends tokens, at most `chunk` a step, and returns the logits of the last one, `[vocab]`.
     ///
     /// # Errors
     /// [`Error::Invalid`] if there is no token, the chunk is 0, or a token is outside of the
     /// vocabulary; [`Error::Core`] if the sequence has no room for them; nothing has changed then.
-    /// Else as [`Llama::forward`].
+    /// Else as [`Decoder::forward`].
     pub fn prefill(
         &self,
-        sequence: &mut Sequence<O>,
+        sequence: &mut Sequence<D>,
         tokens: &[u32],
         chunk: usize,
     ) -> Result<Vec<f32>> {

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use moa_core::Plan;
 
 use crate::checkpoint::Checkpoint;
-use crate::decoder::llama::{Llama, Sequence};
-use crate::device::Ops;
+use crate::decoder::model::{Decoder, Sequence};
+use crate::device::Math;
 use crate::engine::batch::Batch;
 use crate::engine::request::{
     Completion, Event, Finish, GenerateOptions, Prompt, RequestId, Usage,
@@ -43,9 +43,9 @@ impl Default for EngineOptions {
 ///
 /// ```no_run
 /// use moa_core::Plan;
-/// use moa_models::{Checkpoint, CpuOps, EngineOptions, Event, GenerateOptions, Message, Prompt};
+/// use moa_models::{Checkpoint, Cpu, EngineOptions, Event, GenerateOptions, Message, Prompt};
 ///
-/// let checkpoint = Checkpoint::open(CpuOps::default(), "model")?;
+/// let checkpoint = Checkpoint::open(Cpu::default(), "model")?;
 /// let plan = Plan::load("plan.json")?;
 /// let mut engine = checkpoint.engine(EngineOptions::default());
 /// let options = GenerateOptions { max_new_tokens: 64, ..GenerateOptions::default() };
@@ -61,61 +61,61 @@ impl Default for EngineOptions {
 /// }
 /// # Ok::<(), moa_models::Error>(())
 /// ```
-pub struct Engine<O: Ops> {
-    pub(super) model: Arc<Llama<O>>,
+pub struct Engine<D: Math> {
+    pub(super) model: Arc<Decoder<D>>,
     /// Turns text into tokens and back.
-    checkpoint: Option<Checkpoint<O>>,
+    checkpoint: Option<Checkpoint<D>>,
     eos_token_ids: Vec<u32>,
     pub(super) options: EngineOptions,
-    waiting: VecDeque<Waiting<O>>,
+    waiting: VecDeque<Waiting<D>>,
     /// The first that waits had no memory, and none has been freed since.
     is_full: bool,
     pub(super) running: Vec<Running>,
-    pub(super) batch: Batch<O>,
+    pub(super) batch: Batch<D>,
     pub(super) events: VecDeque<Event>,
     /// Sequences of resumed requests that have ended.
-    ended: HashMap<RequestId, Sequence<O>>,
+    ended: HashMap<RequestId, Sequence<D>>,
     next_id: u64,
     pub(super) usage: Usage,
 }
 
 /// A request that does not run yet.
-struct Waiting<O: Ops> {
+struct Waiting<D: Math> {
     run: Running,
-    place: Place<O>,
+    place: Place<D>,
 }
 
 /// Where a request runs.
-enum Place<O: Ops> {
+enum Place<D: Math> {
     /// In a sequence that is opened when it begins.
     Open { plan: Plan, capacity: usize },
     /// In the caller's sequence.
-    Resume(Sequence<O>),
+    Resume(Sequence<D>),
 }
 
-impl<O: Ops> std::fmt::Debug for Engine<O> {
+impl<D: Math> std::fmt::Debug for Engine<D> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (running, waiting) = (self.running.len(), self.waiting.len());
         write!(f, "Engine({running} requests run, {waiting} wait)")
     }
 }
 
-impl<O: Ops> Engine<O> {
+impl<D: Math> Engine<D> {
     /// An engine for prompts of tokens: it has no tokenizer, and makes no text. See
     /// [`Checkpoint::engine`] for one that does.
-    pub fn new(model: Arc<Llama<O>>, options: EngineOptions) -> Self {
+    pub fn new(model: Arc<Decoder<D>>, options: EngineOptions) -> Self {
         let eos_token_ids = model.config().eos_token_ids.clone();
         Self::build(model, None, eos_token_ids, options)
     }
 
-    pub(crate) fn with_text(checkpoint: Checkpoint<O>, options: EngineOptions) -> Self {
+    pub(crate) fn with_text(checkpoint: Checkpoint<D>, options: EngineOptions) -> Self {
         let (model, eos) = (Arc::clone(&checkpoint.model), checkpoint.eos_token_ids());
         Self::build(model, Some(checkpoint), eos, options)
     }
 
     fn build(
-        model: Arc<Llama<O>>,
-        checkpoint: Option<Checkpoint<O>>,
+        model: Arc<Decoder<D>>,
+        checkpoint: Option<Checkpoint<D>>,
         eos_token_ids: Vec<u32>,
         options: EngineOptions,
     ) -> Self {
@@ -160,7 +160,7 @@ impl<O: Ops> Engine<O> {
     /// A new token enters the sequence with the next step, so the last one made is not in it.
     pub fn resume(
         &mut self,
-        sequence: Sequence<O>,
+        sequence: Sequence<D>,
         prompt: impl Into<Prompt>,
         options: GenerateOptions,
     ) -> RequestId {
@@ -217,7 +217,7 @@ impl<O: Ops> Engine<O> {
     }
 
     /// The sequence of a resumed request that has ended. The engine keeps it until it is asked for.
-    pub fn reclaim(&mut self, id: RequestId) -> Option<Sequence<O>> {
+    pub fn reclaim(&mut self, id: RequestId) -> Option<Sequence<D>> {
         self.ended.remove(&id)
     }
 
@@ -267,7 +267,7 @@ impl<O: Ops> Engine<O> {
         &mut self,
         prompt: Prompt,
         options: GenerateOptions,
-        place: impl FnOnce(&Llama<O>, usize, usize) -> Result<(Place<O>, usize)>,
+        place: impl FnOnce(&Decoder<D>, usize, usize) -> Result<(Place<D>, usize)>,
     ) -> RequestId {
         let id = RequestId(self.next_id);
         self.next_id += 1;

@@ -1,13 +1,13 @@
 use std::time::Instant;
 
 use crate::Result;
-use crate::decoder::llama::LogitRows;
-use crate::device::Ops;
+use crate::decoder::model::LogitRows;
+use crate::device::Math;
 use crate::engine::choice::Choice;
 use crate::engine::running::Running;
 use crate::engine::serve::Engine;
 
-impl<O: Ops> Engine<O> {
+impl<D: Math> Engine<D> {
     /// One step of the running requests: the whole loop of generation.
     pub(super) fn advance(&mut self) -> Result<()> {
         if self.running.is_empty() {

@@ -4,7 +4,7 @@ use super::question::Question;
 use super::report::{Asked, RetrievalItem, RetrievalReport};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::template::Message;
-use crate::device::Ops;
+use crate::device::Math;
 use crate::engine::chat_session::ChatSession;
 use crate::engine::request::GenerateOptions;
 use crate::eval::retrieval::RetrievalCase;
@@ -14,7 +14,7 @@ use crate::{Error, Result};
 /// A template may write an answer of the model with a few tokens more than it was made of.
 const REWRITTEN: usize = 8;
 
-impl<O: Ops> Checkpoint<O> {
+impl<D: Math> Checkpoint<D> {
     /// Context length that a question is opened for: its messages and room for every answer.
     ///
     /// # Errors

@@ -5,9 +5,9 @@ use std::time::Instant;
 use moa_core::{Influence, Plan};
 use serde::Serialize;
 
-use crate::decoder::llama::{Llama, Sequence};
+use crate::decoder::model::{Decoder, Sequence};
 use crate::decoder::shard::Shard;
-use crate::device::{BackwardOps, Ops};
+use crate::device::{Backward, Math};
 use crate::find_plan::objective::Objective;
 use crate::find_plan::profile::Item;
 use crate::rng::SplitMix64;
@@ -87,7 +87,7 @@ pub struct ProfileBenchReport {
 /// Steps before those that are timed: plain ones, preparation and capture of a decoder.
 const WARM_UP: usize = 5;
 
-impl<O: Ops> Llama<O> {
+impl<D: Math> Decoder<D> {
     /// Reads a prompt of random tokens, copies its sequence to the whole batch and decodes greedily.
     ///
     /// # Errors
@@ -110,16 +110,16 @@ impl<O: Ops> Llama<O> {
         let skipped = (new_tokens - run) / 2;
         let tokens: Vec<u32> = (0..prompt + skipped).map(|_| random.below(vocab) as u32).collect();
         let (tokens, middle) = tokens.split_at(prompt);
-        self.ops.reset_peak()?;
+        self.device.reset_peak()?;
 
         // A rank has only a part of them, which `open` checks sequence by sequence.
         if self.ranks() == 1 {
-            let each = plan.kv_bytes(context, self.ops.cache_element_bytes());
-            self.ops.check_room("keys and values", each.saturating_mul(batch as u64))?;
+            let each = plan.kv_bytes(context, self.device.cache_element_bytes());
+            self.device.check_room("keys and values", each.saturating_mul(batch as u64))?;
         }
         let mut sequence = self.open(plan, context, 0)?;
-        let read = |sequence: &mut Sequence<O>, tokens: &[u32]| -> Result<f64> {
-            self.ops.synchronize()?;
+        let read = |sequence: &mut Sequence<D>, tokens: &[u32]| -> Result<f64> {
+            self.device.synchronize()?;
             let begin = Instant::now();
             self.prefill(sequence, tokens, prefill_chunk)?;
             Ok(begin.elapsed().as_secs_f64())
@@ -169,7 +169,7 @@ impl<O: Ops> Llama<O> {
             step_bytes_per_second: step_bytes as f64 / step_seconds,
             kv_bytes,
             kv_bytes_dense: batch as u64 * self.dense_bytes(context)?,
-            peak_bytes: self.ops.memory()?.map(|memory| memory.peak_bytes),
+            peak_bytes: self.device.memory()?.map(|memory| memory.peak_bytes),
         })
     }
 
@@ -179,9 +179,9 @@ impl<O: Ops> Llama<O> {
     /// # Errors
     /// If the device fails.
     pub fn largest_batch(&self, plan: &Plan, context: usize) -> Result<Option<usize>> {
-        let Some(memory) = self.ops.memory()? else { return Ok(None) };
+        let Some(memory) = self.device.memory()? else { return Ok(None) };
         let plan = self.own_plan(plan)?;
-        let each = plan.kv_bytes(context, self.ops.cache_element_bytes());
+        let each = plan.kv_bytes(context, self.device.cache_element_bytes());
         // Activations of a chunk, logits, work space of kernels, what the driver needs for graphs.
         let chunk = 2048 * (8 * self.config.hidden_size + 6 * self.config.intermediate_size);
         let reserve = (1u64 << 30) + chunk as u64;
@@ -202,8 +202,8 @@ impl<O: Ops> Llama<O> {
         let rest = weights.rest - unread;
         // Weights that stay in their file are of 2 bytes in all files that we know.
         let read = |bytes, elements| if bytes == 0 { 2 * elements } else { bytes };
-        read(weights.linear_bytes(&self.ops), weights.linear)
-            + read(self.ops.weight_bytes(rest), rest)
+        read(weights.linear_bytes(&self.device), weights.linear)
+            + read(self.device.weight_bytes(rest), rest)
     }
 
     /// Bytes of keys and values that the query of token `len` sees.
@@ -211,7 +211,7 @@ impl<O: Ops> Llama<O> {
         let plan = self.own_plan(plan)?;
         let spans = (0..self.layers.len()).flat_map(|layer| plan.layer_spans(layer, context));
         let keys: usize = spans.map(|span| span.total().min(len)).sum();
-        Ok((2 * keys * self.config.head_dim * self.ops.cache_element_bytes()) as u64)
+        Ok((2 * keys * self.config.head_dim * self.device.cache_element_bytes()) as u64)
     }
 }
 
@@ -220,7 +220,7 @@ const RESPONSE: usize = 64;
 /// Side of a block of influence, as by default in calibration.
 const BLOCK: usize = 64;
 
-impl<O: BackwardOps> Llama<O> {
+impl<D: Backward> Decoder<D> {
     /// Profiles an item of `tokens` random tokens, of which the last 64, or half, are the response.
     ///
     /// # Errors
@@ -234,16 +234,16 @@ impl<O: BackwardOps> Llama<O> {
         let ids: Vec<u32> = (0..=tokens).map(|_| random.below(vocab) as u32).collect();
         let (prompt, answer) = ids.split_at(ids.len() - response);
         let item = Item::new(prompt, answer)?;
-        self.ops.reset_peak()?;
+        self.device.reset_peak()?;
         let mut seconds = 0.0;
         for _ in 0..2 {
             let mut influence = Influence::new(self.shape(), tokens, BLOCK.min(tokens))?;
-            self.ops.synchronize()?;
+            self.device.synchronize()?;
             let begin = Instant::now();
             self.profile(&item, Objective::Margin, &mut influence)?;
             seconds = begin.elapsed().as_secs_f64();
         }
-        let peak_bytes = self.ops.memory()?.map(|memory| memory.peak_bytes);
+        let peak_bytes = self.device.memory()?.map(|memory| memory.peak_bytes);
         Ok(ProfileBenchReport { tokens, response, seconds, peak_bytes })
     }
 }

@@ -3,8 +3,8 @@ use std::time::Instant;
 use moa_core::Plan;
 use serde::Serialize;
 
-use crate::decoder::llama::{Llama, LogitRows};
-use crate::device::Ops;
+use crate::decoder::model::{Decoder, LogitRows};
+use crate::device::Math;
 use crate::find_plan::objective::cross_entropy;
 use crate::progress::Next;
 use crate::{Error, Result};
@@ -35,7 +35,7 @@ pub struct PerplexityReport {
     pub seconds: f64,
 }
 
-impl<O: Ops> Llama<O> {
+impl<D: Math> Decoder<D> {
     /// Perplexity of `tokens`, cut into windows of `length` that each begin with `first`.
     ///
     /// # Errors
@@ -105,6 +105,6 @@ impl<O: Ops> Llama<O> {
     /// # Errors
     /// Never for a model that was loaded.
     pub fn dense_bytes(&self, capacity: usize) -> Result<u64> {
-        Ok(Plan::full(self.local)?.kv_bytes(capacity, self.ops().cache_element_bytes()))
+        Ok(Plan::full(self.local)?.kv_bytes(capacity, self.device().cache_element_bytes()))
     }
 }

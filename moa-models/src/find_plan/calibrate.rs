@@ -6,8 +6,8 @@ use serde::Deserialize;
 
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::template::Message;
-use crate::decoder::llama::LogitRows;
-use crate::device::Ops;
+use crate::decoder::model::LogitRows;
+use crate::device::Math;
 use crate::engine::request::GenerateOptions;
 use crate::engine::serve::EngineOptions;
 use crate::eval::jsonl;
@@ -53,7 +53,7 @@ pub struct CalibrationOptions {
     /// Most items per length.
     pub samples: usize,
     /// Questions about each built-in record, at even depths; items that share a record lie next to
-    /// each other and cost little more than one ([`Llama::response_loss`](crate::Llama::response_loss)).
+    /// each other and cost little more than one ([`Decoder::response_loss`](crate::Decoder::response_loss)).
     pub questions: usize,
     /// Most tokens of a response.
     pub max_response: usize,
@@ -67,7 +67,7 @@ impl Default for CalibrationOptions {
     }
 }
 
-impl<O: Ops> Checkpoint<O> {
+impl<D: Math> Checkpoint<D> {
     /// Makes calibration items for each length. Responses that the data does not give are the
     /// greedy answers of the dense model itself (MoA, section 4.3). Of the built-in
     /// records, only those count that the dense model answers right: a wrong answer shows no

@@ -7,8 +7,8 @@ use moa_core::{
 };
 
 use crate::checkpoint::Checkpoint;
-use crate::decoder::llama::Llama;
-use crate::device::{BackwardOps, Ops};
+use crate::decoder::model::Decoder;
+use crate::device::{Backward, Math};
 use crate::find_plan::calibrate::{CalibrationData, CalibrationOptions};
 use crate::find_plan::objective::{Objective, TokenWeight, WeightedObjective};
 use crate::find_plan::profile::Item;
@@ -180,12 +180,12 @@ impl CompressOptions {
     }
 }
 
-impl<O: BackwardOps> Llama<O> {
+impl<D: Backward> Decoder<D> {
     /// Influence of a set of calibration items at each length, and what the far context is worth to
     /// them ([`Influence::far_losses`]).
     ///
     /// # Errors
-    /// As [`Llama::profile`]; [`Error::Cancelled`].
+    /// As [`Decoder::profile`]; [`Error::Cancelled`].
     pub fn profile_all(
         &self,
         items: &BTreeMap<usize, Vec<Item>>,
@@ -220,8 +220,8 @@ impl<O: BackwardOps> Llama<O> {
 ///
 /// # Errors
 /// If an option is out of range for the model, or no plan meets the density.
-pub fn compress<O: BackwardOps>(
-    checkpoint: &Checkpoint<O>,
+pub fn compress<D: Backward>(
+    checkpoint: &Checkpoint<D>,
     data: &CalibrationData,
     options: &CompressOptions,
     on_progress: &mut dyn FnMut(Stage, usize, usize) -> Next,
@@ -231,7 +231,7 @@ pub fn compress<O: BackwardOps>(
     let context = model.config().context_length();
     let mut request = options.request(context)?;
     if let Some(share) = options.decode_time {
-        bound_decode_time(&mut request, &model.ops, model.shape(), share)?;
+        bound_decode_time(&mut request, &model.device, model.shape(), share)?;
     }
     let count = options.lengths.len() * options.samples;
     let items = calibrate(checkpoint, data, &options.profile_calibration(), count, on_progress)?;
@@ -278,9 +278,9 @@ pub fn with_min_share(request: PlanRequest, share: Option<f64>) -> moa_core::Res
 ///
 /// # Errors
 /// If the share is not above 0, or the backend does not measure ([`moa_core::Error::Unsupported`]).
-pub fn bound_decode_time<O: Ops>(
+pub fn bound_decode_time<D: Math>(
     request: &mut PlanRequest,
-    ops: &O,
+    device: &D,
     shape: ModelShape,
     share: f64,
 ) -> Result<()> {
@@ -289,7 +289,7 @@ pub fn bound_decode_time<O: Ops>(
     }
     let longest = request.bounds.iter().map(|b| b.length).max().unwrap_or(1);
     let shortest = request.min_span.min(longest);
-    let curve = CostCurve::measure(ops.attention(), shape, shortest, longest);
+    let curve = CostCurve::measure(device.attention(), shape, shortest, longest);
     request.decode_time = Some(CostBound { share, curve: curve.map_err(Error::backend)? });
     Ok(())
 }
@@ -302,8 +302,8 @@ pub fn describe(data: &CalibrationData) -> String {
     }
 }
 
-fn calibrate<O: Ops>(
-    checkpoint: &Checkpoint<O>,
+fn calibrate<D: Math>(
+    checkpoint: &Checkpoint<D>,
     data: &CalibrationData,
     options: &CalibrationOptions,
     count: usize,

@@ -4,21 +4,21 @@
 
 use moa_core::{LayerLayout, Plan, SparseAttentionBackend};
 
-use crate::decoder::llama::Llama;
-use crate::device::Ops;
+use crate::decoder::model::Decoder;
+use crate::device::Math;
 use crate::find_plan::objective::cross_entropy;
 use crate::find_plan::profile::Item;
 use crate::{Error, Result};
 
 /// Items under one plan: a chunk of what they share, then a chunk with the rest of each.
-struct Pass<'a, O: Ops> {
+struct Pass<'a, D: Math> {
     items: &'a [Item],
     capacity: usize,
     /// Tokens that all items begin with; 0 or most of each.
     shared: usize,
     /// `None` if nothing is shared.
-    shared_rotations: Option<O::Rotations>,
-    rest_rotations: O::Rotations,
+    shared_rotations: Option<D::Rotations>,
+    rest_rotations: D::Rotations,
     /// Rows of the rest that predict responses.
     rows: Vec<usize>,
 }
@@ -44,7 +44,7 @@ fn common_prefix(a: &Item, b: &Item) -> usize {
     equal.min(a.prompt().len() - 1).min(b.prompt().len() - 1)
 }
 
-impl<O: Ops> Llama<O> {
+impl<D: Math> Decoder<D> {
     /// Mean cross entropy of items' responses, in nats per token, in sequences opened for
     /// `capacity` tokens: the mean over items of each one's mean. Consecutive items that begin alike
     /// are computed together.
@@ -55,7 +55,7 @@ impl<O: Ops> Llama<O> {
         Ok(self.variant_losses(items, plan, &[], capacity)?.0)
     }
 
-    /// [`Llama::response_loss`] of `plan`, and of each of `variants`: plans that differ from it only
+    /// [`Decoder::response_loss`] of `plan`, and of each of `variants`: plans that differ from it only
     /// in the layer given.
     pub(crate) fn variant_losses(
         &self,
@@ -83,7 +83,7 @@ impl<O: Ops> Llama<O> {
         Ok((base / count, losses))
     }
 
-    fn pass<'a>(&self, items: &'a [Item], plan: &Plan, capacity: usize) -> Result<Pass<'a, O>> {
+    fn pass<'a>(&self, items: &'a [Item], plan: &Plan, capacity: usize) -> Result<Pass<'a, D>> {
         plan.check_shape(&self.shape())?;
         let tokens = items.iter().map(|item| item.inputs().len()).max().unwrap_or(0);
         if tokens > capacity {
@@ -98,10 +98,10 @@ impl<O: Ops> Llama<O> {
         let table = self.rope(capacity)?;
         let shared_rotations = match shared {
             0 => None,
-            _ => Some(self.ops.rotations(&[(&table, 0..shared)])?),
+            _ => Some(self.device.rotations(&[(&table, 0..shared)])?),
         };
         let rests: Vec<_> = items.iter().map(|i| (&table, shared..i.inputs().len())).collect();
-        let rest_rotations = self.ops.rotations(&rests)?;
+        let rest_rotations = self.device.rotations(&rests)?;
         let mut rows = Vec::new();
         let mut before = 0;
         for item in items {
@@ -111,8 +111,8 @@ impl<O: Ops> Llama<O> {
         Ok(Pass { items, capacity, shared, shared_rotations, rest_rotations, rows })
     }
 
-    fn embed_pass(&self, pass: &Pass<'_, O>) -> Result<Hidden<O::Tensor>> {
-        let embed = |ids: &[u32]| self.ops.embed(&self.embedding, ids);
+    fn embed_pass(&self, pass: &Pass<'_, D>) -> Result<Hidden<D::Tensor>> {
+        let embed = |ids: &[u32]| self.device.embed(&self.embedding, ids);
         let shared = match pass.shared {
             0 => None,
             n => Some(embed(&pass.items[0].inputs()[..n])?),
@@ -125,13 +125,13 @@ impl<O: Ops> Llama<O> {
     /// the sum of the items' losses.
     fn upwards(
         &self,
-        pass: &Pass<'_, O>,
+        pass: &Pass<'_, D>,
         plan: &Plan,
         first: usize,
-        mut x: Hidden<O::Tensor>,
-        mut keep: Option<&mut Vec<Hidden<O::Tensor>>>,
+        mut x: Hidden<D::Tensor>,
+        mut keep: Option<&mut Vec<Hidden<D::Tensor>>>,
     ) -> Result<f64> {
-        let (ops, attention) = (&self.ops, self.ops.attention());
+        let (device, attention) = (&self.device, self.device.attention());
         let plan = self.own_plan(plan)?;
         let counts: Vec<usize> =
             pass.items.iter().map(|i| i.inputs().len() - pass.shared).collect();
@@ -166,11 +166,11 @@ impl<O: Ops> Llama<O> {
                 .extend(&mut caches, &counts, &q, &k, &v, self.scale(), false)
                 .map_err(Error::backend)?;
             if is_top {
-                (x.rest, out) = (ops.rows(&x.rest, &pass.rows)?, ops.rows(&out, &pass.rows)?);
+                (x.rest, out) = (device.rows(&x.rest, &pass.rows)?, device.rows(&out, &pass.rows)?);
             }
             x.rest = self.mlp(layer, self.after_attention(layer, x.rest, out)?)?;
         }
-        let h = ops.rms_norm(&x.rest, &self.norm, self.eps())?;
+        let h = device.rms_norm(&x.rest, &self.norm, self.eps())?;
         let logits = self.values(self.output(&h)?)?;
         let mut rows = logits.chunks(self.config.vocab_size);
         let losses = pass.items.iter().map(|item| {

@@ -12,8 +12,8 @@ use moa_core::{
 };
 
 use crate::decoder::block::Layer;
-use crate::decoder::llama::{Llama, parts};
-use crate::device::BackwardOps;
+use crate::decoder::model::{Decoder, parts};
+use crate::device::Backward;
 use crate::find_plan::objective::{Objective, WeightedObjective, cross_entropy};
 use crate::{Error, Result};
 
@@ -75,7 +75,7 @@ struct Saved<T> {
     lse: T,
 }
 
-impl<O: BackwardOps> Llama<O> {
+impl<D: Backward> Decoder<D> {
     /// Adds one item's influence to `into` and returns the item's loss under dense attention.
     ///
     /// # Errors
@@ -89,7 +89,7 @@ impl<O: BackwardOps> Llama<O> {
         Ok(self.sweep(item, objective.into(), into)?.0)
     }
 
-    /// [`Llama::profile`], and the cross entropy that the response grows by when every head sees only
+    /// [`Decoder::profile`], and the cross entropy that the response grows by when every head sees only
     /// the sink and a window of a quarter of the context.
     pub(crate) fn profile_with_far_loss(
         &self,
@@ -97,7 +97,7 @@ impl<O: BackwardOps> Llama<O> {
         objective: WeightedObjective,
         into: &mut Influence,
     ) -> Result<()> {
-        self.ops.check_gradients()?;
+        self.device.check_gradients()?;
         let near = ElasticRule::new(DEFAULT_SINK as f64, 0.25)?;
         let near = Plan::uniform(self.shape(), DEFAULT_SINK, near)?;
         let near = self.response_loss(std::slice::from_ref(item), &near, item.inputs().len())?;
@@ -114,7 +114,7 @@ impl<O: BackwardOps> Llama<O> {
         into: &mut Influence,
     ) -> Result<(f64, f64)> {
         self.check_whole("profiling")?;
-        self.ops.check_gradients()?;
+        self.device.check_gradients()?;
         let tokens = item.inputs();
         if into.shape() != self.shape() {
             let (expected, got) = (self.shape(), into.shape());
@@ -128,7 +128,7 @@ impl<O: BackwardOps> Llama<O> {
             ));
         }
         let rope = self.rope(tokens.len())?;
-        let rotations = self.ops.rotations(&[(&rope, 0..tokens.len())])?;
+        let rotations = self.device.rotations(&[(&rope, 0..tokens.len())])?;
         let saved = self.forward_saving(tokens, &rotations)?;
 
         let rows = item.rows();
@@ -158,16 +158,16 @@ impl<O: BackwardOps> Llama<O> {
     fn forward_saving(
         &self,
         tokens: &[u32],
-        rotations: &O::Rotations,
-    ) -> Result<Vec<Saved<O::Tensor>>> {
+        rotations: &D::Rotations,
+    ) -> Result<Vec<Saved<D::Tensor>>> {
         let n = tokens.len();
         let spans = vec![Span::full(n); self.config.num_key_value_heads];
         let layout = LayerLayout::new(&spans, n, 0)?;
-        let mut x = self.ops.embed(&self.embedding, tokens)?;
+        let mut x = self.device.embed(&self.embedding, tokens)?;
         let mut saved = Vec::with_capacity(self.layers.len());
         for (index, layer) in self.layers.iter().enumerate() {
             let [q, k, v] = self.qkv(layer, &x, rotations)?;
-            let attention = self.ops.exact_attention();
+            let attention = self.device.exact_attention();
             let mut cache =
                 attention.open(&layout, self.config.head_dim).map_err(Error::backend)?;
             let (out, lse) = attention
@@ -194,20 +194,20 @@ impl<O: BackwardOps> Llama<O> {
     /// predict the response.
     fn top_gradient(
         &self,
-        saved: &[Saved<O::Tensor>],
+        saved: &[Saved<D::Tensor>],
         item: &Item,
         WeightedObjective { objective, weight }: WeightedObjective,
-    ) -> Result<((f64, f64), O::Tensor)> {
-        let (ops, eps) = (&self.ops, self.eps());
+    ) -> Result<((f64, f64), D::Tensor)> {
+        let (device, eps) = (&self.device, self.eps());
         let (Some(layer), Some(top)) = (self.layers.last(), saved.last()) else {
             return Err(Error::invalid("layers", "at least 1", 0));
         };
         let y = self.residual(layer, top, &item.rows())?;
         let z = self.mlp(layer, y)?;
-        let h = ops.rms_norm(&z, &self.norm, eps)?;
-        let logits = ops.logits(&h, self.output_matrix())?;
-        let shape = ops.shape(&logits);
-        let mut values = ops.values(logits)?;
+        let h = device.rms_norm(&z, &self.norm, eps)?;
+        let logits = device.logits(&h, self.output_matrix())?;
+        let shape = device.shape(&logits);
+        let mut values = device.values(logits)?;
         let response = item.response();
         let vocab = self.config.vocab_size;
         let rows = values.chunks(vocab).zip(response);
@@ -219,61 +219,61 @@ impl<O: BackwardOps> Llama<O> {
             loss += objective.gradient(row, target as usize) * weight;
             row.iter_mut().for_each(|g| *g *= weight as f32);
         }
-        let d_logits = ops.tensor(values, &shape)?;
-        let d_h = ops.linear_backward(&d_logits, self.output_matrix())?;
-        Ok(((loss, entropy), ops.rms_norm_backward(&z, &self.norm, eps, &d_h)?))
+        let d_logits = device.tensor(values, &shape)?;
+        let d_h = device.linear_backward(&d_logits, self.output_matrix())?;
+        Ok(((loss, entropy), device.rms_norm_backward(&z, &self.norm, eps, &d_h)?))
     }
 
     /// The stream between attention and MLP, at `rows`.
     fn residual(
         &self,
-        layer: &Layer<O>,
-        saved: &Saved<O::Tensor>,
+        layer: &Layer<D>,
+        saved: &Saved<D::Tensor>,
         rows: &Range<usize>,
-    ) -> Result<O::Tensor> {
-        let total = self.ops.shape(&saved.x)[0];
+    ) -> Result<D::Tensor> {
+        let total = self.device.shape(&saved.x)[0];
         if rows.len() == total {
             return self.after_attention(layer, saved.x.clone(), saved.out.clone());
         }
         let rows: Vec<usize> = rows.clone().collect();
-        let x = self.ops.rows(&saved.x, &rows)?;
-        self.after_attention(layer, x, self.ops.rows(&saved.out, &rows)?)
+        let x = self.device.rows(&saved.x, &rows)?;
+        self.after_attention(layer, x, self.device.rows(&saved.out, &rows)?)
     }
 
     /// Gradient by the stream before the MLP, from the gradient after it, both at `rows`.
     fn mlp_backward(
         &self,
-        layer: &Layer<O>,
-        saved: &Saved<O::Tensor>,
+        layer: &Layer<D>,
+        saved: &Saved<D::Tensor>,
         rows: &Range<usize>,
-        d_z: O::Tensor,
-    ) -> Result<O::Tensor> {
-        let ops = &self.ops;
+        d_z: D::Tensor,
+    ) -> Result<D::Tensor> {
+        let device = &self.device;
         let y = self.residual(layer, saved, rows)?;
-        let h = ops.rms_norm(&y, &layer.mlp_norm, self.eps())?;
-        let [gate, up] = parts(ops.linears(&h, &layer.gate_up)?)?;
-        let d_act = ops.linear_backward(&d_z, &layer.down.weight)?;
-        let (d_gate, d_up) = ops.swiglu_backward(&gate, &up, &d_act)?;
-        let d_h = ops.linears_backward(&[d_gate, d_up], &layer.gate_up)?;
-        ops.add(d_z, &ops.rms_norm_backward(&y, &layer.mlp_norm, self.eps(), &d_h)?)
+        let h = device.rms_norm(&y, &layer.mlp_norm, self.eps())?;
+        let [gate, up] = parts(device.linears(&h, &layer.gate_up)?)?;
+        let d_act = device.linear_backward(&d_z, &layer.down.weight)?;
+        let (d_gate, d_up) = device.swiglu_backward(&gate, &up, &d_act)?;
+        let d_h = device.linears_backward(&[d_gate, d_up], &layer.gate_up)?;
+        device.add(d_z, &device.rms_norm_backward(&y, &layer.mlp_norm, self.eps(), &d_h)?)
     }
 
     /// Block sums of one layer and, unless it is the lowest, the gradient by its input.
     fn attention_backward(
         &self,
-        layer: &Layer<O>,
-        saved: &Saved<O::Tensor>,
+        layer: &Layer<D>,
+        saved: &Saved<D::Tensor>,
         rows: &Range<usize>,
-        d_y: O::Tensor,
-        rotations: &O::Rotations,
+        d_y: D::Tensor,
+        rotations: &D::Rotations,
         (objective, block, gradients): (Objective, usize, bool),
-    ) -> Result<(Vec<f64>, Option<O::Tensor>)> {
-        let (ops, c) = (&self.ops, &self.config);
-        let total = ops.shape(&saved.x)[0];
+    ) -> Result<(Vec<f64>, Option<D::Tensor>)> {
+        let (device, c) = (&self.device, &self.config);
+        let total = device.shape(&saved.x)[0];
         let [q, k, v] = self.qkv(layer, &saved.x, rotations)?;
-        let d_out = ops.linear_backward(&d_y, &layer.o.weight)?;
+        let d_out = device.linear_backward(&d_y, &layer.o.weight)?;
         let d_out = self.place(d_out, rows, total)?;
-        let d_out = ops.reshape(d_out, &[total, c.num_attention_heads, c.head_dim])?;
+        let d_out = device.reshape(d_out, &[total, c.num_attention_heads, c.head_dim])?;
         let inputs = InfluenceInputs {
             q: &q,
             k: &k,
@@ -286,27 +286,28 @@ impl<O: BackwardOps> Llama<O> {
             gradients,
         };
         let output =
-            ops.exact_attention().influence(&inputs, self.scale()).map_err(Error::backend)?;
+            device.exact_attention().influence(&inputs, self.scale()).map_err(Error::backend)?;
         let Some(Gradients { d_q, d_k, d_v }) = output.gradients else {
             return Ok((output.blocks, None));
         };
-        let unrotate = |g| -> Result<O::Tensor> {
-            let g = ops.rope(g, c.head_dim, rotations, true)?;
+        let unrotate = |g| -> Result<D::Tensor> {
+            let g = device.rope(g, c.head_dim, rotations, true)?;
             self.flatten(g)
         };
         let d_qkv = [unrotate(d_q)?, unrotate(d_k)?, self.flatten(d_v)?];
-        let d_h = ops.linears_backward(&d_qkv, &layer.qkv)?;
-        let through = ops.rms_norm_backward(&saved.x, &layer.attention_norm, self.eps(), &d_h)?;
-        let d_x = ops.add(through, &self.place(d_y, rows, total)?)?;
+        let d_h = device.linears_backward(&d_qkv, &layer.qkv)?;
+        let through =
+            device.rms_norm_backward(&saved.x, &layer.attention_norm, self.eps(), &d_h)?;
+        let d_x = device.add(through, &self.place(d_y, rows, total)?)?;
         Ok((output.blocks, Some(d_x)))
     }
 
-    fn place(&self, x: O::Tensor, rows: &Range<usize>, total: usize) -> Result<O::Tensor> {
-        if rows.len() == total { Ok(x) } else { self.ops.place_rows(&x, rows.clone(), total) }
+    fn place(&self, x: D::Tensor, rows: &Range<usize>, total: usize) -> Result<D::Tensor> {
+        if rows.len() == total { Ok(x) } else { self.device.place_rows(&x, rows.clone(), total) }
     }
 
-    fn flatten(&self, x: O::Tensor) -> Result<O::Tensor> {
-        let shape = self.ops.shape(&x);
-        self.ops.reshape(x, &[shape[0], shape[1..].iter().product()])
+    fn flatten(&self, x: D::Tensor) -> Result<D::Tensor> {
+        let shape = self.device.shape(&x);
+        self.device.reshape(x, &[shape[0], shape[1..].iter().product()])
     }
 }

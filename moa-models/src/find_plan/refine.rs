@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use moa_core::{AtLength, ElasticRule, ModelShape, Plan, PlanRequest, Profile, Trial};
 
-use crate::decoder::llama::Llama;
-use crate::device::Ops;
+use crate::decoder::model::Decoder;
+use crate::device::Math;
 use crate::find_plan::probe::groups;
 use crate::find_plan::profile::Item;
 use crate::progress::Next;
@@ -42,8 +42,8 @@ pub struct Refined {
 }
 
 /// Measures plans on items, once each.
-struct Measure<'a, O: Ops> {
-    model: &'a Llama<O>,
+struct Measure<'a, D: Math> {
+    model: &'a Decoder<D>,
     items: &'a BTreeMap<usize, Vec<Item>>,
     probe: BTreeMap<usize, Vec<Item>>,
     known: HashMap<String, Vec<AtLength>>,
@@ -55,7 +55,7 @@ struct Measure<'a, O: Ops> {
     on_evaluation: &'a mut dyn FnMut() -> Next,
 }
 
-impl<O: Ops> Measure<'_, O> {
+impl<D: Math> Measure<'_, D> {
     fn losses(&mut self, plan: &Plan) -> Result<Vec<AtLength>> {
         let key = plan.rules().iter().map(|r| format!("{:?}", r.lines())).collect::<String>();
         if let Some(losses) = self.known.get(&key) {
@@ -131,9 +131,9 @@ fn probe(items: &BTreeMap<usize, Vec<Item>>) -> BTreeMap<usize, Vec<Item>> {
 /// Mean response loss of a plan at each length.
 ///
 /// # Errors
-/// As [`Llama::response_loss`].
-pub fn measured_losses<O: Ops>(
-    model: &Llama<O>,
+/// As [`Decoder::response_loss`].
+pub fn measured_losses<D: Math>(
+    model: &Decoder<D>,
     items: &BTreeMap<usize, Vec<Item>>,
     plan: &Plan,
 ) -> Result<Vec<AtLength>> {
@@ -149,9 +149,9 @@ pub fn measured_losses<O: Ops>(
 /// with about `evaluations` measurements: of plans on all `items`, and of single heads on some of them.
 ///
 /// # Errors
-/// As [`Llama::response_loss`] and [`PlanRequest::search`]; [`Error::Cancelled`].
-pub fn refine<O: Ops>(
-    model: &Llama<O>,
+/// As [`Decoder::response_loss`] and [`PlanRequest::search`]; [`Error::Cancelled`].
+pub fn refine<D: Math>(
+    model: &Decoder<D>,
     items: &BTreeMap<usize, Vec<Item>>,
     starts: &[Plan],
     request: &PlanRequest,
@@ -279,7 +279,7 @@ impl Table {
     }
 
     /// Measures every head's swap around `plan`, on the probe.
-    fn probe<O: Ops>(&mut self, measure: &mut Measure<'_, O>, plan: &Plan) -> Result<()> {
+    fn probe<D: Math>(&mut self, measure: &mut Measure<'_, D>, plan: &Plan) -> Result<()> {
         let Some(&length) = measure.probe.keys().next() else { return Ok(()) };
         let kv_heads = plan.shape().kv_heads;
         let mut is_wide = Vec::with_capacity(self.heads);

@@ -2,7 +2,7 @@
 
 use moa_core::{ElasticRule, Plan};
 use moa_models::{
-    ChatSession, Completion, CpuOps, EngineOptions, Error, Event, Finish, GenerateOptions, Message,
+    ChatSession, Completion, Cpu, EngineOptions, Error, Event, Finish, GenerateOptions, Message,
     PHRASINGS, Result,
 };
 
@@ -14,7 +14,7 @@ fn options() -> GenerateOptions {
     GenerateOptions { max_new_tokens: 24, ..GenerateOptions::default() }
 }
 
-fn open(plan: &Plan) -> Result<ChatSession<CpuOps>> {
+fn open(plan: &Plan) -> Result<ChatSession<Cpu>> {
     ChatSession::new(checkpoint(), plan, CAPACITY)
 }
 
@@ -37,7 +37,7 @@ fn wrapped() -> Plan {
 }
 
 /// Says `content`; the answer and how many tokens were read for it.
-fn say(session: &mut ChatSession<CpuOps>, content: &str) -> Result<(Completion, usize)> {
+fn say(session: &mut ChatSession<Cpu>, content: &str) -> Result<(Completion, usize)> {
     session.take_usage();
     let completion = session.answer(content, options())?;
     Ok((completion, session.take_usage().prompt_tokens))

@@ -31,7 +31,7 @@ fn told(options: GenerateOptions, stop: &[&str]) -> Result<(Completion, Vec<Stri
 }
 
 /// What is wrong with a request that is the only one.
-fn refused(engine: &mut moa_models::Engine<moa_models::CpuOps>) -> Error {
+fn refused(engine: &mut moa_models::Engine<moa_models::Cpu>) -> Error {
     match engine.step() {
         Ok(Some(Event::Failed { error, .. })) => error,
         other => panic!("expected a refusal, got {other:?}"),

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use moa_core::{ModelShape, Plan};
-use moa_models::{CacheDtype, CpuOps, Llama, LlamaConfig, LogitRows, Result, Weights};
+use moa_models::{CacheDtype, Cpu, Decoder, LogitRows, ModelConfig, Result, Weights};
 use serde::Deserialize;
 
 use crate::{alternating, moa_tiny, test_data};
@@ -44,9 +44,9 @@ fn sparse(shape: ModelShape) -> Plan {
 
 fn agrees(model: &Path, golden: &Path) -> Result<()> {
     let golden = Golden::load(golden);
-    let model = Llama::load(
-        CpuOps::new(CacheDtype::F32),
-        LlamaConfig::from_file(model)?,
+    let model = Decoder::load(
+        Cpu::new(CacheDtype::F32),
+        ModelConfig::from_file(model)?,
         &Weights::open(model)?,
     )?;
     let (n, vocab) = (golden.ids.len(), model.config().vocab_size);

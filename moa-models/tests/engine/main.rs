@@ -20,7 +20,7 @@ use std::sync::{Arc, LazyLock};
 
 use moa_core::{ElasticRule, HeadRule, ModelShape, Plan};
 use moa_models::{
-    Checkpoint, CpuOps, Engine, EngineOptions, GenerateOptions, Llama, LogitRows, Result, Sequence,
+    Checkpoint, Cpu, Decoder, Engine, EngineOptions, GenerateOptions, LogitRows, Result, Sequence,
 };
 
 fn moa_tiny() -> PathBuf {
@@ -37,13 +37,13 @@ fn test_data(path: &str) -> Option<PathBuf> {
 }
 
 /// moa-tiny with f32 caches.
-fn checkpoint() -> &'static Checkpoint<CpuOps> {
-    static TINY: LazyLock<Checkpoint<CpuOps>> =
-        LazyLock::new(|| Checkpoint::open(CpuOps::default(), moa_tiny()).expect("moa-tiny"));
+fn checkpoint() -> &'static Checkpoint<Cpu> {
+    static TINY: LazyLock<Checkpoint<Cpu>> =
+        LazyLock::new(|| Checkpoint::open(Cpu::default(), moa_tiny()).expect("moa-tiny"));
     &TINY
 }
 
-fn tiny() -> &'static Arc<Llama<CpuOps>> {
+fn tiny() -> &'static Arc<Decoder<Cpu>> {
     &checkpoint().model
 }
 
@@ -84,12 +84,12 @@ fn full() -> Plan {
 }
 
 /// Reads `tokens` in chunks; the logits of the last.
-fn read(sequence: &mut Sequence<CpuOps>, tokens: &[u32], chunk: usize) -> Result<Vec<f32>> {
+fn read(sequence: &mut Sequence<Cpu>, tokens: &[u32], chunk: usize) -> Result<Vec<f32>> {
     tiny().prefill(sequence, tokens, chunk)
 }
 
 /// One step; the logits of all its tokens.
-fn step(sequence: &mut Sequence<CpuOps>, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
+fn step(sequence: &mut Sequence<Cpu>, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
     let rows: Vec<usize> = (0..tokens.len()).collect();
     let logits = tiny().forward(&mut [sequence], &[tokens], LogitRows::Rows(&rows))?;
     Ok(logits.into_data().chunks(tiny().config().vocab_size).map(<[f32]>::to_vec).collect())
@@ -111,12 +111,12 @@ fn greedy(max_new_tokens: usize) -> GenerateOptions {
 }
 
 /// An engine of moa-tiny that knows tokens alone.
-fn engine(options: EngineOptions) -> Engine<CpuOps> {
+fn engine(options: EngineOptions) -> Engine<Cpu> {
     Engine::new(Arc::clone(tiny()), options)
 }
 
 /// One that reads at most so many prompt tokens a step.
-fn chunked(prefill_chunk: usize) -> Engine<CpuOps> {
+fn chunked(prefill_chunk: usize) -> Engine<Cpu> {
     engine(EngineOptions { prefill_chunk, ..EngineOptions::default() })
 }
 

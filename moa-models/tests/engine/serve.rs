@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use moa_models::{
-    Communicator, Completion, CpuOps, Engine, EngineOptions, Error, Event, Finish, GenerateOptions,
+    Communicator, Completion, Cpu, Engine, EngineOptions, Error, Event, Finish, GenerateOptions,
     Rank, RequestId, Result, SamplingOptions,
 };
 use proptest::prelude::*;
@@ -222,8 +222,8 @@ impl Rank for FailsOnce {
     }
 }
 
-impl Communicator<CpuOps> for FailsOnce {
-    fn all_reduce(&self, _: &CpuOps, _: &mut moa_backend_cpu::Tensor) -> Result<()> {
+impl Communicator<Cpu> for FailsOnce {
+    fn all_reduce(&self, _: &Cpu, _: &mut moa_backend_cpu::Tensor) -> Result<()> {
         match self.0.fetch_sub(1, Ordering::Relaxed) {
             0 => Err(Error::Rank { rank: 0 }),
             _ => Ok(()),

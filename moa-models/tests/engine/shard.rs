@@ -5,34 +5,34 @@ use std::sync::{Arc, LazyLock};
 
 use moa_core::{ElasticRule, HeadRule, Plan, Sharding};
 use moa_models::{
-    Communicator, CpuOps, Engine, EngineOptions, Event, GenerateOptions, Item, Llama, LlamaConfig,
-    LogitRows, Next, Result, SamplingOptions, Shard, ThreadRank, Weights, on_ranks,
+    Communicator, Cpu, Decoder, Engine, EngineOptions, Event, GenerateOptions, Item, LogitRows,
+    ModelConfig, Next, Result, SamplingOptions, Shard, ThreadRank, Weights, on_ranks,
 };
 
 use crate::{alternating, greedy, largest_difference, moa_tiny, text, tiny};
 
-pub(super) type Model = Llama<CpuOps>;
+pub(super) type Model = Decoder<Cpu>;
 
 /// A model folder.
 pub(super) struct Folder {
-    pub(super) config: LlamaConfig,
+    pub(super) config: ModelConfig,
     pub(super) weights: Weights,
 }
 
 impl Folder {
     fn whole(&self) -> Result<Model> {
-        Llama::load(CpuOps::default(), self.config.clone(), &self.weights)
+        Decoder::load(Cpu::default(), self.config.clone(), &self.weights)
     }
 
     /// The part of a rank, dealt for `plan` at 200 tokens.
     pub(super) fn part(
         &self,
         plan: &Plan,
-        communicator: impl Communicator<CpuOps> + 'static,
+        communicator: impl Communicator<Cpu> + 'static,
     ) -> Result<Model> {
         let sharding = Sharding::balanced(plan, 200, communicator.ranks())?;
         let shard = Shard::new(&sharding, communicator)?;
-        Llama::load_shard(CpuOps::default(), self.config.clone(), &self.weights, shard)
+        Decoder::load_shard(Cpu::default(), self.config.clone(), &self.weights, shard)
     }
 
     /// What `work` gives on each rank.
@@ -49,7 +49,7 @@ impl Folder {
 }
 
 pub(super) fn tiny_folder() -> Folder {
-    let config = LlamaConfig::from_file(moa_tiny()).unwrap();
+    let config = ModelConfig::from_file(moa_tiny()).unwrap();
     Folder { config, weights: Weights::open(moa_tiny()).unwrap() }
 }
 
@@ -57,7 +57,7 @@ pub(super) fn tiny_folder() -> Folder {
 /// vocabulary that no number of ranks divides.
 pub(super) fn biased() -> &'static Folder {
     static FOLDER: LazyLock<Folder> = LazyLock::new(|| {
-        let config = LlamaConfig::from_json(
+        let config = ModelConfig::from_json(
             r#"{"vocab_size": 203, "hidden_size": 64, "intermediate_size": 96,
                 "num_hidden_layers": 3, "num_attention_heads": 16, "num_key_value_heads": 8,
                 "head_dim": 8, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
@@ -223,7 +223,7 @@ fn requests_that_come_and_go_get_the_tokens_of_one_rank() -> Result<()> {
     let serve = |model: &Arc<Model>| {
         let options = EngineOptions { prefill_chunk: 16, max_batch: 2 };
         let mut engine = Engine::new(Arc::clone(model), options);
-        let submit = |engine: &mut Engine<CpuOps>, id: usize| {
+        let submit = |engine: &mut Engine<Cpu>, id: usize| {
             let prompt = &source[id * 9..id * 9 + 20 + 25 * (id % 3)];
             engine.submit(prompt, &plan, greedy(4 + 3 * id))
         };
@@ -271,7 +271,7 @@ fn losses_and_perplexity_are_the_same() -> Result<()> {
 
 #[test]
 fn parts_of_random_weights_can_be_measured() -> Result<()> {
-    let config = LlamaConfig {
+    let config = ModelConfig {
         attention_bias: false,
         mlp_bias: false,
         vocab_size: 208,
@@ -283,7 +283,7 @@ fn parts_of_random_weights_can_be_measured() -> Result<()> {
         moa_models::BenchOptions { prompt: 50, new_tokens: 8, batch: 2, ..Default::default() };
     let reports = on_ranks(ThreadRank::group(4)?, |rank: Arc<ThreadRank>| {
         let shard = Shard::new(&sharding, rank)?;
-        Llama::random_shard(CpuOps::default(), config.clone(), 1, shard)?.bench(&plan, &options)
+        Decoder::random_shard(Cpu::default(), config.clone(), 1, shard)?.bench(&plan, &options)
     })?;
     let bytes: u64 = reports.iter().map(|report| report.kv_bytes).sum();
     assert_eq!(bytes, 2 * plan.kv_bytes(58, 4));

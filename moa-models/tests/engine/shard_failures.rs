@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use moa_core::{Influence, Plan, Sharding};
 use moa_models::{
-    Communicator, CpuOps, Error, Item, Llama, LlamaConfig, LogitRows, Objective, Rank, Result,
+    Communicator, Cpu, Decoder, Error, Item, LogitRows, ModelConfig, Objective, Rank, Result,
     Shard, ThreadRank, on_ranks,
 };
 
@@ -36,11 +36,11 @@ impl Rank for Failing {
     }
 }
 
-impl Communicator<CpuOps> for Failing {
-    fn all_reduce(&self, ops: &CpuOps, x: &mut moa_backend_cpu::Tensor) -> Result<()> {
+impl Communicator<Cpu> for Failing {
+    fn all_reduce(&self, device: &Cpu, x: &mut moa_backend_cpu::Tensor) -> Result<()> {
         match self.left.fetch_sub(1, Ordering::Relaxed) {
             0 => Err(Error::Cancelled),
-            _ => self.rank.all_reduce(ops, x),
+            _ => self.rank.all_reduce(device, x),
         }
     }
 }
@@ -144,19 +144,19 @@ fn impossible_splits_are_refused() -> Result<()> {
     assert_eq!(inner.to_string(), expected);
 
     let other = Sharding::balanced(&plan, 200, 2)?;
-    let error = Shard::<CpuOps>::new(&other, ranks()?).unwrap_err();
+    let error = Shard::<Cpu>::new(&other, ranks()?).unwrap_err();
     assert!(matches!(error, Error::Invalid { what: "communicator", .. }), "{error}");
 
     let foreign = Sharding::balanced(&Plan::full(tiny().shape())?, 200, 2)?;
     let rank = ThreadRank::group(2)?.swap_remove(0);
     let shard = Shard::new(&foreign, rank)?;
-    let error = Llama::load_shard(CpuOps::default(), folder.config.clone(), &folder.weights, shard);
+    let error = Decoder::load_shard(Cpu::default(), folder.config.clone(), &folder.weights, shard);
     assert!(matches!(error, Err(Error::Core(moa_core::Error::ShapeMismatch { .. }))));
 
-    let few = LlamaConfig { vocab_size: 15, ..folder.config.clone() };
+    let few = ModelConfig { vocab_size: 15, ..folder.config.clone() };
     let rank = ThreadRank::group(2)?.swap_remove(0);
     let shard = Shard::new(&other, rank)?;
-    let error = Llama::load_shard(CpuOps::default(), few, &folder.weights, shard).unwrap_err();
+    let error = Decoder::load_shard(Cpu::default(), few, &folder.weights, shard).unwrap_err();
     assert!(error.to_string().contains("vocab_size (15)"), "{error}");
     assert!(matches!(ThreadRank::group(0), Err(Error::Invalid { what: "ranks", .. })));
     Ok(())

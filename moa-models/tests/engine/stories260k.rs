@@ -1,11 +1,11 @@
-//! A Llama trained by others (llama2.c's stories260K: grouped queries, interleaved RoPE), converted
+//! A Decoder trained by others (llama2.c's stories260K: grouped queries, interleaved RoPE), converted
 //! to the Hugging Face layout, writes the story that its authors published.
 
 use std::path::Path;
 
 use moa_core::Plan;
 use moa_models::{
-    CpuOps, Engine, EngineOptions, GenerateOptions, Llama, LlamaConfig, Result, Weights,
+    Cpu, Decoder, Engine, EngineOptions, GenerateOptions, ModelConfig, Result, Weights,
 };
 use serde_json::json;
 
@@ -163,9 +163,9 @@ fn stories260k_tells_its_published_story() -> Result<()> {
     let Some(source) = test_data("checkpoints/stories260K") else { return Ok(()) };
     let folder = tempfile::tempdir().unwrap();
     Export::read(&source.join("stories260K.bin")).convert(folder.path());
-    let model = Llama::load(
-        CpuOps::default(),
-        LlamaConfig::from_file(folder.path())?,
+    let model = Decoder::load(
+        Cpu::default(),
+        ModelConfig::from_file(folder.path())?,
         &Weights::open(folder.path())?,
     )?;
     let vocabulary = vocabulary(&source.join("tok512.bin"));

@@ -1,6 +1,6 @@
 use std::fs;
 
-use moa_models::{Error, LlamaConfig, RopeScaling, RopeTable};
+use moa_models::{Error, ModelConfig, RopeScaling, RopeTable};
 
 use crate::{moa_tiny, test_data};
 
@@ -25,13 +25,13 @@ fn config(changes: &[(&str, &str)]) -> String {
     format!("{{{}}}", fields.join(", "))
 }
 
-fn scaled(rope_scaling: &str) -> Result<LlamaConfig, Error> {
-    LlamaConfig::from_json(&config(&[("rope_scaling", rope_scaling)]))
+fn scaled(rope_scaling: &str) -> Result<ModelConfig, Error> {
+    ModelConfig::from_json(&config(&[("rope_scaling", rope_scaling)]))
 }
 
 #[test]
 fn defaults_of_absent_fields() -> Result<(), Error> {
-    let config = LlamaConfig::from_json(&config(&[]))?;
+    let config = ModelConfig::from_json(&config(&[]))?;
     assert_eq!((config.num_key_value_heads, config.head_dim, config.group_size()), (4, 8, 1));
     assert_eq!((config.rope_theta, &config.rope_scaling), (10_000.0, &RopeScaling::Default));
     assert!(!config.tie_word_embeddings && !config.attention_bias && !config.mlp_bias);
@@ -51,7 +51,7 @@ fn each_needed_field_is_named_when_it_is_missing() {
         "max_position_embeddings",
     ] {
         for absent in ["", "null"] {
-            let error = LlamaConfig::from_json(&config(&[(field, absent)])).unwrap_err();
+            let error = ModelConfig::from_json(&config(&[(field, absent)])).unwrap_err();
             assert!(
                 matches!(&error, Error::MissingField { field: f, .. } if f == field),
                 "{error}"
@@ -81,7 +81,7 @@ fn values_out_of_range_are_named() {
         ("model_type", "\"mistral\""),
         ("rope_scaling", "4"),
     ] {
-        let error = LlamaConfig::from_json(&config(&[(field, value)])).unwrap_err();
+        let error = ModelConfig::from_json(&config(&[(field, value)])).unwrap_err();
         assert!(matches!(&error, Error::Config { field: f, .. } if f == field), "{error}");
     }
 }
@@ -89,7 +89,7 @@ fn values_out_of_range_are_named() {
 #[test]
 fn numbers_json_has_not_and_keys_that_come_twice_are_errors() {
     for value in ["NaN", "Infinity", "1e999", "1e-5, \"vocab_size\": 64"] {
-        let result = LlamaConfig::from_json(&config(&[("rms_norm_eps", value)]));
+        let result = ModelConfig::from_json(&config(&[("rms_norm_eps", value)]));
         assert!(matches!(result, Err(Error::Json { .. })), "{value}: {result:?}");
     }
 }
@@ -98,12 +98,12 @@ fn numbers_json_has_not_and_keys_that_come_twice_are_errors() {
 fn file_and_field_stand_in_the_message() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("config.json");
-    assert!(matches!(LlamaConfig::from_file(dir.path()), Err(Error::Io { .. })));
+    assert!(matches!(ModelConfig::from_file(dir.path()), Err(Error::Io { .. })));
     fs::write(&path, config(&[("vocab_size", "")])).unwrap();
-    let message = LlamaConfig::from_file(dir.path()).unwrap_err().to_string();
+    let message = ModelConfig::from_file(dir.path()).unwrap_err().to_string();
     assert!(message.contains("config.json") && message.contains("`vocab_size`"), "{message}");
     fs::write(&path, config(&[("rope_scaling", "{\"type\": \"linear\"}")])).unwrap();
-    let message = LlamaConfig::from_file(&path).unwrap_err().to_string();
+    let message = ModelConfig::from_file(&path).unwrap_err().to_string();
     assert!(message.contains("`rope_scaling.factor`"), "{message}");
 }
 
@@ -141,12 +141,12 @@ fn rope_scaling_of_every_type() -> Result<(), Error> {
 #[test]
 fn rope_parameters_of_newer_files() -> Result<(), Error> {
     let text = config(&[("rope_parameters", r#"{"rope_type": "default", "rope_theta": 5e5}"#)]);
-    assert_eq!(LlamaConfig::from_json(&text)?.rope_theta, 5e5);
+    assert_eq!(ModelConfig::from_json(&text)?.rope_theta, 5e5);
     let text = config(&[
         ("rope_theta", "1e6"),
         ("rope_parameters", r#"{"rope_type": "linear", "factor": 2.0}"#),
     ]);
-    let config = LlamaConfig::from_json(&text)?;
+    let config = ModelConfig::from_json(&text)?;
     assert_eq!((config.rope_theta, config.context_length()), (1e6, 256));
     Ok(())
 }
@@ -255,7 +255,7 @@ fn configs_of_real_models() -> Result<(), Error> {
     ];
     let Some(dir) = test_data("configs") else { return Ok(()) };
     for (path, sizes, theta, eos, tied) in rows {
-        let c = LlamaConfig::from_file(dir.join(path))?;
+        let c = ModelConfig::from_file(dir.join(path))?;
         let got = [
             c.num_hidden_layers,
             c.num_attention_heads,
@@ -272,7 +272,7 @@ fn configs_of_real_models() -> Result<(), Error> {
         let table = RopeTable::new(&c, c.context_length())?;
         assert_eq!(table.inv_freq().len(), c.head_dim / 2, "{path}");
     }
-    let scaling = LlamaConfig::from_file(dir.join("llama-3.2-1B"))?.rope_scaling;
+    let scaling = ModelConfig::from_file(dir.join("llama-3.2-1B"))?.rope_scaling;
     let expected = RopeScaling::Llama3 {
         factor: 32.0,
         low_freq_factor: 1.0,
@@ -285,7 +285,7 @@ fn configs_of_real_models() -> Result<(), Error> {
 
 #[test]
 fn config_of_moa_tiny() -> Result<(), Error> {
-    let config = LlamaConfig::from_file(moa_tiny())?;
+    let config = ModelConfig::from_file(moa_tiny())?;
     assert_eq!((config.num_hidden_layers, config.group_size(), config.head_dim), (6, 2, 64));
     assert_eq!((config.context_length(), config.tie_word_embeddings), (8192, true));
     assert_eq!((config.bos_token_id, config.eos_token_ids.as_slice()), (Some(1), &[2][..]));

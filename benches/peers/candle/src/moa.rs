@@ -4,13 +4,13 @@ use std::time::Instant;
 
 use candle_core::{Error, Result};
 use moa_core::{ElasticRule, Influence, Plan};
-use moa_models::{CacheDtype, CpuOps, Item, Llama, LlamaConfig, LogitRows, Objective, Weights};
+use moa_models::{CacheDtype, Cpu, Item, Decoder, ModelConfig, LogitRows, Objective, Weights};
 
 use crate::{Run, prompt};
 
 /// moa's Llama with f32 caches, dense and with a plan.
 pub(crate) struct Moa {
-    model: Llama<CpuOps>,
+    model: Decoder<Cpu>,
     dense: Plan,
     plan: Plan,
 }
@@ -18,10 +18,10 @@ pub(crate) struct Moa {
 impl Moa {
     /// Opens a Hugging Face folder and a plan file.
     pub(crate) fn open(folder: &Path, plan: Option<&Path>) -> Result<Self> {
-        let config = LlamaConfig::from_file(folder).map_err(Error::wrap)?;
+        let config = ModelConfig::from_file(folder).map_err(Error::wrap)?;
         let weights = Weights::open(folder).map_err(Error::wrap)?;
         let model =
-            Llama::load(CpuOps::new(CacheDtype::F32), config, &weights).map_err(Error::wrap)?;
+            Decoder::load(Cpu::new(CacheDtype::F32), config, &weights).map_err(Error::wrap)?;
         let dense = Plan::full(model.shape()).map_err(Error::wrap)?;
         let plan = match plan {
             Some(path) => Plan::load(path),

@@ -1,7 +1,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use moa_models::{Checkpoint, Ops, PerplexityReport};
+use moa_models::{Checkpoint, Math, PerplexityReport};
 use serde_json::{Value, json};
 
 use crate::args::{ModelArg, PlanArgs, parse_count};
@@ -49,10 +49,10 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     ))
 }
 
-fn with_model<O: Ops>(
+fn with_model<D: Math>(
     args: &Args,
     (texts, lengths): (&[(String, String)], &[usize]),
-    model: &Checkpoint<O>,
+    model: &Checkpoint<D>,
     context: &Context,
 ) -> Result<()> {
     let chosen = model::choose_plan(&args.plan, model)?;
@@ -101,7 +101,7 @@ fn with_model<O: Ops>(
 }
 
 /// Checks that a text fills a window of the greatest length, before the shorter ones are measured.
-fn check<O: Ops>(model: &Checkpoint<O>, tokens: usize, longest: usize) -> Result<()> {
+fn check<D: Math>(model: &Checkpoint<D>, tokens: usize, longest: usize) -> Result<()> {
     let limit = model.model.config().context_length();
     if longest > limit {
         return Err(moa_models::Error::ContextExceeded { asked: longest, limit }.into());

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use moa_core::{Plan, SparseAttentionBackend};
 use moa_models::{
-    Checkpoint, ItemLog, Ops, Question, RetrievalCase, RetrievalItem, RetrievalReport, fingerprint,
+    Checkpoint, ItemLog, Math, Question, RetrievalCase, RetrievalItem, RetrievalReport, fingerprint,
 };
 use serde_json::{Value, json};
 
@@ -40,8 +40,8 @@ pub(super) struct Asked {
 }
 
 /// An evaluation: who answers, and how.
-pub(super) struct Evaluation<'a, O: Ops> {
-    pub(super) model: &'a Checkpoint<O>,
+pub(super) struct Evaluation<'a, D: Math> {
+    pub(super) model: &'a Checkpoint<D>,
     pub(super) plan: &'a ChosenPlan,
     pub(super) max_new_tokens: usize,
     /// What else an answer depends on, with a name for each.
@@ -59,9 +59,9 @@ impl ItemArgs {
     }
 
     /// Asks all questions but those that the file of items has the answers of.
-    pub(super) fn ask<O: Ops>(
+    pub(super) fn ask<D: Math>(
         &self,
-        evaluation: &Evaluation<'_, O>,
+        evaluation: &Evaluation<'_, D>,
         questions: &[Asked],
         context: &Context,
     ) -> Result<RetrievalReport> {
@@ -103,7 +103,7 @@ impl ItemArgs {
     }
 }
 
-impl<O: Ops> Evaluation<'_, O> {
+impl<D: Math> Evaluation<'_, D> {
     fn settings(&self, context: &Context) -> Value {
         let mut settings = json!({
             "model": self.model.model.fingerprint(),
@@ -114,7 +114,7 @@ impl<O: Ops> Evaluation<'_, O> {
         });
         // Logs of before there was a choice say nothing.
         if context.device != Device::Cpu {
-            settings["device"] = json!(self.model.model.ops().attention().name());
+            settings["device"] = json!(self.model.model.device().attention().name());
         }
         if let (Some(all), Some(own)) = (settings.as_object_mut(), self.settings.as_object()) {
             all.extend(own.clone());
@@ -131,8 +131,8 @@ pub(super) fn file_fingerprint(path: &Path) -> Result<String> {
 }
 
 /// Asks LongEval cases under a progress bar.
-pub(in crate::commands) fn ask<O: Ops>(
-    model: &Checkpoint<O>,
+pub(in crate::commands) fn ask<D: Math>(
+    model: &Checkpoint<D>,
     cases: &[RetrievalCase],
     plan: &Plan,
     max_new_tokens: usize,

@@ -1,6 +1,6 @@
 use std::path::PathBuf;
 
-use moa_models::{Checkpoint, Ops, RetrievalCase};
+use moa_models::{Checkpoint, Math, RetrievalCase};
 use serde_json::json;
 
 use super::questions::{Asked, Evaluation, ItemArgs, file_fingerprint};
@@ -69,10 +69,10 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     ))
 }
 
-fn with_model<O: Ops>(
+fn with_model<D: Math>(
     args: &Args,
     questions: &[Asked],
-    model: &Checkpoint<O>,
+    model: &Checkpoint<D>,
     context: &Context,
 ) -> Result<()> {
     let plan = model::choose_plan(&args.plan, model)?;

@@ -1,4 +1,4 @@
-use moa_models::{Checkpoint, Ops, Task};
+use moa_models::{Checkpoint, Math, Task};
 use serde_json::json;
 
 use super::questions::{Asked, Evaluation, ItemArgs};
@@ -48,7 +48,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     ))
 }
 
-fn with_model<O: Ops>(args: &Args, model: &Checkpoint<O>, context: &Context) -> Result<()> {
+fn with_model<D: Math>(args: &Args, model: &Checkpoint<D>, context: &Context) -> Result<()> {
     let plan = model::choose_plan(&args.plan, model)?;
     let mut lengths = args.lengths.clone();
     lengths.sort_unstable();

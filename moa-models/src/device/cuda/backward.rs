@@ -2,13 +2,13 @@ use std::ops::Range;
 
 use moa_backend_cuda::{CudaBackend, Tensor};
 
-use super::{CudaMatrix, CudaOps, Joined};
-use crate::device::{BackwardOps, Ops};
+use super::{Cuda, CudaMatrix, Joined};
+use crate::device::{Backward, Device};
 use crate::{Error, Result};
 
 /// Gradients are f32, and rounded where they enter a matrix product: bf16 holds the smallest of them,
 /// f16 may not.
-impl BackwardOps for CudaOps {
+impl Backward for Cuda {
     fn exact_attention(&self) -> &CudaBackend {
         &self.exact
     }

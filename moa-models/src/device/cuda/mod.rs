@@ -10,12 +10,12 @@ mod weights;
 
 use std::ops::Range;
 
-use moa_backend_cuda::{CudaBackend, Device, Dtype, Operations, Tensor, Turns};
+use moa_backend_cuda::{CudaBackend, Device as Gpu, Dtype, Operations, Tensor, Turns};
 
 use crate::checkpoint::mapped::MappedTensor;
-use crate::decoder::llama::{Llama, Sequence};
+use crate::decoder::model::{Decoder, Sequence};
 use crate::decoder::rope::RopeTable;
-use crate::device::{LinearWeights, Memory, Ops};
+use crate::device::{Device, LinearWeights, Load, Math, Memory};
 use crate::engine::decode::Decode;
 use crate::{Error, Result};
 pub use ranks::NcclRank;
@@ -38,14 +38,14 @@ pub enum CudaDtype {
 ///
 /// Activations are f32 in the residual stream and of the 16-bit type elsewhere; logits are f32.
 #[derive(Debug)]
-pub struct CudaOps {
+pub struct Cuda {
     attention: CudaBackend,
     exact: CudaBackend,
     operations: Operations,
     fp8_weights: bool,
 }
 
-impl CudaOps {
+impl Cuda {
     /// On device `ordinal`, counted from 0. The attention kernels are compiled when the first
     /// sequence needs them; the others, and the device, are tried now.
     ///
@@ -57,7 +57,7 @@ impl CudaOps {
             CudaDtype::F16 => Dtype::F16,
             CudaDtype::Bf16 => Dtype::Bf16,
         };
-        let device = Device::open(ordinal)?;
+        let device = Gpu::open(ordinal)?;
         // Models own their GPU: memory that a step has freed is what the next one asks for.
         device.keep_freed(u64::MAX)?;
         Ok(Self {
@@ -77,7 +77,7 @@ impl CudaOps {
     }
 
     /// The GPU.
-    pub fn device(&self) -> &Device {
+    pub fn gpu(&self) -> &Gpu {
         self.operations.device()
     }
 
@@ -96,7 +96,7 @@ pub struct Joined {
     ends: Vec<usize>,
 }
 
-impl Ops for CudaOps {
+impl Device for Cuda {
     type Tensor = Tensor;
     type Matrix = CudaMatrix;
     type Vector = Tensor;
@@ -114,7 +114,7 @@ impl Ops for CudaOps {
     }
 
     fn check_room(&self, what: &'static str, bytes: u64) -> Result<()> {
-        let free = self.device().available()?;
+        let free = self.gpu().available()?;
         match bytes <= free {
             true => Ok(()),
             false => {
@@ -123,6 +123,37 @@ impl Ops for CudaOps {
         }
     }
 
+    fn shape(&self, x: &Tensor) -> Vec<usize> {
+        x.shape().to_vec()
+    }
+
+    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
+        Tensor::from_f32(self.gpu(), &values, shape, Dtype::F32).map_err(Error::backend)
+    }
+
+    fn values(&self, x: Tensor) -> Result<Vec<f32>> {
+        x.to_f32().map_err(Error::backend)
+    }
+
+    fn reshape(&self, x: Tensor, shape: &[usize]) -> Result<Tensor> {
+        x.reshape(shape).map_err(Error::backend)
+    }
+
+    fn memory(&self) -> Result<Option<Memory>> {
+        let device = self.gpu();
+        Ok(Some(Memory { peak_bytes: device.peak_bytes()?, available_bytes: device.available()? }))
+    }
+
+    fn reset_peak(&self) -> Result<()> {
+        Ok(self.gpu().reset_peak()?)
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(self.gpu().synchronize()?)
+    }
+}
+
+impl Load for Cuda {
     fn weight_bytes(&self, elements: u64) -> u64 {
         elements * self.dtype().bytes() as u64
     }
@@ -175,19 +206,9 @@ impl Ops for CudaOps {
         };
         Ok(Joined { weight, bias, ends })
     }
+}
 
-    fn shape(&self, x: &Tensor) -> Vec<usize> {
-        x.shape().to_vec()
-    }
-
-    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
-        Tensor::from_f32(self.device(), &values, shape, Dtype::F32).map_err(Error::backend)
-    }
-
-    fn values(&self, x: Tensor) -> Result<Vec<f32>> {
-        x.to_f32().map_err(Error::backend)
-    }
-
+impl Math for Cuda {
     fn embed(&self, table: &CudaMatrix, ids: &[u32]) -> Result<Tensor> {
         self.operations.embed(table.wide()?, ids).map_err(Error::backend)
     }
@@ -228,7 +249,7 @@ impl Ops for CudaOps {
         columns: Range<usize>,
         total: usize,
     ) -> Result<Tensor> {
-        let logits = Tensor::empty(self.device(), &[x.shape()[0], total], Dtype::F32)?;
+        let logits = Tensor::empty(self.gpu(), &[x.shape()[0], total], Dtype::F32)?;
         self.logits_into(x, weight, columns, &logits)?;
         Ok(logits)
     }
@@ -253,10 +274,6 @@ impl Ops for CudaOps {
         self.operations.rope(&x, rotations, inverse).map_err(Error::backend)
     }
 
-    fn reshape(&self, x: Tensor, shape: &[usize]) -> Result<Tensor> {
-        x.reshape(shape).map_err(Error::backend)
-    }
-
     fn swiglu(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
         self.operations.swiglu(&gate, up).map_err(Error::backend)
     }
@@ -269,21 +286,8 @@ impl Ops for CudaOps {
         self.operations.rows(x, rows).map_err(Error::backend)
     }
 
-    fn memory(&self) -> Result<Option<Memory>> {
-        let device = self.device();
-        Ok(Some(Memory { peak_bytes: device.peak_bytes()?, available_bytes: device.available()? }))
-    }
-
-    fn reset_peak(&self) -> Result<()> {
-        Ok(self.device().reset_peak()?)
-    }
-
-    fn synchronize(&self) -> Result<()> {
-        Ok(self.device().synchronize()?)
-    }
-
     fn decoder<'a>(
-        model: &'a Llama<Self>,
+        model: &'a Decoder<Self>,
         batch: Vec<&'a mut Sequence<Self>>,
     ) -> Result<Box<dyn Decode + 'a>> {
         Ok(Box::new(Replay::new(model, batch)))
@@ -294,7 +298,7 @@ fn turns(table: &RopeTable, positions: Range<usize>) -> Turns<'_> {
     Turns { inv_freq: table.inv_freq(), scale: table.attention_scale(), positions }
 }
 
-impl CudaOps {
+impl Cuda {
     /// Logits of a part of the vocabulary as columns of `logits`, and zeros for the others.
     fn logits_into(
         &self,

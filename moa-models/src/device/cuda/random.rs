@@ -1,10 +1,10 @@
 use moa_backend_cuda::{Dtype, Tensor};
 
-use super::{CudaMatrix, CudaOps, Joined};
+use super::{Cuda, CudaMatrix, Joined};
 use crate::device::{RandomWeights, random_amplitude};
 use crate::{Error, Result};
 
-impl RandomWeights for CudaOps {
+impl RandomWeights for Cuda {
     fn random_matrix(&self, out: usize, input: usize, seed: u32) -> Result<CudaMatrix> {
         let shape = [out, input];
         let weight = self.operations.random(&shape, self.dtype(), random_amplitude(input), seed)?;
@@ -31,6 +31,6 @@ impl RandomWeights for CudaOps {
     }
 
     fn ones(&self, len: usize) -> Result<Tensor> {
-        Ok(Tensor::from_f32(self.device(), &vec![1.0; len], &[len], Dtype::F32)?)
+        Ok(Tensor::from_f32(self.gpu(), &vec![1.0; len], &[len], Dtype::F32)?)
     }
 }

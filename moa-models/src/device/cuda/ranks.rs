@@ -2,7 +2,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use moa_backend_cuda::{Nccl, NcclId, Tensor};
 
-use super::CudaOps;
+use super::Cuda;
 use crate::decoder::shard::{Communicator, Rank};
 use crate::decoder::thread_rank::ThreadRank;
 use crate::{Error, Result};
@@ -60,18 +60,18 @@ impl NcclRank {
     ///
     /// # Errors
     /// [`crate::Error::Rank`] if another rank has failed, or what NCCL says.
-    pub fn connect(&self, ops: &CudaOps) -> Result<()> {
-        self.connected(ops).map(drop)
+    pub fn connect(&self, device: &Cuda) -> Result<()> {
+        self.connected(device).map(drop)
     }
 
-    fn connected(&self, ops: &CudaOps) -> Result<Arc<Nccl>> {
+    fn connected(&self, device: &Cuda) -> Result<Arc<Nccl>> {
         // No other thread works with this rank.
         let mut own = lock(&self.own);
         if let Some(nccl) = &*own {
             return Ok(Arc::clone(nccl));
         }
         self.threads.wait()?;
-        let nccl = Arc::new(Nccl::new(ops.device(), &self.id, self.rank, self.ranks)?);
+        let nccl = Arc::new(Nccl::new(device.gpu(), &self.id, self.rank, self.ranks)?);
         lock(&self.joined).push(Arc::clone(&nccl));
         // Who failed meanwhile has not seen it in the list.
         if let Some(rank) = self.failed() {
@@ -108,9 +108,9 @@ impl Rank for NcclRank {
     }
 }
 
-impl Communicator<CudaOps> for NcclRank {
-    fn all_reduce(&self, ops: &CudaOps, x: &mut Tensor) -> Result<()> {
-        let nccl = self.connected(ops)?;
+impl Communicator<Cuda> for NcclRank {
+    fn all_reduce(&self, device: &Cuda, x: &mut Tensor) -> Result<()> {
+        let nccl = self.connected(device)?;
         Ok(nccl.all_reduce(x)?)
     }
 

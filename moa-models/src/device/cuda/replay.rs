@@ -5,9 +5,9 @@ use moa_backend_cuda::{
     Workspace,
 };
 
-use super::{CudaOps, turns};
-use crate::decoder::llama::{Llama, LogitRows, Sequence};
-use crate::device::Ops;
+use super::{Cuda, turns};
+use crate::decoder::model::{Decoder, LogitRows, Sequence};
+use crate::device::Math;
 use crate::engine::decode::{Decode, Stepwise};
 use crate::engine::sampling::SamplingOptions;
 use crate::{Error, Result};
@@ -21,8 +21,8 @@ const PLAIN_STEPS: usize = 2;
 /// sequences can reach, one step runs by these plans, and the next one is captured: from then on a
 /// token costs the host one upload of ids, one launch and one copy back.
 pub(super) struct Replay<'a> {
-    model: &'a Llama<CudaOps>,
-    batch: Vec<&'a mut Sequence<CudaOps>>,
+    model: &'a Decoder<Cuda>,
+    batch: Vec<&'a mut Sequence<Cuda>>,
     steps: usize,
     prepared: Option<Prepared>,
 }
@@ -43,7 +43,7 @@ struct Prepared {
 }
 
 impl<'a> Replay<'a> {
-    pub(super) fn new(model: &'a Llama<CudaOps>, batch: Vec<&'a mut Sequence<CudaOps>>) -> Self {
+    pub(super) fn new(model: &'a Decoder<Cuda>, batch: Vec<&'a mut Sequence<Cuda>>) -> Self {
         Self { model, batch, steps: 0, prepared: None }
     }
 
@@ -61,19 +61,19 @@ impl<'a> Replay<'a> {
     }
 
     fn prepare(&self) -> Result<Prepared> {
-        let (model, ops) = (self.model, &self.model.ops);
-        let (device, config) = (ops.device(), &model.config);
+        let (model, device) = (self.model, &self.model.device);
+        let (gpu, config) = (device.gpu(), &model.config);
         let count = self.batch.len();
-        let mut workspace = Workspace::new(device);
+        let mut workspace = Workspace::new(gpu);
         let tokens = vec![1; count];
         let mut layers = Vec::with_capacity(model.layers.len());
         for layer in 0..model.layers.len() {
             let caches: Vec<&Cache> = self.batch.iter().map(|s| &s.caches[layer]).collect();
             let query_heads = model.local.query_heads;
             let batch = Batch { caches: &caches, tokens: &tokens, query_heads, grows: true };
-            let mut step = Step::new(device);
+            let mut step = Step::new(gpu);
             // SAFETY: everything of this model is on the device's own stream, not in a capture.
-            unsafe { step.prepare(&mut workspace, &batch, device.stream()) }
+            unsafe { step.prepare(&mut workspace, &batch, gpu.stream()) }
                 .map_err(Error::backend)?;
             layers.push(step);
         }
@@ -83,7 +83,7 @@ impl<'a> Replay<'a> {
         };
         let none = || std::iter::repeat_n(0, count);
         let shape = [count, config.vocab_size];
-        let operations = &ops.operations;
+        let operations = &device.operations;
         let prepare = || -> moa_backend_cuda::Result<Prepared> {
             Ok(Prepared {
                 graph: None,
@@ -91,7 +91,7 @@ impl<'a> Replay<'a> {
                 lengths: operations.lengths(&layers)?,
                 table: operations.turns(&[turns(&first.rope, 0..capacity)])?,
                 ids: operations.indices(none(), config.vocab_size)?,
-                logits: Tensor::empty(device, &shape, Dtype::F32)?,
+                logits: Tensor::empty(gpu, &shape, Dtype::F32)?,
                 likeliest: operations.indices(none(), config.vocab_size)?,
                 layers: Vec::new(),
                 workspace,
@@ -136,10 +136,7 @@ impl<'a> Replay<'a> {
         Ok(self.prepared.is_some() || self.steps >= PLAIN_STEPS && self.can_replay())
     }
 
-    fn plainly<T>(
-        &mut self,
-        step: impl FnOnce(&mut Stepwise<'_, CudaOps>) -> Result<T>,
-    ) -> Result<T> {
+    fn plainly<T>(&mut self, step: impl FnOnce(&mut Stepwise<'_, Cuda>) -> Result<T>) -> Result<T> {
         let batch = self.batch.iter_mut().map(|s| &mut **s).collect();
         step(&mut Stepwise::new(self.model, batch))
     }
@@ -181,7 +178,7 @@ impl Decode for Replay<'_> {
         sampling: &SamplingOptions,
         units: &[f64],
     ) -> Result<Vec<u32>> {
-        let operations = &self.model.ops.operations;
+        let operations = &self.model.device.operations;
         let draw = Draw {
             temperature: sampling.temperature,
             top_k: sampling.top_k.unwrap_or(0),
@@ -219,8 +216,8 @@ fn valid(chosen: &[i32]) -> Result<Vec<u32>> {
 }
 
 impl Prepared {
-    fn step(&mut self, model: &Llama<CudaOps>, tokens: &[u32], capture: bool) -> Result<()> {
-        let operations = &model.ops.operations;
+    fn step(&mut self, model: &Decoder<Cuda>, tokens: &[u32], capture: bool) -> Result<()> {
+        let operations = &model.device.operations;
         let ids = tokens.iter().map(|id| *id as usize);
         operations.set_indices(&self.ids, ids, model.config.vocab_size).map_err(Error::backend)?;
         if !capture {
@@ -229,7 +226,7 @@ impl Prepared {
         if self.graph.is_none() {
             // SAFETY: `launch` only launches, and drops what it makes; what else it uses is in
             // `self`, in the model and in sequences that the owner of `self` borrows.
-            let capture = |work| unsafe { model.ops.device().capture(&self.arena, work) };
+            let capture = |work| unsafe { model.device.gpu().capture(&self.arena, work) };
             self.graph = Some(capture(|| self.launch(model))?);
         }
         match &mut self.graph {
@@ -240,16 +237,16 @@ impl Prepared {
     }
 
     /// One step of all sequences, by the plans that were made.
-    fn launch(&self, model: &Llama<CudaOps>) -> Result<()> {
-        let (ops, config) = (&model.ops, &model.config);
-        let (operations, device) = (&ops.operations, ops.device());
+    fn launch(&self, model: &Decoder<Cuda>) -> Result<()> {
+        let (device, config) = (&model.device, &model.config);
+        let (operations, gpu) = (&device.operations, device.gpu());
         let out_shape = [self.ids.len(), model.local.query_heads, config.head_dim];
         // SAFETY: `step` has put tokens of the vocabulary there.
         let mut x = unsafe { operations.embed_at(model.embedding.wide()?, &self.ids) }
             .map_err(Error::backend)?;
         for (layer, step) in model.layers.iter().zip(&self.layers) {
             let [q, k, v] = model.projections(layer, &x)?;
-            let out = Tensor::empty(device, &out_shape, ops.dtype()).map_err(Error::backend)?;
+            let out = Tensor::empty(gpu, &out_shape, device.dtype()).map_err(Error::backend)?;
             let (q, k) = (q.packed(), k.packed());
             let rope = Rope { table: self.table.pointer(), interleaved: false, q, k };
             let tensors = Tensors {
@@ -263,18 +260,17 @@ impl Prepared {
             };
             // SAFETY: all of it is on the device's own stream, and of the shapes that were prepared;
             // the owner has checked that no sequence exceeds its capacity.
-            unsafe { step.run(&self.workspace, &tensors, device.stream()) }
-                .map_err(Error::backend)?;
+            unsafe { step.run(&self.workspace, &tensors, gpu.stream()) }.map_err(Error::backend)?;
             x = model.after_attention(layer, x, out)?;
             x = model.mlp(layer, x)?;
         }
-        let h = ops.rms_norm(&x, &model.norm, model.eps())?;
+        let h = device.rms_norm(&x, &model.norm, model.eps())?;
         match &model.shard {
             None => operations.linear_into(&h, model.output_matrix(), &self.logits)?,
             Some(shard) => {
                 let columns = shard.vocabulary(config);
-                ops.logits_into(&h, model.output_matrix(), columns, &self.logits)?;
-                shard.all_reduce(ops, &mut self.logits.clone())?;
+                device.logits_into(&h, model.output_matrix(), columns, &self.logits)?;
+                shard.all_reduce(device, &mut self.logits.clone())?;
             }
         }
         let finish = || -> moa_backend_cuda::Result<()> {
@@ -286,7 +282,7 @@ impl Prepared {
     }
 }
 
-impl Sequence<CudaOps> {
+impl Sequence<Cuda> {
     /// Records the token that a replayed step has appended.
     fn replayed(&mut self) -> Result<()> {
         for cache in &mut self.caches {

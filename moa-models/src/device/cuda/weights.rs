@@ -6,7 +6,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use moa_backend_cuda::{Dtype, E4m3Weight, Tensor, Weight};
 
-use super::CudaOps;
+use super::Cuda;
 use crate::checkpoint::mapped::MappedTensor;
 use crate::checkpoint::safetensors::DType;
 use crate::{Error, Result};
@@ -39,7 +39,7 @@ impl<'a> From<&'a CudaMatrix> for Weight<'a> {
     }
 }
 
-impl CudaOps {
+impl Cuda {
     /// Weights one after the other in one tensor, converted piece by piece in page-locked memory.
     pub(super) fn upload(
         &self,

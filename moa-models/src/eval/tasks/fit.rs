@@ -1,10 +1,10 @@
 use super::Task;
 use crate::checkpoint::Checkpoint;
-use crate::device::Ops;
+use crate::device::Math;
 use crate::eval::Question;
 use crate::{Error, Result};
 
-impl<O: Ops> Checkpoint<O> {
+impl<D: Math> Checkpoint<D> {
     /// The longest question of a task whose messages and answers take at most `length` tokens.
     /// Draws of different `case` share nothing.
     ///

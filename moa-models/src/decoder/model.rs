@@ -2,37 +2,37 @@ use moa_core::{Extent, LayerLayout, ModelShape, Plan, SparseAttentionBackend};
 
 use crate::checkpoint::safetensors::Weights;
 use crate::decoder::block::{Layer, LayerPart};
-use crate::decoder::config::LlamaConfig;
+use crate::decoder::config::ModelConfig;
 use crate::decoder::rope::RopeTable;
 use crate::decoder::shard::Shard;
-use crate::device::Ops;
+use crate::device::{Device, Math};
 use crate::{Error, Result};
 
 /// A Llama-type decoder on one device, or one device's part of it.
-pub struct Llama<O: Ops> {
-    pub(crate) ops: O,
-    pub(crate) config: LlamaConfig,
-    pub(crate) embedding: O::Matrix,
-    pub(crate) layers: Vec<Layer<O>>,
-    pub(crate) norm: O::Vector,
+pub struct Decoder<D: Device> {
+    pub(crate) device: D,
+    pub(crate) config: ModelConfig,
+    pub(crate) embedding: D::Matrix,
+    pub(crate) layers: Vec<Layer<D>>,
+    pub(crate) norm: D::Vector,
     /// `None` when the embedding is tied and whole.
-    pub(crate) lm_head: Option<O::Matrix>,
+    pub(crate) lm_head: Option<D::Matrix>,
     pub(crate) fingerprint: String,
     /// What of the model this is, where several devices share it.
-    pub(crate) shard: Option<Shard<O>>,
+    pub(crate) shard: Option<Shard<D>>,
     /// Dimensions of what is here.
     pub(crate) local: ModelShape,
 }
 
-impl<O: Ops> std::fmt::Debug for Llama<O> {
+impl<D: Device> std::fmt::Debug for Decoder<D> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Llama").field("config", &self.config).finish_non_exhaustive()
+        f.debug_struct("Decoder").field("config", &self.config).finish_non_exhaustive()
     }
 }
 
 /// One sequence: its caches in every layer, as large as its plan allows and no larger.
-pub struct Sequence<O: Ops> {
-    pub(crate) caches: Vec<<O::Attention as SparseAttentionBackend>::Cache>,
+pub struct Sequence<D: Device> {
+    pub(crate) caches: Vec<<D::Attention as SparseAttentionBackend>::Cache>,
     layouts: Vec<LayerLayout>,
     pub(crate) extent: Extent,
     capacity: usize,
@@ -41,13 +41,13 @@ pub struct Sequence<O: Ops> {
     pub(crate) broken: bool,
 }
 
-impl<O: Ops> std::fmt::Debug for Sequence<O> {
+impl<D: Device> std::fmt::Debug for Sequence<D> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Sequence({} of {} tokens)", self.len(), self.capacity)
     }
 }
 
-impl<O: Ops> Sequence<O> {
+impl<D: Device> Sequence<D> {
     /// Tokens held.
     pub fn len(&self) -> usize {
         self.extent.len()
@@ -75,59 +75,59 @@ pub enum LogitRows<'a> {
     None,
 }
 
-impl<O: Ops> Llama<O> {
+impl<D: Math> Decoder<D> {
     /// Loads the weights of a Hugging Face checkpoint.
     ///
     /// # Errors
     /// If a tensor is missing or has another shape than the configuration says.
-    pub fn load(ops: O, config: LlamaConfig, weights: &Weights) -> Result<Self> {
-        Self::load_part(ops, config, weights, None)
+    pub fn load(device: D, config: ModelConfig, weights: &Weights) -> Result<Self> {
+        Self::load_part(device, config, weights, None)
     }
 
     pub(crate) fn load_part(
-        ops: O,
-        config: LlamaConfig,
+        device: D,
+        config: ModelConfig,
         weights: &Weights,
-        shard: Option<Shard<O>>,
+        shard: Option<Shard<D>>,
     ) -> Result<Self> {
         let local = Shard::local_shape(shard.as_ref(), &config)?;
-        ops.check_room("weights", Shard::weights(shard.as_ref(), &config).bytes(&ops))?;
+        device.check_room("weights", Shard::weights(shard.as_ref(), &config).bytes(&device))?;
         let table = [config.vocab_size, config.hidden_size];
         let embedding = weights.tensor("model.embed_tokens.weight", &table)?;
         let layers = (0..config.num_hidden_layers)
             .map(|index| {
                 let part = LayerPart::of(shard.as_ref(), &config, index);
-                Layer::load(&ops, &config, weights, index, &part)
+                Layer::load(&device, &config, weights, index, &part)
             })
             .collect::<Result<_>>()?;
-        let norm = ops.vector(weights.tensor("model.norm.weight", &[config.hidden_size])?)?;
+        let norm = device.vector(weights.tensor("model.norm.weight", &[config.hidden_size])?)?;
         let output = match config.tie_word_embeddings {
             true => embedding.clone(),
             false => weights.tensor("lm_head.weight", &table)?,
         };
         let lm_head = match &shard {
             None if config.tie_word_embeddings => None,
-            None => Some(ops.matrix(output)?),
-            Some(shard) => Some(ops.matrix(output.rows(&[shard.vocabulary(&config)])?)?),
+            None => Some(device.matrix(output)?),
+            Some(shard) => Some(device.matrix(output.rows(&[shard.vocabulary(&config)])?)?),
         };
-        let embedding = ops.matrix(embedding)?;
+        let embedding = device.matrix(embedding)?;
         let fingerprint = weights.fingerprint();
-        Ok(Self { ops, config, embedding, layers, norm, lm_head, fingerprint, shard, local })
+        Ok(Self { device, config, embedding, layers, norm, lm_head, fingerprint, shard, local })
     }
 
     /// The model's configuration.
-    pub fn config(&self) -> &LlamaConfig {
+    pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
     /// The device.
-    pub fn ops(&self) -> &O {
-        &self.ops
+    pub fn device(&self) -> &D {
+        &self.device
     }
 
     /// Bytes of the weights on the device, 0 where they stay in their file's map.
     pub fn weight_bytes(&self) -> u64 {
-        Shard::weights(self.shard.as_ref(), &self.config).bytes(&self.ops)
+        Shard::weights(self.shard.as_ref(), &self.config).bytes(&self.device)
     }
 
     /// Fingerprint of the weights, as plan files hold it.
@@ -144,7 +144,7 @@ impl<O: Ops> Llama<O> {
         (self.config.head_dim as f32).sqrt().recip()
     }
 
-    pub(crate) fn output_matrix(&self) -> &O::Matrix {
+    pub(crate) fn output_matrix(&self) -> &D::Matrix {
         self.lm_head.as_ref().unwrap_or(&self.embedding)
     }
 
@@ -157,16 +157,16 @@ impl<O: Ops> Llama<O> {
     ///
     /// # Errors
     /// If the plan is for another model or `capacity` is longer than the model's context.
-    pub fn open(&self, plan: &Plan, capacity: usize, slack: usize) -> Result<Sequence<O>> {
+    pub fn open(&self, plan: &Plan, capacity: usize, slack: usize) -> Result<Sequence<D>> {
         let plan = self.own_plan(plan)?;
         self.config.check_context(capacity)?;
         let layouts = (0..self.layers.len())
             .map(|layer| LayerLayout::new(&plan.layer_spans(layer, capacity), capacity, slack))
             .collect::<moa_core::Result<Vec<_>>>()?;
         let slots: usize = layouts.iter().map(LayerLayout::slots).sum();
-        let element_bytes = 2 * self.config.head_dim * self.ops.cache_element_bytes();
-        self.ops.check_room("keys and values", slots as u64 * element_bytes as u64)?;
-        let open = |layout| self.ops.attention().open(layout, self.config.head_dim);
+        let element_bytes = 2 * self.config.head_dim * self.device.cache_element_bytes();
+        self.device.check_room("keys and values", slots as u64 * element_bytes as u64)?;
+        let open = |layout| self.device.attention().open(layout, self.config.head_dim);
         let caches = layouts.iter().map(open).collect::<Result<_, _>>().map_err(Error::backend)?;
         let rope = self.rope(capacity)?;
         Ok(Sequence { caches, layouts, extent: Extent::default(), capacity, rope, broken: false })
@@ -176,8 +176,8 @@ impl<O: Ops> Llama<O> {
     ///
     /// # Errors
     /// If the memory cannot be had.
-    pub fn fork(&self, sequence: &Sequence<O>) -> Result<Sequence<O>> {
-        let fork = |cache| self.ops.attention().fork(cache);
+    pub fn fork(&self, sequence: &Sequence<D>) -> Result<Sequence<D>> {
+        let fork = |cache| self.device.attention().fork(cache);
         Ok(Sequence {
             caches: sequence
                 .caches
@@ -195,21 +195,21 @@ impl<O: Ops> Llama<O> {
     ///
     /// # Errors
     /// [`moa_core::Error::Evicted`] if keys that were overwritten would be needed; nothing changes.
-    pub fn truncate(&self, sequence: &mut Sequence<O>, len: usize) -> Result<()> {
+    pub fn truncate(&self, sequence: &mut Sequence<D>, len: usize) -> Result<()> {
         // Layers differ in spans: ask all of them before changing one.
         for layout in &sequence.layouts {
             sequence.extent.clone().truncate(layout, len)?;
         }
         for (cache, layout) in sequence.caches.iter_mut().zip(&sequence.layouts) {
-            self.ops.attention().truncate(cache, len).map_err(Error::backend)?;
+            self.device.attention().truncate(cache, len).map_err(Error::backend)?;
             sequence.extent.truncate(layout, len)?;
         }
         Ok(())
     }
 
     /// Bytes of keys and values that a sequence really holds.
-    pub fn kv_bytes(&self, sequence: &Sequence<O>) -> u64 {
-        sequence.caches.iter().map(|c| self.ops.attention().bytes(c)).sum()
+    pub fn kv_bytes(&self, sequence: &Sequence<D>) -> u64 {
+        sequence.caches.iter().map(|c| self.device.attention().bytes(c)).sum()
     }
 
     /// Appends `tokens[i]` to `batch[i]` and returns logits `[rows, vocab]`.
@@ -219,10 +219,10 @@ impl<O: Ops> Llama<O> {
     /// device fails half-way, the sequences of the batch refuse further use.
     pub fn forward(
         &self,
-        batch: &mut [&mut Sequence<O>],
+        batch: &mut [&mut Sequence<D>],
         tokens: &[&[u32]],
         logits: LogitRows<'_>,
-    ) -> Result<O::Tensor> {
+    ) -> Result<D::Tensor> {
         self.check_step(batch, tokens)?;
         let total = tokens.iter().map(|new| new.len()).sum::<usize>();
         if let LogitRows::Rows(rows) = logits
@@ -239,16 +239,16 @@ impl<O: Ops> Llama<O> {
 
     fn step(
         &self,
-        batch: &mut [&mut Sequence<O>],
+        batch: &mut [&mut Sequence<D>],
         tokens: &[&[u32]],
         logits: LogitRows<'_>,
-    ) -> Result<O::Tensor> {
+    ) -> Result<D::Tensor> {
         let positions: Vec<_> = batch
             .iter()
             .zip(tokens)
             .map(|(s, new)| (&s.rope, s.len()..s.len() + new.len()))
             .collect();
-        let rotations = self.ops.rotations(&positions)?;
+        let rotations = self.device.rotations(&positions)?;
         let counts: Vec<usize> = tokens.iter().map(|t| t.len()).collect();
         let ids = tokens.concat();
         let rows: Vec<usize> = match logits {
@@ -262,7 +262,7 @@ impl<O: Ops> Llama<O> {
             LogitRows::Rows(rows) => rows.to_vec(),
             LogitRows::None => Vec::new(),
         };
-        let x = self.ops.embed(&self.embedding, &ids)?;
+        let x = self.device.embed(&self.embedding, &ids)?;
         let result = self.run_layers(batch, &counts, x, &rotations);
         for (sequence, n) in batch.iter_mut().zip(&counts) {
             match result {
@@ -273,7 +273,7 @@ impl<O: Ops> Llama<O> {
         self.logits(&result?, &rows)
     }
 
-    pub(crate) fn check_step(&self, batch: &[&mut Sequence<O>], tokens: &[&[u32]]) -> Result<()> {
+    pub(crate) fn check_step(&self, batch: &[&mut Sequence<D>], tokens: &[&[u32]]) -> Result<()> {
         if batch.len() != tokens.len() || batch.is_empty() {
             return Err(Error::invalid(
                 "tokens",
@@ -308,16 +308,16 @@ impl<O: Ops> Llama<O> {
 
     fn run_layers(
         &self,
-        batch: &mut [&mut Sequence<O>],
+        batch: &mut [&mut Sequence<D>],
         counts: &[usize],
-        mut x: O::Tensor,
-        rotations: &O::Rotations,
-    ) -> Result<O::Tensor> {
+        mut x: D::Tensor,
+        rotations: &D::Rotations,
+    ) -> Result<D::Tensor> {
         for (index, layer) in self.layers.iter().enumerate() {
             let [q, k, v] = self.qkv(layer, &x, rotations)?;
             let mut caches: Vec<_> = batch.iter_mut().map(|s| &mut s.caches[index]).collect();
             let (out, _) = self
-                .ops
+                .device
                 .attention()
                 .extend(&mut caches, counts, &q, &k, &v, self.scale(), false)
                 .map_err(Error::backend)?;
@@ -330,22 +330,22 @@ impl<O: Ops> Llama<O> {
     /// Rotated queries and keys, and values, `[tokens, heads, head_dim]`.
     pub(crate) fn qkv(
         &self,
-        layer: &Layer<O>,
-        x: &O::Tensor,
-        rotations: &O::Rotations,
-    ) -> Result<[O::Tensor; 3]> {
-        let (ops, dim) = (&self.ops, self.config.head_dim);
+        layer: &Layer<D>,
+        x: &D::Tensor,
+        rotations: &D::Rotations,
+    ) -> Result<[D::Tensor; 3]> {
+        let (device, dim) = (&self.device, self.config.head_dim);
         let [q, k, v] = self.projections(layer, x)?;
-        Ok([ops.rope(q, dim, rotations, false)?, ops.rope(k, dim, rotations, false)?, v])
+        Ok([device.rope(q, dim, rotations, false)?, device.rope(k, dim, rotations, false)?, v])
     }
 
     /// Queries, keys and values before rotation, `[tokens, heads, head_dim]`.
-    pub(crate) fn projections(&self, layer: &Layer<O>, x: &O::Tensor) -> Result<[O::Tensor; 3]> {
-        let (ops, c) = (&self.ops, &self.config);
-        let tokens = ops.shape(x)[0];
-        let h = ops.rms_norm(x, &layer.attention_norm, self.eps())?;
-        let [q, k, v] = parts(ops.linears(&h, &layer.qkv)?)?;
-        let heads = |y, heads| ops.reshape(y, &[tokens, heads, c.head_dim]);
+    pub(crate) fn projections(&self, layer: &Layer<D>, x: &D::Tensor) -> Result<[D::Tensor; 3]> {
+        let (device, c) = (&self.device, &self.config);
+        let tokens = device.shape(x)[0];
+        let h = device.rms_norm(x, &layer.attention_norm, self.eps())?;
+        let [q, k, v] = parts(device.linears(&h, &layer.qkv)?)?;
+        let heads = |y, heads| device.reshape(y, &[tokens, heads, c.head_dim]);
         let (query, kv) = (self.local.query_heads, self.local.kv_heads);
         Ok([heads(q, query)?, heads(k, kv)?, heads(v, kv)?])
     }
@@ -353,22 +353,22 @@ impl<O: Ops> Llama<O> {
     /// `x + o_proj(out)`.
     pub(crate) fn after_attention(
         &self,
-        layer: &Layer<O>,
-        x: O::Tensor,
-        out: O::Tensor,
-    ) -> Result<O::Tensor> {
-        let rows = self.ops.shape(&out)[0];
+        layer: &Layer<D>,
+        x: D::Tensor,
+        out: D::Tensor,
+    ) -> Result<D::Tensor> {
+        let rows = self.device.shape(&out)[0];
         let width = self.local.query_heads * self.config.head_dim;
-        let flat = self.ops.reshape(out, &[rows, width])?;
+        let flat = self.device.reshape(out, &[rows, width])?;
         self.add_branch(x, &flat, &layer.o)
     }
 
     /// `x + mlp(norm(x))`.
-    pub(crate) fn mlp(&self, layer: &Layer<O>, x: O::Tensor) -> Result<O::Tensor> {
-        let ops = &self.ops;
-        let h = ops.rms_norm(&x, &layer.mlp_norm, self.eps())?;
-        let [gate, up] = parts(ops.linears(&h, &layer.gate_up)?)?;
-        let act = ops.swiglu(gate, &up)?;
+    pub(crate) fn mlp(&self, layer: &Layer<D>, x: D::Tensor) -> Result<D::Tensor> {
+        let device = &self.device;
+        let h = device.rms_norm(&x, &layer.mlp_norm, self.eps())?;
+        let [gate, up] = parts(device.linears(&h, &layer.gate_up)?)?;
+        let act = device.swiglu(gate, &up)?;
         self.add_branch(x, &act, &layer.down)
     }
 
@@ -377,9 +377,9 @@ impl<O: Ops> Llama<O> {
     }
 
     /// Logits of some rows of the last layer's output.
-    fn logits(&self, x: &O::Tensor, rows: &[usize]) -> Result<O::Tensor> {
-        let picked = self.ops.rows(x, rows)?;
-        let h = self.ops.rms_norm(&picked, &self.norm, self.eps())?;
+    fn logits(&self, x: &D::Tensor, rows: &[usize]) -> Result<D::Tensor> {
+        let picked = self.device.rows(x, rows)?;
+        let h = self.device.rms_norm(&picked, &self.norm, self.eps())?;
         self.output(&h)
     }
 }
