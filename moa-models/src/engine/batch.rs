@@ -1,3 +1,4 @@
+use crate::Result;
 use crate::decoder::model::{Decoder, Sequence};
 use crate::device::Math;
 use crate::engine::decode::Session;
@@ -26,9 +27,15 @@ impl<D: Math> Batch<D> {
     }
 
     /// The sequences as one batch that decodes.
-    pub(crate) fn session(&mut self, model: &Decoder<D>) -> &mut Session<D> {
-        let sequences = &mut self.sequences;
-        self.session.get_or_insert_with(|| model.session(std::mem::take(sequences)))
+    ///
+    /// # Errors
+    /// [`crate::Error::Invalid`] if there is none.
+    pub(crate) fn session(&mut self, model: &Decoder<D>) -> Result<&mut Session<D>> {
+        let session = match self.session.take() {
+            Some(session) => session,
+            None => model.session(std::mem::take(&mut self.sequences))?,
+        };
+        Ok(self.session.insert(session))
     }
 
     /// Drops all sequences.

@@ -84,6 +84,7 @@ impl<D: Math> Decoder<D> {
 /// Decode steps of sequences that it owns.
 pub struct Session<D: Math> {
     sequences: Vec<Sequence<D>>,
+    can_sample: bool,
 }
 
 impl<D: Math> Session<D> {
@@ -92,8 +93,8 @@ impl<D: Math> Session<D> {
     }
 
     /// Whether the device draws tokens itself.
-    pub fn can_sample(&mut self, model: &Decoder<D>) -> bool {
-        self.decoder(model).is_ok_and(|decoder| decoder.can_sample())
+    pub fn can_sample(&self) -> bool {
+        self.can_sample
     }
 
     /// As [`Decode::step`].
@@ -125,7 +126,10 @@ impl<D: Math> Session<D> {
 
 impl<D: Math> Decoder<D> {
     /// Decode steps of sequences that stay the same from step to step.
-    pub fn session(&self, sequences: Vec<Sequence<D>>) -> Session<D> {
-        Session { sequences }
+    pub fn session(&self, sequences: Vec<Sequence<D>>) -> Result<Session<D>> {
+        let mut session = Session { sequences, can_sample: false };
+        let can_sample = session.decoder(self)?.can_sample();
+        session.can_sample = can_sample;
+        Ok(session)
     }
 }

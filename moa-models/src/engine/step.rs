@@ -77,9 +77,9 @@ impl<D: Math> Engine<D> {
     fn decode(&mut self) -> Result<()> {
         let (model, events) = (&*self.model, &mut self.events);
         let tokens: Vec<u32> = self.running.iter().map(Running::last).collect();
-        let session = self.batch.session(model);
-        let can_sample = session.can_sample(model);
-        match Choice::of(self.running.iter().map(Running::sampling), can_sample) {
+        let session = self.batch.session(model)?;
+        let options = self.running.iter().map(Running::sampling);
+        match Choice::of(options, session.can_sample()) {
             Choice::Host => {
                 let mut logits = session.step(model, &tokens)?;
                 let rows = logits.chunks_mut(model.config().vocab_size);
