@@ -129,11 +129,7 @@ impl<D: Math> ChatSession<D> {
         };
         let common = self.cached.iter().zip(&tokens).take_while(|(a, b)| a == b).count();
         // At least one token must be read to have logits to answer from.
-        let rolled = self.roll_back(&mut sequence, common.min(tokens.len().saturating_sub(1)));
-        if let Err(error) = rolled {
-            self.cached.clear();
-            return Err(error);
-        }
+        self.roll_back(&mut sequence, common.min(tokens.len().saturating_sub(1)))?;
         let new = Prompt::from(&tokens[self.cached.len()..]);
         let id = self.engine.resume(sequence, new, options);
         self.turn = Some(Turn { id, messages, tokens });
@@ -149,7 +145,8 @@ impl<D: Math> ChatSession<D> {
     pub fn step(&mut self) -> Result<Option<Event>> {
         match self.engine.step() {
             Ok(Some(Event::Failed { error, .. })) | Err(error) => {
-                self.cancel()?;
+                // What failed first is the cause; the next turn then reads all again.
+                let _ = self.cancel();
                 Err(error)
             }
             Ok(event) => {
@@ -205,16 +202,16 @@ impl<D: Math> ChatSession<D> {
         self.messages = messages;
     }
 
+    /// Rolls back to `len` tokens, or to none where that cannot be.
     fn roll_back(&mut self, sequence: &mut Sequence<D>, len: usize) -> Result<()> {
         let model = &self.checkpoint.model;
-        let len = match model.truncate(sequence, len) {
-            Ok(()) => len,
+        match model.truncate(sequence, len) {
+            Ok(()) => self.cached.truncate(len),
             Err(_) => {
+                self.cached.clear();
                 model.truncate(sequence, 0)?;
-                0
             }
-        };
-        self.cached.truncate(len);
+        }
         Ok(())
     }
 }

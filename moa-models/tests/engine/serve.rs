@@ -101,6 +101,13 @@ proptest! {
 }
 
 #[test]
+fn engines_and_conversations_can_move_to_another_thread() {
+    fn is_owned<T: Send + 'static>() {}
+    is_owned::<Engine<Cpu>>();
+    is_owned::<moa_models::ChatSession<Cpu>>();
+}
+
+#[test]
 fn a_refused_request_stops_nobody() -> Result<()> {
     let text = text(60);
     let mut engine = engine(EngineOptions::default());
