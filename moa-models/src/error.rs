@@ -267,6 +267,17 @@ pub enum Error {
         reason: String,
     },
 
+    /// The device has not enough memory: less of it may be asked for.
+    #[error("{what}: {}", shortage(*bytes, *free))]
+    OutOfMemory {
+        /// What the memory was for.
+        what: &'static str,
+        /// Bytes asked for, where they are known.
+        bytes: Option<u64>,
+        /// Bytes that were free, where they are known.
+        free: Option<u64>,
+    },
+
     /// The device failed.
     #[error("device: {0}")]
     Backend(Box<dyn std::error::Error + Send + Sync>),
@@ -284,34 +295,55 @@ pub enum Error {
     },
 }
 
-#[cfg(feature = "cuda")]
-impl From<moa_backend_cuda::Error> for Error {
-    fn from(source: moa_backend_cuda::Error) -> Self {
-        Self::backend(source)
+impl From<moa_backend_cpu::Error> for Error {
+    fn from(source: moa_backend_cpu::Error) -> Self {
+        use moa_backend_cpu::Error::{Core, OutOfMemory};
+        match source {
+            Core(error) => error.into(),
+            OutOfMemory { what, bytes } => {
+                Self::OutOfMemory { what, bytes: Some(bytes), free: None }
+            }
+            other => Self::Backend(Box::new(other)),
+        }
     }
 }
 
-impl Error {
-    /// Whether the device had not enough memory: less of it may be asked for.
-    #[must_use]
-    pub fn is_out_of_memory(&self) -> bool {
-        #[cfg(feature = "cuda")]
-        if let Self::Backend(source) = self {
-            use moa_backend_cuda::Error::{Driver, OutOfMemory};
-            // 2 is the driver's own number for it, where a graph or a module takes memory.
-            return matches!(
-                source.downcast_ref(),
-                Some(OutOfMemory { .. } | Driver { code: 2, .. })
-            );
+#[cfg(feature = "cuda")]
+impl From<moa_backend_cuda::Error> for Error {
+    fn from(source: moa_backend_cuda::Error) -> Self {
+        use moa_backend_cuda::Error::{Core, Driver, OutOfMemory};
+        match source {
+            Core(error) => error.into(),
+            OutOfMemory { what, bytes, free } => {
+                Self::OutOfMemory { what, bytes: Some(bytes), free: Some(free) }
+            }
+            // The driver's own number for it, where a graph or a module takes memory.
+            Driver { call, code: 2, .. } => {
+                Self::OutOfMemory { what: call, bytes: None, free: None }
+            }
+            other => Self::Backend(Box::new(other)),
         }
-        false
     }
+}
 
-    /// An [`Error::Backend`].
-    pub(crate) fn backend(source: impl std::error::Error + Send + Sync + 'static) -> Self {
-        Self::Backend(Box::new(source))
+#[cfg(feature = "wgpu")]
+impl From<moa_backend_wgpu::Error> for Error {
+    fn from(source: moa_backend_wgpu::Error) -> Self {
+        match source {
+            moa_backend_wgpu::Error::Core(error) => error.into(),
+            other => Self::Backend(Box::new(other)),
+        }
     }
+}
 
+/// What an out-of-memory error knows: the bytes asked for, and those that were free.
+fn shortage(bytes: Option<u64>, free: Option<u64>) -> String {
+    let bytes = bytes.map_or(String::new(), |bytes| format!("{bytes} bytes of "));
+    let free = free.map_or(String::new(), |free| format!(", {free} are free"));
+    format!("cannot allocate {bytes}memory{free}")
+}
+
+impl Error {
     /// An [`Error::Io`] at `path`.
     pub(crate) fn io(path: impl Into<PathBuf>, source: io::Error) -> Self {
         Self::Io { path: path.into(), source }

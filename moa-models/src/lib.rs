@@ -12,6 +12,7 @@ mod device;
 mod engine;
 mod error;
 mod eval;
+mod families;
 mod find_plan;
 mod progress;
 mod rng;
@@ -21,24 +22,30 @@ pub use checkpoint::fingerprint::fingerprint;
 pub use checkpoint::generation_config::GenerationConfig;
 #[cfg(feature = "hub")]
 pub use checkpoint::hub::download;
+pub use checkpoint::json::JsonObject;
 pub use checkpoint::mapped::MappedTensor;
-pub use checkpoint::safetensors::{DType, Weights};
+pub use checkpoint::random::RandomTensors;
+pub use checkpoint::safetensors::{DType, Tensors, Weights};
 pub use checkpoint::template::{ChatTemplate, Message};
 pub use checkpoint::tokenizer::{TokenStream, Tokenizer};
 pub use decoder::config::ModelConfig;
-pub use decoder::model::{Decoder, LogitRows, Sequence};
+pub use decoder::logits::LogitRows;
+pub use decoder::model::Decoder;
+pub use decoder::names::TensorNames;
 pub use decoder::rope::RopeTable;
 pub use decoder::rope_scaling::RopeScaling;
+pub use decoder::sequence::Sequence;
+pub use decoder::session::Session;
 pub use decoder::shard::{Communicator, Rank, Shard, on_ranks};
 pub use decoder::thread_rank::ThreadRank;
 pub use device::cpu::{Cpu, CpuMatrix, CpuRotations};
 #[cfg(feature = "cuda")]
 pub use device::cuda::{Cuda, CudaDtype, CudaMatrix, Joined, NcclRank};
+pub use device::replay::{Replay, ReplayBatch};
 #[cfg(feature = "wgpu")]
 pub use device::wgpu::Wgpu;
-pub use device::{Backward, Device, LinearWeights, Load, Math, Memory, RandomWeights};
+pub use device::{Backward, Device, Draw, LinearWeights, Load, Math, Memory};
 pub use engine::chat_session::ChatSession;
-pub use engine::decode::{Decode, Session};
 pub use engine::request::{Completion, Event, Finish, GenerateOptions, Prompt, RequestId, Usage};
 pub use engine::sampling::{Sampler, SamplingOptions};
 pub use engine::serve::{Engine, EngineOptions};
@@ -53,6 +60,8 @@ pub use eval::{
     Asked, DepthBin, EFFECTIVE_ACCURACY, EffectiveContext, ItemLog, Question, Reference,
     RetrievalItem, RetrievalReport, Scoring, Turn, effective_context,
 };
+pub use families::llama::Llama;
+pub use families::{FAMILIES, Family};
 pub use find_plan::calibrate::{CalibrationData, CalibrationOptions, CalibrationPrompt};
 pub use find_plan::compress::{
     CompressOptions, Compressed, DEFAULT_BLOCK, bound_decode_time, compress, describe,

@@ -91,9 +91,9 @@ pub(crate) fn decoder_equals_steps(model: &Decoder<Cuda>) {
                 sequence
             })
         };
-        let (mut replayed, mut plain) = (open(), open());
+        let (replayed, mut plain) = (open(), open());
         let mut next = [5, 6, 7];
-        let mut decoder = model.decoder(replayed.iter_mut().collect()).unwrap();
+        let mut session = model.session(replayed.into()).unwrap();
         for round in 0..40 {
             let parts: Vec<&[u32]> = next.chunks(1).collect();
             let mut batch: Vec<_> = plain.iter_mut().collect();
@@ -102,25 +102,25 @@ pub(crate) fn decoder_equals_steps(model: &Decoder<Cuda>) {
             let rows = expected.chunks(vocab);
             let likeliest: Vec<u32> = rows.map(crate::likeliest).collect();
             if round % 3 == 0 {
-                let got = decoder.step(&next).unwrap();
+                let got = session.step(model, &next).unwrap();
                 assert!(got == expected, "logits differ in round {round}");
             } else {
-                assert_eq!(decoder.step_greedy(&next).unwrap(), likeliest, "round {round}");
+                assert_eq!(session.step_greedy(model, &next).unwrap(), likeliest, "round {round}");
             }
             // Not greedy: a small model would repeat itself.
             next = [0, 1, 2].map(|i| (likeliest[i] + round) % vocab as u32);
         }
-        assert!(decoder.step(&[vocab as u32, 1, 1]).is_err());
-        assert!(decoder.step(&[1, 1]).is_err());
-        drop(decoder);
+        assert!(session.step(model, &[vocab as u32, 1, 1]).is_err());
+        assert!(session.step(model, &[1, 1]).is_err());
+        let mut replayed = session.into_sequences();
         // The sequences know what has happened, and have room for 20 more.
         for (replayed, plain) in replayed.iter_mut().zip(&mut plain) {
             assert_eq!(replayed.len(), plain.len());
             let more = &tokens[300..320];
             assert_eq!(step(model, replayed, more), step(model, plain, more));
         }
-        let mut decoder = model.decoder(replayed.iter_mut().collect()).unwrap();
-        assert!(decoder.step_greedy(&next).is_err(), "there is no room");
+        let mut session = model.session(replayed).unwrap();
+        assert!(session.step_greedy(model, &next).is_err(), "there is no room");
     }
 }
 
@@ -151,8 +151,8 @@ fn threads_share_a_model() {
             let prompt = &tokens[..40 + 20 * thread];
             let mut sequence = model.open(&dense, 120, 0).unwrap();
             let mut all = vec![read(model, &mut sequence, prompt, 120)];
-            let mut decoder = model.decoder(vec![&mut sequence]).unwrap();
-            all.extend((0..12).map(|i| decoder.step(&[tokens[i]]).unwrap()));
+            let mut session = model.session(vec![sequence]).unwrap();
+            all.extend((0..12).map(|i| session.step(model, &[tokens[i]]).unwrap()));
             all
         };
         let alone: Vec<_> = (0..4).map(run).collect();

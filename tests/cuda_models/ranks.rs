@@ -170,24 +170,27 @@ fn a_group_of_one_over_nccl_is_the_whole_model() {
         let weights = Weights::open(moa_tiny()).unwrap();
         let whole = Decoder::load(Cuda::new(0, dtype).unwrap(), config, &weights).unwrap();
 
-        let mut sequences = [&part, &whole].map(|model| model.open(&plan, 300, 0).unwrap());
-        let [own, other] = &mut sequences;
-        let got = read(&part, own, &tokens, 90);
-        let expected = read(&whole, other, &tokens, 90);
+        let [mut own, mut other] = [&part, &whole].map(|model| model.open(&plan, 300, 0).unwrap());
+        let got = read(&part, &mut own, &tokens, 90);
+        let expected = read(&whole, &mut other, &tokens, 90);
         close("prompt", &got, &expected, share);
 
-        let mut plain = part.fork(own).unwrap();
-        let mut decoder = part.decoder(vec![own]).unwrap();
+        let mut plain = part.fork(&own).unwrap();
+        let mut session = part.session(vec![own]).unwrap();
         let mut token = 5;
         for round in 0..12 {
             let logits = part.forward(&mut [&mut plain], &[&[token]], LogitRows::Last).unwrap();
             let expected = part.device().values(logits).unwrap();
             let best = crate::likeliest(&expected);
             match round % 2 {
-                0 => assert!(decoder.step(&[token]).unwrap() == expected, "round {round}"),
-                _ => assert_eq!(decoder.step_greedy(&[token]).unwrap(), [best], "round {round}"),
+                0 => assert!(session.step(&part, &[token]).unwrap() == expected, "round {round}"),
+                _ => assert_eq!(
+                    session.step_greedy(&part, &[token]).unwrap(),
+                    [best],
+                    "round {round}"
+                ),
             }
-            let alone = step(&whole, other, &[token]).concat();
+            let alone = step(&whole, &mut other, &[token]).concat();
             close("step", &expected, &alone, share);
             token = best;
         }

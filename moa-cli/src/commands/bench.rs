@@ -3,7 +3,8 @@ use std::str::FromStr;
 
 use moa_core::{DEFAULT_SINK, Plan, SparseAttentionBackend};
 use moa_models::{
-    Backward, BenchOptions, BenchReport, Decoder, Math, ModelConfig, RandomWeights, Shard, Weights,
+    Backward, BenchOptions, BenchReport, Decoder, Math, ModelConfig, RandomTensors, Shard, Tensors,
+    Weights,
 };
 use serde_json::{Value, json};
 
@@ -110,33 +111,33 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     on_device!(context, |device| with_ops(args, device, None, context))
 }
 
-fn with_ops<D: RandomWeights + Backward>(
+fn with_ops<D: Backward>(
     args: &Args,
     device: D,
     shard: Option<Shard<D>>,
     context: &Context,
 ) -> Result<()> {
-    let model = match (&args.source.model, &args.source.config, args.random_weights, shard) {
-        (Some(folder), .., None) => {
-            Decoder::load(device, ModelConfig::from_file(folder)?, &Weights::open(folder)?)?
-        }
-        (Some(folder), .., Some(shard)) => {
-            let (config, weights) = (ModelConfig::from_file(folder)?, Weights::open(folder)?);
-            Decoder::load_shard(device, config, &weights, shard)?
-        }
-        (_, Some(config), Some(seed), None) => {
-            Decoder::random(device, ModelConfig::from_file(config)?, seed)?
-        }
-        (_, Some(config), Some(seed), Some(shard)) => {
-            Decoder::random_shard(device, ModelConfig::from_file(config)?, seed, shard)?
-        }
-        _ => {
-            return Err(Error::argument(
-                "model",
-                "--model, or --config and --random-weights",
-                "none",
-            ));
-        }
+    let (config, weights): (_, Box<dyn Tensors>) =
+        match (&args.source.model, &args.source.config, args.random_weights) {
+            (Some(folder), ..) => {
+                (ModelConfig::from_file(folder)?, Box::new(Weights::open(folder)?))
+            }
+            (_, Some(config), Some(seed)) => {
+                let config = ModelConfig::from_file(config)?;
+                let weights = RandomTensors::new(&config, seed)?;
+                (config, Box::new(weights))
+            }
+            _ => {
+                return Err(Error::argument(
+                    "model",
+                    "--model, or --config and --random-weights",
+                    "none",
+                ));
+            }
+        };
+    let model = match shard {
+        Some(shard) => Decoder::load_shard(device, config, &*weights, shard)?,
+        None => Decoder::load(device, config, &*weights)?,
     };
     if args.profile {
         return profile(args, &model, context);
@@ -184,11 +185,7 @@ fn with_ops<D: RandomWeights + Backward>(
 }
 
 /// Profiles one item of each length.
-fn profile<D: RandomWeights + Backward>(
-    args: &Args,
-    model: &Decoder<D>,
-    context: &Context,
-) -> Result<()> {
+fn profile<D: Backward>(args: &Args, model: &Decoder<D>, context: &Context) -> Result<()> {
     let bar = Progress::new(context, "bench", args.prompts.len());
     let (mut rows, mut values) = (Vec::new(), Vec::new());
     for &tokens in &args.prompts {
@@ -235,7 +232,7 @@ fn measure<D: Math>(
     for _ in 0..RETRIES {
         match model.bench(plan, &BenchOptions { batch, ..*options }) {
             // Several ranks would have to agree on it.
-            Err(error) if error.is_out_of_memory() && batch > 1 && model.ranks() == 1 => {
+            Err(moa_models::Error::OutOfMemory { .. }) if batch > 1 && model.ranks() == 1 => {
                 batch -= batch.div_ceil(50)
             }
             other => return Ok(other?),

@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use crate::checkpoint::json::Object;
+use crate::checkpoint::json::JsonObject;
 use crate::engine::sampling::SamplingOptions;
 use crate::error::Result;
 
@@ -38,10 +38,10 @@ impl GenerationConfig {
         if !path.is_file() {
             return Ok(Self::default());
         }
-        Self::from_object(&Object::read(&path)?)
+        Self::from_object(&JsonObject::read(&path)?)
     }
 
-    fn from_object(object: &Object) -> Result<Self> {
+    fn from_object(object: &JsonObject) -> Result<Self> {
         let number = |field| -> Result<Option<f32>> {
             Ok(object.number_from(field, 0.0)?.map(|x| x as f32))
         };
@@ -92,7 +92,10 @@ mod tests {
     use crate::error::Error;
 
     fn parse(text: &str) -> Result<GenerationConfig> {
-        GenerationConfig::from_object(&Object::parse(Path::new("generation_config.json"), text)?)
+        GenerationConfig::from_object(&JsonObject::parse(
+            Path::new("generation_config.json"),
+            text,
+        )?)
     }
 
     #[test]

@@ -8,18 +8,18 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 
-/// A JSON object from a file, read field by field with errors that name the file and the field.
+/// A JSON object of a model folder, such as its `config.json`, read field by field with errors that name the file and the field.
 ///
 /// The same key twice is an error at any depth: the reader that takes the first and the reader
 /// that takes the last would see two different models. `null` counts as absent, as in Python.
 #[derive(Debug)]
-pub(crate) struct Object {
+pub struct JsonObject {
     path: PathBuf,
     prefix: String,
     fields: BTreeMap<String, Value>,
 }
 
-impl Object {
+impl JsonObject {
     /// Reads and parses `path`.
     pub(crate) fn read(path: &Path) -> Result<Self> {
         let text = fs::read_to_string(path).map_err(|source| Error::io(path, source))?;
@@ -43,8 +43,11 @@ impl Object {
         self.fields.iter().map(|(name, value)| (name.as_str(), value))
     }
 
-    /// A nested object.
-    pub(crate) fn object(&self, field: &str) -> Result<Option<Self>> {
+    /// The field as an object, unless it is absent.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it is something else.
+    pub fn object(&self, field: &str) -> Result<Option<Self>> {
         match self.get(field) {
             None => Ok(None),
             Some(Value::Object(map)) => Ok(Some(Self {
@@ -56,8 +59,11 @@ impl Object {
         }
     }
 
-    /// A whole number from 1 to 2^31 - 1, so that products of two counts fit 64 bits.
-    pub(crate) fn count(&self, field: &str) -> Result<Option<usize>> {
+    /// The field as a whole number from 1 to 2^31 - 1, so that products of two counts fit 64 bits.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it is something else.
+    pub fn count(&self, field: &str) -> Result<Option<usize>> {
         let Some(value) = self.get(field) else { return Ok(None) };
         match value.as_u64() {
             Some(n) if (1..=i32::MAX as u64).contains(&n) => Ok(Some(n as usize)),
@@ -65,8 +71,11 @@ impl Object {
         }
     }
 
-    /// A finite number above `above`.
-    pub(crate) fn number_above(&self, field: &str, above: f64) -> Result<Option<f64>> {
+    /// The field as a finite number above `above`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it is something else.
+    pub fn number_above(&self, field: &str, above: f64) -> Result<Option<f64>> {
         let Some(value) = self.get(field) else { return Ok(None) };
         match value.as_f64() {
             Some(x) if x.is_finite() && x > above => Ok(Some(x)),
@@ -74,8 +83,11 @@ impl Object {
         }
     }
 
-    /// A finite number of at least `least`.
-    pub(crate) fn number_from(&self, field: &str, least: f64) -> Result<Option<f64>> {
+    /// The field as a finite number of at least `least`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it is something else.
+    pub fn number_from(&self, field: &str, least: f64) -> Result<Option<f64>> {
         let Some(value) = self.get(field) else { return Ok(None) };
         match value.as_f64() {
             Some(x) if x.is_finite() && x >= least => Ok(Some(x)),
@@ -83,20 +95,29 @@ impl Object {
         }
     }
 
-    /// True or false.
-    pub(crate) fn flag(&self, field: &str) -> Result<Option<bool>> {
+    /// The field as true or false.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it is something else.
+    pub fn flag(&self, field: &str) -> Result<Option<bool>> {
         let Some(value) = self.get(field) else { return Ok(None) };
         value.as_bool().map(Some).ok_or_else(|| self.invalid(field, "true or false", value))
     }
 
-    /// A string.
-    pub(crate) fn text(&self, field: &str) -> Result<Option<&str>> {
+    /// The field as a string.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it is something else.
+    pub fn text(&self, field: &str) -> Result<Option<&str>> {
         let Some(value) = self.get(field) else { return Ok(None) };
         value.as_str().map(Some).ok_or_else(|| self.invalid(field, "a string", value))
     }
 
-    /// Token ids: one id, a list of them, or null for none.
-    pub(crate) fn token_ids(&self, field: &str) -> Result<Vec<u32>> {
+    /// The field as token ids: one id, a list of them, or null for none.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it is something else.
+    pub fn token_ids(&self, field: &str) -> Result<Vec<u32>> {
         let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
         let ids = match self.get(field) {
             None => Some(Vec::new()),
@@ -110,7 +131,10 @@ impl Object {
     }
 
     /// `value`, or an error that says that `field` is missing.
-    pub(crate) fn require<T>(&self, field: &str, value: Option<T>) -> Result<T> {
+    ///
+    /// # Errors
+    /// [`Error::MissingField`] if there is none.
+    pub fn require<T>(&self, field: &str, value: Option<T>) -> Result<T> {
         value.ok_or_else(|| Error::MissingField {
             path: self.path.clone(),
             field: format!("{}{field}", self.prefix),
@@ -118,7 +142,7 @@ impl Object {
     }
 
     /// An error for a field whose value is not one of `expected`.
-    pub(crate) fn invalid(&self, field: &str, expected: &str, got: impl fmt::Display) -> Error {
+    pub fn invalid(&self, field: &str, expected: &str, got: impl fmt::Display) -> Error {
         let mut got = got.to_string();
         if let Some((end, _)) = got.char_indices().nth(80) {
             got.truncate(end);
@@ -212,8 +236,8 @@ impl<'de> Visitor<'de> for StrictVisitor {
 mod tests {
     use super::*;
 
-    fn parse(text: &str) -> Result<Object> {
-        Object::parse(Path::new("x.json"), text)
+    fn parse(text: &str) -> Result<JsonObject> {
+        JsonObject::parse(Path::new("x.json"), text)
     }
 
     #[test]

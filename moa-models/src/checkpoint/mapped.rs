@@ -22,8 +22,9 @@ pub struct MappedTensor {
 #[derive(Clone)]
 enum Memory {
     Map(Arc<Mmap>),
-    /// A part that does not lie in one piece. Words, so that elements are aligned.
-    Gathered(Arc<Vec<u64>>),
+    /// Memory of its own, such as a part that does not lie in one piece; words, so that elements are
+    /// aligned.
+    Words(Arc<Vec<u64>>),
 }
 
 impl MappedTensor {
@@ -32,12 +33,18 @@ impl MappedTensor {
         Self { memory: Memory::Map(map), bytes, dtype, shape: shape.to_owned() }
     }
 
+    /// bf16 elements that lie at a byte of `words`.
+    pub(crate) fn made(words: Arc<Vec<u64>>, first_byte: usize, shape: &[usize]) -> Self {
+        let bytes = first_byte..first_byte + 2 * shape.iter().product::<usize>();
+        Self { memory: Memory::Words(words), bytes, dtype: DType::BF16, shape: shape.to_owned() }
+    }
+
     /// The elements' bytes.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         let all = match &self.memory {
             Memory::Map(map) => map,
-            Memory::Gathered(words) => bytemuck::cast_slice(words.as_slice()),
+            Memory::Words(words) => bytemuck::cast_slice(words.as_slice()),
         };
         &all[self.bytes.clone()]
     }
@@ -118,7 +125,7 @@ impl MappedTensor {
             to.copy_from_slice(&from[run]);
             rest = others;
         }
-        Self { memory: Memory::Gathered(Arc::new(words)), bytes: 0..len, dtype: self.dtype, shape }
+        Self { memory: Memory::Words(Arc::new(words)), bytes: 0..len, dtype: self.dtype, shape }
     }
 }
 

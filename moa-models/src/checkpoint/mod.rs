@@ -7,6 +7,7 @@ pub(crate) mod hub;
 pub(crate) mod json;
 pub(crate) mod json_style;
 pub(crate) mod mapped;
+pub(crate) mod random;
 pub(crate) mod safetensors;
 pub(crate) mod special_tokens;
 pub(crate) mod template;
@@ -27,6 +28,7 @@ use crate::decoder::shard::Shard;
 use crate::device::Math;
 use crate::engine::request::{Completion, GenerateOptions, Prompt};
 use crate::engine::serve::{Engine, EngineOptions};
+use crate::families::{FAMILIES, Family};
 use crate::{Error, Result};
 
 /// A Hugging Face model folder, ready to run: weights, tokenizer, chat template, defaults.
@@ -75,7 +77,19 @@ impl<D: Math> Checkpoint<D> {
     /// # Errors
     /// If a file is missing or malformed, or the parts are not of one model.
     pub fn open(device: D, folder: impl AsRef<Path>) -> Result<Self> {
-        Self::open_part(device, folder.as_ref(), None)
+        Self::open_part(device, folder.as_ref(), FAMILIES, None)
+    }
+
+    /// [`open`](Self::open) for a model of one of these families.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_with(
+        device: D,
+        folder: impl AsRef<Path>,
+        families: &[&dyn Family],
+    ) -> Result<Self> {
+        Self::open_part(device, folder.as_ref(), families, None)
     }
 
     /// [`open`](Self::open) with one rank's part of the network.
@@ -83,11 +97,16 @@ impl<D: Math> Checkpoint<D> {
     /// # Errors
     /// As [`open`](Self::open) and [`Decoder::load_shard`].
     pub fn open_shard(device: D, folder: impl AsRef<Path>, shard: Shard<D>) -> Result<Self> {
-        Self::open_part(device, folder.as_ref(), Some(shard))
+        Self::open_part(device, folder.as_ref(), FAMILIES, Some(shard))
     }
 
-    fn open_part(device: D, folder: &Path, shard: Option<Shard<D>>) -> Result<Self> {
-        let config = ModelConfig::from_file(folder)?;
+    fn open_part(
+        device: D,
+        folder: &Path,
+        families: &[&dyn Family],
+        shard: Option<Shard<D>>,
+    ) -> Result<Self> {
+        let config = ModelConfig::from_file_with(folder, families)?;
         let tokenizer = Tokenizer::from_dir(folder)?;
         tokenizer.check_vocab_size(config.vocab_size)?;
         let generation = GenerationConfig::from_dir(folder)?;

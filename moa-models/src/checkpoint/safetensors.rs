@@ -9,12 +9,35 @@ use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 
 use crate::checkpoint::fingerprint::Fnv1a;
-use crate::checkpoint::json::Object;
+use crate::checkpoint::json::JsonObject;
 use crate::checkpoint::mapped::MappedTensor;
 use crate::error::{Error, Result};
 
 const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
+
+/// Where a decoder's weights come from.
+pub trait Tensors {
+    /// The tensor `name`, which must have `shape`.
+    ///
+    /// # Errors
+    /// [`Error::TensorMissing`], [`Error::TensorShape`] and [`Error::TensorDtype`] if there is no such
+    /// tensor.
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<MappedTensor>;
+
+    /// What ties a plan to these weights.
+    fn fingerprint(&self) -> String;
+}
+
+impl Tensors for Weights {
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<MappedTensor> {
+        Self::tensor(self, name, shape)
+    }
+
+    fn fingerprint(&self) -> String {
+        Self::fingerprint(self)
+    }
+}
 
 /// The tensors of a model folder, mapped into memory and validated, but not read.
 ///
@@ -167,7 +190,7 @@ impl Weights {
         let data = 8 + header_len;
         // The safetensors parser lets the last of two equal keys win.
         let text = std::str::from_utf8(&map[8..data]).map_err(|e| invalid(e.to_string()))?;
-        Object::parse(path, text).map_err(|e| invalid(e.to_string()))?;
+        JsonObject::parse(path, text).map_err(|e| invalid(e.to_string()))?;
         let number = self.files.len();
         for (name, info) in header.tensors() {
             if let Some(first) = self.tensors.get(&name) {
@@ -191,7 +214,7 @@ impl Weights {
 
 /// The file that each tensor lies in, as the index of a sharded checkpoint says.
 pub(crate) fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
-    let object = Object::read(index)?;
+    let object = JsonObject::read(index)?;
     let map = object.require("weight_map", object.object("weight_map")?)?;
     let mut files = BTreeMap::new();
     for (name, shard) in map.iter() {

@@ -3,7 +3,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::checkpoint::json::Object;
+use crate::checkpoint::json::JsonObject;
 use crate::error::Result;
 
 /// The texts of the tokens with a role: `bos_token`, `eos_token`, `unk_token`, `pad_token`.
@@ -21,7 +21,7 @@ impl SpecialTokens {
         for file in ["tokenizer_config.json", "special_tokens_map.json"] {
             let path = dir.join(file);
             if path.is_file() {
-                tokens.complete(&Object::read(&path)?)?;
+                tokens.complete(&JsonObject::read(&path)?)?;
             }
         }
         Ok(tokens)
@@ -41,7 +41,7 @@ impl SpecialTokens {
     }
 
     /// Takes the roles that have no text yet from `object`.
-    fn complete(&mut self, object: &Object) -> Result<()> {
+    fn complete(&mut self, object: &JsonObject) -> Result<()> {
         for role in Self::ROLES {
             let text = match object.get(role) {
                 None => continue,

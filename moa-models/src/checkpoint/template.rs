@@ -4,7 +4,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Kwargs;
 use minijinja::{AutoEscape, Environment, ErrorKind, Value, context};
 
-use crate::checkpoint::json::Object;
+use crate::checkpoint::json::JsonObject;
 use crate::checkpoint::json_style::python_json;
 use crate::checkpoint::special_tokens::SpecialTokens;
 use crate::date::Date;
@@ -131,7 +131,7 @@ impl ChatTemplate {
         }
         let file = dir.join("tokenizer_config.json");
         if file.is_file()
-            && let Some(source) = source(&Object::read(&file)?)?
+            && let Some(source) = source(&JsonObject::read(&file)?)?
         {
             return Self::compile(source, tokens).map(Some);
         }
@@ -258,7 +258,7 @@ fn fail(error: minijinja::Error) -> Error {
 }
 
 /// The template's source in a `tokenizer_config.json`.
-fn source(config: &Object) -> Result<Option<String>> {
+fn source(config: &JsonObject) -> Result<Option<String>> {
     let expected = "a template, or a list of {name, template} with one named default";
     match config.get(NAME) {
         None => Ok(None),
@@ -276,7 +276,7 @@ fn is_vicuna(dir: &Path) -> bool {
     let contains = |name: &str| name.to_lowercase().contains("vicuna");
     let folder = dir.file_name().is_some_and(|name| contains(&name.to_string_lossy()));
     let origin = || {
-        let config = Object::read(&dir.join("config.json")).ok()?;
+        let config = JsonObject::read(&dir.join("config.json")).ok()?;
         config.text("_name_or_path").ok()?.map(contains)
     };
     folder || origin().unwrap_or(false)

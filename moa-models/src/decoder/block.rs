@@ -1,116 +1,145 @@
-use std::ops::Range;
+//! One layer's work, and the one loop over layers.
 
-use crate::checkpoint::safetensors::Weights;
-use crate::decoder::config::ModelConfig;
-use crate::decoder::shard::Shard;
-use crate::device::{Device, LinearWeights, Load};
+use moa_core::SparseAttentionBackend;
+
+use crate::decoder::layer::Layer;
+use crate::decoder::model::Decoder;
+use crate::device::{Device, Math};
 use crate::{Error, Result};
 
-/// A weight and its optional bias.
-pub(crate) struct Linear<D: Device> {
-    pub(crate) weight: D::Matrix,
-    pub(crate) bias: Option<D::Vector>,
-}
+/// Keys and values of one sequence in one layer.
+pub(crate) type Cache<D> = <<D as Device>::Attention as SparseAttentionBackend>::Cache;
 
-impl<D: Load> Linear<D> {
-    fn load(device: &D, LinearWeights { weight, bias }: LinearWeights) -> Result<Self> {
-        let bias = bias.map(|bias| device.vector(bias)).transpose()?;
-        Ok(Self { weight: device.linear_matrix(weight)?, bias })
+impl<D: Math> Decoder<D> {
+    /// Runs all layers on `x`. `attend` gets the number of a layer with its queries, keys and values, not
+    /// yet rotated, and gives its attention.
+    pub(crate) fn blocks(
+        &self,
+        mut x: D::Tensor,
+        mut attend: impl FnMut(usize, [D::Tensor; 3]) -> Result<D::Tensor>,
+    ) -> Result<D::Tensor> {
+        for (index, layer) in self.layers.iter().enumerate() {
+            x = self.block(layer, x, |qkv| attend(index, qkv))?;
+        }
+        Ok(x)
     }
-}
 
-pub(crate) struct Layer<D: Device> {
-    pub(crate) attention_norm: D::Vector,
-    /// Queries, keys, values.
-    pub(crate) qkv: D::Joined,
-    pub(crate) o: Linear<D>,
-    pub(crate) mlp_norm: D::Vector,
-    /// Gate and up.
-    pub(crate) gate_up: D::Joined,
-    pub(crate) down: Linear<D>,
-}
-
-impl<D: Load> Layer<D> {
-    /// Outputs of q, k, v, gate and up that `part` names, and the inputs of o and down that come of
-    /// them.
-    pub(crate) fn load(
-        device: &D,
-        c: &ModelConfig,
-        weights: &Weights,
-        index: usize,
-        part: &LayerPart,
-    ) -> Result<Self> {
-        let name = |part: &str| format!("model.layers.{index}.{part}");
-        let (hidden, inner) = (c.hidden_size, c.intermediate_size);
-        let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
-        let norm = |part: &str| device.vector(weights.tensor(&name(part), &[hidden])?);
-        let weight = |part: &str, out: usize, input: usize| {
-            weights.tensor(&format!("{}.weight", name(part)), &[out, input])
-        };
-        let bias = |part: &str, out: usize| weights.tensor(&format!("{}.bias", name(part)), &[out]);
-        let some = |part: &str, out: usize, rows: &[Range<usize>], has_bias: bool| {
-            Ok::<_, Error>(LinearWeights {
-                weight: weight(part, out, hidden)?.rows(rows)?,
-                bias: match has_bias {
-                    true => Some(bias(part, out)?.rows(rows)?),
-                    false => None,
-                },
-            })
-        };
-        let sum = |name: &str, input: usize, columns: &[Range<usize>], has_bias: bool| {
-            let weight = weight(name, hidden, input)?.columns(columns)?;
-            let bias = match has_bias && part.brings_residual {
-                true => Some(bias(name, hidden)?),
-                false => None,
-            };
-            Linear::load(device, LinearWeights { weight, bias })
-        };
-        Ok(Self {
-            attention_norm: norm("input_layernorm.weight")?,
-            qkv: device.join(vec![
-                some("self_attn.q_proj", q, &part.query, c.attention_bias)?,
-                some("self_attn.k_proj", kv, &part.kv, c.attention_bias)?,
-                some("self_attn.v_proj", kv, &part.kv, c.attention_bias)?,
-            ])?,
-            o: sum("self_attn.o_proj", q, &part.query, c.attention_bias)?,
-            mlp_norm: norm("post_attention_layernorm.weight")?,
-            gate_up: device.join(vec![
-                some("mlp.gate_proj", inner, &part.inner, c.mlp_bias)?,
-                some("mlp.up_proj", inner, &part.inner, c.mlp_bias)?,
-            ])?,
-            down: sum("mlp.down_proj", inner, &part.inner, c.mlp_bias)?,
-        })
+    /// Runs one layer on `x`; see [`blocks`](Self::blocks).
+    pub(crate) fn block(
+        &self,
+        layer: &Layer<D>,
+        x: D::Tensor,
+        attend: impl FnOnce([D::Tensor; 3]) -> Result<D::Tensor>,
+    ) -> Result<D::Tensor> {
+        let out = attend(self.qkv(layer, &x)?)?;
+        self.finish_block(layer, x, out)
     }
-}
 
-/// Rows and columns of one layer's weights that are here.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct LayerPart {
-    /// Of queries and attention's output.
-    pub(crate) query: Vec<Range<usize>>,
-    /// Of keys and values.
-    pub(crate) kv: Vec<Range<usize>>,
-    /// Of gate and up.
-    pub(crate) inner: Vec<Range<usize>>,
-    /// One rank brings the residual stream and the biases of the sums.
-    pub(crate) brings_residual: bool,
-}
+    /// What a layer makes of its input `x` and its attention `out`.
+    pub(crate) fn finish_block(
+        &self,
+        layer: &Layer<D>,
+        x: D::Tensor,
+        out: D::Tensor,
+    ) -> Result<D::Tensor> {
+        self.mlp(layer, self.after_attention(layer, x, out)?)
+    }
 
-impl LayerPart {
-    pub(crate) fn of<D: Device>(shard: Option<&Shard<D>>, c: &ModelConfig, layer: usize) -> Self {
-        let every: Vec<usize> = (0..c.num_key_value_heads).collect();
-        let (heads, rank) = match shard {
-            Some(shard) => (shard.heads(layer), shard.rank()),
-            None => (&every[..], 0),
+    /// Queries, keys and values before rotation, `[tokens, heads, head_dim]`.
+    pub(crate) fn qkv(&self, layer: &Layer<D>, x: &D::Tensor) -> Result<[D::Tensor; 3]> {
+        let [q, k, v] = self.projections(layer, x)?;
+        let [q, k] = self.normed_heads(layer, q, k)?;
+        Ok([q, k, v])
+    }
+
+    /// Queries, keys and values as the linear layers give them, `[tokens, heads, head_dim]`.
+    pub(crate) fn projections(&self, layer: &Layer<D>, x: &D::Tensor) -> Result<[D::Tensor; 3]> {
+        let (device, dim) = (&self.device, self.config.head_dim);
+        let tokens = device.shape(x)[0];
+        let h = device.rms_norm(x, &layer.attention_norm, self.eps())?;
+        let [q, k, v] = parts(device.linears(&h, &layer.qkv)?)?;
+        let heads = |y, heads| device.reshape(y, &[tokens, heads, dim]);
+        let (query, kv) = (self.local.query_heads, self.local.kv_heads);
+        Ok([heads(q, query)?, heads(k, kv)?, heads(v, kv)?])
+    }
+
+    /// Queries and keys with each head normed, where the model does that.
+    pub(crate) fn normed_heads(
+        &self,
+        layer: &Layer<D>,
+        q: D::Tensor,
+        k: D::Tensor,
+    ) -> Result<[D::Tensor; 2]> {
+        let norm = |x: D::Tensor, weight: &D::Vector| {
+            let shape = self.device.shape(&x);
+            let heads = self.device.reshape(x, &[shape[0] * shape[1], shape[2]])?;
+            self.device.reshape(self.device.rms_norm(&heads, weight, self.eps())?, &shape)
         };
-        let of_width = |width: usize| heads.iter().map(|h| h * width..(h + 1) * width).collect();
-        let inner = Shard::inner(shard, c);
-        let inner = rank * inner..(rank + 1) * inner;
-        Self {
-            query: of_width(c.group_size() * c.head_dim),
-            kv: of_width(c.head_dim),
-            inner: vec![inner],
-            brings_residual: rank == 0,
+        match &layer.head_norms {
+            None => Ok([q, k]),
+            Some([query, key]) => Ok([norm(q, query)?, norm(k, key)?]),
         }
     }
+
+    /// Rotates queries and keys, appends keys and values to each cache as many tokens as `counts` says,
+    /// and attends; with `lse` also the log-sum-exp of each row of scores.
+    pub(crate) fn extend(
+        &self,
+        attention: &D::Attention,
+        caches: &mut [&mut Cache<D>],
+        counts: &[usize],
+        [q, k, v]: [D::Tensor; 3],
+        rotations: &D::Rotations,
+        lse: bool,
+    ) -> Result<(D::Tensor, Option<D::Tensor>)> {
+        let [q, k] = self.rotated(q, k, rotations)?;
+        attention.extend(caches, counts, &q, &k, &v, self.scale(), lse).map_err(Into::into)
+    }
+
+    /// Queries and keys turned by their positions.
+    pub(crate) fn rotated(
+        &self,
+        q: D::Tensor,
+        k: D::Tensor,
+        rotations: &D::Rotations,
+    ) -> Result<[D::Tensor; 2]> {
+        let rope = |x| self.device.rope(x, self.config.head_dim, rotations, false);
+        Ok([rope(q)?, rope(k)?])
+    }
+
+    /// `x + o_proj(out)`.
+    pub(crate) fn after_attention(
+        &self,
+        layer: &Layer<D>,
+        x: D::Tensor,
+        out: D::Tensor,
+    ) -> Result<D::Tensor> {
+        let rows = self.device.shape(&out)[0];
+        let width = self.local.query_heads * self.config.head_dim;
+        let flat = self.device.reshape(out, &[rows, width])?;
+        self.add_branch(x, &flat, &layer.o)
+    }
+
+    /// `x + mlp(norm(x))`.
+    pub(crate) fn mlp(&self, layer: &Layer<D>, x: D::Tensor) -> Result<D::Tensor> {
+        let device = &self.device;
+        let h = device.rms_norm(&x, &layer.mlp_norm, self.eps())?;
+        let [gate, up] = parts(device.linears(&h, &layer.gate_up)?)?;
+        let act = device.swiglu(gate, &up)?;
+        self.add_branch(x, &act, &layer.down)
+    }
+
+    pub(crate) fn eps(&self) -> f32 {
+        self.config.rms_norm_eps as f32
+    }
+
+    pub(crate) fn scale(&self) -> f32 {
+        (self.config.head_dim as f32).sqrt().recip()
+    }
+}
+
+/// What joined layers gave.
+pub(crate) fn parts<T, const N: usize>(tensors: Vec<T>) -> Result<[T; N]> {
+    let got = tensors.len();
+    tensors.try_into().map_err(|_| Error::invalid("joined layers", N.to_string(), got))
 }

@@ -1,17 +1,14 @@
-use std::path::Path;
-
 use moa_core::ModelShape;
 
-use crate::checkpoint::json::Object;
+use crate::decoder::names::TensorNames;
 use crate::decoder::rope_scaling::RopeScaling;
 use crate::error::{Error, Result};
 
-/// Dimensions and constants of a Llama-type model, from its `config.json`.
+/// What a [`Decoder`](crate::Decoder) needs to know of a model: its dimensions, constants and tensor
+/// names, which a [`Family`](crate::Family) reads from a `config.json`.
 ///
-/// Covers Llama 2, 3, 3.1, 3.2 and Vicuna. A value read by [`from_file`](Self::from_file) or
-/// [`from_json`](Self::from_json) is checked: all counts are positive, query heads are a multiple
-/// of KV heads, `head_dim` is even. A value changed by hand can be checked with
-/// [`validate`](Self::validate).
+/// A value that was read is checked: all counts are positive, query heads are a multiple of KV heads,
+/// `head_dim` is even. A value changed by hand can be checked with [`validate`](Self::validate).
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
     /// Rows of the embedding and of the output head.
@@ -39,97 +36,24 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     /// The output head is the embedding.
     pub tie_word_embeddings: bool,
-    /// The four attention projections have a bias.
-    pub attention_bias: bool,
-    /// The three feed-forward projections have a bias.
+    /// The linear layers of queries, keys and values have a bias.
+    pub qkv_bias: bool,
+    /// The linear layer after attention has a bias.
+    pub o_bias: bool,
+    /// The three linear layers of the feed-forward part have a bias.
     pub mlp_bias: bool,
+    /// Each head's queries and keys pass an RMS norm before they are rotated.
+    pub qk_norm: bool,
     /// Begin-of-sequence token.
     pub bos_token_id: Option<u32>,
     /// Tokens that end a generation; may be empty.
     pub eos_token_ids: Vec<u32>,
+    /// What the checkpoint calls its tensors.
+    pub tensor_names: TensorNames,
 }
 
 impl ModelConfig {
-    /// Reads `config.json`, given its folder or the file itself.
-    ///
-    /// # Errors
-    /// [`Error::Io`] when it cannot be read, [`Error::Json`] when it is not a JSON object or names
-    /// a field twice, [`Error::MissingField`] and [`Error::Config`] with the field otherwise.
-    pub fn from_file(dir_or_file: impl AsRef<Path>) -> Result<Self> {
-        let path = dir_or_file.as_ref();
-        let path = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
-        Self::from_object(&Object::read(&path)?)
-    }
-
-    /// Parses the text of a `config.json`.
-    ///
-    /// # Errors
-    /// As [`from_file`](Self::from_file), with `config.json` as the path.
-    pub fn from_json(text: &str) -> Result<Self> {
-        Self::from_object(&Object::parse(Path::new("config.json"), text)?)
-    }
-
-    fn from_object(object: &Object) -> Result<Self> {
-        let required = |field| object.require(field, object.count(field)?);
-        check_family(object)?;
-        let max_position_embeddings = required("max_position_embeddings")?;
-        // transformers 5 moved both into `rope_parameters`, and reads the old name first.
-        let rope = match object.object("rope_scaling")? {
-            Some(rope) => Some(rope),
-            None => object.object("rope_parameters")?,
-        };
-        let rope_scaling = match &rope {
-            Some(rope) => RopeScaling::from_object(rope, max_position_embeddings)?,
-            None => RopeScaling::Default,
-        };
-        let nested_theta = match &rope {
-            Some(rope) => rope.number_above("rope_theta", 1.0)?,
-            None => None,
-        };
-        let theta = object.number_above("rope_theta", 1.0)?;
-
-        let hidden_size = required("hidden_size")?;
-        let num_attention_heads = required("num_attention_heads")?;
-        let head_dim = match object.count("head_dim")? {
-            Some(head_dim) => head_dim,
-            None if hidden_size.is_multiple_of(num_attention_heads) => {
-                hidden_size / num_attention_heads
-            }
-            None => {
-                let expected = format!(
-                    "a multiple of num_attention_heads ({num_attention_heads}) where head_dim is absent"
-                );
-                return Err(object.invalid("hidden_size", &expected, hidden_size));
-            }
-        };
-        let eps = object.number_above("rms_norm_eps", 0.0)?;
-        let config = Self {
-            vocab_size: required("vocab_size")?,
-            hidden_size,
-            intermediate_size: required("intermediate_size")?,
-            num_hidden_layers: required("num_hidden_layers")?,
-            num_attention_heads,
-            num_key_value_heads: object
-                .count("num_key_value_heads")?
-                .unwrap_or(num_attention_heads),
-            head_dim,
-            rms_norm_eps: object.require("rms_norm_eps", eps)?,
-            rope_theta: nested_theta.or(theta).unwrap_or(10_000.0),
-            rope_scaling,
-            max_position_embeddings,
-            tie_word_embeddings: object.flag("tie_word_embeddings")?.unwrap_or(false),
-            attention_bias: object.flag("attention_bias")?.unwrap_or(false),
-            mlp_bias: object.flag("mlp_bias")?.unwrap_or(false),
-            bos_token_id: object.token_ids("bos_token_id")?.first().copied(),
-            eos_token_ids: object.token_ids("eos_token_id")?,
-        };
-        match config.fault() {
-            None => Ok(config),
-            Some((field, expected, got)) => Err(object.invalid(field, &expected, got)),
-        }
-    }
-
-    /// Checks what [`from_json`](Self::from_json) checks, for a value changed by hand.
+    /// Checks what reading a `config.json` checks, for a value changed by hand.
     ///
     /// # Errors
     /// [`Error::Invalid`] with the first field that is out of its range.
@@ -201,7 +125,7 @@ impl ModelConfig {
     }
 
     /// The first field that is out of its range, with the range and the value.
-    fn fault(&self) -> Option<(&'static str, String, String)> {
+    pub(crate) fn fault(&self) -> Option<(&'static str, String, String)> {
         let counts = [
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
@@ -239,23 +163,4 @@ impl ModelConfig {
         let eos = self.eos_token_ids.iter().copied().find(outside);
         eos.map(|id| ("eos_token_id", below, id.to_string()))
     }
-}
-
-/// Refuses models that would load and then compute something else than Llama does.
-fn check_family(object: &Object) -> Result<()> {
-    let family = object.text("model_type")?.unwrap_or("llama");
-    if family != "llama" {
-        return Err(object.invalid("model_type", "llama", family));
-    }
-    let activation = object.text("hidden_act")?.unwrap_or("silu");
-    if activation != "silu" {
-        return Err(object.invalid("hidden_act", "silu", activation));
-    }
-    if object.get("quantization_config").is_some() {
-        tracing::warn!(
-            "the configuration has a `quantization_config`; \
-             only F32, F16 and BF16 weights can be loaded"
-        );
-    }
-    Ok(())
 }

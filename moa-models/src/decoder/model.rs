@@ -1,15 +1,19 @@
-use moa_core::{Extent, LayerLayout, ModelShape, Plan, SparseAttentionBackend};
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::checkpoint::safetensors::Weights;
-use crate::decoder::block::{Layer, LayerPart};
+use moa_core::ModelShape;
+
+use crate::Result;
+use crate::checkpoint::safetensors::Tensors;
 use crate::decoder::config::ModelConfig;
-use crate::decoder::rope::RopeTable;
+use crate::decoder::layer::{Layer, LayerPart};
 use crate::decoder::shard::Shard;
 use crate::device::{Device, Math};
-use crate::{Error, Result};
 
-/// A Llama-type decoder on one device, or one device's part of it.
+/// A language model on one device, or one device's part of it: an embedding, layers of attention and
+/// feed-forward part, and an output matrix, as its [`ModelConfig`] says.
 pub struct Decoder<D: Device> {
+    /// No other model of this process has it.
+    pub(crate) id: u64,
     pub(crate) device: D,
     pub(crate) config: ModelConfig,
     pub(crate) embedding: D::Matrix,
@@ -30,80 +34,41 @@ impl<D: Device> std::fmt::Debug for Decoder<D> {
     }
 }
 
-/// One sequence: its caches in every layer, as large as its plan allows and no larger.
-pub struct Sequence<D: Device> {
-    pub(crate) caches: Vec<<D::Attention as SparseAttentionBackend>::Cache>,
-    layouts: Vec<LayerLayout>,
-    pub(crate) extent: Extent,
-    capacity: usize,
-    pub(crate) rope: RopeTable,
-    /// A device failed half-way through a step: layers disagree on the length.
-    pub(crate) broken: bool,
-}
-
-impl<D: Device> std::fmt::Debug for Sequence<D> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Sequence({} of {} tokens)", self.len(), self.capacity)
-    }
-}
-
-impl<D: Device> Sequence<D> {
-    /// Tokens held.
-    pub fn len(&self) -> usize {
-        self.extent.len()
-    }
-
-    /// Whether no token is held.
-    pub fn is_empty(&self) -> bool {
-        self.extent.is_empty()
-    }
-
-    /// Most tokens it may hold.
-    pub fn capacity(&self) -> usize {
-        self.capacity
-    }
-}
-
-/// Which rows of a step get logits.
-#[derive(Clone, Copy, Debug)]
-pub enum LogitRows<'a> {
-    /// The last token of each sequence.
-    Last,
-    /// These rows of the packed batch.
-    Rows(&'a [usize]),
-    /// None: the step only fills caches; the result has no rows.
-    None,
-}
-
 impl<D: Math> Decoder<D> {
-    /// Loads the weights of a Hugging Face checkpoint.
+    /// Brings a model's weights to a device: those of a checkpoint ([`Weights`](crate::Weights)), made-up
+    /// ones ([`RandomTensors`](crate::RandomTensors)), or others.
     ///
     /// # Errors
-    /// If a tensor is missing or has another shape than the configuration says.
-    pub fn load(device: D, config: ModelConfig, weights: &Weights) -> Result<Self> {
+    /// [`Error::TensorMissing`](crate::Error::TensorMissing) and
+    /// [`Error::TensorShape`](crate::Error::TensorShape) if the weights are not those that the
+    /// configuration says, [`Error::OutOfMemory`](crate::Error::OutOfMemory), and
+    /// [`Error::Invalid`](crate::Error::Invalid) if the configuration is out of its range.
+    pub fn load(device: D, config: ModelConfig, weights: &dyn Tensors) -> Result<Self> {
         Self::load_part(device, config, weights, None)
     }
 
     pub(crate) fn load_part(
         device: D,
         config: ModelConfig,
-        weights: &Weights,
+        weights: &dyn Tensors,
         shard: Option<Shard<D>>,
     ) -> Result<Self> {
+        config.validate()?;
         let local = Shard::local_shape(shard.as_ref(), &config)?;
         device.check_room("weights", Shard::weights(shard.as_ref(), &config).bytes(&device))?;
+        let names = &config.tensor_names;
         let table = [config.vocab_size, config.hidden_size];
-        let embedding = weights.tensor("model.embed_tokens.weight", &table)?;
+        let embedding = weights.tensor(&names.embedding, &table)?;
         let layers = (0..config.num_hidden_layers)
             .map(|index| {
                 let part = LayerPart::of(shard.as_ref(), &config, index);
                 Layer::load(&device, &config, weights, index, &part)
             })
             .collect::<Result<_>>()?;
-        let norm = device.vector(weights.tensor("model.norm.weight", &[config.hidden_size])?)?;
+        let norm = device.vector(weights.tensor(&names.norm, &[config.hidden_size])?)?;
         let output = match config.tie_word_embeddings {
             true => embedding.clone(),
-            false => weights.tensor("lm_head.weight", &table)?,
+            false => weights.tensor(&names.output, &table)?,
         };
         let lm_head = match &shard {
             None if config.tie_word_embeddings => None,
@@ -112,7 +77,9 @@ impl<D: Math> Decoder<D> {
         };
         let embedding = device.matrix(embedding)?;
         let fingerprint = weights.fingerprint();
-        Ok(Self { device, config, embedding, layers, norm, lm_head, fingerprint, shard, local })
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        Ok(Self { id, device, config, embedding, layers, norm, lm_head, fingerprint, shard, local })
     }
 
     /// The model's configuration.
@@ -140,252 +107,7 @@ impl<D: Math> Decoder<D> {
         self.config.shape()
     }
 
-    pub(crate) fn scale(&self) -> f32 {
-        (self.config.head_dim as f32).sqrt().recip()
-    }
-
     pub(crate) fn output_matrix(&self) -> &D::Matrix {
         self.lm_head.as_ref().unwrap_or(&self.embedding)
     }
-
-    pub(crate) fn rope(&self, capacity: usize) -> Result<RopeTable> {
-        RopeTable::new(&self.config, capacity)
-    }
-
-    /// Opens an empty sequence of at most `capacity` tokens with the spans of `plan` at that
-    /// length. `slack` more tokens per head can be rolled back (speculative decoding).
-    ///
-    /// # Errors
-    /// If the plan is for another model or `capacity` is longer than the model's context.
-    pub fn open(&self, plan: &Plan, capacity: usize, slack: usize) -> Result<Sequence<D>> {
-        let plan = self.own_plan(plan)?;
-        self.config.check_context(capacity)?;
-        let layouts = (0..self.layers.len())
-            .map(|layer| LayerLayout::new(&plan.layer_spans(layer, capacity), capacity, slack))
-            .collect::<moa_core::Result<Vec<_>>>()?;
-        let slots: usize = layouts.iter().map(LayerLayout::slots).sum();
-        let element_bytes = 2 * self.config.head_dim * self.device.cache_element_bytes();
-        self.device.check_room("keys and values", slots as u64 * element_bytes as u64)?;
-        let open = |layout| self.device.attention().open(layout, self.config.head_dim);
-        let caches = layouts.iter().map(open).collect::<Result<_, _>>().map_err(Error::backend)?;
-        let rope = self.rope(capacity)?;
-        Ok(Sequence { caches, layouts, extent: Extent::default(), capacity, rope, broken: false })
-    }
-
-    /// An independent copy of a sequence, for a shared prefix.
-    ///
-    /// # Errors
-    /// If the memory cannot be had.
-    pub fn fork(&self, sequence: &Sequence<D>) -> Result<Sequence<D>> {
-        let fork = |cache| self.device.attention().fork(cache);
-        Ok(Sequence {
-            caches: sequence
-                .caches
-                .iter()
-                .map(fork)
-                .collect::<Result<_, _>>()
-                .map_err(Error::backend)?,
-            layouts: sequence.layouts.clone(),
-            rope: sequence.rope.clone(),
-            ..*sequence
-        })
-    }
-
-    /// Forgets all tokens after the first `len`.
-    ///
-    /// # Errors
-    /// [`moa_core::Error::Evicted`] if keys that were overwritten would be needed; nothing changes.
-    pub fn truncate(&self, sequence: &mut Sequence<D>, len: usize) -> Result<()> {
-        // Layers differ in spans: ask all of them before changing one.
-        for layout in &sequence.layouts {
-            sequence.extent.clone().truncate(layout, len)?;
-        }
-        for (cache, layout) in sequence.caches.iter_mut().zip(&sequence.layouts) {
-            self.device.attention().truncate(cache, len).map_err(Error::backend)?;
-            sequence.extent.truncate(layout, len)?;
-        }
-        Ok(())
-    }
-
-    /// Bytes of keys and values that a sequence really holds.
-    pub fn kv_bytes(&self, sequence: &Sequence<D>) -> u64 {
-        sequence.caches.iter().map(|c| self.device.attention().bytes(c)).sum()
-    }
-
-    /// Appends `tokens[i]` to `batch[i]` and returns logits `[rows, vocab]`.
-    ///
-    /// # Errors
-    /// If a sequence has no room or a token is outside the vocabulary; then nothing changes. If the
-    /// device fails half-way, the sequences of the batch refuse further use.
-    pub fn forward(
-        &self,
-        batch: &mut [&mut Sequence<D>],
-        tokens: &[&[u32]],
-        logits: LogitRows<'_>,
-    ) -> Result<D::Tensor> {
-        self.check_step(batch, tokens)?;
-        let total = tokens.iter().map(|new| new.len()).sum::<usize>();
-        if let LogitRows::Rows(rows) = logits
-            && let Some(row) = rows.iter().find(|row| **row >= total)
-        {
-            return Err(Error::invalid("logit row", format!("below {total}"), row));
-        }
-        let result = self.step(batch, tokens, logits);
-        if result.is_err() {
-            self.tell_failure();
-        }
-        result
-    }
-
-    fn step(
-        &self,
-        batch: &mut [&mut Sequence<D>],
-        tokens: &[&[u32]],
-        logits: LogitRows<'_>,
-    ) -> Result<D::Tensor> {
-        let positions: Vec<_> = batch
-            .iter()
-            .zip(tokens)
-            .map(|(s, new)| (&s.rope, s.len()..s.len() + new.len()))
-            .collect();
-        let rotations = self.device.rotations(&positions)?;
-        let counts: Vec<usize> = tokens.iter().map(|t| t.len()).collect();
-        let ids = tokens.concat();
-        let rows: Vec<usize> = match logits {
-            LogitRows::Last => counts
-                .iter()
-                .scan(0, |end, n| {
-                    *end += n;
-                    Some(*end - 1)
-                })
-                .collect(),
-            LogitRows::Rows(rows) => rows.to_vec(),
-            LogitRows::None => Vec::new(),
-        };
-        let x = self.device.embed(&self.embedding, &ids)?;
-        let result = self.run_layers(batch, &counts, x, &rotations);
-        for (sequence, n) in batch.iter_mut().zip(&counts) {
-            match result {
-                Ok(_) => sequence.extent.advance(*n),
-                Err(_) => sequence.broken = true,
-            }
-        }
-        self.logits(&result?, &rows)
-    }
-
-    pub(crate) fn check_step(&self, batch: &[&mut Sequence<D>], tokens: &[&[u32]]) -> Result<()> {
-        if batch.len() != tokens.len() || batch.is_empty() {
-            return Err(Error::invalid(
-                "tokens",
-                format!("one list for each of {} sequences", batch.len()),
-                tokens.len(),
-            ));
-        }
-        for (sequence, new) in batch.iter().zip(tokens) {
-            if sequence.broken {
-                return Err(Error::invalid(
-                    "sequence",
-                    "one whose last step did not fail",
-                    "a broken one",
-                ));
-            }
-            if new.is_empty() {
-                return Err(Error::invalid("tokens", "at least 1 per sequence", 0));
-            }
-            sequence.extent.check_append(&sequence.layouts[0], new.len())?;
-            self.check_tokens(new)?;
-        }
-        Ok(())
-    }
-
-    pub(crate) fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
-        let vocab = self.config.vocab_size;
-        match tokens.iter().find(|id| **id as usize >= vocab) {
-            Some(id) => Err(Error::invalid("token id", format!("below {vocab}"), id)),
-            None => Ok(()),
-        }
-    }
-
-    fn run_layers(
-        &self,
-        batch: &mut [&mut Sequence<D>],
-        counts: &[usize],
-        mut x: D::Tensor,
-        rotations: &D::Rotations,
-    ) -> Result<D::Tensor> {
-        for (index, layer) in self.layers.iter().enumerate() {
-            let [q, k, v] = self.qkv(layer, &x, rotations)?;
-            let mut caches: Vec<_> = batch.iter_mut().map(|s| &mut s.caches[index]).collect();
-            let (out, _) = self
-                .device
-                .attention()
-                .extend(&mut caches, counts, &q, &k, &v, self.scale(), false)
-                .map_err(Error::backend)?;
-            x = self.after_attention(layer, x, out)?;
-            x = self.mlp(layer, x)?;
-        }
-        Ok(x)
-    }
-
-    /// Rotated queries and keys, and values, `[tokens, heads, head_dim]`.
-    pub(crate) fn qkv(
-        &self,
-        layer: &Layer<D>,
-        x: &D::Tensor,
-        rotations: &D::Rotations,
-    ) -> Result<[D::Tensor; 3]> {
-        let (device, dim) = (&self.device, self.config.head_dim);
-        let [q, k, v] = self.projections(layer, x)?;
-        Ok([device.rope(q, dim, rotations, false)?, device.rope(k, dim, rotations, false)?, v])
-    }
-
-    /// Queries, keys and values before rotation, `[tokens, heads, head_dim]`.
-    pub(crate) fn projections(&self, layer: &Layer<D>, x: &D::Tensor) -> Result<[D::Tensor; 3]> {
-        let (device, c) = (&self.device, &self.config);
-        let tokens = device.shape(x)[0];
-        let h = device.rms_norm(x, &layer.attention_norm, self.eps())?;
-        let [q, k, v] = parts(device.linears(&h, &layer.qkv)?)?;
-        let heads = |y, heads| device.reshape(y, &[tokens, heads, c.head_dim]);
-        let (query, kv) = (self.local.query_heads, self.local.kv_heads);
-        Ok([heads(q, query)?, heads(k, kv)?, heads(v, kv)?])
-    }
-
-    /// `x + o_proj(out)`.
-    pub(crate) fn after_attention(
-        &self,
-        layer: &Layer<D>,
-        x: D::Tensor,
-        out: D::Tensor,
-    ) -> Result<D::Tensor> {
-        let rows = self.device.shape(&out)[0];
-        let width = self.local.query_heads * self.config.head_dim;
-        let flat = self.device.reshape(out, &[rows, width])?;
-        self.add_branch(x, &flat, &layer.o)
-    }
-
-    /// `x + mlp(norm(x))`.
-    pub(crate) fn mlp(&self, layer: &Layer<D>, x: D::Tensor) -> Result<D::Tensor> {
-        let device = &self.device;
-        let h = device.rms_norm(&x, &layer.mlp_norm, self.eps())?;
-        let [gate, up] = parts(device.linears(&h, &layer.gate_up)?)?;
-        let act = device.swiglu(gate, &up)?;
-        self.add_branch(x, &act, &layer.down)
-    }
-
-    pub(crate) fn eps(&self) -> f32 {
-        self.config.rms_norm_eps as f32
-    }
-
-    /// Logits of some rows of the last layer's output.
-    fn logits(&self, x: &D::Tensor, rows: &[usize]) -> Result<D::Tensor> {
-        let picked = self.device.rows(x, rows)?;
-        let h = self.device.rms_norm(&picked, &self.norm, self.eps())?;
-        self.output(&h)
-    }
-}
-
-/// What joined layers gave.
-pub(crate) fn parts<T, const N: usize>(tensors: Vec<T>) -> Result<[T; N]> {
-    let got = tensors.len();
-    tensors.try_into().map_err(|_| Error::invalid("joined layers", N.to_string(), got))
 }

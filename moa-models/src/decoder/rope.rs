@@ -69,6 +69,11 @@ impl RopeTable {
         self.attention_scale
     }
 
+    /// Whether angles are those of `other`, whatever their lengths.
+    pub(crate) fn turns_like(&self, other: &Self) -> bool {
+        self.inv_freq == other.inv_freq && self.attention_scale == other.attention_scale
+    }
+
     /// Tokens the table was made for.
     #[must_use]
     pub fn context_length(&self) -> usize {
@@ -172,8 +177,11 @@ mod tests {
             rope_scaling: scaling,
             max_position_embeddings: longest,
             tie_word_embeddings: false,
-            attention_bias: false,
+            qkv_bias: false,
+            o_bias: false,
             mlp_bias: false,
+            qk_norm: false,
+            tensor_names: Default::default(),
             bos_token_id: None,
             eos_token_ids: vec![],
         }

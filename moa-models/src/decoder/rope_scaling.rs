@@ -1,4 +1,4 @@
-use crate::checkpoint::json::Object;
+use crate::checkpoint::json::JsonObject;
 use crate::error::Result;
 
 /// How the rotary frequencies are stretched beyond the context a model was pretrained on.
@@ -61,7 +61,7 @@ impl RopeScaling {
     /// Reads the `rope_scaling` or `rope_parameters` object of a configuration.
     ///
     /// `max_position_embeddings` is the default of `original_max_position_embeddings`.
-    pub(crate) fn from_object(object: &Object, max_position_embeddings: usize) -> Result<Self> {
+    pub(crate) fn from_object(object: &JsonObject, max_position_embeddings: usize) -> Result<Self> {
         let kind = object.text("rope_type")?.or(object.text("type")?).unwrap_or("default");
         let factor = || object.require("factor", object.number_from("factor", 1.0)?);
         let original = object.count("original_max_position_embeddings")?;

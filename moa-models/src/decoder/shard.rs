@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use moa_core::{ModelShape, Plan, Sharding};
 
-use crate::checkpoint::safetensors::Weights;
-use crate::decoder::block::Linear;
+use crate::checkpoint::safetensors::Tensors;
 use crate::decoder::config::ModelConfig;
+use crate::decoder::layer::Linear;
 use crate::decoder::model::Decoder;
 use crate::device::{Device, Load, Math};
 use crate::{Error, Result};
@@ -219,7 +219,6 @@ impl<D: Device> Shard<D> {
     }
 
     /// Whether a step can be captured.
-    #[cfg(feature = "cuda")]
     pub(crate) fn only_launches(&self) -> bool {
         self.communicator.only_launches()
     }
@@ -287,7 +286,7 @@ impl<D: Math> Decoder<D> {
     pub fn load_shard(
         device: D,
         config: ModelConfig,
-        weights: &Weights,
+        weights: &dyn Tensors,
         shard: Shard<D>,
     ) -> Result<Self> {
         Self::load_part(device, config, weights, Some(shard))

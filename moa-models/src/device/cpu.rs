@@ -10,10 +10,7 @@ use moa_backend_cpu::{CacheDtype, CpuBackend, Tensor};
 use crate::checkpoint::mapped::MappedTensor;
 use crate::checkpoint::safetensors::DType;
 use crate::decoder::rope::RopeTable;
-use crate::device::{
-    Backward, Device, LinearWeights, Load, Math, RandomWeights, part_seeds, random_amplitude,
-};
-use crate::rng::SplitMix64;
+use crate::device::{Backward, Device, LinearWeights, Load, Math};
 use crate::{Error, Result};
 
 /// Runs a model on the CPU.
@@ -87,7 +84,7 @@ impl CpuMatrix {
     }
 
     fn view(&self) -> Result<WeightRef<'_>> {
-        WeightRef::new(self.data(), self.rows, self.cols).map_err(Error::backend)
+        Ok(WeightRef::new(self.data(), self.rows, self.cols)?)
     }
 }
 
@@ -96,6 +93,12 @@ impl CpuMatrix {
 pub struct CpuRotations {
     cos: Vec<f32>,
     sin: Vec<f32>,
+}
+
+impl Cpu {
+    fn linear(&self, x: &Tensor, weight: &CpuMatrix, bias: Option<&Vec<f32>>) -> Result<Tensor> {
+        Ok(kernels::linear(x, weight.view()?, bias.map(Vec::as_slice))?)
+    }
 }
 
 impl Device for Cpu {
@@ -119,15 +122,11 @@ impl Device for Cpu {
     }
 
     fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
-        Tensor::new(values, shape).map_err(Error::backend)
+        Ok(Tensor::new(values, shape)?)
     }
 
     fn values(&self, x: Tensor) -> Result<Vec<f32>> {
         Ok(x.into_data())
-    }
-
-    fn reshape(&self, x: Tensor, shape: &[usize]) -> Result<Tensor> {
-        x.reshape(shape).map_err(Error::backend)
     }
 }
 
@@ -172,11 +171,21 @@ impl Math for Cpu {
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Vec<f32>, eps: f32) -> Result<Tensor> {
-        kernels::rms_norm(x, weight, eps).map_err(Error::backend)
+        Ok(kernels::rms_norm(x, weight, eps)?)
     }
 
-    fn linear(&self, x: &Tensor, weight: &CpuMatrix, bias: Option<&Vec<f32>>) -> Result<Tensor> {
-        kernels::linear(x, weight.view()?, bias.map(Vec::as_slice)).map_err(Error::backend)
+    fn linear_add(
+        &self,
+        x: Tensor,
+        y: &Tensor,
+        weight: &CpuMatrix,
+        bias: Option<&Vec<f32>>,
+    ) -> Result<Tensor> {
+        self.add(x, &self.linear(y, weight, bias)?)
+    }
+
+    fn logits(&self, x: &Tensor, weight: &CpuMatrix) -> Result<Tensor> {
+        self.linear(x, weight, None)
     }
 
     fn linears(&self, x: &Tensor, joined: &Self::Joined) -> Result<Vec<Tensor>> {
@@ -212,16 +221,20 @@ impl Math for Cpu {
         let mut x = self.reshape(x, &[rows, width / head_dim, head_dim])?;
         // The tables already hold one row per packed token.
         let positions: Vec<usize> = (0..rows).collect();
-        kernels::rope(&mut x, cos, sin, &positions, inverse).map_err(Error::backend)?;
+        kernels::rope(&mut x, cos, sin, &positions, inverse)?;
         Ok(x)
     }
 
+    fn reshape(&self, x: Tensor, shape: &[usize]) -> Result<Tensor> {
+        Ok(x.reshape(shape)?)
+    }
+
     fn swiglu(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
-        kernels::swiglu(&gate, up).map_err(Error::backend)
+        Ok(kernels::swiglu(&gate, up)?)
     }
 
     fn add(&self, mut x: Tensor, y: &Tensor) -> Result<Tensor> {
-        kernels::add_assign(&mut x, y).map_err(Error::backend)?;
+        kernels::add_assign(&mut x, y)?;
         Ok(x)
     }
 
@@ -239,33 +252,13 @@ impl Math for Cpu {
     }
 }
 
-impl RandomWeights for Cpu {
-    fn random_matrix(&self, out: usize, input: usize, seed: u32) -> Result<CpuMatrix> {
-        let mut random = SplitMix64::new(seed.into());
-        let amplitude = random_amplitude(input);
-        let uniform = |bits: u64| (bits >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
-        let number = |_| bf16::from_f32(uniform(random.next_u64()) * amplitude);
-        let data = Data::BF16((0..out * input).map(number).collect());
-        Ok(CpuMatrix { rows: out, cols: input, data })
-    }
-
-    fn random_joined(&self, outs: &[usize], input: usize, seed: u32) -> Result<Self::Joined> {
-        let parts = outs.iter().zip(part_seeds(seed));
-        parts.map(|(&out, seed)| Ok((self.random_matrix(out, input, seed)?, None))).collect()
-    }
-
-    fn ones(&self, len: usize) -> Result<Vec<f32>> {
-        Ok(vec![1.0; len])
-    }
-}
-
 impl Backward for Cpu {
     fn exact_attention(&self) -> &CpuBackend {
         &self.exact
     }
 
     fn linear_backward(&self, d_y: &Tensor, weight: &CpuMatrix) -> Result<Tensor> {
-        kernels::linear_backward_input(d_y, weight.view()?).map_err(Error::backend)
+        Ok(kernels::linear_backward_input(d_y, weight.view()?)?)
     }
 
     fn linears_backward(&self, d_y: &[Tensor], joined: &Self::Joined) -> Result<Tensor> {
@@ -287,7 +280,7 @@ impl Backward for Cpu {
         eps: f32,
         d_y: &Tensor,
     ) -> Result<Tensor> {
-        kernels::rms_norm_backward(x, weight, eps, d_y).map_err(Error::backend)
+        Ok(kernels::rms_norm_backward(x, weight, eps, d_y)?)
     }
 
     fn swiglu_backward(
@@ -296,7 +289,7 @@ impl Backward for Cpu {
         up: &Tensor,
         d_y: &Tensor,
     ) -> Result<(Tensor, Tensor)> {
-        kernels::swiglu_backward(gate, up, d_y).map_err(Error::backend)
+        Ok(kernels::swiglu_backward(gate, up, d_y)?)
     }
 
     fn place_rows(&self, x: &Tensor, rows: Range<usize>, total: usize) -> Result<Tensor> {

@@ -4,6 +4,7 @@
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+pub(crate) mod replay;
 #[cfg(feature = "wgpu")]
 pub(crate) mod wgpu;
 
@@ -12,9 +13,8 @@ use std::ops::Range;
 use moa_core::SparseAttentionBackend;
 
 use crate::checkpoint::mapped::MappedTensor;
-use crate::decoder::model::{Decoder, Sequence};
 use crate::decoder::rope::RopeTable;
-use crate::engine::decode::{Decode, Stepwise};
+use crate::device::replay::{Replay, ReplayBatch};
 use crate::{Error, Result};
 
 /// A linear layer before it is on a device.
@@ -35,14 +35,17 @@ pub struct Memory {
     pub available_bytes: u64,
 }
 
-/// Bound `a` of uniform random weights in `[-a, a)`, whose variance is `a^2 / 3`.
-pub(crate) fn random_amplitude(input: usize) -> f32 {
-    (3.0 / input.max(1) as f32).sqrt()
-}
-
-/// Seeds of joined layers that are made up one by one.
-pub(crate) fn part_seeds(seed: u32) -> impl Iterator<Item = u32> {
-    (0..).map(move |part: u32| seed.wrapping_add(part << 24))
+/// How a device draws a token from logits: each restriction applies to what the one before left.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Draw {
+    /// Divides the logits; above 0.
+    pub temperature: f32,
+    /// Likeliest tokens to keep; 0 keeps all.
+    pub top_k: usize,
+    /// Probability that the likeliest tokens kept have together; 1 keeps all.
+    pub top_p: f32,
+    /// Least share of the likeliest token's probability; 0 keeps all.
+    pub min_p: f32,
 }
 
 /// A device that a model runs on: the types it computes with, its attention and its memory.
@@ -61,7 +64,7 @@ pub trait Device: Send + Sync {
     /// Rotary angles of packed tokens.
     type Rotations: Send + Sync;
     /// Attention of the same device.
-    type Attention: SparseAttentionBackend<Tensor = Self::Tensor, Cache: Send + Sync>;
+    type Attention: SparseAttentionBackend<Tensor = Self::Tensor, Cache: Send + Sync, Error: Into<Error>>;
 
     /// Attention of the same device.
     fn attention(&self) -> &Self::Attention;
@@ -93,12 +96,6 @@ pub trait Device: Send + Sync {
     /// If the device fails.
     fn values(&self, x: Self::Tensor) -> Result<Vec<f32>>;
 
-    /// The same values under another shape.
-    ///
-    /// # Errors
-    /// If the number of values differs.
-    fn reshape(&self, x: Self::Tensor, shape: &[usize]) -> Result<Self::Tensor>;
-
     /// Memory of the device, if it has its own.
     ///
     /// # Errors
@@ -121,6 +118,41 @@ pub trait Device: Send + Sync {
     /// If the device failed.
     fn synchronize(&self) -> Result<()> {
         Ok(())
+    }
+
+    /// A decode step of `batch` that the device records once and launches again for every token;
+    /// `None` if the device has no faster way than one operation after the other.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] and [`Error::Backend`] if the step cannot be prepared.
+    ///
+    /// # Safety
+    /// For as long as the result is used: the caches of `batch` and all that the described step reads
+    /// live and stay where they are, nothing else changes the caches, and no sequence exceeds its
+    /// capacity. The description keeps what [`Replay::run`] says.
+    unsafe fn replay(&self, batch: &ReplayBatch<'_, Self>) -> Result<Option<Box<dyn Replay<Self>>>>
+    where
+        Self: Sized,
+    {
+        let _ = batch;
+        Ok(None)
+    }
+
+    /// Whether [`sample`](Self::sample) draws tokens on the device.
+    fn can_sample(&self) -> bool {
+        false
+    }
+
+    /// A token for each row of logits `[rows, vocab]`, drawn with a uniform number in [0, 1) for each.
+    /// A device need not choose as another does with the same numbers, but equal inputs give equal
+    /// tokens.
+    ///
+    /// # Errors
+    /// [`Error::Logits`] if a logit is infinite or not a number, [`Error::Invalid`] where
+    /// [`can_sample`](Self::can_sample) is false, [`Error::Backend`] if the device fails.
+    fn sample(&self, logits: &Self::Tensor, draw: &Draw, units: &[f64]) -> Result<Vec<u32>> {
+        let _ = (logits, draw, units);
+        Err(Error::invalid("device", "one that can sample", "one that cannot"))
     }
 }
 
@@ -167,36 +199,6 @@ pub trait Load: Device {
     fn join(&self, parts: Vec<LinearWeights>) -> Result<Self::Joined>;
 }
 
-/// Operations whose weights can be made up: speed does not depend on their values.
-pub trait RandomWeights: Load {
-    /// A weight `[out, in]` of uniform random numbers of variance `1 / in`.
-    ///
-    /// # Errors
-    /// If the memory cannot be had.
-    fn random_matrix(&self, out: usize, input: usize, seed: u32) -> Result<Self::Matrix>;
-
-    /// [`random_matrix`](Self::random_matrix) as a linear layer's weight, which a device may keep in
-    /// another type.
-    ///
-    /// # Errors
-    /// If the memory cannot be had.
-    fn random_linear(&self, out: usize, input: usize, seed: u32) -> Result<Self::Matrix> {
-        self.random_matrix(out, input, seed)
-    }
-
-    /// As many joined layers without bias as there are numbers of outputs.
-    ///
-    /// # Errors
-    /// If the memory cannot be had.
-    fn random_joined(&self, outs: &[usize], input: usize, seed: u32) -> Result<Self::Joined>;
-
-    /// A norm's weight of ones.
-    ///
-    /// # Errors
-    /// If the memory cannot be had.
-    fn ones(&self, len: usize) -> Result<Self::Vector>;
-}
-
 /// The forward operations of a decoder on one device.
 pub trait Math: Load {
     /// Rows `ids` of an embedding, `[ids, hidden]`.
@@ -211,18 +213,7 @@ pub trait Math: Load {
     /// If shapes do not fit.
     fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Vector, eps: f32) -> Result<Self::Tensor>;
 
-    /// `x . weight^T + bias`.
-    ///
-    /// # Errors
-    /// If shapes do not fit.
-    fn linear(
-        &self,
-        x: &Self::Tensor,
-        weight: &Self::Matrix,
-        bias: Option<&Self::Vector>,
-    ) -> Result<Self::Tensor>;
-
-    /// [`linear`](Self::linear) by each of the layers that were joined.
+    /// `x . weight^T + bias` by each of the layers that were joined.
     ///
     /// # Errors
     /// If shapes do not fit.
@@ -238,18 +229,14 @@ pub trait Math: Load {
         y: &Self::Tensor,
         weight: &Self::Matrix,
         bias: Option<&Self::Vector>,
-    ) -> Result<Self::Tensor> {
-        self.add(x, &self.linear(y, weight, bias)?)
-    }
+    ) -> Result<Self::Tensor>;
 
-    /// [`linear`](Self::linear) of the output matrix, as exact as the device can: logits decide
+    /// `x . weight^T` by the output matrix, as exact as the device can: logits decide
     /// between near equals.
     ///
     /// # Errors
     /// If shapes do not fit.
-    fn logits(&self, x: &Self::Tensor, weight: &Self::Matrix) -> Result<Self::Tensor> {
-        self.linear(x, weight, None)
-    }
+    fn logits(&self, x: &Self::Tensor, weight: &Self::Matrix) -> Result<Self::Tensor>;
 
     /// [`logits`](Self::logits) by a part of the output matrix, as these columns of `[rows, total]` of
     /// zeros.
@@ -296,6 +283,12 @@ pub trait Math: Load {
         inverse: bool,
     ) -> Result<Self::Tensor>;
 
+    /// The same values under another shape.
+    ///
+    /// # Errors
+    /// If the number of values differs.
+    fn reshape(&self, x: Self::Tensor, shape: &[usize]) -> Result<Self::Tensor>;
+
     /// `silu(gate) * up`.
     ///
     /// # Errors
@@ -313,21 +306,6 @@ pub trait Math: Load {
     /// # Errors
     /// If a row does not exist.
     fn rows(&self, x: &Self::Tensor, rows: &[usize]) -> Result<Self::Tensor>;
-
-    /// Decode steps of a batch that stays the same from step to step, by the fastest way that the
-    /// device has. Results are those of [`Decoder::forward`].
-    ///
-    /// # Errors
-    /// If the device cannot prepare them.
-    fn decoder<'a>(
-        model: &'a Decoder<Self>,
-        batch: Vec<&'a mut Sequence<Self>>,
-    ) -> Result<Box<dyn Decode + 'a>>
-    where
-        Self: Sized,
-    {
-        Ok(Box::new(Stepwise::new(model, batch)))
-    }
 }
 
 /// Gradients of the operations by their input, for profiling. Weights get no gradients.

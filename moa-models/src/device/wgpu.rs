@@ -11,9 +11,7 @@ use moa_backend_wgpu::{Device as Gpu, Dtype, Matrix, Tensor, WgpuBackend};
 use crate::checkpoint::mapped::MappedTensor;
 use crate::checkpoint::safetensors::DType;
 use crate::decoder::rope::RopeTable;
-use crate::device::{
-    Backward, Device, LinearWeights, Load, Math, RandomWeights, part_seeds, random_amplitude,
-};
+use crate::device::{Backward, Device, LinearWeights, Load, Math};
 use crate::{CacheDtype, Error, Result};
 
 /// Runs a model on a GPU over Vulkan, Metal, DX12 or WebGPU.
@@ -36,7 +34,7 @@ impl Wgpu {
     /// # Errors
     /// [`Error::Backend`] with a [`moa_backend_wgpu::Error`] if there is no such GPU.
     pub fn open(index: Option<usize>, cache: CacheDtype) -> Result<Self> {
-        let device = index.map_or_else(Gpu::open, Gpu::open_nth).map_err(Error::backend)?;
+        let device = index.map_or_else(Gpu::open, Gpu::open_nth)?;
         let dtype = match cache {
             CacheDtype::F32 => Dtype::F32,
             CacheDtype::F16 => Dtype::F16,
@@ -56,6 +54,13 @@ impl Wgpu {
 
     fn gpu(&self) -> &Gpu {
         self.attention.device()
+    }
+}
+
+impl Wgpu {
+    fn linear(&self, x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
+        let mut out = kernels::linears(x, &[Layer { weight, bias }], self.inner)?;
+        out.pop().ok_or_else(|| Error::invalid("layers", "1", 0))
     }
 }
 
@@ -81,15 +86,11 @@ impl Device for Wgpu {
     }
 
     fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
-        Tensor::new(self.gpu(), &values, shape).map_err(Error::backend)
+        Ok(Tensor::new(self.gpu(), &values, shape)?)
     }
 
     fn values(&self, x: Tensor) -> Result<Vec<f32>> {
-        x.to_vec().map_err(Error::backend)
-    }
-
-    fn reshape(&self, x: Tensor, shape: &[usize]) -> Result<Tensor> {
-        x.reshape(shape).map_err(Error::backend)
+        Ok(x.to_vec()?)
     }
 }
 
@@ -103,7 +104,7 @@ impl Load for Wgpu {
             DType::F16 => Dtype::F16,
             DType::BF16 => Dtype::Bf16,
         };
-        Matrix::new(self.gpu(), tensor.bytes(), rows, cols, dtype).map_err(Error::backend)
+        Ok(Matrix::new(self.gpu(), tensor.bytes(), rows, cols, dtype)?)
     }
 
     fn linear_matrix(&self, tensor: MappedTensor) -> Result<Matrix> {
@@ -111,7 +112,7 @@ impl Load for Wgpu {
             (self.inner, tensor.dtype(), tensor.shape())
             && let Some(bytes) = narrowed(tensor.bytes())
         {
-            return Matrix::new(self.gpu(), &bytes, rows, cols, Dtype::F16).map_err(Error::backend);
+            return Ok(Matrix::new(self.gpu(), &bytes, rows, cols, Dtype::F16)?);
         }
         self.matrix(tensor)
     }
@@ -132,23 +133,17 @@ impl Load for Wgpu {
 
 impl Math for Wgpu {
     fn embed(&self, table: &Matrix, ids: &[u32]) -> Result<Tensor> {
-        kernels::embed(table, ids).map_err(Error::backend)
+        Ok(kernels::embed(table, ids)?)
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
-        kernels::rms_norm(x, weight, eps).map_err(Error::backend)
-    }
-
-    fn linear(&self, x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
-        let mut out =
-            kernels::linears(x, &[Layer { weight, bias }], self.inner).map_err(Error::backend)?;
-        out.pop().ok_or_else(|| Error::invalid("layers", "1", 0))
+        Ok(kernels::rms_norm(x, weight, eps)?)
     }
 
     fn linears(&self, x: &Tensor, joined: &Self::Joined) -> Result<Vec<Tensor>> {
         let layers = joined.iter().map(|(weight, bias)| Layer { weight, bias: bias.as_ref() });
         let layers: Vec<Layer<'_>> = layers.collect();
-        kernels::linears(x, &layers, self.inner).map_err(Error::backend)
+        Ok(kernels::linears(x, &layers, self.inner)?)
     }
 
     fn linear_add(
@@ -158,11 +153,11 @@ impl Math for Wgpu {
         weight: &Matrix,
         bias: Option<&Tensor>,
     ) -> Result<Tensor> {
-        kernels::linear_add(&x, y, Layer { weight, bias }, self.inner).map_err(Error::backend)
+        Ok(kernels::linear_add(&x, y, Layer { weight, bias }, self.inner)?)
     }
 
     fn logits(&self, x: &Tensor, weight: &Matrix) -> Result<Tensor> {
-        kernels::linear(x, weight, None).map_err(Error::backend)
+        Ok(kernels::linear(x, weight, None)?)
     }
 
     fn rotations(&self, sequences: &[(&RopeTable, Range<usize>)]) -> Result<[Tensor; 2]> {
@@ -192,19 +187,23 @@ impl Math for Wgpu {
             return Err(Error::invalid("row", expected, width));
         }
         let x = self.reshape(x, &[rows, width / head_dim, head_dim])?;
-        kernels::rope(&x, cos, sin, inverse).map_err(Error::backend)
+        Ok(kernels::rope(&x, cos, sin, inverse)?)
+    }
+
+    fn reshape(&self, x: Tensor, shape: &[usize]) -> Result<Tensor> {
+        Ok(x.reshape(shape)?)
     }
 
     fn swiglu(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
-        kernels::swiglu(&gate, up).map_err(Error::backend)
+        Ok(kernels::swiglu(&gate, up)?)
     }
 
     fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
-        kernels::add(&x, y).map_err(Error::backend)
+        Ok(kernels::add(&x, y)?)
     }
 
     fn rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
-        kernels::rows(x, rows).map_err(Error::backend)
+        Ok(kernels::rows(x, rows)?)
     }
 }
 
@@ -228,35 +227,13 @@ fn narrowed(bytes: &[u8]) -> Option<Vec<u8>> {
     Some(out)
 }
 
-impl RandomWeights for Wgpu {
-    fn random_matrix(&self, out: usize, input: usize, seed: u32) -> Result<Matrix> {
-        let amplitude = random_amplitude(input);
-        Matrix::random(self.gpu(), out, input, Dtype::Bf16, amplitude, seed).map_err(Error::backend)
-    }
-
-    fn random_linear(&self, out: usize, input: usize, seed: u32) -> Result<Matrix> {
-        let dtype = if self.inner == Dtype::F16 { self.inner } else { Dtype::Bf16 };
-        Matrix::random(self.gpu(), out, input, dtype, random_amplitude(input), seed)
-            .map_err(Error::backend)
-    }
-
-    fn random_joined(&self, outs: &[usize], input: usize, seed: u32) -> Result<Self::Joined> {
-        let parts = outs.iter().zip(part_seeds(seed));
-        parts.map(|(&out, seed)| Ok((self.random_linear(out, input, seed)?, None))).collect()
-    }
-
-    fn ones(&self, len: usize) -> Result<Tensor> {
-        self.tensor(vec![1.0; len], &[len])
-    }
-}
-
 impl Backward for Wgpu {
     fn exact_attention(&self) -> &WgpuBackend {
         &self.exact
     }
 
     fn linear_backward(&self, d_y: &Tensor, weight: &Matrix) -> Result<Tensor> {
-        kernels::linear_backward(d_y, weight).map_err(Error::backend)
+        Ok(kernels::linear_backward(d_y, weight)?)
     }
 
     fn linears_backward(&self, d_y: &[Tensor], joined: &Self::Joined) -> Result<Tensor> {
@@ -278,7 +255,7 @@ impl Backward for Wgpu {
         eps: f32,
         d_y: &Tensor,
     ) -> Result<Tensor> {
-        kernels::rms_norm_backward(x, weight, eps, d_y).map_err(Error::backend)
+        Ok(kernels::rms_norm_backward(x, weight, eps, d_y)?)
     }
 
     fn swiglu_backward(
@@ -287,11 +264,11 @@ impl Backward for Wgpu {
         up: &Tensor,
         d_y: &Tensor,
     ) -> Result<(Tensor, Tensor)> {
-        kernels::swiglu_backward(gate, up, d_y).map_err(Error::backend)
+        Ok(kernels::swiglu_backward(gate, up, d_y)?)
     }
 
     fn place_rows(&self, x: &Tensor, rows: Range<usize>, total: usize) -> Result<Tensor> {
-        kernels::place_rows(x, rows, total).map_err(Error::backend)
+        Ok(kernels::place_rows(x, rows, total)?)
     }
 }
 

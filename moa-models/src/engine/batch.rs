@@ -1,7 +1,8 @@
 use crate::Result;
-use crate::decoder::model::{Decoder, Sequence};
+use crate::decoder::model::Decoder;
+use crate::decoder::sequence::Sequence;
+use crate::decoder::session::Session;
 use crate::device::Math;
-use crate::engine::decode::Session;
 
 /// The sequences of the running requests, in the order of those.
 ///

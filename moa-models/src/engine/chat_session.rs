@@ -2,7 +2,7 @@ use moa_core::Plan;
 
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::template::Message;
-use crate::decoder::model::Sequence;
+use crate::decoder::sequence::Sequence;
 use crate::device::Math;
 use crate::engine::request::{Completion, Event, GenerateOptions, Prompt, RequestId, Usage};
 use crate::engine::serve::{Engine, EngineOptions};

@@ -8,7 +8,6 @@
 pub(crate) mod batch;
 pub(crate) mod chat_session;
 pub(crate) mod choice;
-pub(crate) mod decode;
 pub(crate) mod prefill;
 pub(crate) mod request;
 pub(crate) mod running;

@@ -1,4 +1,6 @@
-use crate::decoder::model::{Decoder, LogitRows, Sequence};
+use crate::decoder::logits::LogitRows;
+use crate::decoder::model::Decoder;
+use crate::decoder::sequence::Sequence;
 use crate::device::Math;
 use crate::{Error, Result};
 

@@ -1,3 +1,5 @@
+use crate::decoder::logits::{check_logits, likeliest};
+use crate::device::Draw;
 use crate::error::{Error, Result};
 use crate::rng::SplitMix64;
 
@@ -49,6 +51,17 @@ impl SamplingOptions {
         check(p > 0.0 && p <= 1.0, "top_p", "above 0 and at most 1", p)?;
         check((0.0..=1.0).contains(&m), "min_p", "from 0 to 1", m)?;
         check(r.is_finite() && r > 0.0, "repetition_penalty", "a finite number above 0", r)
+    }
+}
+
+impl From<&SamplingOptions> for Draw {
+    fn from(options: &SamplingOptions) -> Self {
+        Self {
+            temperature: options.temperature,
+            top_k: options.top_k.unwrap_or(0),
+            top_p: options.top_p,
+            min_p: options.min_p,
+        }
     }
 }
 
@@ -190,27 +203,6 @@ impl Sampler {
             self.candidates.retain(|candidate| candidate.weight >= f64::from(min_p));
         }
     }
-}
-
-/// The token of the highest logit and that logit; the lowest id of equals.
-pub(crate) fn likeliest(logits: &[f32]) -> (u32, f32) {
-    let first = (0, f32::NEG_INFINITY);
-    logits.iter().zip(0..).fold(
-        first,
-        |best, (&logit, id)| {
-            if logit > best.1 { (id, logit) } else { best }
-        },
-    )
-}
-
-pub(crate) fn check_logits(logits: &[f32]) -> Result<()> {
-    if let Some(id) = logits.iter().position(|x| x.is_nan() || *x == f32::INFINITY) {
-        return Err(Error::Logits { got: format!("{} for token {id}", logits[id]) });
-    }
-    if logits.iter().all(|x| *x == f32::NEG_INFINITY) {
-        return Err(Error::Logits { got: format!("no finite one among {}", logits.len()) });
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use moa_core::Plan;
 
 use crate::checkpoint::Checkpoint;
-use crate::decoder::model::{Decoder, Sequence};
+use crate::decoder::model::Decoder;
+use crate::decoder::sequence::Sequence;
 use crate::device::Math;
 use crate::engine::batch::Batch;
 use crate::engine::request::{
@@ -311,7 +312,7 @@ impl<D: Math> Engine<D> {
                 Place::Resume(sequence) => Ok(sequence),
                 Place::Open { plan, capacity } => match self.model.open(&plan, capacity, 0) {
                     // Those that run will free some.
-                    Err(error) if error.is_out_of_memory() && self.may_wait() => {
+                    Err(Error::OutOfMemory { .. }) if self.may_wait() => {
                         let place = Place::Open { plan, capacity };
                         self.waiting.push_front(Waiting { run, place });
                         self.is_full = true;

@@ -1,7 +1,7 @@
 use std::time::Instant;
 
 use crate::Result;
-use crate::decoder::model::LogitRows;
+use crate::decoder::logits::LogitRows;
 use crate::device::Math;
 use crate::engine::choice::Choice;
 use crate::engine::running::Running;

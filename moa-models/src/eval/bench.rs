@@ -5,7 +5,8 @@ use std::time::Instant;
 use moa_core::{Influence, Plan};
 use serde::Serialize;
 
-use crate::decoder::model::{Decoder, Sequence};
+use crate::decoder::model::Decoder;
+use crate::decoder::sequence::Sequence;
 use crate::decoder::shard::Shard;
 use crate::device::{Backward, Math};
 use crate::find_plan::objective::Objective;
@@ -139,13 +140,13 @@ impl<D: Math> Decoder<D> {
         let kv_bytes = sequences.iter().map(|s| self.kv_bytes(s)).sum();
         let mut next: Vec<u32> = (0..batch).map(|_| random.below(vocab) as u32).collect();
         let mut times = Vec::with_capacity(run);
-        let mut decoder = self.decoder(sequences.iter_mut().collect())?;
+        let mut session = self.session(sequences)?;
         for _ in 0..run {
             let begin = Instant::now();
-            next = decoder.step_greedy(&next)?;
+            next = session.step_greedy(self, &next)?;
             times.push(begin.elapsed().as_secs_f64());
         }
-        drop(decoder);
+        drop(session);
         let timed = &mut times[WARM_UP..];
         let total: f64 = timed.iter().sum();
         timed.sort_by(f64::total_cmp);

@@ -3,7 +3,8 @@ use std::time::Instant;
 use moa_core::Plan;
 use serde::Serialize;
 
-use crate::decoder::model::{Decoder, LogitRows};
+use crate::decoder::logits::LogitRows;
+use crate::decoder::model::Decoder;
 use crate::device::Math;
 use crate::find_plan::objective::cross_entropy;
 use crate::progress::Next;

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::template::Message;
-use crate::decoder::model::LogitRows;
+use crate::decoder::logits::LogitRows;
 use crate::device::Math;
 use crate::engine::request::GenerateOptions;
 use crate::engine::serve::EngineOptions;

@@ -290,7 +290,7 @@ pub fn bound_decode_time<D: Math>(
     let longest = request.bounds.iter().map(|b| b.length).max().unwrap_or(1);
     let shortest = request.min_span.min(longest);
     let curve = CostCurve::measure(device.attention(), shape, shortest, longest);
-    request.decode_time = Some(CostBound { share, curve: curve.map_err(Error::backend)? });
+    request.decode_time = Some(CostBound { share, curve: curve.map_err(Into::into)? });
     Ok(())
 }
 

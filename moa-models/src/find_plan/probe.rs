@@ -142,33 +142,37 @@ impl<D: Math> Decoder<D> {
             let is_top = index + 1 == self.layers.len();
             let spans = plan.layer_spans(index, pass.capacity);
             let layout = LayerLayout::new(&spans, pass.capacity, 0)?;
-            let mut cache =
-                attention.open(&layout, self.config.head_dim).map_err(Error::backend)?;
+            let mut cache = self.open_cache(&layout)?;
             if let (Some(shared), Some(rotations)) = (x.shared.take(), &pass.shared_rotations) {
-                let [q, k, v] = self.qkv(layer, &shared, rotations)?;
-                let (out, _) = attention
-                    .extend(&mut [&mut cache], &[pass.shared], &q, &k, &v, self.scale(), false)
-                    .map_err(Error::backend)?;
+                let mut attend = |qkv| {
+                    let (caches, counts) = (&mut [&mut cache], &[pass.shared]);
+                    Ok(self.extend(attention, caches, counts, qkv, rotations, false)?.0)
+                };
                 // Nothing reads these rows of the top layer but the keys and values.
-                if !is_top {
-                    let shared = self.after_attention(layer, shared, out)?;
-                    x.shared = Some(self.mlp(layer, shared)?);
+                match is_top {
+                    true => drop(attend(self.qkv(layer, &shared)?)?),
+                    false => x.shared = Some(self.block(layer, shared, attend)?),
                 }
             }
             let mut caches = Vec::with_capacity(counts.len());
             for _ in 1..counts.len() {
-                caches.push(attention.fork(&cache).map_err(Error::backend)?);
+                caches.push(attention.fork(&cache).map_err(Into::into)?);
             }
             caches.push(cache);
             let mut caches: Vec<_> = caches.iter_mut().collect();
-            let [q, k, v] = self.qkv(layer, &x.rest, &pass.rest_rotations)?;
-            let (mut out, _) = attention
-                .extend(&mut caches, &counts, &q, &k, &v, self.scale(), false)
-                .map_err(Error::backend)?;
-            if is_top {
-                (x.rest, out) = (device.rows(&x.rest, &pass.rows)?, device.rows(&out, &pass.rows)?);
-            }
-            x.rest = self.mlp(layer, self.after_attention(layer, x.rest, out)?)?;
+            let mut attend = |qkv| {
+                let rotations = &pass.rest_rotations;
+                Ok(self.extend(attention, &mut caches, &counts, qkv, rotations, false)?.0)
+            };
+            x.rest = match is_top {
+                true => {
+                    let out = attend(self.qkv(layer, &x.rest)?)?;
+                    let (x, out) =
+                        (device.rows(&x.rest, &pass.rows)?, device.rows(&out, &pass.rows)?);
+                    self.finish_block(layer, x, out)?
+                }
+                false => self.block(layer, x.rest, attend)?,
+            };
         }
         let h = device.rms_norm(&x.rest, &self.norm, self.eps())?;
         let logits = self.values(self.output(&h)?)?;

@@ -11,8 +11,9 @@ use moa_core::{
     SparseAttentionBackend,
 };
 
-use crate::decoder::block::Layer;
-use crate::decoder::model::{Decoder, parts};
+use crate::decoder::block::parts;
+use crate::decoder::layer::Layer;
+use crate::decoder::model::Decoder;
 use crate::device::Backward;
 use crate::find_plan::objective::{Objective, WeightedObjective, cross_entropy};
 use crate::{Error, Result};
@@ -166,25 +167,21 @@ impl<D: Backward> Decoder<D> {
         let mut x = self.device.embed(&self.embedding, tokens)?;
         let mut saved = Vec::with_capacity(self.layers.len());
         for (index, layer) in self.layers.iter().enumerate() {
-            let [q, k, v] = self.qkv(layer, &x, rotations)?;
-            let attention = self.device.exact_attention();
-            let mut cache =
-                attention.open(&layout, self.config.head_dim).map_err(Error::backend)?;
-            let (out, lse) = attention
-                .extend(&mut [&mut cache], &[n], &q, &k, &v, self.scale(), true)
-                .map_err(Error::backend)?;
-            let lse = lse.ok_or(Error::invalid("backend", "a log-sum-exp output", "none"))?;
-            let is_top = index + 1 == self.layers.len();
-            let next = match is_top {
-                true => None,
-                false => {
-                    Some(self.mlp(layer, self.after_attention(layer, x.clone(), out.clone())?)?)
-                }
+            let input = x.clone();
+            let attend = |qkv| {
+                let attention = self.device.exact_attention();
+                let mut cache =
+                    attention.open(&layout, self.config.head_dim).map_err(Into::into)?;
+                let (out, lse) =
+                    self.extend(attention, &mut [&mut cache], &[n], qkv, rotations, true)?;
+                let lse = lse.ok_or(Error::invalid("backend", "a log-sum-exp output", "none"))?;
+                saved.push(Saved { x: input, out: out.clone(), lse });
+                Ok(out)
             };
-            saved.push(Saved { x, out, lse });
-            match next {
-                Some(next) => x = next,
-                None => break,
+            // What follows attention in the top layer is left to `top_gradient`.
+            match index + 1 == self.layers.len() {
+                true => drop(attend(self.qkv(layer, &x)?)?),
+                false => x = self.block(layer, x, attend)?,
             }
         }
         Ok(saved)
@@ -270,7 +267,9 @@ impl<D: Backward> Decoder<D> {
     ) -> Result<(Vec<f64>, Option<D::Tensor>)> {
         let (device, c) = (&self.device, &self.config);
         let total = device.shape(&saved.x)[0];
-        let [q, k, v] = self.qkv(layer, &saved.x, rotations)?;
+        let [raw_q, raw_k, v] = self.projections(layer, &saved.x)?;
+        let [q, k] = self.normed_heads(layer, raw_q.clone(), raw_k.clone())?;
+        let [q, k] = self.rotated(q, k, rotations)?;
         let d_out = device.linear_backward(&d_y, &layer.o.weight)?;
         let d_out = self.place(d_out, rows, total)?;
         let d_out = device.reshape(d_out, &[total, c.num_attention_heads, c.head_dim])?;
@@ -286,20 +285,36 @@ impl<D: Backward> Decoder<D> {
             gradients,
         };
         let output =
-            device.exact_attention().influence(&inputs, self.scale()).map_err(Error::backend)?;
+            device.exact_attention().influence(&inputs, self.scale()).map_err(Into::into)?;
         let Some(Gradients { d_q, d_k, d_v }) = output.gradients else {
             return Ok((output.blocks, None));
         };
-        let unrotate = |g| -> Result<D::Tensor> {
-            let g = device.rope(g, c.head_dim, rotations, true)?;
-            self.flatten(g)
-        };
-        let d_qkv = [unrotate(d_q)?, unrotate(d_k)?, self.flatten(d_v)?];
+        let unrotate = |g| device.rope(g, c.head_dim, rotations, true);
+        let (mut d_q, mut d_k) = (unrotate(d_q)?, unrotate(d_k)?);
+        if let Some([query, key]) = &layer.head_norms {
+            d_q = self.head_norm_backward(raw_q, query, d_q)?;
+            d_k = self.head_norm_backward(raw_k, key, d_k)?;
+        }
+        let d_qkv = [self.flatten(d_q)?, self.flatten(d_k)?, self.flatten(d_v)?];
         let d_h = device.linears_backward(&d_qkv, &layer.qkv)?;
         let through =
             device.rms_norm_backward(&saved.x, &layer.attention_norm, self.eps(), &d_h)?;
         let d_x = device.add(through, &self.place(d_y, rows, total)?)?;
         Ok((output.blocks, Some(d_x)))
+    }
+
+    /// Gradient by heads before their norm, `[tokens, heads, head_dim]`.
+    fn head_norm_backward(
+        &self,
+        x: D::Tensor,
+        weight: &D::Vector,
+        d_y: D::Tensor,
+    ) -> Result<D::Tensor> {
+        let device = &self.device;
+        let shape = device.shape(&x);
+        let heads = |x| device.reshape(x, &[shape[0] * shape[1], shape[2]]);
+        let d_x = device.rms_norm_backward(&heads(x)?, weight, self.eps(), &heads(d_y)?)?;
+        device.reshape(d_x, &shape)
     }
 
     fn place(&self, x: D::Tensor, rows: &Range<usize>, total: usize) -> Result<D::Tensor> {

@@ -2,13 +2,14 @@
 
 use moa_core::{ElasticRule, Plan};
 use moa_models::{
-    EngineOptions, Error, GenerateOptions, LogitRows, Result, SamplingOptions, Sequence,
+    Cpu, Decoder, EngineOptions, Error, GenerateOptions, LogitRows, Result, SamplingOptions,
+    Sequence, Weights,
 };
 use proptest::prelude::*;
 
 use crate::{
-    alternating, chunked, continued, engine, full, greedy, largest_difference, likeliest, narrow,
-    read, step, text, tiny,
+    alternating, chunked, continued, engine, full, greedy, largest_difference, likeliest, moa_tiny,
+    narrow, read, step, text, tiny,
 };
 
 #[test]
@@ -304,7 +305,7 @@ fn generations_leave_nothing_for_the_next() -> Result<()> {
 }
 
 #[test]
-fn a_decoder_equals_single_steps_and_refuses_what_they_refuse() -> Result<()> {
+fn a_session_equals_single_steps_and_refuses_what_they_refuse() -> Result<()> {
     let text = text(200);
     let vocab = tiny().config().vocab_size as u32;
     let open = |len: usize| {
@@ -312,9 +313,9 @@ fn a_decoder_equals_single_steps_and_refuses_what_they_refuse() -> Result<()> {
         read(&mut sequence, &text[..len], 100)?;
         Ok::<_, Error>(sequence)
     };
-    let (mut together, mut alone) = ([open(120)?, open(31)?], [open(120)?, open(31)?]);
+    let (together, mut alone) = (vec![open(120)?, open(31)?], [open(120)?, open(31)?]);
     let mut next = [7, 8];
-    let mut decoder = tiny().decoder(together.iter_mut().collect())?;
+    let mut session = tiny().session(together)?;
     for round in 0..6 {
         let mut expected = Vec::new();
         for (sequence, token) in alone.iter_mut().zip(next) {
@@ -322,22 +323,25 @@ fn a_decoder_equals_single_steps_and_refuses_what_they_refuse() -> Result<()> {
         }
         let chosen: Vec<u32> = expected.iter().map(|row| likeliest(row)).collect();
         if round % 2 == 0 {
-            let got = decoder.step(&next)?;
+            let got = session.step(tiny(), &next)?;
             assert!(largest_difference(&got, &expected.concat()) < 1e-4);
         } else {
-            assert_eq!(decoder.step_greedy(&next)?, chosen);
+            assert_eq!(session.step_greedy(tiny(), &next)?, chosen);
         }
         next = [chosen[0], chosen[1]];
     }
-    assert!(decoder.step(&next).is_err(), "there is no room");
-    drop(decoder);
-    let mut fresh = [open(20)?];
-    let mut decoder = tiny().decoder(fresh.iter_mut().collect())?;
+    assert!(session.step(tiny(), &next).is_err(), "there is no room");
+    assert_eq!(session.into_sequences().iter().map(|s| s.len()).collect::<Vec<_>>(), [126, 37]);
+    let mut session = tiny().session(vec![open(20)?])?;
     for tokens in [&[vocab][..], &[1, 2], &[]] {
-        assert!(decoder.step_greedy(tokens).is_err(), "{tokens:?}");
+        assert!(session.step_greedy(tiny(), tokens).is_err(), "{tokens:?}");
     }
-    drop(decoder);
-    assert_eq!(fresh[0].len(), 20);
-    assert!(matches!(tiny().decoder(Vec::new()).err(), Some(Error::Invalid { what: "batch", .. })));
+    assert_eq!(session.sequences()[0].len(), 20);
+    assert!(!session.can_sample());
+    let other =
+        Decoder::load(Cpu::default(), tiny().config().clone(), &Weights::open(moa_tiny())?)?;
+    let refused = session.step(&other, &[1]);
+    assert!(matches!(refused, Err(Error::Invalid { what: "model", .. })), "{refused:?}");
+    assert!(matches!(tiny().session(Vec::new()).err(), Some(Error::Invalid { what: "batch", .. })));
     Ok(())
 }

@@ -6,7 +6,8 @@ use std::sync::{Arc, LazyLock};
 use moa_core::{ElasticRule, HeadRule, Plan, Sharding};
 use moa_models::{
     Communicator, Cpu, Decoder, Engine, EngineOptions, Event, GenerateOptions, Item, LogitRows,
-    ModelConfig, Next, Result, SamplingOptions, Shard, ThreadRank, Weights, on_ranks,
+    ModelConfig, Next, RandomTensors, Result, SamplingOptions, Shard, ThreadRank, Weights,
+    on_ranks,
 };
 
 use crate::{alternating, greedy, largest_difference, moa_tiny, text, tiny};
@@ -271,19 +272,15 @@ fn losses_and_perplexity_are_the_same() -> Result<()> {
 
 #[test]
 fn parts_of_random_weights_can_be_measured() -> Result<()> {
-    let config = ModelConfig {
-        attention_bias: false,
-        mlp_bias: false,
-        vocab_size: 208,
-        ..biased().config.clone()
-    };
+    let config = ModelConfig { vocab_size: 208, ..biased().config.clone() };
+    let weights = RandomTensors::new(&config, 1)?;
     let plan = uneven();
     let sharding = Sharding::balanced(&plan, 60, 4)?;
     let options =
         moa_models::BenchOptions { prompt: 50, new_tokens: 8, batch: 2, ..Default::default() };
     let reports = on_ranks(ThreadRank::group(4)?, |rank: Arc<ThreadRank>| {
         let shard = Shard::new(&sharding, rank)?;
-        Decoder::random_shard(Cpu::default(), config.clone(), 1, shard)?.bench(&plan, &options)
+        Decoder::load_shard(Cpu::default(), config.clone(), &weights, shard)?.bench(&plan, &options)
     })?;
     let bytes: u64 = reports.iter().map(|report| report.kv_bytes).sum();
     assert_eq!(bytes, 2 * plan.kv_bytes(58, 4));

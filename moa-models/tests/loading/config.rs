@@ -34,7 +34,7 @@ fn defaults_of_absent_fields() -> Result<(), Error> {
     let config = ModelConfig::from_json(&config(&[]))?;
     assert_eq!((config.num_key_value_heads, config.head_dim, config.group_size()), (4, 8, 1));
     assert_eq!((config.rope_theta, &config.rope_scaling), (10_000.0, &RopeScaling::Default));
-    assert!(!config.tie_word_embeddings && !config.attention_bias && !config.mlp_bias);
+    assert!(!config.tie_word_embeddings && !config.qkv_bias && !config.o_bias && !config.mlp_bias);
     assert_eq!((config.bos_token_id, config.eos_token_ids.len()), (None, 0));
     Ok(())
 }

@@ -47,7 +47,8 @@ impl Backward for Cuda {
         eps: f32,
         d_y: &Tensor,
     ) -> Result<Tensor> {
-        Ok(self.operations.rms_norm_backward(x, weight, eps, d_y)?)
+        let (x, d_y) = (self.widened(x)?, self.widened(d_y)?);
+        Ok(self.operations.rms_norm_backward(&x, weight, eps, &d_y)?)
     }
 
     fn swiglu_backward(

@@ -3,23 +3,21 @@
 //! else.
 
 mod backward;
-mod random;
 mod ranks;
 mod replay;
 mod weights;
 
 use std::ops::Range;
 
-use moa_backend_cuda::{CudaBackend, Device as Gpu, Dtype, Operations, Tensor, Turns};
+use moa_backend_cuda::{CudaBackend, Device as Gpu, Dtype, Indices, Operations, Tensor, Turns};
 
 use crate::checkpoint::mapped::MappedTensor;
-use crate::decoder::model::{Decoder, Sequence};
 use crate::decoder::rope::RopeTable;
-use crate::device::{Device, LinearWeights, Load, Math, Memory};
-use crate::engine::decode::Decode;
+use crate::device::replay::{Replay, ReplayBatch};
+use crate::device::{Device, Draw, LinearWeights, Load, Math, Memory};
 use crate::{Error, Result};
 pub use ranks::NcclRank;
-use replay::Replay;
+use replay::Recorded;
 pub use weights::CudaMatrix;
 
 /// Element type of weights, activations and KV caches on the GPU.
@@ -96,6 +94,22 @@ pub struct Joined {
     ends: Vec<usize>,
 }
 
+impl Cuda {
+    /// The same values as f32, which norms read: heads of queries and keys are of 16 bits.
+    fn widened(&self, x: &Tensor) -> Result<Tensor> {
+        if x.dtype() == Dtype::F32 {
+            return Ok(x.clone());
+        }
+        let zeros = Tensor::empty(self.gpu(), x.shape(), Dtype::F32)?;
+        zeros.clear()?;
+        Ok(self.operations.add(zeros, x)?)
+    }
+
+    fn linear(&self, x: &Tensor, weight: &CudaMatrix, bias: Option<&Tensor>) -> Result<Tensor> {
+        Ok(self.operations.linear(x, weight, bias, self.dtype())?)
+    }
+}
+
 impl Device for Cuda {
     type Tensor = Tensor;
     type Matrix = CudaMatrix;
@@ -117,9 +131,7 @@ impl Device for Cuda {
         let free = self.gpu().available()?;
         match bytes <= free {
             true => Ok(()),
-            false => {
-                Err(Error::backend(moa_backend_cuda::Error::OutOfMemory { what, bytes, free }))
-            }
+            false => Err(Error::OutOfMemory { what, bytes: Some(bytes), free: Some(free) }),
         }
     }
 
@@ -128,15 +140,11 @@ impl Device for Cuda {
     }
 
     fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
-        Tensor::from_f32(self.gpu(), &values, shape, Dtype::F32).map_err(Error::backend)
+        Ok(Tensor::from_f32(self.gpu(), &values, shape, Dtype::F32)?)
     }
 
     fn values(&self, x: Tensor) -> Result<Vec<f32>> {
-        x.to_f32().map_err(Error::backend)
-    }
-
-    fn reshape(&self, x: Tensor, shape: &[usize]) -> Result<Tensor> {
-        x.reshape(shape).map_err(Error::backend)
+        Ok(x.to_f32()?)
     }
 
     fn memory(&self) -> Result<Option<Memory>> {
@@ -150,6 +158,26 @@ impl Device for Cuda {
 
     fn synchronize(&self) -> Result<()> {
         Ok(self.gpu().synchronize()?)
+    }
+
+    unsafe fn replay(
+        &self,
+        batch: &ReplayBatch<'_, Self>,
+    ) -> Result<Option<Box<dyn Replay<Self>>>> {
+        // SAFETY: as the caller promises.
+        Ok(Some(Box::new(unsafe { Recorded::new(self, batch) }?)))
+    }
+
+    fn can_sample(&self) -> bool {
+        true
+    }
+
+    fn sample(&self, logits: &Tensor, draw: &Draw, units: &[f64]) -> Result<Vec<u32>> {
+        let &Draw { temperature, top_k, top_p, min_p } = draw;
+        let draw = moa_backend_cuda::Draw { temperature, top_k, top_p, min_p };
+        let chosen = self.operations.indices(std::iter::repeat_n(0, units.len()), 1)?;
+        self.operations.sample(logits, draw, units, &chosen)?;
+        tokens(&chosen)
     }
 }
 
@@ -210,22 +238,18 @@ impl Load for Cuda {
 
 impl Math for Cuda {
     fn embed(&self, table: &CudaMatrix, ids: &[u32]) -> Result<Tensor> {
-        self.operations.embed(table.wide()?, ids).map_err(Error::backend)
+        Ok(self.operations.embed(table.wide()?, ids)?)
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
-        self.operations.rms_norm(x, weight, eps).map_err(Error::backend)
-    }
-
-    fn linear(&self, x: &Tensor, weight: &CudaMatrix, bias: Option<&Tensor>) -> Result<Tensor> {
-        self.operations.linear(x, weight, bias, self.dtype()).map_err(Error::backend)
+        Ok(self.operations.rms_norm(&self.widened(x)?, weight, eps)?)
     }
 
     fn linears(&self, x: &Tensor, joined: &Joined) -> Result<Vec<Tensor>> {
         let y = self.linear(x, &joined.weight, joined.bias.as_ref())?;
         let mut start = 0;
         let part = |&end: &usize| y.columns(std::mem::replace(&mut start, end)..end);
-        joined.ends.iter().map(part).collect::<Result<_, _>>().map_err(Error::backend)
+        Ok(joined.ends.iter().map(part).collect::<Result<_, _>>()?)
     }
 
     fn linear_add(
@@ -235,11 +259,11 @@ impl Math for Cuda {
         weight: &CudaMatrix,
         bias: Option<&Tensor>,
     ) -> Result<Tensor> {
-        self.operations.linear_add(x, y, weight, bias).map_err(Error::backend)
+        Ok(self.operations.linear_add(x, y, weight, bias)?)
     }
 
     fn logits(&self, x: &Tensor, weight: &CudaMatrix) -> Result<Tensor> {
-        self.operations.linear(x, weight, None, Dtype::F32).map_err(Error::backend)
+        Ok(self.operations.linear(x, weight, None, Dtype::F32)?)
     }
 
     fn logits_within(
@@ -257,7 +281,7 @@ impl Math for Cuda {
     fn rotations(&self, sequences: &[(&RopeTable, Range<usize>)]) -> Result<Tensor> {
         let turns: Vec<Turns<'_>> =
             sequences.iter().map(|(table, positions)| turns(table, positions.clone())).collect();
-        self.operations.turns(&turns).map_err(Error::backend)
+        Ok(self.operations.turns(&turns)?)
     }
 
     fn rope(
@@ -271,27 +295,33 @@ impl Math for Cuda {
         let (rows, width) = (shape[0], shape[1..].iter().product::<usize>());
         let heads = width.checked_div(head_dim).unwrap_or(0);
         let x = self.reshape(x, &[rows, heads, head_dim])?;
-        self.operations.rope(&x, rotations, inverse).map_err(Error::backend)
+        Ok(self.operations.rope(&x, rotations, inverse)?)
+    }
+
+    fn reshape(&self, x: Tensor, shape: &[usize]) -> Result<Tensor> {
+        Ok(x.reshape(shape)?)
     }
 
     fn swiglu(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
-        self.operations.swiglu(&gate, up).map_err(Error::backend)
+        Ok(self.operations.swiglu(&gate, up)?)
     }
 
     fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
-        self.operations.add(x, y).map_err(Error::backend)
+        Ok(self.operations.add(x, y)?)
     }
 
     fn rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
-        self.operations.rows(x, rows).map_err(Error::backend)
+        Ok(self.operations.rows(x, rows)?)
     }
+}
 
-    fn decoder<'a>(
-        model: &'a Decoder<Self>,
-        batch: Vec<&'a mut Sequence<Self>>,
-    ) -> Result<Box<dyn Decode + 'a>> {
-        Ok(Box::new(Replay::new(model, batch)))
-    }
+/// Tokens that the device has chosen.
+fn tokens(chosen: &Indices) -> Result<Vec<u32>> {
+    let token = |(row, id): (usize, &i32)| {
+        let got = || format!("a NaN or infinity, sequence {row}");
+        u32::try_from(*id).map_err(|_| Error::Logits { got: got() })
+    };
+    chosen.to_host()?.iter().enumerate().map(token).collect()
 }
 
 fn turns(table: &RopeTable, positions: Range<usize>) -> Turns<'_> {

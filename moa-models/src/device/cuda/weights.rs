@@ -55,7 +55,7 @@ impl Cuda {
                 staged = rest;
             }
         };
-        self.operations.upload(shape, dtype, fill).map_err(Error::backend)
+        Ok(self.operations.upload(shape, dtype, fill)?)
     }
 
     /// Linear layers' weights one after the other in one of the type that was asked for.

@@ -1,0 +1,111 @@
+use moa_core::{Extent, LayerLayout, Plan, SparseAttentionBackend};
+
+use crate::Result;
+use crate::decoder::block::Cache;
+use crate::decoder::model::Decoder;
+use crate::decoder::rope::RopeTable;
+use crate::device::{Device, Math};
+
+/// One sequence: its caches in every layer, as large as its plan allows and no larger.
+pub struct Sequence<D: Device> {
+    pub(crate) caches: Vec<Cache<D>>,
+    layouts: Vec<LayerLayout>,
+    pub(crate) extent: Extent,
+    capacity: usize,
+    pub(crate) rope: RopeTable,
+    /// A device failed half-way through a step: layers disagree on the length.
+    pub(crate) broken: bool,
+}
+
+impl<D: Device> std::fmt::Debug for Sequence<D> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Sequence({} of {} tokens)", self.len(), self.capacity)
+    }
+}
+
+impl<D: Device> Sequence<D> {
+    /// Tokens held.
+    pub fn len(&self) -> usize {
+        self.extent.len()
+    }
+
+    /// Whether no token is held.
+    pub fn is_empty(&self) -> bool {
+        self.extent.is_empty()
+    }
+
+    /// Most tokens it may hold.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Checks that so many more tokens fit.
+    pub(crate) fn check_append(&self, tokens: usize) -> Result<()> {
+        Ok(self.extent.check_append(&self.layouts[0], tokens)?)
+    }
+}
+
+impl<D: Math> Decoder<D> {
+    pub(crate) fn rope(&self, capacity: usize) -> Result<RopeTable> {
+        RopeTable::new(&self.config, capacity)
+    }
+
+    /// Opens an empty sequence of at most `capacity` tokens with the spans of `plan` at that
+    /// length. `slack` more tokens per head can be rolled back (speculative decoding).
+    ///
+    /// # Errors
+    /// If the plan is for another model or `capacity` is longer than the model's context.
+    pub fn open(&self, plan: &Plan, capacity: usize, slack: usize) -> Result<Sequence<D>> {
+        let plan = self.own_plan(plan)?;
+        self.config.check_context(capacity)?;
+        let layouts = (0..self.layers.len())
+            .map(|layer| LayerLayout::new(&plan.layer_spans(layer, capacity), capacity, slack))
+            .collect::<moa_core::Result<Vec<_>>>()?;
+        let slots: usize = layouts.iter().map(LayerLayout::slots).sum();
+        let element_bytes = 2 * self.config.head_dim * self.device.cache_element_bytes();
+        self.device.check_room("keys and values", slots as u64 * element_bytes as u64)?;
+        let caches = layouts.iter().map(|layout| self.open_cache(layout)).collect::<Result<_>>()?;
+        let rope = self.rope(capacity)?;
+        Ok(Sequence { caches, layouts, extent: Extent::default(), capacity, rope, broken: false })
+    }
+
+    /// An empty cache of one layer.
+    pub(crate) fn open_cache(&self, layout: &LayerLayout) -> Result<Cache<D>> {
+        self.device.attention().open(layout, self.config.head_dim).map_err(Into::into)
+    }
+
+    /// An independent copy of a sequence, for a shared prefix.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    pub fn fork(&self, sequence: &Sequence<D>) -> Result<Sequence<D>> {
+        let fork = |cache| self.device.attention().fork(cache).map_err(Into::into);
+        Ok(Sequence {
+            caches: sequence.caches.iter().map(fork).collect::<Result<_>>()?,
+            layouts: sequence.layouts.clone(),
+            rope: sequence.rope.clone(),
+            ..*sequence
+        })
+    }
+
+    /// Forgets all tokens after the first `len`.
+    ///
+    /// # Errors
+    /// [`moa_core::Error::Evicted`] if keys that were overwritten would be needed; nothing changes.
+    pub fn truncate(&self, sequence: &mut Sequence<D>, len: usize) -> Result<()> {
+        // Layers differ in spans: ask all of them before changing one.
+        for layout in &sequence.layouts {
+            sequence.extent.clone().truncate(layout, len)?;
+        }
+        for (cache, layout) in sequence.caches.iter_mut().zip(&sequence.layouts) {
+            self.device.attention().truncate(cache, len).map_err(Into::into)?;
+            sequence.extent.truncate(layout, len)?;
+        }
+        Ok(())
+    }
+
+    /// Bytes of keys and values that a sequence really holds.
+    pub fn kv_bytes(&self, sequence: &Sequence<D>) -> u64 {
+        sequence.caches.iter().map(|c| self.device.attention().bytes(c)).sum()
+    }
+}

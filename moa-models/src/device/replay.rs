@@ -1,0 +1,100 @@
+//! Decode steps that a device records once.
+
+use std::ops::Range;
+
+use moa_core::SparseAttentionBackend;
+
+use crate::Result;
+use crate::decoder::rope::RopeTable;
+use crate::device::Device;
+
+type Cache<D> = <<D as Device>::Attention as SparseAttentionBackend>::Cache;
+
+/// What a device is told of the batch whose decode steps it prepares.
+pub struct ReplayBatch<'a, D: Device> {
+    /// The caches of every layer, one per sequence.
+    pub caches: Vec<Vec<&'a Cache<D>>>,
+    /// Query heads of a layer that the device has.
+    pub query_heads: usize,
+    /// Width of one head.
+    pub head_dim: usize,
+    /// Factor of attention scores.
+    pub scale: f32,
+    /// Rotary frequencies of all sequences.
+    pub rope: &'a RopeTable,
+    /// Most tokens that a sequence may hold.
+    pub capacity: usize,
+    /// Tokens that there are.
+    pub vocab_size: usize,
+}
+
+/// A decode step of one batch, one token per sequence, that a device records once and launches again
+/// for every token.
+///
+/// The decoder describes the step in terms of these operations and of [`Math`](crate::Math); the
+/// device decides when it runs that description and when it launches what it recorded of it. Steps are
+/// those of the sequences that it was prepared for: whoever holds this keeps them, their caches and the
+/// model where they are, and appends to them by nothing else.
+pub trait Replay<D: Device>: Send {
+    /// Puts `tokens` in place, one of each sequence, and has `step` happen for them.
+    ///
+    /// `step` only calls operations that the device records, on this and on tensors that it makes
+    /// itself or that live as long as this does.
+    ///
+    /// # Errors
+    /// Those of `step`; [`Error::Backend`](crate::Error::Backend) if the device fails.
+    fn run(
+        &mut self,
+        device: &D,
+        tokens: &[u32],
+        step: &dyn Fn(&dyn Replay<D>) -> Result<()>,
+    ) -> Result<()>;
+
+    /// Rows of the embedding for the tokens in place, `[sequences, hidden]`.
+    ///
+    /// # Errors
+    /// [`Error::Backend`](crate::Error::Backend) if the device fails.
+    fn embed(&self, device: &D, table: &D::Matrix) -> Result<D::Tensor>;
+
+    /// Rotates queries and keys, appends keys and values to the caches of `layer`, and attends:
+    /// `[sequences, heads, head_dim]` each.
+    ///
+    /// # Errors
+    /// [`Error::Backend`](crate::Error::Backend) if the device fails.
+    fn attend(&self, device: &D, layer: usize, qkv: [D::Tensor; 3]) -> Result<D::Tensor>;
+
+    /// Writes logits of normed rows into these columns of [`logits`](Self::logits), and zeros into the
+    /// others.
+    ///
+    /// # Errors
+    /// [`Error::Backend`](crate::Error::Backend) if the device fails.
+    fn write_logits(
+        &self,
+        device: &D,
+        h: &D::Tensor,
+        matrix: &D::Matrix,
+        columns: Range<usize>,
+    ) -> Result<()>;
+
+    /// Chooses the likeliest tokens, and makes the lengths ready for the next step.
+    ///
+    /// # Errors
+    /// [`Error::Backend`](crate::Error::Backend) if the device fails.
+    fn finish(&self, device: &D) -> Result<()>;
+
+    /// Logits of the last step, `[sequences, vocab]`, which the next one overwrites.
+    fn logits(&self) -> &D::Tensor;
+
+    /// The likeliest token of each sequence after the last step, the lowest of equals.
+    ///
+    /// # Errors
+    /// [`Error::Logits`](crate::Error::Logits) if a logit is infinite or not a number,
+    /// [`Error::Backend`](crate::Error::Backend) if the device fails.
+    fn likeliest(&self) -> Result<Vec<u32>>;
+
+    /// Records in a cache the token that a step has appended.
+    ///
+    /// # Errors
+    /// [`Error::Core`](crate::Error::Core) if the cache is full.
+    fn advance(&self, cache: &mut Cache<D>) -> Result<()>;
+}

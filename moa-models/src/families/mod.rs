@@ -1,0 +1,116 @@
+//! Families of models: how their `config.json` is read.
+
+pub(crate) mod llama;
+
+use std::path::Path;
+
+use crate::Result;
+use crate::checkpoint::json::JsonObject;
+use crate::decoder::config::ModelConfig;
+use crate::families::llama::Llama;
+
+/// A family of models that a [`Decoder`](crate::Decoder) can run: which checkpoints belong to it, and
+/// how their `config.json` describes a model.
+///
+/// A family is data. What makes models differ stands in [`ModelConfig`]: dimensions, rotary
+/// frequencies, biases, norms of queries and keys, names of tensors. A family of one's own reads what
+/// [`Llama`] reads and says what is different:
+///
+/// ```
+/// use moa_models::{Family, JsonObject, Llama, ModelConfig, Result};
+///
+/// /// Qwen2: Llama with biases on queries, keys and values.
+/// struct Qwen2;
+///
+/// impl Family for Qwen2 {
+///     fn model_types(&self) -> &[&str] {
+///         &["qwen2"]
+///     }
+///
+///     fn config(&self, file: &JsonObject) -> Result<ModelConfig> {
+///         Ok(ModelConfig { qkv_bias: true, ..Llama.config(file)? })
+///     }
+/// }
+///
+/// let text = r#"{"model_type": "qwen2", "vocab_size": 64, "hidden_size": 32,
+///     "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+///     "rms_norm_eps": 1e-6, "max_position_embeddings": 128}"#;
+/// let config = ModelConfig::from_json_with(text, &[&Llama, &Qwen2])?;
+/// assert!(config.qkv_bias && !config.o_bias);
+/// assert!(ModelConfig::from_json(text).is_err());
+/// # Ok::<(), moa_models::Error>(())
+/// ```
+pub trait Family: Sync {
+    /// Values of `model_type` that the family answers to.
+    fn model_types(&self) -> &[&str];
+
+    /// Reads a `config.json`, all of whose fields `file` has.
+    ///
+    /// # Errors
+    /// [`Error::MissingField`](crate::Error::MissingField) and [`Error::Config`](crate::Error::Config)
+    /// with the field.
+    fn config(&self, file: &JsonObject) -> Result<ModelConfig>;
+}
+
+/// The families that are known without being named.
+pub const FAMILIES: &[&dyn Family] = &[&Llama];
+
+impl ModelConfig {
+    /// Reads `config.json`, given its folder or the file itself, of one of [`FAMILIES`].
+    ///
+    /// # Errors
+    /// [`Error::Io`](crate::Error::Io) when it cannot be read, [`Error::Json`](crate::Error::Json) when
+    /// it is not a JSON object or names a field twice,
+    /// [`Error::MissingField`](crate::Error::MissingField) and [`Error::Config`](crate::Error::Config)
+    /// with the field otherwise.
+    pub fn from_file(dir_or_file: impl AsRef<Path>) -> Result<Self> {
+        Self::from_file_with(dir_or_file, FAMILIES)
+    }
+
+    /// [`from_file`](Self::from_file) of one of these families.
+    ///
+    /// # Errors
+    /// As [`from_file`](Self::from_file).
+    pub fn from_file_with(dir_or_file: impl AsRef<Path>, families: &[&dyn Family]) -> Result<Self> {
+        let path = dir_or_file.as_ref();
+        let path = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
+        read(&JsonObject::read(&path)?, families)
+    }
+
+    /// Parses the text of a `config.json` of one of [`FAMILIES`].
+    ///
+    /// # Errors
+    /// As [`from_file`](Self::from_file), with `config.json` as the path.
+    pub fn from_json(text: &str) -> Result<Self> {
+        Self::from_json_with(text, FAMILIES)
+    }
+
+    /// [`from_json`](Self::from_json) of one of these families.
+    ///
+    /// # Errors
+    /// As [`from_json`](Self::from_json).
+    pub fn from_json_with(text: &str, families: &[&dyn Family]) -> Result<Self> {
+        read(&JsonObject::parse(Path::new("config.json"), text)?, families)
+    }
+}
+
+/// What the family of the file's `model_type` reads.
+fn read(file: &JsonObject, families: &[&dyn Family]) -> Result<ModelConfig> {
+    // Early files do not say.
+    let wanted = file.text("model_type")?.unwrap_or("llama");
+    let Some(family) = families.iter().find(|family| family.model_types().contains(&wanted)) else {
+        let known: Vec<&str> = families.iter().flat_map(|f| f.model_types()).copied().collect();
+        return Err(file.invalid("model_type", &known.join(", "), wanted));
+    };
+    if file.get("quantization_config").is_some() {
+        tracing::warn!(
+            "the configuration has a `quantization_config`; \
+             only F32, F16 and BF16 weights can be loaded"
+        );
+    }
+    let config = family.config(file)?;
+    match config.fault() {
+        None => Ok(config),
+        Some((field, expected, got)) => Err(file.invalid(field, &expected, got)),
+    }
+}
