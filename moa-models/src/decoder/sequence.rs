@@ -42,17 +42,6 @@ impl<D: Device> Sequence<D> {
     pub(crate) fn check_append(&self, tokens: usize) -> Result<()> {
         Ok(self.state.check_append(tokens)?)
     }
-
-    /// The sequence, in whose place a broken one stays.
-    pub(crate) fn take(&mut self) -> Self {
-        let rest = Self {
-            caches: Vec::new(),
-            state: self.state.clone(),
-            rope: self.rope.clone(),
-            broken: true,
-        };
-        std::mem::replace(self, rest)
-    }
 }
 
 impl<D: Math> Decoder<D> {

@@ -1,6 +1,5 @@
 //! Speed and memory of a model under a plan.
 
-use std::ops::ControlFlow;
 use std::time::Instant;
 
 use moa_core::{Influence, Plan};
@@ -123,8 +122,7 @@ impl<D: Math> Decoder<D> {
         let read = |sequence: &mut Sequence<D>, tokens: &[u32]| -> Result<f64> {
             self.device.synchronize()?;
             let begin = Instant::now();
-            let go_on = &mut |_| ControlFlow::Continue(());
-            self.prefill(sequence, tokens, prefill_chunk, go_on)?;
+            self.prefill(sequence, tokens, prefill_chunk)?;
             Ok(begin.elapsed().as_secs_f64())
         };
         read(&mut sequence, tokens)?;

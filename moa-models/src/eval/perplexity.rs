@@ -6,8 +6,8 @@ use serde::Serialize;
 use crate::decoder::logits::LogitRows;
 use crate::decoder::model::Decoder;
 use crate::device::Math;
-use crate::engine::generate::Next;
 use crate::find_plan::objective::cross_entropy;
+use crate::progress::Next;
 use crate::{Error, Result};
 
 /// Tokens per forward step where every row's logits are wanted: bounds `[rows, vocab]`.
