@@ -6,7 +6,7 @@
 //!
 //! ```no_run
 //! use moa_backend_cuda::{CudaBackend, Device, Dtype, Tensor};
-//! use moa_core::{LayerLayout, Span, SparseAttentionBackend};
+//! use moa_core::{Append, ExtendInputs, LayerLayout, Span, SparseAttentionBackend};
 //!
 //! let device = Device::open(0)?;
 //! let backend = CudaBackend::new(&device, Dtype::Bf16)?;
@@ -17,8 +17,9 @@
 //! // A prompt of 1000 tokens, 4 query heads.
 //! let q = Tensor::zeros(&device, &[1000, 4, 128], Dtype::Bf16)?;
 //! let kv = Tensor::zeros(&device, &[1000, 1, 128], Dtype::Bf16)?;
-//! let (out, _) = backend.extend(&mut [&mut cache], &[1000], &q, &kv, &kv, 0.088, false)?;
-//! assert_eq!(out.shape(), [1000, 4, 128]);
+//! let inputs = ExtendInputs { q: &q, k: &kv, v: &kv, scale: 0.088, lse: false };
+//! let extended = backend.extend(&mut [Append { cache: &mut cache, tokens: 1000 }], &inputs)?;
+//! assert_eq!(extended.out.shape(), [1000, 4, 128]);
 //! # Ok::<(), moa_backend_cuda::Error>(())
 //! ```
 //!
@@ -56,7 +57,6 @@ mod backend;
 pub mod burn;
 mod cache;
 mod device;
-mod dtype;
 mod error;
 mod graph;
 mod influence;
@@ -74,7 +74,6 @@ pub use attention::step::{Batch, Rope, Step, Tensors};
 pub use backend::CudaBackend;
 pub use cache::Cache;
 pub use device::{Device, RawStream};
-pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use graph::Graph;
 pub use kernels::compile::{Architecture, HEAD_DIMS, Variant, compile};
@@ -82,6 +81,7 @@ pub use kernels::source::Source;
 pub use kernels::{Kernels, tables};
 pub use linear::{E4m3Weight, Weight, e4m3};
 pub use memory::Workspace;
+pub use moa_core::Dtype;
 pub use nccl::{Nccl, NcclId};
 pub use ops::{AttentionGradients, Draw, Indices, Lengths, Operations, Turns};
 pub use tensor::Tensor;

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::LazyLock;
 
 use moa_backend_cuda::e4m3;
-use moa_models::{BackwardOps, Checkpoint, CpuOps, CudaDtype, CudaOps, Ops};
+use moa_models::{BackwardOps, Checkpoint, CpuOps, CudaOps, Dtype, Ops};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
@@ -68,7 +68,7 @@ fn cuda() -> Vec<(&'static Checkpoint<CudaOps>, f64)> {
             let ops = open(dtype)?.with_fp8_weights();
             Some((Checkpoint::open(ops, moa_tiny()).expect("moa-tiny"), share))
         };
-        [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)].into_iter().map_while(load).collect()
+        [(Dtype::F16, 0.01), (Dtype::Bf16, 0.06)].into_iter().map_while(load).collect()
     });
     TINY.iter().map(|(checkpoint, share)| (checkpoint, *share)).collect()
 }
@@ -156,7 +156,7 @@ fn bytes_are_counted_as_they_are() {
         let rest = 8192 * 256 + 13 * 256;
         assert_eq!(model.weight_bytes(), linear + 4 * outputs + 2 * rest);
         assert_eq!(model.ops().weight_bytes(100), 200);
-        let wide = open(CudaDtype::Bf16).map(|ops| ops.linear_bytes(1000, 10));
+        let wide = open(Dtype::Bf16).map(|ops| ops.linear_bytes(1000, 10));
         assert_eq!(wide, Some(2000));
     }
 }
@@ -167,7 +167,7 @@ fn gradients_are_refused() {
         let ops = checkpoint.model.ops();
         let message = ops.check_gradients().unwrap_err().to_string();
         assert!(message.contains("fp8") && message.contains("gradients"), "{message}");
-        if let Some(wide) = open(CudaDtype::F16) {
+        if let Some(wide) = open(Dtype::F16) {
             wide.check_gradients().unwrap();
         }
     }

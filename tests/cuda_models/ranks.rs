@@ -6,8 +6,8 @@ use std::sync::Arc;
 use moa_backend_cuda::Error as CudaError;
 use moa_core::{Plan, Sharding};
 use moa_models::{
-    Communicator, CudaDtype, CudaOps, Error, GenerateOptions, Llama, LlamaConfig, LogitRows,
-    NcclRank, Next, Ops, Rank, SamplingOptions, Shard, ThreadRank, Weights, on_ranks,
+    Communicator, CudaOps, Dtype, Error, GenerateOptions, Llama, LlamaConfig, LogitRows, NcclRank,
+    Next, Ops, Rank, SamplingOptions, Shard, ThreadRank, Weights, on_ranks,
 };
 
 use crate::{alternating, close, cpu, moa_tiny, open, plans, prose, read, step};
@@ -16,7 +16,7 @@ type Model = Llama<CudaOps>;
 
 /// moa-tiny's part of one rank.
 fn part(
-    dtype: CudaDtype,
+    dtype: Dtype,
     plan: &Plan,
     communicator: impl Communicator<CudaOps> + 'static,
 ) -> Result<Model, Error> {
@@ -27,7 +27,7 @@ fn part(
 }
 
 /// What two ranks on the first GPU compute.
-fn on_two<T: Send>(dtype: CudaDtype, plan: &Plan, work: impl Fn(&Model) -> T + Sync) -> Vec<T> {
+fn on_two<T: Send>(dtype: Dtype, plan: &Plan, work: impl Fn(&Model) -> T + Sync) -> Vec<T> {
     let ranks = ThreadRank::group(2).unwrap();
     on_ranks(ranks, |rank: Arc<ThreadRank>| Ok::<_, Error>(work(&part(dtype, plan, rank)?)))
         .unwrap()
@@ -35,7 +35,7 @@ fn on_two<T: Send>(dtype: CudaDtype, plan: &Plan, work: impl Fn(&Model) -> T + S
 
 #[test]
 fn two_ranks_agree_with_the_cpu() {
-    for (dtype, share) in [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)] {
+    for (dtype, share) in [(Dtype::F16, 0.01), (Dtype::Bf16, 0.06)] {
         if open(dtype).is_none() {
             return;
         }
@@ -58,7 +58,10 @@ fn two_ranks_agree_with_the_cpu() {
             }
             close("two ranks, prefill of 300 and decode of 20", &got[0].0, &expected, share);
             assert!(got[0].0 == got[1].0, "ranks do not have the same logits");
-            assert_eq!(got[0].1 + got[1].1, plan.kv_bytes(400, 2));
+            assert_eq!(
+                got[0].1 + got[1].1,
+                plan.kv_bytes(400, dtype.slot_bytes(plan.shape().head_dim))
+            );
         }
     }
 }
@@ -67,7 +70,7 @@ fn two_ranks_agree_with_the_cpu() {
 /// as in the whole.
 #[test]
 fn two_ranks_of_8_bit_weights_agree_with_one() {
-    let Some(ops) = open(CudaDtype::F16) else { return };
+    let Some(ops) = open(Dtype::F16) else { return };
     let config = LlamaConfig::from_file(moa_tiny()).unwrap();
     let weights = Weights::open(moa_tiny()).unwrap();
     let tokens = prose(200);
@@ -82,7 +85,7 @@ fn two_ranks_of_8_bit_weights_agree_with_one() {
     let whole = Llama::load(ops.with_fp8_weights(), config.clone(), &weights).unwrap();
     let expected = run(&whole);
     let parts = on_ranks(ThreadRank::group(2).unwrap(), |rank: Arc<ThreadRank>| {
-        let ops = CudaOps::new(0, CudaDtype::F16)?.with_fp8_weights();
+        let ops = CudaOps::new(0, Dtype::F16)?.with_fp8_weights();
         let shard = Shard::new(&sharding, rank)?;
         Ok::<_, Error>(run(&Llama::load_shard(ops, config.clone(), &weights, shard)?))
     });
@@ -91,7 +94,7 @@ fn two_ranks_of_8_bit_weights_agree_with_one() {
 
 #[test]
 fn two_ranks_draw_the_same_tokens() {
-    if open(CudaDtype::F16).is_none() {
+    if open(Dtype::F16).is_none() {
         return;
     }
     let text = prose(300);
@@ -100,7 +103,7 @@ fn two_ranks_draw_the_same_tokens() {
     for temperature in [0.0, 0.8] {
         let sampling = SamplingOptions { temperature, seed: 5, ..Default::default() };
         let options = GenerateOptions { max_new_tokens: 24, sampling, ..Default::default() };
-        let texts = on_two(CudaDtype::F16, &plan, |gpu| {
+        let texts = on_two(Dtype::F16, &plan, |gpu| {
             let open = |prompt: &&[u32]| gpu.open(&plan, prompt.len() + 24, 0).unwrap();
             let mut batch: Vec<_> = prompts.iter().map(open).collect();
             let made =
@@ -114,13 +117,13 @@ fn two_ranks_draw_the_same_tokens() {
 
 #[test]
 fn a_rank_that_cannot_go_on_ends_the_other() {
-    if open(CudaDtype::F16).is_none() {
+    if open(Dtype::F16).is_none() {
         return;
     }
     let [plan, _] = plans(cpu().model.shape());
     let ended = on_ranks(ThreadRank::group(2).unwrap(), |rank: Arc<ThreadRank>| {
         let number = rank.rank();
-        let model = part(CudaDtype::F16, &plan, rank)?;
+        let model = part(Dtype::F16, &plan, rank)?;
         let mut sequence = model.open(&plan, 40, 0)?;
         model.forward(&mut [&mut sequence], &[&[1, 2, 3]], LogitRows::Last)?;
         if number == 1 {
@@ -135,7 +138,7 @@ fn a_rank_that_cannot_go_on_ends_the_other() {
 /// included.
 #[test]
 fn a_group_of_one_over_nccl_is_the_whole_model() {
-    for (dtype, share) in [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)] {
+    for (dtype, share) in [(Dtype::F16, 0.01), (Dtype::Bf16, 0.06)] {
         if open(dtype).is_none() {
             return;
         }

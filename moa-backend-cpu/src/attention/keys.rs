@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use moa_core::{HeadLayout, Position, Span};
+use moa_core::HeadLayout;
 
 use crate::element::Element;
 
@@ -38,19 +38,12 @@ impl Segment {
     }
 }
 
-/// What some query of `queries` sees, as two ranges of positions in ascending order.
-pub(crate) fn visible(span: Span, queries: Range<usize>) -> [Range<usize>; 2] {
-    let sink = 0..span.sink().min(queries.end);
-    let window = span.window_start(Position(queries.start)).max(sink.end);
-    [sink, window..queries.end.max(window)]
-}
-
 /// The keys that some query of `queries` sees, in ascending order of position, when `len` tokens
 /// are cached and the rest is new. At most six segments.
 pub(crate) fn segments(head: &HeadLayout, len: usize, queries: Range<usize>) -> Vec<Segment> {
     debug_assert!(queries.start >= len);
     let mut segments = Vec::with_capacity(6);
-    for range in visible(head.span(), queries) {
+    for range in head.span().visible_to(queries) {
         let cached = range.start.min(len)..range.end.min(len);
         segments.extend(head.runs(cached).map(|run| Segment {
             position: run.position.0,
@@ -90,7 +83,7 @@ impl<'a, E: Element> Source<'a, E> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use moa_core::LayerLayout;
+    use moa_core::{LayerLayout, Position, Span};
 
     #[test]
     fn segments_hold_exactly_what_some_query_sees() {

@@ -1,73 +1,56 @@
 //! Attention of new tokens over cached and new keys, then the append.
 
-mod check;
 mod keys;
 mod row;
 mod schedule;
 mod stage;
 mod tile;
 
-use moa_core::HeadLayout;
+use moa_core::{
+    Append, AttentionShape, CacheState, ExtendInputs, Extended, HeadLayout, check_extend,
+};
 
-use self::check::Shape;
 use self::keys::Source;
-use self::schedule::{Kind, Plan, Sequence, Task};
+use self::schedule::{Kind, Schedule, Task};
 use crate::cache::{Cache, Pair, with_store};
 use crate::element::Element;
 use crate::pool::{self, SharedMut};
 use crate::{Result, Tensor, workspace};
 
-/// Arguments of one call, packed as the trait says.
-pub(crate) struct Inputs<'a> {
-    pub(crate) q: &'a Tensor,
-    pub(crate) k: &'a Tensor,
-    pub(crate) v: &'a Tensor,
-    pub(crate) scale: f32,
-    pub(crate) lse: bool,
-}
-
 /// See [`moa_core::SparseAttentionBackend::extend`].
 pub(crate) fn extend(
-    caches: &mut [&mut Cache],
-    tokens: &[usize],
-    inputs: &Inputs<'_>,
-) -> Result<(Tensor, Option<Tensor>)> {
-    let shape = check::check(caches, tokens, inputs)?;
+    batch: &mut [Append<'_, Cache>],
+    inputs: &ExtendInputs<'_, Tensor>,
+) -> Result<Extended<Tensor>> {
+    let shape = check_extend(batch, inputs, Tensor::shape)?;
     let mut out = Tensor::zeros(inputs.q.shape())?;
     let mut lse = match inputs.lse {
         true => Some(Tensor::zeros(&[shape.tokens, shape.query_heads])?),
         false => None,
     };
-    stage::stage(caches, tokens, &shape, inputs.k.data(), inputs.v.data());
-    {
-        let sequences: Vec<_> = caches
-            .iter()
-            .zip(tokens)
-            .map(|(cache, &tokens)| Sequence { layout: &cache.layout, len: cache.len(), tokens })
-            .collect();
-        let plan = schedule::plan(&sequences, shape.group, shape.head_dim);
-        let call = Call {
-            caches,
-            tokens,
-            first: shape.first_rows(tokens),
-            shape: &shape,
-            q: inputs.q.data(),
-            scale: inputs.scale,
-            out: SharedMut::new(out.data_mut()),
-            lse: lse.as_mut().map(|lse| SharedMut::new(lse.data_mut())),
-        };
-        call.run(&plan)?;
-    }
-    stage::commit(caches, tokens, &shape);
-    Ok((out, lse))
+    stage::stage(batch, &shape, inputs.k.data(), inputs.v.data());
+    let states = batch.iter().map(|append| (&append.cache.state, append.tokens));
+    let schedule = schedule::schedule(states, shape.group(), shape.head_dim);
+    let tokens = batch.iter().map(|append| append.tokens);
+    let call = Call {
+        first: tokens.scan(0, |next, n| Some(std::mem::replace(next, *next + n))).collect(),
+        batch,
+        shape: &shape,
+        q: inputs.q.data(),
+        scale: inputs.scale,
+        out: SharedMut::new(out.data_mut()),
+        lse: lse.as_mut().map(|lse| SharedMut::new(lse.data_mut())),
+    };
+    call.run(&schedule)?;
+    stage::commit(batch)?;
+    Ok(Extended { out, lse })
 }
 
 struct Call<'a> {
-    caches: &'a [&'a mut Cache],
-    tokens: &'a [usize],
+    batch: &'a [Append<'a, Cache>],
     /// Row of each sequence's first token.
     first: Vec<usize>,
-    shape: &'a Shape,
+    shape: &'a AttentionShape,
     q: &'a [f32],
     scale: f32,
     out: SharedMut<'a, f32>,
@@ -84,7 +67,7 @@ struct RowHead {
 }
 
 impl Call<'_> {
-    fn run(&self, plan: &Plan) -> Result<()> {
+    fn run(&self, schedule: &Schedule) -> Result<()> {
         let row_heads = self.row_heads();
         let partial_len =
             row_heads.last().map_or(0, |r| r.start + r.splits * self.split_len(r.sequence));
@@ -92,10 +75,10 @@ impl Call<'_> {
             crate::zeroed::zeroed(partial_len, "partial attention results")?;
         {
             let partials = SharedMut::new(&mut partials);
-            pool::for_each(plan.tasks.len(), plan.work, |i| {
-                let task = &plan.tasks[i];
-                let cache = &self.caches[task.sequence];
-                with_store!(&cache.store, pair => self.task(task, cache, pair, &row_heads, &partials));
+            pool::for_each(schedule.tasks.len(), schedule.work, |i| {
+                let task = &schedule.tasks[i];
+                let cache = &*self.batch[task.sequence].cache;
+                with_store!(&cache.store, pair => self.task(task, &cache.state, pair, &row_heads, &partials));
             });
         }
         for row_head in &row_heads {
@@ -107,10 +90,11 @@ impl Call<'_> {
     fn row_heads(&self) -> Vec<RowHead> {
         let mut row_heads = Vec::new();
         let mut start = 0;
-        for (sequence, (cache, &tokens)) in self.caches.iter().zip(self.tokens).enumerate() {
-            if schedule::uses_rows(tokens, self.shape.group) {
-                for (kv_head, head) in cache.layout.heads().iter().enumerate() {
-                    let splits = schedule::splits(head, cache.len(), tokens);
+        for (sequence, Append { cache, tokens }) in self.batch.iter().enumerate() {
+            let state = &cache.state;
+            if schedule::uses_rows(*tokens, self.shape.group()) {
+                for (kv_head, head) in state.layout().heads().iter().enumerate() {
+                    let splits = schedule::splits(head, state.len(), *tokens);
                     row_heads.push(RowHead { sequence, kv_head, splits, start });
                     start += splits * self.split_len(sequence);
                 }
@@ -121,29 +105,30 @@ impl Call<'_> {
 
     /// Elements of the partial results of one split.
     fn split_len(&self, sequence: usize) -> usize {
-        self.tokens[sequence] * self.shape.group * row::partial_len(self.shape.head_dim)
+        self.batch[sequence].tokens * self.shape.group() * row::partial_len(self.shape.head_dim)
     }
 
     fn task<E: Element>(
         &self,
         task: &Task,
-        cache: &Cache,
+        state: &CacheState,
         pair: &Pair<E>,
         row_heads: &[RowHead],
         partials: &SharedMut<'_, f32>,
     ) {
         let &Task { sequence, kv_head, ref kind } = task;
-        let Shape { group, query_heads, head_dim, .. } = *self.shape;
-        let head: &HeadLayout = cache.layout.head(kv_head);
-        let first = self.first[sequence];
-        let new = kv_head * self.tokens[sequence] * head_dim;
+        let AttentionShape { query_heads, head_dim, .. } = *self.shape;
+        let group = self.shape.group();
+        let head: &HeadLayout = state.layout().head(kv_head);
+        let (first, count) = (self.first[sequence], self.batch[sequence].tokens);
+        let new = kv_head * count * head_dim;
         let keys = Source { cached: &pair.keys[..], new: &pair.staged_keys[new..], dim: head_dim };
         let values =
             Source { cached: &pair.values[..], new: &pair.staged_values[new..], dim: head_dim };
         match kind {
             Kind::Tile { tokens } => workspace::run(tile::TileTask {
                 head,
-                len: cache.len(),
+                len: state.len(),
                 tokens: tokens.clone(),
                 first,
                 query_heads,
@@ -163,8 +148,8 @@ impl Call<'_> {
                 let start = row_head.start + split.start / schedule::SPLIT_KEYS * len;
                 workspace::run(row::RowTask {
                     head,
-                    len: cache.len(),
-                    tokens: self.tokens[sequence],
+                    len: state.len(),
+                    tokens: count,
                     split: split.clone(),
                     group,
                     q: &self.q[(first * query_heads + kv_head * group) * head_dim..],
@@ -180,9 +165,10 @@ impl Call<'_> {
     }
 
     fn merge(&self, row_head: &RowHead, partials: &[f32]) {
-        let Shape { group, query_heads, head_dim, .. } = *self.shape;
+        let AttentionShape { query_heads, head_dim, .. } = *self.shape;
+        let group = self.shape.group();
         let stride = self.split_len(row_head.sequence);
-        for row in 0..self.tokens[row_head.sequence] * group {
+        for row in 0..self.batch[row_head.sequence].tokens * group {
             let token = self.first[row_head.sequence] + row / group;
             let at = token * query_heads + row_head.kv_head * group + row % group;
             // SAFETY: the tasks are done and nothing else is borrowed.
@@ -199,10 +185,10 @@ impl Call<'_> {
 
 #[cfg(test)]
 mod tests {
-    use moa_core::{LayerLayout, Span, SparseAttentionBackend};
+    use moa_core::{Dtype, LayerLayout, Span, SparseAttentionBackend};
 
     use super::*;
-    use crate::{CacheDtype, CpuBackend};
+    use crate::CpuBackend;
 
     // 10. Reading slots nobody wrote (vLLM's tests fill them with NaN).
     #[test]
@@ -214,17 +200,17 @@ mod tests {
                 (0..tokens * heads * 8).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
             Tensor::new(data, &[tokens, heads, 8]).unwrap()
         };
-        for dtype in [CacheDtype::F32, CacheDtype::F16, CacheDtype::Bf16] {
+        for dtype in Dtype::ALL {
             let backend = CpuBackend::new(dtype);
             let mut clean = backend.open(&layout, 8).unwrap();
             let mut poisoned = backend.open(&layout, 8).unwrap();
             with_store!(&mut poisoned.store, pair => poison(pair));
             for tokens in [1, 2, 90, 1, 3, 1, 130, 1] {
                 let (q, kv) = (tensor(tokens, 6), tensor(tokens, 3));
-                let [a, b] = [&mut clean, &mut poisoned].map(|cache| {
-                    backend.extend(&mut [cache], &[tokens], &q, &kv, &kv, 0.4, true).unwrap()
-                });
-                assert!(a.0.data().iter().all(|x| x.is_finite()));
+                let inputs = ExtendInputs { q: &q, k: &kv, v: &kv, scale: 0.4, lse: true };
+                let [a, b] = [&mut clean, &mut poisoned]
+                    .map(|cache| backend.extend(&mut [Append { cache, tokens }], &inputs).unwrap());
+                assert!(a.out.data().iter().all(|x| x.is_finite()));
                 assert_eq!(a, b);
             }
         }
@@ -238,7 +224,7 @@ mod tests {
             let data = (0..tokens * heads * dim).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0);
             Tensor::new(data.collect(), &[tokens, heads, dim]).unwrap()
         };
-        for (dtype, dim) in [(CacheDtype::F32, 20), (CacheDtype::F16, 24), (CacheDtype::Bf16, 72)] {
+        for (dtype, dim) in [(Dtype::F32, 20), (Dtype::F16, 24), (Dtype::Bf16, 72)] {
             let backend = CpuBackend::new(dtype);
             let run = || {
                 let mut cache = backend.open(&layout, dim).unwrap();
@@ -246,9 +232,9 @@ mod tests {
                 // Small enough to stay on this thread.
                 for tokens in [1, 2, 40, 1, 3, 20, 1] {
                     let (q, kv) = (tensor(tokens, 6, dim), tensor(tokens, 2, dim));
-                    let cache = &mut [&mut cache][..];
-                    let (out, lse) =
-                        backend.extend(cache, &[tokens], &q, &kv, &kv, 0.4, true).unwrap();
+                    let inputs = ExtendInputs { q: &q, k: &kv, v: &kv, scale: 0.4, lse: true };
+                    let batch = &mut [Append { cache: &mut cache, tokens }];
+                    let Extended { out, lse } = backend.extend(batch, &inputs).unwrap();
                     all.extend([out.into_data(), lse.unwrap().into_data()].concat());
                 }
                 all

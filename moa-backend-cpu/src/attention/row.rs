@@ -6,7 +6,7 @@ use std::ops::Range;
 use moa_core::HeadLayout;
 use pulp::Simd;
 
-use super::keys::{Segment, Source, segments, visible};
+use super::keys::{Segment, Source, segments};
 use super::schedule::SPLIT_KEYS;
 use super::tile::NOTHING;
 use crate::element::Element;
@@ -75,7 +75,7 @@ impl<E: Element> workspace::Task for RowTask<'_, E> {
         for token in 0..self.tokens {
             self.pack_queries(token, q);
             let query = self.len + token;
-            let seen = visible(self.head.span(), query..query + 1);
+            let seen = self.head.span().visible_to(query..query + 1);
             scores.fill(f32::NEG_INFINITY);
             for (at, piece) in Self::seen(&pieces, &seen) {
                 let scores = &mut scores[at..];

@@ -1,8 +1,7 @@
 use std::ops::Range;
 
-use moa_core::{HeadLayout, LayerLayout};
+use moa_core::{CacheState, HeadLayout};
 
-use super::keys;
 use crate::simd::outer::PANEL;
 
 /// Tokens per task of the tile kernel, given the chunk's: as many as fill up to four register panels
@@ -40,17 +39,9 @@ pub(crate) enum Kind {
     Row { keys: Range<usize> },
 }
 
-/// One sequence of a batch.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Sequence<'a> {
-    pub(crate) layout: &'a LayerLayout,
-    pub(crate) len: usize,
-    pub(crate) tokens: usize,
-}
-
 /// How a batch is cut, and its work in multiply-adds.
 #[derive(Debug)]
-pub(crate) struct Plan {
+pub(crate) struct Schedule {
     pub(crate) tasks: Vec<Task>,
     pub(crate) work: u64,
 }
@@ -59,24 +50,29 @@ pub(crate) struct Plan {
 ///
 /// The cut of a sequence depends on nothing but that sequence, which is what makes results bitwise
 /// independent of the batch and of the number of threads.
-pub(crate) fn plan(sequences: &[Sequence<'_>], group: usize, head_dim: usize) -> Plan {
+pub(crate) fn schedule<'a>(
+    batch: impl Iterator<Item = (&'a CacheState, usize)>,
+    group: usize,
+    head_dim: usize,
+) -> Schedule {
     let mut tasks = Vec::new();
-    for (index, sequence) in sequences.iter().enumerate() {
-        for (kv_head, head) in sequence.layout.heads().iter().enumerate() {
+    for (index, (state, new)) in batch.enumerate() {
+        let len = state.len();
+        for (kv_head, head) in state.layout().heads().iter().enumerate() {
             let mut push = |cost: usize, kind| {
                 tasks.push((cost as u64, Task { sequence: index, kv_head, kind }));
             };
-            if uses_rows(sequence.tokens, group) {
-                let keys = count(head, sequence.len, 0..sequence.tokens);
+            if uses_rows(new, group) {
+                let keys = count(head, len, 0..new);
                 for start in (0..keys).step_by(SPLIT_KEYS) {
                     let split = start..keys.min(start + SPLIT_KEYS);
-                    push(split.len() * sequence.tokens, Kind::Row { keys: split });
+                    push(split.len() * new, Kind::Row { keys: split });
                 }
             } else {
-                let step = tile_tokens(sequence.tokens, group);
-                for start in (0..sequence.tokens).step_by(step) {
-                    let tile = start..sequence.tokens.min(start + step);
-                    let keys = count(head, sequence.len, tile.clone());
+                let step = tile_tokens(new, group);
+                for start in (0..new).step_by(step) {
+                    let tile = start..new.min(start + step);
+                    let keys = count(head, len, tile.clone());
                     push(keys * tile.len(), Kind::Tile { tokens: tile });
                 }
             }
@@ -85,7 +81,7 @@ pub(crate) fn plan(sequences: &[Sequence<'_>], group: usize, head_dim: usize) ->
     let pairs: u64 = tasks.iter().map(|(cost, _)| cost).sum();
     // Stable: rows of one head stay in the order in which their results are merged.
     tasks.sort_by_key(|(cost, _)| std::cmp::Reverse(*cost));
-    Plan {
+    Schedule {
         tasks: tasks.into_iter().map(|(_, task)| task).collect(),
         work: pairs * (2 * group * head_dim) as u64,
     }
@@ -103,25 +99,32 @@ pub(crate) fn splits(head: &HeadLayout, len: usize, tokens: usize) -> usize {
 
 fn count(head: &HeadLayout, len: usize, tokens: Range<usize>) -> usize {
     let queries = len + tokens.start..len + tokens.end;
-    keys::visible(head.span(), queries).iter().map(Range::len).sum()
+    head.span().visible_to(queries).iter().map(Range::len).sum()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
-    use moa_core::Span;
+    use moa_core::{LayerLayout, Span};
+
+    fn filled(layout: &LayerLayout, len: usize) -> CacheState {
+        let mut state = CacheState::new(Arc::new(layout.clone()), 64);
+        state.append(len).unwrap();
+        state
+    }
 
     #[test]
     fn tasks_cover_every_head_and_token_or_key_once() {
         let spans = [Span::full(5000), Span::new(4, 60).unwrap(), Span::new(0, 1).unwrap()];
         let layout = LayerLayout::new(&spans, 5000, 0).unwrap();
         let shapes = [(0, 1), (4000, 1), (0, 200), (700, 3), (700, 5), (10, 64), (4999, 1)];
-        let sequences: Vec<_> =
-            shapes.iter().map(|&(len, tokens)| Sequence { layout: &layout, len, tokens }).collect();
-        let plan = plan(&sequences, 2, 64);
+        let states = shapes.map(|(len, tokens)| (filled(&layout, len), tokens));
+        let schedule = schedule(states.iter().map(|(state, tokens)| (state, *tokens)), 2, 64);
         for (s, &(len, tokens)) in shapes.iter().enumerate() {
             for h in 0..spans.len() {
-                let mine = plan.tasks.iter().filter(|t| t.sequence == s && t.kv_head == h);
+                let mine = schedule.tasks.iter().filter(|t| t.sequence == s && t.kv_head == h);
                 let (mut covered, mut rows): (Vec<usize>, bool) = (Vec::new(), false);
                 for task in mine {
                     match &task.kind {
@@ -138,20 +141,20 @@ mod tests {
                 assert_eq!(covered, (0..expected).collect::<Vec<_>>(), "sequence {s} head {h}");
             }
         }
-        assert!(plan.work > 0);
+        assert!(schedule.work > 0);
     }
 
     #[test]
     fn the_cut_of_a_sequence_does_not_depend_on_the_batch() {
         let layout =
             LayerLayout::new(&[Span::full(3000), Span::new(4, 60).unwrap()], 3000, 0).unwrap();
-        let alone = Sequence { layout: &layout, len: 900, tokens: 130 };
-        let other = Sequence { layout: &layout, len: 2000, tokens: 1 };
+        let (alone, other) = (filled(&layout, 900), filled(&layout, 2000));
+        let (alone, other) = ((&alone, 130), (&other, 1));
         let own = |tasks: Vec<Task>, index| -> Vec<_> {
             let mine = tasks.into_iter().filter(|t| t.sequence == index);
             mine.map(|t| (t.kv_head, t.kind)).collect()
         };
-        let first = own(plan(&[alone], 2, 64).tasks, 0);
-        assert_eq!(first, own(plan(&[other, alone, other], 2, 64).tasks, 1));
+        let first = own(schedule([alone].into_iter(), 2, 64).tasks, 0);
+        assert_eq!(first, own(schedule([other, alone, other].into_iter(), 2, 64).tasks, 1));
     }
 }

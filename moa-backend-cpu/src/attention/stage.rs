@@ -1,6 +1,8 @@
 //! New keys and values on their way into the cache.
 
-use super::check::Shape;
+use moa_core::{Append, AttentionShape};
+
+use crate::Result;
 use crate::cache::{Cache, Pair, with_store};
 use crate::element::Element;
 use crate::pool::{self, SharedMut};
@@ -11,15 +13,10 @@ const KEPT_BYTES: usize = 1 << 12;
 /// Brings the new keys and values to their caches' element type and to `[kv_heads, tokens,
 /// head_dim]`. Attention reads them from there, so that a key is the same number whether a query
 /// sees it in its own chunk or later.
-pub(super) fn stage(
-    caches: &mut [&mut Cache],
-    tokens: &[usize],
-    shape: &Shape,
-    k: &[f32],
-    v: &[f32],
-) {
+pub(super) fn stage(batch: &mut [Append<'_, Cache>], shape: &AttentionShape, k: &[f32], v: &[f32]) {
     let mut row = 0;
-    for (cache, &tokens) in caches.iter_mut().zip(tokens) {
+    for Append { cache, tokens } in batch {
+        let tokens = *tokens;
         let start = row * shape.kv_heads * shape.head_dim;
         with_store!(&mut cache.store, pair => {
             transpose(tokens, shape, &k[start..], &mut pair.staged_keys);
@@ -29,8 +26,8 @@ pub(super) fn stage(
     }
 }
 
-fn transpose<E: Element>(tokens: usize, shape: &Shape, from: &[f32], to: &mut Vec<E>) {
-    let &Shape { kv_heads, head_dim, .. } = shape;
+fn transpose<E: Element>(tokens: usize, shape: &AttentionShape, from: &[f32], to: &mut Vec<E>) {
+    let &AttentionShape { kv_heads, head_dim, .. } = shape;
     to.clear();
     to.resize(kv_heads * tokens * head_dim, E::zeroed());
     let work = to.len() as u64;
@@ -45,19 +42,21 @@ fn transpose<E: Element>(tokens: usize, shape: &Shape, from: &[f32], to: &mut Ve
     });
 }
 
-/// Appends what was staged. Nothing in here can fail.
-pub(super) fn commit(caches: &mut [&mut Cache], tokens: &[usize], shape: &Shape) {
-    for (cache, &tokens) in caches.iter_mut().zip(tokens) {
-        let Cache { layout, extent, store, .. } = &mut **cache;
-        for (kv_head, head) in layout.heads().iter().enumerate() {
-            for run in head.append(extent.len(), tokens) {
-                let from = kv_head * tokens + run.position.0 - extent.len();
-                with_store!(store, pair => copy(pair, from, run.slot.0, run.len, shape.head_dim));
+/// Appends what was staged to caches that have room for it.
+pub(super) fn commit(batch: &mut [Append<'_, Cache>]) -> Result<()> {
+    for Append { cache, tokens } in batch {
+        let Cache { state, store } = &mut **cache;
+        let (len, head_dim) = (state.len(), state.head_dim());
+        for (kv_head, head) in state.layout().heads().iter().enumerate() {
+            for run in head.append(len, *tokens) {
+                let from = kv_head * *tokens + run.position.0 - len;
+                with_store!(store, pair => copy(pair, from, run.slot.0, run.len, head_dim));
             }
         }
         with_store!(store, pair => release(pair));
-        cache.advance(tokens);
+        state.append(*tokens)?;
     }
+    Ok(())
 }
 
 fn copy<E: Element>(pair: &mut Pair<E>, from: usize, to: usize, rows: usize, dim: usize) {

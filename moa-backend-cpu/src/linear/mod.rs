@@ -36,7 +36,7 @@ impl<'a> WeightRef<'a> {
     /// Takes `data` as `[rows, cols]`.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless the data has `rows * cols` elements.
+    /// [`Error::Argument`] unless the data has `rows * cols` elements.
     pub fn new(data: WeightData<'a>, rows: usize, cols: usize) -> Result<Self> {
         let len = match data {
             WeightData::F32(x) => x.len(),
@@ -78,7 +78,7 @@ macro_rules! with_weight {
 /// `x . weight^T + bias`: `[tokens, in]` to `[tokens, out]`. Axes of `x` after the first count as one.
 ///
 /// # Errors
-/// [`Error::Shape`] if the shapes do not fit.
+/// [`Error::Argument`] if the shapes do not fit.
 pub fn linear(x: &Tensor, weight: WeightRef<'_>, bias: Option<&[f32]>) -> Result<Tensor> {
     const OP: &str = "linear";
     let (m, n, k) = (x.rows(), weight.rows, weight.cols);
@@ -109,7 +109,7 @@ pub fn linear(x: &Tensor, weight: WeightRef<'_>, bias: Option<&[f32]>) -> Result
 /// `dy . weight`: the gradient of [`linear`] by its input, `[tokens, out]` to `[tokens, in]`.
 ///
 /// # Errors
-/// [`Error::Shape`] if the shapes do not fit.
+/// [`Error::Argument`] if the shapes do not fit.
 pub fn linear_backward_input(dy: &Tensor, weight: WeightRef<'_>) -> Result<Tensor> {
     let (m, n, k) = (dy.rows(), weight.cols, weight.rows);
     if dy.row_len() != k {

@@ -19,7 +19,7 @@ const ROWS: usize = 32;
 /// `x += y`: the residual connection.
 ///
 /// # Errors
-/// [`Error::Shape`] if the shapes differ.
+/// [`Error::Argument`] if the shapes differ.
 pub fn add_assign(x: &mut Tensor, y: &Tensor) -> Result<()> {
     if x.shape() != y.shape() {
         return Err(Error::shape("add_assign", "y", format_args!("{:?}", x.shape()), y.shape()));

@@ -81,15 +81,15 @@ impl Dims {
 
 /// One sequence of a batch.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Request<'a> {
+pub(crate) struct Entry<'a> {
     pub(crate) geometry: &'a Geometry,
     pub(crate) len: usize,
     pub(crate) tokens: usize,
-    /// Whether the plan is replayed while the sequence grows: then it must cover every length.
+    /// Whether the schedule is replayed while the sequence grows: then it must cover every length.
     pub(crate) grows: bool,
 }
 
-impl Request<'_> {
+impl Entry<'_> {
     /// Whether the new tokens may be written before they are attended to: if none of them takes the
     /// slot of a key that another one still sees.
     pub(crate) fn commits_first(&self) -> bool {
@@ -107,11 +107,8 @@ impl Request<'_> {
             let most = span.total().saturating_add(self.tokens - 1);
             return most.min(self.geometry.layout.capacity());
         }
-        let end = self.len + self.tokens;
-        let sink = span.sink().min(end);
-        // The window of the first new token is the one that reaches back furthest.
-        let start = (self.len + 1).saturating_sub(span.window()).max(sink);
-        sink + end - start
+        let new = self.len..self.len + self.tokens;
+        span.visible_to(new).iter().map(Range::len).sum()
     }
 
     fn splits(&self, head: &HeadLayout) -> usize {
@@ -133,13 +130,13 @@ struct Tiles {
 }
 
 impl Tiles {
-    fn new(request: &Request<'_>, path: Path, dims: &Dims) -> Self {
-        let tiles = dims.rows(request.tokens).div_ceil(path.tile_rows());
+    fn new(entry: &Entry<'_>, path: Path, dims: &Dims) -> Self {
+        let tiles = dims.rows(entry.tokens).div_ceil(path.tile_rows());
         if path != Path::Wgmma {
             return Self { tiles, limit: None };
         }
-        let steps = |head| Self::steps(request, head, dims);
-        let heads = request.geometry.layout.heads();
+        let steps = |head| Self::steps(entry, head, dims);
+        let heads = entry.geometry.layout.heads();
         let all: usize = heads.iter().map(|head| tiles * steps(head)).sum();
         let longest = heads.iter().map(steps).max().unwrap_or(0);
         // Sharing costs partial results and a merge, and needs idle multiprocessors to pay: with one
@@ -156,19 +153,19 @@ impl Tiles {
     }
 
     /// Steps of the head's longest tile.
-    fn steps(request: &Request<'_>, head: &HeadLayout, dims: &Dims) -> usize {
+    fn steps(entry: &Entry<'_>, head: &HeadLayout, dims: &Dims) -> usize {
         let tokens = Path::Wgmma.tile_rows().div_ceil(dims.query_heads / dims.kv_heads) + 1;
-        let last = Request {
-            len: request.len + request.tokens.saturating_sub(tokens),
-            tokens: tokens.min(request.tokens),
-            ..*request
+        let last = Entry {
+            len: entry.len + entry.tokens.saturating_sub(tokens),
+            tokens: tokens.min(entry.tokens),
+            ..*entry
         };
         last.keys(head).div_ceil(STEP_KEYS)
     }
 
     /// Blocks that share each tile of a head.
-    fn parts(&self, request: &Request<'_>, head: &HeadLayout, dims: &Dims) -> usize {
-        let parts = |limit| Self::steps(request, head, dims).div_ceil(limit).clamp(1, MAX_PARTS);
+    fn parts(&self, entry: &Entry<'_>, head: &HeadLayout, dims: &Dims) -> usize {
+        let parts = |limit| Self::steps(entry, head, dims).div_ceil(limit).clamp(1, MAX_PARTS);
         self.limit.map_or(1, parts)
     }
 }
@@ -180,9 +177,9 @@ pub(crate) struct Launch {
     pub(crate) committed: bool,
     /// Whether tiles are shared between blocks, which leave partial results then.
     pub(crate) shared: bool,
-    /// Places in [`Plan::order`].
+    /// Places in [`Schedule::order`].
     pub(crate) places: Range<usize>,
-    /// Of the split kernel, in [`Plan::items`].
+    /// Of the split kernel, in [`Schedule::items`].
     pub(crate) items: Range<usize>,
     /// Items of the split kernel, tiles of the others.
     pub(crate) blocks: usize,
@@ -190,7 +187,7 @@ pub(crate) struct Launch {
 
 /// How a batch is cut. Buffers are kept from one call to the next.
 #[derive(Debug, Default)]
-pub(crate) struct Plan {
+pub(crate) struct Schedule {
     /// The caller's sequence at each place of the tables.
     pub(crate) order: Vec<usize>,
     pub(crate) launches: Vec<Launch>,
@@ -205,7 +202,7 @@ pub(crate) struct Plan {
     pub(crate) heads: Vec<[i32; 2]>,
 }
 
-impl Plan {
+impl Schedule {
     /// Sequences whose new tokens are written before attention; they come first.
     pub(crate) fn committed(&self) -> usize {
         self.launches.iter().filter(|l| l.committed).map(|l| l.places.end).max().unwrap_or(0)
@@ -213,23 +210,23 @@ impl Plan {
 
     /// Cuts a batch. What a sequence's result is summed from, and in which order, depends on
     /// nothing but that sequence.
-    pub(crate) fn fill(&mut self, dims: &Dims, requests: &[Request<'_>]) {
+    pub(crate) fn fill(&mut self, dims: &Dims, entries: &[Entry<'_>]) {
         let Self { order, launches, first_items, items, splits, heads } = self;
         items.clear();
         launches.clear();
         first_items.clear();
-        first_items.resize(requests.len(), 0);
+        first_items.resize(entries.len(), 0);
         splits.clear();
-        splits.resize(requests.len() * dims.kv_heads, [0; 2]);
+        splits.resize(entries.len() * dims.kv_heads, [0; 2]);
         heads.clear();
-        heads.resize(requests.len() * dims.kv_heads, [0, 1]);
+        heads.resize(entries.len() * dims.kv_heads, [0, 1]);
         order.clear();
-        order.extend(0..requests.len());
+        order.extend(0..entries.len());
         let way = |&index: &usize| {
-            let request = &requests[index];
-            let path = Path::of(request.tokens, dims);
-            let shared = Tiles::new(request, path, dims).limit.is_some();
-            (!request.commits_first(), path as usize, shared)
+            let entry = &entries[index];
+            let path = Path::of(entry.tokens, dims);
+            let shared = Tiles::new(entry, path, dims).limit.is_some();
+            (!entry.commits_first(), path as usize, shared)
         };
         order.sort_by_cached_key(way);
 
@@ -237,7 +234,7 @@ impl Plan {
         while let Some(&first) = order.get(end) {
             let start = end;
             let (written_after, _, shared) = way(&first);
-            let path = Path::of(requests[first].tokens, dims);
+            let path = Path::of(entries[first].tokens, dims);
             let same = order[start..].iter().take_while(|index| way(index) == way(&first));
             end += same.count();
             let mut launch = Launch {
@@ -252,9 +249,9 @@ impl Plan {
                 // Widest heads of all sequences first.
                 for rank in 0..dims.kv_heads {
                     for place in start..end {
-                        let request = &requests[order[place]];
-                        let head = request.geometry.widest_first[rank] as usize;
-                        let count = request.splits(request.geometry.layout.head(head));
+                        let entry = &entries[order[place]];
+                        let head = entry.geometry.widest_first[rank] as usize;
+                        let count = entry.splits(entry.geometry.layout.head(head));
                         let owner = (place - start) * dims.kv_heads + head;
                         splits[place * dims.kv_heads + head] =
                             [(items.len() - launch.items.start) as i32, count as i32];
@@ -266,11 +263,11 @@ impl Plan {
             } else {
                 for place in start..end {
                     first_items[place] = launch.blocks;
-                    let request = &requests[order[place]];
-                    let tiles = Tiles::new(request, path, dims);
-                    for (rank, &head) in request.geometry.widest_first.iter().enumerate() {
-                        let layout = request.geometry.layout.head(head as usize);
-                        let parts = tiles.parts(request, layout, dims);
+                    let entry = &entries[order[place]];
+                    let tiles = Tiles::new(entry, path, dims);
+                    for (rank, &head) in entry.geometry.widest_first.iter().enumerate() {
+                        let layout = entry.geometry.layout.head(head as usize);
+                        let parts = tiles.parts(entry, layout, dims);
                         heads[place * dims.kv_heads + rank] = [head, parts as i32];
                         launch.blocks += tiles.tiles * parts;
                     }

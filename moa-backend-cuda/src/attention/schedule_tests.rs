@@ -23,11 +23,11 @@ impl Case {
         self.sequences.iter().map(geometry).collect()
     }
 
-    fn requests<'a>(&self, geometries: &'a [Geometry]) -> Vec<Request<'a>> {
+    fn entries<'a>(&self, geometries: &'a [Geometry]) -> Vec<Entry<'a>> {
         self.sequences
             .iter()
             .zip(geometries)
-            .map(|(&(_, _, _, len, tokens), geometry)| Request {
+            .map(|(&(_, _, _, len, tokens), geometry)| Entry {
                 geometry,
                 len,
                 tokens,
@@ -51,25 +51,25 @@ fn cases() -> impl Strategy<Value = Case> {
     })
 }
 
-fn plan(dims: &Dims, requests: &[Request<'_>]) -> Plan {
-    let mut plan = Plan::default();
-    plan.fill(dims, requests);
-    plan
+fn schedule(dims: &Dims, entries: &[Entry<'_>]) -> Schedule {
+    let mut made = Schedule::default();
+    made.fill(dims, entries);
+    made
 }
 
-/// What a plan says about one sequence, free of its place: path, committed, splits per head or tiles.
-fn own(plan: &Plan, dims: &Dims, index: usize) -> (Path, bool, Vec<usize>) {
-    let place = plan.order.iter().position(|&i| i == index).unwrap();
-    let launch = plan.launches.iter().find(|l| l.places.contains(&place)).unwrap();
+/// What a schedule says about one sequence, free of its place: path, committed, splits per head or tiles.
+fn own(schedule: &Schedule, dims: &Dims, index: usize) -> (Path, bool, Vec<usize>) {
+    let place = schedule.order.iter().position(|&i| i == index).unwrap();
+    let launch = schedule.launches.iter().find(|l| l.places.contains(&place)).unwrap();
     let parts = match launch.path {
         Path::Split => {
-            let splits = &plan.splits[place * dims.kv_heads..][..dims.kv_heads];
+            let splits = &schedule.splits[place * dims.kv_heads..][..dims.kv_heads];
             splits.iter().map(|split| split[1] as usize).collect()
         }
         _ => {
-            let next = plan.first_items[place + 1..launch.places.end].first();
-            let heads = &plan.heads[place * dims.kv_heads..][..dims.kv_heads];
-            let items = next.copied().unwrap_or(launch.blocks) - plan.first_items[place];
+            let next = schedule.first_items[place + 1..launch.places.end].first();
+            let heads = &schedule.heads[place * dims.kv_heads..][..dims.kv_heads];
+            let items = next.copied().unwrap_or(launch.blocks) - schedule.first_items[place];
             std::iter::once(items).chain(heads.iter().map(|head| head[1] as usize)).collect()
         }
     };
@@ -82,17 +82,17 @@ proptest! {
     #[test]
     fn keys_are_what_the_mask_admits_to_some_new_token(case in cases()) {
         let geometries = case.geometries();
-        for request in case.requests(&geometries) {
-            for head in request.geometry.layout.heads() {
-                let end = request.len + request.tokens;
+        for entry in case.entries(&geometries) {
+            for head in entry.geometry.layout.heads() {
+                let end = entry.len + entry.tokens;
                 let seen = (0..end).filter(|&key| {
                     // Of the queries after a key, the first is the nearest.
-                    let query = Position(key.max(request.len));
+                    let query = Position(key.max(entry.len));
                     head.span().attends(query, Position(key))
                 });
-                prop_assert_eq!(request.keys(head), seen.count());
-                let grows = Request { grows: true, ..request };
-                prop_assert!(grows.keys(head) >= request.keys(head));
+                prop_assert_eq!(entry.keys(head), seen.count());
+                let grows = Entry { grows: true, ..entry };
+                prop_assert!(grows.keys(head) >= entry.keys(head));
             }
         }
     }
@@ -100,26 +100,26 @@ proptest! {
     #[test]
     fn every_key_is_in_one_split_and_every_row_in_one_tile(case in cases()) {
         let geometries = case.geometries();
-        let requests = case.requests(&geometries);
-        let plan = plan(&case.dims, &requests);
-        let mut order = plan.order.clone();
+        let entries = case.entries(&geometries);
+        let schedule = schedule(&case.dims, &entries);
+        let mut order = schedule.order.clone();
         order.sort_unstable();
-        prop_assert_eq!(order, (0..requests.len()).collect::<Vec<_>>());
+        prop_assert_eq!(order, (0..entries.len()).collect::<Vec<_>>());
         let mut next = 0;
-        for launch in &plan.launches {
+        for launch in &schedule.launches {
             prop_assert_eq!(launch.places.start, next);
             next = launch.places.end;
-            let mut items = plan.items[launch.items.clone()].to_vec();
+            let mut items = schedule.items[launch.items.clone()].to_vec();
             items.sort_unstable();
             let mut expected = Vec::new();
             for (local, place) in launch.places.clone().enumerate() {
-                let request = &requests[plan.order[place]];
-                prop_assert_eq!(request.commits_first(), launch.committed);
-                prop_assert_eq!(Path::of(request.tokens, &case.dims), launch.path);
+                let entry = &entries[schedule.order[place]];
+                prop_assert_eq!(entry.commits_first(), launch.committed);
+                prop_assert_eq!(Path::of(entry.tokens, &case.dims), launch.path);
                 if launch.path != Path::Split {
-                    let (.., items) = own(&plan, &case.dims, plan.order[place]);
-                    let heads = &plan.heads[place * case.dims.kv_heads..][..case.dims.kv_heads];
-                    let rows = case.dims.rows(request.tokens);
+                    let (.., items) = own(&schedule, &case.dims, schedule.order[place]);
+                    let heads = &schedule.heads[place * case.dims.kv_heads..][..case.dims.kv_heads];
+                    let rows = case.dims.rows(entry.tokens);
                     let tiles = rows.div_ceil(launch.path.tile_rows());
                     let parts: usize = heads.iter().map(|head| head[1] as usize).sum();
                     prop_assert_eq!(items[0], tiles * parts);
@@ -130,35 +130,35 @@ proptest! {
                     prop_assert_eq!(heads, (0..case.dims.kv_heads as i32).collect::<Vec<_>>());
                     continue;
                 }
-                prop_assert!(case.dims.rows(request.tokens) <= SPLIT_ROWS);
-                for (head, layout) in request.geometry.layout.heads().iter().enumerate() {
+                prop_assert!(case.dims.rows(entry.tokens) <= SPLIT_ROWS);
+                for (head, layout) in entry.geometry.layout.heads().iter().enumerate() {
                     let owner = (local * case.dims.kv_heads + head) as i32;
-                    let [first, count] = plan.splits[place * case.dims.kv_heads + head];
+                    let [first, count] = schedule.splits[place * case.dims.kv_heads + head];
                     for split in 0..count {
                         let at = launch.items.start + (first + split) as usize;
-                        prop_assert_eq!(plan.items[at], [owner, split]);
+                        prop_assert_eq!(schedule.items[at], [owner, split]);
                         expected.push([owner, split]);
                     }
-                    let keys = request.keys(layout);
+                    let keys = entry.keys(layout);
                     let covered = count as usize * split_keys(keys);
                     prop_assert!(covered >= keys && covered - keys < split_keys(keys));
-                    let grows = Request { grows: true, ..*request };
+                    let grows = Entry { grows: true, ..*entry };
                     prop_assert!((count as usize) <= grows.splits(layout));
                 }
             }
             expected.sort_unstable();
             prop_assert_eq!(items, expected);
         }
-        prop_assert_eq!(next, requests.len());
+        prop_assert_eq!(next, entries.len());
     }
 
     #[test]
     fn the_cut_of_a_sequence_does_not_depend_on_the_batch(case in cases()) {
         let geometries = case.geometries();
-        let requests = case.requests(&geometries);
-        let together = plan(&case.dims, &requests);
-        for (index, &request) in requests.iter().enumerate() {
-            let alone = plan(&case.dims, &[request]);
+        let entries = case.entries(&geometries);
+        let together = schedule(&case.dims, &entries);
+        for (index, &entry) in entries.iter().enumerate() {
+            let alone = schedule(&case.dims, &[entry]);
             prop_assert_eq!(own(&together, &case.dims, index), own(&alone, &case.dims, 0));
         }
     }
@@ -166,15 +166,15 @@ proptest! {
     #[test]
     fn writing_first_overwrites_no_key_that_is_still_seen(case in cases()) {
         let geometries = case.geometries();
-        for request in case.requests(&geometries) {
-            if !request.commits_first() {
+        for entry in case.entries(&geometries) {
+            if !entry.commits_first() {
                 continue;
             }
-            let end = request.len + request.tokens;
-            for head in request.geometry.layout.heads() {
-                let [sink, window] = head.cached_keys(request.len, request.len..end);
+            let end = entry.len + entry.tokens;
+            for head in entry.geometry.layout.heads() {
+                let [sink, window] = head.cached_keys(entry.len, entry.len..end);
                 let seen: Vec<_> = sink.chain(window).map(|p| head.slot(Position(p))).collect();
-                for position in request.len..end {
+                for position in entry.len..end {
                     prop_assert!(!seen.contains(&head.slot(Position(position))));
                 }
             }
@@ -188,9 +188,9 @@ fn a_growing_head_never_has_more_splits_than_were_planned() {
         let geometry =
             Geometry::new(LayerLayout::new(&[Span::full(most)], most, 0).unwrap()).unwrap();
         let head = geometry.layout.head(0);
-        let request = |len, grows| Request { geometry: &geometry, len, tokens: 1, grows };
-        let planned = request(0, true).splits(head);
-        assert!((0..most).all(|len| request(len, false).splits(head) <= planned));
+        let entry = |len, grows| Entry { geometry: &geometry, len, tokens: 1, grows };
+        let planned = entry(0, true).splits(head);
+        assert!((0..most).all(|len| entry(len, false).splits(head) <= planned));
         assert!(planned <= MAX_SPLITS);
     }
 }
@@ -201,9 +201,9 @@ fn few_long_tiles_are_shared_and_many_are_not() {
     let geometry = Geometry::new(LayerLayout::new(&spans, 32_768, 0).unwrap()).unwrap();
     let dims = Dims { query_heads: 8, kv_heads: 2, wgmma: true, multiprocessors: 132 };
     let shared = |len, tokens| {
-        let plan = plan(&dims, &[Request { geometry: &geometry, len, tokens, grows: false }]);
-        assert_eq!(plan.launches[0].path, Path::Wgmma);
-        plan.heads.iter().map(|head| head[1]).collect::<Vec<_>>()
+        let schedule = schedule(&dims, &[Entry { geometry: &geometry, len, tokens, grows: false }]);
+        assert_eq!(schedule.launches[0].path, Path::Wgmma);
+        schedule.heads.iter().map(|head| head[1]).collect::<Vec<_>>()
     };
     // A chunk of 4 tiles a head after a long history: 256 steps against 8.
     assert_eq!(shared(32_000, 128), [16, 1]);
@@ -217,9 +217,9 @@ fn decode_always_writes_first_and_splits() {
     let geometry = Geometry::new(LayerLayout::new(&spans, 5000, 0).unwrap()).unwrap();
     let dims = Dims { query_heads: 12, kv_heads: 3, wgmma: true, multiprocessors: 132 };
     for len in [0, 1, 63, 64, 1023, 1024, 4999] {
-        let request = Request { geometry: &geometry, len, tokens: 1, grows: false };
-        let plan = plan(&dims, &[request]);
-        assert_eq!(plan.launches.len(), 1);
-        assert_eq!((plan.launches[0].path, plan.committed()), (Path::Split, 1));
+        let entry = Entry { geometry: &geometry, len, tokens: 1, grows: false };
+        let schedule = schedule(&dims, &[entry]);
+        assert_eq!(schedule.launches.len(), 1);
+        assert_eq!((schedule.launches[0].path, schedule.committed()), (Path::Split, 1));
     }
 }

@@ -3,11 +3,12 @@ use std::sync::Arc;
 
 use bytemuck::Pod;
 use cudarc::driver::CudaSlice;
+use moa_core::HeadRow;
 
-use crate::attention::check::check;
-use crate::attention::schedule::{Dims, Plan, Request};
+use super::check::check;
+use super::schedule::{Dims, Entry, Schedule};
 use crate::kernels::Kernels;
-use crate::kernels::tables::{AppendArgs, DevicePointer, ExtendArgs, Head, Packed, Sequence};
+use crate::kernels::tables::{AppendArgs, DevicePointer, ExtendArgs, Packed, SequenceRow};
 use crate::memory::{Staging, Workspace, address, grow};
 use crate::{Cache, Device, Error, RawStream, Result};
 
@@ -65,7 +66,7 @@ pub struct Rope {
 #[derive(Debug)]
 pub struct Step {
     device: Device,
-    plan: Plan,
+    schedule: Schedule,
     host: Vec<u8>,
     staging: Staging,
     device_tables: Option<CudaSlice<u8>>,
@@ -107,7 +108,7 @@ impl Step {
     pub fn new(device: &Device) -> Self {
         Self {
             device: device.clone(),
-            plan: Plan::default(),
+            schedule: Schedule::default(),
             host: Vec::new(),
             staging: Staging::new(device),
             device_tables: None,
@@ -137,38 +138,38 @@ impl Step {
         let kernels = self.device.kernels(first.variant())?;
         let dims = Dims {
             query_heads: batch.query_heads,
-            kv_heads: first.layout().heads().len(),
+            kv_heads: first.as_ref().layout().heads().len(),
             wgmma: kernels.has_wgmma(),
             multiprocessors: self.device.multiprocessors(),
         };
-        let requests: Vec<Request<'_>> = batch
+        let entries: Vec<Entry<'_>> = batch
             .caches
             .iter()
             .zip(batch.tokens)
-            .map(|(cache, &tokens)| Request {
+            .map(|(cache, &tokens)| Entry {
                 geometry: cache.geometry(),
-                len: cache.len(),
+                len: cache.as_ref().len(),
                 tokens,
                 grows: batch.grows,
             })
             .collect();
-        self.plan.fill(&dims, &requests);
-        let most = self.plan.launches.iter().map(|l| l.blocks.max(l.items.len())).max();
+        self.schedule.fill(&dims, &entries);
+        let most = self.schedule.launches.iter().map(|l| l.blocks.max(l.items.len())).max();
         if most.is_some_and(|most| i32::try_from(most).is_err()) {
             return Err(Error::argument("Step::prepare", "work items", "fewer than 2^31", "more"));
         }
-        let mut tables = self.fill_tables(batch, &requests);
+        let mut tables = self.fill_tables(batch, &entries);
         // SAFETY: as the caller promises; the tables have room for what is uploaded.
         unsafe {
             let len = self.host.len();
             grow(&self.device, stream, "tables", &mut self.device_tables, len)?;
-            workspace.reserve(&self.plan, first.head_dim(), stream)?;
+            workspace.reserve(&self.schedule, first.as_ref().head_dim(), stream)?;
             let Some(base) = self.device_tables.as_ref().map(address) else { return Ok(()) };
             self.staging.upload(&self.host, base, stream)?;
             tables.rebase(base);
         }
         let longest = |places: &[usize]| places.iter().map(|&i| batch.tokens[i]).max().unwrap_or(0);
-        let (committed, others) = self.plan.order.split_at(self.plan.committed());
+        let (committed, others) = self.schedule.order.split_at(self.schedule.committed());
         let max_tokens = [longest(committed), longest(others)];
         self.prepared = Some(Prepared { kernels, dims, max_tokens, tables });
         Ok(())
@@ -194,7 +195,7 @@ impl Step {
         tensors: &Tensors,
         stream: RawStream,
     ) -> Result<()> {
-        let (committed, all) = (self.plan.committed(), self.plan.order.len());
+        let (committed, all) = (self.schedule.committed(), self.schedule.order.len());
         // SAFETY: as the caller promises.
         unsafe {
             self.append(tensors, 0..committed, true, stream)?;
@@ -224,8 +225,8 @@ impl Step {
         stream: RawStream,
     ) -> Result<()> {
         let Prepared { kernels, .. } = self.prepared()?;
-        let scratch = workspace.addresses(&self.plan, kernels.variant().head_dim)?;
-        for launch in &self.plan.launches {
+        let scratch = workspace.addresses(&self.schedule, kernels.variant().head_dim)?;
+        for launch in &self.schedule.launches {
             let mut args = self.extend_args(tensors, launch.places.clone())?;
             args.items += launch.items.start as u64 * 8;
             args.num_items = launch.items.len() as i32;
@@ -252,12 +253,12 @@ impl Step {
     pub unsafe fn advance(&self, stream: RawStream) -> Result<()> {
         let Prepared { kernels, tables, .. } = self.prepared()?;
         // SAFETY: the tables have an entry for each sequence.
-        unsafe { kernels.advance(stream, tables.lens, tables.sequences, self.plan.order.len()) }
+        unsafe { kernels.advance(stream, tables.lens, tables.sequences, self.schedule.order.len()) }
     }
 
     /// Sequences of the batch that was planned last.
     pub(crate) fn sequences(&self) -> usize {
-        self.plan.order.len()
+        self.schedule.order.len()
     }
 
     /// Address of the lengths on the device, one i32 per sequence.
@@ -267,10 +268,11 @@ impl Step {
 
     /// Kernels that `run` launches.
     pub fn launches(&self) -> usize {
-        let committed = self.plan.committed();
-        let appends = usize::from(committed > 0) + usize::from(committed < self.plan.order.len());
-        let merges = self.plan.launches.iter().filter(|launch| launch.shared).count();
-        self.plan.launches.len() + merges + appends
+        let committed = self.schedule.committed();
+        let appends =
+            usize::from(committed > 0) + usize::from(committed < self.schedule.order.len());
+        let merges = self.schedule.launches.iter().filter(|launch| launch.shared).count();
+        self.schedule.launches.len() + merges + appends
     }
 
     fn prepared(&self) -> Result<&Prepared> {
@@ -278,34 +280,35 @@ impl Step {
         self.prepared.as_ref().ok_or_else(missing)
     }
 
-    fn fill_tables(&mut self, batch: &Batch<'_>, requests: &[Request<'_>]) -> Tables {
+    fn fill_tables(&mut self, batch: &Batch<'_>, entries: &[Entry<'_>]) -> Tables {
         let firsts: Vec<usize> = batch
             .tokens
             .iter()
             .scan(0, |next, &n| Some(std::mem::replace(next, *next + n)))
             .collect();
-        let (plan, host) = (&self.plan, &mut self.host);
+        let (schedule, host) = (&self.schedule, &mut self.host);
         host.clear();
-        let place = |(place, &index): (usize, &usize)| Sequence {
+        let place = |(place, &index): (usize, &usize)| SequenceRow {
             k: batch.caches[index].keys(),
             v: batch.caches[index].values(),
             first: firsts[index] as i64,
             tokens: batch.tokens[index] as i32,
-            first_item: plan.first_items[place] as i32,
-            committed: i32::from(place < plan.committed()),
-            split: i32::from(plan.launches.iter().any(|l| l.shared && l.places.contains(&place))),
+            first_item: schedule.first_items[place] as i32,
+            committed: i32::from(place < schedule.committed()),
+            split: i32::from(
+                schedule.launches.iter().any(|l| l.shared && l.places.contains(&place)),
+            ),
         };
-        let sequences: Vec<Sequence> = plan.order.iter().enumerate().map(place).collect();
-        let in_order = || plan.order.iter().map(|&index| &requests[index]);
-        let heads: Vec<Head> =
-            in_order().flat_map(|request| &request.geometry.heads).copied().collect();
-        let lens: Vec<i32> = in_order().map(|request| request.len as i32).collect();
+        let sequences: Vec<SequenceRow> = schedule.order.iter().enumerate().map(place).collect();
+        let in_order = || schedule.order.iter().map(|&index| &entries[index]);
+        let heads: Vec<_> = in_order().flat_map(|entry| &entry.geometry.rows).copied().collect();
+        let lens: Vec<i32> = in_order().map(|entry| entry.len as i32).collect();
         Tables {
             sequences: push(host, &sequences),
             heads: push(host, &heads),
-            items: push(host, &plan.items),
-            splits: push(host, &plan.splits),
-            order: push(host, &plan.heads),
+            items: push(host, &schedule.items),
+            splits: push(host, &schedule.splits),
+            order: push(host, &schedule.heads),
             lens: push(host, &lens),
         }
     }
@@ -350,7 +353,7 @@ impl Step {
         if places.is_empty() {
             return Ok(());
         }
-        let max_tokens = max_tokens[usize::from(places.start == self.plan.committed())];
+        let max_tokens = max_tokens[usize::from(places.start == self.schedule.committed())];
         let at = tables.at(places.start as u64, dims.kv_heads as u64);
         // Without rotation queries stay where they are.
         let (query_heads, q) = match tensors.rope {
@@ -390,8 +393,8 @@ impl Tables {
     /// The tables from a place on; items are counted apart.
     fn at(&self, place: u64, kv_heads: u64) -> Self {
         Self {
-            sequences: self.sequences + place * size_of::<Sequence>() as u64,
-            heads: self.heads + place * kv_heads * size_of::<Head>() as u64,
+            sequences: self.sequences + place * size_of::<SequenceRow>() as u64,
+            heads: self.heads + place * kv_heads * size_of::<HeadRow>() as u64,
             items: self.items,
             splits: self.splits + place * kv_heads * 8,
             order: self.order + place * kv_heads * 8,

@@ -1,13 +1,10 @@
 //! How long a decode step takes, for searches whose budget is time.
 
-use std::sync::Arc;
-
 use cudarc::driver::{CudaEvent, result, sys};
 use moa_core::{LayerLayout, Span};
 
-use crate::attention::step::{Batch, Step, Tensors};
+use super::step::{Batch, Step, Tensors};
 use crate::kernels::compile::Variant;
-use crate::kernels::tables::Geometry;
 use crate::memory::Workspace;
 use crate::{Cache, Device, Error, Result, Tensor};
 
@@ -34,9 +31,8 @@ pub(crate) fn decode_seconds(
     }
     let head_bytes = span.saturating_mul(2 * variant.head_dim * variant.dtype.bytes());
     let heads = (BYTES / head_bytes.max(1)).clamp(1, device.multiprocessors());
-    let geometry = Geometry::new(LayerLayout::new(&vec![window; heads], span, 0)?)
-        .ok_or_else(|| Error::argument(OP, "span", "fewer than 2^30 keys", span))?;
-    let mut cache = Cache::new(device, Arc::new(geometry), variant)?;
+    let layout = LayerLayout::new(&vec![window; heads], span, 0)?;
+    let mut cache = Cache::open(device, layout, variant)?;
     let stream = device.stream();
     // SAFETY: these are the cache's bytes, on the stream that it was allocated on.
     unsafe { result::memset_d8_async(cache.keys(), 0, cache.bytes() as usize, stream.cast()) }

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use moa_core::{Gradients, InfluenceInputs, InfluenceOutput, InfluenceSign};
+use moa_core::{
+    AttentionShape, Gradients, InfluenceInputs, InfluenceOutput, InfluenceSign, check_influence,
+};
 
 use crate::kernels::Kernels;
 use crate::kernels::compile::Variant;
@@ -29,11 +31,11 @@ pub(crate) fn influence(
             return Err(Error::argument(OP, what, "on the backend's device", "on another"));
         }
     }
-    let sweep = Sweep::new(device, dtype, inputs)?;
+    let call = Call::new(device, dtype, inputs)?;
     let packed = [q, k, v, out, d_out].map(Tensor::packed);
     // SAFETY: the shapes were checked; everything is on the device's own stream.
-    unsafe { sweep.launch(device.stream(), packed, lse.pointer(), scale) }?;
-    sweep.finish()
+    unsafe { call.launch(device.stream(), packed, lse.pointer(), scale) }?;
+    call.finish()
 }
 
 /// The same from q, k, v and the output's gradient alone, with the gradients by them if wanted.
@@ -52,7 +54,7 @@ pub(crate) fn with_gradients(
 }
 
 /// One call, checked, with room for its result.
-pub(crate) struct Sweep {
+pub(crate) struct Call {
     kernels: Arc<Kernels>,
     /// Sums over the kernel's blocks, allocated on the device's own stream. Those above the diagonal
     /// stay 0.
@@ -63,13 +65,13 @@ pub(crate) struct Sweep {
     sign: InfluenceSign,
 }
 
-impl Sweep {
+impl Call {
     pub(crate) fn new<T: Form>(
         device: &Device,
         dtype: Dtype,
         inputs: &InfluenceInputs<'_, T>,
     ) -> Result<Self> {
-        let [tokens, query_heads, kv_heads, head_dim] = check(dtype, inputs)?;
+        let AttentionShape { tokens, query_heads, kv_heads, head_dim } = check(dtype, inputs)?;
         let side = tokens.div_ceil(BLOCK);
         Ok(Self {
             kernels: device.kernels(Variant { head_dim, dtype })?,
@@ -129,39 +131,20 @@ fn coarsen(fine: &[f32], side: usize, factor: usize) -> Vec<f64> {
     sums
 }
 
-/// Tokens, query heads, KV heads, head dim.
-fn check<T: Form>(dtype: Dtype, inputs: &InfluenceInputs<'_, T>) -> Result<[usize; 4]> {
-    let &[tokens, query_heads, head_dim] = inputs.q.shape() else {
-        return Err(Error::shape(OP, "q", "[tokens, query heads, head dim]", inputs.q.shape()));
-    };
-    let &[_, kv_heads, _] = inputs.k.shape() else {
-        return Err(Error::shape(OP, "k", "[tokens, kv heads, head dim]", inputs.k.shape()));
-    };
-    if tokens == 0 || i32::try_from(tokens).is_err() || query_heads == 0 {
-        return Err(Error::shape(OP, "q", "1 to 2^31 tokens, some heads", inputs.q.shape()));
+fn check<T: Form>(dtype: Dtype, inputs: &InfluenceInputs<'_, T>) -> Result<AttentionShape> {
+    let shape = check_influence(inputs, T::shape)?;
+    if i32::try_from(shape.tokens).is_err() {
+        return Err(Error::shape(OP, "q", "fewer than 2^31 tokens", inputs.q.shape()));
     }
-    if kv_heads == 0 || !query_heads.is_multiple_of(kv_heads) {
-        let expected = format!("[{tokens}, a divisor of {query_heads}, {head_dim}]");
-        return Err(Error::shape(OP, "k", expected, inputs.k.shape()));
-    }
-    let (of_q, of_k) = ([tokens, query_heads, head_dim], [tokens, kv_heads, head_dim]);
-    let all: [(&'static str, &T, &[usize], Dtype); 6] = [
-        ("q", inputs.q, &of_q, dtype),
-        ("k", inputs.k, &of_k, dtype),
-        ("v", inputs.v, &of_k, dtype),
-        ("out", inputs.out, &of_q, dtype),
-        ("d_out", inputs.d_out, &of_q, dtype),
-        ("lse", inputs.lse, &of_q[..2], Dtype::F32),
-    ];
-    for (what, tensor, shape, dtype) in all {
-        if tensor.shape() != shape {
-            return Err(Error::shape(OP, what, format_args!("{shape:?}"), tensor.shape()));
-        }
+    let InfluenceInputs { q, k, v, out, d_out, lse, .. } = *inputs;
+    let wide = ("lse", lse, Dtype::F32);
+    let all = [("q", q), ("k", k), ("v", v), ("out", out), ("d_out", d_out)];
+    for (what, tensor, dtype) in all.map(|(what, x)| (what, x, dtype)).into_iter().chain([wide]) {
         if tensor.dtype() != dtype {
             return Err(Error::argument(OP, what, dtype, tensor.dtype()));
         }
     }
-    if inputs.block == 0 || !inputs.block.is_multiple_of(BLOCK) {
+    if !inputs.block.is_multiple_of(BLOCK) {
         let expected = format_args!("a multiple of {BLOCK}").to_string();
         return Err(Error::argument(OP, "block", expected, inputs.block));
     }
@@ -169,7 +152,7 @@ fn check<T: Form>(dtype: Dtype, inputs: &InfluenceInputs<'_, T>) -> Result<[usiz
         let operation = "gradients of influence";
         return Err(moa_core::Error::Unsupported { backend: "cuda", operation }.into());
     }
-    Ok([tokens, query_heads, kv_heads, head_dim])
+    Ok(shape)
 }
 
 #[cfg(test)]

@@ -6,9 +6,9 @@ use cudarc::nvrtc::{result, sys};
 
 use super::cubin_cache;
 use crate::attention::schedule::MIN_SPLIT_KEYS;
-use crate::dtype::Dtype;
 use crate::kernels::source::{HEADERS, Source};
 use crate::{Error, Result, library};
+use moa_core::Dtype;
 
 /// Head dimensions that the kernels are written for.
 pub const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
@@ -54,10 +54,18 @@ impl Variant {
             let expected = format_args!("one of {HEAD_DIMS:?}").to_string();
             return Err(Error::argument(op, "head_dim", expected, self.head_dim));
         }
-        if self.dtype == Dtype::F32 {
-            return Err(Error::argument(op, "dtype", "f16 or bf16", self.dtype));
-        }
-        Ok(())
+        check_half(op, self.dtype)
+    }
+}
+
+/// Checks that kernels compute with this type; f32 is for sums and logits.
+///
+/// # Errors
+/// [`Error::Argument`] unless it is f16 or bf16.
+pub(crate) fn check_half(op: &'static str, dtype: Dtype) -> Result<()> {
+    match dtype {
+        Dtype::F16 | Dtype::Bf16 => Ok(()),
+        _ => Err(Error::argument(op, "dtype", "f16 or bf16", dtype)),
     }
 }
 

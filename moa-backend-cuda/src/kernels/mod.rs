@@ -152,7 +152,7 @@ impl Kernels {
     ///
     /// # Safety
     /// Every address in `args` and in the tables that it points to is device memory of this device
-    /// of the size that [`AppendArgs`], [`crate::kernels::tables::Sequence`] and [`crate::kernels::tables::Head`] say,
+    /// of the size that [`AppendArgs`], [`SequenceRow`](tables::SequenceRow) and [`moa_core::HeadRow`] say,
     /// alive until the stream has passed this launch and written by nothing else meanwhile;
     /// `lens[s] + tokens` is at most the capacity of the layout; `stream` is a stream of this
     /// device's primary context.

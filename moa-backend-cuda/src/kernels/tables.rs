@@ -1,7 +1,9 @@
 //! What the kernels are given, field by field as in `kernels/tables.cuh`.
 
+use std::sync::Arc;
+
 use bytemuck::{Pod, Zeroable};
-use moa_core::LayerLayout;
+use moa_core::{HeadRow, LayerLayout};
 
 /// Address of device memory, 0 for none.
 pub type DevicePointer = u64;
@@ -32,7 +34,7 @@ impl Packed {
 /// One sequence of the batch. Positions of its new tokens begin at its entry of `lens`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Zeroable, Pod)]
-pub struct Sequence {
+pub struct SequenceRow {
     /// Cached keys, `[slots, head_dim]`.
     pub k: DevicePointer,
     /// Cached values, the same.
@@ -50,22 +52,6 @@ pub struct Sequence {
     pub split: i32,
 }
 
-/// One KV head of one sequence: [`moa_core::HeadLayout`].
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Zeroable, Pod)]
-pub struct Head {
-    /// First slot.
-    pub offset: i64,
-    /// Slots `0..` of the head hold positions `0..sink_slots`.
-    pub sink_slots: i32,
-    /// Then a ring.
-    pub ring: i32,
-    /// The mask's sink.
-    pub sink: i32,
-    /// The mask's window.
-    pub window: i32,
-}
-
 /// Arguments of the attention kernels.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -80,9 +66,9 @@ pub struct ExtendArgs {
     pub out: Packed,
     /// f32 `[tokens, query_heads]`, or 0.
     pub lse: DevicePointer,
-    /// [`Sequence`]s.
+    /// [`SequenceRow`]s.
     pub sequences: DevicePointer,
-    /// [`Head`]s, `[sequences, kv_heads]`.
+    /// [`HeadRow`]s, `[sequences, kv_heads]`.
     pub heads: DevicePointer,
     /// i32 `[sequences]`: tokens cached before this call.
     pub lens: DevicePointer,
@@ -96,7 +82,7 @@ pub struct ExtendArgs {
     pub scale: f32,
     /// Tile kernels: i32 pairs (KV head, blocks that share the keys of each of its tiles)
     /// `[sequences, kv_heads]`, in the order in which to start them. The second is 1 but in the
-    /// warp-group kernel where [`Sequence::split`] is set.
+    /// warp-group kernel where [`SequenceRow::split`] is set.
     pub order: DevicePointer,
     /// Split kernel: i32 pairs (sequence * kv_heads + KV head, split), one block each.
     pub items: DevicePointer,
@@ -132,9 +118,9 @@ pub struct AppendArgs {
     pub k_out: Packed,
     /// f32 pairs (cos, sin) `[positions, head_dim / 2]` by absolute position, or 0.
     pub rope: DevicePointer,
-    /// [`Sequence`]s.
+    /// [`SequenceRow`]s.
     pub sequences: DevicePointer,
-    /// [`Head`]s, `[sequences, kv_heads]`.
+    /// [`HeadRow`]s, `[sequences, kv_heads]`.
     pub heads: DevicePointer,
     /// i32 `[sequences]`: tokens cached before this call.
     pub lens: DevicePointer,
@@ -187,40 +173,26 @@ pub struct InfluenceArgs {
 const _: () = {
     assert!(size_of::<InfluenceArgs>() == 160);
     assert!(size_of::<Packed>() == 24);
-    assert!(size_of::<Sequence>() == 40);
-    assert!(size_of::<Head>() == 24);
+    assert!(size_of::<SequenceRow>() == 40);
+    assert!(size_of::<HeadRow>() == 20);
     assert!(size_of::<ExtendArgs>() == 200);
     assert!(size_of::<AppendArgs>() == 176);
 };
 
-/// A layout as the kernels read it, made once per cache.
+/// A layout as the kernels read it, made once per cache; forks share it.
 #[derive(Debug)]
 pub(crate) struct Geometry {
-    pub(crate) layout: LayerLayout,
-    pub(crate) heads: Vec<Head>,
+    pub(crate) layout: Arc<LayerLayout>,
+    pub(crate) rows: Vec<[u32; HeadRow::WORDS]>,
     /// KV heads, those with the most slots first: they take longest.
     pub(crate) widest_first: Vec<i32>,
 }
 
 impl Geometry {
-    /// `None` if positions do not fit into 31 bits.
-    pub(crate) fn new(layout: LayerLayout) -> Option<Self> {
-        let capacity = i32::try_from(layout.capacity()).ok().filter(|&n| n < i32::MAX / 2)?;
-        // Where a count is clipped, the mask hides as much as before: no position is larger.
-        let int = |n: usize| i32::try_from(n).map_or(capacity, |n| n.min(capacity));
-        let heads: Vec<Head> = layout
-            .heads()
-            .iter()
-            .map(|head| Head {
-                offset: head.offset().0 as i64,
-                sink_slots: int(head.sink_slots()),
-                ring: int(head.ring_slots()),
-                sink: int(head.span().sink()),
-                window: int(head.span().window()),
-            })
-            .collect();
-        let mut widest_first: Vec<i32> = (0..heads.len() as i32).collect();
+    pub(crate) fn new(layout: LayerLayout) -> moa_core::Result<Self> {
+        let rows = layout.head_rows()?.iter().map(HeadRow::words).collect();
+        let mut widest_first: Vec<i32> = (0..layout.heads().len() as i32).collect();
         widest_first.sort_by_key(|&head| std::cmp::Reverse(layout.head(head as usize).slots()));
-        Some(Self { layout, heads, widest_first })
+        Ok(Self { layout: Arc::new(layout), rows, widest_first })
     }
 }

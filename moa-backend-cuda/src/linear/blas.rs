@@ -38,14 +38,14 @@ pub(crate) struct Product {
     pub(crate) accumulate: bool,
 }
 
-/// A handle, its scratch memory and the plans made so far. For the device's own stream alone.
+/// A handle, its scratch memory and the products prepared so far. For the device's own stream alone.
 #[derive(Debug)]
 pub(crate) struct Blas {
     device: Device,
     handle: Handle,
     scratch: CudaSlice<u8>,
     /// By product, and by the alignment in bytes that all its addresses have.
-    plans: Mutex<HashMap<(Product, u32), Arc<Plan>>>,
+    prepared: Mutex<HashMap<(Product, u32), Arc<Prepared>>>,
 }
 
 #[derive(Debug)]
@@ -72,7 +72,7 @@ impl Blas {
         device.bind()?;
         let handle = Handle(result::create_handle().map_err(failed("cublasLtCreate", None))?);
         let scratch = device.alloc("matrix products", SCRATCH_BYTES)?;
-        Ok(Self { device: device.clone(), handle, scratch, plans: Mutex::default() })
+        Ok(Self { device: device.clone(), handle, scratch, prepared: Mutex::default() })
     }
 
     /// # Safety
@@ -87,25 +87,25 @@ impl Blas {
     ) -> Result<()> {
         self.device.bind()?;
         let alignment = 1 << (a | weight | d).trailing_zeros().min(8);
-        let plan = self.plan(product, alignment)?;
+        let made = self.prepare(product, alignment)?;
         let (alpha, beta) = (1f32, if product.accumulate { 1f32 } else { 0f32 });
-        // SAFETY: the plan is of this product, whose memory is as the caller promises; the scratch
+        // SAFETY: it was prepared for this product, whose memory is as the caller promises; the scratch
         // memory is used on one stream only.
         unsafe {
             result::matmul(
                 self.handle.0,
-                plan.desc.0,
+                made.desc.0,
                 (&raw const alpha).cast(),
                 (&raw const beta).cast(),
                 weight as *const _,
-                plan.weight.0,
+                made.weight.0,
                 a as *const _,
-                plan.a.0,
+                made.a.0,
                 d as *const _,
-                plan.d.0,
+                made.d.0,
                 d as *mut _,
-                plan.d.0,
-                &raw const plan.algorithm,
+                made.d.0,
+                &raw const made.algorithm,
                 address(&self.scratch) as *mut _,
                 SCRATCH_BYTES,
                 self.device.stream().cast(),
@@ -114,15 +114,15 @@ impl Blas {
         .map_err(failed("cublasLtMatmul", Some(product)))
     }
 
-    fn plan(&self, product: Product, alignment: u32) -> Result<Arc<Plan>> {
-        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(plan) = plans.get(&(product, alignment)) {
-            return Ok(Arc::clone(plan));
+    fn prepare(&self, product: Product, alignment: u32) -> Result<Arc<Prepared>> {
+        let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(made) = prepared.get(&(product, alignment)) {
+            return Ok(Arc::clone(made));
         }
-        let plan = Plan::new(&self.handle, product, alignment);
-        let plan = Arc::new(plan.map_err(failed("cublasLtMatmulAlgoGetHeuristic", Some(product)))?);
-        plans.insert((product, alignment), Arc::clone(&plan));
-        Ok(plan)
+        let made = Prepared::new(&self.handle, product, alignment);
+        let made = Arc::new(made.map_err(failed("cublasLtMatmulAlgoGetHeuristic", Some(product)))?);
+        prepared.insert((product, alignment), Arc::clone(&made));
+        Ok(made)
     }
 }
 
@@ -136,7 +136,7 @@ fn failed(call: &'static str, product: Option<Product>) -> impl Fn(CublasError) 
 
 /// cuBLASLt is column-major: it computes `d^T = op(weight) . a^T`.
 #[derive(Debug)]
-struct Plan {
+struct Prepared {
     desc: Desc,
     weight: Layout,
     a: Layout,
@@ -145,11 +145,11 @@ struct Plan {
 }
 
 // SAFETY: descriptors are only read once they are made.
-unsafe impl Send for Plan {}
+unsafe impl Send for Prepared {}
 // SAFETY: as above.
-unsafe impl Sync for Plan {}
+unsafe impl Sync for Prepared {}
 
-impl Plan {
+impl Prepared {
     fn new(handle: &Handle, product: Product, alignment: u32) -> Result<Self, CublasError> {
         let Product { m, n, k, transposed, a_transposed, input, output, .. } = product;
         let desc = Desc(result::create_matmul_desc(
@@ -219,7 +219,8 @@ impl Layout {
         let dtype = match dtype {
             Dtype::F16 => cudaDataType::CUDA_R_16F,
             Dtype::Bf16 => cudaDataType::CUDA_R_16BF,
-            Dtype::F32 => cudaDataType::CUDA_R_32F,
+            // Tensors are of one of three types.
+            _ => cudaDataType::CUDA_R_32F,
         };
         result::create_matrix_layout(dtype, rows as u64, cols as u64, stride as i64).map(Self)
     }

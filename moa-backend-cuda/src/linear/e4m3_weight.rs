@@ -119,7 +119,7 @@ impl Operations {
     /// which are then rounded by [`e4m3::encode_row`].
     ///
     /// # Errors
-    /// [`Error::NotFinite`] if an element is, [`Error::Shape`] unless `in` is a multiple of 16,
+    /// [`Error::NotFinite`] if an element is, [`Error::Argument`] unless `in` is a multiple of 16,
     /// [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn upload_e4m3(
         &self,

@@ -39,7 +39,7 @@ impl Operations {
     /// f32 `[out]`. An `x` of f32 is rounded first.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::Argument`], [`Error::Blas`], [`Error::OutOfMemory`],
+    /// [`Error::Argument`], [`Error::Blas`], [`Error::OutOfMemory`],
     /// [`Error::Driver`].
     pub fn linear<'w>(
         &self,

@@ -9,6 +9,7 @@ mod sample;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::kernels::compile::check_half;
 use crate::kernels::source::Source;
 use crate::linear::blas::Blas;
 use crate::memory::Staging;
@@ -53,9 +54,7 @@ impl Operations {
     /// [`Error::Argument`] unless `dtype` is f16 or bf16, [`Error::NoCublasLt`], [`Error::NoNvrtc`],
     /// [`Error::Compile`], [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn new(device: &Device, dtype: Dtype) -> Result<Self> {
-        if dtype == Dtype::F32 {
-            return Err(Error::argument("Operations::new", "dtype", "f16 or bf16", dtype));
-        }
+        check_half("Operations::new", dtype)?;
         Ok(Self {
             device: device.clone(),
             dtype,
@@ -83,7 +82,7 @@ impl Operations {
     /// the tensor and where to put them, as `dtype` in native byte order.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless there are 1 to 3 axes, [`Error::OutOfMemory`], [`Error::Driver`].
+    /// [`Error::Argument`] unless there are 1 to 3 axes, [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn upload(
         &self,
         shape: &[usize],
@@ -105,7 +104,7 @@ impl Operations {
     /// A weight of uniform random numbers in `[-amplitude, amplitude)`, for measurements of speed.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::OutOfMemory`], [`Error::Driver`].
+    /// [`Error::Argument`], [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn random(
         &self,
         shape: &[usize],

@@ -46,7 +46,7 @@ impl Operations {
     /// infinite or not a number.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless there are as many units and entries of `into` as rows,
+    /// [`Error::Argument`] unless there are as many units and entries of `into` as rows,
     /// [`Error::Argument`] if a number is out of its range, [`Error::OutOfMemory`],
     /// [`Error::Driver`].
     pub fn sample(&self, logits: &Tensor, draw: Draw, units: &[f64], into: &Indices) -> Result<()> {

@@ -1,12 +1,14 @@
 use cubecl::prelude::SequenceArg;
 use cubecl::server::Handle;
 use cubecl::{CubeCount, CubeDim};
+use moa_core::{Append, Dtype};
 
 use super::{Call, Limits, arg};
 use crate::kernels::decode::{DECODE_UNITS, HeldLaunch, NewLaunch, Shape, decode};
 use crate::kernels::join::{JOIN_UNITS, join};
 use crate::kernels::keys::{keys, split_keys};
-use crate::{Cache, Dtype, Result};
+use crate::kernels::words::per_word;
+use crate::{Cache, Result};
 
 /// Most query heads per KV head: a unit holds a share of each one's query and output in registers.
 const MAX_GROUP: usize = 8;
@@ -39,13 +41,9 @@ pub(crate) struct Run {
 impl Decode {
     /// `None` where [`crate::kernels::attend`] has to do: rows that are not whole loads, more query heads
     /// per KV head than registers hold.
-    pub(crate) fn new(
-        call: &Call<'_>,
-        limits: &Limits,
-        head_dim: usize,
-        group: usize,
-    ) -> Option<Self> {
-        let parts = call.dtype.per_word();
+    pub(crate) fn new(call: &Call<'_>, limits: &Limits) -> Option<Self> {
+        let (head_dim, group) = (call.shape.head_dim, call.shape.group());
+        let parts = per_word(call.dtype);
         if !head_dim.is_multiple_of(4 * parts) || group > MAX_GROUP {
             return None;
         }
@@ -61,27 +59,23 @@ impl Decode {
     }
 
     /// A run of the sequences at the start of these that have one new token.
-    pub(crate) fn run(
-        &self,
-        call: &Call<'_>,
-        caches: &[&mut Cache],
-        tokens: &[usize],
-    ) -> Result<Run> {
-        let sequences = tokens.iter().take(MAX_RUN).take_while(|&&n| n == 1).count();
+    pub(crate) fn run(&self, call: &Call<'_>, batch: &[Append<'_, Cache>]) -> Result<Run> {
+        let sequences = batch.iter().take(MAX_RUN).take_while(|append| append.tokens == 1).count();
         let splits = |cache: &Cache| {
-            let len = cache.len() as u32;
+            let len = cache.as_ref().len() as u32;
             let counts = cache.geometry().heads.iter().map(|h| keys(h, len, len + 1).count);
             counts.map(|count| count.div_ceil(split_keys(count))).max().unwrap_or(1)
         };
-        let splits = caches[..sequences].iter().map(|cache| splits(cache)).max().unwrap_or(1);
+        let splits =
+            batch[..sequences].iter().map(|append| splits(append.cache)).max().unwrap_or(1);
         // Results do not depend on where a batch is cut.
-        let each = call.query_heads * splits as usize * self.vectors * 16;
+        let each = call.shape.query_heads * splits as usize * self.vectors * 16;
         let most = call.device.max_buffer_bytes().min(PARTIAL_BYTES) as usize / each.max(1);
         let sequences = if splits == 1 { sequences } else { sequences.min(most.max(1)) };
         let partial = match splits {
             1 => None,
             _ => {
-                let rows = sequences.saturating_mul(call.query_heads * splits as usize);
+                let rows = sequences.saturating_mul(call.shape.query_heads * splits as usize);
                 let numbers = rows.saturating_mul(4 * self.vectors);
                 Some(call.device.alloc_two("partial results", numbers, 2 * rows)?)
             }
@@ -90,45 +84,51 @@ impl Decode {
     }
 
     /// Queues a run, whose first token is `first`.
-    pub(crate) fn launch(&self, call: &Call<'_>, caches: &[&mut Cache], first: usize, run: &Run) {
-        let kv_heads = call.query_heads / self.shape.group;
+    pub(crate) fn launch(
+        &self,
+        call: &Call<'_>,
+        batch: &[Append<'_, Cache>],
+        first: usize,
+        run: &Run,
+    ) {
+        let kv_heads = call.shape.kv_heads;
         let (out, stats) = match &run.partial {
             Some([out, stats]) => (out, stats),
             None => (call.out.handle(), call.lse.handle()),
         };
-        for (number, caches) in caches.chunks(self.shape.sequences).enumerate() {
+        for (number, chunk) in batch.chunks(self.shape.sequences).enumerate() {
             let at = number * self.shape.sequences;
-            let held = caches.iter().map(|cache| {
+            let held = chunk.iter().map(|Append { cache, .. }| {
                 HeldLaunch::new(
                     arg(&cache.keys),
                     arg(&cache.values),
                     arg(&cache.geometry().table),
-                    cache.len() as u32,
+                    cache.as_ref().len() as u32,
                 )
             });
             let new = NewLaunch::new(
-                arg(call.q.handle()),
-                arg(call.k.handle()),
-                arg(call.v.handle()),
+                arg(call.inputs.q.handle()),
+                arg(call.inputs.k.handle()),
+                arg(call.inputs.v.handle()),
                 arg(out),
                 arg(stats),
                 (first + at) as u32,
                 at as u32,
-                call.query_heads as u32,
+                call.shape.query_heads as u32,
                 kv_heads as u32,
                 self.vectors as u32,
-                call.scale,
+                call.inputs.scale,
             );
             // SAFETY: shapes were checked, caches are filled up to their lengths and have room for a
             // token, and the outputs have room as planned.
             unsafe {
                 decode::launch_unchecked(
                     call.device.client(),
-                    CubeCount::Static(run.splits, kv_heads as u32, caches.len() as u32),
+                    CubeCount::Static(run.splits, kv_heads as u32, chunk.len() as u32),
                     CubeDim::new_1d(DECODE_UNITS as u32),
                     new,
                     held.collect::<SequenceArg<_>>(),
-                    Shape { sequences: caches.len(), partial: run.partial.is_some(), ..self.shape },
+                    Shape { sequences: chunk.len(), partial: run.partial.is_some(), ..self.shape },
                 );
             }
         }
@@ -137,7 +137,7 @@ impl Decode {
         unsafe {
             join::launch_unchecked(
                 call.device.client(),
-                CubeCount::Static(call.query_heads as u32, run.sequences as u32, 1),
+                CubeCount::Static(call.shape.query_heads as u32, run.sequences as u32, 1),
                 CubeDim::new_1d(JOIN_UNITS as u32),
                 arg(partial),
                 arg(partial_stats),

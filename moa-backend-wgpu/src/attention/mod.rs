@@ -4,7 +4,6 @@
 //! several new tokens is a dispatch of its own. Those with one token share a dispatch, up to eight of them,
 //! which branches where it loads (see `decode`). Nothing of a sequence's result can depend on the others.
 
-mod check;
 mod decode;
 pub(crate) mod matrix_units;
 mod schedule;
@@ -13,18 +12,18 @@ pub(crate) mod timing;
 use cubecl::prelude::BufferArg;
 use cubecl::server::Handle;
 use cubecl::{CubeCount, CubeDim};
+use moa_core::{Append, AttentionShape, Dtype, ExtendInputs, Extended, check_extend};
 
 use crate::kernels::append::append;
 use crate::kernels::attend::{Shape, attend};
 use crate::kernels::blocks::Blocks;
 use crate::kernels::merge::merge;
 use crate::kernels::prefill::prefill;
-use crate::kernels::words::narrow;
-use crate::{Cache, Device, Dtype, MatrixUnits, Result, Tensor};
+use crate::kernels::words::{narrow, per_word};
+use crate::{Cache, Device, Error, MatrixUnits, Result, Tensor};
 
-pub(crate) use check::check;
 use decode::Decode;
-use schedule::Step;
+use schedule::Cut;
 pub(crate) use schedule::{Limits, Row, square};
 
 const OP: &str = "extend";
@@ -42,7 +41,7 @@ pub(crate) fn words(device: &Device, tensor: &Tensor, dtype: Dtype) -> Result<Ha
     if dtype == Dtype::F32 {
         return Ok(tensor.handle().clone());
     }
-    let words = tensor.len() / dtype.per_word();
+    let words = tensor.len() / per_word(dtype);
     let narrowed = device.alloc("new keys and values", words, 4)?;
     let (cubes, dim) = device.cubes(words);
     let (from, to) = (arg(tensor.handle()), arg(&narrowed));
@@ -53,25 +52,65 @@ pub(crate) fn words(device: &Device, tensor: &Tensor, dtype: Dtype) -> Result<Ha
     Ok(narrowed)
 }
 
+/// See [`moa_core::SparseAttentionBackend::extend`].
+pub(crate) fn extend(
+    device: &Device,
+    matrix_units: MatrixUnits,
+    batch: &mut [Append<'_, Cache>],
+    inputs: &ExtendInputs<'_, Tensor>,
+) -> Result<Extended<Tensor>> {
+    let shape = check(device, batch, inputs)?;
+    let rows = &inputs.q.shape()[..2];
+    let [out, lse] = device.alloc_two("tensor", inputs.q.len(), rows.iter().product())?;
+    let out = Tensor::from_handle(device, out, inputs.q.shape())?;
+    let lse = Tensor::from_handle(device, lse, rows)?;
+    let dtype = batch[0].cache.dtype();
+    let call = Call { device, inputs, shape, dtype, out: &out, lse: &lse, matrix_units };
+    let schedule = call.schedule(batch)?;
+    call.run(batch, &schedule)?;
+    Ok(Extended { out, lse: inputs.lse.then_some(lse) })
+}
+
+/// Everything about a call that can be wrong.
+fn check(
+    device: &Device,
+    batch: &[Append<'_, Cache>],
+    inputs: &ExtendInputs<'_, Tensor>,
+) -> Result<AttentionShape> {
+    let shape = check_extend(batch, inputs, Tensor::shape)?;
+    for (what, tensor) in [("q", inputs.q), ("k", inputs.k), ("v", inputs.v)] {
+        if !tensor.device().is(device) {
+            return Err(Error::argument(OP, what, "on the backend's device", "on another"));
+        }
+    }
+    let dtype = batch[0].cache.dtype();
+    for Append { cache, .. } in batch {
+        if cache.dtype() != dtype {
+            return Err(Error::argument(OP, "cache dtype", dtype, cache.dtype()));
+        }
+        if !cache.device().is(device) {
+            return Err(Error::argument(OP, "cache", "on the backend's device", "on another"));
+        }
+    }
+    Ok(shape)
+}
+
 /// What all sequences of a call share.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Call<'a> {
     pub(crate) device: &'a Device,
-    pub(crate) q: &'a Tensor,
-    pub(crate) k: &'a Tensor,
-    pub(crate) v: &'a Tensor,
+    pub(crate) inputs: &'a ExtendInputs<'a, Tensor>,
+    pub(crate) shape: AttentionShape,
     /// Element type of the caches.
     pub(crate) dtype: Dtype,
     pub(crate) out: &'a Tensor,
     pub(crate) lse: &'a Tensor,
-    pub(crate) query_heads: usize,
-    pub(crate) scale: f32,
     pub(crate) matrix_units: MatrixUnits,
 }
 
 /// How a call's sequences are cut, and room for what lies between kernels.
 #[derive(Debug)]
-pub(crate) struct Plan {
+struct Schedule {
     decode: Option<Decode>,
     parts: Vec<Part>,
     scratch: Option<Scratch>,
@@ -82,7 +121,7 @@ pub(crate) struct Plan {
 /// Sequences that are computed together.
 #[derive(Debug)]
 enum Part {
-    One(Step),
+    One(Cut),
     Run(decode::Run),
 }
 
@@ -94,27 +133,27 @@ struct Scratch {
 }
 
 impl Call<'_> {
-    /// Everything of a call that can fail. Shapes were checked.
-    pub(crate) fn plan(&self, caches: &[&mut Cache], tokens: &[usize]) -> Result<Plan> {
+    /// How a batch whose shapes were checked is cut, with the memory that it needs.
+    fn schedule(&self, batch: &[Append<'_, Cache>]) -> Result<Schedule> {
         let limits = Limits::of(self.device);
-        let (head_dim, kv_heads) = (self.q.shape()[2], caches[0].layout().heads().len());
-        let decode = Decode::new(self, &limits, head_dim, self.query_heads / kv_heads);
+        let AttentionShape { query_heads, head_dim, .. } = self.shape;
+        let decode = Decode::new(self, &limits);
         let blocks = self.matrix_units.blocks(self.device, &limits, self.dtype, head_dim);
         let (mut parts, mut at, mut rows) = (Vec::new(), 0, 0);
-        while at < caches.len() {
-            if let Some(decode) = decode.filter(|_| tokens[at] == 1) {
-                let run = decode.run(self, &caches[at..], &tokens[at..])?;
+        while let Some(Append { cache, tokens }) = batch.get(at) {
+            if let Some(decode) = decode.filter(|_| *tokens == 1) {
+                let run = decode.run(self, &batch[at..])?;
                 at += run.sequences;
                 parts.push(Part::Run(run));
                 continue;
             }
-            let (heads, len) = (&caches[at].geometry().heads, caches[at].len());
+            let (heads, len) = (&cache.geometry().heads, cache.as_ref().len());
             let row = Row::of(head_dim);
-            let step = Step::new(&limits, heads, len, tokens[at], self.query_heads, row, blocks)?;
-            if step.splits > 1 {
-                rows = rows.max(step.splits as usize * tokens[at] * self.query_heads);
+            let cut = Cut::new(&limits, heads, len, *tokens, query_heads, row, blocks)?;
+            if cut.splits > 1 {
+                rows = rows.max(cut.splits as usize * *tokens * query_heads);
             }
-            parts.push(Part::One(step));
+            parts.push(Part::One(cut));
             at += 1;
         }
         let scratch = match rows {
@@ -127,36 +166,38 @@ impl Call<'_> {
         };
         let words = match parts.iter().any(|part| matches!(part, Part::One(_))) {
             true => Some([
-                words(self.device, self.k, self.dtype)?,
-                words(self.device, self.v, self.dtype)?,
+                words(self.device, self.inputs.k, self.dtype)?,
+                words(self.device, self.inputs.v, self.dtype)?,
             ]),
             false => None,
         };
-        Ok(Plan { decode, parts, scratch, words })
+        Ok(Schedule { decode, parts, scratch, words })
     }
 
-    /// Queues the kernels and records the new tokens.
-    pub(crate) fn run(&self, caches: &mut [&mut Cache], tokens: &[usize], plan: &Plan) {
+    /// Queues the kernels and records the new tokens, for which there is room.
+    fn run(&self, batch: &mut [Append<'_, Cache>], schedule: &Schedule) -> Result<()> {
         let (mut first, mut at) = (0, 0);
-        for part in &plan.parts {
-            let sequences = match (part, &plan.decode, &plan.words) {
+        for part in &schedule.parts {
+            let sequences = match (part, &schedule.decode, &schedule.words) {
                 (Part::Run(run), Some(decode), _) => {
-                    decode.launch(self, &caches[at..at + run.sequences], first, run);
+                    decode.launch(self, &batch[at..at + run.sequences], first, run);
                     run.sequences
                 }
-                (Part::One(step), _, Some(words)) => {
-                    self.one(caches[at], first, tokens[at], step, plan.scratch.as_ref(), words);
+                (Part::One(cut), _, Some(words)) => {
+                    let Append { cache, tokens } = &batch[at];
+                    self.one(cache, first, *tokens, cut, schedule.scratch.as_ref(), words);
                     1
                 }
-                // A plan has what its parts need.
+                // A schedule has what its parts need.
                 _ => 0,
             };
-            for (cache, &tokens) in caches[at..].iter_mut().zip(&tokens[at..]).take(sequences) {
-                cache.extent_mut().advance(tokens);
-                first += tokens;
+            for Append { cache, tokens } in &mut batch[at..at + sequences] {
+                cache.state_mut().append(*tokens)?;
+                first += *tokens;
             }
             at += sequences;
         }
+        Ok(())
     }
 
     fn one(
@@ -164,23 +205,23 @@ impl Call<'_> {
         cache: &Cache,
         first: usize,
         tokens: usize,
-        step: &Step,
+        cut: &Cut,
         scratch: Option<&Scratch>,
         words: &[Handle; 2],
     ) {
-        let row = Row::of(cache.head_dim());
+        let row = Row::of(self.shape.head_dim);
         match scratch {
-            _ if let Some(blocks) = step.blocks => {
-                self.prefill(cache, first, tokens, blocks, step.tiles, words);
+            _ if let Some(blocks) = cut.blocks => {
+                self.prefill(cache, first, tokens, blocks, cut.tiles, words);
             }
-            Some(scratch) if step.splits > 1 => {
+            Some(scratch) if cut.splits > 1 => {
                 let results = [&scratch.out, &scratch.stats];
-                self.attend(cache, first, tokens, row, step, words, results);
-                self.merge(cache, first, tokens, row, step, scratch);
+                self.attend(cache, first, tokens, row, cut, words, results);
+                self.merge(cache, first, tokens, row, cut, scratch);
             }
             _ => {
                 let results = [self.out.handle(), self.lse.handle()];
-                self.attend(cache, first, tokens, row, step, words, results);
+                self.attend(cache, first, tokens, row, cut, words, results);
             }
         }
         self.append(cache, first, tokens, row, words);
@@ -193,24 +234,24 @@ impl Call<'_> {
         first: usize,
         tokens: usize,
         row: Row,
-        step: &Step,
+        cut: &Cut,
         [k, v]: &[Handle; 2],
         [out, stats]: [&Handle; 2],
     ) {
-        let kv_heads = cache.layout().heads().len();
-        let columns = row.vectors.div_ceil(step.tile.units_x);
-        let (dtype, partial) = (self.dtype, step.splits > 1);
-        let shape = Shape { tile: step.tile, columns, dtype, partial };
+        let kv_heads = self.shape.kv_heads;
+        let columns = row.vectors.div_ceil(cut.tile.units_x);
+        let (dtype, partial) = (self.dtype, cut.splits > 1);
+        let shape = Shape { tile: cut.tile, columns, dtype, partial };
         // SAFETY: the tensors have `first + tokens` tokens of as many heads as is said, the cache
         // is filled up to its length, and the outputs have room as planned.
         unsafe {
             attend::launch_unchecked(
                 self.device.client(),
-                CubeCount::Static(step.tiles, kv_heads as u32, step.splits),
-                CubeDim::new_1d(step.tile.units() as u32),
+                CubeCount::Static(cut.tiles, kv_heads as u32, cut.splits),
+                CubeDim::new_1d(cut.tile.units() as u32),
                 row.width,
-                row.width / self.dtype.per_word(),
-                arg(self.q.handle()),
+                row.width / per_word(self.dtype),
+                arg(self.inputs.q.handle()),
                 arg(k),
                 arg(v),
                 arg(&cache.keys),
@@ -220,11 +261,11 @@ impl Call<'_> {
                 arg(stats),
                 first as u32,
                 tokens as u32,
-                cache.len() as u32,
-                self.query_heads as u32,
+                cache.as_ref().len() as u32,
+                self.shape.query_heads as u32,
                 kv_heads as u32,
                 row.vectors as u32,
-                self.scale,
+                self.inputs.scale,
                 shape,
             );
         }
@@ -239,14 +280,14 @@ impl Call<'_> {
         tiles: u32,
         [k, v]: &[Handle; 2],
     ) {
-        let kv_heads = cache.layout().heads().len();
+        let kv_heads = self.shape.kv_heads;
         // SAFETY: as in `attend`; head dimensions are multiples of 8.
         unsafe {
             prefill::launch_unchecked(
                 self.device.client(),
                 CubeCount::Static(tiles, kv_heads as u32, 1),
                 CubeDim::new_1d(blocks.units() as u32),
-                arg(self.q.handle()),
+                arg(self.inputs.q.handle()),
                 arg(k),
                 arg(v),
                 arg(&cache.keys),
@@ -256,10 +297,10 @@ impl Call<'_> {
                 arg(self.lse.handle()),
                 first as u32,
                 tokens as u32,
-                cache.len() as u32,
-                self.query_heads as u32,
+                cache.as_ref().len() as u32,
+                self.shape.query_heads as u32,
                 kv_heads as u32,
-                self.scale,
+                self.inputs.scale,
                 blocks,
             );
         }
@@ -271,10 +312,10 @@ impl Call<'_> {
         first: usize,
         tokens: usize,
         row: Row,
-        step: &Step,
+        cut: &Cut,
         scratch: &Scratch,
     ) {
-        let (cubes, dim) = self.device.cubes(tokens * self.query_heads * row.vectors);
+        let (cubes, dim) = self.device.cubes(tokens * self.shape.query_heads * row.vectors);
         // SAFETY: as in `attend`, which wrote the partial results.
         unsafe {
             merge::launch_unchecked(
@@ -289,17 +330,17 @@ impl Call<'_> {
                 arg(self.lse.handle()),
                 first as u32,
                 tokens as u32,
-                cache.len() as u32,
-                self.query_heads as u32,
-                cache.layout().heads().len() as u32,
-                step.splits,
+                cache.as_ref().len() as u32,
+                self.shape.query_heads as u32,
+                self.shape.kv_heads as u32,
+                cut.splits,
                 row.vectors as u32,
             );
         }
     }
 
     fn append(&self, cache: &Cache, first: usize, tokens: usize, row: Row, [k, v]: &[Handle; 2]) {
-        let kv_heads = cache.layout().heads().len();
+        let kv_heads = self.shape.kv_heads;
         let (cubes, dim) = self.device.cubes(tokens * kv_heads * row.vectors);
         // SAFETY: the tensors have `first + tokens` tokens, the cache has the slots of its table and
         // room for the tokens.
@@ -308,7 +349,7 @@ impl Call<'_> {
                 self.device.client(),
                 cubes,
                 dim,
-                row.width / self.dtype.per_word(),
+                row.width / per_word(self.dtype),
                 arg(k),
                 arg(v),
                 arg(&cache.geometry().table),
@@ -316,7 +357,7 @@ impl Call<'_> {
                 arg(&cache.values),
                 first as u32,
                 tokens as u32,
-                cache.len() as u32,
+                cache.as_ref().len() as u32,
                 kv_heads as u32,
                 row.vectors as u32,
             );

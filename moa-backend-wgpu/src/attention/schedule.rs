@@ -46,7 +46,7 @@ impl Limits {
 
 /// How one sequence's attention is cut. Depends on the sequence and the device alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Step {
+pub(crate) struct Cut {
     pub(crate) tile: Tile,
     /// Where matrix units multiply, in place of the tile.
     pub(crate) blocks: Option<Blocks>,
@@ -56,7 +56,7 @@ pub(crate) struct Step {
     pub(crate) splits: u32,
 }
 
-impl Step {
+impl Cut {
     /// # Errors
     /// [`Error::Argument`] if there are too many tokens for one call.
     pub(crate) fn new(

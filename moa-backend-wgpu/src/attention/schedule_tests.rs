@@ -6,15 +6,8 @@ use crate::kernels::keys::{MAX_SPLITS, MIN_SPLIT_KEYS, attends, position, slot};
 /// WebGPU's smallest limits.
 const WEB: Limits = Limits { shared_bytes: 16384, units: 256, cubes: 65535, bindings: 7 };
 
-fn head(layout: &LayerLayout, kv_head: usize) -> Head {
-    let head = layout.head(kv_head);
-    Head {
-        offset: head.offset().0 as u32,
-        sink_slots: head.sink_slots() as u32,
-        ring: head.ring_slots() as u32,
-        sink: head.span().sink() as u32,
-        window: head.span().window() as u32,
-    }
+fn heads(layout: &LayerLayout) -> Vec<Head> {
+    layout.head_rows().unwrap().iter().map(Head::from).collect()
 }
 
 #[test]
@@ -22,7 +15,7 @@ fn numbered_keys_are_those_that_the_mask_admits() {
     for (sink, window) in [(0, 1), (0, 5), (3, 4), (6, 2), (2, 100)] {
         let span = Span::new(sink, window).unwrap();
         let layout = LayerLayout::new(&[span], 30, 0).unwrap();
-        let head = head(&layout, 0);
+        let head = heads(&layout)[0];
         for first in 0..29 {
             for end in first + 1..30 {
                 let keys = keys(&head, first, end);
@@ -48,7 +41,7 @@ fn slots_are_those_of_the_layout() {
     for kv_head in 0..3 {
         for p in 0..40u32 {
             let expected = layout.head(kv_head).slot(Position(p as usize)).0;
-            assert_eq!(slot(&head(&layout, kv_head), p) as usize, expected);
+            assert_eq!(slot(&heads(&layout)[kv_head], p) as usize, expected);
         }
     }
 }
@@ -65,24 +58,22 @@ fn splits_cover_all_keys_once() {
 #[test]
 fn every_step_fits_the_smallest_device() {
     let layout = LayerLayout::new(&[Span::full(5000), Span::new(4, 60).unwrap()], 5000, 0).unwrap();
-    let heads = [head(&layout, 0), head(&layout, 1)];
+    let heads = heads(&layout);
     for head_dim in [1, 6, 64, 72, 128, 255, 256] {
         let row = Row::of(head_dim);
         assert_eq!(row.width * row.vectors, head_dim);
         for (len, tokens) in [(0, 1), (200, 1), (4990, 1), (1000, 3), (0, 700), (20, 4000)] {
             for group in [1, 3, 8, 20] {
-                let step = Step::new(&WEB, &heads, len, tokens, 2 * group, row, None).unwrap();
-                assert!(step.tile.shared_bytes(row.width) <= WEB.shared_bytes, "{step:?}");
-                assert!(step.tile.units() <= WEB.units);
-                assert!(step.tiles as usize * step.tile.rows() >= tokens * group);
+                let cut = Cut::new(&WEB, &heads, len, tokens, 2 * group, row, None).unwrap();
+                assert!(cut.tile.shared_bytes(row.width) <= WEB.shared_bytes, "{cut:?}");
+                assert!(cut.tile.units() <= WEB.units);
+                assert!(cut.tiles as usize * cut.tile.rows() >= tokens * group);
                 let long = len + tokens > MIN_SPLIT_KEYS as usize;
-                assert_eq!(step.splits > 1, tokens * group <= 16 && long);
+                assert_eq!(cut.splits > 1, tokens * group <= 16 && long);
             }
         }
     }
     let tight = Limits { cubes: 3, ..WEB };
-    assert!(matches!(
-        Step::new(&tight, &heads, 0, 1000, 2, Row::of(64), None),
-        Err(Error::Argument { what: "tokens", .. })
-    ));
+    let refused = Cut::new(&tight, &heads, 0, 1000, 2, Row::of(64), None);
+    assert!(matches!(refused, Err(Error::Argument(error)) if error.argument == "tokens"));
 }

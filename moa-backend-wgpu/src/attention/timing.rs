@@ -1,6 +1,6 @@
 use std::time::Instant;
 
-use moa_core::{LayerLayout, Span, SparseAttentionBackend};
+use moa_core::{Append, ExtendInputs, LayerLayout, Span, SparseAttentionBackend};
 
 use crate::{Error, Result, Tensor, WgpuBackend};
 
@@ -26,17 +26,19 @@ pub(crate) fn decode_seconds(
     let capacity = span.saturating_add(STEPS * (ROUNDS + 1));
     let layout = LayerLayout::new(&[Span::new(0, span)?; HEADS], capacity, 0)?;
     let mut cache = backend.open(&layout, head_dim)?;
-    cache.extent_mut().advance(span);
+    cache.state_mut().append(span)?;
     let device = backend.device();
     let zeros =
         |heads: usize| Tensor::new(device, &vec![0.0; heads * head_dim], &[1, heads, head_dim]);
     let (q, kv) = (zeros(HEADS * group)?, zeros(HEADS)?);
+    let inputs = ExtendInputs { q: &q, k: &kv, v: &kv, scale: 1.0, lse: false };
     let mut fastest = f64::INFINITY;
     for round in 0..=ROUNDS {
         let start = Instant::now();
         let mut last = None;
         for _ in 0..STEPS {
-            last = Some(backend.extend(&mut [&mut cache], &[1], &q, &kv, &kv, 1.0, false)?.0);
+            last =
+                Some(backend.extend(&mut [Append { cache: &mut cache, tokens: 1 }], &inputs)?.out);
         }
         last.map(|out| out.to_vec()).transpose()?;
         // The first round compiles.

@@ -1,7 +1,9 @@
 //! Influence of every attention value on the objective, in blocks, and the gradients.
 
 use cubecl::{CubeCount, CubeDim};
-use moa_core::{Gradients, InfluenceInputs, InfluenceOutput, InfluenceSign};
+use moa_core::{
+    AttentionShape, Gradients, InfluenceInputs, InfluenceOutput, InfluenceSign, check_influence,
+};
 
 use crate::attention::{Limits, Row, arg, square};
 use crate::kernels::influence::{influence as blocks, key_gradient, query_gradient, row_dots};
@@ -16,17 +18,17 @@ pub(crate) fn influence(
     inputs: &InfluenceInputs<'_, Tensor>,
     scale: f32,
 ) -> Result<InfluenceOutput<Tensor>> {
-    let sweep = Sweep::new(device, inputs, scale)?;
+    let call = Call::new(device, inputs, scale)?;
     let gradients = match inputs.gradients {
-        true => Some(sweep.gradients(inputs)?),
+        true => Some(call.gradients(inputs)?),
         false => None,
     };
-    let sums = sweep.blocks(inputs)?.to_vec()?;
+    let sums = call.blocks(inputs)?.to_vec()?;
     Ok(InfluenceOutput { blocks: sums.into_iter().map(f64::from).collect(), gradients })
 }
 
 /// One call, checked, with `D = dO . O` of each row on the device.
-struct Sweep<'a> {
+struct Call<'a> {
     device: &'a Device,
     delta: Tensor,
     tokens: u32,
@@ -37,10 +39,11 @@ struct Sweep<'a> {
     limits: Limits,
 }
 
-impl<'a> Sweep<'a> {
+impl<'a> Call<'a> {
     fn new(device: &'a Device, inputs: &InfluenceInputs<'_, Tensor>, scale: f32) -> Result<Self> {
         let limits = Limits::of(device);
-        let [tokens, query_heads, kv_heads, head_dim] = check(device, inputs, &limits)?;
+        let shape = check(device, inputs, &limits)?;
+        let AttentionShape { tokens, query_heads, kv_heads, head_dim } = shape;
         let row = Row::of(head_dim);
         let delta = Tensor::uninitialised(device, OP, &[tokens, query_heads])?;
         let (cubes, dim) = device.cubes(tokens * query_heads);
@@ -158,48 +161,27 @@ impl<'a> Sweep<'a> {
     }
 }
 
-/// Tokens, query heads, KV heads, head dim.
+/// Everything about a call that can be wrong.
 fn check(
     device: &Device,
     inputs: &InfluenceInputs<'_, Tensor>,
     limits: &Limits,
-) -> Result<[usize; 4]> {
-    let &[tokens, query_heads, head_dim] = inputs.q.shape() else {
-        return Err(Error::shape(OP, "q", "[tokens, query heads, head dim]", inputs.q.shape()));
-    };
-    let &[_, kv_heads, _] = inputs.k.shape() else {
-        return Err(Error::shape(OP, "k", "[tokens, kv heads, head dim]", inputs.k.shape()));
-    };
-    if tokens == 0 || query_heads == 0 || head_dim == 0 {
-        return Err(Error::shape(OP, "q", "no empty axis", inputs.q.shape()));
-    }
-    if kv_heads == 0 || !query_heads.is_multiple_of(kv_heads) {
-        let expected = format_args!("[{tokens}, a divisor of {query_heads}, {head_dim}]");
-        return Err(Error::shape(OP, "k", expected.to_string(), inputs.k.shape()));
-    }
-    let (of_q, of_k) = ([tokens, query_heads, head_dim], [tokens, kv_heads, head_dim]);
-    let all: [(&'static str, &Tensor, &[usize]); 6] = [
-        ("q", inputs.q, &of_q),
-        ("k", inputs.k, &of_k),
-        ("v", inputs.v, &of_k),
-        ("out", inputs.out, &of_q),
-        ("d_out", inputs.d_out, &of_q),
-        ("lse", inputs.lse, &of_q[..2]),
-    ];
-    for (what, tensor, shape) in all {
-        if tensor.shape() != shape {
-            return Err(Error::shape(OP, what, format_args!("{shape:?}"), tensor.shape()));
-        }
+) -> Result<AttentionShape> {
+    let shape = check_influence(inputs, Tensor::shape)?;
+    let InfluenceInputs { q, k, v, out, d_out, lse, .. } = *inputs;
+    let all = [("q", q), ("k", k), ("v", v), ("out", out), ("d_out", d_out), ("lse", lse)];
+    for (what, tensor) in all {
         if !tensor.device().is(device) {
             return Err(Error::argument(OP, what, "on the backend's device", "on another"));
         }
     }
-    if head_dim > MAX_HEAD_DIM {
-        return Err(Error::argument(OP, "head dim", format_args!("1 to {MAX_HEAD_DIM}"), head_dim));
+    if shape.head_dim > MAX_HEAD_DIM {
+        let expected = format_args!("1 to {MAX_HEAD_DIM}").to_string();
+        return Err(Error::argument(OP, "head dim", expected, shape.head_dim));
     }
-    let least = tokens.div_ceil(limits.cubes as usize);
+    let least = shape.tokens.div_ceil(limits.cubes as usize);
     if inputs.block < least {
         return Err(Error::argument(OP, "block", format_args!("at least {least}"), inputs.block));
     }
-    Ok([tokens, query_heads, kv_heads, head_dim])
+    Ok(shape)
 }

@@ -2,6 +2,7 @@ use cubecl::server::Handle;
 
 use crate::attention::arg;
 use crate::kernels::random::random;
+use crate::kernels::words::{check_words, per_word};
 use crate::{Device, Dtype, Error, Result};
 
 /// A weight `[rows, cols]` on the device, in the element type of its file.
@@ -18,7 +19,7 @@ impl Matrix {
     /// Copies elements of `dtype`, little-endian and row-major, to the device.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless `bytes` make up a matrix with elements, [`Error::Argument`] if rows
+    /// [`Error::Argument`] unless `bytes` make up a matrix with elements, or if rows
     /// of 16-bit elements are of odd length, [`Error::TooLarge`].
     pub fn new(
         device: &Device,
@@ -33,9 +34,7 @@ impl Matrix {
             let expected = format_args!("{dtype} elements of [{rows}, {cols}]").to_string();
             return Err(Error::shape(OP, "bytes", expected, &[bytes.len()]));
         }
-        if !cols.is_multiple_of(dtype.per_word()) {
-            return Err(Error::argument(OP, "cols", format_args!("even for {dtype}"), cols));
-        }
+        check_words(OP, "cols", cols, dtype)?;
         let (bytes_len, limit) = (bytes.len() as u64, device.max_buffer_bytes());
         if bytes_len > limit {
             return Err(Error::TooLarge { what: "weight", bytes: bytes_len, limit });
@@ -61,11 +60,9 @@ impl Matrix {
         if elements == 0 {
             return Err(Error::shape(OP, "matrix", "no empty axis", &[rows, cols]));
         }
-        if !cols.is_multiple_of(dtype.per_word()) {
-            return Err(Error::argument(OP, "cols", format_args!("even for {dtype}"), cols));
-        }
+        check_words(OP, "cols", cols, dtype)?;
         let words = device.long_lived(|_| device.alloc("weight", elements, dtype.bytes()))?;
-        let count = elements / dtype.per_word();
+        let count = elements / per_word(dtype);
         let (cubes, dim) = device.cubes(count);
         let (client, to, count) = (device.client(), arg(&words), count as u32);
         // SAFETY: the buffer has that many words.

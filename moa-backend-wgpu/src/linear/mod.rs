@@ -12,6 +12,7 @@ use cubecl::{CubeCount, CubeDim};
 use crate::attention::{Limits, Row, arg, square, words};
 use crate::kernels::few_rows::{FEATURES, LayerLaunch, Shape, UNITS, few_rows};
 use crate::kernels::linear::many_rows;
+use crate::kernels::words::per_word;
 use crate::ops::{add, add_rows};
 use crate::{Device, Dtype, Error, Matrix, Result, Tensor};
 #[cfg(feature = "vulkan")]
@@ -37,7 +38,7 @@ pub struct Layer<'a> {
 /// `x . weight^T + bias`, `[rows, weight rows]`, in f32 throughout.
 ///
 /// # Errors
-/// [`Error::Shape`] if shapes do not fit, [`Error::TooLarge`].
+/// [`Error::Argument`] if shapes do not fit, [`Error::TooLarge`].
 pub fn linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
     one(x, Layer { weight, bias }, None, Dtype::F32)
 }
@@ -126,7 +127,7 @@ fn few(x: &Tensor, layers: &[Layer<'_>], plus: bool, inner: Dtype) -> Option<Sha
     let first = layers.first()?;
     let (dtype, device) = (first.weight.dtype(), x.device());
     let fits = |layer: &Layer<'_>| {
-        let whole = layer.weight.cols().is_multiple_of(4 * dtype.per_word());
+        let whole = layer.weight.cols().is_multiple_of(4 * per_word(dtype));
         whole && layer.weight.dtype() == dtype
     };
     let limits = Limits::of(device);
@@ -174,7 +175,7 @@ fn launch_few(
     }
     let along_x = tiles.min(Limits::of(device).cubes as usize);
     let cubes = [along_x, rows.div_ceil(shape.rows), tiles.div_ceil(along_x)].map(|n| n as u32);
-    let columns = x.row_len() / (4 * shape.dtype.per_word());
+    let columns = x.row_len() / (4 * per_word(shape.dtype));
     // SAFETY: there is a cube for each tile of features and group of rows; shapes were checked.
     unsafe {
         few_rows::launch_unchecked(
@@ -241,7 +242,7 @@ fn by_tiles(x: &Tensor, Layer { weight, bias }: Layer<'_>) -> Result<Tensor> {
             CubeCount::Static(cubes[0] as u32, cubes[1] as u32, 1),
             CubeDim::new_1d(tile.units() as u32),
             row.width,
-            row.width / weight.dtype().per_word(),
+            row.width / per_word(weight.dtype()),
             arg(x.handle()),
             arg(&weight.words),
             arg(bias.unwrap_or(x).handle()),

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use moa_core::{ModelShape, Plan};
-use moa_models::{CacheDtype, CpuOps, Llama, LlamaConfig, LogitRows, Result, Weights};
+use moa_models::{CpuOps, Dtype, Llama, LlamaConfig, LogitRows, Result, Weights};
 use serde::Deserialize;
 
 use crate::{alternating, moa_tiny, test_data};
@@ -46,7 +46,7 @@ fn sparse(shape: ModelShape) -> Plan {
 fn agrees(model: &Path, golden: &Path) -> Result<()> {
     let golden = Golden::load(golden);
     let model = Llama::load(
-        CpuOps::new(CacheDtype::F32),
+        CpuOps::new(Dtype::F32),
         LlamaConfig::from_file(model)?,
         &Weights::open(model)?,
     )?;

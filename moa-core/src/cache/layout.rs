@@ -1,6 +1,3 @@
-//! Cache geometry: where each head keeps which position. Pure integer arithmetic, usable alone by
-//! an engine that brings its own kernels.
-
 use std::ops::Range;
 
 use crate::{Error, Position, Result, Span};
@@ -138,7 +135,7 @@ pub struct LayerLayout {
 
 impl LayerLayout {
     /// Layout for sequences of at most `capacity` tokens. `slack` extra ring slots per head let a
-    /// sequence roll back that many tokens more (see [`Extent::truncate`]); they never change what
+    /// sequence roll back that many tokens more (see [`CacheState::truncate`](crate::CacheState::truncate)); they never change what
     /// a query sees.
     ///
     /// # Errors
@@ -186,89 +183,9 @@ impl LayerLayout {
         self.capacity
     }
 
-    /// Bytes of keys and values together.
-    pub fn bytes(&self, head_dim: usize, bytes_per_element: usize) -> u64 {
-        2 * self.slots as u64 * head_dim as u64 * bytes_per_element as u64
-    }
-}
-
-/// How far a sequence's cache is filled.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Extent {
-    len: usize,
-    /// Longest the sequence has been since it was opened: what a ring may have overwritten.
-    high_water: usize,
-}
-
-impl Extent {
-    /// Tokens held.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether no token is held.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Checks that `tokens` more fit.
-    ///
-    /// # Errors
-    /// [`Error::CapacityExceeded`].
-    pub fn check_append(&self, layout: &LayerLayout, tokens: usize) -> Result<()> {
-        if tokens > layout.capacity - self.len {
-            return Err(Error::CapacityExceeded {
-                len: self.len,
-                more: tokens,
-                capacity: layout.capacity,
-            });
-        }
-        Ok(())
-    }
-
-    /// Records an append, after its keys and values were written.
-    pub fn advance(&mut self, tokens: usize) {
-        self.len += tokens;
-        self.high_water = self.high_water.max(self.len);
-    }
-
-    /// Forgets all tokens after the first `len`.
-    ///
-    /// A ring that has wrapped can go back by one token plus its slack; a head that keeps
-    /// everything can go back to any length.
-    ///
-    /// # Errors
-    /// [`Error::Evicted`] if a head would need keys it no longer holds, [`Error::Invalid`] if `len`
-    /// is longer than the sequence. The state is then as it was.
-    pub fn truncate(&mut self, layout: &LayerLayout, len: usize) -> Result<()> {
-        if len > self.len {
-            return Err(Error::invalid("length", format!("at most {}", self.len), len));
-        }
-        for head in &layout.heads {
-            let oldest_held = head.oldest_held(self.high_water);
-            // What the next query, at position `len`, sees of the cache.
-            let [_, window] = head.cached_keys(len, len..len + 1);
-            if !window.is_empty()
-                && window.start.max(head.sink) < oldest_held
-                && window.end > head.sink
-            {
-                return Err(Error::Evicted {
-                    to: len,
-                    needed: window.start.max(head.sink),
-                    oldest_held,
-                });
-            }
-        }
-        if len == 0 {
-            *self = Self::default();
-        } else {
-            self.len = len;
-        }
-        Ok(())
-    }
-
-    /// Forgets all tokens.
-    pub fn reset(&mut self) {
-        *self = Self::default();
+    /// Bytes of keys and values together, given those of one slot:
+    /// [`SparseAttentionBackend::slot_bytes`](crate::SparseAttentionBackend::slot_bytes).
+    pub fn bytes(&self, slot_bytes: u64) -> u64 {
+        self.slots as u64 * slot_bytes
     }
 }
