@@ -1,83 +1,112 @@
-//! Item files of `moa eval ... --items`: a header line, then one object per question.
-
 use std::fs;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::error::{Error, Result};
-use crate::plans::labelled;
+use crate::{Error, Result};
 
-/// How one question went.
+/// Whether one question was answered right.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Asked {
-    pub(crate) prompt_tokens: usize,
+pub struct Answer {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
     /// Where the answer lies in the prompt, 0 at its beginning and 1 at its end, if that is known.
-    pub(crate) depth: Option<f64>,
-    pub(crate) right: bool,
+    pub depth: Option<f64>,
+    /// Whether it was given.
+    pub right: bool,
 }
 
-/// The questions of one file.
+/// Answers to a set of questions under one cache.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Items {
-    pub(crate) name: String,
-    pub(crate) asked: Vec<Asked>,
+pub struct Answers {
+    /// What people call the cache.
+    pub name: String,
+    /// One for each question.
+    pub answers: Vec<Answer>,
 }
 
-impl Items {
-    /// Reads `NAME=FILE` or `FILE`, which goes by the name of the file.
-    pub(crate) fn load(argument: &str) -> Result<Self> {
-        let (name, path) = labelled(argument);
-        let read = |source| Error::Read { path: path.clone(), source };
-        let text = fs::read_to_string(&path).map_err(read)?;
-        let mut asked = Vec::new();
-        for (number, line) in text.split_inclusive('\n').enumerate() {
-            // A last line without an end is what a run that was broken off has left.
-            if line.trim().is_empty() || (number > 0 && !line.ends_with('\n')) {
+impl Answers {
+    /// Reads a file of one JSON object a line, as `moa eval ... --items` writes it: each has
+    /// `prompt_tokens`, and either `right` and perhaps `depth`, or a list of `references`, each with
+    /// `found` and perhaps `depth`. A first line of `settings` is skipped, and so is a last line without
+    /// an end, which a run that was broken off has left.
+    ///
+    /// # Errors
+    /// [`Error::Read`], [`Error::Line`] and [`Error::NoAnswers`].
+    pub fn load(name: impl Into<String>, path: &Path) -> Result<Self> {
+        let read = |source| Error::Read { path: path.to_path_buf(), source };
+        let text = fs::read_to_string(path).map_err(read)?;
+        let mut answers = Vec::new();
+        for (index, text) in text.split_inclusive('\n').enumerate() {
+            if text.trim().is_empty() || (index > 0 && !text.ends_with('\n')) {
                 continue;
             }
-            let place = || format!("{}, line {}", path.display(), number + 1);
-            asked.extend(item(line, number == 0).map_err(|error| error.at(place()))?);
+            answers.extend(Line { path, number: index + 1, text }.answers()?);
         }
-        if asked.is_empty() {
-            let error = Error::argument("items", "at least one question", "none");
-            return Err(error.at(path.display().to_string()));
+        if answers.is_empty() {
+            return Err(Error::NoAnswers { path: path.to_path_buf() });
         }
-        Ok(Self { name, asked })
+        Ok(Self { name: name.into(), answers })
+    }
+
+    /// Questions answered right.
+    pub fn right(&self) -> usize {
+        self.answers.iter().filter(|a| a.right).count()
     }
 
     /// Share of questions answered right.
-    pub(crate) fn accuracy(&self) -> f64 {
-        self.asked.iter().filter(|a| a.right).count() as f64 / self.asked.len().max(1) as f64
+    pub fn accuracy(&self) -> f64 {
+        self.right() as f64 / self.answers.len().max(1) as f64
     }
 }
 
-/// What a line asked: one answer, or one for each of its `references`; nothing for the header.
-fn item(line: &str, is_first: bool) -> Result<Vec<Asked>> {
-    let value: Value =
-        serde_json::from_str(line).map_err(|e| Error::argument("item", "a JSON object", e))?;
-    if is_first && value.get("settings").is_some() && value.get("prompt_tokens").is_none() {
-        return Ok(Vec::new());
+struct Line<'a> {
+    path: &'a Path,
+    /// From 1.
+    number: usize,
+    text: &'a str,
+}
+
+impl Line<'_> {
+    fn fault(
+        &self,
+        what: &'static str,
+        expected: &'static str,
+        got: impl std::fmt::Display,
+    ) -> Error {
+        let (path, got) = (PathBuf::from(self.path), got.to_string());
+        Error::Line { path, line: self.number, what, expected, got }
     }
-    let tokens = &value["prompt_tokens"];
-    let Some(prompt_tokens) = tokens.as_u64() else {
-        return Err(Error::argument("`prompt_tokens`", "a whole number", tokens));
-    };
-    let asked = |of: &Value, name: &'static str| {
-        let Some(right) = of[name].as_bool() else {
-            return Err(Error::argument(name, "true or false", &of[name]));
+
+    /// What a line asked: one answer, or one for each of its `references`; nothing for the header.
+    fn answers(&self) -> Result<Vec<Answer>> {
+        let value: Value =
+            serde_json::from_str(self.text).map_err(|e| self.fault("item", "a JSON object", e))?;
+        let is_header = value.get("settings").is_some() && value.get("prompt_tokens").is_none();
+        if self.number == 1 && is_header {
+            return Ok(Vec::new());
+        }
+        let tokens = &value["prompt_tokens"];
+        let Some(prompt_tokens) = tokens.as_u64() else {
+            return Err(self.fault("`prompt_tokens`", "a whole number", tokens));
         };
-        let depth = match &of["depth"] {
-            Value::Null => None,
-            depth => match depth.as_f64().filter(|d| (0.0..=1.0).contains(d)) {
-                Some(depth) => Some(depth),
-                None => return Err(Error::argument("`depth`", "a number from 0 to 1", depth)),
-            },
+        let answer = |of: &Value, name: &'static str| {
+            let Some(right) = of[name].as_bool() else {
+                return Err(self.fault(name, "true or false", &of[name]));
+            };
+            let depth = match &of["depth"] {
+                Value::Null => None,
+                depth => match depth.as_f64().filter(|d| (0.0..=1.0).contains(d)) {
+                    Some(depth) => Some(depth),
+                    None => return Err(self.fault("`depth`", "a number from 0 to 1", depth)),
+                },
+            };
+            Ok(Answer { prompt_tokens: prompt_tokens as usize, depth, right })
         };
-        Ok(Asked { prompt_tokens: prompt_tokens as usize, depth, right })
-    };
-    match value.get("references").and_then(Value::as_array) {
-        Some(references) => references.iter().map(|r| asked(r, "found")).collect(),
-        None => Ok(vec![asked(&value, "right")?]),
+        match value.get("references").and_then(Value::as_array) {
+            Some(references) => references.iter().map(|r| answer(r, "found")).collect(),
+            None => Ok(vec![answer(&value, "right")?]),
+        }
     }
 }
 
@@ -85,18 +114,21 @@ fn item(line: &str, is_first: bool) -> Result<Vec<Asked>> {
 mod tests {
     use super::*;
 
+    fn read(text: &str, number: usize) -> Result<Vec<Answer>> {
+        Line { path: "items.jsonl".as_ref(), number, text }.answers()
+    }
+
     #[test]
     fn header_and_unknown_fields_are_skipped() {
-        assert_eq!(item(r#"{"settings": {"seed": 0}}"#, true).unwrap(), []);
+        assert_eq!(read(r#"{"settings": {"seed": 0}}"#, 1).unwrap(), []);
         let line = r#"{"right": true, "prompt_tokens": 7, "depth": 0.5, "text": "x", "more": []}"#;
-        let asked = |depth, right| Asked { prompt_tokens: 7, depth, right };
-        assert_eq!(item(line, true).unwrap(), [asked(Some(0.5), true)]);
+        let answer = |depth, right| Answer { prompt_tokens: 7, depth, right };
+        assert_eq!(read(line, 1).unwrap(), [answer(Some(0.5), true)]);
         let line = r#"{"right": false, "prompt_tokens": 7}"#;
-        assert_eq!(item(line, false).unwrap(), [asked(None, false)]);
+        assert_eq!(read(line, 2).unwrap(), [answer(None, false)]);
         let line = r#"{"prompt_tokens": 7, "score": 0.5, "references": [
             {"text": "a", "depth": 0.25, "found": true}, {"text": "b", "depth": null, "found": false}]}"#;
-        let both = [asked(Some(0.25), true), asked(None, false)];
-        assert_eq!(item(line, false).unwrap(), both);
+        assert_eq!(read(line, 2).unwrap(), [answer(Some(0.25), true), answer(None, false)]);
     }
 
     #[test]
@@ -109,8 +141,20 @@ mod tests {
             (r#"{"right": true, "prompt_tokens": -7}"#, "`prompt_tokens`"),
             (r#"{"right": true, "prompt_tokens": 7, "depth": 40}"#, "`depth`"),
         ] {
-            let message = item(line, false).unwrap_err().to_string();
-            assert!(message.contains(what), "{line}: {message}");
+            let message = read(line, 3).unwrap_err().to_string();
+            let place = message.starts_with("items.jsonl, line 3: ");
+            assert!(place && message.contains(what), "{line}: {message}");
         }
+    }
+
+    #[test]
+    fn files_without_answers_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("items.jsonl");
+        assert!(matches!(Answers::load("a", &path), Err(Error::Read { .. })));
+        fs::write(&path, "{\"settings\": {}}\n{\"right\": tr").unwrap();
+        assert!(matches!(Answers::load("a", &path), Err(Error::NoAnswers { .. })));
+        fs::write(&path, "{\"right\": true, \"prompt_tokens\": 3}\n{\"right\": tr").unwrap();
+        assert_eq!(Answers::load("a", &path).unwrap().right(), 1);
     }
 }

@@ -1,216 +1,207 @@
-use std::path::PathBuf;
+use moa_core::Plan;
 
-use moa_core::write_atomic;
-use serde_json::json;
+use crate::figure::{self, Bars};
+use crate::text::percent;
+use crate::{
+    Answers, Error, Figure, HeadMap, Page, PlanSize, PlanSummary, Result, Table, at_lengths,
+    lengths_of,
+};
 
-use crate::args::parse_count;
-use crate::error::{Error, Result};
-use crate::figure::{self, Bars, Figure};
-use crate::files::{OutputFolder, check_file};
-use crate::head_map::HeadMap;
-use crate::items::Items;
-use crate::output::{Context, bytes, percent};
-use crate::page::{Page, Table};
-use crate::plans::{self, PlanFile};
-use crate::report;
-
-/// Write plans and measurements into one HTML file that needs no network
-#[derive(Debug, clap::Args)]
-#[command(
-    after_help = "Example:\n  moa report --plan plan.json --plans plans --items dense=dense.jsonl --items uniform=uniform.jsonl --items plan=plan.jsonl --out report.html"
-)]
-pub(crate) struct Args {
-    /// Plan to draw, with a name for it if the file's is not good enough; repeat to compare
-    #[arg(long, value_name = "[NAME=]FILE", required_unless_present_any = ["plans", "items"])]
-    plan: Vec<String>,
-    /// Folder of `moa search`, for the Pareto front
-    #[arg(long, value_name = "DIR")]
-    plans: Option<PathBuf>,
-    /// Answers of `moa eval retrieval --items`; repeat for several caches side by side
-    #[arg(long, value_name = "[NAME=]FILE.jsonl")]
-    items: Vec<String>,
-    /// Context lengths to look at [default: those of the plan's search]
-    #[arg(long, value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]
-    at: Vec<usize>,
-    /// Heading of the page
-    #[arg(long, default_value = "Attention spans", value_name = "TEXT")]
-    title: String,
-    /// Folder for each figure as an SVG file of its own
-    #[arg(long, value_name = "DIR")]
-    svg: Option<PathBuf>,
-    /// Page to write
-    #[arg(long, value_name = "FILE.html")]
-    out: PathBuf,
+/// A plan and what people call it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NamedPlan {
+    /// The name; where plans are compared, it stands on every picture.
+    pub name: String,
+    /// The plan.
+    pub plan: Plan,
 }
 
-pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
-    check_file(&args.out)?;
-    let plans: Vec<PlanFile> =
-        args.plan.iter().map(|p| PlanFile::load(p)).collect::<Result<_>>()?;
-    check_models(&plans)?;
-    let searched = match &args.plans {
-        Some(folder) => plans::load_folder(folder)?,
-        None => Vec::new(),
-    };
-    let items: Vec<Items> = args.items.iter().map(|i| Items::load(i)).collect::<Result<_>>()?;
-    let lengths = if args.at.is_empty() { lengths(&plans) } else { args.at.clone() };
+/// Everything that one page about plans shows; what is left empty is left out.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Report {
+    /// Heading of the page.
+    pub title: String,
+    /// Plans to draw, all for one model.
+    pub plans: Vec<NamedPlan>,
+    /// Plans of one search, for the Pareto front.
+    pub searched: Vec<NamedPlan>,
+    /// Answers under several caches, side by side.
+    pub answers: Vec<Answers>,
+    /// Context lengths to look at; empty for those of the plans' searches.
+    pub lengths: Vec<usize>,
+    /// Name of the caches' element type.
+    pub element: String,
+    /// Bytes of one element.
+    pub element_bytes: usize,
+}
 
-    let mut figures = Vec::new();
-    if !plans.is_empty() {
-        figures.push(head_maps(&plans, &lengths));
-    }
-    if !items.is_empty() {
-        figures.push(figure::retrieval(&items));
-    }
-    if !plans.is_empty() {
-        figures.push(sizes(&plans, &lengths, context));
-    }
-    match figure::pareto(&searched, &plans) {
-        Some(figure) => figures.push(figure),
-        None if args.plans.is_some() => {
-            context.note("no Pareto front: the plans do not say their predicted losses");
+/// A report without content, for caches of bf16.
+impl Default for Report {
+    fn default() -> Self {
+        Self {
+            title: "Attention spans".to_string(),
+            plans: Vec::new(),
+            searched: Vec::new(),
+            answers: Vec::new(),
+            lengths: Vec::new(),
+            element: "bf16".to_string(),
+            element_bytes: 2,
         }
-        None => {}
-    }
-    match figure::trials(&plans) {
-        Some(figure) => figures.push(figure),
-        None if !plans.is_empty() => {
-            context
-                .note("no predicted against measured loss: no plan here was chosen by measurement");
-        }
-        None => {}
-    }
-
-    let page = Page {
-        title: args.title.clone(),
-        facts: facts(&plans),
-        tables: tables(&plans, &items, &lengths, context),
-        figures,
-    };
-    let mut files = Vec::new();
-    if let Some(path) = &args.svg {
-        let mut folder = OutputFolder::create(path)?;
-        for figure in &page.figures {
-            let name = format!("{}.svg", figure.id);
-            files.push(folder.write(&name, figure.svg().as_bytes())?);
-        }
-        write_atomic(&args.out, page.html().as_bytes())?;
-        folder.keep();
-    } else {
-        write_atomic(&args.out, page.html().as_bytes())?;
-    }
-    let titles: Vec<&str> = page.figures.iter().map(|f| f.title.as_str()).collect();
-    context.print(format_args!("{}\n\nReport: {}", titles.join("\n"), args.out.display()))?;
-    let ids: Vec<&str> = page.figures.iter().map(|f| f.id.as_str()).collect();
-    context.json(&json!({ "out": args.out, "figures": ids, "svg": files }))
-}
-
-/// Plans of one report are for one model: bytes of dense caches are drawn once.
-fn check_models(plans: &[PlanFile]) -> Result<()> {
-    let Some(first) = plans.first() else { return Ok(()) };
-    for file in plans {
-        let check = file.plan.check_shape(&first.plan.shape());
-        check.map_err(|e| Error::from(e).at(file.path.display().to_string()))?;
-    }
-    Ok(())
-}
-
-/// Lengths at which the plans were searched.
-fn lengths(plans: &[PlanFile]) -> Vec<usize> {
-    let mut lengths: Vec<usize> = plans.iter().flat_map(|f| report::lengths_of(&f.plan)).collect();
-    lengths.sort_unstable();
-    lengths.dedup();
-    lengths
-}
-
-fn head_maps(plans: &[PlanFile], lengths: &[usize]) -> Figure {
-    let maps = |file| (file_name(plans, file), report::maps(&file.plan, lengths));
-    let maps: Vec<_> = plans.iter().map(maps).collect();
-    match plans {
-        [one] => figure::head_map(&format!("Span of each KV head: {}", one.label), &maps),
-        _ => figure::head_map("Span of each KV head", &maps),
     }
 }
 
-/// A single plan needs no name on its panels.
-fn file_name<'a>(plans: &[PlanFile], file: &'a PlanFile) -> &'a str {
-    if plans.len() > 1 { &file.label } else { "" }
-}
-
-fn sizes(plans: &[PlanFile], lengths: &[usize], context: &Context) -> Figure {
-    let element = context.cache.bytes();
-    let groups: Vec<Bars> = lengths
-        .iter()
-        .map(|&length| Bars {
-            length,
-            dense: report::dense_bytes(&plans[0].plan, length, element),
-            plans: plans
-                .iter()
-                .map(|f| (f.label.clone(), f.plan.kv_bytes(length, element)))
-                .collect(),
+impl Report {
+    /// The page. Its figures are, as far as there is something to draw, `heads`, `retrieval`, `kv-bytes`,
+    /// `pareto` and `predicted-measured`.
+    ///
+    /// # Errors
+    /// [`Error::OtherModel`] if the plans are for models of different dimensions: bytes of dense caches
+    /// are drawn once.
+    pub fn page(&self) -> Result<Page> {
+        self.check_models()?;
+        let lengths = self.lengths();
+        let summary = |p: &NamedPlan| PlanSummary::new(&p.plan, &lengths, self.element_bytes);
+        let summaries: Vec<PlanSummary> = self.plans.iter().map(summary).collect();
+        let figures = [
+            self.head_maps(&summaries),
+            (!self.answers.is_empty()).then(|| figure::retrieval(&self.answers)),
+            self.sizes(&summaries),
+            figure::pareto(&self.searched, &self.plans),
+            figure::trials(&self.plans),
+        ];
+        Ok(Page {
+            title: self.title.clone(),
+            facts: self.facts(),
+            tables: self.tables(&summaries),
+            figures: figures.into_iter().flatten().collect(),
         })
-        .collect();
-    figure::kv_bytes(&groups, &format!("{:?}", context.cache).to_lowercase())
-}
-
-/// What plans say about themselves.
-fn facts(plans: &[PlanFile]) -> Vec<(String, String)> {
-    let mut facts = Vec::new();
-    let Some(first) = plans.first() else { return facts };
-    facts.push(("model".to_string(), first.plan.shape().to_string()));
-    for file in plans {
-        let from = &file.plan.provenance;
-        let mut words: Vec<String> = [&from.method, &from.space, &from.objective, &from.data]
-            .into_iter()
-            .flatten()
-            .cloned()
-            .collect();
-        words.push(format!("sink {}, smallest span {}", file.plan.sink(), file.plan.min_span()));
-        facts.push((file.label.clone(), words.join("; ")));
-        if !from.measured_losses.is_empty() {
-            let loss = report::at_lengths(&from.measured_losses);
-            facts.push((format!("{}, nats per response token", file.label), loss));
-        }
     }
-    facts
-}
 
-fn tables(plans: &[PlanFile], items: &[Items], lengths: &[usize], context: &Context) -> Vec<Table> {
-    let owned = |words: &[&str]| words.iter().map(|w| (*w).to_string()).collect::<Vec<_>>();
-    let element = context.cache.bytes();
-    let mut tables = Vec::new();
-    if !plans.is_empty() {
-        let mut rows = Vec::new();
-        for file in plans {
-            for &length in lengths {
-                let map = HeadMap::new(&file.plan, length);
-                let edge = |span: Option<&usize>| span.map_or(String::new(), usize::to_string);
-                rows.push(vec![
-                    file.label.clone(),
-                    length.to_string(),
-                    percent(file.plan.density(length)),
-                    bytes(file.plan.kv_bytes(length, element)),
-                    bytes(report::dense_bytes(&file.plan, length, element)),
-                    edge(map.spans.iter().min()),
-                    edge(map.spans.iter().max()),
-                ]);
+    fn check_models(&self) -> Result<()> {
+        let Some(first) = self.plans.first() else { return Ok(()) };
+        for (index, NamedPlan { name, plan }) in self.plans.iter().enumerate() {
+            let other = |source| Error::OtherModel { index, name: name.clone(), source };
+            plan.check_shape(&first.plan.shape()).map_err(other)?;
+        }
+        Ok(())
+    }
+
+    fn lengths(&self) -> Vec<usize> {
+        if !self.lengths.is_empty() {
+            return self.lengths.clone();
+        }
+        let mut lengths: Vec<usize> = self.plans.iter().flat_map(|p| lengths_of(&p.plan)).collect();
+        lengths.sort_unstable();
+        lengths.dedup();
+        lengths
+    }
+
+    fn head_maps(&self, summaries: &[PlanSummary]) -> Option<Figure> {
+        let maps = |name, summary: &PlanSummary| -> (_, Vec<HeadMap>) { (name, summary.maps()) };
+        match (&self.plans[..], summaries) {
+            ([], _) => None,
+            // A single plan needs no name on its panels.
+            ([one], [summary]) => {
+                let title = format!("Span of each KV head: {}", one.name);
+                Some(figure::head_map(&title, &[maps("", summary)]))
+            }
+            _ => {
+                let names = self.plans.iter().map(|p| p.name.as_str());
+                let rows: Vec<_> = names.zip(summaries).map(|(n, s)| maps(n, s)).collect();
+                Some(figure::head_map("Span of each KV head", &rows))
             }
         }
-        let head = ["plan", "context", "density", "KV cache", "dense", "smallest span", "largest"];
-        tables.push(Table { title: "Sizes".to_string(), head: owned(&head), rows });
     }
-    if !items.is_empty() {
-        let row = |file: &Items| {
-            let right = file.asked.iter().filter(|a| a.right).count();
-            vec![
-                file.name.clone(),
-                format!("{right}/{}", file.asked.len()),
-                percent(file.accuracy()),
-            ]
+
+    fn sizes(&self, summaries: &[PlanSummary]) -> Option<Figure> {
+        let first = summaries.first()?;
+        let bars = |(index, size): (usize, &PlanSize)| Bars {
+            length: size.length,
+            dense: size.kv_bytes_dense,
+            plans: self
+                .plans
+                .iter()
+                .zip(summaries)
+                .map(|(p, summary)| (p.name.clone(), summary.sizes()[index].kv_bytes))
+                .collect(),
         };
-        let head = owned(&["cache", "right", "accuracy"]);
-        let rows = items.iter().map(row).collect();
-        tables.push(Table { title: "Retrieval".to_string(), head, rows });
+        let groups: Vec<Bars> = first.sizes().iter().enumerate().map(bars).collect();
+        Some(figure::kv_bytes(&groups, &self.element))
     }
-    tables
+
+    /// What plans say about themselves.
+    fn facts(&self) -> Vec<(String, String)> {
+        let mut facts = Vec::new();
+        let Some(first) = self.plans.first() else { return facts };
+        facts.push(("model".to_string(), first.plan.shape().to_string()));
+        for NamedPlan { name, plan } in &self.plans {
+            let from = &plan.provenance;
+            let said = [&from.method, &from.space, &from.objective, &from.data];
+            let mut words: Vec<String> = said.into_iter().flatten().cloned().collect();
+            words.push(format!("sink {}, smallest span {}", plan.sink(), plan.min_span()));
+            facts.push((name.clone(), words.join("; ")));
+            if !from.measured_losses.is_empty() {
+                let loss = at_lengths(&from.measured_losses);
+                facts.push((format!("{name}, nats per response token"), loss));
+            }
+        }
+        facts
+    }
+
+    fn tables(&self, summaries: &[PlanSummary]) -> Vec<Table> {
+        let mut tables = Vec::new();
+        let mut add = |title: &str, head: &[&str], rows: Vec<Vec<String>>| {
+            let head = head.iter().map(|word| (*word).to_string()).collect();
+            tables.push(Table { title: title.to_string(), head, rows });
+        };
+        if !summaries.is_empty() {
+            let rows = self.plans.iter().zip(summaries).flat_map(|(p, summary)| {
+                let row = |size: &PlanSize| [vec![p.name.clone()], size.row()].concat();
+                summary.sizes().iter().map(row).collect::<Vec<_>>()
+            });
+            add("Sizes", &[&["plan"], &PlanSize::HEAD[..]].concat(), rows.collect());
+        }
+        if !self.answers.is_empty() {
+            let row = |file: &Answers| {
+                let right = format!("{}/{}", file.right(), file.answers.len());
+                vec![file.name.clone(), right, percent(file.accuracy())]
+            };
+            let rows = self.answers.iter().map(row).collect();
+            add("Retrieval", &["cache", "right", "accuracy"], rows);
+        }
+        tables
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moa_core::ModelShape;
+
+    fn plan(name: &str, layers: usize) -> NamedPlan {
+        let shape = ModelShape { layers, query_heads: 4, kv_heads: 2, head_dim: 8 };
+        NamedPlan { name: name.to_string(), plan: Plan::full(shape).unwrap() }
+    }
+
+    #[test]
+    fn plans_of_several_models_are_refused() {
+        let plans = vec![plan("a", 2), plan("b", 3)];
+        let error = Report { plans, ..Report::default() }.page().unwrap_err();
+        assert!(matches!(error, Error::OtherModel { index: 1, .. }), "{error}");
+        assert!(error.to_string().contains("3 layers"), "{error}");
+    }
+
+    #[test]
+    fn what_is_not_there_is_left_out() {
+        let page = Report::default().page().unwrap();
+        assert!(page.figures.is_empty() && page.tables.is_empty() && page.facts.is_empty());
+        let plans = vec![plan("a", 2), plan("b", 2)];
+        let page = Report { plans, lengths: vec![100, 200], ..Report::default() }.page().unwrap();
+        assert_eq!(
+            page.figures.iter().map(|f| &f.id[..]).collect::<Vec<_>>(),
+            ["heads", "kv-bytes"]
+        );
+        assert_eq!(page.tables[0].rows.len(), 4);
+        assert!(page.figures[0].svg().contains("b, N = 200"));
+    }
 }

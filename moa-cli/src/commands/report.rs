@@ -1,0 +1,96 @@
+use std::path::PathBuf;
+
+use moa_core::write_atomic;
+use moa_report::{Answers, NamedPlan, Report};
+use serde_json::json;
+
+use crate::args::parse_count;
+use crate::error::{Error, Result};
+use crate::files::{OutputFolder, check_file};
+use crate::output::Context;
+use crate::plans::{self, PlanFile};
+
+/// Write plans and measurements into one HTML file that needs no network
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example:\n  moa report --plan plan.json --plans plans --items dense=dense.jsonl --items uniform=uniform.jsonl --items plan=plan.jsonl --out report.html"
+)]
+pub(crate) struct Args {
+    /// Plan to draw, with a name for it if the file's is not good enough; repeat to compare
+    #[arg(long, value_name = "[NAME=]FILE", required_unless_present_any = ["plans", "items"])]
+    plan: Vec<String>,
+    /// Folder of `moa search`, for the Pareto front
+    #[arg(long, value_name = "DIR")]
+    plans: Option<PathBuf>,
+    /// Answers of `moa eval retrieval --items`; repeat for several caches side by side
+    #[arg(long, value_name = "[NAME=]FILE.jsonl")]
+    items: Vec<String>,
+    /// Context lengths to look at [default: those of the plan's search]
+    #[arg(long, value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]
+    at: Vec<usize>,
+    /// Heading of the page
+    #[arg(long, default_value = "Attention spans", value_name = "TEXT")]
+    title: String,
+    /// Folder for each figure as an SVG file of its own
+    #[arg(long, value_name = "DIR")]
+    svg: Option<PathBuf>,
+    /// Page to write
+    #[arg(long, value_name = "FILE.html")]
+    out: PathBuf,
+}
+
+pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    check_file(&args.out)?;
+    let plans: Vec<PlanFile> =
+        args.plan.iter().map(|p| PlanFile::load(p)).collect::<Result<_>>()?;
+    let paths: Vec<PathBuf> = plans.iter().map(|file| file.path.clone()).collect();
+    let searched = match &args.plans {
+        Some(folder) => plans::load_folder(folder)?,
+        None => Vec::new(),
+    };
+    let answers = |argument: &String| {
+        let (name, path) = plans::labelled(argument);
+        Answers::load(name, &path)
+    };
+    let report = Report {
+        title: args.title.clone(),
+        plans: plans.into_iter().map(|f| NamedPlan { name: f.label, plan: f.plan }).collect(),
+        searched: searched
+            .into_iter()
+            .map(|f| NamedPlan { name: f.name(), plan: f.plan })
+            .collect(),
+        answers: args.items.iter().map(answers).collect::<Result<_, _>>()?,
+        lengths: args.at.clone(),
+        element: format!("{:?}", context.cache).to_lowercase(),
+        element_bytes: context.cache.bytes(),
+    };
+    let page = report.page().map_err(|error| match error {
+        moa_report::Error::OtherModel { index, source, .. } => {
+            Error::from(source).at(paths[index].display().to_string())
+        }
+        other => other.into(),
+    })?;
+
+    let mut files = Vec::new();
+    if let Some(path) = &args.svg {
+        let mut folder = OutputFolder::create(path)?;
+        for figure in &page.figures {
+            let name = format!("{}.svg", figure.id);
+            files.push(folder.write(&name, figure.svg().as_bytes())?);
+        }
+        write_atomic(&args.out, page.html().as_bytes())?;
+        folder.keep();
+    } else {
+        write_atomic(&args.out, page.html().as_bytes())?;
+    }
+    let titles: Vec<&str> = page.figures.iter().map(|f| f.title.as_str()).collect();
+    let ids: Vec<&str> = page.figures.iter().map(|f| f.id.as_str()).collect();
+    if args.plans.is_some() && !ids.contains(&"pareto") {
+        context.note("no Pareto front: the plans do not say their predicted losses");
+    }
+    if !report.plans.is_empty() && !ids.contains(&"predicted-measured") {
+        context.note("no predicted against measured loss: no plan here was chosen by measurement");
+    }
+    context.print(format_args!("{}\n\nReport: {}", titles.join("\n"), args.out.display()))?;
+    context.json(&json!({ "out": args.out, "figures": ids, "svg": files }))
+}
