@@ -75,6 +75,14 @@ pub struct CostBound {
     pub curve: CostCurve,
 }
 
+impl ModelShape {
+    /// Bytes of keys and values that one sequence of `length` tokens holds in a dense cache.
+    pub const fn kv_bytes(&self, length: usize, bytes_per_element: usize) -> u64 {
+        let a_token = 2 * (self.total_kv_heads() * self.head_dim) as u64;
+        a_token.saturating_mul(length as u64).saturating_mul(bytes_per_element as u64)
+    }
+}
+
 impl Bound {
     /// The density that `bytes` of keys and values are for one sequence of `length` tokens, as an upper
     /// bound; 1 where they hold everything.
@@ -97,8 +105,7 @@ impl Bound {
                 return Err(Error::invalid(what, "at least 1", n));
             }
         }
-        let a_token = 2.0 * (shape.total_kv_heads() * shape.head_dim * bytes_per_element) as f64;
-        let max = (bytes as f64 / (a_token * length as f64)).min(1.0);
+        let max = (bytes as f64 / shape.kv_bytes(length, bytes_per_element) as f64).min(1.0);
         Ok(Self { length, max, min: None })
     }
 }
@@ -121,7 +128,8 @@ mod tests {
     #[test]
     fn a_full_plan_uses_the_bytes_of_density_one() {
         let shape = ModelShape { layers: 3, query_heads: 4, kv_heads: 2, head_dim: 64 };
-        let dense = Plan::full(shape).unwrap().kv_bytes(1000, 2);
+        let dense = shape.kv_bytes(1000, 2);
+        assert_eq!(dense, Plan::full(shape).unwrap().kv_bytes(1000, 2));
         assert_eq!(Bound::kv_bytes(1000, dense, shape, 2).unwrap().max, 1.0);
         assert_eq!(Bound::kv_bytes(1000, dense / 4, shape, 2).unwrap().max, 0.25);
         assert_eq!(Bound::kv_bytes(1000, 9 * dense, shape, 2).unwrap().max, 1.0);

@@ -5,6 +5,7 @@ use moa_core::{AtLength, Plan, Profile};
 use moa_models::{
     CalibrationData, Checkpoint, CompressOptions, Item, Math, measured_losses, refine,
 };
+use moa_report::at_lengths;
 use serde_json::json;
 
 use crate::args::{DataArg, ModelArg, parse_count};
@@ -15,7 +16,6 @@ use crate::model::{self, on_device};
 use crate::output::{Context, percent, table};
 use crate::plans::{self, PlanFile};
 use crate::progress::Progress;
-use crate::report;
 
 /// Pick the plan with the lowest measured loss at a length that was not profiled
 #[derive(Debug, clap::Args)]
@@ -148,7 +148,7 @@ fn with_model<D: Math>(
     context.print(format_args!(
         "Plan: {} (loss {})",
         args.out.display(),
-        report::at_lengths(&plan.provenance.measured_losses)
+        at_lengths(&plan.provenance.measured_losses)
     ))?;
     let measured: Vec<_> = files
         .iter()
