@@ -1,5 +1,5 @@
 use moa_core::Plan;
-use moa_models::{Checkpoint, Math, Message, Next, PHRASINGS, Phrasing, RetrievalCase};
+use moa_models::{Checkpoint, Math, Message, PHRASINGS, Phrasing, RetrievalCase};
 
 use crate::error::Result;
 
@@ -63,8 +63,7 @@ fn best_phrasing<D: Math>(
     let mut best = (0, &PHRASINGS[0]);
     for phrasing in PHRASINGS {
         let probes: Vec<_> = (0..2).map(|i| case(phrasing, 12, draw(!seed, i))).collect();
-        let report =
-            model.retrieval(&probes, &dense, max_new_tokens, &mut |_, _| Next::Continue)?;
+        let report = model.retrieval(&probes, &dense, max_new_tokens, &mut ())?;
         if report.correct > best.0 {
             best = (report.correct, phrasing);
         }

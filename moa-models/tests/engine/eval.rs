@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use moa_core::{ElasticRule, FarLosses, Plan};
 use moa_models::{
-    Item, Message, Next, Objective, PHRASINGS, Question, RecordPrompt, Result, RetrievalItem,
-    Scoring, Task,
+    Item, Message, Objective, PHRASINGS, Question, RecordPrompt, Result, RetrievalItem, Scoring,
+    Task,
 };
 
 use crate::{checkpoint, full, tiny};
@@ -46,8 +46,7 @@ fn a_conversation_answers_its_first_message_as_if_it_were_the_only_one() -> Resu
 fn far_losses_tell_far_answers_from_near_ones() -> Result<()> {
     let far = |item: Item| {
         let items = BTreeMap::from([(384, vec![item])]);
-        let profile =
-            tiny().profile_all(&items, Objective::Margin, 64, "test", &mut || Next::Continue)?;
+        let profile = tiny().profile_all(&items, Objective::Margin, 64, "test", &mut ())?;
         Ok::<_, moa_models::Error>(profile.at(384)?.far_losses().clone())
     };
     // The question is about one of the first lines, which begin in the middle of the prompt.
