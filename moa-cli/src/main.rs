@@ -13,7 +13,6 @@ mod error;
 mod files;
 #[cfg(feature = "cuda")]
 mod gpus;
-mod held_out;
 mod model;
 mod output;
 mod plans;

@@ -14,7 +14,6 @@ use crate::args::{parse_count, parse_density};
 use crate::compressed;
 use crate::error::{Error, Result};
 use crate::files::OutputFolder;
-use crate::held_out;
 use crate::model::{self, on_device};
 use crate::output::{Context, table};
 use crate::progress::Progress;
@@ -90,7 +89,7 @@ fn with_ops<D: Backward>(args: &Args, device: D, context: &Context) -> Result<()
         "\n{} held-out questions of {} tokens, answered with three caches:",
         args.questions, args.length
     ))?;
-    let cases = held_out::cases(&model, args.length, ANSWER_TOKENS, args.questions, context.seed)?;
+    let cases = model.held_out_cases(args.length, ANSWER_TOKENS, args.questions, context.seed)?;
     let results = answer(&model, &found.plan, &cases, context)?;
 
     found

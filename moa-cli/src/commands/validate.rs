@@ -1,9 +1,10 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use moa_core::{AtLength, Plan, Profile};
+use moa_core::{AtLength, Plan, PlanRequest, Profile};
 use moa_models::{
-    CalibrationData, Checkpoint, CompressOptions, Item, Math, measured_losses, refine,
+    CalibrationData, Checkpoint, CompressOptions, Item, Math, bound_decode_time, measured_losses,
+    refine,
 };
 use moa_report::at_lengths;
 use serde_json::json;
@@ -110,7 +111,7 @@ fn with_model<D: Math>(
     if let (Some(evaluations), Some(profile)) = (args.refine, &profile) {
         let mut bar = Progress::new(context, "measure", evaluations);
         let starts: Vec<Plan> = files.iter().map(|f| f.plan.clone()).collect();
-        let request = plans::request(&files[best], context)?;
+        let request = request(&files[best], model)?;
         let found =
             refine(&model.model, &items, &starts, &request, profile, evaluations, &mut bar)?;
         plan = found.plan.clone();
@@ -163,6 +164,22 @@ fn with_model<D: Math>(
         "refined_to": refined.as_ref().map(|r| r.loss),
         "measured_losses": plan.provenance.measured_losses,
     }))
+}
+
+/// The search that a plan came out of.
+fn request<D: Math>(file: &PlanFile, model: &Checkpoint<D>) -> Result<PlanRequest> {
+    let in_file = |e| Error::from(e).at(file.path.display().to_string());
+    let request = PlanRequest::from_plan(&file.plan).map_err(in_file)?;
+    let mut request = request.ok_or_else(|| Error::Provenance {
+        path: file.path.clone(),
+        missing: "density bounds",
+        remedy: "refine only plans of `moa search`",
+    })?;
+    if let Some(share) = file.plan.provenance.decode_time {
+        let model = &model.model;
+        bound_decode_time(&mut request, model.device(), model.shape(), share)?;
+    }
+    Ok(request)
 }
 
 /// Profiled lengths of the plans; with `--length` they need not say them.
