@@ -1,11 +1,29 @@
 //! The CPU backend against the conformance suite, and what is particular to it.
 
-mod conformance;
+use std::process::ExitCode;
 
-use conformance::{TestBackend, conformance, world::World};
 use half::{bf16, f16};
 use moa_backend_cpu::{Cache, CacheDtype, CpuBackend, Error, Tensor};
+use moa_conformance::{Stop, Subject, Verdict, World, normal, run, suite, trials};
 use moa_core::{InfluenceInputs, InfluenceSign, LayerLayout, Span, SparseAttentionBackend};
+
+fn main() -> ExitCode {
+    let suites = [
+        suite("f32_cache", || Ok(Cpu::new(CacheDtype::F32))),
+        suite("f16_cache", || Ok(Cpu::new(CacheDtype::F16))),
+        suite("bf16_cache", || Ok(Cpu::new(CacheDtype::Bf16))),
+        trials![
+            number_of_threads_does_not_change_output,
+            number_of_threads_does_not_change_influence,
+            trap_09_offsets_beyond_2_to_the_31_elements,
+            every_error_variant_says_what_came,
+            influence_refuses_wrong_shapes,
+            decode_seconds_are_measured,
+            reset_forgets_everything,
+        ],
+    ];
+    run(suites.into_iter().flatten())
+}
 
 struct Cpu(CpuBackend);
 
@@ -15,7 +33,7 @@ impl Cpu {
     }
 }
 
-impl TestBackend for Cpu {
+impl Subject for Cpu {
     type Backend = CpuBackend;
     type Tensor = Tensor;
 
@@ -42,13 +60,15 @@ impl TestBackend for Cpu {
     fn tolerance(&self) -> f64 {
         1e-5
     }
+
+    fn core_error<'e>(&self, error: &'e Error) -> Option<&'e moa_core::Error> {
+        match error {
+            Error::Core(error) => Some(error),
+            _ => None,
+        }
+    }
 }
 
-conformance!(f32_cache, Some(Cpu::new(CacheDtype::F32)));
-conformance!(f16_cache, Some(Cpu::new(CacheDtype::F16)));
-conformance!(bf16_cache, Some(Cpu::new(CacheDtype::Bf16)));
-
-#[test]
 fn number_of_threads_does_not_change_output() {
     let cpu = Cpu::new(CacheDtype::Bf16);
     let world = World::new(4, 2, 32, &[(0, 4000), (4, 300)], 1300);
@@ -60,11 +80,10 @@ fn number_of_threads_does_not_change_output() {
     assert!(one == run(2) && one == run(5), "bitwise different");
 }
 
-#[test]
 fn number_of_threads_does_not_change_influence() {
     let pools = [1, 3].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap());
     let tensor = |heads, seed| {
-        let data = conformance::world::normal(400 * heads * 32, seed);
+        let data = normal(400 * heads * 32, seed);
         Tensor::new(data, &[400, heads, 32]).unwrap()
     };
     let (q, k, v, out, d_out) =
@@ -89,25 +108,23 @@ fn number_of_threads_does_not_change_influence() {
 }
 
 // 9. Integer overflow past 2^31 elements: the second head starts there.
-#[test]
-fn trap_09_offsets_beyond_2_to_the_31_elements() {
+fn trap_09_offsets_beyond_2_to_the_31_elements() -> Verdict {
     let cpu = Cpu::new(CacheDtype::Bf16);
     let capacity = 1 << 25;
     let world = World::new(2, 2, 64, &[(0, capacity), (0, 5)], 200);
     let mut cache = match cpu.0.open(&world.layout(capacity, 0), 64) {
         Ok(cache) => cache,
         Err(Error::OutOfMemory { .. }) => {
-            eprintln!("skipped: 8 GiB of address space could not be had");
-            return;
+            return Err(Stop::ignored("8 GiB of address space could not be had"));
         }
-        Err(error) => panic!("{error}"),
+        Err(error) => return Err(error.into()),
     };
     assert!(cache.layout().head(1).offset().0 * 64 >= 1 << 31);
     let expected = world.run(&cpu, &[190, 1, 9]);
     assert!(world.run_in(&cpu, &mut cache, 0, &[190, 1, 9]) == expected);
+    Ok(())
 }
 
-#[test]
 fn every_error_variant_says_what_came() {
     let backend = CpuBackend::default();
     let layout = LayerLayout::new(&[Span::full(4)], 4, 0).unwrap();
@@ -149,7 +166,6 @@ fn every_error_variant_says_what_came() {
     ));
 }
 
-#[test]
 fn influence_refuses_wrong_shapes() {
     let zeros = |shape: &[usize]| Tensor::zeros(shape).unwrap();
     let (q, k, lse) = (zeros(&[5, 4, 8]), zeros(&[5, 2, 8]), zeros(&[5, 4]));
@@ -187,13 +203,11 @@ fn influence_refuses_wrong_shapes() {
     }
 }
 
-#[test]
 fn decode_seconds_are_measured() {
     let seconds = CpuBackend::new(CacheDtype::Bf16).decode_seconds(2048, 2, 64).unwrap();
     assert!(seconds > 0.0 && seconds < 1.0);
 }
 
-#[test]
 fn reset_forgets_everything() {
     let cpu = Cpu::new(CacheDtype::F32);
     let world = World::new(2, 1, 8, &[(1, 4)], 20);

@@ -1,23 +1,22 @@
 //! The CUDA backend on burn's tensors against the conformance suite, and its order with burn's work.
 //!
-//! Needs the feature `burn`; DESIGN.md says how to build it without internet. Without a GPU each test
-//! says that it is skipped; with `MOA_REQUIRE_GPU=1` it fails then.
+//! Needs the feature `burn`; DESIGN.md says how to build it without internet. Without a GPU trials are
+//! ignored; with `MOA_REQUIRE_GPU=1` they fail then.
 
-mod conformance;
 mod gpu;
 
+use std::process::ExitCode;
 use std::sync::OnceLock;
 
 use burn_backend::ops::FloatTensorOps;
 use burn_backend::{DType, TensorData};
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice, ops};
-use conformance::world::World;
-use conformance::{TestBackend, conformance};
 use cubecl::device::{CpuDevice, CudaDevice};
 use gpu::{device, poison, round};
 use moa_backend_cuda::burn::BurnCuda;
 use moa_backend_cuda::{CudaBackend, Dtype, Error, HEAD_DIMS, Tensor};
+use moa_conformance::{Stop, Subject, Verdict, World, run, suite, trials};
 use moa_core::{LayerLayout, Span, SparseAttentionBackend};
 
 fn burns() -> CubeDevice {
@@ -34,15 +33,15 @@ fn burn_tensor(data: &[f32], shape: &[usize], dtype: DType) -> CubeTensor {
 struct Burn(&'static BurnCuda);
 
 impl Burn {
-    fn new(dtype: Dtype) -> Option<Self> {
+    fn new(dtype: Dtype) -> Result<Self, Stop> {
         static BACKENDS: [OnceLock<BurnCuda>; 2] = [OnceLock::new(), OnceLock::new()];
         device()?;
         let backend = &BACKENDS[usize::from(dtype == Dtype::F16)];
-        Some(Self(backend.get_or_init(|| BurnCuda::new(&burns(), dtype).unwrap())))
+        Ok(Self(backend.get_or_init(|| BurnCuda::new(&burns(), dtype).unwrap())))
     }
 }
 
-impl TestBackend for Burn {
+impl Subject for Burn {
     type Backend = BurnCuda;
     type Tensor = CubeTensor;
 
@@ -101,13 +100,29 @@ impl TestBackend for Burn {
         &[320, 64, 128]
     }
 
-    fn has_gradients(&self) -> bool {
-        false
+    fn core_error<'e>(&self, error: &'e Error) -> Option<&'e moa_core::Error> {
+        match error {
+            Error::Core(error) => Some(error),
+            _ => None,
+        }
     }
 }
 
-conformance!(f16, Burn::new(Dtype::F16));
-conformance!(bf16, Burn::new(Dtype::Bf16));
+fn main() -> ExitCode {
+    let suites = [
+        suite("f16", || Burn::new(Dtype::F16)),
+        suite("bf16", || Burn::new(Dtype::Bf16)),
+        trials![
+            runs_in_order_with_burns_work,
+            threads_share_a_backend_and_each_has_its_stream,
+            tensors_and_caches_of_another_thread_are_waited_for,
+            trap_10_slots_that_nobody_wrote_are_never_read,
+            a_device_that_is_not_cuda_is_refused,
+            tensors_that_kernels_cannot_read_are_refused,
+        ],
+    ];
+    run(suites.into_iter().flatten())
+}
 
 /// The tokens of a world in chunks, with work of burn before and after each that the result depends on.
 fn between_burns_work(burn: &Burn, world: &World, chunks: &[usize]) -> Vec<f32> {
@@ -145,7 +160,7 @@ fn world() -> World {
 const CHUNKS: [usize; 6] = [700, 1, 200, 1, 27, 1];
 
 /// The same on tensors and the stream of this crate.
-fn alone(world: &World, dtype: Dtype) -> Option<Vec<f32>> {
+fn alone(world: &World, dtype: Dtype) -> Result<Vec<f32>, Stop> {
     let device = device()?;
     let backend = CudaBackend::new(device, dtype).unwrap();
     let mut cache = backend.open(&world.layout(world.tokens, 0), world.heads.dim).unwrap();
@@ -164,24 +179,23 @@ fn alone(world: &World, dtype: Dtype) -> Option<Vec<f32>> {
         all.extend(out.to_f32().unwrap());
         at += chunk;
     }
-    Some(all)
+    Ok(all)
 }
 
-#[test]
-fn runs_in_order_with_burns_work() {
+fn runs_in_order_with_burns_work() -> Verdict {
     let world = world();
     for dtype in [Dtype::F16, Dtype::Bf16] {
-        let (Some(burn), Some(expected)) = (Burn::new(dtype), alone(&world, dtype)) else { return };
+        let (burn, expected) = (Burn::new(dtype)?, alone(&world, dtype)?);
         for _ in 0..10 {
             assert!(between_burns_work(&burn, &world, &CHUNKS) == expected, "{dtype}");
         }
     }
+    Ok(())
 }
 
-#[test]
-fn threads_share_a_backend_and_each_has_its_stream() {
+fn threads_share_a_backend_and_each_has_its_stream() -> Verdict {
     let worlds = [1, 2, 3, 4].map(|seed| World { seed, ..world() });
-    let Some(burn) = Burn::new(Dtype::Bf16) else { return };
+    let burn = Burn::new(Dtype::Bf16)?;
     let expected = worlds.clone().map(|world| alone(&world, Dtype::Bf16).unwrap());
     for _ in 0..5 {
         std::thread::scope(|scope| {
@@ -192,14 +206,12 @@ fn threads_share_a_backend_and_each_has_its_stream() {
             }
         });
     }
+    Ok(())
 }
 
-#[test]
-fn tensors_and_caches_of_another_thread_are_waited_for() {
+fn tensors_and_caches_of_another_thread_are_waited_for() -> Verdict {
     let world = world();
-    let (Some(burn), Some(expected)) = (Burn::new(Dtype::Bf16), alone(&world, Dtype::Bf16)) else {
-        return;
-    };
+    let (burn, expected) = (Burn::new(Dtype::Bf16)?, alone(&world, Dtype::Bf16)?);
     let (heads, scale) = (world.heads, world.scale());
     for _ in 0..10 {
         let mut cache = world.open(&burn, world.tokens, 0);
@@ -233,20 +245,20 @@ fn tensors_and_caches_of_another_thread_are_waited_for() {
         }
         assert!(all == expected);
     }
+    Ok(())
 }
 
 // 10. Reading slots nobody wrote.
-#[test]
-fn trap_10_slots_that_nobody_wrote_are_never_read() {
+fn trap_10_slots_that_nobody_wrote_are_never_read() -> Verdict {
     let world = world();
-    let Some(burn) = Burn::new(Dtype::Bf16) else { return };
+    let burn = Burn::new(Dtype::Bf16)?;
     let mut cache = world.open(&burn, world.tokens, 0);
     poison(&cache);
     let output = world.run_in(&burn, &mut cache, 0, &CHUNKS);
     assert!(output.out.iter().chain(&output.lse).all(|x| x.is_finite()), "read a NaN");
+    Ok(())
 }
 
-#[test]
 fn a_device_that_is_not_cuda_is_refused() {
     let error = BurnCuda::new(&CubeDevice::Cpu(CpuDevice), Dtype::Bf16).unwrap_err();
     assert!(matches!(error, Error::Argument { what: "device", .. }), "{error}");
@@ -254,9 +266,8 @@ fn a_device_that_is_not_cuda_is_refused() {
     assert!(matches!(error, Error::Argument { what: "dtype", .. }), "{error}");
 }
 
-#[test]
-fn tensors_that_kernels_cannot_read_are_refused() {
-    let Some(burn) = Burn::new(Dtype::Bf16) else { return };
+fn tensors_that_kernels_cannot_read_are_refused() -> Verdict {
+    let burn = Burn::new(Dtype::Bf16)?;
     let layout = LayerLayout::new(&[Span::new(0, 64).unwrap(); 64], 64, 0).unwrap();
     let mut cache = burn.0.open(&layout, 64).unwrap();
     let good = burn.tensor(&vec![0.5; 8 * 64 * 64], &[8, 64, 64]);
@@ -272,4 +283,5 @@ fn tensors_that_kernels_cannot_read_are_refused() {
     let error = refused(&burn.tensor(&vec![0.5; 8 * 64 * 64], &[8, 64 * 64]));
     assert!(matches!(error, Error::Shape { what: "q", .. }), "{error}");
     assert_eq!(burn.0.len(&cache), 0);
+    Ok(())
 }

@@ -3,18 +3,27 @@
 //!
 //! `MOA_CASES` is the number of cases for a quick look or for instrumented code.
 //!
-//! Without a GPU it says that it is skipped; with `MOA_REQUIRE_GPU=1` it fails then.
+//! Without a GPU the trial is ignored; with `MOA_REQUIRE_GPU=1` it fails then.
 
 mod gpu;
 
 use std::fmt::Debug;
+use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use gpu::{poison, round};
 use half::{bf16, f16};
 use moa_backend_cuda::{CudaBackend, Device, Dtype, Tensor};
+use moa_conformance::{Verdict, run, trials};
 use moa_core::{LayerLayout, Position, Span, SparseAttentionBackend};
+
+fn main() -> ExitCode {
+    run(trials![
+        errors_are_at_most_a_small_multiple_of_the_naive_ones,
+        every_pair_of_values_is_among_the_cases,
+    ])
+}
 
 const BATCHES: [usize; 3] = [1, 3, 13];
 const LENGTHS: [usize; 8] = [1, 3, 19, 99, 199, 1177, 1999, 4097];
@@ -169,7 +178,7 @@ struct Outcome {
     split: bool,
 }
 
-fn run(device: &Device, pools: &[Pool; 2], case: &Case) -> Outcome {
+fn outcome(device: &Device, pools: &[Pool; 2], case: &Case) -> Outcome {
     let pool = &pools[usize::from(case.dtype == Dtype::Bf16)];
     let backend = CudaBackend::new(device, case.dtype).unwrap();
     let sequences = case.sequences();
@@ -309,11 +318,8 @@ fn attention(
     Row { out, lse: max + sum.ln() }
 }
 
-#[test]
-fn errors_are_at_most_a_small_multiple_of_the_naive_ones() {
-    if gpu::device().is_none() {
-        return;
-    }
+fn errors_are_at_most_a_small_multiple_of_the_naive_ones() -> Verdict {
+    gpu::device()?;
     let mut cases = cases();
     assert!(cases.len() >= 2000, "only {} cases", cases.len());
     if let Some(wanted) = std::env::var("MOA_CASES").ok().and_then(|n| n.parse::<usize>().ok()) {
@@ -330,7 +336,7 @@ fn errors_are_at_most_a_small_multiple_of_the_naive_ones() {
                 // A stream of its own for each worker.
                 let device = Device::open(0).unwrap();
                 while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let outcome = run(&device, &pools, case);
+                    let outcome = outcome(&device, &pools, case);
                     let absolute = if case.dtype == Dtype::F16 { 1e-3 } else { 1e-2 };
                     let factor = if outcome.split { 3.0 } else { 2.0 };
                     let within = outcome.ours <= factor * outcome.naive + 1e-5
@@ -356,6 +362,7 @@ fn errors_are_at_most_a_small_multiple_of_the_naive_ones() {
     );
     let shown: Vec<_> = failures.iter().take(20).cloned().collect();
     assert!(failures.is_empty(), "{} cases fail:\n{}", failures.len(), shown.join("\n"));
+    Ok(())
 }
 
 fn describe(case: &impl Debug, outcome: &impl Debug) -> String {
@@ -363,7 +370,6 @@ fn describe(case: &impl Debug, outcome: &impl Debug) -> String {
 }
 
 /// What the sampled cases leave out would go untested without a word.
-#[test]
 fn every_pair_of_values_is_among_the_cases() {
     let cases = cases();
     println!("{} cases", cases.len());

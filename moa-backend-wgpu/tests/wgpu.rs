@@ -1,16 +1,16 @@
 //! The WGPU backend against the conformance suite, and what is particular to it.
 //!
-//! Without a GPU each test says that it is skipped; with `MOA_REQUIRE_WGPU=1` it fails then. A
-//! software Vulkan driver is a GPU. Tests run one at a time: such a driver uses all cores itself.
+//! Without a GPU trials are ignored; with `MOA_REQUIRE_WGPU=1` they fail then. A software Vulkan driver
+//! is a GPU. Trials run one at a time: such a driver uses all cores itself.
 
-mod conformance;
+mod gpu;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::process::ExitCode;
+use std::sync::MutexGuard;
 
-use conformance::world::{World, error};
-use conformance::{TestBackend, conformance};
 use half::{bf16, f16};
-use moa_backend_wgpu::{Device, Dtype, Error, MAX_HEAD_DIM, MatrixUnits, Tensor, WgpuBackend};
+use moa_backend_wgpu::{Dtype, Error, MAX_HEAD_DIM, MatrixUnits, Tensor, WgpuBackend};
+use moa_conformance::{Stop, Subject, Verdict, World, error, part, run, suite, trials};
 use moa_core::{LayerLayout, Span, SparseAttentionBackend};
 
 struct Wgpu {
@@ -20,41 +20,92 @@ struct Wgpu {
     _alone: MutexGuard<'static, ()>,
 }
 
-impl Wgpu {
-    fn new(dtype: Dtype) -> Option<Self> {
-        static ALONE: Mutex<()> = Mutex::new(());
-        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-        match Device::open() {
-            Ok(device) => {
-                let backend =
-                    WgpuBackend::new(&device, dtype).with_matrix_units(MatrixUnits::Unused);
-                Some(Self { backend, fragments: None, _alone: alone })
-            }
-            Err(error) if std::env::var_os("MOA_REQUIRE_WGPU").is_some_and(|v| v == "1") => {
-                panic!("MOA_REQUIRE_WGPU is set: {error}")
-            }
-            Err(error) => {
-                eprintln!("SKIPPED: {error}");
-                None
-            }
-        }
-    }
+fn main() -> ExitCode {
+    let suites = [
+        suite("f32_cache", || Wgpu::new(Dtype::F32)),
+        // What 16-bit caches could get wrong: rounding, and reading both halves of a word.
+        part("f16_cache", &F16_CACHE, || Wgpu::new(Dtype::F16)),
+        // What differs from other kernels: products of matrices, and what is rounded for them.
+        part("f16_matrix_units", &MATRIX_UNITS, || Wgpu::fragments(MatrixUnits::WhereOffered)),
+        // The same kernel, so that it is tested without them.
+        part("f16_matrix_units_emulated", &EMULATED, || Wgpu::fragments(MatrixUnits::Emulated)),
+        // Differs from f16 in how a word is taken apart alone.
+        part("bf16_cache", &BF16_CACHE, || Wgpu::new(Dtype::Bf16)),
+        trials![
+            decode_of_f32_equals_the_reference,
+            decode_of_f16_equals_the_reference,
+            decode_of_large_groups_equals_the_reference,
+            decode_of_groups_of_three_equals_the_reference,
+            decode_of_bf16_equals_the_reference,
+            every_error_variant_says_what_came,
+            reset_forgets_everything,
+            decode_seconds_are_measured,
+        ],
+    ];
+    run(suites.into_iter().flatten())
 }
 
+const F16_CACHE: [&str; 4] = [
+    "trap_01_window_counts_the_query_itself",
+    "trap_02_chunk_sees_keys_that_it_pushes_out",
+    "trap_06_memory_is_as_small_as_the_spans",
+    "trap_12_result_does_not_depend_on_the_batch",
+];
+
+const MATRIX_UNITS: [&str; 12] = [
+    "output_equals_the_reference",
+    "chunking_does_not_change_output",
+    "batch_composition_does_not_change_output",
+    "spare_capacity_does_not_change_output",
+    "a_group_equals_repeated_heads",
+    "truncate_then_extend_equals_never_having_extended",
+    "fork_is_independent",
+    "trap_01_window_counts_the_query_itself",
+    "trap_02_chunk_sees_keys_that_it_pushes_out",
+    "trap_04_speculative_rollback_of_a_wrapped_ring",
+    "trap_07_length_equal_to_window",
+    "trap_12_result_does_not_depend_on_the_batch",
+];
+
+const EMULATED: [&str; 4] = [
+    "output_equals_the_reference",
+    "chunking_does_not_change_output",
+    "trap_01_window_counts_the_query_itself",
+    "trap_02_chunk_sees_keys_that_it_pushes_out",
+];
+
+const BF16_CACHE: [&str; 9] = [
+    "output_equals_the_reference",
+    "chunking_does_not_change_output",
+    "fork_is_independent",
+    "truncate_then_extend_equals_never_having_extended",
+    "trap_01_window_counts_the_query_itself",
+    "trap_02_chunk_sees_keys_that_it_pushes_out",
+    "trap_04_speculative_rollback_of_a_wrapped_ring",
+    "trap_06_memory_is_as_small_as_the_spans",
+    "trap_12_result_does_not_depend_on_the_batch",
+];
+
 impl Wgpu {
+    fn new(dtype: Dtype) -> Result<Self, Stop> {
+        let (device, alone) = gpu::device()?;
+        let backend = WgpuBackend::new(&device, dtype).with_matrix_units(MatrixUnits::Unused);
+        Ok(Self { backend, fragments: None, _alone: alone })
+    }
+
     /// f16 caches with matrix units, if the device has them, or with the same kernel without.
-    fn fragments(matrix_units: MatrixUnits) -> Option<Self> {
+    fn fragments(matrix_units: MatrixUnits) -> Result<Self, Stop> {
         let Self { backend, _alone, .. } = Self::new(Dtype::F16)?;
         let backend = backend.with_matrix_units(matrix_units);
         if !backend.has_matrix_units(64) {
-            eprintln!("SKIPPED: {} has no matrix units for f16", backend.device().name());
-            return None;
+            let name = backend.device().name();
+            return Err(Stop::ignored(format_args!("{name} has no matrix units for f16")));
         }
-        Some(Self { backend, fragments: Some(matrix_units), _alone })
+        Ok(Self { backend, fragments: Some(matrix_units), _alone })
     }
 }
 
-impl TestBackend for Wgpu {
+impl Subject for Wgpu {
     type Backend = WgpuBackend;
     type Tensor = Tensor;
 
@@ -107,107 +158,50 @@ impl TestBackend for Wgpu {
             _ => &[10, 72],
         }
     }
-}
 
-conformance!(f32_cache, Wgpu::new(Dtype::F32));
-
-/// What 16-bit caches could get wrong: rounding, and reading both halves of a word.
-mod f16_cache {
-    use super::*;
-    conformance!(@tests Wgpu::new(Dtype::F16); traps:
-        trap_01_window_counts_the_query_itself
-        trap_02_chunk_sees_keys_that_it_pushes_out
-        trap_06_memory_is_as_small_as_the_spans
-        trap_12_result_does_not_depend_on_the_batch
-    );
-}
-
-/// What differs from other kernels: products of matrices, and what is rounded for them.
-mod f16_matrix_units {
-    use super::*;
-    conformance!(@tests Wgpu::fragments(MatrixUnits::WhereOffered); laws:
-        output_equals_the_reference chunking_does_not_change_output
-        batch_composition_does_not_change_output spare_capacity_does_not_change_output
-        a_group_equals_repeated_heads truncate_then_extend_equals_never_having_extended
-        fork_is_independent
-    );
-    conformance!(@tests Wgpu::fragments(MatrixUnits::WhereOffered); traps:
-        trap_01_window_counts_the_query_itself
-        trap_02_chunk_sees_keys_that_it_pushes_out
-        trap_04_speculative_rollback_of_a_wrapped_ring
-        trap_07_length_equal_to_window
-        trap_12_result_does_not_depend_on_the_batch
-    );
-}
-
-/// The same kernel, so that it is tested without them.
-mod f16_matrix_units_emulated {
-    use super::*;
-    conformance!(@tests Wgpu::fragments(MatrixUnits::Emulated); laws:
-        output_equals_the_reference chunking_does_not_change_output
-    );
-    conformance!(@tests Wgpu::fragments(MatrixUnits::Emulated); traps:
-        trap_01_window_counts_the_query_itself
-        trap_02_chunk_sees_keys_that_it_pushes_out
-    );
-}
-
-/// Differs from f16 in how a word is taken apart alone.
-mod bf16_cache {
-    use super::*;
-    conformance!(@tests Wgpu::new(Dtype::Bf16); laws:
-        output_equals_the_reference chunking_does_not_change_output fork_is_independent
-        truncate_then_extend_equals_never_having_extended
-    );
-    conformance!(@tests Wgpu::new(Dtype::Bf16); traps:
-        trap_01_window_counts_the_query_itself
-        trap_02_chunk_sees_keys_that_it_pushes_out
-        trap_04_speculative_rollback_of_a_wrapped_ring
-        trap_06_memory_is_as_small_as_the_spans
-        trap_12_result_does_not_depend_on_the_batch
-    );
+    fn core_error<'e>(&self, error: &'e Error) -> Option<&'e moa_core::Error> {
+        match error {
+            Error::Core(error) => Some(error),
+            _ => None,
+        }
+    }
 }
 
 /// Steps of one token at sizes of real models: several splits, rows of whole loads, both for f32 and for pairs.
 /// Few, as each is a set of kernels to compile.
-fn decode_equals_the_reference(dtype: Dtype, query_heads: usize, dim: usize) {
-    let Some(t) = Wgpu::new(dtype) else { return };
+fn decode_equals_the_reference(dtype: Dtype, query_heads: usize, dim: usize) -> Verdict {
+    let t = Wgpu::new(dtype)?;
     let world = World::new(query_heads, 2, dim, &[(0, 4000), (4, 300)], 303);
     let output = world.run(&t, &[300, 1, 1, 1]);
     let (out, lse) = world.reference(&t);
     let errors = [error(&output.out, &out), error(&output.lse, &lse)];
     assert!(errors.iter().all(|&e| e <= t.tolerance()), "{errors:?}");
+    Ok(())
 }
 
-#[test]
-fn decode_of_f32_equals_the_reference() {
-    decode_equals_the_reference(Dtype::F32, 8, 128);
+fn decode_of_f32_equals_the_reference() -> Verdict {
+    decode_equals_the_reference(Dtype::F32, 8, 128)
 }
 
-#[test]
-fn decode_of_f16_equals_the_reference() {
-    decode_equals_the_reference(Dtype::F16, 8, 128);
+fn decode_of_f16_equals_the_reference() -> Verdict {
+    decode_equals_the_reference(Dtype::F16, 8, 128)
 }
 
-#[test]
-fn decode_of_large_groups_equals_the_reference() {
-    decode_equals_the_reference(Dtype::F16, 16, 64);
+fn decode_of_large_groups_equals_the_reference() -> Verdict {
+    decode_equals_the_reference(Dtype::F16, 16, 64)
 }
 
 /// No power of two: every unit of a row adds every score.
-#[test]
-fn decode_of_groups_of_three_equals_the_reference() {
-    decode_equals_the_reference(Dtype::F16, 6, 64);
+fn decode_of_groups_of_three_equals_the_reference() -> Verdict {
+    decode_equals_the_reference(Dtype::F16, 6, 64)
 }
 
-#[test]
-fn decode_of_bf16_equals_the_reference() {
-    decode_equals_the_reference(Dtype::Bf16, 2, 64);
+fn decode_of_bf16_equals_the_reference() -> Verdict {
+    decode_equals_the_reference(Dtype::Bf16, 2, 64)
 }
 
-#[test]
-fn every_error_variant_says_what_came() {
-    let Some(t) = Wgpu::new(Dtype::Bf16) else { return };
+fn every_error_variant_says_what_came() -> Verdict {
+    let t = Wgpu::new(Dtype::Bf16)?;
     let backend = &t.backend;
     let layout = LayerLayout::new(&[Span::full(4)], 4, 0).unwrap();
     for head_dim in [0, MAX_HEAD_DIM + 2, 7] {
@@ -232,22 +226,23 @@ fn every_error_variant_says_what_came() {
     assert!(matches!(mixed, Err(Error::Argument { what: "cache dtype", .. })));
     let none = backend.decode_seconds(0, 1, 8);
     assert!(matches!(none, Err(Error::Core(moa_core::Error::Invalid { .. }))));
+    Ok(())
 }
 
-#[test]
-fn reset_forgets_everything() {
-    let Some(t) = Wgpu::new(Dtype::F32) else { return };
+fn reset_forgets_everything() -> Verdict {
+    let t = Wgpu::new(Dtype::F32)?;
     let world = World::new(2, 1, 8, &[(1, 4)], 20);
     let mut cache = world.open(&t, 20, 0);
     world.extend(&t, &mut cache, 0..20).unwrap();
     cache.reset();
     assert!(cache.is_empty());
     assert!(world.run_in(&t, &mut cache, 0, &[15, 5]) == world.run(&t, &[15, 5]));
+    Ok(())
 }
 
-#[test]
-fn decode_seconds_are_measured() {
-    let Some(t) = Wgpu::new(Dtype::Bf16) else { return };
+fn decode_seconds_are_measured() -> Verdict {
+    let t = Wgpu::new(Dtype::Bf16)?;
     let seconds = t.backend.decode_seconds(2048, 2, 64).unwrap();
     assert!(seconds > 0.0 && seconds < 1.0, "{seconds}");
+    Ok(())
 }

@@ -1,30 +1,36 @@
-//! What every backend must do, written once over [`SparseAttentionBackend`]. A backend's test file
-//! implements [`TestBackend`] and calls [`conformance!`].
-
-pub(crate) mod backward;
-pub(crate) mod errors;
-pub(crate) mod influence;
-pub(crate) mod laws;
-pub(crate) mod traps;
-pub(crate) mod world;
-
 use moa_core::SparseAttentionBackend;
 
-/// Moves numbers between the host and a backend.
-pub(crate) trait TestBackend {
+/// The cache type of a subject's backend.
+pub type Cache<S> = <<S as Subject>::Backend as SparseAttentionBackend>::Cache;
+
+/// The error type of a subject's backend.
+pub type Error<S> = <<S as Subject>::Backend as SparseAttentionBackend>::Error;
+
+/// A backend under test, with what the suite cannot know of it: how numbers come in and out, how they
+/// are rounded, and how exact the arithmetic is.
+///
+/// Four functions are all that an exact f32 backend on the host needs.
+pub trait Subject: Sized + 'static {
+    /// The backend's type.
     type Backend: SparseAttentionBackend<Tensor = Self::Tensor>;
+    /// The type of its tensors.
     type Tensor;
 
+    /// The backend.
     fn backend(&self) -> &Self::Backend;
+
+    /// A tensor of this shape, row-major.
     fn tensor(&self, data: &[f32], shape: &[usize]) -> Self::Tensor;
-    /// A tensor that holds log-sum-exps.
+
+    /// A tensor that holds log-sum-exps, where it is of another type than others.
     fn lse(&self, data: &[f32], shape: &[usize]) -> Self::Tensor {
         self.tensor(data, shape)
     }
 
+    /// A tensor's numbers, row-major.
     fn host(&self, tensor: &Self::Tensor) -> Vec<f32>;
 
-    /// A key or value as the cache holds it.
+    /// A key's or value's element as the cache holds it.
     fn round(&self, x: f32) -> f32;
 
     /// An element of any other tensor as the backend holds it.
@@ -37,12 +43,13 @@ pub(crate) trait TestBackend {
         &[1, 7, 8, 20, 64, 72]
     }
 
-    /// The head dimension to use where a test would take this one.
+    /// The head dimension to use where a check would take `wanted`.
     fn dim(&self, wanted: usize) -> usize {
         wanted
     }
 
-    /// Largest [`world::error`] against the f64 reference on rounded inputs of unit size.
+    /// Largest [`error`](crate::error) against the f64 reference on rounded inputs of unit
+    /// size.
     fn tolerance(&self) -> f64 {
         1e-4
     }
@@ -62,53 +69,15 @@ pub(crate) trait TestBackend {
         &[1, 7, 16, 64, 500]
     }
 
-    /// Whether influence comes with gradients.
-    fn has_gradients(&self) -> bool {
-        true
+    /// The core's error inside of one of the backend's. To be overridden where it is not found
+    /// along [`source`](std::error::Error::source), as in a variant that is `#[error(transparent)]`.
+    fn core_error<'e>(&self, error: &'e Error<Self>) -> Option<&'e moa_core::Error> {
+        let mut error: &(dyn std::error::Error + 'static) = error;
+        loop {
+            if let Some(found) = error.downcast_ref() {
+                return Some(found);
+            }
+            error = error.source()?;
+        }
     }
 }
-
-/// One `#[test]` per check, for the backend that the expression makes; `None` skips it.
-macro_rules! conformance {
-    ($name:ident, $backend:expr) => {
-        mod $name {
-            use super::*;
-            conformance!(@tests $backend; laws:
-                output_equals_the_reference chunking_does_not_change_output
-                batch_composition_does_not_change_output spare_capacity_does_not_change_output
-                a_group_equals_repeated_heads truncate_then_extend_equals_never_having_extended
-                fork_is_independent failed_call_leaves_state_unchanged
-                truncate_to_nothing_equals_a_new_cache
-            );
-            conformance!(@tests $backend; traps:
-                trap_01_window_counts_the_query_itself
-                trap_02_chunk_sees_keys_that_it_pushes_out
-                trap_03_prefix_reuse_of_a_wrapped_ring
-                trap_04_speculative_rollback_of_a_wrapped_ring
-                trap_05_decode_respects_the_window
-                trap_06_memory_is_as_small_as_the_spans
-                trap_07_length_equal_to_window
-                trap_08_no_state_leaks_into_the_next_sequence
-                trap_11_every_row_of_a_batch_has_its_own_length
-                trap_12_result_does_not_depend_on_the_batch
-            );
-            conformance!(@tests $backend; influence:
-                influence_equals_the_reference gradients_equal_the_reference
-                influence_is_what_masking_one_entry_changes zero_gradient_rows_contribute_nothing
-            );
-            conformance!(@tests $backend; errors:
-                wrong_shapes_are_refused capacity_is_an_error_and_changes_nothing
-                rollback_of_evicted_keys_is_an_error
-            );
-        }
-    };
-    (@tests $backend:expr; $module:ident: $($test:ident)+) => {
-        $(#[test]
-        fn $test() {
-            if let Some(backend) = $backend {
-                conformance::$module::$test(&backend);
-            }
-        })+
-    };
-}
-pub(crate) use conformance;

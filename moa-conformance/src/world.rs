@@ -1,63 +1,32 @@
-//! Random sequences and how they are run.
+use std::ops::Range;
 
 use moa_core::reference::{self, Heads};
 use moa_core::{LayerLayout, Span, SparseAttentionBackend};
-use proptest::prelude::*;
-use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
-use super::TestBackend;
+use crate::numbers::normal;
+use crate::{Cache, Error, Subject};
 
-pub(crate) type Backend<T> = <T as TestBackend>::Backend;
-pub(crate) type Cache<T> = <Backend<T> as SparseAttentionBackend>::Cache;
-
-/// One layer and one sequence's inputs, packed `[tokens, heads, dim]`.
+/// One layer of an attention model and the inputs of one sequence to it: what the suite runs backends
+/// on. Inputs are random by [`seed`](Self::seed), packed `[tokens, heads, head_dim]`.
 #[derive(Clone, Debug)]
-pub(crate) struct World {
-    pub(crate) heads: Heads,
-    pub(crate) spans: Vec<Span>,
-    pub(crate) tokens: usize,
-    pub(crate) seed: u64,
-}
-
-/// Numbers of about unit normal distribution.
-pub(crate) fn normal(n: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut uniform = move || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
-    };
-    (0..n).map(|_| (0..4).map(|_| uniform()).sum::<f32>() * 1.732).collect()
-}
-
-pub(crate) fn f64s(x: &[f32]) -> Vec<f64> {
-    x.iter().map(|&x| f64::from(x)).collect()
-}
-
-/// Largest absolute difference; infinite if something is not a number.
-pub(crate) fn distance(a: &[f32], b: &[f64]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    let differences = a.iter().zip(b).map(|(&x, y)| (f64::from(x) - y).abs());
-    differences.fold(0.0, |max, d| if d.is_nan() { f64::INFINITY } else { d.max(max) })
-}
-
-/// Largest difference, relative where numbers are larger than 1; infinite if something is not a
-/// number.
-pub(crate) fn error(a: &[f32], b: &[f64]) -> f64 {
-    assert_eq!(a.len(), b.len());
-    let errors = a.iter().zip(b).map(|(&x, y)| (f64::from(x) - y).abs() / y.abs().max(1.0));
-    errors.fold(0.0, |max, d| if d.is_nan() { f64::INFINITY } else { d.max(max) })
-}
-
-#[track_caller]
-pub(crate) fn close(a: &[f32], b: &[f32], tolerance: f64) {
-    let error = error(a, &f64s(b));
-    assert!(error <= tolerance, "differs by {error:e}, more than {tolerance:e}");
+pub struct World {
+    /// Heads and their dimension.
+    pub heads: Heads,
+    /// What each KV head sees.
+    pub spans: Vec<Span>,
+    /// Length of the sequence.
+    pub tokens: usize,
+    /// Other seeds give other inputs.
+    pub seed: u64,
 }
 
 impl World {
-    pub(crate) fn new(
+    /// A world with `query` query heads and `kv` KV heads, and spans of these `(sink, window)`, one
+    /// for each KV head.
+    ///
+    /// # Panics
+    /// Panics if a span is not valid.
+    pub fn new(
         query: usize,
         kv: usize,
         dim: usize,
@@ -68,65 +37,86 @@ impl World {
         Self { heads: Heads { query, kv, dim }, spans, tokens, seed: 1 }
     }
 
-    pub(crate) fn scale(&self) -> f32 {
+    /// The usual factor of scores, `1 / sqrt(head_dim)`.
+    pub fn scale(&self) -> f32 {
         1.0 / (self.heads.dim as f32).sqrt()
     }
 
-    pub(crate) fn q(&self) -> Vec<f32> {
+    /// Queries, `[tokens, query_heads, head_dim]`.
+    pub fn q(&self) -> Vec<f32> {
         normal(self.tokens * self.heads.query * self.heads.dim, self.seed)
     }
 
-    pub(crate) fn k(&self) -> Vec<f32> {
+    /// Keys, `[tokens, kv_heads, head_dim]`.
+    pub fn k(&self) -> Vec<f32> {
         normal(self.tokens * self.heads.kv * self.heads.dim, self.seed ^ 0x0051_5ec5)
     }
 
-    pub(crate) fn v(&self) -> Vec<f32> {
+    /// Values, `[tokens, kv_heads, head_dim]`.
+    pub fn v(&self) -> Vec<f32> {
         normal(self.tokens * self.heads.kv * self.heads.dim, self.seed ^ 0x0cab_1e5e)
     }
 
-    pub(crate) fn layout(&self, capacity: usize, slack: usize) -> LayerLayout {
+    /// The geometry of a cache for `capacity` tokens that can go back by `slack` more than one.
+    ///
+    /// # Panics
+    /// Panics if there is no such geometry.
+    pub fn layout(&self, capacity: usize, slack: usize) -> LayerLayout {
         LayerLayout::new(&self.spans, capacity, slack).unwrap()
     }
 
-    pub(crate) fn open<T: TestBackend>(&self, t: &T, capacity: usize, slack: usize) -> Cache<T> {
-        t.backend().open(&self.layout(capacity, slack), self.heads.dim).unwrap()
+    /// An empty cache of this [`layout`](Self::layout).
+    ///
+    /// # Panics
+    /// Panics if the backend refuses.
+    pub fn open<S: Subject>(&self, s: &S, capacity: usize, slack: usize) -> Cache<S> {
+        s.backend().open(&self.layout(capacity, slack), self.heads.dim).unwrap()
     }
 
-    /// Outputs and log-sum-exps of the f64 reference.
-    pub(crate) fn reference<T: TestBackend>(&self, t: &T) -> (Vec<f64>, Vec<f64>) {
-        let rounded = |x: Vec<f32>| x.iter().map(|&x| f64::from(t.round(x))).collect::<Vec<_>>();
+    /// Outputs and log-sum-exps of the f64 reference, on inputs as the backend rounds them.
+    pub fn reference<S: Subject>(&self, s: &S) -> (Vec<f64>, Vec<f64>) {
+        let rounded = |x: Vec<f32>| x.iter().map(|&x| f64::from(s.round(x))).collect::<Vec<_>>();
         let (k, v) = (rounded(self.k()), rounded(self.v()));
-        let q: Vec<f64> = self.q().iter().map(|&x| f64::from(t.round_tensor(x))).collect();
+        let q: Vec<f64> = self.q().iter().map(|&x| f64::from(s.round_tensor(x))).collect();
         reference::extend(self.heads, &q, &k, &v, &self.spans, f64::from(self.scale()))
     }
 
     /// Appends this world's tokens `range` to a cache.
-    pub(crate) fn extend<T: TestBackend>(
+    ///
+    /// # Errors
+    /// That of the backend's `extend`.
+    pub fn extend<S: Subject>(
         &self,
-        t: &T,
-        cache: &mut Cache<T>,
-        range: std::ops::Range<usize>,
-    ) -> Result<Output, <Backend<T> as SparseAttentionBackend>::Error> {
-        batch(t, &mut [Entry { world: self, cache, range }]).map(|mut outputs| outputs.remove(0))
+        s: &S,
+        cache: &mut Cache<S>,
+        range: Range<usize>,
+    ) -> Result<Output, Error<S>> {
+        batch(s, &mut [Entry { world: self, cache, range }]).map(|mut outputs| outputs.remove(0))
     }
 
     /// The whole sequence, cut into chunks, in a cache with just enough room.
-    pub(crate) fn run<T: TestBackend>(&self, t: &T, chunks: &[usize]) -> Output {
-        let mut cache = self.open(t, self.tokens, 0);
-        self.run_in(t, &mut cache, 0, chunks)
+    ///
+    /// # Panics
+    /// Panics if the backend refuses.
+    pub fn run<S: Subject>(&self, s: &S, chunks: &[usize]) -> Output {
+        let mut cache = self.open(s, self.tokens, 0);
+        self.run_in(s, &mut cache, 0, chunks)
     }
 
     /// Tokens from `start`, cut into chunks.
-    pub(crate) fn run_in<T: TestBackend>(
+    ///
+    /// # Panics
+    /// Panics if the backend refuses.
+    pub fn run_in<S: Subject>(
         &self,
-        t: &T,
-        cache: &mut Cache<T>,
+        s: &S,
+        cache: &mut Cache<S>,
         start: usize,
         chunks: &[usize],
     ) -> Output {
         let (mut all, mut at) = (Output::default(), start);
         for chunk in chunks {
-            let output = self.extend(t, cache, at..at + chunk).unwrap();
+            let output = self.extend(s, cache, at..at + chunk).unwrap();
             all.out.extend(output.out);
             all.lse.extend(output.lse);
             at += chunk;
@@ -135,24 +125,33 @@ impl World {
     }
 }
 
+/// What attention gave for some tokens of one sequence.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct Output {
-    pub(crate) out: Vec<f32>,
-    pub(crate) lse: Vec<f32>,
+pub struct Output {
+    /// `[tokens, query_heads, head_dim]`.
+    pub out: Vec<f32>,
+    /// Log-sum-exps of the scores, `[tokens, query_heads]`.
+    pub lse: Vec<f32>,
 }
 
 /// One sequence of a batch: which tokens of which world go to which cache.
-pub(crate) struct Entry<'a, T: TestBackend> {
-    pub(crate) world: &'a World,
-    pub(crate) cache: &'a mut Cache<T>,
-    pub(crate) range: std::ops::Range<usize>,
+pub struct Entry<'a, S: Subject> {
+    /// The world that the sequence is of.
+    pub world: &'a World,
+    /// The sequence's cache.
+    pub cache: &'a mut Cache<S>,
+    /// Tokens of the world: those after the ones that the cache holds.
+    pub range: Range<usize>,
 }
 
 /// One call for several sequences of equal dimensions; outputs per sequence.
-pub(crate) fn batch<T: TestBackend>(
-    t: &T,
-    entries: &mut [Entry<'_, T>],
-) -> Result<Vec<Output>, <Backend<T> as SparseAttentionBackend>::Error> {
+///
+/// # Errors
+/// That of the backend's `extend`.
+///
+/// # Panics
+/// Panics if there is no entry, or if there are no log-sum-exps, which are asked for.
+pub fn batch<S: Subject>(s: &S, entries: &mut [Entry<'_, S>]) -> Result<Vec<Output>, Error<S>> {
     let heads = entries[0].world.heads;
     let scale = entries[0].world.scale();
     let tokens: Vec<usize> = entries.iter().map(|e| e.range.len()).collect();
@@ -161,13 +160,12 @@ pub(crate) fn batch<T: TestBackend>(
         let row = heads_of * heads.dim;
         let parts =
             entries.iter().map(|e| all(e.world)[e.range.start * row..e.range.end * row].to_vec());
-        t.tensor(&parts.collect::<Vec<_>>().concat(), &[total, heads_of, heads.dim])
+        s.tensor(&parts.collect::<Vec<_>>().concat(), &[total, heads_of, heads.dim])
     };
-    let (q, k, v) =
-        (pack(World::q, heads.query), pack(World::k, heads.kv), pack(World::v, heads.kv));
-    let mut caches: Vec<&mut Cache<T>> = entries.iter_mut().map(|e| &mut *e.cache).collect();
-    let (out, lse) = t.backend().extend(&mut caches, &tokens, &q, &k, &v, scale, true)?;
-    let (out, lse) = (t.host(&out), t.host(&lse.expect("lse was asked for")));
+    let qkv = [pack(World::q, heads.query), pack(World::k, heads.kv), pack(World::v, heads.kv)];
+    let caches = entries.iter_mut().map(|e| (&mut *e.cache, e.range.len()));
+    let (out, lse) = extend(s, caches, qkv.each_ref(), scale, true)?;
+    let (out, lse) = (s.host(&out), s.host(&lse.expect("lse was asked for")));
     let mut first = 0;
     Ok(tokens
         .iter()
@@ -180,56 +178,26 @@ pub(crate) fn batch<T: TestBackend>(
         .collect())
 }
 
-/// Worlds around the edges of tiles and spans.
-pub(crate) fn worlds<T: TestBackend>(t: &T) -> impl Strategy<Value = World> + use<T> {
-    let span = (0usize..6, prop_oneof![1usize..12, 30usize..150, Just(1000)]);
-    let dim = proptest::sample::select(t.dims());
-    let group = prop_oneof![Just(1usize), Just(2), Just(3), Just(4), Just(7), Just(16)];
-    let tokens = prop_oneof![4 => 1usize..40, 2 => 60usize..140, 1 => 250usize..300];
-    (group, proptest::collection::vec(span, 1..=2), dim, tokens, any::<u64>()).prop_map(
-        |(group, spans, dim, tokens, seed)| {
-            let world = World::new(group * spans.len(), spans.len(), dim, &spans, tokens);
-            World { seed, ..world }
-        },
-    )
+/// The backend's `extend` by caches and how many tokens each gets: outputs and log-sum-exps.
+///
+/// # Errors
+/// That of the backend.
+#[allow(clippy::type_complexity)]
+pub fn extend<'a, S: Subject>(
+    s: &S,
+    batch: impl IntoIterator<Item = (&'a mut Cache<S>, usize)>,
+    [q, k, v]: [&S::Tensor; 3],
+    scale: f32,
+    lse: bool,
+) -> Result<(S::Tensor, Option<S::Tensor>), Error<S>>
+where
+    Cache<S>: 'a,
+{
+    let (mut caches, tokens): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
+    s.backend().extend(&mut caches, &tokens, q, k, v, scale, lse)
 }
 
-/// A world and chunks that add up to its tokens.
-pub(crate) fn chunked_worlds<T: TestBackend>(
-    t: &T,
-) -> impl Strategy<Value = (World, Vec<usize>)> + use<T> {
-    let sizes = prop_oneof![3 => 1usize..5, 2 => 5usize..40, 1 => 60usize..200];
-    (worlds(t), proptest::collection::vec(sizes, 1..30)).prop_map(|(world, sizes)| {
-        let chunks = cut(world.tokens, &sizes);
-        (world, chunks)
-    })
-}
-
-/// Cuts `tokens` into chunks of the given sizes and one for the rest.
-pub(crate) fn cut(tokens: usize, sizes: &[usize]) -> Vec<usize> {
-    let mut left = tokens;
-    let mut chunks: Vec<usize> = sizes
-        .iter()
-        .map(|&size| {
-            let chunk = size.min(left);
-            left -= chunk;
-            chunk
-        })
-        .filter(|&chunk| chunk > 0)
-        .collect();
-    chunks.extend((left > 0).then_some(left));
-    chunks
-}
-
-/// Runs a property on random cases, the same ones every time.
-pub(crate) fn check<S: Strategy>(cases: u32, strategy: S, property: impl Fn(S::Value)) {
-    let config = Config { cases, failure_persistence: None, ..Config::default() };
-    let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
-    let mut runner = TestRunner::new_with_rng(config, rng);
-    runner
-        .run(&strategy, |case| {
-            property(case);
-            Ok(())
-        })
-        .unwrap_or_else(|failure| panic!("{failure}"));
+/// Tokens that a cache holds.
+pub(crate) fn len<S: Subject>(s: &S, cache: &Cache<S>) -> usize {
+    s.backend().len(cache)
 }

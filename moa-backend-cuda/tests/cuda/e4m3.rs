@@ -1,9 +1,22 @@
 //! Weights of 8-bit floats, against arithmetic in f64 on the numbers that they hold.
 
 use moa_backend_cuda::{Dtype, E4m3Weight, Error, Tensor, e4m3};
+use moa_conformance::{Trial, Verdict, f64s, normal, trials};
 
-use super::conformance::world::{f64s, normal};
 use super::ops::{Ops, product};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        products_are_those_of_the_numbers_held,
+        large_weights_are_widened_in_parts,
+        outputs_need_not_be_a_multiple_of_anything,
+        a_row_does_not_depend_on_the_others_nor_on_how_many_there_are,
+        every_number_arrives_and_so_does_its_scale,
+        wide_inputs_and_columns_of_others_are_taken,
+        random_weights_are_uniform,
+        weights_that_cannot_be_held_are_refused,
+    ]
+}
 
 /// A weight of the device, and its numbers.
 fn weight(ops: &Ops, [n, k]: [usize; 2], values: &[f32]) -> (E4m3Weight, Vec<f64>) {
@@ -37,9 +50,8 @@ fn numbers(ops: &Ops, weight: &E4m3Weight, rows: usize) -> Vec<f32> {
 
 /// Sums are f32, of the same numbers as the reference: what is allowed is what products of 16-bit
 /// weights are allowed.
-#[test]
-fn products_are_those_of_the_numbers_held() {
-    for ops in Ops::all() {
+fn products_are_those_of_the_numbers_held() -> Verdict {
+    for ops in Ops::all()? {
         // Tiles of more than 8 tokens want thousands of outputs.
         for ([n, k], most) in [
             ([40, 16], 300),
@@ -69,12 +81,12 @@ fn products_are_those_of_the_numbers_held() {
             }
         }
     }
+    Ok(())
 }
 
 /// 273 MB of widened weights, 134 at a time.
-#[test]
-fn large_weights_are_widened_in_parts() {
-    for ops in Ops::all() {
+fn large_weights_are_widened_in_parts() -> Verdict {
+    for ops in Ops::all()? {
         let (o, [n, k]) = (&ops.operations, [520, 262_160]);
         let w = o.random_e4m3([n, k], 1.0, 1).unwrap();
         let x = o.random(&[130, k], ops.dtype(), 1.0, 2).unwrap();
@@ -85,12 +97,12 @@ fn large_weights_are_widened_in_parts() {
         let size = f64s(&few.to_f32().unwrap()).iter().map(|x| x * x).sum::<f64>();
         assert!((size / (64 * n) as f64).sqrt() > 100.0, "{size}");
     }
+    Ok(())
 }
 
 /// Widths that cuBLASLt would not take.
-#[test]
-fn outputs_need_not_be_a_multiple_of_anything() {
-    for ops in Ops::all() {
+fn outputs_need_not_be_a_multiple_of_anything() -> Verdict {
+    for ops in Ops::all()? {
         let (x, xs) = ops.random(&[70, 176], ops.dtype(), 1);
         for n in [1, 71, 8201] {
             let (w, ws) = weight(&ops, [n, 176], &normal(n * 176, 2));
@@ -101,11 +113,11 @@ fn outputs_need_not_be_a_multiple_of_anything() {
             }
         }
     }
+    Ok(())
 }
 
-#[test]
-fn a_row_does_not_depend_on_the_others_nor_on_how_many_there_are() {
-    for ops in Ops::all() {
+fn a_row_does_not_depend_on_the_others_nor_on_how_many_there_are() -> Verdict {
+    for ops in Ops::all()? {
         let (x, _) = ops.random(&[128, 720], ops.dtype(), 1);
         // So many outputs that every kernel is chosen for some number of rows.
         let n = 8200;
@@ -118,11 +130,11 @@ fn a_row_does_not_depend_on_the_others_nor_on_how_many_there_are() {
             assert!(part == all[rows.start * n..rows.end * n], "{rows:?}");
         }
     }
+    Ok(())
 }
 
-#[test]
-fn every_number_arrives_and_so_does_its_scale() {
-    for ops in Ops::all() {
+fn every_number_arrives_and_so_does_its_scale() -> Verdict {
+    for ops in Ops::all()? {
         let codes = (0..=0xffu8).map(|code| if code & 0x7f == 0x7f { 0 } else { code });
         let row: Vec<f32> = codes.map(e4m3::decode).collect();
         // Powers of two that f16 still has room for.
@@ -134,11 +146,11 @@ fn every_number_arrives_and_so_does_its_scale() {
             assert!(numbers(&ops, &w, rows) == values, "by {rows} rows");
         }
     }
+    Ok(())
 }
 
-#[test]
-fn wide_inputs_and_columns_of_others_are_taken() {
-    for ops in Ops::all() {
+fn wide_inputs_and_columns_of_others_are_taken() -> Verdict {
+    for ops in Ops::all()? {
         let (both, values) = ops.random(&[150, 96], ops.dtype(), 1);
         let (w, ws) = weight(&ops, [16, 48], &normal(16 * 48, 2));
         let right = both.columns(48..96).unwrap();
@@ -154,11 +166,11 @@ fn wide_inputs_and_columns_of_others_are_taken() {
         let none = wide.rows(0..0).unwrap();
         assert_eq!(ops.operations.linear(&none, &w, None, Dtype::F32).unwrap().shape(), [0, 16]);
     }
+    Ok(())
 }
 
-#[test]
-fn random_weights_are_uniform() {
-    for ops in Ops::all() {
+fn random_weights_are_uniform() -> Verdict {
+    for ops in Ops::all()? {
         let amplitude = 0.03;
         let w = ops.operations.random_e4m3([64, 512], amplitude, 7).unwrap();
         let values = f64s(&numbers(&ops, &w, 512));
@@ -177,11 +189,11 @@ fn random_weights_are_uniform() {
         let other = ops.operations.random_e4m3([64, 512], 0.03, 8).unwrap();
         assert!(f64s(&numbers(&ops, &other, 512)) != values);
     }
+    Ok(())
 }
 
-#[test]
-fn weights_that_cannot_be_held_are_refused() {
-    for ops in Ops::all() {
+fn weights_that_cannot_be_held_are_refused() -> Verdict {
+    for ops in Ops::all()? {
         let o = &ops.operations;
         let ones = |range: std::ops::Range<usize>, to: &mut Vec<f32>| {
             to.extend(range.map(|_| 1.0));
@@ -212,4 +224,5 @@ fn weights_that_cannot_be_held_are_refused() {
         let empty = o.upload_e4m3([0, 32], ones).unwrap();
         assert_eq!(o.linear(&x, &empty, None, Dtype::F32).unwrap().shape(), [3, 0]);
     }
+    Ok(())
 }

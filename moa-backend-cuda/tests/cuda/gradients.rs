@@ -1,15 +1,21 @@
 //! Gradients of the operations and of attention, against central differences and the reference.
 
 use moa_backend_cuda::{Dtype, Error, Tensor};
+use moa_conformance::{Trial, Verdict, backward, distance, trials};
 use moa_core::reference::{self, Heads};
 
-use super::conformance::backward::backward;
-use super::conformance::world::distance;
 use super::ops::{Ops, product};
 
-#[test]
-fn gradients_of_rows_equal_central_differences() {
-    for ops in Ops::all() {
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        gradients_of_rows_equal_central_differences,
+        gradients_of_products_and_places,
+        influence_and_gradients_of_attention_equal_the_reference,
+    ]
+}
+
+fn gradients_of_rows_equal_central_differences() -> Verdict {
+    for ops in Ops::all()? {
         let (rows, cols) = (3, 64);
         let (x, xs) = ops.random(&[rows, cols], Dtype::F32, 1);
         let (w, ws) = ops.random(&[cols], Dtype::F32, 2);
@@ -46,11 +52,11 @@ fn gradients_of_rows_equal_central_differences() {
         ops.close(&both.columns(0..cols).unwrap(), &by_gate, 1e-4);
         ops.close(&both.columns(cols..2 * cols).unwrap(), &by_up, 1e-4);
     }
+    Ok(())
 }
 
-#[test]
-fn gradients_of_products_and_places() {
-    for ops in Ops::all() {
+fn gradients_of_products_and_places() -> Verdict {
+    for ops in Ops::all()? {
         let (d_y, d_ys) = ops.random(&[5, 24], ops.dtype(), 1);
         let (w, ws) = ops.random(&[24, 40], ops.dtype(), 2);
         let transposed: Vec<f64> = (0..40 * 24).map(|at| ws[at % 24 * 40 + at / 24]).collect();
@@ -71,12 +77,12 @@ fn gradients_of_products_and_places() {
         assert_eq!(placed.to_f32().unwrap(), [&zeros[..], &values, &zeros].concat());
         assert!(ops.operations.place_rows(&d_x, 5..10, 9).is_err());
     }
+    Ok(())
 }
 
 /// Tighter than the suite's: nothing is read that attention has rounded.
-#[test]
-fn influence_and_gradients_of_attention_equal_the_reference() {
-    for ops in Ops::all() {
+fn influence_and_gradients_of_attention_equal_the_reference() -> Verdict {
+    for ops in Ops::all()? {
         let tolerance = if ops.dtype() == Dtype::F16 { 2e-3 } else { 1.5e-2 };
         for (query, kv, dim, tokens, sharp) in
             [(4, 2, 64, 130, 1.0), (3, 1, 128, 700, 1.0), (2, 2, 64, 200, 8.0)]
@@ -123,4 +129,5 @@ fn influence_and_gradients_of_attention_equal_the_reference() {
         let refused = ops.operations.attention_backward([&q, &k, &k, &q], 1.0, 7, true, true);
         assert!(matches!(refused, Err(Error::Argument { what: "block", .. })));
     }
+    Ok(())
 }

@@ -1,24 +1,32 @@
 //! Captured work: what it computes, and what is refused.
 
-use moa_backend_cuda::{Arena, Device, Dtype, Error, Operations, Result, Tensor};
+use moa_backend_cuda::{Arena, Device, Dtype, Error, Operations, Tensor};
+use moa_conformance::{Stop, Trial, Verdict, trials};
 
 use super::gpu;
 
-/// A device of the test's own: other threads must not use a stream that is being captured.
-fn device() -> Option<Device> {
-    gpu::device().map(|_| Device::open(0).unwrap())
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        a_captured_step_computes_what_it_did_when_rehearsed,
+        work_that_was_not_rehearsed_is_refused_and_the_stream_goes_on,
+    ]
 }
 
-#[test]
-fn a_captured_step_computes_what_it_did_when_rehearsed() {
-    let Some(device) = &device() else { return };
+/// A device of the test's own: other threads must not use a stream that is being captured.
+fn device() -> Result<Device, Stop> {
+    gpu::device()?;
+    Ok(Device::open(0)?)
+}
+
+fn a_captured_step_computes_what_it_did_when_rehearsed() -> Verdict {
+    let device = &device()?;
     let operations = Operations::new(device, Dtype::Bf16).unwrap();
     let weight = operations.random(&[64, 64], Dtype::Bf16, 0.2, 1).unwrap();
     let norm = Tensor::from_f32(device, &[1.0; 64], &[64], Dtype::F32).unwrap();
     let ids = operations.indices([3, 5].into_iter(), 64).unwrap();
     let out = Tensor::zeros(device, &[2, 64], Dtype::F32).unwrap();
     let arena = Arena::new();
-    let work = |layers: usize| -> Result<()> {
+    let work = |layers: usize| -> Result<(), Error> {
         // SAFETY: the ids are below 64.
         let mut x = unsafe { operations.embed_at(&weight, &ids) }?;
         for _ in 0..layers {
@@ -48,11 +56,11 @@ fn a_captured_step_computes_what_it_did_when_rehearsed() {
         assert_eq!(&out.to_f32().unwrap(), expected);
         assert_eq!(other.to_f32().unwrap(), before);
     }
+    Ok(())
 }
 
-#[test]
-fn work_that_was_not_rehearsed_is_refused_and_the_stream_goes_on() {
-    let Some(device) = &device() else { return };
+fn work_that_was_not_rehearsed_is_refused_and_the_stream_goes_on() -> Verdict {
+    let device = &device()?;
     let operations = Operations::new(device, Dtype::F16).unwrap();
     let x = Tensor::zeros(device, &[4, 64], Dtype::F32).unwrap();
     let add = || operations.add(x.clone(), &x).map(drop);
@@ -63,4 +71,5 @@ fn work_that_was_not_rehearsed_is_refused_and_the_stream_goes_on() {
     let refused = unsafe { device.capture(&Arena::new(), || Ok::<_, Error>(())) };
     assert!(refused.is_ok() || matches!(refused, Err(Error::Argument { op: "capture", .. })));
     assert_eq!(operations.add(x.clone(), &x).unwrap().to_f32().unwrap(), vec![0.0; 256]);
+    Ok(())
 }

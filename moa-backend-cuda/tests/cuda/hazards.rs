@@ -1,12 +1,22 @@
 //! What goes wrong on GPUs: unwritten memory, races, large offsets; and every refusal.
 
 use moa_backend_cuda::{Cache, CudaBackend, Device, Dtype, Error, Tensor};
+use moa_conformance::{Output, Stop, Subject, Trial, Verdict, World, trials};
 use moa_core::{LayerLayout, Span, SparseAttentionBackend};
 
 use super::Cuda;
-use super::conformance::TestBackend;
-use super::conformance::world::{Output, World};
 use super::gpu::{device, poison};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        trap_10_slots_that_nobody_wrote_are_never_read,
+        fifty_repeats_are_bitwise_equal,
+        trap_09_offsets_beyond_2_to_the_31_elements,
+        reset_forgets_everything,
+        decode_seconds_are_measured_and_grow_with_the_span,
+        what_cannot_be_done_is_an_error_that_says_why,
+    ]
+}
 
 /// Chunks that take each of the kernels.
 const CHUNKS: [usize; 15] = [1, 2, 90, 1, 3, 1, 700, 1, 15, 1, 300, 5, 1, 1, 40];
@@ -27,10 +37,9 @@ fn worlds() -> Vec<World> {
 }
 
 // 10. Reading slots nobody wrote (vLLM's tests fill them with NaN).
-#[test]
-fn trap_10_slots_that_nobody_wrote_are_never_read() {
+fn trap_10_slots_that_nobody_wrote_are_never_read() -> Verdict {
     for dtype in [Dtype::F16, Dtype::Bf16] {
-        let Some(cuda) = Cuda::new(dtype) else { return };
+        let cuda = Cuda::new(dtype)?;
         for world in worlds() {
             let mut clean = world.open(&cuda, 1500, 7);
             let mut poisoned = world.open(&cuda, 1500, 7);
@@ -40,12 +49,12 @@ fn trap_10_slots_that_nobody_wrote_are_never_read() {
             assert!(output == run(&cuda, &world, &mut clean), "memory's contents matter");
         }
     }
+    Ok(())
 }
 
-#[test]
-fn fifty_repeats_are_bitwise_equal() {
+fn fifty_repeats_are_bitwise_equal() -> Verdict {
     for dtype in [Dtype::F16, Dtype::Bf16] {
-        let Some(cuda) = Cuda::new(dtype) else { return };
+        let cuda = Cuda::new(dtype)?;
         for world in worlds() {
             let [q, k, v] = [world.q(), world.k(), world.v()];
             let mut at = 0;
@@ -76,6 +85,7 @@ fn fifty_repeats_are_bitwise_equal() {
             }
         }
     }
+    Ok(())
 }
 
 fn bits(tensor: &Tensor) -> Vec<u32> {
@@ -83,42 +93,42 @@ fn bits(tensor: &Tensor) -> Vec<u32> {
 }
 
 // 9. Integer overflow past 2^31 elements: the second head starts there.
-#[test]
-fn trap_09_offsets_beyond_2_to_the_31_elements() {
-    let Some(cuda) = Cuda::new(Dtype::Bf16) else { return };
+fn trap_09_offsets_beyond_2_to_the_31_elements() -> Verdict {
+    let cuda = Cuda::new(Dtype::Bf16)?;
     let capacity = 1 << 25;
     let world = World::new(2, 2, 64, &[(0, capacity), (0, 5)], 400);
     let mut cache = match world_cache(&cuda, &world, capacity) {
         Ok(cache) => cache,
         Err(Error::OutOfMemory { bytes, free, .. }) => {
-            eprintln!("skipped: {bytes} bytes of device memory could not be had, {free} are free");
-            return;
+            let reason =
+                format!("{bytes} bytes of device memory could not be had, {free} are free");
+            return Err(Stop::ignored(reason));
         }
-        Err(error) => panic!("{error}"),
+        Err(error) => return Err(error.into()),
     };
     assert!(cache.layout().head(1).offset().0 * 64 >= 1 << 31);
     let chunks = [190, 1, 9, 1, 120, 1];
     assert!(world.run_in(&cuda, &mut cache, 0, &chunks) == world.run(&cuda, &chunks));
+    Ok(())
 }
 
 fn world_cache(cuda: &Cuda, world: &World, capacity: usize) -> Result<Cache, Error> {
     cuda.0.open(&world.layout(capacity, 0), 64)
 }
 
-#[test]
-fn reset_forgets_everything() {
-    let Some(cuda) = Cuda::new(Dtype::F16) else { return };
+fn reset_forgets_everything() -> Verdict {
+    let cuda = Cuda::new(Dtype::F16)?;
     let world = World::new(2, 1, 64, &[(1, 4)], 20);
     let mut cache = world.open(&cuda, 20, 0);
     world.extend(&cuda, &mut cache, 0..20).unwrap();
     cache.reset();
     assert!(cache.is_empty());
     assert!(world.run_in(&cuda, &mut cache, 0, &[15, 5]) == world.run(&cuda, &[15, 5]));
+    Ok(())
 }
 
-#[test]
-fn decode_seconds_are_measured_and_grow_with_the_span() {
-    let Some(device) = device() else { return };
+fn decode_seconds_are_measured_and_grow_with_the_span() -> Verdict {
+    let device = device()?;
     let backend = CudaBackend::new(device, Dtype::Bf16).unwrap();
     let [short, long] = [1024, 16_384].map(|span| backend.decode_seconds(span, 4, 128).unwrap());
     assert!(short > 0.0 && short < long && long < 1e-2, "{short} {long}");
@@ -130,16 +140,16 @@ fn decode_seconds_are_measured_and_grow_with_the_span() {
         backend.decode_seconds(64, 0, 64),
         Err(Error::Argument { what: "group", .. })
     ));
+    Ok(())
 }
 
-#[test]
-fn what_cannot_be_done_is_an_error_that_says_why() {
+fn what_cannot_be_done_is_an_error_that_says_why() -> Verdict {
     // With or without a driver.
     assert!(matches!(
         Device::open(usize::MAX),
         Err(Error::NoDevice { ordinal: usize::MAX, .. } | Error::NoDriver { .. })
     ));
-    let Some(device) = device() else { return };
+    let device = device()?;
     assert!(matches!(
         CudaBackend::new(device, Dtype::F32),
         Err(Error::Argument { what: "dtype", .. })
@@ -186,4 +196,5 @@ fn what_cannot_be_done_is_an_error_that_says_why() {
         backend.truncate(&mut cache, 5),
         Err(Error::Core(moa_core::Error::Invalid { .. }))
     ));
+    Ok(())
 }

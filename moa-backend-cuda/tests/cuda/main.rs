@@ -1,37 +1,47 @@
 //! The CUDA backend against the conformance suite, and what is particular to it.
 //!
-//! Without a GPU each test says that it is skipped; with `MOA_REQUIRE_GPU=1` it fails then.
+//! Without a GPU trials are ignored; with `MOA_REQUIRE_GPU=1` they fail then.
 
-mod conformance;
-#[path = "gpu/e4m3.rs"]
 mod e4m3;
+#[path = "../gpu/mod.rs"]
 mod gpu;
-#[path = "gpu/gradients.rs"]
 mod gradients;
-#[path = "gpu/graph.rs"]
 mod graph;
-#[path = "gpu/hazards.rs"]
 mod hazards;
-#[path = "gpu/ops.rs"]
 mod ops;
-#[path = "gpu/sample.rs"]
 mod sample;
-#[path = "gpu/step.rs"]
 mod step;
 
-use conformance::{TestBackend, conformance};
+use std::process::ExitCode;
+
 use gpu::{device, round};
-use moa_backend_cuda::{CudaBackend, Dtype, HEAD_DIMS, Tensor};
+use moa_backend_cuda::{CudaBackend, Dtype, Error, HEAD_DIMS, Tensor};
+use moa_conformance::{Stop, Subject, run, suite};
+
+fn main() -> ExitCode {
+    let suites = [
+        suite("f16", || Cuda::new(Dtype::F16)),
+        suite("bf16", || Cuda::new(Dtype::Bf16)),
+        e4m3::trials(),
+        gradients::trials(),
+        graph::trials(),
+        hazards::trials(),
+        ops::trials(),
+        sample::trials(),
+        step::trials(),
+    ];
+    run(suites.into_iter().flatten())
+}
 
 struct Cuda(CudaBackend);
 
 impl Cuda {
-    fn new(dtype: Dtype) -> Option<Self> {
-        device().map(|device| Self(CudaBackend::new(device, dtype).unwrap()))
+    fn new(dtype: Dtype) -> Result<Self, Stop> {
+        Ok(Self(CudaBackend::new(device()?, dtype)?))
     }
 }
 
-impl TestBackend for Cuda {
+impl Subject for Cuda {
     type Backend = CudaBackend;
     type Tensor = Tensor;
 
@@ -87,7 +97,10 @@ impl TestBackend for Cuda {
     fn influence_blocks(&self) -> &'static [usize] {
         &[320, 64, 128]
     }
+    fn core_error<'e>(&self, error: &'e Error) -> Option<&'e moa_core::Error> {
+        match error {
+            Error::Core(error) => Some(error),
+            _ => None,
+        }
+    }
 }
-
-conformance!(f16, Cuda::new(Dtype::F16));
-conformance!(bf16, Cuda::new(Dtype::Bf16));

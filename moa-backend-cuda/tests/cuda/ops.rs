@@ -1,9 +1,24 @@
 //! The operations beside attention, against arithmetic in f64 on the numbers that the device holds.
 
 use moa_backend_cuda::{Device, Dtype, Error, Operations, Tensor, Turns};
+use moa_conformance::{Stop, Trial, Verdict, f64s, normal, trials};
 
-use super::conformance::world::{f64s, normal};
 use super::gpu::{device, round};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        linear_is_a_product_with_the_transpose,
+        a_row_of_a_product_does_not_depend_on_the_other,
+        wide_inputs_of_products_are_rounded,
+        embedding_and_rows_copy,
+        norm_swiglu_and_add,
+        rope_rotates_and_rotates_back,
+        turns_are_the_angles_of_positions,
+        columns_are_views_that_every_operation_takes,
+        argmax_is_the_lowest_of_the_largest_and_refuses_what_is_no_number,
+        operations_refuse_what_does_not_fit,
+    ]
+}
 
 /// What tests of one element type need.
 pub(crate) struct Ops {
@@ -12,10 +27,10 @@ pub(crate) struct Ops {
 }
 
 impl Ops {
-    pub(crate) fn all() -> Vec<Self> {
-        let Some(device) = device() else { return Vec::new() };
+    pub(crate) fn all() -> Result<[Self; 2], Stop> {
+        let device = device()?;
         let new = |dtype| Self { device, operations: Operations::new(device, dtype).unwrap() };
-        [Dtype::F16, Dtype::Bf16].map(new).into()
+        Ok([Dtype::F16, Dtype::Bf16].map(new))
     }
 
     pub(crate) fn dtype(&self) -> Dtype {
@@ -54,9 +69,8 @@ pub(crate) fn product(a: &[f64], w: &[f64], k: usize, n: usize) -> Vec<f64> {
     a.chunks(k).flat_map(|a| w.chunks(k).take(n).map(move |w| dot(a, w))).collect()
 }
 
-#[test]
-fn linear_is_a_product_with_the_transpose() {
-    for ops in Ops::all() {
+fn linear_is_a_product_with_the_transpose() -> Verdict {
+    for ops in Ops::all()? {
         for (m, n, k) in [
             (1, 8, 8),
             (1, 40, 4096),
@@ -87,11 +101,11 @@ fn linear_is_a_product_with_the_transpose() {
             ops.close(&kept, &sums_before, 0.0);
         }
     }
+    Ok(())
 }
 
-#[test]
-fn a_row_of_a_product_does_not_depend_on_the_other() {
-    for ops in Ops::all() {
+fn a_row_of_a_product_does_not_depend_on_the_other() -> Verdict {
+    for ops in Ops::all()? {
         let (x, _) = ops.random(&[2, 704], ops.dtype(), 1);
         let (w, _) = ops.random(&[71, 704], ops.dtype(), 2);
         let all = ops.operations.linear(&x, &w, None, Dtype::F32).unwrap().to_f32().unwrap();
@@ -101,22 +115,22 @@ fn a_row_of_a_product_does_not_depend_on_the_other() {
             assert_eq!(part.to_f32().unwrap(), all[rows.start * 71..rows.end * 71]);
         }
     }
+    Ok(())
 }
 
-#[test]
-fn wide_inputs_of_products_are_rounded() {
-    for ops in Ops::all() {
+fn wide_inputs_of_products_are_rounded() -> Verdict {
+    for ops in Ops::all()? {
         let (x, xs) = ops.random(&[5, 64], Dtype::F32, 1);
         let (w, ws) = ops.random(&[16, 64], ops.dtype(), 2);
         let rounded: Vec<f64> = xs.iter().map(|x| round(ops.dtype(), *x as f32).into()).collect();
         let y = ops.operations.linear(&x, &w, None, Dtype::F32).unwrap();
         ops.close(&y, &product(&rounded, &ws, 64, 16), 1e-4);
     }
+    Ok(())
 }
 
-#[test]
-fn embedding_and_rows_copy() {
-    for ops in Ops::all() {
+fn embedding_and_rows_copy() -> Verdict {
+    for ops in Ops::all()? {
         let (table, values) = ops.random(&[100, 40], ops.dtype(), 1);
         let ids = [99, 0, 7, 7];
         let expected: Vec<f64> =
@@ -133,11 +147,11 @@ fn embedding_and_rows_copy() {
         assert_eq!(f64s(&picked.to_f32().unwrap()), expected);
         assert_eq!(ops.operations.rows(&heads, &[]).unwrap().shape(), [0, 5, 8]);
     }
+    Ok(())
 }
 
-#[test]
-fn norm_swiglu_and_add() {
-    for ops in Ops::all() {
+fn norm_swiglu_and_add() -> Verdict {
+    for ops in Ops::all()? {
         for (rows, cols) in [(1, 8), (3, 256), (70, 4096), (2, 8200)] {
             let (x, xs) = ops.random(&[rows, cols], Dtype::F32, 1);
             let (w, ws) = ops.random(&[cols], Dtype::F32, 2);
@@ -161,11 +175,11 @@ fn norm_swiglu_and_add() {
             }
         }
     }
+    Ok(())
 }
 
-#[test]
-fn rope_rotates_and_rotates_back() {
-    for ops in Ops::all() {
+fn rope_rotates_and_rotates_back() -> Verdict {
+    for ops in Ops::all()? {
         for dtype in [ops.dtype(), Dtype::F32] {
             let (tokens, heads, dim) = (37, 3, 64);
             let (x, xs) = ops.random(&[tokens, heads, dim], dtype, 1);
@@ -191,11 +205,11 @@ fn rope_rotates_and_rotates_back() {
             ops.close(&back, &xs, slack);
         }
     }
+    Ok(())
 }
 
-#[test]
-fn turns_are_the_angles_of_positions() {
-    for ops in Ops::all() {
+fn turns_are_the_angles_of_positions() -> Verdict {
+    for ops in Ops::all()? {
         let plain: Vec<f64> = (0..32).map(|i| 5e5f64.powf(-f64::from(i) / 32.0)).collect();
         let slow: Vec<f64> = plain.iter().map(|f| f / 8.0).collect();
         let sequences = [(&plain, 1.0, 0..3), (&slow, 1.25, 131_070..131_072)];
@@ -216,11 +230,11 @@ fn turns_are_the_angles_of_positions() {
         });
         ops.close(&got, &expected.collect::<Vec<_>>(), 1e-9);
     }
+    Ok(())
 }
 
-#[test]
-fn columns_are_views_that_every_operation_takes() {
-    for ops in Ops::all() {
+fn columns_are_views_that_every_operation_takes() -> Verdict {
+    for ops in Ops::all()? {
         let (both, values) = ops.random(&[6, 48], ops.dtype(), 1);
         let part = |from: usize| -> Vec<f64> {
             values.chunks(48).flat_map(|row| row[from..from + 24].to_vec()).collect()
@@ -239,11 +253,11 @@ fn columns_are_views_that_every_operation_takes() {
         let error = both.columns(40..49).unwrap_err();
         assert!(matches!(error, Error::Shape { .. }), "{error}");
     }
+    Ok(())
 }
 
-#[test]
-fn argmax_is_the_lowest_of_the_largest_and_refuses_what_is_no_number() {
-    for ops in Ops::all() {
+fn argmax_is_the_lowest_of_the_largest_and_refuses_what_is_no_number() -> Verdict {
+    for ops in Ops::all()? {
         let cols = 5003;
         let mut values = normal(5 * cols, 1);
         for at in [17, 4000, 5002] {
@@ -258,11 +272,11 @@ fn argmax_is_the_lowest_of_the_largest_and_refuses_what_is_no_number() {
         ops.operations.argmax(&x, &into).unwrap();
         assert_eq!(into.to_host().unwrap(), [17, 4000, -1, -1, -1]);
     }
+    Ok(())
 }
 
-#[test]
-fn operations_refuse_what_does_not_fit() {
-    for ops in Ops::all() {
+fn operations_refuse_what_does_not_fit() -> Verdict {
+    for ops in Ops::all()? {
         let zeros = |shape: &[usize], dtype| Tensor::zeros(ops.device, shape, dtype).unwrap();
         let (narrow, f32s) = (ops.dtype(), Dtype::F32);
         let weight = zeros(&[16, 64], narrow);
@@ -302,4 +316,5 @@ fn operations_refuse_what_does_not_fit() {
         let error = Operations::new(ops.device, f32s).unwrap_err();
         assert!(matches!(error, Error::Argument { what: "dtype", .. }), "{error}");
     }
+    Ok(())
 }

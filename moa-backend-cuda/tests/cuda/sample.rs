@@ -1,8 +1,17 @@
 //! Tokens drawn on the device, against the probabilities that they should have.
 
 use moa_backend_cuda::{Draw, Dtype, Error, Operations, Tensor};
+use moa_conformance::{Stop, Trial, Verdict, trials};
 
 use super::gpu::device;
+
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        evenly_spread_numbers_draw_tokens_in_proportion,
+        large_vocabularies_are_drawn_from_to_their_ends,
+        what_cannot_be_drawn_from_is_told,
+    ]
+}
 
 const PLAIN: Draw = Draw { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
 
@@ -21,8 +30,8 @@ fn units(n: usize) -> Vec<f64> {
     (0..n).map(|i| (i as f64 + 0.5) / n as f64).collect()
 }
 
-fn operations() -> Option<Operations> {
-    Some(Operations::new(device()?, Dtype::Bf16).unwrap())
+fn operations() -> Result<Operations, Stop> {
+    Ok(Operations::new(device()?, Dtype::Bf16)?)
 }
 
 /// Logits whose probabilities are `.5, .25, .125, .0625, .0625`, after many of none.
@@ -33,9 +42,8 @@ fn halves() -> Vec<f32> {
     logits
 }
 
-#[test]
-fn evenly_spread_numbers_draw_tokens_in_proportion() {
-    let Some(operations) = operations() else { return };
+fn evenly_spread_numbers_draw_tokens_in_proportion() -> Verdict {
+    let operations = operations()?;
     let count = |logits: &[f32], how: Draw| {
         let mut counts = [0; 5];
         for token in draw(&operations, logits, how, &units(1600)) {
@@ -62,11 +70,11 @@ fn evenly_spread_numbers_draw_tokens_in_proportion() {
     near(count(&halves(), Draw { min_p: 1.0, ..PLAIN }), [1600, 0, 0, 0, 0]);
     // Top-p counts what top-k left: .5 of .75 is two thirds.
     near(count(&halves(), Draw { top_k: 2, top_p: 0.6, ..PLAIN }), [1600, 0, 0, 0, 0]);
+    Ok(())
 }
 
-#[test]
-fn large_vocabularies_are_drawn_from_to_their_ends() {
-    let Some(operations) = operations() else { return };
+fn large_vocabularies_are_drawn_from_to_their_ends() -> Verdict {
+    let operations = operations()?;
     let vocab = 128_256;
     let flat = vec![3.0; vocab];
     let drawn = draw(&operations, &flat, PLAIN, &[0.0, 0.5, 1.0 - 1e-9]);
@@ -82,11 +90,11 @@ fn large_vocabularies_are_drawn_from_to_their_ends() {
         let draw_again = Draw { top_p: 0.9, temperature: 30.0, ..PLAIN };
         assert_eq!(draw(&operations, &peak, draw_again, &units(64)), again);
     }
+    Ok(())
 }
 
-#[test]
-fn what_cannot_be_drawn_from_is_told() {
-    let Some(operations) = operations() else { return };
+fn what_cannot_be_drawn_from_is_told() -> Verdict {
+    let operations = operations()?;
     for bad in [f32::NAN, f32::INFINITY] {
         assert_eq!(draw(&operations, &[1.0, bad, 2.0], PLAIN, &[0.5]), [-1]);
     }
@@ -104,4 +112,5 @@ fn what_cannot_be_drawn_from_is_told() {
     }
     let refused = operations.sample(&logits, PLAIN, &[0.5], &into);
     assert!(matches!(refused, Err(Error::Shape { .. })));
+    Ok(())
 }

@@ -6,11 +6,18 @@ use std::sync::Arc;
 use cudarc::driver::{CudaContext, CudaStream, result, sys};
 use moa_backend_cuda::tables::Packed;
 use moa_backend_cuda::{Batch, Cache, Dtype, Rope, Step, Tensor, Tensors, Workspace};
+use moa_conformance::{Subject, Trial, Verdict, World, close, trials};
 use moa_core::SparseAttentionBackend;
 
 use super::Cuda;
-use super::conformance::TestBackend;
-use super::conformance::world::{World, close};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        rope_in_the_append_equals_rope_before_it,
+        a_captured_step_replays_while_its_sequences_grow,
+        strides_of_foreign_tensors_are_respected,
+    ]
+}
 
 /// A stream as another library would have it.
 fn stream() -> Arc<CudaStream> {
@@ -46,12 +53,11 @@ fn angle(position: usize, i: usize, dim: usize) -> f64 {
     position as f64 * 10_000f64.powf(-2.0 * i as f64 / dim as f64)
 }
 
-#[test]
-fn rope_in_the_append_equals_rope_before_it() {
+fn rope_in_the_append_equals_rope_before_it() -> Verdict {
     for (dtype, dim, interleaved) in
         [(Dtype::F16, 64, false), (Dtype::Bf16, 128, true), (Dtype::F16, 96, true)]
     {
-        let Some(cuda) = Cuda::new(dtype) else { return };
+        let cuda = Cuda::new(dtype)?;
         let device = cuda.0.device();
         // Wrapped rings, so that some chunks are written before attention and some after.
         let world = World::new(8, 2, dim, &[(0, 400), (4, 50)], 300);
@@ -110,12 +116,12 @@ fn rope_in_the_append_equals_rope_before_it() {
             at += tokens;
         }
     }
+    Ok(())
 }
 
-#[test]
-fn a_captured_step_replays_while_its_sequences_grow() {
+fn a_captured_step_replays_while_its_sequences_grow() -> Verdict {
     for (dtype, tokens) in [(Dtype::F16, 1), (Dtype::Bf16, 2)] {
-        let Some(cuda) = Cuda::new(dtype) else { return };
+        let cuda = Cuda::new(dtype)?;
         let device = cuda.0.device();
         // Two sequences that reach the next split, and wrap, while the step is replayed.
         let starts = [500, 20];
@@ -192,11 +198,11 @@ fn a_captured_step_replays_while_its_sequences_grow() {
             );
         }
     }
+    Ok(())
 }
 
-#[test]
-fn strides_of_foreign_tensors_are_respected() {
-    let Some(cuda) = Cuda::new(Dtype::Bf16) else { return };
+fn strides_of_foreign_tensors_are_respected() -> Verdict {
+    let cuda = Cuda::new(Dtype::Bf16)?;
     let device = cuda.0.device();
     // q, k and v of each token in one row, as a fused projection writes them.
     for tokens in [1, 5, 40, 200] {
@@ -230,4 +236,5 @@ fn strides_of_foreign_tensors_are_respected() {
         }
         assert!(out.to_f32().unwrap() == world.run(&cuda, &[tokens]).out);
     }
+    Ok(())
 }

@@ -1,31 +1,25 @@
-//! The GPU that tests run on.
+//! The GPU that trials run on.
 
 use std::sync::OnceLock;
 
 use cudarc::driver::sys;
 use half::{bf16, f16};
 use moa_backend_cuda::{Cache, Device, Dtype};
+use moa_conformance::Stop;
 
-/// The first device, or `None` with a loud word. One for all tests, as kernels are loaded per device.
-pub(crate) fn device() -> Option<&'static Device> {
-    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
-    let device = DEVICE.get_or_init(|| match Device::open(0) {
-        Ok(device) => {
-            eprintln!("on {} ({})", device.name(), device.architecture());
-            Some(device)
-        }
-        Err(error) => {
-            let required = std::env::var_os("MOA_REQUIRE_GPU").is_some_and(|value| value == "1");
-            assert!(!required, "MOA_REQUIRE_GPU is set, but: {error}");
-            eprintln!("skipped: no CUDA device ({error})");
-            None
-        }
-    });
-    if device.is_none() {
-        let thread = std::thread::current();
-        eprintln!("skipped: {}: no CUDA device", thread.name().unwrap_or("test"));
-    }
-    device.as_ref()
+/// The first device, one for all trials, as kernels are loaded per device. Trials without it are
+/// ignored; with `MOA_REQUIRE_GPU=1` they fail.
+pub(crate) fn device() -> Result<&'static Device, Stop> {
+    static DEVICE: OnceLock<Result<Device, String>> = OnceLock::new();
+    let open = || {
+        let device = Device::open(0).map_err(|error| error.to_string())?;
+        eprintln!("on {} ({})", device.name(), device.architecture());
+        Ok(device)
+    };
+    let device = DEVICE.get_or_init(open).as_ref();
+    device.map_err(|error| {
+        Stop::unless_required("MOA_REQUIRE_GPU", format_args!("no CUDA device ({error})"))
+    })
 }
 
 /// A number as a tensor of this type holds it.

@@ -7,6 +7,14 @@ use moa_models::{CudaDtype, CudaOps, Error, LogitRows, Ops};
 
 use crate::{cuda, plans};
 
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        a_device_that_is_not_there_is_named,
+        memory_is_asked_for_before_it_is_taken,
+        a_refused_step_changes_nothing,
+    ]
+}
+
 /// The backend's error in one of this crate's.
 fn cause(error: &Error) -> Option<&CudaError> {
     match error {
@@ -15,7 +23,6 @@ fn cause(error: &Error) -> Option<&CudaError> {
     }
 }
 
-#[test]
 fn a_device_that_is_not_there_is_named() {
     let error = CudaOps::new(99, CudaDtype::Bf16).unwrap_err();
     let named = matches!(
@@ -25,9 +32,8 @@ fn a_device_that_is_not_there_is_named() {
     assert!(named, "{error}");
 }
 
-#[test]
-fn memory_is_asked_for_before_it_is_taken() {
-    for (checkpoint, _) in cuda() {
+fn memory_is_asked_for_before_it_is_taken() -> Verdict {
+    for (checkpoint, _) in cuda()? {
         let ops = checkpoint.model.ops();
         let error = ops.check_room("weights", u64::MAX).unwrap_err();
         let Some(&CudaError::OutOfMemory { what, bytes, free }) = cause(&error) else {
@@ -40,11 +46,11 @@ fn memory_is_asked_for_before_it_is_taken() {
         let bytes = ops.weight_bytes(checkpoint.model.config().parameters());
         assert!((12_000_000..14_500_000).contains(&bytes), "{bytes}");
     }
+    Ok(())
 }
 
-#[test]
-fn a_refused_step_changes_nothing() {
-    for (checkpoint, _) in cuda() {
+fn a_refused_step_changes_nothing() -> Verdict {
+    for (checkpoint, _) in cuda()? {
         let model = &checkpoint.model;
         let plan = &plans(model.shape())[1];
         let mut sequence = model.open(plan, 10, 0).unwrap();
@@ -57,4 +63,5 @@ fn a_refused_step_changes_nothing() {
         }
         model.forward(&mut [&mut sequence], &[&[4; 7]], LogitRows::Last).unwrap();
     }
+    Ok(())
 }

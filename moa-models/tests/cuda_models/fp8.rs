@@ -12,6 +12,18 @@ use crate::laws::decoder_equals_steps;
 use crate::text::{greedy, greedy_text_agrees};
 use crate::{close, cpu, difference, moa_tiny, open, plans, prose, read, step};
 
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        rounding_weights_changes_little,
+        logits_are_those_of_the_rounded_weights,
+        greedy_text_is_that_of_the_rounded_weights_or_parts_at_a_near_tie,
+        greedy_text_is_mostly_that_of_the_exact_weights,
+        a_decoder_with_8_bit_weights_equals_single_steps,
+        bytes_are_counted_as_they_are,
+        gradients_are_refused,
+    ]
+}
+
 /// moa-tiny with the weights of its linear layers rounded to e4m3, row by row.
 fn rounded() -> &'static Checkpoint<CpuOps> {
     static ROUNDED: LazyLock<Checkpoint<CpuOps>> = LazyLock::new(|| {
@@ -74,7 +86,6 @@ fn cuda() -> Vec<(&'static Checkpoint<CudaOps>, f64)> {
 }
 
 /// Runs on the CPU: what rounding alone does to this model.
-#[test]
 fn rounding_weights_changes_little() {
     let (exact, rounded) = (&cpu().model, &rounded().model);
     let tokens = prose(400);
@@ -90,9 +101,8 @@ fn rounding_weights_changes_little() {
     assert!(worst < 0.3, "{worst}");
 }
 
-#[test]
-fn logits_are_those_of_the_rounded_weights() {
-    for (checkpoint, share) in cuda() {
+fn logits_are_those_of_the_rounded_weights() -> Verdict {
+    for (checkpoint, share) in cuda()? {
         let (gpu, cpu) = (&checkpoint.model, &rounded().model);
         let tokens = prose(420);
         for plan in &plans(cpu.shape()) {
@@ -115,21 +125,21 @@ fn logits_are_those_of_the_rounded_weights() {
             }
         }
     }
+    Ok(())
 }
 
-#[test]
-fn greedy_text_is_that_of_the_rounded_weights_or_parts_at_a_near_tie() {
-    for (checkpoint, share) in cuda() {
+fn greedy_text_is_that_of_the_rounded_weights_or_parts_at_a_near_tie() -> Verdict {
+    for (checkpoint, share) in cuda()? {
         greedy_text_agrees(&checkpoint.model, &rounded().model, share);
     }
+    Ok(())
 }
 
-#[test]
-fn greedy_text_is_mostly_that_of_the_exact_weights() {
+fn greedy_text_is_mostly_that_of_the_exact_weights() -> Verdict {
     let text = prose(2000);
     let prompts: Vec<&[u32]> = (0..20).map(|i| &text[i * 60..i * 60 + 200]).collect();
     let [dense, _] = plans(cpu().model.shape());
-    for (checkpoint, _) in cuda() {
+    for (checkpoint, _) in cuda()? {
         let expected = greedy(&cpu().model, &dense, &prompts);
         let got = greedy(&checkpoint.model, &dense, &prompts);
         let first = expected.iter().zip(&got).filter(|(a, b)| a[0] == b[0]).count();
@@ -137,18 +147,18 @@ fn greedy_text_is_mostly_that_of_the_exact_weights() {
         println!("{equal} of 20 texts and {first} first tokens are equal");
         assert!(first >= 16, "{first} of 20 first tokens are equal");
     }
+    Ok(())
 }
 
-#[test]
-fn a_decoder_with_8_bit_weights_equals_single_steps() {
-    for (checkpoint, _) in cuda() {
+fn a_decoder_with_8_bit_weights_equals_single_steps() -> Verdict {
+    for (checkpoint, _) in cuda()? {
         decoder_equals_steps(&checkpoint.model);
     }
+    Ok(())
 }
 
-#[test]
-fn bytes_are_counted_as_they_are() {
-    for (checkpoint, _) in cuda() {
+fn bytes_are_counted_as_they_are() -> Verdict {
+    for (checkpoint, _) in cuda()? {
         let model = &checkpoint.model;
         // 6 layers of 4 + 2 + 2 heads of 64 and an MLP of 704, on 256; one factor for each output.
         let linear = 6 * 256 * (64 * (4 + 2 + 2 + 4) + 3 * 704);
@@ -159,11 +169,11 @@ fn bytes_are_counted_as_they_are() {
         let wide = open(CudaDtype::Bf16).map(|ops| ops.linear_bytes(1000, 10));
         assert_eq!(wide, Some(2000));
     }
+    Ok(())
 }
 
-#[test]
-fn gradients_are_refused() {
-    for (checkpoint, _) in cuda() {
+fn gradients_are_refused() -> Verdict {
+    for (checkpoint, _) in cuda()? {
         let ops = checkpoint.model.ops();
         let message = ops.check_gradients().unwrap_err().to_string();
         assert!(message.contains("fp8") && message.contains("gradients"), "{message}");
@@ -171,4 +181,5 @@ fn gradients_are_refused() {
             wide.check_gradients().unwrap();
         }
     }
+    Ok(())
 }

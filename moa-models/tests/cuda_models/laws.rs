@@ -6,9 +6,19 @@ use moa_models::{CudaOps, Llama, LogitRows, Ops};
 
 use crate::{alternating, close, cuda, plans, prose, read, step};
 
-#[test]
-fn chunking_does_not_change_output() {
-    for (checkpoint, share) in cuda() {
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        chunking_does_not_change_output,
+        a_ragged_batch_equals_each_sequence_alone,
+        forks_and_rolled_back_sequences_go_on_as_if_nothing_had_been,
+        a_decoder_equals_single_steps,
+        repeats_are_bitwise_equal,
+        threads_share_a_model,
+    ]
+}
+
+fn chunking_does_not_change_output() -> Verdict {
+    for (checkpoint, share) in cuda()? {
         let model = &checkpoint.model;
         let tokens = prose(300);
         for plan in &plans(model.shape()) {
@@ -20,11 +30,11 @@ fn chunking_does_not_change_output() {
             }
         }
     }
+    Ok(())
 }
 
-#[test]
-fn a_ragged_batch_equals_each_sequence_alone() {
-    for (checkpoint, share) in cuda() {
+fn a_ragged_batch_equals_each_sequence_alone() -> Verdict {
+    for (checkpoint, share) in cuda()? {
         let model = &checkpoint.model;
         let tokens = prose(400);
         for plan in &plans(model.shape()) {
@@ -50,11 +60,11 @@ fn a_ragged_batch_equals_each_sequence_alone() {
             }
         }
     }
+    Ok(())
 }
 
-#[test]
-fn forks_and_rolled_back_sequences_go_on_as_if_nothing_had_been() {
-    for (checkpoint, _) in cuda() {
+fn forks_and_rolled_back_sequences_go_on_as_if_nothing_had_been() -> Verdict {
+    for (checkpoint, _) in cuda()? {
         let model = &checkpoint.model;
         let tokens = prose(220);
         for plan in &plans(model.shape()) {
@@ -69,14 +79,15 @@ fn forks_and_rolled_back_sequences_go_on_as_if_nothing_had_been() {
             assert_eq!(model.kv_bytes(&fork), model.kv_bytes(&straight));
         }
     }
+    Ok(())
 }
 
 /// The first steps are plain, then one runs by the plans for all lengths, then a graph is replayed.
-#[test]
-fn a_decoder_equals_single_steps() {
-    for (checkpoint, _) in cuda() {
+fn a_decoder_equals_single_steps() -> Verdict {
+    for (checkpoint, _) in cuda()? {
         decoder_equals_steps(&checkpoint.model);
     }
+    Ok(())
 }
 
 pub(crate) fn decoder_equals_steps(model: &Llama<CudaOps>) {
@@ -124,9 +135,8 @@ pub(crate) fn decoder_equals_steps(model: &Llama<CudaOps>) {
     }
 }
 
-#[test]
-fn repeats_are_bitwise_equal() {
-    for (checkpoint, _) in cuda() {
+fn repeats_are_bitwise_equal() -> Verdict {
+    for (checkpoint, _) in cuda()? {
         let model = &checkpoint.model;
         let tokens = prose(150);
         let plan = alternating(model.shape(), 8, 24, 48);
@@ -138,12 +148,12 @@ fn repeats_are_bitwise_equal() {
         let first = run();
         assert!((0..5).all(|_| run() == first));
     }
+    Ok(())
 }
 
 /// Each thread prepares and captures graphs of its own while the others launch.
-#[test]
-fn threads_share_a_model() {
-    for (checkpoint, _) in cuda() {
+fn threads_share_a_model() -> Verdict {
+    for (checkpoint, _) in cuda()? {
         let model = &checkpoint.model;
         let tokens = prose(120);
         let [dense, _] = plans(model.shape());
@@ -164,4 +174,5 @@ fn threads_share_a_model() {
             assert!(together == alone);
         }
     }
+    Ok(())
 }

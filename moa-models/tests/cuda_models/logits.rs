@@ -7,9 +7,17 @@ use serde::Deserialize;
 
 use crate::{CudaDtype, alternating, close, cpu, cuda, moa_tiny, open, plans, prose, read, step};
 
-#[test]
-fn prefill_and_decode_agree_with_the_cpu() {
-    for (checkpoint, share) in cuda() {
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        prefill_and_decode_agree_with_the_cpu,
+        long_prompts_agree_with_the_cpu,
+        moa_tiny_agrees_with_an_independent_implementation,
+        moa_small_agrees_with_an_independent_implementation,
+    ]
+}
+
+fn prefill_and_decode_agree_with_the_cpu() -> Verdict {
+    for (checkpoint, share) in cuda()? {
         let (gpu, cpu) = (&checkpoint.model, &cpu().model);
         let tokens = prose(420);
         for (plan, name) in plans(cpu.shape()).iter().zip(["dense", "sparse"]) {
@@ -26,11 +34,11 @@ fn prefill_and_decode_agree_with_the_cpu() {
             close(&format!("{name} decode of 20"), &decoded[0], &decoded[1], share);
         }
     }
+    Ok(())
 }
 
-#[test]
-fn long_prompts_agree_with_the_cpu() {
-    for (checkpoint, share) in cuda() {
+fn long_prompts_agree_with_the_cpu() -> Verdict {
+    for (checkpoint, share) in cuda()? {
         let (gpu, cpu) = (&checkpoint.model, &cpu().model);
         let tokens = prose(3000);
         let plan = alternating(cpu.shape(), 64, 300, 900);
@@ -39,6 +47,7 @@ fn long_prompts_agree_with_the_cpu() {
         let expected = read(cpu, &mut here, &tokens, 1000);
         close("prompt of 3000", &read(gpu, &mut there, &tokens, 1000), &expected, share);
     }
+    Ok(())
 }
 
 #[derive(Deserialize)]
@@ -82,14 +91,14 @@ fn models() -> Option<std::path::PathBuf> {
     data.map(|data| Path::new(&data).join("models"))
 }
 
-#[test]
-fn moa_tiny_agrees_with_an_independent_implementation() {
-    let Some(models) = models() else { return };
+fn moa_tiny_agrees_with_an_independent_implementation() -> Verdict {
+    let models = models()?;
     golden(&moa_tiny(), &models.join("moa-tiny.golden.json"));
+    Ok(())
 }
 
-#[test]
-fn moa_small_agrees_with_an_independent_implementation() {
-    let Some(models) = models() else { return };
+fn moa_small_agrees_with_an_independent_implementation() -> Verdict {
+    let models = models()?;
     golden(&models.join("moa-small"), &models.join("moa-small.golden.json"));
+    Ok(())
 }

@@ -5,6 +5,12 @@ use moa_models::{BackwardOps, Item, Llama, Message, Objective, PHRASINGS};
 
 use crate::{cpu, cuda, likeliest, plans, read, step};
 
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        influence_is_the_cpus,
+    ]
+}
+
 /// A record, and what the model answers.
 fn item() -> Item {
     let prompt = PHRASINGS[0].prompt(24, 5);
@@ -37,8 +43,7 @@ fn compare(a: &[f64], b: &[f64]) -> (f64, f64) {
     (dot(a, b) / (of_a * of_b), of_a / of_b)
 }
 
-#[test]
-fn influence_is_the_cpus() {
+fn influence_is_the_cpus() -> Verdict {
     let models = cuda();
     if models.is_empty() {
         return;
@@ -68,4 +73,5 @@ fn influence_is_the_cpus() {
             }
         }
     }
+    Ok(())
 }

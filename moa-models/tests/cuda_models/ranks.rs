@@ -12,6 +12,16 @@ use moa_models::{
 
 use crate::{alternating, close, cpu, moa_tiny, open, plans, prose, read, step};
 
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        two_ranks_agree_with_the_cpu,
+        two_ranks_of_8_bit_weights_agree_with_one,
+        two_ranks_draw_the_same_tokens,
+        a_rank_that_cannot_go_on_ends_the_other,
+        a_group_of_one_over_nccl_is_the_whole_model,
+    ]
+}
+
 type Model = Llama<CudaOps>;
 
 /// moa-tiny's part of one rank.
@@ -33,8 +43,7 @@ fn on_two<T: Send>(dtype: CudaDtype, plan: &Plan, work: impl Fn(&Model) -> T + S
         .unwrap()
 }
 
-#[test]
-fn two_ranks_agree_with_the_cpu() {
+fn two_ranks_agree_with_the_cpu() -> Verdict {
     for (dtype, share) in [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)] {
         if open(dtype).is_none() {
             return;
@@ -61,13 +70,13 @@ fn two_ranks_agree_with_the_cpu() {
             assert_eq!(got[0].1 + got[1].1, plan.kv_bytes(400, 2));
         }
     }
+    Ok(())
 }
 
 /// Slices have factors of their own, but these are powers of two: all but the smallest weights are rounded
 /// as in the whole.
-#[test]
-fn two_ranks_of_8_bit_weights_agree_with_one() {
-    let Some(ops) = open(CudaDtype::F16) else { return };
+fn two_ranks_of_8_bit_weights_agree_with_one() -> Verdict {
+    let ops = open(CudaDtype::F16)?;
     let config = LlamaConfig::from_file(moa_tiny()).unwrap();
     let weights = Weights::open(moa_tiny()).unwrap();
     let tokens = prose(200);
@@ -87,10 +96,10 @@ fn two_ranks_of_8_bit_weights_agree_with_one() {
         Ok::<_, Error>(run(&Llama::load_shard(ops, config.clone(), &weights, shard)?))
     });
     close("8-bit weights on two ranks", &parts.unwrap()[0], &expected, 0.03);
+    Ok(())
 }
 
-#[test]
-fn two_ranks_draw_the_same_tokens() {
+fn two_ranks_draw_the_same_tokens() -> Verdict {
     if open(CudaDtype::F16).is_none() {
         return;
     }
@@ -110,10 +119,10 @@ fn two_ranks_draw_the_same_tokens() {
         assert!(texts[0].iter().all(|made| made.tokens.len() == 24));
         assert_eq!(texts[0], texts[1], "temperature {temperature}");
     }
+    Ok(())
 }
 
-#[test]
-fn a_rank_that_cannot_go_on_ends_the_other() {
+fn a_rank_that_cannot_go_on_ends_the_other() -> Verdict {
     if open(CudaDtype::F16).is_none() {
         return;
     }
@@ -129,12 +138,12 @@ fn a_rank_that_cannot_go_on_ends_the_other() {
         model.forward(&mut [&mut sequence], &[&[4]], LogitRows::Last).map(drop)
     });
     assert!(matches!(ended, Err(Error::Cancelled)), "{ended:?}");
+    Ok(())
 }
 
 /// One rank: NCCL has nothing to add, but everything around it is as with many, the captured step
 /// included.
-#[test]
-fn a_group_of_one_over_nccl_is_the_whole_model() {
+fn a_group_of_one_over_nccl_is_the_whole_model() -> Verdict {
     for (dtype, share) in [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)] {
         if open(dtype).is_none() {
             return;
@@ -181,4 +190,5 @@ fn a_group_of_one_over_nccl_is_the_whole_model() {
             token = best;
         }
     }
+    Ok(())
 }

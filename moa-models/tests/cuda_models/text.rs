@@ -7,6 +7,15 @@ use moa_models::{
 
 use crate::{cpu, cuda, likeliest, plans, prose, read, step};
 
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        greedy_text_is_the_cpus_or_parts_at_a_near_tie,
+        sampled_text_repeats_with_its_seed_and_stays_among_the_likeliest,
+        requests_that_come_and_go_get_what_they_get_alone_but_for_ties,
+        records_are_retrieved_as_on_the_cpu,
+    ]
+}
+
 /// Prompts that continue greedily for this many tokens.
 const NEW: usize = 32;
 
@@ -23,11 +32,11 @@ pub(crate) fn greedy<O: Ops>(
     generation.sequences.into_iter().map(|sequence| sequence.tokens).collect()
 }
 
-#[test]
-fn greedy_text_is_the_cpus_or_parts_at_a_near_tie() {
-    for (checkpoint, share) in cuda() {
+fn greedy_text_is_the_cpus_or_parts_at_a_near_tie() -> Verdict {
+    for (checkpoint, share) in cuda()? {
         greedy_text_agrees(&checkpoint.model, &cpu().model, share);
     }
+    Ok(())
 }
 
 /// Where texts part, the CPU's logits must have been nearly equal there.
@@ -67,10 +76,9 @@ fn spread(logits: &[f32]) -> f64 {
     (logits.iter().map(|&z| (f64::from(z) - mean).powi(2)).sum::<f64>() / n).sqrt()
 }
 
-#[test]
-fn sampled_text_repeats_with_its_seed_and_stays_among_the_likeliest() {
+fn sampled_text_repeats_with_its_seed_and_stays_among_the_likeliest() -> Verdict {
     let text = prose(300);
-    for (checkpoint, _) in cuda() {
+    for (checkpoint, _) in cuda()? {
         let model = &checkpoint.model;
         let [dense, _] = plans(model.shape());
         let prompts: Vec<&[u32]> = [40, 90, 41].map(|len| &text[..len]).into();
@@ -91,13 +99,13 @@ fn sampled_text_repeats_with_its_seed_and_stays_among_the_likeliest() {
         let penalised = SamplingOptions { repetition_penalty: 1.3, ..Default::default() };
         assert_ne!(run(penalised), run(SamplingOptions::default()), "chosen on the host");
     }
+    Ok(())
 }
 
 /// Requests come while others run, so products have other shapes than alone: texts may part at ties.
-#[test]
-fn requests_that_come_and_go_get_what_they_get_alone_but_for_ties() {
+fn requests_that_come_and_go_get_what_they_get_alone_but_for_ties() -> Verdict {
     let text = prose(400);
-    for (checkpoint, _) in cuda() {
+    for (checkpoint, _) in cuda()? {
         let model = &checkpoint.model;
         let [dense, _] = plans(model.shape());
         let prompts: Vec<&[u32]> = (0..8).map(|i| &text[i * 20..i * 20 + 40 + 15 * i]).collect();
@@ -137,11 +145,11 @@ fn requests_that_come_and_go_get_what_they_get_alone_but_for_ties() {
         assert!(served.iter().all(|tokens| tokens.len() == NEW));
         assert!(equal * 4 >= 3 * prompts.len(), "{equal} texts are equal");
     }
+    Ok(())
 }
 
-#[test]
-fn records_are_retrieved_as_on_the_cpu() {
-    for (checkpoint, _) in cuda() {
+fn records_are_retrieved_as_on_the_cpu() -> Verdict {
+    for (checkpoint, _) in cuda()? {
         let [dense, narrow] = plans(checkpoint.model.shape());
         let mut right = 0;
         for seed in 0..6 {
@@ -164,4 +172,5 @@ fn records_are_retrieved_as_on_the_cpu() {
         assert!(there.kv_bytes * 5 < there.kv_bytes_dense, "{there:?}");
         assert_eq!(2 * there.kv_bytes_dense, here.kv_bytes_dense);
     }
+    Ok(())
 }
