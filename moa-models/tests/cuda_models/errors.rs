@@ -3,6 +3,7 @@
 use std::error::Error as _;
 
 use moa_backend_cuda::Error as CudaError;
+use moa_conformance::{Trial, Verdict, trials};
 use moa_models::{CudaDtype, CudaOps, Error, LogitRows, Ops};
 
 use crate::{cuda, plans};

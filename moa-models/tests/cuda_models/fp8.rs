@@ -4,13 +4,16 @@ use std::path::Path;
 use std::sync::LazyLock;
 
 use moa_backend_cuda::e4m3;
+use moa_conformance::{Stop, Trial, Verdict, trials};
 use moa_models::{BackwardOps, Checkpoint, CpuOps, CudaDtype, CudaOps, Ops};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
 use crate::laws::decoder_equals_steps;
 use crate::text::{greedy, greedy_text_agrees};
-use crate::{close, cpu, difference, moa_tiny, open, plans, prose, read, step};
+use crate::{
+    Models, close, cpu, difference, load, loaded, moa_tiny, open, plans, prose, read, step,
+};
 
 pub(crate) fn trials() -> Vec<Trial> {
     trials![
@@ -74,15 +77,9 @@ fn round(file: &Path) {
 
 /// moa-tiny with 8-bit weights on the GPU, with how far its logits may be from those of the CPU on
 /// the same weights: no further than with 16-bit weights, as activations are the same.
-fn cuda() -> Vec<(&'static Checkpoint<CudaOps>, f64)> {
-    static TINY: LazyLock<Vec<(Checkpoint<CudaOps>, f64)>> = LazyLock::new(|| {
-        let load = |(dtype, share)| {
-            let ops = open(dtype)?.with_fp8_weights();
-            Some((Checkpoint::open(ops, moa_tiny()).expect("moa-tiny"), share))
-        };
-        [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)].into_iter().map_while(load).collect()
-    });
-    TINY.iter().map(|(checkpoint, share)| (checkpoint, *share)).collect()
+fn cuda() -> Result<Vec<(&'static Checkpoint<CudaOps>, f64)>, Stop> {
+    static TINY: LazyLock<Models> = LazyLock::new(|| load(|ops| ops.with_fp8_weights()));
+    loaded(&TINY)
 }
 
 /// Runs on the CPU: what rounding alone does to this model.
@@ -166,8 +163,7 @@ fn bytes_are_counted_as_they_are() -> Verdict {
         let rest = 8192 * 256 + 13 * 256;
         assert_eq!(model.weight_bytes(), linear + 4 * outputs + 2 * rest);
         assert_eq!(model.ops().weight_bytes(100), 200);
-        let wide = open(CudaDtype::Bf16).map(|ops| ops.linear_bytes(1000, 10));
-        assert_eq!(wide, Some(2000));
+        assert_eq!(open(CudaDtype::Bf16)?.linear_bytes(1000, 10), 2000);
     }
     Ok(())
 }
@@ -177,9 +173,7 @@ fn gradients_are_refused() -> Verdict {
         let ops = checkpoint.model.ops();
         let message = ops.check_gradients().unwrap_err().to_string();
         assert!(message.contains("fp8") && message.contains("gradients"), "{message}");
-        if let Some(wide) = open(CudaDtype::F16) {
-            wide.check_gradients().unwrap();
-        }
+        open(CudaDtype::F16)?.check_gradients()?;
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 //! back. Matrix products of other shapes may sum in another order, so "equal" allows for rounding,
 //! but not where the shapes are the same.
 
+use moa_conformance::{Trial, Verdict, trials};
 use moa_models::{CudaOps, Llama, LogitRows, Ops};
 
 use crate::{alternating, close, cuda, plans, prose, read, step};

@@ -1,7 +1,8 @@
 //! Logits against the CPU's and against those of an independent implementation.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use moa_conformance::{Stop, Trial, Verdict, trials};
 use moa_models::{Llama, LlamaConfig, Ops, Weights};
 use serde::Deserialize;
 
@@ -60,10 +61,10 @@ struct Golden {
 }
 
 /// Compares with a golden file, in which odd heads see 96 keys and even ones 160.
-fn golden(folder: &Path, golden: &Path) {
+fn golden(folder: &Path, golden: &Path) -> Verdict {
     let golden: Golden = serde_json::from_str(&std::fs::read_to_string(golden).unwrap()).unwrap();
     for (dtype, share) in [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)] {
-        let Some(ops) = open(dtype) else { return };
+        let ops = open(dtype)?;
         let config = LlamaConfig::from_file(folder).unwrap();
         let model = Llama::load(ops, config, &Weights::open(folder).unwrap()).unwrap();
         let all: Vec<usize> = (0..model.config().vocab_size).collect();
@@ -81,24 +82,22 @@ fn golden(folder: &Path, golden: &Path) {
         }
         assert_eq!(model.ops().cache_element_bytes(), 2);
     }
+    Ok(())
 }
 
-fn models() -> Option<std::path::PathBuf> {
-    let data = std::env::var_os("MOA_TEST_DATA");
-    if data.is_none() {
-        eprintln!("skipped: set MOA_TEST_DATA to the folder with `models`");
+fn models() -> Result<PathBuf, Stop> {
+    match std::env::var_os("MOA_TEST_DATA") {
+        Some(data) => Ok(Path::new(&data).join("models")),
+        None => Err(Stop::ignored("MOA_TEST_DATA does not name the folder with `models`")),
     }
-    data.map(|data| Path::new(&data).join("models"))
 }
 
 fn moa_tiny_agrees_with_an_independent_implementation() -> Verdict {
     let models = models()?;
-    golden(&moa_tiny(), &models.join("moa-tiny.golden.json"));
-    Ok(())
+    golden(&moa_tiny(), &models.join("moa-tiny.golden.json"))
 }
 
 fn moa_small_agrees_with_an_independent_implementation() -> Verdict {
     let models = models()?;
-    golden(&models.join("moa-small"), &models.join("moa-small.golden.json"));
-    Ok(())
+    golden(&models.join("moa-small"), &models.join("moa-small.golden.json"))
 }

@@ -1,29 +1,37 @@
 //! Whole models on CUDA against the same models on the CPU: logits, laws, greedy text, retrieval.
 //!
-//! Without a GPU each test says that it is skipped; with `MOA_REQUIRE_GPU=1` it fails then. Golden
-//! logits of an independent implementation are read from the folder that `MOA_TEST_DATA` names.
+//! Without a GPU trials are ignored; with `MOA_REQUIRE_GPU=1` they fail then. Golden logits of an
+//! independent implementation are read from the folder that `MOA_TEST_DATA` names.
 
-#[path = "cuda_models/errors.rs"]
 mod errors;
-#[path = "cuda_models/fp8.rs"]
 mod fp8;
-#[path = "cuda_models/laws.rs"]
 mod laws;
-#[path = "cuda_models/logits.rs"]
 mod logits;
-#[path = "cuda_models/profile.rs"]
 mod profile;
-#[path = "cuda_models/ranks.rs"]
 mod ranks;
-#[path = "cuda_models/text.rs"]
 mod text;
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::LazyLock;
 
+use moa_conformance::{Stop, run};
 use moa_core::{ElasticRule, HeadRule, ModelShape, Plan};
 use moa_models::{Checkpoint, CpuOps, CudaDtype, CudaOps, Llama, LogitRows, Ops, Sequence};
+
+fn main() -> ExitCode {
+    let trials = [
+        errors::trials(),
+        fp8::trials(),
+        laws::trials(),
+        logits::trials(),
+        profile::trials(),
+        ranks::trials(),
+        text::trials(),
+    ];
+    run(trials.into_iter().flatten())
+}
 
 /// moa-tiny, from wherever the test runs: it may have been built on another machine.
 fn moa_tiny() -> PathBuf {
@@ -39,29 +47,31 @@ fn cpu() -> &'static Checkpoint<CpuOps> {
     &TINY
 }
 
-/// The first device, or `None` with a loud word.
-fn open(dtype: CudaDtype) -> Option<CudaOps> {
-    match CudaOps::new(0, dtype) {
-        Ok(ops) => Some(ops),
-        Err(error) => {
-            let required = std::env::var_os("MOA_REQUIRE_GPU").is_some_and(|value| value == "1");
-            assert!(!required, "MOA_REQUIRE_GPU is set, but: {error}");
-            let thread = std::thread::current();
-            eprintln!("skipped: {}: {error}", thread.name().unwrap_or("test"));
-            None
-        }
-    }
+/// The first device. Trials without it are ignored; with `MOA_REQUIRE_GPU=1` they fail.
+fn open(dtype: CudaDtype) -> Result<CudaOps, Stop> {
+    CudaOps::new(0, dtype).map_err(|error| {
+        Stop::unless_required("MOA_REQUIRE_GPU", format_args!("no CUDA device ({error})"))
+    })
 }
 
-/// moa-tiny on the GPU, with how far its logits may be from the CPU's: a share of their spread.
-fn cuda() -> Vec<(&'static Checkpoint<CudaOps>, f64)> {
-    static TINY: LazyLock<Vec<(Checkpoint<CudaOps>, f64)>> = LazyLock::new(|| {
-        let load = |(dtype, share)| {
-            Some((Checkpoint::open(open(dtype)?, moa_tiny()).expect("moa-tiny"), share))
-        };
-        [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)].into_iter().map_while(load).collect()
-    });
-    TINY.iter().map(|(checkpoint, share)| (checkpoint, *share)).collect()
+/// Models on the GPU, with how far their logits may be from the CPU's: a share of their spread.
+type Models = Result<Vec<(Checkpoint<CudaOps>, f64)>, Stop>;
+
+/// moa-tiny in each element type, on operations that `change` has changed.
+fn load(change: impl Fn(CudaOps) -> CudaOps) -> Models {
+    let load = |(dtype, share)| Ok((Checkpoint::open(change(open(dtype)?), moa_tiny())?, share));
+    [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)].into_iter().map(load).collect()
+}
+
+fn loaded(models: &'static Models) -> Result<Vec<(&'static Checkpoint<CudaOps>, f64)>, Stop> {
+    let models = models.as_ref().map_err(Stop::clone)?;
+    Ok(models.iter().map(|(checkpoint, share)| (checkpoint, *share)).collect())
+}
+
+/// moa-tiny on the GPU.
+fn cuda() -> Result<Vec<(&'static Checkpoint<CudaOps>, f64)>, Stop> {
+    static TINY: LazyLock<Models> = LazyLock::new(|| load(|ops| ops));
+    loaded(&TINY)
 }
 
 /// `len` tokens of English text.

@@ -1,14 +1,13 @@
 //! Profiles made on the GPU against the CPU's.
 
+use moa_conformance::{Trial, Verdict, trials};
 use moa_core::Influence;
 use moa_models::{BackwardOps, Item, Llama, Message, Objective, PHRASINGS};
 
 use crate::{cpu, cuda, likeliest, plans, read, step};
 
 pub(crate) fn trials() -> Vec<Trial> {
-    trials![
-        influence_is_the_cpus,
-    ]
+    trials![influence_is_the_cpus]
 }
 
 /// A record, and what the model answers.
@@ -44,10 +43,7 @@ fn compare(a: &[f64], b: &[f64]) -> (f64, f64) {
 }
 
 fn influence_is_the_cpus() -> Verdict {
-    let models = cuda();
-    if models.is_empty() {
-        return;
-    }
+    let models = cuda()?;
     let item = item();
     let shape = cpu().model.shape();
     for objective in [Objective::Margin, Objective::CrossEntropyAbsolute] {

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use moa_backend_cuda::Error as CudaError;
+use moa_conformance::{Trial, Verdict, trials};
 use moa_core::{Plan, Sharding};
 use moa_models::{
     Communicator, CudaDtype, CudaOps, Error, GenerateOptions, Llama, LlamaConfig, LogitRows,
@@ -45,9 +46,7 @@ fn on_two<T: Send>(dtype: CudaDtype, plan: &Plan, work: impl Fn(&Model) -> T + S
 
 fn two_ranks_agree_with_the_cpu() -> Verdict {
     for (dtype, share) in [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)] {
-        if open(dtype).is_none() {
-            return;
-        }
+        open(dtype)?;
         let tokens = prose(320);
         for plan in &plans(cpu().model.shape()) {
             let run = |gpu: &Model| {
@@ -100,9 +99,7 @@ fn two_ranks_of_8_bit_weights_agree_with_one() -> Verdict {
 }
 
 fn two_ranks_draw_the_same_tokens() -> Verdict {
-    if open(CudaDtype::F16).is_none() {
-        return;
-    }
+    open(CudaDtype::F16)?;
     let text = prose(300);
     let prompts: [&[u32]; 2] = [&text[..70], &text[100..240]];
     let plan = alternating(cpu().model.shape(), 8, 24, 48);
@@ -123,9 +120,7 @@ fn two_ranks_draw_the_same_tokens() -> Verdict {
 }
 
 fn a_rank_that_cannot_go_on_ends_the_other() -> Verdict {
-    if open(CudaDtype::F16).is_none() {
-        return;
-    }
+    open(CudaDtype::F16)?;
     let [plan, _] = plans(cpu().model.shape());
     let ended = on_ranks(ThreadRank::group(2).unwrap(), |rank: Arc<ThreadRank>| {
         let number = rank.rank();
@@ -145,9 +140,7 @@ fn a_rank_that_cannot_go_on_ends_the_other() -> Verdict {
 /// included.
 fn a_group_of_one_over_nccl_is_the_whole_model() -> Verdict {
     for (dtype, share) in [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)] {
-        if open(dtype).is_none() {
-            return;
-        }
+        open(dtype)?;
         let rank = match NcclRank::group(1) {
             Ok(mut ranks) => ranks.swap_remove(0),
             Err(error) => {

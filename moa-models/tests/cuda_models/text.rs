@@ -1,5 +1,6 @@
 //! Greedy text and retrieval: what a user of the model sees.
 
+use moa_conformance::{Trial, Verdict, trials};
 use moa_models::{
     CpuOps, CudaOps, GenerateOptions, Llama, Next, Ops, PHRASINGS, Request, SamplingOptions,
     Served, Task,
