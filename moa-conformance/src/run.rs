@@ -29,8 +29,8 @@ pub fn run(trials: impl IntoIterator<Item = Trial>) -> ExitCode {
 
 fn mimic(trial: Trial, reasons: &Reasons) -> libtest_mimic::Trial {
     let reasons = reasons.clone();
-    let Trial { name, check } = trial;
-    libtest_mimic::Trial::ignorable_test(name, move || match check().map_err(|stop| stop.0) {
+    let Trial { name, run } = trial;
+    libtest_mimic::Trial::ignorable_test(name, move || match run().map_err(|stop| stop.0) {
         Ok(()) => Ok(Completion::Completed),
         Err(Reason::Failed(message)) => Err(Failed::from(message)),
         Err(Reason::Ignored(reason)) => {

@@ -3,7 +3,7 @@ use std::fmt;
 /// A named check that passes, fails by a panic or an error, or says why it could not show anything.
 pub struct Trial {
     pub(crate) name: String,
-    pub(crate) check: Box<dyn FnOnce() -> Verdict + Send>,
+    pub(crate) run: Box<dyn FnOnce() -> Verdict + Send>,
 }
 
 impl Trial {
@@ -12,7 +12,7 @@ impl Trial {
         name: impl Into<String>,
         check: impl FnOnce() -> V + Send + 'static,
     ) -> Self {
-        Self { name: name.into(), check: Box::new(|| check().into_verdict()) }
+        Self { name: name.into(), run: Box::new(|| check().into_verdict()) }
     }
 
     /// A trial of a function, named as `cargo test` would name it: by its module's path without the
@@ -31,6 +31,17 @@ impl Trial {
     /// The whole name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Does the check, on this thread and apart from any [`run`](crate::run).
+    ///
+    /// # Errors
+    /// [`Stop`] of the check.
+    ///
+    /// # Panics
+    /// Panics where the check does.
+    pub fn check(self) -> Verdict {
+        (self.run)()
     }
 }
 
@@ -92,7 +103,12 @@ impl Stop {
         Self(Reason::Ignored(reason.to_string()))
     }
 
-    /// The same for something that a machine may lack; a failure where the environment `variable` is
+    /// Whether the check showed nothing, and did not fail.
+    pub fn is_ignored(&self) -> bool {
+        matches!(self.0, Reason::Ignored(_))
+    }
+
+    /// The same as [`ignored`](Self::ignored) for something that a machine may lack; a failure where the environment `variable` is
     /// `1`, as it is on machines that have it.
     pub fn unless_required(variable: &str, reason: impl fmt::Display) -> Self {
         match std::env::var_os(variable).is_some_and(|value| value == "1") {

@@ -3,11 +3,20 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
+use moa_conformance::{Trial, Verdict, trials};
 use moa_core::{ModelShape, Plan};
-use moa_models::{CacheDtype, CpuOps, Llama, LlamaConfig, LogitRows, Result, Weights};
+use moa_models::{CacheDtype, CpuOps, Llama, LlamaConfig, LogitRows, Weights};
 use serde::Deserialize;
 
 use crate::{alternating, moa_tiny, test_data};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        moa_tiny_agrees_with_an_independent_implementation,
+        all_logits_of_moa_tiny_agree,
+        all_logits_of_moa_small_agree,
+    ]
+}
 
 #[derive(Deserialize)]
 struct Golden {
@@ -43,7 +52,7 @@ fn sparse(shape: ModelShape) -> Plan {
     alternating(shape, 16, 96, 160)
 }
 
-fn agrees(model: &Path, golden: &Path) -> Result<()> {
+fn agrees(model: &Path, golden: &Path) -> Verdict {
     let golden = Golden::load(golden);
     let model = Llama::load(
         CpuOps::new(CacheDtype::F32),
@@ -79,20 +88,17 @@ fn agrees(model: &Path, golden: &Path) -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn moa_tiny_agrees_with_an_independent_implementation() -> Result<()> {
-    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/engine/golden_tiny.json");
+fn moa_tiny_agrees_with_an_independent_implementation() -> Verdict {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/real_models/golden_tiny.json");
     agrees(&moa_tiny(), &golden)
 }
 
-#[test]
-fn all_logits_of_moa_tiny_agree() -> Result<()> {
-    let Some(models) = test_data("models") else { return Ok(()) };
+fn all_logits_of_moa_tiny_agree() -> Verdict {
+    let models = test_data("models")?;
     agrees(&moa_tiny(), &models.join("moa-tiny.golden.json"))
 }
 
-#[test]
-fn all_logits_of_moa_small_agree() -> Result<()> {
-    let Some(models) = test_data("models") else { return Ok(()) };
+fn all_logits_of_moa_small_agree() -> Verdict {
+    let models = test_data("models")?;
     agrees(&models.join("moa-small"), &models.join("moa-small.golden.json"))
 }

@@ -3,11 +3,16 @@
 
 use std::path::Path;
 
+use moa_conformance::{Trial, Verdict, trials};
 use moa_core::Plan;
-use moa_models::{CpuOps, GenerateOptions, Llama, LlamaConfig, Next, Result, Weights};
+use moa_models::{CpuOps, GenerateOptions, Llama, LlamaConfig, Next, Weights};
 use serde_json::json;
 
 use crate::test_data;
+
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![stories260k_tells_its_published_story]
+}
 
 const BOS: u32 = 1;
 
@@ -156,9 +161,8 @@ fn published(readme: &Path) -> String {
     after.split_once("\n```").unwrap().0.to_owned()
 }
 
-#[test]
-fn stories260k_tells_its_published_story() -> Result<()> {
-    let Some(source) = test_data("checkpoints/stories260K") else { return Ok(()) };
+fn stories260k_tells_its_published_story() -> Verdict {
+    let source = test_data("checkpoints/stories260K")?;
     let folder = tempfile::tempdir().unwrap();
     Export::read(&source.join("stories260K.bin")).convert(folder.path());
     let model = Llama::load(
