@@ -5,11 +5,11 @@
 //! ```
 
 use moa_core::{ElasticRule, Plan};
-use moa_models::{CacheDtype, Checkpoint, CpuOps, Message, Next, PHRASINGS, Result, TextProgress};
+use moa_models::{Checkpoint, CpuOps, Dtype, Message, Next, PHRASINGS, Result, TextProgress};
 
 fn main() -> Result<()> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/moa-tiny");
-    let checkpoint = Checkpoint::open(CpuOps::new(CacheDtype::Bf16), folder)?;
+    let checkpoint = Checkpoint::open(CpuOps::new(Dtype::Bf16), folder)?;
     let model = &checkpoint.model;
 
     // A record of 60 lines and a question about one of them.

@@ -33,16 +33,16 @@
 //! # }
 //! # impl moa_core::SparseAttentionBackend for Backend {
 //! #     type Tensor = ();
-//! #     type Cache = ();
+//! #     type Cache = moa_core::CacheState;
 //! #     type Error = moa_core::Error;
 //! #     fn name(&self) -> &'static str { "own" }
-//! #     fn open(&self, _: &moa_core::LayerLayout, _: usize) -> moa_core::Result<()> { Ok(()) }
-//! #     fn extend(&self, _: &mut [&mut ()], _: &[usize], _: &(), _: &(), _: &(), _: f32, _: bool)
-//! #         -> moa_core::Result<((), Option<()>)> { unimplemented!() }
-//! #     fn len(&self, _: &()) -> usize { 0 }
-//! #     fn fork(&self, _: &()) -> moa_core::Result<()> { Ok(()) }
-//! #     fn truncate(&self, _: &mut (), _: usize) -> moa_core::Result<()> { Ok(()) }
-//! #     fn bytes(&self, _: &()) -> u64 { 0 }
+//! #     fn slot_bytes(&self, _: usize) -> u64 { 0 }
+//! #     fn open(&self, _: &moa_core::LayerLayout, _: usize) -> moa_core::Result<Self::Cache> { unimplemented!() }
+//! #     fn extend(&self, _: &mut [moa_core::Append<'_, Self::Cache>], _: &moa_core::ExtendInputs<'_, ()>)
+//! #         -> moa_core::Result<moa_core::Extended<()>> { unimplemented!() }
+//! #     fn fork(&self, cache: &Self::Cache) -> moa_core::Result<Self::Cache> { Ok(cache.clone()) }
+//! #     fn truncate(&self, cache: &mut Self::Cache, len: usize) -> moa_core::Result<()> { cache.truncate(len) }
+//! #     fn bytes(&self, _: &Self::Cache) -> u64 { 0 }
 //! # }
 //! fn main() -> std::process::ExitCode {
 //!     moa_conformance::run(suite("own", Own::open))

@@ -1,7 +1,7 @@
 use std::ops::Range;
 
 use moa_core::reference::{self, Heads};
-use moa_core::{LayerLayout, Span, SparseAttentionBackend};
+use moa_core::{Append, ExtendInputs, Extended, LayerLayout, Span, SparseAttentionBackend};
 
 use crate::numbers::normal;
 use crate::{Cache, Error, Subject};
@@ -164,7 +164,7 @@ pub fn batch<S: Subject>(s: &S, entries: &mut [Entry<'_, S>]) -> Result<Vec<Outp
     };
     let qkv = [pack(World::q, heads.query), pack(World::k, heads.kv), pack(World::v, heads.kv)];
     let caches = entries.iter_mut().map(|e| (&mut *e.cache, e.range.len()));
-    let (out, lse) = extend(s, caches, qkv.each_ref(), scale, true)?;
+    let Extended { out, lse } = extend(s, caches, qkv.each_ref(), scale, true)?;
     let (out, lse) = (s.host(&out), s.host(&lse.expect("lse was asked for")));
     let mut first = 0;
     Ok(tokens
@@ -178,26 +178,21 @@ pub fn batch<S: Subject>(s: &S, entries: &mut [Entry<'_, S>]) -> Result<Vec<Outp
         .collect())
 }
 
-/// The backend's `extend` by caches and how many tokens each gets: outputs and log-sum-exps.
+/// The backend's `extend` by caches and how many tokens each gets.
 ///
 /// # Errors
 /// That of the backend.
-#[allow(clippy::type_complexity)]
 pub fn extend<'a, S: Subject>(
     s: &S,
     batch: impl IntoIterator<Item = (&'a mut Cache<S>, usize)>,
     [q, k, v]: [&S::Tensor; 3],
     scale: f32,
     lse: bool,
-) -> Result<(S::Tensor, Option<S::Tensor>), Error<S>>
+) -> Result<Extended<S::Tensor>, Error<S>>
 where
     Cache<S>: 'a,
 {
-    let (mut caches, tokens): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
-    s.backend().extend(&mut caches, &tokens, q, k, v, scale, lse)
-}
-
-/// Tokens that a cache holds.
-pub(crate) fn len<S: Subject>(s: &S, cache: &Cache<S>) -> usize {
-    s.backend().len(cache)
+    let batch = batch.into_iter().map(|(cache, tokens)| Append { cache, tokens });
+    let mut batch: Vec<Append<'a, Cache<S>>> = batch.collect();
+    s.backend().extend(&mut batch, &ExtendInputs { q, k, v, scale, lse })
 }

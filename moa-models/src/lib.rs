@@ -13,14 +13,13 @@ mod engine;
 mod error;
 mod eval;
 mod find_plan;
-mod rng;
 
 pub use checkpoint::fingerprint::fingerprint;
 pub use checkpoint::generation_config::GenerationConfig;
 #[cfg(feature = "hub")]
 pub use checkpoint::hub::download;
 pub use checkpoint::mapped::MappedTensor;
-pub use checkpoint::safetensors::{DType, Weights};
+pub use checkpoint::safetensors::Weights;
 pub use checkpoint::template::{ChatTemplate, Message};
 pub use checkpoint::tokenizer::{TokenStream, Tokenizer};
 pub use checkpoint::{Checkpoint, Completion, TextProgress};
@@ -32,7 +31,7 @@ pub use decoder::shard::{Communicator, Rank, Shard, on_ranks};
 pub use decoder::thread_rank::ThreadRank;
 pub use device::cpu::{CpuMatrix, CpuOps, CpuRotations};
 #[cfg(feature = "cuda")]
-pub use device::cuda::{CudaDtype, CudaMatrix, CudaOps, Joined, NcclRank};
+pub use device::cuda::{CudaMatrix, CudaOps, Joined, NcclRank};
 #[cfg(feature = "wgpu")]
 pub use device::wgpu::WgpuOps;
 pub use device::{BackwardOps, LinearWeights, Memory, Ops, RandomWeights};
@@ -61,6 +60,6 @@ pub use find_plan::objective::{Objective, TokenWeight, WeightedObjective};
 pub use find_plan::profile::Item;
 pub use find_plan::records::{PHRASINGS, Phrasing, RecordPrompt};
 pub use find_plan::refine::{Refined, measured_losses, refine};
-pub use moa_backend_cpu::CacheDtype;
 #[cfg(feature = "cuda")]
 pub use moa_backend_cuda::NcclId;
+pub use moa_core::Dtype;

@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 
 use moa_conformance::{Stop, Verdict, run, trials};
 use moa_core::{ElasticRule, Plan};
-use moa_models::{CacheDtype, CpuOps, GenerateOptions, Llama, LlamaConfig, Next, Result, Weights};
+use moa_models::{CpuOps, Dtype, GenerateOptions, Llama, LlamaConfig, Next, Result, Weights};
 
 fn main() -> ExitCode {
     run(trials![
@@ -65,12 +65,12 @@ fn holds_what_it_promises(
     model: &Llama<CpuOps>,
     plan: &Plan,
     capacity: usize,
-    bytes: usize,
+    cache: Dtype,
 ) -> Result<usize> {
     let vocab = model.config().vocab_size as u32;
     let options = GenerateOptions { max_new_tokens: 8, ..GenerateOptions::default() };
     let prompt: Vec<u32> = (0..capacity as u32 - 8).map(|i| i * 7919 % vocab).collect();
-    let promised = plan.kv_bytes(capacity, bytes);
+    let promised = plan.kv_bytes(capacity, cache.slot_bytes(plan.shape().head_dim));
 
     let before = LIVE.load(Relaxed);
     let mut batch = [model.open(plan, capacity, 0)?];
@@ -85,7 +85,7 @@ fn holds_what_it_promises(
     Ok(held - before)
 }
 
-fn load(folder: &Path, cache: CacheDtype) -> Result<Llama<CpuOps>> {
+fn load(folder: &Path, cache: Dtype) -> Result<Llama<CpuOps>> {
     Llama::load(CpuOps::new(cache), LlamaConfig::from_file(folder)?, &Weights::open(folder)?)
 }
 
@@ -103,14 +103,15 @@ static ALONE: Mutex<()> = Mutex::new(());
 fn sequences_hold_the_bytes_that_their_plan_promises() -> Result<()> {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/moa-tiny");
-    for (cache, bytes) in [(CacheDtype::F32, 4), (CacheDtype::Bf16, 2)] {
+    for cache in [Dtype::F32, Dtype::Bf16] {
         let model = load(&tiny, cache)?;
         let (dense, plan) = (Plan::full(model.shape())?, quarter(&model)?);
-        assert_eq!(plan.kv_bytes(2048, bytes) * 4, model.dense_bytes(2048)?);
+        let slot_bytes = cache.slot_bytes(model.shape().head_dim);
+        assert_eq!(plan.kv_bytes(2048, slot_bytes) * 4, model.dense_bytes(2048)?);
         // The first run also leaves each thread the buffers that its next run reuses.
-        holds_what_it_promises(&model, &dense, 2048, bytes)?;
-        let grown = holds_what_it_promises(&model, &plan, 2048, bytes)?;
-        within_2_percent(grown, plan.kv_bytes(2048, bytes), "grown by the sequence");
+        holds_what_it_promises(&model, &dense, 2048, cache)?;
+        let grown = holds_what_it_promises(&model, &plan, 2048, cache)?;
+        within_2_percent(grown, plan.kv_bytes(2048, slot_bytes), "grown by the sequence");
     }
     Ok(())
 }
@@ -120,9 +121,10 @@ fn those_of_a_longer_context_do_too() -> Verdict {
         return Err(Stop::ignored("MOA_TEST_DATA does not name the folder of real models"));
     };
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let model = load(&Path::new(&data).join("models/moa-small"), CacheDtype::F32)?;
+    let model = load(&Path::new(&data).join("models/moa-small"), Dtype::F32)?;
     let plan = quarter(&model)?;
-    assert_eq!(plan.kv_bytes(8192, 4) * 4, model.dense_bytes(8192)?);
-    holds_what_it_promises(&model, &plan, 8192, 4)?;
+    let slot_bytes = Dtype::F32.slot_bytes(model.shape().head_dim);
+    assert_eq!(plan.kv_bytes(8192, slot_bytes) * 4, model.dense_bytes(8192)?);
+    holds_what_it_promises(&model, &plan, 8192, Dtype::F32)?;
     Ok(())
 }

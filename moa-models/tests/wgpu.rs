@@ -11,8 +11,8 @@ use moa_backend_wgpu::{Device, Dtype};
 use moa_conformance::{Stop, Verdict, run, trials};
 use moa_core::{ElasticRule, HeadRule, Influence, ModelShape, Plan, Span};
 use moa_models::{
-    BackwardOps, CacheDtype, Checkpoint, CpuOps, GenerateOptions, Item, LogitRows, Next, Objective,
-    Ops, WgpuOps,
+    BackwardOps, Checkpoint, CpuOps, Dtype, GenerateOptions, Item, LogitRows, Next, Objective, Ops,
+    WgpuOps,
 };
 
 fn main() -> ExitCode {
@@ -79,7 +79,7 @@ fn run<O: Ops>(checkpoint: &Checkpoint<O>, narrow_spans: bool) -> (Vec<Vec<u32>>
 
 fn generation_and_logits_equal_those_of_the_cpu() -> Verdict {
     let (device, _alone) = device()?;
-    let cpu = Checkpoint::open(CpuOps::new(CacheDtype::F32), moa_tiny()).unwrap();
+    let cpu = Checkpoint::open(CpuOps::new(Dtype::F32), moa_tiny()).unwrap();
     let gpu = Checkpoint::open(WgpuOps::new(&device, Dtype::F32), moa_tiny()).unwrap();
     for narrow_spans in [false, true] {
         let (expected, expected_logits) = run(&cpu, narrow_spans);
@@ -95,12 +95,12 @@ fn generation_and_logits_equal_those_of_the_cpu() -> Verdict {
 
 fn cache_bytes_are_what_the_plan_promises() -> Verdict {
     let (device, _alone) = device()?;
-    for (dtype, element_bytes) in [(Dtype::F32, 4), (Dtype::Bf16, 2)] {
+    for dtype in [Dtype::F32, Dtype::Bf16] {
         let gpu = Checkpoint::open(WgpuOps::new(&device, dtype), moa_tiny()).unwrap().model;
         let plan = narrow(gpu.shape());
         let sequence = gpu.open(&plan, 1000, 0).unwrap();
-        assert_eq!(gpu.kv_bytes(&sequence), plan.kv_bytes(1000, element_bytes));
-        assert_eq!(gpu.ops().cache_element_bytes(), element_bytes);
+        let slot_bytes = dtype.slot_bytes(gpu.shape().head_dim);
+        assert_eq!(gpu.kv_bytes(&sequence), plan.kv_bytes(1000, slot_bytes));
     }
     Ok(())
 }
@@ -123,7 +123,7 @@ fn profile<O: BackwardOps>(checkpoint: &Checkpoint<O>) -> Vec<f64> {
 
 fn influence_equals_that_of_the_cpu() -> Verdict {
     let (device, _alone) = device()?;
-    let cpu = Checkpoint::open(CpuOps::new(CacheDtype::F32), moa_tiny()).unwrap();
+    let cpu = Checkpoint::open(CpuOps::new(Dtype::F32), moa_tiny()).unwrap();
     let gpu = Checkpoint::open(WgpuOps::new(&device, Dtype::Bf16), moa_tiny()).unwrap();
     let (expected, found) = (profile(&cpu), profile(&gpu));
     let largest = expected.iter().fold(0.0f64, |max, x| max.max(x.abs()));

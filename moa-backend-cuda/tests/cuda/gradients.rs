@@ -2,6 +2,7 @@
 
 use moa_backend_cuda::{Dtype, Error, Tensor};
 use moa_conformance::{Trial, Verdict, backward, distance, trials};
+use moa_core::ArgumentError;
 use moa_core::reference::{self, Heads};
 
 use super::ops::{Ops, product};
@@ -124,10 +125,10 @@ fn influence_and_gradients_of_attention_equal_the_reference() -> Verdict {
         let zeros = |shape: &[usize]| Tensor::zeros(ops.device, shape, ops.dtype()).unwrap();
         let (q, k) = (zeros(&[8, 4, 64]), zeros(&[8, 3, 64]));
         let refused = ops.operations.attention_backward([&q, &k, &k, &q], 1.0, 64, true, true);
-        assert!(matches!(refused, Err(Error::Shape { what: "k", .. })));
+        assert!(matches!(refused, Err(Error::Argument(ArgumentError { argument: "k", .. }))));
         let k = zeros(&[8, 2, 64]);
         let refused = ops.operations.attention_backward([&q, &k, &k, &q], 1.0, 7, true, true);
-        assert!(matches!(refused, Err(Error::Argument { what: "block", .. })));
+        assert!(matches!(refused, Err(Error::Argument(ArgumentError { argument: "block", .. }))));
     }
     Ok(())
 }

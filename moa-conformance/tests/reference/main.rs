@@ -10,7 +10,6 @@ use std::process::ExitCode;
 use backend::{Defect, Reference};
 use moa_conformance::{Trial, Verdict, part, run, suite};
 
-
 /// A defect, and checks that find it.
 const FOUND: [(Defect, &[&str]); 11] = [
     (

@@ -1,4 +1,8 @@
-use moa_core::{Extent, LayerLayout, ModelShape, Plan, SparseAttentionBackend};
+use std::sync::Arc;
+
+use moa_core::{
+    Append, CacheState, ExtendInputs, LayerLayout, ModelShape, Plan, SparseAttentionBackend,
+};
 
 use crate::checkpoint::safetensors::Weights;
 use crate::decoder::block::{Layer, LayerPart};
@@ -33,9 +37,8 @@ impl<O: Ops> std::fmt::Debug for Llama<O> {
 /// One sequence: its caches in every layer, as large as its plan allows and no larger.
 pub struct Sequence<O: Ops> {
     pub(crate) caches: Vec<<O::Attention as SparseAttentionBackend>::Cache>,
-    layouts: Vec<LayerLayout>,
-    pub(crate) extent: Extent,
-    capacity: usize,
+    /// How far the sequence is filled; that of the first layer's cache between steps.
+    pub(crate) state: CacheState,
     pub(crate) rope: RopeTable,
     /// A device failed half-way through a step: layers disagree on the length.
     pub(crate) broken: bool,
@@ -43,24 +46,24 @@ pub struct Sequence<O: Ops> {
 
 impl<O: Ops> std::fmt::Debug for Sequence<O> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Sequence({} of {} tokens)", self.len(), self.capacity)
+        write!(f, "Sequence({} of {} tokens)", self.len(), self.capacity())
     }
 }
 
 impl<O: Ops> Sequence<O> {
     /// Tokens held.
     pub fn len(&self) -> usize {
-        self.extent.len()
+        self.state.len()
     }
 
     /// Whether no token is held.
     pub fn is_empty(&self) -> bool {
-        self.extent.is_empty()
+        self.state.is_empty()
     }
 
     /// Most tokens it may hold.
     pub fn capacity(&self) -> usize {
-        self.capacity
+        self.state.capacity()
     }
 }
 
@@ -140,6 +143,11 @@ impl<O: Ops> Llama<O> {
         self.config.shape()
     }
 
+    /// Bytes of one slot of a cache, key and value together.
+    pub(crate) fn slot_bytes(&self) -> u64 {
+        self.ops.attention().slot_bytes(self.config.head_dim)
+    }
+
     pub(crate) fn scale(&self) -> f32 {
         (self.config.head_dim as f32).sqrt().recip()
     }
@@ -163,13 +171,13 @@ impl<O: Ops> Llama<O> {
         let layouts = (0..self.layers.len())
             .map(|layer| LayerLayout::new(&plan.layer_spans(layer, capacity), capacity, slack))
             .collect::<moa_core::Result<Vec<_>>>()?;
-        let slots: usize = layouts.iter().map(LayerLayout::slots).sum();
-        let element_bytes = 2 * self.config.head_dim * self.ops.cache_element_bytes();
-        self.ops.check_room("keys and values", slots as u64 * element_bytes as u64)?;
+        let bytes = layouts.iter().map(|layout| layout.bytes(self.slot_bytes())).sum();
+        self.ops.check_room("keys and values", bytes)?;
         let open = |layout| self.ops.attention().open(layout, self.config.head_dim);
         let caches = layouts.iter().map(open).collect::<Result<_, _>>().map_err(Error::backend)?;
         let rope = self.rope(capacity)?;
-        Ok(Sequence { caches, layouts, extent: Extent::default(), capacity, rope, broken: false })
+        let state = CacheState::new(Arc::new(layouts[0].clone()), self.config.head_dim);
+        Ok(Sequence { caches, state, rope, broken: false })
     }
 
     /// An independent copy of a sequence, for a shared prefix.
@@ -185,9 +193,9 @@ impl<O: Ops> Llama<O> {
                 .map(fork)
                 .collect::<Result<_, _>>()
                 .map_err(Error::backend)?,
-            layouts: sequence.layouts.clone(),
+            state: sequence.state.clone(),
             rope: sequence.rope.clone(),
-            ..*sequence
+            broken: sequence.broken,
         })
     }
 
@@ -197,14 +205,13 @@ impl<O: Ops> Llama<O> {
     /// [`moa_core::Error::Evicted`] if keys that were overwritten would be needed; nothing changes.
     pub fn truncate(&self, sequence: &mut Sequence<O>, len: usize) -> Result<()> {
         // Layers differ in spans: ask all of them before changing one.
-        for layout in &sequence.layouts {
-            sequence.extent.clone().truncate(layout, len)?;
+        for cache in &sequence.caches {
+            cache.as_ref().clone().truncate(len)?;
         }
-        for (cache, layout) in sequence.caches.iter_mut().zip(&sequence.layouts) {
+        for cache in &mut sequence.caches {
             self.ops.attention().truncate(cache, len).map_err(Error::backend)?;
-            sequence.extent.truncate(layout, len)?;
         }
-        Ok(())
+        Ok(sequence.state.truncate(len)?)
     }
 
     /// Bytes of keys and values that a sequence really holds.
@@ -266,7 +273,7 @@ impl<O: Ops> Llama<O> {
         let result = self.run_layers(batch, &counts, x, &rotations);
         for (sequence, n) in batch.iter_mut().zip(&counts) {
             match result {
-                Ok(_) => sequence.extent.advance(*n),
+                Ok(_) => sequence.state.append(*n)?,
                 Err(_) => sequence.broken = true,
             }
         }
@@ -292,7 +299,7 @@ impl<O: Ops> Llama<O> {
             if new.is_empty() {
                 return Err(Error::invalid("tokens", "at least 1 per sequence", 0));
             }
-            sequence.extent.check_append(&sequence.layouts[0], new.len())?;
+            sequence.state.check_append(new.len())?;
             self.check_tokens(new)?;
         }
         Ok(())
@@ -315,12 +322,14 @@ impl<O: Ops> Llama<O> {
     ) -> Result<O::Tensor> {
         for (index, layer) in self.layers.iter().enumerate() {
             let [q, k, v] = self.qkv(layer, &x, rotations)?;
-            let mut caches: Vec<_> = batch.iter_mut().map(|s| &mut s.caches[index]).collect();
-            let (out, _) = self
-                .ops
-                .attention()
-                .extend(&mut caches, counts, &q, &k, &v, self.scale(), false)
-                .map_err(Error::backend)?;
+            let mut appends: Vec<_> = batch
+                .iter_mut()
+                .zip(counts)
+                .map(|(s, &tokens)| Append { cache: &mut s.caches[index], tokens })
+                .collect();
+            let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: self.scale(), lse: false };
+            let out =
+                self.ops.attention().extend(&mut appends, &inputs).map_err(Error::backend)?.out;
             x = self.after_attention(layer, x, out)?;
             x = self.mlp(layer, x)?;
         }

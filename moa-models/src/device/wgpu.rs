@@ -9,10 +9,9 @@ use moa_backend_wgpu::ops::{self as kernels, Layer};
 use moa_backend_wgpu::{Device, Dtype, Matrix, Tensor, WgpuBackend};
 
 use crate::checkpoint::mapped::MappedTensor;
-use crate::checkpoint::safetensors::DType;
 use crate::decoder::rope::RopeTable;
 use crate::device::{BackwardOps, LinearWeights, Ops, RandomWeights, part_seeds, random_amplitude};
-use crate::{CacheDtype, Error, Result};
+use crate::{Error, Result};
 
 /// Runs a model on a GPU over Vulkan, Metal, DX12 or WebGPU.
 ///
@@ -33,14 +32,9 @@ impl WgpuOps {
     ///
     /// # Errors
     /// [`Error::Backend`] with a [`moa_backend_wgpu::Error`] if there is no such GPU.
-    pub fn open(index: Option<usize>, cache: CacheDtype) -> Result<Self> {
+    pub fn open(index: Option<usize>, cache: Dtype) -> Result<Self> {
         let device = index.map_or_else(Device::open, Device::open_nth).map_err(Error::backend)?;
-        let dtype = match cache {
-            CacheDtype::F32 => Dtype::F32,
-            CacheDtype::F16 => Dtype::F16,
-            CacheDtype::Bf16 => Dtype::Bf16,
-        };
-        Ok(Self::new(&device, dtype))
+        Ok(Self::new(&device, cache))
     }
 
     /// On this device, with KV caches of this element type.
@@ -70,24 +64,16 @@ impl Ops for WgpuOps {
         &self.attention
     }
 
-    fn cache_element_bytes(&self) -> usize {
-        self.attention.cache_dtype().bytes()
-    }
-
     fn matrix(&self, tensor: MappedTensor) -> Result<Matrix> {
         let &[rows, cols] = tensor.shape() else {
             return Err(Error::invalid("weight", "2 axes", tensor.shape().len()));
         };
-        let dtype = match tensor.dtype() {
-            DType::F32 => Dtype::F32,
-            DType::F16 => Dtype::F16,
-            DType::BF16 => Dtype::Bf16,
-        };
-        Matrix::new(self.device(), tensor.bytes(), rows, cols, dtype).map_err(Error::backend)
+        Matrix::new(self.device(), tensor.bytes(), rows, cols, tensor.dtype())
+            .map_err(Error::backend)
     }
 
     fn linear_matrix(&self, tensor: MappedTensor) -> Result<Matrix> {
-        if let (Dtype::F16, DType::BF16, &[rows, cols]) =
+        if let (Dtype::F16, Dtype::Bf16, &[rows, cols]) =
             (self.inner, tensor.dtype(), tensor.shape())
             && let Some(bytes) = narrowed(tensor.bytes())
         {

@@ -1,5 +1,5 @@
 use crate::error::{Error, Result};
-use crate::rng::SplitMix64;
+use moa_core::SplitMix64;
 
 /// How the next token is chosen from the logits. The default is greedy.
 ///

@@ -105,6 +105,6 @@ impl<O: Ops> Llama<O> {
     /// # Errors
     /// Never for a model that was loaded.
     pub fn dense_bytes(&self, capacity: usize) -> Result<u64> {
-        Ok(Plan::full(self.local)?.kv_bytes(capacity, self.ops().cache_element_bytes()))
+        Ok(Plan::full(self.local)?.kv_bytes(capacity, self.slot_bytes()))
     }
 }

@@ -2,7 +2,7 @@
 //! layers below that one again. Items that begin alike, as questions about one text do, share what
 //! they have in common.
 
-use moa_core::{LayerLayout, Plan, SparseAttentionBackend};
+use moa_core::{Append, ExtendInputs, LayerLayout, Plan, SparseAttentionBackend};
 
 use crate::decoder::llama::Llama;
 use crate::device::Ops;
@@ -146,9 +146,9 @@ impl<O: Ops> Llama<O> {
                 attention.open(&layout, self.config.head_dim).map_err(Error::backend)?;
             if let (Some(shared), Some(rotations)) = (x.shared.take(), &pass.shared_rotations) {
                 let [q, k, v] = self.qkv(layer, &shared, rotations)?;
-                let (out, _) = attention
-                    .extend(&mut [&mut cache], &[pass.shared], &q, &k, &v, self.scale(), false)
-                    .map_err(Error::backend)?;
+                let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: self.scale(), lse: false };
+                let appends = &mut [Append { cache: &mut cache, tokens: pass.shared }];
+                let out = attention.extend(appends, &inputs).map_err(Error::backend)?.out;
                 // Nothing reads these rows of the top layer but the keys and values.
                 if !is_top {
                     let shared = self.after_attention(layer, shared, out)?;
@@ -160,11 +160,14 @@ impl<O: Ops> Llama<O> {
                 caches.push(attention.fork(&cache).map_err(Error::backend)?);
             }
             caches.push(cache);
-            let mut caches: Vec<_> = caches.iter_mut().collect();
+            let mut appends: Vec<_> = caches
+                .iter_mut()
+                .zip(&counts)
+                .map(|(cache, &tokens)| Append { cache, tokens })
+                .collect();
             let [q, k, v] = self.qkv(layer, &x.rest, &pass.rest_rotations)?;
-            let (mut out, _) = attention
-                .extend(&mut caches, &counts, &q, &k, &v, self.scale(), false)
-                .map_err(Error::backend)?;
+            let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: self.scale(), lse: false };
+            let mut out = attention.extend(&mut appends, &inputs).map_err(Error::backend)?.out;
             if is_top {
                 (x.rest, out) = (ops.rows(&x.rest, &pass.rows)?, ops.rows(&out, &pass.rows)?);
             }

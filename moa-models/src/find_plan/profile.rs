@@ -7,8 +7,8 @@
 use std::ops::Range;
 
 use moa_core::{
-    DEFAULT_SINK, ElasticRule, Gradients, Influence, InfluenceInputs, LayerLayout, Plan, Span,
-    SparseAttentionBackend,
+    Append, DEFAULT_SINK, ElasticRule, ExtendInputs, Extended, Gradients, Influence,
+    InfluenceInputs, LayerLayout, Plan, Span, SparseAttentionBackend,
 };
 
 use crate::decoder::block::Layer;
@@ -170,9 +170,10 @@ impl<O: BackwardOps> Llama<O> {
             let attention = self.ops.exact_attention();
             let mut cache =
                 attention.open(&layout, self.config.head_dim).map_err(Error::backend)?;
-            let (out, lse) = attention
-                .extend(&mut [&mut cache], &[n], &q, &k, &v, self.scale(), true)
-                .map_err(Error::backend)?;
+            let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: self.scale(), lse: true };
+            let appends = &mut [Append { cache: &mut cache, tokens: n }];
+            let Extended { out, lse } =
+                attention.extend(appends, &inputs).map_err(Error::backend)?;
             let lse = lse.ok_or(Error::invalid("backend", "a log-sum-exp output", "none"))?;
             let is_top = index + 1 == self.layers.len();
             let next = match is_top {

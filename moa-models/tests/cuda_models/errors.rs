@@ -4,7 +4,7 @@ use std::error::Error as _;
 
 use moa_backend_cuda::Error as CudaError;
 use moa_conformance::{Trial, Verdict, trials};
-use moa_models::{CudaDtype, CudaOps, Error, LogitRows, Ops};
+use moa_models::{CudaOps, Dtype, Error, LogitRows, Ops};
 
 use crate::{cuda, plans};
 
@@ -25,7 +25,7 @@ fn cause(error: &Error) -> Option<&CudaError> {
 }
 
 fn a_device_that_is_not_there_is_named() {
-    let error = CudaOps::new(99, CudaDtype::Bf16).unwrap_err();
+    let error = CudaOps::new(99, Dtype::Bf16).unwrap_err();
     let named = matches!(
         cause(&error),
         Some(CudaError::NoDevice { ordinal: 99, .. } | CudaError::NoDriver { .. })

@@ -5,9 +5,9 @@ use std::sync::LazyLock;
 
 use moa_backend_cuda::e4m3;
 use moa_conformance::{Stop, Trial, Verdict, trials};
-use moa_models::{BackwardOps, Checkpoint, CpuOps, CudaDtype, CudaOps, Ops};
+use moa_models::{BackwardOps, Checkpoint, CpuOps, CudaOps, Dtype, Ops};
 use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::TensorView;
 
 use crate::laws::decoder_equals_steps;
 use crate::text::{greedy, greedy_text_agrees};
@@ -50,7 +50,7 @@ fn round(file: &Path) {
             all.push((name, dtype, shape, tensor.data().to_vec()));
             continue;
         }
-        assert_eq!(dtype, Dtype::BF16, "{name}");
+        assert_eq!(dtype, safetensors::Dtype::BF16, "{name}");
         let pairs = tensor.data().as_chunks::<2>().0.iter();
         let values: Vec<f32> =
             pairs.map(|pair| f32::from_bits(u32::from(u16::from_le_bytes(*pair)) << 16)).collect();
@@ -163,7 +163,7 @@ fn bytes_are_counted_as_they_are() -> Verdict {
         let rest = 8192 * 256 + 13 * 256;
         assert_eq!(model.weight_bytes(), linear + 4 * outputs + 2 * rest);
         assert_eq!(model.ops().weight_bytes(100), 200);
-        assert_eq!(open(CudaDtype::Bf16)?.linear_bytes(1000, 10), 2000);
+        assert_eq!(open(Dtype::Bf16)?.linear_bytes(1000, 10), 2000);
     }
     Ok(())
 }
@@ -173,7 +173,7 @@ fn gradients_are_refused() -> Verdict {
         let ops = checkpoint.model.ops();
         let message = ops.check_gradients().unwrap_err().to_string();
         assert!(message.contains("fp8") && message.contains("gradients"), "{message}");
-        open(CudaDtype::F16)?.check_gradients()?;
+        open(Dtype::F16)?.check_gradients()?;
     }
     Ok(())
 }

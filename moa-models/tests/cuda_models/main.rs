@@ -18,7 +18,7 @@ use std::sync::LazyLock;
 
 use moa_conformance::{Stop, run};
 use moa_core::{ElasticRule, HeadRule, ModelShape, Plan};
-use moa_models::{Checkpoint, CpuOps, CudaDtype, CudaOps, Llama, LogitRows, Ops, Sequence};
+use moa_models::{Checkpoint, CpuOps, CudaOps, Dtype, Llama, LogitRows, Ops, Sequence};
 
 fn main() -> ExitCode {
     let trials = [
@@ -48,7 +48,7 @@ fn cpu() -> &'static Checkpoint<CpuOps> {
 }
 
 /// The first device. Trials without it are ignored; with `MOA_REQUIRE_GPU=1` they fail.
-fn open(dtype: CudaDtype) -> Result<CudaOps, Stop> {
+fn open(dtype: Dtype) -> Result<CudaOps, Stop> {
     CudaOps::new(0, dtype).map_err(|error| {
         Stop::unless_required("MOA_REQUIRE_GPU", format_args!("no CUDA device ({error})"))
     })
@@ -60,7 +60,7 @@ type Models = Result<Vec<(Checkpoint<CudaOps>, f64)>, Stop>;
 /// moa-tiny in each element type, on operations that `change` has changed.
 fn load(change: impl Fn(CudaOps) -> CudaOps) -> Models {
     let load = |(dtype, share)| Ok((Checkpoint::open(change(open(dtype)?), moa_tiny())?, share));
-    [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)].into_iter().map(load).collect()
+    [(Dtype::F16, 0.01), (Dtype::Bf16, 0.06)].into_iter().map(load).collect()
 }
 
 fn loaded(models: &'static Models) -> Result<Vec<(&'static Checkpoint<CudaOps>, f64)>, Stop> {

@@ -7,8 +7,8 @@ use moa_backend_cuda::Error as CudaError;
 use moa_conformance::{Stop, Trial, Verdict, trials};
 use moa_core::{Plan, Sharding};
 use moa_models::{
-    Communicator, CudaDtype, CudaOps, Error, GenerateOptions, Llama, LlamaConfig, LogitRows,
-    NcclRank, Next, Ops, Rank, SamplingOptions, Shard, ThreadRank, Weights, on_ranks,
+    Communicator, CudaOps, Dtype, Error, GenerateOptions, Llama, LlamaConfig, LogitRows, NcclRank,
+    Next, Ops, Rank, SamplingOptions, Shard, ThreadRank, Weights, on_ranks,
 };
 
 use crate::{alternating, close, cpu, moa_tiny, open, plans, prose, read, step};
@@ -27,7 +27,7 @@ type Model = Llama<CudaOps>;
 
 /// moa-tiny's part of one rank.
 fn part(
-    dtype: CudaDtype,
+    dtype: Dtype,
     plan: &Plan,
     communicator: impl Communicator<CudaOps> + 'static,
 ) -> Result<Model, Error> {
@@ -38,14 +38,14 @@ fn part(
 }
 
 /// What two ranks on the first GPU compute.
-fn on_two<T: Send>(dtype: CudaDtype, plan: &Plan, work: impl Fn(&Model) -> T + Sync) -> Vec<T> {
+fn on_two<T: Send>(dtype: Dtype, plan: &Plan, work: impl Fn(&Model) -> T + Sync) -> Vec<T> {
     let ranks = ThreadRank::group(2).unwrap();
     on_ranks(ranks, |rank: Arc<ThreadRank>| Ok::<_, Error>(work(&part(dtype, plan, rank)?)))
         .unwrap()
 }
 
 fn two_ranks_agree_with_the_cpu() -> Verdict {
-    for (dtype, share) in [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)] {
+    for (dtype, share) in [(Dtype::F16, 0.01), (Dtype::Bf16, 0.06)] {
         open(dtype)?;
         let tokens = prose(320);
         for plan in &plans(cpu().model.shape()) {
@@ -66,7 +66,10 @@ fn two_ranks_agree_with_the_cpu() -> Verdict {
             }
             close("two ranks, prefill of 300 and decode of 20", &got[0].0, &expected, share);
             assert!(got[0].0 == got[1].0, "ranks do not have the same logits");
-            assert_eq!(got[0].1 + got[1].1, plan.kv_bytes(400, 2));
+            assert_eq!(
+                got[0].1 + got[1].1,
+                plan.kv_bytes(400, dtype.slot_bytes(plan.shape().head_dim))
+            );
         }
     }
     Ok(())
@@ -75,7 +78,7 @@ fn two_ranks_agree_with_the_cpu() -> Verdict {
 /// Slices have factors of their own, but these are powers of two: all but the smallest weights are rounded
 /// as in the whole.
 fn two_ranks_of_8_bit_weights_agree_with_one() -> Verdict {
-    let ops = open(CudaDtype::F16)?;
+    let ops = open(Dtype::F16)?;
     let config = LlamaConfig::from_file(moa_tiny()).unwrap();
     let weights = Weights::open(moa_tiny()).unwrap();
     let tokens = prose(200);
@@ -90,7 +93,7 @@ fn two_ranks_of_8_bit_weights_agree_with_one() -> Verdict {
     let whole = Llama::load(ops.with_fp8_weights(), config.clone(), &weights).unwrap();
     let expected = run(&whole);
     let parts = on_ranks(ThreadRank::group(2).unwrap(), |rank: Arc<ThreadRank>| {
-        let ops = CudaOps::new(0, CudaDtype::F16)?.with_fp8_weights();
+        let ops = CudaOps::new(0, Dtype::F16)?.with_fp8_weights();
         let shard = Shard::new(&sharding, rank)?;
         Ok::<_, Error>(run(&Llama::load_shard(ops, config.clone(), &weights, shard)?))
     });
@@ -99,14 +102,14 @@ fn two_ranks_of_8_bit_weights_agree_with_one() -> Verdict {
 }
 
 fn two_ranks_draw_the_same_tokens() -> Verdict {
-    open(CudaDtype::F16)?;
+    open(Dtype::F16)?;
     let text = prose(300);
     let prompts: [&[u32]; 2] = [&text[..70], &text[100..240]];
     let plan = alternating(cpu().model.shape(), 8, 24, 48);
     for temperature in [0.0, 0.8] {
         let sampling = SamplingOptions { temperature, seed: 5, ..Default::default() };
         let options = GenerateOptions { max_new_tokens: 24, sampling, ..Default::default() };
-        let texts = on_two(CudaDtype::F16, &plan, |gpu| {
+        let texts = on_two(Dtype::F16, &plan, |gpu| {
             let open = |prompt: &&[u32]| gpu.open(&plan, prompt.len() + 24, 0).unwrap();
             let mut batch: Vec<_> = prompts.iter().map(open).collect();
             let made =
@@ -120,11 +123,11 @@ fn two_ranks_draw_the_same_tokens() -> Verdict {
 }
 
 fn a_rank_that_cannot_go_on_ends_the_other() -> Verdict {
-    open(CudaDtype::F16)?;
+    open(Dtype::F16)?;
     let [plan, _] = plans(cpu().model.shape());
     let ended = on_ranks(ThreadRank::group(2).unwrap(), |rank: Arc<ThreadRank>| {
         let number = rank.rank();
-        let model = part(CudaDtype::F16, &plan, rank)?;
+        let model = part(Dtype::F16, &plan, rank)?;
         let mut sequence = model.open(&plan, 40, 0)?;
         model.forward(&mut [&mut sequence], &[&[1, 2, 3]], LogitRows::Last)?;
         if number == 1 {
@@ -139,7 +142,7 @@ fn a_rank_that_cannot_go_on_ends_the_other() -> Verdict {
 /// One rank: NCCL has nothing to add, but everything around it is as with many, the captured step
 /// included.
 fn a_group_of_one_over_nccl_is_the_whole_model() -> Verdict {
-    for (dtype, share) in [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)] {
+    for (dtype, share) in [(Dtype::F16, 0.01), (Dtype::Bf16, 0.06)] {
         open(dtype)?;
         let rank = match NcclRank::group(1) {
             Ok(mut ranks) => ranks.swap_remove(0),

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use moa_conformance::{Trial, Verdict, trials};
 use moa_core::{ModelShape, Plan};
-use moa_models::{CacheDtype, CpuOps, Llama, LlamaConfig, LogitRows, Weights};
+use moa_models::{CpuOps, Dtype, Llama, LlamaConfig, LogitRows, Weights};
 use serde::Deserialize;
 
 use crate::{alternating, moa_tiny, test_data};
@@ -55,7 +55,7 @@ fn sparse(shape: ModelShape) -> Plan {
 fn agrees(model: &Path, golden: &Path) -> Verdict {
     let golden = Golden::load(golden);
     let model = Llama::load(
-        CpuOps::new(CacheDtype::F32),
+        CpuOps::new(Dtype::F32),
         LlamaConfig::from_file(model)?,
         &Weights::open(model)?,
     )?;

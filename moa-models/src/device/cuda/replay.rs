@@ -292,7 +292,6 @@ impl Sequence<CudaOps> {
         for cache in &mut self.caches {
             cache.advance(1).map_err(Error::backend)?;
         }
-        self.extent.advance(1);
-        Ok(())
+        Ok(self.state.append(1)?)
     }
 }
