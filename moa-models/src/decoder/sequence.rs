@@ -3,7 +3,7 @@ use moa_core::{Extent, LayerLayout, Plan, SparseAttentionBackend};
 use crate::Result;
 use crate::decoder::block::Cache;
 use crate::decoder::model::Decoder;
-use crate::decoder::rope::RopeTable;
+use crate::device::rope_table::RopeTable;
 use crate::device::{Device, Math};
 
 /// One sequence: its caches in every layer, as large as its plan allows and no larger.

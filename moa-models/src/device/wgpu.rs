@@ -10,7 +10,7 @@ use moa_backend_wgpu::{Device as Gpu, Dtype, Matrix, Tensor, WgpuBackend};
 
 use crate::checkpoint::mapped::MappedTensor;
 use crate::checkpoint::safetensors::DType;
-use crate::decoder::rope::RopeTable;
+use crate::device::rope_table::RopeTable;
 use crate::device::{Backward, Device, LinearWeights, Load, Math};
 use crate::{CacheDtype, Error, Result};
 
