@@ -5,11 +5,11 @@
 //! ```
 
 use moa_core::{ElasticRule, Plan};
-use moa_models::{CacheDtype, Checkpoint, Cpu, Message, Next, PHRASINGS, Result, TextProgress};
+use moa_models::{Checkpoint, Cpu, Dtype, Message, Next, PHRASINGS, Result, TextProgress};
 
 fn main() -> Result<()> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/moa-tiny");
-    let checkpoint = Checkpoint::open(Cpu::new(CacheDtype::Bf16), folder)?;
+    let checkpoint = Checkpoint::open(Cpu::new(Dtype::Bf16), folder)?;
     let model = &checkpoint.model;
 
     // A record of 60 lines and a question about one of them.

@@ -9,7 +9,7 @@ mod gpu;
 use std::sync::OnceLock;
 
 use burn_backend::ops::FloatTensorOps;
-use burn_backend::{DType, TensorData};
+use burn_backend::{Dtype, TensorData};
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice, ops};
 use conformance::world::World;
@@ -18,13 +18,13 @@ use cubecl::device::{CpuDevice, CudaDevice};
 use gpu::{device, poison, round};
 use moa_backend_cuda::burn::BurnCuda;
 use moa_backend_cuda::{CudaBackend, Dtype, Error, HEAD_DIMS, Tensor};
-use moa_core::{LayerLayout, Span, SparseAttentionBackend};
+use moa_core::{Append, ArgumentError, ExtendInputs, LayerLayout, Span, SparseAttentionBackend};
 
 fn burns() -> CubeDevice {
     CubeDevice::Cuda(CudaDevice::new(0))
 }
 
-fn burn_tensor(data: &[f32], shape: &[usize], dtype: DType) -> CubeTensor {
+fn burn_tensor(data: &[f32], shape: &[usize], dtype: Dtype) -> CubeTensor {
     let data = TensorData::new(data.to_vec(), shape.to_vec()).convert_dtype(dtype);
     CubeBackend::float_from_data(data, &burns())
 }
@@ -54,12 +54,12 @@ impl TestBackend for Burn {
         burn_tensor(
             data,
             shape,
-            if self.0.dtype() == Dtype::F16 { DType::F16 } else { DType::BF16 },
+            if self.0.dtype() == Dtype::F16 { Dtype::F16 } else { Dtype::Bf16 },
         )
     }
 
     fn lse(&self, data: &[f32], shape: &[usize]) -> CubeTensor {
-        burn_tensor(data, shape, DType::F32)
+        burn_tensor(data, shape, Dtype::F32)
     }
 
     fn host(&self, tensor: &CubeTensor) -> Vec<f32> {
@@ -126,9 +126,9 @@ fn between_burns_work(burn: &Burn, world: &World, chunks: &[usize]) -> Vec<f32> 
         };
         let (q, k) = (tensor(world.q(), heads.query), tensor(world.k(), heads.kv));
         let v = tensor(world.v(), heads.kv);
-        let scale = world.scale();
-        let (out, _) =
-            burn.0.extend(&mut [&mut cache], &[chunk], &q, &k, &v, scale, false).unwrap();
+        let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: world.scale(), lse: false };
+        let batch = &mut [Append { cache: &mut cache, tokens: chunk }];
+        let out = burn.0.extend(batch, &inputs).unwrap().out;
         // Its memory is burn's again, and may be what the next tensor is made in.
         drop((q, k, v));
         let out = CubeBackend::float_mul_scalar(out, 2.0.into());
@@ -158,9 +158,9 @@ fn alone(world: &World, dtype: Dtype) -> Option<Vec<f32>> {
         };
         let (q, k) = (tensor(world.q(), heads.query), tensor(world.k(), heads.kv));
         let v = tensor(world.v(), heads.kv);
-        let scale = world.scale();
-        let (out, _) =
-            backend.extend(&mut [&mut cache], &[chunk], &q, &k, &v, scale, false).unwrap();
+        let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: world.scale(), lse: false };
+        let batch = &mut [Append { cache: &mut cache, tokens: chunk }];
+        let out = backend.extend(batch, &inputs).unwrap().out;
         all.extend(out.to_f32().unwrap());
         at += chunk;
     }
@@ -223,9 +223,9 @@ fn tensors_and_caches_of_another_thread_are_waited_for() {
             all.extend(std::thread::scope(|scope| {
                 let step = move || {
                     let [q, k, v] = made;
-                    let (out, _) =
-                        burn.0.extend(&mut [cache], &[chunk], &q, &k, &v, scale, false).unwrap();
-                    burn.host(&out)
+                    let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale, lse: false };
+                    let batch = &mut [Append { cache, tokens: chunk }];
+                    burn.host(&burn.0.extend(batch, &inputs).unwrap().out)
                 };
                 scope.spawn(step).join().unwrap()
             }));
@@ -249,9 +249,9 @@ fn trap_10_slots_that_nobody_wrote_are_never_read() {
 #[test]
 fn a_device_that_is_not_cuda_is_refused() {
     let error = BurnCuda::new(&CubeDevice::Cpu(CpuDevice), Dtype::Bf16).unwrap_err();
-    assert!(matches!(error, Error::Argument { what: "device", .. }), "{error}");
+    assert!(matches!(error, Error::Argument(ArgumentError { argument: "device", .. })), "{error}");
     let error = BurnCuda::new(&burns(), Dtype::F32).unwrap_err();
-    assert!(matches!(error, Error::Argument { what: "dtype", .. }), "{error}");
+    assert!(matches!(error, Error::Argument(ArgumentError { argument: "dtype", .. })), "{error}");
 }
 
 #[test]
@@ -261,15 +261,16 @@ fn tensors_that_kernels_cannot_read_are_refused() {
     let mut cache = burn.0.open(&layout, 64).unwrap();
     let good = burn.tensor(&vec![0.5; 8 * 64 * 64], &[8, 64, 64]);
     let mut refused = |q: &CubeTensor| {
-        burn.0.extend(&mut [&mut cache], &[8], q, &good, &good, 1.0, false).unwrap_err()
+        let inputs = ExtendInputs { q, k: &good, v: &good, scale: 1.0, lse: false };
+        burn.0.extend(&mut [Append { cache: &mut cache, tokens: 8 }], &inputs).unwrap_err()
     };
     // Same shape, scattered rows.
     let error = refused(&CubeBackend::float_swap_dims(good.clone(), 1, 2));
-    assert!(matches!(error, Error::Argument { what: "strides", .. }), "{error}");
+    assert!(matches!(error, Error::Argument(ArgumentError { argument: "strides", .. })), "{error}");
     let wide = CubeBackend::float_cast(good.clone(), burn_backend::FloatDType::F32);
     let error = refused(&wide);
-    assert!(matches!(error, Error::Argument { what: "q", .. }), "{error}");
+    assert!(matches!(error, Error::Argument(ArgumentError { argument: "q", .. })), "{error}");
     let error = refused(&burn.tensor(&vec![0.5; 8 * 64 * 64], &[8, 64 * 64]));
-    assert!(matches!(error, Error::Shape { what: "q", .. }), "{error}");
-    assert_eq!(burn.0.len(&cache), 0);
+    assert!(matches!(error, Error::Argument(ArgumentError { argument: "q", .. })), "{error}");
+    assert_eq!(cache.as_ref().len(), 0);
 }

@@ -14,7 +14,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use gpu::{poison, round};
 use half::{bf16, f16};
 use moa_backend_cuda::{CudaBackend, Device, Dtype, Tensor};
-use moa_core::{LayerLayout, Position, Span, SparseAttentionBackend};
+use moa_core::{
+    Append, ExtendInputs, Extended, LayerLayout, Position, Span, SparseAttentionBackend,
+};
 
 const BATCHES: [usize; 3] = [1, 3, 13];
 const LENGTHS: [usize; 8] = [1, 3, 19, 99, 199, 1177, 1999, 4097];
@@ -215,14 +217,15 @@ fn run(device: &Device, pools: &[Pool; 2], case: &Case) -> Outcome {
             Tensor::from_bytes(device, bytes, &[total, heads, dim], case.dtype).unwrap()
         };
         let (q, k, v) = (tensor(|s| s.q, query), tensor(|s| s.k, kv), tensor(|s| s.v, kv));
-        let tokens: Vec<usize> = active.iter().map(|&i| sizes[i]).collect();
-        split |= tokens.iter().any(|n| n * query / kv <= 16);
+        split |= active.iter().any(|&i| sizes[i] * query / kv <= 16);
         let mut part: Vec<_> = caches
             .iter_mut()
-            .enumerate()
-            .filter_map(|(i, cache)| active.contains(&i).then_some(cache))
+            .zip(&sizes)
+            .filter(|(_, tokens)| **tokens > 0)
+            .map(|(cache, &tokens)| Append { cache, tokens })
             .collect();
-        let (out, lse) = backend.extend(&mut part, &tokens, &q, &k, &v, scale, true).unwrap();
+        let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale, lse: true };
+        let Extended { out, lse } = backend.extend(&mut part, &inputs).unwrap();
         let (out, lse) = (out.to_f32().unwrap(), lse.unwrap().to_f32().unwrap());
         let mut row = 0;
         for &i in &active {

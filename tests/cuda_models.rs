@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use moa_core::{ElasticRule, HeadRule, ModelShape, Plan};
-use moa_models::{Checkpoint, Cpu, Cuda, CudaDtype, Decoder, LogitRows, Math, Sequence};
+use moa_models::{Checkpoint, Cpu, Cuda, Decoder, Dtype, LogitRows, Math, Sequence};
 
 /// moa-tiny, from wherever the test runs: it may have been built on another machine.
 fn moa_tiny() -> PathBuf {
@@ -40,7 +40,7 @@ fn cpu() -> &'static Checkpoint<Cpu> {
 }
 
 /// The first device, or `None` with a loud word.
-fn open(dtype: CudaDtype) -> Option<Cuda> {
+fn open(dtype: Dtype) -> Option<Cuda> {
     match Cuda::new(0, dtype) {
         Ok(device) => Some(device),
         Err(error) => {
@@ -59,7 +59,7 @@ fn cuda() -> Vec<(&'static Checkpoint<Cuda>, f64)> {
         let load = |(dtype, share)| {
             Some((Checkpoint::open(open(dtype)?, moa_tiny()).expect("moa-tiny"), share))
         };
-        [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)].into_iter().map_while(load).collect()
+        [(Dtype::F16, 0.01), (Dtype::Bf16, 0.06)].into_iter().map_while(load).collect()
     });
     TINY.iter().map(|(checkpoint, share)| (checkpoint, *share)).collect()
 }

@@ -11,7 +11,7 @@ use conformance::world::{World, error};
 use conformance::{TestBackend, conformance};
 use half::{bf16, f16};
 use moa_backend_wgpu::{Device, Dtype, Error, MAX_HEAD_DIM, MatrixUnits, Tensor, WgpuBackend};
-use moa_core::{LayerLayout, Span, SparseAttentionBackend};
+use moa_core::{Append, ArgumentError, ExtendInputs, LayerLayout, Span, SparseAttentionBackend};
 
 struct Wgpu {
     backend: WgpuBackend,
@@ -212,24 +212,31 @@ fn every_error_variant_says_what_came() {
     let layout = LayerLayout::new(&[Span::full(4)], 4, 0).unwrap();
     for head_dim in [0, MAX_HEAD_DIM + 2, 7] {
         let error = backend.open(&layout, head_dim).unwrap_err();
-        assert!(matches!(error, Error::Argument { what: "head_dim", .. }), "{error}");
+        assert!(
+            matches!(error, Error::Argument(ArgumentError { argument: "head_dim", .. })),
+            "{error}"
+        );
     }
     let huge = LayerLayout::new(&[Span::full(1 << 29); 3], 1 << 29, 0).unwrap();
     assert!(matches!(backend.open(&huge, 256), Err(Error::TooLarge { .. })));
     let long = LayerLayout::new(&[Span::new(0, 5).unwrap()], 1 << 30, 0).unwrap();
-    assert!(matches!(backend.open(&long, 8), Err(Error::Argument { what: "capacity", .. })));
+    assert!(matches!(backend.open(&long, 8), Err(Error::Core(moa_core::Error::Invalid { .. }))));
 
     let mut cache = backend.open(&layout, 8).unwrap();
     let x = t.tensor(&[0.0; 40], &[5, 1, 8]);
-    let error = backend.extend(&mut [&mut cache], &[5], &x, &x, &x, 1.0, false).unwrap_err();
+    let inputs = ExtendInputs { q: &x, k: &x, v: &x, scale: 1.0, lse: false };
+    let batch = &mut [Append { cache: &mut cache, tokens: 5 }];
+    let error = backend.extend(batch, &inputs).unwrap_err();
     assert!(matches!(
         error,
         Error::Core(moa_core::Error::CapacityExceeded { len: 0, more: 5, capacity: 4 })
     ));
     let mut other = WgpuBackend::new(backend.device(), Dtype::F32).open(&layout, 8).unwrap();
     let x = t.tensor(&[0.0; 16], &[2, 1, 8]);
-    let mixed = backend.extend(&mut [&mut cache, &mut other], &[1, 1], &x, &x, &x, 1.0, false);
-    assert!(matches!(mixed, Err(Error::Argument { what: "cache dtype", .. })));
+    let inputs = ExtendInputs { q: &x, k: &x, v: &x, scale: 1.0, lse: false };
+    let batch = &mut [&mut cache, &mut other].map(|cache| Append { cache, tokens: 1 });
+    let mixed = backend.extend(batch, &inputs);
+    assert!(matches!(mixed, Err(Error::Argument(ArgumentError { argument: "cache dtype", .. }))));
     let none = backend.decode_seconds(0, 1, 8);
     assert!(matches!(none, Err(Error::Core(moa_core::Error::Invalid { .. }))));
 }
@@ -241,7 +248,7 @@ fn reset_forgets_everything() {
     let mut cache = world.open(&t, 20, 0);
     world.extend(&t, &mut cache, 0..20).unwrap();
     cache.reset();
-    assert!(cache.is_empty());
+    assert!(cache.as_ref().is_empty());
     assert!(world.run_in(&t, &mut cache, 0, &[15, 5]) == world.run(&t, &[15, 5]));
 }
 

@@ -3,8 +3,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::CudaSlice;
 
+use crate::kernels::tables::DevicePointer;
 use crate::memory::address;
-use crate::tables::DevicePointer;
 use crate::{Device, Error, Result};
 
 /// Memory for the intermediate tensors of work that is captured: a graph that allocates for itself has

@@ -7,6 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use half::{bf16, f16};
 use moa_backend_wgpu::ops::Layer;
 use moa_backend_wgpu::{Device, Dtype, Error, Matrix, Result, Tensor, ops};
+use moa_core::ArgumentError;
 
 fn device() -> Option<(Device, MutexGuard<'static, ()>)> {
     static ALONE: Mutex<()> = Mutex::new(());
@@ -227,7 +228,7 @@ fn rotations_and_pairwise_operations() {
 }
 
 fn is_shape(result: Result<Tensor>, named: &str) -> bool {
-    matches!(result, Err(Error::Shape { what, .. }) if what == named)
+    matches!(result, Err(Error::Argument(ArgumentError { argument, .. })) if argument == named)
 }
 
 #[test]
@@ -247,15 +248,21 @@ fn wrong_shapes_are_refused() {
     assert!(is_shape(zeros(&[2, 6]).reshape(&[5]), "shape"));
     assert!(is_shape(Tensor::new(&device, &[1.0], &[2]), "data"));
     assert!(is_shape(Tensor::new(&device, &[1.0], &[1, 1, 1, 1]), "shape"));
-    assert!(matches!(ops::embed(&weight, &[4]), Err(Error::Argument { what: "id", .. })));
-    assert!(matches!(ops::rows(&zeros(&[2, 6]), &[2]), Err(Error::Argument { what: "row", .. })));
+    assert!(matches!(
+        ops::embed(&weight, &[4]),
+        Err(Error::Argument(ArgumentError { argument: "id", .. }))
+    ));
+    assert!(matches!(
+        ops::rows(&zeros(&[2, 6]), &[2]),
+        Err(Error::Argument(ArgumentError { argument: "row", .. }))
+    ));
     assert!(matches!(
         Matrix::new(&device, &[0; 6], 1, 3, Dtype::Bf16),
-        Err(Error::Argument { what: "cols", .. })
+        Err(Error::Argument(ArgumentError { argument: "cols", .. }))
     ));
     assert!(matches!(
         Matrix::new(&device, &[0; 5], 1, 3, Dtype::F32),
-        Err(Error::Shape { what: "bytes", .. })
+        Err(Error::Argument(ArgumentError { argument: "bytes", .. }))
     ));
 }
 
@@ -314,6 +321,6 @@ fn gradients_of_the_operations() {
     close(&placed, zeros().chain(f64s(&x)).chain(zeros()));
     assert!(matches!(
         ops::place_rows(&tensor(&x), 3..6, 5),
-        Err(Error::Argument { what: "rows", .. })
+        Err(Error::Argument(ArgumentError { argument: "rows", .. }))
     ));
 }

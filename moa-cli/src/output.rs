@@ -1,7 +1,7 @@
 use std::fmt::Display;
 use std::io::{self, Write};
 
-use moa_models::CacheDtype;
+use moa_models::Dtype;
 use serde_json::Value;
 
 use crate::args::{Device, Global, WeightType};
@@ -14,7 +14,7 @@ pub(crate) struct Context {
     pub(crate) quiet: bool,
     pub(crate) seed: u64,
     pub(crate) device: Device,
-    pub(crate) cache: CacheDtype,
+    pub(crate) cache: Dtype,
     pub(crate) weights: Option<WeightType>,
     /// Threads of the search; 0 for all.
     pub(crate) threads: usize,

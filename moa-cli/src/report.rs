@@ -19,16 +19,16 @@ pub(crate) fn lengths_of(plan: &Plan) -> Vec<usize> {
 }
 
 /// Density, bytes and spans of a plan at each length.
-pub(crate) fn sizes(plan: &Plan, lengths: &[usize], element_bytes: usize) -> String {
+pub(crate) fn sizes(plan: &Plan, lengths: &[usize], slot_bytes: u64) -> String {
     let rows: Vec<Vec<String>> = lengths
         .iter()
         .map(|&length| {
             let spans = HeadMap::new(plan, length).spans;
-            let dense = dense_bytes(plan, length, element_bytes);
+            let dense = dense_bytes(plan, length, slot_bytes);
             vec![
                 length.to_string(),
                 percent(plan.density(length)),
-                bytes(plan.kv_bytes(length, element_bytes)),
+                bytes(plan.kv_bytes(length, slot_bytes)),
                 bytes(dense),
                 spans.iter().min().map_or(0, |s| *s).to_string(),
                 spans.iter().max().map_or(0, |s| *s).to_string(),
@@ -39,9 +39,9 @@ pub(crate) fn sizes(plan: &Plan, lengths: &[usize], element_bytes: usize) -> Str
 }
 
 /// Bytes of a dense cache for the plan's model.
-pub(crate) fn dense_bytes(plan: &Plan, length: usize, element_bytes: usize) -> u64 {
+pub(crate) fn dense_bytes(plan: &Plan, length: usize, slot_bytes: u64) -> u64 {
     let shape = plan.shape();
-    2 * (shape.total_kv_heads() * shape.head_dim) as u64 * length as u64 * element_bytes as u64
+    shape.total_kv_heads() as u64 * length as u64 * slot_bytes
 }
 
 /// The head maps of a plan.
@@ -50,13 +50,13 @@ pub(crate) fn maps(plan: &Plan, lengths: &[usize]) -> Vec<HeadMap> {
 }
 
 /// A table and the maps.
-pub(crate) fn plan_text(plan: &Plan, lengths: &[usize], element_bytes: usize) -> String {
+pub(crate) fn plan_text(plan: &Plan, lengths: &[usize], slot_bytes: u64) -> String {
     let drawing = head_map::draw(&maps(plan, lengths));
-    format!("{}\n\n{drawing}", sizes(plan, lengths, element_bytes))
+    format!("{}\n\n{drawing}", sizes(plan, lengths, slot_bytes))
 }
 
 /// A plan at some lengths.
-pub(crate) fn plan_json(plan: &Plan, lengths: &[usize], element_bytes: usize) -> Value {
+pub(crate) fn plan_json(plan: &Plan, lengths: &[usize], slot_bytes: u64) -> Value {
     let at: Vec<Value> = lengths
         .iter()
         .map(|&length| {
@@ -64,8 +64,8 @@ pub(crate) fn plan_json(plan: &Plan, lengths: &[usize], element_bytes: usize) ->
             json!({
                 "length": length,
                 "density": plan.density(length),
-                "kv_bytes": plan.kv_bytes(length, element_bytes),
-                "kv_bytes_dense": dense_bytes(plan, length, element_bytes),
+                "kv_bytes": plan.kv_bytes(length, slot_bytes),
+                "kv_bytes_dense": dense_bytes(plan, length, slot_bytes),
                 "spans": map.layers().collect::<Vec<_>>(),
             })
         })

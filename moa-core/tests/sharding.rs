@@ -59,9 +59,9 @@ proptest! {
                 prop_assert!(picked.len() == heads / ranks || picked.len() == heads / ranks + 1);
                 prop_assert_eq!(own.layer_spans(layer, LENGTH), picked);
             }
-            bytes += own.kv_bytes(LENGTH, 2);
+            bytes += own.kv_bytes(LENGTH, 256);
         }
-        prop_assert_eq!(bytes, plan.kv_bytes(LENGTH, 2));
+        prop_assert_eq!(bytes, plan.kv_bytes(LENGTH, 256));
     }
 
     #[test]

@@ -14,7 +14,6 @@ mod error;
 mod eval;
 mod families;
 mod find_plan;
-mod rng;
 
 pub use checkpoint::fingerprint::fingerprint;
 pub use checkpoint::generation_config::GenerationConfig;
@@ -23,7 +22,7 @@ pub use checkpoint::hub::download;
 pub use checkpoint::json::JsonObject;
 pub use checkpoint::mapped::MappedTensor;
 pub use checkpoint::random::RandomTensors;
-pub use checkpoint::safetensors::{DType, Tensors, Weights};
+pub use checkpoint::safetensors::{Tensors, Weights};
 pub use checkpoint::template::{ChatTemplate, Message};
 pub use checkpoint::tokenizer::{TokenStream, Tokenizer};
 pub use checkpoint::{Checkpoint, Completion, TextProgress};
@@ -37,7 +36,7 @@ pub use decoder::session::Session;
 pub use decoder::shard::Shard;
 pub use device::cpu::{Cpu, CpuMatrix, CpuRotations};
 #[cfg(feature = "cuda")]
-pub use device::cuda::{Cuda, CudaDtype, CudaMatrix, Joined, NcclRank};
+pub use device::cuda::{Cuda, CudaMatrix, Joined, NcclRank};
 pub use device::rank::{Communicator, Rank, on_ranks};
 pub use device::replay::{Replay, ReplayBatch};
 pub use device::rope_table::RopeTable;
@@ -71,6 +70,6 @@ pub use find_plan::objective::{Objective, TokenWeight, WeightedObjective};
 pub use find_plan::profile::Item;
 pub use find_plan::records::{PHRASINGS, Phrasing, RecordPrompt};
 pub use find_plan::refine::{Refined, measured_losses, refine};
-pub use moa_backend_cpu::CacheDtype;
 #[cfg(feature = "cuda")]
 pub use moa_backend_cuda::NcclId;
+pub use moa_core::Dtype;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use moa_core::{ElasticRule, Plan};
-use moa_models::{CacheDtype, Cpu, Decoder, GenerateOptions, ModelConfig, Next, Result, Weights};
+use moa_models::{Cpu, Decoder, Dtype, GenerateOptions, ModelConfig, Next, Result, Weights};
 
 /// The system's allocator, with a count of the live bytes.
 struct Counting;
@@ -55,7 +55,7 @@ fn holds_what_it_promises(
     model: &Decoder<Cpu>,
     plan: &Plan,
     capacity: usize,
-    bytes: usize,
+    bytes: u64,
 ) -> Result<usize> {
     let vocab = model.config().vocab_size as u32;
     let options = GenerateOptions { max_new_tokens: 8, ..GenerateOptions::default() };
@@ -75,7 +75,7 @@ fn holds_what_it_promises(
     Ok(held - before)
 }
 
-fn load(folder: &Path, cache: CacheDtype) -> Result<Decoder<Cpu>> {
+fn load(folder: &Path, cache: Dtype) -> Result<Decoder<Cpu>> {
     Decoder::load(Cpu::new(cache), ModelConfig::from_file(folder)?, &Weights::open(folder)?)
 }
 
@@ -91,7 +91,7 @@ fn quarter(model: &Decoder<Cpu>) -> Result<Plan> {
 #[test]
 fn sequences_hold_the_bytes_that_their_plan_promises() -> Result<()> {
     let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/moa-tiny");
-    for (cache, bytes) in [(CacheDtype::F32, 4), (CacheDtype::Bf16, 2)] {
+    for (cache, bytes) in [(Dtype::F32, 4), (Dtype::Bf16, 2)] {
         let model = load(&tiny, cache)?;
         let (dense, plan) = (Plan::full(model.shape())?, quarter(&model)?);
         assert_eq!(plan.kv_bytes(2048, bytes) * 4, model.dense_bytes(2048)?);
@@ -102,7 +102,7 @@ fn sequences_hold_the_bytes_that_their_plan_promises() -> Result<()> {
     }
     match std::env::var_os("MOA_TEST_DATA").map(PathBuf::from) {
         Some(data) => {
-            let model = load(&data.join("models/moa-small"), CacheDtype::F32)?;
+            let model = load(&data.join("models/moa-small"), Dtype::F32)?;
             let plan = quarter(&model)?;
             assert_eq!(plan.kv_bytes(8192, 4) * 4, model.dense_bytes(8192)?);
             holds_what_it_promises(&model, &plan, 8192, 4)?;

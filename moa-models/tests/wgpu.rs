@@ -9,8 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use moa_backend_wgpu::{Device as Gpu, Dtype};
 use moa_core::{ElasticRule, HeadRule, Influence, ModelShape, Plan, Span};
 use moa_models::{
-    Backward, CacheDtype, Checkpoint, Cpu, Device, GenerateOptions, Item, LogitRows, Next,
-    Objective, Wgpu,
+    Backward, Checkpoint, Cpu, Device, GenerateOptions, Item, LogitRows, Next, Objective, Wgpu,
 };
 
 fn moa_tiny() -> PathBuf {
@@ -76,7 +75,7 @@ fn run<D: Math>(checkpoint: &Checkpoint<D>, narrow_spans: bool) -> (Vec<Vec<u32>
 #[test]
 fn generation_and_logits_equal_those_of_the_cpu() {
     let Some((device, _alone)) = device() else { return };
-    let cpu = Checkpoint::open(Cpu::new(CacheDtype::F32), moa_tiny()).unwrap();
+    let cpu = Checkpoint::open(Cpu::new(Dtype::F32), moa_tiny()).unwrap();
     let gpu = Checkpoint::open(Wgpu::new(&device, Dtype::F32), moa_tiny()).unwrap();
     for narrow_spans in [false, true] {
         let (expected, expected_logits) = run(&cpu, narrow_spans);
@@ -92,12 +91,12 @@ fn generation_and_logits_equal_those_of_the_cpu() {
 #[test]
 fn cache_bytes_are_what_the_plan_promises() {
     let Some((device, _alone)) = device() else { return };
-    for (dtype, element_bytes) in [(Dtype::F32, 4), (Dtype::Bf16, 2)] {
+    for dtype in [Dtype::F32, Dtype::Bf16] {
         let gpu = Checkpoint::open(Wgpu::new(&device, dtype), moa_tiny()).unwrap().model;
         let plan = narrow(gpu.shape());
         let sequence = gpu.open(&plan, 1000, 0).unwrap();
-        assert_eq!(gpu.kv_bytes(&sequence), plan.kv_bytes(1000, element_bytes));
-        assert_eq!(gpu.device().cache_element_bytes(), element_bytes);
+        let slot_bytes = dtype.slot_bytes(gpu.shape().head_dim);
+        assert_eq!(gpu.kv_bytes(&sequence), plan.kv_bytes(1000, slot_bytes));
     }
 }
 
@@ -120,7 +119,7 @@ fn profile<D: Backward>(checkpoint: &Checkpoint<D>) -> Vec<f64> {
 #[test]
 fn influence_equals_that_of_the_cpu() {
     let Some((device, _alone)) = device() else { return };
-    let cpu = Checkpoint::open(Cpu::new(CacheDtype::F32), moa_tiny()).unwrap();
+    let cpu = Checkpoint::open(Cpu::new(Dtype::F32), moa_tiny()).unwrap();
     let gpu = Checkpoint::open(Wgpu::new(&device, Dtype::Bf16), moa_tiny()).unwrap();
     let (expected, found) = (profile(&cpu), profile(&gpu));
     let largest = expected.iter().fold(0.0f64, |max, x| max.max(x.abs()));

@@ -1,7 +1,7 @@
 //! The output does not depend on how a sequence was cut into chunks, on what else is in the batch,
 //! or on spare capacity; a failed call leaves every cache as it was.
 
-use moa_core::{SparseAttentionBackend, reference::Heads};
+use moa_core::{Append, ExtendInputs, SparseAttentionBackend, reference::Heads};
 use proptest::prelude::*;
 
 use super::TestBackend;
@@ -92,11 +92,10 @@ pub(crate) fn a_group_equals_repeated_heads<T: TestBackend>(t: &T) {
         let shape = [world.tokens, query, dim];
         let (q, k, v) = (world.q(), repeat(world.k()), repeat(world.v()));
         let [q, k, v] = [q, k, v].map(|x| t.tensor(&x, &shape));
-        let (out, _) = t
-            .backend()
-            .extend(&mut [&mut cache], &[world.tokens], &q, &k, &v, world.scale(), false)
-            .unwrap();
-        close(&world.run(t, &[world.tokens]).out, &t.host(&out), t.same());
+        let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: world.scale(), lse: false };
+        let batch = &mut [Append { cache: &mut cache, tokens: world.tokens }];
+        let extended = t.backend().extend(batch, &inputs).unwrap();
+        close(&world.run(t, &[world.tokens]).out, &t.host(&extended.out), t.same());
     });
 }
 
@@ -110,7 +109,7 @@ pub(crate) fn truncate_then_extend_equals_never_having_extended<T: TestBackend>(
         for chunk in &chunks {
             drafted.extend(t, &mut cache, at..at + draft).unwrap();
             t.backend().truncate(&mut cache, at).unwrap();
-            assert_eq!(t.backend().len(&cache), at);
+            assert_eq!(cache.as_ref().len(), at);
             out.extend(world.extend(t, &mut cache, at..at + chunk).unwrap().out);
             at += chunk;
         }
@@ -132,7 +131,7 @@ pub(crate) fn fork_is_independent<T: TestBackend>(t: &T) {
 
         let mut fork = t.backend().fork(&original).unwrap();
         let mut second = t.backend().fork(&original).unwrap();
-        assert_eq!(t.backend().len(&fork), at);
+        assert_eq!(fork.as_ref().len(), at);
         other.run_in(t, &mut original, at, &rest);
         assert!(world.run_in(t, &mut fork, at, &rest) == expected, "fork sees its original");
         drop(original);
@@ -160,7 +159,7 @@ pub(crate) fn failed_call_leaves_state_unchanged<T: TestBackend>(t: &T) {
             Entry { world: &world, cache: &mut tight, range },
         ];
         assert!(batch::<T>(t, &mut entries).is_err());
-        assert_eq!((t.backend().len(&roomy), t.backend().len(&tight)), (at, at));
+        assert_eq!((roomy.as_ref().len(), tight.as_ref().len()), (at, at));
         assert!(
             world.run_in(t, &mut roomy, at, &rest) == expected,
             "output changed after a failed call"

@@ -1,7 +1,7 @@
 //! Random sequences and how they are run.
 
 use moa_core::reference::{self, Heads};
-use moa_core::{LayerLayout, Span, SparseAttentionBackend};
+use moa_core::{Append, ExtendInputs, LayerLayout, Span, SparseAttentionBackend};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
@@ -165,9 +165,13 @@ pub(crate) fn batch<T: TestBackend>(
     };
     let (q, k, v) =
         (pack(World::q, heads.query), pack(World::k, heads.kv), pack(World::v, heads.kv));
-    let mut caches: Vec<&mut Cache<T>> = entries.iter_mut().map(|e| &mut *e.cache).collect();
-    let (out, lse) = t.backend().extend(&mut caches, &tokens, &q, &k, &v, scale, true)?;
-    let (out, lse) = (t.host(&out), t.host(&lse.expect("lse was asked for")));
+    let mut appends: Vec<_> = entries
+        .iter_mut()
+        .map(|e| Append { cache: &mut *e.cache, tokens: e.range.len() })
+        .collect();
+    let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale, lse: true };
+    let extended = t.backend().extend(&mut appends, &inputs)?;
+    let (out, lse) = (t.host(&extended.out), t.host(&extended.lse.expect("lse was asked for")));
     let mut first = 0;
     Ok(tokens
         .iter()

@@ -3,7 +3,7 @@
 use std::error::Error as _;
 
 use moa_backend_cuda::Error as CudaError;
-use moa_models::{Cuda, CudaDtype, Device, Error, Load, LogitRows};
+use moa_models::{Cuda, Device, Dtype, Error, Load, LogitRows};
 
 use crate::{cuda, plans};
 
@@ -17,7 +17,7 @@ fn cause(error: &Error) -> Option<&CudaError> {
 
 #[test]
 fn a_device_that_is_not_there_is_named() {
-    let error = Cuda::new(99, CudaDtype::Bf16).unwrap_err();
+    let error = Cuda::new(99, Dtype::Bf16).unwrap_err();
     let named = matches!(
         cause(&error),
         Some(CudaError::NoDevice { ordinal: 99, .. } | CudaError::NoDriver { .. })

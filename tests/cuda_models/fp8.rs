@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::LazyLock;
 
 use moa_backend_cuda::e4m3;
-use moa_models::{Backward, Checkpoint, Cpu, Cuda, CudaDtype, Load};
+use moa_models::{Backward, Checkpoint, Cpu, Cuda, Dtype, Load};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
@@ -35,7 +35,7 @@ fn round(file: &Path) {
             all.push((name, dtype, shape, tensor.data().to_vec()));
             continue;
         }
-        assert_eq!(dtype, Dtype::BF16, "{name}");
+        assert_eq!(dtype, Dtype::Bf16, "{name}");
         let pairs = tensor.data().as_chunks::<2>().0.iter();
         let values: Vec<f32> =
             pairs.map(|pair| f32::from_bits(u32::from(u16::from_le_bytes(*pair)) << 16)).collect();
@@ -68,7 +68,7 @@ fn cuda() -> Vec<(&'static Checkpoint<Cuda>, f64)> {
             let device = open(dtype)?.with_fp8_weights();
             Some((Checkpoint::open(device, moa_tiny()).expect("moa-tiny"), share))
         };
-        [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)].into_iter().map_while(load).collect()
+        [(Dtype::F16, 0.01), (Dtype::Bf16, 0.06)].into_iter().map_while(load).collect()
     });
     TINY.iter().map(|(checkpoint, share)| (checkpoint, *share)).collect()
 }
@@ -156,7 +156,7 @@ fn bytes_are_counted_as_they_are() {
         let rest = 8192 * 256 + 13 * 256;
         assert_eq!(model.weight_bytes(), linear + 4 * outputs + 2 * rest);
         assert_eq!(model.device().weight_bytes(100), 200);
-        let wide = open(CudaDtype::Bf16).map(|device| device.linear_bytes(1000, 10));
+        let wide = open(Dtype::Bf16).map(|device| device.linear_bytes(1000, 10));
         assert_eq!(wide, Some(2000));
     }
 }
@@ -167,7 +167,7 @@ fn gradients_are_refused() {
         let device = checkpoint.model.device();
         let message = device.check_gradients().unwrap_err().to_string();
         assert!(message.contains("fp8") && message.contains("gradients"), "{message}");
-        if let Some(wide) = open(CudaDtype::F16) {
+        if let Some(wide) = open(Dtype::F16) {
             wide.check_gradients().unwrap();
         }
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use moa_backend_cuda::Error as CudaError;
 use moa_core::{Plan, Sharding};
 use moa_models::{
-    Communicator, Cuda, CudaDtype, Decoder, Device, Error, GenerateOptions, LogitRows, ModelConfig,
+    Communicator, Cuda, Decoder, Device, Dtype, Error, GenerateOptions, LogitRows, ModelConfig,
     NcclRank, Next, Rank, SamplingOptions, Shard, ThreadRank, Weights, on_ranks,
 };
 
@@ -16,7 +16,7 @@ type Model = Decoder<Cuda>;
 
 /// moa-tiny's part of one rank.
 fn part(
-    dtype: CudaDtype,
+    dtype: Dtype,
     plan: &Plan,
     communicator: impl Communicator<Cuda> + 'static,
 ) -> Result<Model, Error> {
@@ -27,7 +27,7 @@ fn part(
 }
 
 /// What two ranks on the first GPU compute.
-fn on_two<T: Send>(dtype: CudaDtype, plan: &Plan, work: impl Fn(&Model) -> T + Sync) -> Vec<T> {
+fn on_two<T: Send>(dtype: Dtype, plan: &Plan, work: impl Fn(&Model) -> T + Sync) -> Vec<T> {
     let ranks = ThreadRank::group(2).unwrap();
     on_ranks(ranks, |rank: Arc<ThreadRank>| Ok::<_, Error>(work(&part(dtype, plan, rank)?)))
         .unwrap()
@@ -35,7 +35,7 @@ fn on_two<T: Send>(dtype: CudaDtype, plan: &Plan, work: impl Fn(&Model) -> T + S
 
 #[test]
 fn two_ranks_agree_with_the_cpu() {
-    for (dtype, share) in [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)] {
+    for (dtype, share) in [(Dtype::F16, 0.01), (Dtype::Bf16, 0.06)] {
         if open(dtype).is_none() {
             return;
         }
@@ -67,7 +67,7 @@ fn two_ranks_agree_with_the_cpu() {
 /// as in the whole.
 #[test]
 fn two_ranks_of_8_bit_weights_agree_with_one() {
-    let Some(device) = open(CudaDtype::F16) else { return };
+    let Some(device) = open(Dtype::F16) else { return };
     let config = ModelConfig::from_file(moa_tiny()).unwrap();
     let weights = Weights::open(moa_tiny()).unwrap();
     let tokens = prose(200);
@@ -82,7 +82,7 @@ fn two_ranks_of_8_bit_weights_agree_with_one() {
     let whole = Decoder::load(device.with_fp8_weights(), config.clone(), &weights).unwrap();
     let expected = run(&whole);
     let parts = on_ranks(ThreadRank::group(2).unwrap(), |rank: Arc<ThreadRank>| {
-        let device = Cuda::new(0, CudaDtype::F16)?.with_fp8_weights();
+        let device = Cuda::new(0, Dtype::F16)?.with_fp8_weights();
         let shard = Shard::new(&sharding, rank)?;
         Ok::<_, Error>(run(&Decoder::load_shard(device, config.clone(), &weights, shard)?))
     });
@@ -91,7 +91,7 @@ fn two_ranks_of_8_bit_weights_agree_with_one() {
 
 #[test]
 fn two_ranks_draw_the_same_tokens() {
-    if open(CudaDtype::F16).is_none() {
+    if open(Dtype::F16).is_none() {
         return;
     }
     let text = prose(300);
@@ -100,7 +100,7 @@ fn two_ranks_draw_the_same_tokens() {
     for temperature in [0.0, 0.8] {
         let sampling = SamplingOptions { temperature, seed: 5, ..Default::default() };
         let options = GenerateOptions { max_new_tokens: 24, sampling, ..Default::default() };
-        let texts = on_two(CudaDtype::F16, &plan, |gpu| {
+        let texts = on_two(Dtype::F16, &plan, |gpu| {
             let open = |prompt: &&[u32]| gpu.open(&plan, prompt.len() + 24, 0).unwrap();
             let mut batch: Vec<_> = prompts.iter().map(open).collect();
             let made =
@@ -114,13 +114,13 @@ fn two_ranks_draw_the_same_tokens() {
 
 #[test]
 fn a_rank_that_cannot_go_on_ends_the_other() {
-    if open(CudaDtype::F16).is_none() {
+    if open(Dtype::F16).is_none() {
         return;
     }
     let [plan, _] = plans(cpu().model.shape());
     let ended = on_ranks(ThreadRank::group(2).unwrap(), |rank: Arc<ThreadRank>| {
         let number = rank.rank();
-        let model = part(CudaDtype::F16, &plan, rank)?;
+        let model = part(Dtype::F16, &plan, rank)?;
         let mut sequence = model.open(&plan, 40, 0)?;
         model.forward(&mut [&mut sequence], &[&[1, 2, 3]], LogitRows::Last)?;
         if number == 1 {
@@ -135,7 +135,7 @@ fn a_rank_that_cannot_go_on_ends_the_other() {
 /// included.
 #[test]
 fn a_group_of_one_over_nccl_is_the_whole_model() {
-    for (dtype, share) in [(CudaDtype::F16, 0.01), (CudaDtype::Bf16, 0.06)] {
+    for (dtype, share) in [(Dtype::F16, 0.01), (Dtype::Bf16, 0.06)] {
         if open(dtype).is_none() {
             return;
         }

@@ -1,6 +1,7 @@
 //! Weights of 8-bit floats, against arithmetic in f64 on the numbers that they hold.
 
 use moa_backend_cuda::{Dtype, E4m3Weight, Error, Tensor, e4m3};
+use moa_core::ArgumentError;
 
 use super::conformance::world::{f64s, normal};
 use super::ops::{Ops, product};
@@ -187,11 +188,20 @@ fn weights_that_cannot_be_held_are_refused() {
             to.extend(range.map(|_| 1.0));
         };
         let error = o.upload_e4m3([4, 24], ones).unwrap_err();
-        assert!(matches!(error, Error::Shape { what: "weight", .. }), "{error}");
+        assert!(
+            matches!(error, Error::Argument(ArgumentError { argument: "weight", .. })),
+            "{error}"
+        );
         let error = o.random_e4m3([4, 24], 1.0, 0).unwrap_err();
-        assert!(matches!(error, Error::Shape { what: "weight", .. }), "{error}");
+        assert!(
+            matches!(error, Error::Argument(ArgumentError { argument: "weight", .. })),
+            "{error}"
+        );
         let error = o.upload_e4m3([4, 32], |_, to| to.push(1.0)).unwrap_err();
-        assert!(matches!(error, Error::Argument { what: "fill", .. }), "{error}");
+        assert!(
+            matches!(error, Error::Argument(ArgumentError { argument: "fill", .. })),
+            "{error}"
+        );
         for bad in [f32::NAN, f32::INFINITY] {
             let bad = |range: std::ops::Range<usize>, to: &mut Vec<f32>| {
                 to.extend(range.map(|i| if i == 2 * 32 + 5 { bad } else { 1.0 }));
@@ -203,11 +213,11 @@ fn weights_that_cannot_be_held_are_refused() {
         let w = o.upload_e4m3([4, 32], ones).unwrap();
         let x = Tensor::zeros(ops.device, &[3, 16], ops.dtype()).unwrap();
         let error = o.linear(&x, &w, None, Dtype::F32).unwrap_err();
-        assert!(matches!(error, Error::Shape { what: "x", .. }), "{error}");
+        assert!(matches!(error, Error::Argument(ArgumentError { argument: "x", .. })), "{error}");
         let y = Tensor::zeros(ops.device, &[3, 8], Dtype::F32).unwrap();
         let x = Tensor::zeros(ops.device, &[3, 32], ops.dtype()).unwrap();
         let error = o.linear_into(&x, &w, &y).unwrap_err();
-        assert!(matches!(error, Error::Shape { what: "out", .. }), "{error}");
+        assert!(matches!(error, Error::Argument(ArgumentError { argument: "out", .. })), "{error}");
         // Nothing at all is nothing.
         let empty = o.upload_e4m3([0, 32], ones).unwrap();
         assert_eq!(o.linear(&x, &empty, None, Dtype::F32).unwrap().shape(), [3, 0]);

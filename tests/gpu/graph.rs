@@ -1,6 +1,7 @@
 //! Captured work: what it computes, and what is refused.
 
 use moa_backend_cuda::{Arena, Device, Dtype, Error, Operations, Result, Tensor};
+use moa_core::ArgumentError;
 
 use super::gpu;
 
@@ -58,9 +59,15 @@ fn work_that_was_not_rehearsed_is_refused_and_the_stream_goes_on() {
     let add = || operations.add(x.clone(), &x).map(drop);
     // SAFETY: nothing is launched afterwards.
     let refused = unsafe { device.capture(&Arena::new(), add) };
-    assert!(matches!(refused, Err(Error::Argument { op: "capture", .. })), "{refused:?}");
+    assert!(
+        matches!(refused, Err(Error::Argument(ArgumentError { operation: "capture", .. }))),
+        "{refused:?}"
+    );
     // SAFETY: as above.
     let refused = unsafe { device.capture(&Arena::new(), || Ok::<_, Error>(())) };
-    assert!(refused.is_ok() || matches!(refused, Err(Error::Argument { op: "capture", .. })));
+    assert!(
+        refused.is_ok()
+            || matches!(refused, Err(Error::Argument(ArgumentError { operation: "capture", .. })))
+    );
     assert_eq!(operations.add(x.clone(), &x).unwrap().to_f32().unwrap(), vec![0.0; 256]);
 }

@@ -33,7 +33,7 @@ pub(crate) fn round(dtype: Dtype, x: f32) -> f32 {
     match dtype {
         Dtype::F16 => f16::from_f32(x).to_f32(),
         Dtype::Bf16 => bf16::from_f32(x).to_f32(),
-        Dtype::F32 => x,
+        _ => x,
     }
 }
 

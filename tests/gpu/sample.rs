@@ -100,8 +100,8 @@ fn what_cannot_be_drawn_from_is_told() {
         (PLAIN, [0.5, 1.0]),
     ] {
         let refused = operations.sample(&logits, how, &units, &into);
-        assert!(matches!(refused, Err(Error::Argument { .. })), "{how:?}");
+        assert!(matches!(refused, Err(Error::Argument(_))), "{how:?}");
     }
     let refused = operations.sample(&logits, PLAIN, &[0.5], &into);
-    assert!(matches!(refused, Err(Error::Shape { .. })));
+    assert!(matches!(refused, Err(Error::Argument(_))));
 }

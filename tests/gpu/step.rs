@@ -6,7 +6,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaContext, CudaStream, result, sys};
 use moa_backend_cuda::tables::Packed;
 use moa_backend_cuda::{Batch, Cache, Dtype, Rope, Step, Tensor, Tensors, Workspace};
-use moa_core::SparseAttentionBackend;
+use moa_core::{Append, ExtendInputs, SparseAttentionBackend};
 
 use super::Cuda;
 use super::conformance::TestBackend;
@@ -101,10 +101,9 @@ fn rope_in_the_append_equals_rope_before_it() {
             rotate(&mut q, 8, dim, at, interleaved);
             rotate(&mut k, 2, dim, at, interleaved);
             let (q, k) = (tensor(&cuda, &q, 8, dim), tensor(&cuda, &k, 2, dim));
-            let (expected, _) = cuda
-                .0
-                .extend(&mut [&mut plain], &[tokens], &q, &k, &v, world.scale(), false)
-                .unwrap();
+            let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: world.scale(), lse: false };
+            let batch = &mut [Append { cache: &mut plain, tokens }];
+            let expected = cuda.0.extend(batch, &inputs).unwrap().out;
             close(&out.to_f32().unwrap(), &expected.to_f32().unwrap(), cuda.same());
             close(&q_rotated.to_f32().unwrap(), &q.to_f32().unwrap(), cuda.same());
             at += tokens;
@@ -181,11 +180,9 @@ fn a_captured_step_replays_while_its_sequences_grow() {
             graph.launch().unwrap();
             stream.synchronize().unwrap();
             let [q, k, v] = &fresh;
-            let [a, b] = &mut expected;
-            let (step_out, _) = cuda
-                .0
-                .extend(&mut [a, b], &[tokens; 2], q, k, v, worlds[0].scale(), false)
-                .unwrap();
+            let inputs = ExtendInputs { q, k, v, scale: worlds[0].scale(), lse: false };
+            let batch = &mut expected.each_mut().map(|cache| Append { cache, tokens });
+            let step_out = cuda.0.extend(batch, &inputs).unwrap().out;
             assert!(
                 out.to_f32().unwrap() == step_out.to_f32().unwrap(),
                 "replay {replay} differs from a step of its own"

@@ -1,5 +1,5 @@
 //! The kernels: functions that CubeCL compiles for the device at hand, and that nothing but
-//! [`crate::extend`] and its like launch.
+//! [`crate::attention`] and its like launch.
 //!
 //! Numbers are u32, as WebGPU has no larger integers. Functions that host and device must agree
 //! on are called by both.

@@ -20,7 +20,7 @@ pub(crate) fn random(
                 narrow_f16(uniform(2 * place, seed) * amplitude)
                     | (narrow_f16(uniform(2 * place + 1, seed) * amplitude) << 16)
             }
-            Dtype::Bf16 => {
+            _ => {
                 narrow_bf16(uniform(2 * place, seed) * amplitude)
                     | (narrow_bf16(uniform(2 * place + 1, seed) * amplitude) << 16)
             }

@@ -104,15 +104,15 @@ fn with_model<D: Backward>(
     found.plan.save(&args.out)?;
 
     let lengths = report::lengths_of(&found.plan);
-    let element_bytes = context.cache.bytes();
-    context.print(report::plan_text(&found.plan, &lengths, element_bytes))?;
+    let slot_bytes = context.cache.slot_bytes(found.plan.shape().head_dim);
+    context.print(report::plan_text(&found.plan, &lengths, slot_bytes))?;
     context.print(format_args!("\n{}", report::compressed_text(&found)))?;
     context.print(format_args!("Plan: {}", args.out.display()))?;
     let warnings = calibration::warnings(&found.profile, context)?;
     context.json(&json!({
         "out": args.out,
         "losses": report::compressed_json(&found),
-        "plan": report::plan_json(&found.plan, &lengths, element_bytes),
+        "plan": report::plan_json(&found.plan, &lengths, slot_bytes),
         "warnings": warnings,
     }))
 }

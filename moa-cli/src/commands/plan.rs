@@ -66,17 +66,17 @@ fn show(args: &ShowArgs, context: &Context) -> Result<()> {
         let figure = figure::head_map(&title, &[("", report::maps(&plan, &lengths))]);
         write_atomic(path, figure.svg().as_bytes())?;
     }
-    let element_bytes = context.cache.bytes();
+    let slot_bytes = context.cache.slot_bytes(plan.shape().head_dim);
     context.print(format_args!("{}", plan.shape()))?;
     context.print(format_args!("sink {}, smallest span {}", plan.sink(), plan.min_span()))?;
     for line in origin(&plan) {
         context.print(line)?;
     }
-    context.print(format_args!("\n{}", report::plan_text(&plan, &lengths, element_bytes)))?;
+    context.print(format_args!("\n{}", report::plan_text(&plan, &lengths, slot_bytes)))?;
     if plan.shape().kv_heads <= LISTED_HEADS {
         context.print(format_args!("\n{}", span_table(&plan, &lengths)))?;
     }
-    let mut value = report::plan_json(&plan, &lengths, element_bytes);
+    let mut value = report::plan_json(&plan, &lengths, slot_bytes);
     value["file"] = json!(args.plan);
     context.json(&value)
 }

@@ -153,10 +153,11 @@ pub(super) fn export(args: &ExportArgs, context: &Context) -> Result<()> {
 fn save(mut plan: Plan, method: &str, out: &Path, context: &Context) -> Result<()> {
     plan.provenance.method = Some(method.to_string());
     plan.save(out)?;
-    let (lengths, element_bytes) = (report::lengths_of(&plan), context.cache.bytes());
-    context.print(report::sizes(&plan, &lengths, element_bytes))?;
+    let (lengths, slot_bytes) =
+        (report::lengths_of(&plan), context.cache.slot_bytes(plan.shape().head_dim));
+    context.print(report::sizes(&plan, &lengths, slot_bytes))?;
     context.print(format_args!("\nPlan: {}", out.display()))?;
-    let mut value = report::plan_json(&plan, &lengths, element_bytes);
+    let mut value = report::plan_json(&plan, &lengths, slot_bytes);
     value["out"] = json!(out);
     context.json(&value)
 }

@@ -108,7 +108,7 @@ fn with_ops<D: Backward>(args: &Args, device: D, context: &Context) -> Result<()
         "model": model_path,
         "out": args.out,
         "losses": report::compressed_json(&found),
-        "plan": report::plan_json(&found.plan, &lengths, context.cache.bytes()),
+        "plan": report::plan_json(&found.plan, &lengths, context.cache.slot_bytes(found.plan.shape().head_dim)),
         "results": results,
         "seconds": seconds,
     });

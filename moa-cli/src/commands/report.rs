@@ -138,19 +138,19 @@ fn file_name<'a>(plans: &[PlanFile], file: &'a PlanFile) -> &'a str {
 }
 
 fn sizes(plans: &[PlanFile], lengths: &[usize], context: &Context) -> Figure {
-    let element = context.cache.bytes();
+    let slot_bytes = |plan: &moa_core::Plan| context.cache.slot_bytes(plan.shape().head_dim);
     let groups: Vec<Bars> = lengths
         .iter()
         .map(|&length| Bars {
             length,
-            dense: report::dense_bytes(&plans[0].plan, length, element),
+            dense: report::dense_bytes(&plans[0].plan, length, slot_bytes(&plans[0].plan)),
             plans: plans
                 .iter()
-                .map(|f| (f.label.clone(), f.plan.kv_bytes(length, element)))
+                .map(|f| (f.label.clone(), f.plan.kv_bytes(length, slot_bytes(&f.plan))))
                 .collect(),
         })
         .collect();
-    figure::kv_bytes(&groups, &format!("{:?}", context.cache).to_lowercase())
+    figure::kv_bytes(&groups, context.cache.name())
 }
 
 /// What plans say about themselves.
@@ -177,11 +177,11 @@ fn facts(plans: &[PlanFile]) -> Vec<(String, String)> {
 
 fn tables(plans: &[PlanFile], items: &[Items], lengths: &[usize], context: &Context) -> Vec<Table> {
     let owned = |words: &[&str]| words.iter().map(|w| (*w).to_string()).collect::<Vec<_>>();
-    let element = context.cache.bytes();
     let mut tables = Vec::new();
     if !plans.is_empty() {
         let mut rows = Vec::new();
         for file in plans {
+            let slot_bytes = context.cache.slot_bytes(file.plan.shape().head_dim);
             for &length in lengths {
                 let map = HeadMap::new(&file.plan, length);
                 let edge = |span: Option<&usize>| span.map_or(String::new(), usize::to_string);
@@ -189,8 +189,8 @@ fn tables(plans: &[PlanFile], items: &[Items], lengths: &[usize], context: &Cont
                     file.label.clone(),
                     length.to_string(),
                     percent(file.plan.density(length)),
-                    bytes(file.plan.kv_bytes(length, element)),
-                    bytes(report::dense_bytes(&file.plan, length, element)),
+                    bytes(file.plan.kv_bytes(length, slot_bytes)),
+                    bytes(report::dense_bytes(&file.plan, length, slot_bytes)),
                     edge(map.spans.iter().min()),
                     edge(map.spans.iter().max()),
                 ]);

@@ -9,8 +9,8 @@ use half::bf16;
 use crate::checkpoint::mapped::MappedTensor;
 use crate::checkpoint::safetensors::Tensors;
 use crate::decoder::config::ModelConfig;
-use crate::rng::SplitMix64;
 use crate::{Error, Result};
+use moa_core::SplitMix64;
 
 /// Weights that are made up, for measurements of speed and memory, which do not depend on their values:
 /// matrices of uniform random bf16 numbers of variance `1 / hidden_size`, norms and biases of ones.

@@ -1,3 +1,5 @@
+use moa_core::Append;
+
 use crate::decoder::logits::LogitRows;
 use crate::decoder::model::Decoder;
 use crate::decoder::sequence::Sequence;
@@ -55,15 +57,14 @@ impl<D: Math> Decoder<D> {
         let x = device.embed(&self.embedding, &tokens.concat())?;
         batch.iter_mut().for_each(|sequence| sequence.broken = true);
         let x = self.blocks(x, |layer, qkv| {
-            let mut caches: Vec<_> = batch.iter_mut().map(|s| &mut s.caches[layer]).collect();
-            let out =
-                self.extend(device.attention(), &mut caches, &counts, qkv, &rotations, false)?;
-            Ok(out.0)
+            let mut appends: Vec<_> = batch
+                .iter_mut()
+                .zip(&counts)
+                .map(|(s, &tokens)| Append { cache: &mut s.caches[layer], tokens })
+                .collect();
+            Ok(self.extend(device.attention(), &mut appends, qkv, &rotations, false)?.out)
         })?;
-        for (sequence, n) in batch.iter_mut().zip(&counts) {
-            sequence.extent.advance(*n);
-            sequence.broken = false;
-        }
+        batch.iter_mut().for_each(|sequence| sequence.broken = false);
         let h = device.rms_norm(&device.rows(&x, &rows)?, &self.norm, self.eps())?;
         self.output(&h)
     }

@@ -72,9 +72,6 @@ pub trait Device: Send + Sync {
     /// Attention of the same device.
     fn attention(&self) -> &Self::Attention;
 
-    /// Bytes of one element of the KV cache.
-    fn cache_element_bytes(&self) -> usize;
-
     /// Asks whether the device has `bytes` more, before they are taken piece by piece for `what`.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 use crate::decoder::logits::{check_logits, likeliest};
 use crate::device::Draw;
 use crate::error::{Error, Result};
-use crate::rng::SplitMix64;
+use moa_core::SplitMix64;
 
 /// How the next token is chosen from the logits. The default is greedy.
 ///

@@ -12,8 +12,8 @@ use crate::decoder::shard::Shard;
 use crate::device::{Backward, Math};
 use crate::find_plan::objective::Objective;
 use crate::find_plan::profile::Item;
-use crate::rng::SplitMix64;
 use crate::{Error, Result};
+use moa_core::SplitMix64;
 
 /// What to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,7 +116,7 @@ impl<D: Math> Decoder<D> {
 
         // A rank has only a part of them, which `open` checks sequence by sequence.
         if self.ranks() == 1 {
-            let each = plan.kv_bytes(context, self.device.cache_element_bytes());
+            let each = plan.kv_bytes(context, self.slot_bytes());
             self.device.check_room("keys and values", each.saturating_mul(batch as u64))?;
         }
         let mut sequence = self.open(plan, context, 0)?;
@@ -184,7 +184,7 @@ impl<D: Math> Decoder<D> {
     pub fn largest_batch(&self, plan: &Plan, context: usize) -> Result<Option<usize>> {
         let Some(memory) = self.device.memory()? else { return Ok(None) };
         let plan = self.own_plan(plan)?;
-        let each = plan.kv_bytes(context, self.device.cache_element_bytes());
+        let each = plan.kv_bytes(context, self.slot_bytes());
         // Activations of a chunk, logits, work space of kernels, what the driver needs for graphs.
         let chunk = 2048 * (8 * self.config.hidden_size + 6 * self.config.intermediate_size);
         let reserve = (1u64 << 30) + chunk as u64;
@@ -214,7 +214,7 @@ impl<D: Math> Decoder<D> {
         let plan = self.own_plan(plan)?;
         let spans = (0..self.layers.len()).flat_map(|layer| plan.layer_spans(layer, context));
         let keys: usize = spans.map(|span| span.total().min(len)).sum();
-        Ok((2 * keys * self.config.head_dim * self.device.cache_element_bytes()) as u64)
+        Ok(keys as u64 * self.slot_bytes())
     }
 }
 

@@ -106,6 +106,6 @@ impl<D: Math> Decoder<D> {
     /// # Errors
     /// Never for a model that was loaded.
     pub fn dense_bytes(&self, capacity: usize) -> Result<u64> {
-        Ok(Plan::full(self.local)?.kv_bytes(capacity, self.device().cache_element_bytes()))
+        Ok(Plan::full(self.local)?.kv_bytes(capacity, self.slot_bytes()))
     }
 }

@@ -2,7 +2,7 @@
 //! layers below that one again. Items that begin alike, as questions about one text do, share what
 //! they have in common.
 
-use moa_core::{LayerLayout, Plan, SparseAttentionBackend};
+use moa_core::{Append, LayerLayout, Plan, SparseAttentionBackend};
 
 use crate::decoder::model::Decoder;
 use crate::device::Math;
@@ -145,8 +145,8 @@ impl<D: Math> Decoder<D> {
             let mut cache = self.open_cache(&layout)?;
             if let (Some(shared), Some(rotations)) = (x.shared.take(), &pass.shared_rotations) {
                 let mut attend = |qkv| {
-                    let (caches, counts) = (&mut [&mut cache], &[pass.shared]);
-                    Ok(self.extend(attention, caches, counts, qkv, rotations, false)?.0)
+                    let batch = &mut [Append { cache: &mut cache, tokens: pass.shared }];
+                    Ok(self.extend(attention, batch, qkv, rotations, false)?.out)
                 };
                 // Nothing reads these rows of the top layer but the keys and values.
                 match is_top {
@@ -159,10 +159,12 @@ impl<D: Math> Decoder<D> {
                 caches.push(attention.fork(&cache).map_err(Into::into)?);
             }
             caches.push(cache);
-            let mut caches: Vec<_> = caches.iter_mut().collect();
+            let appends = caches.iter_mut().zip(&counts);
+            let mut appends: Vec<_> =
+                appends.map(|(cache, &tokens)| Append { cache, tokens }).collect();
             let mut attend = |qkv| {
                 let rotations = &pass.rest_rotations;
-                Ok(self.extend(attention, &mut caches, &counts, qkv, rotations, false)?.0)
+                Ok(self.extend(attention, &mut appends, qkv, rotations, false)?.out)
             };
             x.rest = match is_top {
                 true => {

@@ -7,8 +7,8 @@
 use std::ops::Range;
 
 use moa_core::{
-    DEFAULT_SINK, ElasticRule, Gradients, Influence, InfluenceInputs, LayerLayout, Plan, Span,
-    SparseAttentionBackend,
+    Append, DEFAULT_SINK, ElasticRule, Extended, Gradients, Influence, InfluenceInputs,
+    LayerLayout, Plan, Span, SparseAttentionBackend,
 };
 
 use crate::decoder::block::parts;
@@ -172,8 +172,8 @@ impl<D: Backward> Decoder<D> {
                 let attention = self.device.exact_attention();
                 let mut cache =
                     attention.open(&layout, self.config.head_dim).map_err(Into::into)?;
-                let (out, lse) =
-                    self.extend(attention, &mut [&mut cache], &[n], qkv, rotations, true)?;
+                let batch = &mut [Append { cache: &mut cache, tokens: n }];
+                let Extended { out, lse } = self.extend(attention, batch, qkv, rotations, true)?;
                 let lse = lse.ok_or(Error::invalid("backend", "a log-sum-exp output", "none"))?;
                 saved.push(Saved { x: input, out: out.clone(), lse });
                 Ok(out)

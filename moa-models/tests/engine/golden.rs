@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use moa_core::{ModelShape, Plan};
-use moa_models::{CacheDtype, Cpu, Decoder, LogitRows, ModelConfig, Result, Weights};
+use moa_models::{Cpu, Decoder, Dtype, LogitRows, ModelConfig, Result, Weights};
 use serde::Deserialize;
 
 use crate::{alternating, moa_tiny, test_data};
@@ -46,7 +46,7 @@ fn sparse(shape: ModelShape) -> Plan {
 fn agrees(model: &Path, golden: &Path) -> Result<()> {
     let golden = Golden::load(golden);
     let model = Decoder::load(
-        Cpu::new(CacheDtype::F32),
+        Cpu::new(Dtype::F32),
         ModelConfig::from_file(model)?,
         &Weights::open(model)?,
     )?;
