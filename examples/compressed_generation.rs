@@ -5,7 +5,9 @@
 //! ```
 
 use moa_core::{ElasticRule, Plan};
-use moa_models::{Checkpoint, Cpu, Dtype, Message, Next, PHRASINGS, Result, TextProgress};
+use moa_models::{
+    Checkpoint, Cpu, Dtype, EngineOptions, Event, GenerateOptions, Message, PHRASINGS, Result,
+};
 
 fn main() -> Result<()> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/moa-tiny");
@@ -15,28 +17,29 @@ fn main() -> Result<()> {
     // A record of 60 lines and a question about one of them.
     let record = PHRASINGS[0].prompt(60, 1);
     let prompt = checkpoint.chat_tokens(&[Message::user(&record.text)])?;
-    let options = checkpoint.greedy(40);
+    let options = GenerateOptions { max_new_tokens: 40, ..GenerateOptions::default() };
     let capacity = prompt.len() + options.max_new_tokens;
 
     let dense = Plan::full(model.shape())?;
     let uniform = Plan::uniform(model.shape(), 64, ElasticRule::new(0.0, 0.25)?)?;
     println!("{} prompt tokens; the answer is {}", prompt.len(), record.answer);
     for (name, plan) in [("dense", dense), ("uniform window, 25 %", uniform)] {
-        let mut batch = [model.open(&plan, capacity, 0)?];
-        let mut print = |progress: TextProgress<'_>| {
-            if let TextProgress::Text { piece, .. } = progress {
-                print!("{piece}");
-            }
-            Next::Continue
-        };
+        let mut engine = checkpoint.engine(EngineOptions::default());
+        let id = engine.resume(model.open(&plan, capacity, 0)?, &prompt[..], options.clone());
         print!("{name}:");
-        let (_, generation) =
-            checkpoint.generate_text(&mut batch, &[&prompt], &options, &[], &mut print)?;
+        while let Some(event) = engine.step()? {
+            match event {
+                Event::Text { piece, .. } => print!("{piece}"),
+                Event::Failed { error, .. } => return Err(error),
+                _ => {}
+            }
+        }
+        let usage = engine.take_usage();
         println!(
             "\n  {} KV bytes, prefill {:.0} tok/s, decode {:.0} tok/s",
-            model.kv_bytes(&batch[0]),
-            generation.prefill_tokens_per_second(),
-            generation.decode_tokens_per_second()
+            engine.reclaim(id).map_or(0, |sequence| model.kv_bytes(&sequence)),
+            usage.prefill_tokens_per_second(),
+            usage.decode_tokens_per_second()
         );
     }
     Ok(())

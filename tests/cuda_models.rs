@@ -18,7 +18,6 @@ mod ranks;
 #[path = "cuda_models/text.rs"]
 mod text;
 
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
@@ -107,7 +106,7 @@ fn read<D: Math>(
     tokens: &[u32],
     chunk: usize,
 ) -> Vec<f32> {
-    model.prefill(sequence, tokens, chunk, &mut |_| ControlFlow::Continue(())).unwrap()
+    model.prefill(sequence, tokens, chunk).unwrap()
 }
 
 /// Largest difference as a share of the spread (standard deviation) of `expected`.

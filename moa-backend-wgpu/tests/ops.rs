@@ -54,7 +54,7 @@ fn matrix(device: &Device, rows: usize, cols: usize, dtype: Dtype) -> (Matrix, V
                 halves.iter().map(|x| x.to_f64()).collect(),
             )
         }
-        Dtype::Bf16 => {
+        _ => {
             let halves: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
             (
                 halves.iter().flat_map(|x| x.to_le_bytes()).collect(),

@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 
 use moa_core::Profile;
-use moa_models::{CalibrationData, CalibrationOptions, Checkpoint, Item, Math, Prompt};
+use moa_models::{CalibrationData, CalibrationOptions, CalibrationPrompt, Checkpoint, Item, Math};
 
 use crate::error::Result;
 use crate::output::Context;
@@ -11,7 +11,7 @@ use crate::progress::Progress;
 pub(crate) fn load(data: &str) -> Result<CalibrationData> {
     Ok(match data {
         "records" => CalibrationData::Records,
-        path => CalibrationData::Prompts(Prompt::load(path)?),
+        path => CalibrationData::Prompts(CalibrationPrompt::load(path)?),
     })
 }
 

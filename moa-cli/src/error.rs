@@ -13,6 +13,10 @@ pub(crate) enum Error {
     #[error(transparent)]
     Core(#[from] moa_core::Error),
 
+    /// A report or what it is made from.
+    #[error(transparent)]
+    Report(#[from] moa_report::Error),
+
     /// An error with the place in the user's input that it comes from.
     #[error("{place}: {source}")]
     At {

@@ -2,26 +2,21 @@
 //! are really smaller.
 //!
 //! One file per subcommand in `commands`; everything that computes lives in `moa-models` and
-//! `moa-core`.
+//! `moa-core`, everything that draws in `moa-report`.
 
 mod args;
 mod budget;
 mod calibration;
 mod commands;
+mod compressed;
 mod error;
-mod figure;
 mod files;
 #[cfg(feature = "cuda")]
 mod gpus;
-mod head_map;
-mod held_out;
-mod items;
 mod model;
 mod output;
-mod page;
 mod plans;
 mod progress;
-mod report;
 
 use std::process::ExitCode;
 

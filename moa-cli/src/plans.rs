@@ -1,12 +1,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use moa_core::{AtLength, Plan, PlanRequest, Space, search};
-use moa_models::bound_decode_time;
+use moa_core::Plan;
 
 use crate::error::{Error, Result};
-use crate::model::on_device;
-use crate::output::Context;
 
 /// A plan with the file it came from.
 #[derive(Clone, Debug)]
@@ -65,36 +62,4 @@ pub(crate) fn labelled(argument: &str) -> (String, PathBuf) {
 
 fn stem(path: &Path) -> String {
     path.file_stem().unwrap_or_default().to_string_lossy().into_owned()
-}
-
-/// The search that a plan came out of, from its provenance.
-pub(crate) fn request(file: &PlanFile, context: &Context) -> Result<PlanRequest> {
-    let (plan, from) = (&file.plan, &file.plan.provenance);
-    if from.density_bounds.is_empty() {
-        return Err(Error::Provenance {
-            path: file.path.clone(),
-            missing: "density bounds",
-            remedy: "refine only plans of `moa search`",
-        });
-    }
-    let bound = |b: &AtLength| {
-        let min = from.density_floors.iter().find(|f| f.length == b.length).map(|f| f.value);
-        search::Bound { length: b.length, max: b.value, min }
-    };
-    let bounds = from.density_bounds.iter().map(bound).collect();
-    // Plans of before there was a choice say nothing.
-    let space = from.space.as_deref().map_or(Ok(Space::default()), str::parse::<Space>);
-    let in_file = |e| Error::from(e).at(file.path.display().to_string());
-    let request = PlanRequest::bounded(bounds, plan.sink(), plan.min_span()).map_err(in_file)?;
-    let request = request.with_space(space.map_err(in_file)?);
-    let mut request = request.with_min_share(from.min_share.unwrap_or(0.0)).map_err(in_file)?;
-    if let Some(share) = from.decode_time {
-        on_device!(context, |device| bound_decode_time(
-            &mut request,
-            &device,
-            plan.shape(),
-            share
-        ))?;
-    }
-    Ok(request)
 }

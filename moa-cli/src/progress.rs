@@ -44,12 +44,7 @@ impl Progress {
 
     /// A step of [`moa_models::compress`].
     pub(crate) fn stage(&self, stage: Stage, done: usize, total: usize) -> Next {
-        let label = match stage {
-            Stage::Calibrate => "calibrate",
-            Stage::Profile => "profile",
-            Stage::Search => "search",
-            Stage::Measure => "measure",
-        };
+        let label = stage.name();
         if self.0.prefix() != label {
             self.0.reset();
             self.0.set_prefix(label);

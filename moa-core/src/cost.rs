@@ -75,6 +75,15 @@ pub struct CostBound {
     pub curve: CostCurve,
 }
 
+impl ModelShape {
+    /// Bytes of keys and values that one sequence of `length` tokens holds in a dense cache whose slots,
+    /// key and value together, take `slot_bytes` bytes each.
+    pub const fn kv_bytes(&self, length: usize, slot_bytes: u64) -> u64 {
+        let slots = (self.total_kv_heads() as u64).saturating_mul(length as u64);
+        slots.saturating_mul(slot_bytes)
+    }
+}
+
 impl Bound {
     /// The density that `bytes` of keys and values are for one sequence of `length` tokens, as an upper
     /// bound; 1 where they hold everything. `slot_bytes` are those of one slot
@@ -91,8 +100,7 @@ impl Bound {
                 return Err(Error::invalid(what, "at least 1", n));
             }
         }
-        let a_token = (shape.total_kv_heads() as u64 * slot_bytes) as f64;
-        let max = (bytes as f64 / (a_token * length as f64)).min(1.0);
+        let max = (bytes as f64 / shape.kv_bytes(length, slot_bytes) as f64).min(1.0);
         Ok(Self { length, max, min: None })
     }
 }
@@ -115,7 +123,8 @@ mod tests {
     #[test]
     fn a_full_plan_uses_the_bytes_of_density_one() {
         let shape = ModelShape { layers: 3, query_heads: 4, kv_heads: 2, head_dim: 64 };
-        let dense = Plan::full(shape).unwrap().kv_bytes(1000, 256);
+        let dense = shape.kv_bytes(1000, 256);
+        assert_eq!(dense, Plan::full(shape).unwrap().kv_bytes(1000, 256));
         assert_eq!(Bound::kv_bytes(1000, dense, shape, 256).unwrap().max, 1.0);
         assert_eq!(Bound::kv_bytes(1000, dense / 4, shape, 256).unwrap().max, 0.25);
         assert_eq!(Bound::kv_bytes(1000, 9 * dense, shape, 256).unwrap().max, 1.0);

@@ -69,6 +69,27 @@ impl PlanRequest {
         Ok(Self { bounds, decode_time, sink, min_span, min_share, space, candidates, solver })
     }
 
+    /// The search that a plan says it came out of, but for the decode time that it bounded, which only
+    /// measurements can; `None` if the plan says no bounds.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if what the plan says is out of range.
+    pub fn from_plan(plan: &Plan) -> Result<Option<Self>> {
+        let from = &plan.provenance;
+        if from.density_bounds.is_empty() {
+            return Ok(None);
+        }
+        let bound = |b: &AtLength| {
+            let min = from.density_floors.iter().find(|f| f.length == b.length).map(|f| f.value);
+            Bound { length: b.length, max: b.value, min }
+        };
+        let bounds = from.density_bounds.iter().map(bound).collect();
+        // Plans of before there was a choice say nothing.
+        let space = from.space.as_deref().map_or(Ok(Space::default()), str::parse)?;
+        let request = Self::bounded(bounds, plan.sink(), plan.min_span())?.with_space(space);
+        request.with_min_share(from.min_share.unwrap_or(0.0)).map(Some)
+    }
+
     /// The same request for plans of another kind.
     #[must_use]
     pub fn with_space(mut self, space: Space) -> Self {

@@ -260,6 +260,13 @@ pub enum Error {
         rank: usize,
     },
 
+    /// A step of several requests failed, of which this one was part.
+    #[error("a step of the batch failed: {reason}")]
+    Step {
+        /// The error of the step.
+        reason: String,
+    },
+
     /// The device has not enough memory: less of it may be asked for.
     #[error("{what}: {}", shortage(*bytes, *free))]
     OutOfMemory {

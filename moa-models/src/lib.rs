@@ -14,7 +14,9 @@ mod error;
 mod eval;
 mod families;
 mod find_plan;
+mod progress;
 
+pub use checkpoint::Checkpoint;
 pub use checkpoint::fingerprint::fingerprint;
 pub use checkpoint::generation_config::GenerationConfig;
 #[cfg(feature = "hub")]
@@ -25,7 +27,6 @@ pub use checkpoint::random::RandomTensors;
 pub use checkpoint::safetensors::{Tensors, Weights};
 pub use checkpoint::template::{ChatTemplate, Message};
 pub use checkpoint::tokenizer::{TokenStream, Tokenizer};
-pub use checkpoint::{Checkpoint, Completion, TextProgress};
 pub use decoder::config::ModelConfig;
 pub use decoder::logits::LogitRows;
 pub use decoder::model::Decoder;
@@ -45,9 +46,9 @@ pub use device::thread_rank::ThreadRank;
 pub use device::wgpu::Wgpu;
 pub use device::{Backward, Device, Draw, LinearWeights, Load, Math, Memory};
 pub use engine::chat_session::ChatSession;
-pub use engine::generate::{Finish, GenerateOptions, Generated, Generation, Next, Progress};
+pub use engine::request::{Completion, Event, Finish, GenerateOptions, Prompt, RequestId, Usage};
 pub use engine::sampling::{Sampler, SamplingOptions};
-pub use engine::serve::{Request, Served};
+pub use engine::serve::{Engine, EngineOptions};
 pub use engine::stop::StopStrings;
 pub use error::{Error, Result};
 pub use eval::bench::{BenchOptions, BenchReport, ProfileBenchReport};
@@ -61,9 +62,9 @@ pub use eval::{
 };
 pub use families::llama::Llama;
 pub use families::{FAMILIES, Family};
-pub use find_plan::calibrate::{CalibrationData, CalibrationOptions, Prompt};
+pub use find_plan::calibrate::{CalibrationData, CalibrationOptions, CalibrationPrompt};
 pub use find_plan::compress::{
-    CompressOptions, Compressed, DEFAULT_BLOCK, Stage, bound_decode_time, compress, describe,
+    CompressOptions, Compressed, DEFAULT_BLOCK, bound_decode_time, compress, describe,
     with_min_share,
 };
 pub use find_plan::objective::{Objective, TokenWeight, WeightedObjective};
@@ -73,3 +74,4 @@ pub use find_plan::refine::{Refined, measured_losses, refine};
 #[cfg(feature = "cuda")]
 pub use moa_backend_cuda::NcclId;
 pub use moa_core::Dtype;
+pub use progress::{Next, Progress, Stage};

@@ -2,10 +2,13 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use moa_core::{ElasticRule, Plan};
-use moa_models::{Cpu, Decoder, Dtype, GenerateOptions, ModelConfig, Next, Result, Weights};
+use moa_models::{
+    Cpu, Decoder, Dtype, Engine, EngineOptions, GenerateOptions, ModelConfig, Result, Weights,
+};
 
 /// The system's allocator, with a count of the live bytes.
 struct Counting;
@@ -52,31 +55,34 @@ fn within_2_percent(got: usize, expected: u64, what: &str) {
 /// Generates in a sequence of `capacity` tokens, which the prompt nearly fills. Returns by how much
 /// the heap has grown then, all intermediate results dropped.
 fn holds_what_it_promises(
-    model: &Decoder<Cpu>,
+    model: &Arc<Decoder<Cpu>>,
     plan: &Plan,
     capacity: usize,
-    bytes: u64,
+    cache: Dtype,
 ) -> Result<usize> {
     let vocab = model.config().vocab_size as u32;
-    let options = GenerateOptions { max_new_tokens: 8, ..GenerateOptions::default() };
+    let eos_token_ids = Some(Vec::new());
+    let options = GenerateOptions { max_new_tokens: 8, eos_token_ids, ..Default::default() };
     let prompt: Vec<u32> = (0..capacity as u32 - 8).map(|i| i * 7919 % vocab).collect();
-    let promised = plan.kv_bytes(capacity, bytes);
+    let promised = plan.kv_bytes(capacity, cache.slot_bytes(plan.shape().head_dim));
 
     let before = LIVE.load(Relaxed);
-    let mut batch = [model.open(plan, capacity, 0)?];
-    let generation = model.generate(&mut batch, &[&prompt], &options, &mut |_| Next::Continue)?;
-    assert_eq!(generation.sequences[0].tokens.len(), 8);
-    drop(generation);
-    assert_eq!(model.kv_bytes(&batch[0]), promised);
+    let mut engine = Engine::new(Arc::clone(model), EngineOptions::default());
+    let id = engine.resume(model.open(plan, capacity, 0)?, prompt, options);
+    assert_eq!(engine.complete_all()?[0].tokens.len(), 8);
+    let sequence = engine.reclaim(id).expect("it was resumed");
+    drop(engine);
+    assert_eq!(model.kv_bytes(&sequence), promised);
     let held = LIVE.load(Relaxed);
-    drop(batch);
+    drop(sequence);
     let after = LIVE.load(Relaxed);
     within_2_percent(held - after, promised, "freed with the sequence");
     Ok(held - before)
 }
 
-fn load(folder: &Path, cache: Dtype) -> Result<Decoder<Cpu>> {
-    Decoder::load(Cpu::new(cache), ModelConfig::from_file(folder)?, &Weights::open(folder)?)
+fn load(folder: &Path, cache: Dtype) -> Result<Arc<Decoder<Cpu>>> {
+    let (config, weights) = (ModelConfig::from_file(folder)?, Weights::open(folder)?);
+    Decoder::load(Cpu::new(cache), config, &weights).map(Arc::new)
 }
 
 fn quarter(model: &Decoder<Cpu>) -> Result<Plan> {
@@ -91,21 +97,23 @@ fn quarter(model: &Decoder<Cpu>) -> Result<Plan> {
 #[test]
 fn sequences_hold_the_bytes_that_their_plan_promises() -> Result<()> {
     let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/moa-tiny");
-    for (cache, bytes) in [(Dtype::F32, 4), (Dtype::Bf16, 2)] {
+    for cache in [Dtype::F32, Dtype::Bf16] {
         let model = load(&tiny, cache)?;
         let (dense, plan) = (Plan::full(model.shape())?, quarter(&model)?);
-        assert_eq!(plan.kv_bytes(2048, bytes) * 4, model.dense_bytes(2048)?);
+        let slot_bytes = cache.slot_bytes(model.shape().head_dim);
+        assert_eq!(plan.kv_bytes(2048, slot_bytes) * 4, model.dense_bytes(2048)?);
         // The first run also leaves each thread the buffers that its next run reuses.
-        holds_what_it_promises(&model, &dense, 2048, bytes)?;
-        let grown = holds_what_it_promises(&model, &plan, 2048, bytes)?;
-        within_2_percent(grown, plan.kv_bytes(2048, bytes), "grown by the sequence");
+        holds_what_it_promises(&model, &dense, 2048, cache)?;
+        let grown = holds_what_it_promises(&model, &plan, 2048, cache)?;
+        within_2_percent(grown, plan.kv_bytes(2048, slot_bytes), "grown by the sequence");
     }
     match std::env::var_os("MOA_TEST_DATA").map(PathBuf::from) {
         Some(data) => {
             let model = load(&data.join("models/moa-small"), Dtype::F32)?;
             let plan = quarter(&model)?;
-            assert_eq!(plan.kv_bytes(8192, 4) * 4, model.dense_bytes(8192)?);
-            holds_what_it_promises(&model, &plan, 8192, 4)?;
+            let slot_bytes = Dtype::F32.slot_bytes(model.shape().head_dim);
+            assert_eq!(plan.kv_bytes(8192, slot_bytes) * 4, model.dense_bytes(8192)?);
+            holds_what_it_promises(&model, &plan, 8192, Dtype::F32)?;
         }
         None => eprintln!("skipped: set MOA_TEST_DATA to the folder with `models/moa-small`"),
     }

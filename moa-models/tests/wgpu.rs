@@ -9,7 +9,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use moa_backend_wgpu::{Device as Gpu, Dtype};
 use moa_core::{ElasticRule, HeadRule, Influence, ModelShape, Plan, Span};
 use moa_models::{
-    Backward, Checkpoint, Cpu, Device, GenerateOptions, Item, LogitRows, Next, Objective, Wgpu,
+    Backward, Checkpoint, Cpu, Device, Dtype, EngineOptions, GenerateOptions, Item, LogitRows,
+    Objective, Wgpu,
 };
 
 fn moa_tiny() -> PathBuf {
@@ -63,13 +64,13 @@ fn run<D: Math>(checkpoint: &Checkpoint<D>, narrow_spans: bool) -> (Vec<Vec<u32>
         let x = model.forward(&mut [&mut sequence], &[chunk], LogitRows::Rows(&rows)).unwrap();
         logits.extend(model.device().values(x).unwrap());
     }
-    let options = GenerateOptions { max_new_tokens: 12, ..GenerateOptions::default() };
-    let mut batch =
-        [&long[..], short].map(|prompt| model.open(&plan, prompt.len() + 12, 0).unwrap());
-    let prompts = [&long[..], short];
-    let generation =
-        model.generate(&mut batch, &prompts, &options, &mut |_| Next::Continue).unwrap();
-    (generation.sequences.into_iter().map(|s| s.tokens).collect(), logits)
+    let eos_token_ids = Some(Vec::new());
+    let options = GenerateOptions { max_new_tokens: 12, eos_token_ids, ..Default::default() };
+    let mut engine = checkpoint.engine(EngineOptions::default());
+    for prompt in [&long[..], short] {
+        engine.submit(prompt, &plan, options.clone());
+    }
+    (engine.complete_all().unwrap().into_iter().map(|made| made.tokens).collect(), logits)
 }
 
 #[test]

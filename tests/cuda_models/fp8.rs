@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use moa_backend_cuda::e4m3;
 use moa_models::{Backward, Checkpoint, Cpu, Cuda, Dtype, Load};
 use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::{Dtype as FileDtype, TensorView};
 
 use crate::laws::decoder_equals_steps;
 use crate::text::{greedy, greedy_text_agrees};
@@ -35,7 +35,7 @@ fn round(file: &Path) {
             all.push((name, dtype, shape, tensor.data().to_vec()));
             continue;
         }
-        assert_eq!(dtype, Dtype::Bf16, "{name}");
+        assert_eq!(dtype, FileDtype::BF16, "{name}");
         let pairs = tensor.data().as_chunks::<2>().0.iter();
         let values: Vec<f32> =
             pairs.map(|pair| f32::from_bits(u32::from(u16::from_le_bytes(*pair)) << 16)).collect();

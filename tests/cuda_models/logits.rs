@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use moa_models::{Decoder, Device, ModelConfig, Weights};
+use moa_models::{Decoder, ModelConfig, Weights};
 use serde::Deserialize;
 
 use crate::{Dtype, alternating, close, cpu, cuda, moa_tiny, open, plans, prose, read, step};

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use moa_backend_cuda::Error as CudaError;
 use moa_core::{Plan, Sharding};
 use moa_models::{
-    Communicator, Cuda, Decoder, Device, Dtype, Error, GenerateOptions, LogitRows, ModelConfig,
-    NcclRank, Next, Rank, SamplingOptions, Shard, ThreadRank, Weights, on_ranks,
+    Communicator, Cuda, Decoder, Device, Dtype, Engine, EngineOptions, Error, GenerateOptions,
+    LogitRows, ModelConfig, NcclRank, Rank, SamplingOptions, Shard, ThreadRank, Weights, on_ranks,
 };
 
 use crate::{alternating, close, cpu, moa_tiny, open, plans, prose, read, step};
@@ -27,10 +27,12 @@ fn part(
 }
 
 /// What two ranks on the first GPU compute.
-fn on_two<T: Send>(dtype: Dtype, plan: &Plan, work: impl Fn(&Model) -> T + Sync) -> Vec<T> {
+fn on_two<T: Send>(dtype: Dtype, plan: &Plan, work: impl Fn(&Arc<Model>) -> T + Sync) -> Vec<T> {
     let ranks = ThreadRank::group(2).unwrap();
-    on_ranks(ranks, |rank: Arc<ThreadRank>| Ok::<_, Error>(work(&part(dtype, plan, rank)?)))
-        .unwrap()
+    on_ranks(ranks, |rank: Arc<ThreadRank>| {
+        Ok::<_, Error>(work(&Arc::new(part(dtype, plan, rank)?)))
+    })
+    .unwrap()
 }
 
 #[test]
@@ -41,7 +43,7 @@ fn two_ranks_agree_with_the_cpu() {
         }
         let tokens = prose(320);
         for plan in &plans(cpu().model.shape()) {
-            let run = |gpu: &Model| {
+            let run = |gpu: &Arc<Model>| {
                 let mut sequence = gpu.open(plan, 400, 0).unwrap();
                 let mut logits = step(gpu, &mut sequence, &tokens[..300]).concat();
                 for token in &tokens[300..] {
@@ -58,7 +60,10 @@ fn two_ranks_agree_with_the_cpu() {
             }
             close("two ranks, prefill of 300 and decode of 20", &got[0].0, &expected, share);
             assert!(got[0].0 == got[1].0, "ranks do not have the same logits");
-            assert_eq!(got[0].1 + got[1].1, plan.kv_bytes(400, 2));
+            assert_eq!(
+                got[0].1 + got[1].1,
+                plan.kv_bytes(400, Dtype::F16.slot_bytes(plan.shape().head_dim))
+            );
         }
     }
 }
@@ -99,13 +104,18 @@ fn two_ranks_draw_the_same_tokens() {
     let plan = alternating(cpu().model.shape(), 8, 24, 48);
     for temperature in [0.0, 0.8] {
         let sampling = SamplingOptions { temperature, seed: 5, ..Default::default() };
-        let options = GenerateOptions { max_new_tokens: 24, sampling, ..Default::default() };
+        let options = GenerateOptions {
+            max_new_tokens: 24,
+            sampling,
+            eos_token_ids: Some(Vec::new()),
+            ..Default::default()
+        };
         let texts = on_two(Dtype::F16, &plan, |gpu| {
-            let open = |prompt: &&[u32]| gpu.open(&plan, prompt.len() + 24, 0).unwrap();
-            let mut batch: Vec<_> = prompts.iter().map(open).collect();
-            let made =
-                gpu.generate(&mut batch, &prompts, &options, &mut |_| Next::Continue).unwrap();
-            made.sequences
+            let mut engine = Engine::new(Arc::clone(gpu), EngineOptions::default());
+            for prompt in prompts {
+                engine.submit(prompt, &plan, options.clone());
+            }
+            engine.complete_all().unwrap()
         });
         assert!(texts[0].iter().all(|made| made.tokens.len() == 24));
         assert_eq!(texts[0], texts[1], "temperature {temperature}");

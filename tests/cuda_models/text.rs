@@ -1,8 +1,11 @@
 //! Greedy text and retrieval: what a user of the model sees.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use moa_models::{
-    Cpu, Cuda, Decoder, GenerateOptions, Math, Next, PHRASINGS, Request, SamplingOptions, Served,
-    Task,
+    Cpu, Cuda, Decoder, Engine, EngineOptions, Event, GenerateOptions, Math, PHRASINGS,
+    SamplingOptions, Task,
 };
 
 use crate::{cpu, cuda, likeliest, plans, prose, read, step};
@@ -10,17 +13,31 @@ use crate::{cpu, cuda, likeliest, plans, prose, read, step};
 /// Prompts that continue greedily for this many tokens.
 const NEW: usize = 32;
 
+fn options(sampling: SamplingOptions) -> GenerateOptions {
+    let eos_token_ids = Some(Vec::new());
+    GenerateOptions { max_new_tokens: NEW, sampling, eos_token_ids, ..Default::default() }
+}
+
+/// What prompts that run together are continued with; each has a seed of its own.
+fn continued<D: Math>(
+    model: &Arc<Decoder<D>>,
+    plan: &moa_core::Plan,
+    prompts: &[&[u32]],
+    sampling: &SamplingOptions,
+) -> Vec<Vec<u32>> {
+    let mut engine = Engine::new(Arc::clone(model), EngineOptions::default());
+    for (seed, prompt) in (sampling.seed..).zip(prompts) {
+        engine.submit(*prompt, plan, options(SamplingOptions { seed, ..sampling.clone() }));
+    }
+    engine.complete_all().unwrap().into_iter().map(|made| made.tokens).collect()
+}
+
 pub(crate) fn greedy<D: Math>(
-    model: &Decoder<D>,
+    model: &Arc<Decoder<D>>,
     plan: &moa_core::Plan,
     prompts: &[&[u32]],
 ) -> Vec<Vec<u32>> {
-    let options = GenerateOptions { max_new_tokens: NEW, ..GenerateOptions::default() };
-    let mut batch: Vec<_> =
-        prompts.iter().map(|p| model.open(plan, p.len() + NEW, 0).unwrap()).collect();
-    let generation =
-        model.generate(&mut batch, prompts, &options, &mut |_| Next::Continue).unwrap();
-    generation.sequences.into_iter().map(|sequence| sequence.tokens).collect()
+    continued(model, plan, prompts, &SamplingOptions::default())
 }
 
 #[test]
@@ -31,7 +48,7 @@ fn greedy_text_is_the_cpus_or_parts_at_a_near_tie() {
 }
 
 /// Where texts part, the CPU's logits must have been nearly equal there.
-pub(crate) fn greedy_text_agrees(gpu: &Decoder<Cuda>, cpu: &Decoder<Cpu>, share: f64) {
+pub(crate) fn greedy_text_agrees(gpu: &Arc<Decoder<Cuda>>, cpu: &Arc<Decoder<Cpu>>, share: f64) {
     let text = prose(2500);
     let prompts: Vec<&[u32]> = (0..100).map(|i| &text[i * 20..i * 20 + 30 + 4 * i]).collect();
     for plan in &plans(cpu.shape()) {
@@ -74,15 +91,7 @@ fn sampled_text_repeats_with_its_seed_and_stays_among_the_likeliest() {
         let model = &checkpoint.model;
         let [dense, _] = plans(model.shape());
         let prompts: Vec<&[u32]> = [40, 90, 41].map(|len| &text[..len]).into();
-        let run = |sampling: SamplingOptions| -> Vec<Vec<u32>> {
-            let options =
-                GenerateOptions { max_new_tokens: NEW, sampling, ..GenerateOptions::default() };
-            let mut batch: Vec<_> =
-                prompts.iter().map(|p| model.open(&dense, p.len() + NEW, 0).unwrap()).collect();
-            let generation =
-                model.generate(&mut batch, &prompts, &options, &mut |_| Next::Continue).unwrap();
-            generation.sequences.into_iter().map(|sequence| sequence.tokens).collect()
-        };
+        let run = |sampling: SamplingOptions| continued(model, &dense, &prompts, &sampling);
         let warm = |seed| SamplingOptions { temperature: 1.0, seed, ..Default::default() };
         assert_eq!(run(warm(1)), run(warm(1)));
         assert_ne!(run(warm(1)), run(warm(2)));
@@ -101,40 +110,31 @@ fn requests_that_come_and_go_get_what_they_get_alone_but_for_ties() {
         let model = &checkpoint.model;
         let [dense, _] = plans(model.shape());
         let prompts: Vec<&[u32]> = (0..8).map(|i| &text[i * 20..i * 20 + 40 + 15 * i]).collect();
-        let mut waiting = prompts.iter().enumerate().map(|(id, prompt)| Request {
-            id: id as u64,
-            sequence: model.open(&dense, prompt.len() + NEW, 0).unwrap(),
-            prompt: prompt.to_vec(),
-            options: GenerateOptions {
-                max_new_tokens: NEW,
-                prefill_chunk: 50,
-                ..GenerateOptions::default()
-            },
-        });
-        let (mut calls, mut served) = (0, vec![Vec::new(); prompts.len()]);
-        let serve = model.serve(
-            &mut |running| {
-                calls += 1;
-                // One every 9 steps: graphs are made, replayed and dropped.
-                if running == 0 || calls % 9 == 0 { waiting.next() } else { None }
-            },
-            &mut |event| {
-                match event {
-                    Served::Finished { id, generated, .. } => {
-                        served[id as usize] = generated.tokens;
-                    }
-                    Served::Refused { error, .. } => panic!("{error}"),
-                    Served::Token { .. } => {}
-                }
-                Next::Continue
-            },
-        );
-        serve.unwrap();
+        let mut waiting = prompts.iter();
+        let chunks = EngineOptions { prefill_chunk: 50, ..EngineOptions::default() };
+        let mut engine = Engine::new(Arc::clone(model), chunks);
+        let mut served = BTreeMap::new();
+        // One comes with every 20th event: graphs are made, replayed and dropped.
+        for events in 0.. {
+            if (engine.is_idle() || events % 20 == 0)
+                && let Some(prompt) = waiting.next()
+            {
+                engine.submit(*prompt, &dense, options(SamplingOptions::default()));
+            }
+            match engine.step().unwrap() {
+                Some(Event::Done { id, completion }) => drop(served.insert(id, completion.tokens)),
+                Some(Event::Failed { error, .. }) => panic!("{error}"),
+                Some(_) => {}
+                None if waiting.len() == 0 => break,
+                None => {}
+            }
+        }
         let alone: Vec<_> =
             prompts.iter().map(|prompt| greedy(model, &dense, &[prompt]).remove(0)).collect();
-        let equal = alone.iter().zip(&served).filter(|(a, b)| a == b).count();
+        let equal = alone.iter().zip(served.values()).filter(|(a, b)| a == b).count();
         println!("{equal} of {} texts are equal", prompts.len());
-        assert!(served.iter().all(|tokens| tokens.len() == NEW));
+        assert_eq!(served.len(), prompts.len());
+        assert!(served.values().all(|tokens| tokens.len() == NEW));
         assert!(equal * 4 >= 3 * prompts.len(), "{equal} texts are equal");
     }
 }

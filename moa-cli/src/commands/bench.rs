@@ -87,9 +87,6 @@ impl FromStr for Batch {
     }
 }
 
-/// Batches tried in place of the largest that was computed, each a little smaller.
-const RETRIES: usize = 12;
-
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     if args.profile {
         model::check_gradients(context)?;
@@ -221,24 +218,13 @@ fn measure<D: Math>(
     batch: Batch,
     options: &BenchOptions,
 ) -> Result<BenchReport> {
-    let mut batch = match batch {
-        Batch::Of(batch) => return Ok(model.bench(plan, &BenchOptions { batch, ..*options })?),
+    match batch {
+        Batch::Of(batch) => Ok(model.bench(plan, &BenchOptions { batch, ..*options })?),
         Batch::Largest => {
-            let context = options.prompt.saturating_add(options.new_tokens);
             let missing = || Error::argument("--batches", "numbers on this device", "max");
-            model.largest_batch(plan, context)?.ok_or_else(missing)?.max(1)
-        }
-    };
-    for _ in 0..RETRIES {
-        match model.bench(plan, &BenchOptions { batch, ..*options }) {
-            // Several ranks would have to agree on it.
-            Err(moa_models::Error::OutOfMemory { .. }) if batch > 1 && model.ranks() == 1 => {
-                batch -= batch.div_ceil(50)
-            }
-            other => return Ok(other?),
+            model.bench_largest(plan, options)?.ok_or_else(missing)
         }
     }
-    Ok(model.bench(plan, &BenchOptions { batch, ..*options })?)
 }
 
 const HEAD: [&str; 11] = [

@@ -1,10 +1,9 @@
 use std::io::{self, BufRead, IsTerminal};
 use std::time::Instant;
 
-use moa_models::{ChatSession, Checkpoint, GenerateOptions, Math, Next, TextProgress};
+use moa_models::{ChatSession, Checkpoint, Event, GenerateOptions, Math};
 use serde_json::json;
 
-use super::generate::{Args, finish};
 use crate::error::{Error, Result};
 use crate::model::ChosenPlan;
 use crate::output::{Context, bytes, percent};
@@ -14,14 +13,14 @@ const DEFAULT_CONTEXT: usize = 8192;
 
 /// A conversation on one cache, a turn per line of stdin.
 pub(super) fn run<D: Math>(
-    args: &Args,
     model: &Checkpoint<D>,
     chosen: &ChosenPlan,
     options: &GenerateOptions,
+    capacity: Option<usize>,
     context: &Context,
 ) -> Result<()> {
     let limit = model.model.config().context_length();
-    let capacity = args.context.unwrap_or(limit.min(DEFAULT_CONTEXT));
+    let capacity = capacity.unwrap_or(limit.min(DEFAULT_CONTEXT));
     let mut session = ChatSession::new(model, &chosen.plan, capacity)?;
     let is_terminal = io::stdin().is_terminal();
     let prompt = || {
@@ -38,26 +37,22 @@ pub(super) fn run<D: Math>(
             continue;
         }
         let begin = Instant::now();
-        let mut failed = None;
-        let result = session.say(line.trim(), options, &args.stop, &mut |progress| {
-            if let TextProgress::Text { piece, .. } = progress
-                && let Err(error) = context.stream(piece)
-            {
-                failed = Some(error);
-                return Next::Cancel;
+        let at_line = |e| Error::from(e).at(format!("stdin, line {}", number + 1));
+        session.say(line.trim(), options.clone()).map_err(at_line)?;
+        let mut answer = None;
+        while let Some(event) = session.step().map_err(at_line)? {
+            match event {
+                Event::Text { piece, .. } => context.stream(piece)?,
+                Event::Done { completion, .. } => answer = Some(completion),
+                _ => {}
             }
-            Next::Continue
-        });
-        if let Some(error) = failed {
-            return Err(error);
         }
-        let completion =
-            result.map_err(|e| Error::from(e).at(format!("stdin, line {}", number + 1)))?;
+        let Some(completion) = answer else { continue };
         context.print("")?;
         turns.push(json!({
             "user": line.trim(),
             "text": completion.text,
-            "finish": finish(completion.finish),
+            "finish": completion.finish.name(),
             "cached_tokens": session.cached_tokens(),
             "seconds": begin.elapsed().as_secs_f64(),
         }));

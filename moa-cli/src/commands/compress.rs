@@ -1,18 +1,19 @@
 use std::path::PathBuf;
 
 use moa_models::{Backward, CalibrationData, Checkpoint, CompressOptions, compress};
+use moa_report::{PlanSummary, lengths_of};
 use serde_json::json;
 
 use super::search::SolverArgs;
 use crate::args::{DataArg, ModelArg, ObjectiveArgs, SpanArgs, parse_count};
 use crate::budget::BudgetArgs;
 use crate::calibration;
+use crate::compressed;
 use crate::error::Result;
 use crate::files::{check_file, check_optional};
 use crate::model::{self, on_device};
 use crate::output::Context;
 use crate::progress::Progress;
-use crate::report;
 
 /// Find a plan in one step: profile, search, validate and refine
 #[derive(Debug, clap::Args)]
@@ -103,16 +104,19 @@ fn with_model<D: Backward>(
     }
     found.plan.save(&args.out)?;
 
-    let lengths = report::lengths_of(&found.plan);
-    let slot_bytes = context.cache.slot_bytes(found.plan.shape().head_dim);
-    context.print(report::plan_text(&found.plan, &lengths, slot_bytes))?;
-    context.print(format_args!("\n{}", report::compressed_text(&found)))?;
+    let summary = PlanSummary::new(
+        &found.plan,
+        &lengths_of(&found.plan),
+        context.cache.slot_bytes(found.plan.shape().head_dim),
+    );
+    context.print(&summary)?;
+    context.print(format_args!("\n{}", compressed::text(&found)))?;
     context.print(format_args!("Plan: {}", args.out.display()))?;
     let warnings = calibration::warnings(&found.profile, context)?;
     context.json(&json!({
         "out": args.out,
-        "losses": report::compressed_json(&found),
-        "plan": report::plan_json(&found.plan, &lengths, slot_bytes),
+        "losses": compressed::json(&found),
+        "plan": summary,
         "warnings": warnings,
     }))
 }

@@ -1,10 +1,10 @@
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
 use clap::ValueEnum;
 use moa_models::{
-    ChatTemplate, Checkpoint, Finish, GenerateOptions, Math, Message, Next, SamplingOptions,
-    TextProgress,
+    ChatTemplate, Checkpoint, EngineOptions, Event, GenerateOptions, Math, Message, SamplingOptions,
 };
 use serde_json::json;
 
@@ -41,12 +41,12 @@ pub(crate) struct Args {
     max_new_tokens: Option<usize>,
     /// Longest conversation of --chat, in tokens [default: the model's context, at most 8192]
     #[arg(long, value_name = "TOKENS", value_parser = parse_count, requires = "chat")]
-    pub(super) context: Option<usize>,
+    context: Option<usize>,
     #[command(flatten)]
     sampling: SamplingArgs,
     /// Text that ends the answer; can be given several times
     #[arg(long, value_name = "TEXT")]
-    pub(super) stop: Vec<String>,
+    stop: Vec<String>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -138,11 +138,11 @@ fn with_model<D: Math>(
     let options = GenerateOptions {
         max_new_tokens: args.max_new_tokens.or(model.generation.max_new_tokens).unwrap_or(256),
         sampling: args.sampling.options(model.generation.sampling(context.seed))?,
-        eos_token_ids: model.eos_token_ids(),
-        ..GenerateOptions::default()
+        stop: args.stop.clone(),
+        eos_token_ids: None,
     };
     match args.prompts.chat {
-        true => chat::run(args, &model, &chosen, &options, context),
+        true => chat::run(&model, &chosen, &options, args.context, context),
         false => batch(args, prompts, &model, &chosen, &options, context),
     }
 }
@@ -187,81 +187,76 @@ fn batch<D: Math>(
     context: &Context,
 ) -> Result<()> {
     let limit = model.model.config().context_length();
-    let mut ids = Vec::new();
-    let mut sequences = Vec::new();
-    for prompt in prompts {
+    let mut engine = model.engine(EngineOptions::default());
+    let (mut ids, mut lens, mut dense) = (Vec::new(), Vec::new(), 0);
+    for (number, prompt) in (0..).zip(prompts) {
         let own = tokens(args, model, prompt).map_err(|e| e.at(prompt.name.clone()))?;
         let room = own.len().saturating_add(options.max_new_tokens).min(limit);
         if own.len() > limit {
             let error = moa_models::Error::ContextExceeded { asked: own.len(), limit };
             return Err(Error::from(error).at(prompt.name.clone()));
         }
-        sequences.push(model.model.open(&chosen.plan, room, 0)?);
-        ids.push(own);
+        dense += model.model.dense_bytes(room)?;
+        let seed = options.sampling.seed.wrapping_add(number);
+        let sampling = SamplingOptions { seed, ..options.sampling.clone() };
+        let options = GenerateOptions { sampling, ..options.clone() };
+        lens.push(own.len());
+        ids.push(engine.resume(model.model.open(&chosen.plan, room, 0)?, own, options));
     }
-    let ids: Vec<&[u32]> = ids.iter().map(Vec::as_slice).collect();
     if let [_, _, ..] = prompts {
         context.print(heading(&prompts[0].name))?;
     }
-    let mut bar = Some(Progress::new(context, "prefill", ids.iter().map(|i| i.len()).sum()));
-    let mut failed = None;
-    let result = model.generate_text(&mut sequences, &ids, options, &args.stop, &mut |progress| {
-        match progress {
-            TextProgress::Prefill { done, total } => {
-                if let Some(bar) = &bar {
-                    bar.set(done, total);
+    let total = lens.iter().sum();
+    let mut bar = Some(Progress::new(context, "prefill", total));
+    let mut read = vec![0; ids.len()];
+    let mut completions = BTreeMap::new();
+    while let Some(event) = engine.step()? {
+        match event {
+            Event::Prefill { id, done, .. } => {
+                if let (Some(bar), Some(of)) = (&bar, ids.iter().position(|own| *own == id)) {
+                    read[of] = done;
+                    bar.set(read.iter().sum(), total);
                 }
             }
-            TextProgress::Text { sequence, piece } => {
-                // The bar and the text would write over each other.
-                bar = None;
-                if sequence == 0
-                    && !piece.is_empty()
-                    && let Err(error) = context.stream(piece)
-                {
-                    failed = Some(error);
-                    return Next::Cancel;
-                }
-            }
+            // The bar and the text would write over each other.
+            Event::Token { .. } => bar = None,
+            Event::Text { id, piece } if id == ids[0] => context.stream(piece)?,
+            Event::Done { id, completion } => drop(completions.insert(id, completion)),
+            Event::Failed { error, .. } => return Err(error.into()),
+            _ => {}
         }
-        Next::Continue
-    });
-    if let Some(error) = failed {
-        return Err(error);
     }
-    let (completions, generation) = result?;
+    drop(bar);
     context.print("")?;
-    for (prompt, completion) in prompts.iter().zip(&completions).skip(1) {
+    for (prompt, completion) in prompts.iter().zip(completions.values()).skip(1) {
         context.print(format_args!("\n{}\n{}", heading(&prompt.name), completion.text))?;
     }
 
-    let kv_bytes: u64 = sequences.iter().map(|s| model.model.kv_bytes(s)).sum();
-    let mut dense = 0;
-    for sequence in &sequences {
-        dense += model.model.dense_bytes(sequence.capacity())?;
-    }
+    let sequences = ids.iter().filter_map(|id| engine.reclaim(*id));
+    let kv_bytes: u64 = sequences.map(|sequence| model.model.kv_bytes(&sequence)).sum();
+    let usage = engine.take_usage();
     context.note(format_args!(
         "{}: KV cache {} of {} dense ({}); prefill {} tokens, {:.0} tok/s; decode {} tokens, {:.1} tok/s",
         chosen.name,
         bytes(kv_bytes),
         bytes(dense),
         percent(kv_bytes as f64 / dense.max(1) as f64),
-        generation.prompt_tokens,
-        generation.prefill_tokens_per_second(),
-        generation.decoded_tokens,
-        generation.decode_tokens_per_second(),
+        usage.prompt_tokens,
+        usage.prefill_tokens_per_second(),
+        usage.decoded_tokens,
+        usage.decode_tokens_per_second(),
     ));
     let each: Vec<_> = prompts
         .iter()
-        .zip(&completions)
-        .zip(ids.iter().zip(&generation.sequences))
-        .map(|((prompt, completion), (ids, generated))| {
+        .zip(completions.values())
+        .zip(&lens)
+        .map(|((prompt, completion), len)| {
             json!({
                 "prompt": prompt.name,
                 "text": completion.text,
-                "finish": finish(completion.finish),
-                "prompt_tokens": ids.len(),
-                "new_tokens": generated.tokens.len(),
+                "finish": completion.finish.name(),
+                "prompt_tokens": len,
+                "new_tokens": completion.tokens.len(),
             })
         })
         .collect();
@@ -270,26 +265,17 @@ fn batch<D: Math>(
         "plan": chosen.name,
         "kv_bytes": kv_bytes,
         "kv_bytes_dense": dense,
-        "prompt_tokens": generation.prompt_tokens,
-        "prefill_seconds": generation.prefill.as_secs_f64(),
-        "prefill_tokens_per_second": generation.prefill_tokens_per_second(),
-        "decoded_tokens": generation.decoded_tokens,
-        "decode_seconds": generation.decode.as_secs_f64(),
-        "decode_tokens_per_second": generation.decode_tokens_per_second(),
+        "prompt_tokens": usage.prompt_tokens,
+        "prefill_seconds": usage.prefill.as_secs_f64(),
+        "prefill_tokens_per_second": usage.prefill_tokens_per_second(),
+        "decoded_tokens": usage.decoded_tokens,
+        "decode_seconds": usage.decode.as_secs_f64(),
+        "decode_tokens_per_second": usage.decode_tokens_per_second(),
     }))
 }
 
 fn heading(name: &str) -> String {
     format!("--- {name} ---")
-}
-
-/// Why an answer ended, in a word.
-pub(super) fn finish(finish: Finish) -> &'static str {
-    match finish {
-        Finish::Eos => "eos",
-        Finish::Length => "length",
-        Finish::Stopped => "stop",
-    }
 }
 
 #[cfg(test)]

@@ -2,15 +2,14 @@ use std::path::PathBuf;
 
 use clap::Subcommand;
 use moa_core::{Plan, write_atomic};
+use moa_report::{HeadMap, PlanSummary, at_lengths, figure, lengths_of};
 use serde_json::json;
 
 use super::plan_make;
 use crate::args::parse_count;
 use crate::error::Result;
-use crate::figure;
 use crate::files::check_optional;
 use crate::output::{Context, table};
-use crate::report;
 
 /// Inspect, convert and make plans
 #[derive(Debug, clap::Args)]
@@ -60,23 +59,25 @@ const LISTED_HEADS: usize = 8;
 fn show(args: &ShowArgs, context: &Context) -> Result<()> {
     check_optional(args.svg.as_deref())?;
     let plan = Plan::load(&args.plan)?;
-    let lengths = if args.at.is_empty() { report::lengths_of(&plan) } else { args.at.clone() };
+    let lengths = if args.at.is_empty() { lengths_of(&plan) } else { args.at.clone() };
+    let summary =
+        PlanSummary::new(&plan, &lengths, context.cache.slot_bytes(plan.shape().head_dim));
+    let maps = summary.maps();
     if let Some(path) = &args.svg {
         let title = format!("Span of each KV head, {}", plan.shape());
-        let figure = figure::head_map(&title, &[("", report::maps(&plan, &lengths))]);
+        let figure = figure::head_map(&title, &[("", maps.clone())]);
         write_atomic(path, figure.svg().as_bytes())?;
     }
-    let slot_bytes = context.cache.slot_bytes(plan.shape().head_dim);
     context.print(format_args!("{}", plan.shape()))?;
     context.print(format_args!("sink {}, smallest span {}", plan.sink(), plan.min_span()))?;
     for line in origin(&plan) {
         context.print(line)?;
     }
-    context.print(format_args!("\n{}", report::plan_text(&plan, &lengths, slot_bytes)))?;
+    context.print(format_args!("\n{}", summary))?;
     if plan.shape().kv_heads <= LISTED_HEADS {
-        context.print(format_args!("\n{}", span_table(&plan, &lengths)))?;
+        context.print(format_args!("\n{}", span_table(&plan, &maps)))?;
     }
-    let mut value = report::plan_json(&plan, &lengths, slot_bytes);
+    let mut value = json!(summary);
     value["file"] = json!(args.plan);
     context.json(&value)
 }
@@ -93,15 +94,14 @@ fn origin(plan: &Plan) -> Vec<String> {
     say("kind", from.space.clone());
     say("objective", from.objective.clone());
     say("data", from.data.clone());
-    say("predicted loss", Some(report::at_lengths(&from.predicted_losses)));
-    say("measured loss", Some(report::at_lengths(&from.measured_losses)));
+    say("predicted loss", Some(at_lengths(&from.predicted_losses)));
+    say("measured loss", Some(at_lengths(&from.measured_losses)));
     lines
 }
 
 /// Spans in tokens, a row per head.
-fn span_table(plan: &Plan, lengths: &[usize]) -> String {
-    let maps = report::maps(plan, lengths);
-    let heads: Vec<String> = lengths.iter().map(|n| format!("span at {n}")).collect();
+fn span_table(plan: &Plan, maps: &[HeadMap]) -> String {
+    let heads: Vec<String> = maps.iter().map(|m| format!("span at {}", m.length)).collect();
     let mut head = vec!["layer:head", "alpha + beta N"];
     head.extend(heads.iter().map(String::as_str));
     let kv_heads = plan.shape().kv_heads;

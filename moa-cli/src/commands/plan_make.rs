@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use moa_core::{DEFAULT_SINK, ElasticRule, ModelShape, Plan, write_atomic};
+use moa_report::{PlanSummary, lengths_of};
 use serde_json::json;
 
 use crate::args::{parse_count, parse_density, parse_head};
@@ -10,7 +11,6 @@ use crate::error::Result;
 use crate::files::check_file;
 use crate::model;
 use crate::output::Context;
-use crate::report;
 
 /// Dimensions of the model that a plan is made for.
 #[derive(Debug, clap::Args)]
@@ -153,11 +153,14 @@ pub(super) fn export(args: &ExportArgs, context: &Context) -> Result<()> {
 fn save(mut plan: Plan, method: &str, out: &Path, context: &Context) -> Result<()> {
     plan.provenance.method = Some(method.to_string());
     plan.save(out)?;
-    let (lengths, slot_bytes) =
-        (report::lengths_of(&plan), context.cache.slot_bytes(plan.shape().head_dim));
-    context.print(report::sizes(&plan, &lengths, slot_bytes))?;
+    let summary = PlanSummary::new(
+        &plan,
+        &lengths_of(&plan),
+        context.cache.slot_bytes(plan.shape().head_dim),
+    );
+    context.print(summary.table())?;
     context.print(format_args!("\nPlan: {}", out.display()))?;
-    let mut value = report::plan_json(&plan, &lengths, slot_bytes);
+    let mut value = json!(summary);
     value["out"] = json!(out);
     context.json(&value)
 }

@@ -6,19 +6,17 @@ use moa_models::{
     Backward, CalibrationData, Checkpoint, CompressOptions, Compressed, Math, RetrievalCase,
     RetrievalReport, compress,
 };
+use moa_report::{HeadMap, PlanSummary, figure};
 use serde_json::{Value, json};
 
 use super::eval::{HEAD, ask, report_json, row};
 use crate::args::{parse_count, parse_density};
+use crate::compressed;
 use crate::error::{Error, Result};
-use crate::figure;
 use crate::files::OutputFolder;
-use crate::head_map;
-use crate::held_out;
 use crate::model::{self, on_device};
 use crate::output::{Context, table};
 use crate::progress::Progress;
-use crate::report;
 
 /// From a checkpoint to a plan to answers, on a small model, in a minute or two
 #[derive(Debug, clap::Args)]
@@ -82,15 +80,20 @@ fn with_ops<D: Backward>(args: &Args, device: D, context: &Context) -> Result<()
     lengths.push(args.length);
     lengths.sort_unstable();
     lengths.dedup();
-    let maps = report::maps(&found.plan, &lengths);
-    context.print(format_args!("{}\n", report::compressed_text(&found)))?;
-    context.print(head_map::draw(&maps))?;
+    let summary = PlanSummary::new(
+        &found.plan,
+        &lengths,
+        context.cache.slot_bytes(found.plan.shape().head_dim),
+    );
+    let maps = summary.maps();
+    context.print(format_args!("{}\n", compressed::text(&found)))?;
+    context.print(HeadMap::draw(&maps))?;
 
     context.print(format_args!(
         "\n{} held-out questions of {} tokens, answered with three caches:",
         args.questions, args.length
     ))?;
-    let cases = held_out::cases(&model, args.length, ANSWER_TOKENS, args.questions, context.seed)?;
+    let cases = model.held_out_cases(args.length, ANSWER_TOKENS, args.questions, context.seed)?;
     let results = answer(&model, &found.plan, &cases, context)?;
 
     found
@@ -107,8 +110,8 @@ fn with_ops<D: Backward>(args: &Args, device: D, context: &Context) -> Result<()
     let value = json!({
         "model": model_path,
         "out": args.out,
-        "losses": report::compressed_json(&found),
-        "plan": report::plan_json(&found.plan, &lengths, context.cache.slot_bytes(found.plan.shape().head_dim)),
+        "losses": compressed::json(&found),
+        "plan": summary,
         "results": results,
         "seconds": seconds,
     });

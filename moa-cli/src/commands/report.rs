@@ -1,18 +1,14 @@
 use std::path::PathBuf;
 
 use moa_core::write_atomic;
+use moa_report::{Answers, NamedPlan, Report};
 use serde_json::json;
 
 use crate::args::parse_count;
 use crate::error::{Error, Result};
-use crate::figure::{self, Bars, Figure};
 use crate::files::{OutputFolder, check_file};
-use crate::head_map::HeadMap;
-use crate::items::Items;
-use crate::output::{Context, bytes, percent};
-use crate::page::{Page, Table};
+use crate::output::Context;
 use crate::plans::{self, PlanFile};
-use crate::report;
 
 /// Write plans and measurements into one HTML file that needs no network
 #[derive(Debug, clap::Args)]
@@ -47,46 +43,33 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     check_file(&args.out)?;
     let plans: Vec<PlanFile> =
         args.plan.iter().map(|p| PlanFile::load(p)).collect::<Result<_>>()?;
-    check_models(&plans)?;
+    let paths: Vec<PathBuf> = plans.iter().map(|file| file.path.clone()).collect();
     let searched = match &args.plans {
         Some(folder) => plans::load_folder(folder)?,
         None => Vec::new(),
     };
-    let items: Vec<Items> = args.items.iter().map(|i| Items::load(i)).collect::<Result<_>>()?;
-    let lengths = if args.at.is_empty() { lengths(&plans) } else { args.at.clone() };
-
-    let mut figures = Vec::new();
-    if !plans.is_empty() {
-        figures.push(head_maps(&plans, &lengths));
-    }
-    if !items.is_empty() {
-        figures.push(figure::retrieval(&items));
-    }
-    if !plans.is_empty() {
-        figures.push(sizes(&plans, &lengths, context));
-    }
-    match figure::pareto(&searched, &plans) {
-        Some(figure) => figures.push(figure),
-        None if args.plans.is_some() => {
-            context.note("no Pareto front: the plans do not say their predicted losses");
-        }
-        None => {}
-    }
-    match figure::trials(&plans) {
-        Some(figure) => figures.push(figure),
-        None if !plans.is_empty() => {
-            context
-                .note("no predicted against measured loss: no plan here was chosen by measurement");
-        }
-        None => {}
-    }
-
-    let page = Page {
-        title: args.title.clone(),
-        facts: facts(&plans),
-        tables: tables(&plans, &items, &lengths, context),
-        figures,
+    let answers = |argument: &String| {
+        let (name, path) = plans::labelled(argument);
+        Answers::load(name, &path)
     };
+    let report = Report {
+        title: args.title.clone(),
+        plans: plans.into_iter().map(|f| NamedPlan { name: f.label, plan: f.plan }).collect(),
+        searched: searched
+            .into_iter()
+            .map(|f| NamedPlan { name: f.name(), plan: f.plan })
+            .collect(),
+        answers: args.items.iter().map(answers).collect::<Result<_, _>>()?,
+        lengths: args.at.clone(),
+        cache: context.cache,
+    };
+    let page = report.page().map_err(|error| match error {
+        moa_report::Error::OtherModel { index, source, .. } => {
+            Error::from(source).at(paths[index].display().to_string())
+        }
+        other => other.into(),
+    })?;
+
     let mut files = Vec::new();
     if let Some(path) = &args.svg {
         let mut folder = OutputFolder::create(path)?;
@@ -100,117 +83,13 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         write_atomic(&args.out, page.html().as_bytes())?;
     }
     let titles: Vec<&str> = page.figures.iter().map(|f| f.title.as_str()).collect();
-    context.print(format_args!("{}\n\nReport: {}", titles.join("\n"), args.out.display()))?;
     let ids: Vec<&str> = page.figures.iter().map(|f| f.id.as_str()).collect();
+    if args.plans.is_some() && !ids.contains(&"pareto") {
+        context.note("no Pareto front: the plans do not say their predicted losses");
+    }
+    if !report.plans.is_empty() && !ids.contains(&"predicted-measured") {
+        context.note("no predicted against measured loss: no plan here was chosen by measurement");
+    }
+    context.print(format_args!("{}\n\nReport: {}", titles.join("\n"), args.out.display()))?;
     context.json(&json!({ "out": args.out, "figures": ids, "svg": files }))
-}
-
-/// Plans of one report are for one model: bytes of dense caches are drawn once.
-fn check_models(plans: &[PlanFile]) -> Result<()> {
-    let Some(first) = plans.first() else { return Ok(()) };
-    for file in plans {
-        let check = file.plan.check_shape(&first.plan.shape());
-        check.map_err(|e| Error::from(e).at(file.path.display().to_string()))?;
-    }
-    Ok(())
-}
-
-/// Lengths at which the plans were searched.
-fn lengths(plans: &[PlanFile]) -> Vec<usize> {
-    let mut lengths: Vec<usize> = plans.iter().flat_map(|f| report::lengths_of(&f.plan)).collect();
-    lengths.sort_unstable();
-    lengths.dedup();
-    lengths
-}
-
-fn head_maps(plans: &[PlanFile], lengths: &[usize]) -> Figure {
-    let maps = |file| (file_name(plans, file), report::maps(&file.plan, lengths));
-    let maps: Vec<_> = plans.iter().map(maps).collect();
-    match plans {
-        [one] => figure::head_map(&format!("Span of each KV head: {}", one.label), &maps),
-        _ => figure::head_map("Span of each KV head", &maps),
-    }
-}
-
-/// A single plan needs no name on its panels.
-fn file_name<'a>(plans: &[PlanFile], file: &'a PlanFile) -> &'a str {
-    if plans.len() > 1 { &file.label } else { "" }
-}
-
-fn sizes(plans: &[PlanFile], lengths: &[usize], context: &Context) -> Figure {
-    let slot_bytes = |plan: &moa_core::Plan| context.cache.slot_bytes(plan.shape().head_dim);
-    let groups: Vec<Bars> = lengths
-        .iter()
-        .map(|&length| Bars {
-            length,
-            dense: report::dense_bytes(&plans[0].plan, length, slot_bytes(&plans[0].plan)),
-            plans: plans
-                .iter()
-                .map(|f| (f.label.clone(), f.plan.kv_bytes(length, slot_bytes(&f.plan))))
-                .collect(),
-        })
-        .collect();
-    figure::kv_bytes(&groups, context.cache.name())
-}
-
-/// What plans say about themselves.
-fn facts(plans: &[PlanFile]) -> Vec<(String, String)> {
-    let mut facts = Vec::new();
-    let Some(first) = plans.first() else { return facts };
-    facts.push(("model".to_string(), first.plan.shape().to_string()));
-    for file in plans {
-        let from = &file.plan.provenance;
-        let mut words: Vec<String> = [&from.method, &from.space, &from.objective, &from.data]
-            .into_iter()
-            .flatten()
-            .cloned()
-            .collect();
-        words.push(format!("sink {}, smallest span {}", file.plan.sink(), file.plan.min_span()));
-        facts.push((file.label.clone(), words.join("; ")));
-        if !from.measured_losses.is_empty() {
-            let loss = report::at_lengths(&from.measured_losses);
-            facts.push((format!("{}, nats per response token", file.label), loss));
-        }
-    }
-    facts
-}
-
-fn tables(plans: &[PlanFile], items: &[Items], lengths: &[usize], context: &Context) -> Vec<Table> {
-    let owned = |words: &[&str]| words.iter().map(|w| (*w).to_string()).collect::<Vec<_>>();
-    let mut tables = Vec::new();
-    if !plans.is_empty() {
-        let mut rows = Vec::new();
-        for file in plans {
-            let slot_bytes = context.cache.slot_bytes(file.plan.shape().head_dim);
-            for &length in lengths {
-                let map = HeadMap::new(&file.plan, length);
-                let edge = |span: Option<&usize>| span.map_or(String::new(), usize::to_string);
-                rows.push(vec![
-                    file.label.clone(),
-                    length.to_string(),
-                    percent(file.plan.density(length)),
-                    bytes(file.plan.kv_bytes(length, slot_bytes)),
-                    bytes(report::dense_bytes(&file.plan, length, slot_bytes)),
-                    edge(map.spans.iter().min()),
-                    edge(map.spans.iter().max()),
-                ]);
-            }
-        }
-        let head = ["plan", "context", "density", "KV cache", "dense", "smallest span", "largest"];
-        tables.push(Table { title: "Sizes".to_string(), head: owned(&head), rows });
-    }
-    if !items.is_empty() {
-        let row = |file: &Items| {
-            let right = file.asked.iter().filter(|a| a.right).count();
-            vec![
-                file.name.clone(),
-                format!("{right}/{}", file.asked.len()),
-                percent(file.accuracy()),
-            ]
-        };
-        let head = owned(&["cache", "right", "accuracy"]);
-        let rows = items.iter().map(row).collect();
-        tables.push(Table { title: "Retrieval".to_string(), head, rows });
-    }
-    tables
 }

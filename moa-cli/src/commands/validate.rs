@@ -1,10 +1,12 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use moa_core::{AtLength, Plan, Profile};
+use moa_core::{AtLength, Plan, PlanRequest, Profile};
 use moa_models::{
-    CalibrationData, Checkpoint, CompressOptions, Item, Math, measured_losses, refine,
+    CalibrationData, Checkpoint, CompressOptions, Item, Math, bound_decode_time, measured_losses,
+    refine,
 };
+use moa_report::at_lengths;
 use serde_json::json;
 
 use crate::args::{DataArg, ModelArg, parse_count};
@@ -15,7 +17,6 @@ use crate::model::{self, on_device};
 use crate::output::{Context, percent, table};
 use crate::plans::{self, PlanFile};
 use crate::progress::Progress;
-use crate::report;
 
 /// Pick the plan with the lowest measured loss at a length that was not profiled
 #[derive(Debug, clap::Args)]
@@ -110,7 +111,7 @@ fn with_model<D: Math>(
     if let (Some(evaluations), Some(profile)) = (args.refine, &profile) {
         let bar = Progress::new(context, "refine", evaluations);
         let starts: Vec<Plan> = files.iter().map(|f| f.plan.clone()).collect();
-        let request = plans::request(&files[best], context)?;
+        let request = request(&files[best], model)?;
         let found =
             refine(&model.model, &items, &starts, &request, profile, evaluations, &mut || {
                 bar.step()
@@ -148,7 +149,7 @@ fn with_model<D: Math>(
     context.print(format_args!(
         "Plan: {} (loss {})",
         args.out.display(),
-        report::at_lengths(&plan.provenance.measured_losses)
+        at_lengths(&plan.provenance.measured_losses)
     ))?;
     let measured: Vec<_> = files
         .iter()
@@ -165,6 +166,22 @@ fn with_model<D: Math>(
         "refined_to": refined.as_ref().map(|r| r.loss),
         "measured_losses": plan.provenance.measured_losses,
     }))
+}
+
+/// The search that a plan came out of.
+fn request<D: Math>(file: &PlanFile, model: &Checkpoint<D>) -> Result<PlanRequest> {
+    let in_file = |e| Error::from(e).at(file.path.display().to_string());
+    let request = PlanRequest::from_plan(&file.plan).map_err(in_file)?;
+    let mut request = request.ok_or_else(|| Error::Provenance {
+        path: file.path.clone(),
+        missing: "density bounds",
+        remedy: "refine only plans of `moa search`",
+    })?;
+    if let Some(share) = file.plan.provenance.decode_time {
+        let model = &model.model;
+        bound_decode_time(&mut request, model.device(), model.shape(), share)?;
+    }
+    Ok(request)
 }
 
 /// Profiled lengths of the plans; with `--length` they need not say them.

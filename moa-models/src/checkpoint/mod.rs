@@ -14,6 +14,7 @@ pub(crate) mod template;
 pub(crate) mod tokenizer;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use moa_core::Plan;
 
@@ -23,19 +24,31 @@ use crate::checkpoint::template::{ChatTemplate, Message};
 use crate::checkpoint::tokenizer::Tokenizer;
 use crate::decoder::config::ModelConfig;
 use crate::decoder::model::Decoder;
-use crate::decoder::sequence::Sequence;
 use crate::decoder::shard::Shard;
 use crate::device::Math;
-use crate::engine::generate::{Finish, GenerateOptions, Generation, Next, Progress};
-use crate::engine::stop::StopStrings;
+use crate::engine::request::{Completion, GenerateOptions, Prompt};
+use crate::engine::serve::{Engine, EngineOptions};
 use crate::families::{FAMILIES, Family};
 use crate::{Error, Result};
 
 /// A Hugging Face model folder, ready to run: weights, tokenizer, chat template, defaults.
+///
+/// Clones share the network, so that a checkpoint, its engines and its conversations can be kept
+/// side by side.
+///
+/// ```no_run
+/// use moa_core::Plan;
+/// use moa_models::{Checkpoint, Cpu};
+///
+/// let checkpoint = Checkpoint::open(Cpu::default(), "model")?;
+/// let dense = Plan::full(checkpoint.model.shape())?;
+/// println!("{}", checkpoint.complete(&dense, "Once upon a time", 64)?.text);
+/// # Ok::<(), moa_models::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Checkpoint<D: Math> {
     /// The network.
-    pub model: Decoder<D>,
+    pub model: Arc<Decoder<D>>,
     /// Text to tokens and back.
     pub tokenizer: Tokenizer,
     /// Generation defaults of the model's authors.
@@ -44,13 +57,17 @@ pub struct Checkpoint<D: Math> {
     folder: PathBuf,
 }
 
-/// Text of one sequence with how it came about.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Completion {
-    /// The text, without stop string.
-    pub text: String,
-    /// Why it ended.
-    pub finish: Finish,
+impl<D: Math> Clone for Checkpoint<D> {
+    /// The network is shared, not copied.
+    fn clone(&self) -> Self {
+        Self {
+            model: Arc::clone(&self.model),
+            tokenizer: self.tokenizer.clone(),
+            generation: self.generation.clone(),
+            template: self.template.clone(),
+            folder: self.folder.clone(),
+        }
+    }
 }
 
 impl<D: Math> Checkpoint<D> {
@@ -94,7 +111,7 @@ impl<D: Math> Checkpoint<D> {
         tokenizer.check_vocab_size(config.vocab_size)?;
         let generation = GenerationConfig::from_dir(folder)?;
         let template = ChatTemplate::from_dir(folder)?;
-        let model = Decoder::load_part(device, config, &Weights::open(folder)?, shard)?;
+        let model = Arc::new(Decoder::load_part(device, config, &Weights::open(folder)?, shard)?);
         Ok(Self { model, tokenizer, generation, template, folder: folder.to_path_buf() })
     }
 
@@ -133,15 +150,6 @@ impl<D: Math> Checkpoint<D> {
         }
     }
 
-    /// Greedy options that end at this model's end-of-sequence tokens.
-    pub fn greedy(&self, max_new_tokens: usize) -> GenerateOptions {
-        GenerateOptions {
-            max_new_tokens,
-            eos_token_ids: self.eos_token_ids(),
-            ..Default::default()
-        }
-    }
-
     /// Checks that a plan was made for this model.
     ///
     /// # Errors
@@ -151,81 +159,37 @@ impl<D: Math> Checkpoint<D> {
         Ok(plan.check_fingerprint(self.model.fingerprint())?)
     }
 
-    /// Continues prompts as text, streamed: `on_text(sequence, piece)` gets whole characters, and
-    /// nothing of a stop string.
+    /// An engine for requests of this model, with its tokenizer, chat template and end tokens.
+    pub fn engine(&self, options: EngineOptions) -> Engine<D> {
+        Engine::with_text(self.clone(), options)
+    }
+
+    /// Answers a message, where there is a chat template, or continues a text, where there is none,
+    /// with at most `max_new_tokens` of the likeliest tokens. See [`engine`](Self::engine) for
+    /// anything else.
+    ///
+    /// ```no_run
+    /// use moa_core::Plan;
+    /// use moa_models::{Checkpoint, Cpu};
+    ///
+    /// let checkpoint = Checkpoint::open(Cpu::default(), "model")?;
+    /// let plan = Plan::load("plan.json")?;
+    /// println!("{}", checkpoint.complete(&plan, "What is in line 7?", 256)?.text);
+    /// # Ok::<(), moa_models::Error>(())
+    /// ```
     ///
     /// # Errors
-    /// As [`Decoder::generate`].
-    pub fn generate_text(
-        &self,
-        batch: &mut [Sequence<D>],
-        prompts: &[&[u32]],
-        options: &GenerateOptions,
-        stop: &[String],
-        on_progress: &mut dyn FnMut(TextProgress<'_>) -> Next,
-    ) -> Result<(Vec<Completion>, Generation)> {
-        let mut streams = prompts.iter().map(|_| self.tokenizer.stream()).collect::<Vec<_>>();
-        let mut stops =
-            prompts.iter().map(|_| StopStrings::new(stop)).collect::<Result<Vec<_>>>()?;
-        let mut texts = vec![String::new(); prompts.len()];
-        let mut failed = None;
-        let generation =
-            self.model.generate(batch, prompts, options, &mut |progress| match progress {
-                Progress::Prefill { done, total } => {
-                    on_progress(TextProgress::Prefill { done, total })
-                }
-                Progress::Token { sequence, token } => {
-                    let piece = match streams[sequence].push(token) {
-                        Ok(piece) => piece.unwrap_or_default(),
-                        Err(e) => {
-                            failed = Some(e);
-                            return Next::Cancel;
-                        }
-                    };
-                    let (emit, stopped) = stops[sequence].push(&piece);
-                    texts[sequence].push_str(&emit);
-                    let next = on_progress(TextProgress::Text { sequence, piece: &emit });
-                    if stopped && next == Next::Continue { Next::Stop } else { next }
-                }
-            });
-        if let Some(error) = failed {
-            return Err(error);
-        }
-        let generation = generation?;
-        let mut completions = Vec::with_capacity(texts.len());
-        let ends = streams.into_iter().zip(stops).zip(&generation.sequences);
-        for (sequence, (mut text, ((mut stream, mut stop), generated))) in
-            texts.into_iter().zip(ends).enumerate()
-        {
-            if generated.finish != Finish::Stopped {
-                let (mut emit, stopped) = stop.push(&stream.finish()?.unwrap_or_default());
-                if !stopped {
-                    emit.push_str(&stop.finish());
-                }
-                on_progress(TextProgress::Text { sequence, piece: &emit });
-                text.push_str(&emit);
-            }
-            completions.push(Completion { text, finish: generated.finish });
-        }
-        Ok((completions, generation))
+    /// [`Error::Template`] and [`Error::Tokenizer`] for the text, [`Error::ContextExceeded`] if it is
+    /// longer than the model's context, [`Error::Core`] if the plan is for another model, and those of
+    /// the device.
+    pub fn complete(&self, plan: &Plan, text: &str, max_new_tokens: usize) -> Result<Completion> {
+        let prompt = match self.template {
+            Some(_) => Prompt::chat(&[Message::user(text)]),
+            None => Prompt::from(text),
+        };
+        let mut engine = self.engine(EngineOptions::default());
+        engine.submit(prompt, plan, GenerateOptions { max_new_tokens, ..Default::default() });
+        let missing = || Error::invalid("engine", "one completion", "none");
+        engine.complete_all()?.pop().ok_or_else(missing)
     }
-}
-
-/// What [`Checkpoint::generate_text`] tells its caller.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TextProgress<'a> {
-    /// `done` of `total` prompt tokens of the batch are read.
-    Prefill {
-        /// Tokens read.
-        done: usize,
-        /// Tokens to read.
-        total: usize,
-    },
-    /// New text of one sequence; may be empty while a character or stop string is incomplete.
-    Text {
-        /// Index in the batch.
-        sequence: usize,
-        /// Whole characters.
-        piece: &'a str,
-    },
 }

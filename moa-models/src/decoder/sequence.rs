@@ -8,6 +8,7 @@ use crate::device::{Device, Math};
 
 /// One sequence: its caches in every layer, as large as its plan allows and no larger.
 pub struct Sequence<D: Device> {
+    /// Those of all layers; a model has at least one.
     pub(crate) caches: Vec<Cache<D>>,
     pub(crate) rope: RopeTable,
     /// A device failed half-way through a step: layers disagree on the length.
@@ -23,7 +24,7 @@ impl<D: Device> std::fmt::Debug for Sequence<D> {
 impl<D: Device> Sequence<D> {
     /// Tokens held.
     pub fn len(&self) -> usize {
-        self.state().map_or(0, CacheState::len)
+        self.state().len()
     }
 
     /// Whether no token is held.
@@ -33,23 +34,17 @@ impl<D: Device> Sequence<D> {
 
     /// Most tokens it may hold.
     pub fn capacity(&self) -> usize {
-        self.state().map_or(0, CacheState::capacity)
+        self.state().capacity()
     }
 
     /// How far all layers are filled: the top one is the last that a step appends to.
-    fn state(&self) -> Option<&CacheState> {
-        self.caches.last().map(AsRef::as_ref)
+    fn state(&self) -> &CacheState {
+        self.caches[self.caches.len() - 1].as_ref()
     }
 
     /// Checks that so many more tokens fit.
     pub(crate) fn check_append(&self, tokens: usize) -> Result<()> {
-        Ok(self.state().map_or(Ok(()), |state| state.check_append(tokens))?)
-    }
-
-    /// The sequence, in whose place a broken one stays.
-    pub(crate) fn take(&mut self) -> Self {
-        let rest = Self { caches: Vec::new(), rope: self.rope.clone(), broken: true };
-        std::mem::replace(self, rest)
+        Ok(self.state().check_append(tokens)?)
     }
 }
 

@@ -23,7 +23,8 @@ use crate::{Error, Result};
 /// ```no_run
 /// use moa_core::{Plan, Sharding};
 /// use moa_models::{
-///     Cpu, Error, GenerateOptions, Decoder, ModelConfig, Next, Shard, ThreadRank, Weights, on_ranks,
+///     Cpu, Engine, EngineOptions, Error, GenerateOptions, Decoder, ModelConfig, Shard, ThreadRank,
+///     Weights, on_ranks,
 /// };
 ///
 /// let (config, weights) = (ModelConfig::from_file("model")?, Weights::open("model")?);
@@ -33,11 +34,11 @@ use crate::{Error, Result};
 /// let generated = on_ranks(ThreadRank::group(2)?, |rank| {
 ///     let shard = Shard::new(&sharding, rank)?;
 ///     let model = Decoder::load_shard(Cpu::default(), config.clone(), &weights, shard)?;
-///     let mut batch = [model.open(&plan, 8192, 0)?];
-///     let options = GenerateOptions::default();
-///     model.generate(&mut batch, &[&[1, 2, 3]], &options, &mut |_| Next::Continue)
+///     let mut engine = Engine::new(model.into(), EngineOptions::default());
+///     engine.submit(vec![1, 2, 3], &plan, GenerateOptions::default());
+///     engine.complete_all()
 /// })?;
-/// assert_eq!(generated[0].sequences, generated[1].sequences);
+/// assert_eq!(generated[0], generated[1]);
 /// # Ok::<(), Error>(())
 /// ```
 pub struct Shard<D: Device> {

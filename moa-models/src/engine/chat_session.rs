@@ -1,111 +1,217 @@
 use moa_core::Plan;
 
-use crate::Result;
+use crate::checkpoint::Checkpoint;
 use crate::checkpoint::template::Message;
-use crate::checkpoint::{Checkpoint, Completion, TextProgress};
 use crate::decoder::sequence::Sequence;
 use crate::device::Math;
-use crate::engine::generate::{GenerateOptions, Generation, Next};
+use crate::engine::request::{Completion, Event, GenerateOptions, Prompt, RequestId, Usage};
+use crate::engine::serve::{Engine, EngineOptions};
+use crate::{Error, Result};
 
 /// A conversation on one cache: each turn reads only what is new.
+///
+/// Templates may write history differently from what the model produced (trimmed, closed by an end
+/// token): the cache is then rolled back to the common prefix, and where a wrapped ring no longer
+/// allows that, the conversation is read again from its start. A turn that fails or is cancelled is
+/// not part of the conversation.
+///
+/// ```no_run
+/// use moa_core::Plan;
+/// use moa_models::{ChatSession, Checkpoint, Cpu, Event, GenerateOptions};
+///
+/// let checkpoint = Checkpoint::open(Cpu::default(), "model")?;
+/// let mut chat = ChatSession::new(&checkpoint, &Plan::load("plan.json")?, 4096)?;
+/// chat.say("What is in line 7?", GenerateOptions::default())?;
+/// while let Some(event) = chat.step()? {
+///     if let Event::Text { piece, .. } = event {
+///         print!("{piece}");
+///     }
+/// }
+/// let second = chat.answer("And in line 8?", GenerateOptions::default())?;
+/// println!("{}", second.text);
+/// # Ok::<(), moa_models::Error>(())
+/// ```
 #[derive(Debug)]
-pub struct ChatSession<'a, D: Math> {
-    checkpoint: &'a Checkpoint<D>,
-    /// One element: a batch of one.
-    sequence: [Sequence<D>; 1],
-    /// Tokens that the cache holds.
+pub struct ChatSession<D: Math> {
+    checkpoint: Checkpoint<D>,
+    engine: Engine<D>,
+    plan: Plan,
+    capacity: usize,
+    /// The engine has it while a turn runs; a device that failed has destroyed it.
+    sequence: Option<Sequence<D>>,
+    /// Tokens that the sequence holds.
     cached: Vec<u32>,
     messages: Vec<Message>,
+    turn: Option<Turn>,
 }
 
-impl<'a, D: Math> ChatSession<'a, D> {
+/// A message that is being answered.
+#[derive(Debug)]
+struct Turn {
+    id: RequestId,
+    /// The conversation up to the message.
+    messages: Vec<Message>,
+    /// Its tokens.
+    tokens: Vec<u32>,
+}
+
+impl<D: Math> ChatSession<D> {
     /// An empty conversation of at most `capacity` tokens.
     ///
     /// # Errors
-    /// If the plan is for another model or the capacity is beyond the model's context.
-    pub fn new(checkpoint: &'a Checkpoint<D>, plan: &Plan, capacity: usize) -> Result<Self> {
-        let sequence = [checkpoint.model.open(plan, capacity, 0)?];
-        Ok(Self { checkpoint, sequence, cached: Vec::new(), messages: Vec::new() })
+    /// [`Error::Core`] if the plan is for another model, [`Error::ContextExceeded`] if the capacity is
+    /// beyond the model's context; those of the device.
+    pub fn new(checkpoint: &Checkpoint<D>, plan: &Plan, capacity: usize) -> Result<Self> {
+        Self::with_options(checkpoint, plan, capacity, EngineOptions::default())
     }
 
-    /// The conversation so far.
+    /// [`new`](Self::new), with options for the engine that runs the turns.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_options(
+        checkpoint: &Checkpoint<D>,
+        plan: &Plan,
+        capacity: usize,
+        options: EngineOptions,
+    ) -> Result<Self> {
+        Ok(Self {
+            sequence: Some(checkpoint.model.open(plan, capacity, 0)?),
+            engine: checkpoint.engine(options),
+            checkpoint: checkpoint.clone(),
+            plan: plan.clone(),
+            capacity,
+            cached: Vec::new(),
+            messages: Vec::new(),
+            turn: None,
+        })
+    }
+
+    /// The conversation so far, without a turn that is not over.
     pub fn messages(&self) -> &[Message] {
         &self.messages
     }
 
-    /// Tokens that the cache holds.
+    /// Tokens that the cache holds, without those of a turn that is not over.
     pub fn cached_tokens(&self) -> usize {
         self.cached.len()
     }
 
-    /// Adds a user's message and streams the answer, which becomes part of the conversation.
-    ///
-    /// Templates may write history differently from what the model produced (trimmed, closed by
-    /// an end token): the cache is rolled back to the common prefix, and where a wrapped ring no
-    /// longer allows that, the conversation is read again from its start.
+    /// Bytes of keys and values that the cache holds between turns.
+    pub fn kv_bytes(&self) -> u64 {
+        self.sequence.as_ref().map_or(0, |sequence| self.checkpoint.model.kv_bytes(sequence))
+    }
+
+    /// What was read and written since this was last asked.
+    pub fn take_usage(&mut self) -> Usage {
+        self.engine.take_usage()
+    }
+
+    /// Begins a turn: adds a user's message, which [`step`](Self::step) answers.
     ///
     /// # Errors
-    /// As [`Checkpoint::generate_text`]; the message is then not part of the conversation.
-    pub fn say(
-        &mut self,
-        content: &str,
-        options: &GenerateOptions,
-        stop: &[String],
-        on_progress: &mut dyn FnMut(TextProgress<'_>) -> Next,
-    ) -> Result<Completion> {
-        Ok(self.turn(content, options, stop, on_progress)?.0)
-    }
-
-    /// Bytes of keys and values that the cache holds.
-    pub(crate) fn kv_bytes(&self) -> u64 {
-        self.checkpoint.model.kv_bytes(&self.sequence[0])
-    }
-
-    /// [`ChatSession::say`], with what was read and written and the time it took.
-    pub(crate) fn turn(
-        &mut self,
-        content: &str,
-        options: &GenerateOptions,
-        stop: &[String],
-        on_progress: &mut dyn FnMut(TextProgress<'_>) -> Next,
-    ) -> Result<(Completion, Generation)> {
+    /// [`Error::Invalid`] if the turn before is not over, [`Error::ContextExceeded`] if the
+    /// conversation is full, [`Error::NoChatTemplate`], [`Error::Template`] and [`Error::Tokenizer`]
+    /// for the text. The conversation is as before then.
+    pub fn say(&mut self, content: &str, options: GenerateOptions) -> Result<()> {
+        if self.turn.is_some() {
+            return Err(Error::invalid("turn", "begun after the last one has ended", "another"));
+        }
         let mut messages = self.messages.clone();
         messages.push(Message::user(content));
         let tokens = self.checkpoint.chat_tokens(&messages)?;
+        if tokens.len() > self.capacity {
+            return Err(Error::ContextExceeded { asked: tokens.len(), limit: self.capacity });
+        }
+        let mut sequence = match self.sequence.take() {
+            Some(sequence) => sequence,
+            None => self.checkpoint.model.open(&self.plan, self.capacity, 0)?,
+        };
         let common = self.cached.iter().zip(&tokens).take_while(|(a, b)| a == b).count();
         // At least one token must be read to have logits to answer from.
-        self.roll_back(common.min(tokens.len().saturating_sub(1)))?;
-        let new = &tokens[self.cached.len()..];
-        let result =
-            self.checkpoint.generate_text(&mut self.sequence, &[new], options, stop, on_progress);
-        let (mut completions, generation) = match result {
-            Ok(done) => done,
-            Err(error) => {
-                // Some chunks may have been read: the next turn starts from a known state.
-                self.roll_back(self.cached.len())?;
-                return Err(error);
-            }
-        };
-        self.cached = tokens;
-        self.cached.extend(&generation.sequences[0].tokens);
-        self.cached.truncate(self.sequence[0].len());
-        let completion = completions.remove(0);
-        messages.push(Message::assistant(&completion.text));
-        self.messages = messages;
-        Ok((completion, generation))
+        self.roll_back(&mut sequence, common.min(tokens.len().saturating_sub(1)))?;
+        let new = Prompt::from(&tokens[self.cached.len()..]);
+        let id = self.engine.resume(sequence, new, options);
+        self.turn = Some(Turn { id, messages, tokens });
+        Ok(())
     }
 
-    fn roll_back(&mut self, len: usize) -> Result<()> {
-        let model = &self.checkpoint.model;
-        let len = len.min(self.cached.len());
-        let len = match model.truncate(&mut self.sequence[0], len) {
-            Ok(()) => len,
-            Err(_) => {
-                model.truncate(&mut self.sequence[0], 0)?;
-                0
+    /// What happened next in the turn; `None` if there is none, or it is over. The answer becomes part
+    /// of the conversation with [`Event::Done`].
+    ///
+    /// # Errors
+    /// What is wrong with the options of the turn, or the device's failure; the turn is over then and
+    /// not part of the conversation.
+    pub fn step(&mut self) -> Result<Option<Event>> {
+        match self.engine.step() {
+            Ok(Some(Event::Failed { error, .. })) | Err(error) => {
+                // What failed first is the cause; the next turn then reads all again.
+                let _ = self.cancel();
+                Err(error)
             }
-        };
-        self.cached.truncate(len);
+            Ok(event) => {
+                if let Some(Event::Done { completion, .. }) = &event {
+                    self.end(completion);
+                }
+                Ok(event)
+            }
+        }
+    }
+
+    /// A whole turn.
+    ///
+    /// # Errors
+    /// As [`say`](Self::say) and [`step`](Self::step).
+    pub fn answer(&mut self, content: &str, options: GenerateOptions) -> Result<Completion> {
+        self.say(content, options)?;
+        loop {
+            match self.step()? {
+                Some(Event::Done { completion, .. }) => return Ok(completion),
+                Some(_) => {}
+                None => return Err(Error::Cancelled),
+            }
+        }
+    }
+
+    /// Ends a turn that is not over; it is not part of the conversation.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn cancel(&mut self) -> Result<()> {
+        let Some(turn) = self.turn.take() else { return Ok(()) };
+        self.engine.cancel(turn.id);
+        match self.engine.reclaim(turn.id) {
+            Some(mut sequence) => {
+                // Some of the turn may have been read: the next one starts from a known state.
+                self.roll_back(&mut sequence, self.cached.len())?;
+                self.sequence = Some(sequence);
+            }
+            None => self.cached.clear(),
+        }
+        Ok(())
+    }
+
+    /// Takes the answer into the conversation.
+    fn end(&mut self, completion: &Completion) {
+        let Some(Turn { id, mut messages, tokens }) = self.turn.take() else { return };
+        self.sequence = self.engine.reclaim(id);
+        self.cached = tokens;
+        self.cached.extend(&completion.tokens);
+        self.cached.truncate(self.sequence.as_ref().map_or(0, Sequence::len));
+        messages.push(Message::assistant(&completion.text));
+        self.messages = messages;
+    }
+
+    /// Rolls back to `len` tokens, or to none where that cannot be.
+    fn roll_back(&mut self, sequence: &mut Sequence<D>, len: usize) -> Result<()> {
+        let model = &self.checkpoint.model;
+        match model.truncate(sequence, len) {
+            Ok(()) => self.cached.truncate(len),
+            Err(_) => {
+                self.cached.clear();
+                model.truncate(sequence, 0)?;
+            }
+        }
         Ok(())
     }
 }

@@ -1,9 +1,17 @@
-//! Generation: steps of a batch, sampling, stop strings, conversations.
+//! Generation: one loop of steps, which requests join and leave.
+//!
+//! [`serve`] is the engine, to which a request ([`request`]) is given and which tells what becomes of
+//! it; [`step`] is the loop's body; [`choice`] decides whether the device or the host chooses tokens,
+//! [`sampling`] chooses on the host, [`stop`] looks for stop strings; [`chat_session`] is a
+//! conversation on top.
 
+pub(crate) mod batch;
 pub(crate) mod chat_session;
-pub(crate) mod decode;
-pub(crate) mod generate;
+pub(crate) mod choice;
+pub(crate) mod prefill;
+pub(crate) mod request;
 pub(crate) mod running;
 pub(crate) mod sampling;
 pub(crate) mod serve;
+pub(crate) mod step;
 pub(crate) mod stop;

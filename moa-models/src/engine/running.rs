@@ -1,79 +1,192 @@
-use crate::engine::generate::{Finish, GenerateOptions, Generated, Next, Progress};
+use std::collections::VecDeque;
+
+use crate::checkpoint::tokenizer::{TokenStream, Tokenizer};
+use crate::engine::request::{Completion, Event, Finish, GenerateOptions, RequestId};
 use crate::engine::sampling::{Sampler, SamplingOptions};
+use crate::engine::stop::StopStrings;
 use crate::{Error, Result};
 
-/// One sequence of a batch while it runs.
+/// A request with what is known of it so far, but for its sequence.
+#[derive(Debug)]
 pub(crate) struct Running {
-    pub(crate) sampler: Sampler,
+    pub(crate) id: RequestId,
+    /// Its sequence is the caller's and goes back to it.
+    pub(crate) is_resumed: bool,
+    sampler: Sampler,
+    max_new_tokens: usize,
+    eos_token_ids: Vec<u32>,
+    text: Option<Text>,
     /// Prompt and new tokens.
     history: Vec<u32>,
     prompt_len: usize,
-    /// Of the last token; empty once they were sampled.
-    pub(crate) logits: Vec<f32>,
-    /// The token to come, where the device has chosen it.
-    pub(crate) next: Option<u32>,
-    pub(crate) finish: Option<Finish>,
+    /// Prompt tokens that are in the sequence.
+    read: usize,
+    /// Tokens that the sequence has room for.
+    pub(crate) room: usize,
+    ended: Option<Result<Finish>>,
+}
+
+/// Tokens as text that comes in pieces.
+#[derive(Debug)]
+struct Text {
+    stream: TokenStream,
+    stops: StopStrings,
+    whole: String,
 }
 
 impl Running {
-    pub(crate) fn new(prompt: &[u32], sampling: &SamplingOptions, index: usize) -> Result<Self> {
-        let seed = sampling.seed.wrapping_add(index as u64);
+    /// A request without a sequence.
+    pub(crate) fn new(
+        id: RequestId,
+        prompt: Vec<u32>,
+        options: GenerateOptions,
+        eos_token_ids: &[u32],
+        tokenizer: Option<&Tokenizer>,
+    ) -> Result<Self> {
+        let stops = StopStrings::new(&options.stop)?;
+        let text = tokenizer.map(|t| Text { stream: t.stream(), stops, whole: String::new() });
+        if text.is_none() && !options.stop.is_empty() {
+            return Err(Error::invalid("stop strings", "none without a tokenizer", "some"));
+        }
         Ok(Self {
-            sampler: Sampler::new(SamplingOptions { seed, ..sampling.clone() })?,
-            history: prompt.to_vec(),
+            id,
+            is_resumed: false,
+            sampler: Sampler::new(options.sampling)?,
+            max_new_tokens: options.max_new_tokens,
+            eos_token_ids: options.eos_token_ids.unwrap_or_else(|| eos_token_ids.to_vec()),
+            text,
             prompt_len: prompt.len(),
-            logits: Vec::new(),
-            next: None,
-            finish: None,
+            history: prompt,
+            read: 0,
+            room: 0,
+            ended: None,
         })
     }
 
-    /// The token that its next step appends.
+    pub(crate) fn is_reading(&self) -> bool {
+        self.read < self.prompt_len
+    }
+
+    /// Whether a step that takes in so many tokens, if any, ends in one that another follows.
+    pub(crate) fn is_read_after(&self, tokens: usize) -> bool {
+        tokens > 0 && self.read + tokens >= self.prompt_len
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended.is_some()
+    }
+
+    pub(crate) fn sampling(&self) -> &SamplingOptions {
+        self.sampler.options()
+    }
+
+    /// The next random number of this request's own.
+    pub(crate) fn unit(&mut self) -> f64 {
+        self.sampler.unit()
+    }
+
+    /// The token that a decode step takes in.
     pub(crate) fn last(&self) -> u32 {
         self.history[self.history.len() - 1]
     }
 
-    /// Samples the next token, if the sequence still runs.
-    pub(crate) fn choose(
-        &mut self,
-        index: usize,
-        options: &GenerateOptions,
-        room: usize,
-        on_progress: &mut dyn FnMut(Progress) -> Next,
-    ) -> Result<()> {
-        if self.finish.is_some() {
-            return Ok(());
+    /// What the next step takes in: at most `most` tokens of an unread prompt, else the last token.
+    pub(crate) fn part(&self, most: usize) -> &[u32] {
+        match self.is_reading() {
+            true => &self.history[self.read..self.prompt_len.min(self.read.saturating_add(most))],
+            false => &self.history[self.history.len() - 1..],
         }
-        if self.history.len() - self.prompt_len >= options.max_new_tokens {
-            self.finish = Some(Finish::Length);
-            return Ok(());
-        }
-        let token = match self.next.take() {
-            Some(token) => token,
-            None => self.sampler.sample(&mut self.logits, &self.history)?,
-        };
-        if options.eos_token_ids.contains(&token) {
-            self.finish = Some(Finish::Eos);
-            return Ok(());
-        }
-        self.history.push(token);
-        match on_progress(Progress::Token { sequence: index, token }) {
-            Next::Continue => {}
-            Next::Stop => self.finish = Some(Finish::Stopped),
-            Next::Cancel => return Err(Error::Cancelled),
-        }
-        if self.finish.is_none()
-            && (room == 0 || self.history.len() - self.prompt_len >= options.max_new_tokens)
-        {
-            self.finish = Some(Finish::Length);
-        }
-        Ok(())
     }
 
-    pub(crate) fn finish(self) -> Generated {
-        Generated {
-            tokens: self.history[self.prompt_len..].to_vec(),
-            finish: self.finish.unwrap_or(Finish::Length),
+    /// A step has taken in a [`part`](Self::part) of this length.
+    pub(crate) fn took_in(&mut self, tokens: usize, events: &mut VecDeque<Event>) {
+        self.room -= tokens;
+        if self.is_reading() {
+            self.read += tokens;
+            let (done, total) = (self.read, self.prompt_len);
+            events.push_back(Event::Prefill { id: self.id, done, total });
         }
+    }
+
+    /// Chooses the next token from the logits of a step.
+    pub(crate) fn choose(&mut self, logits: &mut [f32], events: &mut VecDeque<Event>) {
+        if self.max_new_tokens == 0 {
+            self.ended = Some(Ok(Finish::Length));
+            return;
+        }
+        match self.sampler.sample(logits, &self.history) {
+            Ok(token) => self.accept(token, events),
+            Err(error) => self.ended = Some(Err(error)),
+        }
+    }
+
+    /// Takes the next token, which may end the request.
+    pub(crate) fn accept(&mut self, token: u32, events: &mut VecDeque<Event>) {
+        if self.eos_token_ids.contains(&token) {
+            self.ended = Some(Ok(Finish::Eos));
+            return;
+        }
+        self.history.push(token);
+        events.push_back(Event::Token { id: self.id, token });
+        if self.room == 0 || self.history.len() - self.prompt_len >= self.max_new_tokens {
+            self.ended = Some(Ok(Finish::Length));
+        }
+        let Some(text) = &mut self.text else { return };
+        match text.push(token) {
+            Ok((piece, stopped)) => {
+                tell(self.id, piece, events);
+                if stopped {
+                    self.ended = Some(Ok(Finish::Stopped));
+                }
+            }
+            Err(error) => self.ended = Some(Err(error)),
+        }
+    }
+
+    /// Tells how the request ended; where it has not, the caller has ended it.
+    pub(crate) fn finish(mut self, events: &mut VecDeque<Event>) {
+        let id = self.id;
+        let end = self.ended.take().unwrap_or(Ok(Finish::Stopped)).and_then(|finish| {
+            if let (Some(text), true) = (&mut self.text, finish != Finish::Stopped) {
+                tell(id, text.finish()?, events);
+            }
+            Ok(finish)
+        });
+        events.push_back(match end {
+            Ok(finish) => Event::Done { id, completion: self.completion(finish) },
+            Err(error) => Event::Failed { id, error },
+        });
+    }
+
+    /// All that was told of so far.
+    pub(crate) fn completion(self, finish: Finish) -> Completion {
+        let text = self.text.map_or_else(String::new, |text| text.whole);
+        Completion { text, tokens: self.history[self.prompt_len..].to_vec(), finish }
+    }
+}
+
+impl Text {
+    /// The text that a token made certain, and whether it reached a stop string.
+    fn push(&mut self, token: u32) -> Result<(String, bool)> {
+        let piece = self.stream.push(token)?.unwrap_or_default();
+        let (piece, stopped) = self.stops.push(&piece);
+        self.whole.push_str(&piece);
+        Ok((piece, stopped))
+    }
+
+    /// What was held back for a character or a stop string that did not come.
+    fn finish(&mut self) -> Result<String> {
+        let (mut piece, stopped) = self.stops.push(&self.stream.finish()?.unwrap_or_default());
+        if !stopped {
+            piece.push_str(&self.stops.finish());
+        }
+        self.whole.push_str(&piece);
+        Ok(piece)
+    }
+}
+
+fn tell(id: RequestId, piece: String, events: &mut VecDeque<Event>) {
+    if !piece.is_empty() {
+        events.push_back(Event::Text { id, piece });
     }
 }

@@ -1,246 +1,388 @@
-//! Sequences that come and go while others run.
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
 
-use crate::decoder::logits::LogitRows;
+use moa_core::Plan;
+
+use crate::checkpoint::Checkpoint;
 use crate::decoder::model::Decoder;
 use crate::decoder::sequence::Sequence;
 use crate::device::Math;
-use crate::engine::generate::{GenerateOptions, Generated, Next, Progress};
+use crate::engine::batch::Batch;
+use crate::engine::request::{
+    Completion, Event, Finish, GenerateOptions, Prompt, RequestId, Usage,
+};
 use crate::engine::running::Running;
 use crate::{Error, Result};
 
-/// A prompt to continue, in a sequence of its own.
-#[derive(Debug)]
-pub struct Request<D: Math> {
-    /// The caller's name for it.
-    pub id: u64,
-    /// Where it runs; may already hold tokens.
-    pub sequence: Sequence<D>,
-    /// Tokens to read first.
-    pub prompt: Vec<u32>,
-    /// How to go on; the seed is this request's own, and `prefill_chunk` the most tokens of its
-    /// prompt that a step reads.
-    pub options: GenerateOptions,
+/// How an engine runs requests; no option changes what a request gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EngineOptions {
+    /// Most prompt tokens that a step reads, of all requests together; 0 counts as 1. It bounds the
+    /// memory of activations.
+    pub prefill_chunk: usize,
+    /// Most requests that run together; 0 counts as 1. Others wait, and take no memory for keys and
+    /// values.
+    pub max_batch: usize,
 }
 
-/// What [`Decoder::serve`] tells.
-#[derive(Debug)]
-pub enum Served<D: Math> {
-    /// A request has a new token; never an end-of-sequence token. [`Next::Stop`] ends that request.
-    Token {
-        /// The request.
-        id: u64,
-        /// Token id.
-        token: u32,
-    },
-    /// A request has ended.
-    Finished {
-        /// The request.
-        id: u64,
-        /// Its new tokens, and why it ended.
-        generated: Generated,
-        /// Its sequence, for a next turn.
-        sequence: Sequence<D>,
-    },
-    /// A request was refused; the others go on.
-    Refused {
-        /// The request.
-        id: u64,
-        /// What is wrong with it.
-        error: Error,
-    },
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self { prefill_chunk: 2048, max_batch: 256 }
+    }
 }
 
-/// A request that runs.
-struct Slot<D: Math> {
-    id: u64,
-    sequence: Sequence<D>,
-    options: GenerateOptions,
+/// Runs requests in one batch, into which they come and from which they go between steps.
+///
+/// Nothing happens but in [`step`](Self::step), which the caller calls for as long as it wants events:
+/// there are no callbacks, threads or lifetimes, so that an engine can live in the struct of a server.
+/// A step reads a stretch of new prompts, in the order in which they came, together with the last
+/// tokens of the requests that decode. Each request gets the tokens that it would get alone, unless
+/// the device itself draws tokens: it does where all requests that run together draw by the same
+/// options, and the host does otherwise.
+///
+/// Where several devices share a model, each rank has an engine, and all are called alike.
+///
+/// ```no_run
+/// use moa_core::Plan;
+/// use moa_models::{Checkpoint, Cpu, EngineOptions, Event, GenerateOptions, Message, Prompt};
+///
+/// let checkpoint = Checkpoint::open(Cpu::default(), "model")?;
+/// let plan = Plan::load("plan.json")?;
+/// let mut engine = checkpoint.engine(EngineOptions::default());
+/// let options = GenerateOptions { max_new_tokens: 64, ..GenerateOptions::default() };
+/// let hello = engine.submit(Prompt::chat(&[Message::user("Hello!")]), &plan, options.clone());
+/// engine.submit("Once upon a time", &plan, options);
+/// while let Some(event) = engine.step()? {
+///     match event {
+///         Event::Text { id, piece } if id == hello => print!("{piece}"),
+///         Event::Done { id, completion } => println!("{id}: {:?}", completion.finish),
+///         Event::Failed { id, error } => eprintln!("{id}: {error}"),
+///         _ => {}
+///     }
+/// }
+/// # Ok::<(), moa_models::Error>(())
+/// ```
+pub struct Engine<D: Math> {
+    pub(super) model: Arc<Decoder<D>>,
+    /// Turns text into tokens and back.
+    checkpoint: Option<Checkpoint<D>>,
+    eos_token_ids: Vec<u32>,
+    pub(super) options: EngineOptions,
+    waiting: VecDeque<Waiting<D>>,
+    /// The first that waits had no memory, and none has been freed since.
+    is_full: bool,
+    pub(super) running: Vec<Running>,
+    pub(super) batch: Batch<D>,
+    pub(super) events: VecDeque<Event>,
+    /// Sequences of resumed requests that have ended.
+    ended: HashMap<RequestId, Sequence<D>>,
+    next_id: u64,
+    pub(super) usage: Usage,
+}
+
+/// A request that does not run yet.
+struct Waiting<D: Math> {
     run: Running,
-    /// Prompt tokens that are not read yet.
-    unread: Vec<u32>,
+    place: Place<D>,
 }
 
-impl<D: Math> Slot<D> {
-    fn new(model: &Decoder<D>, request: Request<D>) -> Result<Self> {
-        let Request { id, sequence, prompt, options } = request;
-        options.sampling.validate()?;
-        model.check_prompt(&sequence, &prompt)?;
-        if options.prefill_chunk == 0 {
-            return Err(Error::invalid("prefill chunk", "at least 1 token", 0));
+/// Where a request runs.
+enum Place<D: Math> {
+    /// In a sequence that is opened when it begins.
+    Open { plan: Plan, capacity: usize },
+    /// In the caller's sequence.
+    Resume(Sequence<D>),
+}
+
+impl<D: Math> std::fmt::Debug for Engine<D> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (running, waiting) = (self.running.len(), self.waiting.len());
+        write!(f, "Engine({running} requests run, {waiting} wait)")
+    }
+}
+
+impl<D: Math> Engine<D> {
+    /// An engine for prompts of tokens: it has no tokenizer, and makes no text. See
+    /// [`Checkpoint::engine`] for one that does.
+    pub fn new(model: Arc<Decoder<D>>, options: EngineOptions) -> Self {
+        let eos_token_ids = model.config().eos_token_ids.clone();
+        Self::build(model, None, eos_token_ids, options)
+    }
+
+    pub(crate) fn with_text(checkpoint: Checkpoint<D>, options: EngineOptions) -> Self {
+        let (model, eos) = (Arc::clone(&checkpoint.model), checkpoint.eos_token_ids());
+        Self::build(model, Some(checkpoint), eos, options)
+    }
+
+    fn build(
+        model: Arc<Decoder<D>>,
+        checkpoint: Option<Checkpoint<D>>,
+        eos_token_ids: Vec<u32>,
+        options: EngineOptions,
+    ) -> Self {
+        Self {
+            model,
+            checkpoint,
+            eos_token_ids,
+            options: EngineOptions {
+                prefill_chunk: options.prefill_chunk.max(1),
+                max_batch: options.max_batch.max(1),
+            },
+            waiting: VecDeque::new(),
+            is_full: false,
+            running: Vec::new(),
+            batch: Batch::new(),
+            events: VecDeque::new(),
+            ended: HashMap::new(),
+            next_id: 0,
+            usage: Usage::default(),
         }
-        let run = Running::new(&prompt, &options.sampling, 0)?;
-        Ok(Self { id, sequence, options, run, unread: prompt })
     }
 
-    /// Whether its token can be chosen by the device, with those of all others.
-    fn is_greedy(&self) -> bool {
-        let sampling = &self.options.sampling;
-        sampling.temperature == 0.0 && sampling.repetition_penalty == 1.0
+    /// Adds a request that runs in a sequence of its own, opened with the spans of `plan` for the
+    /// prompt and all new tokens, or the model's context if that is shorter. What is wrong with the
+    /// request comes as [`Event::Failed`].
+    pub fn submit(
+        &mut self,
+        prompt: impl Into<Prompt>,
+        plan: &Plan,
+        options: GenerateOptions,
+    ) -> RequestId {
+        self.enqueue(prompt.into(), options, |model, prompt, new| {
+            let limit = model.config().context_length();
+            check_length(prompt, limit)?;
+            let capacity = prompt.saturating_add(new).min(limit);
+            Ok((Place::Open { plan: plan.clone(), capacity }, capacity))
+        })
     }
-}
 
-impl<D: Math> Decoder<D> {
-    /// Runs requests in one batch, into which they come and from which they go between steps without
-    /// stopping the others; each one's tokens are those that it would get alone.
-    ///
-    /// Before every step `next` is asked for requests, with how many run, until it has none; when none
-    /// run either, this returns, so `next` may wait where it is told of 0. A step reads a stretch of each
-    /// new prompt together with the others' next tokens. `on_event` may break off with
-    /// [`Next::Cancel`].
+    /// Adds a request that goes on in a sequence which may hold tokens already. Whatever becomes of
+    /// the request, [`reclaim`](Self::reclaim) gives the sequence back, unless the device failed.
+    /// A new token enters the sequence with the next step, so the last one made is not in it.
+    pub fn resume(
+        &mut self,
+        sequence: Sequence<D>,
+        prompt: impl Into<Prompt>,
+        options: GenerateOptions,
+    ) -> RequestId {
+        let (len, capacity) = (sequence.len(), sequence.capacity());
+        let mut sequence = Some(sequence);
+        let id = self.enqueue(prompt.into(), options, |_, prompt, _| {
+            check_length(len + prompt, capacity)?;
+            let sequence = sequence.take().ok_or(Error::Cancelled)?;
+            Ok((Place::Resume(sequence), capacity - len))
+        });
+        if let Some(sequence) = sequence {
+            self.ended.insert(id, sequence);
+        }
+        id
+    }
+
+    /// What happened next; runs steps until something did. `None` if no request is left.
     ///
     /// # Errors
-    /// If the device fails, or [`Error::Cancelled`]; what is wrong with a request is told as
-    /// [`Served::Refused`].
-    pub fn serve(
-        &self,
-        next: &mut dyn FnMut(usize) -> Option<Request<D>>,
-        on_event: &mut dyn FnMut(Served<D>) -> Next,
-    ) -> Result<()> {
-        let mut slots: Vec<Slot<D>> = Vec::new();
-        let mut waiting = None;
-        loop {
-            while let Some(request) = waiting.take().or_else(|| next(slots.len())) {
-                let id = request.id;
-                match Slot::new(self, request) {
-                    Ok(slot) => slots.push(slot),
-                    Err(error) => tell(on_event, Served::Refused { id, error })?,
+    /// That of the device if a step failed. The requests that ran have ended then, each of which
+    /// gets an [`Event::Failed`] by the next calls; those that wait, and new ones, go on. A model that
+    /// several devices share is of no use after that.
+    pub fn step(&mut self) -> Result<Option<Event>> {
+        while self.events.is_empty() && !self.is_idle() {
+            self.admit()?;
+            self.advance()?;
+            self.retire();
+        }
+        Ok(self.events.pop_front())
+    }
+
+    /// Ends a request, of which no event follows: what it was continued with so far. `None` if it has
+    /// failed, or its end was told already. The memory of its keys and values is free then, unless
+    /// the request was resumed: see [`reclaim`](Self::reclaim).
+    pub fn cancel(&mut self, id: RequestId) -> Option<Completion> {
+        let mut ended = None;
+        if let Some(at) = self.waiting.iter().position(|waiting| waiting.run.id == id) {
+            let Waiting { run, place } = self.waiting.remove(at)?;
+            if let Place::Resume(sequence) = place {
+                self.ended.insert(id, sequence);
+            }
+            ended = Some(run.completion(Finish::Stopped));
+        } else if let Some(at) = self.running.iter().position(|run| run.id == id) {
+            ended = Some(self.leave(at).completion(Finish::Stopped));
+        }
+        for event in std::mem::take(&mut self.events) {
+            match event {
+                Event::Done { id: of, completion } if of == id => ended = Some(completion),
+                event if event.id() != id => self.events.push_back(event),
+                _ => {}
+            }
+        }
+        ended
+    }
+
+    /// The sequence of a resumed request that has ended. The engine keeps it until it is asked for.
+    pub fn reclaim(&mut self, id: RequestId) -> Option<Sequence<D>> {
+        self.ended.remove(&id)
+    }
+
+    /// Runs until no request is left. Returns what those were continued with whose end was not told
+    /// yet, in the order in which they were added.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step), and that of the first [`Event::Failed`]; the other requests stay.
+    pub fn complete_all(&mut self) -> Result<Vec<Completion>> {
+        let mut completions = BTreeMap::new();
+        while let Some(event) = self.step()? {
+            match event {
+                Event::Done { id, completion } => {
+                    completions.insert(id, completion);
                 }
+                Event::Failed { error, .. } => return Err(error),
+                _ => {}
             }
-            if slots.is_empty() {
-                return Ok(());
+        }
+        Ok(completions.into_values().collect())
+    }
+
+    /// Whether no request is left, so that [`step`](Self::step) has nothing to tell but what it told
+    /// of the last ones.
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Requests that run.
+    pub fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Requests that wait for a place in the batch, or for memory.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// What was done since the engine was made, or since this was last asked.
+    pub fn take_usage(&mut self) -> Usage {
+        std::mem::take(&mut self.usage)
+    }
+
+    /// Adds a request; `place` is told the tokens of its prompt and the most new ones, and says where it
+    /// runs and how many tokens have room there.
+    fn enqueue(
+        &mut self,
+        prompt: Prompt,
+        options: GenerateOptions,
+        place: impl FnOnce(&Decoder<D>, usize, usize) -> Result<(Place<D>, usize)>,
+    ) -> RequestId {
+        let id = RequestId(self.next_id);
+        self.next_id += 1;
+        let prepare = || {
+            let prompt = self.tokens(prompt)?;
+            if prompt.is_empty() {
+                return Err(Error::invalid("prompt", "at least 1 token", 0));
             }
-            match slots.iter().any(|slot| !slot.unread.is_empty()) {
-                true => self.mixed_step(&mut slots)?,
-                false => waiting = self.decode_steps(&mut slots, next, on_event)?,
-            }
-            choose(&mut slots, on_event)?;
-            retire(&mut slots, on_event)?;
+            self.model.check_tokens(&prompt)?;
+            let (len, new) = (prompt.len(), options.max_new_tokens);
+            let tokenizer = self.checkpoint.as_ref().map(|checkpoint| &checkpoint.tokenizer);
+            let mut run = Running::new(id, prompt, options, &self.eos_token_ids, tokenizer)?;
+            // Last: it takes the sequence.
+            let (place, room) = place(&self.model, len, new)?;
+            run.room = room;
+            run.is_resumed = matches!(place, Place::Resume(_));
+            Ok(Waiting { run, place })
+        };
+        match prepare() {
+            Ok(waiting) => self.waiting.push_back(waiting),
+            Err(error) => self.events.push_back(Event::Failed { id, error }),
+        }
+        id
+    }
+
+    fn tokens(&self, prompt: Prompt) -> Result<Vec<u32>> {
+        let no_text = || Error::invalid("prompt", "tokens, as there is no tokenizer", "a text");
+        match (prompt, &self.checkpoint) {
+            (Prompt::Tokens(tokens), _) => Ok(tokens),
+            (Prompt::Text(text), Some(checkpoint)) => checkpoint.tokenizer.encode(&text, true),
+            (Prompt::Chat(messages), Some(checkpoint)) => checkpoint.chat_tokens(&messages),
+            (Prompt::Text(_) | Prompt::Chat(_), None) => Err(no_text()),
         }
     }
 
-    /// One step that reads a stretch of every unread prompt, and the last token of the others.
-    fn mixed_step(&self, slots: &mut [Slot<D>]) -> Result<()> {
-        let parts: Vec<Vec<u32>> = slots
-            .iter_mut()
-            .map(|slot| match slot.unread.len().min(slot.options.prefill_chunk) {
-                0 => vec![slot.run.last()],
-                some => slot.unread.drain(..some).collect(),
-            })
-            .collect();
-        let mut rows = Vec::new();
-        let mut end = 0;
-        for (slot, part) in slots.iter().zip(&parts) {
-            end += part.len();
-            if slot.unread.is_empty() {
-                rows.push(end - 1);
+    /// Lets requests begin that there is a place for.
+    fn admit(&mut self) -> Result<()> {
+        while !self.is_full && self.running.len() < self.options.max_batch {
+            let Some(Waiting { run, place }) = self.waiting.pop_front() else { return Ok(()) };
+            let opened = match place {
+                Place::Resume(sequence) => Ok(sequence),
+                Place::Open { plan, capacity } => match self.model.open(&plan, capacity, 0) {
+                    // Those that run will free some.
+                    Err(Error::OutOfMemory { .. }) if self.may_wait() => {
+                        let place = Place::Open { plan, capacity };
+                        self.waiting.push_front(Waiting { run, place });
+                        self.is_full = true;
+                        return Ok(());
+                    }
+                    opened => opened,
+                },
+            };
+            match opened {
+                Ok(sequence) => {
+                    self.batch.apart().push(sequence);
+                    self.running.push(run);
+                }
+                Err(error) => {
+                    // What is wrong with a request is so on all ranks; a device's failure is not.
+                    let is_own = matches!(
+                        error,
+                        Error::Invalid { .. } | Error::ContextExceeded { .. } | Error::Core(_)
+                    );
+                    if self.model.ranks() > 1 && !is_own {
+                        self.model.tell_failure();
+                        self.running.push(run);
+                        self.fail(&error);
+                        return Err(error);
+                    }
+                    self.events.push_back(Event::Failed { id: run.id, error });
+                }
             }
-        }
-        let tokens: Vec<&[u32]> = parts.iter().map(Vec::as_slice).collect();
-        let mut batch: Vec<_> = slots.iter_mut().map(|slot| &mut slot.sequence).collect();
-        let logits = self.forward(&mut batch, &tokens, LogitRows::Rows(&rows))?;
-        let values = self.values(logits)?;
-        let read = slots.iter_mut().filter(|slot| slot.unread.is_empty());
-        for (slot, row) in read.zip(values.chunks(self.config().vocab_size)) {
-            slot.run.logits = row.to_vec();
         }
         Ok(())
     }
 
-    /// Decode steps until a request ends or another comes; the last step's tokens are not chosen yet.
-    fn decode_steps(
-        &self,
-        slots: &mut [Slot<D>],
-        next: &mut dyn FnMut(usize) -> Option<Request<D>>,
-        on_event: &mut dyn FnMut(Served<D>) -> Next,
-    ) -> Result<Option<Request<D>>> {
-        let greedy = slots.iter().all(Slot::is_greedy);
-        let count = slots.len();
-        let mut room: Vec<usize> =
-            slots.iter().map(|slot| slot.sequence.capacity() - slot.sequence.len()).collect();
-        // The decoder has the sequences, so what else a slot is must be apart from them.
-        let (mut sequences, mut others) = (Vec::new(), Vec::new());
-        for Slot { id, sequence, options, run, .. } in slots {
-            sequences.push(sequence);
-            others.push((*id, &*options, run));
-        }
-        self.in_session(sequences, |session| {
-            loop {
-                let tokens: Vec<u32> = others.iter().map(|(.., run)| run.last()).collect();
-                if greedy {
-                    for ((.., run), token) in
-                        others.iter_mut().zip(session.step_greedy(self, &tokens)?)
-                    {
-                        run.next = Some(token);
-                    }
-                } else {
-                    let logits = session.step(self, &tokens)?;
-                    let rows = logits.chunks(self.config().vocab_size);
-                    for ((.., run), row) in others.iter_mut().zip(rows) {
-                        run.logits = row.to_vec();
-                    }
-                }
-                room.iter_mut().for_each(|room| *room -= 1);
-                let request = next(count);
-                if request.is_some() {
-                    return Ok(request);
-                }
-                for ((id, options, run), room) in others.iter_mut().zip(&room) {
-                    choose_one(*id, options, run, *room, on_event)?;
-                }
-                if others.iter().any(|(.., run)| run.finish.is_some()) {
-                    return Ok(None);
-                }
+    /// Whether a request may wait for memory: ranks, which have their own, would not agree on it.
+    fn may_wait(&self) -> bool {
+        !self.running.is_empty() && self.model.ranks() == 1
+    }
+
+    /// Takes out the requests that have ended.
+    fn retire(&mut self) {
+        let mut at = 0;
+        while at < self.running.len() {
+            match self.running[at].has_ended() {
+                true => self.leave(at).finish(&mut self.events),
+                false => at += 1,
             }
-        })
-    }
-}
-
-/// Chooses the token of every slot that has one to choose.
-fn choose<D: Math>(
-    slots: &mut [Slot<D>],
-    on_event: &mut dyn FnMut(Served<D>) -> Next,
-) -> Result<()> {
-    for Slot { id, sequence, options, run, unread } in slots {
-        let has_token = run.next.is_some() || !run.logits.is_empty();
-        if unread.is_empty() && has_token {
-            choose_one(*id, options, run, sequence.capacity() - sequence.len(), on_event)?;
         }
     }
-    Ok(())
-}
 
-fn choose_one<D: Math>(
-    id: u64,
-    options: &GenerateOptions,
-    run: &mut Running,
-    room: usize,
-    on_event: &mut dyn FnMut(Served<D>) -> Next,
-) -> Result<()> {
-    let tell = &mut |progress| match progress {
-        Progress::Token { token, .. } => on_event(Served::Token { id, token }),
-        Progress::Prefill { .. } => Next::Continue,
-    };
-    run.choose(0, options, room, tell)?;
-    run.logits.clear();
-    Ok(())
-}
-
-/// Gives back the slots that have ended.
-fn retire<D: Math>(
-    slots: &mut Vec<Slot<D>>,
-    on_event: &mut dyn FnMut(Served<D>) -> Next,
-) -> Result<()> {
-    let has_ended = |slot: &mut Slot<D>| slot.run.finish.is_some();
-    let ended: Vec<Slot<D>> = slots.extract_if(.., has_ended).collect();
-    for Slot { id, sequence, run, .. } in ended {
-        tell(on_event, Served::Finished { id, generated: run.finish(), sequence })?;
+    /// Takes a running request out of the batch.
+    fn leave(&mut self, at: usize) -> Running {
+        self.is_full = false;
+        let run = self.running.remove(at);
+        let sequence = self.batch.apart().remove(at);
+        if run.is_resumed {
+            self.ended.insert(run.id, sequence);
+        }
+        run
     }
-    Ok(())
+
+    /// Ends all running requests, whose sequences are of no use after a step that failed.
+    pub(super) fn fail(&mut self, error: &Error) {
+        self.is_full = false;
+        self.batch.clear();
+        for run in self.running.drain(..) {
+            let error = Error::Step { reason: error.to_string() };
+            self.events.push_back(Event::Failed { id: run.id, error });
+        }
+    }
 }
 
-fn tell<D: Math>(on_event: &mut dyn FnMut(Served<D>) -> Next, event: Served<D>) -> Result<()> {
-    match on_event(event) {
-        Next::Cancel => Err(Error::Cancelled),
-        Next::Continue | Next::Stop => Ok(()),
-    }
+fn check_length(asked: usize, limit: usize) -> Result<()> {
+    if asked > limit { Err(Error::ContextExceeded { asked, limit }) } else { Ok(()) }
 }

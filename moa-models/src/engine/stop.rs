@@ -4,6 +4,15 @@ use crate::error::{Error, Result};
 ///
 /// Text that may be the beginning of a stop string is held back until it is certain. The stop
 /// string that ends first wins, so that the result does not depend on how the text was cut.
+///
+/// ```
+/// use moa_models::StopStrings;
+///
+/// let mut stops = StopStrings::new(&["USER:".to_string()])?;
+/// assert_eq!(stops.push("It is 7. U"), ("It is 7. ".to_string(), false));
+/// assert_eq!(stops.push("SER: and"), (String::new(), true));
+/// # Ok::<(), moa_models::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct StopStrings {
     stops: Vec<String>,

@@ -6,8 +6,9 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::template::Message;
 use crate::device::Math;
 use crate::engine::chat_session::ChatSession;
-use crate::engine::generate::Next;
+use crate::engine::request::GenerateOptions;
 use crate::eval::retrieval::RetrievalCase;
+use crate::progress::Next;
 use crate::{Error, Result};
 
 /// A template may write an answer of the model with a few tokens more than it was made of.
@@ -53,7 +54,7 @@ impl<D: Math> Checkpoint<D> {
         max_new_tokens: usize,
     ) -> Result<RetrievalItem> {
         let context = self.question_context(question, max_new_tokens)?;
-        let options = self.greedy(max_new_tokens);
+        let options = GenerateOptions { max_new_tokens, ..GenerateOptions::default() };
         let mut chat = ChatSession::new(self, plan, context)?;
         let mut item = RetrievalItem {
             context,
@@ -62,12 +63,12 @@ impl<D: Math> Checkpoint<D> {
             ..RetrievalItem::default()
         };
         for turn in &question.turns {
-            let (completion, generation) =
-                chat.turn(turn.text.trim(), &options, &[], &mut |_| Next::Continue)?;
-            item.prompt_tokens += generation.prompt_tokens;
-            item.new_tokens += generation.decoded_tokens;
-            item.prefill_seconds += generation.prefill.as_secs_f64();
-            item.decode_seconds += generation.decode.as_secs_f64();
+            let completion = chat.answer(turn.text.trim(), options.clone())?;
+            let usage = chat.take_usage();
+            item.prompt_tokens += usage.prompt_tokens;
+            item.new_tokens += usage.decoded_tokens;
+            item.prefill_seconds += usage.prefill.as_secs_f64();
+            item.decode_seconds += usage.decode.as_secs_f64();
             item.references.extend(turn.references.iter().map(|reference| Asked {
                 found: question.scoring.holds(&completion.text, &reference.text),
                 text: reference.text.clone(),

@@ -1,6 +1,5 @@
 //! Speed and memory of a model under a plan.
 
-use std::ops::ControlFlow;
 use std::time::Instant;
 
 use moa_core::{Influence, Plan};
@@ -88,6 +87,8 @@ pub struct ProfileBenchReport {
 
 /// Steps before those that are timed: plain ones, preparation and capture of a decoder.
 const WARM_UP: usize = 5;
+/// Batches tried in place of the largest that was computed, each a little smaller.
+const RETRIES: usize = 12;
 
 impl<D: Math> Decoder<D> {
     /// Reads a prompt of random tokens, copies its sequence to the whole batch and decodes greedily.
@@ -123,8 +124,7 @@ impl<D: Math> Decoder<D> {
         let read = |sequence: &mut Sequence<D>, tokens: &[u32]| -> Result<f64> {
             self.device.synchronize()?;
             let begin = Instant::now();
-            let go_on = &mut |_| ControlFlow::Continue(());
-            self.prefill(sequence, tokens, prefill_chunk, go_on)?;
+            self.prefill(sequence, tokens, prefill_chunk)?;
             Ok(begin.elapsed().as_secs_f64())
         };
         read(&mut sequence, tokens)?;
@@ -174,6 +174,31 @@ impl<D: Math> Decoder<D> {
             kv_bytes_dense: batch as u64 * self.dense_bytes(context)?,
             peak_bytes: self.device.memory()?.map(|memory| memory.peak_bytes),
         })
+    }
+
+    /// The same with the largest batch that the device has memory for, whatever the options' batch is;
+    /// `None` where the device has no memory of its own.
+    ///
+    /// # Errors
+    /// As [`Decoder::bench`].
+    pub fn bench_largest(
+        &self,
+        plan: &Plan,
+        options: &BenchOptions,
+    ) -> Result<Option<BenchReport>> {
+        let context = options.prompt.saturating_add(options.new_tokens);
+        let Some(largest) = self.largest_batch(plan, context)? else { return Ok(None) };
+        let mut batch = largest.max(1);
+        for _ in 0..RETRIES {
+            match self.bench(plan, &BenchOptions { batch, ..*options }) {
+                // Several ranks would have to agree on it.
+                Err(Error::OutOfMemory { .. }) if batch > 1 && self.ranks() == 1 => {
+                    batch -= batch.div_ceil(50);
+                }
+                other => return other.map(Some),
+            }
+        }
+        self.bench(plan, &BenchOptions { batch, ..*options }).map(Some)
     }
 
     /// The largest batch of sequences of `context` tokens that the device has memory for, by the

@@ -8,6 +8,7 @@ pub(crate) mod retrieval;
 pub(crate) mod tasks;
 
 mod ask;
+mod held_out;
 mod item_log;
 mod question;
 mod report;

@@ -6,8 +6,8 @@ use serde::Serialize;
 use crate::decoder::logits::LogitRows;
 use crate::decoder::model::Decoder;
 use crate::device::Math;
-use crate::engine::generate::Next;
 use crate::find_plan::objective::cross_entropy;
+use crate::progress::Next;
 use crate::{Error, Result};
 
 /// Tokens per forward step where every row's logits are wanted: bounds `[rows, vocab]`.
@@ -106,6 +106,6 @@ impl<D: Math> Decoder<D> {
     /// # Errors
     /// Never for a model that was loaded.
     pub fn dense_bytes(&self, capacity: usize) -> Result<u64> {
-        Ok(Plan::full(self.local)?.kv_bytes(capacity, self.slot_bytes()))
+        Ok(self.local.kv_bytes(capacity, self.slot_bytes()))
     }
 }

@@ -8,15 +8,17 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::template::Message;
 use crate::decoder::logits::LogitRows;
 use crate::device::Math;
-use crate::engine::generate::Next;
+use crate::engine::request::GenerateOptions;
+use crate::engine::serve::EngineOptions;
 use crate::eval::jsonl;
 use crate::find_plan::profile::Item;
 use crate::find_plan::records::{PHRASINGS, Phrasing, last_integer};
+use crate::progress::Next;
 use crate::{Error, Result};
 
 /// A calibration prompt of the user's.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-pub struct Prompt {
+pub struct CalibrationPrompt {
     /// The user's message; goes through the chat template.
     pub prompt: String,
     /// The response; where it is missing the dense model writes it.
@@ -24,7 +26,7 @@ pub struct Prompt {
     pub answer: Option<String>,
 }
 
-impl Prompt {
+impl CalibrationPrompt {
     /// Reads prompts, one JSON object a line.
     ///
     /// # Errors
@@ -40,7 +42,7 @@ pub enum CalibrationData {
     /// Built-in records of each length.
     Records,
     /// These prompts, each used at the largest length it fills.
-    Prompts(Vec<Prompt>),
+    Prompts(Vec<CalibrationPrompt>),
 }
 
 /// How many calibration items of which lengths.
@@ -121,11 +123,12 @@ impl<D: Math> Checkpoint<D> {
         let mut batch =
             (1..prompts.len()).map(|_| self.model.fork(&sequence)).collect::<Result<Vec<_>>>()?;
         batch.push(sequence);
-        let rests: Vec<&[u32]> = prompts.iter().map(|prompt| &prompt[shared..]).collect();
-        let options = self.greedy(max_response);
-        let generation =
-            self.model.generate(&mut batch, &rests, &options, &mut |_| Next::Continue)?;
-        Ok(generation.sequences.into_iter().map(|sequence| sequence.tokens).collect())
+        let options = GenerateOptions { max_new_tokens: max_response, ..Default::default() };
+        let mut engine = self.engine(EngineOptions::default());
+        for (sequence, prompt) in batch.into_iter().zip(prompts) {
+            engine.resume(sequence, &prompt[shared..], options.clone());
+        }
+        Ok(engine.complete_all()?.into_iter().map(|completion| completion.tokens).collect())
     }
 
     fn record_items(
@@ -231,7 +234,7 @@ impl<D: Math> Checkpoint<D> {
 
     fn prompt_items(
         &self,
-        prompts: &[Prompt],
+        prompts: &[CalibrationPrompt],
         options: &CalibrationOptions,
         on_item: &mut dyn FnMut() -> Next,
     ) -> Result<BTreeMap<usize, Vec<Item>>> {

@@ -9,11 +9,11 @@ use moa_core::{
 use crate::checkpoint::Checkpoint;
 use crate::decoder::model::Decoder;
 use crate::device::{Backward, Math};
-use crate::engine::generate::Next;
 use crate::find_plan::calibrate::{CalibrationData, CalibrationOptions};
 use crate::find_plan::objective::{Objective, TokenWeight, WeightedObjective};
 use crate::find_plan::profile::Item;
 use crate::find_plan::refine::{Refined, refine};
+use crate::progress::{Next, Stage};
 use crate::{Error, Result};
 
 /// Tokens per side of an influence block.
@@ -94,19 +94,6 @@ impl Default for CompressOptions {
             seed: 0,
         }
     }
-}
-
-/// What is being done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stage {
-    /// The dense model answers calibration prompts.
-    Calibrate,
-    /// Influence is measured.
-    Profile,
-    /// Plans are searched.
-    Search,
-    /// Plans are measured at the validation length, and refined.
-    Measure,
 }
 
 /// Everything that [`compress`] found.

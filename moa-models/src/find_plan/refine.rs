@@ -16,9 +16,9 @@ use moa_core::{AtLength, ElasticRule, ModelShape, Plan, PlanRequest, Profile, Tr
 
 use crate::decoder::model::Decoder;
 use crate::device::Math;
-use crate::engine::generate::Next;
 use crate::find_plan::probe::groups;
 use crate::find_plan::profile::Item;
+use crate::progress::Next;
 use crate::{Error, Result};
 
 /// A loss this close to the dense model's, in nats per token, is as good.
@@ -104,7 +104,7 @@ impl<D: Math> Measure<'_, D> {
         self.done += 1;
         match (self.on_evaluation)() {
             Next::Continue => Ok(()),
-            Next::Stop | Next::Cancel => Err(Error::Cancelled),
+            Next::Cancel => Err(Error::Cancelled),
         }
     }
 

@@ -2,8 +2,8 @@
 
 use moa_core::{ElasticRule, Plan};
 use moa_models::{
-    ChatSession, Completion, Cpu, Error, Finish, GenerateOptions, Message, Next, PHRASINGS, Result,
-    TextProgress,
+    ChatSession, Completion, Cpu, EngineOptions, Error, Event, Finish, GenerateOptions, Message,
+    PHRASINGS, Result,
 };
 
 use crate::{checkpoint, full, tiny};
@@ -11,17 +11,19 @@ use crate::{checkpoint, full, tiny};
 const CAPACITY: usize = 1024;
 
 fn options() -> GenerateOptions {
-    checkpoint().greedy(24)
+    GenerateOptions { max_new_tokens: 24, ..GenerateOptions::default() }
+}
+
+fn open(plan: &Plan) -> Result<ChatSession<Cpu>> {
+    ChatSession::new(checkpoint(), plan, CAPACITY)
 }
 
 /// The answer to `messages`, read from their start.
 fn from_scratch(plan: &Plan, messages: &[Message]) -> Result<Completion> {
     let tokens = checkpoint().chat_tokens(messages)?;
-    let mut batch = [tiny().open(plan, CAPACITY, 0)?];
-    let (mut completions, _) =
-        checkpoint()
-            .generate_text(&mut batch, &[&tokens], &options(), &[], &mut |_| Next::Continue)?;
-    Ok(completions.remove(0))
+    let mut engine = checkpoint().engine(EngineOptions::default());
+    engine.resume(tiny().open(plan, CAPACITY, 0)?, tokens, options());
+    Ok(engine.complete_all()?.remove(0))
 }
 
 /// Questions that the model answers: records of a few lines.
@@ -35,20 +37,15 @@ fn wrapped() -> Plan {
 }
 
 /// Says `content`; the answer and how many tokens were read for it.
-fn say(session: &mut ChatSession<'_, Cpu>, content: &str) -> Result<(Completion, usize)> {
-    let mut read = 0;
-    let completion = session.say(content, &options(), &[], &mut |progress| {
-        if let TextProgress::Prefill { total, .. } = progress {
-            read = total;
-        }
-        Next::Continue
-    })?;
-    Ok((completion, read))
+fn say(session: &mut ChatSession<Cpu>, content: &str) -> Result<(Completion, usize)> {
+    session.take_usage();
+    let completion = session.answer(content, options())?;
+    Ok((completion, session.take_usage().prompt_tokens))
 }
 
 #[test]
 fn three_turns_equal_reading_the_whole_conversation_each_time() -> Result<()> {
-    let mut session = ChatSession::new(checkpoint(), &full(), CAPACITY)?;
+    let mut session = open(&full())?;
     let mut messages = Vec::new();
     for (turn, question) in questions().iter().enumerate() {
         let cached = session.cached_tokens();
@@ -72,9 +69,9 @@ fn three_turns_equal_reading_the_whole_conversation_each_time() -> Result<()> {
 fn a_turn_reads_only_what_the_cache_lacks() -> Result<()> {
     let [first, second, _] = questions();
     for plan in [full(), wrapped()] {
-        let mut session = ChatSession::new(checkpoint(), &plan, CAPACITY)?;
+        let mut session = open(&plan)?;
         let short = GenerateOptions { max_new_tokens: 5, ..options() };
-        let cut = session.say(&first, &short, &[], &mut |_| Next::Continue)?;
+        let cut = session.answer(&first, short)?;
         assert_eq!(cut.finish, Finish::Length);
         let mut messages = vec![Message::user(&first)];
         let cached = checkpoint().chat_tokens(&messages)?.len() + 4;
@@ -96,7 +93,7 @@ fn a_turn_reads_only_what_the_cache_lacks() -> Result<()> {
 #[test]
 fn turns_on_wrapped_rings_equal_reading_the_whole_conversation() -> Result<()> {
     let plan = wrapped();
-    let mut session = ChatSession::new(checkpoint(), &plan, CAPACITY)?;
+    let mut session = open(&plan)?;
     let mut messages = Vec::new();
     for question in &questions() {
         messages.push(Message::user(question));
@@ -113,12 +110,12 @@ fn turns_on_wrapped_rings_equal_reading_the_whole_conversation() -> Result<()> {
 #[test]
 fn a_ring_that_cannot_roll_back_reads_again() -> Result<()> {
     let plan = wrapped();
-    let mut session = ChatSession::new(checkpoint(), &plan, CAPACITY)?;
+    let mut session = open(&plan)?;
     let [first, second, _] = questions();
     let whole = from_scratch(&plan, &[Message::user(&first)])?.text;
     let end = whole.char_indices().nth(whole.chars().count() * 3 / 4).unwrap().0;
     let stop: String = whole[end..].chars().take(3).collect();
-    let cut = session.say(&first, &options(), &[stop], &mut |_| Next::Continue)?;
+    let cut = session.answer(&first, GenerateOptions { stop: vec![stop], ..options() })?;
     assert!(whole.starts_with(&cut.text) && cut.text.len() < whole.len());
     let messages = [Message::user(&first), Message::assistant(&cut.text), Message::user(&second)];
     let (answer, _) = say(&mut session, &second)?;
@@ -132,16 +129,27 @@ fn a_turn_that_fails_is_not_part_of_the_conversation() -> Result<()> {
     let messages = [Message::user(&first)];
     for plan in [full(), wrapped()] {
         let expected = from_scratch(&plan, &messages)?;
-        let mut session = ChatSession::new(checkpoint(), &plan, CAPACITY)?;
-        let options = GenerateOptions { prefill_chunk: 32, ..options() };
+        let engine = EngineOptions { prefill_chunk: 32, ..EngineOptions::default() };
+        let mut session = ChatSession::with_options(checkpoint(), &plan, CAPACITY, engine)?;
+        // While the message is read, and while it is answered.
         for cancel_text in [false, true] {
-            let error = session.say(&second, &options, &[], &mut |progress| match progress {
-                TextProgress::Prefill { done, .. } if done < 64 || cancel_text => Next::Continue,
-                _ => Next::Cancel,
-            });
-            assert!(matches!(error, Err(Error::Cancelled)), "{error:?}");
+            session.say(&second, options())?;
+            let again = session.say(&second, options());
+            assert!(matches!(again, Err(Error::Invalid { what: "turn", .. })), "{again:?}");
+            loop {
+                match session.step()?.expect("the turn is not over") {
+                    Event::Prefill { done, .. } if !cancel_text && done >= 64 => break,
+                    Event::Text { .. } => break,
+                    _ => {}
+                }
+            }
+            session.cancel()?;
+            assert!(session.step()?.is_none());
             assert!(session.messages().is_empty());
         }
+        let empty = GenerateOptions { stop: vec![String::new()], ..options() };
+        let refused = session.answer(&second, empty).unwrap_err();
+        assert!(matches!(refused, Error::Invalid { what: "stop string", .. }), "{refused}");
         let long = "far too long ".repeat(CAPACITY);
         let error = say(&mut session, &long).unwrap_err();
         assert!(matches!(error, Error::ContextExceeded { limit: CAPACITY, .. }), "{error}");

@@ -1,74 +1,79 @@
-//! Generation as its caller sees it: stream, ends, errors, sampling.
+//! A single request as its caller sees it: stream, ends, errors, sampling.
 
 use moa_models::{
-    Cpu, Error, Finish, GenerateOptions, Next, Progress, Result, SamplingOptions, Sequence,
-    TextProgress,
+    Completion, EngineOptions, Error, Event, Finish, GenerateOptions, Message, Prompt, Result,
+    SamplingOptions,
 };
 
-use crate::{checkpoint, continued, full, greedy, narrow, read, step, text, tiny};
+use crate::{checkpoint, chunked, continued, engine, full, greedy, narrow, read, step, text, tiny};
 
-/// What `generate_text` made of `text(64)` with these options.
-struct Told {
-    pieces: Vec<String>,
-    text: String,
-    finish: Finish,
-    tokens: Vec<u32>,
+/// What `text(64)` is continued with, and the pieces that the text came in.
+fn told(options: GenerateOptions, stop: &[&str]) -> Result<(Completion, Vec<String>)> {
+    let stop = stop.iter().map(|s| (*s).to_owned()).collect();
+    let mut engine = checkpoint().engine(EngineOptions::default());
+    engine.submit(text(64), &full(), GenerateOptions { stop, ..options });
+    let (mut pieces, mut tokens) = (Vec::new(), Vec::new());
+    while let Some(event) = engine.step()? {
+        match event {
+            Event::Text { piece, .. } => pieces.push(piece),
+            Event::Token { token, .. } => tokens.push(token),
+            Event::Failed { error, .. } => return Err(error),
+            Event::Done { completion, .. } => {
+                assert_eq!(pieces.concat(), completion.text, "pieces join to the text");
+                assert_eq!(tokens, completion.tokens);
+                assert!(engine.step()?.is_none(), "nothing follows");
+                return Ok((completion, pieces));
+            }
+            _ => {}
+        }
+    }
+    panic!("the engine has nothing to tell, but the request has not ended");
 }
 
-fn told(options: &GenerateOptions, stop: &[&str]) -> Result<Told> {
-    let prompt = text(64);
-    let stop: Vec<String> = stop.iter().map(|s| (*s).to_owned()).collect();
-    let mut batch = [tiny().open(&full(), 128, 0)?];
-    let mut pieces = Vec::new();
-    let (mut completions, mut generation) =
-        checkpoint().generate_text(&mut batch, &[&prompt], options, &stop, &mut |progress| {
-            if let TextProgress::Text { sequence: 0, piece } = progress {
-                pieces.push(piece.to_owned());
-            }
-            Next::Continue
-        })?;
-    let completion = completions.remove(0);
-    let generated = generation.sequences.remove(0);
-    assert_eq!(generated.finish, completion.finish);
-    assert_eq!(pieces.concat(), completion.text, "pieces join to the text");
-    Ok(Told { pieces, text: completion.text, finish: completion.finish, tokens: generated.tokens })
+/// What is wrong with a request that is the only one.
+fn refused(engine: &mut moa_models::Engine<moa_models::Cpu>) -> Error {
+    match engine.step() {
+        Ok(Some(Event::Failed { error, .. })) => error,
+        other => panic!("expected a refusal, got {other:?}"),
+    }
 }
 
 #[test]
 fn pieces_join_to_the_text_and_the_text_is_that_of_the_tokens() -> Result<()> {
-    let told = told(&greedy(40), &[])?;
+    let (told, pieces) = told(greedy(40), &[])?;
     assert_eq!((told.tokens.len(), told.finish), (40, Finish::Length));
     assert_eq!(told.text, checkpoint().tokenizer.decode(&told.tokens, true)?);
-    assert!(told.pieces.iter().filter(|p| !p.is_empty()).count() > 10, "{:?}", told.pieces);
+    assert!(pieces.len() > 10 && pieces.iter().all(|piece| !piece.is_empty()), "{pieces:?}");
     assert_eq!(told.tokens, continued(&full(), &text(64), &greedy(40))?);
     Ok(())
 }
 
 #[test]
 fn a_stop_string_ends_the_text_and_is_not_in_it() -> Result<()> {
-    let whole = told(&greedy(40), &[])?.text;
+    let whole = told(greedy(40), &[])?.0.text;
     // Across the borders of tokens.
     let middle: usize = whole.char_indices().nth(whole.chars().count() / 2).unwrap().0;
     let stop = &whole[middle..].chars().take(7).collect::<String>();
     let before = &whole[..whole.find(stop.as_str()).unwrap()];
-    let told_ = told(&greedy(40), &["\u{1F999} never", stop])?;
-    assert_eq!((told_.text.as_str(), told_.finish), (before, Finish::Stopped));
-    assert!(told_.tokens.len() < 40);
+    let (stopped, _) = told(greedy(40), &["\u{1F999} never", stop])?;
+    assert_eq!((stopped.text.as_str(), stopped.finish), (before, Finish::Stopped));
+    assert!(stopped.tokens.len() < 40);
 
     // What looked like a stop string until the end is part of the text.
     let almost = format!("{}\u{1F999}", &whole[whole.len() - 1..]);
-    let told_ = told(&greedy(40), &[&almost])?;
-    assert_eq!((told_.text, told_.finish), (whole, Finish::Length));
-    assert!(matches!(told(&greedy(4), &[""]), Err(Error::Invalid { .. })));
+    let (held, _) = told(greedy(40), &[&almost])?;
+    assert_eq!((held.text, held.finish), (whole, Finish::Length));
+    assert!(matches!(told(greedy(4), &[""]), Err(Error::Invalid { .. })));
     Ok(())
 }
 
 #[test]
-fn an_end_token_ends_the_sequence_and_is_not_in_it() -> Result<()> {
+fn an_end_token_ends_the_request_and_is_not_in_it() -> Result<()> {
     let tokens = continued(&full(), &text(64), &greedy(20))?;
     let eos = tokens[7];
     let first = tokens.iter().position(|t| *t == eos).unwrap();
-    let told = told(&GenerateOptions { eos_token_ids: vec![8191, eos], ..greedy(20) }, &[])?;
+    let ends = GenerateOptions { eos_token_ids: Some(vec![8191, eos]), ..greedy(20) };
+    let (told, _) = told(ends, &[])?;
     assert_eq!((&told.tokens[..], told.finish), (&tokens[..first], Finish::Eos));
     Ok(())
 }
@@ -77,35 +82,54 @@ fn an_end_token_ends_the_sequence_and_is_not_in_it() -> Result<()> {
 fn max_new_tokens_is_kept() -> Result<()> {
     let tokens = continued(&full(), &text(64), &greedy(6))?;
     for n in [0, 1, 5] {
-        let told = told(&greedy(n), &[])?;
+        let (told, _) = told(greedy(n), &[])?;
         assert_eq!((&told.tokens[..], told.finish), (&tokens[..n], Finish::Length));
     }
     Ok(())
 }
 
 #[test]
+fn a_checkpoint_answers_through_its_template_and_ends_where_the_model_does() -> Result<()> {
+    let question = moa_models::PHRASINGS[0].prompt(5, 1);
+    let answer = checkpoint().complete(&full(), &question.text, 40)?;
+    assert!(answer.text.contains(&question.answer.to_string()), "{answer:?}");
+    assert_eq!(answer.finish, Finish::Eos);
+    let mut engine = checkpoint().engine(EngineOptions::default());
+    let options = GenerateOptions { max_new_tokens: 40, ..Default::default() };
+    engine.submit(Prompt::chat(&[Message::user(&question.text)]), &full(), options);
+    assert_eq!(engine.complete_all()?, [answer]);
+    let longer = "far too long ".repeat(8192);
+    let error = checkpoint().complete(&full(), &longer, 4).unwrap_err();
+    assert!(matches!(error, Error::ContextExceeded { limit: 8192, .. }), "{error}");
+    Ok(())
+}
+
+#[test]
 fn a_sequence_that_is_full_ends() -> Result<()> {
-    let prompt = text(64);
-    let mut batch = [tiny().open(&full(), 66, 0)?];
-    let generation =
-        tiny().generate(&mut batch, &[&prompt], &greedy(50), &mut |_| Next::Continue)?;
+    let mut engine = engine(EngineOptions::default());
+    let id = engine.resume(tiny().open(&full(), 66, 0)?, text(64), greedy(50));
     // The last token needs no room: nothing follows it.
-    assert_eq!(
-        (generation.sequences[0].tokens.len(), generation.sequences[0].finish),
-        (3, Finish::Length)
-    );
-    assert_eq!((batch[0].len(), generation.prompt_tokens, generation.decoded_tokens), (66, 64, 2));
+    let done = engine.complete_all()?.remove(0);
+    assert_eq!((done.tokens.len(), done.finish), (3, Finish::Length));
+    assert_eq!(engine.reclaim(id).unwrap().len(), 66);
+    assert!(engine.reclaim(id).is_none(), "it was given back");
+    let usage = engine.take_usage();
+    assert_eq!((usage.prompt_tokens, usage.decoded_tokens), (64, 2));
+    assert!(!usage.prefill.is_zero() && !usage.decode.is_zero());
+    assert_eq!(engine.take_usage(), moa_models::Usage::default());
     Ok(())
 }
 
 #[test]
 fn too_long_prompts_and_contexts_say_how_long() -> Result<()> {
-    let prompt = text(64);
-    let mut batch = [tiny().open(&full(), 60, 0)?];
-    let error =
-        tiny().generate(&mut batch, &[&prompt], &greedy(5), &mut |_| Next::Continue).unwrap_err();
+    let mut engine = engine(EngineOptions::default());
+    let id = engine.resume(tiny().open(&full(), 60, 0)?, text(64), greedy(5));
+    let error = refused(&mut engine);
     assert!(matches!(error, Error::ContextExceeded { asked: 64, limit: 60 }), "{error}");
-    assert!(batch[0].is_empty());
+    assert!(engine.reclaim(id).unwrap().is_empty());
+    engine.submit(text(8193), &full(), greedy(5));
+    let error = refused(&mut engine);
+    assert!(matches!(error, Error::ContextExceeded { asked: 8193, limit: 8192 }), "{error}");
     let error = tiny().open(&full(), 8193, 0).unwrap_err();
     assert!(matches!(error, Error::ContextExceeded { asked: 8193, limit: 8192 }), "{error}");
     assert!(matches!(
@@ -116,25 +140,27 @@ fn too_long_prompts_and_contexts_say_how_long() -> Result<()> {
 }
 
 #[test]
-fn bad_arguments_are_refused_before_anything_is_read() -> Result<()> {
+fn bad_requests_are_refused_and_give_their_sequence_back() -> Result<()> {
     let (prompt, vocab) = (text(8), tiny().config().vocab_size as u32);
-    let sampling = |sampling| GenerateOptions { sampling, ..greedy(3) };
-    let hot = sampling(SamplingOptions { temperature: f32::NAN, ..Default::default() });
-    let no_chunk = GenerateOptions { prefill_chunk: 0, ..greedy(3) };
-    let unknown = [vocab];
-    let cases: [(&[&[u32]], &GenerateOptions); 5] = [
-        (&[&prompt, &[]], &greedy(3)),
-        (&[&prompt], &greedy(3)),
-        (&[&prompt, &unknown], &greedy(3)),
-        (&[&prompt, &prompt], &hot),
-        (&[&prompt, &prompt], &no_chunk),
+    let hot = SamplingOptions { temperature: f32::NAN, ..Default::default() };
+    let cases: [(Prompt, GenerateOptions); 6] = [
+        (Prompt::Tokens(Vec::new()), greedy(3)),
+        (Prompt::Tokens(vec![5, vocab]), greedy(3)),
+        (prompt.clone().into(), GenerateOptions { sampling: hot, ..greedy(3) }),
+        (prompt.clone().into(), GenerateOptions { stop: vec![String::new()], ..greedy(3) }),
+        // This engine has no tokenizer.
+        (prompt.into(), GenerateOptions { stop: vec!["a".into()], ..greedy(3) }),
+        ("a text".into(), greedy(3)),
     ];
-    for (i, (prompts, options)) in cases.into_iter().enumerate() {
-        let mut batch = [tiny().open(&full(), 20, 0)?, tiny().open(&full(), 20, 0)?];
-        let error =
-            tiny().generate(&mut batch, prompts, options, &mut |_| Next::Continue).unwrap_err();
+    for (i, (prompt, options)) in cases.into_iter().enumerate() {
+        let mut engine = engine(EngineOptions::default());
+        let id = engine.resume(tiny().open(&full(), 20, 0)?, prompt.clone(), options.clone());
+        let error = refused(&mut engine);
         assert!(matches!(error, Error::Invalid { .. }), "{i}: {error}");
-        assert!(batch.iter().all(Sequence::is_empty), "{i}");
+        assert!(engine.reclaim(id).unwrap().is_empty(), "{i}");
+        engine.submit(prompt, &full(), options);
+        assert!(matches!(refused(&mut engine), Error::Invalid { .. }), "{i}");
+        assert!(engine.is_idle() && engine.step()?.is_none(), "{i}");
     }
     Ok(())
 }
@@ -146,6 +172,10 @@ fn a_plan_for_another_model_is_refused() {
     let plan = moa_core::Plan::full(shape).unwrap();
     let error = tiny().open(&plan, 20, 0).unwrap_err();
     assert!(matches!(error, Error::Core(moa_core::Error::ShapeMismatch { .. })), "{error}");
+    let mut engine = engine(EngineOptions::default());
+    engine.submit(text(8), &plan, greedy(3));
+    let error = refused(&mut engine);
+    assert!(matches!(error, Error::Core(moa_core::Error::ShapeMismatch { .. })), "{error}");
     let other = full().with_fingerprint(Some("of other weights".into()));
     let error = checkpoint().check_plan(&other).unwrap_err();
     assert!(matches!(error, Error::Core(moa_core::Error::FingerprintMismatch { .. })), "{error}");
@@ -154,73 +184,53 @@ fn a_plan_for_another_model_is_refused() {
 }
 
 #[test]
-fn progress_counts_the_prompts_and_may_cancel_them() -> Result<()> {
+fn a_step_reads_a_chunk_of_all_prompts_together_in_the_order_they_came() -> Result<()> {
+    let mut engine = chunked(16);
     let (a, b) = (text(50), text(30));
-    let options = GenerateOptions { prefill_chunk: 16, ..greedy(2) };
-    let open = || -> Result<[Sequence<Cpu>; 2]> {
-        Ok([tiny().open(&full(), 60, 0)?, tiny().open(&full(), 60, 0)?])
-    };
-    let (mut read, mut tokens) = (Vec::new(), Vec::new());
-    let generation =
-        tiny().generate(&mut open()?, &[&a, &b], &options, &mut |progress| match progress {
-            Progress::Prefill { done, total } => {
-                read.push((done, total));
-                // Of a prefill this means nothing.
-                Next::Stop
-            }
-            Progress::Token { sequence, token } => {
-                tokens.push((sequence, token));
-                Next::Continue
-            }
-        })?;
-    assert_eq!(read, [16, 32, 48, 50, 66, 80].map(|done| (done, 80)));
-    for (i, generated) in generation.sequences.iter().enumerate() {
-        let own: Vec<u32> = tokens.iter().filter(|(s, _)| *s == i).map(|(_, t)| *t).collect();
-        assert_eq!(own, generated.tokens);
+    let ids =
+        [engine.submit(&a[..], &full(), greedy(2)), engine.submit(&b[..], &full(), greedy(2))];
+    let (mut reads, mut tokens) = (Vec::new(), [Vec::new(), Vec::new()]);
+    while let Some(event) = engine.step()? {
+        let of = usize::from(event.id() == ids[1]);
+        match event {
+            Event::Prefill { done, total, .. } => reads.push((of, done, total)),
+            Event::Token { token, .. } => tokens[of].push(token),
+            Event::Done { completion, .. } => assert_eq!(completion.tokens, tokens[of]),
+            other => panic!("{other:?}"),
+        }
     }
-
-    let mut batch = open()?;
-    let error = tiny().generate(&mut batch, &[&a, &b], &options, &mut |progress| match progress {
-        Progress::Prefill { done, .. } if done >= 32 => Next::Cancel,
-        _ => Next::Continue,
-    });
-    assert!(matches!(error, Err(Error::Cancelled)), "{error:?}");
-    assert_eq!(batch.each_ref().map(Sequence::len), [32, 0]);
+    let a = [16, 32, 48, 50].map(|done| (0, done, 50));
+    assert_eq!(reads, [&a[..], &[(1, 14, 30), (1, 30, 30)]].concat());
     Ok(())
 }
 
 #[test]
-fn decoding_may_be_cancelled_and_single_sequences_stopped() -> Result<()> {
+fn a_request_may_be_cancelled_at_any_time_and_the_others_go_on() -> Result<()> {
     let (a, b) = (text(50), text(30));
-    let whole = [continued(&full(), &a, &greedy(6))?, continued(&full(), &b, &greedy(6))?];
-    for plan in [full(), narrow()] {
-        let mut batch = [tiny().open(&plan, 60, 0)?, tiny().open(&plan, 60, 0)?];
-        let mut seen = 0;
-        let error = tiny().generate(&mut batch, &[&a, &b], &greedy(6), &mut |progress| {
-            seen += usize::from(matches!(progress, Progress::Token { .. }));
-            if seen == 4 { Next::Cancel } else { Next::Continue }
-        });
-        assert!(matches!(error, Err(Error::Cancelled)), "{error:?}");
-        assert_eq!(seen, 4);
-        // The sequences are as after the last whole step.
-        assert_eq!(batch.each_ref().map(Sequence::len), [51, 31]);
-        step(&mut batch[0], &[5])?;
-    }
-
-    let mut batch = [tiny().open(&full(), 60, 0)?, tiny().open(&full(), 60, 0)?];
-    let mut seen = 0;
-    let generation =
-        tiny().generate(&mut batch, &[&a, &b], &greedy(6), &mut |progress| match progress {
-            Progress::Token { sequence: 0, .. } => {
-                seen += 1;
-                if seen == 2 { Next::Stop } else { Next::Continue }
+    let expected = continued(&narrow(), &b, &greedy(6))?;
+    // While its prompt is read, after its first token, after some more.
+    for (at, tokens, held) in [(3, 0, 48), (6, 1, 50), (12, 4, 53)] {
+        let mut engine = chunked(16);
+        let resumed = engine.resume(tiny().open(&narrow(), 60, 0)?, &a[..], greedy(6));
+        let other = engine.submit(&b[..], &narrow(), greedy(6));
+        for _ in 0..at {
+            engine.step()?;
+        }
+        let partial = engine.cancel(resumed).expect("it has not ended");
+        assert_eq!((partial.tokens.len(), partial.finish), (tokens, Finish::Stopped), "at {at}");
+        assert!(engine.cancel(resumed).is_none());
+        let mut sequence = engine.reclaim(resumed).unwrap();
+        assert_eq!(sequence.len(), held, "as after the last step, at {at}");
+        step(&mut sequence, &[5])?;
+        let mut done = None;
+        while let Some(event) = engine.step()? {
+            assert_eq!(event.id(), other, "nothing of the cancelled one");
+            if let Event::Done { completion, .. } = event {
+                done = Some(completion.tokens);
             }
-            _ => Next::Continue,
-        })?;
-    assert_eq!(generation.sequences[0].tokens, whole[0][..2]);
-    assert_eq!(generation.sequences[0].finish, Finish::Stopped);
-    assert_eq!(generation.sequences[1].tokens, whole[1]);
-    assert_eq!(generation.sequences[1].finish, Finish::Length);
+        }
+        assert_eq!(done.as_ref(), Some(&expected));
+    }
     Ok(())
 }
 
@@ -259,15 +269,16 @@ fn a_strong_repetition_penalty_forbids_repetitions() -> Result<()> {
 fn generation_continues_what_a_sequence_already_holds() -> Result<()> {
     let prompt = text(120);
     for plan in [full(), narrow()] {
-        let mut whole = [tiny().open(&plan, 130, 0)?];
-        let expected =
-            tiny().generate(&mut whole, &[&prompt], &greedy(8), &mut |_| Next::Continue)?;
-        let mut parts = [tiny().open(&plan, 130, 0)?];
-        read(&mut parts[0], &prompt[..77], 32)?;
-        let generation =
-            tiny().generate(&mut parts, &[&prompt[77..]], &greedy(8), &mut |_| Next::Continue)?;
-        assert_eq!(generation.sequences, expected.sequences);
-        assert_eq!((parts[0].len(), generation.prompt_tokens), (127, 43));
+        let mut engine = engine(EngineOptions::default());
+        engine.resume(tiny().open(&plan, 130, 0)?, &prompt[..], greedy(8));
+        let expected = engine.complete_all()?;
+        engine.take_usage();
+        let mut sequence = tiny().open(&plan, 130, 0)?;
+        read(&mut sequence, &prompt[..77], 32)?;
+        let id = engine.resume(sequence, &prompt[77..], greedy(8));
+        assert_eq!(engine.complete_all()?, expected);
+        assert_eq!(engine.reclaim(id).unwrap().len(), 127);
+        assert_eq!(engine.take_usage().prompt_tokens, 43);
     }
     Ok(())
 }

@@ -2,14 +2,14 @@
 
 use moa_core::{ElasticRule, Plan};
 use moa_models::{
-    Cpu, Decoder, Error, GenerateOptions, LogitRows, Next, Result, SamplingOptions, Sequence,
-    Weights,
+    Cpu, Decoder, EngineOptions, Error, GenerateOptions, LogitRows, Result, SamplingOptions,
+    Sequence, Weights,
 };
 use proptest::prelude::*;
 
 use crate::{
-    alternating, continued, full, greedy, largest_difference, likeliest, moa_tiny, narrow, read,
-    step, text, tiny,
+    alternating, chunked, continued, engine, full, greedy, largest_difference, likeliest, moa_tiny,
+    narrow, read, step, text, tiny,
 };
 
 #[test]
@@ -47,8 +47,9 @@ fn chunking_does_not_change_output() -> Result<()> {
         assert_eq!(sequence.len(), prompt.len());
         let difference = largest_difference(&logits, &expected);
         assert!(difference < 1e-4, "chunks of {chunk}: {difference}");
-        let options = GenerateOptions { prefill_chunk: chunk, ..greedy(16) };
-        assert_eq!(continued(&narrow(), &prompt, &options)?, tokens, "chunks of {chunk}");
+        let mut engine = chunked(chunk);
+        engine.submit(&prompt[..], &narrow(), greedy(16));
+        assert_eq!(engine.complete_all()?[0].tokens, tokens, "chunks of {chunk}");
     }
     Ok(())
 }
@@ -99,21 +100,18 @@ fn a_ragged_batch_gives_each_prompt_what_it_gets_alone() -> Result<()> {
     let new = 12;
     for plan in [full(), narrow()] {
         for temperature in [0.0, 0.9] {
-            let sampling = SamplingOptions { temperature, seed: 40, ..Default::default() };
-            let options = GenerateOptions { sampling: sampling.clone(), ..greedy(new) };
-            let mut batch = prompts
-                .iter()
-                .map(|p| tiny().open(&plan, p.len() + new, 0))
-                .collect::<Result<Vec<_>>>()?;
-            let generation =
-                tiny().generate(&mut batch, &prompts, &options, &mut |_| Next::Continue)?;
-            for (i, prompt) in prompts.iter().enumerate() {
-                let sampling = SamplingOptions { seed: 40 + i as u64, ..sampling.clone() };
-                let alone = continued(&plan, prompt, &GenerateOptions { sampling, ..greedy(new) })?;
-                assert_eq!(
-                    generation.sequences[i].tokens, alone,
-                    "prompt {i}, temperature {temperature}"
-                );
+            let options = |seed| {
+                let sampling = SamplingOptions { temperature, seed, ..Default::default() };
+                GenerateOptions { sampling, ..greedy(new) }
+            };
+            let mut engine = engine(EngineOptions::default());
+            for (seed, prompt) in (40..).zip(prompts) {
+                engine.submit(prompt, &plan, options(seed));
+            }
+            let together = engine.complete_all()?;
+            for ((seed, prompt), together) in (40..).zip(prompts).zip(together) {
+                let alone = continued(&plan, prompt, &options(seed))?;
+                assert_eq!(together.tokens, alone, "seed {seed}, temperature {temperature}");
             }
         }
     }
@@ -296,11 +294,13 @@ fn generations_leave_nothing_for_the_next() -> Result<()> {
     assert_eq!(continued(&narrow(), &a, &greedy(10))?, first);
 
     // Nor does a sequence that is used again from its start.
-    let mut batch = [tiny().open(&narrow(), 140, 0)?];
-    tiny().generate(&mut batch, &[&b[30..]], &greedy(5), &mut |_| Next::Continue)?;
-    tiny().truncate(&mut batch[0], 0)?;
-    let again = tiny().generate(&mut batch, &[&a], &greedy(10), &mut |_| Next::Continue)?;
-    assert_eq!(again.sequences[0].tokens, first);
+    let mut engine = engine(EngineOptions::default());
+    let id = engine.resume(tiny().open(&narrow(), 140, 0)?, &b[30..], greedy(5));
+    engine.complete_all()?;
+    let mut sequence = engine.reclaim(id).expect("it was resumed");
+    tiny().truncate(&mut sequence, 0)?;
+    engine.resume(sequence, &a[..], greedy(10));
+    assert_eq!(engine.complete_all()?[0].tokens, first);
     Ok(())
 }
 

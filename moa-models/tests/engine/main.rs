@@ -15,12 +15,13 @@ mod shard;
 mod shard_failures;
 mod stories260k;
 
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use moa_core::{ElasticRule, HeadRule, ModelShape, Plan};
-use moa_models::{Checkpoint, Cpu, Decoder, GenerateOptions, LogitRows, Next, Result, Sequence};
+use moa_models::{
+    Checkpoint, Cpu, Decoder, Engine, EngineOptions, GenerateOptions, LogitRows, Result, Sequence,
+};
 
 fn moa_tiny() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/moa-tiny")
@@ -42,7 +43,7 @@ fn checkpoint() -> &'static Checkpoint<Cpu> {
     &TINY
 }
 
-fn tiny() -> &'static Decoder<Cpu> {
+fn tiny() -> &'static Arc<Decoder<Cpu>> {
     &checkpoint().model
 }
 
@@ -84,7 +85,7 @@ fn full() -> Plan {
 
 /// Reads `tokens` in chunks; the logits of the last.
 fn read(sequence: &mut Sequence<Cpu>, tokens: &[u32], chunk: usize) -> Result<Vec<f32>> {
-    tiny().prefill(sequence, tokens, chunk, &mut |_| ControlFlow::Continue(()))
+    tiny().prefill(sequence, tokens, chunk)
 }
 
 /// One step; the logits of all its tokens.
@@ -104,14 +105,24 @@ fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
+/// The likeliest tokens, as many as asked for.
 fn greedy(max_new_tokens: usize) -> GenerateOptions {
-    GenerateOptions { max_new_tokens, ..GenerateOptions::default() }
+    GenerateOptions { max_new_tokens, eos_token_ids: Some(Vec::new()), ..Default::default() }
+}
+
+/// An engine of moa-tiny that knows tokens alone.
+fn engine(options: EngineOptions) -> Engine<Cpu> {
+    Engine::new(Arc::clone(tiny()), options)
+}
+
+/// One that reads at most so many prompt tokens a step.
+fn chunked(prefill_chunk: usize) -> Engine<Cpu> {
+    engine(EngineOptions { prefill_chunk, ..EngineOptions::default() })
 }
 
 /// The tokens that follow `prompt` in a sequence of its own.
 fn continued(plan: &Plan, prompt: &[u32], options: &GenerateOptions) -> Result<Vec<u32>> {
-    let mut batch = [tiny().open(plan, prompt.len() + options.max_new_tokens, 0)?];
-    let mut generation =
-        tiny().generate(&mut batch, &[prompt], options, &mut |_| Next::Continue)?;
-    Ok(generation.sequences.swap_remove(0).tokens)
+    let mut engine = engine(EngineOptions::default());
+    engine.submit(prompt, plan, options.clone());
+    Ok(engine.complete_all()?.swap_remove(0).tokens)
 }

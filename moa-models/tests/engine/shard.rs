@@ -5,11 +5,12 @@ use std::sync::{Arc, LazyLock};
 
 use moa_core::{ElasticRule, HeadRule, Plan, Sharding};
 use moa_models::{
-    Communicator, Cpu, Decoder, GenerateOptions, Item, LogitRows, ModelConfig, Next, RandomTensors,
-    Request, Result, SamplingOptions, Served, Shard, ThreadRank, Weights, on_ranks,
+    Communicator, Cpu, Decoder, Engine, EngineOptions, Event, GenerateOptions, Item, LogitRows,
+    ModelConfig, Next, RandomTensors, Result, SamplingOptions, Shard, ThreadRank, Weights,
+    on_ranks,
 };
 
-use crate::{alternating, largest_difference, moa_tiny, text, tiny};
+use crate::{alternating, greedy, largest_difference, moa_tiny, text, tiny};
 
 pub(super) type Model = Decoder<Cpu>;
 
@@ -40,9 +41,11 @@ impl Folder {
         &self,
         ranks: usize,
         plan: &Plan,
-        work: impl Fn(&Model) -> Result<T> + Sync,
+        work: impl Fn(&Arc<Model>) -> Result<T> + Sync,
     ) -> Result<Vec<T>> {
-        on_ranks(ThreadRank::group(ranks)?, |rank: Arc<ThreadRank>| work(&self.part(plan, rank)?))
+        on_ranks(ThreadRank::group(ranks)?, |rank: Arc<ThreadRank>| {
+            work(&Arc::new(self.part(plan, rank)?))
+        })
     }
 }
 
@@ -203,12 +206,13 @@ fn two_ranks_write_the_text_of_one() -> Result<()> {
     let warm = SamplingOptions { temperature: 0.9, top_p: 0.95, seed: 3, ..Default::default() };
     let penalty = SamplingOptions { repetition_penalty: 1.3, ..Default::default() };
     for sampling in [SamplingOptions::default(), warm, penalty] {
-        let options = GenerateOptions { max_new_tokens: 16, sampling, ..Default::default() };
-        let generate = |model: &Model| {
-            let open = |prompt: &&[u32]| model.open(&plan, prompt.len() + 16, 0);
-            let mut batch = prompts.iter().map(open).collect::<Result<Vec<_>>>()?;
-            let made = model.generate(&mut batch, &prompts, &options, &mut |_| Next::Continue)?;
-            Ok(made.sequences)
+        let options = GenerateOptions { sampling, ..greedy(16) };
+        let generate = |model: &Arc<Model>| {
+            let mut engine = Engine::new(Arc::clone(model), EngineOptions::default());
+            for prompt in prompts {
+                engine.submit(prompt, &plan, options.clone());
+            }
+            engine.complete_all()
         };
         let expected = generate(tiny())?;
         assert_eq!(folder.on(2, &plan, generate)?, [expected.clone(), expected]);
@@ -221,31 +225,31 @@ fn requests_that_come_and_go_get_the_tokens_of_one_rank() -> Result<()> {
     let folder = tiny_folder();
     let plan = alternating(folder.config.shape(), 8, 24, 48);
     let source = text(120);
-    let serve = |model: &Model| {
-        let request = |id: usize| -> Result<_> {
-            let prompt = source[id * 9..id * 9 + 20 + 25 * (id % 3)].to_vec();
-            let options = GenerateOptions {
-                max_new_tokens: 4 + 3 * id,
-                prefill_chunk: 16,
-                ..Default::default()
-            };
-            let sequence = model.open(&plan, prompt.len() + 20, 0)?;
-            Ok(Request { id: id as u64, sequence, prompt, options })
+    // Two at most run together, the fourth comes late, and the second is cancelled.
+    let serve = |model: &Arc<Model>| {
+        let options = EngineOptions { prefill_chunk: 16, max_batch: 2 };
+        let mut engine = Engine::new(Arc::clone(model), options);
+        let submit = |engine: &mut Engine<Cpu>, id: usize| {
+            let prompt = &source[id * 9..id * 9 + 20 + 25 * (id % 3)];
+            engine.submit(prompt, &plan, greedy(4 + 3 * id))
         };
-        let mut requests = (0..4).map(request).collect::<Result<Vec<_>>>()?.into_iter();
+        let mut ids: Vec<_> = (0..3).map(|id| submit(&mut engine, id)).collect();
         let mut told = vec![Vec::new(); 4];
-        // Two at most run together.
-        let mut next = |running| if running < 2 { requests.next() } else { None };
-        model.serve(&mut next, &mut |event| {
-            if let Served::Token { id, token } = event {
-                told[id as usize].push(token);
+        while let Some(event) = engine.step()? {
+            let of = ids.iter().position(|id| *id == event.id()).unwrap();
+            if let Event::Token { token, .. } = event {
+                told[of].push(token);
+                match told[of].len() {
+                    3 if of == 1 => drop(engine.cancel(ids[1])),
+                    3 if of == 0 => ids.push(submit(&mut engine, 3)),
+                    _ => {}
+                }
             }
-            Next::Continue
-        })?;
+        }
         Ok(told)
     };
     let expected = serve(tiny())?;
-    assert!((0..4).all(|id| expected[id].len() == 4 + 3 * id));
+    assert_eq!([0, 1, 2, 3].map(|id| expected[id].len()), [4, 3, 10, 13]);
     assert_eq!(folder.on(2, &plan, serve)?, [expected.clone(), expected]);
     Ok(())
 }
@@ -257,7 +261,7 @@ fn losses_and_perplexity_are_the_same() -> Result<()> {
     let tokens = text(150);
     let items =
         [Item::new(&tokens[..60], &tokens[60..70])?, Item::new(&tokens[..60], &tokens[80..85])?];
-    let measure = |model: &Model| {
+    let measure = |model: &Arc<Model>| {
         let loss = model.response_loss(&items, &plan, 100)?;
         let windows = model.perplexity(&tokens, None, 64, 2, &plan, &mut || Next::Continue)?;
         Ok([loss, windows.perplexity])

@@ -124,7 +124,7 @@ fn who_waits_for_a_rank_that_failed_or_left_is_told_which() -> Result<()> {
 fn a_panic_does_not_leave_the_others_waiting() {
     let (folder, plan) = (biased(), uneven());
     let arrived = AtomicUsize::new(0);
-    let work = |model: &Model| {
+    let work = |model: &Arc<Model>| {
         let mut sequence = model.open(&plan, 200, 0)?;
         assert_eq!(arrived.fetch_add(1, Ordering::Relaxed), 0, "as planned");
         model.forward(&mut [&mut sequence], &[&[1]], LogitRows::Last).map(drop)

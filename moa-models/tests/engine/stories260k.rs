@@ -1,10 +1,12 @@
-//! A Llama trained by others (llama2.c's stories260K: grouped queries, interleaved RoPE), converted
+//! A Decoder trained by others (llama2.c's stories260K: grouped queries, interleaved RoPE), converted
 //! to the Hugging Face layout, writes the story that its authors published.
 
 use std::path::Path;
 
 use moa_core::Plan;
-use moa_models::{Cpu, Decoder, GenerateOptions, ModelConfig, Next, Result, Weights};
+use moa_models::{
+    Cpu, Decoder, Engine, EngineOptions, GenerateOptions, ModelConfig, Result, Weights,
+};
 use serde_json::json;
 
 use crate::test_data;
@@ -169,11 +171,11 @@ fn stories260k_tells_its_published_story() -> Result<()> {
     let vocabulary = vocabulary(&source.join("tok512.bin"));
     assert_eq!(vocabulary.len(), model.config().vocab_size);
 
-    let options =
-        GenerateOptions { max_new_tokens: 256, eos_token_ids: vec![BOS], ..Default::default() };
-    let mut batch = [model.open(&Plan::full(model.shape())?, 256, 0)?];
-    let generation = model.generate(&mut batch, &[&[BOS]], &options, &mut |_| Next::Continue)?;
-    let text = decode(&vocabulary, &generation.sequences[0].tokens);
+    let options = GenerateOptions { eos_token_ids: Some(vec![BOS]), ..Default::default() };
+    let sequence = model.open(&Plan::full(model.shape())?, 256, 0)?;
+    let mut engine = Engine::new(model.into(), EngineOptions::default());
+    engine.resume(sequence, vec![BOS], options);
+    let text = decode(&vocabulary, &engine.complete_all()?[0].tokens);
     assert_eq!(text, published(&source.join("stories260K.md")));
     Ok(())
 }

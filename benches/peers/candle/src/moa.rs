@@ -1,4 +1,3 @@
-use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
@@ -42,7 +41,7 @@ impl Moa {
         let start = Instant::now();
         let logits = self
             .model
-            .prefill(&mut sequence, &ids[..tokens], 2048, &mut |_| ControlFlow::Continue(()))
+            .prefill(&mut sequence, &ids[..tokens], 2048)
             .map_err(Error::wrap)?;
         let prefill_seconds = start.elapsed().as_secs_f64();
         let (argmax, max_logit) =

@@ -2,15 +2,15 @@ use super::Figure;
 use super::palette::Tone;
 use super::panel::Mark;
 use super::plot::{Labels, Point, legend, scatter};
-use crate::plans::PlanFile;
+use crate::NamedPlan;
 
 /// Most plans whose marks are named; more would cover each other.
 const NAMED: usize = 16;
 
 /// Predicted losses of searched plans: a panel for each pair of a shorter length with the longest,
 /// or, of plans for one length, loss against density. `None` if the plans say no predictions for the
-/// same lengths.
-pub(crate) fn pareto(files: &[PlanFile], chosen: &[PlanFile]) -> Option<Figure> {
+/// same lengths. Plans that are among `chosen` too get a ring; a plan of the name `plan-07.json` is labelled 07.
+pub fn pareto(files: &[NamedPlan], chosen: &[NamedPlan]) -> Option<Figure> {
     let first = &files.first()?.plan.provenance.predicted_losses;
     let lengths: Vec<usize> = first.iter().map(|l| l.length).collect();
     let losses: Vec<Vec<f64>> = files
@@ -28,7 +28,7 @@ pub(crate) fn pareto(files: &[PlanFile], chosen: &[PlanFile]) -> Option<Figure> 
         let mut points = Vec::new();
         for (index, file) in files.iter().enumerate() {
             let (x, y) = (x(index), losses[index][lengths.len() - 1]);
-            let name = file.name();
+            let name = &file.name;
             let short = name.trim_start_matches("plan-").trim_end_matches(".json").to_string();
             let tip = format!("{name}: {x_name} {x:.4}, predicted loss at {longest} {y:.4}");
             let is_chosen = chosen.iter().any(|c| c.plan.rules() == file.plan.rules());

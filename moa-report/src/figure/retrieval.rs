@@ -1,8 +1,8 @@
 use super::palette::Tone;
 use super::panel::Anchor;
 use super::{Figure, Panel, scale_legend};
-use crate::items::{Asked, Items};
-use crate::output::percent;
+use crate::answers::{Answer, Answers};
+use crate::text::percent;
 
 const LEFT: f64 = 66.0;
 const TOP: f64 = 38.0;
@@ -13,10 +13,10 @@ const SAME: f64 = 1.25;
 const ENOUGH: usize = 5;
 
 /// Retrieval by prompt length and depth of the answer: a panel per file, all on the same grid.
-pub(crate) fn retrieval(files: &[Items]) -> Figure {
+pub fn retrieval(files: &[Answers]) -> Figure {
     let lengths = Lengths::of(files);
-    let fewest = files.iter().map(|f| f.asked.len()).min().unwrap_or(0);
-    let knows_depth = files.iter().flat_map(|f| &f.asked).any(|a| a.depth.is_some());
+    let fewest = files.iter().map(|f| f.answers.len()).min().unwrap_or(0);
+    let knows_depth = files.iter().flat_map(|f| &f.answers).any(|a| a.depth.is_some());
     let rows = match fewest / lengths.starts.len().max(1) {
         _ if !knows_depth => 1,
         per_length if per_length >= 10 * ENOUGH => 10,
@@ -43,9 +43,9 @@ struct Lengths {
 }
 
 impl Lengths {
-    fn of(files: &[Items]) -> Self {
+    fn of(files: &[Answers]) -> Self {
         let mut all: Vec<usize> =
-            files.iter().flat_map(|f| &f.asked).map(|a| a.prompt_tokens).collect();
+            files.iter().flat_map(|f| &f.answers).map(|a| a.prompt_tokens).collect();
         all.sort_unstable();
         let groups: Vec<&[usize]> = {
             let mut rest = &all[..];
@@ -65,26 +65,26 @@ impl Lengths {
         }
     }
 
-    fn column(&self, asked: &Asked) -> usize {
-        self.starts.partition_point(|start| *start <= asked.prompt_tokens).saturating_sub(1)
+    fn column(&self, answer: &Answer) -> usize {
+        self.starts.partition_point(|start| *start <= answer.prompt_tokens).saturating_sub(1)
     }
 }
 
-fn panel(file: &Items, lengths: &Lengths, rows: usize) -> Panel {
+fn panel(file: &Answers, lengths: &Lengths, rows: usize) -> Panel {
     let columns = lengths.starts.len();
     let mut counts = vec![(0usize, 0usize); rows * columns];
-    for asked in &file.asked {
-        let depth = if rows == 1 { Some(0.0) } else { asked.depth };
+    for answer in &file.answers {
+        let depth = if rows == 1 { Some(0.0) } else { answer.depth };
         let Some(depth) = depth else { continue };
         let row = ((depth * rows as f64) as usize).min(rows - 1);
-        let (right, all) = &mut counts[row * columns + lengths.column(asked)];
-        *right += usize::from(asked.right);
+        let (right, all) = &mut counts[row * columns + lengths.column(answer)];
+        *right += usize::from(answer.right);
         *all += 1;
     }
     let width = (260.0 / columns.max(1) as f64).floor().clamp(24.0, 48.0);
     let bottom = TOP + rows as f64 * HEIGHT;
     let heading =
-        format!("{}: {} of {} right", file.name, percent(file.accuracy()), file.asked.len());
+        format!("{}: {} of {} right", file.name, percent(file.accuracy()), file.answers.len());
     let right =
         (LEFT + columns as f64 * width).max(8.0 * heading.chars().count() as f64).max(200.0);
     let mut panel = Panel::new(right, bottom + 34.0, format!("Retrieval, {heading}"));
@@ -139,13 +139,13 @@ fn tokens(n: f64) -> String {
 mod tests {
     use super::*;
 
-    fn items(name: &str, asked: &[(usize, f64, bool)]) -> Items {
-        let asked = asked.iter().map(|&(prompt_tokens, depth, right)| Asked {
+    fn items(name: &str, answers: &[(usize, f64, bool)]) -> Answers {
+        let answers = answers.iter().map(|&(prompt_tokens, depth, right)| Answer {
             prompt_tokens,
             depth: Some(depth),
             right,
         });
-        Items { name: name.to_string(), asked: asked.collect() }
+        Answers { name: name.to_string(), answers: answers.collect() }
     }
 
     #[test]
@@ -166,8 +166,8 @@ mod tests {
 
     #[test]
     fn items_without_depths_make_one_row() {
-        let asked = Asked { prompt_tokens: 12_345, depth: None, right: true };
-        let figure = retrieval(&[Items { name: "a".to_string(), asked: vec![asked] }]);
+        let answer = Answer { prompt_tokens: 12_345, depth: None, right: true };
+        let figure = retrieval(&[Answers { name: "a".to_string(), answers: vec![answer] }]);
         assert!(figure.rows[0][0].inline().contains("12k"));
     }
 }

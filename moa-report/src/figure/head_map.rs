@@ -8,7 +8,7 @@ const TOP: f64 = 24.0;
 
 /// A row per plan and in it a panel per length: layers from top to bottom, KV heads from left to
 /// right, coloured by span / N. Names of plans may be empty.
-pub(crate) fn head_map(title: &str, plans: &[(&str, Vec<HeadMap>)]) -> Figure {
+pub fn head_map(title: &str, plans: &[(&str, Vec<HeadMap>)]) -> Figure {
     let caption = "One cell per KV head. Dark (bright, on a dark page) heads keep the whole context; the \
                    palest keep the first tokens and a short window. Point at a cell for its span.";
     Figure {

@@ -4,11 +4,11 @@ use super::Figure;
 use super::palette::Tone;
 use super::panel::Mark;
 use super::plot::{Labels, Point, legend, scatter};
-use crate::plans::PlanFile;
+use crate::NamedPlan;
 
 /// Measured against predicted loss of the plans that were tried on the way to each plan: a panel per
 /// plan, measured length and way to predict. `None` if no plan says its trials.
-pub(crate) fn trials(plans: &[PlanFile]) -> Option<Figure> {
+pub fn trials(plans: &[NamedPlan]) -> Option<Figure> {
     let mut rows = Vec::new();
     for file in plans {
         let mut panels = Vec::new();
@@ -29,7 +29,7 @@ pub(crate) fn trials(plans: &[PlanFile]) -> Option<Figure> {
                     true => ("refinement", "nats"),
                 };
                 let labels = Labels {
-                    heading: format!("{}: by {by}, {} plans", file.label, own.len()),
+                    heading: format!("{}: by {by}, {} plans", file.name, own.len()),
                     x: format!("predicted loss at {} tokens ({unit})", first.predicted_at),
                     y: format!("measured loss at {length} tokens (nats per token)"),
                 };

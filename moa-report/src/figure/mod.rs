@@ -1,4 +1,4 @@
-//! Pictures of plans and measurements as plain SVG, alone or inside a page.
+//! Figures of plans and measurements as plain SVG, alone or inside a page.
 
 mod axis;
 mod head_map;
@@ -10,13 +10,13 @@ mod plot;
 mod retrieval;
 mod trials;
 
-pub(crate) use head_map::head_map;
-pub(crate) use kv_bytes::{Bars, kv_bytes};
+pub use head_map::head_map;
+pub use kv_bytes::{Bars, kv_bytes};
 pub(crate) use palette::{Tone, hex};
 pub(crate) use panel::{Panel, escape};
-pub(crate) use pareto::pareto;
-pub(crate) use retrieval::retrieval;
-pub(crate) use trials::trials;
+pub use pareto::pareto;
+pub use retrieval::retrieval;
+pub use trials::trials;
 
 use std::fmt::Write;
 
@@ -27,11 +27,13 @@ const GAP: f64 = 28.0;
 
 /// Panels that belong together, with a title and what is to be known to read them.
 #[derive(Clone, Debug)]
-pub(crate) struct Figure {
+pub struct Figure {
     /// File name and anchor: letters, digits and dashes.
-    pub(crate) id: String,
-    pub(crate) title: String,
-    pub(crate) caption: String,
+    pub id: String,
+    /// Heading.
+    pub title: String,
+    /// What is to be known to read the figure.
+    pub caption: String,
     /// Panels, by rows that belong together; a row is broken where the page is narrow.
     pub(crate) rows: Vec<Vec<Panel>>,
     pub(crate) legend: Option<Panel>,
@@ -39,7 +41,7 @@ pub(crate) struct Figure {
 
 impl Figure {
     /// A file of its own, in the light theme.
-    pub(crate) fn svg(&self) -> String {
+    pub fn svg(&self) -> String {
         let mut body = String::new();
         let (mut y, mut right) = (44.0, 420.0f64);
         for (index, row) in self.rows.iter().enumerate() {
@@ -75,7 +77,7 @@ impl Figure {
     }
 
     /// A section of a page.
-    pub(crate) fn html(&self) -> String {
+    pub fn html(&self) -> String {
         let id = escape(&self.id);
         let mut html = format!(
             "<section id=\"{id}\">\n<h2>{}</h2>\n<p>{}</p>\n",

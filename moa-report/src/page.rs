@@ -1,30 +1,34 @@
-//! A page that holds everything it shows: styles and pictures inline, nothing fetched, no script.
-
 use std::fmt::Write;
 
 use crate::figure::{Figure, Tone, escape, hex};
 
 /// A table of a page; the first column is text, the others are numbers.
 #[derive(Clone, Debug)]
-pub(crate) struct Table {
-    pub(crate) title: String,
-    pub(crate) head: Vec<String>,
-    pub(crate) rows: Vec<Vec<String>>,
+pub struct Table {
+    /// Heading above the table.
+    pub title: String,
+    /// Names of the columns.
+    pub head: Vec<String>,
+    /// Cells, row by row.
+    pub rows: Vec<Vec<String>>,
 }
 
-/// What a report says.
+/// An HTML page that holds everything it shows: styles and pictures inline, nothing fetched, no script.
 #[derive(Clone, Debug)]
-pub(crate) struct Page {
-    pub(crate) title: String,
+pub struct Page {
+    /// Title and heading.
+    pub title: String,
     /// Name and value of what the report is about.
-    pub(crate) facts: Vec<(String, String)>,
-    pub(crate) tables: Vec<Table>,
-    pub(crate) figures: Vec<Figure>,
+    pub facts: Vec<(String, String)>,
+    /// Tables, above the figures.
+    pub tables: Vec<Table>,
+    /// Figures, each a section.
+    pub figures: Vec<Figure>,
 }
 
 impl Page {
     /// The page as HTML.
-    pub(crate) fn html(&self) -> String {
+    pub fn html(&self) -> String {
         let title = escape(&self.title);
         let mut html = format!(
             "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\

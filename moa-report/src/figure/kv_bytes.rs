@@ -1,7 +1,7 @@
 use super::palette::Tone;
 use super::panel::Anchor;
 use super::{Figure, Panel};
-use crate::output::{bytes, percent};
+use crate::text::{bytes, percent};
 
 const WIDTH: f64 = 326.0;
 const LEFT: f64 = 92.0;
@@ -11,17 +11,19 @@ const BAR: f64 = 14.0;
 /// Longest name, in letters, that fits before the bars.
 const NAME: usize = 11;
 
-/// Sizes of caches for one context length.
+/// Bytes of the caches of one sequence, dense and by plan, at one context length.
 #[derive(Clone, Debug)]
-pub(crate) struct Bars {
-    pub(crate) length: usize,
-    pub(crate) dense: u64,
+pub struct Bars {
+    /// Context length, in tokens.
+    pub length: usize,
+    /// Bytes of a dense cache.
+    pub dense: u64,
     /// Name and bytes of each plan.
-    pub(crate) plans: Vec<(String, u64)>,
+    pub plans: Vec<(String, u64)>,
 }
 
 /// Bars of KV cache bytes: a group per context length, dense first.
-pub(crate) fn kv_bytes(groups: &[Bars], element: &str) -> Figure {
+pub fn kv_bytes(groups: &[Bars], element: &str) -> Figure {
     let rows: usize = groups.iter().map(|g| g.plans.len() + 1).sum();
     let height = 22.0 * groups.len() as f64 + (BAR + 4.0) * rows as f64 + 8.0;
     let mut panel = Panel::new(WIDTH, height, "KV cache bytes by context length".to_string());

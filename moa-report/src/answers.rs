@@ -1,0 +1,160 @@
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::{Error, Result};
+
+/// Whether one question was answered right.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Answer {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Where the answer lies in the prompt, 0 at its beginning and 1 at its end, if that is known.
+    pub depth: Option<f64>,
+    /// Whether it was given.
+    pub right: bool,
+}
+
+/// Answers to a set of questions under one cache.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answers {
+    /// What people call the cache.
+    pub name: String,
+    /// One for each question.
+    pub answers: Vec<Answer>,
+}
+
+impl Answers {
+    /// Reads a file of one JSON object a line, as `moa eval ... --items` writes it: each has
+    /// `prompt_tokens`, and either `right` and perhaps `depth`, or a list of `references`, each with
+    /// `found` and perhaps `depth`. A first line of `settings` is skipped, and so is a last line without
+    /// an end, which a run that was broken off has left.
+    ///
+    /// # Errors
+    /// [`Error::Read`], [`Error::Line`] and [`Error::NoAnswers`].
+    pub fn load(name: impl Into<String>, path: &Path) -> Result<Self> {
+        let read = |source| Error::Read { path: path.to_path_buf(), source };
+        let text = fs::read_to_string(path).map_err(read)?;
+        let mut answers = Vec::new();
+        for (index, text) in text.split_inclusive('\n').enumerate() {
+            if text.trim().is_empty() || (index > 0 && !text.ends_with('\n')) {
+                continue;
+            }
+            answers.extend(Line { path, number: index + 1, text }.answers()?);
+        }
+        if answers.is_empty() {
+            return Err(Error::NoAnswers { path: path.to_path_buf() });
+        }
+        Ok(Self { name: name.into(), answers })
+    }
+
+    /// Questions answered right.
+    pub fn right(&self) -> usize {
+        self.answers.iter().filter(|a| a.right).count()
+    }
+
+    /// Share of questions answered right.
+    pub fn accuracy(&self) -> f64 {
+        self.right() as f64 / self.answers.len().max(1) as f64
+    }
+}
+
+struct Line<'a> {
+    path: &'a Path,
+    /// From 1.
+    number: usize,
+    text: &'a str,
+}
+
+impl Line<'_> {
+    fn fault(
+        &self,
+        what: &'static str,
+        expected: &'static str,
+        got: impl std::fmt::Display,
+    ) -> Error {
+        let (path, got) = (PathBuf::from(self.path), got.to_string());
+        Error::Line { path, line: self.number, what, expected, got }
+    }
+
+    /// What a line asked: one answer, or one for each of its `references`; nothing for the header.
+    fn answers(&self) -> Result<Vec<Answer>> {
+        let value: Value =
+            serde_json::from_str(self.text).map_err(|e| self.fault("item", "a JSON object", e))?;
+        let is_header = value.get("settings").is_some() && value.get("prompt_tokens").is_none();
+        if self.number == 1 && is_header {
+            return Ok(Vec::new());
+        }
+        let tokens = &value["prompt_tokens"];
+        let Some(prompt_tokens) = tokens.as_u64() else {
+            return Err(self.fault("`prompt_tokens`", "a whole number", tokens));
+        };
+        let answer = |of: &Value, name: &'static str| {
+            let Some(right) = of[name].as_bool() else {
+                return Err(self.fault(name, "true or false", &of[name]));
+            };
+            let depth = match &of["depth"] {
+                Value::Null => None,
+                depth => match depth.as_f64().filter(|d| (0.0..=1.0).contains(d)) {
+                    Some(depth) => Some(depth),
+                    None => return Err(self.fault("`depth`", "a number from 0 to 1", depth)),
+                },
+            };
+            Ok(Answer { prompt_tokens: prompt_tokens as usize, depth, right })
+        };
+        match value.get("references").and_then(Value::as_array) {
+            Some(references) => references.iter().map(|r| answer(r, "found")).collect(),
+            None => Ok(vec![answer(&value, "right")?]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str, number: usize) -> Result<Vec<Answer>> {
+        Line { path: "items.jsonl".as_ref(), number, text }.answers()
+    }
+
+    #[test]
+    fn header_and_unknown_fields_are_skipped() {
+        assert_eq!(read(r#"{"settings": {"seed": 0}}"#, 1).unwrap(), []);
+        let line = r#"{"right": true, "prompt_tokens": 7, "depth": 0.5, "text": "x", "more": []}"#;
+        let answer = |depth, right| Answer { prompt_tokens: 7, depth, right };
+        assert_eq!(read(line, 1).unwrap(), [answer(Some(0.5), true)]);
+        let line = r#"{"right": false, "prompt_tokens": 7}"#;
+        assert_eq!(read(line, 2).unwrap(), [answer(None, false)]);
+        let line = r#"{"prompt_tokens": 7, "score": 0.5, "references": [
+            {"text": "a", "depth": 0.25, "found": true}, {"text": "b", "depth": null, "found": false}]}"#;
+        assert_eq!(read(line, 2).unwrap(), [answer(Some(0.25), true), answer(None, false)]);
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_line_is_named() {
+        for (line, what) in [
+            ("[1", "JSON"),
+            (r#"{"settings": {}}"#, "`prompt_tokens`"),
+            (r#"{"right": 1, "prompt_tokens": 7}"#, "right must be true or false"),
+            (r#"{"references": [{}], "prompt_tokens": 7}"#, "found must be true or false"),
+            (r#"{"right": true, "prompt_tokens": -7}"#, "`prompt_tokens`"),
+            (r#"{"right": true, "prompt_tokens": 7, "depth": 40}"#, "`depth`"),
+        ] {
+            let message = read(line, 3).unwrap_err().to_string();
+            let place = message.starts_with("items.jsonl, line 3: ");
+            assert!(place && message.contains(what), "{line}: {message}");
+        }
+    }
+
+    #[test]
+    fn files_without_answers_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("items.jsonl");
+        assert!(matches!(Answers::load("a", &path), Err(Error::Read { .. })));
+        fs::write(&path, "{\"settings\": {}}\n{\"right\": tr").unwrap();
+        assert!(matches!(Answers::load("a", &path), Err(Error::NoAnswers { .. })));
+        fs::write(&path, "{\"right\": true, \"prompt_tokens\": 3}\n{\"right\": tr").unwrap();
+        assert_eq!(Answers::load("a", &path).unwrap().right(), 1);
+    }
+}
