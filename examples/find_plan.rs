@@ -4,8 +4,10 @@
 //! cargo run --release -p moa-models --example find_plan
 //! ```
 
+use std::ops::ControlFlow;
+
 use moa_models::{
-    CalibrationData, Checkpoint, CompressOptions, Cpu, Dtype, Next, Result, compress,
+    CalibrationData, Checkpoint, CompressOptions, Cpu, Dtype, Result, Stage, compress,
 };
 
 fn main() -> Result<()> {
@@ -19,11 +21,11 @@ fn main() -> Result<()> {
         evaluations: 30,
         ..CompressOptions::default()
     };
-    let found =
-        compress(&checkpoint, &CalibrationData::Records, &options, &mut |stage, done, of| {
-            eprint!("\r{stage:?} {done}/{of}   ");
-            Next::Continue
-        })?;
+    let mut progress = |stage: Stage, done: usize, of: usize| {
+        eprint!("\r{stage} {done}/{of}   ");
+        ControlFlow::Continue(())
+    };
+    let found = compress(&checkpoint, &CalibrationData::Records, &options, &mut progress)?;
     eprintln!();
     println!(
         "response loss: dense {:.4}, first-order plan {:.4}, refined plan {:.4}",

@@ -23,8 +23,8 @@ pub(crate) fn items<D: Math>(
     context: &Context,
 ) -> Result<BTreeMap<usize, Vec<Item>>> {
     let total = options.lengths.len() * options.samples;
-    let bar = Progress::new(context, "calibrate", total);
-    Ok(model.calibrate(data, options, &mut || bar.step())?)
+    let mut bar = Progress::new(context, "calibrate", total);
+    Ok(model.calibrate(data, options, &mut bar)?)
 }
 
 /// What is wrong with the data of a profile, a sentence for each length; also told on stderr.

@@ -1,8 +1,9 @@
 use std::io::IsTerminal;
+use std::ops::ControlFlow;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use moa_models::{Next, Stage};
+use moa_models::Stage;
 
 use crate::output::Context;
 
@@ -26,9 +27,8 @@ impl Progress {
     }
 
     /// One step is done.
-    pub(crate) fn step(&self) -> Next {
+    pub(crate) fn step(&self) {
         self.0.inc(1);
-        Next::Continue
     }
 
     /// `done` steps of `total` are done.
@@ -36,21 +36,21 @@ impl Progress {
         self.0.set_length(total as u64);
         self.0.set_position(done as u64);
     }
+}
 
-    /// A remark behind the bar.
-    pub(crate) fn message(&self, text: String) {
-        self.0.set_message(text);
-    }
-
-    /// A step of [`moa_models::compress`].
-    pub(crate) fn stage(&self, stage: Stage, done: usize, total: usize) -> Next {
-        let label = stage.name();
-        if self.0.prefix() != label {
+/// What a long job of the library tells: the bar begins anew with each stage.
+impl moa_models::Progress for Progress {
+    fn update(&mut self, stage: Stage, done: usize, total: usize) -> ControlFlow<()> {
+        if self.0.prefix() != stage.name() {
             self.0.reset();
-            self.0.set_prefix(label);
+            self.0.set_prefix(stage.name());
         }
         self.set(done, total);
-        Next::Continue
+        ControlFlow::Continue(())
+    }
+
+    fn remark(&mut self, text: &str) {
+        self.0.set_message(text.to_string());
     }
 }
 

@@ -224,6 +224,15 @@ pub enum Error {
         reason: String,
     },
 
+    /// A question of an evaluation cannot be asked.
+    #[error("{place}: {source}")]
+    Question {
+        /// Where the question comes from, such as a file and the number of a case in it.
+        place: String,
+        /// What is wrong with it.
+        source: Box<Error>,
+    },
+
     /// A file of results was written under other settings than those of this run.
     #[error(
         "{}: written with {setting} = {got}, not {expected}; name another file or use the same settings",

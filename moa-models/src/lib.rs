@@ -57,8 +57,8 @@ pub use eval::perplexity::PerplexityReport;
 pub use eval::retrieval::RetrievalCase;
 pub use eval::tasks::Task;
 pub use eval::{
-    Asked, DepthBin, EFFECTIVE_ACCURACY, EffectiveContext, ItemLog, Question, Reference,
-    RetrievalItem, RetrievalReport, Scoring, Turn, effective_context,
+    Asked, DepthBin, EFFECTIVE_ACCURACY, EffectiveContext, Evaluation, ItemLog, Question,
+    Reference, RetrievalItem, RetrievalReport, Scoring, SizedQuestion, Turn, effective_context,
 };
 pub use families::llama::Llama;
 pub use families::{FAMILIES, Family};
@@ -74,4 +74,4 @@ pub use find_plan::refine::{Refined, measured_losses, refine};
 #[cfg(feature = "cuda")]
 pub use moa_backend_cuda::NcclId;
 pub use moa_core::Dtype;
-pub use progress::{Next, Progress, Stage};
+pub use progress::{Progress, Stage};

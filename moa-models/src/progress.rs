@@ -41,15 +41,6 @@ impl fmt::Display for Stage {
     }
 }
 
-/// What the caller of a long job wants next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Next {
-    /// Go on.
-    Continue,
-    /// End with [`Error::Cancelled`].
-    Cancel,
-}
-
 /// A listener of a long job, which may also cancel it.
 ///
 /// A closure `FnMut(Stage, usize, usize) -> ControlFlow<()>` is one, and `()` is one that does not
@@ -73,6 +64,9 @@ pub enum Next {
 pub trait Progress {
     /// `done` of `total` steps of `stage` are done. [`ControlFlow::Break`] cancels the job.
     fn update(&mut self, stage: Stage, done: usize, total: usize) -> ControlFlow<()>;
+
+    /// A job says what it has found so far, such as `12.5000 right`. Listeners need not care.
+    fn remark(&mut self, _text: &str) {}
 
     /// [`update`](Self::update) as a job calls it, which ends with `?` where it is cancelled.
     ///

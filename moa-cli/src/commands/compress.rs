@@ -95,9 +95,8 @@ fn with_model<D: Backward>(
         ..args.budget.options(model.model.shape(), context)?
     };
     options.validate()?;
-    let bar = Progress::new(context, "calibrate", 1);
-    let found =
-        compress(model, data, &options, &mut |stage, done, total| bar.stage(stage, done, total))?;
+    let mut bar = Progress::new(context, "calibrate", 1);
+    let found = compress(model, data, &options, &mut bar)?;
     drop(bar);
     if let Some(path) = &args.save_profile {
         found.profile.save(path)?;

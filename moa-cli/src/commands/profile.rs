@@ -73,12 +73,11 @@ fn with_model<D: Backward>(
         seed: context.seed,
     };
     let items = calibration::items(model, data, &options, context)?;
-    let bar = Progress::new(context, "profile", items.values().map(Vec::len).sum());
+    let mut bar = Progress::new(context, "profile", 1);
     let description = format!("{}, seed {}", describe(data), context.seed);
     let ObjectiveArgs { objective, token_weight } = args.objective;
     let objective = WeightedObjective { objective, weight: token_weight };
-    let profile =
-        model.model.profile_all(&items, objective, args.block, &description, &mut || bar.step())?;
+    let profile = model.model.profile_all(&items, objective, args.block, &description, &mut bar)?;
     drop(bar);
     profile.save(&args.out)?;
 

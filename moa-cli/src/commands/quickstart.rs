@@ -9,7 +9,7 @@ use moa_models::{
 use moa_report::{HeadMap, PlanSummary, figure};
 use serde_json::{Value, json};
 
-use super::eval::{HEAD, ask, report_json, row};
+use super::eval::{HEAD, report_json, row};
 use crate::args::{parse_count, parse_density};
 use crate::compressed;
 use crate::error::{Error, Result};
@@ -144,9 +144,8 @@ fn find_plan<D: Backward>(
         args.density,
         options.validation_length(model.model.config().context_length()),
     ))?;
-    let bar = Progress::new(context, "calibrate", 1);
-    let stage = &mut |stage, done, total| bar.stage(stage, done, total);
-    Ok(compress(model, &CalibrationData::Records, &options, stage)?)
+    let mut bar = Progress::new(context, "calibrate", 1);
+    Ok(compress(model, &CalibrationData::Records, &options, &mut bar)?)
 }
 
 /// Answers the questions with the dense cache, a uniform window of the plan's bytes, and the plan.
@@ -157,7 +156,10 @@ fn answer<D: Math>(
     context: &Context,
 ) -> Result<Vec<Value>> {
     let shape = model.model.shape();
-    let ask = |plan: &Plan| ask(model, cases, plan, ANSWER_TOKENS, context);
+    let ask = |plan: &Plan| {
+        let mut bar = Progress::new(context, "evaluate", cases.len());
+        model.retrieval(cases, plan, ANSWER_TOKENS, &mut bar)
+    };
     let dense = ask(&Plan::full(shape)?)?;
     let planned = ask(plan)?;
     // As dense as the plan was at the lengths of these very questions.

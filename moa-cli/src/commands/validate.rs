@@ -109,13 +109,11 @@ fn with_model<D: Math>(
     let mut plan = files[best].plan.clone();
     let mut refined = None;
     if let (Some(evaluations), Some(profile)) = (args.refine, &profile) {
-        let bar = Progress::new(context, "refine", evaluations);
+        let mut bar = Progress::new(context, "measure", evaluations);
         let starts: Vec<Plan> = files.iter().map(|f| f.plan.clone()).collect();
         let request = request(&files[best], model)?;
         let found =
-            refine(&model.model, &items, &starts, &request, profile, evaluations, &mut || {
-                bar.step()
-            })?;
+            refine(&model.model, &items, &starts, &request, profile, evaluations, &mut bar)?;
         plan = found.plan.clone();
         refined = Some(found);
     }

@@ -1,18 +1,65 @@
-use moa_core::Plan;
+use std::collections::HashMap;
+use std::path::Path;
 
+use moa_core::Plan;
+use serde_json::{Map, Value, json};
+
+use super::item_log::ItemLog;
 use super::question::Question;
 use super::report::{Asked, RetrievalItem, RetrievalReport};
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::fingerprint::fingerprint;
 use crate::checkpoint::template::Message;
 use crate::device::Math;
 use crate::engine::chat_session::ChatSession;
 use crate::engine::request::GenerateOptions;
 use crate::eval::retrieval::RetrievalCase;
-use crate::progress::Next;
+use crate::progress::{Progress, Stage};
 use crate::{Error, Result};
 
 /// A template may write an answer of the model with a few tokens more than it was made of.
 const REWRITTEN: usize = 8;
+
+/// One question of an evaluation.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SizedQuestion {
+    /// Size that it was made for, in the evaluation's unit: record lines or tokens.
+    pub size: Option<usize>,
+    /// Index in the file, or of the draw; with the size it tells questions apart.
+    pub case: usize,
+    /// The question.
+    pub question: Question,
+    /// Where it comes from, for messages.
+    pub place: String,
+}
+
+impl SizedQuestion {
+    fn error(&self, source: Error) -> Error {
+        Error::Question { place: self.place.clone(), source: Box::new(source) }
+    }
+}
+
+/// How an evaluation asks its questions.
+#[derive(Clone, Debug)]
+pub struct Evaluation<'a> {
+    /// What heads see of the context.
+    pub plan: &'a Plan,
+    /// Most tokens of an answer.
+    pub max_new_tokens: usize,
+    /// File for every answer, written as they come ([`ItemLog`]): an evaluation with the same settings
+    /// goes on where the file ends. `None` for no file.
+    pub items: Option<&'a Path>,
+    /// What answers depend on beside model, plan and `max_new_tokens`, with a name for each: where the
+    /// questions come from, the seed, the device.
+    pub settings: Map<String, Value>,
+}
+
+impl<'a> Evaluation<'a> {
+    /// An evaluation whose answers are kept in no file.
+    pub fn new(plan: &'a Plan, max_new_tokens: usize) -> Self {
+        Self { plan, max_new_tokens, items: None, settings: Map::new() }
+    }
+}
 
 impl<D: Math> Checkpoint<D> {
     /// Context length that a question is opened for: its messages and room for every answer.
@@ -82,26 +129,81 @@ impl<D: Math> Checkpoint<D> {
         Ok(item)
     }
 
-    /// Asks LongEval cases: the last integer of an answer must be the expected number. `on_case`
-    /// gets each item and whether it is right.
+    /// Asks all questions, but those that the file of items holds the answers of. Each answer is in that
+    /// file before the next question is asked.
     ///
     /// # Errors
-    /// As [`Checkpoint::ask`]; [`Error::Cancelled`].
+    /// [`Error::Question`] naming the question that is wrong or too long, where possible before the first
+    /// is asked; [`Error::OtherSettings`], [`Error::Line`] or [`Error::Io`] of the file of items;
+    /// [`Error::Invalid`] if there is no question; [`Error::Cancelled`].
+    pub fn evaluate(
+        &self,
+        questions: &[SizedQuestion],
+        evaluation: &Evaluation<'_>,
+        progress: &mut dyn Progress,
+    ) -> Result<RetrievalReport> {
+        let Evaluation { plan, max_new_tokens, .. } = *evaluation;
+        let (mut log, mut known) = (None, HashMap::new());
+        if let Some(path) = evaluation.items {
+            let (opened, items) = ItemLog::open(path, &self.settings(evaluation))?;
+            known = items.into_iter().map(|i: RetrievalItem| ((i.size, i.case), i)).collect();
+            log = Some(opened);
+        }
+        let missing = |asked: &&SizedQuestion| !known.contains_key(&(asked.size, asked.case));
+        // All of them before the first is asked, which may take hours.
+        for asked in questions.iter().filter(missing) {
+            let checked = self.check_question(&asked.question, max_new_tokens);
+            checked.map_err(|error| asked.error(error))?;
+        }
+        let (mut items, mut score) = (Vec::with_capacity(questions.len()), 0.0);
+        for asked in questions {
+            let SizedQuestion { size, case, .. } = *asked;
+            let item = match known.remove(&(size, case)) {
+                Some(item) => item,
+                None => {
+                    let item = self.ask(&asked.question, plan, max_new_tokens);
+                    let item = item.map_err(|error| asked.error(error))?;
+                    let item = RetrievalItem { size, case, ..item };
+                    if let Some(log) = &mut log {
+                        log.push(&item)?;
+                    }
+                    item
+                }
+            };
+            score += item.score;
+            items.push(item);
+            progress.remark(&format!("{score:.4} right"));
+            progress.advance(Stage::Evaluate, items.len(), questions.len())?;
+        }
+        RetrievalReport::new(items)
+    }
+
+    /// Asks LongEval cases: the last integer of an answer must be the expected number.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::evaluate`].
     pub fn retrieval(
         &self,
         cases: &[RetrievalCase],
         plan: &Plan,
         max_new_tokens: usize,
-        on_case: &mut dyn FnMut(&RetrievalItem, bool) -> Next,
+        progress: &mut dyn Progress,
     ) -> Result<RetrievalReport> {
-        let mut items = Vec::with_capacity(cases.len());
-        for (case, question) in cases.iter().map(RetrievalCase::question).enumerate() {
-            let item = RetrievalItem { case, ..self.ask(&question, plan, max_new_tokens)? };
-            if on_case(&item, item.is_right()) != Next::Continue {
-                return Err(Error::Cancelled);
-            }
-            items.push(item);
-        }
-        RetrievalReport::new(items)
+        let question = |(case, of): (usize, &RetrievalCase)| {
+            let place = format!("case {}", case + 1);
+            SizedQuestion { size: None, case, question: of.question(), place }
+        };
+        let questions: Vec<_> = cases.iter().enumerate().map(question).collect();
+        self.evaluate(&questions, &Evaluation::new(plan, max_new_tokens), progress)
+    }
+
+    /// What answers depend on, as the first line of a file of items says it.
+    fn settings(&self, evaluation: &Evaluation<'_>) -> Value {
+        let mut settings = evaluation.settings.clone();
+        let plan = fingerprint(evaluation.plan.to_json().as_bytes());
+        settings.insert("model".into(), json!(self.model.fingerprint()));
+        settings.insert("plan".into(), json!(plan));
+        settings.insert("max_new_tokens".into(), json!(evaluation.max_new_tokens));
+        Value::Object(settings)
     }
 }

@@ -1,7 +1,6 @@
 use moa_core::Plan;
 
 use super::retrieval::RetrievalCase;
-use crate::Next;
 use crate::Result;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::template::Message;
@@ -50,8 +49,7 @@ impl<D: Math> Checkpoint<D> {
         let mut best = (0, &PHRASINGS[0]);
         for phrasing in PHRASINGS {
             let probes: Vec<_> = (0..2).map(|i| case(phrasing, 12, draw(!seed, i))).collect();
-            let go_on = &mut |_: &_, _| Next::Continue;
-            let report = self.retrieval(&probes, &dense, max_new_tokens, go_on)?;
+            let report = self.retrieval(&probes, &dense, max_new_tokens, &mut ())?;
             if report.correct > best.0 {
                 best = (report.correct, phrasing);
             }

@@ -13,6 +13,7 @@ mod item_log;
 mod question;
 mod report;
 
+pub use ask::{Evaluation, SizedQuestion};
 pub use item_log::ItemLog;
 pub use question::{Question, Reference, Scoring, Turn};
 pub use report::{

@@ -7,7 +7,7 @@ use crate::decoder::logits::LogitRows;
 use crate::decoder::model::Decoder;
 use crate::device::Math;
 use crate::find_plan::objective::cross_entropy;
-use crate::progress::Next;
+use crate::progress::{Progress, Stage};
 use crate::{Error, Result};
 
 /// Tokens per forward step where every row's logits are wanted: bounds `[rows, vocab]`.
@@ -40,7 +40,8 @@ impl<D: Math> Decoder<D> {
     /// Perplexity of `tokens`, cut into windows of `length` that each begin with `first`.
     ///
     /// # Errors
-    /// If the text does not fill one window, or `length` is beyond the model's context.
+    /// [`Error::Invalid`] if the text does not fill one window, [`Error::ContextExceeded`] if `length` is
+    /// beyond the model's context, [`Error::Cancelled`].
     pub fn perplexity(
         &self,
         tokens: &[u32],
@@ -48,7 +49,7 @@ impl<D: Math> Decoder<D> {
         length: usize,
         windows: usize,
         plan: &Plan,
-        on_window: &mut dyn FnMut() -> Next,
+        progress: &mut dyn Progress,
     ) -> Result<PerplexityReport> {
         let begin = Instant::now();
         let head: Vec<u32> = first.into_iter().collect();
@@ -68,7 +69,7 @@ impl<D: Math> Decoder<D> {
             ));
         }
         let (mut sum, mut count, mut kv_bytes) = (0.0, 0, 0);
-        for part in &parts {
+        for (done, part) in (1..).zip(&parts) {
             let ids = [&head, *part].concat();
             let mut sequence = self.open(plan, length, 0)?;
             for (index, chunk) in ids[..length - 1].chunks(LOGIT_CHUNK).enumerate() {
@@ -83,9 +84,7 @@ impl<D: Math> Decoder<D> {
                 }
             }
             kv_bytes = self.kv_bytes(&sequence);
-            if on_window() != Next::Continue {
-                return Err(Error::Cancelled);
-            }
+            progress.advance(Stage::Evaluate, done, parts.len())?;
         }
         let cross_entropy = sum / count as f64;
         Ok(PerplexityReport {

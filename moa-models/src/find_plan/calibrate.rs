@@ -13,7 +13,7 @@ use crate::engine::serve::EngineOptions;
 use crate::eval::jsonl;
 use crate::find_plan::profile::Item;
 use crate::find_plan::records::{PHRASINGS, Phrasing, last_integer};
-use crate::progress::Next;
+use crate::progress::{Progress, Stage};
 use crate::{Error, Result};
 
 /// A calibration prompt of the user's.
@@ -73,7 +73,7 @@ impl<D: Math> Checkpoint<D> {
     /// records, only those count that the dense model answers right: a wrong answer shows no
     /// dependency.
     ///
-    /// `on_item` is told after each item and may cancel.
+    /// `progress` hears of each record or prompt, of as many as are asked for.
     ///
     /// # Errors
     /// If a length is beyond the model's context, no item fills a length, or the dense model
@@ -82,7 +82,7 @@ impl<D: Math> Checkpoint<D> {
         &self,
         data: &CalibrationData,
         options: &CalibrationOptions,
-        on_item: &mut dyn FnMut() -> Next,
+        progress: &mut dyn Progress,
     ) -> Result<BTreeMap<usize, Vec<Item>>> {
         let limit = self.model.config().context_length();
         let shortest = 2 * options.max_response + 64;
@@ -102,8 +102,8 @@ impl<D: Math> Checkpoint<D> {
             return Err(Error::invalid("lengths, samples and questions", "at least one", 0));
         }
         match data {
-            CalibrationData::Records => self.record_items(options, on_item),
-            CalibrationData::Prompts(prompts) => self.prompt_items(prompts, options, on_item),
+            CalibrationData::Records => self.record_items(options, progress),
+            CalibrationData::Prompts(prompts) => self.prompt_items(prompts, options, progress),
         }
     }
 
@@ -134,9 +134,10 @@ impl<D: Math> Checkpoint<D> {
     fn record_items(
         &self,
         options: &CalibrationOptions,
-        on_item: &mut dyn FnMut() -> Next,
+        progress: &mut dyn Progress,
     ) -> Result<BTreeMap<usize, Vec<Item>>> {
         let phrasing = self.best_phrasing(options)?;
+        let (mut done, total) = (0, options.lengths.len() * options.samples);
         let mut items = BTreeMap::new();
         for &length in &options.lengths {
             let (mut own, mut records) = (Vec::new(), 0);
@@ -153,9 +154,8 @@ impl<D: Math> Checkpoint<D> {
                 if !items.is_empty() {
                     own.extend(items);
                     records += 1;
-                    if on_item() != Next::Continue {
-                        return Err(Error::Cancelled);
-                    }
+                    done += 1;
+                    progress.advance(Stage::Calibrate, done, total)?;
                 }
             }
             if own.is_empty() {
@@ -236,12 +236,13 @@ impl<D: Math> Checkpoint<D> {
         &self,
         prompts: &[CalibrationPrompt],
         options: &CalibrationOptions,
-        on_item: &mut dyn FnMut() -> Next,
+        progress: &mut dyn Progress,
     ) -> Result<BTreeMap<usize, Vec<Item>>> {
         let mut lengths = options.lengths.clone();
         lengths.sort_unstable();
         let mut items: BTreeMap<usize, Vec<Item>> =
             lengths.iter().map(|l| (*l, Vec::new())).collect();
+        let (mut done, wanted) = (0, lengths.len() * options.samples);
         let mut longest = 0;
         for prompt in prompts {
             let mut tokens = self.chat_tokens(&[Message::user(&prompt.prompt)])?;
@@ -268,9 +269,8 @@ impl<D: Math> Checkpoint<D> {
                 continue;
             }
             items.entry(length).or_default().push(Item::new(&tokens, &response)?);
-            if on_item() != Next::Continue {
-                return Err(Error::Cancelled);
-            }
+            done += 1;
+            progress.advance(Stage::Calibrate, done, wanted)?;
         }
         match items.iter().find(|(_, own)| own.is_empty()) {
             Some((&length, _)) => Err(Error::NoCalibration {

@@ -13,7 +13,7 @@ use crate::find_plan::calibrate::{CalibrationData, CalibrationOptions};
 use crate::find_plan::objective::{Objective, TokenWeight, WeightedObjective};
 use crate::find_plan::profile::Item;
 use crate::find_plan::refine::{Refined, refine};
-use crate::progress::{Next, Stage};
+use crate::progress::{Progress, Stage};
 use crate::{Error, Result};
 
 /// Tokens per side of an influence block.
@@ -192,7 +192,7 @@ impl<D: Backward> Decoder<D> {
         objective: impl Into<WeightedObjective>,
         block: usize,
         data: &str,
-        on_item: &mut dyn FnMut() -> Next,
+        progress: &mut dyn Progress,
     ) -> Result<Profile> {
         let objective = objective.into();
         let info = ProfileInfo {
@@ -201,13 +201,13 @@ impl<D: Backward> Decoder<D> {
             data: data.to_string(),
         };
         let mut profile = Profile::new(self.shape(), info);
+        let (mut done, total) = (0, items.values().map(Vec::len).sum());
         for (&length, items) in items {
             let mut influence = Influence::new(self.shape(), length, block)?;
             for item in items {
                 self.profile_with_far_loss(item, objective, &mut influence)?;
-                if on_item() != Next::Continue {
-                    return Err(Error::Cancelled);
-                }
+                done += 1;
+                progress.advance(Stage::Profile, done, total)?;
             }
             profile.add(influence)?;
         }
@@ -216,7 +216,7 @@ impl<D: Backward> Decoder<D> {
 }
 
 /// Finds a plan for a checkpoint: profiles, searches, and decides by measured loss at a length that
-/// was not profiled. `on_progress` gets the stage and how many of its steps are done.
+/// was not profiled.
 ///
 /// # Errors
 /// If an option is out of range for the model, or no plan meets the density.
@@ -224,7 +224,7 @@ pub fn compress<D: Backward>(
     checkpoint: &Checkpoint<D>,
     data: &CalibrationData,
     options: &CompressOptions,
-    on_progress: &mut dyn FnMut(Stage, usize, usize) -> Next,
+    progress: &mut dyn Progress,
 ) -> Result<Compressed> {
     options.validate()?;
     let model = &checkpoint.model;
@@ -233,32 +233,22 @@ pub fn compress<D: Backward>(
     if let Some(share) = options.decode_time {
         bound_decode_time(&mut request, &model.device, model.shape(), share)?;
     }
-    let count = options.lengths.len() * options.samples;
-    let items = calibrate(checkpoint, data, &options.profile_calibration(), count, on_progress)?;
+    let items = checkpoint.calibrate(data, &options.profile_calibration(), progress)?;
     let description = format!("{}, seed {}", describe(data), options.seed);
-    let profile = {
-        let mut step = counter(Stage::Profile, count, on_progress);
-        let objective =
-            WeightedObjective { objective: options.objective, weight: options.token_weight };
-        model.profile_all(&items, objective, DEFAULT_BLOCK, &description, &mut step)?
-    };
-    on_progress(Stage::Search, 0, 1);
+    let objective =
+        WeightedObjective { objective: options.objective, weight: options.token_weight };
+    let profile = model.profile_all(&items, objective, DEFAULT_BLOCK, &description, progress)?;
+    progress.advance(Stage::Search, 0, 1)?;
     let found = request.search_profile(&profile, &request.objective_lengths(&profile))?;
     let validation = options.validation_calibration(context);
-    let count = validation.lengths.len() * validation.samples;
-    let items = match data {
-        CalibrationData::Records => calibrate(checkpoint, data, &validation, count, on_progress)?,
+    let items = match (checkpoint.calibrate(data, &validation, progress), data) {
         // A user's file may hold nothing longer than the profile lengths.
-        CalibrationData::Prompts(_) => calibrate(checkpoint, data, &validation, count, on_progress)
-            .or_else(|error| match error {
-                Error::NoCalibration { .. } => Ok(items),
-                other => Err(other),
-            })?,
+        (Err(Error::NoCalibration { .. }), CalibrationData::Prompts(_)) => items,
+        (made, _) => made?,
     };
-    let evaluations = options.evaluations.max(found.plans.len() + 1);
-    let mut step = counter(Stage::Measure, evaluations, on_progress);
+    let evaluations = options.evaluations;
     let mut refined =
-        refine(model, &items, &found.plans, &request, &profile, options.evaluations, &mut step)?;
+        refine(model, &items, &found.plans, &request, &profile, evaluations, progress)?;
     refined.plan.provenance.method = Some("moa compress".to_string());
     Ok(Compressed { plan: refined.plan.clone(), profile, found, refined })
 }
@@ -299,27 +289,5 @@ pub fn describe(data: &CalibrationData) -> String {
     match data {
         CalibrationData::Records => "built-in records".to_string(),
         CalibrationData::Prompts(prompts) => format!("{} prompts of a file", prompts.len()),
-    }
-}
-
-fn calibrate<D: Math>(
-    checkpoint: &Checkpoint<D>,
-    data: &CalibrationData,
-    options: &CalibrationOptions,
-    count: usize,
-    on_progress: &mut dyn FnMut(Stage, usize, usize) -> Next,
-) -> Result<BTreeMap<usize, Vec<Item>>> {
-    checkpoint.calibrate(data, options, &mut counter(Stage::Calibrate, count, on_progress))
-}
-
-fn counter(
-    stage: Stage,
-    total: usize,
-    on_progress: &mut dyn FnMut(Stage, usize, usize) -> Next,
-) -> impl FnMut() -> Next {
-    let mut done = 0;
-    move || {
-        done += 1;
-        on_progress(stage, done.min(total), total)
     }
 }

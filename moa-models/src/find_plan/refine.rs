@@ -18,7 +18,7 @@ use crate::decoder::model::Decoder;
 use crate::device::Math;
 use crate::find_plan::probe::groups;
 use crate::find_plan::profile::Item;
-use crate::progress::Next;
+use crate::progress::{Progress, Stage};
 use crate::{Error, Result};
 
 /// A loss this close to the dense model's, in nats per token, is as good.
@@ -52,7 +52,9 @@ struct Measure<'a, D: Math> {
     /// Plans measured, on all items or on the probe.
     done: usize,
     budget: usize,
-    on_evaluation: &'a mut dyn FnMut() -> Next,
+    progress: &'a mut dyn Progress,
+    /// Measurements that `progress` is told to expect.
+    expected: usize,
 }
 
 impl<D: Math> Measure<'_, D> {
@@ -102,10 +104,7 @@ impl<D: Math> Measure<'_, D> {
 
     fn count(&mut self) -> Result<()> {
         self.done += 1;
-        match (self.on_evaluation)() {
-            Next::Continue => Ok(()),
-            Next::Cancel => Err(Error::Cancelled),
-        }
+        self.progress.advance(Stage::Measure, self.done.min(self.expected), self.expected)
     }
 
     fn left(&self) -> usize {
@@ -157,7 +156,7 @@ pub fn refine<D: Math>(
     request: &PlanRequest,
     profile: &Profile,
     evaluations: usize,
-    on_evaluation: &mut dyn FnMut() -> Next,
+    progress: &mut dyn Progress,
 ) -> Result<Refined> {
     let begin = Instant::now();
     let Some(first) = starts.first() else {
@@ -171,7 +170,8 @@ pub fn refine<D: Math>(
         trials: Vec::new(),
         done: 0,
         budget: evaluations,
-        on_evaluation,
+        progress,
+        expected: evaluations.max(starts.len() + 1),
     };
     let dense = full_plan(first, model.shape())?;
     let dense_loss = measure.loss(&dense)?;

@@ -1,11 +1,12 @@
 //! Questions and calibration data: what the small model can answer, and what it is warned of.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 
 use moa_core::{ElasticRule, FarLosses, Plan};
 use moa_models::{
-    Item, Message, Next, Objective, PHRASINGS, Question, RecordPrompt, Result, RetrievalItem,
-    Scoring, Task,
+    CalibrationData, CalibrationOptions, Error, Evaluation, Item, Message, Objective, PHRASINGS,
+    Question, RecordPrompt, Result, RetrievalItem, Scoring, SizedQuestion, Stage, Task,
 };
 
 use crate::{checkpoint, full, tiny};
@@ -46,8 +47,7 @@ fn a_conversation_answers_its_first_message_as_if_it_were_the_only_one() -> Resu
 fn far_losses_tell_far_answers_from_near_ones() -> Result<()> {
     let far = |item: Item| {
         let items = BTreeMap::from([(384, vec![item])]);
-        let profile =
-            tiny().profile_all(&items, Objective::Margin, 64, "test", &mut || Next::Continue)?;
+        let profile = tiny().profile_all(&items, Objective::Margin, 64, "test", &mut ())?;
         Ok::<_, moa_models::Error>(profile.at(384)?.far_losses().clone())
     };
     // The question is about one of the first lines, which begin in the middle of the prompt.
@@ -68,5 +68,73 @@ fn far_losses_tell_far_answers_from_near_ones() -> Result<()> {
     let tokens = checkpoint().tokenizer.encode(&prose, true)?;
     let prose = far(Item::new(&tokens[..288], &tokens[288..320])?)?;
     assert!(prose.samples() == 1 && prose.mean() < FarLosses::LEAST, "{prose:?}");
+    Ok(())
+}
+
+#[test]
+fn an_evaluation_goes_on_after_the_answers_that_it_has() -> Result<()> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("items.jsonl");
+    let question = |case| {
+        let question = checkpoint().task_question(Task::MultiKey, 384, 32, (5, case))?;
+        Ok(SizedQuestion { size: Some(384), case, question, place: format!("draw {case}") })
+    };
+    let mut questions = (0..3).map(question).collect::<Result<Vec<_>>>()?;
+    let plan = full();
+    let evaluation = Evaluation { items: Some(&path), ..Evaluation::new(&plan, 32) };
+    // Broken off after the first answer, which is kept.
+    let mut steps = Vec::new();
+    let broken = checkpoint().evaluate(&questions, &evaluation, &mut |stage, done, total| {
+        steps.push((stage, done, total));
+        ControlFlow::Break(())
+    });
+    assert!(matches!(broken, Err(Error::Cancelled)), "{broken:?}");
+    assert_eq!(steps, [(Stage::Evaluate, 1, 3)]);
+    let first = std::fs::read_to_string(&path).unwrap();
+    assert_eq!(first.lines().count(), 2);
+    let all = checkpoint().evaluate(&questions, &evaluation, &mut ())?;
+    assert!(std::fs::read_to_string(&path).unwrap().starts_with(&first));
+    assert_eq!((all.cases, all.items[2].case), (3, 2));
+    // With every answer at hand nothing is asked: times of a second run would differ.
+    assert_eq!(checkpoint().evaluate(&questions, &evaluation, &mut ())?, all);
+    let other = Evaluation { max_new_tokens: 16, ..evaluation.clone() };
+    let refused = checkpoint().evaluate(&questions, &other, &mut ());
+    let is_named = |e: &Error| matches!(e, Error::OtherSettings { setting, .. } if setting == "max_new_tokens");
+    assert!(refused.as_ref().is_err_and(is_named), "{refused:?}");
+    // A question that is too long is named before any other is asked.
+    questions[2].question.turns[0].text = "word ".repeat(40_000);
+    let alone = Evaluation::new(&plan, 32);
+    let long = checkpoint().evaluate(&questions, &alone, &mut |_, _, _| unreachable!());
+    let is_long = |e: &Error| {
+        matches!(e, Error::Question { place, source }
+            if place == "draw 2" && matches!(**source, Error::ContextExceeded { .. }))
+    };
+    assert!(long.as_ref().is_err_and(is_long), "{long:?}");
+    Ok(())
+}
+
+#[test]
+fn calibration_tells_its_progress_and_ends_when_cancelled() -> Result<()> {
+    let options =
+        CalibrationOptions { lengths: vec![256, 384], samples: 2, ..CalibrationOptions::default() };
+    let mut steps = Vec::new();
+    let mut until = |last: usize| {
+        steps.clear();
+        let made = checkpoint().calibrate(
+            &CalibrationData::Records,
+            &options,
+            &mut |stage, done, total| {
+                steps.push((stage, done, total));
+                if done == last { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            },
+        );
+        (made.map(|items| items.len()), steps.clone())
+    };
+    let all: Vec<_> = (1..=4).map(|done| (Stage::Calibrate, done, 4)).collect();
+    let (made, steps) = until(9);
+    assert_eq!((made?, &steps), (2, &all));
+    let (broken, steps) = until(2);
+    assert!(matches!(broken, Err(Error::Cancelled)), "{broken:?}");
+    assert_eq!(steps, all[..2]);
     Ok(())
 }

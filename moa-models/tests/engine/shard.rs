@@ -6,8 +6,7 @@ use std::sync::{Arc, LazyLock};
 use moa_core::{ElasticRule, HeadRule, Plan, Sharding};
 use moa_models::{
     Communicator, Cpu, Decoder, Engine, EngineOptions, Event, GenerateOptions, Item, LogitRows,
-    ModelConfig, Next, RandomTensors, Result, SamplingOptions, Shard, ThreadRank, Weights,
-    on_ranks,
+    ModelConfig, RandomTensors, Result, SamplingOptions, Shard, ThreadRank, Weights, on_ranks,
 };
 
 use crate::{alternating, greedy, largest_difference, moa_tiny, text, tiny};
@@ -263,7 +262,7 @@ fn losses_and_perplexity_are_the_same() -> Result<()> {
         [Item::new(&tokens[..60], &tokens[60..70])?, Item::new(&tokens[..60], &tokens[80..85])?];
     let measure = |model: &Arc<Model>| {
         let loss = model.response_loss(&items, &plan, 100)?;
-        let windows = model.perplexity(&tokens, None, 64, 2, &plan, &mut || Next::Continue)?;
+        let windows = model.perplexity(&tokens, None, 64, 2, &plan, &mut ())?;
         Ok([loss, windows.perplexity])
     };
     let expected = measure(tiny())?;

@@ -9,7 +9,6 @@ use clap::Subcommand;
 use crate::error::Result;
 use crate::output::Context;
 
-pub(super) use questions::ask;
 pub(super) use summary::{HEAD, report_json, row};
 
 /// Measure what a plan does to a model

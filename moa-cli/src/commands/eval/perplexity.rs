@@ -1,4 +1,5 @@
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use moa_models::{Checkpoint, Math, PerplexityReport};
@@ -73,7 +74,10 @@ fn with_model<D: Math>(
         let mut own = Vec::new();
         let mut values = Vec::new();
         for (name, tokens) in &tokens {
-            let mut step = || bar.step();
+            let mut step = |_, _, _| {
+                bar.step();
+                ControlFlow::Continue(())
+            };
             let report = model
                 .model
                 .perplexity(tokens, bos, length, args.windows, &chosen.plan, &mut step)

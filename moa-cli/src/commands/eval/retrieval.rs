@@ -1,14 +1,14 @@
 use std::path::PathBuf;
 
-use moa_models::{Checkpoint, Math, RetrievalCase};
-use serde_json::json;
+use moa_models::{Checkpoint, Math, RetrievalCase, SizedQuestion};
 
-use super::questions::{Asked, Evaluation, ItemArgs, file_fingerprint};
+use super::questions::{ItemArgs, file_fingerprint};
 use super::summary::Summary;
 use crate::args::{ModelArg, PlanArgs, parse_count};
 use crate::error::{Error, Result};
 use crate::model::{self, on_model};
 use crate::output::Context;
+use crate::progress::Progress;
 
 /// Ask LongEval cases: the last integer of the answer must be the expected number
 ///
@@ -61,7 +61,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
                 None => Ok(case.question()),
             };
             let question = question.map_err(|e| Error::from(e).at(&place))?;
-            questions.push(Asked { size, case: index, question, place });
+            questions.push(SizedQuestion { size, case: index, question, place });
         }
     }
     on_model!(context, &args.model.model, args.plan, |model, context| with_model(
@@ -71,18 +71,16 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
 
 fn with_model<D: Math>(
     args: &Args,
-    questions: &[Asked],
+    questions: &[SizedQuestion],
     model: &Checkpoint<D>,
     context: &Context,
 ) -> Result<()> {
     let plan = model::choose_plan(&args.plan, model)?;
-    let evaluation = Evaluation {
-        model,
-        plan: &plan,
-        max_new_tokens: args.max_new_tokens,
-        settings: json!({ "evaluation": "retrieval", "data": file_fingerprint(&args.data)? }),
-    };
-    let report = args.items.ask(&evaluation, questions, context)?;
+    let own = [("evaluation", "retrieval".to_string()), ("data", file_fingerprint(&args.data)?)];
+    let evaluation = args.items.evaluation(model, &plan, args.max_new_tokens, own, context);
+    let mut bar = Progress::new(context, "evaluate", questions.len());
+    let report = model.evaluate(questions, &evaluation, &mut bar)?;
+    drop(bar);
     let depth_bins = args.items.depth_bins;
     Summary { plan: &plan.name, unit: "lines", report: &report, depth_bins }.write(context)
 }

@@ -1,7 +1,6 @@
-use moa_models::{Checkpoint, Math, Task};
-use serde_json::json;
+use moa_models::{Checkpoint, Math, SizedQuestion, Task};
 
-use super::questions::{Asked, Evaluation, ItemArgs};
+use super::questions::ItemArgs;
 use super::summary::Summary;
 use crate::args::{ModelArg, PlanArgs, parse_count, task_parser};
 use crate::error::{Error, Result};
@@ -66,18 +65,16 @@ fn with_model<D: Math>(args: &Args, model: &Checkpoint<D>, context: &Context) ->
             let question = model.task_question(args.task, length, args.max_new_tokens, draw);
             let question = question.map_err(|e| Error::from(e).at("--lengths"))?;
             let place = format!("{} at {length} tokens", args.task.name());
-            questions.push(Asked { size: Some(length), case, question, place });
+            questions.push(SizedQuestion { size: Some(length), case, question, place });
             bar.step();
         }
     }
     drop(bar);
-    let evaluation = Evaluation {
-        model,
-        plan: &plan,
-        max_new_tokens: args.max_new_tokens,
-        settings: json!({ "evaluation": args.task.name() }),
-    };
-    let report = args.items.ask(&evaluation, &questions, context)?;
+    let own = [("evaluation", args.task.name().to_string())];
+    let evaluation = args.items.evaluation(model, &plan, args.max_new_tokens, own, context);
+    let mut bar = Progress::new(context, "evaluate", questions.len());
+    let report = model.evaluate(&questions, &evaluation, &mut bar)?;
+    drop(bar);
     let depth_bins = args.items.depth_bins;
     Summary { plan: &plan.name, unit: "tokens", report: &report, depth_bins }.write(context)
 }
