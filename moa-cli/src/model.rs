@@ -78,7 +78,7 @@ pub(crate) fn check_gradients(context: &Context) -> Result<()> {
 /// A GPU; activations have the type of the caches, and weights unless another one is asked for.
 #[cfg(feature = "cuda")]
 pub(crate) fn cuda(ordinal: usize, context: &Context) -> Result<moa_models::Cuda> {
-    use moa_models::Cuda;
+    use moa_models::{Cuda, Dtype};
     if context.cache == Dtype::F32 {
         return Err(Error::argument("--cache-dtype", "f16 or bf16 on a GPU", "f32"));
     }

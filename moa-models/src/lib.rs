@@ -31,16 +31,17 @@ pub use decoder::config::ModelConfig;
 pub use decoder::logits::LogitRows;
 pub use decoder::model::Decoder;
 pub use decoder::names::TensorNames;
-pub use decoder::rope::RopeTable;
 pub use decoder::rope_scaling::RopeScaling;
 pub use decoder::sequence::Sequence;
 pub use decoder::session::Session;
-pub use decoder::shard::{Communicator, Rank, Shard, on_ranks};
-pub use decoder::thread_rank::ThreadRank;
+pub use decoder::shard::Shard;
 pub use device::cpu::{Cpu, CpuMatrix, CpuRotations};
 #[cfg(feature = "cuda")]
 pub use device::cuda::{Cuda, CudaMatrix, Joined, NcclRank};
+pub use device::rank::{Communicator, Rank, on_ranks};
 pub use device::replay::{Replay, ReplayBatch};
+pub use device::rope_table::RopeTable;
+pub use device::thread_rank::ThreadRank;
 #[cfg(feature = "wgpu")]
 pub use device::wgpu::Wgpu;
 pub use device::{Backward, Device, Draw, LinearWeights, Load, Math, Memory};

@@ -64,10 +64,7 @@ impl<D: Math> Decoder<D> {
                 .collect();
             Ok(self.extend(device.attention(), &mut appends, qkv, &rotations, false)?.out)
         })?;
-        for (sequence, n) in batch.iter_mut().zip(&counts) {
-            sequence.state.append(*n)?;
-            sequence.broken = false;
-        }
+        batch.iter_mut().for_each(|sequence| sequence.broken = false);
         let h = device.rms_norm(&device.rows(&x, &rows)?, &self.norm, self.eps())?;
         self.output(&h)
     }

@@ -1,16 +1,15 @@
 use moa_core::{CacheState, LayerLayout, Plan, SparseAttentionBackend};
 
+use crate::Result;
 use crate::decoder::block::Cache;
 use crate::decoder::model::Decoder;
-use crate::decoder::rope::RopeTable;
+use crate::device::rope_table::RopeTable;
 use crate::device::{Device, Math};
-use crate::{Error, Result};
 
 /// One sequence: its caches in every layer, as large as its plan allows and no larger.
 pub struct Sequence<D: Device> {
+    /// Those of all layers; a model has at least one.
     pub(crate) caches: Vec<Cache<D>>,
-    /// How far the sequence is filled: the state of the first layer's cache between steps.
-    pub(crate) state: CacheState,
     pub(crate) rope: RopeTable,
     /// A device failed half-way through a step: layers disagree on the length.
     pub(crate) broken: bool,
@@ -25,22 +24,27 @@ impl<D: Device> std::fmt::Debug for Sequence<D> {
 impl<D: Device> Sequence<D> {
     /// Tokens held.
     pub fn len(&self) -> usize {
-        self.state.len()
+        self.state().len()
     }
 
     /// Whether no token is held.
     pub fn is_empty(&self) -> bool {
-        self.state.is_empty()
+        self.len() == 0
     }
 
     /// Most tokens it may hold.
     pub fn capacity(&self) -> usize {
-        self.state.capacity()
+        self.state().capacity()
+    }
+
+    /// How far all layers are filled: the top one is the last that a step appends to.
+    fn state(&self) -> &CacheState {
+        self.caches[self.caches.len() - 1].as_ref()
     }
 
     /// Checks that so many more tokens fit.
     pub(crate) fn check_append(&self, tokens: usize) -> Result<()> {
-        Ok(self.state.check_append(tokens)?)
+        Ok(self.state().check_append(tokens)?)
     }
 }
 
@@ -63,13 +67,8 @@ impl<D: Math> Decoder<D> {
         let bytes = layouts.iter().map(|layout| layout.bytes(self.slot_bytes())).sum();
         self.device.check_room("keys and values", bytes)?;
         let open = |layout| self.open_cache(layout);
-        let caches = layouts.iter().map(open).collect::<Result<Vec<Cache<D>>>>()?;
-        let rope = self.rope(capacity)?;
-        let Some(first) = caches.first() else {
-            return Err(Error::invalid("layers", "at least 1", 0));
-        };
-        let state = first.as_ref().clone();
-        Ok(Sequence { caches, state, rope, broken: false })
+        let caches = layouts.iter().map(open).collect::<Result<_>>()?;
+        Ok(Sequence { caches, rope: self.rope(capacity)?, broken: false })
     }
 
     /// Bytes of one slot of a cache, key and value together.
@@ -90,7 +89,6 @@ impl<D: Math> Decoder<D> {
         let fork = |cache| self.device.attention().fork(cache).map_err(Into::into);
         Ok(Sequence {
             caches: sequence.caches.iter().map(fork).collect::<Result<_>>()?,
-            state: sequence.state.clone(),
             rope: sequence.rope.clone(),
             broken: sequence.broken,
         })
@@ -108,7 +106,7 @@ impl<D: Math> Decoder<D> {
         for cache in &mut sequence.caches {
             self.device.attention().truncate(cache, len).map_err(Into::into)?;
         }
-        Ok(sequence.state.truncate(len)?)
+        Ok(())
     }
 
     /// Bytes of keys and values that a sequence really holds.

@@ -2,8 +2,6 @@
 
 use std::borrow::Cow;
 use std::ops::Range;
-use std::panic::resume_unwind;
-use std::sync::Arc;
 
 use moa_core::{ModelShape, Plan, Sharding};
 
@@ -11,114 +9,9 @@ use crate::checkpoint::safetensors::Tensors;
 use crate::decoder::config::ModelConfig;
 use crate::decoder::layer::Linear;
 use crate::decoder::model::Decoder;
+use crate::device::rank::Communicator;
 use crate::device::{Device, Load, Math};
 use crate::{Error, Result};
-
-/// One of the devices that share a model.
-pub trait Rank: Send + Sync {
-    /// Its number, from 0.
-    fn rank(&self) -> usize;
-
-    /// How many there are.
-    fn ranks(&self) -> usize;
-
-    /// Tells the others that this one will not go on: they fail rather than wait for it.
-    fn fail(&self);
-
-    /// The first rank of this process that failed.
-    fn failed(&self) -> Option<usize>;
-}
-
-/// A [`Rank`] that can add up what all ranks have.
-pub trait Communicator<D: Device>: Rank {
-    /// Makes `x` the sum over all ranks, the same on each to the last bit; all of them call this as often
-    /// and with the same shapes.
-    ///
-    /// # Errors
-    /// [`Error::Rank`] if another rank failed or, over the host, left; if the device fails.
-    fn all_reduce(&self, device: &D, x: &mut D::Tensor) -> Result<()>;
-
-    /// Whether [`all_reduce`](Self::all_reduce) only launches work that writes `x` in place, so that
-    /// it can be captured and launched again.
-    fn only_launches(&self) -> bool {
-        false
-    }
-}
-
-impl<R: Rank> Rank for Arc<R> {
-    fn rank(&self) -> usize {
-        (**self).rank()
-    }
-
-    fn ranks(&self) -> usize {
-        (**self).ranks()
-    }
-
-    fn fail(&self) {
-        (**self).fail();
-    }
-
-    fn failed(&self) -> Option<usize> {
-        (**self).failed()
-    }
-}
-
-impl<D: Device, C: Communicator<D>> Communicator<D> for Arc<C> {
-    fn all_reduce(&self, device: &D, x: &mut D::Tensor) -> Result<()> {
-        (**self).all_reduce(device, x)
-    }
-
-    fn only_launches(&self) -> bool {
-        (**self).only_launches()
-    }
-}
-
-/// Runs the same work for each rank, on a thread of its own. A rank whose work fails or panics takes the
-/// others with it; the error is that of the first.
-///
-/// # Errors
-/// Those of `work`.
-///
-/// # Panics
-/// If `work` does.
-pub fn on_ranks<R: Rank, T: Send, E: Send>(
-    ranks: Vec<R>,
-    work: impl Fn(Arc<R>) -> Result<T, E> + Sync,
-) -> Result<Vec<T>, E> {
-    /// Also while the thread panics.
-    struct Leaving<'a, R: Rank>(&'a R, bool);
-    impl<R: Rank> Drop for Leaving<'_, R> {
-        fn drop(&mut self) {
-            if !self.1 {
-                self.0.fail();
-            }
-        }
-    }
-    let run = &|rank: Arc<R>| {
-        let mut leaving = Leaving(&*rank, false);
-        let result = work(Arc::clone(&rank));
-        leaving.1 = result.is_ok();
-        drop(leaving);
-        (result, rank.failed())
-    };
-    let results: Vec<_> = std::thread::scope(|scope| {
-        let ranks = ranks.into_iter().map(Arc::new);
-        let threads: Vec<_> = ranks.map(|rank| scope.spawn(move || run(rank))).collect();
-        threads.into_iter().map(|thread| thread.join()).collect()
-    });
-    let cause = results.iter().flatten().find_map(|(_, failed)| *failed);
-    let mut done = Vec::with_capacity(results.len());
-    let mut failed = None;
-    for (rank, result) in results.into_iter().enumerate() {
-        match result {
-            Ok((Ok(value), _)) => done.push(value),
-            Ok((Err(error), _)) if failed.is_none() || cause == Some(rank) => failed = Some(error),
-            Ok((Err(_), _)) => {}
-            Err(panic) => resume_unwind(panic),
-        }
-    }
-    failed.map_or(Ok(done), Err)
-}
 
 /// What one device has of a model that several share, and how they add up their results.
 ///

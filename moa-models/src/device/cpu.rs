@@ -9,7 +9,7 @@ use moa_backend_cpu::{CpuBackend, Tensor};
 use moa_core::Dtype;
 
 use crate::checkpoint::mapped::MappedTensor;
-use crate::decoder::rope::RopeTable;
+use crate::device::rope_table::RopeTable;
 use crate::device::{Backward, Device, LinearWeights, Load, Math};
 use crate::{Error, Result};
 

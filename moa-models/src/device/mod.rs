@@ -4,7 +4,10 @@
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+pub(crate) mod rank;
 pub(crate) mod replay;
+pub(crate) mod rope_table;
+pub(crate) mod thread_rank;
 #[cfg(feature = "wgpu")]
 pub(crate) mod wgpu;
 
@@ -13,8 +16,8 @@ use std::ops::Range;
 use moa_core::SparseAttentionBackend;
 
 use crate::checkpoint::mapped::MappedTensor;
-use crate::decoder::rope::RopeTable;
 use crate::device::replay::{Replay, ReplayBatch};
+use crate::device::rope_table::RopeTable;
 use crate::{Error, Result};
 
 /// A linear layer before it is on a device.

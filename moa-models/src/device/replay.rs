@@ -5,8 +5,8 @@ use std::ops::Range;
 use moa_core::SparseAttentionBackend;
 
 use crate::Result;
-use crate::decoder::rope::RopeTable;
 use crate::device::Device;
+use crate::device::rope_table::RopeTable;
 
 type Cache<D> = <<D as Device>::Attention as SparseAttentionBackend>::Cache;
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use moa_conformance::{Stop, Trial, Verdict, trials};
-use moa_models::{Decoder, Device, ModelConfig, Weights};
+use moa_models::{Decoder, ModelConfig, Weights};
 use serde::Deserialize;
 
 use crate::{Dtype, alternating, close, cpu, cuda, moa_tiny, open, plans, prose, read, step};

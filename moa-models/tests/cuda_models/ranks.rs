@@ -86,7 +86,7 @@ fn two_ranks_of_8_bit_weights_agree_with_one() -> Verdict {
     let tokens = prose(200);
     let [_, plan] = plans(cpu().model.shape());
     let sharding = Sharding::balanced(&plan, 500, 2).unwrap();
-    let run = |gpu: &Arc<Model>| {
+    let run = |gpu: &Model| {
         let mut sequence = gpu.open(&plan, 250, 0).unwrap();
         [&tokens[..190], &tokens[190..191], &tokens[191..]]
             .map(|part| step(gpu, &mut sequence, part).concat())

@@ -12,8 +12,8 @@ use std::ops::Range;
 use moa_backend_cuda::{CudaBackend, Device as Gpu, Dtype, Indices, Operations, Tensor, Turns};
 
 use crate::checkpoint::mapped::MappedTensor;
-use crate::decoder::rope::RopeTable;
 use crate::device::replay::{Replay, ReplayBatch};
+use crate::device::rope_table::RopeTable;
 use crate::device::{Device, Draw, LinearWeights, Load, Math, Memory};
 use crate::{Error, Result};
 pub use ranks::NcclRank;

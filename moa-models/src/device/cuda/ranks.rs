@@ -3,8 +3,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use moa_backend_cuda::{Nccl, NcclId, Tensor};
 
 use super::Cuda;
-use crate::decoder::shard::{Communicator, Rank};
-use crate::decoder::thread_rank::ThreadRank;
+use crate::device::rank::{Communicator, Rank};
+use crate::device::thread_rank::ThreadRank;
 use crate::{Error, Result};
 
 /// One of several GPUs that share a model and add up over NCCL, each worked with by a thread of its own.

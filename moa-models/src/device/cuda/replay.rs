@@ -42,7 +42,7 @@ impl Recorded {
         let Some(first) = batch.caches.first() else {
             return Err(Error::invalid("layers", "at least 1", 0));
         };
-        let kv_heads = first.first().map_or(0, |cache| cache.layout().heads().len());
+        let kv_heads = first.first().map_or(0, |cache| cache.as_ref().layout().heads().len());
         let count = first.len();
         let tokens = vec![1; count];
         let mut workspace = Workspace::new(gpu);

@@ -1,7 +1,7 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use crate::decoder::shard::{Communicator, Rank};
 use crate::device::Device;
+use crate::device::rank::{Communicator, Rank};
 use crate::{Error, Result};
 
 /// A rank that is a thread of one process and adds up over its memory: for tests, and for devices that have
