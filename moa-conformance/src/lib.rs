@@ -3,7 +3,7 @@
 //! [`SparseAttentionBackend`] promises that the output of attention does not depend on how a sequence
 //! was cut into chunks, on what else is in the batch, or on spare capacity, and that a failed call
 //! changes nothing. The suite checks these laws on random sequences against a naive reference in f64,
-//! and beside them twelve traps that other implementations fell into, what attention values influence,
+//! and beside them ten traps that other implementations fell into, what attention values influence,
 //! and what is to be refused. It is the same for every backend, inside and outside of this repository.
 //!
 //! # A backend's tests
@@ -15,38 +15,16 @@
 //! harness = false
 //! ```
 //!
-//! In it, a [`Subject`] says how numbers come into the backend and out of it, and [`suite`] makes the
-//! trials:
+//! In it, a [`Subject`] says how numbers come into the backend and out of it, [`suite`] makes the trials of
+//! what `open` opens, and [`run`] is `main`:
 //!
 //! ```no_run
-//! # use moa_conformance::{Stop, Subject, suite};
-//! # struct Own;
-//! # impl Own { fn open() -> Result<Self, Stop> { Ok(Self) } }
-//! # struct Backend;
-//! # impl Subject for Own {
-//! #     type Backend = Backend;
-//! #     type Tensor = ();
-//! #     fn backend(&self) -> &Backend { unimplemented!() }
-//! #     fn tensor(&self, _: &[f32], _: &[usize]) {}
-//! #     fn host(&self, _: &()) -> Vec<f32> { unimplemented!() }
-//! #     fn round(&self, x: f32) -> f32 { x }
+//! # use moa_conformance::{Stop, Subject, run, suite};
+//! # fn main_of<S: Subject>(
+//! #     open: impl Fn() -> Result<S, Stop> + Clone + Send + 'static,
+//! # ) -> std::process::ExitCode {
+//! run(suite("own", open))
 //! # }
-//! # impl moa_core::SparseAttentionBackend for Backend {
-//! #     type Tensor = ();
-//! #     type Cache = moa_core::CacheState;
-//! #     type Error = moa_core::Error;
-//! #     fn name(&self) -> &'static str { "own" }
-//! #     fn slot_bytes(&self, _: usize) -> u64 { 0 }
-//! #     fn open(&self, _: &moa_core::LayerLayout, _: usize) -> moa_core::Result<Self::Cache> { unimplemented!() }
-//! #     fn extend(&self, _: &mut [moa_core::Append<'_, Self::Cache>], _: &moa_core::ExtendInputs<'_, ()>)
-//! #         -> moa_core::Result<moa_core::Extended<()>> { unimplemented!() }
-//! #     fn fork(&self, cache: &Self::Cache) -> moa_core::Result<Self::Cache> { Ok(cache.clone()) }
-//! #     fn truncate(&self, cache: &mut Self::Cache, len: usize) -> moa_core::Result<()> { cache.truncate(len) }
-//! #     fn bytes(&self, _: &Self::Cache) -> u64 { 0 }
-//! # }
-//! fn main() -> std::process::ExitCode {
-//!     moa_conformance::run(suite("own", Own::open))
-//! }
 //! ```
 //!
 //! `cargo test` runs them like other tests: with filters, `--list`, `--test-threads`. The folder
