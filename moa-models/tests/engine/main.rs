@@ -2,6 +2,7 @@
 //! the repository.
 
 mod chat;
+mod earlier_files;
 mod eval;
 mod generate;
 mod laws;
