@@ -5,6 +5,7 @@
 //! Without it those tests are skipped, loudly.
 
 mod chat;
+mod earlier_files;
 mod eval;
 mod generate;
 mod golden;
