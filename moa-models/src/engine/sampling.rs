@@ -85,7 +85,7 @@ impl Sampler {
     /// A sampler at the beginning of its random numbers.
     ///
     /// # Errors
-    /// Those of [`SamplingOptions::validate`].
+    /// [`Error::Invalid`] as [`SamplingOptions::validate`].
     pub fn new(options: SamplingOptions) -> Result<Self> {
         options.validate()?;
         let random = SplitMix64::new(options.seed);

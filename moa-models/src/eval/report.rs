@@ -15,7 +15,7 @@ pub struct Asked {
     pub found: bool,
 }
 
-/// How one question went.
+/// The outcome of one question: its score, the model's answers, and what they cost.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RetrievalItem {
     /// Size that the question was made for, in the evaluation's unit: record lines or tokens.
@@ -53,7 +53,7 @@ impl RetrievalItem {
     }
 }
 
-/// A set of questions.
+/// The outcomes of a set of questions, summed up.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct RetrievalReport {
     /// Questions asked.
