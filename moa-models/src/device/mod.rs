@@ -226,19 +226,22 @@ pub trait Math: Load {
     /// `x / sqrt(mean(x^2) + eps) * weight` per row.
     ///
     /// # Errors
-    /// Those of [every operation](Math#errors-of-every-operation).
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Vector, eps: f32) -> Result<Self::Tensor>;
 
     /// `x . weight^T + bias` by each of the layers that were joined.
     ///
     /// # Errors
-    /// Those of [every operation](Math#errors-of-every-operation).
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn linears(&self, x: &Self::Tensor, joined: &Self::Joined) -> Result<Vec<Self::Tensor>>;
 
     /// `x + y . weight^T + bias`: the end of a residual branch.
     ///
     /// # Errors
-    /// Those of [every operation](Math#errors-of-every-operation).
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn linear_add(
         &self,
         x: Self::Tensor,
@@ -251,14 +254,16 @@ pub trait Math: Load {
     /// between near equals.
     ///
     /// # Errors
-    /// Those of [every operation](Math#errors-of-every-operation).
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn logits(&self, x: &Self::Tensor, weight: &Self::Matrix) -> Result<Self::Tensor>;
 
     /// [`logits`](Self::logits) by a part of the output matrix, as these columns of `[rows, total]` of
     /// zeros.
     ///
     /// # Errors
-    /// Those of [every operation](Math#errors-of-every-operation).
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn logits_within(
         &self,
         x: &Self::Tensor,
@@ -283,14 +288,16 @@ pub trait Math: Load {
     /// Rotary angles of packed sequences, each with the positions of its new tokens.
     ///
     /// # Errors
-    /// Those of [every operation](Math#errors-of-every-operation).
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn rotations(&self, sequences: &[(&RopeTable, Range<usize>)]) -> Result<Self::Rotations>;
 
     /// Splits rows into heads and rotates each (half-split layout): `[tokens, heads * head_dim]`
     /// becomes `[tokens, heads, head_dim]`. `inverse` rotates back, which is also the gradient.
     ///
     /// # Errors
-    /// Those of [every operation](Math#errors-of-every-operation).
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn rope(
         &self,
         x: Self::Tensor,
@@ -308,13 +315,15 @@ pub trait Math: Load {
     /// `silu(gate) * up`.
     ///
     /// # Errors
-    /// Those of [every operation](Math#errors-of-every-operation).
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn swiglu(&self, gate: Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor>;
 
     /// `x + y`.
     ///
     /// # Errors
-    /// Those of [every operation](Math#errors-of-every-operation).
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn add(&self, x: Self::Tensor, y: &Self::Tensor) -> Result<Self::Tensor>;
 
     /// Rows of `x`, in the order given.
@@ -349,20 +358,23 @@ pub trait Backward: Math {
     /// `d_y . weight`.
     ///
     /// # Errors
-    /// Those of [every operation](Math#errors-of-every-operation).
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn linear_backward(&self, d_y: &Self::Tensor, weight: &Self::Matrix) -> Result<Self::Tensor>;
 
     /// Gradient of [`Math::linears`] by `x`, from those of its outputs.
     ///
     /// # Errors
-    /// Those of [every operation](Math#errors-of-every-operation).
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn linears_backward(&self, d_y: &[Self::Tensor], joined: &Self::Joined)
     -> Result<Self::Tensor>;
 
     /// Gradient of [`Math::rms_norm`] by `x`.
     ///
     /// # Errors
-    /// Those of [every operation](Math#errors-of-every-operation).
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn rms_norm_backward(
         &self,
         x: &Self::Tensor,
@@ -374,7 +386,8 @@ pub trait Backward: Math {
     /// Gradients of [`Math::swiglu`] by gate and up.
     ///
     /// # Errors
-    /// Those of [every operation](Math#errors-of-every-operation).
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn swiglu_backward(
         &self,
         gate: &Self::Tensor,

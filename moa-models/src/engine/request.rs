@@ -48,8 +48,8 @@ impl From<String> for Prompt {
     }
 }
 
-/// How one request is continued. The default takes the likeliest token 256 times, or until the model
-/// ends its text.
+/// The options of one request: its length, how tokens are chosen, and what ends it. The default
+/// takes the likeliest token 256 times, or until the model ends its text.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerateOptions {
     /// Most tokens that are added to the prompt.

@@ -14,7 +14,7 @@ use crate::engine::request::{
 use crate::engine::running::Running;
 use crate::{Error, Result};
 
-/// How an engine runs requests; no option changes what a request gets.
+/// The limits of one step of an [`Engine`]; no option changes the answer to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EngineOptions {
     /// Most prompt tokens that a step reads, of all requests together; 0 counts as 1. It bounds the

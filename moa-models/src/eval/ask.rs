@@ -39,10 +39,11 @@ impl SizedQuestion {
     }
 }
 
-/// How an evaluation asks its questions.
+/// The plan, the length of answers and the file of results of one evaluation
+/// ([`Checkpoint::evaluate`]).
 #[derive(Clone, Debug)]
 pub struct Evaluation<'a> {
-    /// What heads see of the context.
+    /// The plan under which the questions are answered.
     pub plan: &'a Plan,
     /// Most tokens of an answer.
     pub max_new_tokens: usize,

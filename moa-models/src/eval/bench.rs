@@ -73,7 +73,7 @@ pub struct BenchReport {
     pub peak_bytes: Option<u64>,
 }
 
-/// What profiling one item took.
+/// The time and memory that profiling one item took.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct ProfileBenchReport {
     /// Tokens of the item.
@@ -181,8 +181,8 @@ impl<D: Math> Decoder<D> {
         })
     }
 
-    /// The same with the largest batch that the device has memory for, whatever the options' batch is;
-    /// `None` where the device has no memory of its own.
+    /// [`bench`](Self::bench) with the largest batch that the device has memory for, whatever the
+    /// options' batch is; `None` where the device has no memory of its own.
     ///
     /// # Errors
     /// As [`Decoder::bench`].

@@ -24,7 +24,7 @@ pub struct RetrievalItem {
     pub case: usize,
     /// Share of the references that the answers held.
     pub score: f64,
-    /// What was asked for.
+    /// The references that the answers had to hold, and whether they did.
     pub references: Vec<Asked>,
     /// What the model wrote, a text per message.
     pub answers: Vec<String>,

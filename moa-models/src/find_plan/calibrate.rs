@@ -45,7 +45,7 @@ pub enum CalibrationData {
     Prompts(Vec<CalibrationPrompt>),
 }
 
-/// How many calibration items of which lengths.
+/// The number and the lengths of calibration items, and the seed that they are drawn with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CalibrationOptions {
     /// Lengths in tokens, prompt and response together.

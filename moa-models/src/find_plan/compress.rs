@@ -43,7 +43,7 @@ pub struct CompressOptions {
     /// Lengths at which the density is bounded; empty for the profile lengths, the validation length
     /// and twice the longest profile length.
     pub bound_lengths: Vec<usize>,
-    /// What influence is measured on.
+    /// The objective that influence is measured on.
     pub objective: Objective,
     /// How much each token of a response counts.
     pub token_weight: TokenWeight,
