@@ -54,12 +54,12 @@ pub trait Subject: Sized + 'static {
         1e-4
     }
 
-    /// The same between two ways to compute the same numbers.
+    /// Largest [`error`](crate::error) between two ways to compute the same numbers on the backend.
     fn same(&self) -> f64 {
         1e-5
     }
 
-    /// The same for sums of influence; a third of it for gradients.
+    /// Largest [`error`](crate::error) of sums of influence; a third of it for gradients.
     fn influence_tolerance(&self) -> f64 {
         3e-4
     }

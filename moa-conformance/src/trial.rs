@@ -36,7 +36,7 @@ impl Trial {
     /// Does the check, on this thread and apart from any [`run`](crate::run).
     ///
     /// # Errors
-    /// [`Stop`] of the check.
+    /// The [`Stop`] with which the check ended: why it is ignored, or how it failed.
     ///
     /// # Panics
     /// Panics where the check does.
@@ -125,7 +125,7 @@ impl<E: std::error::Error> From<E> for Stop {
     }
 }
 
-/// What a check may return.
+/// A type that a check may return.
 pub trait IntoVerdict {
     /// How the check ended.
     fn into_verdict(self) -> Verdict;

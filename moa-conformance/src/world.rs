@@ -12,7 +12,7 @@ use crate::{Cache, Error, Subject};
 pub struct World {
     /// Heads and their dimension.
     pub heads: Heads,
-    /// What each KV head sees.
+    /// The span of each KV head.
     pub spans: Vec<Span>,
     /// Length of the sequence.
     pub tokens: usize,
@@ -84,7 +84,7 @@ impl World {
     /// Appends this world's tokens `range` to a cache.
     ///
     /// # Errors
-    /// That of the backend's `extend`.
+    /// The error of the backend's `extend`.
     pub fn extend<S: Subject>(
         &self,
         s: &S,
@@ -125,7 +125,7 @@ impl World {
     }
 }
 
-/// What attention gave for some tokens of one sequence.
+/// The attention output of some tokens of one sequence.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Output {
     /// `[tokens, query_heads, head_dim]`.
@@ -147,7 +147,7 @@ pub struct Entry<'a, S: Subject> {
 /// One call for several sequences of equal dimensions; outputs per sequence.
 ///
 /// # Errors
-/// That of the backend's `extend`.
+/// The error of the backend's `extend`.
 ///
 /// # Panics
 /// Panics if there is no entry, or if there are no log-sum-exps, which are asked for.
@@ -181,7 +181,7 @@ pub fn batch<S: Subject>(s: &S, entries: &mut [Entry<'_, S>]) -> Result<Vec<Outp
 /// The backend's `extend` by caches and how many tokens each gets.
 ///
 /// # Errors
-/// That of the backend.
+/// The error of the backend's `extend`.
 pub fn extend<'a, S: Subject>(
     s: &S,
     batch: impl IntoIterator<Item = (&'a mut Cache<S>, usize)>,

@@ -46,7 +46,8 @@ impl Matrix {
     /// Uniform numbers in `[-amplitude, amplitude)`, made on the device.
     ///
     /// # Errors
-    /// As [`Matrix::new`].
+    /// [`Error::Argument`] if the matrix has no elements, or if rows of 16-bit elements are of odd
+    /// length, [`Error::TooLarge`], [`Error::Device`] if the memory cannot be had.
     pub fn random(
         device: &Device,
         rows: usize,
