@@ -65,7 +65,7 @@ fn arguments(all: impl Iterator<Item = String>) -> (Arguments, Vec<String>) {
 }
 
 /// Has `arguments` select what any of the filters and none of its own skips selects.
-fn select(arguments: &mut Arguments, filters: &[String], trials: &mut Vec<libtest_mimic::Trial>) {
+fn select(arguments: &mut Arguments, filters: &[String], trials: &mut [libtest_mimic::Trial]) {
     if let [filter] = filters {
         arguments.filter = Some(filter.clone());
     } else if !filters.is_empty() {
