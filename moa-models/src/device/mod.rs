@@ -203,9 +203,10 @@ pub trait Load: Device {
     /// Brings linear layers of one input to the device.
     ///
     /// # Errors
-    /// Those of [`linear_matrix`](Self::linear_matrix). A device that computes the layers as one
-    /// also returns [`Error::Invalid`] if there is no layer, their inputs differ in width, or only
-    /// some of them have biases.
+    /// [`Error::OutOfMemory`], [`Error::Backend`] or [`Error::Invalid`] as
+    /// [`linear_matrix`](Self::linear_matrix). A device that computes the layers as one also
+    /// returns [`Error::Invalid`] if there is no layer, their inputs differ in width, or only some
+    /// of them have biases.
     fn join(&self, parts: Vec<LinearWeights>) -> Result<Self::Joined>;
 }
 

@@ -228,8 +228,8 @@ impl<D: Math> Engine<D> {
     /// yet, in the order in which they were added.
     ///
     /// # Errors
-    /// Those of [`step`](Self::step), and the error of the first [`Event::Failed`]; the other
-    /// requests stay.
+    /// [`Error::Backend`], [`Error::OutOfMemory`], [`Error::Logits`] or [`Error::Rank`] as
+    /// [`step`](Self::step), and the error of the first [`Event::Failed`]; the other requests stay.
     pub fn complete_all(&mut self) -> Result<Vec<Completion>> {
         let mut completions = BTreeMap::new();
         while let Some(event) = self.step()? {

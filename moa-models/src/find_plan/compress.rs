@@ -186,7 +186,8 @@ impl<D: Backward> Decoder<D> {
     /// them ([`Influence::far_losses`]).
     ///
     /// # Errors
-    /// Those of [`Decoder::profile`] and [`Decoder::response_loss`]; [`Error::Cancelled`].
+    /// [`Error::Cancelled`]; [`Error::Invalid`], [`Error::ContextExceeded`], [`Error::OutOfMemory`]
+    /// or [`Error::Backend`] as [`Decoder::profile`] and [`Decoder::response_loss`].
     pub fn profile_all(
         &self,
         items: &BTreeMap<usize, Vec<Item>>,
