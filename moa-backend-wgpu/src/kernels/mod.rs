@@ -18,7 +18,6 @@ pub(crate) mod lanes;
 pub(crate) mod linear;
 pub(crate) mod merge;
 pub(crate) mod prefill;
-pub(crate) mod random;
 pub(crate) mod rows;
 pub(crate) mod tile;
 pub(crate) mod words;

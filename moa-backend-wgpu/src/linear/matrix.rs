@@ -1,8 +1,6 @@
 use cubecl::server::Handle;
 
-use crate::attention::arg;
-use crate::kernels::random::random;
-use crate::kernels::words::{check_words, per_word};
+use crate::kernels::words::check_words;
 use crate::{Device, Dtype, Error, Result};
 
 /// A weight `[rows, cols]` on the device, in the element type of its file.
@@ -40,36 +38,6 @@ impl Matrix {
             return Err(Error::TooLarge { what: "weight", bytes: bytes_len, limit });
         }
         let words = device.long_lived(|client| client.create_from_slice(bytes));
-        Ok(Self { device: device.clone(), words, rows, cols, dtype })
-    }
-
-    /// Uniform numbers in `[-amplitude, amplitude)`, made on the device.
-    ///
-    /// # Errors
-    /// As [`Matrix::new`].
-    pub fn random(
-        device: &Device,
-        rows: usize,
-        cols: usize,
-        dtype: Dtype,
-        amplitude: f32,
-        seed: u32,
-    ) -> Result<Self> {
-        const OP: &str = "Matrix::random";
-        let elements = rows.saturating_mul(cols);
-        if elements == 0 {
-            return Err(Error::shape(OP, "matrix", "no empty axis", &[rows, cols]));
-        }
-        check_words(OP, "cols", cols, dtype)?;
-        let words = device.long_lived(|_| device.alloc("weight", elements, dtype.bytes()))?;
-        let count = elements / per_word(dtype);
-        let (cubes, dim) = device.cubes(count);
-        let (client, to, count) = (device.client(), arg(&words), count as u32);
-        // SAFETY: the buffer has that many words.
-        unsafe {
-            random::launch_unchecked(client, cubes, dim, to, count, seed, amplitude, dtype);
-        }
-        device.check(OP, &[&words])?;
         Ok(Self { device: device.clone(), words, rows, cols, dtype })
     }
 
