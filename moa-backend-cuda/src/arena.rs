@@ -32,7 +32,7 @@ impl Arena {
     /// Runs `work`, whose tensors then have their memory here.
     ///
     /// # Errors
-    /// Those of `work`.
+    /// The errors of `work`.
     pub fn rehearse<T>(&self, work: impl FnOnce() -> T) -> T {
         self.enter(true, work)
     }

@@ -124,7 +124,7 @@ impl Tensor {
     /// Memory that holds whatever it held before, for a kernel to write.
     ///
     /// # Errors
-    /// As [`zeros`](Self::zeros).
+    /// [`Error::Argument`] unless there are 1 to 3 axes, [`Error::OutOfMemory`].
     pub fn empty(device: &Device, shape: &[usize], dtype: Dtype) -> Result<Self> {
         Self::uninitialised(device, "Tensor::empty", shape, dtype)
     }

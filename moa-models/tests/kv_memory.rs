@@ -1,14 +1,24 @@
 //! KV memory is measured, not only computed: a sequence holds the bytes that its plan promises.
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 
+use moa_conformance::{Stop, Verdict, run, trials};
 use moa_core::{ElasticRule, Plan};
 use moa_models::{
     Cpu, Decoder, Dtype, Engine, EngineOptions, GenerateOptions, ModelConfig, Result, Weights,
 };
+
+fn main() -> ExitCode {
+    run(trials![
+        sequences_hold_the_bytes_that_their_plan_promises,
+        those_of_a_longer_context_do_too,
+    ])
+}
 
 /// The system's allocator, with a count of the live bytes.
 struct Counting;
@@ -93,9 +103,11 @@ fn quarter(model: &Decoder<Cpu>) -> Result<Plan> {
     (0..3).try_fold(plan, |plan, layer| Ok(plan.with_rule(layer, 1, rule(0.125)?)?))
 }
 
-// One test: another one at the same time would be counted with it.
-#[test]
+// One at a time: another one would be counted with it.
+static ALONE: Mutex<()> = Mutex::new(());
+
 fn sequences_hold_the_bytes_that_their_plan_promises() -> Result<()> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/moa-tiny");
     for cache in [Dtype::F32, Dtype::Bf16] {
         let model = load(&tiny, cache)?;
@@ -107,15 +119,18 @@ fn sequences_hold_the_bytes_that_their_plan_promises() -> Result<()> {
         let grown = holds_what_it_promises(&model, &plan, 2048, cache)?;
         within_2_percent(grown, plan.kv_bytes(2048, slot_bytes), "grown by the sequence");
     }
-    match std::env::var_os("MOA_TEST_DATA").map(PathBuf::from) {
-        Some(data) => {
-            let model = load(&data.join("models/moa-small"), Dtype::F32)?;
-            let plan = quarter(&model)?;
-            let slot_bytes = Dtype::F32.slot_bytes(model.shape().head_dim);
-            assert_eq!(plan.kv_bytes(8192, slot_bytes) * 4, model.dense_bytes(8192)?);
-            holds_what_it_promises(&model, &plan, 8192, Dtype::F32)?;
-        }
-        None => eprintln!("skipped: set MOA_TEST_DATA to the folder with `models/moa-small`"),
-    }
+    Ok(())
+}
+
+fn those_of_a_longer_context_do_too() -> Verdict {
+    let Some(data) = std::env::var_os("MOA_TEST_DATA") else {
+        return Err(Stop::ignored("MOA_TEST_DATA does not name the folder of real models"));
+    };
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let model = load(&Path::new(&data).join("models/moa-small"), Dtype::F32)?;
+    let plan = quarter(&model)?;
+    let slot_bytes = Dtype::F32.slot_bytes(model.shape().head_dim);
+    assert_eq!(plan.kv_bytes(8192, slot_bytes) * 4, model.dense_bytes(8192)?);
+    holds_what_it_promises(&model, &plan, 8192, Dtype::F32)?;
     Ok(())
 }

@@ -120,8 +120,10 @@ impl Step {
     /// cache is changed.
     ///
     /// # Errors
-    /// If the batch does not fit together or a cache has no room, if kernels cannot be compiled, if
-    /// memory cannot be had.
+    /// [`Error::Argument`] if the batch does not fit together, [`Error::Core`] with
+    /// [`CapacityExceeded`](moa_core::Error::CapacityExceeded) if a cache has no room,
+    /// [`Error::NoNvrtc`] or [`Error::Compile`] if kernels cannot be compiled,
+    /// [`Error::OutOfMemory`], [`Error::Driver`].
     ///
     /// # Safety
     /// `stream` is a stream of the device's primary context and not being captured. What an earlier

@@ -216,7 +216,8 @@ impl Kernels {
     /// [`extend_wgmma`](Self::extend_wgmma) with the same arguments.
     ///
     /// # Errors
-    /// As [`extend_wgmma`](Self::extend_wgmma).
+    /// [`moa_core::Error::Unsupported`] where [`extend_wgmma`](Self::extend_wgmma) is, [`Error::Driver`]
+    /// if the launch is refused.
     ///
     /// # Safety
     /// As [`extend_wgmma`](Self::extend_wgmma).

@@ -162,7 +162,8 @@ impl Operations {
     /// [`random`](Self::random) numbers in e4m3.
     ///
     /// # Errors
-    /// As [`upload_e4m3`](Self::upload_e4m3).
+    /// [`Error::NotFinite`] if `amplitude` is not finite, [`Error::Argument`] unless `in` is a
+    /// multiple of 16, [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn random_e4m3(&self, shape: [usize; 2], amplitude: f32, seed: u32) -> Result<E4m3Weight> {
         const OP: &str = "random_e4m3";
         let [out, input] = shape;

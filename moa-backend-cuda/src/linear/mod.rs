@@ -62,7 +62,7 @@ impl Operations {
     /// its memory is where a captured step leaves its result.
     ///
     /// # Errors
-    /// As [`linear`](Self::linear).
+    /// [`Error::Argument`], [`Error::Blas`], [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn linear_into<'w>(
         &self,
         x: &Tensor,
@@ -79,7 +79,7 @@ impl Operations {
     /// `sum + x . weight^T + bias` with an f32 `sum`: the end of a residual branch.
     ///
     /// # Errors
-    /// As [`linear`](Self::linear).
+    /// [`Error::Argument`], [`Error::Blas`], [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn linear_add<'w>(
         &self,
         sum: Tensor,

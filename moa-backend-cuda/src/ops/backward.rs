@@ -18,7 +18,7 @@ const STRETCH: usize = 512;
 /// Tokens per side of the smallest influence block.
 const BLOCK: usize = 64;
 
-/// What [`Operations::attention_backward`] finds.
+/// One layer's influence, and the gradients of its attention by q, k and v if they were asked for.
 #[derive(Debug)]
 pub struct AttentionGradients {
     /// Influence summed over blocks and over each KV head's query heads, f32
@@ -55,7 +55,7 @@ impl Operations {
     /// `d_y . weight`, the gradient of [`linear`](Self::linear) by its input, in f32.
     ///
     /// # Errors
-    /// As [`linear`](Self::linear).
+    /// [`Error::Argument`], [`Error::Blas`], [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn linear_backward(&self, d_y: &Tensor, weight: &Tensor) -> Result<Tensor> {
         const OP: &str = "linear_backward";
         let [_, input] = self.matrix(OP, "weight", weight)?;
@@ -67,7 +67,7 @@ impl Operations {
     /// `d_x + d_y . weight` with an f32 `d_x`.
     ///
     /// # Errors
-    /// As [`linear`](Self::linear).
+    /// [`Error::Argument`], [`Error::Blas`], [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn linear_backward_add(
         &self,
         d_x: Tensor,

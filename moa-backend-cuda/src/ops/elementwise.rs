@@ -7,7 +7,8 @@ use super::{Indices, Operations, check_dtype, check_shape, shaped};
 use crate::memory::address;
 use crate::{Dtype, Error, Result, Tensor};
 
-/// Rotary angles of one sequence's new tokens.
+/// The rotary frequencies of one sequence and the positions of its new tokens, from which
+/// [`Operations::turns`] makes angles.
 #[derive(Clone, Debug)]
 pub struct Turns<'a> {
     /// Radians per position of each dimension pair, `[head_dim / 2]`.
@@ -34,7 +35,7 @@ impl Operations {
     /// [`embed`](Self::embed) of ids that are on the device already.
     ///
     /// # Errors
-    /// As [`embed`](Self::embed), but for ids.
+    /// [`Error::Argument`] if the table is not a matrix, [`Error::OutOfMemory`], [`Error::Driver`].
     ///
     /// # Safety
     /// When the device comes to it, every id is a row of the table.

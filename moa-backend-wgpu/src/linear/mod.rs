@@ -50,7 +50,7 @@ pub fn linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tens
 /// there are, to within what rounding costs, and numbers beyond the type's range become infinite.
 ///
 /// # Errors
-/// As [`linear`].
+/// [`Error::Argument`] if shapes do not fit, [`Error::TooLarge`].
 pub fn linears(x: &Tensor, layers: &[Layer<'_>], inner: Dtype) -> Result<Vec<Tensor>> {
     each(x, layers, None, inner)
 }
@@ -58,7 +58,7 @@ pub fn linears(x: &Tensor, layers: &[Layer<'_>], inner: Dtype) -> Result<Vec<Ten
 /// `plus + x . weight^T + bias`; of `inner` see [`linears`].
 ///
 /// # Errors
-/// As [`linear`].
+/// [`Error::Argument`] if shapes do not fit, [`Error::TooLarge`].
 pub fn linear_add(plus: &Tensor, x: &Tensor, layer: Layer<'_>, inner: Dtype) -> Result<Tensor> {
     one(x, layer, Some(plus), inner)
 }

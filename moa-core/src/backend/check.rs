@@ -28,7 +28,8 @@ impl AttentionShape {
 /// on which a tensor lies, is left to it.
 ///
 /// # Errors
-/// [`Error::Argument`] and [`Error::CapacityExceeded`].
+/// [`Error::Argument`] if the arguments do not fit together, [`Error::CapacityExceeded`] if a cache
+/// has no room.
 ///
 /// [`SparseAttentionBackend::extend`]: crate::SparseAttentionBackend::extend
 /// [`Error::Argument`]: crate::Error::Argument
@@ -83,7 +84,7 @@ pub fn check_batch<'a>(
 /// Checks the arguments of [`SparseAttentionBackend::influence`], as [`check_extend`] does.
 ///
 /// # Errors
-/// [`Error::Argument`].
+/// [`Error::Argument`] if the arguments do not fit together.
 ///
 /// [`SparseAttentionBackend::influence`]: crate::SparseAttentionBackend::influence
 /// [`Error::Argument`]: crate::Error::Argument

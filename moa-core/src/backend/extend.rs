@@ -25,7 +25,8 @@ pub struct ExtendInputs<'a, T> {
     pub lse: bool,
 }
 
-/// What attention of new tokens gives.
+/// The attention output of the tokens that [`extend`](crate::SparseAttentionBackend::extend)
+/// appended.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Extended<T> {
     /// Attention output, `[tokens, query_heads, head_dim]`.

@@ -194,8 +194,8 @@ pub trait SparseAttentionBackend {
     /// An empty cache.
     ///
     /// # Errors
-    /// The error says that the memory cannot be had, or that the device does not support `head_dim`
-    /// ([`crate::Error::Argument`]) or a layout of this size.
+    /// [`crate::Error::Argument`] if the device does not support `head_dim` or a layout of this
+    /// size, or the backend's error of a failed allocation.
     fn open(&self, layout: &LayerLayout, head_dim: usize) -> Result<Self::Cache, Self::Error>;
 
     /// Appends new tokens to each cache of the batch and returns their attention outputs.
@@ -213,7 +213,7 @@ pub trait SparseAttentionBackend {
     /// An independent copy, for shared prefixes.
     ///
     /// # Errors
-    /// The error says that the memory cannot be had.
+    /// The backend's error of a failed allocation; `cache` is as it was.
     fn fork(&self, cache: &Self::Cache) -> Result<Self::Cache, Self::Error>;
 
     /// Forgets all tokens after the first `len`: [`CacheState::truncate`].

@@ -74,7 +74,7 @@ impl MappedTensor {
     /// copied, and nothing else is read.
     ///
     /// # Errors
-    /// If the tensor does not have them.
+    /// [`Error::Invalid`] if the tensor has no axis, or a range ends beyond its rows.
     pub fn rows(&self, rows: &[Range<usize>]) -> Result<Self> {
         let Some(&count) = self.shape.first() else {
             return Err(Error::invalid("weight", "at least 1 axis", 0));
@@ -95,7 +95,7 @@ impl MappedTensor {
     /// These columns of `[rows, columns]`, in the order given; copied, unless they are all.
     ///
     /// # Errors
-    /// If the tensor does not have them.
+    /// [`Error::Invalid`] if the tensor has not two axes, or a range ends beyond its columns.
     pub fn columns(&self, columns: &[Range<usize>]) -> Result<Self> {
         let &[rows, count] = self.shape() else {
             return Err(Error::invalid("weight", "2 axes", self.shape.len()));

@@ -25,7 +25,7 @@ pub trait Tensors {
     /// tensor.
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<MappedTensor>;
 
-    /// What ties a plan to these weights.
+    /// The fingerprint that ties a plan to these weights.
     fn fingerprint(&self) -> String;
 }
 

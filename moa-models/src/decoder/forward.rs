@@ -10,8 +10,13 @@ impl<D: Math> Decoder<D> {
     /// Appends `tokens[i]` to `batch[i]` and returns logits `[rows, vocab]`.
     ///
     /// # Errors
-    /// If a sequence has no room or a token is outside the vocabulary; then nothing changes. If the
-    /// device fails half-way, the sequences of the batch refuse further use.
+    /// [`Error::Core`] with [`CapacityExceeded`](moa_core::Error::CapacityExceeded) if a sequence
+    /// has no room; [`Error::Invalid`] if there is not one list of new tokens for each sequence, a
+    /// list is empty, a token is not in the vocabulary, a logit row is not one of the new tokens,
+    /// or an earlier step of a sequence failed half-way. Every sequence is then as it was.
+    ///
+    /// [`Error::Backend`] or [`Error::OutOfMemory`] if the device fails, [`Error::Rank`] if another
+    /// rank does. Where that is half-way, the sequences of the batch refuse further use.
     pub fn forward(
         &self,
         batch: &mut [&mut Sequence<D>],

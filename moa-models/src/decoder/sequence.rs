@@ -6,9 +6,10 @@ use crate::decoder::model::Decoder;
 use crate::device::rope_table::RopeTable;
 use crate::device::{Device, Math};
 
-/// One sequence: its caches in every layer, as large as its plan allows and no larger.
+/// The state of one text that a [`Decoder`] is reading or writing: a cache for every layer, as
+/// large as its plan allows and no larger.
 pub struct Sequence<D: Device> {
-    /// Those of all layers; a model has at least one.
+    /// The caches of all layers; a model has at least one.
     pub(crate) caches: Vec<Cache<D>>,
     pub(crate) rope: RopeTable,
     /// A device failed half-way through a step: layers disagree on the length.
@@ -57,7 +58,12 @@ impl<D: Math> Decoder<D> {
     /// length. `slack` more tokens per head can be rolled back (speculative decoding).
     ///
     /// # Errors
-    /// If the plan is for another model or `capacity` is longer than the model's context.
+    /// [`Error::Core`](crate::Error::Core) with [`ShapeMismatch`](moa_core::Error::ShapeMismatch)
+    /// if the plan is for a model of other dimensions,
+    /// [`Error::ContextExceeded`](crate::Error::ContextExceeded) if `capacity` is longer than the
+    /// model's context, [`Error::Invalid`](crate::Error::Invalid) if it is 0,
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory) or
+    /// [`Error::Backend`](crate::Error::Backend) if the device has no room for the caches.
     pub fn open(&self, plan: &Plan, capacity: usize, slack: usize) -> Result<Sequence<D>> {
         let plan = self.own_plan(plan)?;
         self.config.check_context(capacity)?;
@@ -84,7 +90,9 @@ impl<D: Math> Decoder<D> {
     /// An independent copy of a sequence, for a shared prefix.
     ///
     /// # Errors
-    /// If the memory cannot be had.
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory) or
+    /// [`Error::Backend`](crate::Error::Backend) if the device has no room for a second set of
+    /// caches.
     pub fn fork(&self, sequence: &Sequence<D>) -> Result<Sequence<D>> {
         let fork = |cache| self.device.attention().fork(cache).map_err(Into::into);
         Ok(Sequence {

@@ -13,7 +13,8 @@ use crate::device::rank::Communicator;
 use crate::device::{Device, Load, Math};
 use crate::{Error, Result};
 
-/// What one device has of a model that several share, and how they add up their results.
+/// One rank's part of a model that several devices share: which KV heads it owns, and the
+/// communicator that sums over ranks.
 ///
 /// Projections to heads and inner features are split by output: a rank computes its own heads and
 /// features. Those back to the residual stream are split by input, and give a part of the sum, so that
@@ -87,7 +88,8 @@ impl<D: Device> Shard<D> {
     /// The heads that `sharding` gives to the rank of `communicator`.
     ///
     /// # Errors
-    /// If they are of different numbers of ranks.
+    /// [`Error::Invalid`] if `communicator` belongs to a group of another size than `sharding` was
+    /// made for.
     pub fn new(sharding: &Sharding, communicator: impl Communicator<D> + 'static) -> Result<Self> {
         let (ranks, got) = (sharding.ranks(), communicator.ranks());
         if ranks != got || communicator.rank() >= ranks {
@@ -174,8 +176,10 @@ impl<D: Math> Decoder<D> {
     /// whole model, of which a rank opens caches for its own heads. Profiling needs a whole model.
     ///
     /// # Errors
-    /// If the sharding is for another model, the inner size cannot be divided by the number of ranks, or
-    /// the vocabulary is too small; as [`load`](Self::load).
+    /// [`Error::Core`] with [`ShapeMismatch`](moa_core::Error::ShapeMismatch) if the sharding is
+    /// for a model of other dimensions; [`Error::Invalid`] if `intermediate_size` is not a multiple
+    /// of the number of ranks, or the vocabulary has fewer than 8 tokens a rank; those of
+    /// [`load`](Self::load).
     pub fn load_shard(
         device: D,
         config: ModelConfig,
@@ -185,15 +189,15 @@ impl<D: Math> Decoder<D> {
         Self::load_part(device, config, weights, Some(shard))
     }
 
-    /// Devices that share the model.
+    /// The number of devices that share the model; 1 for a whole model.
     pub fn ranks(&self) -> usize {
         self.shard.as_ref().map_or(1, |shard| shard.sharding.ranks())
     }
 
-    /// Whether all of the model is here.
+    /// Checks that all of the model is here.
     ///
     /// # Errors
-    /// If it is not.
+    /// [`Error::Invalid`] naming `what`, if the model is one rank's part.
     pub(crate) fn check_whole(&self, what: &'static str) -> Result<()> {
         match &self.shard {
             None => Ok(()),
@@ -201,10 +205,11 @@ impl<D: Math> Decoder<D> {
         }
     }
 
-    /// What of a plan is about the heads that are here.
+    /// The part of a plan that is about this rank's heads.
     ///
     /// # Errors
-    /// If it is for another model.
+    /// [`Error::Core`] with [`ShapeMismatch`](moa_core::Error::ShapeMismatch) if the plan is for a
+    /// model of other dimensions.
     pub(crate) fn own_plan<'a>(&self, plan: &'a Plan) -> Result<Cow<'a, Plan>> {
         plan.check_shape(&self.shape())?;
         Ok(match &self.shard {
@@ -253,7 +258,7 @@ impl<D: Math> Decoder<D> {
         Ok(values)
     }
 
-    /// Whether what the device has computed so far is whole.
+    /// Checks that no rank has failed, so that what the device has computed so far is whole.
     ///
     /// # Errors
     /// [`Error::Rank`] if a rank failed.

@@ -6,15 +6,16 @@ use std::sync::Arc;
 use crate::Result;
 use crate::device::Device;
 
-/// One of the devices that share a model.
+/// One member of a group of devices that share a model; each has whole KV heads of every layer.
 pub trait Rank: Send + Sync {
-    /// Its number, from 0.
+    /// This rank's number, counted from 0.
     fn rank(&self) -> usize;
 
-    /// How many there are.
+    /// The number of ranks in the group.
     fn ranks(&self) -> usize;
 
-    /// Tells the others that this one will not go on: they fail rather than wait for it.
+    /// Tells the other ranks that this rank has failed, so that they fail too and do not wait for
+    /// it.
     fn fail(&self);
 
     /// The first rank of this process that failed.
@@ -27,7 +28,9 @@ pub trait Communicator<D: Device>: Rank {
     /// and with the same shapes.
     ///
     /// # Errors
-    /// [`Error::Rank`] if another rank failed or, over the host, left; if the device fails.
+    /// [`Error::Rank`](crate::Error::Rank) if another rank failed or, over the host, left;
+    /// [`Error::Backend`](crate::Error::Backend) or
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory) if the device fails.
     fn all_reduce(&self, device: &D, x: &mut D::Tensor) -> Result<()>;
 
     /// Whether [`all_reduce`](Self::all_reduce) only launches work that writes `x` in place, so that
@@ -69,7 +72,8 @@ impl<D: Device, C: Communicator<D>> Communicator<D> for Arc<C> {
 /// others with it; the error is that of the first.
 ///
 /// # Errors
-/// Those of `work`.
+/// The error that `work` returned on the rank that failed first; the errors of the other ranks,
+/// which fail because of it, are dropped.
 ///
 /// # Panics
 /// If `work` does.

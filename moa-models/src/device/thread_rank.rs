@@ -43,7 +43,7 @@ impl ThreadRank {
     /// All ranks of a group.
     ///
     /// # Errors
-    /// If there are none.
+    /// [`Error::Invalid`] if `ranks` is 0.
     pub fn group(ranks: usize) -> Result<Vec<Self>> {
         if ranks == 0 {
             return Err(Error::invalid("ranks", "at least 1", ranks));

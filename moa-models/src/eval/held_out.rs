@@ -16,7 +16,7 @@ impl<D: Math> Checkpoint<D> {
     /// used whose short questions the dense model answers best.
     ///
     /// # Errors
-    /// Those of [`Checkpoint::retrieval`] and of the chat template.
+    /// Those of [`Checkpoint::retrieval`] and [`Checkpoint::chat_tokens`].
     pub fn held_out_cases(
         &self,
         length: usize,

@@ -50,7 +50,10 @@ impl<D: Math> Decoder<D> {
     /// are computed together.
     ///
     /// # Errors
-    /// If there is no item, the plan is for another model or an item is longer than `capacity`.
+    /// [`Error::Invalid`] if `items` is empty, [`Error::Core`] with
+    /// [`ShapeMismatch`](moa_core::Error::ShapeMismatch) if the plan is for a model of other
+    /// dimensions, [`Error::ContextExceeded`] if an item is longer than `capacity`, or `capacity`
+    /// than the model's context; [`Error::OutOfMemory`] or [`Error::Backend`] if the device fails.
     pub fn response_loss(&self, items: &[Item], plan: &Plan, capacity: usize) -> Result<f64> {
         Ok(self.variant_losses(items, plan, &[], capacity)?.0)
     }

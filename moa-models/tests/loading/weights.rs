@@ -1,10 +1,9 @@
 use std::fs;
-use std::path::Path;
 
 use moa_models::{Dtype, Error, Weights};
 use proptest::prelude::*;
 
-use crate::{moa_tiny, test_data};
+use crate::moa_tiny;
 
 /// The bytes of a safetensors file with this header and `len` bytes of data, counting up.
 fn file(header: &str, len: usize) -> Vec<u8> {
@@ -240,27 +239,6 @@ fn fingerprint_is_of_the_tensors_not_of_the_files() -> Result<(), Error> {
 }
 
 const FINGERPRINT: &str = "b2564407191306ae";
-
-#[test]
-fn sharded_checkpoint_of_a_trained_model() -> Result<(), Error> {
-    let Some(dir) = test_data("models/moa-small") else { return Ok(()) };
-    let weights = Weights::open(&dir)?;
-    assert_eq!(weights.names().count(), 2 + 9 * 8);
-    let q = weights.tensor("model.layers.7.self_attn.q_proj.weight", &[512, 512])?;
-    assert_eq!(q.dtype(), Dtype::Bf16);
-    assert!(weights.tensor("model.embed_tokens.weight", &[8192, 512])?.to_f32()[0].is_finite());
-    let copy = tempfile::tempdir().unwrap();
-    for entry in fs::read_dir(&dir).unwrap() {
-        let path = entry.unwrap().path();
-        let name = path.file_name().unwrap().to_owned();
-        if Path::new(&name) != Path::new("model-00003-of-00004.safetensors") {
-            fs::copy(&path, copy.path().join(name)).unwrap();
-        }
-    }
-    let error = Weights::open(copy.path()).unwrap_err();
-    assert!(error.to_string().contains("model-00003-of-00004.safetensors"), "{error}");
-    Ok(())
-}
 
 proptest! {
     #[test]
