@@ -27,7 +27,7 @@ fn main() -> Result<()> {
     let mut engine = checkpoint.engine(EngineOptions { prefill_chunk: 256, ..Default::default() });
     // A request has its own plan and its own options.
     let mut ids = vec![engine.submit(ask(&first.text), &dense, options.clone())];
-    println!("{:32}{}", "dense", "uniform window, 25 %");
+    println!("{:32}uniform window, 25 %", "dense");
     let mut completions = Vec::new();
     while let Some(event) = engine.step()? {
         // The first request's row is to the left.

@@ -1,6 +1,6 @@
 //! The CUDA backend on burn's tensors against the conformance suite, and its order with burn's work.
 //!
-//! Needs the feature `burn`; DESIGN.md says how to build it without internet. Without a GPU trials are
+//! Needs the feature `burn`; the crate's DECISIONS.md says how to build it without internet. Without a GPU trials are
 //! ignored; with `MOA_REQUIRE_GPU=1` they fail then.
 
 mod gpu;
@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::sync::OnceLock;
 
 use burn_backend::ops::FloatTensorOps;
-use burn_backend::{Dtype, TensorData};
+use burn_backend::{DType, TensorData};
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeBackend, CubeDevice, ops};
 use cubecl::device::{CpuDevice, CudaDevice};
@@ -23,7 +23,7 @@ fn burns() -> CubeDevice {
     CubeDevice::Cuda(CudaDevice::new(0))
 }
 
-fn burn_tensor(data: &[f32], shape: &[usize], dtype: Dtype) -> CubeTensor {
+fn burn_tensor(data: &[f32], shape: &[usize], dtype: DType) -> CubeTensor {
     let data = TensorData::new(data.to_vec(), shape.to_vec()).convert_dtype(dtype);
     CubeBackend::float_from_data(data, &burns())
 }
@@ -53,12 +53,12 @@ impl Subject for Burn {
         burn_tensor(
             data,
             shape,
-            if self.0.dtype() == Dtype::F16 { Dtype::F16 } else { Dtype::Bf16 },
+            if self.0.dtype() == Dtype::F16 { DType::F16 } else { DType::BF16 },
         )
     }
 
     fn lse(&self, data: &[f32], shape: &[usize]) -> CubeTensor {
-        burn_tensor(data, shape, Dtype::F32)
+        burn_tensor(data, shape, DType::F32)
     }
 
     fn host(&self, tensor: &CubeTensor) -> Vec<f32> {

@@ -59,7 +59,8 @@ pub trait Subject: Sized + 'static {
         1e-5
     }
 
-    /// Largest [`error`](crate::error) of sums of influence; a third of it for gradients.
+    /// Largest difference of a sum of influence from the f64 reference's, as a share of 1 plus
+    /// that; a third of it for gradients.
     fn influence_tolerance(&self) -> f64 {
         3e-4
     }

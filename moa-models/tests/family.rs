@@ -308,7 +308,7 @@ fn influence_equals_finite_differences() -> Result<()> {
     let mut compared = 0;
     for (layer, (weights, values)) in attention.iter().enumerate() {
         let mut expected = vec![vec![0.0; 100]; 2];
-        for query in 0..4 {
+        for (query, weights) in weights.iter().enumerate() {
             for i in 1..10 {
                 let gradient = |element: usize| {
                     let at = |by: f64| naive.loss(PROMPT, Some((layer, i, query, element, by)));
@@ -320,7 +320,7 @@ fn influence_equals_finite_differences() -> Result<()> {
                     let value = &values[j][kv * DIM..(kv + 1) * DIM];
                     d_out.iter().zip(value).map(|(d, v)| d * v).sum::<f64>()
                 };
-                let a = &weights[query][i];
+                let a = &weights[i];
                 let mean: f64 = a.iter().enumerate().map(|(j, a)| a * along(j)).sum();
                 // A token always sees itself.
                 for (j, a) in a.iter().enumerate().take(i) {

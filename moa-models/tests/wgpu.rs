@@ -7,17 +7,16 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use moa_backend_wgpu::{Device, Dtype};
-use moa_backend_wgpu::{Device as Gpu, Dtype};
-use moa_conformance::{Stop, Verdict, run, trials};
+use moa_backend_wgpu::Device as Gpu;
+use moa_conformance::{Stop, Verdict, trials};
 use moa_core::{ElasticRule, HeadRule, Influence, ModelShape, Plan, Span};
 use moa_models::{
-    Backward, Checkpoint, Cpu, Device, Dtype, EngineOptions, GenerateOptions, Item, LogitRows,
+    Backward, Checkpoint, Cpu, Dtype, EngineOptions, GenerateOptions, Item, LogitRows, Math,
     Objective, Wgpu,
 };
 
 fn main() -> ExitCode {
-    run(trials![
+    moa_conformance::run(trials![
         generation_and_logits_equal_those_of_the_cpu,
         cache_bytes_are_what_the_plan_promises,
         influence_equals_that_of_the_cpu,
@@ -31,10 +30,10 @@ fn moa_tiny() -> PathBuf {
 }
 
 /// The GPU, for one trial at a time. Trials without it are ignored; with `MOA_REQUIRE_WGPU=1` they fail.
-fn device() -> Result<(Device, MutexGuard<'static, ()>), Stop> {
+fn device() -> Result<(Gpu, MutexGuard<'static, ()>), Stop> {
     static ALONE: Mutex<()> = Mutex::new(());
     let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    match Device::open() {
+    match Gpu::open() {
         Ok(device) => Ok((device, alone)),
         Err(error) => Err(Stop::unless_required("MOA_REQUIRE_WGPU", error)),
     }

@@ -49,11 +49,6 @@ impl Wgpu {
     fn gpu(&self) -> &Gpu {
         self.attention.device()
     }
-
-    fn linear(&self, x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
-        let mut out = kernels::linears(x, &[Layer { weight, bias }], self.inner)?;
-        out.pop().ok_or_else(|| Error::invalid("layers", "1", 0))
-    }
 }
 
 impl Device for Wgpu {

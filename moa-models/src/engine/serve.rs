@@ -89,7 +89,7 @@ struct Waiting<D: Math> {
 /// Where a request runs.
 enum Place<D: Math> {
     /// In a sequence that is opened when it begins.
-    Open { plan: Plan, capacity: usize },
+    Open { plan: Box<Plan>, capacity: usize },
     /// In the caller's sequence.
     Resume(Sequence<D>),
 }
@@ -152,7 +152,7 @@ impl<D: Math> Engine<D> {
             let limit = model.config().context_length();
             check_length(prompt, limit)?;
             let capacity = prompt.saturating_add(new).min(limit);
-            Ok((Place::Open { plan: plan.clone(), capacity }, capacity))
+            Ok((Place::Open { plan: Box::new(plan.clone()), capacity }, capacity))
         })
     }
 

@@ -8,7 +8,6 @@ use moa_conformance::{Stop, Trial, Verdict, trials};
 use moa_models::{Backward, Checkpoint, Cpu, Cuda, Dtype, Load};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
-use safetensors::tensor::{Dtype as FileDtype, TensorView};
 
 use crate::laws::decoder_equals_steps;
 use crate::text::{greedy, greedy_text_agrees};
