@@ -24,7 +24,7 @@ fn a_plan_has_the_spans_and_sizes_it_had() -> Result<()> {
     let spans = |n| plan.spans(n).iter().map(|s| s.total().min(n)).collect::<Vec<_>>();
     assert_eq!(spans(192), [24, 192, 96, 144, 24, 192, 120, 24, 192, 24, 24, 72]);
     assert_eq!(spans(1000), [125, 1000, 298, 952, 125, 1000, 827, 125, 1000, 125, 125, 375]);
-    assert_eq!((plan.kv_bytes(1000, 2), SHAPE.kv_bytes(1000, 2)), (1_555_712, 3_072_000));
+    assert_eq!((plan.kv_bytes(1000, 256), SHAPE.kv_bytes(1000, 256)), (1_555_712, 3_072_000));
 
     let from = &plan.provenance;
     assert_eq!(from.method.as_deref(), Some("moa validate"));

@@ -124,7 +124,7 @@ mod tests {
         let shape = ModelShape { layers: 1, query_heads: 4, kv_heads: 2, head_dim: 8 };
         let rules = vec![ElasticRule::FULL.into(), ElasticRule::fixed(100).into()];
         let plan = Plan::new(shape, 4, 8, rules).unwrap();
-        let summary = PlanSummary::new(&plan, &[400], 2);
+        let summary = PlanSummary::new(&plan, &[400], 32);
         let text = summary.to_string();
         assert!(text.contains("62.5 %") && text.contains("layer 0   ██ ▂▂"), "{text}");
         let value = json!(summary);

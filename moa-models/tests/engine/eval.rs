@@ -76,8 +76,8 @@ fn an_evaluation_goes_on_after_the_answers_that_it_has() -> Result<()> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("items.jsonl");
     let question = |case| {
-        let question = checkpoint().task_question(Task::MultiKey, 384, 32, (5, case))?;
-        Ok(SizedQuestion { size: Some(384), case, question, place: format!("draw {case}") })
+        let question = checkpoint().task_question(Task::MultiKey, 448, 32, (5, case))?;
+        Ok(SizedQuestion { size: Some(448), case, question, place: format!("draw {case}") })
     };
     let mut questions = (0..3).map(question).collect::<Result<Vec<_>>>()?;
     let plan = full();
