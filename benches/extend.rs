@@ -5,8 +5,11 @@
 use criterion::{
     BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
 };
-use moa_backend_cpu::{CacheDtype, CpuBackend, Tensor};
-use moa_core::{InfluenceInputs, InfluenceSign, LayerLayout, Span, SparseAttentionBackend};
+use moa_backend_cpu::{Cache, CpuBackend, Tensor};
+use moa_core::{
+    Append, Dtype, ExtendInputs, Extended, InfluenceInputs, InfluenceSign, LayerLayout, Span,
+    SparseAttentionBackend,
+};
 
 const QUERY_HEADS: usize = 8;
 const KV_HEADS: usize = 4;
@@ -18,6 +21,16 @@ fn tensor(tokens: usize, heads: usize, seed: u32) -> Tensor {
     let data = (0..(tokens * heads * HEAD_DIM) as u32)
         .map(|i| (hash(i) >> 8) as f32 / (1 << 23) as f32 - 1.0);
     Tensor::new(data.collect(), &[tokens, heads, HEAD_DIM]).unwrap()
+}
+
+fn extend(
+    backend: &CpuBackend,
+    cache: &mut Cache,
+    [q, k, v]: [&Tensor; 3],
+    lse: bool,
+) -> Extended<Tensor> {
+    let inputs = ExtendInputs { q, k, v, scale: SCALE, lse };
+    backend.extend(&mut [Append { cache, tokens: q.rows() }], &inputs).unwrap()
 }
 
 fn dense(tokens: usize) -> Vec<Span> {
@@ -36,7 +49,7 @@ fn operations(spans: &[Span], tokens: usize) -> u64 {
 }
 
 fn prefill(c: &mut Criterion) {
-    let backend = CpuBackend::new(CacheDtype::Bf16);
+    let backend = CpuBackend::new(Dtype::Bf16);
     let mut group = c.benchmark_group("prefill");
     group.sample_size(10).sampling_mode(SamplingMode::Flat);
     for tokens in [1024, 2048, 4096, 8192] {
@@ -51,7 +64,7 @@ fn prefill(c: &mut Criterion) {
             group.bench_function(BenchmarkId::new(name, tokens), |b| {
                 b.iter(|| {
                     let mut cache = backend.open(&layout, HEAD_DIM).unwrap();
-                    backend.extend(&mut [&mut cache], &[tokens], &q, &k, &v, SCALE, false).unwrap()
+                    extend(&backend, &mut cache, [&q, &k, &v], false)
                 });
             });
         }
@@ -65,22 +78,22 @@ fn decode(c: &mut Criterion) {
         (tensor(TOKENS, QUERY_HEADS, 1), tensor(TOKENS, KV_HEADS, 2), tensor(TOKENS, KV_HEADS, 3));
     let (q1, k1, v1) = (tensor(1, QUERY_HEADS, 4), tensor(1, KV_HEADS, 5), tensor(1, KV_HEADS, 6));
     let mut group = c.benchmark_group("decode");
-    for dtype in [CacheDtype::F32, CacheDtype::F16, CacheDtype::Bf16] {
+    for dtype in Dtype::ALL {
         let backend = CpuBackend::new(dtype);
         for (name, spans) in [("dense", dense(TOKENS)), ("mixed", mixed(TOKENS))] {
             let slack = 1 << 12;
             let layout = LayerLayout::new(&spans, TOKENS + slack, 0).unwrap();
             let mut filled = backend.open(&layout, HEAD_DIM).unwrap();
-            backend.extend(&mut [&mut filled], &[TOKENS], &q, &k, &v, SCALE, false).unwrap();
+            extend(&backend, &mut filled, [&q, &k, &v], false);
             let read: usize = spans.iter().map(|span| span.total().min(TOKENS)).sum();
             group.throughput(Throughput::Bytes((2 * read * HEAD_DIM * dtype.bytes()) as u64));
             let mut cache = backend.fork(&filled).unwrap();
             group.bench_function(BenchmarkId::new(format!("{name}-{dtype:?}"), TOKENS), |b| {
                 b.iter(|| {
-                    if cache.len() == TOKENS + slack {
+                    if cache.as_ref().room() == 0 {
                         cache = backend.fork(&filled).unwrap();
                     }
-                    backend.extend(&mut [&mut cache], &[1], &q1, &k1, &v1, SCALE, false).unwrap()
+                    extend(&backend, &mut cache, [&q1, &k1, &v1], false)
                 });
             });
         }
@@ -95,15 +108,15 @@ fn influence(c: &mut Criterion) {
         (tensor(TOKENS, QUERY_HEADS, 1), tensor(TOKENS, KV_HEADS, 2), tensor(TOKENS, KV_HEADS, 3));
     let d_out = tensor(TOKENS, QUERY_HEADS, 4);
     let layout = LayerLayout::new(&dense(TOKENS), TOKENS, 0).unwrap();
-    let extend = || {
+    let forward = || {
         let mut cache = backend.open(&layout, HEAD_DIM).unwrap();
-        backend.extend(&mut [&mut cache], &[TOKENS], &q, &k, &v, SCALE, true).unwrap()
+        extend(&backend, &mut cache, [&q, &k, &v], true)
     };
-    let (out, lse) = extend();
+    let Extended { out, lse } = forward();
     let lse = lse.unwrap();
     let mut group = c.benchmark_group("influence");
     group.sample_size(10).sampling_mode(SamplingMode::Flat);
-    group.bench_function(BenchmarkId::new("extend", TOKENS), |b| b.iter(extend));
+    group.bench_function(BenchmarkId::new("extend", TOKENS), |b| b.iter(forward));
     for gradients in [false, true] {
         let name = if gradients { "with-gradients" } else { "alone" };
         let inputs = InfluenceInputs {

@@ -11,7 +11,7 @@ use std::collections::HashSet;
 use burn_cubecl::CubeDevice;
 use cubecl::wgpu::WgpuDevice;
 use moa_backend_wgpu::{Cache, Device, Dtype, Tensor, WgpuBackend};
-use moa_core::{LayerLayout, Span, SparseAttentionBackend};
+use moa_core::{Append, ExtendInputs, LayerLayout, Span, SparseAttentionBackend};
 use serde_json::{Map, Value, json};
 
 #[path = "wgpu_extend/options.rs"]
@@ -112,11 +112,11 @@ impl Bench {
             let mut cache = backend.open(&LayerLayout::new(&spans, tokens, 0)?, head_dim)?;
             let taken = time(&self.device, seconds, || {
                 cache.reset();
-                io.extend(&backend, &mut [&mut cache], &[tokens]).map(drop)
+                io.extend(&backend, &mut [Append { cache: &mut cache, tokens }]).map(drop)
             })?;
             if name == "dense" {
                 cache.reset();
-                let out = io.extend(&backend, &mut [&mut cache], &[tokens])?;
+                let out = io.extend(&backend, &mut [Append { cache: &mut cache, tokens }])?;
                 expected = out.to_vec()?;
                 clock = taken.device.is_some();
             }
@@ -177,7 +177,7 @@ impl Bench {
             let mut first = backend.open(&layout, head_dim)?;
             for at in (0..tokens).step_by(CHUNK) {
                 let io = Inputs::new(self, at..tokens.min(at + CHUNK))?;
-                io.extend(&backend, &mut [&mut first], &[io.tokens])?;
+                io.extend(&backend, &mut [Append { cache: &mut first, tokens: io.tokens }])?;
             }
             let keys: usize = spans.iter().map(|span| span.total().min(tokens + 1)).sum();
             let bytes = keys * batch * head_dim * 2 * dtype.bytes();
@@ -186,16 +186,15 @@ impl Bench {
             for _ in 0..turns * batch {
                 caches.push(backend.fork(&first)?);
             }
-            let held = first.bytes();
+            let held = backend.bytes(&first);
             drop(first);
             let io = Inputs::new(self, 0..batch)?;
-            let ones = vec![1; batch];
             let mut turn = 0;
             let taken = time(&self.device, seconds, || {
-                let mut caches: Vec<&mut Cache> =
-                    caches.iter_mut().skip(turn * batch).take(batch).collect();
+                let part = caches.iter_mut().skip(turn * batch).take(batch);
+                let mut part: Vec<_> = part.map(|cache| Append { cache, tokens: 1 }).collect();
                 turn = (turn + 1) % turns;
-                io.extend(&backend, &mut caches, &ones).map(drop)
+                io.extend(&backend, &mut part).map(drop)
             })?;
             let rate = bytes as f64 / taken.wall;
             let on_device = taken.device.map(|seconds| bytes as f64 / seconds / self.copy_rate);
@@ -253,13 +252,9 @@ impl Inputs {
         Ok(Self { tokens: len, q, k, v, scale: 1.0 / (head_dim as f32).sqrt() })
     }
 
-    fn extend(
-        &self,
-        backend: &WgpuBackend,
-        caches: &mut [&mut Cache],
-        tokens: &[usize],
-    ) -> Result<Tensor> {
+    fn extend(&self, backend: &WgpuBackend, batch: &mut [Append<'_, Cache>]) -> Result<Tensor> {
         let Self { q, k, v, scale, .. } = self;
-        Ok(backend.extend(caches, tokens, q, k, v, *scale, false)?.0)
+        let inputs = ExtendInputs { q, k, v, scale: *scale, lse: false };
+        Ok(backend.extend(batch, &inputs)?.out)
     }
 }

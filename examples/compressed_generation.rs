@@ -6,12 +6,12 @@
 
 use moa_core::{ElasticRule, Plan};
 use moa_models::{
-    CacheDtype, Checkpoint, Cpu, EngineOptions, Event, GenerateOptions, Message, PHRASINGS, Result,
+    Checkpoint, Cpu, Dtype, EngineOptions, Event, GenerateOptions, Message, PHRASINGS, Result,
 };
 
 fn main() -> Result<()> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/moa-tiny");
-    let checkpoint = Checkpoint::open(Cpu::new(CacheDtype::Bf16), folder)?;
+    let checkpoint = Checkpoint::open(Cpu::new(Dtype::Bf16), folder)?;
     let model = &checkpoint.model;
 
     // A record of 60 lines and a question about one of them.

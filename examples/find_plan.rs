@@ -7,12 +7,12 @@
 use std::ops::ControlFlow;
 
 use moa_models::{
-    CacheDtype, CalibrationData, Checkpoint, CompressOptions, Cpu, Result, Stage, compress,
+    CalibrationData, Checkpoint, CompressOptions, Cpu, Dtype, Result, Stage, compress,
 };
 
 fn main() -> Result<()> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/moa-tiny");
-    let checkpoint = Checkpoint::open(Cpu::new(CacheDtype::Bf16), folder)?;
+    let checkpoint = Checkpoint::open(Cpu::new(Dtype::Bf16), folder)?;
     let options = CompressOptions {
         density: 0.3,
         lengths: vec![512, 1024],

@@ -5,22 +5,23 @@
 //! cargo run --release -p moa-core --example own_engine
 //! ```
 
-use moa_core::{ElasticRule, Extent, LayerLayout, ModelShape, Plan, Position, Result};
+use std::sync::Arc;
+
+use moa_core::{CacheState, ElasticRule, LayerLayout, ModelShape, Plan, Position, Result};
 
 /// One sequence in one layer of the engine: keys only, one number per slot, to keep it short.
 struct EngineCache {
-    layout: LayerLayout,
-    extent: Extent,
+    state: CacheState,
     keys: Vec<f32>,
 }
 
 impl EngineCache {
     /// What a step does: every query of the chunk reads its visible keys, then the chunk is stored.
     fn extend(&mut self, chunk: &[f32]) -> Result<Vec<Vec<f32>>> {
-        self.extent.check_append(&self.layout, chunk.len())?;
-        let len = self.extent.len();
+        self.state.check_append(chunk.len())?;
+        let len = self.state.len();
         let mut sums = Vec::new();
-        for head in self.layout.heads() {
+        for head in self.state.layout().heads() {
             let mut of_head = Vec::new();
             for query in len..len + chunk.len() {
                 // Keys that are cached already, as a few contiguous stretches of slots ...
@@ -40,14 +41,14 @@ impl EngineCache {
             }
             sums.push(of_head);
         }
-        for head in self.layout.heads() {
+        for head in self.state.layout().heads() {
             for run in head.append(len, chunk.len()) {
                 let from = run.position.0 - len;
                 self.keys[run.slot.0..run.slot.0 + run.len]
                     .copy_from_slice(&chunk[from..from + run.len]);
             }
         }
-        self.extent.advance(chunk.len());
+        self.state.append(chunk.len())?;
         Ok(sums)
     }
 }
@@ -64,8 +65,9 @@ fn main() -> Result<()> {
         2 * context,
         plan.density(context)
     );
-    let mut cache =
-        EngineCache { extent: Extent::default(), keys: vec![0.0; layout.slots()], layout };
+    let keys = vec![0.0; layout.slots()];
+    let state = CacheState::new(Arc::new(layout), shape.head_dim);
+    let mut cache = EngineCache { state, keys };
 
     // With all keys 1, the sum is the number of keys that a query sees.
     let prompt = vec![1.0; 40];

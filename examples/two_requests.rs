@@ -7,13 +7,13 @@
 
 use moa_core::{ElasticRule, Plan};
 use moa_models::{
-    CacheDtype, Checkpoint, Cpu, EngineOptions, Event, GenerateOptions, Message, PHRASINGS, Prompt,
+    Checkpoint, Cpu, Dtype, EngineOptions, Event, GenerateOptions, Message, PHRASINGS, Prompt,
     Result,
 };
 
 fn main() -> Result<()> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/moa-tiny");
-    let checkpoint = Checkpoint::open(Cpu::new(CacheDtype::Bf16), folder)?;
+    let checkpoint = Checkpoint::open(Cpu::new(Dtype::Bf16), folder)?;
     let shape = checkpoint.model.shape();
     let dense = Plan::full(shape)?;
     let quarter = Plan::uniform(shape, 64, ElasticRule::new(0.0, 0.25)?)?;
@@ -27,7 +27,7 @@ fn main() -> Result<()> {
     let mut engine = checkpoint.engine(EngineOptions { prefill_chunk: 256, ..Default::default() });
     // A request has its own plan and its own options.
     let mut ids = vec![engine.submit(ask(&first.text), &dense, options.clone())];
-    println!("{:32}{}", "dense", "uniform window, 25 %");
+    println!("{:32}uniform window, 25 %", "dense");
     let mut completions = Vec::new();
     while let Some(event) = engine.step()? {
         // The first request's row is to the left.

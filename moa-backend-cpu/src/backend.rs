@@ -1,10 +1,12 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use moa_core::{InfluenceInputs, InfluenceOutput, LayerLayout, Span, SparseAttentionBackend};
+use moa_core::{
+    Append, Dtype, ExtendInputs, Extended, InfluenceInputs, InfluenceOutput, LayerLayout, Span,
+    SparseAttentionBackend,
+};
 
-use crate::extend::{self, Inputs};
-use crate::{Cache, CacheDtype, Error, Result, Tensor, influence};
+use crate::{Cache, Error, Result, Tensor, attention, influence};
 
 /// Attention on CPU threads and SIMD.
 ///
@@ -12,17 +14,17 @@ use crate::{Cache, CacheDtype, Error, Result, Tensor, influence};
 /// nothing; bf16 and f16 halve the memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CpuBackend {
-    cache_dtype: CacheDtype,
+    cache_dtype: Dtype,
 }
 
 impl CpuBackend {
     /// A backend whose caches hold elements of this type.
-    pub const fn new(cache_dtype: CacheDtype) -> Self {
+    pub const fn new(cache_dtype: Dtype) -> Self {
         Self { cache_dtype }
     }
 
     /// Element type of the caches that it opens.
-    pub const fn cache_dtype(&self) -> CacheDtype {
+    pub const fn cache_dtype(&self) -> Dtype {
         self.cache_dtype
     }
 }
@@ -36,6 +38,10 @@ impl SparseAttentionBackend for CpuBackend {
         "cpu"
     }
 
+    fn slot_bytes(&self, head_dim: usize) -> u64 {
+        self.cache_dtype.slot_bytes(head_dim)
+    }
+
     fn open(&self, layout: &LayerLayout, head_dim: usize) -> Result<Cache> {
         if head_dim == 0 {
             return Err(Error::argument("open", "head_dim", "at least 1", 0));
@@ -45,19 +51,10 @@ impl SparseAttentionBackend for CpuBackend {
 
     fn extend(
         &self,
-        caches: &mut [&mut Cache],
-        tokens: &[usize],
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        scale: f32,
-        lse: bool,
-    ) -> Result<(Tensor, Option<Tensor>)> {
-        extend::extend(caches, tokens, &Inputs { q, k, v, scale, lse })
-    }
-
-    fn len(&self, cache: &Cache) -> usize {
-        cache.len()
+        batch: &mut [Append<'_, Cache>],
+        inputs: &ExtendInputs<'_, Tensor>,
+    ) -> Result<Extended<Tensor>> {
+        attention::extend(batch, inputs)
     }
 
     fn fork(&self, cache: &Cache) -> Result<Cache> {
@@ -65,7 +62,7 @@ impl SparseAttentionBackend for CpuBackend {
     }
 
     fn truncate(&self, cache: &mut Cache, len: usize) -> Result<()> {
-        cache.truncate(len)
+        Ok(cache.state.truncate(len)?)
     }
 
     fn bytes(&self, cache: &Cache) -> u64 {
@@ -85,13 +82,14 @@ impl SparseAttentionBackend for CpuBackend {
         let layout = LayerLayout::new(&[window], span.saturating_add(DECODE_RUNS), 0)?;
         let mut cache = self.open(&layout, head_dim)?;
         // A full cache of zeros takes as long to read as any other, once its pages are resident.
-        cache.fill_for_timing(span - 1);
+        cache.fill_for_timing(span - 1)?;
         let q = Tensor::zeros(&[1, group, head_dim])?;
         let kv = Tensor::zeros(&[1, 1, head_dim])?;
+        let inputs = ExtendInputs { q: &q, k: &kv, v: &kv, scale: 1.0, lse: false };
         let mut seconds = Vec::with_capacity(DECODE_RUNS);
         for _ in 0..DECODE_RUNS {
             let start = Instant::now();
-            self.extend(&mut [&mut cache], &[1], &q, &kv, &kv, 1.0, false)?;
+            self.extend(&mut [Append { cache: &mut cache, tokens: 1 }], &inputs)?;
             seconds.push(start.elapsed().as_secs_f64());
         }
         seconds.sort_by(f64::total_cmp);

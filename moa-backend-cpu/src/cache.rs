@@ -1,22 +1,18 @@
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use moa_core::{Extent, LayerLayout};
+use moa_core::{CacheState, Dtype, LayerLayout};
 
 use crate::element::Element;
 use crate::zeroed::zeroed;
-use crate::{CacheDtype, Error, Result};
+use crate::{Error, Result};
 
 /// Keys and values of one sequence in one layer, laid out as its [`LayerLayout`] says.
 ///
 /// Memory comes from the system in zeroed pages: what was never written is not resident.
 #[derive(Debug)]
 pub struct Cache {
-    pub(crate) layout: Arc<LayerLayout>,
-    pub(crate) head_dim: usize,
-    pub(crate) extent: Extent,
-    /// Longest the sequence has been since its buffers were last empty: what a fork must copy.
-    written: usize,
+    pub(crate) state: CacheState,
     pub(crate) store: Store,
 }
 
@@ -50,7 +46,7 @@ macro_rules! with_store {
 pub(crate) use with_store;
 
 impl Store {
-    fn new(dtype: CacheDtype, elements: usize) -> Result<Self> {
+    fn new(dtype: Dtype, elements: usize) -> Result<Self> {
         fn pair<E: Element>(elements: usize) -> Result<Pair<E>> {
             Ok(Pair {
                 keys: zeroed(elements, "cached keys")?,
@@ -60,93 +56,68 @@ impl Store {
             })
         }
         Ok(match dtype {
-            CacheDtype::F32 => Self::F32(pair(elements)?),
-            CacheDtype::F16 => Self::F16(pair(elements)?),
-            CacheDtype::Bf16 => Self::Bf16(pair(elements)?),
+            Dtype::F32 => Self::F32(pair(elements)?),
+            Dtype::F16 => Self::F16(pair(elements)?),
+            Dtype::Bf16 => Self::Bf16(pair(elements)?),
+            other => {
+                return Err(Error::argument("open", "cache dtype", "f32, f16 or bf16", other));
+            }
         })
     }
 
-    pub(crate) fn dtype(&self) -> CacheDtype {
+    pub(crate) fn dtype(&self) -> Dtype {
         match self {
-            Self::F32(_) => CacheDtype::F32,
-            Self::F16(_) => CacheDtype::F16,
-            Self::Bf16(_) => CacheDtype::Bf16,
+            Self::F32(_) => Dtype::F32,
+            Self::F16(_) => Dtype::F16,
+            Self::Bf16(_) => Dtype::Bf16,
         }
     }
 }
 
+impl AsRef<CacheState> for Cache {
+    fn as_ref(&self) -> &CacheState {
+        &self.state
+    }
+}
+
 impl Cache {
-    pub(crate) fn new(
-        layout: Arc<LayerLayout>,
-        head_dim: usize,
-        dtype: CacheDtype,
-    ) -> Result<Self> {
+    pub(crate) fn new(layout: Arc<LayerLayout>, head_dim: usize, dtype: Dtype) -> Result<Self> {
         let elements = layout
             .slots()
             .checked_mul(head_dim)
             .ok_or(Error::OutOfMemory { what: "cached keys", bytes: u64::MAX })?;
         let store = Store::new(dtype, elements)?;
-        Ok(Self { layout, head_dim, extent: Extent::default(), written: 0, store })
-    }
-
-    /// Where each head keeps which position.
-    pub fn layout(&self) -> &LayerLayout {
-        &self.layout
-    }
-
-    /// Elements per key.
-    pub fn head_dim(&self) -> usize {
-        self.head_dim
+        Ok(Self { state: CacheState::new(layout, head_dim), store })
     }
 
     /// Element type of keys and values.
-    pub fn dtype(&self) -> CacheDtype {
+    pub fn dtype(&self) -> Dtype {
         self.store.dtype()
-    }
-
-    /// Tokens held.
-    pub fn len(&self) -> usize {
-        self.extent.len()
-    }
-
-    /// Whether no token is held.
-    pub fn is_empty(&self) -> bool {
-        self.extent.is_empty()
     }
 
     /// Forgets all tokens and keeps the memory.
     pub fn reset(&mut self) {
-        self.extent.reset();
+        self.state.reset();
     }
 
     /// Bytes of the two buffers. A call's new tokens need a copy of their own while it runs.
-    pub fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         with_store!(&self.store, pair => (size_of_val(&pair.keys[..]) + size_of_val(&pair.values[..])) as u64)
     }
 
-    /// Records an append whose keys and values were written.
-    pub(crate) fn advance(&mut self, tokens: usize) {
-        self.extent.advance(tokens);
-        self.written = self.written.max(self.extent.len());
-    }
-
     /// Makes every slot resident and pretends that `tokens` tokens were appended.
-    pub(crate) fn fill_for_timing(&mut self, tokens: usize) {
+    pub(crate) fn fill_for_timing(&mut self, tokens: usize) -> Result<()> {
         fn touch<E: Element>(pair: &mut Pair<E>) {
             // Written through a value the compiler cannot see through, so that pages are mapped.
             pair.keys.fill(std::hint::black_box(E::zeroed()));
             pair.values.fill(std::hint::black_box(E::zeroed()));
         }
         with_store!(&mut self.store, pair => touch(pair));
-        self.advance(tokens);
+        Ok(self.state.append(tokens)?)
     }
 
-    pub(crate) fn truncate(&mut self, len: usize) -> Result<()> {
-        Ok(self.extent.truncate(&self.layout, len)?)
-    }
-
-    /// An independent copy. Only slots that were ever written are touched, so that a copy is not
-    /// more resident than its original.
+    /// An independent copy. Only slots that were written since the cache was empty are touched, so that
+    /// a copy is not more resident than its original.
     pub(crate) fn fork(&self) -> Result<Self> {
         fn copy<E: Element>(
             from: &Pair<E>,
@@ -158,19 +129,19 @@ impl Cache {
             to.keys[range.clone()].copy_from_slice(&from.keys[range.clone()]);
             to.values[range.clone()].copy_from_slice(&from.values[range]);
         }
-        let mut fork = Self::new(Arc::clone(&self.layout), self.head_dim, self.dtype())?;
-        for head in self.layout.heads() {
+        let (layout, head_dim) = (self.state.layout(), self.state.head_dim());
+        let mut fork = Self::new(Arc::clone(layout), head_dim, self.dtype())?;
+        for head in layout.heads() {
             let first = head.offset().0;
-            let slots = first..first + head.slots().min(self.written);
+            let slots = first..first + head.slots().min(self.state.extent().high_water);
             match (&self.store, &mut fork.store) {
-                (Store::F32(from), Store::F32(to)) => copy(from, to, slots, self.head_dim),
-                (Store::F16(from), Store::F16(to)) => copy(from, to, slots, self.head_dim),
-                (Store::Bf16(from), Store::Bf16(to)) => copy(from, to, slots, self.head_dim),
+                (Store::F32(from), Store::F32(to)) => copy(from, to, slots, head_dim),
+                (Store::F16(from), Store::F16(to)) => copy(from, to, slots, head_dim),
+                (Store::Bf16(from), Store::Bf16(to)) => copy(from, to, slots, head_dim),
                 _ => unreachable!("a fork has its original's element type"),
             }
         }
-        fork.extent = self.extent;
-        fork.written = self.written;
+        fork.state = self.state.clone();
         Ok(fork)
     }
 }

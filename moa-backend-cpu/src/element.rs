@@ -3,28 +3,6 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use pulp::Simd;
 
-/// Element type of cached keys and values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
-pub enum CacheDtype {
-    /// 4 bytes: keys and values are kept as they come.
-    #[default]
-    F32,
-    /// 2 bytes, 11 bits of precision, values up to 65504.
-    F16,
-    /// 2 bytes, 8 bits of precision, the range of f32.
-    Bf16,
-}
-
-impl CacheDtype {
-    /// Bytes of one element.
-    pub const fn bytes(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-        }
-    }
-}
-
 /// An element type that a cache can hold and a kernel can read.
 pub(crate) trait Element: Pod + Send + Sync {
     /// Branch-free, so that loops over it become SIMD code.

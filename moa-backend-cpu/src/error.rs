@@ -1,34 +1,15 @@
+use moa_core::ArgumentError;
+
 /// Everything that can go wrong in this crate. A failing call leaves every cache as it was.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// An operation refuses an argument: its shape or its value.
+    #[error(transparent)]
+    Argument(#[from] ArgumentError),
     /// From the core: capacity, rollback, invalid spans.
     #[error(transparent)]
-    Core(#[from] moa_core::Error),
-    /// An argument has another shape than the operation needs.
-    #[error("{op}: {what} has shape {got:?}, expected {expected}")]
-    Shape {
-        /// The operation.
-        op: &'static str,
-        /// The argument.
-        what: &'static str,
-        /// What would have been accepted.
-        expected: String,
-        /// What came.
-        got: Vec<usize>,
-    },
-    /// An argument is outside its domain.
-    #[error("{op}: {what} is {got}, expected {expected}")]
-    Argument {
-        /// The operation.
-        op: &'static str,
-        /// The argument.
-        what: &'static str,
-        /// What would have been accepted.
-        expected: String,
-        /// What came.
-        got: String,
-    },
+    Core(moa_core::Error),
     /// The memory could not be had.
     #[error("cannot allocate {bytes} bytes for {what}")]
     OutOfMemory {
@@ -42,6 +23,15 @@ pub enum Error {
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+impl From<moa_core::Error> for Error {
+    fn from(error: moa_core::Error) -> Self {
+        match error {
+            moa_core::Error::Argument(error) => Self::Argument(error),
+            other => Self::Core(other),
+        }
+    }
+}
+
 impl Error {
     pub(crate) fn shape(
         op: &'static str,
@@ -49,7 +39,7 @@ impl Error {
         expected: impl std::fmt::Display,
         got: &[usize],
     ) -> Self {
-        Self::Shape { op, what, expected: expected.to_string(), got: got.to_vec() }
+        ArgumentError::shape(op, what, expected, got).into()
     }
 
     pub(crate) fn argument(
@@ -58,6 +48,6 @@ impl Error {
         expected: impl std::fmt::Display,
         got: impl std::fmt::Display,
     ) -> Self {
-        Self::Argument { op, what, expected: expected.to_string(), got: got.to_string() }
+        ArgumentError::new(op, what, expected, got).into()
     }
 }

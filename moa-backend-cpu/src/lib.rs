@@ -7,7 +7,7 @@
 //!
 //! ```
 //! use moa_backend_cpu::{CpuBackend, Tensor};
-//! use moa_core::{LayerLayout, Span, SparseAttentionBackend};
+//! use moa_core::{Append, ExtendInputs, LayerLayout, Span, SparseAttentionBackend};
 //!
 //! let backend = CpuBackend::default();
 //! // One KV head that sees 2 sinks and 6 recent keys, for sequences of at most 100 tokens.
@@ -17,9 +17,10 @@
 //! // A prompt of 10 tokens, 2 query heads of 4 elements.
 //! let q = Tensor::zeros(&[10, 2, 4])?;
 //! let (k, v) = (Tensor::zeros(&[10, 1, 4])?, Tensor::zeros(&[10, 1, 4])?);
-//! let (out, _) = backend.extend(&mut [&mut cache], &[10], &q, &k, &v, 0.5, false)?;
-//! assert_eq!(out.shape(), [10, 2, 4]);
-//! assert_eq!(backend.len(&cache), 10);
+//! let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: 0.5, lse: false };
+//! let extended = backend.extend(&mut [Append { cache: &mut cache, tokens: 10 }], &inputs)?;
+//! assert_eq!(extended.out.shape(), [10, 2, 4]);
+//! assert_eq!(cache.as_ref().len(), 10);
 //! # Ok::<(), moa_backend_cpu::Error>(())
 //! ```
 //!
@@ -34,12 +35,13 @@
 //! Work above a measured threshold is spread over the current rayon pool; smaller calls, such as one
 //! decode step of a small model, run on the calling thread.
 
+mod attention;
 mod backend;
 mod cache;
 mod element;
 mod error;
-mod extend;
 mod influence;
+mod linear;
 pub mod ops;
 mod pool;
 mod simd;
@@ -49,7 +51,6 @@ mod zeroed;
 
 pub use backend::CpuBackend;
 pub use cache::Cache;
-pub use element::CacheDtype;
 pub use error::{Error, Result};
 pub use tensor::Tensor;
 

@@ -15,7 +15,7 @@ impl Tensor {
     /// Takes `data` as a tensor of `shape`.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless there are 1 to 3 axes whose product is `data.len()`.
+    /// [`Error::Argument`] unless there are 1 to 3 axes whose product is `data.len()`.
     pub fn new(data: Vec<f32>, shape: &[usize]) -> Result<Self> {
         let (padded, axes, len) = check("Tensor::new", shape)?;
         if len != data.len() {
@@ -32,7 +32,7 @@ impl Tensor {
     /// All zeros.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless there are 1 to 3 axes, [`Error::OutOfMemory`].
+    /// [`Error::Argument`] unless there are 1 to 3 axes, [`Error::OutOfMemory`].
     pub fn zeros(shape: &[usize]) -> Result<Self> {
         let (padded, axes, len) = check("Tensor::zeros", shape)?;
         Ok(Self { data: crate::zeroed::zeroed(len, "tensor")?, shape: padded, axes })
@@ -41,7 +41,7 @@ impl Tensor {
     /// The same data under another shape.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the number of elements differs.
+    /// [`Error::Argument`] if the number of elements differs.
     pub fn reshape(self, shape: &[usize]) -> Result<Self> {
         Self::new(self.data, shape)
     }

@@ -3,6 +3,7 @@
 use half::{bf16, f16};
 use moa_backend_cpu::ops::{self, WeightData, WeightRef};
 use moa_backend_cpu::{Error, Tensor};
+use moa_core::ArgumentError;
 
 /// Numbers of about unit normal distribution.
 fn normal(n: usize, seed: u64) -> Vec<f32> {
@@ -183,7 +184,10 @@ fn wrong_shapes_are_refused() {
     let w = [0.0; 12];
     let weight = WeightRef::new(WeightData::F32(&w), 3, 4).unwrap();
     let is_shape = |error: Error, named: &str| {
-        assert!(matches!(&error, Error::Shape { what, .. } if *what == named), "{error}");
+        assert!(
+            matches!(&error, Error::Argument(ArgumentError { argument, .. }) if *argument == named),
+            "{error}"
+        );
     };
     is_shape(WeightRef::new(WeightData::F32(&w), 3, 5).unwrap_err(), "data");
     is_shape(ops::linear(&zeros(&[2, 5]), weight, None).unwrap_err(), "x");
@@ -212,7 +216,7 @@ fn wrong_shapes_are_refused() {
     is_shape(ops::rope(&mut x, &[1.0; 4], &[0.0; 4], &[0], false).unwrap_err(), "positions");
     is_shape(ops::rope(&mut x, &[1.0; 4], &[0.0; 2], &[0, 1], false).unwrap_err(), "cos, sin");
     let error = ops::rope(&mut x, &[1.0; 4], &[0.0; 4], &[0, 2], false).unwrap_err();
-    assert!(matches!(error, Error::Argument { what: "positions", .. }));
+    assert!(matches!(error, Error::Argument(ArgumentError { argument: "positions", .. })));
 }
 
 #[test]

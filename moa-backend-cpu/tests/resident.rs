@@ -1,8 +1,8 @@
 //! Memory that the operating system counts, in a process of its own.
 #![cfg(target_os = "linux")]
 
-use moa_backend_cpu::{CacheDtype, CpuBackend, Tensor};
-use moa_core::{LayerLayout, Span, SparseAttentionBackend};
+use moa_backend_cpu::{CpuBackend, Tensor};
+use moa_core::{Append, Dtype, ExtendInputs, LayerLayout, Span, SparseAttentionBackend};
 
 fn resident_bytes() -> u64 {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
@@ -13,12 +13,13 @@ fn resident_bytes() -> u64 {
 fn only_written_slots_are_resident() {
     // Few long keys, so that the test is quick: a full head of which little is written, and a window.
     let (dim, capacity, window) = (1024, 1 << 16, 256);
-    let backend = CpuBackend::new(CacheDtype::Bf16);
+    let backend = CpuBackend::new(Dtype::Bf16);
     let spans = [Span::full(capacity), Span::new(64, window - 64).unwrap()];
     let layout = LayerLayout::new(&spans, capacity, 0).unwrap();
     let step = Tensor::zeros(&[128, 2, dim]).unwrap();
     let run = |cache: &mut _| {
-        backend.extend(&mut [cache], &[128], &step, &step, &step, 1.0, false).unwrap();
+        let inputs = ExtendInputs { q: &step, k: &step, v: &step, scale: 1.0, lse: false };
+        backend.extend(&mut [Append { cache, tokens: 128 }], &inputs).unwrap();
     };
     // Scratch memory stays with its thread: get it before measuring.
     let mut warm = backend.open(&layout, dim).unwrap();

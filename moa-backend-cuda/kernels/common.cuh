@@ -192,7 +192,7 @@ struct KeySource {
     __device__ __forceinline__ KeySource(const ExtendArgs& args, const Sequence& sequence,
                                          const Head& head, int kv_head, int length,
                                          const KeyList& list) {
-        i64 offset = head.offset * HEAD_DIM;
+        i64 offset = (i64)head.offset * HEAD_DIM;
         k_cache = (const u16*)sequence.k + offset;
         v_cache = (const u16*)sequence.v + offset;
         k_new = (const u16*)args.k.data + sequence.first * args.k.token + kv_head * args.k.head;

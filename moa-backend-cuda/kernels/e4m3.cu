@@ -10,7 +10,7 @@
 
 typedef unsigned char u8;
 
-// Mirrored by `src/ops/e4m3.rs`.
+// Mirrored by `src/linear/e4m3_weight.rs`.
 struct E4m3Args {
     const u16* x;         // [rows, k]
     const u8* w;          // [n, k]

@@ -6,7 +6,7 @@
 // row of x gets does not depend on how many there are.
 #include "common.cuh"
 
-// Mirrored by `src/ops/gemv.rs`.
+// Mirrored by `src/linear/gemv.rs`.
 struct GemvArgs {
     const u16* x;    // [M, k]
     const u16* w;    // [n, k]

@@ -1,4 +1,4 @@
-// What the host passes to every kernel. Mirrored by `src/tables.rs`; sizes are asserted there.
+// What the host passes to every kernel. Mirrored by `src/kernels/tables.rs`; sizes are asserted there.
 // Plain pointers, element strides and small tables, so that any engine can launch the kernels on
 // its own memory and stream. No standard headers: NVRTC needs no include path.
 #pragma once
@@ -19,9 +19,10 @@ struct Sequence {
     int split;       // wgmma.cu, 1: some tiles are shared between blocks; then `merge_tiles` follows
 };
 
-// One KV head of one sequence, [sequences, kv_heads]: moa-core's HeadLayout.
+// One KV head of one sequence, [sequences, kv_heads]: moa-core's HeadRow, whose numbers but the offset fit
+// 31 bits.
 struct Head {
-    i64 offset;      // first slot
+    u32 offset;      // first slot
     int sink_slots;  // slots 0.. of the head hold positions 0..sink_slots
     int ring;        // then a ring: position p lies in slot sink_slots + (p - sink_slots) % ring
     int sink;        // the mask: key <= query && (key < sink || query - key < window)

@@ -3,8 +3,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::CudaSlice;
 
+use crate::kernels::tables::DevicePointer;
 use crate::memory::address;
-use crate::tables::DevicePointer;
 use crate::{Device, Error, Result};
 
 /// Memory for the intermediate tensors of work that is captured: a graph that allocates for itself has
@@ -32,7 +32,7 @@ impl Arena {
     /// Runs `work`, whose tensors then have their memory here.
     ///
     /// # Errors
-    /// Those of `work`.
+    /// The errors of `work`.
     pub fn rehearse<T>(&self, work: impl FnOnce() -> T) -> T {
         self.enter(true, work)
     }

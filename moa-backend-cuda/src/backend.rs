@@ -1,12 +1,16 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
-use moa_core::{InfluenceInputs, InfluenceOutput, LayerLayout, SparseAttentionBackend};
+use moa_core::{
+    Append, AttentionShape, ExtendInputs, Extended, InfluenceInputs, InfluenceOutput, LayerLayout,
+    SparseAttentionBackend, check_extend,
+};
 
-use crate::compile::Variant;
+use crate::attention::step::{Batch, Step, Tensors};
+use crate::attention::timing;
+use crate::kernels::compile::{Variant, check_half};
 use crate::memory::Workspace;
-use crate::step::{Batch, Step, Tensors};
 use crate::tensor::Form;
-use crate::{Cache, Device, Dtype, Error, Operations, Result, Tensor, influence, timing};
+use crate::{Cache, Device, Dtype, Error, Operations, Result, Tensor, influence};
 
 /// Attention on one GPU.
 ///
@@ -32,9 +36,7 @@ impl CudaBackend {
     /// # Errors
     /// [`Error::Argument`] unless it is f16 or bf16.
     pub fn new(device: &Device, dtype: Dtype) -> Result<Self> {
-        if dtype == Dtype::F32 {
-            return Err(Error::argument("CudaBackend::new", "dtype", "f16 or bf16", dtype));
-        }
+        check_half("CudaBackend::new", dtype)?;
         let scratch = Mutex::new((Step::new(device), Workspace::new(device)));
         let operations = Mutex::default();
         Ok(Self { device: device.clone(), dtype, exact: false, operations, scratch })
@@ -76,57 +78,30 @@ impl CudaBackend {
     pub fn warm_up(&self, head_dim: usize) -> Result<()> {
         self.device.kernels(Variant { head_dim, dtype: self.dtype }).map(drop)
     }
-
-    fn check(&self, caches: &[&Cache], tokens: &[usize], tensors: [&Tensor; 3]) -> Result<usize> {
-        let query_heads = check(&self.device, caches, tokens, tensors)?;
-        for (what, tensor) in ["q", "k", "v"].into_iter().zip(tensors) {
-            if tensor.device().context() != self.device.context() {
-                return Err(Error::argument(OP, what, "on the backend's device", "on another"));
-            }
-        }
-        Ok(query_heads)
-    }
 }
 
-/// Everything about the tensors that can be wrong, but for their device; the batch is checked by the
-/// step. Returns the number of query heads.
+/// Everything about a call that can be wrong, but for the device of its tensors.
 pub(crate) fn check<T: Form>(
     device: &Device,
-    caches: &[&Cache],
-    tokens: &[usize],
-    [q, k, v]: [&T; 3],
-) -> Result<usize> {
-    let total = tokens.iter().try_fold(0usize, |sum, &n| sum.checked_add(n));
-    let total = total.ok_or_else(|| Error::argument(OP, "tokens", "a sum below 2^64", "more"))?;
-    let Some(cache) = caches.first() else {
-        return Err(Error::argument(OP, "caches", "at least 1", 0));
-    };
-    let (kv_heads, head_dim) = (cache.layout().heads().len(), cache.head_dim());
-    let &[q_tokens, query_heads, q_dim] = q.shape() else {
-        return Err(Error::shape(OP, "q", "[tokens, query heads, head dim]", q.shape()));
-    };
-    if [q_tokens, q_dim] != [total, head_dim]
-        || query_heads == 0
-        || !query_heads.is_multiple_of(kv_heads)
-    {
-        let expected = format!("[{total}, a multiple of {kv_heads}, {head_dim}]");
-        return Err(Error::shape(OP, "q", expected, q.shape()));
-    }
-    let kv_shape = [total, kv_heads, head_dim];
-    for (what, tensor) in [("k", k), ("v", v)] {
-        if tensor.shape() != kv_shape {
-            return Err(Error::shape(OP, what, format_args!("{kv_shape:?}"), tensor.shape()));
+    batch: &[Append<'_, Cache>],
+    inputs: &ExtendInputs<'_, T>,
+) -> Result<AttentionShape> {
+    let shape = check_extend(batch, inputs, T::shape)?;
+    let first = &*batch[0].cache;
+    for (what, tensor) in [("q", inputs.q), ("k", inputs.k), ("v", inputs.v)] {
+        if tensor.dtype() != first.dtype() {
+            return Err(Error::argument(OP, what, first.dtype(), tensor.dtype()));
         }
     }
-    for (what, tensor) in [("q", q), ("k", k), ("v", v)] {
-        if tensor.dtype() != cache.dtype() {
-            return Err(Error::argument(OP, what, cache.dtype(), tensor.dtype()));
-        }
-    }
-    if cache.device().context() != device.context() {
+    if first.device().context() != device.context() {
         return Err(Error::argument(OP, "cache", "on the backend's device", "on another"));
     }
-    Ok(query_heads)
+    Ok(shape)
+}
+
+/// The parts of a batch as a [`Step`] takes them.
+pub(crate) fn parts<'a>(batch: &'a [Append<'_, Cache>]) -> (Vec<&'a Cache>, Vec<usize>) {
+    batch.iter().map(|append| (&*append.cache, append.tokens)).unzip()
 }
 
 impl SparseAttentionBackend for CudaBackend {
@@ -138,23 +113,28 @@ impl SparseAttentionBackend for CudaBackend {
         "cuda"
     }
 
+    fn slot_bytes(&self, head_dim: usize) -> u64 {
+        self.dtype.slot_bytes(head_dim)
+    }
+
     fn open(&self, layout: &LayerLayout, head_dim: usize) -> Result<Cache> {
-        Cache::open(&self.device, layout, Variant { head_dim, dtype: self.dtype })
+        Cache::open(&self.device, layout.clone(), Variant { head_dim, dtype: self.dtype })
     }
 
     fn extend(
         &self,
-        caches: &mut [&mut Cache],
-        tokens: &[usize],
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        scale: f32,
-        lse: bool,
-    ) -> Result<(Tensor, Option<Tensor>)> {
-        let shared: Vec<&Cache> = caches.iter().map(|cache| &**cache).collect();
-        let query_heads = self.check(&shared, tokens, [q, k, v])?;
-        let batch = Batch { caches: &shared, tokens, query_heads, grows: false };
+        batch: &mut [Append<'_, Cache>],
+        inputs: &ExtendInputs<'_, Tensor>,
+    ) -> Result<Extended<Tensor>> {
+        let AttentionShape { query_heads, .. } = check(&self.device, batch, inputs)?;
+        let ExtendInputs { q, k, v, scale, lse } = *inputs;
+        for (what, tensor) in [("q", q), ("k", k), ("v", v)] {
+            if tensor.device().context() != self.device.context() {
+                return Err(Error::argument(OP, what, "on the backend's device", "on another"));
+            }
+        }
+        let (caches, tokens) = parts(batch);
+        let grown = Batch { caches: &caches, tokens: &tokens, query_heads, grows: false };
         let out = Tensor::uninitialised(&self.device, OP, q.shape(), self.dtype)?;
         let lse = match lse {
             true => Some(Tensor::uninitialised(&self.device, OP, &q.shape()[..2], Dtype::F32)?),
@@ -175,17 +155,13 @@ impl SparseAttentionBackend for CudaBackend {
         // SAFETY: it is the device's own stream, on which all of this is allocated, used and freed,
         // so in order. Shapes were checked; no cache appears twice, as each is borrowed mutably.
         unsafe {
-            step.prepare(workspace, &batch, stream)?;
+            step.prepare(workspace, &grown, stream)?;
             step.run(workspace, &tensors, stream)?;
         }
-        for (cache, &tokens) in caches.iter_mut().zip(tokens) {
-            cache.advance(tokens)?;
+        for Append { cache, tokens } in batch {
+            cache.advance(*tokens)?;
         }
-        Ok((out, lse))
-    }
-
-    fn len(&self, cache: &Cache) -> usize {
-        cache.len()
+        Ok(Extended { out, lse })
     }
 
     fn fork(&self, cache: &Cache) -> Result<Cache> {

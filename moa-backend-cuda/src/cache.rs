@@ -2,12 +2,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, result};
-use moa_core::{Extent, LayerLayout};
+use moa_core::{CacheState, Dtype, LayerLayout};
 
-use crate::compile::Variant;
+use crate::kernels::compile::Variant;
+use crate::kernels::tables::{DevicePointer, Geometry};
 use crate::memory::address;
-use crate::tables::{DevicePointer, Geometry};
-use crate::{Device, Dtype, Error, Result};
+use crate::{Device, Error, Result};
 
 /// Keys and values of one sequence in one layer, in one piece of device memory: keys
 /// `[slots, head_dim]` as its [`LayerLayout`] says, then values.
@@ -16,38 +16,29 @@ pub struct Cache {
     device: Device,
     geometry: Arc<Geometry>,
     variant: Variant,
-    extent: Extent,
-    /// Longest the sequence has been since it was opened: what a fork must copy.
-    written: usize,
+    state: CacheState,
     /// 16-bit elements.
     data: CudaSlice<u16>,
 }
 
+impl AsRef<CacheState> for Cache {
+    fn as_ref(&self) -> &CacheState {
+        &self.state
+    }
+}
+
 impl Cache {
     /// An empty one for sequences of this layout.
-    pub(crate) fn open(device: &Device, layout: &LayerLayout, variant: Variant) -> Result<Self> {
-        let geometry = Geometry::new(layout.clone()).ok_or_else(|| {
-            Error::argument("open", "capacity", "fewer than 2^30 tokens", layout.capacity())
-        })?;
-        Self::new(device, Arc::new(geometry), variant)
+    pub(crate) fn open(device: &Device, layout: LayerLayout, variant: Variant) -> Result<Self> {
+        Self::new(device, Arc::new(Geometry::new(layout)?), variant)
     }
 
-    pub(crate) fn new(device: &Device, geometry: Arc<Geometry>, variant: Variant) -> Result<Self> {
+    fn new(device: &Device, geometry: Arc<Geometry>, variant: Variant) -> Result<Self> {
         variant.check("open")?;
         let elements = geometry.layout.slots().checked_mul(2 * variant.head_dim);
         let data = device.alloc("cached keys and values", elements.unwrap_or(usize::MAX))?;
-        let device = device.clone();
-        Ok(Self { device, geometry, variant, extent: Extent::default(), written: 0, data })
-    }
-
-    /// Where each head keeps which position.
-    pub fn layout(&self) -> &LayerLayout {
-        &self.geometry.layout
-    }
-
-    /// Elements per key.
-    pub fn head_dim(&self) -> usize {
-        self.variant.head_dim
+        let state = CacheState::new(Arc::clone(&geometry.layout), variant.head_dim);
+        Ok(Self { device: device.clone(), geometry, variant, state, data })
     }
 
     /// Element type of keys and values.
@@ -55,19 +46,9 @@ impl Cache {
         self.variant.dtype
     }
 
-    /// Tokens held.
-    pub fn len(&self) -> usize {
-        self.extent.len()
-    }
-
-    /// Whether no token is held.
-    pub fn is_empty(&self) -> bool {
-        self.extent.is_empty()
-    }
-
     /// Forgets all tokens and keeps the memory.
     pub fn reset(&mut self) {
-        self.extent.reset();
+        self.state.reset();
     }
 
     /// Bytes of device memory.
@@ -90,18 +71,11 @@ impl Cache {
     /// # Errors
     /// [`moa_core::Error::CapacityExceeded`].
     pub fn advance(&mut self, tokens: usize) -> Result<()> {
-        self.extent.check_append(&self.geometry.layout, tokens)?;
-        self.extent.advance(tokens);
-        self.written = self.written.max(self.extent.len());
-        Ok(())
+        Ok(self.state.append(tokens)?)
     }
 
     pub(crate) fn truncate(&mut self, len: usize) -> Result<()> {
-        Ok(self.extent.truncate(&self.geometry.layout, len)?)
-    }
-
-    pub(crate) fn extent(&self) -> &Extent {
-        &self.extent
+        Ok(self.state.truncate(len)?)
     }
 
     pub(crate) fn geometry(&self) -> &Geometry {
@@ -137,17 +111,17 @@ impl Cache {
                 .map_err(Error::driver("cuMemcpyDtoDAsync"))?;
             }
         }
-        fork.extent = self.extent;
-        fork.written = self.written;
+        fork.state = self.state.clone();
         Ok(fork)
     }
 
-    /// Slots that were ever written, neighbours joined.
+    /// Slots that were written since the cache was empty, neighbours joined.
     fn written_slots(&self) -> Vec<Range<usize>> {
+        let written = self.state.extent().high_water;
         let mut runs: Vec<Range<usize>> = Vec::new();
         for head in self.geometry.layout.heads() {
             let first = head.offset().0;
-            let slots = first..first + head.slots().min(self.written);
+            let slots = first..first + head.slots().min(written);
             match runs.last_mut() {
                 Some(last) if last.end == slots.start => last.end = slots.end,
                 _ if slots.is_empty() => {}

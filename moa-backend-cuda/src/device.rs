@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr};
 
-use crate::compile::{Architecture, Variant};
 use crate::graph::current;
 use crate::kernels::Kernels;
+use crate::kernels::compile::{Architecture, Variant};
 use crate::pool::Pool;
 use crate::{Error, Result, library};
 

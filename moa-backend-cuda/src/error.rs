@@ -1,36 +1,16 @@
 use cudarc::driver::DriverError;
+use moa_core::ArgumentError;
 
 /// Everything that can go wrong in this crate. A failing call leaves every cache as it was.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// From the core: capacity, rollback, invalid spans.
+    /// An operation refuses an argument: its shape, its type or its value.
     #[error(transparent)]
-    Core(#[from] moa_core::Error),
-    /// An argument has another shape than the operation needs.
-    #[error("{op}: {what} has shape {got:?}, expected {expected}")]
-    Shape {
-        /// The operation.
-        op: &'static str,
-        /// The argument.
-        what: &'static str,
-        /// What would have been accepted.
-        expected: String,
-        /// What came.
-        got: Vec<usize>,
-    },
-    /// An argument is outside its domain.
-    #[error("{op}: {what} is {got}, expected {expected}")]
-    Argument {
-        /// The operation.
-        op: &'static str,
-        /// The argument.
-        what: &'static str,
-        /// What would have been accepted.
-        expected: String,
-        /// What came.
-        got: String,
-    },
+    Argument(#[from] ArgumentError),
+    /// From the core: capacity, rollback, invalid spans, a layout that is too large.
+    #[error(transparent)]
+    Core(moa_core::Error),
     /// An element of a weight that is to be rounded is infinite or not a number.
     #[error("cannot round a weight to e4m3: the element of row {row}, column {column} is {value}")]
     NotFinite {
@@ -154,6 +134,15 @@ pub enum Error {
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+impl From<moa_core::Error> for Error {
+    fn from(error: moa_core::Error) -> Self {
+        match error {
+            moa_core::Error::Argument(error) => Self::Argument(error),
+            other => Self::Core(other),
+        }
+    }
+}
+
 impl Error {
     pub(crate) fn shape(
         op: &'static str,
@@ -161,7 +150,7 @@ impl Error {
         expected: impl std::fmt::Display,
         got: &[usize],
     ) -> Self {
-        Self::Shape { op, what, expected: expected.to_string(), got: got.to_vec() }
+        ArgumentError::shape(op, what, expected, got).into()
     }
 
     pub(crate) fn argument(
@@ -170,7 +159,7 @@ impl Error {
         expected: impl std::fmt::Display,
         got: impl std::fmt::Display,
     ) -> Self {
-        Self::Argument { op, what, expected: expected.to_string(), got: got.to_string() }
+        ArgumentError::new(op, what, expected, got).into()
     }
 
     /// The same of another row.

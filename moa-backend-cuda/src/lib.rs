@@ -6,7 +6,7 @@
 //!
 //! ```no_run
 //! use moa_backend_cuda::{CudaBackend, Device, Dtype, Tensor};
-//! use moa_core::{LayerLayout, Span, SparseAttentionBackend};
+//! use moa_core::{Append, ExtendInputs, LayerLayout, Span, SparseAttentionBackend};
 //!
 //! let device = Device::open(0)?;
 //! let backend = CudaBackend::new(&device, Dtype::Bf16)?;
@@ -17,8 +17,9 @@
 //! // A prompt of 1000 tokens, 4 query heads.
 //! let q = Tensor::zeros(&device, &[1000, 4, 128], Dtype::Bf16)?;
 //! let kv = Tensor::zeros(&device, &[1000, 1, 128], Dtype::Bf16)?;
-//! let (out, _) = backend.extend(&mut [&mut cache], &[1000], &q, &kv, &kv, 0.088, false)?;
-//! assert_eq!(out.shape(), [1000, 4, 128]);
+//! let inputs = ExtendInputs { q: &q, k: &kv, v: &kv, scale: 0.088, lse: false };
+//! let extended = backend.extend(&mut [Append { cache: &mut cache, tokens: 1000 }], &inputs)?;
+//! assert_eq!(extended.out.shape(), [1000, 4, 128]);
 //! # Ok::<(), moa_backend_cuda::Error>(())
 //! ```
 //!
@@ -50,46 +51,39 @@
 //! inside candle; with the feature `burn`, the module `burn` has the same backend on burn's tensors.
 
 mod arena;
+mod attention;
 mod backend;
 #[cfg(feature = "burn")]
 pub mod burn;
 mod cache;
-mod check;
-mod compile;
-mod cubin_cache;
 mod device;
-mod dtype;
-pub mod e4m3;
 mod error;
 mod graph;
 mod influence;
 mod kernels;
 mod library;
+mod linear;
 mod memory;
 mod nccl;
 mod ops;
-mod plan;
 mod pool;
-mod source;
-mod step;
-pub mod tables;
 mod tensor;
-mod timing;
 
 pub use arena::Arena;
+pub use attention::step::{Batch, Rope, Step, Tensors};
 pub use backend::CudaBackend;
 pub use cache::Cache;
-pub use compile::{Architecture, HEAD_DIMS, Variant, compile};
 pub use device::{Device, RawStream};
-pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use graph::Graph;
-pub use kernels::Kernels;
+pub use kernels::compile::{Architecture, HEAD_DIMS, Variant, compile};
+pub use kernels::source::Source;
+pub use kernels::{Kernels, tables};
+pub use linear::{E4m3Weight, Weight, e4m3};
 pub use memory::Workspace;
+pub use moa_core::Dtype;
 pub use nccl::{Nccl, NcclId};
-pub use ops::{AttentionGradients, Draw, E4m3Weight, Indices, Lengths, Operations, Turns, Weight};
-pub use source::Source;
-pub use step::{Batch, Rope, Step, Tensors};
+pub use ops::{AttentionGradients, Draw, Indices, Lengths, Operations, Turns};
 pub use tensor::Tensor;
 
 /// The README's example compiles.

@@ -2,8 +2,8 @@
 
 use cudarc::driver::{CudaEvent, CudaSlice, DevicePtr, DeviceRepr, PinnedHostSlice, result, sys};
 
-use crate::plan::{Launch, Plan};
-use crate::tables::DevicePointer;
+use crate::attention::schedule::{Launch, Schedule};
+use crate::kernels::tables::DevicePointer;
 use crate::{Device, Error, RawStream, Result};
 
 /// Address of a slice. Ordering between streams is up to the caller, as nothing is tracked.
@@ -66,17 +66,17 @@ impl Workspace {
         (partial + self.counters.as_ref().map_or(0, CudaSlice::num_bytes)) as u64
     }
 
-    /// Makes room for a plan.
+    /// Makes room for a schedule.
     ///
     /// # Safety
     /// As [`grow`].
     pub(crate) unsafe fn reserve(
         &mut self,
-        plan: &Plan,
+        schedule: &Schedule,
         head_dim: usize,
         stream: RawStream,
     ) -> Result<()> {
-        let [partial, counters] = needed(plan, head_dim);
+        let [partial, counters] = needed(schedule, head_dim);
         let device = &self.device;
         // SAFETY: as the caller promises; the memory is the buffer's.
         unsafe {
@@ -95,13 +95,17 @@ impl Workspace {
     /// Addresses of partial results, tickets and splits finished.
     ///
     /// # Errors
-    /// [`Error::Argument`] if there is no room for the plan: another step's workspace.
-    pub(crate) fn addresses(&self, plan: &Plan, head_dim: usize) -> Result<[DevicePointer; 3]> {
+    /// [`Error::Argument`] if there is no room for the schedule: another step's workspace.
+    pub(crate) fn addresses(
+        &self,
+        schedule: &Schedule,
+        head_dim: usize,
+    ) -> Result<[DevicePointer; 3]> {
         let has = [
             self.partial.as_ref().map_or(0, CudaSlice::len),
             self.counters.as_ref().map_or(0, CudaSlice::len),
         ];
-        let [partial, counters] = needed(plan, head_dim);
+        let [partial, counters] = needed(schedule, head_dim);
         match (&self.partial, &self.counters) {
             (Some(p), Some(c)) if has[0] >= partial && has[1] >= counters => {
                 Ok([address(p), address(c), address(c) + (TICKETS * size_of::<i32>()) as u64])
@@ -115,13 +119,13 @@ impl Workspace {
 }
 
 /// Elements of partial results and counters.
-fn needed(plan: &Plan, head_dim: usize) -> [usize; 2] {
+fn needed(schedule: &Schedule, head_dim: usize) -> [usize; 2] {
     let rows = |launch: &Launch| match launch.shared {
         true => launch.blocks * launch.path.tile_rows(),
         false => launch.items.len() * launch.path.tile_rows(),
     };
-    let rows = plan.launches.iter().map(rows).max().unwrap_or(0);
-    [rows * (head_dim + 2), TICKETS + plan.splits.len()]
+    let rows = schedule.launches.iter().map(rows).max().unwrap_or(0);
+    [rows * (head_dim + 2), TICKETS + schedule.splits.len()]
 }
 
 /// Page-locked copies of tables on their way to the device: copies from ordinary memory would wait

@@ -115,7 +115,7 @@ impl Nccl {
     /// device's own stream, so it can be captured.
     ///
     /// # Errors
-    /// [`Error::Argument`] unless it is f32 and on this device, [`Error::Shape`] if it has gaps,
+    /// [`Error::Argument`] unless it is f32, on this device and without gaps,
     /// [`Error::Nccl`], also after [`abort`](Self::abort).
     pub fn all_reduce(&self, x: &Tensor) -> Result<()> {
         const OP: &str = "all_reduce";

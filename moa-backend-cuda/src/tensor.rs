@@ -7,7 +7,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::arena::Memory;
-use crate::tables::{DevicePointer, Packed};
+use crate::kernels::tables::{DevicePointer, Packed};
 use crate::{Device, Dtype, Error, Result};
 
 /// Row-major activations in device memory with one to three axes, the first of which packs the
@@ -24,6 +24,10 @@ pub struct Tensor {
     offset: usize,
     /// Elements between entries of the first axis.
     stride: usize,
+}
+
+fn unsupported(op: &'static str, dtype: Dtype) -> Error {
+    Error::argument(op, "dtype", "f32, f16 or bf16", dtype)
 }
 
 /// Shape and element type: all that checks of arguments look at.
@@ -46,7 +50,7 @@ impl Tensor {
     /// Copies numbers to the device, rounded to `dtype`.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless there are 1 to 3 axes whose product is `data.len()`,
+    /// [`Error::Argument`] unless there are 1 to 3 axes whose product is `data.len()`,
     /// [`Error::OutOfMemory`].
     pub fn from_f32(device: &Device, data: &[f32], shape: &[usize], dtype: Dtype) -> Result<Self> {
         match dtype {
@@ -61,13 +65,14 @@ impl Tensor {
                 rounded.convert_from_f32_slice(data);
                 Self::from_bytes(device, bytemuck::cast_slice(&rounded), shape, dtype)
             }
+            other => Err(unsupported("Tensor::from_f32", other)),
         }
     }
 
     /// Copies elements of `dtype` in native byte order to the device.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless there are 1 to 3 axes that make up `bytes`, [`Error::OutOfMemory`].
+    /// [`Error::Argument`] unless there are 1 to 3 axes that make up `bytes`, [`Error::OutOfMemory`].
     pub fn from_bytes(
         device: &Device,
         bytes: &[u8],
@@ -93,7 +98,7 @@ impl Tensor {
     /// All zeros.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless there are 1 to 3 axes, [`Error::OutOfMemory`].
+    /// [`Error::Argument`] unless there are 1 to 3 axes, [`Error::OutOfMemory`].
     pub fn zeros(device: &Device, shape: &[usize], dtype: Dtype) -> Result<Self> {
         let tensor = Self::uninitialised(device, "Tensor::zeros", shape, dtype)?;
         tensor.clear()?;
@@ -103,7 +108,7 @@ impl Tensor {
     /// Makes all elements 0, also those that clones see.
     ///
     /// # Errors
-    /// [`Error::Shape`] if there are gaps between rows, [`Error::Driver`].
+    /// [`Error::Argument`] if there are gaps between rows, [`Error::Driver`].
     pub fn clear(&self) -> Result<()> {
         if !self.is_contiguous() {
             return Err(Error::shape("clear", "tensor", "rows without gaps", self.shape()));
@@ -119,7 +124,7 @@ impl Tensor {
     /// Memory that holds whatever it held before, for a kernel to write.
     ///
     /// # Errors
-    /// As [`zeros`](Self::zeros).
+    /// [`Error::Argument`] unless there are 1 to 3 axes, [`Error::OutOfMemory`].
     pub fn empty(device: &Device, shape: &[usize], dtype: Dtype) -> Result<Self> {
         Self::uninitialised(device, "Tensor::empty", shape, dtype)
     }
@@ -159,6 +164,7 @@ impl Tensor {
                 self.read(&mut halves)?;
                 halves.convert_to_f32_slice(&mut values);
             }
+            other => return Err(unsupported("Tensor::to_f32", other)),
         }
         Ok(values)
     }
@@ -178,7 +184,7 @@ impl Tensor {
     /// Some columns of `[rows, columns]`, in the same memory.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless there are two axes, the second of which has these columns.
+    /// [`Error::Argument`] unless there are two axes, the second of which has these columns.
     pub fn columns(&self, columns: Range<usize>) -> Result<Self> {
         const OP: &str = "Tensor::columns";
         match self.shape() {
@@ -196,7 +202,7 @@ impl Tensor {
     /// Some entries of the first axis, in the same memory.
     ///
     /// # Errors
-    /// [`Error::Shape`] if there are not as many.
+    /// [`Error::Argument`] if there are not as many.
     pub fn rows(&self, rows: Range<usize>) -> Result<Self> {
         if rows.start > rows.end || rows.end > self.shape[0] {
             let expected = format!("at least {} rows", rows.end);
@@ -210,7 +216,7 @@ impl Tensor {
     /// The same elements under another shape.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless there are 1 to 3 axes with the same number of elements.
+    /// [`Error::Argument`] unless there are 1 to 3 axes with the same number of elements.
     pub fn reshape(self, shape: &[usize]) -> Result<Self> {
         const OP: &str = "Tensor::reshape";
         let (padded, axes, len) = check(OP, shape)?;

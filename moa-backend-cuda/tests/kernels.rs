@@ -1,15 +1,20 @@
 //! Every kernel compiles for every architecture, without a GPU, and the hot ones keep their numbers
 //! in registers.
 //!
-//! Needs NVRTC on the loader's path and, for the register report, `cuobjdump` on PATH; says loudly what
-//! it skips. With `MOA_REQUIRE_NVRTC=1` both must be there.
+//! Needs NVRTC on the loader's path and, for the register report, `cuobjdump` on PATH; without
+//! them the trial is ignored. With `MOA_REQUIRE_NVRTC=1` both must be there.
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, ExitCode};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use moa_backend_cuda::{Architecture, Dtype, Error, HEAD_DIMS, Source, Variant, compile};
+use moa_conformance::{Stop, Verdict, run, trials};
+
+fn main() -> ExitCode {
+    run(trials![every_kernel_compiles_and_none_spills])
+}
 
 /// Architectures from Ampere to Blackwell.
 const ARCHITECTURES: [(u32, u32); 4] = [(8, 0), (8, 9), (9, 0), (10, 0)];
@@ -35,10 +40,12 @@ fn required() -> bool {
     std::env::var_os("MOA_REQUIRE_NVRTC").is_some_and(|value| value == "1")
 }
 
-/// What is wrong with a kernel, what is skipped, or its resources.
+/// What is wrong with a kernel, what this machine lacks to look at it, or its resources.
 enum Found {
     Wrong(String),
-    Skipped(String),
+    Lacking(String),
+    /// The compiler is older than the architecture.
+    Unknown(Architecture),
     Fine(String),
 }
 
@@ -48,13 +55,12 @@ fn look(job: &Job, path: &Path) -> Found {
     let cubin = match compile(source, variant, architecture) {
         Ok(cubin) => cubin,
         Err(error @ Error::NoNvrtc { .. }) if !required() => {
-            return Found::Skipped(error.to_string());
+            return Found::Lacking(error.to_string());
         }
-        // Compilers older than an architecture do not know it.
         Err(Error::Compile { log, .. })
             if architecture.major >= 10 && log.contains("gpu-architecture") =>
         {
-            return Found::Skipped(format!("this NVRTC does not know {architecture}"));
+            return Found::Unknown(architecture);
         }
         Err(error) => return Found::Wrong(format!("{name}: {error}")),
     };
@@ -62,7 +68,9 @@ fn look(job: &Job, path: &Path) -> Found {
     let output = match Command::new("cuobjdump").arg("--dump-resource-usage").arg(path).output() {
         Ok(output) => output,
         Err(error) if required() => return Found::Wrong(format!("cuobjdump: {error}")),
-        Err(_) => return Found::Skipped("no cuobjdump on PATH to look at registers".into()),
+        Err(_) => {
+            return Found::Lacking("no cuobjdump on PATH to look at kernels' registers".into());
+        }
     };
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -91,9 +99,8 @@ fn look(job: &Job, path: &Path) -> Found {
     }
 }
 
-#[test]
-fn every_kernel_compiles_and_none_spills() {
-    let folder = tempfile::tempdir().unwrap();
+fn every_kernel_compiles_and_none_spills() -> Verdict {
+    let folder = tempfile::tempdir()?;
     let jobs = jobs();
     let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let workers = std::thread::available_parallelism().map_or(2, usize::from).min(16);
@@ -112,17 +119,15 @@ fn every_kernel_compiles_and_none_spills() {
     let mut found = found.into_inner().unwrap();
     assert_eq!(found.len(), jobs.len());
     found.sort_by_key(|(index, _)| *index);
-    let (mut wrong, mut skipped) = (Vec::new(), Vec::new());
+    let (mut wrong, mut lacking) = (Vec::new(), None);
     for (_, one) in found {
         match one {
             Found::Wrong(text) => wrong.push(text),
-            Found::Skipped(text) => skipped.push(text),
+            Found::Lacking(reason) => lacking = Some(reason),
+            Found::Unknown(architecture) => println!("this NVRTC does not know {architecture}"),
             Found::Fine(text) => println!("{text}"),
         }
     }
-    skipped.dedup();
-    for text in skipped {
-        eprintln!("skipped: {text}");
-    }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    lacking.map_or(Ok(()), |reason| Err(Stop::ignored(reason)))
 }

@@ -8,7 +8,7 @@ use std::error::Error;
 use moa_backend_wgpu::cubecl::future::block_on;
 use moa_backend_wgpu::cubecl::wgpu::{AutoCompiler, WgpuServer, WgpuSetup, wgpu};
 use moa_backend_wgpu::{Device, Dtype, Tensor, WgpuBackend};
-use moa_core::{LayerLayout, Span, SparseAttentionBackend};
+use moa_core::{Append, ExtendInputs, LayerLayout, Span, SparseAttentionBackend};
 
 fn main() -> Result<(), Box<dyn Error>> {
     // The application's own setup.
@@ -45,7 +45,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let q = Tensor::new(&shared, &values(4, 31), &[tokens, 4, head_dim])?;
     let k = Tensor::new(&shared, &values(2, 37), &[tokens, 2, head_dim])?;
     let v = Tensor::new(&shared, &values(2, 41), &[tokens, 2, head_dim])?;
-    let (out, _) = attention.extend(&mut [&mut cache], &[tokens], &q, &k, &v, 0.125, false)?;
+    let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: 0.125, lse: false };
+    let out = attention.extend(&mut [Append { cache: &mut cache, tokens }], &inputs)?.out;
 
     // The output as a wgpu buffer, and a copy of it that the application encodes itself. What
     // CubeCL has queued is submitted first.
@@ -69,7 +70,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let copied = own.slice(..).get_mapped_range()?;
     let read = out.to_vec()?;
     let same = copied.chunks_exact(4).zip(&read).all(|(bytes, x)| bytes == x.to_ne_bytes());
-    println!("{} bytes of cache, output of {} numbers", cache.bytes(), read.len());
+    println!("{} bytes of cache, output of {} numbers", attention.bytes(&cache), read.len());
     println!("the application's copy is the same: {same}");
     if same { Ok(()) } else { Err("the copy differs".into()) }
 }

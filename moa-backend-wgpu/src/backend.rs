@@ -1,7 +1,10 @@
-use moa_core::{InfluenceInputs, InfluenceOutput, LayerLayout, SparseAttentionBackend};
+use moa_core::{
+    Append, Dtype, ExtendInputs, Extended, InfluenceInputs, InfluenceOutput, LayerLayout,
+    SparseAttentionBackend,
+};
 
-use crate::extend::{self, Call};
-use crate::{Cache, Device, Dtype, Error, MatrixUnits, Result, Tensor, influence, timing};
+use crate::attention::{self, timing};
+use crate::{Cache, Device, Error, MatrixUnits, Result, Tensor, influence};
 
 /// Attention on one GPU.
 ///
@@ -27,7 +30,7 @@ impl WgpuBackend {
 
     /// Whether long chunks with heads of this size take the matrix-unit kernel, emulated or not.
     pub fn has_matrix_units(&self, head_dim: usize) -> bool {
-        let limits = extend::Limits::of(&self.device);
+        let limits = attention::Limits::of(&self.device);
         self.matrix_units.blocks(&self.device, &limits, self.dtype, head_dim).is_some()
     }
 
@@ -51,46 +54,20 @@ impl SparseAttentionBackend for WgpuBackend {
         "wgpu"
     }
 
+    fn slot_bytes(&self, head_dim: usize) -> u64 {
+        self.dtype.slot_bytes(head_dim)
+    }
+
     fn open(&self, layout: &LayerLayout, head_dim: usize) -> Result<Cache> {
         Cache::open(&self.device, layout, head_dim, self.dtype)
     }
 
     fn extend(
         &self,
-        caches: &mut [&mut Cache],
-        tokens: &[usize],
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        scale: f32,
-        lse: bool,
-    ) -> Result<(Tensor, Option<Tensor>)> {
-        let query_heads = extend::check(&self.device, caches, tokens, [q, k, v])?;
-        let rows = &q.shape()[..2];
-        let [out, stats] = self.device.alloc_two("tensor", q.len(), rows.iter().product())?;
-        let out = Tensor::from_handle(&self.device, out, q.shape())?;
-        let stats = Tensor::from_handle(&self.device, stats, rows)?;
-        let (device, dtype) = (&self.device, caches[0].dtype());
-        let (room, matrix_units) = (&out, self.matrix_units);
-        let call = Call {
-            device,
-            q,
-            k,
-            v,
-            dtype,
-            out: room,
-            lse: &stats,
-            query_heads,
-            scale,
-            matrix_units,
-        };
-        let steps = call.plan(caches, tokens)?;
-        call.run(caches, tokens, &steps);
-        Ok((out, lse.then_some(stats)))
-    }
-
-    fn len(&self, cache: &Cache) -> usize {
-        cache.len()
+        batch: &mut [Append<'_, Cache>],
+        inputs: &ExtendInputs<'_, Tensor>,
+    ) -> Result<Extended<Tensor>> {
+        attention::extend(&self.device, self.matrix_units, batch, inputs)
     }
 
     fn fork(&self, cache: &Cache) -> Result<Cache> {
@@ -98,7 +75,7 @@ impl SparseAttentionBackend for WgpuBackend {
     }
 
     fn truncate(&self, cache: &mut Cache, len: usize) -> Result<()> {
-        cache.truncate(len)
+        Ok(cache.state_mut().truncate(len)?)
     }
 
     fn bytes(&self, cache: &Cache) -> u64 {

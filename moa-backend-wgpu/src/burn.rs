@@ -19,7 +19,7 @@ impl Tensor {
     /// The buffer of a burn tensor. As long as both exist, burn writes neither in place.
     ///
     /// # Errors
-    /// [`Error::Argument`] unless it is f32 and without gaps, [`Error::Shape`] unless it has 1 to 3
+    /// [`Error::Argument`] unless it is f32, without gaps and of 1 to 3
     /// axes.
     pub fn from_burn(tensor: &CubeTensor) -> Result<Self> {
         const OP: &str = "Tensor::from_burn";

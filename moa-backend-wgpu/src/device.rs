@@ -163,7 +163,9 @@ impl Device {
 
     /// Whether [`crate::ops::linears`] multiplies many rows on matrix units if asked to round to this type.
     pub fn multiplies(&self, inner: Dtype) -> bool {
-        cfg!(feature = "vulkan") && inner == Dtype::F16 && crate::matrix_units::offered(self)
+        cfg!(feature = "vulkan")
+            && inner == Dtype::F16
+            && crate::attention::matrix_units::offered(self)
     }
 
     /// Whether cooperative matrices that CubeCL lists may be used.

@@ -16,7 +16,7 @@ impl Tensor {
     /// Copies numbers to the device.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless there are 1 to 3 axes whose product is `data.len()`;
+    /// [`Error::Argument`] unless there are 1 to 3 axes whose product is `data.len()`;
     /// [`Error::TooLarge`].
     pub fn new(device: &Device, data: &[f32], shape: &[usize]) -> Result<Self> {
         const OP: &str = "Tensor::new";
@@ -38,7 +38,7 @@ impl Tensor {
     /// A buffer of f32 that CubeCL already holds, row-major without gaps.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless there are 1 to 3 axes that the buffer has room for.
+    /// [`Error::Argument`] unless there are 1 to 3 axes that the buffer has room for.
     pub fn from_handle(device: &Device, handle: Handle, shape: &[usize]) -> Result<Self> {
         const OP: &str = "Tensor::from_handle";
         let (padded, len) = check(OP, shape)?;
@@ -75,7 +75,7 @@ impl Tensor {
     /// The same elements under another shape.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless there are 1 to 3 axes of as many elements.
+    /// [`Error::Argument`] unless there are 1 to 3 axes of as many elements.
     pub fn reshape(self, shape: &[usize]) -> Result<Self> {
         const OP: &str = "Tensor::reshape";
         let (padded, len) = check(OP, shape)?;

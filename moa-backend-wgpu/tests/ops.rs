@@ -1,26 +1,28 @@
 //! The other operations of a Llama against plain loops in f64.
 //!
-//! Without a GPU the tests say that they are skipped; with `MOA_REQUIRE_WGPU=1` they fail then.
+//! Without a GPU trials are ignored; with `MOA_REQUIRE_WGPU=1` they fail then.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+mod gpu;
 
+use std::process::ExitCode;
+
+use gpu::device;
 use half::{bf16, f16};
 use moa_backend_wgpu::ops::Layer;
 use moa_backend_wgpu::{Device, Dtype, Error, Matrix, Result, Tensor, ops};
+use moa_conformance::{Verdict, run, trials};
+use moa_core::ArgumentError;
 
-fn device() -> Option<(Device, MutexGuard<'static, ()>)> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    match Device::open() {
-        Ok(device) => Some((device, alone)),
-        Err(error) if std::env::var_os("MOA_REQUIRE_WGPU").is_some_and(|v| v == "1") => {
-            panic!("MOA_REQUIRE_WGPU is set: {error}")
-        }
-        Err(error) => {
-            eprintln!("SKIPPED: {error}");
-            None
-        }
-    }
+fn main() -> ExitCode {
+    run(trials![
+        linear_is_the_matrix_product,
+        layers_of_one_input_and_ends_of_branches,
+        many_rows_may_be_rounded,
+        rows_are_gathered_and_normed,
+        rotations_and_pairwise_operations,
+        wrong_shapes_are_refused,
+        gradients_of_the_operations,
+    ])
 }
 
 fn numbers(n: usize, by: usize) -> Vec<f32> {
@@ -53,7 +55,7 @@ fn matrix(device: &Device, rows: usize, cols: usize, dtype: Dtype) -> (Matrix, V
                 halves.iter().map(|x| x.to_f64()).collect(),
             )
         }
-        Dtype::Bf16 => {
+        _ => {
             let halves: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
             (
                 halves.iter().flat_map(|x| x.to_le_bytes()).collect(),
@@ -64,9 +66,8 @@ fn matrix(device: &Device, rows: usize, cols: usize, dtype: Dtype) -> (Matrix, V
     (Matrix::new(device, &bytes, rows, cols, dtype).unwrap(), rounded)
 }
 
-#[test]
-fn linear_is_the_matrix_product() {
-    let Some((device, _alone)) = device() else { return };
+fn linear_is_the_matrix_product() -> Verdict {
+    let (device, _alone) = device()?;
     // One row, few and many; features and columns beside the tiles' sizes.
     let sizes = [(1, 70, 96), (3, 5, 6), (17, 33, 20), (70, 131, 72)];
     for (rows, features, cols) in sizes {
@@ -88,11 +89,11 @@ fn linear_is_the_matrix_product() {
             close(&ops::linear(&input, &weight, Some(&bias)).unwrap(), product(1.0));
         }
     }
+    Ok(())
 }
 
-#[test]
-fn layers_of_one_input_and_ends_of_branches() {
-    let Some((device, _alone)) = device() else { return };
+fn layers_of_one_input_and_ends_of_branches() -> Verdict {
+    let (device, _alone) = device()?;
     // One row, few and many; rows of whole loads, and not.
     for (rows, cols) in [(1, 576), (3, 64), (9, 40), (16, 64), (17, 64), (2, 12)] {
         for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
@@ -123,11 +124,11 @@ fn layers_of_one_input_and_ends_of_branches() {
             assert!(is_shape(refused, "plus"));
         }
     }
+    Ok(())
 }
 
-#[test]
-fn many_rows_may_be_rounded() {
-    let Some((device, _alone)) = device() else { return };
+fn many_rows_may_be_rounded() -> Verdict {
+    let (device, _alone) = device()?;
     // Sizes that a product takes, and those for which there may be none.
     let sizes = [
         (40, 64, 96),
@@ -172,11 +173,11 @@ fn many_rows_may_be_rounded() {
         assert!((got - exact).abs() < 0.1, "{got} {exact}");
     }
     assert!(ops::linears(&x, &[], Dtype::F16).unwrap().is_empty());
+    Ok(())
 }
 
-#[test]
-fn rows_are_gathered_and_normed() {
-    let Some((device, _alone)) = device() else { return };
+fn rows_are_gathered_and_normed() -> Verdict {
+    let (device, _alone) = device()?;
     let (table, values) = matrix(&device, 11, 10, Dtype::Bf16);
     let row = |r: usize| values[r * 10..(r + 1) * 10].to_vec();
     let embedded = ops::embed(&table, &[7, 0, 7, 10]).unwrap();
@@ -194,11 +195,11 @@ fn rows_are_gathered_and_normed() {
         scaled.map(move |(x, &w)| x / (mean + 0.1).sqrt() * f64::from(w)).collect::<Vec<_>>()
     });
     close(&norm.unwrap(), expected);
+    Ok(())
 }
 
-#[test]
-fn rotations_and_pairwise_operations() {
-    let Some((device, _alone)) = device() else { return };
+fn rotations_and_pairwise_operations() -> Verdict {
+    let (device, _alone) = device()?;
     let (x, y) = (numbers(5 * 3 * 8, 13), numbers(5 * 3 * 8, 29));
     let angles: Vec<f32> = (0..5 * 4).map(|i| i as f32 * 0.3).collect();
     let table = |f: fn(f32) -> f32| {
@@ -224,15 +225,15 @@ fn rotations_and_pairwise_operations() {
     close(&ops::add(&input, &other).unwrap(), pairs().map(|(x, y)| x + y));
     let silu = pairs().map(|(x, y)| x / (1.0 + (-x).exp()) * y);
     close(&ops::swiglu(&input, &other).unwrap(), silu);
+    Ok(())
 }
 
 fn is_shape(result: Result<Tensor>, named: &str) -> bool {
-    matches!(result, Err(Error::Shape { what, .. }) if what == named)
+    matches!(result, Err(Error::Argument(ArgumentError { argument, .. })) if argument == named)
 }
 
-#[test]
-fn wrong_shapes_are_refused() {
-    let Some((device, _alone)) = device() else { return };
+fn wrong_shapes_are_refused() -> Verdict {
+    let (device, _alone) = device()?;
     let zeros =
         |shape: &[usize]| Tensor::new(&device, &vec![0.0; shape.iter().product()], shape).unwrap();
     let (weight, _) = matrix(&device, 4, 6, Dtype::F16);
@@ -247,21 +248,27 @@ fn wrong_shapes_are_refused() {
     assert!(is_shape(zeros(&[2, 6]).reshape(&[5]), "shape"));
     assert!(is_shape(Tensor::new(&device, &[1.0], &[2]), "data"));
     assert!(is_shape(Tensor::new(&device, &[1.0], &[1, 1, 1, 1]), "shape"));
-    assert!(matches!(ops::embed(&weight, &[4]), Err(Error::Argument { what: "id", .. })));
-    assert!(matches!(ops::rows(&zeros(&[2, 6]), &[2]), Err(Error::Argument { what: "row", .. })));
+    assert!(matches!(
+        ops::embed(&weight, &[4]),
+        Err(Error::Argument(ArgumentError { argument: "id", .. }))
+    ));
+    assert!(matches!(
+        ops::rows(&zeros(&[2, 6]), &[2]),
+        Err(Error::Argument(ArgumentError { argument: "row", .. }))
+    ));
     assert!(matches!(
         Matrix::new(&device, &[0; 6], 1, 3, Dtype::Bf16),
-        Err(Error::Argument { what: "cols", .. })
+        Err(Error::Argument(ArgumentError { argument: "cols", .. }))
     ));
     assert!(matches!(
         Matrix::new(&device, &[0; 5], 1, 3, Dtype::F32),
-        Err(Error::Shape { what: "bytes", .. })
+        Err(Error::Argument(ArgumentError { argument: "bytes", .. }))
     ));
+    Ok(())
 }
 
-#[test]
-fn gradients_of_the_operations() {
-    let Some((device, _alone)) = device() else { return };
+fn gradients_of_the_operations() -> Verdict {
+    let (device, _alone) = device()?;
     for (rows, features, cols) in [(1, 70, 96), (70, 131, 72)] {
         for dtype in [Dtype::F32, Dtype::F16] {
             let (weight, w) = matrix(&device, features, cols, dtype);
@@ -314,6 +321,7 @@ fn gradients_of_the_operations() {
     close(&placed, zeros().chain(f64s(&x)).chain(zeros()));
     assert!(matches!(
         ops::place_rows(&tensor(&x), 3..6, 5),
-        Err(Error::Argument { what: "rows", .. })
+        Err(Error::Argument(ArgumentError { argument: "rows", .. }))
     ));
+    Ok(())
 }

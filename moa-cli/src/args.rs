@@ -4,7 +4,7 @@ use std::str::FromStr;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use moa_core::{DEFAULT_SINK, Space};
-use moa_models::{CacheDtype, Objective, Task, TokenWeight};
+use moa_models::{Dtype, Objective, Task, TokenWeight};
 
 use crate::error::Error;
 
@@ -94,7 +94,7 @@ impl FromStr for Device {
     }
 }
 
-/// [`CacheDtype`] as a flag.
+/// [`Dtype`] as a flag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum CacheType {
     Bf16,
@@ -102,7 +102,7 @@ pub(crate) enum CacheType {
     F32,
 }
 
-impl From<CacheType> for CacheDtype {
+impl From<CacheType> for Dtype {
     fn from(flag: CacheType) -> Self {
         match flag {
             CacheType::Bf16 => Self::Bf16,

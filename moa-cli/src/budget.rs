@@ -37,9 +37,10 @@ pub(crate) struct BudgetArgs {
 impl BudgetArgs {
     /// The same as options for a model of this shape.
     pub(crate) fn options(&self, shape: ModelShape, context: &Context) -> Result<CompressOptions> {
-        let element = context.cache.bytes();
+        let slot_bytes = context.cache.slot_bytes(shape.head_dim);
         let bounds = self.kv_bytes.iter();
-        let bounds = bounds.map(|&(length, bytes)| Bound::kv_bytes(length, bytes, shape, element));
+        let bounds =
+            bounds.map(|&(length, bytes)| Bound::kv_bytes(length, bytes, shape, slot_bytes));
         Ok(CompressOptions {
             density: self.density,
             min_density: self.min_density,

@@ -78,15 +78,11 @@ pub(crate) fn check_gradients(context: &Context) -> Result<()> {
 /// A GPU; activations have the type of the caches, and weights unless another one is asked for.
 #[cfg(feature = "cuda")]
 pub(crate) fn cuda(ordinal: usize, context: &Context) -> Result<moa_models::Cuda> {
-    use moa_models::{CacheDtype, Cuda, CudaDtype};
-    let dtype = match context.cache {
-        CacheDtype::F16 => CudaDtype::F16,
-        CacheDtype::Bf16 => CudaDtype::Bf16,
-        CacheDtype::F32 => {
-            return Err(Error::argument("--cache-dtype", "f16 or bf16 on a GPU", "f32"));
-        }
-    };
-    let device = Cuda::new(ordinal, dtype)?;
+    use moa_models::{Cuda, Dtype};
+    if context.cache == Dtype::F32 {
+        return Err(Error::argument("--cache-dtype", "f16 or bf16 on a GPU", "f32"));
+    }
+    let device = Cuda::new(ordinal, context.cache)?;
     Ok(match context.weights {
         Some(WeightType::Fp8) => device.with_fp8_weights(),
         None => device,

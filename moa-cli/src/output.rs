@@ -1,7 +1,7 @@
 use std::fmt::Display;
 use std::io::{self, Write};
 
-use moa_models::CacheDtype;
+use moa_models::Dtype;
 pub(crate) use moa_report::{bytes, percent, table};
 use serde::Serialize;
 use serde_json::Value;
@@ -16,7 +16,7 @@ pub(crate) struct Context {
     pub(crate) quiet: bool,
     pub(crate) seed: u64,
     pub(crate) device: Device,
-    pub(crate) cache: CacheDtype,
+    pub(crate) cache: Dtype,
     pub(crate) weights: Option<WeightType>,
     /// Threads of the search; 0 for all.
     pub(crate) threads: usize,

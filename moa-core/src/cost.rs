@@ -76,36 +76,31 @@ pub struct CostBound {
 }
 
 impl ModelShape {
-    /// Bytes of keys and values that one sequence of `length` tokens holds in a dense cache.
-    pub const fn kv_bytes(&self, length: usize, bytes_per_element: usize) -> u64 {
-        let a_token = 2 * (self.total_kv_heads() * self.head_dim) as u64;
-        a_token.saturating_mul(length as u64).saturating_mul(bytes_per_element as u64)
+    /// Bytes of keys and values that one sequence of `length` tokens holds in a dense cache whose slots,
+    /// key and value together, take `slot_bytes` bytes each.
+    pub const fn kv_bytes(&self, length: usize, slot_bytes: u64) -> u64 {
+        let slots = (self.total_kv_heads() as u64).saturating_mul(length as u64);
+        slots.saturating_mul(slot_bytes)
     }
 }
 
 impl Bound {
     /// The density that `bytes` of keys and values are for one sequence of `length` tokens, as an upper
-    /// bound; 1 where they hold everything.
+    /// bound; 1 where they hold everything. `slot_bytes` are those of one slot
+    /// ([`SparseAttentionBackend::slot_bytes`](crate::SparseAttentionBackend::slot_bytes)).
     ///
     /// # Errors
-    /// [`Error::Invalid`] if `length`, `bytes`, `bytes_per_element` or a dimension is 0.
-    pub fn kv_bytes(
-        length: usize,
-        bytes: u64,
-        shape: ModelShape,
-        bytes_per_element: usize,
-    ) -> Result<Self> {
+    /// [`Error::Invalid`] if `length`, `bytes`, `slot_bytes` or a dimension is 0.
+    pub fn kv_bytes(length: usize, bytes: u64, shape: ModelShape, slot_bytes: u64) -> Result<Self> {
         shape.validate()?;
-        for (what, n) in [
-            ("bound length", length as u64),
-            ("KV bytes", bytes),
-            ("bytes per element", bytes_per_element as u64),
-        ] {
+        for (what, n) in
+            [("bound length", length as u64), ("KV bytes", bytes), ("bytes per slot", slot_bytes)]
+        {
             if n == 0 {
                 return Err(Error::invalid(what, "at least 1", n));
             }
         }
-        let max = (bytes as f64 / shape.kv_bytes(length, bytes_per_element) as f64).min(1.0);
+        let max = (bytes as f64 / shape.kv_bytes(length, slot_bytes) as f64).min(1.0);
         Ok(Self { length, max, min: None })
     }
 }
@@ -128,12 +123,12 @@ mod tests {
     #[test]
     fn a_full_plan_uses_the_bytes_of_density_one() {
         let shape = ModelShape { layers: 3, query_heads: 4, kv_heads: 2, head_dim: 64 };
-        let dense = shape.kv_bytes(1000, 2);
-        assert_eq!(dense, Plan::full(shape).unwrap().kv_bytes(1000, 2));
-        assert_eq!(Bound::kv_bytes(1000, dense, shape, 2).unwrap().max, 1.0);
-        assert_eq!(Bound::kv_bytes(1000, dense / 4, shape, 2).unwrap().max, 0.25);
-        assert_eq!(Bound::kv_bytes(1000, 9 * dense, shape, 2).unwrap().max, 1.0);
-        assert!(matches!(Bound::kv_bytes(0, 1, shape, 2), Err(Error::Invalid { .. })));
-        assert!(matches!(Bound::kv_bytes(1, 0, shape, 2), Err(Error::Invalid { .. })));
+        let dense = shape.kv_bytes(1000, 256);
+        assert_eq!(dense, Plan::full(shape).unwrap().kv_bytes(1000, 256));
+        assert_eq!(Bound::kv_bytes(1000, dense, shape, 256).unwrap().max, 1.0);
+        assert_eq!(Bound::kv_bytes(1000, dense / 4, shape, 256).unwrap().max, 0.25);
+        assert_eq!(Bound::kv_bytes(1000, 9 * dense, shape, 256).unwrap().max, 1.0);
+        assert!(matches!(Bound::kv_bytes(0, 1, shape, 256), Err(Error::Invalid { .. })));
+        assert!(matches!(Bound::kv_bytes(1, 0, shape, 256), Err(Error::Invalid { .. })));
     }
 }

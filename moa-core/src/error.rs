@@ -16,6 +16,9 @@ pub enum Error {
         /// What came.
         got: String,
     },
+    /// An operation of a backend refuses an argument.
+    #[error(transparent)]
+    Argument(#[from] ArgumentError),
     /// A plan or profile was made for a model of other dimensions.
     #[error("{what} is for a model of {got}, but the model has {expected}")]
     ShapeMismatch {
@@ -99,6 +102,43 @@ pub enum Error {
         /// What is wrong, with the place where it is known.
         reason: String,
     },
+}
+
+/// An argument that an operation of a backend refuses, in the same words for all of them.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{operation}: {argument}: expected {expected}, got {got}")]
+#[non_exhaustive]
+pub struct ArgumentError {
+    /// The operation, such as `"extend"`.
+    pub operation: &'static str,
+    /// The argument, such as `"q"`.
+    pub argument: &'static str,
+    /// What would have been accepted.
+    pub expected: String,
+    /// What came.
+    pub got: String,
+}
+
+impl ArgumentError {
+    /// An argument outside of its domain.
+    pub fn new(
+        operation: &'static str,
+        argument: &'static str,
+        expected: impl std::fmt::Display,
+        got: impl std::fmt::Display,
+    ) -> Self {
+        Self { operation, argument, expected: expected.to_string(), got: got.to_string() }
+    }
+
+    /// A tensor of another shape than the operation needs.
+    pub fn shape(
+        operation: &'static str,
+        argument: &'static str,
+        expected: impl std::fmt::Display,
+        got: &[usize],
+    ) -> Self {
+        Self::new(operation, argument, expected, format_args!("shape {got:?}"))
+    }
 }
 
 /// Result of this crate.

@@ -1,7 +1,7 @@
 use serde::{Deserialize, Serialize};
 
-/// By how much the cross entropy of each sample's response grew when every head lost the far context:
-/// what shows whether calibration data has long dependencies at all.
+/// The growth of each calibration response's cross entropy when every head loses the far context,
+/// which shows whether calibration data has long dependencies at all.
 ///
 /// This is measured rather than read off the influence. A response that hangs on one far token has
 /// attention values near 1, where first-order influence is wild in size and sign: over eight records

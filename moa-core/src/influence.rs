@@ -259,7 +259,8 @@ impl Profile {
     /// Adds influence, merging with what is there at the same length.
     ///
     /// # Errors
-    /// As [`Influence::merge`].
+    /// [`Error::ShapeMismatch`] if the influence is of a model of other dimensions; those of
+    /// [`Influence::merge`].
     pub fn add(&mut self, influence: Influence) -> Result<()> {
         if influence.shape != self.shape {
             return Err(Error::ShapeMismatch {

@@ -6,7 +6,7 @@
 //! * the mask: [`Span`] and its predicate, one pure function that every kernel is tested against;
 //! * [`ElasticRule`] and [`Plan`]: one span rule per layer and KV head, as files too;
 //! * the cache geometry: [`LayerLayout`] says where each head's sink and ring lie in one flat
-//!   buffer, what an append writes and what a query may see, and [`Extent`] how far it is filled;
+//!   buffer, what an append writes and what a query may see, and [`CacheState`] how far it is filled;
 //! * [`Influence`] and [`Profile`]: how much each head needs each part of the context;
 //! * [`search`]: the best plans for a memory budget;
 //! * [`Sharding`]: which of several devices owns which heads;
@@ -18,24 +18,26 @@
 //! An engine with its own kernels needs a plan and a layout:
 //!
 //! ```
-//! use moa_core::{ElasticRule, Extent, LayerLayout, ModelShape, Plan};
+//! use std::sync::Arc;
+//!
+//! use moa_core::{CacheState, ElasticRule, LayerLayout, ModelShape, Plan};
 //!
 //! let shape = ModelShape { layers: 2, query_heads: 8, kv_heads: 2, head_dim: 64 };
 //! let plan = Plan::uniform(shape, 64, ElasticRule::new(0.0, 0.25)?)?;
 //!
 //! let context = 4096;
 //! let layout = LayerLayout::new(&plan.layer_spans(0, context), context, 0)?;
-//! let mut extent = Extent::default();
+//! let mut cache = CacheState::new(Arc::new(layout), shape.head_dim);
 //!
 //! // Append a chunk of 100 tokens: which stretches of which head's slots to write.
-//! extent.check_append(&layout, 100)?;
-//! for head in layout.heads() {
-//!     for run in head.append(extent.len(), 100) {
+//! cache.check_append(100)?;
+//! for head in cache.layout().heads() {
+//!     for run in head.append(cache.len(), 100) {
 //!         // copy keys of tokens run.position.. of the chunk to slots run.slot..
-//!         assert!(run.slot.0 + run.len <= layout.slots());
+//!         assert!(run.slot.0 + run.len <= cache.layout().slots());
 //!     }
 //! }
-//! extent.advance(100);
+//! cache.append(100)?;
 //! # Ok::<(), moa_core::Error>(())
 //! ```
 
@@ -44,6 +46,7 @@
 mod backend;
 mod cache;
 mod cost;
+mod dtype;
 mod error;
 mod far_losses;
 mod file;
@@ -58,13 +61,16 @@ mod rule;
 pub mod search;
 mod sharding;
 mod space;
+mod split_mix;
 
 pub use backend::{
-    Gradients, InfluenceInputs, InfluenceOutput, InfluenceSign, SparseAttentionBackend,
+    Append, AttentionShape, ExtendInputs, Extended, Gradients, InfluenceInputs, InfluenceOutput,
+    InfluenceSign, SparseAttentionBackend, check_batch, check_extend, check_influence,
 };
-pub use cache::{Extent, HeadLayout, LayerLayout, Run, Slot};
+pub use cache::{CacheState, Extent, HeadLayout, HeadRow, LayerLayout, Run, Slot};
 pub use cost::{CostBound, CostCurve};
-pub use error::{Error, Result};
+pub use dtype::Dtype;
+pub use error::{ArgumentError, Error, Result};
 pub use far_losses::FarLosses;
 pub use file::write_atomic;
 pub use influence::{ByDistance, Influence, Profile, ProfileInfo};
@@ -75,3 +81,4 @@ pub use provenance::{AtLength, Provenance, Trial};
 pub use rule::{ElasticRule, HeadRule};
 pub use sharding::Sharding;
 pub use space::Space;
+pub use split_mix::SplitMix64;

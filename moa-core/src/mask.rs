@@ -78,8 +78,16 @@ impl Span {
 
     /// The keys that `query` sees, as two ranges of positions: inside the sink, and after it.
     pub fn visible(self, query: Position) -> [Range<usize>; 2] {
-        let end = query.0 + 1;
-        [0..self.sink.min(end), self.window_start(query)..end]
+        self.visible_to(query.0..query.0 + 1)
+    }
+
+    /// The keys that some query of a range of positions sees, as two ranges: inside the sink, and
+    /// after it.
+    pub fn visible_to(self, queries: Range<usize>) -> [Range<usize>; 2] {
+        let sink = 0..self.sink.min(queries.end);
+        // The window of the first query is the one that reaches back furthest.
+        let start = self.window_start(Position(queries.start)).max(sink.end);
+        [sink, start..queries.end.max(start)]
     }
 
     /// Number of (query, key) pairs that the mask keeps in a prompt of `tokens` tokens.

@@ -71,12 +71,14 @@ pub const DEFAULT_SINK: usize = 64;
 /// One span rule per layer and KV head, for one model.
 ///
 /// ```
-/// use moa_core::{ElasticRule, ModelShape, Plan};
+/// use moa_core::{Dtype, ElasticRule, ModelShape, Plan};
 /// let shape = ModelShape { layers: 2, query_heads: 4, kv_heads: 2, head_dim: 64 };
 /// // StreamingLLM: every head keeps 64 sinks and the last quarter of the context.
 /// let plan = Plan::uniform(shape, 64, ElasticRule::new(0.0, 0.25)?)?;
 /// assert_eq!(plan.density(8192), 0.25);
-/// assert_eq!(plan.kv_bytes(8192, 2), 2 * 2 * 2048 * 64 * 2 * 2); // layers, heads, span, dim, K and V, bf16
+/// // 2 layers of 2 heads of 2048 slots: a key and a value of 64 elements of 2 bytes each.
+/// let slot_bytes = Dtype::Bf16.slot_bytes(shape.head_dim);
+/// assert_eq!(plan.kv_bytes(8192, slot_bytes), 2 * 2 * 2048 * (64 + 64) * 2);
 /// # Ok::<(), moa_core::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq)]
@@ -244,11 +246,12 @@ impl Plan {
         kept as f64 / (self.rules.len() * context_length.max(1)) as f64
     }
 
-    /// Bytes of keys and values that one sequence opened for `context_length` tokens holds.
-    pub fn kv_bytes(&self, context_length: usize, bytes_per_element: usize) -> u64 {
+    /// Bytes of keys and values that one sequence opened for `context_length` tokens holds, given
+    /// those of one slot ([`SparseAttentionBackend::slot_bytes`](crate::SparseAttentionBackend::slot_bytes)).
+    pub fn kv_bytes(&self, context_length: usize, slot_bytes: u64) -> u64 {
         let kept: u64 =
             self.spans(context_length).iter().map(|s| s.total().min(context_length) as u64).sum();
-        2 * kept * self.shape.head_dim as u64 * bytes_per_element as u64
+        kept * slot_bytes
     }
 
     /// Checks that the plan fits a model.

@@ -4,7 +4,7 @@ use crate::{
     Result, Space,
 };
 
-/// What plans to search for.
+/// The bounds, the space of rules and the defaults of one search for plans.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlanRequest {
     /// Bounds on the mean density, each at one length.
@@ -22,7 +22,7 @@ pub struct PlanRequest {
     pub space: Space,
     /// Rules to choose from.
     pub candidates: Vec<ElasticRule>,
-    /// How to search.
+    /// Limits and accuracy of the solver.
     pub solver: Options,
 }
 
@@ -243,7 +243,7 @@ impl PlanRequest {
     /// `lengths` are usually [`PlanRequest::objective_lengths`].
     ///
     /// # Errors
-    /// As those.
+    /// The errors of [`PlanRequest::predicted_losses`] and of [`PlanRequest::search`].
     pub fn search_profile(&self, profile: &Profile, lengths: &[usize]) -> Result<FoundPlans> {
         let losses = self.predicted_losses(profile, lengths)?;
         let mut found = self.search(profile.shape, lengths, losses)?;
@@ -280,11 +280,12 @@ fn fill(bounds: &mut [Bound], sizes: &[f64], heads: usize) {
     }
 }
 
-/// Plans of which none is at least as good as another at every length.
+/// The plans that [`PlanRequest::search`] found: a Pareto set, in which no plan is at least as good
+/// as another one at every length.
 #[derive(Clone, Debug, PartialEq)]
 pub struct FoundPlans {
     /// The plans.
     pub plans: Vec<Plan>,
-    /// What the search found, in the same order.
+    /// The solutions of the search that the plans were made of, in the same order.
     pub set: ParetoSet,
 }

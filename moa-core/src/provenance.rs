@@ -52,7 +52,7 @@ pub struct Provenance {
     pub data: Option<String>,
 }
 
-/// A plan that was measured, beside what had been predicted of it.
+/// One measured plan: the loss that was predicted for it, and the loss that was measured.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Trial {

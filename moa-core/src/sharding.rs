@@ -24,7 +24,7 @@ use crate::{Error, ModelShape, Plan, Result};
 /// let sharding = Sharding::balanced(&plan, 8192, 2)?;
 /// assert_eq!(sharding.heads(0, 0), [0, 2]);
 /// assert_eq!(sharding.heads(0, 1), [1, 3]);
-/// assert_eq!(sharding.plan(&plan, 1)?.kv_bytes(8192, 2), plan.kv_bytes(8192, 2) / 2);
+/// assert_eq!(sharding.plan(&plan, 1)?.kv_bytes(8192, 256), plan.kv_bytes(8192, 256) / 2);
 /// # Ok::<(), moa_core::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,15 +2,15 @@
 //! holds, driven through every chunking of a small world and through random operations.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
-use moa_core::{Error, Extent, LayerLayout, Position, Span};
+use moa_core::{CacheState, Dtype, Error, LayerLayout, Position, Span};
 use proptest::prelude::*;
 
 /// Positions held, by slot; `None` is a slot that nobody wrote.
 #[derive(Clone)]
 struct Simulated {
-    layout: LayerLayout,
-    extent: Extent,
+    state: CacheState,
     slots: Vec<Option<usize>>,
 }
 
@@ -18,14 +18,15 @@ impl Simulated {
     fn new(spans: &[Span], capacity: usize, slack: usize) -> Self {
         let layout = LayerLayout::new(spans, capacity, slack).unwrap();
         let slots = vec![None; layout.slots()];
-        Self { layout, extent: Extent::default(), slots }
+        Self { state: CacheState::new(Arc::new(layout), 1), slots }
     }
 
     /// Checks what every query of a chunk sees, then commits the chunk.
     fn extend(&mut self, tokens: usize) {
-        self.extent.check_append(&self.layout, tokens).unwrap();
-        let len = self.extent.len();
-        for head in self.layout.heads() {
+        self.state.check_append(tokens).unwrap();
+        let len = self.state.len();
+        let layout = Arc::clone(self.state.layout());
+        for head in layout.heads() {
             for query in len..len + tokens {
                 let mut seen = BTreeSet::new();
                 let ranges = head.cached_keys(len, query..query + 1);
@@ -52,7 +53,7 @@ impl Simulated {
             let whole = head.cached_keys(len, len..len + tokens);
             assert_eq!(whole, head.cached_keys(len, len..len + 1));
         }
-        for head in self.layout.heads() {
+        for head in layout.heads() {
             let mut last = None;
             for run in head.append(len, tokens) {
                 assert!(run.position.0 >= len && run.position.0 + run.len <= len + tokens);
@@ -66,7 +67,7 @@ impl Simulated {
                 }
             }
         }
-        self.extent.advance(tokens);
+        self.state.append(tokens).unwrap();
     }
 }
 
@@ -112,11 +113,11 @@ fn truncate_allows_exactly_what_the_next_query_can_still_see() {
                 let mut cache = Simulated::new(&[Span::new(sink, window).unwrap()], N, slack);
                 (0..len).for_each(|_| cache.extend(1));
                 let held: BTreeSet<_> = cache.slots.iter().flatten().copied().collect();
-                let span = cache.layout.head(0).span();
+                let span = cache.state.layout().head(0).span();
                 let needed = (0..to).filter(|k| span.attends(Position(to), Position(*k)));
                 let possible = needed.clone().all(|k| held.contains(&k)) || to == 0;
-                let before = cache.extent;
-                match cache.extent.truncate(&cache.layout, to) {
+                let before = cache.state.clone();
+                match cache.state.truncate(to) {
                     Ok(()) => {
                         assert!(
                             possible,
@@ -130,10 +131,7 @@ fn truncate_allows_exactly_what_the_next_query_can_still_see() {
                             "sink {sink} window {window} slack {slack}: {len} -> {to}"
                         );
                         assert_eq!(t, to);
-                        assert_eq!(
-                            cache.extent, before,
-                            "a failed call leaves the state unchanged"
-                        );
+                        assert_eq!(cache.state, before, "a failed call leaves the state unchanged");
                     }
                     Err(other) => panic!("{other}"),
                 }
@@ -146,9 +144,9 @@ fn truncate_allows_exactly_what_the_next_query_can_still_see() {
 fn appending_too_much_says_what_fits() {
     let mut cache = Simulated::new(&[Span::new(1, 2).unwrap()], 5, 0);
     cache.extend(3);
-    let error = cache.extent.check_append(&cache.layout, 3).unwrap_err();
+    let error = cache.state.check_append(3).unwrap_err();
     assert!(matches!(error, Error::CapacityExceeded { len: 3, more: 3, capacity: 5 }));
-    assert!(matches!(cache.extent.truncate(&cache.layout, 4), Err(Error::Invalid { .. })));
+    assert!(matches!(cache.state.truncate(4), Err(Error::Invalid { .. })));
     assert!(LayerLayout::new(&[], 5, 0).is_err());
     assert!(LayerLayout::new(&[Span::full(5)], 0, 0).is_err());
 }
@@ -160,7 +158,7 @@ fn offsets_are_64_bit_safe() {
     let layout =
         LayerLayout::new(&[Span::full(n), Span::full(n), Span::new(4, 4).unwrap()], n, 0).unwrap();
     assert_eq!(layout.head(2).offset().0, 2 * n);
-    assert_eq!(layout.bytes(128, 2), 2 * (2 * n as u64 + 8) * 128 * 2);
+    assert_eq!(layout.bytes(Dtype::Bf16.slot_bytes(128)), 2 * (2 * n as u64 + 8) * 128 * 2);
     assert_eq!(layout.head(2).slot(Position(n - 1)).0, 2 * n + 4 + (n - 5) % 4);
     let absurd = usize::MAX / 2 + 1;
     assert!(LayerLayout::new(&[Span::full(absurd), Span::full(absurd)], absurd, 0).is_err());
@@ -188,18 +186,19 @@ proptest! {
         for (what, n) in steps {
             match what {
                 0 => {
-                    let to = cache.extent.len().saturating_sub(n);
-                    let _ = cache.extent.truncate(&cache.layout, to);
+                    let to = cache.state.len().saturating_sub(n);
+                    let _ = cache.state.truncate(to);
                 }
                 1 => {
                     // The copy runs ahead; the original must not notice.
                     let mut copy = cache.clone();
-                    copy.extend(n.min(capacity - copy.extent.len()).max(1).min(capacity - copy.extent.len() + 1));
+                    let room = copy.state.room();
+                    copy.extend(n.min(room).max(1).min(room + 1));
                 }
-                _ if cache.extent.len() + n <= capacity => cache.extend(n),
-                _ => cache.extent.reset(),
+                _ if n <= cache.state.room() => cache.extend(n),
+                _ => cache.state.reset(),
             }
-            if cache.extent.len() == capacity { cache.extent.reset() }
+            if cache.state.room() == 0 { cache.state.reset() }
         }
     }
 

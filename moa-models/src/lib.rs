@@ -1,9 +1,47 @@
-//! Llama-2, Llama-3 and Vicuna models whose KV caches are as small as a
-//! [plan](moa_core::Plan) allows.
+//! Language models whose KV caches are as small as a [plan](moa_core::Plan) allows: loading, generation,
+//! and everything that finds a plan and measures what it costs.
 //!
-//! Everything is written over [`Math`], the operations of one device: [`Cpu`], and `Cuda` with the
-//! feature `cuda`, which needs nothing to build, and to run a driver, NVRTC and cuBLASLt, and `Wgpu`
-//! with the feature `wgpu`, which runs on any GPU with a driver for Vulkan, Metal or DX12.
+//! # Where to begin
+//! [`Checkpoint::open`] opens a Hugging Face model folder on a device, [`Checkpoint::complete`] answers one
+//! prompt, and an [`Engine`] runs many requests in one batch:
+//!
+//! ```no_run
+//! use moa_core::Plan;
+//! use moa_models::{Checkpoint, Cpu, EngineOptions, Event, GenerateOptions};
+//!
+//! let checkpoint = Checkpoint::open(Cpu::default(), "path/to/model")?;
+//! let plan = Plan::load("plan.json")?;
+//! println!("{}", checkpoint.complete(&plan, "What is in line 7?", 256)?.text);
+//!
+//! let mut engine = checkpoint.engine(EngineOptions::default());
+//! for prompt in ["Once upon a time", "It was a dark night"] {
+//!     engine.submit(prompt, &plan, GenerateOptions::default());
+//! }
+//! while let Some(event) = engine.step()? {
+//!     if let Event::Done { id, completion } = event {
+//!         println!("{id}: {}", completion.text);
+//!     }
+//! }
+//! # Ok::<(), moa_models::Error>(())
+//! ```
+//!
+//! [`compress()`] makes such a plan for a checkpoint. [`Plan::full`](moa_core::Plan::full) is dense attention.
+//!
+//! # Where things stand
+//! | folder | what it holds |
+//! |---|---|
+//! | `checkpoint` | a model folder: [`Checkpoint`], [`Weights`], [`Tokenizer`], [`ChatTemplate`] |
+//! | `families` | how the `config.json` of a family of models is read: [`Family`], [`Llama`] |
+//! | `decoder` | the network, written once for all families and devices: [`Decoder`], [`ModelConfig`], [`Sequence`], and [`Shard`] for a model that several devices share |
+//! | `device` | the operations of a device, [`Device`], [`Load`], [`Math`] and [`Backward`]: [`Cpu`], and by features `Cuda` and `Wgpu` |
+//! | `engine` | generation: [`Engine`], [`ChatSession`], [`SamplingOptions`] |
+//! | `find_plan` | from calibration data to a plan: [`Checkpoint::calibrate`], [`Decoder::profile`], [`refine()`], [`compress()`] |
+//! | `eval` | what a plan leaves of a model: [`Checkpoint::evaluate`], [`Decoder::perplexity`], [`Decoder::bench`], [`metrics`] |
+//!
+//! # Devices
+//! [`Cpu`] needs nothing. `Cuda` (feature `cuda`) needs nothing to build, and to run a driver, NVRTC and
+//! cuBLASLt. `Wgpu` (feature `wgpu`) runs on any GPU with a driver for Vulkan, Metal or DX12. The feature
+//! `hub` adds `download`, which fetches a model folder from the Hugging Face hub.
 
 mod checkpoint;
 mod date;
@@ -15,7 +53,6 @@ mod eval;
 mod families;
 mod find_plan;
 mod progress;
-mod rng;
 
 pub use checkpoint::Checkpoint;
 pub use checkpoint::fingerprint::fingerprint;
@@ -25,23 +62,24 @@ pub use checkpoint::hub::download;
 pub use checkpoint::json::JsonObject;
 pub use checkpoint::mapped::MappedTensor;
 pub use checkpoint::random::RandomTensors;
-pub use checkpoint::safetensors::{DType, Tensors, Weights};
+pub use checkpoint::safetensors::{Tensors, Weights};
 pub use checkpoint::template::{ChatTemplate, Message};
 pub use checkpoint::tokenizer::{TokenStream, Tokenizer};
 pub use decoder::config::ModelConfig;
 pub use decoder::logits::LogitRows;
 pub use decoder::model::Decoder;
 pub use decoder::names::TensorNames;
-pub use decoder::rope::RopeTable;
 pub use decoder::rope_scaling::RopeScaling;
 pub use decoder::sequence::Sequence;
 pub use decoder::session::Session;
-pub use decoder::shard::{Communicator, Rank, Shard, on_ranks};
-pub use decoder::thread_rank::ThreadRank;
+pub use decoder::shard::Shard;
 pub use device::cpu::{Cpu, CpuMatrix, CpuRotations};
 #[cfg(feature = "cuda")]
-pub use device::cuda::{Cuda, CudaDtype, CudaMatrix, Joined, NcclRank};
+pub use device::cuda::{Cuda, CudaMatrix, Joined, NcclRank};
+pub use device::rank::{Communicator, Rank, on_ranks};
 pub use device::replay::{Replay, ReplayBatch};
+pub use device::rope_table::RopeTable;
+pub use device::thread_rank::ThreadRank;
 #[cfg(feature = "wgpu")]
 pub use device::wgpu::Wgpu;
 pub use device::{Backward, Device, Draw, LinearWeights, Load, Math, Memory};
@@ -71,7 +109,7 @@ pub use find_plan::objective::{Objective, TokenWeight, WeightedObjective};
 pub use find_plan::profile::Item;
 pub use find_plan::records::{PHRASINGS, Phrasing, RecordPrompt};
 pub use find_plan::refine::{Refined, measured_losses, refine};
-pub use moa_backend_cpu::CacheDtype;
 #[cfg(feature = "cuda")]
 pub use moa_backend_cuda::NcclId;
+pub use moa_core::Dtype;
 pub use progress::{Progress, Stage};

@@ -1,14 +1,24 @@
 //! KV memory is measured, not only computed: a sequence holds the bytes that its plan promises.
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 
+use moa_conformance::{Stop, Verdict, run, trials};
 use moa_core::{ElasticRule, Plan};
 use moa_models::{
-    CacheDtype, Cpu, Decoder, Engine, EngineOptions, GenerateOptions, ModelConfig, Result, Weights,
+    Cpu, Decoder, Dtype, Engine, EngineOptions, GenerateOptions, ModelConfig, Result, Weights,
 };
+
+fn main() -> ExitCode {
+    run(trials![
+        sequences_hold_the_bytes_that_their_plan_promises,
+        those_of_a_longer_context_do_too,
+    ])
+}
 
 /// The system's allocator, with a count of the live bytes.
 struct Counting;
@@ -58,13 +68,13 @@ fn holds_what_it_promises(
     model: &Arc<Decoder<Cpu>>,
     plan: &Plan,
     capacity: usize,
-    bytes: usize,
+    cache: Dtype,
 ) -> Result<usize> {
     let vocab = model.config().vocab_size as u32;
     let eos_token_ids = Some(Vec::new());
     let options = GenerateOptions { max_new_tokens: 8, eos_token_ids, ..Default::default() };
     let prompt: Vec<u32> = (0..capacity as u32 - 8).map(|i| i * 7919 % vocab).collect();
-    let promised = plan.kv_bytes(capacity, bytes);
+    let promised = plan.kv_bytes(capacity, cache.slot_bytes(plan.shape().head_dim));
 
     let before = LIVE.load(Relaxed);
     let mut engine = Engine::new(Arc::clone(model), EngineOptions::default());
@@ -80,7 +90,7 @@ fn holds_what_it_promises(
     Ok(held - before)
 }
 
-fn load(folder: &Path, cache: CacheDtype) -> Result<Arc<Decoder<Cpu>>> {
+fn load(folder: &Path, cache: Dtype) -> Result<Arc<Decoder<Cpu>>> {
     let (config, weights) = (ModelConfig::from_file(folder)?, Weights::open(folder)?);
     Decoder::load(Cpu::new(cache), config, &weights).map(Arc::new)
 }
@@ -93,27 +103,34 @@ fn quarter(model: &Decoder<Cpu>) -> Result<Plan> {
     (0..3).try_fold(plan, |plan, layer| Ok(plan.with_rule(layer, 1, rule(0.125)?)?))
 }
 
-// One test: another one at the same time would be counted with it.
-#[test]
+// One at a time: another one would be counted with it.
+static ALONE: Mutex<()> = Mutex::new(());
+
 fn sequences_hold_the_bytes_that_their_plan_promises() -> Result<()> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/moa-tiny");
-    for (cache, bytes) in [(CacheDtype::F32, 4), (CacheDtype::Bf16, 2)] {
+    for cache in [Dtype::F32, Dtype::Bf16] {
         let model = load(&tiny, cache)?;
         let (dense, plan) = (Plan::full(model.shape())?, quarter(&model)?);
-        assert_eq!(plan.kv_bytes(2048, bytes) * 4, model.dense_bytes(2048)?);
+        let slot_bytes = cache.slot_bytes(model.shape().head_dim);
+        assert_eq!(plan.kv_bytes(2048, slot_bytes) * 4, model.dense_bytes(2048)?);
         // The first run also leaves each thread the buffers that its next run reuses.
-        holds_what_it_promises(&model, &dense, 2048, bytes)?;
-        let grown = holds_what_it_promises(&model, &plan, 2048, bytes)?;
-        within_2_percent(grown, plan.kv_bytes(2048, bytes), "grown by the sequence");
+        holds_what_it_promises(&model, &dense, 2048, cache)?;
+        let grown = holds_what_it_promises(&model, &plan, 2048, cache)?;
+        within_2_percent(grown, plan.kv_bytes(2048, slot_bytes), "grown by the sequence");
     }
-    match std::env::var_os("MOA_TEST_DATA").map(PathBuf::from) {
-        Some(data) => {
-            let model = load(&data.join("models/moa-small"), CacheDtype::F32)?;
-            let plan = quarter(&model)?;
-            assert_eq!(plan.kv_bytes(8192, 4) * 4, model.dense_bytes(8192)?);
-            holds_what_it_promises(&model, &plan, 8192, 4)?;
-        }
-        None => eprintln!("skipped: set MOA_TEST_DATA to the folder with `models/moa-small`"),
-    }
+    Ok(())
+}
+
+fn those_of_a_longer_context_do_too() -> Verdict {
+    let Some(data) = std::env::var_os("MOA_TEST_DATA") else {
+        return Err(Stop::ignored("MOA_TEST_DATA does not name the folder of real models"));
+    };
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let model = load(&Path::new(&data).join("models/moa-small"), Dtype::F32)?;
+    let plan = quarter(&model)?;
+    let slot_bytes = Dtype::F32.slot_bytes(model.shape().head_dim);
+    assert_eq!(plan.kv_bytes(8192, slot_bytes) * 4, model.dense_bytes(8192)?);
+    holds_what_it_promises(&model, &plan, 8192, Dtype::F32)?;
     Ok(())
 }

@@ -1,17 +1,27 @@
 //! The model that comes with the repository, on a GPU: the same tokens as on the CPU.
 //!
-//! Without a GPU the tests say that they are skipped; with `MOA_REQUIRE_WGPU=1` they fail then. A
-//! software Vulkan driver is a GPU.
+//! Without a GPU trials are ignored; with `MOA_REQUIRE_WGPU=1` they fail then. A software Vulkan driver
+//! is a GPU.
 
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use moa_backend_wgpu::{Device as Gpu, Dtype};
+use moa_backend_wgpu::Device as Gpu;
+use moa_conformance::{Stop, Verdict, trials};
 use moa_core::{ElasticRule, HeadRule, Influence, ModelShape, Plan, Span};
 use moa_models::{
-    Backward, CacheDtype, Checkpoint, Cpu, Device, EngineOptions, GenerateOptions, Item, LogitRows,
+    Backward, Checkpoint, Cpu, Dtype, EngineOptions, GenerateOptions, Item, LogitRows, Math,
     Objective, Wgpu,
 };
+
+fn main() -> ExitCode {
+    moa_conformance::run(trials![
+        generation_and_logits_equal_those_of_the_cpu,
+        cache_bytes_are_what_the_plan_promises,
+        influence_equals_that_of_the_cpu,
+    ])
+}
 
 fn moa_tiny() -> PathBuf {
     let built = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/moa-tiny");
@@ -19,19 +29,13 @@ fn moa_tiny() -> PathBuf {
     places.into_iter().find(|path| path.is_dir()).unwrap_or(places[0]).to_path_buf()
 }
 
-/// The GPU, for one test at a time.
-fn device() -> Option<(Gpu, MutexGuard<'static, ()>)> {
+/// The GPU, for one trial at a time. Trials without it are ignored; with `MOA_REQUIRE_WGPU=1` they fail.
+fn device() -> Result<(Gpu, MutexGuard<'static, ()>), Stop> {
     static ALONE: Mutex<()> = Mutex::new(());
     let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     match Gpu::open() {
-        Ok(device) => Some((device, alone)),
-        Err(error) if std::env::var_os("MOA_REQUIRE_WGPU").is_some_and(|v| v == "1") => {
-            panic!("MOA_REQUIRE_WGPU is set: {error}")
-        }
-        Err(error) => {
-            eprintln!("SKIPPED: {error}");
-            None
-        }
+        Ok(device) => Ok((device, alone)),
+        Err(error) => Err(Stop::unless_required("MOA_REQUIRE_WGPU", error)),
     }
 }
 
@@ -73,10 +77,9 @@ fn run<D: Math>(checkpoint: &Checkpoint<D>, narrow_spans: bool) -> (Vec<Vec<u32>
     (engine.complete_all().unwrap().into_iter().map(|made| made.tokens).collect(), logits)
 }
 
-#[test]
-fn generation_and_logits_equal_those_of_the_cpu() {
-    let Some((device, _alone)) = device() else { return };
-    let cpu = Checkpoint::open(Cpu::new(CacheDtype::F32), moa_tiny()).unwrap();
+fn generation_and_logits_equal_those_of_the_cpu() -> Verdict {
+    let (device, _alone) = device()?;
+    let cpu = Checkpoint::open(Cpu::new(Dtype::F32), moa_tiny()).unwrap();
     let gpu = Checkpoint::open(Wgpu::new(&device, Dtype::F32), moa_tiny()).unwrap();
     for narrow_spans in [false, true] {
         let (expected, expected_logits) = run(&cpu, narrow_spans);
@@ -87,18 +90,19 @@ fn generation_and_logits_equal_those_of_the_cpu() {
         let largest = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(largest < 2e-3, "narrow {narrow_spans}: logits differ by {largest}");
     }
+    Ok(())
 }
 
-#[test]
-fn cache_bytes_are_what_the_plan_promises() {
-    let Some((device, _alone)) = device() else { return };
-    for (dtype, element_bytes) in [(Dtype::F32, 4), (Dtype::Bf16, 2)] {
+fn cache_bytes_are_what_the_plan_promises() -> Verdict {
+    let (device, _alone) = device()?;
+    for dtype in [Dtype::F32, Dtype::Bf16] {
         let gpu = Checkpoint::open(Wgpu::new(&device, dtype), moa_tiny()).unwrap().model;
         let plan = narrow(gpu.shape());
         let sequence = gpu.open(&plan, 1000, 0).unwrap();
-        assert_eq!(gpu.kv_bytes(&sequence), plan.kv_bytes(1000, element_bytes));
-        assert_eq!(gpu.device().cache_element_bytes(), element_bytes);
+        let slot_bytes = dtype.slot_bytes(gpu.shape().head_dim);
+        assert_eq!(gpu.kv_bytes(&sequence), plan.kv_bytes(1000, slot_bytes));
     }
+    Ok(())
 }
 
 /// A profile of one item: its loss, and what two spans of each head are predicted to cost.
@@ -117,10 +121,9 @@ fn profile<D: Backward>(checkpoint: &Checkpoint<D>) -> Vec<f64> {
     found
 }
 
-#[test]
-fn influence_equals_that_of_the_cpu() {
-    let Some((device, _alone)) = device() else { return };
-    let cpu = Checkpoint::open(Cpu::new(CacheDtype::F32), moa_tiny()).unwrap();
+fn influence_equals_that_of_the_cpu() -> Verdict {
+    let (device, _alone) = device()?;
+    let cpu = Checkpoint::open(Cpu::new(Dtype::F32), moa_tiny()).unwrap();
     let gpu = Checkpoint::open(Wgpu::new(&device, Dtype::Bf16), moa_tiny()).unwrap();
     let (expected, found) = (profile(&cpu), profile(&gpu));
     let largest = expected.iter().fold(0.0f64, |max, x| max.max(x.abs()));
@@ -128,4 +131,5 @@ fn influence_equals_that_of_the_cpu() {
         assert!((found - expected).abs() <= 1e-3 * largest, "{found} {expected} of {largest}");
     }
     assert!(expected[1..].iter().any(|x| x.abs() > 1e-4), "no influence to compare: {expected:?}");
+    Ok(())
 }

@@ -1,4 +1,4 @@
-use moa_core::Plan;
+use moa_core::{Dtype, Plan};
 
 use crate::figure::{self, Bars};
 use crate::text::percent;
@@ -29,10 +29,8 @@ pub struct Report {
     pub answers: Vec<Answers>,
     /// Context lengths to look at; empty for those of the plans' searches.
     pub lengths: Vec<usize>,
-    /// Name of the caches' element type.
-    pub element: String,
-    /// Bytes of one element.
-    pub element_bytes: usize,
+    /// Element type of the caches.
+    pub cache: Dtype,
 }
 
 /// A report without content, for caches of bf16.
@@ -44,8 +42,7 @@ impl Default for Report {
             searched: Vec::new(),
             answers: Vec::new(),
             lengths: Vec::new(),
-            element: "bf16".to_string(),
-            element_bytes: 2,
+            cache: Dtype::Bf16,
         }
     }
 }
@@ -60,7 +57,10 @@ impl Report {
     pub fn page(&self) -> Result<Page> {
         self.check_models()?;
         let lengths = self.lengths();
-        let summary = |p: &NamedPlan| PlanSummary::new(&p.plan, &lengths, self.element_bytes);
+        let summary = |p: &NamedPlan| {
+            let slot_bytes = self.cache.slot_bytes(p.plan.shape().head_dim);
+            PlanSummary::new(&p.plan, &lengths, slot_bytes)
+        };
         let summaries: Vec<PlanSummary> = self.plans.iter().map(summary).collect();
         let figures = [
             self.head_maps(&summaries),
@@ -126,7 +126,7 @@ impl Report {
                 .collect(),
         };
         let groups: Vec<Bars> = first.sizes().iter().enumerate().map(bars).collect();
-        Some(figure::kv_bytes(&groups, &self.element))
+        Some(figure::kv_bytes(&groups, self.cache.name()))
     }
 
     /// What plans say about themselves.

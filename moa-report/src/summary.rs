@@ -47,13 +47,14 @@ pub struct PlanSize {
 }
 
 impl PlanSummary {
-    /// The summary of `plan` at `lengths`, with cache elements of `element_bytes` bytes.
-    pub fn new(plan: &Plan, lengths: &[usize], element_bytes: usize) -> Self {
+    /// The summary of `plan` at `lengths`, where one cache slot, key and value together, takes
+    /// `slot_bytes` bytes.
+    pub fn new(plan: &Plan, lengths: &[usize], slot_bytes: u64) -> Self {
         let size = |&length: &usize| PlanSize {
             length,
             density: plan.density(length),
-            kv_bytes: plan.kv_bytes(length, element_bytes),
-            kv_bytes_dense: plan.shape().kv_bytes(length, element_bytes),
+            kv_bytes: plan.kv_bytes(length, slot_bytes),
+            kv_bytes_dense: plan.shape().kv_bytes(length, slot_bytes),
             spans: HeadMap::new(plan, length),
         };
         Self {

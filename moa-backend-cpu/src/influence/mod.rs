@@ -4,21 +4,19 @@
 mod stripe;
 mod sweep;
 
-use moa_core::{Gradients, InfluenceInputs, InfluenceOutput};
+use moa_core::{AttentionShape, Gradients, InfluenceInputs, InfluenceOutput, check_influence};
 
 use self::stripe::{Stripe, StripeSums};
 use crate::pool::{self, SharedMut};
 use crate::simd::outer::PANEL;
 use crate::zeroed::zeroed;
-use crate::{Error, Result, Tensor, workspace};
-
-const OP: &str = "influence";
+use crate::{Result, Tensor, workspace};
 
 /// Most independent stripes of query tiles when gradients are wanted: each has sums of its own for
 /// the gradients by keys and values. A fixed number, so that results do not depend on the machine.
 const GRADIENT_STRIPES: usize = 16;
 
-/// Dimensions of one call, checked.
+/// Dimensions of one call, and how they are cut.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
     tokens: usize,
@@ -30,6 +28,11 @@ pub(crate) struct Shape {
 }
 
 impl Shape {
+    fn new(shape: AttentionShape, block: usize) -> Self {
+        let AttentionShape { tokens, query_heads, kv_heads, head_dim } = shape;
+        Self { tokens, query_heads, kv_heads, group: shape.group(), dim: head_dim, block }
+    }
+
     fn tiles(&self) -> usize {
         self.tokens.div_ceil(PANEL)
     }
@@ -49,7 +52,7 @@ pub(crate) fn influence(
     inputs: &InfluenceInputs<'_, Tensor>,
     scale: f32,
 ) -> Result<InfluenceOutput<Tensor>> {
-    let shape = check(inputs)?;
+    let shape = Shape::new(check_influence(inputs, Tensor::shape)?, inputs.block);
     let stripes = match inputs.gradients {
         true => GRADIENT_STRIPES.div_ceil(shape.kv_heads).min(shape.tiles()),
         false => shape.tiles(),
@@ -157,44 +160,6 @@ fn reduce(
         });
     }
     Ok(total)
-}
-
-fn check(inputs: &InfluenceInputs<'_, Tensor>) -> Result<Shape> {
-    let &[tokens, query_heads, dim] = inputs.q.shape() else {
-        return Err(Error::shape(OP, "q", "[tokens, query heads, head dim]", inputs.q.shape()));
-    };
-    let &[_, kv_heads, _] = inputs.k.shape() else {
-        return Err(Error::shape(OP, "k", "[tokens, kv heads, head dim]", inputs.k.shape()));
-    };
-    if tokens == 0 || query_heads == 0 || dim == 0 {
-        return Err(Error::shape(OP, "q", "no empty axis", inputs.q.shape()));
-    }
-    if kv_heads == 0 || !query_heads.is_multiple_of(kv_heads) {
-        let expected = format_args!("[{tokens}, a divisor of {query_heads}, {dim}]").to_string();
-        return Err(Error::shape(OP, "k", expected, inputs.k.shape()));
-    }
-    if inputs.block == 0 {
-        return Err(Error::argument(OP, "block", "at least 1 token", 0));
-    }
-    let expect = |what, tensor: &Tensor, expected: &[usize]| {
-        if tensor.shape() == expected {
-            return Ok(());
-        }
-        Err(Error::shape(OP, what, format_args!("{expected:?}"), tensor.shape()))
-    };
-    expect("k", inputs.k, &[tokens, kv_heads, dim])?;
-    expect("v", inputs.v, &[tokens, kv_heads, dim])?;
-    expect("out", inputs.out, &[tokens, query_heads, dim])?;
-    expect("d_out", inputs.d_out, &[tokens, query_heads, dim])?;
-    expect("lse", inputs.lse, &[tokens, query_heads])?;
-    Ok(Shape {
-        tokens,
-        query_heads,
-        kv_heads,
-        group: query_heads / kv_heads,
-        dim,
-        block: inputs.block,
-    })
 }
 
 #[cfg(test)]

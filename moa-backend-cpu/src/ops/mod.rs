@@ -1,12 +1,11 @@
 //! What a Llama needs besides attention, on [`Tensor`]: large calls are spread over
 //! the current rayon pool, small ones run on the calling thread.
 
-mod linear;
 mod rms_norm;
 mod rope;
 mod swiglu;
 
-pub use linear::{WeightData, WeightRef, linear, linear_backward_input};
+pub use crate::linear::{WeightData, WeightRef, linear, linear_backward_input};
 pub use rms_norm::{rms_norm, rms_norm_backward};
 pub use rope::rope;
 pub use swiglu::{swiglu, swiglu_backward};
@@ -20,7 +19,7 @@ const ROWS: usize = 32;
 /// `x += y`: the residual connection.
 ///
 /// # Errors
-/// [`Error::Shape`] if the shapes differ.
+/// [`Error::Argument`] if the shapes differ.
 pub fn add_assign(x: &mut Tensor, y: &Tensor) -> Result<()> {
     if x.shape() != y.shape() {
         return Err(Error::shape("add_assign", "y", format_args!("{:?}", x.shape()), y.shape()));
@@ -34,7 +33,12 @@ pub fn add_assign(x: &mut Tensor, y: &Tensor) -> Result<()> {
 
 /// Calls `body(first row, rows)` for stretches of rows; `cost` is the work per element in
 /// multiply-adds.
-fn by_rows(data: &mut [f32], row_len: usize, cost: u64, body: impl Fn(usize, &mut [f32]) + Sync) {
+pub(crate) fn by_rows(
+    data: &mut [f32],
+    row_len: usize,
+    cost: u64,
+    body: impl Fn(usize, &mut [f32]) + Sync,
+) {
     if data.is_empty() {
         return;
     }

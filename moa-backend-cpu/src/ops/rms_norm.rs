@@ -7,7 +7,7 @@ use crate::{Error, Result, Tensor};
 /// `x / sqrt(mean(x^2) + eps) * weight` over each row of the first axis.
 ///
 /// # Errors
-/// [`Error::Shape`] unless `weight` is as long as a row.
+/// [`Error::Argument`] unless `weight` is as long as a row.
 pub fn rms_norm(x: &Tensor, weight: &[f32], eps: f32) -> Result<Tensor> {
     check("rms_norm", x, weight)?;
     let mut y = Tensor::zeros(x.shape())?;
@@ -26,7 +26,7 @@ pub fn rms_norm(x: &Tensor, weight: &[f32], eps: f32) -> Result<Tensor> {
 /// `g = dy * weight`, `dx = r * (g - x * r^2 * mean(g * x))`.
 ///
 /// # Errors
-/// [`Error::Shape`] unless `dy` has the shape of `x` and `weight` is as long as a row.
+/// [`Error::Argument`] unless `dy` has the shape of `x` and `weight` is as long as a row.
 pub fn rms_norm_backward(x: &Tensor, weight: &[f32], eps: f32, dy: &Tensor) -> Result<Tensor> {
     const OP: &str = "rms_norm_backward";
     check(OP, x, weight)?;

@@ -8,7 +8,7 @@ use crate::{Error, Result, Tensor};
 /// token. `inverse` rotates backwards, which is also the gradient.
 ///
 /// # Errors
-/// [`Error::Shape`] if the shapes do not fit, [`Error::Argument`] if a position lies outside the
+/// [`Error::Argument`] if the shapes do not fit or a position lies outside the
 /// tables; `x` is unchanged then.
 pub fn rope(
     x: &mut Tensor,

@@ -9,7 +9,7 @@ use crate::{Error, Result, Tensor};
 /// `silu(gate) * up`, with `silu(x) = x / (1 + exp(-x))`.
 ///
 /// # Errors
-/// [`Error::Shape`] if the shapes differ.
+/// [`Error::Argument`] if the shapes differ.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     check("swiglu", "up", gate, up)?;
     let mut out = Tensor::zeros(gate.shape())?;
@@ -28,7 +28,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 /// Gradients by `gate` and `up`, given the gradient `dy` by the result.
 ///
 /// # Errors
-/// [`Error::Shape`] if the shapes differ.
+/// [`Error::Argument`] if the shapes differ.
 pub fn swiglu_backward(gate: &Tensor, up: &Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {
     check("swiglu_backward", "up", gate, up)?;
     check("swiglu_backward", "dy", gate, dy)?;

@@ -7,7 +7,7 @@
 //! use burn_cubecl::tensor::CubeTensor;
 //! use moa_backend_cuda::burn::BurnCuda;
 //! use moa_backend_cuda::{Dtype, Result};
-//! use moa_core::{LayerLayout, Span, SparseAttentionBackend};
+//! use moa_core::{Append, ExtendInputs, LayerLayout, Span, SparseAttentionBackend};
 //!
 //! /// The attention of a prompt: `[tokens, 32, 128]`, `[tokens, 8, 128]` and the same, after RoPE.
 //! fn prompt(q: &CubeTensor, k: &CubeTensor, v: &CubeTensor) -> Result<CubeTensor> {
@@ -15,8 +15,8 @@
 //!     let layout = LayerLayout::new(&[Span::new(64, 960)?; 8], 8192, 0)?;
 //!     let mut cache = backend.open(&layout, 128)?;
 //!     let tokens = q.meta.shape()[0];
-//!     let (out, _) = backend.extend(&mut [&mut cache], &[tokens], q, k, v, 0.088, false)?;
-//!     Ok(out)
+//!     let inputs = ExtendInputs { q, k, v, scale: 0.088, lse: false };
+//!     Ok(backend.extend(&mut [Append { cache: &mut cache, tokens }], &inputs)?.out)
 //! }
 //! ```
 //!
@@ -38,15 +38,19 @@ use std::sync::{Mutex, PoisonError};
 use burn_backend::{DType, Shape, StreamId};
 use burn_cubecl::tensor::CubeTensor;
 use burn_cubecl::{CubeDevice, kernel};
-use moa_core::{InfluenceInputs, InfluenceOutput, LayerLayout, SparseAttentionBackend};
+use moa_core::{
+    Append, AttentionShape, ExtendInputs, Extended, InfluenceInputs, InfluenceOutput, LayerLayout,
+    SparseAttentionBackend,
+};
 
-use crate::backend::check;
-use crate::compile::Variant;
-use crate::influence::Sweep;
+use crate::attention::step::{Batch, Step, Tensors};
+use crate::attention::timing;
+use crate::backend::{check, parts};
+use crate::influence::Call;
+use crate::kernels::compile::{Variant, check_half};
+use crate::kernels::tables::Packed;
 use crate::memory::Workspace;
-use crate::step::{Batch, Step, Tensors};
-use crate::tables::Packed;
-use crate::{Cache, Device, Dtype, Error, Result, timing};
+use crate::{Cache, Device, Dtype, Error, Result};
 use server::Server;
 use view::View;
 
@@ -71,9 +75,7 @@ impl BurnCuda {
     /// [`Error::Argument`] unless it is a CUDA device and f16 or bf16; those of [`Device::open`].
     pub fn new(device: &CubeDevice, dtype: Dtype) -> Result<Self> {
         const OP: &str = "BurnCuda::new";
-        if dtype == Dtype::F32 {
-            return Err(Error::argument(OP, "dtype", "f16 or bf16", dtype));
-        }
+        check_half(OP, dtype)?;
         let CubeDevice::Cuda(cuda) = device else {
             let got = format!("{device:?}");
             return Err(Error::argument(OP, "device", "a CUDA device", got));
@@ -112,29 +114,29 @@ impl SparseAttentionBackend for BurnCuda {
         "cuda"
     }
 
+    fn slot_bytes(&self, head_dim: usize) -> u64 {
+        self.dtype.slot_bytes(head_dim)
+    }
+
     fn open(&self, layout: &LayerLayout, head_dim: usize) -> Result<Cache> {
-        Cache::open(&self.device, layout, Variant { head_dim, dtype: self.dtype })
+        Cache::open(&self.device, layout.clone(), Variant { head_dim, dtype: self.dtype })
     }
 
     fn extend(
         &self,
-        caches: &mut [&mut Cache],
-        tokens: &[usize],
-        q: &CubeTensor,
-        k: &CubeTensor,
-        v: &CubeTensor,
-        scale: f32,
-        lse: bool,
-    ) -> Result<(CubeTensor, Option<CubeTensor>)> {
+        batch: &mut [Append<'_, Cache>],
+        inputs: &ExtendInputs<'_, CubeTensor>,
+    ) -> Result<Extended<CubeTensor>> {
         const OP: &str = "extend";
-        let shared: Vec<&Cache> = caches.iter().map(|cache| &**cache).collect();
+        let ExtendInputs { q, k, v, scale, lse } = *inputs;
         let view = |what, tensor| View::new(OP, what, tensor, &self.server);
         let (q_view, k_view, v_view) = (view("q", q)?, view("k", k)?, view("v", v)?);
-        let query_heads = check(&self.device, &shared, tokens, [&q_view, &k_view, &v_view])?;
-        if let Some(cache) = shared.first() {
-            // Compiled on this thread: burn's has other work.
-            self.device.kernels(cache.variant())?;
-        }
+        let views = ExtendInputs { q: &q_view, k: &k_view, v: &v_view, scale, lse };
+        let AttentionShape { query_heads, .. } = check(&self.device, batch, &views)?;
+        let (caches, tokens) = parts(batch);
+        let grown = Batch { caches: &caches, tokens: &tokens, query_heads, grows: false };
+        // Compiled on this thread: burn's has other work.
+        self.device.kernels(caches[0].variant())?;
         let shape = q.meta.shape();
         let out = self.empty(q, shape, q.dtype);
         let lse = lse.then(|| self.empty(q, &shape[..2], DType::F32));
@@ -152,7 +154,6 @@ impl SparseAttentionBackend for BurnCuda {
                 scale,
                 rope: None,
             };
-            let batch = Batch { caches: &shared, tokens, query_heads, grows: false };
             let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
             let (step, workspace) = &mut *scratch;
             // SAFETY: `run` orders the stream after all that this crate's own stream and earlier calls
@@ -160,18 +161,14 @@ impl SparseAttentionBackend for BurnCuda {
             // the tensors; it lends the tensors' memory for as long. Shapes were checked; no cache
             // appears twice, as each is borrowed mutably.
             unsafe {
-                step.prepare(workspace, &batch, stream)?;
+                step.prepare(workspace, &grown, stream)?;
                 step.run(workspace, &tensors, stream)
             }
         })?;
-        for (cache, &tokens) in caches.iter_mut().zip(tokens) {
-            cache.advance(tokens)?;
+        for Append { cache, tokens } in batch {
+            cache.advance(*tokens)?;
         }
-        Ok((out, lse))
-    }
-
-    fn len(&self, cache: &Cache) -> usize {
-        cache.len()
+        Ok(Extended { out, lse })
     }
 
     fn fork(&self, cache: &Cache) -> Result<Cache> {
@@ -205,7 +202,7 @@ impl SparseAttentionBackend for BurnCuda {
             sign: inputs.sign,
             gradients: inputs.gradients,
         };
-        let sweep = Sweep::new(&self.device, self.dtype, &views)?;
+        let call = Call::new(&self.device, self.dtype, &views)?;
         let lse = kernel::into_contiguous(inputs.lse.clone());
 
         let packed = [views.q, views.k, views.v, views.out, views.d_out];
@@ -218,9 +215,9 @@ impl SparseAttentionBackend for BurnCuda {
                 *packed = view.packed(address)?;
             }
             // SAFETY: as in `extend`; the sums are memory of this crate's own stream.
-            unsafe { sweep.launch(stream, all, lse, scale) }
+            unsafe { call.launch(stream, all, lse, scale) }
         })?;
-        sweep.finish()
+        call.finish()
     }
 
     fn decode_seconds(&self, span: usize, group: usize, head_dim: usize) -> Result<f64> {

@@ -10,7 +10,7 @@ use cubecl_server::runtime::Runtime;
 use cubecl_server::stream::{FailureStore, WriteScoped};
 use cudarc::driver::{CudaEvent, sys};
 
-use crate::tables::DevicePointer;
+use crate::kernels::tables::DevicePointer;
 use crate::{Device, Error, RawStream, Result};
 
 type CudaServer = <CudaRuntime as Runtime>::Server;

@@ -2,7 +2,7 @@ use burn_backend::DType;
 use burn_cubecl::tensor::CubeTensor;
 
 use super::server::Server;
-use crate::tables::{DevicePointer, Packed};
+use crate::kernels::tables::{DevicePointer, Packed};
 use crate::tensor::Form;
 use crate::{Dtype, Error, Result};
 

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use cudarc::driver::result;
 
-use super::blas::Product;
 use super::launch::{BACKWARD, OpArgs, OpKernels};
 use super::{Operations, check_dtype, check_shape, shaped};
-use crate::source::Source;
-use crate::tables::DevicePointer;
+use crate::kernels::source::Source;
+use crate::kernels::tables::DevicePointer;
+use crate::linear::blas::Product;
 use crate::{Dtype, Error, Result, Tensor};
 
 /// Queries whose probabilities are in memory at once.
@@ -18,7 +18,7 @@ const STRETCH: usize = 512;
 /// Tokens per side of the smallest influence block.
 const BLOCK: usize = 64;
 
-/// What [`Operations::attention_backward`] finds.
+/// One layer's influence, and the gradients of its attention by q, k and v if they were asked for.
 #[derive(Debug)]
 pub struct AttentionGradients {
     /// Influence summed over blocks and over each KV head's query heads, f32
@@ -55,7 +55,7 @@ impl Operations {
     /// `d_y . weight`, the gradient of [`linear`](Self::linear) by its input, in f32.
     ///
     /// # Errors
-    /// As [`linear`](Self::linear).
+    /// [`Error::Argument`], [`Error::Blas`], [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn linear_backward(&self, d_y: &Tensor, weight: &Tensor) -> Result<Tensor> {
         const OP: &str = "linear_backward";
         let [_, input] = self.matrix(OP, "weight", weight)?;
@@ -67,7 +67,7 @@ impl Operations {
     /// `d_x + d_y . weight` with an f32 `d_x`.
     ///
     /// # Errors
-    /// As [`linear`](Self::linear).
+    /// [`Error::Argument`], [`Error::Blas`], [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn linear_backward_add(
         &self,
         d_x: Tensor,
@@ -86,7 +86,7 @@ impl Operations {
     /// Gradient of [`rms_norm`](Self::rms_norm) by `x`; all tensors are f32.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::Argument`], [`Error::OutOfMemory`], [`Error::Driver`].
+    /// [`Error::Argument`], [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn rms_norm_backward(
         &self,
         x: &Tensor,
@@ -113,7 +113,7 @@ impl Operations {
     /// that of its result, f32.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::Argument`], [`Error::OutOfMemory`], [`Error::Driver`].
+    /// [`Error::Argument`], [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn swiglu_backward(&self, gate: &Tensor, up: &Tensor, d_y: &Tensor) -> Result<Tensor> {
         const OP: &str = "swiglu_backward";
         let &[rows, cols] = gate.shape() else {
@@ -141,7 +141,7 @@ impl Operations {
     /// `x` at `rows` of a zero tensor of `total` rows.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless `x` has that many rows, [`Error::OutOfMemory`], [`Error::Driver`].
+    /// [`Error::Argument`] unless `x` has that many rows, [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn place_rows(&self, x: &Tensor, rows: Range<usize>, total: usize) -> Result<Tensor> {
         const OP: &str = "place_rows";
         if x.shape()[0] != rows.len() || rows.end > total {
@@ -172,7 +172,7 @@ impl Operations {
     /// f32 is rounded. Blocks have a multiple of 64 tokens a side.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::Argument`], [`Error::Blas`], [`Error::OutOfMemory`],
+    /// [`Error::Argument`], [`Error::Blas`], [`Error::OutOfMemory`],
     /// [`Error::Driver`].
     pub fn attention_backward(
         &self,

@@ -7,7 +7,8 @@ use super::{Indices, Operations, check_dtype, check_shape, shaped};
 use crate::memory::address;
 use crate::{Dtype, Error, Result, Tensor};
 
-/// Rotary angles of one sequence's new tokens.
+/// The rotary frequencies of one sequence and the positions of its new tokens, from which
+/// [`Operations::turns`] makes angles.
 #[derive(Clone, Debug)]
 pub struct Turns<'a> {
     /// Radians per position of each dimension pair, `[head_dim / 2]`.
@@ -22,7 +23,7 @@ impl Operations {
     /// Rows `ids` of an embedding, `[vocab, hidden]`, as f32 `[ids, hidden]`.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::Argument`] if an id is not a row of the table,
+    /// [`Error::Argument`] if a shape does not fit or an id is not a row of the table,
     /// [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn embed(&self, table: &Tensor, ids: &[u32]) -> Result<Tensor> {
         let [vocab, _] = self.matrix("embed", "table", table)?;
@@ -34,7 +35,7 @@ impl Operations {
     /// [`embed`](Self::embed) of ids that are on the device already.
     ///
     /// # Errors
-    /// As [`embed`](Self::embed), but for ids.
+    /// [`Error::Argument`] if the table is not a matrix, [`Error::OutOfMemory`], [`Error::Driver`].
     ///
     /// # Safety
     /// When the device comes to it, every id is a row of the table.
@@ -51,7 +52,7 @@ impl Operations {
     /// Rows of `x` along its first axis, in the order given.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::Argument`] if a row does not exist, [`Error::OutOfMemory`],
+    /// [`Error::Argument`] if a shape does not fit or a row does not exist, [`Error::OutOfMemory`],
     /// [`Error::Driver`].
     pub fn rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
         const OP: &str = "rows";
@@ -70,7 +71,7 @@ impl Operations {
     /// [`dtype`](Self::dtype); `weight` is f32 `[cols]`.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::Argument`], [`Error::OutOfMemory`], [`Error::Driver`].
+    /// [`Error::Argument`], [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
         const OP: &str = "rms_norm";
         self.check_rows(OP, "x", x)?;
@@ -86,7 +87,7 @@ impl Operations {
     /// `silu(gate) * up`.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::Argument`], [`Error::OutOfMemory`], [`Error::Driver`].
+    /// [`Error::Argument`], [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn swiglu(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         const OP: &str = "swiglu";
         self.check_rows(OP, "gate", gate)?;
@@ -104,7 +105,7 @@ impl Operations {
     /// `x + y` with an f32 `x`.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::Argument`], [`Error::OutOfMemory`], [`Error::Driver`].
+    /// [`Error::Argument`], [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
         const OP: &str = "add";
         self.check_rows(OP, "x", &x)?;
@@ -124,7 +125,7 @@ impl Operations {
     /// back, which is also the gradient.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::Argument`], [`Error::OutOfMemory`], [`Error::Driver`].
+    /// [`Error::Argument`], [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn rope(&self, x: &Tensor, turns: &Tensor, inverse: bool) -> Result<Tensor> {
         const OP: &str = "rope";
         let &[tokens, _, head_dim] = x.shape() else {
@@ -187,7 +188,7 @@ impl Operations {
     }
 
     /// An f32 tensor, rounded.
-    pub(super) fn cast(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn cast(&self, x: &Tensor) -> Result<Tensor> {
         const OP: &str = "cast";
         self.check_rows(OP, "x", x)?;
         let out = Tensor::uninitialised(&self.device, OP, x.shape(), self.dtype)?;

@@ -4,8 +4,8 @@ use cudarc::driver::CudaSlice;
 
 use super::launch::OpArgs;
 use super::{Operations, check_dtype, shaped};
+use crate::kernels::tables::DevicePointer;
 use crate::memory::address;
-use crate::tables::DevicePointer;
 use crate::{Device, Dtype, Error, Result, Step, Tensor};
 
 /// Indices of rows, i32, in device memory.
@@ -107,7 +107,7 @@ impl Operations {
     /// a value is infinite or not a number.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless `into` has an entry for each row, [`Error::Argument`],
+    /// [`Error::Argument`] unless `x` is f32 and `into` has an entry for each row,
     /// [`Error::Driver`].
     pub fn argmax(&self, x: &Tensor, into: &Indices) -> Result<()> {
         const OP: &str = "argmax";

@@ -7,10 +7,10 @@ use cudarc::driver::CudaFunction;
 use cudarc::driver::sys::{self, CUfunction_attribute as Attribute, CUlaunchConfig};
 use cudarc::nvrtc::Ptx;
 
-use crate::compile::{HEAD_DIMS, Variant, compile};
+use crate::kernels::compile::{HEAD_DIMS, Variant, compile};
 use crate::kernels::overlapping;
-use crate::source::Source;
-use crate::tables::DevicePointer;
+use crate::kernels::source::Source;
+use crate::kernels::tables::DevicePointer;
 use crate::{Device, Dtype, Error, Result};
 
 /// Arguments of every kernel, field by field as in `kernels/rows.cuh`; the kernels say what each one

@@ -1,56 +1,51 @@
 //! What a Llama needs besides attention.
 
 mod backward;
-mod blas;
-mod e4m3;
 mod elementwise;
-mod gemv;
 mod indices;
-mod launch;
-mod linear;
+pub(crate) mod launch;
 mod sample;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::kernels::compile::check_half;
+use crate::kernels::source::Source;
+use crate::linear::blas::Blas;
 use crate::memory::Staging;
-use crate::source::Source;
 use crate::{Device, Dtype, Error, Result, Tensor};
 pub use backward::AttentionGradients;
-use blas::Blas;
-pub use e4m3::E4m3Weight;
 pub use elementwise::Turns;
 pub use indices::{Indices, Lengths};
 use launch::{FORWARD, OpArgs, OpKernels};
-pub use linear::Weight;
 pub use sample::Draw;
 
 /// The operations of a Llama layer beside attention, on one GPU and its own stream: cuBLASLt for
 /// matrix products of more than 2 rows, own kernels for the rest.
 ///
 /// Weights and the inputs of matrix products are f16 or bf16, one of them for all; those of linear
-/// layers may be e4m3 instead ([`E4m3Weight`]). The residual
+/// layers may be e4m3 instead ([`crate::E4m3Weight`]). The residual
 /// stream and logits are f32, as sums over many layers and choices between near equals want; norms
 /// and products sum in f32. Rows have a multiple of 8 elements. Calls return when their kernels are
 /// launched; [`Tensor::to_f32`] waits for them.
 #[derive(Debug)]
 pub struct Operations {
-    device: Device,
-    dtype: Dtype,
-    kernels: OpKernels,
-    backward: Lazy,
-    sampling: Lazy,
-    gemv: Lazy,
-    e4m3: Lazy,
-    blas: Blas,
-    staging: Mutex<Staging>,
+    pub(crate) device: Device,
+    pub(crate) dtype: Dtype,
+    pub(crate) kernels: OpKernels,
+    pub(crate) backward: Lazy,
+    pub(crate) sampling: Lazy,
+    pub(crate) gemv: Lazy,
+    pub(crate) e4m3: Lazy,
+    pub(crate) blas: Blas,
+    pub(crate) staging: Mutex<Staging>,
 }
 
 /// Kernels that are loaded when they are first needed.
-type Lazy = Mutex<Option<Arc<OpKernels>>>;
+pub(crate) type Lazy = Mutex<Option<Arc<OpKernels>>>;
 
 /// Bytes of a weight that are copied to the device at once.
-const PIECE_BYTES: usize = 4 << 20;
+pub(crate) const PIECE_BYTES: usize = 4 << 20;
 
 impl Operations {
     /// Compiles or loads the kernels, and opens cuBLASLt.
@@ -59,9 +54,7 @@ impl Operations {
     /// [`Error::Argument`] unless `dtype` is f16 or bf16, [`Error::NoCublasLt`], [`Error::NoNvrtc`],
     /// [`Error::Compile`], [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn new(device: &Device, dtype: Dtype) -> Result<Self> {
-        if dtype == Dtype::F32 {
-            return Err(Error::argument("Operations::new", "dtype", "f16 or bf16", dtype));
-        }
+        check_half("Operations::new", dtype)?;
         Ok(Self {
             device: device.clone(),
             dtype,
@@ -89,7 +82,7 @@ impl Operations {
     /// the tensor and where to put them, as `dtype` in native byte order.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless there are 1 to 3 axes, [`Error::OutOfMemory`], [`Error::Driver`].
+    /// [`Error::Argument`] unless there are 1 to 3 axes, [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn upload(
         &self,
         shape: &[usize],
@@ -111,7 +104,7 @@ impl Operations {
     /// A weight of uniform random numbers in `[-amplitude, amplitude)`, for measurements of speed.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::OutOfMemory`], [`Error::Driver`].
+    /// [`Error::Argument`], [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn random(
         &self,
         shape: &[usize],
@@ -143,7 +136,7 @@ impl Operations {
     }
 
     /// Kernels that are loaded when they are first needed.
-    fn lazily(
+    pub(crate) fn lazily(
         &self,
         kept: &Lazy,
         source: Source,
@@ -158,7 +151,7 @@ impl Operations {
     }
 
     /// Copies `bytes` bytes, which `fill` writes, to memory just allocated for them.
-    fn stage(&self, bytes: usize, to: u64, fill: impl FnOnce(&mut [u8])) -> Result<()> {
+    pub(crate) fn stage(&self, bytes: usize, to: u64, fill: impl FnOnce(&mut [u8])) -> Result<()> {
         if bytes == 0 {
             return Ok(());
         }
@@ -169,7 +162,12 @@ impl Operations {
     }
 
     /// `[rows, cols]` of a weight.
-    fn matrix(&self, op: &'static str, what: &'static str, weight: &Tensor) -> Result<[usize; 2]> {
+    pub(crate) fn matrix(
+        &self,
+        op: &'static str,
+        what: &'static str,
+        weight: &Tensor,
+    ) -> Result<[usize; 2]> {
         let &[rows, cols] = weight.shape() else {
             return Err(Error::shape(op, what, "2 axes", weight.shape()));
         };
@@ -178,7 +176,7 @@ impl Operations {
         Ok([rows, cols])
     }
 
-    fn check_vector(
+    pub(crate) fn check_vector(
         &self,
         op: &'static str,
         what: &'static str,
@@ -191,7 +189,12 @@ impl Operations {
     }
 
     /// On this device, and aligned as the kernels read it.
-    fn check_place(&self, op: &'static str, what: &'static str, x: &Tensor) -> Result<()> {
+    pub(crate) fn check_place(
+        &self,
+        op: &'static str,
+        what: &'static str,
+        x: &Tensor,
+    ) -> Result<()> {
         if x.device().context() != self.device.context() {
             return Err(Error::argument(op, what, "on the device of the operations", "on another"));
         }
@@ -202,7 +205,12 @@ impl Operations {
     }
 
     /// Rows that the kernels can take, on this device.
-    fn check_rows(&self, op: &'static str, what: &'static str, x: &Tensor) -> Result<()> {
+    pub(crate) fn check_rows(
+        &self,
+        op: &'static str,
+        what: &'static str,
+        x: &Tensor,
+    ) -> Result<()> {
         self.check_place(op, what, x)?;
         let cols = x.row_len();
         let aligned = cols.is_multiple_of(8) && x.stride().is_multiple_of(8);
@@ -217,7 +225,7 @@ impl Operations {
 }
 
 /// Arguments of an operation that writes `out`.
-fn shaped(out: &Tensor) -> OpArgs {
+pub(crate) fn shaped(out: &Tensor) -> OpArgs {
     OpArgs {
         out: out.pointer(),
         out_stride: out.stride() as i64,
@@ -228,23 +236,33 @@ fn shaped(out: &Tensor) -> OpArgs {
 }
 
 impl OpArgs {
-    fn with_x(self, x: &Tensor) -> Self {
+    pub(crate) fn with_x(self, x: &Tensor) -> Self {
         Self { x: x.pointer(), x_stride: x.stride() as i64, ..self }
     }
 
-    fn with_y(self, y: &Tensor) -> Self {
+    pub(crate) fn with_y(self, y: &Tensor) -> Self {
         Self { y: y.pointer(), y_stride: y.stride() as i64, ..self }
     }
 }
 
-fn check_shape(op: &'static str, what: &'static str, x: &Tensor, expected: &[usize]) -> Result<()> {
+pub(crate) fn check_shape(
+    op: &'static str,
+    what: &'static str,
+    x: &Tensor,
+    expected: &[usize],
+) -> Result<()> {
     match x.shape() == expected {
         true => Ok(()),
         false => Err(Error::shape(op, what, format_args!("{expected:?}"), x.shape())),
     }
 }
 
-fn check_dtype(op: &'static str, what: &'static str, x: &Tensor, expected: Dtype) -> Result<()> {
+pub(crate) fn check_dtype(
+    op: &'static str,
+    what: &'static str,
+    x: &Tensor,
+    expected: Dtype,
+) -> Result<()> {
     match x.dtype() == expected {
         true => Ok(()),
         false => Err(Error::argument(op, what, expected, x.dtype())),

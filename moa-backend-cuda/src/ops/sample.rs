@@ -2,8 +2,8 @@
 
 use super::launch::SAMPLE;
 use super::{Indices, Operations, check_dtype};
-use crate::source::Source;
-use crate::tables::DevicePointer;
+use crate::kernels::source::Source;
+use crate::kernels::tables::DevicePointer;
 use crate::{Dtype, Error, Result, Tensor};
 
 /// How tokens are drawn from logits: each restriction applies to what the one before left.
@@ -46,7 +46,7 @@ impl Operations {
     /// infinite or not a number.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless there are as many units and entries of `into` as rows,
+    /// [`Error::Argument`] unless there are as many units and entries of `into` as rows,
     /// [`Error::Argument`] if a number is out of its range, [`Error::OutOfMemory`],
     /// [`Error::Driver`].
     pub fn sample(&self, logits: &Tensor, draw: Draw, units: &[f64], into: &Indices) -> Result<()> {

@@ -2,6 +2,7 @@ use cubecl::prelude::*;
 
 use super::keys::{Head, Keys, head, keys, position, slot, split_keys};
 use super::lanes::{add, holder, number_of, part, round, scatter_add};
+use super::words::per_word;
 use crate::Dtype;
 
 /// Units of a cube: few, so that many cubes hide each other's waits.
@@ -39,7 +40,7 @@ pub(crate) struct Shape {
 impl Shape {
     /// Vectors of four elements in a load.
     const fn parts(&self) -> usize {
-        self.dtype.per_word()
+        per_word(self.dtype)
     }
 
     /// Rows that a cube reads at once.

@@ -5,6 +5,7 @@ use cubecl::prelude::*;
 
 use super::decode::{Floats, Words};
 use super::lanes::{add, part};
+use super::words::per_word;
 use crate::Dtype;
 
 /// Units of a cube.
@@ -86,7 +87,7 @@ pub(crate) fn few_rows(
         terminate!();
     }
     let count = comptime!(shape.rows);
-    let parts = comptime!(shape.dtype.per_word());
+    let parts = comptime!(per_word(shape.dtype));
     let mut sums = Shared::<[f32]>::new_slice(comptime!(shape.sums()));
     let unit = UNIT_POS as usize;
     let lane = unit % LANES;

@@ -2,33 +2,36 @@
 //! for the device.
 
 use cubecl::prelude::*;
-
-/// Entries per KV head in a cache's table: see [`head`].
-pub(crate) const HEAD_FIELDS: usize = 5;
+use moa_core::HeadRow;
 
 /// Fewest keys of a split, and most splits of a head: longer heads have larger splits.
 pub(crate) const MIN_SPLIT_KEYS: u32 = 256;
 pub(crate) const MAX_SPLITS: u32 = 256;
 
-/// One KV head's part of the cache, and its mask.
+/// [`HeadRow`] as kernels hold it.
 #[derive(CubeType, CubeTypeMut, Clone, Copy, Debug)]
 pub(crate) struct Head {
-    /// First slot.
     pub(crate) offset: u32,
-    /// The first slots hold positions `0..sink_slots`.
     pub(crate) sink_slots: u32,
-    /// Then a ring of this many slots.
     pub(crate) ring: u32,
-    /// The mask's sink.
     pub(crate) sink: u32,
-    /// The mask's window.
     pub(crate) window: u32,
 }
+
+impl From<&HeadRow> for Head {
+    fn from(row: &HeadRow) -> Self {
+        let [offset, sink_slots, ring, sink, window] = row.words();
+        Self { offset, sink_slots, ring, sink, window }
+    }
+}
+
+/// Numbers of a row of the cache's table.
+const WORDS: usize = HeadRow::WORDS;
 
 /// Reads a head from the cache's table.
 #[cube]
 pub(crate) fn head(table: &[u32], kv_head: u32) -> Head {
-    let at = kv_head as usize * HEAD_FIELDS;
+    let at = kv_head as usize * WORDS;
     Head {
         offset: table[at],
         sink_slots: table[at + 1],

@@ -1,5 +1,5 @@
 //! The kernels: functions that CubeCL compiles for the device at hand, and that nothing but
-//! [`crate::extend`] and its like launch.
+//! [`crate::attention`] and its like launch.
 //!
 //! Numbers are u32, as WebGPU has no larger integers. Functions that host and device must agree
 //! on are called by both.
@@ -18,7 +18,6 @@ pub(crate) mod lanes;
 pub(crate) mod linear;
 pub(crate) mod merge;
 pub(crate) mod prefill;
-pub(crate) mod random;
 pub(crate) mod rows;
 pub(crate) mod tile;
 pub(crate) mod words;

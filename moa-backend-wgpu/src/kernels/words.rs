@@ -4,7 +4,28 @@
 use cubecl::prelude::*;
 use half::f16;
 
-use crate::Dtype;
+use crate::{Dtype, Error, Result};
+
+/// Elements in a word of 32 bits.
+pub(crate) const fn per_word(dtype: Dtype) -> usize {
+    4 / dtype.bytes()
+}
+
+/// Checks that rows of `len` elements of this type can be stored in words and read by the kernels.
+pub(crate) fn check_words(
+    op: &'static str,
+    what: &'static str,
+    len: usize,
+    dtype: Dtype,
+) -> Result<()> {
+    if !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::Bf16) {
+        return Err(Error::argument(op, "dtype", "f32, f16 or bf16", dtype));
+    }
+    match len.is_multiple_of(per_word(dtype)) {
+        true => Ok(()),
+        false => Err(Error::argument(op, what, format_args!("even for {dtype}"), len)),
+    }
+}
 
 /// `M` words as `N` elements; a word holds one or two of them.
 #[cube]
@@ -22,7 +43,7 @@ pub(crate) fn widen<N: Size, M: Size>(
                 wide.insert(2 * i, widen_f16(word & 0xffff));
                 wide.insert(2 * i + 1, widen_f16(word >> 16));
             }
-            Dtype::Bf16 => {
+            _ => {
                 wide.insert(2 * i, f32::from_bits(word << 16));
                 wide.insert(2 * i + 1, f32::from_bits(word & 0xffff_0000));
             }

@@ -5,16 +5,17 @@ use std::ops::Range;
 use cubecl::{CubeCount, CubeDim};
 
 use super::{grid, pairwise};
-use crate::extend::{Limits, Row, arg, square};
+use crate::attention::{Limits, Row, arg, square};
 use crate::kernels::linear::backward;
 use crate::kernels::rows as kernels;
 use crate::kernels::rows::NORM_UNITS;
+use crate::kernels::words::per_word;
 use crate::{Error, Matrix, Result, Tensor};
 
 /// `d_y . weight`, `[rows, weight columns]`.
 ///
 /// # Errors
-/// [`Error::Shape`] unless `d_y` has a column per row of the weight, [`Error::Argument`] for more rows
+/// [`Error::Argument`] unless `d_y` has a column per row of the weight, or for more rows
 /// than one launch has, [`Error::TooLarge`].
 pub fn linear_backward(d_y: &Tensor, weight: &Matrix) -> Result<Tensor> {
     const OP: &str = "linear_backward";
@@ -42,7 +43,7 @@ pub fn linear_backward(d_y: &Tensor, weight: &Matrix) -> Result<Tensor> {
             CubeCount::Static(row.vectors.div_ceil(tile.units_x) as u32, tiles as u32, 1),
             CubeDim::new_1d(tile.units() as u32),
             row.width,
-            row.width / weight.dtype().per_word(),
+            row.width / per_word(weight.dtype()),
             arg(d_y.handle()),
             arg(&weight.words),
             arg(d_x.handle()),
@@ -59,7 +60,7 @@ pub fn linear_backward(d_y: &Tensor, weight: &Matrix) -> Result<Tensor> {
 /// Gradient of [`super::rms_norm`] by `x`.
 ///
 /// # Errors
-/// [`Error::Shape`] if shapes do not fit, [`Error::TooLarge`].
+/// [`Error::Argument`] if shapes do not fit, [`Error::TooLarge`].
 pub fn rms_norm_backward(x: &Tensor, weight: &Tensor, eps: f32, d_y: &Tensor) -> Result<Tensor> {
     const OP: &str = "rms_norm_backward";
     if weight.shape() != [x.row_len()] {
@@ -89,7 +90,7 @@ pub fn rms_norm_backward(x: &Tensor, weight: &Tensor, eps: f32, d_y: &Tensor) ->
 /// Gradients of [`super::swiglu`] by gate and up.
 ///
 /// # Errors
-/// [`Error::Shape`] if shapes differ, [`Error::TooLarge`].
+/// [`Error::Argument`] if shapes differ, [`Error::TooLarge`].
 pub fn swiglu_backward(gate: &Tensor, up: &Tensor, d_y: &Tensor) -> Result<(Tensor, Tensor)> {
     const OP: &str = "swiglu_backward";
     let (d_gate, cubes) = pairwise(OP, gate, up)?;

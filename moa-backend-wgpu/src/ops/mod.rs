@@ -2,16 +2,16 @@
 //! queued.
 
 mod backward;
-mod linear;
 
+pub use crate::linear::{Layer, linear, linear_add, linears};
 pub use backward::{linear_backward, place_rows, rms_norm_backward, swiglu_backward};
-pub use linear::{Layer, linear, linear_add, linears};
 
 use cubecl::{CubeCount, CubeDim};
 
-use crate::extend::{Limits, Row, arg};
+use crate::attention::{Limits, Row, arg};
 use crate::kernels::rows as kernels;
 use crate::kernels::rows::NORM_UNITS;
+use crate::kernels::words::per_word;
 use crate::{Device, Dtype, Error, Matrix, Result, Tensor};
 
 /// Rows `ids` of a table, `[ids, cols]`.
@@ -60,7 +60,7 @@ fn gather(table: &cubecl::server::Handle, dtype: Dtype, ids: &[u32], out: &Tenso
             cubes,
             dim,
             row.width,
-            row.width / dtype.per_word(),
+            row.width / per_word(dtype),
             arg(table),
             arg(&ids),
             arg(out.handle()),
@@ -74,7 +74,7 @@ fn gather(table: &cubecl::server::Handle, dtype: Dtype, ids: &[u32], out: &Tenso
 /// `x / sqrt(mean(x^2) + eps) * weight` per row.
 ///
 /// # Errors
-/// [`Error::Shape`] unless the weight has an element per column, [`Error::TooLarge`].
+/// [`Error::Argument`] unless the weight has an element per column, [`Error::TooLarge`].
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     const OP: &str = "rms_norm";
     if weight.shape() != [x.row_len()] {
@@ -110,7 +110,7 @@ fn grid(device: &Device, count: usize) -> CubeCount {
 /// are `[tokens, head_dim / 2]`. `inverse` rotates back.
 ///
 /// # Errors
-/// [`Error::Shape`] if shapes do not fit, [`Error::TooLarge`].
+/// [`Error::Argument`] if shapes do not fit, [`Error::TooLarge`].
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, inverse: bool) -> Result<Tensor> {
     const OP: &str = "rope";
     let &[tokens, heads, head_dim] = x.shape() else {
@@ -152,7 +152,7 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, inverse: bool) -> Result<Ten
 /// `silu(gate) * up`.
 ///
 /// # Errors
-/// [`Error::Shape`] if shapes differ, [`Error::TooLarge`].
+/// [`Error::Argument`] if shapes differ, [`Error::TooLarge`].
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let (out, cubes) = pairwise("swiglu", gate, up)?;
     if let Some((cubes, dim)) = cubes {
@@ -169,7 +169,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 /// `x + y`.
 ///
 /// # Errors
-/// [`Error::Shape`] if shapes differ, [`Error::TooLarge`].
+/// [`Error::Argument`] if shapes differ, [`Error::TooLarge`].
 pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     let (out, cubes) = pairwise("add", x, y)?;
     launch_add(x, y, &out, cubes);
@@ -177,7 +177,7 @@ pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
 }
 
 /// `x + y` of each row of `x` and the one row of `y`, which has as many elements.
-fn add_rows(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+pub(crate) fn add_rows(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     let (out, cubes) = pairwise("add", x, x)?;
     launch_add(x, y, &out, cubes);
     Ok(out)

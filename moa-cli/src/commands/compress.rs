@@ -108,7 +108,11 @@ fn with_model<D: Backward>(
     context.result(&Outcome {
         out: &args.out,
         losses: Losses::from(&found),
-        plan: PlanSummary::new(&found.plan, &lengths, context.cache.bytes()),
+        plan: PlanSummary::new(
+            &found.plan,
+            &lengths,
+            context.cache.slot_bytes(found.plan.shape().head_dim),
+        ),
         warnings: calibration::warnings(&found.profile, context)?,
     })
 }

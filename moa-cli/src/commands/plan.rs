@@ -61,7 +61,8 @@ fn show(args: &ShowArgs, context: &Context) -> Result<()> {
     check_optional(args.svg.as_deref())?;
     let plan = Plan::load(&args.plan)?;
     let lengths = if args.at.is_empty() { lengths_of(&plan) } else { args.at.clone() };
-    let summary = PlanSummary::new(&plan, &lengths, context.cache.bytes());
+    let summary =
+        PlanSummary::new(&plan, &lengths, context.cache.slot_bytes(plan.shape().head_dim));
     if let Some(path) = &args.svg {
         let title = format!("Span of each KV head, {}", plan.shape());
         let figure = figure::head_map(&title, &[("", summary.maps())]);

@@ -180,6 +180,10 @@ impl fmt::Display for Made<'_> {
 fn save(mut plan: Plan, method: &str, out: &Path, context: &Context) -> Result<()> {
     plan.provenance.method = Some(method.to_string());
     plan.save(out)?;
-    let summary = PlanSummary::new(&plan, &lengths_of(&plan), context.cache.bytes());
+    let summary = PlanSummary::new(
+        &plan,
+        &lengths_of(&plan),
+        context.cache.slot_bytes(plan.shape().head_dim),
+    );
     context.result(&Made { out, summary })
 }

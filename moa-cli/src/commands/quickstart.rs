@@ -81,7 +81,11 @@ fn with_ops<D: Backward>(args: &Args, device: D, context: &Context) -> Result<()
     lengths.push(args.length);
     lengths.sort_unstable();
     lengths.dedup();
-    let summary = PlanSummary::new(&found.plan, &lengths, context.cache.bytes());
+    let summary = PlanSummary::new(
+        &found.plan,
+        &lengths,
+        context.cache.slot_bytes(found.plan.shape().head_dim),
+    );
     let maps = summary.maps();
     let losses = Losses::from(&found);
     context.print(format_args!("{losses}\n"))?;

@@ -62,8 +62,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
             .collect(),
         answers: args.items.iter().map(answers).collect::<Result<_, _>>()?,
         lengths: args.at.clone(),
-        element: format!("{:?}", context.cache).to_lowercase(),
-        element_bytes: context.cache.bytes(),
+        cache: context.cache,
     };
     let page = report.page().map_err(|error| match error {
         moa_report::Error::OtherModel { index, source, .. } => {

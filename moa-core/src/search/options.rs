@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use crate::{Error, Result};
 
-/// How to search.
+/// Limits and accuracy of the solver.
 ///
 /// The result does not depend on `threads`. It depends on the speed of the machine only where
 /// `time_limit` cuts a search short.

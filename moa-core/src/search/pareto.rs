@@ -1,4 +1,4 @@
-/// How good a plan is proven to be.
+/// The proven distance of one solution from the best possible one.
 ///
 /// The plan was found as the minimum of `weights . losses` under the size bounds and `limits`.
 #[derive(Clone, Debug, PartialEq)]
@@ -46,11 +46,12 @@ pub struct Solution {
     pub losses: Vec<f64>,
     /// Mean size over heads at each bound.
     pub sizes: Vec<f64>,
-    /// What is proven about it.
+    /// How near to the best possible choice it is proven to be.
     pub gap: Gap,
 }
 
-/// Plans of which none is at least as good as another at every length.
+/// The choices of rules that [`solve`](super::solve) found: a Pareto set, in which none is at least
+/// as good as another one at every length.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ParetoSet {
     /// The plans, by rising loss at the longest objective length.

@@ -11,7 +11,8 @@ pub struct Bound {
     pub min: Option<f64>,
 }
 
-/// What to choose from, what it costs and what is allowed.
+/// One search problem: candidate rules for every KV head, the loss and size of each, and bounds on
+/// the mean size.
 ///
 /// Every KV head of every layer takes one candidate. Invariants: losses and sizes are finite and
 /// complete, no list but `bounds` is empty, lengths are distinct.

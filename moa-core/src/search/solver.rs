@@ -6,6 +6,7 @@ use super::exchange::Exchange;
 use super::lagrangian::{Lagrangian, Prices};
 use super::pool::Pool;
 use super::subproblem::{EQUAL, SubProblem, feasible};
+use crate::SplitMix64;
 
 /// Outcome of one sub-problem.
 pub(super) struct Found {
@@ -125,12 +126,12 @@ fn seeds(
     let mut seeds: Vec<Vec<u16>> = vec![root.point.choice.clone()];
     seeds.extend(incumbent.map(|(_, choice)| choice.clone()));
     seeds.extend(root.mixture.iter().map(|(_, choice)| choice.clone()));
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut random = SplitMix64::new(0x9e37_79b9_7f4a_7c15);
     for size in SHAKES {
         let shaken: Vec<f64> = root
             .multipliers
             .iter()
-            .map(|m| m * (1.0 + size * (2.0 * uniform(&mut state) - 1.0)))
+            .map(|m| m * (1.0 + size * (2.0 * random.unit() - 1.0)))
             .collect();
         seeds.push(dual.evaluate(&shaken).choice);
     }
@@ -153,13 +154,4 @@ fn closest(sub: &SubProblem<'_>, root: &Maximum, dual: &Lagrangian<'_>) -> Optio
     let mut exchange = Exchange::new(&pool, starts.into_iter().next()?, sub.core.heads);
     exchange.run();
     Some(pool.choice(&exchange.selected))
-}
-
-/// Pseudo-random number in [0, 1) (SplitMix64), the same on every machine.
-fn uniform(state: &mut u64) -> f64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mut z = *state;
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
 }

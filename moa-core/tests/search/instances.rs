@@ -1,7 +1,7 @@
 //! Problems to solve, and what every solution must satisfy.
 
-use moa_core::ElasticRule;
 use moa_core::search::{Bound, Options, ParetoSet, Problem, density_sizes, fixed_grid};
+use moa_core::{ElasticRule, SplitMix64};
 
 /// Raw material of a problem, kept by the tests because a `Problem` does not give its losses back.
 #[derive(Clone, Debug)]
@@ -102,25 +102,9 @@ pub(crate) fn dominates(a: &[f64], b: &[f64]) -> bool {
     a.iter().zip(b).all(|(x, y)| x <= y)
 }
 
-/// SplitMix64.
-pub(crate) struct Random(pub(crate) u64);
-
-impl Random {
-    pub(crate) fn uniform(&mut self) -> f64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.uniform() * n as f64) as usize
-    }
-
-    fn heavy(&mut self) -> f64 {
-        (1.8 * ((0..12).map(|_| self.uniform()).sum::<f64>() - 6.0)).exp()
-    }
+/// A positive number, log-normal: most are small and some are large.
+fn heavy(r: &mut SplitMix64) -> f64 {
+    (1.8 * ((0..12).map(|_| r.unit()).sum::<f64>() - 6.0)).exp()
 }
 
 /// Unstructured losses and sizes, some negative.
@@ -132,13 +116,13 @@ pub(crate) fn wild(
     lengths: usize,
     min: bool,
 ) -> Instance {
-    let mut r = Random(seed);
+    let mut r = SplitMix64::new(seed);
     let lengths: Vec<usize> = (1..=lengths).map(|l| 1024 * l).collect();
     let losses =
-        (0..lengths.len() * layers * heads * n).map(|_| r.heavy() * (r.uniform() - 0.2)).collect();
+        (0..lengths.len() * layers * heads * n).map(|_| heavy(&mut r) * (r.unit() - 0.2)).collect();
     let bounds = [1000, 2000]
         .map(|length| {
-            let max = 0.3 + 0.3 * r.uniform();
+            let max = 0.3 + 0.3 * r.unit();
             Bound { length, max, min: min.then_some(max - 0.1) }
         })
         .to_vec();
@@ -155,16 +139,16 @@ pub(crate) fn lifelike(
     lengths: &[usize],
     bounds: Vec<Bound>,
 ) -> Instance {
-    let mut r = Random(seed);
+    let mut r = SplitMix64::new(seed);
     let traits: Vec<[f64; 3]> = (0..layers * heads)
-        .map(|_| [r.heavy(), 0.5 + 6.0 * r.uniform(), 0.5 * r.uniform()])
+        .map(|_| [heavy(&mut r), 0.5 + 6.0 * r.unit(), 0.5 * r.unit()])
         .collect();
     let mut losses = Vec::new();
     for (l, &length) in lengths.iter().enumerate() {
         for &[weight, shape, growth] in &traits {
             for rule in &candidates {
                 let hidden = 1.0 - rule.span(length, 128) as f64 / length as f64;
-                let noise = 0.05 * (r.uniform() - 0.5) * hidden;
+                let noise = 0.05 * (r.unit() - 0.5) * hidden;
                 losses.push(weight * (1.0 + growth * l as f64) * (hidden.powf(shape) + noise));
             }
         }

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use moa_core::Error;
 use moa_core::search::{Bound, Options, fixed_grid, paper_grid, scaled_grid, solve};
+use moa_core::{Error, SplitMix64};
 use proptest::prelude::*;
 
-use crate::instances::{Instance, Random, exact, lifelike, quarter, wild};
+use crate::instances::{Instance, exact, lifelike, quarter, wild};
 
 /// Small models, 99 rules, 4 bounds: the best plan of each length is proven to be the best.
 #[test]
@@ -123,7 +123,7 @@ proptest! {
     fn order_of_heads_and_constants_do_not_matter(seed in 0u64..1 << 40, limit in prop::option::of(1usize..3)) {
         let one = lifelike(seed, 3, 4, fixed_grid(4096, 10), &[4096], quarter(&[2048, 8192]));
         let mut other = one.clone();
-        let shift = Random(seed).uniform();
+        let shift = SplitMix64::new(seed).unit();
         other.losses = one
             .losses
             .chunks(4 * 10)

@@ -2,9 +2,10 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
+use half::{bf16, f16};
 use memmap2::Mmap;
+use moa_core::Dtype;
 
-use crate::checkpoint::safetensors::DType;
 use crate::{Error, Result};
 
 /// A tensor that lies in a mapped file, row-major and little-endian, or a part of one.
@@ -15,7 +16,7 @@ use crate::{Error, Result};
 pub struct MappedTensor {
     memory: Memory,
     bytes: Range<usize>,
-    dtype: DType,
+    dtype: Dtype,
     shape: Vec<usize>,
 }
 
@@ -29,14 +30,14 @@ enum Memory {
 
 impl MappedTensor {
     /// The caller has checked that the bytes are those of the shape.
-    pub(crate) fn new(map: Arc<Mmap>, bytes: Range<usize>, dtype: DType, shape: &[usize]) -> Self {
+    pub(crate) fn new(map: Arc<Mmap>, bytes: Range<usize>, dtype: Dtype, shape: &[usize]) -> Self {
         Self { memory: Memory::Map(map), bytes, dtype, shape: shape.to_owned() }
     }
 
     /// bf16 elements that lie at a byte of `words`.
     pub(crate) fn made(words: Arc<Vec<u64>>, first_byte: usize, shape: &[usize]) -> Self {
         let bytes = first_byte..first_byte + 2 * shape.iter().product::<usize>();
-        Self { memory: Memory::Words(words), bytes, dtype: DType::BF16, shape: shape.to_owned() }
+        Self { memory: Memory::Words(words), bytes, dtype: Dtype::Bf16, shape: shape.to_owned() }
     }
 
     /// The elements' bytes.
@@ -51,7 +52,7 @@ impl MappedTensor {
 
     /// The element type.
     #[must_use]
-    pub fn dtype(&self) -> DType {
+    pub fn dtype(&self) -> Dtype {
         self.dtype
     }
 
@@ -65,7 +66,7 @@ impl MappedTensor {
     #[must_use]
     pub fn to_f32(&self) -> Vec<f32> {
         let mut values = Vec::new();
-        self.dtype.extend_f32(self.bytes(), &mut values);
+        extend_f32(self.dtype, self.bytes(), &mut values);
         values
     }
 
@@ -73,7 +74,7 @@ impl MappedTensor {
     /// copied, and nothing else is read.
     ///
     /// # Errors
-    /// If the tensor does not have them.
+    /// [`Error::Invalid`] if the tensor has no axis, or a range ends beyond its rows.
     pub fn rows(&self, rows: &[Range<usize>]) -> Result<Self> {
         let Some(&count) = self.shape.first() else {
             return Err(Error::invalid("weight", "at least 1 axis", 0));
@@ -94,7 +95,7 @@ impl MappedTensor {
     /// These columns of `[rows, columns]`, in the order given; copied, unless they are all.
     ///
     /// # Errors
-    /// If the tensor does not have them.
+    /// [`Error::Invalid`] if the tensor has not two axes, or a range ends beyond its columns.
     pub fn columns(&self, columns: &[Range<usize>]) -> Result<Self> {
         let &[rows, count] = self.shape() else {
             return Err(Error::invalid("weight", "2 axes", self.shape.len()));
@@ -103,7 +104,7 @@ impl MappedTensor {
         if matches!(&pieces[..], [all] if *all == (0..count)) {
             return Ok(self.clone());
         }
-        let size = self.dtype.size_bytes();
+        let size = self.dtype.bytes();
         let pieces = &pieces;
         let runs = (0..rows).flat_map(|row| {
             pieces.iter().map(move |piece| {
@@ -116,7 +117,7 @@ impl MappedTensor {
 
     /// A copy of runs of bytes.
     fn gather(&self, runs: impl Iterator<Item = Range<usize>>, shape: Vec<usize>) -> Self {
-        let len = shape.iter().product::<usize>() * self.dtype.size_bytes();
+        let len = shape.iter().product::<usize>() * self.dtype.bytes();
         let mut words = vec![0u64; len.div_ceil(8)];
         let mut rest: &mut [u8] = bytemuck::cast_slice_mut(&mut words);
         let from = self.bytes();
@@ -126,6 +127,17 @@ impl MappedTensor {
             rest = others;
         }
         Self { memory: Memory::Words(Arc::new(words)), bytes: 0..len, dtype: self.dtype, shape }
+    }
+}
+
+/// Appends little-endian elements as f32; they need not be aligned.
+pub(crate) fn extend_f32(dtype: Dtype, bytes: &[u8], to: &mut Vec<f32>) {
+    let pairs = || bytes.as_chunks::<2>().0.iter().copied();
+    match dtype {
+        Dtype::F32 => to.extend(bytes.as_chunks::<4>().0.iter().copied().map(f32::from_le_bytes)),
+        Dtype::F16 => to.extend(pairs().map(|b| f16::from_le_bytes(b).to_f32())),
+        // Files with other types are refused when they are opened.
+        _ => to.extend(pairs().map(|b| bf16::from_le_bytes(b).to_f32())),
     }
 }
 

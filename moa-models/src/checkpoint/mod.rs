@@ -75,7 +75,11 @@ impl<D: Math> Checkpoint<D> {
     /// `tokenizer_config.json` and `generation_config.json`.
     ///
     /// # Errors
-    /// If a file is missing or malformed, or the parts are not of one model.
+    /// [`Error::Io`] for a file that cannot be read; [`Error::Json`], [`Error::MissingField`] and
+    /// [`Error::Config`] for a malformed one; [`Error::NoWeights`], [`Error::Safetensors`] and the
+    /// variants that begin with `Tensor` and `Shard` for the weights; [`Error::Tokenizer`] and
+    /// [`Error::TokenizerVocabulary`] for the tokenizer; [`Error::Template`] for the chat template;
+    /// [`Error::OutOfMemory`] or [`Error::Backend`] if the weights do not fit the device.
     pub fn open(device: D, folder: impl AsRef<Path>) -> Result<Self> {
         Self::open_part(device, folder.as_ref(), FAMILIES, None)
     }
@@ -123,7 +127,7 @@ impl<D: Math> Checkpoint<D> {
     /// The chat template.
     ///
     /// # Errors
-    /// If the folder has none.
+    /// [`Error::NoChatTemplate`] if the folder has no chat template.
     pub fn template(&self) -> Result<&ChatTemplate> {
         self.template.as_ref().ok_or_else(|| Error::NoChatTemplate { path: self.folder.clone() })
     }
@@ -136,7 +140,8 @@ impl<D: Math> Checkpoint<D> {
     /// Tokens of a conversation that the assistant is to answer.
     ///
     /// # Errors
-    /// If there is no template, or it refuses the messages.
+    /// [`Error::NoChatTemplate`] if the folder has no chat template, [`Error::Template`] if the
+    /// template refuses the messages, [`Error::Tokenizer`] if the tokenizer refuses their text.
     pub fn chat_tokens(&self, messages: &[Message]) -> Result<Vec<u32>> {
         // The template writes the begin-of-sequence token itself.
         self.tokenizer.encode(&self.template()?.render(messages, true)?, false)
@@ -153,7 +158,9 @@ impl<D: Math> Checkpoint<D> {
     /// Checks that a plan was made for this model.
     ///
     /// # Errors
-    /// If its dimensions or its weights are others.
+    /// [`Error::Core`] with [`ShapeMismatch`](moa_core::Error::ShapeMismatch) or
+    /// [`FingerprintMismatch`](moa_core::Error::FingerprintMismatch) if the plan is for a model of
+    /// other dimensions, or for other weights.
     pub fn check_plan(&self, plan: &Plan) -> Result<()> {
         plan.check_shape(&self.model.shape())?;
         Ok(plan.check_fingerprint(self.model.fingerprint())?)
@@ -179,9 +186,10 @@ impl<D: Math> Checkpoint<D> {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Template`] and [`Error::Tokenizer`] for the text, [`Error::ContextExceeded`] if it is
-    /// longer than the model's context, [`Error::Core`] if the plan is for another model, and those of
-    /// the device.
+    /// [`Error::Template`] and [`Error::Tokenizer`] for the text, [`Error::ContextExceeded`] if it
+    /// is longer than the model's context, [`Error::Core`] with
+    /// [`ShapeMismatch`](moa_core::Error::ShapeMismatch) if the plan is for a model of other
+    /// dimensions, and those of [`Engine::step`].
     pub fn complete(&self, plan: &Plan, text: &str, max_new_tokens: usize) -> Result<Completion> {
         let prompt = match self.template {
             Some(_) => Prompt::chat(&[Message::user(text)]),

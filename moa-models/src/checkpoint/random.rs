@@ -9,13 +9,13 @@ use half::bf16;
 use crate::checkpoint::mapped::MappedTensor;
 use crate::checkpoint::safetensors::Tensors;
 use crate::decoder::config::ModelConfig;
-use crate::rng::SplitMix64;
 use crate::{Error, Result};
+use moa_core::SplitMix64;
 
 /// Weights that are made up, for measurements of speed and memory, which do not depend on their values:
 /// matrices of uniform random bf16 numbers of variance `1 / hidden_size`, norms and biases of ones.
 ///
-/// Tensors are parts of one memory that is as large as the model, but at most [`MOST_BYTES`] or the
+/// Tensors are parts of one memory that is as large as the model, but at most 1 GiB or the
 /// largest tensor: those of a larger model overlap, far enough from each other that no CPU has the
 /// earlier one in a cache. A device that keeps weights in its own memory holds as much as of a trained
 /// model.

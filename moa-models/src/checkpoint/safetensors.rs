@@ -3,10 +3,10 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use half::{bf16, f16};
 use memmap2::Mmap;
+use moa_core::Dtype;
 use safetensors::SafeTensors;
-use safetensors::tensor::Dtype;
+use safetensors::tensor::Dtype as FileDtype;
 
 use crate::checkpoint::fingerprint::Fnv1a;
 use crate::checkpoint::json::JsonObject;
@@ -25,7 +25,7 @@ pub trait Tensors {
     /// tensor.
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<MappedTensor>;
 
-    /// What ties a plan to these weights.
+    /// The fingerprint that ties a plan to these weights.
     fn fingerprint(&self) -> String;
 }
 
@@ -60,7 +60,7 @@ struct MappedFile {
 #[derive(Clone, Debug)]
 struct Entry {
     file: usize,
-    dtype: Dtype,
+    dtype: FileDtype,
     shape: Vec<usize>,
     offset: usize,
     len: usize,
@@ -105,9 +105,9 @@ impl Weights {
             });
         }
         let dtype = match entry.dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::BF16,
+            FileDtype::F32 => Dtype::F32,
+            FileDtype::F16 => Dtype::F16,
+            FileDtype::BF16 => Dtype::Bf16,
             other => {
                 return Err(Error::TensorDtype {
                     path: file.path.clone(),
@@ -242,38 +242,4 @@ fn other_weights(dir: &Path) -> Result<String> {
     names.sort();
     names.truncate(4);
     Ok(if names.is_empty() { "no weights at all".into() } else { names.join(", ") })
-}
-
-/// Element type of a weight tensor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum DType {
-    /// IEEE 754 single precision, 4 bytes.
-    F32,
-    /// IEEE 754 half precision, 2 bytes.
-    F16,
-    /// Brain float: the upper half of an f32, 2 bytes.
-    BF16,
-}
-
-impl DType {
-    /// Bytes of one element.
-    #[must_use]
-    pub fn size_bytes(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::BF16 => 2,
-        }
-    }
-
-    /// Appends little-endian elements as f32; they need not be aligned.
-    pub(crate) fn extend_f32(self, bytes: &[u8], to: &mut Vec<f32>) {
-        let pairs = || bytes.as_chunks::<2>().0.iter().copied();
-        match self {
-            Self::F32 => {
-                to.extend(bytes.as_chunks::<4>().0.iter().copied().map(f32::from_le_bytes));
-            }
-            Self::F16 => to.extend(pairs().map(|b| f16::from_le_bytes(b).to_f32())),
-            Self::BF16 => to.extend(pairs().map(|b| bf16::from_le_bytes(b).to_f32())),
-        }
-    }
 }

@@ -153,7 +153,7 @@ impl ChatTemplate {
     /// The template of Vicuna v1.1 and v1.5, with FastChat's default system line.
     ///
     /// # Errors
-    /// None that depends on the caller.
+    /// [`Error::Template`] if the built-in template does not compile, which the tests exclude.
     pub fn vicuna() -> Result<Self> {
         Self::new(VICUNA, "<s>", "</s>")
     }
@@ -161,7 +161,7 @@ impl ChatTemplate {
     /// The template of Llama 2 chat.
     ///
     /// # Errors
-    /// None that depends on the caller.
+    /// [`Error::Template`] if the built-in template does not compile, which the tests exclude.
     pub fn llama2() -> Result<Self> {
         Self::new(LLAMA2, "<s>", "</s>")
     }
@@ -169,7 +169,7 @@ impl ChatTemplate {
     /// The template of Llama 3 instruct.
     ///
     /// # Errors
-    /// None that depends on the caller.
+    /// [`Error::Template`] if the built-in template does not compile, which the tests exclude.
     pub fn llama3() -> Result<Self> {
         Self::new(LLAMA3, "<|begin_of_text|>", "<|eot_id|>")
     }

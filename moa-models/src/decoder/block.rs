@@ -1,6 +1,6 @@
 //! One layer's work, and the one loop over layers.
 
-use moa_core::SparseAttentionBackend;
+use moa_core::{Append, ExtendInputs, Extended, SparseAttentionBackend};
 
 use crate::decoder::layer::Layer;
 use crate::decoder::model::Decoder;
@@ -81,19 +81,19 @@ impl<D: Math> Decoder<D> {
         }
     }
 
-    /// Rotates queries and keys, appends keys and values to each cache as many tokens as `counts` says,
-    /// and attends; with `lse` also the log-sum-exp of each row of scores.
+    /// Rotates queries and keys, appends keys and values to each cache of `batch`, and attends; with `lse`
+    /// also the log-sum-exp of each row of scores.
     pub(crate) fn extend(
         &self,
         attention: &D::Attention,
-        caches: &mut [&mut Cache<D>],
-        counts: &[usize],
+        batch: &mut [Append<'_, Cache<D>>],
         [q, k, v]: [D::Tensor; 3],
         rotations: &D::Rotations,
         lse: bool,
-    ) -> Result<(D::Tensor, Option<D::Tensor>)> {
+    ) -> Result<Extended<D::Tensor>> {
         let [q, k] = self.rotated(q, k, rotations)?;
-        attention.extend(caches, counts, &q, &k, &v, self.scale(), lse).map_err(Into::into)
+        let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: self.scale(), lse };
+        attention.extend(batch, &inputs).map_err(Into::into)
     }
 
     /// Queries and keys turned by their positions.

@@ -1,3 +1,5 @@
+use moa_core::Append;
+
 use crate::decoder::logits::LogitRows;
 use crate::decoder::model::Decoder;
 use crate::decoder::sequence::Sequence;
@@ -8,8 +10,13 @@ impl<D: Math> Decoder<D> {
     /// Appends `tokens[i]` to `batch[i]` and returns logits `[rows, vocab]`.
     ///
     /// # Errors
-    /// If a sequence has no room or a token is outside the vocabulary; then nothing changes. If the
-    /// device fails half-way, the sequences of the batch refuse further use.
+    /// [`Error::Core`] with [`CapacityExceeded`](moa_core::Error::CapacityExceeded) if a sequence
+    /// has no room; [`Error::Invalid`] if there is not one list of new tokens for each sequence, a
+    /// list is empty, a token is not in the vocabulary, a logit row is not one of the new tokens,
+    /// or an earlier step of a sequence failed half-way. Every sequence is then as it was.
+    ///
+    /// [`Error::Backend`] or [`Error::OutOfMemory`] if the device fails, [`Error::Rank`] if another
+    /// rank does. Where that is half-way, the sequences of the batch refuse further use.
     pub fn forward(
         &self,
         batch: &mut [&mut Sequence<D>],
@@ -55,15 +62,14 @@ impl<D: Math> Decoder<D> {
         let x = device.embed(&self.embedding, &tokens.concat())?;
         batch.iter_mut().for_each(|sequence| sequence.broken = true);
         let x = self.blocks(x, |layer, qkv| {
-            let mut caches: Vec<_> = batch.iter_mut().map(|s| &mut s.caches[layer]).collect();
-            let out =
-                self.extend(device.attention(), &mut caches, &counts, qkv, &rotations, false)?;
-            Ok(out.0)
+            let mut appends: Vec<_> = batch
+                .iter_mut()
+                .zip(&counts)
+                .map(|(s, &tokens)| Append { cache: &mut s.caches[layer], tokens })
+                .collect();
+            Ok(self.extend(device.attention(), &mut appends, qkv, &rotations, false)?.out)
         })?;
-        for (sequence, n) in batch.iter_mut().zip(&counts) {
-            sequence.extent.advance(*n);
-            sequence.broken = false;
-        }
+        batch.iter_mut().for_each(|sequence| sequence.broken = false);
         let h = device.rms_norm(&device.rows(&x, &rows)?, &self.norm, self.eps())?;
         self.output(&h)
     }

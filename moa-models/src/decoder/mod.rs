@@ -3,13 +3,12 @@
 pub(crate) mod block;
 pub(crate) mod config;
 pub(crate) mod forward;
+pub(crate) mod frequencies;
 pub(crate) mod layer;
 pub(crate) mod logits;
 pub(crate) mod model;
 pub(crate) mod names;
-pub(crate) mod rope;
 pub(crate) mod rope_scaling;
 pub(crate) mod sequence;
 pub(crate) mod session;
 pub(crate) mod shard;
-pub(crate) mod thread_rank;

@@ -22,7 +22,7 @@ pub struct Decoder<D: Device> {
     /// `None` when the embedding is tied and whole.
     pub(crate) lm_head: Option<D::Matrix>,
     pub(crate) fingerprint: String,
-    /// What of the model this is, where several devices share it.
+    /// This rank's part, where several devices share the model.
     pub(crate) shard: Option<Shard<D>>,
     /// Dimensions of what is here.
     pub(crate) local: ModelShape,

@@ -206,7 +206,6 @@ impl<D: Math> Decoder<D> {
             for cache in &mut sequence.caches {
                 replay.advance(cache)?;
             }
-            sequence.extent.advance(1);
             sequence.broken = false;
         }
         Ok(replay.logits().clone())

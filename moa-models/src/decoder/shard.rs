@@ -2,8 +2,6 @@
 
 use std::borrow::Cow;
 use std::ops::Range;
-use std::panic::resume_unwind;
-use std::sync::Arc;
 
 use moa_core::{ModelShape, Plan, Sharding};
 
@@ -11,116 +9,12 @@ use crate::checkpoint::safetensors::Tensors;
 use crate::decoder::config::ModelConfig;
 use crate::decoder::layer::Linear;
 use crate::decoder::model::Decoder;
+use crate::device::rank::Communicator;
 use crate::device::{Device, Load, Math};
 use crate::{Error, Result};
 
-/// One of the devices that share a model.
-pub trait Rank: Send + Sync {
-    /// Its number, from 0.
-    fn rank(&self) -> usize;
-
-    /// How many there are.
-    fn ranks(&self) -> usize;
-
-    /// Tells the others that this one will not go on: they fail rather than wait for it.
-    fn fail(&self);
-
-    /// The first rank of this process that failed.
-    fn failed(&self) -> Option<usize>;
-}
-
-/// A [`Rank`] that can add up what all ranks have.
-pub trait Communicator<D: Device>: Rank {
-    /// Makes `x` the sum over all ranks, the same on each to the last bit; all of them call this as often
-    /// and with the same shapes.
-    ///
-    /// # Errors
-    /// [`Error::Rank`] if another rank failed or, over the host, left; if the device fails.
-    fn all_reduce(&self, device: &D, x: &mut D::Tensor) -> Result<()>;
-
-    /// Whether [`all_reduce`](Self::all_reduce) only launches work that writes `x` in place, so that
-    /// it can be captured and launched again.
-    fn only_launches(&self) -> bool {
-        false
-    }
-}
-
-impl<R: Rank> Rank for Arc<R> {
-    fn rank(&self) -> usize {
-        (**self).rank()
-    }
-
-    fn ranks(&self) -> usize {
-        (**self).ranks()
-    }
-
-    fn fail(&self) {
-        (**self).fail();
-    }
-
-    fn failed(&self) -> Option<usize> {
-        (**self).failed()
-    }
-}
-
-impl<D: Device, C: Communicator<D>> Communicator<D> for Arc<C> {
-    fn all_reduce(&self, device: &D, x: &mut D::Tensor) -> Result<()> {
-        (**self).all_reduce(device, x)
-    }
-
-    fn only_launches(&self) -> bool {
-        (**self).only_launches()
-    }
-}
-
-/// Runs the same work for each rank, on a thread of its own. A rank whose work fails or panics takes the
-/// others with it; the error is that of the first.
-///
-/// # Errors
-/// Those of `work`.
-///
-/// # Panics
-/// If `work` does.
-pub fn on_ranks<R: Rank, T: Send, E: Send>(
-    ranks: Vec<R>,
-    work: impl Fn(Arc<R>) -> Result<T, E> + Sync,
-) -> Result<Vec<T>, E> {
-    /// Also while the thread panics.
-    struct Leaving<'a, R: Rank>(&'a R, bool);
-    impl<R: Rank> Drop for Leaving<'_, R> {
-        fn drop(&mut self) {
-            if !self.1 {
-                self.0.fail();
-            }
-        }
-    }
-    let run = &|rank: Arc<R>| {
-        let mut leaving = Leaving(&*rank, false);
-        let result = work(Arc::clone(&rank));
-        leaving.1 = result.is_ok();
-        drop(leaving);
-        (result, rank.failed())
-    };
-    let results: Vec<_> = std::thread::scope(|scope| {
-        let ranks = ranks.into_iter().map(Arc::new);
-        let threads: Vec<_> = ranks.map(|rank| scope.spawn(move || run(rank))).collect();
-        threads.into_iter().map(|thread| thread.join()).collect()
-    });
-    let cause = results.iter().flatten().find_map(|(_, failed)| *failed);
-    let mut done = Vec::with_capacity(results.len());
-    let mut failed = None;
-    for (rank, result) in results.into_iter().enumerate() {
-        match result {
-            Ok((Ok(value), _)) => done.push(value),
-            Ok((Err(error), _)) if failed.is_none() || cause == Some(rank) => failed = Some(error),
-            Ok((Err(_), _)) => {}
-            Err(panic) => resume_unwind(panic),
-        }
-    }
-    failed.map_or(Ok(done), Err)
-}
-
-/// What one device has of a model that several share, and how they add up their results.
+/// One rank's part of a model that several devices share: which KV heads it owns, and the
+/// communicator that sums over ranks.
 ///
 /// Projections to heads and inner features are split by output: a rank computes its own heads and
 /// features. Those back to the residual stream are split by input, and give a part of the sum, so that
@@ -194,7 +88,8 @@ impl<D: Device> Shard<D> {
     /// The heads that `sharding` gives to the rank of `communicator`.
     ///
     /// # Errors
-    /// If they are of different numbers of ranks.
+    /// [`Error::Invalid`] if `communicator` belongs to a group of another size than `sharding` was
+    /// made for.
     pub fn new(sharding: &Sharding, communicator: impl Communicator<D> + 'static) -> Result<Self> {
         let (ranks, got) = (sharding.ranks(), communicator.ranks());
         if ranks != got || communicator.rank() >= ranks {
@@ -281,8 +176,10 @@ impl<D: Math> Decoder<D> {
     /// whole model, of which a rank opens caches for its own heads. Profiling needs a whole model.
     ///
     /// # Errors
-    /// If the sharding is for another model, the inner size cannot be divided by the number of ranks, or
-    /// the vocabulary is too small; as [`load`](Self::load).
+    /// [`Error::Core`] with [`ShapeMismatch`](moa_core::Error::ShapeMismatch) if the sharding is
+    /// for a model of other dimensions; [`Error::Invalid`] if `intermediate_size` is not a multiple
+    /// of the number of ranks, or the vocabulary has fewer than 8 tokens a rank; those of
+    /// [`load`](Self::load).
     pub fn load_shard(
         device: D,
         config: ModelConfig,
@@ -292,15 +189,15 @@ impl<D: Math> Decoder<D> {
         Self::load_part(device, config, weights, Some(shard))
     }
 
-    /// Devices that share the model.
+    /// The number of devices that share the model; 1 for a whole model.
     pub fn ranks(&self) -> usize {
         self.shard.as_ref().map_or(1, |shard| shard.sharding.ranks())
     }
 
-    /// Whether all of the model is here.
+    /// Checks that all of the model is here.
     ///
     /// # Errors
-    /// If it is not.
+    /// [`Error::Invalid`] naming `what`, if the model is one rank's part.
     pub(crate) fn check_whole(&self, what: &'static str) -> Result<()> {
         match &self.shard {
             None => Ok(()),
@@ -308,10 +205,11 @@ impl<D: Math> Decoder<D> {
         }
     }
 
-    /// What of a plan is about the heads that are here.
+    /// The part of a plan that is about this rank's heads.
     ///
     /// # Errors
-    /// If it is for another model.
+    /// [`Error::Core`] with [`ShapeMismatch`](moa_core::Error::ShapeMismatch) if the plan is for a
+    /// model of other dimensions.
     pub(crate) fn own_plan<'a>(&self, plan: &'a Plan) -> Result<Cow<'a, Plan>> {
         plan.check_shape(&self.shape())?;
         Ok(match &self.shard {
@@ -360,7 +258,7 @@ impl<D: Math> Decoder<D> {
         Ok(values)
     }
 
-    /// Whether what the device has computed so far is whole.
+    /// Checks that no rank has failed, so that what the device has computed so far is whole.
     ///
     /// # Errors
     /// [`Error::Rank`] if a rank failed.

@@ -5,11 +5,11 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 use moa_backend_cpu::ops::{self as kernels, WeightData, WeightRef};
-use moa_backend_cpu::{CacheDtype, CpuBackend, Tensor};
+use moa_backend_cpu::{CpuBackend, Tensor};
+use moa_core::Dtype;
 
 use crate::checkpoint::mapped::MappedTensor;
-use crate::checkpoint::safetensors::DType;
-use crate::decoder::rope::RopeTable;
+use crate::device::rope_table::RopeTable;
 use crate::device::{Backward, Device, LinearWeights, Load, Math};
 use crate::{Error, Result};
 
@@ -23,8 +23,8 @@ pub struct Cpu {
 
 impl Cpu {
     /// With KV caches of this element type.
-    pub fn new(cache: CacheDtype) -> Self {
-        Self { attention: CpuBackend::new(cache), exact: CpuBackend::new(CacheDtype::F32) }
+    pub fn new(cache: Dtype) -> Self {
+        Self { attention: CpuBackend::new(cache), exact: CpuBackend::new(Dtype::F32) }
     }
 }
 
@@ -51,18 +51,19 @@ impl CpuMatrix {
         };
         let bytes = tensor.bytes();
         let aligned = match tensor.dtype() {
-            DType::F32 => bytemuck::try_cast_slice::<_, f32>(bytes).is_ok(),
-            DType::F16 | DType::BF16 => bytemuck::try_cast_slice::<_, u16>(bytes).is_ok(),
+            Dtype::F32 => bytemuck::try_cast_slice::<_, f32>(bytes).is_ok(),
+            _ => bytemuck::try_cast_slice::<_, u16>(bytes).is_ok(),
         };
         let data = match (aligned, tensor.dtype()) {
             (true, _) => Data::Mapped(tensor),
-            (false, DType::F32) => {
+            (false, Dtype::F32) => {
                 Data::F32(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
             }
-            (false, DType::F16) => {
+            (false, Dtype::F16) => {
                 Data::F16(bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b)).collect())
             }
-            (false, DType::BF16) => {
+            // Files have no other types.
+            (false, _) => {
                 Data::BF16(bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b)).collect())
             }
         };
@@ -73,9 +74,9 @@ impl CpuMatrix {
         match &self.data {
             // `new` has checked the alignment; lengths follow from the file's validation.
             Data::Mapped(tensor) => match tensor.dtype() {
-                DType::F32 => WeightData::F32(bytemuck::cast_slice(tensor.bytes())),
-                DType::F16 => WeightData::F16(bytemuck::cast_slice(tensor.bytes())),
-                DType::BF16 => WeightData::Bf16(bytemuck::cast_slice(tensor.bytes())),
+                Dtype::F32 => WeightData::F32(bytemuck::cast_slice(tensor.bytes())),
+                Dtype::F16 => WeightData::F16(bytemuck::cast_slice(tensor.bytes())),
+                _ => WeightData::Bf16(bytemuck::cast_slice(tensor.bytes())),
             },
             Data::F32(data) => WeightData::F32(data),
             Data::F16(data) => WeightData::F16(data),
@@ -111,10 +112,6 @@ impl Device for Cpu {
 
     fn attention(&self) -> &CpuBackend {
         &self.attention
-    }
-
-    fn cache_element_bytes(&self) -> usize {
-        self.attention.cache_dtype().bytes()
     }
 
     fn shape(&self, x: &Tensor) -> Vec<usize> {

@@ -1,10 +1,13 @@
-//! The operations a device offers. The Llama forward ([`crate::Decoder`]) and the profiling sweep are
-//! written once over them.
+//! What a device offers to a model. The forward pass ([`crate::Decoder`]) and the profiling sweep are
+//! written once over these traits.
 
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+pub(crate) mod rank;
 pub(crate) mod replay;
+pub(crate) mod rope_table;
+pub(crate) mod thread_rank;
 #[cfg(feature = "wgpu")]
 pub(crate) mod wgpu;
 
@@ -13,8 +16,8 @@ use std::ops::Range;
 use moa_core::SparseAttentionBackend;
 
 use crate::checkpoint::mapped::MappedTensor;
-use crate::decoder::rope::RopeTable;
 use crate::device::replay::{Replay, ReplayBatch};
+use crate::device::rope_table::RopeTable;
 use crate::{Error, Result};
 
 /// A linear layer before it is on a device.
@@ -26,7 +29,7 @@ pub struct LinearWeights {
     pub bias: Option<MappedTensor>,
 }
 
-/// Memory of a device.
+/// How many bytes of a device's own memory were in use at most, and how many are free.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
     /// Most bytes in use at once since [`Device::reset_peak`].
@@ -53,29 +56,27 @@ pub struct Draw {
 /// Activations are packed along the first axis: `[tokens, features]`, or `[tokens, heads, head_dim]`
 /// around attention.
 pub trait Device: Send + Sync {
-    /// Activations.
+    /// Activations on the device.
     type Tensor: Clone + Send + Sync;
     /// A linear layer's or embedding's weight, `[out, in]`.
     type Matrix: Send + Sync;
-    /// A norm's weight or a bias.
+    /// The weight of a norm, or the bias of a linear layer, on the device.
     type Vector: Send + Sync;
     /// Linear layers of one input, which a device may compute as one.
     type Joined: Send + Sync;
     /// Rotary angles of packed tokens.
     type Rotations: Send + Sync;
-    /// Attention of the same device.
+    /// The attention backend of this device, which makes the caches of sequences.
     type Attention: SparseAttentionBackend<Tensor = Self::Tensor, Cache: Send + Sync, Error: Into<Error>>;
 
-    /// Attention of the same device.
+    /// The device's attention backend.
     fn attention(&self) -> &Self::Attention;
 
-    /// Bytes of one element of the KV cache.
-    fn cache_element_bytes(&self) -> usize;
-
-    /// Asks whether the device has `bytes` more, before they are taken piece by piece for `what`.
+    /// Checks that the device has `bytes` more, before they are taken piece by piece for `what`.
     ///
     /// # Errors
-    /// If it is known that it has not.
+    /// [`Error::OutOfMemory`] if the device knows that fewer than `bytes` bytes are free. A device
+    /// that cannot know always returns `Ok`.
     fn check_room(&self, what: &'static str, bytes: u64) -> Result<()> {
         let _ = (what, bytes);
         Ok(())
@@ -87,19 +88,20 @@ pub trait Device: Send + Sync {
     /// A tensor from host values.
     ///
     /// # Errors
-    /// If the number of values is not that of the shape.
+    /// [`Error::Backend`] if `values` has not as many entries as `shape` says;
+    /// [`Error::OutOfMemory`] or [`Error::Backend`] if the device has no memory for them.
     fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Self::Tensor>;
 
     /// A tensor's values.
     ///
     /// # Errors
-    /// If the device fails.
+    /// [`Error::Backend`] if the device fails.
     fn values(&self, x: Self::Tensor) -> Result<Vec<f32>>;
 
     /// Memory of the device, if it has its own.
     ///
     /// # Errors
-    /// If the device fails.
+    /// [`Error::Backend`] if the device fails.
     fn memory(&self) -> Result<Option<Memory>> {
         Ok(None)
     }
@@ -107,7 +109,7 @@ pub trait Device: Send + Sync {
     /// Counts the peak of [`memory`](Self::memory) from now on.
     ///
     /// # Errors
-    /// If the device fails.
+    /// [`Error::Backend`] if the device fails.
     fn reset_peak(&self) -> Result<()> {
         Ok(())
     }
@@ -115,7 +117,8 @@ pub trait Device: Send + Sync {
     /// Waits for the device, where calls return before it is done.
     ///
     /// # Errors
-    /// If the device failed.
+    /// [`Error::Backend`] if the device failed. Earlier calls that returned before the device was
+    /// done report their failure here.
     fn synchronize(&self) -> Result<()> {
         Ok(())
     }
@@ -174,14 +177,18 @@ pub trait Load: Device {
     /// Brings an embedding or output matrix to the device.
     ///
     /// # Errors
-    /// If the memory cannot be had.
+    /// [`Error::OutOfMemory`] if the device has not enough memory, [`Error::Backend`] on a device
+    /// that does not say why an allocation failed; [`Error::Invalid`] if the tensor has not two
+    /// axes, on a device that checks it here.
     fn matrix(&self, tensor: MappedTensor) -> Result<Self::Matrix>;
 
     /// Brings the weight of a linear layer inside of the model to the device, which may keep it in
     /// another type.
     ///
     /// # Errors
-    /// If the memory cannot be had.
+    /// [`Error::OutOfMemory`] if the device has not enough memory, [`Error::Backend`] on a device
+    /// that does not say why an allocation failed; [`Error::Invalid`] if the tensor has not two
+    /// axes; [`Error::Backend`] if a weight that is to be rounded to 8 bits is not finite.
     fn linear_matrix(&self, tensor: MappedTensor) -> Result<Self::Matrix> {
         self.matrix(tensor)
     }
@@ -189,40 +196,53 @@ pub trait Load: Device {
     /// Brings a norm's weight or a bias to the device.
     ///
     /// # Errors
-    /// If the memory cannot be had.
+    /// [`Error::OutOfMemory`] if the device has not enough memory, [`Error::Backend`] on a device
+    /// that does not say why an allocation failed.
     fn vector(&self, tensor: MappedTensor) -> Result<Self::Vector>;
 
     /// Brings linear layers of one input to the device.
     ///
     /// # Errors
-    /// If their inputs differ, or the memory cannot be had.
+    /// [`Error::OutOfMemory`], [`Error::Backend`] or [`Error::Invalid`] as
+    /// [`linear_matrix`](Self::linear_matrix). A device that computes the layers as one also
+    /// returns [`Error::Invalid`] if there is no layer, their inputs differ in width, or only some
+    /// of them have biases.
     fn join(&self, parts: Vec<LinearWeights>) -> Result<Self::Joined>;
 }
 
 /// The forward operations of a decoder on one device.
+///
+/// # Errors of every operation
+/// An operation returns [`Error::Backend`], or [`Error::Invalid`] where the device checks before
+/// its backend does, with the argument, what was expected and what came, if its arguments do not
+/// fit together. It returns [`Error::OutOfMemory`] or [`Error::Backend`] if the device fails.
 pub trait Math: Load {
     /// Rows `ids` of an embedding, `[ids, hidden]`.
     ///
     /// # Errors
-    /// If an id is outside the vocabulary.
+    /// [`Error::Invalid`] or [`Error::Backend`] if an id is not below the number of the table's
+    /// rows; those of [every operation](Math#errors-of-every-operation).
     fn embed(&self, table: &Self::Matrix, ids: &[u32]) -> Result<Self::Tensor>;
 
     /// `x / sqrt(mean(x^2) + eps) * weight` per row.
     ///
     /// # Errors
-    /// If shapes do not fit.
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Vector, eps: f32) -> Result<Self::Tensor>;
 
     /// `x . weight^T + bias` by each of the layers that were joined.
     ///
     /// # Errors
-    /// If shapes do not fit.
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn linears(&self, x: &Self::Tensor, joined: &Self::Joined) -> Result<Vec<Self::Tensor>>;
 
     /// `x + y . weight^T + bias`: the end of a residual branch.
     ///
     /// # Errors
-    /// If shapes do not fit.
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn linear_add(
         &self,
         x: Self::Tensor,
@@ -235,14 +255,16 @@ pub trait Math: Load {
     /// between near equals.
     ///
     /// # Errors
-    /// If shapes do not fit.
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn logits(&self, x: &Self::Tensor, weight: &Self::Matrix) -> Result<Self::Tensor>;
 
     /// [`logits`](Self::logits) by a part of the output matrix, as these columns of `[rows, total]` of
     /// zeros.
     ///
     /// # Errors
-    /// If shapes do not fit.
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn logits_within(
         &self,
         x: &Self::Tensor,
@@ -267,14 +289,16 @@ pub trait Math: Load {
     /// Rotary angles of packed sequences, each with the positions of its new tokens.
     ///
     /// # Errors
-    /// If the memory cannot be had.
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn rotations(&self, sequences: &[(&RopeTable, Range<usize>)]) -> Result<Self::Rotations>;
 
     /// Splits rows into heads and rotates each (half-split layout): `[tokens, heads * head_dim]`
     /// becomes `[tokens, heads, head_dim]`. `inverse` rotates back, which is also the gradient.
     ///
     /// # Errors
-    /// If shapes do not fit.
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn rope(
         &self,
         x: Self::Tensor,
@@ -286,29 +310,35 @@ pub trait Math: Load {
     /// The same values under another shape.
     ///
     /// # Errors
-    /// If the number of values differs.
+    /// [`Error::Backend`] if `shape` has not as many entries as `x`.
     fn reshape(&self, x: Self::Tensor, shape: &[usize]) -> Result<Self::Tensor>;
 
     /// `silu(gate) * up`.
     ///
     /// # Errors
-    /// If shapes do not fit.
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn swiglu(&self, gate: Self::Tensor, up: &Self::Tensor) -> Result<Self::Tensor>;
 
     /// `x + y`.
     ///
     /// # Errors
-    /// If shapes do not fit.
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn add(&self, x: Self::Tensor, y: &Self::Tensor) -> Result<Self::Tensor>;
 
     /// Rows of `x`, in the order given.
     ///
     /// # Errors
-    /// If a row does not exist.
+    /// [`Error::Invalid`] or [`Error::Backend`] with the row that `x` does not have; those of
+    /// [every operation](Math#errors-of-every-operation).
     fn rows(&self, x: &Self::Tensor, rows: &[usize]) -> Result<Self::Tensor>;
 }
 
 /// Gradients of the operations by their input, for profiling. Weights get no gradients.
+///
+/// The errors of these operations are those of [every operation](Math#errors-of-every-operation); a
+/// product with a weight of 8 bits is [`Error::Invalid`].
 pub trait Backward: Math {
     /// Attention whose caches round nothing, for the forward pass of profiling.
     ///
@@ -317,10 +347,11 @@ pub trait Backward: Math {
     /// cost, and the quotient makes that the largest entry of all.
     fn exact_attention(&self) -> &Self::Attention;
 
-    /// Asks whether there are gradients, before work that needs them is begun.
+    /// Checks that the device has gradients for the model's weights, before work that needs them
+    /// begins.
     ///
     /// # Errors
-    /// If weights are of a type without.
+    /// [`Error::Invalid`] if the weights have 8 bits.
     fn check_gradients(&self) -> Result<()> {
         Ok(())
     }
@@ -328,20 +359,23 @@ pub trait Backward: Math {
     /// `d_y . weight`.
     ///
     /// # Errors
-    /// If shapes do not fit.
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn linear_backward(&self, d_y: &Self::Tensor, weight: &Self::Matrix) -> Result<Self::Tensor>;
 
     /// Gradient of [`Math::linears`] by `x`, from those of its outputs.
     ///
     /// # Errors
-    /// If shapes do not fit.
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn linears_backward(&self, d_y: &[Self::Tensor], joined: &Self::Joined)
     -> Result<Self::Tensor>;
 
     /// Gradient of [`Math::rms_norm`] by `x`.
     ///
     /// # Errors
-    /// If shapes do not fit.
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn rms_norm_backward(
         &self,
         x: &Self::Tensor,
@@ -353,7 +387,8 @@ pub trait Backward: Math {
     /// Gradients of [`Math::swiglu`] by gate and up.
     ///
     /// # Errors
-    /// If shapes do not fit.
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
     fn swiglu_backward(
         &self,
         gate: &Self::Tensor,
@@ -364,7 +399,8 @@ pub trait Backward: Math {
     /// Puts `x` at `rows` of a zero tensor of `total` rows.
     ///
     /// # Errors
-    /// If `x` does not have that many rows.
+    /// [`Error::Invalid`] or [`Error::Backend`] if `x` has not as many rows as `rows` is long, or
+    /// `rows` ends beyond `total`; those of [every operation](Math#errors-of-every-operation).
     fn place_rows(
         &self,
         x: &Self::Tensor,

@@ -5,12 +5,13 @@ use std::ops::Range;
 use moa_core::SparseAttentionBackend;
 
 use crate::Result;
-use crate::decoder::rope::RopeTable;
 use crate::device::Device;
+use crate::device::rope_table::RopeTable;
 
 type Cache<D> = <<D as Device>::Attention as SparseAttentionBackend>::Cache;
 
-/// What a device is told of the batch whose decode steps it prepares.
+/// The caches and dimensions of one batch, from which a device prepares a decode step that it can
+/// launch again.
 pub struct ReplayBatch<'a, D: Device> {
     /// The caches of every layer, one per sequence.
     pub caches: Vec<Vec<&'a Cache<D>>>,
@@ -24,7 +25,7 @@ pub struct ReplayBatch<'a, D: Device> {
     pub rope: &'a RopeTable,
     /// Most tokens that a sequence may hold.
     pub capacity: usize,
-    /// Tokens that there are.
+    /// Tokens of the vocabulary.
     pub vocab_size: usize,
 }
 
@@ -42,7 +43,7 @@ pub trait Replay<D: Device>: Send {
     /// itself or that live as long as this does.
     ///
     /// # Errors
-    /// Those of `step`; [`Error::Backend`](crate::Error::Backend) if the device fails.
+    /// The error of `step`; [`Error::Backend`](crate::Error::Backend) if the device fails.
     fn run(
         &mut self,
         device: &D,

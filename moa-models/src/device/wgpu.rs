@@ -9,10 +9,9 @@ use moa_backend_wgpu::ops::{self as kernels, Layer};
 use moa_backend_wgpu::{Device as Gpu, Dtype, Matrix, Tensor, WgpuBackend};
 
 use crate::checkpoint::mapped::MappedTensor;
-use crate::checkpoint::safetensors::DType;
-use crate::decoder::rope::RopeTable;
+use crate::device::rope_table::RopeTable;
 use crate::device::{Backward, Device, LinearWeights, Load, Math};
-use crate::{CacheDtype, Error, Result};
+use crate::{Error, Result};
 
 /// Runs a model on a GPU over Vulkan, Metal, DX12 or WebGPU.
 ///
@@ -33,14 +32,9 @@ impl Wgpu {
     ///
     /// # Errors
     /// [`Error::Backend`] with a [`moa_backend_wgpu::Error`] if there is no such GPU.
-    pub fn open(index: Option<usize>, cache: CacheDtype) -> Result<Self> {
+    pub fn open(index: Option<usize>, cache: Dtype) -> Result<Self> {
         let device = index.map_or_else(Gpu::open, Gpu::open_nth)?;
-        let dtype = match cache {
-            CacheDtype::F32 => Dtype::F32,
-            CacheDtype::F16 => Dtype::F16,
-            CacheDtype::Bf16 => Dtype::Bf16,
-        };
-        Ok(Self::new(&device, dtype))
+        Ok(Self::new(&device, cache))
     }
 
     /// On this device, with KV caches of this element type.
@@ -57,13 +51,6 @@ impl Wgpu {
     }
 }
 
-impl Wgpu {
-    fn linear(&self, x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
-        let mut out = kernels::linears(x, &[Layer { weight, bias }], self.inner)?;
-        out.pop().ok_or_else(|| Error::invalid("layers", "1", 0))
-    }
-}
-
 impl Device for Wgpu {
     type Tensor = Tensor;
     type Matrix = Matrix;
@@ -75,10 +62,6 @@ impl Device for Wgpu {
 
     fn attention(&self) -> &WgpuBackend {
         &self.attention
-    }
-
-    fn cache_element_bytes(&self) -> usize {
-        self.attention.cache_dtype().bytes()
     }
 
     fn shape(&self, x: &Tensor) -> Vec<usize> {
@@ -99,16 +82,11 @@ impl Load for Wgpu {
         let &[rows, cols] = tensor.shape() else {
             return Err(Error::invalid("weight", "2 axes", tensor.shape().len()));
         };
-        let dtype = match tensor.dtype() {
-            DType::F32 => Dtype::F32,
-            DType::F16 => Dtype::F16,
-            DType::BF16 => Dtype::Bf16,
-        };
-        Ok(Matrix::new(self.gpu(), tensor.bytes(), rows, cols, dtype)?)
+        Ok(Matrix::new(self.gpu(), tensor.bytes(), rows, cols, tensor.dtype())?)
     }
 
     fn linear_matrix(&self, tensor: MappedTensor) -> Result<Matrix> {
-        if let (Dtype::F16, DType::BF16, &[rows, cols]) =
+        if let (Dtype::F16, Dtype::Bf16, &[rows, cols]) =
             (self.inner, tensor.dtype(), tensor.shape())
             && let Some(bytes) = narrowed(tensor.bytes())
         {

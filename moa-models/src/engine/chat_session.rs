@@ -60,7 +60,8 @@ impl<D: Math> ChatSession<D> {
     ///
     /// # Errors
     /// [`Error::Core`] if the plan is for another model, [`Error::ContextExceeded`] if the capacity is
-    /// beyond the model's context; those of the device.
+    /// beyond the model's context, [`Error::OutOfMemory`] or [`Error::Backend`] if
+    /// the device has no room for the caches.
     pub fn new(checkpoint: &Checkpoint<D>, plan: &Plan, capacity: usize) -> Result<Self> {
         Self::with_options(checkpoint, plan, capacity, EngineOptions::default())
     }
@@ -136,12 +137,14 @@ impl<D: Math> ChatSession<D> {
         Ok(())
     }
 
-    /// What happened next in the turn; `None` if there is none, or it is over. The answer becomes part
-    /// of the conversation with [`Event::Done`].
+    /// What happened next in the turn; `None` if no turn is running. The answer becomes part of the
+    /// conversation with [`Event::Done`].
     ///
     /// # Errors
-    /// What is wrong with the options of the turn, or the device's failure; the turn is over then and
-    /// not part of the conversation.
+    /// [`Error::Invalid`] for the options of the turn, [`Error::Logits`] if no token can be chosen,
+    /// [`Error::Tokenizer`] if a token has no text, [`Error::Backend`] or [`Error::OutOfMemory`] if
+    /// the device fails, [`Error::Rank`] if another rank does. The turn is then over and not part
+    /// of the conversation.
     pub fn step(&mut self) -> Result<Option<Event>> {
         match self.engine.step() {
             Ok(Some(Event::Failed { error, .. })) | Err(error) => {
@@ -176,7 +179,7 @@ impl<D: Math> ChatSession<D> {
     /// Ends a turn that is not over; it is not part of the conversation.
     ///
     /// # Errors
-    /// If the device fails.
+    /// [`Error::Backend`] if the device fails while the turn is rolled back.
     pub fn cancel(&mut self) -> Result<()> {
         let Some(turn) = self.turn.take() else { return Ok(()) };
         self.engine.cancel(turn.id);

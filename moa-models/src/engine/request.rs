@@ -6,7 +6,7 @@ use crate::Error;
 use crate::checkpoint::template::Message;
 use crate::engine::sampling::SamplingOptions;
 
-/// What a request continues.
+/// The input of a request to an [`Engine`](crate::Engine): token ids, a text, or a conversation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Prompt {
     /// Token ids, which are read as they are.
@@ -48,8 +48,8 @@ impl From<String> for Prompt {
     }
 }
 
-/// How one request is continued. The default takes the likeliest token 256 times, or until the model
-/// ends its text.
+/// The options of one request: its length, how tokens are chosen, and what ends it. The default
+/// takes the likeliest token 256 times, or until the model ends its text.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerateOptions {
     /// Most tokens that are added to the prompt.
@@ -106,7 +106,7 @@ impl Finish {
     }
 }
 
-/// What a request was continued with.
+/// The answer to one request: its text, its new tokens, and why it ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Completion {
     /// The text, without the stop string; empty where the engine has no tokenizer.
@@ -148,7 +148,7 @@ pub enum Event {
     Done {
         /// The request.
         id: RequestId,
-        /// All that it was continued with.
+        /// The whole answer.
         completion: Completion,
     },
     /// The request was refused, or cannot go on; the others go on.

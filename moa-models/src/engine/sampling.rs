@@ -1,9 +1,9 @@
 use crate::decoder::logits::{check_logits, likeliest};
 use crate::device::Draw;
 use crate::error::{Error, Result};
-use crate::rng::SplitMix64;
+use moa_core::SplitMix64;
 
-/// How the next token is chosen from the logits. The default is greedy.
+/// The options of choosing the next token from the logits. The default is greedy.
 ///
 /// The steps and their order are transformers': repetition penalty, temperature, top-k, top-p,
 /// min-p, each on what the one before left. Greedy choice applies the penalty only.
@@ -85,7 +85,7 @@ impl Sampler {
     /// A sampler at the beginning of its random numbers.
     ///
     /// # Errors
-    /// Those of [`SamplingOptions::validate`].
+    /// [`Error::Invalid`] as [`SamplingOptions::validate`].
     pub fn new(options: SamplingOptions) -> Result<Self> {
         options.validate()?;
         let random = SplitMix64::new(options.seed);

@@ -14,7 +14,7 @@ use crate::engine::request::{
 use crate::engine::running::Running;
 use crate::{Error, Result};
 
-/// How an engine runs requests; no option changes what a request gets.
+/// The limits of one step of an [`Engine`]; no option changes the answer to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EngineOptions {
     /// Most prompt tokens that a step reads, of all requests together; 0 counts as 1. It bounds the
@@ -89,7 +89,7 @@ struct Waiting<D: Math> {
 /// Where a request runs.
 enum Place<D: Math> {
     /// In a sequence that is opened when it begins.
-    Open { plan: Plan, capacity: usize },
+    Open { plan: Box<Plan>, capacity: usize },
     /// In the caller's sequence.
     Resume(Sequence<D>),
 }
@@ -152,7 +152,7 @@ impl<D: Math> Engine<D> {
             let limit = model.config().context_length();
             check_length(prompt, limit)?;
             let capacity = prompt.saturating_add(new).min(limit);
-            Ok((Place::Open { plan: plan.clone(), capacity }, capacity))
+            Ok((Place::Open { plan: Box::new(plan.clone()), capacity }, capacity))
         })
     }
 
@@ -181,8 +181,10 @@ impl<D: Math> Engine<D> {
     /// What happened next; runs steps until something did. `None` if no request is left.
     ///
     /// # Errors
-    /// That of the device if a step failed. The requests that ran have ended then, each of which
-    /// gets an [`Event::Failed`] by the next calls; those that wait, and new ones, go on. A model that
+    /// [`Error::Backend`] or [`Error::OutOfMemory`] if the device failed in a step,
+    /// [`Error::Logits`] if its logits cannot be chosen from there, [`Error::Rank`] if another rank
+    /// failed. The requests that ran have ended then, each of which gets an [`Event::Failed`] with
+    /// [`Error::Step`] by the next calls; those that wait, and new ones, go on. A model that
     /// several devices share is of no use after that.
     pub fn step(&mut self) -> Result<Option<Event>> {
         while self.events.is_empty() && !self.is_idle() {
@@ -226,7 +228,8 @@ impl<D: Math> Engine<D> {
     /// yet, in the order in which they were added.
     ///
     /// # Errors
-    /// As [`step`](Self::step), and that of the first [`Event::Failed`]; the other requests stay.
+    /// [`Error::Backend`], [`Error::OutOfMemory`], [`Error::Logits`] or [`Error::Rank`] as
+    /// [`step`](Self::step), and the error of the first [`Event::Failed`]; the other requests stay.
     pub fn complete_all(&mut self) -> Result<Vec<Completion>> {
         let mut completions = BTreeMap::new();
         while let Some(event) = self.step()? {

@@ -39,10 +39,11 @@ impl SizedQuestion {
     }
 }
 
-/// How an evaluation asks its questions.
+/// The plan, the length of answers and the file of results of one evaluation
+/// ([`Checkpoint::evaluate`]).
 #[derive(Clone, Debug)]
 pub struct Evaluation<'a> {
-    /// What heads see of the context.
+    /// The plan under which the questions are answered.
     pub plan: &'a Plan,
     /// Most tokens of an answer.
     pub max_new_tokens: usize,
@@ -65,7 +66,7 @@ impl<D: Math> Checkpoint<D> {
     /// Context length that a question is opened for: its messages and room for every answer.
     ///
     /// # Errors
-    /// If it has no message, or the template refuses it.
+    /// [`Error::Invalid`] if the question has no message; those of [`Checkpoint::chat_tokens`].
     pub fn question_context(&self, question: &Question, max_new_tokens: usize) -> Result<usize> {
         let Some((last, before)) = question.turns.split_last() else {
             return Err(Error::invalid("question", "at least 1 message", 0));
@@ -93,7 +94,10 @@ impl<D: Math> Checkpoint<D> {
     /// messages and answers together. The item's `size` and `case` are for the caller to fill.
     ///
     /// # Errors
-    /// If the question is longer than the model's context or the plan is for another model.
+    /// [`Error::ContextExceeded`] if the question and its answers are longer than the model's
+    /// context, [`Error::Core`] with [`ShapeMismatch`](moa_core::Error::ShapeMismatch) if the plan
+    /// is for a model of other dimensions; those of [`question_context`](Self::question_context)
+    /// and [`ChatSession::answer`].
     pub fn ask(
         &self,
         question: &Question,

@@ -11,10 +11,10 @@ use crate::decoder::shard::Shard;
 use crate::device::{Backward, Math};
 use crate::find_plan::objective::Objective;
 use crate::find_plan::profile::Item;
-use crate::rng::SplitMix64;
 use crate::{Error, Result};
+use moa_core::SplitMix64;
 
-/// What to measure.
+/// One measurement of speed: lengths, batch and steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BenchOptions {
     /// Tokens of every prompt.
@@ -28,7 +28,7 @@ pub struct BenchOptions {
     pub batch: usize,
     /// Prompt tokens per forward step.
     pub prefill_chunk: usize,
-    /// Of the prompt's tokens.
+    /// Seed of the random tokens of the prompt.
     pub seed: u64,
 }
 
@@ -39,7 +39,8 @@ impl Default for BenchOptions {
     }
 }
 
-/// What was measured; where several devices share the model, bytes are those of one of them.
+/// The speed and memory of one measurement; where several devices share the model, bytes are those
+/// of one of them.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct BenchReport {
     /// Tokens of every prompt.
@@ -72,7 +73,7 @@ pub struct BenchReport {
     pub peak_bytes: Option<u64>,
 }
 
-/// What profiling one item took.
+/// The time and memory that profiling one item took.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct ProfileBenchReport {
     /// Tokens of the item.
@@ -94,8 +95,12 @@ impl<D: Math> Decoder<D> {
     /// Reads a prompt of random tokens, copies its sequence to the whole batch and decodes greedily.
     ///
     /// # Errors
-    /// If an option is 0, if there are too few new tokens to time or fewer than `steps`, if prompt and
-    /// new tokens are more than the model's context; if the memory cannot be had.
+    /// [`Error::Invalid`] if the prompt, the batch or the chunk is 0, or there are too few new
+    /// tokens for the steps that warm up and those that are timed; [`Error::ContextExceeded`] if
+    /// prompt and new tokens are more than the model's context; [`Error::Core`] with
+    /// [`ShapeMismatch`](moa_core::Error::ShapeMismatch) if the plan is for a model of other
+    /// dimensions; [`Error::OutOfMemory`] or [`Error::Backend`] if the device has not enough memory
+    /// or fails.
     pub fn bench(&self, plan: &Plan, options: &BenchOptions) -> Result<BenchReport> {
         let BenchOptions { prompt, new_tokens, steps, batch, prefill_chunk, seed } = *options;
         if prompt.min(batch).min(prefill_chunk) == 0 {
@@ -117,7 +122,7 @@ impl<D: Math> Decoder<D> {
 
         // A rank has only a part of them, which `open` checks sequence by sequence.
         if self.ranks() == 1 {
-            let each = plan.kv_bytes(context, self.device.cache_element_bytes());
+            let each = plan.kv_bytes(context, self.slot_bytes());
             self.device.check_room("keys and values", each.saturating_mul(batch as u64))?;
         }
         let mut sequence = self.open(plan, context, 0)?;
@@ -176,8 +181,8 @@ impl<D: Math> Decoder<D> {
         })
     }
 
-    /// The same with the largest batch that the device has memory for, whatever the options' batch is;
-    /// `None` where the device has no memory of its own.
+    /// [`bench`](Self::bench) with the largest batch that the device has memory for, whatever the
+    /// options' batch is; `None` where the device has no memory of its own.
     ///
     /// # Errors
     /// As [`Decoder::bench`].
@@ -205,11 +210,13 @@ impl<D: Math> Decoder<D> {
     /// sizes of their caches (the smallest of all ranks); `None` where it has no memory of its own.
     ///
     /// # Errors
-    /// If the device fails.
+    /// [`Error::Backend`] if the device fails, [`Error::Rank`] if another rank does,
+    /// [`Error::Core`] with [`ShapeMismatch`](moa_core::Error::ShapeMismatch) if the plan is for a
+    /// model of other dimensions.
     pub fn largest_batch(&self, plan: &Plan, context: usize) -> Result<Option<usize>> {
         let Some(memory) = self.device.memory()? else { return Ok(None) };
         let plan = self.own_plan(plan)?;
-        let each = plan.kv_bytes(context, self.device.cache_element_bytes());
+        let each = plan.kv_bytes(context, self.slot_bytes());
         // Activations of a chunk, logits, work space of kernels, what the driver needs for graphs.
         let chunk = 2048 * (8 * self.config.hidden_size + 6 * self.config.intermediate_size);
         let reserve = (1u64 << 30) + chunk as u64;
@@ -239,7 +246,7 @@ impl<D: Math> Decoder<D> {
         let plan = self.own_plan(plan)?;
         let spans = (0..self.layers.len()).flat_map(|layer| plan.layer_spans(layer, context));
         let keys: usize = spans.map(|span| span.total().min(len)).sum();
-        Ok((2 * keys * self.config.head_dim * self.device.cache_element_bytes()) as u64)
+        Ok(keys as u64 * self.slot_bytes())
     }
 }
 
@@ -252,7 +259,8 @@ impl<D: Backward> Decoder<D> {
     /// Profiles an item of `tokens` random tokens, of which the last 64, or half, are the response.
     ///
     /// # Errors
-    /// If `tokens` is less than 2 or more than the model's context; if the memory cannot be had.
+    /// [`Error::Invalid`] if `tokens` is less than 2, [`Error::ContextExceeded`] if it is more than
+    /// the model's context, and those of [`Decoder::profile`].
     pub fn bench_profile(&self, tokens: usize, seed: u64) -> Result<ProfileBenchReport> {
         self.config.check_context(tokens)?;
         let response = RESPONSE.min(tokens / 2);

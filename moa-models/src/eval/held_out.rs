@@ -16,7 +16,10 @@ impl<D: Math> Checkpoint<D> {
     /// used whose short questions the dense model answers best.
     ///
     /// # Errors
-    /// Those of [`Checkpoint::retrieval`] and of the chat template.
+    /// [`Error::Question`](crate::Error::Question) as [`Checkpoint::retrieval`];
+    /// [`Error::NoChatTemplate`](crate::Error::NoChatTemplate),
+    /// [`Error::Template`](crate::Error::Template) or [`Error::Tokenizer`](crate::Error::Tokenizer)
+    /// as [`Checkpoint::chat_tokens`].
     pub fn held_out_cases(
         &self,
         length: usize,

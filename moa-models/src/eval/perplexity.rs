@@ -147,9 +147,10 @@ impl<D: Math> Decoder<D> {
     /// Bytes that a dense cache of `capacity` tokens would hold, of the heads that are here.
     ///
     /// # Errors
-    /// Never for a model that was loaded.
+    /// No variant of [`Error`]: the dimensions of a loaded model alone decide, and the result is
+    /// always `Ok`.
     pub fn dense_bytes(&self, capacity: usize) -> Result<u64> {
-        Ok(self.local.kv_bytes(capacity, self.device().cache_element_bytes()))
+        Ok(self.local.kv_bytes(capacity, self.slot_bytes()))
     }
 }
 

@@ -3,7 +3,7 @@ use serde::{Deserialize, Serialize};
 use crate::eval::metrics::contains;
 use crate::find_plan::records::last_integer;
 
-/// Something that an answer has to hold.
+/// A text that an answer must hold to be right; [`Scoring`] says when it does.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Reference {
     /// The text.
@@ -12,12 +12,12 @@ pub struct Reference {
     pub depth: Option<f64>,
 }
 
-/// One message of the user's and what its answer has to hold.
+/// One message of the user's, and the texts that its answer must hold.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Turn {
     /// The message.
     pub text: String,
-    /// At least one.
+    /// The texts that the answer must hold; there is at least one.
     pub references: Vec<Reference>,
 }
 

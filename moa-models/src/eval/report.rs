@@ -15,7 +15,7 @@ pub struct Asked {
     pub found: bool,
 }
 
-/// How one question went.
+/// The outcome of one question: its score, the model's answers, and what they cost.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RetrievalItem {
     /// Size that the question was made for, in the evaluation's unit: record lines or tokens.
@@ -24,7 +24,7 @@ pub struct RetrievalItem {
     pub case: usize,
     /// Share of the references that the answers held.
     pub score: f64,
-    /// What was asked for.
+    /// The references that the answers had to hold, and whether they did.
     pub references: Vec<Asked>,
     /// What the model wrote, a text per message.
     pub answers: Vec<String>,
@@ -53,7 +53,7 @@ impl RetrievalItem {
     }
 }
 
-/// A set of questions.
+/// The outcomes of a set of questions, summed up.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct RetrievalReport {
     /// Questions asked.

@@ -6,8 +6,8 @@ use serde::Deserialize;
 
 use crate::eval::jsonl;
 use crate::eval::{Question, Reference, Scoring};
-use crate::rng::SplitMix64;
 use crate::{Error, Result};
+use moa_core::SplitMix64;
 
 /// One case, as LongEval's files hold it.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]

@@ -45,7 +45,7 @@ pub enum CalibrationData {
     Prompts(Vec<CalibrationPrompt>),
 }
 
-/// How many calibration items of which lengths.
+/// The number and the lengths of calibration items, and the seed that they are drawn with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CalibrationOptions {
     /// Lengths in tokens, prompt and response together.
@@ -76,8 +76,11 @@ impl<D: Math> Checkpoint<D> {
     /// `progress` hears of each record or prompt, of as many as are asked for.
     ///
     /// # Errors
-    /// If a length is beyond the model's context, no item fills a length, or the dense model
-    /// answers no built-in record.
+    /// [`Error::ContextExceeded`] if a length is beyond the model's context; [`Error::Invalid`] if
+    /// a length is too short for a response, or there are no lengths, samples or questions;
+    /// [`Error::NoCalibration`] if no prompt fills a length, or the dense model answers no built-in
+    /// record; [`Error::Cancelled`]; those of [`Checkpoint::chat_tokens`] and of
+    /// [`Decoder::forward`](crate::Decoder::forward).
     pub fn calibrate(
         &self,
         data: &CalibrationData,

@@ -19,7 +19,8 @@ use crate::{Error, Result};
 /// Tokens per side of an influence block.
 pub const DEFAULT_BLOCK: usize = 64;
 
-/// How to find a plan: profile, search, validate, refine.
+/// The options of [`compress`]: what a plan may cost, and how it is profiled, searched, validated
+/// and refined.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CompressOptions {
     /// Largest mean density at every bound length.
@@ -42,7 +43,7 @@ pub struct CompressOptions {
     /// Lengths at which the density is bounded; empty for the profile lengths, the validation length
     /// and twice the longest profile length.
     pub bound_lengths: Vec<usize>,
-    /// What influence is measured on.
+    /// The objective that influence is measured on.
     pub objective: Objective,
     /// How much each token of a response counts.
     pub token_weight: TokenWeight,
@@ -63,7 +64,7 @@ pub struct CompressOptions {
     pub validation_questions: usize,
     /// Plans to measure in refinement; 0 for none.
     pub evaluations: usize,
-    /// How to search.
+    /// Limits and accuracy of the search.
     pub solver: SolverOptions,
     /// Seed of everything drawn.
     pub seed: u64,
@@ -101,11 +102,11 @@ impl Default for CompressOptions {
 pub struct Compressed {
     /// The plan.
     pub plan: Plan,
-    /// The influence it came from.
+    /// The measured influence that the plan was searched on.
     pub profile: Profile,
-    /// The first-order Pareto set.
+    /// The plans that the search found, by predicted loss.
     pub found: FoundPlans,
-    /// Measured losses.
+    /// The refinement by measured loss, which chose the plan.
     pub refined: Refined,
 }
 
@@ -185,7 +186,8 @@ impl<D: Backward> Decoder<D> {
     /// them ([`Influence::far_losses`]).
     ///
     /// # Errors
-    /// As [`Decoder::profile`]; [`Error::Cancelled`].
+    /// [`Error::Cancelled`]; [`Error::Invalid`], [`Error::ContextExceeded`], [`Error::OutOfMemory`]
+    /// or [`Error::Backend`] as [`Decoder::profile`] and [`Decoder::response_loss`].
     pub fn profile_all(
         &self,
         items: &BTreeMap<usize, Vec<Item>>,
@@ -219,7 +221,10 @@ impl<D: Backward> Decoder<D> {
 /// was not profiled.
 ///
 /// # Errors
-/// If an option is out of range for the model, or no plan meets the density.
+/// [`Error::Invalid`], [`Error::Core`] and [`Error::ContextExceeded`] for an option that is out of
+/// range or does not fit the model, [`Error::Core`] with
+/// [`Infeasible`](moa_core::Error::Infeasible) if no plan meets the bounds, [`Error::Cancelled`],
+/// and those of [`Checkpoint::calibrate`], [`Decoder::profile`] and [`bound_decode_time`].
 pub fn compress<D: Backward>(
     checkpoint: &Checkpoint<D>,
     data: &CalibrationData,
@@ -267,7 +272,8 @@ pub fn with_min_share(request: PlanRequest, share: Option<f64>) -> moa_core::Res
 /// Bounds the decode time of a search by measurements on the backend.
 ///
 /// # Errors
-/// If the share is not above 0, or the backend does not measure ([`moa_core::Error::Unsupported`]).
+/// [`Error::Invalid`] if the share is not above 0, [`Error::Core`] with
+/// [`Unsupported`](moa_core::Error::Unsupported) if the backend does not measure.
 pub fn bound_decode_time<D: Math>(
     request: &mut PlanRequest,
     device: &D,

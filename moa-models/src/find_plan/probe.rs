@@ -2,7 +2,7 @@
 //! layers below that one again. Items that begin alike, as questions about one text do, share what
 //! they have in common.
 
-use moa_core::{LayerLayout, Plan, SparseAttentionBackend};
+use moa_core::{Append, LayerLayout, Plan, SparseAttentionBackend};
 
 use crate::decoder::model::Decoder;
 use crate::device::Math;
@@ -50,7 +50,10 @@ impl<D: Math> Decoder<D> {
     /// are computed together.
     ///
     /// # Errors
-    /// If there is no item, the plan is for another model or an item is longer than `capacity`.
+    /// [`Error::Invalid`] if `items` is empty, [`Error::Core`] with
+    /// [`ShapeMismatch`](moa_core::Error::ShapeMismatch) if the plan is for a model of other
+    /// dimensions, [`Error::ContextExceeded`] if an item is longer than `capacity`, or `capacity`
+    /// than the model's context; [`Error::OutOfMemory`] or [`Error::Backend`] if the device fails.
     pub fn response_loss(&self, items: &[Item], plan: &Plan, capacity: usize) -> Result<f64> {
         Ok(self.variant_losses(items, plan, &[], capacity)?.0)
     }
@@ -145,8 +148,8 @@ impl<D: Math> Decoder<D> {
             let mut cache = self.open_cache(&layout)?;
             if let (Some(shared), Some(rotations)) = (x.shared.take(), &pass.shared_rotations) {
                 let mut attend = |qkv| {
-                    let (caches, counts) = (&mut [&mut cache], &[pass.shared]);
-                    Ok(self.extend(attention, caches, counts, qkv, rotations, false)?.0)
+                    let batch = &mut [Append { cache: &mut cache, tokens: pass.shared }];
+                    Ok(self.extend(attention, batch, qkv, rotations, false)?.out)
                 };
                 // Nothing reads these rows of the top layer but the keys and values.
                 match is_top {
@@ -159,10 +162,12 @@ impl<D: Math> Decoder<D> {
                 caches.push(attention.fork(&cache).map_err(Into::into)?);
             }
             caches.push(cache);
-            let mut caches: Vec<_> = caches.iter_mut().collect();
+            let appends = caches.iter_mut().zip(&counts);
+            let mut appends: Vec<_> =
+                appends.map(|(cache, &tokens)| Append { cache, tokens }).collect();
             let mut attend = |qkv| {
                 let rotations = &pass.rest_rotations;
-                Ok(self.extend(attention, &mut caches, &counts, qkv, rotations, false)?.0)
+                Ok(self.extend(attention, &mut appends, qkv, rotations, false)?.out)
             };
             x.rest = match is_top {
                 true => {

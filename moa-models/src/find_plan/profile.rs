@@ -7,8 +7,8 @@
 use std::ops::Range;
 
 use moa_core::{
-    DEFAULT_SINK, ElasticRule, Gradients, Influence, InfluenceInputs, LayerLayout, Plan, Span,
-    SparseAttentionBackend,
+    Append, DEFAULT_SINK, ElasticRule, Extended, Gradients, Influence, InfluenceInputs,
+    LayerLayout, Plan, Span, SparseAttentionBackend,
 };
 
 use crate::decoder::block::parts;
@@ -31,7 +31,7 @@ impl Item {
     /// An item from its prompt and response.
     ///
     /// # Errors
-    /// If one of them is empty.
+    /// [`Error::Invalid`] if the prompt or the response is empty.
     pub fn new(prompt: &[u32], response: &[u32]) -> Result<Self> {
         if prompt.is_empty() || response.is_empty() {
             return Err(Error::invalid(
@@ -80,7 +80,11 @@ impl<D: Backward> Decoder<D> {
     /// Adds one item's influence to `into` and returns the item's loss under dense attention.
     ///
     /// # Errors
-    /// If `into` is for another model, or the item is longer than it or the model's context allows.
+    /// [`Error::Core`] with [`ShapeMismatch`](moa_core::Error::ShapeMismatch) if `into` is for a
+    /// model of other dimensions; [`Error::Invalid`] if the item is longer than `into`, the model
+    /// is one rank's part, or its weights have 8 bits; [`Error::ContextExceeded`] if the item is
+    /// longer than the model's context; [`Error::OutOfMemory`] or [`Error::Backend`] if the device
+    /// fails.
     pub fn profile(
         &self,
         item: &Item,
@@ -172,8 +176,8 @@ impl<D: Backward> Decoder<D> {
                 let attention = self.device.exact_attention();
                 let mut cache =
                     attention.open(&layout, self.config.head_dim).map_err(Into::into)?;
-                let (out, lse) =
-                    self.extend(attention, &mut [&mut cache], &[n], qkv, rotations, true)?;
+                let batch = &mut [Append { cache: &mut cache, tokens: n }];
+                let Extended { out, lse } = self.extend(attention, batch, qkv, rotations, true)?;
                 let lse = lse.ok_or(Error::invalid("backend", "a log-sum-exp output", "none"))?;
                 saved.push(Saved { x: input, out: out.clone(), lse });
                 Ok(out)

@@ -5,7 +5,7 @@
 use std::collections::HashSet;
 use std::sync::LazyLock;
 
-use crate::rng::SplitMix64;
+use moa_core::SplitMix64;
 
 /// First words of keys.
 pub(crate) static FIRST: LazyLock<Vec<&str>> =

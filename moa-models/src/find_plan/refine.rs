@@ -24,7 +24,7 @@ use crate::{Error, Result};
 /// A loss this close to the dense model's, in nats per token, is as good.
 const CLOSE: f64 = 2e-3;
 
-/// What refinement did.
+/// The best plan that [`refine`] measured, with the losses before and after it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Refined {
     /// The best plan.
@@ -37,7 +37,7 @@ pub struct Refined {
     pub dense_loss: f64,
     /// Plans measured.
     pub evaluations: usize,
-    /// Time.
+    /// Wall time of the refinement, in seconds.
     pub seconds: f64,
 }
 

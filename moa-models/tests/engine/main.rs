@@ -1,20 +1,15 @@
 //! The model as its users run it: logits, generation, chat, profiling, on the model that comes with
 //! the repository.
-//!
-//! Material that is not part of the repository is read from the folder that `MOA_TEST_DATA` names.
-//! Without it those tests are skipped, loudly.
 
 mod chat;
 mod earlier_files;
 mod eval;
 mod generate;
-mod golden;
 mod laws;
 mod profile;
 mod serve;
 mod shard;
 mod shard_failures;
-mod stories260k;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
@@ -26,15 +21,6 @@ use moa_models::{
 
 fn moa_tiny() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/moa-tiny")
-}
-
-/// A file or folder of the test data, if there is any.
-fn test_data(path: &str) -> Option<PathBuf> {
-    let data = std::env::var_os("MOA_TEST_DATA");
-    if data.is_none() {
-        eprintln!("skipped: set MOA_TEST_DATA to the folder with `{path}`");
-    }
-    data.map(|data| Path::new(&data).join(path))
 }
 
 /// moa-tiny with f32 caches.

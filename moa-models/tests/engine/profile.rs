@@ -1,7 +1,7 @@
 //! Influence: what a profile predicts is what narrowing a span really does.
 
 use moa_core::{ElasticRule, Influence, Plan, Span};
-use moa_models::{CacheDtype, Checkpoint, Cpu, Error, Item, LogitRows, Objective, Result};
+use moa_models::{Checkpoint, Cpu, Dtype, Error, Item, LogitRows, Objective, Result};
 
 use crate::{full, moa_tiny, text, tiny};
 
@@ -127,7 +127,7 @@ fn items_that_begin_alike_lose_what_each_loses_alone() -> Result<()> {
 /// with them first-order plans that answered nothing.
 #[test]
 fn influence_does_not_depend_on_the_type_of_caches() -> Result<()> {
-    let rounded = Checkpoint::open(Cpu::new(CacheDtype::Bf16), moa_tiny())?;
+    let rounded = Checkpoint::open(Cpu::new(Dtype::Bf16), moa_tiny())?;
     let mut other = Influence::new(tiny().shape(), 160, 16)?;
     rounded.model.profile(&item(), Objective::Margin, &mut other)?;
     assert_eq!(other, influence(&item(), Objective::Margin, 16)?);

@@ -169,6 +169,11 @@ fn a_plan_other_than_that_of_the_deal_gives_the_same_too() -> Result<()> {
     Ok(())
 }
 
+/// Bytes of one slot of an f32 cache.
+fn f32_slot(plan: &Plan) -> u64 {
+    moa_core::Dtype::F32.slot_bytes(plan.shape().head_dim)
+}
+
 #[test]
 fn caches_of_all_ranks_are_those_of_the_plan() -> Result<()> {
     let folder = biased();
@@ -181,7 +186,7 @@ fn caches_of_all_ranks_are_those_of_the_plan() -> Result<()> {
             assert_eq!(model.kv_bytes(&fork), model.kv_bytes(&sequence));
             Ok(model.kv_bytes(&sequence))
         })?;
-        assert_eq!(bytes.iter().sum::<u64>(), plan.kv_bytes(200, 4));
+        assert_eq!(bytes.iter().sum::<u64>(), plan.kv_bytes(200, f32_slot(&plan)));
         // Of a head's 200 keys and values in f32.
         let head = 2 * 200 * 8 * 4;
         if ranks != 3 {
@@ -282,6 +287,6 @@ fn parts_of_random_weights_can_be_measured() -> Result<()> {
         Decoder::load_shard(Cpu::default(), config.clone(), &weights, shard)?.bench(&plan, &options)
     })?;
     let bytes: u64 = reports.iter().map(|report| report.kv_bytes).sum();
-    assert_eq!(bytes, 2 * plan.kv_bytes(58, 4));
+    assert_eq!(bytes, 2 * plan.kv_bytes(58, f32_slot(&plan)));
     Ok(())
 }

@@ -2,7 +2,7 @@ use std::fs;
 
 use moa_models::{ChatTemplate, Error, Message, Tokenizer};
 
-use crate::{moa_tiny, test_data};
+use crate::moa_tiny;
 
 fn chat() -> Vec<Message> {
     vec![
@@ -45,11 +45,6 @@ fn template_of_llama_2() -> Result<(), Error> {
     let expected = "<s>[INST] <<SYS>>\n Be brief. \n<</SYS>>\n\n Hello <b>! [/INST] Hi. </s>\
                     <s>[INST] Bye. [/INST]";
     assert_eq!(ChatTemplate::llama2()?.render(&chat(), true)?, expected);
-    let Some(dir) = test_data("tokenizers/llama2") else { return Ok(()) };
-    let template = ChatTemplate::from_dir(dir)?.unwrap();
-    assert_eq!(template.render(&chat(), true)?, expected);
-    let error = template.render(&[Message::assistant("first")], true).unwrap_err();
-    assert!(error.to_string().contains("roles must alternate"), "{error}");
     Ok(())
 }
 
@@ -62,26 +57,6 @@ fn templates_of_llama_3() -> Result<(), Error> {
     let expected =
         format!("{system}Be brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{tail}");
     assert_eq!(ChatTemplate::llama3()?.render(&chat(), true)?, expected);
-
-    let Some(dir) = test_data("configs/chat_templates") else { return Ok(()) };
-    for (file, date) in [
-        ("meta-llama-Llama-3.1-8B-Instruct.jinja", "26 Jul 2024"),
-        ("meta-llama-Llama-3.2-3B-Instruct.jinja", "23 Nov 2024"),
-    ] {
-        let source = fs::read_to_string(dir.join(file)).unwrap();
-        let template = ChatTemplate::new(source, "<|begin_of_text|>", "<|eot_id|>")?;
-        let template = template.with_date(2024, 11, 23)?;
-        let dates = format!("Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n");
-        let user = "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n";
-        let expected = format!("{system}{dates}Be brief.{user}{tail}");
-        assert_eq!(template.render(&chat(), true)?, expected, "{file}");
-        let tool = [Message::user("Hello <b>!"), Message::new("tool", "a \"<é>\"")];
-        let expected = format!(
-            "{system}{dates}{user}Hello <b>!<|eot_id|><|start_header_id|>ipython<|end_header_id|>\n\n\
-             \"a \\\"<é>\\\"\"<|eot_id|>"
-        );
-        assert_eq!(template.render(&tool, false)?, expected, "{file}");
-    }
     Ok(())
 }
 

@@ -2,7 +2,7 @@ use std::fs;
 
 use moa_models::{Error, ModelConfig, RopeScaling, RopeTable};
 
-use crate::{moa_tiny, test_data};
+use crate::moa_tiny;
 
 /// A small valid configuration with `changes`: a field and its JSON value, or "" to leave it out.
 fn config(changes: &[(&str, &str)]) -> String {
@@ -173,114 +173,6 @@ fn bad_rope_scaling_is_named() {
         let field = format!("rope_scaling.{missing}");
         assert!(matches!(&error, Error::MissingField { field: f, .. } if *f == field), "{error}");
     }
-}
-
-#[test]
-fn configs_of_real_models() -> Result<(), Error> {
-    // layers, query heads, KV heads, head_dim, hidden, feed-forward, vocabulary, context
-    type Row = (&'static str, [usize; 8], f64, &'static [u32], bool);
-    let rows: [Row; 12] = [
-        (
-            "llama-2-3/llama-2-7b.json",
-            [32, 32, 32, 128, 4096, 11008, 32000, 4096],
-            1e4,
-            &[2],
-            false,
-        ),
-        (
-            "llama-2-3/llama-2-13b.json",
-            [40, 40, 40, 128, 5120, 13824, 32000, 4096],
-            1e4,
-            &[2],
-            false,
-        ),
-        (
-            "llama-2-3/llama-2-70b.json",
-            [80, 64, 8, 128, 8192, 28672, 32000, 4096],
-            1e4,
-            &[2],
-            false,
-        ),
-        (
-            "llama-2-3/llama-3-8b.json",
-            [32, 32, 8, 128, 4096, 14336, 128256, 8192],
-            5e5,
-            &[128001],
-            false,
-        ),
-        (
-            "llama-2-3/llama-3-70b.json",
-            [80, 64, 8, 128, 8192, 28672, 128256, 8192],
-            5e5,
-            &[128001],
-            false,
-        ),
-        (
-            "llama-2-3/llama-3-8b-instruct-262k.json",
-            [32, 32, 8, 128, 4096, 14336, 128256, 262_144],
-            283_461_213.0,
-            &[128001],
-            false,
-        ),
-        ("vicuna-7b-v1.5-16k", [32, 32, 32, 128, 4096, 11008, 32000, 16384], 1e4, &[2], false),
-        (
-            "llama-3.1-3.2/Llama-3.1-8B-Instruct",
-            [32, 32, 8, 128, 4096, 14336, 128256, 131_072],
-            5e5,
-            &[128001, 128008, 128009],
-            false,
-        ),
-        (
-            "llama-3.1-3.2/Llama-3.1-70B-Instruct",
-            [80, 64, 8, 128, 8192, 28672, 128256, 131_072],
-            5e5,
-            &[128001, 128008, 128009],
-            false,
-        ),
-        (
-            "llama-3.1-3.2/Llama-3.2-1B-Instruct",
-            [16, 32, 8, 64, 2048, 8192, 128256, 131_072],
-            5e5,
-            &[128001, 128008, 128009],
-            true,
-        ),
-        (
-            "llama-3.1-3.2/Llama-3.2-3B-Instruct",
-            [28, 24, 8, 128, 3072, 8192, 128256, 131_072],
-            5e5,
-            &[128001, 128008, 128009],
-            true,
-        ),
-        ("llama-3.2-1B", [16, 32, 8, 64, 2048, 8192, 128256, 131_072], 5e5, &[128001], true),
-    ];
-    let Some(dir) = test_data("configs") else { return Ok(()) };
-    for (path, sizes, theta, eos, tied) in rows {
-        let c = ModelConfig::from_file(dir.join(path))?;
-        let got = [
-            c.num_hidden_layers,
-            c.num_attention_heads,
-            c.num_key_value_heads,
-            c.head_dim,
-            c.hidden_size,
-            c.intermediate_size,
-            c.vocab_size,
-            c.context_length(),
-        ];
-        assert_eq!(got, sizes, "{path}");
-        assert_eq!((c.rope_theta, c.eos_token_ids.as_slice()), (theta, eos), "{path}");
-        assert_eq!((c.tie_word_embeddings, c.rms_norm_eps), (tied, 1e-5), "{path}");
-        let table = RopeTable::new(&c, c.context_length())?;
-        assert_eq!(table.inv_freq().len(), c.head_dim / 2, "{path}");
-    }
-    let scaling = ModelConfig::from_file(dir.join("llama-3.2-1B"))?.rope_scaling;
-    let expected = RopeScaling::Llama3 {
-        factor: 32.0,
-        low_freq_factor: 1.0,
-        high_freq_factor: 4.0,
-        original_max_position_embeddings: 8192,
-    };
-    assert_eq!(scaling, expected);
-    Ok(())
 }
 
 #[test]

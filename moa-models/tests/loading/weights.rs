@@ -1,10 +1,9 @@
 use std::fs;
-use std::path::Path;
 
-use moa_models::{DType, Error, Weights};
+use moa_models::{Dtype, Error, Weights};
 use proptest::prelude::*;
 
-use crate::{moa_tiny, test_data};
+use crate::moa_tiny;
 
 /// The bytes of a safetensors file with this header and `len` bytes of data, counting up.
 fn file(header: &str, len: usize) -> Vec<u8> {
@@ -64,11 +63,11 @@ fn elements_of_the_three_types() -> Result<(), Error> {
     assert_eq!(weights.names().collect::<Vec<_>>(), ["a", "b", "c"]);
     assert_eq!((weights.len_bytes(), weights.contains("d")), (16, false));
     for (name, shape, dtype) in
-        [("a", &[1, 2][..], DType::F32), ("b", &[2], DType::F16), ("c", &[2], DType::BF16)]
+        [("a", &[1, 2][..], Dtype::F32), ("b", &[2], Dtype::F16), ("c", &[2], Dtype::Bf16)]
     {
         let tensor = weights.tensor(name, shape)?;
         assert_eq!((tensor.dtype(), tensor.shape()), (dtype, shape));
-        assert_eq!(tensor.bytes().len(), 2 * dtype.size_bytes());
+        assert_eq!(tensor.bytes().len(), 2 * dtype.bytes());
         assert_eq!(tensor.to_f32(), [1.5, -2.0]);
     }
     Ok(())
@@ -115,7 +114,7 @@ proptest! {
             for (name, shape) in [("a", &[2][..]), ("b", &[1, 2])] {
                 if let Ok(tensor) = weights.tensor(name, shape) {
                     let elements: usize = shape.iter().product();
-                    prop_assert_eq!(tensor.bytes().len(), elements * tensor.dtype().size_bytes());
+                    prop_assert_eq!(tensor.bytes().len(), elements * tensor.dtype().bytes());
                 }
             }
         }
@@ -240,27 +239,6 @@ fn fingerprint_is_of_the_tensors_not_of_the_files() -> Result<(), Error> {
 }
 
 const FINGERPRINT: &str = "b2564407191306ae";
-
-#[test]
-fn sharded_checkpoint_of_a_trained_model() -> Result<(), Error> {
-    let Some(dir) = test_data("models/moa-small") else { return Ok(()) };
-    let weights = Weights::open(&dir)?;
-    assert_eq!(weights.names().count(), 2 + 9 * 8);
-    let q = weights.tensor("model.layers.7.self_attn.q_proj.weight", &[512, 512])?;
-    assert_eq!(q.dtype(), DType::BF16);
-    assert!(weights.tensor("model.embed_tokens.weight", &[8192, 512])?.to_f32()[0].is_finite());
-    let copy = tempfile::tempdir().unwrap();
-    for entry in fs::read_dir(&dir).unwrap() {
-        let path = entry.unwrap().path();
-        let name = path.file_name().unwrap().to_owned();
-        if Path::new(&name) != Path::new("model-00003-of-00004.safetensors") {
-            fs::copy(&path, copy.path().join(name)).unwrap();
-        }
-    }
-    let error = Weights::open(copy.path()).unwrap_err();
-    assert!(error.to_string().contains("model-00003-of-00004.safetensors"), "{error}");
-    Ok(())
-}
 
 proptest! {
     #[test]

@@ -3,7 +3,7 @@ use std::time::Instant;
 
 use candle_core::{Error, Result};
 use moa_core::{ElasticRule, Influence, Plan};
-use moa_models::{CacheDtype, Cpu, Item, Decoder, ModelConfig, LogitRows, Objective, Weights};
+use moa_models::{Dtype, Cpu, Item, Decoder, ModelConfig, LogitRows, Objective, Weights};
 
 use crate::{Run, prompt};
 
@@ -20,7 +20,7 @@ impl Moa {
         let config = ModelConfig::from_file(folder).map_err(Error::wrap)?;
         let weights = Weights::open(folder).map_err(Error::wrap)?;
         let model =
-            Decoder::load(Cpu::new(CacheDtype::F32), config, &weights).map_err(Error::wrap)?;
+            Decoder::load(Cpu::new(Dtype::F32), config, &weights).map_err(Error::wrap)?;
         let dense = Plan::full(model.shape()).map_err(Error::wrap)?;
         let plan = match plan {
             Some(path) => Plan::load(path),

@@ -12,23 +12,13 @@ use std::ops::Range;
 use moa_backend_cuda::{CudaBackend, Device as Gpu, Dtype, Indices, Operations, Tensor, Turns};
 
 use crate::checkpoint::mapped::MappedTensor;
-use crate::decoder::rope::RopeTable;
 use crate::device::replay::{Replay, ReplayBatch};
+use crate::device::rope_table::RopeTable;
 use crate::device::{Device, Draw, LinearWeights, Load, Math, Memory};
 use crate::{Error, Result};
 pub use ranks::NcclRank;
 use replay::Recorded;
 pub use weights::CudaMatrix;
-
-/// Element type of weights, activations and KV caches on the GPU.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum CudaDtype {
-    /// IEEE half precision: finer, but overflows beyond 65504.
-    F16,
-    /// The upper half of an f32, as most models are published.
-    #[default]
-    Bf16,
-}
 
 /// Runs a model on an NVIDIA GPU.
 ///
@@ -50,11 +40,7 @@ impl Cuda {
     /// # Errors
     /// [`Error::Backend`] with a [`moa_backend_cuda::Error`] that names what is missing: driver,
     /// device, compute capability, NVRTC, cuBLASLt, memory.
-    pub fn new(ordinal: usize, dtype: CudaDtype) -> Result<Self> {
-        let dtype = match dtype {
-            CudaDtype::F16 => Dtype::F16,
-            CudaDtype::Bf16 => Dtype::Bf16,
-        };
+    pub fn new(ordinal: usize, dtype: Dtype) -> Result<Self> {
         let device = Gpu::open(ordinal)?;
         // Models own their GPU: memory that a step has freed is what the next one asks for.
         device.keep_freed(u64::MAX)?;
@@ -121,10 +107,6 @@ impl Device for Cuda {
 
     fn attention(&self) -> &CudaBackend {
         &self.attention
-    }
-
-    fn cache_element_bytes(&self) -> usize {
-        self.dtype().bytes()
     }
 
     fn check_room(&self, what: &'static str, bytes: u64) -> Result<()> {

@@ -3,8 +3,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use moa_backend_cuda::{Nccl, NcclId, Tensor};
 
 use super::Cuda;
-use crate::decoder::shard::{Communicator, Rank};
-use crate::decoder::thread_rank::ThreadRank;
+use crate::device::rank::{Communicator, Rank};
+use crate::device::thread_rank::ThreadRank;
 use crate::{Error, Result};
 
 /// One of several GPUs that share a model and add up over NCCL, each worked with by a thread of its own.
@@ -25,7 +25,7 @@ impl NcclRank {
     /// The ranks of a group of so many GPUs, all of them in this process.
     ///
     /// # Errors
-    /// If there are none, or there is no NCCL.
+    /// [`Error::Invalid`] if `ranks` is 0, [`Error::Backend`] if NCCL cannot be loaded or refuses.
     pub fn group(ranks: usize) -> Result<Vec<Self>> {
         let threads = ThreadRank::group(ranks)?;
         let id = NcclId::new()?;
@@ -45,7 +45,7 @@ impl NcclRank {
     /// another process is not noticed here: whoever started them has to end them all.
     ///
     /// # Errors
-    /// If there is no such rank.
+    /// [`Error::Invalid`] if `rank` is not below `ranks`.
     pub fn of_process(id: NcclId, rank: usize, ranks: usize) -> Result<Self> {
         if rank >= ranks {
             return Err(crate::Error::invalid("rank", format!("below {ranks}"), rank));
@@ -59,7 +59,8 @@ impl NcclRank {
     /// The first sum calls it otherwise.
     ///
     /// # Errors
-    /// [`crate::Error::Rank`] if another rank has failed, or what NCCL says.
+    /// [`Error::Rank`] if another rank of this process has failed, [`Error::Backend`] with what
+    /// NCCL or the driver says.
     pub fn connect(&self, device: &Cuda) -> Result<()> {
         self.connected(device).map(drop)
     }

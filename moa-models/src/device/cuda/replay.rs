@@ -10,7 +10,7 @@ use super::{Cuda, CudaMatrix, tokens, turns};
 use crate::device::replay::{Replay, ReplayBatch};
 use crate::{Error, Result};
 
-/// Decode steps of one batch.
+/// A decode step that was captured as one CUDA graph, with the tables it reads.
 ///
 /// Every layer's attention is planned for all lengths that its sequences can reach. The first step
 /// runs by these plans, and the next one is captured: from then on a token costs the host one upload of
@@ -42,7 +42,7 @@ impl Recorded {
         let Some(first) = batch.caches.first() else {
             return Err(Error::invalid("layers", "at least 1", 0));
         };
-        let kv_heads = first.first().map_or(0, |cache| cache.layout().heads().len());
+        let kv_heads = first.first().map_or(0, |cache| cache.as_ref().layout().heads().len());
         let count = first.len();
         let tokens = vec![1; count];
         let mut workspace = Workspace::new(gpu);

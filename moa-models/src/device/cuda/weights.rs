@@ -7,8 +7,7 @@ use half::{bf16, f16};
 use moa_backend_cuda::{Dtype, E4m3Weight, Tensor, Weight};
 
 use super::Cuda;
-use crate::checkpoint::mapped::MappedTensor;
-use crate::checkpoint::safetensors::DType;
+use crate::checkpoint::mapped::{MappedTensor, extend_f32};
 use crate::{Error, Result};
 
 /// A linear layer's or embedding's weight on the GPU, `[out, in]`.
@@ -69,7 +68,7 @@ impl Cuda {
         }
         let fill = |range: Range<usize>, values: &mut Vec<f32>| {
             for (part, own) in pieces(parts, range) {
-                part.dtype().extend_f32(bytes(part, own), values);
+                extend_f32(part.dtype(), bytes(part, own), values);
             }
         };
         Ok(CudaMatrix::E4m3(self.operations.upload_e4m3(shape, fill)?))
@@ -92,7 +91,7 @@ fn pieces<'a>(
 
 /// Bytes of some elements.
 fn bytes(from: &MappedTensor, elements: Range<usize>) -> &[u8] {
-    let size = from.dtype().size_bytes();
+    let size = from.dtype().bytes();
     &from.bytes()[elements.start * size..elements.end * size]
 }
 
@@ -105,19 +104,15 @@ fn convert(
     values: &mut Vec<f32>,
 ) {
     let bytes = bytes(from, elements);
-    let same = matches!(
-        (from.dtype(), dtype),
-        (DType::F32, Dtype::F32) | (DType::F16, Dtype::F16) | (DType::BF16, Dtype::Bf16)
-    );
-    if same && cfg!(target_endian = "little") {
+    if from.dtype() == dtype && cfg!(target_endian = "little") {
         return to.copy_from_slice(bytes);
     }
     values.clear();
-    from.dtype().extend_f32(bytes, values);
+    extend_f32(from.dtype(), bytes, values);
     match dtype {
         Dtype::F32 => to.copy_from_slice(bytemuck::cast_slice(values)),
         // Page-locked memory begins at a page.
         Dtype::F16 => bytemuck::cast_slice_mut::<u8, f16>(to).convert_from_f32_slice(values),
-        Dtype::Bf16 => bytemuck::cast_slice_mut::<u8, bf16>(to).convert_from_f32_slice(values),
+        _ => bytemuck::cast_slice_mut::<u8, bf16>(to).convert_from_f32_slice(values),
     }
 }

@@ -9,7 +9,8 @@ impl<D: Math> Checkpoint<D> {
     /// Draws of different `case` share nothing.
     ///
     /// # Errors
-    /// If the shortest question takes more.
+    /// [`Error::Invalid`] if the shortest question of the task takes more than `length` tokens;
+    /// those of [`question_context`](Self::question_context).
     pub fn task_question(
         &self,
         task: Task,

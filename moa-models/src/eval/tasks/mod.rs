@@ -8,8 +8,8 @@ mod variables;
 use std::str::FromStr;
 
 use crate::eval::Question;
-use crate::rng::SplitMix64;
 use crate::{Error, Result};
+use moa_core::SplitMix64;
 
 /// A kind of generated question over a long context, as RULER and Zoology ask them: with its own
 /// wording, for any length and any number, the same for the same seed and tokenizer.

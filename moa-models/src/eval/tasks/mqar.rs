@@ -1,6 +1,6 @@
 use crate::eval::{Question, Reference, Scoring, Turn};
 use crate::find_plan::records::{entries, line_question, record_line};
-use crate::rng::SplitMix64;
+use moa_core::SplitMix64;
 
 /// Lines that are asked for.
 pub(super) const QUERIES: usize = 4;

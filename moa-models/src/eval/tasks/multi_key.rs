@@ -1,7 +1,7 @@
 use super::prose::Prose;
 use crate::eval::{Question, Reference, Scoring};
 use crate::find_plan::records::{entries, line_question, record_line};
-use crate::rng::SplitMix64;
+use moa_core::SplitMix64;
 
 /// Record lines in the prose, of which one is asked for.
 pub(super) const KEYS: usize = 8;

@@ -1,6 +1,6 @@
 use super::prose::Prose;
 use crate::eval::{Question, Reference, Scoring};
-use crate::rng::SplitMix64;
+use moa_core::SplitMix64;
 
 /// One number of five digits in prose.
 pub(super) fn build(sentences: usize, mut rng: SplitMix64) -> Question {

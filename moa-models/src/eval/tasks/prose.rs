@@ -1,5 +1,5 @@
 use crate::find_plan::records::{FIRST, SECOND};
-use crate::rng::SplitMix64;
+use moa_core::SplitMix64;
 
 /// `{a}` becomes an adjective, `{n}` a noun.
 const SENTENCES: &[&str] = &[

@@ -1,6 +1,6 @@
 use super::prose::Prose;
 use crate::eval::{Question, Reference, Scoring};
-use crate::rng::SplitMix64;
+use moa_core::SplitMix64;
 
 /// Assignments of a chain; each variable but the first gets the value of the one before.
 const CHAIN: usize = 5;

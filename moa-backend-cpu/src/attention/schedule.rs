@@ -1,0 +1,160 @@
+use std::ops::Range;
+
+use moa_core::{CacheState, HeadLayout};
+
+use crate::simd::outer::PANEL;
+
+/// Tokens per task of the tile kernel, given the chunk's: as many as fill up to four register panels
+/// with the rows of the group's query heads. More panels read the same keys more often from near
+/// memory; short chunks are cut finer so that every thread gets some.
+fn tile_tokens(tokens: usize, group: usize) -> usize {
+    let panels = match tokens {
+        0..256 => 1,
+        256..1024 => 2,
+        _ => 4,
+    };
+    (panels * PANEL / group).max(1)
+}
+
+/// Keys per partial result of the row kernel.
+pub(crate) const SPLIT_KEYS: usize = 512;
+
+/// Rows (new tokens x query heads per KV head) up to which the row kernel is the faster one: measured
+/// after 4096 tokens for groups of 1, 2 and 4.
+const ROW_KERNEL_ROWS: usize = 12;
+
+/// One independent piece of attention: one KV head of one sequence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Task {
+    pub(crate) sequence: usize,
+    pub(crate) kv_head: usize,
+    pub(crate) kind: Kind,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// A tile of the sequence's new tokens over all their keys.
+    Tile { tokens: Range<usize> },
+    /// All new tokens over one split of their keys, counted in ascending order of position.
+    Row { keys: Range<usize> },
+}
+
+/// How a batch is cut, and its work in multiply-adds.
+#[derive(Debug)]
+pub(crate) struct Schedule {
+    pub(crate) tasks: Vec<Task>,
+    pub(crate) work: u64,
+}
+
+/// Cuts a batch into tasks, longest first.
+///
+/// The cut of a sequence depends on nothing but that sequence, which is what makes results bitwise
+/// independent of the batch and of the number of threads.
+pub(crate) fn schedule<'a>(
+    batch: impl Iterator<Item = (&'a CacheState, usize)>,
+    group: usize,
+    head_dim: usize,
+) -> Schedule {
+    let mut tasks = Vec::new();
+    for (index, (state, new)) in batch.enumerate() {
+        let len = state.len();
+        for (kv_head, head) in state.layout().heads().iter().enumerate() {
+            let mut push = |cost: usize, kind| {
+                tasks.push((cost as u64, Task { sequence: index, kv_head, kind }));
+            };
+            if uses_rows(new, group) {
+                let keys = count(head, len, 0..new);
+                for start in (0..keys).step_by(SPLIT_KEYS) {
+                    let split = start..keys.min(start + SPLIT_KEYS);
+                    push(split.len() * new, Kind::Row { keys: split });
+                }
+            } else {
+                let step = tile_tokens(new, group);
+                for start in (0..new).step_by(step) {
+                    let tile = start..new.min(start + step);
+                    let keys = count(head, len, tile.clone());
+                    push(keys * tile.len(), Kind::Tile { tokens: tile });
+                }
+            }
+        }
+    }
+    let pairs: u64 = tasks.iter().map(|(cost, _)| cost).sum();
+    // Stable: rows of one head stay in the order in which their results are merged.
+    tasks.sort_by_key(|(cost, _)| std::cmp::Reverse(*cost));
+    Schedule {
+        tasks: tasks.into_iter().map(|(_, task)| task).collect(),
+        work: pairs * (2 * group * head_dim) as u64,
+    }
+}
+
+/// Whether a sequence with `tokens` new tokens goes through the row kernel.
+pub(crate) fn uses_rows(tokens: usize, group: usize) -> bool {
+    tokens == 1 || tokens.saturating_mul(group) <= ROW_KERNEL_ROWS
+}
+
+/// Splits of the row kernel for one head.
+pub(crate) fn splits(head: &HeadLayout, len: usize, tokens: usize) -> usize {
+    count(head, len, 0..tokens).div_ceil(SPLIT_KEYS)
+}
+
+fn count(head: &HeadLayout, len: usize, tokens: Range<usize>) -> usize {
+    let queries = len + tokens.start..len + tokens.end;
+    head.span().visible_to(queries).iter().map(Range::len).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use moa_core::{LayerLayout, Span};
+
+    fn filled(layout: &LayerLayout, len: usize) -> CacheState {
+        let mut state = CacheState::new(Arc::new(layout.clone()), 64);
+        state.append(len).unwrap();
+        state
+    }
+
+    #[test]
+    fn tasks_cover_every_head_and_token_or_key_once() {
+        let spans = [Span::full(5000), Span::new(4, 60).unwrap(), Span::new(0, 1).unwrap()];
+        let layout = LayerLayout::new(&spans, 5000, 0).unwrap();
+        let shapes = [(0, 1), (4000, 1), (0, 200), (700, 3), (700, 5), (10, 64), (4999, 1)];
+        let states = shapes.map(|(len, tokens)| (filled(&layout, len), tokens));
+        let schedule = schedule(states.iter().map(|(state, tokens)| (state, *tokens)), 2, 64);
+        for (s, &(len, tokens)) in shapes.iter().enumerate() {
+            for h in 0..spans.len() {
+                let mine = schedule.tasks.iter().filter(|t| t.sequence == s && t.kv_head == h);
+                let (mut covered, mut rows): (Vec<usize>, bool) = (Vec::new(), false);
+                for task in mine {
+                    match &task.kind {
+                        Kind::Tile { tokens } => covered.extend(tokens.clone()),
+                        Kind::Row { keys } => {
+                            covered.extend(keys.clone());
+                            rows = true;
+                        }
+                    }
+                }
+                covered.sort_unstable();
+                assert_eq!(rows, uses_rows(tokens, 2));
+                let expected = if rows { count(layout.head(h), len, 0..tokens) } else { tokens };
+                assert_eq!(covered, (0..expected).collect::<Vec<_>>(), "sequence {s} head {h}");
+            }
+        }
+        assert!(schedule.work > 0);
+    }
+
+    #[test]
+    fn the_cut_of_a_sequence_does_not_depend_on_the_batch() {
+        let layout =
+            LayerLayout::new(&[Span::full(3000), Span::new(4, 60).unwrap()], 3000, 0).unwrap();
+        let (alone, other) = (filled(&layout, 900), filled(&layout, 2000));
+        let (alone, other) = ((&alone, 130), (&other, 1));
+        let own = |tasks: Vec<Task>, index| -> Vec<_> {
+            let mine = tasks.into_iter().filter(|t| t.sequence == index);
+            mine.map(|t| (t.kv_head, t.kind)).collect()
+        };
+        let first = own(schedule([alone].into_iter(), 2, 64).tasks, 0);
+        assert_eq!(first, own(schedule([other, alone, other].into_iter(), 2, 64).tasks, 1));
+    }
+}

@@ -1,0 +1,6 @@
+//! Attention of new tokens over cached and new keys: how a batch is cut, and what is launched for it.
+
+mod check;
+pub(crate) mod schedule;
+pub(crate) mod step;
+pub(crate) mod timing;

@@ -1,0 +1,369 @@
+//! Launching the kernels on any stream and any memory of the device.
+
+pub(crate) mod compile;
+mod cubin_cache;
+pub(crate) mod source;
+pub mod tables;
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cudarc::driver::sys::{
+    self, CUfunction_attribute as Attribute, CUlaunchAttribute, CUlaunchAttributeID,
+    CUlaunchAttributeValue, CUlaunchConfig,
+};
+use cudarc::driver::{CudaContext, CudaFunction};
+use cudarc::nvrtc::Ptx;
+
+use crate::attention::schedule::Path;
+use crate::kernels::compile::{Variant, compile};
+use crate::kernels::source::Source;
+use crate::kernels::tables::{AppendArgs, DevicePointer, ExtendArgs, InfluenceArgs};
+use crate::{Device, Error, RawStream, Result};
+
+/// Dynamic shared memory that needs no permission beside the kernels' own static memory, which
+/// counts against the same 48 KiB.
+const STATIC_LIMIT_BYTES: usize = 32 << 10;
+
+/// The kernels of one variant, loaded on a device: the raw launch interface.
+///
+/// Its functions take addresses, strides and a stream, and know no tensor type, so that an engine
+/// can use them on its own memory. [`crate::Step`] fills their arguments from caches.
+#[derive(Debug)]
+pub struct Kernels {
+    context: Arc<CudaContext>,
+    variant: Variant,
+    multiprocessors: usize,
+    append: Kernel,
+    advance: Kernel,
+    split: Kernel,
+    tile: Kernel,
+    /// Only where the architecture and the head dimension have it.
+    wgmma: Option<Kernel>,
+    /// With `wgmma`.
+    merge: Option<Kernel>,
+    influence: Kernel,
+}
+
+#[derive(Debug)]
+struct Kernel {
+    function: CudaFunction,
+    call: &'static str,
+    threads: u32,
+    shared_bytes: usize,
+    /// Whether it may be launched before the kernel before it has ended, as it waits for that itself.
+    overlaps: bool,
+}
+
+impl Kernels {
+    pub(crate) fn load(device: &Device, variant: Variant) -> Result<Self> {
+        variant.check("Device::kernels")?;
+        let architecture = device.architecture();
+        let wanted: Vec<Source> = Source::ALL
+            .into_iter()
+            .filter(|source| source.is_attention())
+            .filter(|source| source.exists_for(variant.head_dim, architecture))
+            .collect();
+        // NVRTC takes seconds for some of them.
+        let compiled: Vec<Result<Vec<u8>>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = wanted
+                .iter()
+                .map(|&source| scope.spawn(move || compile(source, variant, architecture)))
+                .collect();
+            let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
+                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            threads.into_iter().map(join).collect()
+        });
+        let mut modules = Vec::with_capacity(wanted.len());
+        for (source, cubin) in wanted.into_iter().zip(compiled) {
+            let module = device
+                .context()
+                .load_module(Ptx::from_binary(cubin?))
+                .map_err(Error::driver("cuModuleLoadData"))?;
+            modules.push((source, module));
+        }
+        let kernel = |source, symbol: &'static str, threads, shared_bytes: usize| {
+            let Some((_, module)) = modules.iter().find(|(of, _)| *of == source) else {
+                return Ok(None);
+            };
+            let function =
+                module.load_function(symbol).map_err(Error::driver("cuModuleGetFunction"))?;
+            if shared_bytes > device.shared_bytes() {
+                let expected = format!(
+                    "one whose {symbol} needs at most the {} bytes of shared memory of {}",
+                    device.shared_bytes(),
+                    device.name()
+                );
+                return Err(Error::argument("open", "head_dim", expected, variant.head_dim));
+            }
+            if shared_bytes > STATIC_LIMIT_BYTES {
+                let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                function
+                    .set_attribute(attribute, shared_bytes as i32)
+                    .map_err(Error::driver("cuFuncSetAttribute"))?;
+            }
+            let overlaps = architecture.major >= 9 && matches!(symbol, "append" | "extend_split");
+            Ok(Some(Kernel { function, call: symbol, threads, shared_bytes, overlaps }))
+        };
+        let always = |kernel: Result<Option<Kernel>>, source: Source| {
+            kernel?.ok_or_else(|| {
+                Error::argument("Device::kernels", source.name(), "compiled", "absent")
+            })
+        };
+        let dim = variant.head_dim;
+        Ok(Self {
+            context: Arc::clone(device.context()),
+            variant,
+            multiprocessors: device.multiprocessors(),
+            append: always(kernel(Source::Append, "append", 256, 0), Source::Append)?,
+            advance: always(kernel(Source::Append, "advance", 256, 0), Source::Append)?,
+            split: always(
+                kernel(Source::Decode, "extend_split", 128, split_shared_bytes(dim)),
+                Source::Decode,
+            )?,
+            tile: always(
+                kernel(Source::Tile, "extend_tile", 128, tile_shared_bytes(dim)),
+                Source::Tile,
+            )?,
+            influence: always(
+                kernel(Source::Influence, "influence", 128, influence_shared_bytes(dim)),
+                Source::Influence,
+            )?,
+            merge: kernel(Source::Wgmma, "merge_tiles", 256, 0)?,
+            wgmma: kernel(Source::Wgmma, "extend_wgmma", 384, wgmma_shared_bytes(dim))?,
+        })
+    }
+
+    /// What they were compiled for.
+    pub fn variant(&self) -> Variant {
+        self.variant
+    }
+
+    pub(crate) fn has_wgmma(&self) -> bool {
+        self.wgmma.is_some()
+    }
+
+    /// Rotates queries and keys (RoPE) and writes keys and values into the caches.
+    /// `max_tokens` is the largest number of new tokens of a sequence.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if the launch is refused.
+    ///
+    /// # Safety
+    /// Every address in `args` and in the tables that it points to is device memory of this device
+    /// of the size that [`AppendArgs`], [`SequenceRow`](tables::SequenceRow) and [`moa_core::HeadRow`] say,
+    /// alive until the stream has passed this launch and written by nothing else meanwhile;
+    /// `lens[s] + tokens` is at most the capacity of the layout; `stream` is a stream of this
+    /// device's primary context.
+    pub unsafe fn append(
+        &self,
+        stream: RawStream,
+        args: &AppendArgs,
+        max_tokens: usize,
+    ) -> Result<()> {
+        let heads = (args.query_heads + 2 * args.kv_heads) as usize;
+        let rows = self.append.threads as usize / (self.variant.head_dim / 8);
+        let blocks = (max_tokens * heads).div_ceil(rows);
+        // SAFETY: as the caller promises.
+        unsafe { self.launch(&self.append, stream, [blocks, args.num_sequences as usize], args) }
+    }
+
+    /// Attention of sequences with at most 16 rows (new tokens x query heads per KV head): one block
+    /// for each of the `num_items` items.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if the launch is refused.
+    ///
+    /// # Safety
+    /// As [`append`](Self::append) with [`ExtendArgs`]; `partial` has room for
+    /// [`Workspace`](crate::Workspace)'s bytes, `finished` is zero.
+    pub unsafe fn extend_split(&self, stream: RawStream, args: &ExtendArgs) -> Result<()> {
+        // SAFETY: as the caller promises.
+        unsafe { self.launch(&self.split, stream, [args.num_items as usize, 1], args) }
+    }
+
+    /// Attention in tiles of 64 rows, one block each: `ceil(tokens * group / 64) * kv_heads` per
+    /// sequence, `num_tiles` in all.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if the launch is refused.
+    ///
+    /// # Safety
+    /// As [`append`](Self::append) with [`ExtendArgs`]; `first_item` of the sequences counts the
+    /// tiles before them.
+    pub unsafe fn extend_tile(&self, stream: RawStream, args: &ExtendArgs) -> Result<()> {
+        // SAFETY: as the caller promises.
+        unsafe { self.launch(&self.tile, stream, [args.num_tiles as usize, 1], args) }
+    }
+
+    /// The same in tiles of 128 rows, on Hopper and for head dimensions 64 and 128; as many blocks as
+    /// the device runs at once take the tiles in turn.
+    ///
+    /// # Errors
+    /// [`moa_core::Error::Unsupported`] elsewhere, [`Error::Driver`] if the launch is refused.
+    ///
+    /// # Safety
+    /// As [`extend_tile`](Self::extend_tile); `tickets` are zero.
+    pub unsafe fn extend_wgmma(&self, stream: RawStream, args: &ExtendArgs) -> Result<()> {
+        let Some(kernel) = &self.wgmma else { return Err(no_wgmma()) };
+        let blocks = (args.num_tiles as usize).min(self.multiprocessors);
+        // SAFETY: as the caller promises.
+        unsafe { self.launch(kernel, stream, [blocks, 1], args) }
+    }
+
+    /// Puts together what blocks that share a tile found, after
+    /// [`extend_wgmma`](Self::extend_wgmma) with the same arguments.
+    ///
+    /// # Errors
+    /// [`moa_core::Error::Unsupported`] where [`extend_wgmma`](Self::extend_wgmma) is, [`Error::Driver`]
+    /// if the launch is refused.
+    ///
+    /// # Safety
+    /// As [`extend_wgmma`](Self::extend_wgmma).
+    pub unsafe fn merge_tiles(&self, stream: RawStream, args: &ExtendArgs) -> Result<()> {
+        let Some(kernel) = &self.merge else { return Err(no_wgmma()) };
+        let grid = [args.num_tiles as usize, Path::Wgmma.tile_rows() / 8];
+        // SAFETY: as the caller promises.
+        unsafe { self.launch(kernel, stream, grid, args) }
+    }
+
+    /// Adds each sequence's new tokens to its entry of `lens`, so that a captured step can be
+    /// replayed.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if the launch is refused.
+    ///
+    /// # Safety
+    /// As [`append`](Self::append): `lens` and `sequences` have `sequences_len` entries.
+    pub unsafe fn advance(
+        &self,
+        stream: RawStream,
+        lens: DevicePointer,
+        sequences: DevicePointer,
+        sequences_len: usize,
+    ) -> Result<()> {
+        let count = sequences_len as i32;
+        let mut arguments: [*mut c_void; 3] =
+            [&raw const lens as _, &raw const sequences as _, &raw const count as _];
+        let grid = [sequences_len.div_ceil(self.advance.threads as usize), 1];
+        // SAFETY: the arguments are those of the kernel; the rest is as the caller promises.
+        unsafe { self.launch_raw(&self.advance, stream, grid, &mut arguments) }
+    }
+
+    /// Sums of influence over blocks of 64 x 64 tokens.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if the launch is refused.
+    ///
+    /// # Safety
+    /// As [`append`](Self::append) with [`InfluenceArgs`].
+    pub unsafe fn influence(&self, stream: RawStream, args: &InfluenceArgs) -> Result<()> {
+        let grid = [(args.tokens as usize).div_ceil(64), args.kv_heads as usize];
+        // SAFETY: as the caller promises.
+        unsafe { self.launch(&self.influence, stream, grid, args) }
+    }
+
+    pub(crate) unsafe fn extend(
+        &self,
+        path: Path,
+        stream: RawStream,
+        args: &ExtendArgs,
+    ) -> Result<()> {
+        // SAFETY: as the caller promises.
+        unsafe {
+            match path {
+                Path::Split => self.extend_split(stream, args),
+                Path::Tile => self.extend_tile(stream, args),
+                Path::Wgmma => self.extend_wgmma(stream, args),
+            }
+        }
+    }
+
+    unsafe fn launch<A>(
+        &self,
+        kernel: &Kernel,
+        stream: RawStream,
+        grid: [usize; 2],
+        args: &A,
+    ) -> Result<()> {
+        // SAFETY: each of these kernels takes one argument, by value, which the launch copies.
+        unsafe {
+            self.launch_raw(kernel, stream, grid, &mut [std::ptr::from_ref(args).cast_mut().cast()])
+        }
+    }
+
+    unsafe fn launch_raw(
+        &self,
+        kernel: &Kernel,
+        stream: RawStream,
+        [x, y]: [usize; 2],
+        arguments: &mut [*mut c_void],
+    ) -> Result<()> {
+        if x == 0 || y == 0 {
+            return Ok(());
+        }
+        let (Ok(x), Ok(y)) = (i32::try_from(x), u16::try_from(y)) else {
+            let got = format_args!("{x} x {y}").to_string();
+            return Err(Error::argument(kernel.call, "blocks", "fewer than 2^31 x 2^16", got));
+        };
+        self.context.bind_to_thread().map_err(Error::driver("cuCtxSetCurrent"))?;
+        let mut overlap = overlapping();
+        let config = CUlaunchConfig {
+            gridDimX: x as u32,
+            gridDimY: u32::from(y),
+            gridDimZ: 1,
+            blockDimX: kernel.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: kernel.shared_bytes as u32,
+            hStream: stream.cast(),
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(kernel.overlaps),
+        };
+        let function = kernel.function.cu_function();
+        // SAFETY: the function is loaded; the arguments are as the caller promises.
+        unsafe {
+            sys::cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), std::ptr::null_mut())
+        }
+        .result()
+        .map_err(Error::driver(kernel.call))
+    }
+}
+
+/// Lets a kernel start before the one before it has ended.
+pub(crate) fn overlapping() -> CUlaunchAttribute {
+    CUlaunchAttribute {
+        id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    }
+}
+
+fn no_wgmma() -> Error {
+    let operation = "extend_wgmma on this architecture and head dimension";
+    moa_core::Error::Unsupported { backend: "cuda", operation }.into()
+}
+
+/// As `kernels/decode.cu` says.
+fn split_shared_bytes(head_dim: usize) -> usize {
+    let stages = if head_dim > 128 { 2 } else { 3 + usize::from(head_dim <= 64) };
+    4 * stages * 2 * 16 * head_dim * 2
+}
+
+/// As `kernels/tile.cu` says.
+fn tile_shared_bytes(head_dim: usize) -> usize {
+    let keys = if head_dim > 128 { 16 } else { 64 };
+    2 * 2 * keys * head_dim * 2
+}
+
+/// As `kernels/wgmma.cu` says.
+fn wgmma_shared_bytes(head_dim: usize) -> usize {
+    (2 * 128 + 2 * 2 * 128) * head_dim * 2 + 1024
+}
+
+/// As `kernels/influence.cu` says.
+fn influence_shared_bytes(head_dim: usize) -> usize {
+    let stages = if head_dim > 128 { 1 } else { 2 };
+    stages * 2 * 64 * head_dim * 2
+}

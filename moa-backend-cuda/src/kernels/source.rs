@@ -1,0 +1,97 @@
+//! The kernels' sources, part of the library.
+
+use super::compile::{Architecture, HEAD_DIMS};
+
+/// A file of kernels, compiled as one module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Source {
+    /// RoPE, cache append, advance of the lengths.
+    Append,
+    /// Split-KV attention for few new tokens.
+    Decode,
+    /// Tensor-core attention for chunks, sm_80 and later.
+    Tile,
+    /// Tensor-core attention for long chunks on sm_90.
+    Wgmma,
+    /// Influence of attention values.
+    Influence,
+    /// What a Llama layer needs besides attention and matrix products.
+    Ops,
+    /// Gradients of a Llama layer, between matrix products.
+    Backward,
+    /// Choice of tokens.
+    Sample,
+    /// Products of few rows.
+    Gemv,
+    /// Weights of 8-bit floats.
+    E4m3,
+}
+
+/// What `#include` may name.
+pub(crate) const HEADERS: [(&str, &str); 4] = [
+    ("common.cuh", include_str!("../../kernels/common.cuh")),
+    ("rows.cuh", include_str!("../../kernels/rows.cuh")),
+    ("tables.cuh", include_str!("../../kernels/tables.cuh")),
+    ("wgmma.cuh", include_str!("../../kernels/wgmma.cuh")),
+];
+
+impl Source {
+    /// All of them.
+    pub const ALL: [Self; 10] = [
+        Self::Append,
+        Self::Decode,
+        Self::Tile,
+        Self::Wgmma,
+        Self::Influence,
+        Self::Ops,
+        Self::Backward,
+        Self::Sample,
+        Self::Gemv,
+        Self::E4m3,
+    ];
+
+    /// Name of the file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Append => "append.cu",
+            Self::Decode => "decode.cu",
+            Self::Tile => "tile.cu",
+            Self::Wgmma => "wgmma.cu",
+            Self::Influence => "influence.cu",
+            Self::Ops => "ops.cu",
+            Self::Backward => "backward.cu",
+            Self::Sample => "sample.cu",
+            Self::Gemv => "gemv.cu",
+            Self::E4m3 => "e4m3.cu",
+        }
+    }
+
+    /// Whether there are kernels in it for this head dimension and architecture. Those that do not
+    /// depend on the head dimension are compiled under the first one.
+    pub fn exists_for(self, head_dim: usize, architecture: Architecture) -> bool {
+        match self {
+            Self::Wgmma => architecture.has_wgmma() && matches!(head_dim, 64 | 128),
+            _ => self.is_attention() || head_dim == HEAD_DIMS[0],
+        }
+    }
+
+    /// Whether it is part of attention, so one of [`Kernels`](crate::Kernels).
+    pub(crate) fn is_attention(self) -> bool {
+        !matches!(self, Self::Ops | Self::Backward | Self::Sample | Self::Gemv | Self::E4m3)
+    }
+
+    pub(crate) fn text(self) -> &'static str {
+        match self {
+            Self::Append => include_str!("../../kernels/append.cu"),
+            Self::Decode => include_str!("../../kernels/decode.cu"),
+            Self::Tile => include_str!("../../kernels/tile.cu"),
+            Self::Wgmma => include_str!("../../kernels/wgmma.cu"),
+            Self::Influence => include_str!("../../kernels/influence.cu"),
+            Self::Ops => include_str!("../../kernels/ops.cu"),
+            Self::Backward => include_str!("../../kernels/backward.cu"),
+            Self::Sample => include_str!("../../kernels/sample.cu"),
+            Self::Gemv => include_str!("../../kernels/gemv.cu"),
+            Self::E4m3 => include_str!("../../kernels/e4m3.cu"),
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! Matrix products by cuBLASLt.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::cublaslt::result::{self, CublasError};
+use cudarc::cublaslt::sys::{
+    self, cublasComputeType_t, cublasLtMatmulDescAttributes_t,
+    cublasLtMatmulPreferenceAttributes_t as Attribute, cudaDataType,
+};
+use cudarc::driver::CudaSlice;
+
+use crate::kernels::tables::DevicePointer;
+use crate::memory::address;
+use crate::{Device, Dtype, Error, Result, library};
+
+/// `d[m, n] = a[m, k] . weight`, or `d +=`; row-major.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Product {
+    pub(crate) m: usize,
+    pub(crate) n: usize,
+    pub(crate) k: usize,
+    /// Elements between the rows of `a` as it is stored.
+    pub(crate) a_stride: usize,
+    /// Whether `a` is stored `[k, m]`.
+    pub(crate) a_transposed: bool,
+    /// Elements between the rows of the weight as it is stored.
+    pub(crate) weight_stride: usize,
+    /// Elements between the rows of `d`.
+    pub(crate) d_stride: usize,
+    /// Whether the weight is stored `[n, k]`, as linear layers are, rather than `[k, n]`.
+    pub(crate) transposed: bool,
+    /// Type of `a` and the weight.
+    pub(crate) input: Dtype,
+    /// Type of `d`.
+    pub(crate) output: Dtype,
+    /// Whether the product is added to what `d` holds.
+    pub(crate) accumulate: bool,
+}
+
+/// A handle, its scratch memory and the products prepared so far. For the device's own stream alone.
+#[derive(Debug)]
+pub(crate) struct Blas {
+    device: Device,
+    handle: Handle,
+    scratch: CudaSlice<u8>,
+    /// By product, and by the alignment in bytes that all its addresses have.
+    prepared: Mutex<HashMap<(Product, u32), Arc<Prepared>>>,
+}
+
+#[derive(Debug)]
+struct Handle(sys::cublasLtHandle_t);
+
+// SAFETY: cuBLASLt's functions may be called with one handle from any thread.
+unsafe impl Send for Handle {}
+// SAFETY: as above.
+unsafe impl Sync for Handle {}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        // SAFETY: it is not used any more. There is nothing to do about a failure.
+        let _ = unsafe { result::destroy_handle(self.0) };
+    }
+}
+
+/// NVIDIA's recommendation for Hopper, which no other architecture exceeds.
+const SCRATCH_BYTES: usize = 32 << 20;
+
+impl Blas {
+    pub(crate) fn new(device: &Device) -> Result<Self> {
+        library::cublaslt()?;
+        device.bind()?;
+        let handle = Handle(result::create_handle().map_err(failed("cublasLtCreate", None))?);
+        let scratch = device.alloc("matrix products", SCRATCH_BYTES)?;
+        Ok(Self { device: device.clone(), handle, scratch, prepared: Mutex::default() })
+    }
+
+    /// # Safety
+    /// The addresses are device memory of the sizes that `product` says, 16-byte aligned and in use
+    /// by nothing else before the device's stream has passed this call.
+    pub(crate) unsafe fn run(
+        &self,
+        product: Product,
+        a: DevicePointer,
+        weight: DevicePointer,
+        d: DevicePointer,
+    ) -> Result<()> {
+        self.device.bind()?;
+        let alignment = 1 << (a | weight | d).trailing_zeros().min(8);
+        let made = self.prepare(product, alignment)?;
+        let (alpha, beta) = (1f32, if product.accumulate { 1f32 } else { 0f32 });
+        // SAFETY: it was prepared for this product, whose memory is as the caller promises; the scratch
+        // memory is used on one stream only.
+        unsafe {
+            result::matmul(
+                self.handle.0,
+                made.desc.0,
+                (&raw const alpha).cast(),
+                (&raw const beta).cast(),
+                weight as *const _,
+                made.weight.0,
+                a as *const _,
+                made.a.0,
+                d as *const _,
+                made.d.0,
+                d as *mut _,
+                made.d.0,
+                &raw const made.algorithm,
+                address(&self.scratch) as *mut _,
+                SCRATCH_BYTES,
+                self.device.stream().cast(),
+            )
+        }
+        .map_err(failed("cublasLtMatmul", Some(product)))
+    }
+
+    fn prepare(&self, product: Product, alignment: u32) -> Result<Arc<Prepared>> {
+        let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(made) = prepared.get(&(product, alignment)) {
+            return Ok(Arc::clone(made));
+        }
+        let made = Prepared::new(&self.handle, product, alignment);
+        let made = Arc::new(made.map_err(failed("cublasLtMatmulAlgoGetHeuristic", Some(product)))?);
+        prepared.insert((product, alignment), Arc::clone(&made));
+        Ok(made)
+    }
+}
+
+fn failed(call: &'static str, product: Option<Product>) -> impl Fn(CublasError) -> Error {
+    move |error| Error::Blas {
+        call,
+        status: format!("{:?}", error.0),
+        product: product.map_or_else(String::new, |p| format!(" for {p:?}")),
+    }
+}
+
+/// cuBLASLt is column-major: it computes `d^T = op(weight) . a^T`.
+#[derive(Debug)]
+struct Prepared {
+    desc: Desc,
+    weight: Layout,
+    a: Layout,
+    d: Layout,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+// SAFETY: descriptors are only read once they are made.
+unsafe impl Send for Prepared {}
+// SAFETY: as above.
+unsafe impl Sync for Prepared {}
+
+impl Prepared {
+    fn new(handle: &Handle, product: Product, alignment: u32) -> Result<Self, CublasError> {
+        let Product { m, n, k, transposed, a_transposed, input, output, .. } = product;
+        let desc = Desc(result::create_matmul_desc(
+            cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            cudaDataType::CUDA_R_32F,
+        )?);
+        // CUBLAS_OP_T and CUBLAS_OP_N, which these bindings lack.
+        let operations = [
+            (cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA, i32::from(transposed)),
+            (cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB, i32::from(a_transposed)),
+        ];
+        for (attribute, transpose) in operations {
+            let (value, size) = ((&raw const transpose).cast(), size_of_val(&transpose));
+            // SAFETY: the descriptor exists; the attribute is of this type.
+            unsafe { result::set_matmul_desc_attribute(desc.0, attribute, value, size) }?;
+        }
+        let weight = match transposed {
+            true => Layout::new(input, k, n, product.weight_stride)?,
+            false => Layout::new(input, n, k, product.weight_stride)?,
+        };
+        let a = match a_transposed {
+            true => Layout::new(input, m, k, product.a_stride)?,
+            false => Layout::new(input, k, m, product.a_stride)?,
+        };
+        let d = Layout::new(output, n, m, product.d_stride)?;
+        let preference = Preference(result::create_matmul_pref()?);
+        preference.set(Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, SCRATCH_BYTES)?;
+        for attribute in [
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+        ] {
+            preference.set(attribute, alignment)?;
+        }
+        // SAFETY: all descriptors exist.
+        let found = unsafe {
+            result::get_matmul_algo_heuristic(
+                handle.0,
+                desc.0,
+                weight.0,
+                a.0,
+                d.0,
+                d.0,
+                preference.0,
+            )
+        }?;
+        Ok(Self { desc, weight, a, d, algorithm: found.algo })
+    }
+}
+
+#[derive(Debug)]
+struct Desc(sys::cublasLtMatmulDesc_t);
+
+impl Drop for Desc {
+    fn drop(&mut self) {
+        // SAFETY: it is not used any more.
+        let _ = unsafe { result::destroy_matmul_desc(self.0) };
+    }
+}
+
+#[derive(Debug)]
+struct Layout(sys::cublasLtMatrixLayout_t);
+
+impl Layout {
+    fn new(dtype: Dtype, rows: usize, cols: usize, stride: usize) -> Result<Self, CublasError> {
+        let dtype = match dtype {
+            Dtype::F16 => cudaDataType::CUDA_R_16F,
+            Dtype::Bf16 => cudaDataType::CUDA_R_16BF,
+            // Tensors are of one of three types.
+            _ => cudaDataType::CUDA_R_32F,
+        };
+        result::create_matrix_layout(dtype, rows as u64, cols as u64, stride as i64).map(Self)
+    }
+}
+
+impl Drop for Layout {
+    fn drop(&mut self) {
+        // SAFETY: it is not used any more.
+        let _ = unsafe { result::destroy_matrix_layout(self.0) };
+    }
+}
+
+struct Preference(sys::cublasLtMatmulPreference_t);
+
+impl Preference {
+    /// Sets an attribute, of the type that cuBLASLt has for it.
+    fn set<T: Copy>(&self, attribute: Attribute, value: T) -> Result<(), CublasError> {
+        let (value, size) = ((&raw const value).cast(), size_of::<T>());
+        // SAFETY: the descriptor exists; cuBLASLt checks the size, and reads so many bytes.
+        unsafe { result::set_matmul_pref_attribute(self.0, attribute, value, size) }
+    }
+}
+
+impl Drop for Preference {
+    fn drop(&mut self) {
+        // SAFETY: it is not used any more.
+        let _ = unsafe { result::destroy_matmul_pref(self.0) };
+    }
+}

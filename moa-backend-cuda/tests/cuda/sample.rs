@@ -1,0 +1,116 @@
+//! Tokens drawn on the device, against the probabilities that they should have.
+
+use moa_backend_cuda::{Draw, Dtype, Error, Operations, Tensor};
+use moa_conformance::{Stop, Trial, Verdict, trials};
+
+use super::gpu::device;
+
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        evenly_spread_numbers_draw_tokens_in_proportion,
+        large_vocabularies_are_drawn_from_to_their_ends,
+        what_cannot_be_drawn_from_is_told,
+    ]
+}
+
+const PLAIN: Draw = Draw { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
+
+/// Draws `units.len()` tokens from the same logits.
+fn draw(operations: &Operations, logits: &[f32], draw: Draw, units: &[f64]) -> Vec<i32> {
+    let rows = logits.repeat(units.len());
+    let shape = [units.len(), logits.len()];
+    let rows = Tensor::from_f32(operations.device(), &rows, &shape, Dtype::F32).unwrap();
+    let into = operations.indices(units.iter().map(|_| 0), 1).unwrap();
+    operations.sample(&rows, draw, units, &into).unwrap();
+    into.to_host().unwrap()
+}
+
+/// Numbers spread evenly over [0, 1).
+fn units(n: usize) -> Vec<f64> {
+    (0..n).map(|i| (i as f64 + 0.5) / n as f64).collect()
+}
+
+fn operations() -> Result<Operations, Stop> {
+    Ok(Operations::new(device()?, Dtype::Bf16)?)
+}
+
+/// Logits whose probabilities are `.5, .25, .125, .0625, .0625`, after many of none.
+fn halves() -> Vec<f32> {
+    let mut logits = vec![f32::NEG_INFINITY; 5000];
+    let last = [0.5f32, 0.25, 0.125, 0.0625, 0.0625].map(f32::ln);
+    logits[4995..].copy_from_slice(&last);
+    logits
+}
+
+fn evenly_spread_numbers_draw_tokens_in_proportion() -> Verdict {
+    let operations = operations()?;
+    let count = |logits: &[f32], how: Draw| {
+        let mut counts = [0; 5];
+        for token in draw(&operations, logits, how, &units(1600)) {
+            counts[usize::try_from(token).unwrap() - 4995] += 1;
+        }
+        counts
+    };
+    let near = |got: [i32; 5], expected: [i32; 5]| {
+        let fine = got.iter().zip(expected).all(|(a, b)| (a - b).abs() <= 1);
+        assert!(fine, "{got:?}, expected {expected:?}");
+    };
+    near(count(&halves(), PLAIN), [800, 400, 200, 100, 100]);
+    // Squared odds: 64, 16, 4, 1, 1 of 86.
+    let cold = Draw { temperature: 0.5, ..PLAIN };
+    near(count(&halves(), cold), [1191, 298, 74, 19, 19]);
+    near(count(&halves(), Draw { top_k: 2, ..PLAIN }), [1067, 533, 0, 0, 0]);
+    near(count(&halves(), Draw { top_k: 1, ..PLAIN }), [1600, 0, 0, 0, 0]);
+    // Ties of the last one stay.
+    near(count(&halves(), Draw { top_k: 4, ..PLAIN }), [800, 400, 200, 100, 100]);
+    near(count(&halves(), Draw { top_p: 0.7, ..PLAIN }), [1067, 533, 0, 0, 0]);
+    near(count(&halves(), Draw { top_p: 0.8, ..PLAIN }), [914, 457, 229, 0, 0]);
+    near(count(&halves(), Draw { top_p: 0.01, ..PLAIN }), [1600, 0, 0, 0, 0]);
+    near(count(&halves(), Draw { min_p: 0.24, ..PLAIN }), [914, 457, 229, 0, 0]);
+    near(count(&halves(), Draw { min_p: 1.0, ..PLAIN }), [1600, 0, 0, 0, 0]);
+    // Top-p counts what top-k left: .5 of .75 is two thirds.
+    near(count(&halves(), Draw { top_k: 2, top_p: 0.6, ..PLAIN }), [1600, 0, 0, 0, 0]);
+    Ok(())
+}
+
+fn large_vocabularies_are_drawn_from_to_their_ends() -> Verdict {
+    let operations = operations()?;
+    let vocab = 128_256;
+    let flat = vec![3.0; vocab];
+    let drawn = draw(&operations, &flat, PLAIN, &[0.0, 0.5, 1.0 - 1e-9]);
+    assert_eq!(drawn[0], 0);
+    assert!((drawn[1] - vocab as i32 / 2).abs() <= 1, "{drawn:?}");
+    assert!(drawn[2] >= vocab as i32 - 2, "{drawn:?}");
+    let mut peak = flat;
+    peak[77_777] = 40.0;
+    assert_eq!(draw(&operations, &peak, PLAIN, &units(9)), [77_777; 9]);
+    let again =
+        draw(&operations, &peak, Draw { top_p: 0.9, temperature: 30.0, ..PLAIN }, &units(64));
+    for _ in 0..5 {
+        let draw_again = Draw { top_p: 0.9, temperature: 30.0, ..PLAIN };
+        assert_eq!(draw(&operations, &peak, draw_again, &units(64)), again);
+    }
+    Ok(())
+}
+
+fn what_cannot_be_drawn_from_is_told() -> Verdict {
+    let operations = operations()?;
+    for bad in [f32::NAN, f32::INFINITY] {
+        assert_eq!(draw(&operations, &[1.0, bad, 2.0], PLAIN, &[0.5]), [-1]);
+    }
+    assert_eq!(draw(&operations, &[f32::NEG_INFINITY; 3], PLAIN, &[0.5]), [-1]);
+    let logits = Tensor::zeros(operations.device(), &[2, 8], Dtype::F32).unwrap();
+    let into = operations.indices([0, 0].into_iter(), 1).unwrap();
+    for (how, units) in [
+        (Draw { temperature: 0.0, ..PLAIN }, [0.5; 2]),
+        (Draw { top_p: 0.0, ..PLAIN }, [0.5; 2]),
+        (Draw { min_p: -0.1, ..PLAIN }, [0.5; 2]),
+        (PLAIN, [0.5, 1.0]),
+    ] {
+        let refused = operations.sample(&logits, how, &units, &into);
+        assert!(matches!(refused, Err(Error::Argument(_))), "{how:?}");
+    }
+    let refused = operations.sample(&logits, PLAIN, &[0.5], &into);
+    assert!(matches!(refused, Err(Error::Argument(_))));
+    Ok(())
+}

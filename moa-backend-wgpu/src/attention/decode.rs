@@ -1,0 +1,153 @@
+use cubecl::prelude::SequenceArg;
+use cubecl::server::Handle;
+use cubecl::{CubeCount, CubeDim};
+use moa_core::{Append, Dtype};
+
+use super::{Call, Limits, arg};
+use crate::kernels::decode::{DECODE_UNITS, HeldLaunch, NewLaunch, Shape, decode};
+use crate::kernels::join::{JOIN_UNITS, join};
+use crate::kernels::keys::{keys, split_keys};
+use crate::kernels::words::per_word;
+use crate::{Cache, Result};
+
+/// Most query heads per KV head: a unit holds a share of each one's query and output in registers.
+const MAX_GROUP: usize = 8;
+
+/// Most sequences of one dispatch: the kernel has branches for each one's buffers.
+const MAX_SEQUENCES: usize = 8;
+
+/// Most sequences whose partial results are held at once.
+const MAX_RUN: usize = 4096;
+
+/// Most bytes of their partial results.
+const PARTIAL_BYTES: u64 = 256 << 20;
+
+/// What all sequences with one new token share.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Decode {
+    shape: Shape,
+    /// Vectors of four elements of a row.
+    vectors: usize,
+}
+
+/// Sequences next to each other that have one new token each, and room for partial results.
+#[derive(Debug)]
+pub(crate) struct Run {
+    pub(crate) sequences: usize,
+    splits: u32,
+    partial: Option<[Handle; 2]>,
+}
+
+impl Decode {
+    /// `None` where [`crate::kernels::attend`] has to do: rows that are not whole loads, more query heads
+    /// per KV head than registers hold.
+    pub(crate) fn new(call: &Call<'_>, limits: &Limits) -> Option<Self> {
+        let (head_dim, group) = (call.shape.head_dim, call.shape.group());
+        let parts = per_word(call.dtype);
+        if !head_dim.is_multiple_of(4 * parts) || group > MAX_GROUP {
+            return None;
+        }
+        let lanes = (head_dim / (4 * parts)).next_power_of_two();
+        let bindings = limits.bindings.saturating_sub(5) / 3;
+        let (planes, native) = (lanes <= call.device.plane_units(), call.device.converts_f16());
+        let sequences = bindings.clamp(1, MAX_SEQUENCES);
+        let (dtype, native) = (call.dtype, native && call.dtype == Dtype::F16);
+        let shape = Shape { sequences, group, lanes, dtype, planes, native, partial: true };
+        let units = DECODE_UNITS.max(JOIN_UNITS);
+        (shape.shared_bytes() <= limits.shared_bytes && units <= limits.units)
+            .then_some(Self { shape, vectors: head_dim / 4 })
+    }
+
+    /// A run of the sequences at the start of these that have one new token.
+    pub(crate) fn run(&self, call: &Call<'_>, batch: &[Append<'_, Cache>]) -> Result<Run> {
+        let sequences = batch.iter().take(MAX_RUN).take_while(|append| append.tokens == 1).count();
+        let splits = |cache: &Cache| {
+            let len = cache.as_ref().len() as u32;
+            let counts = cache.geometry().heads.iter().map(|h| keys(h, len, len + 1).count);
+            counts.map(|count| count.div_ceil(split_keys(count))).max().unwrap_or(1)
+        };
+        let splits =
+            batch[..sequences].iter().map(|append| splits(append.cache)).max().unwrap_or(1);
+        // Results do not depend on where a batch is cut.
+        let each = call.shape.query_heads * splits as usize * self.vectors * 16;
+        let most = call.device.max_buffer_bytes().min(PARTIAL_BYTES) as usize / each.max(1);
+        let sequences = if splits == 1 { sequences } else { sequences.min(most.max(1)) };
+        let partial = match splits {
+            1 => None,
+            _ => {
+                let rows = sequences.saturating_mul(call.shape.query_heads * splits as usize);
+                let numbers = rows.saturating_mul(4 * self.vectors);
+                Some(call.device.alloc_two("partial results", numbers, 2 * rows)?)
+            }
+        };
+        Ok(Run { sequences, splits, partial })
+    }
+
+    /// Queues a run, whose first token is `first`.
+    pub(crate) fn launch(
+        &self,
+        call: &Call<'_>,
+        batch: &[Append<'_, Cache>],
+        first: usize,
+        run: &Run,
+    ) {
+        let kv_heads = call.shape.kv_heads;
+        let (out, stats) = match &run.partial {
+            Some([out, stats]) => (out, stats),
+            None => (call.out.handle(), call.lse.handle()),
+        };
+        for (number, chunk) in batch.chunks(self.shape.sequences).enumerate() {
+            let at = number * self.shape.sequences;
+            let held = chunk.iter().map(|Append { cache, .. }| {
+                HeldLaunch::new(
+                    arg(&cache.keys),
+                    arg(&cache.values),
+                    arg(&cache.geometry().table),
+                    cache.as_ref().len() as u32,
+                )
+            });
+            let new = NewLaunch::new(
+                arg(call.inputs.q.handle()),
+                arg(call.inputs.k.handle()),
+                arg(call.inputs.v.handle()),
+                arg(out),
+                arg(stats),
+                (first + at) as u32,
+                at as u32,
+                call.shape.query_heads as u32,
+                kv_heads as u32,
+                self.vectors as u32,
+                call.inputs.scale,
+            );
+            // SAFETY: shapes were checked, caches are filled up to their lengths and have room for a
+            // token, and the outputs have room as planned.
+            unsafe {
+                decode::launch_unchecked(
+                    call.device.client(),
+                    CubeCount::Static(run.splits, kv_heads as u32, chunk.len() as u32),
+                    CubeDim::new_1d(DECODE_UNITS as u32),
+                    new,
+                    held.collect::<SequenceArg<_>>(),
+                    Shape { sequences: chunk.len(), partial: run.partial.is_some(), ..self.shape },
+                );
+            }
+        }
+        let Some([partial, partial_stats]) = &run.partial else { return };
+        // SAFETY: as above.
+        unsafe {
+            join::launch_unchecked(
+                call.device.client(),
+                CubeCount::Static(call.shape.query_heads as u32, run.sequences as u32, 1),
+                CubeDim::new_1d(JOIN_UNITS as u32),
+                arg(partial),
+                arg(partial_stats),
+                arg(call.out.handle()),
+                arg(call.lse.handle()),
+                first as u32,
+                run.splits,
+                self.vectors as u32,
+                self.vectors.next_power_of_two(),
+            );
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! Linear layers. Few rows take a kernel that reads the weight once, many rows matrix units where the device has
+//! them for the type that is asked for, and tiles in f32 everywhere else.
+
+pub(crate) mod matrix;
+#[cfg(feature = "vulkan")]
+mod products;
+
+use cubecl::prelude::SequenceArg;
+use cubecl::server::Handle;
+use cubecl::{CubeCount, CubeDim};
+
+use crate::attention::{Limits, Row, arg, square, words};
+use crate::kernels::few_rows::{FEATURES, LayerLaunch, Shape, UNITS, few_rows};
+use crate::kernels::linear::many_rows;
+use crate::kernels::words::per_word;
+use crate::ops::{add, add_rows};
+use crate::{Device, Dtype, Error, Matrix, Result, Tensor};
+#[cfg(feature = "vulkan")]
+use products::product;
+
+const OP: &str = "linear";
+
+/// Most rows for which reading the weight is all that counts, without matrix units.
+const FEW: usize = 16;
+
+/// Most layers of one dispatch.
+const MOST_LAYERS: usize = 3;
+
+/// A linear layer: a weight `[features, columns]`, and a number per feature to add.
+#[derive(Clone, Copy, Debug)]
+pub struct Layer<'a> {
+    /// The weight.
+    pub weight: &'a Matrix,
+    /// The bias.
+    pub bias: Option<&'a Tensor>,
+}
+
+/// `x . weight^T + bias`, `[rows, weight rows]`, in f32 throughout.
+///
+/// # Errors
+/// [`Error::Argument`] if shapes do not fit, [`Error::TooLarge`].
+pub fn linear(x: &Tensor, weight: &Matrix, bias: Option<&Tensor>) -> Result<Tensor> {
+    one(x, Layer { weight, bias }, None, Dtype::F32)
+}
+
+/// Each of several layers of one input.
+///
+/// More than 8 rows may be rounded to `inner` before they are multiplied: where that is the weights' type and
+/// the device has matrix units for it ([`Device::multiplies`]), which sum in f32. A row's result then depends on how many
+/// there are, to within what rounding costs, and numbers beyond the type's range become infinite.
+///
+/// # Errors
+/// [`Error::Argument`] if shapes do not fit, [`Error::TooLarge`].
+pub fn linears(x: &Tensor, layers: &[Layer<'_>], inner: Dtype) -> Result<Vec<Tensor>> {
+    each(x, layers, None, inner)
+}
+
+/// `plus + x . weight^T + bias`; of `inner` see [`linears`].
+///
+/// # Errors
+/// [`Error::Argument`] if shapes do not fit, [`Error::TooLarge`].
+pub fn linear_add(plus: &Tensor, x: &Tensor, layer: Layer<'_>, inner: Dtype) -> Result<Tensor> {
+    one(x, layer, Some(plus), inner)
+}
+
+fn one(x: &Tensor, layer: Layer<'_>, plus: Option<&Tensor>, inner: Dtype) -> Result<Tensor> {
+    let mut outs = each(x, &[layer], plus, inner)?;
+    outs.pop().ok_or_else(|| Error::argument(OP, "layers", "1", 0))
+}
+
+/// Each layer's output, with `plus` added to it.
+fn each(
+    x: &Tensor,
+    layers: &[Layer<'_>],
+    plus: Option<&Tensor>,
+    inner: Dtype,
+) -> Result<Vec<Tensor>> {
+    for &layer in layers {
+        check(x, layer)?;
+        let features = layer.weight.rows();
+        if let Some(plus) = plus.filter(|plus| plus.shape() != [x.rows(), features]) {
+            let expected = format_args!("[{}, {features}]", x.rows()).to_string();
+            return Err(Error::shape(OP, "plus", expected, plus.shape()));
+        }
+    }
+    let Some(shape) = few(x, layers, plus.is_some(), inner) else {
+        let narrowed = narrowed(x, layers, inner)?;
+        let many = |&layer: &Layer<'_>| {
+            let out = many(x, narrowed.as_ref(), layer)?;
+            match plus {
+                Some(plus) => add(plus, &out),
+                None => Ok(out),
+            }
+        };
+        return layers.iter().map(many).collect();
+    };
+    let mut outs = Vec::with_capacity(layers.len());
+    for layers in layers.chunks(shape.layers) {
+        outs.extend(launch_few(x, layers, plus, Shape { layers: layers.len(), ..shape })?);
+    }
+    Ok(outs)
+}
+
+fn check(x: &Tensor, layer: Layer<'_>) -> Result<()> {
+    let Layer { weight, bias } = layer;
+    if x.row_len() != weight.cols() {
+        let expected = format_args!("[rows, {}]", weight.cols()).to_string();
+        return Err(Error::shape(OP, "x", expected, x.shape()));
+    }
+    match bias.filter(|bias| bias.shape() != [weight.rows()]) {
+        Some(bias) => {
+            let expected = format_args!("[{}]", weight.rows()).to_string();
+            Err(Error::shape(OP, "bias", expected, bias.shape()))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Most rows that [`few_rows`] is for.
+fn most_rows(device: &Device, dtype: Dtype, inner: Dtype) -> usize {
+    if device.multiplies(inner) && dtype == inner { Shape::MOST } else { FEW }
+}
+
+/// The kernel for few rows, and how many layers a dispatch takes; `None` for many rows, and for rows that are
+/// not whole loads.
+fn few(x: &Tensor, layers: &[Layer<'_>], plus: bool, inner: Dtype) -> Option<Shape> {
+    let first = layers.first()?;
+    let (dtype, device) = (first.weight.dtype(), x.device());
+    let fits = |layer: &Layer<'_>| {
+        let whole = layer.weight.cols().is_multiple_of(4 * per_word(dtype));
+        whole && layer.weight.dtype() == dtype
+    };
+    let limits = Limits::of(device);
+    let rows = Shape::ROWS.into_iter().find(|&n| n >= x.rows()).unwrap_or(Shape::MOST);
+    let layers_at_once = (limits.bindings.saturating_sub(2) / 3).clamp(1, MOST_LAYERS);
+    let shape = Shape {
+        layers: layers_at_once.min(layers.len()),
+        rows,
+        dtype,
+        planes: Shape::fits_planes(device.plane_units()),
+        native: dtype == Dtype::F16 && device.converts_f16(),
+        plus,
+    };
+    let possible = shape.shared_bytes() <= limits.shared_bytes && UNITS <= limits.units;
+    (x.rows() <= most_rows(device, dtype, inner) && layers.iter().all(fits) && possible)
+        .then_some(shape)
+}
+
+fn launch_few(
+    x: &Tensor,
+    layers: &[Layer<'_>],
+    plus: Option<&Tensor>,
+    shape: Shape,
+) -> Result<Vec<Tensor>> {
+    let (device, rows) = (x.device(), x.rows());
+    let (mut outs, mut args) = (Vec::with_capacity(layers.len()), SequenceArg::new());
+    let lens: Vec<usize> = layers.iter().map(|layer| rows * layer.weight.rows()).collect();
+    let mut tiles = 0;
+    for (layer, out) in layers.iter().zip(device.alloc_each("tensor", &lens)?) {
+        let features = layer.weight.rows();
+        let out = Tensor::from_handle(device, out, &[rows, features])?;
+        args.push(LayerLaunch::new(
+            arg(&layer.weight.words),
+            arg(layer.bias.unwrap_or(x).handle()),
+            arg(out.handle()),
+            features as u32,
+            tiles as u32,
+            u32::from(layer.bias.is_some()),
+        ));
+        tiles += features.div_ceil(FEATURES);
+        outs.push(out);
+    }
+    if rows == 0 {
+        return Ok(outs);
+    }
+    let along_x = tiles.min(Limits::of(device).cubes as usize);
+    let cubes = [along_x, rows.div_ceil(shape.rows), tiles.div_ceil(along_x)].map(|n| n as u32);
+    let columns = x.row_len() / (4 * per_word(shape.dtype));
+    // SAFETY: there is a cube for each tile of features and group of rows; shapes were checked.
+    unsafe {
+        few_rows::launch_unchecked(
+            device.client(),
+            CubeCount::Static(cubes[0], cubes[1], cubes[2]),
+            CubeDim::new_1d(UNITS as u32),
+            arg(x.handle()),
+            arg(plus.unwrap_or(x).handle()),
+            args,
+            rows as u32,
+            tiles as u32,
+            columns as u32,
+            shape,
+        );
+    }
+    Ok(outs)
+}
+
+/// `x` rounded to `inner`, if matrix units multiply it with one of the layers.
+fn narrowed(x: &Tensor, layers: &[Layer<'_>], inner: Dtype) -> Result<Option<Handle>> {
+    let fits = layers.iter().any(|layer| layer.weight.dtype() == inner);
+    match fits && x.device().multiplies(inner) && x.len() > 0 {
+        true => words(x.device(), x, inner).map(Some),
+        false => Ok(None),
+    }
+}
+
+/// By matrix units where there is an input for them, and a kernel for the layer.
+fn many(x: &Tensor, narrowed: Option<&Handle>, layer: Layer<'_>) -> Result<Tensor> {
+    if let Some(narrowed) = narrowed.filter(|_| layer.weight.dtype() == Dtype::F16)
+        && let Some(out) = product(OP, narrowed, x.rows(), layer.weight)?
+    {
+        return match layer.bias {
+            Some(bias) => add_rows(&out, bias),
+            None => Ok(out),
+        };
+    }
+    by_tiles(x, layer)
+}
+
+/// CubeCL reaches matrix units over Vulkan alone, and cubek comes with it.
+#[cfg(not(feature = "vulkan"))]
+fn product(_: &'static str, _: &Handle, _: usize, _: &Matrix) -> Result<Option<Tensor>> {
+    Ok(None)
+}
+
+fn by_tiles(x: &Tensor, Layer { weight, bias }: Layer<'_>) -> Result<Tensor> {
+    let (device, rows, features) = (x.device(), x.rows(), weight.rows());
+    let out = Tensor::uninitialised(device, OP, &[rows, features])?;
+    if rows == 0 {
+        return Ok(out);
+    }
+    let row = Row::of(weight.cols());
+    let limits = Limits::of(device);
+    let tile = square(&limits, rows, row.width);
+    let cubes = [features.div_ceil(tile.keys()), rows.div_ceil(tile.rows())];
+    if let Some(cubes) = cubes.into_iter().find(|&n| n > limits.cubes as usize) {
+        return Err(Error::argument(OP, "tiles", format_args!("at most {}", limits.cubes), cubes));
+    }
+    // SAFETY: there is a cube for each tile of the output; shapes were checked.
+    unsafe {
+        many_rows::launch_unchecked(
+            device.client(),
+            CubeCount::Static(cubes[0] as u32, cubes[1] as u32, 1),
+            CubeDim::new_1d(tile.units() as u32),
+            row.width,
+            row.width / per_word(weight.dtype()),
+            arg(x.handle()),
+            arg(&weight.words),
+            arg(bias.unwrap_or(x).handle()),
+            arg(out.handle()),
+            rows as u32,
+            features as u32,
+            row.vectors as u32,
+            u32::from(bias.is_some()),
+            tile,
+            weight.dtype(),
+        );
+    }
+    Ok(out)
+}

@@ -1,0 +1,198 @@
+use std::ops::Range;
+
+use moa_core::reference::{self, Heads};
+use moa_core::{Append, ExtendInputs, Extended, LayerLayout, Span, SparseAttentionBackend};
+
+use crate::numbers::normal;
+use crate::{Cache, Error, Subject};
+
+/// One layer of an attention model and the inputs of one sequence to it: what the suite runs backends
+/// on. Inputs are random by [`seed`](Self::seed), packed `[tokens, heads, head_dim]`.
+#[derive(Clone, Debug)]
+pub struct World {
+    /// Heads and their dimension.
+    pub heads: Heads,
+    /// The span of each KV head.
+    pub spans: Vec<Span>,
+    /// Length of the sequence.
+    pub tokens: usize,
+    /// Other seeds give other inputs.
+    pub seed: u64,
+}
+
+impl World {
+    /// A world with `query` query heads and `kv` KV heads, and spans of these `(sink, window)`, one
+    /// for each KV head.
+    ///
+    /// # Panics
+    /// Panics if a span is not valid.
+    pub fn new(
+        query: usize,
+        kv: usize,
+        dim: usize,
+        spans: &[(usize, usize)],
+        tokens: usize,
+    ) -> Self {
+        let spans = spans.iter().map(|&(sink, window)| Span::new(sink, window).unwrap()).collect();
+        Self { heads: Heads { query, kv, dim }, spans, tokens, seed: 1 }
+    }
+
+    /// The usual factor of scores, `1 / sqrt(head_dim)`.
+    pub fn scale(&self) -> f32 {
+        1.0 / (self.heads.dim as f32).sqrt()
+    }
+
+    /// Queries, `[tokens, query_heads, head_dim]`.
+    pub fn q(&self) -> Vec<f32> {
+        normal(self.tokens * self.heads.query * self.heads.dim, self.seed)
+    }
+
+    /// Keys, `[tokens, kv_heads, head_dim]`.
+    pub fn k(&self) -> Vec<f32> {
+        normal(self.tokens * self.heads.kv * self.heads.dim, self.seed ^ 0x0051_5ec5)
+    }
+
+    /// Values, `[tokens, kv_heads, head_dim]`.
+    pub fn v(&self) -> Vec<f32> {
+        normal(self.tokens * self.heads.kv * self.heads.dim, self.seed ^ 0x0cab_1e5e)
+    }
+
+    /// The geometry of a cache for `capacity` tokens that can go back by `slack` more than one.
+    ///
+    /// # Panics
+    /// Panics if there is no such geometry.
+    pub fn layout(&self, capacity: usize, slack: usize) -> LayerLayout {
+        LayerLayout::new(&self.spans, capacity, slack).unwrap()
+    }
+
+    /// An empty cache of this [`layout`](Self::layout).
+    ///
+    /// # Panics
+    /// Panics if the backend refuses.
+    pub fn open<S: Subject>(&self, s: &S, capacity: usize, slack: usize) -> Cache<S> {
+        s.backend().open(&self.layout(capacity, slack), self.heads.dim).unwrap()
+    }
+
+    /// Outputs and log-sum-exps of the f64 reference, on inputs as the backend rounds them.
+    pub fn reference<S: Subject>(&self, s: &S) -> (Vec<f64>, Vec<f64>) {
+        let rounded = |x: Vec<f32>| x.iter().map(|&x| f64::from(s.round(x))).collect::<Vec<_>>();
+        let (k, v) = (rounded(self.k()), rounded(self.v()));
+        let q: Vec<f64> = self.q().iter().map(|&x| f64::from(s.round_tensor(x))).collect();
+        reference::extend(self.heads, &q, &k, &v, &self.spans, f64::from(self.scale()))
+    }
+
+    /// Appends this world's tokens `range` to a cache.
+    ///
+    /// # Errors
+    /// The error of the backend's `extend`.
+    pub fn extend<S: Subject>(
+        &self,
+        s: &S,
+        cache: &mut Cache<S>,
+        range: Range<usize>,
+    ) -> Result<Output, Error<S>> {
+        batch(s, &mut [Entry { world: self, cache, range }]).map(|mut outputs| outputs.remove(0))
+    }
+
+    /// The whole sequence, cut into chunks, in a cache with just enough room.
+    ///
+    /// # Panics
+    /// Panics if the backend refuses.
+    pub fn run<S: Subject>(&self, s: &S, chunks: &[usize]) -> Output {
+        let mut cache = self.open(s, self.tokens, 0);
+        self.run_in(s, &mut cache, 0, chunks)
+    }
+
+    /// Tokens from `start`, cut into chunks.
+    ///
+    /// # Panics
+    /// Panics if the backend refuses.
+    pub fn run_in<S: Subject>(
+        &self,
+        s: &S,
+        cache: &mut Cache<S>,
+        start: usize,
+        chunks: &[usize],
+    ) -> Output {
+        let (mut all, mut at) = (Output::default(), start);
+        for chunk in chunks {
+            let output = self.extend(s, cache, at..at + chunk).unwrap();
+            all.out.extend(output.out);
+            all.lse.extend(output.lse);
+            at += chunk;
+        }
+        all
+    }
+}
+
+/// The attention output of some tokens of one sequence.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Output {
+    /// `[tokens, query_heads, head_dim]`.
+    pub out: Vec<f32>,
+    /// Log-sum-exps of the scores, `[tokens, query_heads]`.
+    pub lse: Vec<f32>,
+}
+
+/// One sequence of a batch: which tokens of which world go to which cache.
+pub struct Entry<'a, S: Subject> {
+    /// The world that the sequence is of.
+    pub world: &'a World,
+    /// The sequence's cache.
+    pub cache: &'a mut Cache<S>,
+    /// Tokens of the world: those after the ones that the cache holds.
+    pub range: Range<usize>,
+}
+
+/// One call for several sequences of equal dimensions; outputs per sequence.
+///
+/// # Errors
+/// The error of the backend's `extend`.
+///
+/// # Panics
+/// Panics if there is no entry, or if there are no log-sum-exps, which are asked for.
+pub fn batch<S: Subject>(s: &S, entries: &mut [Entry<'_, S>]) -> Result<Vec<Output>, Error<S>> {
+    let heads = entries[0].world.heads;
+    let scale = entries[0].world.scale();
+    let tokens: Vec<usize> = entries.iter().map(|e| e.range.len()).collect();
+    let total: usize = tokens.iter().sum();
+    let pack = |all: fn(&World) -> Vec<f32>, heads_of: usize| {
+        let row = heads_of * heads.dim;
+        let parts =
+            entries.iter().map(|e| all(e.world)[e.range.start * row..e.range.end * row].to_vec());
+        s.tensor(&parts.collect::<Vec<_>>().concat(), &[total, heads_of, heads.dim])
+    };
+    let qkv = [pack(World::q, heads.query), pack(World::k, heads.kv), pack(World::v, heads.kv)];
+    let caches = entries.iter_mut().map(|e| (&mut *e.cache, e.range.len()));
+    let Extended { out, lse } = extend(s, caches, qkv.each_ref(), scale, true)?;
+    let (out, lse) = (s.host(&out), s.host(&lse.expect("lse was asked for")));
+    let mut first = 0;
+    Ok(tokens
+        .iter()
+        .map(|n| {
+            let rows = first * heads.query..(first + n) * heads.query;
+            first += n;
+            let out = out[rows.start * heads.dim..rows.end * heads.dim].to_vec();
+            Output { out, lse: lse[rows].to_vec() }
+        })
+        .collect())
+}
+
+/// The backend's `extend` by caches and how many tokens each gets.
+///
+/// # Errors
+/// The error of the backend's `extend`.
+pub fn extend<'a, S: Subject>(
+    s: &S,
+    batch: impl IntoIterator<Item = (&'a mut Cache<S>, usize)>,
+    [q, k, v]: [&S::Tensor; 3],
+    scale: f32,
+    lse: bool,
+) -> Result<Extended<S::Tensor>, Error<S>>
+where
+    Cache<S>: 'a,
+{
+    let batch = batch.into_iter().map(|(cache, tokens)| Append { cache, tokens });
+    let mut batch: Vec<Append<'a, Cache<S>>> = batch.collect();
+    s.backend().extend(&mut batch, &ExtendInputs { q, k, v, scale, lse })
+}

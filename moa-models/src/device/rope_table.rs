@@ -1,0 +1,58 @@
+/// Rotary position embedding of one sequence: the angle of every dimension pair at a position.
+///
+/// The layout is Hugging Face's half split (`rotate_half`): pair `i` is made of the dimensions
+/// `i` and `i + head_dim / 2` of a head, and is turned by `position * inv_freq[i]`:
+/// ```text
+/// y[i]                = x[i] * cos - x[i + head_dim / 2] * sin
+/// y[i + head_dim / 2] = x[i + head_dim / 2] * cos + x[i] * sin
+/// ```
+/// Angles are computed in f64 from absolute positions and rounded once, so a table costs
+/// `head_dim / 2` numbers however long the context is.
+///
+/// A table belongs to the context length a sequence is opened for. Only dynamic NTK depends on
+/// it. transformers changes that base while the sequence grows, which makes keys cached early
+/// disagree with keys cached late; here the base is fixed when the sequence is opened, so the
+/// output does not depend on how the sequence was cut into chunks.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeTable {
+    pub(crate) inv_freq: Vec<f64>,
+    pub(crate) attention_scale: f64,
+    pub(crate) context_length: usize,
+}
+
+impl RopeTable {
+    /// Cosine and sine of every pair at `position`, `head_dim / 2` of them, times
+    /// [`attention_scale`](Self::attention_scale).
+    pub fn cos_sin(&self, position: usize) -> impl ExactSizeIterator<Item = (f32, f32)> + '_ {
+        let position = position as f64;
+        let scale = self.attention_scale;
+        self.inv_freq.iter().map(move |frequency| {
+            let (sin, cos) = (position * frequency).sin_cos();
+            ((cos * scale) as f32, (sin * scale) as f32)
+        })
+    }
+
+    /// Radians per position of every pair, `[head_dim / 2]`.
+    #[must_use]
+    pub fn inv_freq(&self) -> &[f64] {
+        &self.inv_freq
+    }
+
+    /// Factor on cosine and sine: YaRN's temperature, 1 otherwise. Queries and keys both carry
+    /// it, so attention scores carry its square.
+    #[must_use]
+    pub fn attention_scale(&self) -> f64 {
+        self.attention_scale
+    }
+
+    /// Whether angles are those of `other`, whatever their lengths.
+    pub(crate) fn turns_like(&self, other: &Self) -> bool {
+        self.inv_freq == other.inv_freq && self.attention_scale == other.attention_scale
+    }
+
+    /// Tokens the table was made for.
+    #[must_use]
+    pub fn context_length(&self) -> usize {
+        self.context_length
+    }
+}

@@ -1,0 +1,179 @@
+//! The output depends neither on chunks nor on the batch, and a sequence can be forked and rolled
+//! back. Matrix products of other shapes may sum in another order, so "equal" allows for rounding,
+//! but not where the shapes are the same.
+
+use moa_conformance::{Trial, Verdict, trials};
+use moa_models::{Cuda, Decoder, Device, LogitRows};
+
+use crate::{alternating, close, cuda, plans, prose, read, step};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        chunking_does_not_change_output,
+        a_ragged_batch_equals_each_sequence_alone,
+        forks_and_rolled_back_sequences_go_on_as_if_nothing_had_been,
+        a_decoder_equals_single_steps,
+        repeats_are_bitwise_equal,
+        threads_share_a_model,
+    ]
+}
+
+fn chunking_does_not_change_output() -> Verdict {
+    for (checkpoint, share) in cuda()? {
+        let model = &checkpoint.model;
+        let tokens = prose(300);
+        for plan in &plans(model.shape()) {
+            let whole = read(model, &mut model.open(plan, 300, 0).unwrap(), &tokens, 300);
+            for chunk in [1, 7, 90] {
+                let mut sequence = model.open(plan, 300, 0).unwrap();
+                let got = read(model, &mut sequence, &tokens, chunk);
+                close(&format!("chunks of {chunk}"), &got, &whole, share);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn a_ragged_batch_equals_each_sequence_alone() -> Verdict {
+    for (checkpoint, share) in cuda()? {
+        let model = &checkpoint.model;
+        let tokens = prose(400);
+        for plan in &plans(model.shape()) {
+            let lens = [130, 1, 57, 200];
+            let mut batch: Vec<_> =
+                lens.iter().map(|_| model.open(plan, 300, 0).unwrap()).collect();
+            let mut alone: Vec<_> =
+                lens.iter().map(|_| model.open(plan, 300, 0).unwrap()).collect();
+            let mut at = [0; 4];
+            // Prefill of different lengths, then steps that mix decode with more prompt.
+            for round in [lens, [1, 1, 1, 1], [1, 30, 1, 2], [1, 1, 1, 1]] {
+                let parts: Vec<&[u32]> =
+                    round.iter().zip(&at).map(|(n, at)| &tokens[*at..at + n]).collect();
+                let mut sequences: Vec<_> = batch.iter_mut().collect();
+                let logits = model.forward(&mut sequences, &parts, LogitRows::Last).unwrap();
+                let together = model.device().values(logits).unwrap();
+                let each = parts.iter().zip(&mut alone).flat_map(|(part, sequence)| {
+                    step(model, sequence, part).pop().expect("one row per token")
+                });
+                let each: Vec<f32> = each.collect();
+                close(&format!("batch of {round:?}"), &together, &each, share);
+                at.iter_mut().zip(round).for_each(|(at, n)| *at += n);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn forks_and_rolled_back_sequences_go_on_as_if_nothing_had_been() -> Verdict {
+    for (checkpoint, _) in cuda()? {
+        let model = &checkpoint.model;
+        let tokens = prose(220);
+        for plan in &plans(model.shape()) {
+            let mut straight = model.open(plan, 300, 8).unwrap();
+            read(model, &mut straight, &tokens[..150], 150);
+            let mut fork = model.fork(&straight).unwrap();
+            // The fork goes its own way, and comes back.
+            step(model, &mut fork, &tokens[200..208]);
+            model.truncate(&mut fork, 150).unwrap();
+            let expected = step(model, &mut straight, &tokens[150..180]);
+            assert_eq!(step(model, &mut fork, &tokens[150..180]), expected);
+            assert_eq!(model.kv_bytes(&fork), model.kv_bytes(&straight));
+        }
+    }
+    Ok(())
+}
+
+/// The first steps are plain, then one runs by the plans for all lengths, then a graph is replayed.
+fn a_decoder_equals_single_steps() -> Verdict {
+    for (checkpoint, _) in cuda()? {
+        decoder_equals_steps(&checkpoint.model);
+    }
+    Ok(())
+}
+
+pub(crate) fn decoder_equals_steps(model: &Decoder<Cuda>) {
+    let tokens = prose(400);
+    let vocab = model.config().vocab_size;
+    for plan in &plans(model.shape()) {
+        let lens = [130, 3, 57];
+        let open = || {
+            lens.map(|len| {
+                let mut sequence = model.open(plan, len + 60, 0).unwrap();
+                read(model, &mut sequence, &tokens[..len], 500);
+                sequence
+            })
+        };
+        let (replayed, mut plain) = (open(), open());
+        let mut next = [5, 6, 7];
+        let mut session = model.session(replayed.into()).unwrap();
+        for round in 0..40 {
+            let parts: Vec<&[u32]> = next.chunks(1).collect();
+            let mut batch: Vec<_> = plain.iter_mut().collect();
+            let expected = model.forward(&mut batch, &parts, LogitRows::Last).unwrap();
+            let expected = model.device().values(expected).unwrap();
+            let rows = expected.chunks(vocab);
+            let likeliest: Vec<u32> = rows.map(crate::likeliest).collect();
+            if round % 3 == 0 {
+                let got = session.step(model, &next).unwrap();
+                assert!(got == expected, "logits differ in round {round}");
+            } else {
+                assert_eq!(session.step_greedy(model, &next).unwrap(), likeliest, "round {round}");
+            }
+            // Not greedy: a small model would repeat itself.
+            next = [0, 1, 2].map(|i| (likeliest[i] + round) % vocab as u32);
+        }
+        assert!(session.step(model, &[vocab as u32, 1, 1]).is_err());
+        assert!(session.step(model, &[1, 1]).is_err());
+        let mut replayed = session.into_sequences();
+        // The sequences know what has happened, and have room for 20 more.
+        for (replayed, plain) in replayed.iter_mut().zip(&mut plain) {
+            assert_eq!(replayed.len(), plain.len());
+            let more = &tokens[300..320];
+            assert_eq!(step(model, replayed, more), step(model, plain, more));
+        }
+        let mut session = model.session(replayed).unwrap();
+        assert!(session.step_greedy(model, &next).is_err(), "there is no room");
+    }
+}
+
+fn repeats_are_bitwise_equal() -> Verdict {
+    for (checkpoint, _) in cuda()? {
+        let model = &checkpoint.model;
+        let tokens = prose(150);
+        let plan = alternating(model.shape(), 8, 24, 48);
+        let run = || {
+            let mut sequence = model.open(&plan, 160, 0).unwrap();
+            let prompt = step(model, &mut sequence, &tokens[..149]);
+            [prompt, step(model, &mut sequence, &tokens[149..])].concat()
+        };
+        let first = run();
+        assert!((0..5).all(|_| run() == first));
+    }
+    Ok(())
+}
+
+/// Each thread prepares and captures graphs of its own while the others launch.
+fn threads_share_a_model() -> Verdict {
+    for (checkpoint, _) in cuda()? {
+        let model = &checkpoint.model;
+        let tokens = prose(120);
+        let [dense, _] = plans(model.shape());
+        let run = |thread: usize| -> Vec<Vec<f32>> {
+            let prompt = &tokens[..40 + 20 * thread];
+            let mut sequence = model.open(&dense, 120, 0).unwrap();
+            let mut all = vec![read(model, &mut sequence, prompt, 120)];
+            let mut session = model.session(vec![sequence]).unwrap();
+            all.extend((0..12).map(|i| session.step(model, &[tokens[i]]).unwrap()));
+            all
+        };
+        let alone: Vec<_> = (0..4).map(run).collect();
+        for _ in 0..5 {
+            let together: Vec<_> = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..4).map(|i| scope.spawn(move || run(i))).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert!(together == alone);
+        }
+    }
+    Ok(())
+}
