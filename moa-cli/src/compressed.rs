@@ -1,31 +1,46 @@
+use std::fmt;
+
 use moa_models::Compressed;
-use serde_json::{Value, json};
+use serde::Serialize;
 
 use crate::output::percent;
 
-/// What [`moa_models::compress`] measured.
-pub(crate) fn json(found: &Compressed) -> Value {
-    json!({
-        "dense_loss": found.refined.dense_loss,
-        "start_loss": found.refined.start_loss,
-        "loss": found.refined.loss,
-        "evaluations": found.refined.evaluations,
-        "searched_plans": found.found.plans.len(),
-        "worst_gap": found.found.set.worst_gap,
-    })
+/// Losses that [`moa_models::compress`] measured, and how much it searched for them.
+#[derive(Debug, Serialize)]
+pub(crate) struct Losses {
+    dense_loss: f64,
+    start_loss: f64,
+    loss: f64,
+    evaluations: usize,
+    searched_plans: usize,
+    worst_gap: f64,
 }
 
-/// The same as a sentence.
-pub(crate) fn text(found: &Compressed) -> String {
-    let refined = &found.refined;
-    format!(
-        "Response loss: dense {:.4}, best searched plan {:.4}, chosen plan {:.4} ({} plans searched, \
-         gap to the proven bound at most {}; {} plans measured)",
-        refined.dense_loss,
-        refined.start_loss,
-        refined.loss,
-        found.found.plans.len(),
-        percent(found.found.set.worst_gap),
-        refined.evaluations,
-    )
+impl From<&Compressed> for Losses {
+    fn from(found: &Compressed) -> Self {
+        Self {
+            dense_loss: found.refined.dense_loss,
+            start_loss: found.refined.start_loss,
+            loss: found.refined.loss,
+            evaluations: found.refined.evaluations,
+            searched_plans: found.found.plans.len(),
+            worst_gap: found.found.set.worst_gap,
+        }
+    }
+}
+
+impl fmt::Display for Losses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "Response loss: dense {:.4}, best searched plan {:.4}, chosen plan {:.4} ({} plans \
+             searched, gap to the proven bound at most {}; {} plans measured)",
+            self.dense_loss,
+            self.start_loss,
+            self.loss,
+            self.searched_plans,
+            percent(self.worst_gap),
+            self.evaluations,
+        )
+    }
 }

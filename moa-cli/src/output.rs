@@ -3,6 +3,7 @@ use std::io::{self, Write};
 
 use moa_models::Dtype;
 pub(crate) use moa_report::{bytes, percent, table};
+use serde::Serialize;
 use serde_json::Value;
 
 use crate::args::{Device, Global, WeightType};
@@ -67,6 +68,11 @@ impl Context {
         if self.json || self.muted { Ok(()) } else { to_stdout(&text) }
     }
 
+    /// Writes the result of a command: as text, or with `--json` as one object on one line.
+    pub(crate) fn result(&self, result: &(impl Serialize + Display)) -> Result<()> {
+        if self.json { self.json(&value_of(result)?) } else { self.print(result) }
+    }
+
     /// Writes the result for programs, with `--json` only.
     pub(crate) fn json(&self, value: &Value) -> Result<()> {
         if self.json { to_stdout(&format_args!("{value}\n")) } else { Ok(()) }
@@ -78,6 +84,13 @@ impl Context {
             eprintln!("{text}");
         }
     }
+}
+
+/// A result as JSON, its keys in the order of the alphabet.
+pub(crate) fn value_of(result: &impl Serialize) -> Result<Value> {
+    // Only paths that are not UTF-8 cannot be written.
+    serde_json::to_value(result)
+        .map_err(|source| Error::Stream { stream: "stdout", source: source.into() })
 }
 
 fn to_stdout(text: &dyn Display) -> Result<()> {

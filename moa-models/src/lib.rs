@@ -91,7 +91,7 @@ pub use engine::stop::StopStrings;
 pub use error::{Error, Result};
 pub use eval::bench::{BenchOptions, BenchReport, ProfileBenchReport};
 pub use eval::metrics;
-pub use eval::perplexity::PerplexityReport;
+pub use eval::perplexity::{PerplexityReport, PooledPerplexity};
 pub use eval::retrieval::RetrievalCase;
 pub use eval::tasks::Task;
 pub use eval::{

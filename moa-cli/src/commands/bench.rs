@@ -1,12 +1,13 @@
+use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use moa_core::{DEFAULT_SINK, Plan, SparseAttentionBackend};
 use moa_models::{
-    Backward, BenchOptions, BenchReport, Decoder, Math, ModelConfig, RandomTensors, Shard, Tensors,
-    Weights,
+    Backward, BenchOptions, BenchReport, Decoder, Math, ModelConfig, ProfileBenchReport,
+    RandomTensors, Shard, Tensors, Weights,
 };
-use serde_json::{Value, json};
+use serde::Serialize;
 
 use crate::args::{parse_count, parse_density};
 use crate::error::{Error, Result};
@@ -155,7 +156,7 @@ fn with_ops<D: Backward>(
     }
     let total = plans.len() * args.prompts.len() * args.batches.len();
     let bar = Progress::new(context, "bench", total);
-    let (mut rows, mut values) = (Vec::new(), Vec::new());
+    let mut measurements = Vec::new();
     for &prompt in &args.prompts {
         for (name, plan) in &plans {
             for &batch in &args.batches {
@@ -168,48 +169,98 @@ fn with_ops<D: Backward>(
                     seed: context.seed,
                 };
                 let report = measure(&model, plan, batch, &options)?;
-                rows.push(row(name, &report));
-                let mut value = json!(report);
-                value["plan"] = json!(name);
-                values.push(value);
+                measurements.push(Measurement { plan: name.clone(), report });
                 bar.step();
             }
         }
     }
     drop(bar);
-    context.print(table(&HEAD, &rows))?;
-    finish(&model, "measurements", values, context)
+    context.result(&Outcome::new(&model, Measured::Measurements(measurements)))
 }
 
 /// Profiles one item of each length.
 fn profile<D: Backward>(args: &Args, model: &Decoder<D>, context: &Context) -> Result<()> {
     let bar = Progress::new(context, "bench", args.prompts.len());
-    let (mut rows, mut values) = (Vec::new(), Vec::new());
+    let mut profiles = Vec::new();
     for &tokens in &args.prompts {
-        let report = model.bench_profile(tokens, context.seed)?;
-        let peak = report.peak_bytes.map_or_else(|| "-".to_string(), bytes);
-        rows.push(vec![tokens.to_string(), format!("{:.3} s", report.seconds), peak]);
-        values.push(json!(report));
+        profiles.push(model.bench_profile(tokens, context.seed)?);
         bar.step();
     }
     drop(bar);
-    context.print(table(&["tokens", "profiling an item", "peak"], &rows))?;
-    finish(model, "profiles", values, context)
+    context.result(&Outcome::new(model, Measured::Profiles(profiles)))
 }
 
-fn finish<D: Math>(
-    model: &Decoder<D>,
-    what: &str,
-    values: Vec<Value>,
-    context: &Context,
-) -> Result<()> {
-    context.json(&json!({
-        "device": model.device().attention().name(),
-        "layers": model.config().num_hidden_layers,
-        "parameters": model.config().parameters(),
-        "ranks": model.ranks(),
-        what: values,
-    }))
+/// What was measured of a model.
+#[derive(Debug, Serialize)]
+struct Outcome {
+    device: &'static str,
+    layers: usize,
+    parameters: u64,
+    ranks: usize,
+    #[serde(flatten)]
+    measured: Measured,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Measured {
+    Measurements(Vec<Measurement>),
+    Profiles(Vec<ProfileBenchReport>),
+}
+
+/// Generation with one plan.
+#[derive(Debug, Serialize)]
+struct Measurement {
+    plan: String,
+    #[serde(flatten)]
+    report: BenchReport,
+}
+
+impl Outcome {
+    fn new<D: Math>(model: &Decoder<D>, measured: Measured) -> Self {
+        Self {
+            device: model.device().attention().name(),
+            layers: model.config().num_hidden_layers,
+            parameters: model.config().parameters(),
+            ranks: model.ranks(),
+            measured,
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let peak = |peak: Option<u64>| peak.map_or_else(|| "-".to_string(), bytes);
+        let text = match &self.measured {
+            Measured::Measurements(measurements) => {
+                let row = |Measurement { plan, report }: &Measurement| {
+                    vec![
+                        plan.clone(),
+                        report.prompt.to_string(),
+                        report.batch.to_string(),
+                        format!("{:.3} s", report.first_token_seconds),
+                        format!("{:.0}", report.prefill_tokens_per_second),
+                        format!("{:.1}", report.decode_tokens_per_second),
+                        format!("{:.3}", report.step_seconds * 1e3),
+                        format!("{:.0}", report.step_bytes_per_second / 1e9),
+                        bytes(report.kv_bytes),
+                        percent(report.kv_bytes as f64 / report.kv_bytes_dense.max(1) as f64),
+                        peak(report.peak_bytes),
+                    ]
+                };
+                table(&HEAD, &measurements.iter().map(row).collect::<Vec<_>>())
+            }
+            Measured::Profiles(profiles) => {
+                let row = |of: &ProfileBenchReport| {
+                    let seconds = format!("{:.3} s", of.seconds);
+                    vec![of.tokens.to_string(), seconds, peak(of.peak_bytes)]
+                };
+                let rows: Vec<_> = profiles.iter().map(row).collect();
+                table(&["tokens", "profiling an item", "peak"], &rows)
+            }
+        };
+        f.write_str(&text)
+    }
 }
 
 fn measure<D: Math>(
@@ -240,22 +291,6 @@ const HEAD: [&str; 11] = [
     "of dense",
     "peak",
 ];
-
-fn row(name: &str, report: &BenchReport) -> Vec<String> {
-    vec![
-        name.to_string(),
-        report.prompt.to_string(),
-        report.batch.to_string(),
-        format!("{:.3} s", report.first_token_seconds),
-        format!("{:.0}", report.prefill_tokens_per_second),
-        format!("{:.1}", report.decode_tokens_per_second),
-        format!("{:.3}", report.step_seconds * 1e3),
-        format!("{:.0}", report.step_bytes_per_second / 1e9),
-        bytes(report.kv_bytes),
-        percent(report.kv_bytes as f64 / report.kv_bytes_dense.max(1) as f64),
-        report.peak_bytes.map_or_else(|| "-".to_string(), bytes),
-    ]
-}
 
 #[cfg(test)]
 mod tests {

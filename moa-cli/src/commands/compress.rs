@@ -1,14 +1,15 @@
-use std::path::PathBuf;
+use std::fmt;
+use std::path::{Path, PathBuf};
 
 use moa_models::{Backward, CalibrationData, Checkpoint, CompressOptions, compress};
 use moa_report::{PlanSummary, lengths_of};
-use serde_json::json;
+use serde::Serialize;
 
 use super::search::SolverArgs;
 use crate::args::{DataArg, ModelArg, ObjectiveArgs, SpanArgs, parse_count};
 use crate::budget::BudgetArgs;
 use crate::calibration;
-use crate::compressed;
+use crate::compressed::Losses;
 use crate::error::Result;
 use crate::files::{check_file, check_optional};
 use crate::model::{self, on_device};
@@ -103,19 +104,30 @@ fn with_model<D: Backward>(
     }
     found.plan.save(&args.out)?;
 
-    let summary = PlanSummary::new(
-        &found.plan,
-        &lengths_of(&found.plan),
-        context.cache.slot_bytes(found.plan.shape().head_dim),
-    );
-    context.print(&summary)?;
-    context.print(format_args!("\n{}", compressed::text(&found)))?;
-    context.print(format_args!("Plan: {}", args.out.display()))?;
-    let warnings = calibration::warnings(&found.profile, context)?;
-    context.json(&json!({
-        "out": args.out,
-        "losses": compressed::json(&found),
-        "plan": summary,
-        "warnings": warnings,
-    }))
+    let lengths = lengths_of(&found.plan);
+    context.result(&Outcome {
+        out: &args.out,
+        losses: Losses::from(&found),
+        plan: PlanSummary::new(
+            &found.plan,
+            &lengths,
+            context.cache.slot_bytes(found.plan.shape().head_dim),
+        ),
+        warnings: calibration::warnings(&found.profile, context)?,
+    })
+}
+
+/// The plan that was found, and how good it is.
+#[derive(Debug, Serialize)]
+struct Outcome<'a> {
+    out: &'a Path,
+    losses: Losses,
+    plan: PlanSummary,
+    warnings: Vec<String>,
+}
+
+impl fmt::Display for Outcome<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}\n\n{}\nPlan: {}", self.plan, self.losses, self.out.display())
+    }
 }

@@ -1,9 +1,10 @@
-use std::path::PathBuf;
+use std::fmt;
+use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
 use moa_core::{Plan, write_atomic};
 use moa_report::{HeadMap, PlanSummary, at_lengths, figure, lengths_of};
-use serde_json::json;
+use serde::Serialize;
 
 use super::plan_make;
 use crate::args::parse_count;
@@ -62,24 +63,38 @@ fn show(args: &ShowArgs, context: &Context) -> Result<()> {
     let lengths = if args.at.is_empty() { lengths_of(&plan) } else { args.at.clone() };
     let summary =
         PlanSummary::new(&plan, &lengths, context.cache.slot_bytes(plan.shape().head_dim));
-    let maps = summary.maps();
     if let Some(path) = &args.svg {
         let title = format!("Span of each KV head, {}", plan.shape());
-        let figure = figure::head_map(&title, &[("", maps.clone())]);
+        let figure = figure::head_map(&title, &[("", summary.maps())]);
         write_atomic(path, figure.svg().as_bytes())?;
     }
-    context.print(format_args!("{}", plan.shape()))?;
-    context.print(format_args!("sink {}, smallest span {}", plan.sink(), plan.min_span()))?;
-    for line in origin(&plan) {
-        context.print(line)?;
+    context.result(&Shown { file: &args.plan, summary, plan: &plan })
+}
+
+/// A plan as it is shown.
+#[derive(Debug, Serialize)]
+struct Shown<'a> {
+    file: &'a Path,
+    #[serde(flatten)]
+    summary: PlanSummary,
+    #[serde(skip)]
+    plan: &'a Plan,
+}
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let plan = self.plan;
+        writeln!(f, "{}", plan.shape())?;
+        writeln!(f, "sink {}, smallest span {}", plan.sink(), plan.min_span())?;
+        for line in origin(plan) {
+            writeln!(f, "{line}")?;
+        }
+        write!(f, "\n{}", self.summary)?;
+        if plan.shape().kv_heads <= LISTED_HEADS {
+            write!(f, "\n\n{}", span_table(plan, &self.summary.maps()))?;
+        }
+        Ok(())
     }
-    context.print(format_args!("\n{}", summary))?;
-    if plan.shape().kv_heads <= LISTED_HEADS {
-        context.print(format_args!("\n{}", span_table(&plan, &maps)))?;
-    }
-    let mut value = json!(summary);
-    value["file"] = json!(args.plan);
-    context.json(&value)
 }
 
 /// Where the plan came from, as far as it says.

@@ -1,10 +1,11 @@
 //! Plans that come from elsewhere or from a formula: import, export, uniform, retrieval-heads.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use moa_core::{DEFAULT_SINK, ElasticRule, ModelShape, Plan, write_atomic};
 use moa_report::{PlanSummary, lengths_of};
-use serde_json::json;
+use serde::Serialize;
 
 use crate::args::{parse_count, parse_density, parse_head};
 use crate::error::Result;
@@ -146,8 +147,34 @@ pub(super) fn export(args: &ExportArgs, context: &Context) -> Result<()> {
     check_file(&args.out)?;
     let plan = Plan::load(&args.plan)?;
     write_atomic(&args.out, plan.to_published_json()?.as_bytes())?;
-    context.print(format_args!("{} -> {}", args.plan.display(), args.out.display()))?;
-    context.json(&json!({ "plan": args.plan, "out": args.out }))
+    context.result(&Exported { plan: &args.plan, out: &args.out })
+}
+
+/// A plan that was written in the original code's format.
+#[derive(Debug, Serialize)]
+struct Exported<'a> {
+    plan: &'a Path,
+    out: &'a Path,
+}
+
+impl fmt::Display for Exported<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} -> {}", self.plan.display(), self.out.display())
+    }
+}
+
+/// A plan that was made.
+#[derive(Debug, Serialize)]
+struct Made<'a> {
+    out: &'a Path,
+    #[serde(flatten)]
+    summary: PlanSummary,
+}
+
+impl fmt::Display for Made<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}\n\nPlan: {}", self.summary.table(), self.out.display())
+    }
 }
 
 fn save(mut plan: Plan, method: &str, out: &Path, context: &Context) -> Result<()> {
@@ -158,9 +185,5 @@ fn save(mut plan: Plan, method: &str, out: &Path, context: &Context) -> Result<(
         &lengths_of(&plan),
         context.cache.slot_bytes(plan.shape().head_dim),
     );
-    context.print(summary.table())?;
-    context.print(format_args!("\nPlan: {}", out.display()))?;
-    let mut value = json!(summary);
-    value["out"] = json!(out);
-    context.json(&value)
+    context.result(&Made { out, summary })
 }

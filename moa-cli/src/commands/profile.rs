@@ -1,11 +1,12 @@
-use std::path::PathBuf;
+use std::fmt;
+use std::path::{Path, PathBuf};
 
 use moa_core::{DEFAULT_SINK, ElasticRule, HeadRule, Profile};
 use moa_models::{
     Backward, CalibrationData, CalibrationOptions, Checkpoint, DEFAULT_BLOCK, WeightedObjective,
     describe,
 };
-use serde_json::json;
+use serde::Serialize;
 
 use crate::args::{DataArg, ModelArg, ObjectiveArgs, parse_count};
 use crate::calibration;
@@ -81,62 +82,93 @@ fn with_model<D: Backward>(
     drop(bar);
     profile.save(&args.out)?;
 
-    let mut rows = Vec::new();
-    let mut at = Vec::new();
-    for length in profile.lengths() {
+    let lengths = profile.lengths().into_iter().map(|length| ProfiledLength::new(&profile, length));
+    context.result(&Outcome {
+        out: &args.out,
+        objective: &profile.info.objective,
+        data: &profile.info.data,
+        lengths: lengths.collect::<Result<_>>()?,
+        warnings: calibration::warnings(&profile, context)?,
+    })
+}
+
+/// What a profile says.
+#[derive(Debug, Serialize)]
+struct Outcome<'a> {
+    out: &'a Path,
+    objective: &'a str,
+    data: &'a str,
+    lengths: Vec<ProfiledLength>,
+    warnings: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct ProfiledLength {
+    length: usize,
+    samples: u64,
+    far_loss: f64,
+    far_loss_standard_error: f64,
+    heads: Vec<RankedHead>,
+}
+
+/// A head with the predicted loss of leaving it the shortest span.
+#[derive(Debug, Serialize)]
+struct RankedHead {
+    layer: usize,
+    kv_head: usize,
+    loss: f64,
+}
+
+impl ProfiledLength {
+    fn new(profile: &Profile, length: usize) -> Result<Self> {
         let influence = profile.at(length)?;
-        let (samples, far) = (influence.samples(), influence.far_losses());
-        let heads = ranked_heads(&profile, length)?;
-        let names: Vec<_> = heads
-            .iter()
-            .take(TOP_HEADS)
-            .map(|(layer, head, _)| format!("{layer}:{head}"))
-            .collect();
-        let growth = format!("{:.3} +- {:.3}", far.mean(), far.standard_error());
-        rows.push(vec![length.to_string(), samples.to_string(), growth, names.join(" ")]);
-        let heads: Vec<_> = heads
-            .iter()
-            .map(|(layer, head, loss)| json!({ "layer": layer, "kv_head": head, "loss": loss }))
-            .collect();
-        at.push(json!({
-            "length": length,
-            "samples": samples,
-            "far_loss": far.mean(),
-            "far_loss_standard_error": far.standard_error(),
-            "heads": heads,
-        }));
+        let far = influence.far_losses();
+        Ok(Self {
+            length,
+            samples: influence.samples(),
+            far_loss: far.mean(),
+            far_loss_standard_error: far.standard_error(),
+            heads: ranked_heads(profile, length)?,
+        })
     }
-    context.print(table(
-        &[
+
+    fn row(&self) -> Vec<String> {
+        let name = |head: &RankedHead| format!("{}:{}", head.layer, head.kv_head);
+        let names: Vec<_> = self.heads.iter().take(TOP_HEADS).map(name).collect();
+        vec![
+            self.length.to_string(),
+            self.samples.to_string(),
+            format!("{:.3} +- {:.3}", self.far_loss, self.far_loss_standard_error),
+            names.join(" "),
+        ]
+    }
+}
+
+impl fmt::Display for Outcome<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let head = [
             "length",
             "samples",
             "loss without the far context",
             "heads that need the context most (layer:KV head)",
-        ],
-        &rows,
-    ))?;
-    context.print(format_args!("\nProfile: {}", args.out.display()))?;
-    let warnings = calibration::warnings(&profile, context)?;
-    context.json(&json!({
-        "out": args.out,
-        "objective": profile.info.objective,
-        "data": profile.info.data,
-        "lengths": at,
-        "warnings": warnings,
-    }))
+        ];
+        let rows: Vec<_> = self.lengths.iter().map(ProfiledLength::row).collect();
+        write!(f, "{}\n\nProfile: {}", table(&head, &rows), self.out.display())
+    }
 }
 
-/// Heads by the predicted loss of leaving them the shortest span, largest first.
-fn ranked_heads(profile: &Profile, length: usize) -> Result<Vec<(usize, usize, f64)>> {
+/// All heads, those that lose most by the shortest span first.
+fn ranked_heads(profile: &Profile, length: usize) -> Result<Vec<RankedHead>> {
     let influence = profile.at(length)?;
     let shortest =
         HeadRule::from(ElasticRule::fixed(DEFAULT_SINK + 16)).span(length, DEFAULT_SINK, 1);
     let mut heads = Vec::new();
     for layer in 0..profile.shape.layers {
         for head in 0..profile.shape.kv_heads {
-            heads.push((layer, head, influence.loss(layer, head, shortest)));
+            let loss = influence.loss(layer, head, shortest);
+            heads.push(RankedHead { layer, kv_head: head, loss });
         }
     }
-    heads.sort_by(|a, b| b.2.total_cmp(&a.2));
+    heads.sort_by(|a, b| b.loss.total_cmp(&a.loss));
     Ok(heads)
 }

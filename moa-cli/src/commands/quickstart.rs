@@ -1,21 +1,22 @@
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use moa_core::{DEFAULT_SINK, Plan};
 use moa_models::{
     Backward, CalibrationData, Checkpoint, CompressOptions, Compressed, Math, RetrievalCase,
-    RetrievalReport, compress,
+    compress,
 };
 use moa_report::{HeadMap, PlanSummary, figure};
-use serde_json::{Value, json};
+use serde::Serialize;
 
-use super::eval::{HEAD, report_json, row};
+use super::eval::Scores;
 use crate::args::{parse_count, parse_density};
-use crate::compressed;
+use crate::compressed::Losses;
 use crate::error::{Error, Result};
 use crate::files::OutputFolder;
 use crate::model::{self, on_device};
-use crate::output::{Context, table};
+use crate::output::{Context, table, value_of};
 use crate::progress::Progress;
 
 /// From a checkpoint to a plan to answers, on a small model, in a minute or two
@@ -86,7 +87,8 @@ fn with_ops<D: Backward>(args: &Args, device: D, context: &Context) -> Result<()
         context.cache.slot_bytes(found.plan.shape().head_dim),
     );
     let maps = summary.maps();
-    context.print(format_args!("{}\n", compressed::text(&found)))?;
+    let losses = Losses::from(&found);
+    context.print(format_args!("{losses}\n"))?;
     context.print(HeadMap::draw(&maps))?;
 
     context.print(format_args!(
@@ -107,21 +109,42 @@ fn with_ops<D: Backward>(args: &Args, device: D, context: &Context) -> Result<()
     let figure = figure::head_map(&title, &[("", maps)]);
     folder.write("heads.svg", figure.svg().as_bytes())?;
     let seconds = begin.elapsed().as_secs_f64();
-    let value = json!({
-        "model": model_path,
-        "out": args.out,
-        "losses": compressed::json(&found),
-        "plan": summary,
-        "results": results,
-        "seconds": seconds,
-    });
-    folder.write("results.json", format!("{value:#}\n").as_bytes())?;
+    let outcome =
+        Outcome { model: &model_path, out: &args.out, losses, plan: summary, results, seconds };
+    folder.write("results.json", format!("{:#}\n", value_of(&outcome)?).as_bytes())?;
     folder.keep();
-    context.print(format_args!(
-        "\nplan.json, profile.safetensors, heads.svg and results.json are in {} ({seconds:.0} s)",
-        args.out.display()
-    ))?;
-    context.json(&value)
+    context.result(&outcome)
+}
+
+/// All that the quickstart found, as `results.json` holds it.
+#[derive(Debug, Serialize)]
+struct Outcome<'a> {
+    model: &'a Path,
+    out: &'a Path,
+    losses: Losses,
+    plan: PlanSummary,
+    results: Vec<OfCache>,
+    seconds: f64,
+}
+
+/// Answers to the held-out questions with one kind of cache.
+#[derive(Debug, Serialize)]
+struct OfCache {
+    cache: &'static str,
+    #[serde(flatten)]
+    scores: Scores,
+}
+
+/// The last line alone: the others were written when they were known.
+impl fmt::Display for Outcome<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "\nplan.json, profile.safetensors, heads.svg and results.json are in {} ({:.0} s)",
+            self.out.display(),
+            self.seconds
+        )
+    }
 }
 
 fn find_plan<D: Backward>(
@@ -154,7 +177,7 @@ fn answer<D: Math>(
     plan: &Plan,
     cases: &[RetrievalCase],
     context: &Context,
-) -> Result<Vec<Value>> {
+) -> Result<Vec<OfCache>> {
     let shape = model.model.shape();
     let ask = |plan: &Plan| {
         let mut bar = Progress::new(context, "evaluate", cases.len());
@@ -164,15 +187,11 @@ fn answer<D: Math>(
     let planned = ask(plan)?;
     // As dense as the plan was at the lengths of these very questions.
     let uniform = ask(&model::uniform(shape, DEFAULT_SINK, planned.density)?)?;
-    let reports = [("dense", dense), ("uniform window", uniform), ("plan", planned)];
-    let rows: Vec<_> = reports.iter().map(|(name, report)| row(name, report)).collect();
-    context.print(table(&HEAD, &rows))?;
-    let with_name = |(name, report): &(&str, RetrievalReport)| {
-        let mut value = report_json(report);
-        value["cache"] = json!(name);
-        value
-    };
-    Ok(reports.iter().map(with_name).collect())
+    let reports = [("dense", &dense), ("uniform window", &uniform), ("plan", &planned)];
+    let results = reports.map(|(cache, report)| OfCache { cache, scores: Scores::from(report) });
+    let rows: Vec<_> = results.iter().map(|of| of.scores.row(of.cache)).collect();
+    context.print(table(&Scores::HEAD, &rows))?;
+    Ok(results.into())
 }
 
 /// `assets/moa-tiny` in the current folder or one above it, else beside this crate's sources.

@@ -1,8 +1,9 @@
-use std::path::PathBuf;
+use std::fmt;
+use std::path::{Path, PathBuf};
 
 use moa_core::write_atomic;
 use moa_report::{Answers, NamedPlan, Report};
-use serde_json::json;
+use serde::Serialize;
 
 use crate::args::parse_count;
 use crate::error::{Error, Result};
@@ -82,7 +83,6 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     } else {
         write_atomic(&args.out, page.html().as_bytes())?;
     }
-    let titles: Vec<&str> = page.figures.iter().map(|f| f.title.as_str()).collect();
     let ids: Vec<&str> = page.figures.iter().map(|f| f.id.as_str()).collect();
     if args.plans.is_some() && !ids.contains(&"pareto") {
         context.note("no Pareto front: the plans do not say their predicted losses");
@@ -90,6 +90,24 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     if !report.plans.is_empty() && !ids.contains(&"predicted-measured") {
         context.note("no predicted against measured loss: no plan here was chosen by measurement");
     }
-    context.print(format_args!("{}\n\nReport: {}", titles.join("\n"), args.out.display()))?;
-    context.json(&json!({ "out": args.out, "figures": ids, "svg": files }))
+    let titles = page.figures.iter().map(|f| f.title.as_str()).collect();
+    context.result(&Outcome { out: &args.out, figures: ids, svg: files, titles })
+}
+
+/// The page that was written.
+#[derive(Debug, Serialize)]
+struct Outcome<'a> {
+    out: &'a Path,
+    /// Ids of the figures.
+    figures: Vec<&'a str>,
+    /// Files of the figures, if they were asked for.
+    svg: Vec<PathBuf>,
+    #[serde(skip)]
+    titles: Vec<&'a str>,
+}
+
+impl fmt::Display for Outcome<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}\n\nReport: {}", self.titles.join("\n"), self.out.display())
+    }
 }

@@ -1,10 +1,12 @@
+use std::fmt;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use moa_core::{FoundPlans, Profile, Space, search::Options};
+use moa_core::search::{Options, Solution};
+use moa_core::{AtLength, Plan, Profile, Space};
 use moa_models::{CompressOptions, bound_decode_time};
-use serde_json::{Value, json};
+use serde::Serialize;
 
 use crate::args::{SpanArgs, parse_count, space_parser};
 use crate::budget::BudgetArgs;
@@ -128,75 +130,92 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     }
     let mut files = Vec::new();
     for (index, plan) in found.plans.iter().enumerate() {
-        files.push(folder.write(&file_name(index), plan.to_json().as_bytes())?);
+        files.push(folder.write(&format!("plan-{index:02}.json"), plan.to_json().as_bytes())?);
     }
     folder.keep();
-    context.print(text(&found))?;
-    context.print(format_args!(
-        "\n{} plans in {}; gap to the proven bound at most {} ({:.1} s)",
-        files.len(),
-        args.out.display(),
-        percent(found.set.worst_gap),
-        found.set.seconds,
-    ))?;
-    let warnings = calibration::warnings(&profile, context)?;
-    context.json(&json!({
-        "out": args.out,
-        "density": request.bounds.iter().map(|b| b.max).fold(0.0, f64::max),
-        "space": args.solver.space.name(),
-        "worst_gap": found.set.worst_gap,
-        "seconds": found.set.seconds,
-        "plans": plans_json(&found, &files),
-        "warnings": warnings,
-    }))
+    let plan = |(plan, (solution, file)): (&Plan, (&Solution, PathBuf))| {
+        let from = &plan.provenance;
+        let density = |b: &AtLength| BoundDensity {
+            length: b.length,
+            bound: b.value,
+            value: plan.density(b.length),
+        };
+        SearchedPlan {
+            file,
+            predicted_losses: from.predicted_losses.clone(),
+            densities: from.density_bounds.iter().map(density).collect(),
+            gap: solution.gap.relative,
+        }
+    };
+    let solutions = found.set.solutions.iter().zip(files);
+    context.result(&Outcome {
+        out: &args.out,
+        density: request.bounds.iter().map(|b| b.max).fold(0.0, f64::max),
+        space: args.solver.space.name(),
+        worst_gap: found.set.worst_gap,
+        seconds: found.set.seconds,
+        plans: found.plans.iter().zip(solutions).map(plan).collect(),
+        warnings: calibration::warnings(&profile, context)?,
+    })
 }
 
-fn file_name(index: usize) -> String {
-    format!("plan-{index:02}.json")
+/// The plans that were found.
+#[derive(Debug, Serialize)]
+struct Outcome<'a> {
+    out: &'a Path,
+    /// Largest of the bounds.
+    density: f64,
+    space: &'static str,
+    worst_gap: f64,
+    seconds: f64,
+    plans: Vec<SearchedPlan>,
+    warnings: Vec<String>,
 }
 
-fn text(found: &FoundPlans) -> String {
-    let Some(first) = found.plans.first() else { return String::new() };
-    let provenance = &first.provenance;
-    let mut head = vec!["plan".to_string()];
-    head.extend(provenance.predicted_losses.iter().map(|l| format!("loss at {}", l.length)));
-    head.extend(provenance.density_bounds.iter().map(|b| format!("density at {}", b.length)));
-    head.push("gap".to_string());
-    let rows: Vec<Vec<String>> = found
-        .plans
-        .iter()
-        .zip(&found.set.solutions)
-        .enumerate()
-        .map(|(index, (plan, solution))| {
-            let mut row = vec![file_name(index)];
-            row.extend(solution.losses.iter().map(|loss| format!("{loss:.4}")));
-            row.extend(provenance.density_bounds.iter().map(|b| percent(plan.density(b.length))));
-            row.push(percent(solution.gap.relative));
-            row
-        })
-        .collect();
-    table(&head.iter().map(String::as_str).collect::<Vec<_>>(), &rows)
+#[derive(Debug, Serialize)]
+struct SearchedPlan {
+    file: PathBuf,
+    predicted_losses: Vec<AtLength>,
+    densities: Vec<BoundDensity>,
+    /// Gap to the proven bound, as a share of the loss.
+    gap: f64,
 }
 
-fn plans_json(found: &FoundPlans, files: &[PathBuf]) -> Vec<Value> {
-    found
-        .plans
-        .iter()
-        .zip(&found.set.solutions)
-        .zip(files)
-        .map(|((plan, solution), file)| {
-            let densities: Vec<_> = plan
-                .provenance
-                .density_bounds
-                .iter()
-                .map(|b| json!({ "length": b.length, "bound": b.value, "value": plan.density(b.length) }))
-                .collect();
-            json!({
-                "file": file,
-                "predicted_losses": plan.provenance.predicted_losses,
-                "densities": densities,
-                "gap": solution.gap.relative,
-            })
-        })
-        .collect()
+#[derive(Debug, Serialize)]
+struct BoundDensity {
+    length: usize,
+    bound: f64,
+    value: f64,
+}
+
+impl SearchedPlan {
+    fn row(&self) -> Vec<String> {
+        let mut row = vec![self.file.file_name().unwrap_or_default().display().to_string()];
+        row.extend(self.predicted_losses.iter().map(|loss| format!("{:.4}", loss.value)));
+        row.extend(self.densities.iter().map(|density| percent(density.value)));
+        row.push(percent(self.gap));
+        row
+    }
+}
+
+impl fmt::Display for Outcome<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(first) = self.plans.first() {
+            let mut head = vec!["plan".to_string()];
+            head.extend(first.predicted_losses.iter().map(|l| format!("loss at {}", l.length)));
+            head.extend(first.densities.iter().map(|d| format!("density at {}", d.length)));
+            head.push("gap".to_string());
+            let head: Vec<&str> = head.iter().map(String::as_str).collect();
+            let rows: Vec<_> = self.plans.iter().map(SearchedPlan::row).collect();
+            writeln!(f, "{}", table(&head, &rows))?;
+        }
+        write!(
+            f,
+            "\n{} plans in {}; gap to the proven bound at most {} ({:.1} s)",
+            self.plans.len(),
+            self.out.display(),
+            percent(self.worst_gap),
+            self.seconds,
+        )
+    }
 }

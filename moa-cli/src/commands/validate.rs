@@ -1,13 +1,14 @@
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::fmt;
+use std::path::{Path, PathBuf};
 
 use moa_core::{AtLength, Plan, PlanRequest, Profile};
 use moa_models::{
-    CalibrationData, Checkpoint, CompressOptions, Item, Math, bound_decode_time, measured_losses,
-    refine,
+    CalibrationData, Checkpoint, CompressOptions, Item, Math, Refined, bound_decode_time,
+    measured_losses, refine,
 };
 use moa_report::at_lengths;
-use serde_json::json;
+use serde::Serialize;
 
 use crate::args::{DataArg, ModelArg, parse_count};
 use crate::calibration;
@@ -127,43 +128,64 @@ fn with_model<D: Math>(
     plan.provenance.method = Some("moa validate".to_string());
     plan.save(&args.out)?;
 
-    let mut rows: Vec<Vec<String>> = files
-        .iter()
-        .zip(&losses)
-        .map(|(file, loss)| {
-            vec![file.name(), format!("{loss:.4}"), percent(file.plan.density(length))]
-        })
-        .collect();
-    rows.push(vec!["dense".to_string(), format!("{dense:.4}"), percent(1.0)]);
-    let head = format!("loss at {length}");
-    context.print(table(&["plan", &head, "density"], &rows))?;
-    context.print(format_args!("\nLowest loss: {}", files[best].name()))?;
-    if let Some(refined) = &refined {
-        context.print(format_args!(
-            "Refined: mean loss {:.4} -> {:.4} in {} measurements",
-            refined.start_loss, refined.loss, refined.evaluations
-        ))?;
+    let measured = |(file, &loss): (&PlanFile, &f64)| {
+        let density = file.plan.density(length);
+        MeasuredPlan { file: file.path.clone(), loss, density }
+    };
+    context.result(&Outcome {
+        out: &args.out,
+        length,
+        plans: files.iter().zip(&losses).map(measured).collect(),
+        best: &files[best].path,
+        dense_loss: dense,
+        refined_from: refined.as_ref().map(|r| r.start_loss),
+        refined_to: refined.as_ref().map(|r| r.loss),
+        measured_losses: &plan.provenance.measured_losses,
+        refined,
+    })
+}
+
+/// Measured losses of the plans, and the one that was chosen.
+#[derive(Debug, Serialize)]
+struct Outcome<'a> {
+    out: &'a Path,
+    length: usize,
+    plans: Vec<MeasuredPlan>,
+    best: &'a Path,
+    dense_loss: f64,
+    refined_from: Option<f64>,
+    refined_to: Option<f64>,
+    measured_losses: &'a [AtLength],
+    #[serde(skip)]
+    refined: Option<Refined>,
+}
+
+#[derive(Debug, Serialize)]
+struct MeasuredPlan {
+    file: PathBuf,
+    loss: f64,
+    density: f64,
+}
+
+impl fmt::Display for Outcome<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let row = |name: String, loss, density| vec![name, format!("{loss:.4}"), percent(density)];
+        let name = |path: &Path| path.file_name().unwrap_or_default().display().to_string();
+        let plans = self.plans.iter().map(|plan| row(name(&plan.file), plan.loss, plan.density));
+        let dense = row("dense".to_string(), self.dense_loss, 1.0);
+        let rows: Vec<_> = plans.chain([dense]).collect();
+        let head = format!("loss at {}", self.length);
+        writeln!(f, "{}", table(&["plan", &head, "density"], &rows))?;
+        writeln!(f, "\nLowest loss: {}", name(self.best))?;
+        if let Some(Refined { start_loss, loss, evaluations, .. }) = &self.refined {
+            writeln!(
+                f,
+                "Refined: mean loss {start_loss:.4} -> {loss:.4} in {evaluations} measurements"
+            )?;
+        }
+        let losses = at_lengths(self.measured_losses);
+        write!(f, "Plan: {} (loss {losses})", self.out.display())
     }
-    context.print(format_args!(
-        "Plan: {} (loss {})",
-        args.out.display(),
-        at_lengths(&plan.provenance.measured_losses)
-    ))?;
-    let measured: Vec<_> = files
-        .iter()
-        .zip(&losses)
-        .map(|(file, loss)| json!({ "file": file.path, "loss": loss, "density": file.plan.density(length) }))
-        .collect();
-    context.json(&json!({
-        "out": args.out,
-        "length": length,
-        "plans": measured,
-        "best": files[best].path,
-        "dense_loss": dense,
-        "refined_from": refined.as_ref().map(|r| r.start_loss),
-        "refined_to": refined.as_ref().map(|r| r.loss),
-        "measured_losses": plan.provenance.measured_losses,
-    }))
 }
 
 /// The search that a plan came out of.

@@ -36,6 +36,50 @@ pub struct PerplexityReport {
     pub seconds: f64,
 }
 
+/// Perplexity of several texts together, each measured as a [`PerplexityReport`].
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct PooledPerplexity {
+    /// `exp` of the mean cross entropy.
+    pub perplexity: f64,
+    /// Mean cross entropy over all tokens, in nats per token.
+    pub cross_entropy: f64,
+    /// Tokens predicted.
+    pub tokens: usize,
+    /// Windows of all texts.
+    pub windows: usize,
+    /// Mean over windows of keys kept / context length.
+    pub density: f64,
+    /// Mean over windows of the bytes of keys and values that a sequence held.
+    pub kv_bytes: u64,
+    /// The same for dense attention.
+    pub kv_bytes_dense: u64,
+    /// Time for all windows.
+    pub seconds: f64,
+}
+
+impl PooledPerplexity {
+    /// The reports together; `None` of no report.
+    pub fn new(reports: &[PerplexityReport]) -> Option<Self> {
+        let windows: usize = reports.iter().map(|r| r.windows).sum();
+        let tokens: usize = reports.iter().map(|r| r.tokens).sum();
+        let over_windows = |field: &dyn Fn(&PerplexityReport) -> f64| {
+            reports.iter().map(|r| field(r) * r.windows as f64).sum::<f64>() / windows as f64
+        };
+        let sum: f64 = reports.iter().map(|r| r.cross_entropy * r.tokens as f64).sum();
+        let cross_entropy = sum / tokens as f64;
+        (windows > 0).then(|| Self {
+            perplexity: cross_entropy.exp(),
+            cross_entropy,
+            tokens,
+            windows,
+            density: over_windows(&|r| r.density),
+            kv_bytes: over_windows(&|r| r.kv_bytes as f64) as u64,
+            kv_bytes_dense: over_windows(&|r| r.kv_bytes_dense as f64) as u64,
+            seconds: reports.iter().map(|r| r.seconds).sum(),
+        })
+    }
+}
+
 impl<D: Math> Decoder<D> {
     /// Perplexity of `tokens`, cut into windows of `length` that each begin with `first`.
     ///
@@ -107,5 +151,31 @@ impl<D: Math> Decoder<D> {
     /// always `Ok`.
     pub fn dense_bytes(&self, capacity: usize) -> Result<u64> {
         Ok(self.local.kv_bytes(capacity, self.slot_bytes()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_count_by_their_tokens_and_caches_by_their_windows() {
+        let report = |cross_entropy: f64, tokens, windows, kv_bytes| PerplexityReport {
+            perplexity: cross_entropy.exp(),
+            cross_entropy,
+            tokens,
+            windows,
+            length: 64,
+            density: 0.25,
+            kv_bytes,
+            kv_bytes_dense: 4 * kv_bytes,
+            seconds: 1.5,
+        };
+        let pooled = PooledPerplexity::new(&[report(1.0, 300, 1, 100), report(2.0, 100, 3, 200)]);
+        let pooled = pooled.unwrap();
+        assert_eq!((pooled.cross_entropy, pooled.perplexity), (1.25, 1.25f64.exp()));
+        assert_eq!((pooled.tokens, pooled.windows, pooled.seconds), (400, 4, 3.0));
+        assert_eq!((pooled.kv_bytes, pooled.kv_bytes_dense, pooled.density), (175, 700, 0.25));
+        assert_eq!(PooledPerplexity::new(&[]), None);
     }
 }

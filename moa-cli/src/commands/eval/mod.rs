@@ -9,7 +9,7 @@ use clap::Subcommand;
 use crate::error::Result;
 use crate::output::Context;
 
-pub(super) use summary::{HEAD, report_json, row};
+pub(super) use summary::Scores;
 
 /// Measure what a plan does to a model
 #[derive(Debug, clap::Args)]

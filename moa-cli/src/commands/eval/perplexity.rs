@@ -1,9 +1,10 @@
+use std::fmt;
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use moa_models::{Checkpoint, Math, PerplexityReport};
-use serde_json::{Value, json};
+use moa_models::{Checkpoint, Math, PerplexityReport, PooledPerplexity};
+use serde::Serialize;
 
 use crate::args::{ModelArg, PlanArgs, parse_count};
 use crate::error::{Error, Result};
@@ -69,10 +70,9 @@ fn with_model<D: Math>(
     }
     let total = lengths.len() * tokens.len() * args.windows;
     let bar = Progress::new(context, "windows", total);
-    let (mut rows, mut all, mut at) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut all, mut measured) = (Vec::new(), Vec::new());
     for &length in lengths {
         let mut own = Vec::new();
-        let mut values = Vec::new();
         for (name, tokens) in &tokens {
             let mut step = |_, _, _| {
                 bar.step();
@@ -82,26 +82,76 @@ fn with_model<D: Math>(
                 .model
                 .perplexity(tokens, bos, length, args.windows, &chosen.plan, &mut step)
                 .map_err(|e| Error::from(e).at(*name))?;
-            let mut value = json!(report);
-            value["text"] = json!(name);
-            values.push(value);
             own.push(report);
         }
-        rows.push(row(length, &own));
-        let mut value = pooled(&own);
-        value["length"] = json!(length);
-        value["texts"] = json!(values);
-        at.push(value);
+        let names = tokens.iter().map(|(name, _)| *name);
+        let texts = names.zip(&own).map(|(text, &report)| OfText { text, report }).collect();
+        measured.push(OfLength { length, pooled: pooled(&own)?, texts });
         all.extend(own);
     }
     drop(bar);
-    let head =
-        ["length", "perplexity", "tokens", "windows", "density", "KV bytes", "dense", "seconds"];
-    context.print(format_args!("Cache: {}\n\n{}", chosen.name, table(&head, &rows)))?;
-    let mut value = pooled(&all);
-    value["plan"] = json!(chosen.name);
-    value["lengths"] = json!(at);
-    context.json(&value)
+    context.result(&Outcome { plan: &chosen.name, pooled: pooled(&all)?, lengths: measured })
+}
+
+fn pooled(reports: &[PerplexityReport]) -> Result<PooledPerplexity> {
+    PooledPerplexity::new(reports).ok_or_else(|| Error::argument("text", "at least one", "none"))
+}
+
+/// Perplexity under a plan: of all texts, of each length, of each text.
+#[derive(Debug, Serialize)]
+struct Outcome<'a> {
+    plan: &'a str,
+    #[serde(flatten)]
+    pooled: PooledPerplexity,
+    lengths: Vec<OfLength<'a>>,
+}
+
+#[derive(Debug, Serialize)]
+struct OfLength<'a> {
+    length: usize,
+    #[serde(flatten)]
+    pooled: PooledPerplexity,
+    texts: Vec<OfText<'a>>,
+}
+
+#[derive(Debug, Serialize)]
+struct OfText<'a> {
+    text: &'a str,
+    #[serde(flatten)]
+    report: PerplexityReport,
+}
+
+impl OfLength<'_> {
+    fn row(&self) -> Vec<String> {
+        let of = &self.pooled;
+        vec![
+            self.length.to_string(),
+            format!("{:.4}", of.perplexity),
+            of.tokens.to_string(),
+            of.windows.to_string(),
+            percent(of.density),
+            bytes(of.kv_bytes),
+            bytes(of.kv_bytes_dense),
+            format!("{:.1}", of.seconds),
+        ]
+    }
+}
+
+impl fmt::Display for Outcome<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let head = [
+            "length",
+            "perplexity",
+            "tokens",
+            "windows",
+            "density",
+            "KV bytes",
+            "dense",
+            "seconds",
+        ];
+        let rows: Vec<_> = self.lengths.iter().map(OfLength::row).collect();
+        write!(f, "Cache: {}\n\n{}", self.plan, table(&head, &rows))
+    }
 }
 
 /// Checks that a text fills a window of the greatest length, before the shorter ones are measured.
@@ -114,44 +164,4 @@ fn check<D: Math>(model: &Checkpoint<D>, tokens: usize, longest: usize) -> Resul
         true => Err(Error::argument("text", format!("at least {longest} tokens"), tokens)),
         false => Ok(()),
     }
-}
-
-/// Several reports as one: means over tokens, and over windows for sizes.
-fn pooled(reports: &[PerplexityReport]) -> Value {
-    let windows: usize = reports.iter().map(|r| r.windows).sum();
-    let mean = |field: &dyn Fn(&PerplexityReport) -> f64| {
-        reports.iter().map(|r| field(r) * r.windows as f64).sum::<f64>() / windows as f64
-    };
-    let cross_entropy = cross_entropy(reports);
-    json!({
-        "perplexity": cross_entropy.exp(),
-        "cross_entropy": cross_entropy,
-        "tokens": tokens(reports),
-        "windows": windows,
-        "density": mean(&|r| r.density),
-        "kv_bytes": mean(&|r| r.kv_bytes as f64) as u64,
-        "kv_bytes_dense": mean(&|r| r.kv_bytes_dense as f64) as u64,
-        "seconds": reports.iter().map(|r| r.seconds).sum::<f64>(),
-    })
-}
-
-fn cross_entropy(reports: &[PerplexityReport]) -> f64 {
-    let sum: f64 = reports.iter().map(|r| r.cross_entropy * r.tokens as f64).sum();
-    sum / tokens(reports) as f64
-}
-
-fn tokens(reports: &[PerplexityReport]) -> usize {
-    reports.iter().map(|r| r.tokens).sum()
-}
-
-/// The texts of one length as a row of the table; all have the same caches.
-fn row(length: usize, reports: &[PerplexityReport]) -> Vec<String> {
-    let mut row = vec![length.to_string(), format!("{:.4}", cross_entropy(reports).exp())];
-    row.push(tokens(reports).to_string());
-    row.push(reports.iter().map(|r| r.windows).sum::<usize>().to_string());
-    row.extend(reports.first().map(|r| percent(r.density)));
-    row.extend(reports.first().map(|r| bytes(r.kv_bytes)));
-    row.extend(reports.first().map(|r| bytes(r.kv_bytes_dense)));
-    row.push(format!("{:.1}", reports.iter().map(|r| r.seconds).sum::<f64>()));
-    row
 }

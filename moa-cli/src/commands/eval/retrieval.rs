@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use moa_models::{Checkpoint, Math, RetrievalCase, SizedQuestion};
 
 use super::questions::{ItemArgs, file_fingerprint};
-use super::summary::Summary;
+use super::summary::{Size, Summary};
 use crate::args::{ModelArg, PlanArgs, parse_count};
 use crate::error::{Error, Result};
 use crate::model::{self, on_model};
@@ -82,5 +82,5 @@ fn with_model<D: Math>(
     let report = model.evaluate(questions, &evaluation, &mut bar)?;
     drop(bar);
     let depth_bins = args.items.depth_bins;
-    Summary { plan: &plan.name, unit: "lines", report: &report, depth_bins }.write(context)
+    context.result(&Summary::new(&plan.name, &report, Size::Lines, depth_bins))
 }

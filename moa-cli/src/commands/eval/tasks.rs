@@ -1,7 +1,7 @@
 use moa_models::{Checkpoint, Math, SizedQuestion, Task};
 
 use super::questions::ItemArgs;
-use super::summary::Summary;
+use super::summary::{Size, Summary};
 use crate::args::{ModelArg, PlanArgs, parse_count, task_parser};
 use crate::error::{Error, Result};
 use crate::model::{self, on_model};
@@ -76,5 +76,5 @@ fn with_model<D: Math>(args: &Args, model: &Checkpoint<D>, context: &Context) ->
     let report = model.evaluate(&questions, &evaluation, &mut bar)?;
     drop(bar);
     let depth_bins = args.items.depth_bins;
-    Summary { plan: &plan.name, unit: "tokens", report: &report, depth_bins }.write(context)
+    context.result(&Summary::new(&plan.name, &report, Size::Tokens, depth_bins))
 }
