@@ -18,14 +18,14 @@ fn main() -> Result<()> {
         lengths: vec![512, 1024],
         samples: 2,
         validation_samples: 2,
-        evaluations: 30,
+        evaluations: Some(30),
         ..CompressOptions::default()
     };
     let mut progress = |stage: Stage, done: usize, of: usize| {
         eprint!("\r{stage} {done}/{of}   ");
         ControlFlow::Continue(())
     };
-    let found = compress(&checkpoint, &CalibrationData::Records, &options, &mut progress)?;
+    let found = compress(&checkpoint, &CalibrationData::Tasks, &options, &mut progress)?;
     eprintln!();
     println!(
         "response loss: dense {:.4}, first-order plan {:.4}, refined plan {:.4}",

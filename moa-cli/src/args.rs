@@ -3,7 +3,7 @@ use std::str::FromStr;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
-use moa_core::{DEFAULT_SINK, Space};
+use moa_core::Space;
 use moa_models::{Dtype, Objective, Task, TokenWeight};
 
 use crate::error::Error;
@@ -144,20 +144,23 @@ pub(crate) struct PlanArgs {
 /// Calibration prompts.
 #[derive(Debug, Args)]
 pub(crate) struct DataArg {
-    /// `records` for built-in long-dependency prompts, or a file of {"prompt", "answer"?} lines
-    #[arg(long, default_value = "records", value_name = "records|FILE.jsonl")]
+    /// `tasks` for built-in questions of graded difficulty, of which those are used that the model
+    /// answers; `records` for the long lists among them alone; or a file: lines of {"prompt", "answer"?},
+    /// {"messages"} or {"text"}, or a text (.txt, .md)
+    #[arg(long, default_value = "tasks", value_name = "tasks|records|FILE")]
     pub(crate) data: String,
 }
 
 /// What every head keeps at least.
 #[derive(Debug, Args)]
 pub(crate) struct SpanArgs {
-    /// First positions of the context that every head sees
-    #[arg(long, default_value_t = DEFAULT_SINK, value_name = "TOKENS")]
-    pub(crate) sink: usize,
-    /// Smallest span of any head, sink included
-    #[arg(long, default_value_t = DEFAULT_SINK + 16, value_name = "TOKENS")]
-    pub(crate) min_span: usize,
+    /// First positions of the context that every head sees [default: an eighth of what a head keeps on
+    /// average at the shortest length, as a power of two from 4 to 64]
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) sink: Option<usize>,
+    /// Smallest span of any head, sink included [default: 16 more than the sink]
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) min_span: Option<usize>,
 }
 
 /// What a plan must not harm.

@@ -11,6 +11,8 @@ pub(crate) struct Losses {
     dense_loss: f64,
     start_loss: f64,
     loss: f64,
+    start_divergence: f64,
+    divergence: f64,
     evaluations: usize,
     searched_plans: usize,
     worst_gap: f64,
@@ -22,6 +24,8 @@ impl From<&Compressed> for Losses {
             dense_loss: found.refined.dense_loss,
             start_loss: found.refined.start_loss,
             loss: found.refined.loss,
+            start_divergence: found.refined.start_divergence,
+            divergence: found.refined.divergence,
             evaluations: found.refined.evaluations,
             searched_plans: found.found.plans.len(),
             worst_gap: found.found.set.worst_gap,
@@ -33,11 +37,14 @@ impl fmt::Display for Losses {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "Response loss: dense {:.4}, best searched plan {:.4}, chosen plan {:.4} ({} plans \
-             searched, gap to the proven bound at most {}; {} plans measured)",
+            "Response loss: dense {:.4}, best searched plan {:.4}, chosen plan {:.4}; divergence from \
+             dense on text: {:.4}, {:.4} nats per token ({} plans searched, gap to the proven bound at \
+             most {}; {} plans measured)",
             self.dense_loss,
             self.start_loss,
             self.loss,
+            self.start_divergence,
+            self.divergence,
             self.searched_plans,
             percent(self.worst_gap),
             self.evaluations,

@@ -44,6 +44,9 @@ pub struct Provenance {
     /// Loss measured at validation lengths.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub measured_losses: Vec<AtLength>,
+    /// Divergence of running text from the dense model's predictions measured at validation lengths.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub measured_divergences: Vec<AtLength>,
     /// Plans that were measured before this one was chosen.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub trials: Vec<Trial>,

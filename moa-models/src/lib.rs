@@ -100,15 +100,17 @@ pub use eval::{
 };
 pub use families::llama::Llama;
 pub use families::{FAMILIES, Family};
-pub use find_plan::calibrate::{CalibrationData, CalibrationOptions, CalibrationPrompt};
+pub use find_plan::calibrate::{
+    Calibration, CalibrationData, CalibrationOptions, CalibrationPrompt, Part,
+};
 pub use find_plan::compress::{
-    CompressOptions, Compressed, DEFAULT_BLOCK, bound_decode_time, compress, describe,
-    with_min_share,
+    CompressOptions, Compressed, DEFAULT_BLOCK, bound_decode_time, compress, compress_profile,
+    profile_warnings, with_min_share,
 };
 pub use find_plan::objective::{Objective, TokenWeight, WeightedObjective};
 pub use find_plan::profile::Item;
 pub use find_plan::records::{PHRASINGS, Phrasing, RecordPrompt};
-pub use find_plan::refine::{Refined, measured_losses, refine};
+pub use find_plan::refine::{Evidence, Measured, Refined, TextGoal, measured_losses, refine};
 #[cfg(feature = "cuda")]
 pub use moa_backend_cuda::NcclId;
 pub use moa_core::Dtype;

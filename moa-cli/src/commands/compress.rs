@@ -1,7 +1,10 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use moa_models::{Backward, CalibrationData, Checkpoint, CompressOptions, compress};
+use moa_core::Profile;
+use moa_models::{
+    Backward, CalibrationData, Checkpoint, CompressOptions, compress, compress_profile,
+};
 use moa_report::{PlanSummary, lengths_of};
 use serde::Serialize;
 
@@ -36,7 +39,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     span: SpanArgs,
     /// Calibration items per length
-    #[arg(long, default_value_t = 8, value_name = "N", value_parser = parse_count)]
+    #[arg(long, default_value_t = 12, value_name = "N", value_parser = parse_count)]
     samples: usize,
     /// Most tokens of a response that the dense model writes
     #[arg(long, default_value_t = 48, value_name = "TOKENS", value_parser = parse_count)]
@@ -47,11 +50,23 @@ pub(crate) struct Args {
     /// Items on which plans compete
     #[arg(long, default_value_t = 4, value_name = "N", value_parser = parse_count)]
     validation_samples: usize,
-    /// Plans to measure while refining; 0 takes the best searched plan
-    #[arg(long, default_value_t = 200, value_name = "N")]
-    evaluations: usize,
+    /// Running texts of the shortest length whose predictions plans should leave as they are, and as many
+    /// tokens of other lengths; 0 leaves text out
+    #[arg(long, default_value_t = 4, value_name = "N")]
+    text_samples: usize,
+    /// How much the divergence on text counts, beside the loss of responses [default: as much as keeps it
+    /// at that of a uniform window of the same size]
+    #[arg(long, value_name = "WEIGHT")]
+    text_weight: Option<f64>,
+    /// Plans to measure while refining, single heads included; 0 takes the best searched plan [default:
+    /// 100 and four for each KV head]
+    #[arg(long, value_name = "N")]
+    evaluations: Option<usize>,
     #[command(flatten)]
     solver: SolverArgs,
+    /// A profile of `moa compress --save-profile` or `moa profile` to start from, at its lengths
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["lengths", "save_profile"])]
+    profile: Option<PathBuf>,
     /// Profile to write as well
     #[arg(long, value_name = "FILE")]
     save_profile: Option<PathBuf>,
@@ -61,13 +76,16 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
-    model::check_gradients(context)?;
+    if args.profile.is_none() {
+        model::check_gradients(context)?;
+    }
     check_file(&args.out)?;
     check_optional(args.save_profile.as_deref())?;
     let data = calibration::load(&args.data.data)?;
+    let profile = args.profile.as_ref().map(Profile::load).transpose()?;
     on_device!(context, |device| with_model(
         args,
-        &data,
+        (&data, profile),
         &model::open(device, &args.model.model)?,
         context
     ))
@@ -75,7 +93,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
 
 fn with_model<D: Backward>(
     args: &Args,
-    data: &CalibrationData,
+    (data, profile): (&CalibrationData, Option<Profile>),
     model: &Checkpoint<D>,
     context: &Context,
 ) -> Result<()> {
@@ -89,6 +107,8 @@ fn with_model<D: Backward>(
         max_response: args.max_response,
         validation_length: args.validation_length,
         validation_samples: args.validation_samples,
+        text_samples: args.text_samples,
+        text_weight: args.text_weight,
         evaluations: args.evaluations,
         space: args.solver.space,
         solver: args.solver.options(context),
@@ -97,7 +117,10 @@ fn with_model<D: Backward>(
     };
     options.validate()?;
     let mut bar = Progress::new(context, "calibrate", 1);
-    let found = compress(model, data, &options, &mut bar)?;
+    let found = match profile {
+        Some(profile) => compress_profile(model, data, profile, &options, &mut bar)?,
+        None => compress(model, data, &options, &mut bar)?,
+    };
     drop(bar);
     if let Some(path) = &args.save_profile {
         found.profile.save(path)?;
@@ -113,7 +136,7 @@ fn with_model<D: Backward>(
             &lengths,
             context.cache.slot_bytes(found.plan.shape().head_dim),
         ),
-        warnings: calibration::warnings(&found.profile, context)?,
+        warnings: calibration::tell(found.warnings, context),
     })
 }
 

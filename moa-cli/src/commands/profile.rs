@@ -3,8 +3,8 @@ use std::path::{Path, PathBuf};
 
 use moa_core::{DEFAULT_SINK, ElasticRule, HeadRule, Profile};
 use moa_models::{
-    Backward, CalibrationData, CalibrationOptions, Checkpoint, DEFAULT_BLOCK, WeightedObjective,
-    describe,
+    Backward, Calibration, CalibrationData, CalibrationOptions, Checkpoint, DEFAULT_BLOCK, Part,
+    WeightedObjective, profile_warnings,
 };
 use serde::Serialize;
 
@@ -71,11 +71,12 @@ fn with_model<D: Backward>(
         samples: args.samples,
         questions: 1,
         max_response: args.max_response,
+        part: Part::All,
         seed: context.seed,
     };
-    let items = calibration::items(model, data, &options, context)?;
+    let Calibration { items, data } = calibration::items(model, data, &options, context)?;
     let mut bar = Progress::new(context, "profile", 1);
-    let description = format!("{}, seed {}", describe(data), context.seed);
+    let description = format!("{data}, seed {}", context.seed);
     let ObjectiveArgs { objective, token_weight } = args.objective;
     let objective = WeightedObjective { objective, weight: token_weight };
     let profile = model.model.profile_all(&items, objective, args.block, &description, &mut bar)?;
@@ -88,7 +89,7 @@ fn with_model<D: Backward>(
         objective: &profile.info.objective,
         data: &profile.info.data,
         lengths: lengths.collect::<Result<_>>()?,
-        warnings: calibration::warnings(&profile, context)?,
+        warnings: calibration::tell(profile_warnings(&profile)?, context),
     })
 }
 

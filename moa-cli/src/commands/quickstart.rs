@@ -157,7 +157,7 @@ fn find_plan<D: Backward>(
         lengths: args.lengths.clone(),
         samples: args.samples,
         validation_samples: 2,
-        evaluations: args.evaluations,
+        evaluations: Some(args.evaluations),
         seed: context.seed,
         ..CompressOptions::default()
     };

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use moa_core::search::{Options, Solution};
 use moa_core::{AtLength, Plan, Profile, Space};
-use moa_models::{CompressOptions, bound_decode_time};
+use moa_models::{CompressOptions, bound_decode_time, profile_warnings};
 use serde::Serialize;
 
 use crate::args::{SpanArgs, parse_count, space_parser};
@@ -155,7 +155,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         worst_gap: found.set.worst_gap,
         seconds: found.set.seconds,
         plans: found.plans.iter().zip(solutions).map(plan).collect(),
-        warnings: calibration::warnings(&profile, context)?,
+        warnings: calibration::tell(profile_warnings(&profile)?, context),
     })
 }
 

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use moa_core::{AtLength, Plan, PlanRequest, Profile};
 use moa_models::{
-    CalibrationData, Checkpoint, CompressOptions, Item, Math, Refined, bound_decode_time,
-    measured_losses, refine,
+    CalibrationData, CalibrationOptions, Checkpoint, CompressOptions, Evidence, Item, Math,
+    Refined, TextGoal, bound_decode_time, measured_losses, refine,
 };
 use moa_report::at_lengths;
 use serde::Serialize;
@@ -102,7 +102,7 @@ fn with_model<D: Math>(
     if args.refine.is_none() {
         calibration.lengths = vec![length];
     }
-    let items = calibration::items(model, &data, &calibration, context)?;
+    let items = calibration::items(model, &data, &calibration, context)?.items;
 
     let losses = measure(model, &items, &files, length, context)?;
     let dense = loss_at(model, &items, &Plan::full(model.model.shape())?, length)?;
@@ -113,8 +113,11 @@ fn with_model<D: Math>(
         let mut bar = Progress::new(context, "measure", evaluations);
         let starts: Vec<Plan> = files.iter().map(|f| f.plan.clone()).collect();
         let request = request(&files[best], model)?;
+        let texts = model.text_items(&data, &CalibrationOptions { samples: 2, ..calibration })?;
+        let text_goal = TextGoal::Weight(1.0);
+        let evidence = Evidence { items: &items, texts: &texts, text_goal };
         let found =
-            refine(&model.model, &items, &starts, &request, profile, evaluations, &mut bar)?;
+            refine(&model.model, evidence, &starts, &request, profile, evaluations, &mut bar)?;
         plan = found.plan.clone();
         refined = Some(found);
     }

@@ -2,8 +2,12 @@
 
 pub(crate) mod calibrate;
 pub(crate) mod compress;
+pub(crate) mod exchange;
+pub(crate) mod facts;
 pub(crate) mod objective;
 pub(crate) mod probe;
 pub(crate) mod profile;
 pub(crate) mod records;
 pub(crate) mod refine;
+pub(crate) mod tasks;
+pub(crate) mod text;

@@ -144,6 +144,21 @@ impl WeightedObjective {
     }
 }
 
+/// Kullback-Leibler divergence of the softmax of `logits` from that of `dense`, in nats.
+pub(crate) fn divergence(dense: &[f32], logits: &[f32]) -> f64 {
+    let normal = |row: &[f32]| {
+        let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = row.iter().map(|z| f64::from(*z - max).exp()).sum();
+        f64::from(max) + sum.ln()
+    };
+    let (p, q) = (normal(dense), normal(logits));
+    let term = |(p_z, q_z): (&f32, &f32)| {
+        let log_p = f64::from(*p_z) - p;
+        log_p.exp() * (log_p - (f64::from(*q_z) - q))
+    };
+    dense.iter().zip(logits).map(term).sum::<f64>().max(0.0)
+}
+
 /// Cross entropy of one row of logits, in nats.
 pub(crate) fn cross_entropy(logits: &[f32], target: usize) -> f64 {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -187,6 +202,16 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn divergence_is_that_of_the_softmaxes() {
+        let (dense, other) = ([0.3f32, -1.2, 2.0, 0.7], [1.3f32, -1.2, 1.0, 0.7]);
+        let log = |row: &[f32], i| -cross_entropy(row, i);
+        let expected: f64 =
+            (0..4).map(|i| log(&dense, i).exp() * (log(&dense, i) - log(&other, i))).sum();
+        assert!((divergence(&dense, &other) - expected).abs() < 1e-9);
+        assert_eq!(divergence(&dense, &dense), 0.0);
     }
 
     #[test]

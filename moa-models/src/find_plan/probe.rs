@@ -6,9 +6,27 @@ use moa_core::{Append, LayerLayout, Plan, SparseAttentionBackend};
 
 use crate::decoder::model::Decoder;
 use crate::device::Math;
-use crate::find_plan::objective::cross_entropy;
+use crate::find_plan::objective::{cross_entropy, divergence};
 use crate::find_plan::profile::Item;
 use crate::{Error, Result};
+
+/// A running text with the dense model's predictions at some of its positions.
+#[derive(Clone, Debug)]
+pub(crate) struct Text {
+    item: Item,
+    /// `[rows, vocab]`.
+    dense_logits: Vec<f32>,
+}
+
+/// Positions of a text that predictions are compared at, spread over its second half: logits of many
+/// are large.
+const TEXT_ROWS: usize = 64;
+
+fn text_rows(item: &Item) -> Vec<usize> {
+    let tokens = item.inputs().len();
+    let (first, rows) = (tokens / 2, TEXT_ROWS.min(tokens - tokens / 2));
+    (0..rows).map(|row| first + (row + 1) * (tokens - first) / rows - 1).collect()
+}
 
 /// Items under one plan: a chunk of what they share, then a chunk with the rest of each.
 struct Pass<'a, D: Math> {
@@ -19,7 +37,7 @@ struct Pass<'a, D: Math> {
     /// `None` if nothing is shared.
     shared_rotations: Option<D::Rotations>,
     rest_rotations: D::Rotations,
-    /// Rows of the rest that predict responses.
+    /// Rows of the rest whose logits are wanted.
     rows: Vec<usize>,
 }
 
@@ -70,23 +88,98 @@ impl<D: Math> Decoder<D> {
         if items.is_empty() {
             return Err(Error::invalid("items", "at least one", 0));
         }
+        let vocab = self.config.vocab_size;
         let (mut base, mut losses) = (0.0, vec![0.0; variants.len()]);
         for group in groups(items) {
-            let pass = self.pass(group, plan, capacity)?;
-            let mut inputs = Vec::with_capacity(self.layers.len());
-            let x = self.embed_pass(&pass)?;
-            let keep = (!variants.is_empty()).then_some(&mut inputs);
-            base += self.upwards(&pass, plan, 0, x, keep)?;
-            for (loss, (layer, variant)) in losses.iter_mut().zip(variants) {
-                *loss += self.upwards(&pass, variant, *layer, inputs[*layer].clone(), None)?;
-            }
+            let rows: Vec<_> = group.iter().map(|item| item.rows().collect()).collect();
+            let pass = self.pass(group, &rows, plan, capacity)?;
+            let loss = |logits: &[f32]| {
+                let mut rows = logits.chunks(vocab);
+                let losses = group.iter().map(|item| {
+                    let response = item.response();
+                    let loss = |(row, y): (&[f32], &u32)| cross_entropy(row, *y as usize);
+                    rows.by_ref().zip(response).map(loss).sum::<f64>() / response.len() as f64
+                });
+                losses.sum::<f64>()
+            };
+            base += self.with_variants(&pass, plan, variants, loss, &mut losses)?;
         }
         let count = items.len() as f64;
         losses.iter_mut().for_each(|loss| *loss /= count);
         Ok((base / count, losses))
     }
 
-    fn pass<'a>(&self, items: &'a [Item], plan: &Plan, capacity: usize) -> Result<Pass<'a, D>> {
+    /// Texts with the dense model's predictions, for [`divergences`](Self::divergences), in sequences
+    /// opened for `capacity` tokens.
+    pub(crate) fn texts(&self, items: &[Item], capacity: usize) -> Result<Vec<Text>> {
+        let dense = Plan::full(self.shape())?;
+        items
+            .iter()
+            .map(|item| {
+                let pass =
+                    self.pass(std::slice::from_ref(item), &[text_rows(item)], &dense, capacity)?;
+                let dense_logits = self.upwards(&pass, &dense, 0, self.embed_pass(&pass)?, None)?;
+                Ok(Text { item: item.clone(), dense_logits })
+            })
+            .collect()
+    }
+
+    /// Mean Kullback-Leibler divergence, in nats per token, of the predictions under `plan` from the
+    /// dense model's, and those of each of `variants`: plans that differ from it only in the layer
+    /// given. It is measured without the noise of labels, so that single heads can be told apart.
+    pub(crate) fn divergences(
+        &self,
+        texts: &[Text],
+        plan: &Plan,
+        variants: &[(usize, Plan)],
+        capacity: usize,
+    ) -> Result<(f64, Vec<f64>)> {
+        if texts.is_empty() {
+            return Err(Error::invalid("texts", "at least one", 0));
+        }
+        let vocab = self.config.vocab_size;
+        let (mut base, mut all) = (0.0, vec![0.0; variants.len()]);
+        for Text { item, dense_logits } in texts {
+            let rows = text_rows(item);
+            let count = rows.len() as f64;
+            let pass = self.pass(std::slice::from_ref(item), &[rows], plan, capacity)?;
+            let mean = |logits: &[f32]| {
+                let rows = dense_logits.chunks(vocab).zip(logits.chunks(vocab));
+                rows.map(|(dense, row)| divergence(dense, row)).sum::<f64>() / count
+            };
+            base += self.with_variants(&pass, plan, variants, mean, &mut all)?;
+        }
+        let count = texts.len() as f64;
+        all.iter_mut().for_each(|divergence| *divergence /= count);
+        Ok((base / count, all))
+    }
+
+    /// `loss` of a pass's logits under `plan`; adds those of `variants` to `losses`.
+    fn with_variants(
+        &self,
+        pass: &Pass<'_, D>,
+        plan: &Plan,
+        variants: &[(usize, Plan)],
+        loss: impl Fn(&[f32]) -> f64,
+        losses: &mut [f64],
+    ) -> Result<f64> {
+        let mut inputs = Vec::with_capacity(self.layers.len());
+        let keep = (!variants.is_empty()).then_some(&mut inputs);
+        let base = loss(&self.upwards(pass, plan, 0, self.embed_pass(pass)?, keep)?);
+        for (sum, (layer, variant)) in losses.iter_mut().zip(variants) {
+            *sum += loss(&self.upwards(pass, variant, *layer, inputs[*layer].clone(), None)?);
+        }
+        Ok(base)
+    }
+
+    /// `asked` are the rows of each item's inputs whose logits are wanted.
+    fn pass<'a>(
+        &self,
+        items: &'a [Item],
+        asked: &[Vec<usize>],
+        plan: &Plan,
+        capacity: usize,
+    ) -> Result<Pass<'a, D>> {
         plan.check_shape(&self.shape())?;
         let tokens = items.iter().map(|item| item.inputs().len()).max().unwrap_or(0);
         if tokens > capacity {
@@ -107,8 +200,8 @@ impl<D: Math> Decoder<D> {
         let rest_rotations = self.device.rotations(&rests)?;
         let mut rows = Vec::new();
         let mut before = 0;
-        for item in items {
-            rows.extend(item.rows().map(|row| before + row - shared));
+        for (item, asked) in items.iter().zip(asked) {
+            rows.extend(asked.iter().map(|row| before + row - shared));
             before += item.inputs().len() - shared;
         }
         Ok(Pass { items, capacity, shared, shared_rotations, rest_rotations, rows })
@@ -125,7 +218,7 @@ impl<D: Math> Decoder<D> {
     }
 
     /// Runs layers from `first` up on their input `x`; `keep` collects every layer's input. Returns
-    /// the sum of the items' losses.
+    /// logits `[rows, vocab]` of the pass's rows.
     fn upwards(
         &self,
         pass: &Pass<'_, D>,
@@ -133,7 +226,7 @@ impl<D: Math> Decoder<D> {
         first: usize,
         mut x: Hidden<D::Tensor>,
         mut keep: Option<&mut Vec<Hidden<D::Tensor>>>,
-    ) -> Result<f64> {
+    ) -> Result<Vec<f32>> {
         let (device, attention) = (&self.device, self.device.attention());
         let plan = self.own_plan(plan)?;
         let counts: Vec<usize> =
@@ -180,13 +273,6 @@ impl<D: Math> Decoder<D> {
             };
         }
         let h = device.rms_norm(&x.rest, &self.norm, self.eps())?;
-        let logits = self.values(self.output(&h)?)?;
-        let mut rows = logits.chunks(self.config.vocab_size);
-        let losses = pass.items.iter().map(|item| {
-            let response = item.response();
-            let loss = |(row, y): (&[f32], &u32)| cross_entropy(row, *y as usize);
-            rows.by_ref().zip(response).map(loss).sum::<f64>() / response.len() as f64
-        });
-        Ok(losses.sum())
+        self.values(self.output(&h)?)
     }
 }

@@ -75,6 +75,15 @@ impl Phrasing {
         Self { introduction, line, question }
     }
 
+    pub(crate) fn introduction_bytes(&self) -> usize {
+        self.introduction.len() + self.question.len()
+    }
+
+    /// Bytes of a line with a key and a value of usual length.
+    pub(crate) fn line_bytes(&self) -> usize {
+        self.line.len() + 8
+    }
+
     /// A record of `lines` lines (at most 4,000) and a question about one of them, drawn with `seed`.
     pub fn prompt(&self, lines: usize, seed: u64) -> RecordPrompt {
         let (mut rng, entries, text) = self.record(lines, seed);

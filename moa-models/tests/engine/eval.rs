@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
-use moa_core::{ElasticRule, FarLosses, Plan};
+use moa_core::{ElasticRule, FarLosses, Influence, Plan, PlanRequest, Profile, ProfileInfo};
 use moa_models::{
-    CalibrationData, CalibrationOptions, Error, Evaluation, Item, Message, Objective, PHRASINGS,
-    Question, RecordPrompt, Result, RetrievalItem, Scoring, SizedQuestion, Stage, Task,
+    CalibrationData, CalibrationOptions, CalibrationPrompt, Error, Evaluation, Evidence, Item,
+    Message, Objective, PHRASINGS, Part, Question, RecordPrompt, Result, RetrievalItem, Scoring,
+    SizedQuestion, Stage, Task, TextGoal, refine,
 };
 
 use crate::{checkpoint, full, tiny};
@@ -128,7 +129,7 @@ fn calibration_tells_its_progress_and_ends_when_cancelled() -> Result<()> {
                 if done == last { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             },
         );
-        (made.map(|items| items.len()), steps.clone())
+        (made.map(|made| made.items.len()), steps.clone())
     };
     let all: Vec<_> = (1..=4).map(|done| (Stage::Calibrate, done, 4)).collect();
     let (made, steps) = until(9);
@@ -136,5 +137,66 @@ fn calibration_tells_its_progress_and_ends_when_cancelled() -> Result<()> {
     let (broken, steps) = until(2);
     assert!(matches!(broken, Err(Error::Cancelled)), "{broken:?}");
     assert_eq!(steps, all[..2]);
+    Ok(())
+}
+
+#[test]
+fn divergence_on_text_falls_as_spans_grow_and_bounds_the_search() -> Result<()> {
+    const LENGTH: usize = 256;
+    let options = CalibrationOptions { lengths: vec![LENGTH], samples: 1, ..Default::default() };
+    let texts = checkpoint().text_items(&CalibrationData::Tasks, &options)?;
+    assert!(texts[&LENGTH].iter().all(|item| item.tokens().len() == LENGTH));
+    let model = tiny();
+    let mut profile = Profile::new(model.shape(), ProfileInfo::default());
+    profile.add(Influence::new(model.shape(), LENGTH, 64)?)?;
+    let request = PlanRequest::density(1.0, &[LENGTH], 4, 20)?;
+    let measured = |span: usize| -> Result<f64> {
+        let plan = Plan::uniform(model.shape(), 4, ElasticRule::fixed(span))?;
+        let evidence = Evidence { items: &texts, texts: &texts, text_goal: TextGoal::Weight(1.0) };
+        Ok(refine(model, evidence, &[plan], &request, &profile, 0, &mut ())?.divergence)
+    };
+    let (narrow, wide, all) = (measured(24)?, measured(128)?, measured(LENGTH)?);
+    assert!(narrow > wide && wide > 0.0 && all.abs() < 1e-9, "{narrow} {wide} {all}");
+
+    // From plans with a quarter of the keys, exchange of spans finds a better one of that size, which
+    // disturbs text no more than the uniform plan does.
+    let request = PlanRequest::density(0.25, &[LENGTH], 4, 20)?;
+    let uniform = Plan::uniform(model.shape(), 4, ElasticRule::new(0.0, 0.25)?)?;
+    let text_goal = TextGoal::NoWorseThan(&uniform);
+    let evidence = Evidence { items: &texts, texts: &texts, text_goal };
+    let starts = [uniform.clone()];
+    let found = refine(model, evidence, &starts, &request, &profile, 30, &mut ())?;
+    assert!(found.plan.density(LENGTH) <= 0.25 + 1e-9);
+    let better = (found.start_loss - found.loss, found.start_divergence - found.divergence);
+    assert!(better.0 > 0.0 || better.1 > 0.0, "{better:?}");
+    Ok(())
+}
+
+#[test]
+fn calibration_says_what_was_tried_and_holds_out_every_third_item() -> Result<()> {
+    // Sentences of the built-in tasks are beyond this model: its records remain.
+    let options =
+        CalibrationOptions { lengths: vec![384], samples: 3, ..CalibrationOptions::default() };
+    let made = checkpoint().calibrate(&CalibrationData::Tasks, &options, &mut ())?;
+    assert_eq!(made.items[&384].len(), 3);
+    assert_eq!(made.data, "built-in tasks (records)");
+
+    let prompt = |index: usize| CalibrationPrompt::Question {
+        messages: vec![Message::user(format!("{index} {}", "word ".repeat(250)))],
+        answer: Some(format!("{index}")),
+    };
+    let data = CalibrationData::Prompts((0..6).map(prompt).collect());
+    let of = |part| {
+        let options = CalibrationOptions { part, samples: 9, ..options.clone() };
+        checkpoint().calibrate(&data, &options, &mut ())
+    };
+    let (profiled, held_out) = (of(Part::Profiled)?.items, of(Part::HeldOut)?.items);
+    assert_eq!((profiled[&384].len(), held_out[&384].len()), (4, 2));
+    assert!(held_out[&384].iter().all(|item| !profiled[&384].contains(item)));
+
+    // Prompts that fill less than half of a length do not stand for it.
+    let long = CalibrationOptions { lengths: vec![1024], ..options };
+    let error = checkpoint().calibrate(&data, &long, &mut ()).unwrap_err().to_string();
+    assert!(error.contains("half as many"), "{error}");
     Ok(())
 }

@@ -1,0 +1,39 @@
+//! Running text for calibration: what heads do for the words around them, which no question asks for.
+
+use moa_core::SplitMix64;
+
+/// The first chapters of "Erewhon" by Samuel Butler (1872), without their headings; a line is a
+/// paragraph. The book is in the public domain.
+const TEXT: &str = include_str!("erewhon.txt");
+
+/// At least `len` bytes of text from a sentence on that is drawn with `rng`, up to the end of a
+/// sentence. Behind the last paragraph the text goes on with the first.
+pub(crate) fn excerpt(rng: &mut SplitMix64, len: usize) -> String {
+    let sentences: Vec<&str> = TEXT.split_inclusive(['.', '!', '?', '\n']).collect();
+    let from = rng.below(sentences.len());
+    let mut text = String::with_capacity(len + 256);
+    for sentence in sentences[from..].iter().chain(sentences.iter().cycle()) {
+        if text.len() >= len {
+            break;
+        }
+        text.push_str(if text.is_empty() { sentence.trim_start() } else { sentence });
+    }
+    text.truncate(text.trim_end().len());
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn excerpts_repeat_with_their_seed_have_their_length_and_may_be_longer_than_the_book() {
+        for len in [1, 100, 5_000, 2 * TEXT.len()] {
+            let text = excerpt(&mut SplitMix64::new(7), len);
+            assert_eq!(text, excerpt(&mut SplitMix64::new(7), len));
+            assert!(text.len() + 2 >= len && text.len() < len + 2_000, "{len}: {}", text.len());
+        }
+        let starts = |seed| excerpt(&mut SplitMix64::new(seed), 100);
+        assert_ne!(starts(1), starts(2));
+    }
+}
