@@ -125,6 +125,9 @@ pub(crate) struct ModelArg {
     /// Model folder: config.json, *.safetensors, tokenizer.json
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
+    /// Go on where the folder has tensors that its configuration does not ask for
+    #[arg(long)]
+    pub(crate) ignore_extra_tensors: bool,
 }
 
 /// What the attention heads of a run see.

@@ -17,6 +17,7 @@ mod model;
 mod output;
 mod plans;
 mod progress;
+mod style;
 
 use std::process::ExitCode;
 

@@ -1,9 +1,9 @@
 use std::path::Path;
 
 use moa_core::{DEFAULT_SINK, ElasticRule, ModelShape, Plan};
-use moa_models::{Checkpoint, Cpu, Math, ModelConfig};
+use moa_models::{Checkpoint, Cpu, Math, ModelConfig, OpenOptions};
 
-use crate::args::{PlanArgs, WeightType};
+use crate::args::{ModelArg, PlanArgs, WeightType};
 use crate::error::{Error, Result};
 use crate::output::Context;
 
@@ -41,17 +41,17 @@ macro_rules! on_device {
 }
 pub(crate) use on_device;
 
-/// Evaluates an expression with the model of a folder on the device that `--device` names, or with its
+/// Evaluates an expression with the model of a [`ModelArg`] on the device that `--device` names, or with its
 /// parts on several, each with a context of its own.
 macro_rules! on_model {
-    ($context:expr, $folder:expr, $plan:expr, |$model:ident, $own:ident| $body:expr) => {
+    ($context:expr, $of:expr, $plan:expr, |$model:ident, $own:ident| $body:expr) => {
         match $context.device {
             #[cfg(feature = "cuda")]
             $crate::args::Device::CudaGroup(gpus) => {
-                gpus.run_model($folder, $plan.plan.as_deref(), $context, |$model, $own| $body)
+                gpus.run_model($of, $plan.plan.as_deref(), $context, |$model, $own| $body)
             }
             _ => $crate::model::on_device!($context, |device| {
-                let ($model, $own) = ($crate::model::open(device, $folder)?, $context);
+                let ($model, $own) = ($crate::model::open(device, $of)?, $context);
                 $body
             }),
         }
@@ -99,9 +99,14 @@ pub(crate) fn wgpu(index: Option<usize>, context: &Context) -> Result<moa_models
 }
 
 /// Opens a model folder on a device.
-pub(crate) fn open<D: Math>(device: D, folder: &Path) -> Result<Checkpoint<D>> {
-    check_folder(folder)?;
-    Ok(Checkpoint::open(device, folder)?)
+pub(crate) fn open<D: Math>(device: D, of: &ModelArg) -> Result<Checkpoint<D>> {
+    check_folder(&of.model)?;
+    Ok(options(of).open(device, &of.model)?)
+}
+
+/// What the flags of a model say of opening it.
+pub(crate) fn options(of: &ModelArg) -> OpenOptions<'static> {
+    OpenOptions::default().ignore_extra_tensors(of.ignore_extra_tensors)
 }
 
 /// Checks that a folder is one.

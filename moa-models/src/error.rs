@@ -21,6 +21,25 @@ pub enum Error {
         source: io::Error,
     },
 
+    /// A link leads nowhere: the file that it stands for was moved, deleted or never fetched.
+    #[error("{}: a link to {}, which does not exist", path.display(), target.display())]
+    DanglingLink {
+        /// The link.
+        path: PathBuf,
+        /// What it leads to.
+        target: PathBuf,
+    },
+
+    /// A file is what git keeps in place of a large file.
+    #[error(
+        "{}: a git-lfs pointer, not the file itself; `git lfs pull` in its folder fetches the file",
+        path.display()
+    )]
+    LfsPointer {
+        /// The file.
+        path: PathBuf,
+    },
+
     /// A file is not the JSON it should be: bad syntax, or the same key twice.
     #[error("{}: not a valid JSON object: {reason}", path.display())]
     Json {
@@ -70,12 +89,12 @@ pub enum Error {
         reason: String,
     },
 
-    /// The index of a sharded checkpoint names a file that is not there.
-    #[error("{}: shard `{shard}` is missing, expected beside the index", index.display())]
+    /// A shard is not there that the index, or the number in the other shards' names, says of.
+    #[error("{}: shard `{shard}` is missing, expected beside the others", index.display())]
     ShardMissing {
-        /// The index file.
+        /// The index file, or the folder where there is none.
         index: PathBuf,
-        /// The shard's file name as the index gives it.
+        /// The shard's file name.
         shard: String,
     },
 
@@ -88,8 +107,8 @@ pub enum Error {
         shard: String,
     },
 
-    /// The same tensor lies in two shards.
-    #[error("tensor `{name}` lies in two files, {} and {}", first.display(), second.display())]
+    /// Two shards have tensors of one name that differ.
+    #[error("tensor `{name}` lies in two files and differs, {} and {}", first.display(), second.display())]
     TensorTwice {
         /// The tensor.
         name: String,
@@ -136,6 +155,47 @@ pub enum Error {
         got: String,
     },
 
+    /// A checkpoint has tensors that the model of its configuration does not have.
+    #[error(
+        "{}: {} that the configuration does not ask for: {}; without them the model may say something \
+         else; open it with ignore_extra_tensors (--ignore-extra-tensors) to go on",
+        path.display(),
+        count(names.len()),
+        listed(names)
+    )]
+    TensorsUnread {
+        /// The model folder.
+        path: PathBuf,
+        /// All of them.
+        names: Vec<String>,
+    },
+
+    /// The weights are quantised in a way that cannot be read.
+    #[error(
+        "{}: the weights are quantised ({scheme}), which cannot be read; take the model's checkpoint in \
+         16 bits",
+        path.display()
+    )]
+    Quantized {
+        /// The model folder.
+        path: PathBuf,
+        /// The way, such as `GPTQ, 4 bits`.
+        scheme: String,
+    },
+
+    /// A model folder has no `tokenizer.json`.
+    #[error(
+        "{0}: no tokenizer.json, got {got}; transformers writes one: python -c \"from transformers import \
+         AutoTokenizer as T; T.from_pretrained('{0}').save_pretrained('{0}')\"",
+        path.display()
+    )]
+    NoTokenizer {
+        /// The model folder.
+        path: PathBuf,
+        /// What lies there instead.
+        got: String,
+    },
+
     /// A tokenizer could not be loaded, or refused a text or a token.
     #[error("{}: tokenizer: {reason}", path.display())]
     Tokenizer {
@@ -165,7 +225,7 @@ pub enum Error {
     /// The model folder has no chat template, and none was chosen by the caller.
     #[error(
         "{}: no chat template: expected `chat_template` in tokenizer_config.json or a file \
-         chat_template.jinja; a template by name (vicuna, llama2, llama3) can be chosen instead",
+         chat_template.jinja; choose one by name or file (--template), or raw prompts (--raw)",
         path.display()
     )]
     NoChatTemplate {
@@ -343,6 +403,16 @@ impl From<moa_backend_wgpu::Error> for Error {
             other => Self::Backend(Box::new(other)),
         }
     }
+}
+
+fn count(tensors: usize) -> String {
+    if tensors == 1 { "a tensor".to_owned() } else { format!("{tensors} tensors") }
+}
+
+/// The first few of many names.
+fn listed(names: &[String]) -> String {
+    let more = if names.len() > 4 { ", .." } else { "" };
+    format!("{}{more}", names[..names.len().min(4)].join(", "))
 }
 
 /// What an out-of-memory error knows: the bytes asked for, and those that were free.

@@ -15,6 +15,7 @@ use crate::files::{check_file, check_optional};
 use crate::model::{self, on_device};
 use crate::output::Context;
 use crate::progress::Progress;
+use crate::style::StyleArgs;
 
 /// Find a plan in one step: profile, search, validate and refine
 #[derive(Debug, clap::Args)]
@@ -24,6 +25,8 @@ use crate::progress::Progress;
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArg,
+    #[command(flatten)]
+    style: StyleArgs,
     #[command(flatten)]
     data: DataArg,
     #[command(flatten)]
@@ -65,12 +68,11 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     check_file(&args.out)?;
     check_optional(args.save_profile.as_deref())?;
     let data = calibration::load(&args.data.data)?;
-    on_device!(context, |device| with_model(
-        args,
-        &data,
-        &model::open(device, &args.model.model)?,
-        context
-    ))
+    on_device!(context, |device| {
+        let mut model = model::open(device, &args.model)?;
+        args.style.apply(&mut model)?;
+        with_model(args, &data, &model, context)
+    })
 }
 
 fn with_model<D: Backward>(

@@ -11,7 +11,7 @@ use moa_report::{HeadMap, PlanSummary, figure};
 use serde::Serialize;
 
 use super::eval::Scores;
-use crate::args::{parse_count, parse_density};
+use crate::args::{ModelArg, parse_count, parse_density};
 use crate::compressed::Losses;
 use crate::error::{Error, Result};
 use crate::files::OutputFolder;
@@ -72,9 +72,10 @@ fn with_ops<D: Backward>(args: &Args, device: D, context: &Context) -> Result<()
         Some(path) => path.clone(),
         None => tiny_model()?,
     };
-    let model = model::open(device, &model_path)?;
+    let of = ModelArg { model: model_path, ignore_extra_tensors: false };
+    let model = model::open(device, &of)?;
     let shape = model.model.shape();
-    context.print(format_args!("Model: {} ({shape})", model_path.display()))?;
+    context.print(format_args!("Model: {} ({shape})", of.model.display()))?;
 
     let found = find_plan(args, &model, context)?;
     let mut lengths = args.lengths.clone();
@@ -110,7 +111,7 @@ fn with_ops<D: Backward>(args: &Args, device: D, context: &Context) -> Result<()
     folder.write("heads.svg", figure.svg().as_bytes())?;
     let seconds = begin.elapsed().as_secs_f64();
     let outcome =
-        Outcome { model: &model_path, out: &args.out, losses, plan: summary, results, seconds };
+        Outcome { model: &of.model, out: &args.out, losses, plan: summary, results, seconds };
     folder.write("results.json", format!("{:#}\n", value_of(&outcome)?).as_bytes())?;
     folder.keep();
     context.result(&outcome)

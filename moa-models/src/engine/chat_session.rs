@@ -120,7 +120,7 @@ impl<D: Math> ChatSession<D> {
         }
         let mut messages = self.messages.clone();
         messages.push(Message::user(content));
-        let tokens = self.checkpoint.chat_tokens(&messages)?;
+        let tokens = self.checkpoint.prompt_tokens(&messages)?;
         if tokens.len() > self.capacity {
             return Err(Error::ContextExceeded { asked: tokens.len(), limit: self.capacity });
         }

@@ -21,7 +21,8 @@ impl Family for Llama {
         if activation != "silu" {
             return Err(file.invalid("hidden_act", "silu", activation));
         }
-        let max_position_embeddings = required("max_position_embeddings")?;
+        // Both have defaults in transformers, which leaves them out of some files.
+        let max_position_embeddings = file.count("max_position_embeddings")?.unwrap_or(2048);
         // transformers 5 moved both into `rope_parameters`, and reads the old name first.
         let rope = match file.object("rope_scaling")? {
             Some(rope) => Some(rope),
@@ -60,7 +61,7 @@ impl Family for Llama {
             num_attention_heads,
             num_key_value_heads: file.count("num_key_value_heads")?.unwrap_or(num_attention_heads),
             head_dim,
-            rms_norm_eps: file.require("rms_norm_eps", eps)?,
+            rms_norm_eps: eps.unwrap_or(1e-6),
             rope_theta: nested_theta.or(theta).unwrap_or(10_000.0),
             rope_scaling,
             max_position_embeddings,

@@ -19,7 +19,8 @@ use crate::{Error, Result};
 /// A calibration prompt of the user's.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct CalibrationPrompt {
-    /// The user's message; goes through the chat template.
+    /// The user's message; becomes tokens as [`Checkpoint::prompt_style`](crate::Checkpoint::prompt_style)
+    /// says.
     pub prompt: String,
     /// The response; where it is missing the dense model writes it.
     #[serde(default)]
@@ -79,7 +80,7 @@ impl<D: Math> Checkpoint<D> {
     /// [`Error::ContextExceeded`] if a length is beyond the model's context; [`Error::Invalid`] if
     /// a length is too short for a response, or there are no lengths, samples or questions;
     /// [`Error::NoCalibration`] if no prompt fills a length, or the dense model answers no built-in
-    /// record; [`Error::Cancelled`]; those of [`Checkpoint::chat_tokens`] and of
+    /// record; [`Error::Cancelled`]; those of [`Checkpoint::prompt_tokens`] and of
     /// [`Decoder::forward`](crate::Decoder::forward).
     pub fn calibrate(
         &self,
@@ -208,9 +209,11 @@ impl<D: Math> Checkpoint<D> {
                 1 => vec![phrasing.prompt(lines, seed)],
                 several => phrasing.prompts(lines, seed, several),
             };
-            let prompts: Result<Vec<_>> =
-                records.iter().map(|r| self.chat_tokens(&[Message::user(&r.text)])).collect();
             let answers: Vec<u32> = records.iter().map(|r| r.answer).collect();
+            let prompts: Result<Vec<_>> = records
+                .into_iter()
+                .map(|r| self.prompt_tokens(&[Message::user(self.question_text(r.text))]))
+                .collect();
             Ok::<_, Error>((prompts?, answers))
         };
         let longest = |prompts: &[Vec<u32>]| prompts.iter().map(Vec::len).max().unwrap_or(0);
@@ -248,7 +251,7 @@ impl<D: Math> Checkpoint<D> {
         let (mut done, wanted) = (0, lengths.len() * options.samples);
         let mut longest = 0;
         for prompt in prompts {
-            let mut tokens = self.chat_tokens(&[Message::user(&prompt.prompt)])?;
+            let mut tokens = self.prompt_tokens(&[Message::user(&prompt.prompt)])?;
             let given = prompt
                 .answer
                 .as_deref()

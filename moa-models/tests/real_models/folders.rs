@@ -190,7 +190,7 @@ fn templates_of_llama_3() -> Verdict {
         ("meta-llama-Llama-3.2-3B-Instruct.jinja", "23 Nov 2024"),
     ] {
         let source = fs::read_to_string(dir.join(file)).unwrap();
-        let template = ChatTemplate::new(source, "<|begin_of_text|>", "<|eot_id|>")?;
+        let template = ChatTemplate::new(source, "<|begin_of_text|>", "<|eot_id|>");
         let template = template.with_date(2024, 11, 23)?;
         let dates = format!("Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n");
         let user = "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n";
