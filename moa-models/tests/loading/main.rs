@@ -6,6 +6,7 @@ mod config;
 mod generation_config;
 #[path = "../streamed/mod.rs"]
 mod streamed;
+mod templates;
 mod tokenizer;
 mod weights;
 

@@ -7,7 +7,7 @@ use minijinja::{Error, ErrorKind, State, Value};
 use serde::Serialize;
 use serde_json::ser::{CharEscape, Formatter, Serializer};
 
-use super::python::sorted;
+use super::python::{float, sorted};
 
 /// The filter `tojson`, as transformers has it: `json.dumps(value, ensure_ascii=False)` with other
 /// arguments on request. (minijinja's own escapes HTML.)
@@ -154,6 +154,10 @@ impl Formatter for Style {
 
     fn begin_object_value<W: ?Sized + Write>(&mut self, w: &mut W) -> io::Result<()> {
         w.write_all(self.key.as_bytes())
+    }
+
+    fn write_f64<W: ?Sized + Write>(&mut self, w: &mut W, number: f64) -> io::Result<()> {
+        w.write_all(float(number).as_bytes())
     }
 
     fn write_string_fragment<W: ?Sized + Write>(

@@ -1,7 +1,7 @@
 //! Methods, filters and tests of Python and Jinja2 that the template engine lacks.
 
-use minijinja::value::{Tuple, ValueKind, from_args};
-use minijinja::{Environment, Error, ErrorKind, State, Value};
+use minijinja::value::{Kwargs, Rest, Tuple, ValueKind, from_args};
+use minijinja::{Environment, Error, ErrorKind, Output, State, Value, escape_formatter};
 use minijinja_contrib::pycompat::unknown_method_callback;
 
 use super::rewrite::PERCENT;
@@ -10,8 +10,11 @@ type Result<T> = std::result::Result<T, Error>;
 
 pub(super) fn add(environment: &mut Environment<'_>) {
     environment.set_unknown_method_callback(method);
+    environment.set_formatter(write);
     environment.add_function(PERCENT, percent);
-    environment.add_function("cycler", minijinja_contrib::globals::cycler);
+    environment.add_function("cycler", |items: Rest<Value>| {
+        minijinja_contrib::globals::cycler(items.0)
+    });
     environment.add_function("joiner", minijinja_contrib::globals::joiner);
     environment.add_filter("wordcount", |text: &str| {
         text.split(|c: char| !(c.is_alphanumeric() || c == '_')).filter(|w| !w.is_empty()).count()
@@ -21,17 +24,52 @@ pub(super) fn add(environment: &mut Environment<'_>) {
     environment.add_filter("center", |state: &State, text: &str, width: Option<usize>| {
         padded(state, text, width.unwrap_or(80), ' ', Side::Both)
     });
-    environment.add_filter("truncate", minijinja_contrib::filters::truncate);
+    environment.add_filter("truncate", truncate);
+    environment.add_filter("indent", indent);
     environment.add_filter("striptags", minijinja_contrib::filters::striptags);
     environment.add_filter("filesizeformat", minijinja_contrib::filters::filesizeformat);
     environment.add_test("callable", |value: &Value| {
-        // What can be called is neither a number, a text, a sequence nor a mapping.
-        value.is_undefined() || value.kind() == ValueKind::Plain
+        // What can be called is neither a number, a text, a sequence nor a mapping; a macro shows its
+        // attributes as a mapping does.
+        let is_macro = || value.as_object().is_some_and(|o| o.type_name().ends_with("::Macro"));
+        value.is_undefined() || value.kind() == ValueKind::Plain || is_macro()
     });
+    environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
     environment.add_test("sequence", |value: &Value| {
         let kinds = [ValueKind::Undefined, ValueKind::String, ValueKind::Seq, ValueKind::Map];
         kinds.contains(&value.kind())
     });
+}
+
+/// Numbers as Python writes them, everything else as it is.
+pub(super) fn write(out: &mut Output<'_>, state: &mut State, value: &Value) -> Result<()> {
+    match value.kind() {
+        ValueKind::Number if !value.is_integer() => match f64::try_from(value.clone()) {
+            Ok(number) => Ok(out.write_str(&float(number))?),
+            Err(error) => Err(error),
+        },
+        _ => escape_formatter(out, state, value),
+    }
+}
+
+/// `repr` of a float: with an exponent below 1e-4 and from 1e16 on.
+pub(super) fn float(number: f64) -> String {
+    if !number.is_finite() {
+        return match number {
+            _ if number.is_nan() => "nan".to_owned(),
+            _ if number > 0.0 => "inf".to_owned(),
+            _ => "-inf".to_owned(),
+        };
+    }
+    let scientific = format!("{number:e}");
+    let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
+    match exponent.parse::<i32>().unwrap_or(0) {
+        -4..=15 => format!("{number:?}"),
+        exponent => {
+            let sign = if exponent < 0 { '-' } else { '+' };
+            format!("{digits}e{sign}{:02}", exponent.abs())
+        }
+    }
 }
 
 fn fault(message: &str) -> Error {
@@ -284,6 +322,64 @@ fn is_title(s: &str) -> bool {
         cased |= previous;
     }
     cased
+}
+
+/// Jinja2's `truncate(length=255, killwords=False, end='...', leeway=5)`.
+fn truncate(text: &str, args: Rest<Value>, kwargs: Kwargs) -> Result<String> {
+    let given = |at: usize, name: &str| -> Result<Option<Value>> {
+        Ok(args.0.get(at).cloned().or(kwargs.get(name)?).filter(|v| !v.is_none()))
+    };
+    let count = |value: Option<Value>, default| match value {
+        None => Ok(default),
+        Some(value) => usize::try_from(value),
+    };
+    let length = count(given(0, "length")?, 255)?;
+    let cuts_words = given(1, "killwords")?.is_some_and(|value| value.is_true());
+    let end = given(2, "end")?.map_or("...".to_owned(), |value| value.to_string());
+    let leeway = count(given(3, "leeway")?, 5)?;
+    kwargs.assert_all_used()?;
+    if text.chars().count() <= length.saturating_add(leeway) {
+        return Ok(text.to_owned());
+    }
+    let room = length.saturating_sub(end.chars().count());
+    let cut: String = text.chars().take(room).collect();
+    let whole_words = if cuts_words { &cut } else { cut.rsplit_once(' ').map_or(&*cut, |(w, _)| w) };
+    Ok(format!("{whole_words}{end}"))
+}
+
+/// Jinja2's `indent(width=4, first=False, blank=False)`, whose width may be a text.
+fn indent(state: &State, text: &str, args: Rest<Value>, kwargs: Kwargs) -> Result<String> {
+    let given = |at: usize, name: &str| -> Result<Option<Value>> {
+        Ok(args.0.get(at).cloned().or(kwargs.get(name)?))
+    };
+    let by = match given(0, "width")? {
+        None => " ".repeat(4),
+        Some(width) => match width.as_str() {
+            Some(text) => text.to_owned(),
+            None => {
+                let width = usize::try_from(width)?;
+                pay(state, width)?;
+                " ".repeat(width)
+            }
+        },
+    };
+    let is_true = |value: Option<Value>| value.is_some_and(|value| value.is_true());
+    let (first, blank) = (is_true(given(1, "first")?), is_true(given(2, "blank")?));
+    kwargs.assert_all_used()?;
+    let text = format!("{text}\n");
+    let lines = split_lines(&text, false);
+    pay(state, lines.len().saturating_mul(by.len()))?;
+    let mut out = String::new();
+    for (number, line) in lines.into_iter().enumerate() {
+        if number > 0 {
+            out.push('\n');
+        }
+        if (number > 0 && (blank || !line.is_empty())) || (number == 0 && first) {
+            out.push_str(&by);
+        }
+        out.push_str(line);
+    }
+    Ok(out)
 }
 
 /// `urllib.parse.quote` of a text; of pairs, a query string.
