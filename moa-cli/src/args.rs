@@ -15,9 +15,12 @@ pub(crate) struct Global {
     /// Print one JSON object on stdout and nothing else there
     #[arg(long, global = true)]
     pub(crate) json: bool,
-    /// No progress bars and no notes on stderr
+    /// No progress bars, notes or warnings on stderr
     #[arg(long, global = true)]
     pub(crate) quiet: bool,
+    /// More on stderr of what the libraries do; twice for all of it
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
     /// Seed of everything drawn: calibration prompts, sampling, shortened cases
     #[arg(long, global = true, default_value_t = 0, value_name = "N")]
     pub(crate) seed: u64,

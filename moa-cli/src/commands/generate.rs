@@ -1,13 +1,13 @@
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::PathBuf;
 
 use moa_models::{
     Checkpoint, EngineOptions, Event, GenerateOptions, Math, Message, PromptStyle, SamplingOptions,
+    read_text,
 };
 use serde_json::json;
 
-use super::chat;
+use super::chat::{self, Conversation, OnOverflow};
 use crate::args::{ModelArg, PlanArgs, parse_count};
 use crate::error::{Error, Result};
 use crate::model::{self, ChosenPlan, on_model};
@@ -30,7 +30,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     style: StyleArgs,
     /// Instructions before the first turn
-    #[arg(long, value_name = "TEXT", conflicts_with = "chat")]
+    #[arg(long, value_name = "TEXT")]
     system: Option<String>,
     /// Most tokens to add [default: what generation_config.json says, else 256]
     #[arg(long, value_name = "N", value_parser = parse_count)]
@@ -38,6 +38,9 @@ pub(crate) struct Args {
     /// Longest conversation of --chat, in tokens [default: the model's context, at most 8192]
     #[arg(long, value_name = "TOKENS", value_parser = parse_count, requires = "chat")]
     context: Option<usize>,
+    /// What --chat does with a turn that the conversation has no room for [default: stop]
+    #[arg(long, value_enum, value_name = "HOW", requires = "chat")]
+    on_overflow: Option<OnOverflow>,
     #[command(flatten)]
     sampling: SamplingArgs,
     /// Text or special token that ends the answer; can be given several times
@@ -130,7 +133,17 @@ fn with_model<D: Math>(
         eos_token_ids: None,
     };
     match args.prompts.chat {
-        true => chat::run(&model, &chosen, &options, args.context, context),
+        true => chat::run(
+            &model,
+            &chosen,
+            &Conversation {
+                options: &options,
+                system: args.system.as_deref(),
+                capacity: args.context,
+                on_overflow: args.on_overflow.unwrap_or_default(),
+            },
+            context,
+        ),
         false => batch(args, prompts, &model, &chosen, &options, context),
     }
 }
@@ -163,8 +176,7 @@ fn read_prompts(args: &Args) -> Result<Vec<NamedPrompt>> {
             .map(|text| NamedPrompt { name: "--prompt".into(), text: text.clone() }),
     );
     for path in &args.prompts.prompt_file {
-        let text = fs::read_to_string(path)
-            .map_err(|source| Error::Read { path: path.clone(), source })?;
+        let text = read_text(path)?;
         prompts.push(NamedPrompt { name: path.display().to_string(), text });
     }
     Ok(prompts)

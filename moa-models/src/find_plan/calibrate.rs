@@ -249,7 +249,7 @@ impl<D: Math> Checkpoint<D> {
         let mut items: BTreeMap<usize, Vec<Item>> =
             lengths.iter().map(|l| (*l, Vec::new())).collect();
         let (mut done, wanted) = (0, lengths.len() * options.samples);
-        let mut longest = 0;
+        let (mut longest, mut without_answer) = (0, 0);
         for prompt in prompts {
             let mut tokens = self.prompt_tokens(&[Message::user(&prompt.prompt)])?;
             let given = prompt
@@ -272,6 +272,7 @@ impl<D: Math> Checkpoint<D> {
                     .swap_remove(0),
             };
             if response.is_empty() {
+                without_answer += 1;
                 continue;
             }
             items.entry(length).or_default().push(Item::new(&tokens, &response)?);
@@ -281,9 +282,18 @@ impl<D: Math> Checkpoint<D> {
         match items.iter().find(|(_, own)| own.is_empty()) {
             Some((&length, _)) => Err(Error::NoCalibration {
                 length,
-                reason: format!(
-                    "no prompt with its answer fills it (the longest has {longest} tokens)"
-                ),
+                reason: match without_answer {
+                    _ if longest < length => format!(
+                        "no prompt with its answer fills it (the longest has {longest} tokens)"
+                    ),
+                    0 => format!(
+                        "no prompt with its answer has so many tokens and fewer than the next longer \
+                         length, which takes what fills it (the longest has {longest} tokens)"
+                    ),
+                    count => format!(
+                        "{count} prompts have no answer: the dense model ended it at its first token"
+                    ),
+                },
             }),
             None => Ok(items),
         }

@@ -3,6 +3,7 @@
 
 mod chat;
 mod config;
+mod extra_tensors;
 mod generation_config;
 #[path = "../streamed/mod.rs"]
 mod streamed;

@@ -40,7 +40,7 @@ pub(super) fn tojson(state: &State, value: &Value, kwargs: Kwargs) -> Result<Str
     let mut out = Paid { state, bytes: Vec::new(), paid: 0 };
     let style = Style { indent, item, key, ascii, depth: 0, has_item: false };
     value.serialize(&mut Serializer::with_formatter(&mut out, style)).map_err(|e| {
-        match state.consume_fuel(0).and_then(|()| out.pay(0)) {
+        match out.pay(COST) {
             // The text became too long.
             Err(no_fuel) => no_fuel,
             Ok(()) => {
@@ -52,6 +52,9 @@ pub(super) fn tojson(state: &State, value: &Value, kwargs: Kwargs) -> Result<Str
     Ok(String::from_utf8_lossy(&out.bytes).into_owned())
 }
 
+/// Bytes for a unit of fuel; they come in small pieces, which take longer than a text in one.
+const COST: usize = 8;
+
 /// Bytes that are paid for as they come: a value may hold another one many times.
 struct Paid<'a, 's, 't> {
     state: &'a State<'s, 't>,
@@ -62,9 +65,9 @@ struct Paid<'a, 's, 't> {
 impl Paid<'_, '_, '_> {
     fn pay(&mut self, more: usize) -> Result<(), Error> {
         let due = (self.bytes.len() + more).saturating_sub(self.paid);
-        if due >= 64 {
-            self.paid += due / 64 * 64;
-            self.state.consume_fuel((due / 64) as u64)?;
+        if due >= COST {
+            self.paid += due / COST * COST;
+            self.state.consume_fuel((due / COST) as u64)?;
         }
         Ok(())
     }

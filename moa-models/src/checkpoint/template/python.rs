@@ -12,9 +12,8 @@ pub(super) fn add(environment: &mut Environment<'_>) {
     environment.set_unknown_method_callback(method);
     environment.set_formatter(write);
     environment.add_function(PERCENT, percent);
-    environment.add_function("cycler", |items: Rest<Value>| {
-        minijinja_contrib::globals::cycler(items.0)
-    });
+    environment
+        .add_function("cycler", |items: Rest<Value>| minijinja_contrib::globals::cycler(items.0));
     environment.add_function("joiner", minijinja_contrib::globals::joiner);
     environment.add_filter("wordcount", |text: &str| {
         text.split(|c: char| !(c.is_alphanumeric() || c == '_')).filter(|w| !w.is_empty()).count()
@@ -343,7 +342,8 @@ fn truncate(text: &str, args: Rest<Value>, kwargs: Kwargs) -> Result<String> {
     }
     let room = length.saturating_sub(end.chars().count());
     let cut: String = text.chars().take(room).collect();
-    let whole_words = if cuts_words { &cut } else { cut.rsplit_once(' ').map_or(&*cut, |(w, _)| w) };
+    let whole_words =
+        if cuts_words { &cut } else { cut.rsplit_once(' ').map_or(&*cut, |(w, _)| w) };
     Ok(format!("{whole_words}{end}"))
 }
 

@@ -12,7 +12,7 @@ pub(super) const PERCENT: &str = "__percent__";
 /// `Err` says why a template is refused: its nesting has to fit the stack.
 pub(super) fn rewrite(source: &str) -> Result<Cow<'_, str>, String> {
     let mut out = String::with_capacity(source.len());
-    let (mut rest, mut count) = (source, 0);
+    let (mut rest, mut count, mut longest_run) = (source, 0, 0);
     while let Some(at) = rest.find('{') {
         let (before, from) = rest.split_at(at);
         out.push_str(before);
@@ -21,12 +21,14 @@ pub(super) fn rewrite(source: &str) -> Result<Cow<'_, str>, String> {
             Some(b'{') => {
                 let (tokens, len) = tokens(from, "}}");
                 count += tokens.len();
+                longest_run = longest_run.max(run_of_signs(from, &tokens));
                 push_rewritten(&mut out, &from[..len], &tokens);
                 len
             }
             Some(b'%') => {
                 let (tokens, len) = tokens(from, "%}");
                 count += tokens.len();
+                longest_run = longest_run.max(run_of_signs(from, &tokens));
                 match tokens.first().map(|first| &from[first.text.clone()]) {
                     Some("raw") => {
                         let end = end_of_raw(from, len);
@@ -54,6 +56,9 @@ pub(super) fn rewrite(source: &str) -> Result<Cow<'_, str>, String> {
         if matches!(from.as_bytes().get(1), Some(b'#')) {
             out.push_str(&from[..len]);
         }
+        if longest_run > MOST_SIGNS {
+            return Err(format!("at most {MOST_SIGNS} signs follow on each other"));
+        }
         if count > MOST_TOKENS {
             return Err(format!(
                 "a template has at most {MOST_TOKENS} words and signs in its tags"
@@ -63,6 +68,17 @@ pub(super) fn rewrite(source: &str) -> Result<Cow<'_, str>, String> {
     }
     out.push_str(rest);
     Ok(Cow::Owned(out))
+}
+
+/// The most signs, or negations, in a row: each is a level of nesting that the engine does not count.
+fn run_of_signs(tag: &str, all: &[Token]) -> usize {
+    let (mut run, mut longest) = (0, 0);
+    for token in all {
+        let is_sign = matches!(&tag[token.text.clone()], "-" | "+" | "not");
+        run = if is_sign { run + 1 } else { 0 };
+        longest = longest.max(run);
+    }
+    longest
 }
 
 /// Where the tag ends that closes a raw block, which begins with `block`'s first `from` bytes.
@@ -104,6 +120,9 @@ const MOST: usize = 64;
 
 /// Most tokens of a template, ten times those of the longest known.
 const MOST_TOKENS: usize = 100_000;
+
+/// Most signs in a row.
+const MOST_SIGNS: usize = 100;
 
 /// The tokens between the two bytes that open a tag and `close`, and the length of the whole tag.
 fn tokens(tag: &str, close: &str) -> (Vec<Token>, usize) {
