@@ -125,8 +125,9 @@ pub(crate) enum WeightType {
 /// The model of a command.
 #[derive(Debug, Args)]
 pub(crate) struct ModelArg {
-    /// Model folder: config.json, *.safetensors, tokenizer.json
-    #[arg(long, value_name = "DIR")]
+    /// Model folder: config.json, *.safetensors, tokenizer.json; or in builds with the feature `hub` a
+    /// model of the Hugging Face hub
+    #[arg(long, value_name = "DIR|OWNER/NAME[@REVISION]")]
     pub(crate) model: PathBuf,
     /// Go on where the folder has tensors that its configuration does not ask for
     #[arg(long)]

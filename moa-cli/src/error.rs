@@ -35,6 +35,16 @@ pub(crate) enum Error {
         available: &'static str,
     },
 
+    /// A model of the hub, in a build that cannot reach it.
+    #[error(
+        "{id}: no such folder, and models of the Hugging Face hub need a build with `--features hub` \
+         (cargo install --path moa-cli --features hub)"
+    )]
+    Hub {
+        /// The model.
+        id: String,
+    },
+
     /// An argument is outside its domain.
     #[error("{what} must be {expected}, got {got}")]
     Argument {

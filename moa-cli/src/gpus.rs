@@ -89,10 +89,10 @@ impl Gpus {
         context: &Context,
         work: impl Fn(Checkpoint<Cuda>, &Context) -> Result<()> + Sync,
     ) -> Result<()> {
-        model::check_folder(&of.model)?;
-        let config = ModelConfig::from_file(&of.model)?;
+        let folder = model::folder(&of.model, context)?;
+        let config = ModelConfig::from_file(&folder)?;
         self.run(&config, plan, config.context_length(), context, |device, shard, context| {
-            work(model::options(of).open_shard(device, &of.model, shard)?, context)
+            work(model::options(of).open_shard(device, &folder, shard)?, context)
         })
     }
 }

@@ -1,7 +1,7 @@
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use moa_core::{DEFAULT_SINK, ElasticRule, ModelShape, Plan};
-use moa_models::{Checkpoint, Cpu, Math, ModelConfig, OpenOptions};
+use moa_models::{Checkpoint, Cpu, HubId, Math, ModelConfig, OpenOptions};
 
 use crate::args::{ModelArg, PlanArgs, WeightType};
 use crate::error::{Error, Result};
@@ -51,7 +51,7 @@ macro_rules! on_model {
                 gpus.run_model($of, $plan.plan.as_deref(), $context, |$model, $own| $body)
             }
             _ => $crate::model::on_device!($context, |device| {
-                let ($model, $own) = ($crate::model::open(device, $of)?, $context);
+                let ($model, $own) = ($crate::model::open(device, $of, $context)?, $context);
                 $body
             }),
         }
@@ -98,10 +98,9 @@ pub(crate) fn wgpu(index: Option<usize>, context: &Context) -> Result<moa_models
     }
 }
 
-/// Opens a model folder on a device.
-pub(crate) fn open<D: Math>(device: D, of: &ModelArg) -> Result<Checkpoint<D>> {
-    check_folder(&of.model)?;
-    Ok(options(of).open(device, &of.model)?)
+/// Opens a model on a device.
+pub(crate) fn open<D: Math>(device: D, of: &ModelArg, context: &Context) -> Result<Checkpoint<D>> {
+    Ok(options(of).open(device, folder(&of.model, context)?)?)
 }
 
 /// What the flags of a model say of opening it.
@@ -109,16 +108,42 @@ pub(crate) fn options(of: &ModelArg) -> OpenOptions<'static> {
     OpenOptions::default().ignore_extra_tensors(of.ignore_extra_tensors)
 }
 
-/// Checks that a folder is one.
-pub(crate) fn check_folder(folder: &Path) -> Result<()> {
-    if !folder.is_dir() {
-        let source = match std::fs::metadata(folder) {
-            Ok(_) => std::io::Error::from(std::io::ErrorKind::NotADirectory),
-            Err(error) => error,
-        };
-        return Err(Error::Read { path: folder.to_path_buf(), source });
+/// The folder that `--model` names, or that a model of the hub has in the cache.
+pub(crate) fn folder(model: &Path, context: &Context) -> Result<PathBuf> {
+    if model.is_dir() {
+        return Ok(model.to_path_buf());
     }
-    Ok(())
+    let read = |source| Error::Read { path: model.to_path_buf(), source };
+    let what = match std::fs::symlink_metadata(model) {
+        Ok(metadata) if metadata.is_symlink() && !model.exists() => {
+            let target = std::fs::read_link(model).map_err(read)?;
+            let path = model.to_path_buf();
+            return Err(moa_models::Error::DanglingLink { path, target }.into());
+        }
+        Ok(_) if model.extension().is_some_and(|end| end == "gguf") => "a GGUF file",
+        Ok(_) => "a file",
+        Err(error) => match model.to_str().map(str::parse::<HubId>) {
+            Some(Ok(id)) => return from_hub(&id, context),
+            _ => return Err(read(error)),
+        },
+    };
+    let got = format!("{what}, {}", model.display());
+    Err(Error::argument(
+        "--model",
+        "a model folder (config.json, *.safetensors, tokenizer.json)",
+        got,
+    ))
+}
+
+#[cfg(feature = "hub")]
+fn from_hub(id: &HubId, context: &Context) -> Result<PathBuf> {
+    let mut bar = crate::progress::Progress::new(context, "download", 1);
+    Ok(moa_models::fetch(id, &mut bar)?)
+}
+
+#[cfg(not(feature = "hub"))]
+fn from_hub(id: &HubId, _: &Context) -> Result<PathBuf> {
+    Err(Error::Hub { id: id.to_string() })
 }
 
 /// Dimensions of a model from its `config.json`, without its weights.

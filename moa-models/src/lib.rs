@@ -41,7 +41,7 @@
 //! # Devices
 //! [`Cpu`] needs nothing. `Cuda` (feature `cuda`) needs nothing to build, and to run a driver, NVRTC and
 //! cuBLASLt. `Wgpu` (feature `wgpu`) runs on any GPU with a driver for Vulkan, Metal or DX12. The feature
-//! `hub` adds `download`, which fetches a model folder from the Hugging Face hub.
+//! `hub` adds `fetch`, the folder of a model of the Hugging Face hub by its [`HubId`], and `download`.
 
 mod checkpoint;
 mod date;
@@ -58,7 +58,8 @@ pub use checkpoint::Checkpoint;
 pub use checkpoint::fingerprint::fingerprint;
 pub use checkpoint::generation_config::GenerationConfig;
 #[cfg(feature = "hub")]
-pub use checkpoint::hub::download;
+pub use checkpoint::hub::{download, fetch};
+pub use checkpoint::hub_id::HubId;
 pub use checkpoint::json::JsonObject;
 pub use checkpoint::mapped::MappedTensor;
 pub use checkpoint::open_options::OpenOptions;

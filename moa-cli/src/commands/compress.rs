@@ -69,7 +69,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     check_optional(args.save_profile.as_deref())?;
     let data = calibration::load(&args.data.data)?;
     on_device!(context, |device| {
-        let mut model = model::open(device, &args.model)?;
+        let mut model = model::open(device, &args.model, context)?;
         args.style.apply(&mut model)?;
         with_model(args, &data, &model, context)
     })

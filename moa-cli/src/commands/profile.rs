@@ -56,7 +56,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     check_file(&args.out)?;
     let data = calibration::load(&args.data.data)?;
     on_device!(context, |device| {
-        let mut model = model::open(device, &args.model)?;
+        let mut model = model::open(device, &args.model, context)?;
         args.style.apply(&mut model)?;
         with_model(args, &data, &model, context)
     })

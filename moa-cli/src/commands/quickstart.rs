@@ -23,8 +23,8 @@ use crate::progress::Progress;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  moa quickstart --out moa-quickstart")]
 pub(crate) struct Args {
-    /// Model folder [default: assets/moa-tiny of this project]
-    #[arg(long, value_name = "DIR")]
+    /// Model folder, or a model of the hub [default: assets/moa-tiny of this project]
+    #[arg(long, value_name = "DIR|OWNER/NAME[@REVISION]")]
     model: Option<PathBuf>,
     /// Folder for plan.json, profile.safetensors, heads.svg and results.json
     #[arg(long, default_value = "moa-quickstart", value_name = "DIR")]
@@ -73,7 +73,7 @@ fn with_ops<D: Backward>(args: &Args, device: D, context: &Context) -> Result<()
         None => tiny_model()?,
     };
     let of = ModelArg { model: model_path, ignore_extra_tensors: false };
-    let model = model::open(device, &of)?;
+    let model = model::open(device, &of, context)?;
     let shape = model.model.shape();
     context.print(format_args!("Model: {} ({shape})", of.model.display()))?;
 

@@ -66,7 +66,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let lengths = profile_lengths(args, &files)?;
     let inputs = Inputs { data, files, profile, lengths };
     on_device!(context, |device| {
-        let mut model = model::open(device, &args.model)?;
+        let mut model = model::open(device, &args.model, context)?;
         args.style.apply(&mut model)?;
         with_model(args, inputs, &model, context)
     })

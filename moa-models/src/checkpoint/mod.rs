@@ -5,6 +5,7 @@ pub(crate) mod fingerprint;
 pub(crate) mod generation_config;
 #[cfg(feature = "hub")]
 pub(crate) mod hub;
+pub(crate) mod hub_id;
 pub(crate) mod json;
 pub(crate) mod mapped;
 pub(crate) mod open_options;

@@ -131,6 +131,21 @@ fn a_text_that_follows_on_another_keeps_its_first_space() -> Result<(), Error> {
     }
     text.push_str(&stream.finish()?.unwrap_or_default());
     assert_eq!(text, rest);
+
+    // A tokenizer of Llama 2's kind, which leaves the space out of a text of its own.
+    let space =
+        json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true});
+    let file = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": space, "post_processor": null, "decoder": space,
+        "model": {"type": "WordLevel", "vocab": {"<unk>": 0, "▁is": 1, "▁Paris": 2}, "unk_token": "<unk>"}
+    });
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("tokenizer.json"), file.to_string()).unwrap();
+    let tokenizer = Tokenizer::from_dir(dir.path())?;
+    let is = tokenizer.encode("is", false)?;
+    assert_eq!(tokenizer.stream_after(&is)?.push(2)?.as_deref(), Some(" Paris"));
+    assert_eq!(tokenizer.stream().push(2)?.as_deref(), Some("Paris"));
     Ok(())
 }
 
