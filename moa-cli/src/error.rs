@@ -36,6 +36,7 @@ pub(crate) enum Error {
     },
 
     /// A model of the hub, in a build that cannot reach it.
+    #[cfg(not(feature = "hub"))]
     #[error(
         "{id}: no such folder, and models of the Hugging Face hub need a build with `--features hub` \
          (cargo install --path moa-cli --features hub)"

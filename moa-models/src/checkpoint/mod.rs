@@ -18,6 +18,7 @@ pub(crate) mod special_tokens;
 pub(crate) mod template;
 pub(crate) mod text;
 pub(crate) mod tokenizer;
+pub(crate) mod tokenizer_file;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use crate::checkpoint::added_tokens::{self, Added};
 use crate::checkpoint::special_tokens::SpecialTokens;
 use crate::checkpoint::text::{is_file, read_bytes};
+use crate::checkpoint::tokenizer_file;
 use crate::error::{Error, Result};
 
 /// The tokenizer of a model folder; clones share it.
@@ -48,8 +49,7 @@ impl Tokenizer {
     ) -> Result<Self> {
         let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
         let fail = |reason: String| Error::Tokenizer { path: path.clone(), reason };
-        let mut inner =
-            tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| fail(e.to_string()))?;
+        let mut inner = tokenizer_file::parse(bytes).map_err(fail)?;
         added_tokens::complete(&mut inner, bytes, added).map_err(fail)?;
         inner.with_truncation(None).map_err(|e| fail(e.to_string()))?;
         inner.with_padding(None);
