@@ -51,14 +51,15 @@ fn a_base_model_is_asked_without_a_template_by_every_command() {
     );
 
     let line = |n: usize| json!({"prompt": "The ship left. ".repeat(n), "answer": "It came back."});
-    fs::write(root.join("data.jsonl"), format!("\u{feff}{}\n{}\n", line(20), line(40))).unwrap();
-    let size = ["--lengths", "80", "--samples", "1", "--max-response", "8", "--data", "data.jsonl"];
+    fs::write(root.join("data.jsonl"), format!("\u{feff}{}\n{}\n", line(80), line(90))).unwrap();
+    let size =
+        ["--lengths", "256", "--samples", "1", "--max-response", "8", "--data", "data.jsonl"];
     let model = ["--model", text(&base)];
     let profile = [&["profile"][..], &model, &size, &["--out", "p.safetensors"]].concat();
     ok(root, &profile);
     let small = ["--evaluations", "0", "--validation-samples", "1", "--density", "0.5"];
     let compress =
-        [&["compress"][..], &model, &size, &small, &["--validation-length", "80"]].concat();
+        [&["compress"][..], &model, &size, &small, &["--validation-length", "256"]].concat();
     ok(root, &[&compress[..], &["--out", "plan.json"]].concat());
     let tasks =
         ["--task", "passkey", "--lengths", "256", "--samples", "1", "--max-new-tokens", "4"];
@@ -66,7 +67,7 @@ fn a_base_model_is_asked_without_a_template_by_every_command() {
     ok(root, &tasks);
     // Items of other prompts are other items.
     let vicuna = [&tasks[..], &["--template", "vicuna"]].concat();
-    refuses(root, &vicuna, &["i.jsonl", "prompts"]);
+    refuses(root, &vicuna, &["i.jsonl", "template"]);
 }
 
 #[test]

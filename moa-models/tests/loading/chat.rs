@@ -94,6 +94,14 @@ fn where_a_folder_keeps_its_template() -> Result<(), Error> {
     assert_eq!(ChatTemplate::from_dir(dir.path())?.unwrap().render(&[], false)?, "yes");
     let dir = folder(&[("tokenizer_config.json", &list.replace("default", "other"))]);
     assert!(matches!(ChatTemplate::from_dir(dir.path()), Err(Error::Config { .. })));
+    // By name in one object, and in the file that processors have.
+    let named = r#"{"chat_template": {"rag": "no", "default": "yes"}}"#;
+    for file in ["tokenizer_config.json", "chat_template.json"] {
+        let dir = folder(&[(file, named)]);
+        assert_eq!(ChatTemplate::from_dir(dir.path())?.unwrap().render(&[], false)?, "yes");
+    }
+    let dir = folder(&[("tokenizer_config.json", "{}"), ("chat_template.json", named)]);
+    assert_eq!(ChatTemplate::from_dir(dir.path())?.unwrap().render(&[], false)?, "yes");
     let named = r#"{"_name_or_path": "lmsys/Vicuna-7b-v1.5"}"#;
     let dir = folder(&[("config.json", named)]);
     let text = ChatTemplate::from_dir(dir.path())?.unwrap().render(&[], true)?;

@@ -9,6 +9,7 @@ mod generation_config;
 mod streamed;
 mod templates;
 mod tokenizer;
+mod tokenizer_kinds;
 mod weights;
 
 use std::path::{Path, PathBuf};

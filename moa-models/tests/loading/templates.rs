@@ -16,14 +16,16 @@ fn difference(source: &str, chat: &Value, expected: &Value) -> Option<String> {
     match (&got, expected["text"].as_str()) {
         (Ok(got), Some(text)) if got == text => None,
         (Err(_), None) => None,
+        // Python refuses to go through no tools at all; here they are an empty list.
+        (Ok(_), None) if expected["error"] == "TypeError" => None,
         _ => Some(format!("{got:?}\n  not {expected}")),
     }
 }
 
-#[test]
-fn templates_render_as_in_transformers() {
-    let fixture: Value =
-        serde_json::from_str(include_str!("../fixtures/templates/templates.json")).unwrap();
+/// Checks every rendering of a file that `make.py` wrote.
+#[track_caller]
+fn check(fixture: &str) {
+    let fixture: Value = serde_json::from_str(fixture).unwrap();
     let (chats, mut wrong, mut count) = (fixture["chats"].as_array().unwrap(), Vec::new(), 0);
     for template in fixture["templates"].as_array().unwrap() {
         let renderings = template["renderings"].as_array().unwrap();
@@ -43,6 +45,15 @@ fn templates_render_as_in_transformers() {
         );
     }
     assert!(wrong.is_empty(), "{} of {count} differ:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+#[test]
+fn templates_render_as_in_transformers() {
+    check(include_str!("../fixtures/templates/templates.json"));
+    // Templates that the repository does not carry.
+    if let Some(path) = std::env::var_os("MOA_TEMPLATES") {
+        check(&std::fs::read_to_string(path).unwrap());
+    }
 }
 
 #[test]
