@@ -205,7 +205,7 @@ fn text_method(state: &State, s: &str, method: &str, args: &[Value]) -> Result<O
             let (size,): (Option<usize>,) = from_args(args)?;
             expand_tabs(state, s, size.unwrap_or(8))?.into()
         }
-        "isdecimal" => all(|c| c.is_numeric() && c.to_digit(10).is_some())?,
+        "isdecimal" => all(|c| c.is_ascii_digit())?,
         "isprintable" => {
             let () = from_args(args)?;
             Value::from(!s.chars().any(char::is_control))
