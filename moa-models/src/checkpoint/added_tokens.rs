@@ -58,6 +58,8 @@ pub(crate) fn from_dir(dir: &Path, special: &SpecialTokens) -> Result<Vec<Added>
 }
 
 /// Gives a tokenizer, which `bytes` describe, the tokens that it lacks, under their ids.
+///
+/// Where its own file says otherwise, the file is right: other files may be those of an earlier state.
 pub(crate) fn complete(
     inner: &mut tokenizers::Tokenizer,
     bytes: &[u8],
@@ -66,27 +68,29 @@ pub(crate) fn complete(
     let known = inner.get_added_tokens_decoder();
     added.retain(|one| !known.values().any(|token| token.content == one.token.content));
     added.dedup_by(|a, b| a.token.content == b.token.content);
-    if added.is_empty() {
-        return Ok(());
-    }
+    added.retain(|one| {
+        let content = &one.token.content;
+        let own = (inner.token_to_id(content), inner.id_to_token(one.id));
+        let is_free = match &own {
+            (None, None) => true,
+            (Some(id), _) => *id == one.id,
+            (None, Some(_)) => false,
+        };
+        if !is_free {
+            let id = one.id;
+            tracing::warn!(
+                "added token `{content}` with id {id} is left out: tokenizer.json has {own:?}"
+            );
+        }
+        is_free
+    });
     // Where ids have holes, the library would number the tokens itself.
-    let missing: Vec<&Added> =
-        added.iter().filter(|one| inner.token_to_id(&one.token.content).is_none()).collect();
+    let missing = added.iter().filter(|one| inner.token_to_id(&one.token.content).is_none());
     let end = inner.get_vocab_size(true) as u32;
-    if missing.iter().zip(end..).any(|(one, id)| one.id != id) {
+    if missing.clone().zip(end..).any(|(one, id)| one.id != id) {
         let mut file: Value = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
-        let ids = inner.get_vocab(true);
         if let Some(vocab) = file.pointer_mut("/model/vocab").and_then(Value::as_object_mut) {
-            for one in missing {
-                if let Some((other, _)) = ids.iter().find(|(_, id)| **id == one.id) {
-                    let content = &one.token.content;
-                    return Err(format!(
-                        "tokens `{content}` and `{other}` have one id, {}",
-                        one.id
-                    ));
-                }
-                vocab.insert(one.token.content.clone(), one.id.into());
-            }
+            vocab.extend(missing.map(|one| (one.token.content.clone(), one.id.into())));
             *inner = tokenizers::Tokenizer::from_bytes(file.to_string().as_bytes())
                 .map_err(|e| e.to_string())?;
         }
