@@ -9,6 +9,8 @@ use tracing::level_filters::LevelFilter;
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 
+use crate::output::to_stderr;
+
 /// Writes events of this project's libraries to stderr, each line once: several GPUs tell the same.
 struct Log {
     level: LevelFilter,
@@ -48,7 +50,7 @@ impl Subscriber for Log {
         let line = format!("{name}: {}{}", line.message, line.fields);
         let is_new = self.told.lock().is_ok_and(|mut told| told.insert(line.clone()));
         if is_new {
-            eprintln!("{line}");
+            to_stderr(line);
         }
     }
 
