@@ -5,7 +5,7 @@ use crate::families::Family;
 use crate::families::layer_kinds::{sliding, window};
 use crate::families::llama::Defaults;
 
-/// Mistral 7B, Nemo, Small and Ministral 8B: Llama without biases, whose layers may have a sliding window.
+/// Mistral 7B, Nemo, Small 3 and Ministral 8B: Llama without biases, whose layers may have a sliding window.
 #[derive(Clone, Copy, Debug)]
 pub struct Mistral;
 
