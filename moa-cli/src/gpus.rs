@@ -66,6 +66,7 @@ impl Gpus {
             }
             None => Plan::full(config.shape())?,
         };
+        let plan = config.windowed(&plan)?;
         let sharding = Sharding::balanced(&plan, length, self.count);
         let sharding = sharding.map_err(|e| Error::from(e).at("--device"))?;
         let done = on_ranks(NcclRank::group(self.count)?, |rank: Arc<NcclRank>| {

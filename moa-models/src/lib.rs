@@ -31,7 +31,7 @@
 //! | folder | what it holds |
 //! |---|---|
 //! | `checkpoint` | a model folder: [`Checkpoint`], [`Weights`], [`Tokenizer`], [`ChatTemplate`] |
-//! | `families` | how the `config.json` of a family of models is read: [`Family`], [`Llama`] |
+//! | `families` | how the `config.json` of a family of models is read: [`Family`], [`FAMILIES`] |
 //! | `decoder` | the network, written once for all families and devices: [`Decoder`], [`ModelConfig`], [`Sequence`], and [`Shard`] for a model that several devices share |
 //! | `device` | the operations of a device, [`Device`], [`Load`], [`Math`] and [`Backward`]: [`Cpu`], and by features `Cuda` and `Wgpu` |
 //! | `engine` | generation: [`Engine`], [`ChatSession`], [`SamplingOptions`] |
@@ -69,7 +69,7 @@ pub use checkpoint::safetensors::{Tensors, Weights};
 pub use checkpoint::template::{ChatTemplate, Message};
 pub use checkpoint::text::read_text;
 pub use checkpoint::tokenizer::{TokenStream, Tokenizer};
-pub use decoder::config::ModelConfig;
+pub use decoder::config::{LayerKind, ModelConfig};
 pub use decoder::logits::LogitRows;
 pub use decoder::model::Decoder;
 pub use decoder::names::TensorNames;
@@ -102,7 +102,13 @@ pub use eval::{
     Asked, DepthBin, EFFECTIVE_ACCURACY, EffectiveContext, Evaluation, ItemLog, Question,
     Reference, RetrievalItem, RetrievalReport, Scoring, SizedQuestion, Turn, effective_context,
 };
+pub use families::granite::Granite;
 pub use families::llama::Llama;
+pub use families::mistral::Mistral;
+pub use families::phi3::Phi3;
+pub use families::qwen2::Qwen2;
+pub use families::qwen3::Qwen3;
+pub use families::smollm3::SmolLm3;
 pub use families::{FAMILIES, Family};
 pub use find_plan::calibrate::{CalibrationData, CalibrationOptions, CalibrationPrompt};
 pub use find_plan::compress::{

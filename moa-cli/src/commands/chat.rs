@@ -77,7 +77,8 @@ pub(super) fn run<D: Math>(
         prompt();
     }
     let slot_bytes = context.cache.slot_bytes(chosen.plan.shape().head_dim);
-    let kv_bytes = chosen.plan.kv_bytes(capacity, slot_bytes);
+    let plan = model.model.config().windowed(&chosen.plan)?;
+    let kv_bytes = plan.kv_bytes(capacity, slot_bytes);
     let dense = model.model.dense_bytes(capacity)?;
     context.note(format_args!(
         "{}: KV cache for {capacity} tokens {} of {} dense ({}); {} tokens held",

@@ -131,13 +131,13 @@ fn with_model<D: Math>(
     plan.save(&args.out)?;
 
     let measured = |(file, &loss): (&PlanFile, &f64)| {
-        let density = file.plan.density(length);
-        MeasuredPlan { file: file.path.clone(), loss, density }
+        let density = model.model.config().windowed(&file.plan)?.density(length);
+        Ok(MeasuredPlan { file: file.path.clone(), loss, density })
     };
     context.result(&Outcome {
         out: &args.out,
         length,
-        plans: files.iter().zip(&losses).map(measured).collect(),
+        plans: files.iter().zip(&losses).map(measured).collect::<Result<_>>()?,
         best: &files[best].path,
         dense_loss: dense,
         refined_from: refined.as_ref().map(|r| r.start_loss),

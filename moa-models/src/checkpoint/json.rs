@@ -130,6 +130,32 @@ impl JsonObject {
         })
     }
 
+    /// The field as a list of finite numbers above `above`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it is something else.
+    pub fn numbers_above(&self, field: &str, above: f64) -> Result<Option<Vec<f64>>> {
+        let number = |x: &Value| x.as_f64().filter(|x| x.is_finite() && *x > above);
+        self.list(field, &format!("a list of finite numbers above {above}"), number)
+    }
+
+    /// The field as a list of what `item` makes of each value; `expected` says what that is.
+    pub(crate) fn list<T>(
+        &self,
+        field: &str,
+        expected: &str,
+        item: impl Fn(&Value) -> Option<T>,
+    ) -> Result<Option<Vec<T>>> {
+        let Some(value) = self.get(field) else { return Ok(None) };
+        let items = value.as_array().and_then(|values| values.iter().map(item).collect());
+        items.map(Some).ok_or_else(|| self.invalid(field, expected, value))
+    }
+
+    /// Whether the field is there, be it null.
+    pub(crate) fn names(&self, field: &str) -> bool {
+        self.fields.contains_key(field)
+    }
+
     /// `value`, or an error that says that `field` is missing.
     ///
     /// # Errors

@@ -115,6 +115,17 @@ impl MappedTensor {
         Ok(self.gather(runs, vec![rows, width]))
     }
 
+    /// The elements times `factor`, as f32.
+    pub(crate) fn scaled(&self, factor: f32) -> Self {
+        let values: Vec<f32> = self.to_f32().into_iter().map(|x| x * factor).collect();
+        let mut words = vec![0u64; values.len().div_ceil(2)];
+        let bytes = 0..4 * values.len();
+        let to: &mut [f32] = bytemuck::cast_slice_mut(&mut words);
+        to[..values.len()].copy_from_slice(&values);
+        let memory = Memory::Words(Arc::new(words));
+        Self { memory, bytes, dtype: Dtype::F32, shape: self.shape.clone() }
+    }
+
     /// A copy of runs of bytes.
     fn gather(&self, runs: impl Iterator<Item = Range<usize>>, shape: Vec<usize>) -> Self {
         let len = shape.iter().product::<usize>() * self.dtype.bytes();

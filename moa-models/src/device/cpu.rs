@@ -145,7 +145,7 @@ impl Load for Cpu {
 }
 
 impl Math for Cpu {
-    fn embed(&self, table: &CpuMatrix, ids: &[u32]) -> Result<Tensor> {
+    fn embed(&self, table: &CpuMatrix, ids: &[u32], factor: f32) -> Result<Tensor> {
         let cols = table.cols;
         let mut values = vec![0.0; ids.len() * cols];
         for (out, &id) in values.chunks_mut(cols).zip(ids) {
@@ -163,6 +163,9 @@ impl Math for Cpu {
                     out.iter_mut().zip(&x[place]).for_each(|(o, x)| *o = x.to_f32())
                 }
             }
+        }
+        if factor != 1.0 {
+            values.iter_mut().for_each(|x| *x *= factor);
         }
         self.tensor(values, &[ids.len(), cols])
     }

@@ -110,8 +110,8 @@ impl Load for Wgpu {
 }
 
 impl Math for Wgpu {
-    fn embed(&self, table: &Matrix, ids: &[u32]) -> Result<Tensor> {
-        Ok(kernels::embed(table, ids)?)
+    fn embed(&self, table: &Matrix, ids: &[u32], factor: f32) -> Result<Tensor> {
+        Ok(kernels::embed(table, ids, factor)?)
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {

@@ -110,7 +110,7 @@ impl<D: Math> Checkpoint<D> {
         let mut chat = ChatSession::new(self, plan, context)?;
         let mut item = RetrievalItem {
             context,
-            density: plan.density(context),
+            density: self.model.config().windowed(plan)?.density(context),
             kv_bytes_dense: self.model.dense_bytes(context)?,
             ..RetrievalItem::default()
         };

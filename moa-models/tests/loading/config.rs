@@ -91,7 +91,7 @@ fn values_out_of_range_are_named() {
         ("bos_token_id", "64"),
         ("eos_token_id", "[2, \"3\"]"),
         ("hidden_act", "\"gelu\""),
-        ("model_type", "\"mistral\""),
+        ("model_type", "\"mixtral\""),
         ("rope_scaling", "4"),
     ] {
         let error = ModelConfig::from_json(&config(&[(field, value)])).unwrap_err();
@@ -173,7 +173,7 @@ fn bad_rope_scaling_is_named() {
     let llama3 =
         r#"{"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}"#;
     for (value, field) in [
-        (r#"{"type": "longrope"}"#, "rope_type"),
+        (r#"{"type": "proportional"}"#, "rope_type"),
         (r#"{"type": "linear", "factor": 0.5}"#, "factor"),
         (r#"{"type": "linear", "factor": "4"}"#, "factor"),
         (r#"{"type": "default", "partial_rotary_factor": 0.5}"#, "partial_rotary_factor"),
