@@ -57,6 +57,7 @@ mod progress;
 pub use checkpoint::Checkpoint;
 pub use checkpoint::fingerprint::fingerprint;
 pub use checkpoint::generation_config::GenerationConfig;
+pub use checkpoint::gguf::{Gguf, open_tensors};
 #[cfg(feature = "hub")]
 pub use checkpoint::hub::download;
 pub use checkpoint::json::JsonObject;
@@ -109,6 +110,7 @@ pub use find_plan::objective::{Objective, TokenWeight, WeightedObjective};
 pub use find_plan::profile::Item;
 pub use find_plan::records::{PHRASINGS, Phrasing, RecordPrompt};
 pub use find_plan::refine::{Refined, measured_losses, refine};
+pub use moa_backend_cpu::ops::BlockType;
 #[cfg(feature = "cuda")]
 pub use moa_backend_cuda::NcclId;
 pub use moa_core::Dtype;

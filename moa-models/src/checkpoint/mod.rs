@@ -2,6 +2,7 @@
 
 pub(crate) mod fingerprint;
 pub(crate) mod generation_config;
+pub(crate) mod gguf;
 #[cfg(feature = "hub")]
 pub(crate) mod hub;
 pub(crate) mod json;
@@ -19,6 +20,7 @@ use std::sync::Arc;
 use moa_core::Plan;
 
 use crate::checkpoint::generation_config::GenerationConfig;
+use crate::checkpoint::gguf::{Gguf, is_gguf};
 use crate::checkpoint::safetensors::Weights;
 use crate::checkpoint::template::{ChatTemplate, Message};
 use crate::checkpoint::tokenizer::Tokenizer;
@@ -72,12 +74,12 @@ impl<D: Math> Clone for Checkpoint<D> {
 
 impl<D: Math> Checkpoint<D> {
     /// Opens `config.json`, `*.safetensors`, `tokenizer.json`, and if they exist
-    /// `tokenizer_config.json` and `generation_config.json`.
+    /// `tokenizer_config.json` and `generation_config.json`; or a GGUF file, which has all of them.
     ///
     /// # Errors
     /// [`Error::Io`] for a file that cannot be read; [`Error::Json`], [`Error::MissingField`] and
-    /// [`Error::Config`] for a malformed one; [`Error::NoWeights`], [`Error::Safetensors`] and the
-    /// variants that begin with `Tensor` and `Shard` for the weights; [`Error::Tokenizer`] and
+    /// [`Error::Config`] for a malformed one; [`Error::NoWeights`], [`Error::Safetensors`],
+    /// [`Error::Gguf`] and the variants that begin with `Tensor` and `Shard` for the weights; [`Error::Tokenizer`] and
     /// [`Error::TokenizerVocabulary`] for the tokenizer; [`Error::Template`] for the chat template;
     /// [`Error::OutOfMemory`] or [`Error::Backend`] if the weights do not fit the device.
     pub fn open(device: D, folder: impl AsRef<Path>) -> Result<Self> {
@@ -110,6 +112,9 @@ impl<D: Math> Checkpoint<D> {
         families: &[&dyn Family],
         shard: Option<Shard<D>>,
     ) -> Result<Self> {
+        if is_gguf(folder) {
+            return Self::open_gguf(device, folder, families, shard);
+        }
         let config = ModelConfig::from_file_with(folder, families)?;
         let tokenizer = Tokenizer::from_dir(folder)?;
         tokenizer.check_vocab_size(config.vocab_size)?;
@@ -119,7 +124,22 @@ impl<D: Math> Checkpoint<D> {
         Ok(Self { model, tokenizer, generation, template, folder: folder.to_path_buf() })
     }
 
-    /// The folder it was opened from.
+    fn open_gguf(
+        device: D,
+        path: &Path,
+        families: &[&dyn Family],
+        shard: Option<Shard<D>>,
+    ) -> Result<Self> {
+        let file = Gguf::open(path)?;
+        let (config, tokenizer) = (file.config(families)?, file.tokenizer()?);
+        tokenizer.check_vocab_size(config.vocab_size)?;
+        let template = file.template()?;
+        let model = Arc::new(Decoder::load_part(device, config, &file, shard)?);
+        let generation = GenerationConfig::default();
+        Ok(Self { model, tokenizer, generation, template, folder: path.to_path_buf() })
+    }
+
+    /// The folder, or the GGUF file, that it was opened from.
     pub fn folder(&self) -> &Path {
         &self.folder
     }

@@ -32,6 +32,11 @@ impl SpecialTokens {
         Self(pair.map(|(role, text)| (role.to_owned(), text.to_owned())).into())
     }
 
+    /// The texts of these roles.
+    pub(crate) fn of_roles<'a>(roles: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
+        Self(roles.into_iter().map(|(role, text)| (role.to_owned(), text.to_owned())).collect())
+    }
+
     pub(crate) fn get(&self, role: &str) -> Option<&str> {
         self.0.get(role).map(String::as_str)
     }

@@ -30,7 +30,8 @@ impl Tokenizer {
         Self::from_bytes(&bytes, path, &SpecialTokens::from_dir(dir)?)
     }
 
-    fn from_bytes(bytes: &[u8], path: PathBuf, special: &SpecialTokens) -> Result<Self> {
+    /// Reads the text of a `tokenizer.json` that came from `path`.
+    pub(crate) fn from_bytes(bytes: &[u8], path: PathBuf, special: &SpecialTokens) -> Result<Self> {
         let fail = |reason: String| Error::Tokenizer { path: path.clone(), reason };
         let mut inner =
             tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| fail(e.to_string()))?;
