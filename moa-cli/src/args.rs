@@ -122,8 +122,8 @@ pub(crate) enum WeightType {
 /// The model of a command.
 #[derive(Debug, Args)]
 pub(crate) struct ModelArg {
-    /// Model folder: config.json, *.safetensors, tokenizer.json
-    #[arg(long, value_name = "DIR")]
+    /// Model folder (config.json, *.safetensors, tokenizer.json), or a GGUF file
+    #[arg(long, value_name = "DIR|FILE.gguf")]
     pub(crate) model: PathBuf,
 }
 

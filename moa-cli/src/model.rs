@@ -1,7 +1,7 @@
 use std::path::Path;
 
 use moa_core::{DEFAULT_SINK, ElasticRule, ModelShape, Plan};
-use moa_models::{Checkpoint, Cpu, Math, ModelConfig};
+use moa_models::{Checkpoint, Cpu, Math, ModelConfig, is_gguf};
 
 use crate::args::{PlanArgs, WeightType};
 use crate::error::{Error, Result};
@@ -98,15 +98,15 @@ pub(crate) fn wgpu(index: Option<usize>, context: &Context) -> Result<moa_models
     }
 }
 
-/// Opens a model folder on a device.
+/// Opens a model folder or GGUF file on a device.
 pub(crate) fn open<D: Math>(device: D, folder: &Path) -> Result<Checkpoint<D>> {
     check_folder(folder)?;
     Ok(Checkpoint::open(device, folder)?)
 }
 
-/// Checks that a folder is one.
+/// Checks that a model's folder is one, or its file a GGUF file.
 pub(crate) fn check_folder(folder: &Path) -> Result<()> {
-    if !folder.is_dir() {
+    if !folder.is_dir() && !is_gguf(folder) {
         let source = match std::fs::metadata(folder) {
             Ok(_) => std::io::Error::from(std::io::ErrorKind::NotADirectory),
             Err(error) => error,
@@ -116,7 +116,7 @@ pub(crate) fn check_folder(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Dimensions of a model from its `config.json`, without its weights.
+/// Dimensions of a model from its `config.json` or GGUF file, without its weights.
 pub(crate) fn shape(config: &Path) -> Result<ModelShape> {
     Ok(ModelConfig::from_file(config)?.shape())
 }

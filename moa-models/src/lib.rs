@@ -30,7 +30,7 @@
 //! # Where things stand
 //! | folder | what it holds |
 //! |---|---|
-//! | `checkpoint` | a model folder: [`Checkpoint`], [`Weights`], [`Tokenizer`], [`ChatTemplate`] |
+//! | `checkpoint` | a model folder or GGUF file: [`Checkpoint`], [`Weights`], [`Gguf`], [`Tokenizer`], [`ChatTemplate`] |
 //! | `families` | how the `config.json` of a family of models is read: [`Family`], [`Llama`] |
 //! | `decoder` | the network, written once for all families and devices: [`Decoder`], [`ModelConfig`], [`Sequence`], and [`Shard`] for a model that several devices share |
 //! | `device` | the operations of a device, [`Device`], [`Load`], [`Math`] and [`Backward`]: [`Cpu`], and by features `Cuda` and `Wgpu` |
@@ -57,7 +57,7 @@ mod progress;
 pub use checkpoint::Checkpoint;
 pub use checkpoint::fingerprint::fingerprint;
 pub use checkpoint::generation_config::GenerationConfig;
-pub use checkpoint::gguf::{Gguf, open_tensors};
+pub use checkpoint::gguf::{Gguf, is_gguf, open_tensors};
 #[cfg(feature = "hub")]
 pub use checkpoint::hub::download;
 pub use checkpoint::json::JsonObject;

@@ -4,6 +4,7 @@
 mod chat;
 mod config;
 mod generation_config;
+mod gguf;
 #[path = "../streamed/mod.rs"]
 mod streamed;
 mod tokenizer;

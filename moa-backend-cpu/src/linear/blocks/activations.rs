@@ -94,7 +94,7 @@ fn sum(codes: &[i8]) -> i32 {
 
 /// The step and the codes of a group. A step is not a number where an activation is none, or infinite.
 #[inline(always)]
-fn quantise(x: &[f32; GROUP]) -> (f32, [i8; GROUP]) {
+pub(super) fn quantise(x: &[f32; GROUP]) -> (f32, [i8; GROUP]) {
     let most = x.iter().fold(0.0f32, |most, x| most.max(x.abs()));
     let poison = x.iter().fold(0.0f32, |sum, x| sum + x * 0.0);
     let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };

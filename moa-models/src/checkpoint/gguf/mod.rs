@@ -53,7 +53,8 @@ struct Entry {
 }
 
 /// Whether `path` is a file in the format GGUF, by its name or its first bytes.
-pub(crate) fn is_gguf(path: &Path) -> bool {
+#[must_use]
+pub fn is_gguf(path: &Path) -> bool {
     let begins = || {
         let mut magic = [0; 4];
         let read = File::open(path).and_then(|mut file| file.read_exact(&mut magic));

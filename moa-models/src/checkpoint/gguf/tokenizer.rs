@@ -70,8 +70,12 @@ impl<'a> Vocabulary<'a> {
 }
 
 impl Gguf {
-    /// The tokenizer.
-    pub(crate) fn tokenizer(&self) -> Result<Tokenizer> {
+    /// The tokenizer of the file's vocabulary.
+    ///
+    /// # Errors
+    /// [`Error::Gguf`] with the key that is missing or of a kind that is not known, [`Error::Tokenizer`] if the
+    /// vocabulary contradicts itself.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
         let vocabulary = Vocabulary::of(self)?;
         let key = "tokenizer.ggml.model";
         let (parts, adds_bos) = match self.text(key)? {
