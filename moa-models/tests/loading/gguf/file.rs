@@ -163,7 +163,7 @@ pub(crate) fn moa_tiny(folder: &Path, kind: u32) -> File {
         serde_json::from_slice(&std::fs::read(folder.join(file)).unwrap()).unwrap()
     };
     let (config, tokenizer) = (json("config.json"), json("tokenizer.json"));
-    let number = |key: &str| config[key].as_u64().unwrap() as u32;
+    let number = |key: &str| config[key].as_f64().unwrap() as u32;
     let (heads, kv_heads) = (number("num_attention_heads"), number("num_key_value_heads"));
     let (hidden, inner) = (number("hidden_size"), number("intermediate_size"));
     let mut file = File::new();
@@ -185,7 +185,8 @@ pub(crate) fn moa_tiny(folder: &Path, kind: u32) -> File {
         tokens[id.as_u64().unwrap() as usize] = token.clone();
     }
     let types = (0..tokens.len()).map(|id| if id < 3 { 3 } else { 1 }).collect();
-    let merge = |pair: &Json| format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap());
+    let merge =
+        |pair: &Json| format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap());
     let merges = model["merges"].as_array().unwrap().iter().map(merge).collect();
     let template = json("tokenizer_config.json")["chat_template"].as_str().unwrap().to_owned();
     file.key("tokenizer.ggml.model", "gpt2")
