@@ -26,7 +26,7 @@ pub enum WeightData<'a> {
     F16(&'a [f16]),
     /// 2 bytes each.
     Bf16(&'a [bf16]),
-    /// Quantised blocks, whole ones in each row. [`linear`] rounds activations to 8 bits for them.
+    /// Quantised blocks, whole ones in each row. [`linear`] rounds activations to 15 bits for them.
     Blocks(BlockType, &'a [u8]),
 }
 

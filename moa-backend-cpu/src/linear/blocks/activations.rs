@@ -1,4 +1,4 @@
-//! Rows of activations in 8 bits: a step for each 32 of them, which is the largest over 127.
+//! Rows of activations in 15 bits, as two codes of 8: a step for each 32 of them.
 
 use super::formats::{Format, GROUP};
 use crate::pool::{self, SharedMut};
@@ -6,13 +6,17 @@ use crate::pool::{self, SharedMut};
 /// Rows that lie together, element by element, so that a product with 4 codes reads on.
 pub(super) const TILE: usize = 8;
 
+/// The largest code: `high * 128 + low` with both in 8 bits.
+pub(super) const MOST: f32 = 127.0 * 128.0;
+
 /// Quantised rows, `[tile][group]` with the rows of a tile side by side.
 pub(super) struct Activations {
     pub(super) rows: usize,
     pub(super) groups: usize,
     /// Rows side by side: 1 or [`TILE`].
     pub(super) side: usize,
-    /// `[tile][group][8][row][4]`.
+    /// High and low codes: `[row][group][2][32]` where rows stand alone, `[tile][group][8][2][row][4]` where
+    /// they lie side by side.
     pub(super) codes: Vec<i8>,
     /// `[tile][group][row]`.
     pub(super) steps: Vec<f32>,
@@ -33,7 +37,7 @@ impl Activations {
         let own = |wanted: bool, len: usize| if wanted { len } else { 0 };
         let per_group = if side == 1 { 8 } else { 2 * side };
         let all = tiles * groups;
-        let mut codes = vec![0; all * side * GROUP];
+        let mut codes = vec![0; all * side * 2 * GROUP];
         let mut steps = vec![0.0; all * side];
         let mut sums = vec![0.0; own(F::LEAST, all * side)];
         let mut bias = vec![0; own(!F::LEAST, all * per_group)];
@@ -42,12 +46,12 @@ impl Activations {
             let steps = SharedMut::new(&mut steps);
             let sums = SharedMut::new(&mut sums);
             let bias = SharedMut::new(&mut bias);
-            pool::for_each(tiles, 4 * x.len() as u64, |tile| {
+            pool::for_each(tiles, 8 * x.len() as u64, |tile| {
                 let first = tile * groups;
                 // SAFETY: each task has a tile of its own.
                 let (codes, steps, sums, bias) = unsafe {
                     (
-                        codes.slice(first * side * GROUP, groups * side * GROUP),
+                        codes.slice(first * side * 2 * GROUP, groups * side * 2 * GROUP),
                         steps.slice(first * side, groups * side),
                         sums.slice(own(F::LEAST, first * side), own(F::LEAST, groups * side)),
                         bias.slice(
@@ -62,9 +66,18 @@ impl Activations {
                         let (step, own) = quantise(x);
                         let at = group * side + row;
                         steps[at] = step;
-                        for (quad, four) in own.as_chunks::<4>().0.iter().enumerate() {
-                            let to = (group * 8 + quad) * side + row;
-                            codes[4 * to..4 * to + 4].copy_from_slice(four);
+                        let parts = [own.map(high), own.map(low)];
+                        if side == 1 {
+                            let to = &mut codes[group * 2 * GROUP..(group + 1) * 2 * GROUP];
+                            to.copy_from_slice(parts.as_flattened());
+                        } else {
+                            for (part, codes_of_part) in parts.iter().enumerate() {
+                                let fours = codes_of_part.as_chunks::<4>().0;
+                                for (quad, four) in fours.iter().enumerate() {
+                                    let to = ((group * 8 + quad) * 2 + part) * side + row;
+                                    codes[4 * to..4 * to + 4].copy_from_slice(four);
+                                }
+                            }
                         }
                         if F::LEAST {
                             sums[at] = step * sum(&own) as f32;
@@ -88,21 +101,33 @@ impl Activations {
     }
 }
 
-fn sum(codes: &[i8]) -> i32 {
+fn sum(codes: &[i16]) -> i32 {
     codes.iter().map(|code| i32::from(*code)).sum()
+}
+
+/// From -127 to 127.
+#[inline(always)]
+fn high(code: i16) -> i8 {
+    ((code + 64) >> 7) as i8
+}
+
+/// From -64 to 63.
+#[inline(always)]
+fn low(code: i16) -> i8 {
+    (code - (i16::from(high(code)) << 7)) as i8
 }
 
 /// The step and the codes of a group. A step is not a number where an activation is none, or infinite.
 #[inline(always)]
-pub(super) fn quantise(x: &[f32; GROUP]) -> (f32, [i8; GROUP]) {
+pub(super) fn quantise(x: &[f32; GROUP]) -> (f32, [i16; GROUP]) {
     let most = x.iter().fold(0.0f32, |most, x| most.max(x.abs()));
     let poison = x.iter().fold(0.0f32, |sum, x| sum + x * 0.0);
-    let inverse = if most > 0.0 { 127.0 / most } else { 0.0 };
-    // Adding 1.5 * 2^23 rounds to an integer and leaves that integer in the low bits. Where the largest is so
-    // small that its inverse overflows, all are 0.
+    let inverse = if most > 0.0 { MOST / most } else { 0.0 };
+    // Where the largest is so small that its inverse overflows, all are 0.
     let inverse = if inverse.is_finite() { inverse } else { 0.0 };
-    let codes = x.map(|x| (x * inverse + 12_582_912.0).to_bits() as i8);
-    (most / 127.0 + poison, codes)
+    // Adding 1.5 * 2^23 rounds to an integer and leaves that integer in the low bits.
+    let codes = x.map(|x| (x * inverse + 12_582_912.0).to_bits() as i16);
+    (most / MOST + poison, codes)
 }
 
 #[cfg(test)]
@@ -110,13 +135,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn codes_are_within_half_a_step() {
+    fn codes_are_within_half_a_step_and_come_in_two_parts() {
         let x: [f32; GROUP] = std::array::from_fn(|i| (i as f32 - 11.3) * 0.37);
         let (step, codes) = quantise(&x);
         for (x, code) in x.iter().zip(codes) {
-            assert!((x - step * f32::from(code)).abs() <= 0.5001 * step, "{x} {code}");
+            assert!((x - step * f32::from(code)).abs() <= 0.501 * step, "{x} {code}");
         }
-        assert_eq!(codes.iter().map(|code| code.unsigned_abs()).max(), Some(127));
+        assert_eq!(codes.iter().map(|code| code.unsigned_abs()).max(), Some(MOST as u16));
+        for code in -MOST as i16..=MOST as i16 {
+            assert_eq!(i16::from(high(code)) * 128 + i16::from(low(code)), code);
+            assert!(high(code).unsigned_abs() <= 127 && low(code).unsigned_abs() <= 64);
+        }
     }
 
     #[test]

@@ -39,7 +39,7 @@ unsafe fn dots<V: Vector, F: Format, const M: usize>(
     let blocks = x.groups / F::GROUPS;
     let end = first + M;
     assert!(x.side == 1 && end * x.groups <= x.steps.len() && F::GROUPS <= 8);
-    assert!(x.codes.len() == x.rows * x.groups * GROUP);
+    assert!(x.codes.len() == x.rows * x.groups * 2 * GROUP);
     assert!(!F::LEAST || x.sums.len() == x.steps.len());
     assert!(F::LEAST || x.bias.len() == x.steps.len() * 8);
     let biased = !F::LEAST && !(F::WIDE && V::WIDE_IS_SIGNED);
@@ -54,21 +54,29 @@ unsafe fn dots<V: Vector, F: Format, const M: usize>(
                 let scales = F::scales::<V>(block);
                 for g in 0..F::GROUPS {
                     let codes = F::codes::<V>(block, g);
-                    let [low, high] = scales.steps[g];
+                    let [first_half, second_half] = scales.steps[g];
                     for m in 0..M {
                         let at = (first + m) * x.groups + b * F::GROUPS + g;
                         let bias = match biased {
                             true => V::ints(x.bias.as_ptr().add(8 * at)),
                             false => V::zero_ints(),
                         };
-                        let own = V::bytes(x.codes.as_ptr().add(at * GROUP).cast());
+                        let own = x.codes.as_ptr().add(at * 2 * GROUP).cast::<u8>();
+                        let (high, low) = (V::bytes(own), V::bytes(own.add(GROUP)));
                         let dots = match F::WIDE {
-                            true => V::dot::<true>(bias, codes, own),
-                            false => V::dot::<false>(bias, codes, own),
+                            true => V::join(
+                                V::dot::<true>(V::zero_ints(), codes, high),
+                                V::dot::<true>(bias, codes, low),
+                            ),
+                            false => V::join(
+                                V::dot::<false>(V::zero_ints(), codes, high),
+                                V::dot::<false>(bias, codes, low),
+                            ),
                         };
                         let step = *x.steps.get_unchecked(at);
-                        let high = if F::HALVES { high } else { low };
-                        sums[m] = V::add(sums[m], dots, V::pair(low * step, high * step));
+                        let second_half = if F::HALVES { second_half } else { first_half };
+                        let steps = V::pair(first_half * step, second_half * step);
+                        sums[m] = V::add(sums[m], dots, steps);
                         if F::LEAST {
                             least[m] += scales.least[g] * *x.sums.get_unchecked(at);
                         }

@@ -1,11 +1,15 @@
-//! Many rows: 16 rows of weights are unpacked once, their codes side by side by fours, and multiplied with all
-//! rows of activations.
+//! Many rows, on machines with VNNI: 16 rows of weights are unpacked once, their codes side by side by fours,
+//! and multiplied with all rows of activations.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
 
 use super::activations::{Activations, TILE};
 use super::formats::{Format, GROUP};
-use super::vector::Vector;
+use super::vector::{Vector, Vnni};
+use crate::pool::SharedMut;
 
-/// Weight rows that are unpacked together.
+/// Weight rows that are unpacked together: the lanes of a vector.
 pub(super) const ROWS: usize = 16;
 
 /// Floats of the scratch memory for rows of so many groups.
@@ -13,8 +17,36 @@ pub(super) const fn scratch(groups: usize) -> [usize; 3] {
     [groups * GROUP * ROWS / 4, groups * 2 * ROWS, groups * ROWS]
 }
 
+/// Products of some rows of `x` with the rows `cols` of a matrix of `n`, whose blocks are `w`.
+///
+/// # Safety
+/// Needs a machine with VNNI. No other code may write these outputs at the same time.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+pub(super) unsafe fn many<F: Format>(
+    x: &Activations,
+    w: &[u8],
+    scratch: [&mut [f32]; 3],
+    rows: Range<usize>,
+    cols: Range<usize>,
+    n: usize,
+    out: &SharedMut<'_, f32>,
+) {
+    // SAFETY: the machine has VNNI.
+    let unpacked = unsafe { Unpacked::new::<F>(w, x.groups, scratch) };
+    let mut y = [[0.0; ROWS]; TILE];
+    for first in rows.clone().step_by(TILE) {
+        // SAFETY: as above.
+        unsafe { unpacked.product::<F>(x, first / TILE, &mut y) };
+        for (row, y) in (first..rows.end).zip(&y) {
+            // SAFETY: promised by the caller.
+            let to = unsafe { out.slice(row * n + cols.start, cols.len()) };
+            to.copy_from_slice(&y[..cols.len()]);
+        }
+    }
+}
+
 /// Some unpacked rows of weights.
-pub(super) struct Unpacked<'a> {
+struct Unpacked<'a> {
     /// `[group][8][16][4]`.
     codes: &'a mut [u8],
     /// `[group][2][16]`.
@@ -27,9 +59,9 @@ impl<'a> Unpacked<'a> {
     /// At most 16 rows of `groups` groups; those that are missing are zeros.
     ///
     /// # Safety
-    /// Needs the machine of `V`.
+    /// Needs a machine with VNNI.
     #[inline(always)]
-    pub(super) unsafe fn new<V: Vector, F: Format>(
+    unsafe fn new<F: Format>(
         w: &[u8],
         groups: usize,
         [codes, steps, least]: [&'a mut [f32]; 3],
@@ -48,13 +80,14 @@ impl<'a> Unpacked<'a> {
             for row in 0..count {
                 let block = &w[(row * blocks + b) * F::BYTES..][..F::BYTES];
                 // SAFETY: a whole block.
-                let scales = unsafe { F::scales::<V>(block.as_ptr()) };
+                let scales = unsafe { F::scales::<Vnni>(block.as_ptr()) };
                 for g in 0..F::GROUPS {
                     let group = b * F::GROUPS + g;
                     let mut own = [[0u8; 4]; 8];
                     // SAFETY: a whole block, and room for a group's codes.
                     unsafe {
-                        V::store(F::codes::<V>(block.as_ptr(), g), own.as_mut_ptr().cast());
+                        let codes = F::codes::<Vnni>(block.as_ptr(), g);
+                        Vnni::store(codes, own.as_mut_ptr().cast());
                     }
                     let to = &mut quads[group * 8 * ROWS..(group + 1) * 8 * ROWS];
                     for (to, own) in to.chunks_exact_mut(ROWS).zip(own) {
@@ -69,97 +102,65 @@ impl<'a> Unpacked<'a> {
         Self { codes, steps, least }
     }
 
-    /// Products with one tile of `x`, of which as many rows are computed at a time as registers hold.
+    /// Products with one tile of `x`.
     ///
     /// # Safety
-    /// Needs the machine of `V`.
+    /// Needs a machine with VNNI.
     #[inline(always)]
-    pub(super) unsafe fn product<V: Vector, F: Format>(
-        &self,
-        x: &Activations,
-        tile: usize,
-        y: &mut [[f32; ROWS]; TILE],
-    ) {
+    unsafe fn product<F: Format>(&self, x: &Activations, tile: usize, y: &mut [[f32; ROWS]; TILE]) {
         let groups = x.groups;
         assert!(x.side == TILE && (tile + 1) * groups * TILE <= x.steps.len());
-        assert!(x.codes.len() == x.steps.len() * GROUP);
+        assert!(x.codes.len() == x.steps.len() * 2 * GROUP);
         assert!(!F::LEAST || x.sums.len() == x.steps.len());
         assert!(F::LEAST || x.bias.len() == x.steps.len() * 2);
         assert!(self.codes.len() == groups * GROUP * ROWS);
         assert!(self.steps.len() == groups * 2 * ROWS && self.least.len() == groups * ROWS);
-        // SAFETY: the tile and all groups lie inside the slices by the assertions.
-        unsafe {
-            match V::AT_ONCE {
-                8 => self.some::<V, F, 8>(x, tile, y),
-                4 => self.some::<V, F, 4>(x, tile, y),
-                _ => self.some::<V, F, 2>(x, tile, y),
-            }
-        }
-    }
-
-    /// [`product`](Self::product), `T` rows at a time.
-    ///
-    /// # Safety
-    /// Needs the machine of `V`, and what `product` asserts.
-    #[inline(always)]
-    unsafe fn some<V: Vector, F: Format, const T: usize>(
-        &self,
-        x: &Activations,
-        tile: usize,
-        y: &mut [[f32; ROWS]; TILE],
-    ) {
-        let groups = x.groups;
         let parts = if F::HALVES { 2 } else { 1 };
         let quads = 8 / parts;
-        let biased = !F::LEAST && !(F::WIDE && V::WIDE_IS_SIGNED);
-        for first in (0..TILE).step_by(T) {
-            // SAFETY: promised by the caller.
-            unsafe {
-                let zero = V::row_floats([0.0; ROWS].as_ptr());
-                let mut sums = [zero; T];
-                for group in 0..groups {
-                    // Of the first row of those that are computed.
-                    let at = (tile * groups + group) * TILE + first;
-                    let x_codes = x.codes.as_ptr().add((at - first) * GROUP).cast::<i32>();
-                    let x_steps = x.steps.as_ptr().add(at);
-                    for part in 0..parts {
-                        let mut ints = [V::row_ints(0); T];
-                        if biased {
-                            let bias = x.bias.as_ptr();
-                            let bias = bias.add((at - first) * 2 + part * TILE + first);
-                            for (t, ints) in ints.iter_mut().enumerate() {
-                                *ints = V::row_ints(*bias.add(t));
-                            }
-                        }
-                        for quad in part * quads..(part + 1) * quads {
-                            let codes = self.codes.as_ptr().add((group * 8 + quad) * 4 * ROWS);
-                            let codes = V::quads(codes);
-                            let own = x_codes.add(quad * TILE + first);
-                            for (t, ints) in ints.iter_mut().enumerate() {
-                                let own = own.add(t).read_unaligned();
-                                *ints = match F::WIDE {
-                                    true => V::row_dot::<true>(*ints, codes, own),
-                                    false => V::row_dot::<false>(*ints, codes, own),
-                                };
-                            }
-                        }
-                        let steps = self.steps.as_ptr().add((2 * group + part) * ROWS);
-                        let steps = V::row_floats(steps);
-                        for t in 0..T {
-                            sums[t] = V::row_add(sums[t], ints[t], *x_steps.add(t), steps);
+        // SAFETY: a tile and all groups lie inside the slices by the assertions above.
+        unsafe {
+            let mut sums = [_mm512_setzero_ps(); TILE];
+            for group in 0..groups {
+                let at = (tile * groups + group) * TILE;
+                let x_codes = x.codes.as_ptr().add(at * 2 * GROUP).cast::<i32>();
+                let x_steps = x.steps.as_ptr().add(at);
+                for part in 0..parts {
+                    let mut high = [_mm512_setzero_si512(); TILE];
+                    let mut low = high;
+                    if !F::LEAST {
+                        let bias = x.bias.as_ptr().add(at * 2 + part * TILE);
+                        for (t, low) in low.iter_mut().enumerate() {
+                            *low = _mm512_set1_epi32(*bias.add(t));
                         }
                     }
-                    if F::LEAST {
-                        let least = V::row_floats(self.least.as_ptr().add(group * ROWS));
-                        let x_sums = x.sums.as_ptr().add(at);
-                        for (t, sum) in sums.iter_mut().enumerate() {
-                            *sum = V::row_scale(*sum, *x_sums.add(t), least);
+                    for quad in part * quads..(part + 1) * quads {
+                        let codes = self.codes.as_ptr().add((group * 8 + quad) * 4 * ROWS);
+                        let codes = _mm512_loadu_si512(codes.cast());
+                        let own = x_codes.add(quad * 2 * TILE);
+                        let own = |t| _mm512_set1_epi32(own.add(t).read_unaligned());
+                        for t in 0..TILE {
+                            high[t] = _mm512_dpbusd_epi32(high[t], codes, own(t));
+                            low[t] = _mm512_dpbusd_epi32(low[t], codes, own(TILE + t));
                         }
                     }
+                    let steps = self.steps.as_ptr().add((2 * group + part) * ROWS);
+                    let steps = _mm512_loadu_ps(steps);
+                    for t in 0..TILE {
+                        let all = _mm512_add_epi32(_mm512_slli_epi32::<7>(high[t]), low[t]);
+                        let step = _mm512_mul_ps(steps, _mm512_set1_ps(*x_steps.add(t)));
+                        sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(all), step, sums[t]);
+                    }
                 }
-                for (t, sum) in sums.into_iter().enumerate() {
-                    V::row_store(sum, y[first + t].as_mut_ptr());
+                if F::LEAST {
+                    let least = _mm512_loadu_ps(self.least.as_ptr().add(group * ROWS));
+                    let x_sums = x.sums.as_ptr().add(at);
+                    for (t, sum) in sums.iter_mut().enumerate() {
+                        *sum = _mm512_fmadd_ps(_mm512_set1_ps(*x_sums.add(t)), least, *sum);
+                    }
                 }
+            }
+            for (sum, y) in sums.into_iter().zip(y) {
+                _mm512_storeu_ps(y.as_mut_ptr(), sum);
             }
         }
     }

@@ -1,26 +1,27 @@
-//! Weights in quantised blocks, as GGUF has them. Products round the activations to 8 bits, 32 at a time, and
+//! Weights in quantised blocks, as GGUF has them. Products round the activations to 15 bits, 32 at a time, and
 //! are exact but for that and for sums in f32.
 
 mod activations;
 mod few;
 mod formats;
+#[cfg(target_arch = "x86_64")]
 mod many;
 mod vector;
 
-use std::ops::Range;
-
-use self::activations::{Activations, TILE};
+use self::activations::Activations;
 use self::formats::{Format, GROUP, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
-use self::many::{ROWS, Unpacked};
 use self::vector::{Scalar, Vector};
+use super::panels::{self, Side};
 use super::range;
 use crate::pool::{self, SharedMut};
+#[cfg(target_arch = "x86_64")]
 use crate::workspace::Workspace;
 
 /// Rows of activations from which unpacking the weights is faster than reading them in their blocks.
 const MANY: usize = 8;
 
 /// Rows of activations whose codes stay in near memory while the weights pass.
+#[cfg(target_arch = "x86_64")]
 const STRETCH_ROWS: usize = 512;
 
 /// How weights are quantised: the layout of a block of a row's elements, by the name that GGUF has for it.
@@ -133,9 +134,12 @@ impl Blocks<'_> {
         if k == 0 {
             return;
         }
-        with_format!(self.kind, F => match m {
-            0..MANY => few_rows::<F>(level, x, self.bytes, (m, n, k), out),
-            _ => many_rows::<F>(level, x, self.bytes, (m, n, k), out),
+        with_format!(self.kind, F => match (m, level) {
+            (0..MANY, _) => few_rows::<F>(level, x, self.bytes, (m, n, k), out),
+            #[cfg(target_arch = "x86_64")]
+            (_, Level::Vnni) => many_rows::<F>(x, self.bytes, (m, n, k), out),
+            // Elsewhere products of floats are faster than two of bytes.
+            _ => panels::product(x, self, Side::Forward, (m, n, k), out),
         });
     }
 }
@@ -162,24 +166,26 @@ fn few_rows<F: Format>(
     });
 }
 
-/// Tasks are 16 weight rows and a stretch of activations.
+/// Tasks are 16 weight rows and a stretch of activations. Needs a machine with VNNI.
+#[cfg(target_arch = "x86_64")]
 fn many_rows<F: Format>(
-    level: Level,
     x: &[f32],
     w: &[u8],
     (m, n, k): (usize, usize, usize),
     out: &SharedMut<'_, f32>,
 ) {
-    let x = Activations::new::<F>(x, k / GROUP, TILE);
+    assert!(Level::has_vnni());
+    let x = Activations::new::<F>(x, k / GROUP, activations::TILE);
     let row_bytes = k / F::LEN * F::BYTES;
     let stretches = m.div_ceil(STRETCH_ROWS);
-    pool::for_each(n.div_ceil(ROWS) * stretches, (m * n * k) as u64, |task| {
-        let cols = range(task / stretches, ROWS, n);
+    pool::for_each(n.div_ceil(many::ROWS) * stretches, (m * n * k) as u64, |task| {
+        let cols = range(task / stretches, many::ROWS, n);
         let rows = range(task % stretches, STRETCH_ROWS, m);
         let w = &w[cols.start * row_bytes..cols.end * row_bytes];
         Workspace::with(|workspace| {
             let scratch = workspace.parts(many::scratch(x.groups));
-            level.many::<F>(&x, w, scratch, rows, cols, n, out);
+            // SAFETY: the machine was checked above, and each task has a block of its own.
+            unsafe { many::many::<F>(&x, w, scratch, rows, cols, n, out) };
         });
     });
 }
@@ -255,58 +261,23 @@ impl Level {
             && is_x86_feature_detected!("avx512vnni")
     }
 
+    /// Whether many rows are multiplied as integers.
+    #[cfg(test)]
+    fn unpacks(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        if self == Self::Vnni {
+            return true;
+        }
+        false
+    }
+
     fn few<F: Format>(self, x: &Activations, w: &[u8], y: &mut [f32]) {
         use few::few;
         at_level!(self, F, few(x: &Activations, w: &[u8], y: &mut [f32]));
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn many<F: Format>(
-        self,
-        x: &Activations,
-        w: &[u8],
-        scratch: [&mut [f32]; 3],
-        rows: Range<usize>,
-        cols: Range<usize>,
-        n: usize,
-        out: &SharedMut<'_, f32>,
-    ) {
-        at_level!(self, F, many(
-            x: &Activations, w: &[u8], scratch: [&mut [f32]; 3], rows: Range<usize>,
-            cols: Range<usize>, n: usize, out: &SharedMut<'_, f32>
-        ));
-    }
-
     fn widen<F: Format>(self, blocks: &[u8], start: usize, to: &mut [f32]) {
         at_level!(self, F, widen(blocks: &[u8], start: usize, to: &mut [f32]));
-    }
-}
-
-/// Unpacks weights and multiplies them with tiles of activations.
-///
-/// # Safety
-/// Needs the machine of `V`.
-#[inline(always)]
-unsafe fn many<V: Vector, F: Format>(
-    x: &Activations,
-    w: &[u8],
-    scratch: [&mut [f32]; 3],
-    rows: Range<usize>,
-    cols: Range<usize>,
-    n: usize,
-    out: &SharedMut<'_, f32>,
-) {
-    // SAFETY: the machine is that of `V`.
-    let unpacked = unsafe { Unpacked::new::<V, F>(w, x.groups, scratch) };
-    let mut y = [[0.0; ROWS]; TILE];
-    for first in rows.clone().step_by(TILE) {
-        // SAFETY: as above.
-        unsafe { unpacked.product::<V, F>(x, first / TILE, &mut y) };
-        for (row, y) in (first..rows.end).zip(&y) {
-            // SAFETY: each task has a block of its own.
-            let to = unsafe { out.slice(row * n + cols.start, cols.len()) };
-            to.copy_from_slice(&y[..cols.len()]);
-        }
     }
 }
 

@@ -88,9 +88,11 @@ fn products_are_exact_but_for_the_rounding_of_activations() {
                     let mut y = vec![0.0; m * n];
                     let weight = Blocks { kind, bytes: &bytes };
                     weight.forward_with(level, &x, (m, n, k), &SharedMut::new(&mut y));
-                    check(&y, &near, &w, (m, n, k), 1e-5, &format!("{kind:?} {level:?} {m}"));
-                    // A code is half a step from its activation, a step 1/127 of the largest.
-                    check(&y, &x, &w, (m, n, k), 1.7 / 254.0 * 3.0, "rounding");
+                    // Many rows without VNNI are not rounded at all.
+                    let taken = if m < MANY || level.unpacks() { &near } else { &x };
+                    check(&y, taken, &w, (m, n, k), 1e-5, &format!("{kind:?} {level:?} {m}"));
+                    // A code is half a step from its activation, which is 1/16256 of the largest.
+                    check(&y, &x, &w, (m, n, k), 1e-4, "rounding");
                 }
             }
         }

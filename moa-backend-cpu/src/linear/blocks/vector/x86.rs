@@ -92,6 +92,11 @@ macro_rules! on_256_bits {
         }
 
         #[inline(always)]
+        unsafe fn join(high: __m256i, low: __m256i) -> __m256i {
+            unsafe { _mm256_add_epi32(_mm256_slli_epi32::<7>(high), low) }
+        }
+
+        #[inline(always)]
         unsafe fn pair(a: f32, b: f32) -> __m256 {
             unsafe { _mm256_set_m128(_mm_set1_ps(b), _mm_set1_ps(a)) }
         }
@@ -112,98 +117,25 @@ macro_rules! on_256_bits {
     };
 }
 
-/// `sums + codes * x` by fours.
-///
-/// # Safety
-/// Needs AVX2.
-#[inline(always)]
-unsafe fn dot_avx2<const WIDE: bool>(sums: __m256i, codes: __m256i, x: __m256i) -> __m256i {
-    unsafe {
-        // Two products of 8-bit codes overflow 16 bits, so wide codes are multiplied as a size and a sign.
-        let pairs = match WIDE {
-            false => _mm256_maddubs_epi16(codes, x),
-            true => {
-                let signed = _mm256_xor_si256(codes, _mm256_set1_epi8(i8::MIN));
-                _mm256_maddubs_epi16(_mm256_abs_epi8(signed), _mm256_sign_epi8(x, signed))
-            }
-        };
-        _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
-    }
-}
-
 // SAFETY of the functions below: the caller has the machine, and promises what pointers are read or written.
 impl Vector for Avx2 {
     on_256_bits!();
 
-    type Quads = [__m256i; 2];
-    type RowInts = [__m256i; 2];
-    type RowFloats = [__m256; 2];
-
     const WIDE_IS_SIGNED: bool = true;
-    const AT_ONCE: usize = 2;
 
     #[inline(always)]
     unsafe fn dot<const WIDE: bool>(sums: __m256i, codes: __m256i, x: __m256i) -> __m256i {
-        unsafe { dot_avx2::<WIDE>(sums, codes, x) }
-    }
-
-    #[inline(always)]
-    unsafe fn quads(from: *const u8) -> [__m256i; 2] {
-        unsafe { [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())] }
-    }
-
-    #[inline(always)]
-    unsafe fn row_ints(x: i32) -> [__m256i; 2] {
-        unsafe { [_mm256_set1_epi32(x); 2] }
-    }
-
-    #[inline(always)]
-    unsafe fn row_dot<const WIDE: bool>(
-        [a, b]: [__m256i; 2],
-        codes: [__m256i; 2],
-        x: i32,
-    ) -> [__m256i; 2] {
         unsafe {
-            let x = _mm256_set1_epi32(x);
-            [dot_avx2::<WIDE>(a, codes[0], x), dot_avx2::<WIDE>(b, codes[1], x)]
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn row_floats(from: *const f32) -> [__m256; 2] {
-        unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
-    }
-
-    #[inline(always)]
-    unsafe fn row_add(
-        [a, b]: [__m256; 2],
-        ints: [__m256i; 2],
-        x: f32,
-        factors: [__m256; 2],
-    ) -> [__m256; 2] {
-        unsafe {
-            let x = _mm256_set1_ps(x);
-            let scaled = |i: __m256i| _mm256_mul_ps(_mm256_cvtepi32_ps(i), x);
-            [
-                _mm256_fmadd_ps(scaled(ints[0]), factors[0], a),
-                _mm256_fmadd_ps(scaled(ints[1]), factors[1], b),
-            ]
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn row_scale([a, b]: [__m256; 2], x: f32, factors: [__m256; 2]) -> [__m256; 2] {
-        unsafe {
-            let x = _mm256_set1_ps(x);
-            [_mm256_fmadd_ps(x, factors[0], a), _mm256_fmadd_ps(x, factors[1], b)]
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn row_store([a, b]: [__m256; 2], to: *mut f32) {
-        unsafe {
-            _mm256_storeu_ps(to, a);
-            _mm256_storeu_ps(to.add(8), b);
+            // Two products of 8-bit codes overflow 16 bits, so wide codes are multiplied as a size and a
+            // sign.
+            let pairs = match WIDE {
+                false => _mm256_maddubs_epi16(codes, x),
+                true => {
+                    let signed = _mm256_xor_si256(codes, _mm256_set1_epi8(i8::MIN));
+                    _mm256_maddubs_epi16(_mm256_abs_epi8(signed), _mm256_sign_epi8(x, signed))
+                }
+            };
+            _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
         }
     }
 }
@@ -211,53 +143,10 @@ impl Vector for Avx2 {
 impl Vector for Vnni {
     on_256_bits!();
 
-    type Quads = __m512i;
-    type RowInts = __m512i;
-    type RowFloats = __m512;
-
     const WIDE_IS_SIGNED: bool = false;
-    const AT_ONCE: usize = 8;
 
     #[inline(always)]
     unsafe fn dot<const WIDE: bool>(sums: __m256i, codes: __m256i, x: __m256i) -> __m256i {
         unsafe { _mm256_dpbusd_epi32(sums, codes, x) }
-    }
-
-    #[inline(always)]
-    unsafe fn quads(from: *const u8) -> __m512i {
-        unsafe { _mm512_loadu_si512(from.cast()) }
-    }
-
-    #[inline(always)]
-    unsafe fn row_ints(x: i32) -> __m512i {
-        unsafe { _mm512_set1_epi32(x) }
-    }
-
-    #[inline(always)]
-    unsafe fn row_dot<const WIDE: bool>(sums: __m512i, codes: __m512i, x: i32) -> __m512i {
-        unsafe { _mm512_dpbusd_epi32(sums, codes, _mm512_set1_epi32(x)) }
-    }
-
-    #[inline(always)]
-    unsafe fn row_floats(from: *const f32) -> __m512 {
-        unsafe { _mm512_loadu_ps(from) }
-    }
-
-    #[inline(always)]
-    unsafe fn row_add(sums: __m512, ints: __m512i, x: f32, factors: __m512) -> __m512 {
-        unsafe {
-            let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(ints), _mm512_set1_ps(x));
-            _mm512_fmadd_ps(scaled, factors, sums)
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn row_scale(sums: __m512, x: f32, factors: __m512) -> __m512 {
-        unsafe { _mm512_fmadd_ps(_mm512_set1_ps(x), factors, sums) }
-    }
-
-    #[inline(always)]
-    unsafe fn row_store(x: __m512, to: *mut f32) {
-        unsafe { _mm512_storeu_ps(to, x) }
     }
 }
