@@ -69,6 +69,13 @@ impl<'a> WeightRef<'a> {
         Ok(Self { data, rows, cols })
     }
 
+    fn blocks(&self) -> Option<Blocks<'a>> {
+        match self.data {
+            WeightData::Blocks(kind, bytes) => Some(Blocks { kind, bytes }),
+            _ => None,
+        }
+    }
+
     /// Outputs.
     pub fn rows(&self) -> usize {
         self.rows
@@ -85,14 +92,8 @@ impl<'a> WeightRef<'a> {
 /// # Errors
 /// [`Error::Argument`] if the shapes do not fit.
 pub fn linear(x: &Tensor, weight: WeightRef<'_>, bias: Option<&[f32]>) -> Result<Tensor> {
-    const OP: &str = "linear";
+    check("linear", x, weight, bias)?;
     let (m, n, k) = (x.rows(), weight.rows, weight.cols);
-    if x.row_len() != k {
-        return Err(Error::shape(OP, "x", format_args!("[tokens, {k}]"), x.shape()));
-    }
-    if let Some(bias) = bias.filter(|bias| bias.len() != n) {
-        return Err(Error::shape(OP, "bias", format_args!("[{n}]"), &[bias.len()]));
-    }
     let mut y = Tensor::zeros(&[m, n])?;
     if m > 0 && n > 0 {
         let out = SharedMut::new(y.data_mut());
@@ -105,14 +106,52 @@ pub fn linear(x: &Tensor, weight: WeightRef<'_>, bias: Option<&[f32]>) -> Result
             }
         }
     }
-    if let Some(bias) = bias {
-        crate::ops::by_rows(y.data_mut(), n, 1, |_, rows| {
-            for row in rows.chunks_exact_mut(n) {
-                row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
-            }
-        });
-    }
+    add_bias(&mut y, bias);
     Ok(y)
+}
+
+/// [`linear`] of several layers of one input, as one call where that is faster.
+///
+/// # Errors
+/// [`Error::Argument`] if the shapes do not fit.
+pub fn linears(x: &Tensor, layers: &[(WeightRef<'_>, Option<&[f32]>)]) -> Result<Vec<Tensor>> {
+    let blocks: Option<Vec<Blocks<'_>>> =
+        layers.iter().map(|(weight, _)| weight.blocks()).collect();
+    let (m, k) = (x.rows(), x.row_len());
+    let Some(blocks) = blocks.filter(|_| blocks::join(m)) else {
+        return layers.iter().map(|(weight, bias)| linear(x, *weight, *bias)).collect();
+    };
+    layers.iter().try_for_each(|(weight, bias)| check("linears", x, *weight, *bias))?;
+    let zeros = layers.iter().map(|(weight, _)| Tensor::zeros(&[m, weight.rows]));
+    let mut all = zeros.collect::<Result<Vec<_>>>()?;
+    let outs: Vec<_> = all.iter_mut().map(|y| SharedMut::new(y.data_mut())).collect();
+    let parts = blocks.into_iter().zip(layers).zip(&outs);
+    let parts: Vec<_> = parts.map(|((blocks, (w, _)), out)| (blocks, w.rows, out)).collect();
+    blocks::forward_all(x.data(), (m, k), &parts);
+    for (y, (_, bias)) in all.iter_mut().zip(layers) {
+        add_bias(y, *bias);
+    }
+    Ok(all)
+}
+
+fn check(op: &'static str, x: &Tensor, weight: WeightRef<'_>, bias: Option<&[f32]>) -> Result<()> {
+    let (n, k) = (weight.rows, weight.cols);
+    if x.row_len() != k {
+        return Err(Error::shape(op, "x", format_args!("[tokens, {k}]"), x.shape()));
+    }
+    match bias.filter(|bias| bias.len() != n) {
+        Some(bias) => Err(Error::shape(op, "bias", format_args!("[{n}]"), &[bias.len()])),
+        None => Ok(()),
+    }
+}
+
+fn add_bias(y: &mut Tensor, bias: Option<&[f32]>) {
+    let Some(bias) = bias else { return };
+    crate::ops::by_rows(y.data_mut(), bias.len(), 1, |_, rows| {
+        for row in rows.chunks_exact_mut(bias.len()) {
+            row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+        }
+    });
 }
 
 fn forward<E: Element>(

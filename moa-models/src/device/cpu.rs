@@ -189,7 +189,11 @@ impl Math for Cpu {
     }
 
     fn linears(&self, x: &Tensor, joined: &Self::Joined) -> Result<Vec<Tensor>> {
-        joined.iter().map(|(weight, bias)| self.linear(x, weight, bias.as_ref())).collect()
+        let mut layers = Vec::with_capacity(joined.len());
+        for (weight, bias) in joined {
+            layers.push((weight.view()?, bias.as_deref()));
+        }
+        Ok(kernels::linears(x, &layers)?)
     }
 
     fn rotations(&self, sequences: &[(&RopeTable, Range<usize>)]) -> Result<CpuRotations> {

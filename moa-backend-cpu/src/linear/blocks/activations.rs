@@ -1,6 +1,8 @@
 //! Rows of activations in 15 bits, as two codes of 8: a step for each 32 of them.
 
+use super::Level;
 use super::formats::{Format, GROUP};
+use super::vector::Vector;
 use crate::pool::{self, SharedMut};
 
 /// Rows that lie together, element by element, so that a product with 4 codes reads on.
@@ -30,77 +32,98 @@ pub(super) struct Activations {
 
 impl Activations {
     /// `x` is `[rows, groups * 32]`.
-    pub(super) fn new<F: Format>(x: &[f32], groups: usize, side: usize) -> Self {
+    pub(super) fn new<F: Format>(level: Level, x: &[f32], groups: usize, side: usize) -> Self {
         let len = groups * GROUP;
         let rows = x.len() / len;
         let tiles = rows.div_ceil(side);
         let own = |wanted: bool, len: usize| if wanted { len } else { 0 };
-        let per_group = if side == 1 { 8 } else { 2 * side };
-        let all = tiles * groups;
-        let mut codes = vec![0; all * side * 2 * GROUP];
-        let mut steps = vec![0.0; all * side];
-        let mut sums = vec![0.0; own(F::LEAST, all * side)];
-        let mut bias = vec![0; own(!F::LEAST, all * per_group)];
+        // Of a tile.
+        let sizes = [
+            groups * side * 2 * GROUP,
+            groups * side,
+            own(F::LEAST, groups * side),
+            own(!F::LEAST, groups * if side == 1 { 8 } else { 2 * side }),
+        ];
+        let mut codes = vec![0; tiles * sizes[0]];
+        let mut steps = vec![0.0; tiles * sizes[1]];
+        let mut sums = vec![0.0; tiles * sizes[2]];
+        let mut bias = vec![0; tiles * sizes[3]];
         {
             let codes = SharedMut::new(&mut codes);
             let steps = SharedMut::new(&mut steps);
             let sums = SharedMut::new(&mut sums);
             let bias = SharedMut::new(&mut bias);
             pool::for_each(tiles, 8 * x.len() as u64, |tile| {
-                let first = tile * groups;
                 // SAFETY: each task has a tile of its own.
-                let (codes, steps, sums, bias) = unsafe {
-                    (
-                        codes.slice(first * side * 2 * GROUP, groups * side * 2 * GROUP),
-                        steps.slice(first * side, groups * side),
-                        sums.slice(own(F::LEAST, first * side), own(F::LEAST, groups * side)),
-                        bias.slice(
-                            own(!F::LEAST, first * per_group),
-                            own(!F::LEAST, groups * per_group),
-                        ),
-                    )
+                let to = unsafe {
+                    Tile {
+                        side,
+                        codes: codes.slice(tile * sizes[0], sizes[0]),
+                        steps: steps.slice(tile * sizes[1], sizes[1]),
+                        sums: sums.slice(tile * sizes[2], sizes[2]),
+                        bias: bias.slice(tile * sizes[3], sizes[3]),
+                    }
                 };
                 let rows = &x[tile * side * len..x.len().min((tile + 1) * side * len)];
-                for (row, x) in rows.chunks_exact(len).enumerate() {
-                    for (group, x) in x.as_chunks::<GROUP>().0.iter().enumerate() {
-                        let (step, own) = quantise(x);
-                        let at = group * side + row;
-                        steps[at] = step;
-                        let parts = [own.map(high), own.map(low)];
-                        if side == 1 {
-                            let to = &mut codes[group * 2 * GROUP..(group + 1) * 2 * GROUP];
-                            to.copy_from_slice(parts.as_flattened());
-                        } else {
-                            for (part, codes_of_part) in parts.iter().enumerate() {
-                                let fours = codes_of_part.as_chunks::<4>().0;
-                                for (quad, four) in fours.iter().enumerate() {
-                                    let to = ((group * 8 + quad) * 2 + part) * side + row;
-                                    codes[4 * to..4 * to + 4].copy_from_slice(four);
-                                }
-                            }
-                        }
-                        if F::LEAST {
-                            sums[at] = step * sum(&own) as f32;
-                        } else if side == 1 {
-                            let fours = own.as_chunks::<4>().0;
-                            for (to, four) in bias[8 * group..][..8].iter_mut().zip(fours) {
-                                *to = -F::OFFSET * sum(four);
-                            }
-                        } else if F::HALVES {
-                            let (a, b) = own.split_at(GROUP / 2);
-                            bias[2 * group * side + row] = -F::OFFSET * sum(a);
-                            bias[(2 * group + 1) * side + row] = -F::OFFSET * sum(b);
-                        } else {
-                            bias[2 * group * side + row] = -F::OFFSET * sum(&own);
-                        }
-                    }
-                }
+                level.fill::<F>(rows, len, to);
             });
         }
         Self { rows, groups, side, codes, steps, sums, bias }
     }
 }
 
+/// The part of [`Activations`] of some rows.
+pub(super) struct Tile<'a> {
+    side: usize,
+    codes: &'a mut [i8],
+    steps: &'a mut [f32],
+    sums: &'a mut [f32],
+    bias: &'a mut [i32],
+}
+
+/// Quantises the rows of a tile, of `len` elements each.
+///
+/// # Safety
+/// Needs the machine of `V`, for whose instructions it is compiled.
+#[inline(always)]
+pub(super) unsafe fn fill<V: Vector, F: Format>(rows: &[f32], len: usize, to: Tile<'_>) {
+    let Tile { side, codes, steps, sums, bias } = to;
+    for (row, x) in rows.chunks_exact(len).enumerate() {
+        for (group, x) in x.as_chunks::<GROUP>().0.iter().enumerate() {
+            let (step, own) = quantise(x);
+            let at = group * side + row;
+            steps[at] = step;
+            let parts = [own.map(high), own.map(low)];
+            if side == 1 {
+                let to = &mut codes[group * 2 * GROUP..(group + 1) * 2 * GROUP];
+                to.copy_from_slice(parts.as_flattened());
+            } else {
+                let quads = &mut codes.as_chunks_mut::<4>().0[group * 16 * side..];
+                for (part, codes) in parts.iter().enumerate() {
+                    for (quad, four) in codes.as_chunks::<4>().0.iter().enumerate() {
+                        quads[(quad * 2 + part) * side + row] = *four;
+                    }
+                }
+            }
+            if F::LEAST {
+                sums[at] = step * sum(&own) as f32;
+            } else if side == 1 {
+                let fours = own.as_chunks::<4>().0;
+                for (to, four) in bias[8 * group..][..8].iter_mut().zip(fours) {
+                    *to = -F::OFFSET * sum(four);
+                }
+            } else if F::HALVES {
+                let (a, b) = own.split_at(GROUP / 2);
+                bias[2 * group * side + row] = -F::OFFSET * sum(a);
+                bias[(2 * group + 1) * side + row] = -F::OFFSET * sum(b);
+            } else {
+                bias[2 * group * side + row] = -F::OFFSET * sum(&own);
+            }
+        }
+    }
+}
+
+#[inline(always)]
 fn sum(codes: &[i16]) -> i32 {
     codes.iter().map(|code| i32::from(*code)).sum()
 }

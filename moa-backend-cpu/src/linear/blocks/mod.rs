@@ -8,7 +8,7 @@ mod formats;
 mod many;
 mod vector;
 
-use self::activations::Activations;
+use self::activations::{Activations, Tile};
 use self::formats::{Format, GROUP, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
 use self::vector::{Scalar, Vector};
 use super::panels::{self, Side};
@@ -131,33 +131,94 @@ impl Blocks<'_> {
         (m, n, k): (usize, usize, usize),
         out: &SharedMut<'_, f32>,
     ) {
-        if k == 0 {
-            return;
-        }
-        with_format!(self.kind, F => match (m, level) {
-            (0..MANY, _) => few_rows::<F>(level, x, self.bytes, (m, n, k), out),
+        match (m, level) {
+            (0..MANY, _) => few_rows(level, x, (m, k), &[(self, n, out)]),
             #[cfg(target_arch = "x86_64")]
-            (_, Level::Vnni) => many_rows::<F>(x, self.bytes, (m, n, k), out),
+            (_, Level::Vnni) => forward_all(x, (m, k), &[(self, n, out)]),
             // Elsewhere products of floats are faster than two of bytes.
             _ => panels::product(x, self, Side::Forward, (m, n, k), out),
-        });
+        }
     }
 }
 
-/// Tasks are stretches of weight rows.
-fn few_rows<F: Format>(
+/// Whether products of so many rows of activations with several matrices have work in common.
+pub(super) fn join(rows: usize) -> bool {
+    rows < MANY || Level::best().unpacks()
+}
+
+/// Products with several matrices `[n, k]`. Activations are rounded once, and threads are handed a few rows'
+/// work once.
+pub(super) fn forward_all(
+    x: &[f32],
+    (m, k): (usize, usize),
+    layers: &[(Blocks<'_>, usize, &SharedMut<'_, f32>)],
+) {
+    if k == 0 {
+        return;
+    }
+    let level = Level::best();
+    if m < MANY {
+        return few_rows(level, x, (m, k), layers);
+    }
+    #[cfg(target_arch = "x86_64")]
+    if level.unpacks() {
+        let rounded = round(level, x, k, activations::TILE, layers);
+        for (Blocks { kind, bytes }, n, out) in layers {
+            let (_, x) = &rounded[rounded.iter().position(|(own, _)| own == kind).unwrap_or(0)];
+            with_format!(*kind, F => many_rows::<F>(x, bytes, (m, *n, k), out));
+        }
+        return;
+    }
+    for (blocks, n, out) in layers {
+        blocks.forward_with(level, x, (m, *n, k), out);
+    }
+}
+
+/// Rounded activations for each kind of blocks among some layers: what is added to codes and sums depends on
+/// the format.
+fn round(
     level: Level,
     x: &[f32],
-    w: &[u8],
-    (m, n, k): (usize, usize, usize),
-    out: &SharedMut<'_, f32>,
+    k: usize,
+    side: usize,
+    layers: &[(Blocks<'_>, usize, &SharedMut<'_, f32>)],
+) -> Vec<(BlockType, Activations)> {
+    let mut rounded: Vec<(BlockType, Activations)> = Vec::new();
+    for (Blocks { kind, .. }, ..) in layers {
+        if rounded.iter().all(|(known, _)| known != kind) {
+            let own = with_format!(*kind, F => Activations::new::<F>(level, x, k / GROUP, side));
+            rounded.push((*kind, own));
+        }
+    }
+    rounded
+}
+
+/// Tasks are stretches of weight rows.
+fn few_rows(
+    level: Level,
+    x: &[f32],
+    (m, k): (usize, usize),
+    layers: &[(Blocks<'_>, usize, &SharedMut<'_, f32>)],
 ) {
-    let x = Activations::new::<F>(x, k / GROUP, 1);
-    let row_bytes = k / F::LEN * F::BYTES;
-    pool::for_each(n.div_ceil(few::STRETCH), (m * n * k) as u64, |task| {
-        let rows = range(task, few::STRETCH, n);
+    if k == 0 || m == 0 {
+        return;
+    }
+    let rounded = round(level, x, k, 1, layers);
+    let tasks = layers.iter().enumerate().flat_map(|(layer, (_, n, _))| {
+        (0..n.div_ceil(few::STRETCH)).map(move |stretch| (layer, stretch))
+    });
+    let tasks: Vec<(usize, usize)> = tasks.collect();
+    let outputs: usize = layers.iter().map(|(_, n, _)| n).sum();
+    pool::for_each(tasks.len(), (m * outputs * k) as u64, |task| {
+        let (layer, stretch) = tasks[task];
+        let (Blocks { kind, bytes }, n, out) = layers[layer];
+        let rows = range(stretch, few::STRETCH, n);
+        let row_bytes = k / kind.block_len() * kind.block_bytes();
+        let w = &bytes[rows.start * row_bytes..rows.end * row_bytes];
         let mut y = [0.0; MANY * few::STRETCH];
-        level.few::<F>(&x, &w[rows.start * row_bytes..rows.end * row_bytes], &mut y);
+        for (_, x) in rounded.iter().filter(|(known, _)| *known == kind) {
+            with_format!(kind, F => level.few::<F>(x, w, &mut y));
+        }
         for (i, y) in y.chunks_exact(few::STRETCH).take(m).enumerate() {
             // SAFETY: each task has columns of its own.
             let to = unsafe { out.slice(i * n + rows.start, rows.len()) };
@@ -169,13 +230,12 @@ fn few_rows<F: Format>(
 /// Tasks are 16 weight rows and a stretch of activations. Needs a machine with VNNI.
 #[cfg(target_arch = "x86_64")]
 fn many_rows<F: Format>(
-    x: &[f32],
+    x: &Activations,
     w: &[u8],
     (m, n, k): (usize, usize, usize),
     out: &SharedMut<'_, f32>,
 ) {
     assert!(Level::has_vnni());
-    let x = Activations::new::<F>(x, k / GROUP, activations::TILE);
     let row_bytes = k / F::LEN * F::BYTES;
     let stretches = m.div_ceil(STRETCH_ROWS);
     pool::for_each(n.div_ceil(many::ROWS) * stretches, (m * n * k) as u64, |task| {
@@ -185,7 +245,7 @@ fn many_rows<F: Format>(
         Workspace::with(|workspace| {
             let scratch = workspace.parts(many::scratch(x.groups));
             // SAFETY: the machine was checked above, and each task has a block of its own.
-            unsafe { many::many::<F>(&x, w, scratch, rows, cols, n, out) };
+            unsafe { many::many::<F>(x, w, scratch, rows, cols, n, out) };
         });
     });
 }
@@ -262,7 +322,6 @@ impl Level {
     }
 
     /// Whether many rows are multiplied as integers.
-    #[cfg(test)]
     fn unpacks(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         if self == Self::Vnni {
@@ -274,6 +333,11 @@ impl Level {
     fn few<F: Format>(self, x: &Activations, w: &[u8], y: &mut [f32]) {
         use few::few;
         at_level!(self, F, few(x: &Activations, w: &[u8], y: &mut [f32]));
+    }
+
+    fn fill<F: Format>(self, rows: &[f32], len: usize, to: Tile<'_>) {
+        use activations::fill;
+        at_level!(self, F, fill(rows: &[f32], len: usize, to: Tile<'_>));
     }
 
     fn widen<F: Format>(self, blocks: &[u8], start: usize, to: &mut [f32]) {

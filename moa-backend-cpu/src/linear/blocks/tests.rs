@@ -1,5 +1,5 @@
 use super::*;
-use crate::ops::{WeightData, WeightRef, linear, linear_backward_input};
+use crate::ops::{WeightData, WeightRef, linear, linear_backward_input, linears};
 use crate::{Error, Tensor};
 
 /// Elements of each type in the file.
@@ -124,6 +124,28 @@ fn gradients_are_those_of_the_values() -> Result<(), Error> {
         let transposed: Vec<f32> = (0..k * n).map(|at| w[at % n * k + at / n]).collect();
         check(d_x.data(), &d_y, &transposed, (m, k, n), 1e-5, "backward");
     }
+    Ok(())
+}
+
+#[test]
+fn joined_layers_are_the_layers() -> Result<(), Error> {
+    let mut seed = 9;
+    let (k, bias) = (256, [0.5; 33]);
+    let kinds = [BlockType::Q4K, BlockType::Q4K, BlockType::Q6K, BlockType::Q8_0];
+    let matrices = kinds.map(|kind| matrix(kind, 33, k, &mut seed).0);
+    let weights = kinds.iter().zip(&matrices);
+    let weights = weights.map(|(kind, m)| WeightRef::new(WeightData::Blocks(*kind, m), 33, k));
+    let mut layers = Vec::new();
+    for (weight, bias) in weights.zip([None, Some(&bias[..]), None, Some(&bias[..])]) {
+        layers.push((weight?, bias));
+    }
+    for m in [0, 1, 5, 9] {
+        let x = Tensor::new(activations(m * k, &mut seed), &[m, k])?;
+        let alone = layers.iter().map(|(weight, bias)| linear(&x, *weight, *bias));
+        assert_eq!(linears(&x, &layers)?, alone.collect::<Result<Vec<_>, _>>()?);
+    }
+    let x = Tensor::zeros(&[1, k - 1])?;
+    assert!(matches!(linears(&x, &layers), Err(Error::Argument(_))));
     Ok(())
 }
 
