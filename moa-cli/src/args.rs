@@ -125,9 +125,9 @@ pub(crate) enum WeightType {
 /// The model of a command.
 #[derive(Debug, Args)]
 pub(crate) struct ModelArg {
-    /// Model folder: config.json, *.safetensors, tokenizer.json; or in builds with the feature `hub` a
-    /// model of the Hugging Face hub
-    #[arg(long, value_name = "DIR|OWNER/NAME[@REVISION]")]
+    /// Model folder (config.json, *.safetensors, tokenizer.json), or a GGUF file; in builds with the
+    /// feature `hub` also a model of the Hugging Face hub
+    #[arg(long, value_name = "DIR|FILE.gguf|OWNER/NAME[@REVISION]")]
     pub(crate) model: PathBuf,
     /// Go on where the folder has tensors that its configuration does not ask for
     #[arg(long)]

@@ -1,7 +1,7 @@
 use std::path::{Path, PathBuf};
 
 use moa_core::{DEFAULT_SINK, ElasticRule, ModelShape, Plan};
-use moa_models::{Checkpoint, Cpu, HubId, Math, ModelConfig, OpenOptions};
+use moa_models::{Checkpoint, Cpu, HubId, Math, ModelConfig, OpenOptions, is_gguf};
 
 use crate::args::{ModelArg, PlanArgs, WeightType};
 use crate::error::{Error, Result};
@@ -108,30 +108,28 @@ pub(crate) fn options(of: &ModelArg) -> OpenOptions<'static> {
     OpenOptions::default().ignore_extra_tensors(of.ignore_extra_tensors)
 }
 
-/// The folder that `--model` names, or that a model of the hub has in the cache.
+/// The folder or GGUF file that `--model` names, or that a model of the hub has in the cache.
 pub(crate) fn folder(model: &Path, context: &Context) -> Result<PathBuf> {
-    if model.is_dir() {
+    if model.is_dir() || is_gguf(model) {
         return Ok(model.to_path_buf());
     }
     let read = |source| Error::Read { path: model.to_path_buf(), source };
-    let what = match std::fs::symlink_metadata(model) {
+    match std::fs::symlink_metadata(model) {
         Ok(metadata) if metadata.is_symlink() && !model.exists() => {
             let target = std::fs::read_link(model).map_err(read)?;
             let path = model.to_path_buf();
             return Err(moa_models::Error::DanglingLink { path, target }.into());
         }
-        Ok(_) if model.extension().is_some_and(|end| end == "gguf") => "a GGUF file",
-        Ok(_) => "a file",
+        Ok(_) => {}
         Err(error) => match model.to_str().map(str::parse::<HubId>) {
             Some(Ok(id)) => return from_hub(&id, context),
             _ => return Err(read(error)),
         },
-    };
-    let got = format!("{what}, {}", model.display());
+    }
     Err(Error::argument(
         "--model",
-        "a model folder (config.json, *.safetensors, tokenizer.json)",
-        got,
+        "a model folder (config.json, *.safetensors, tokenizer.json) or a GGUF file",
+        format!("a file, {}", model.display()),
     ))
 }
 
@@ -146,7 +144,7 @@ fn from_hub(id: &HubId, _: &Context) -> Result<PathBuf> {
     Err(Error::Hub { id: id.to_string() })
 }
 
-/// Dimensions of a model from its `config.json`, without its weights.
+/// Dimensions of a model from its `config.json` or GGUF file, without its weights.
 pub(crate) fn shape(config: &Path) -> Result<ModelShape> {
     Ok(ModelConfig::from_file(config)?.shape())
 }

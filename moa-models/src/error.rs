@@ -1,6 +1,6 @@
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Result of everything in this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -87,6 +87,19 @@ pub enum Error {
         path: PathBuf,
         /// What is wrong with it.
         reason: String,
+    },
+
+    /// A GGUF file is truncated, contradicts itself, or is of a kind that is not known.
+    #[error("{}: GGUF: {place} must be {expected}, got {got}", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// The key, the tensor or the part of the header.
+        place: String,
+        /// What it may be.
+        expected: String,
+        /// What was found.
+        got: String,
     },
 
     /// A shard is not there that the index, or the number in the other shards' names, says of.
@@ -426,6 +439,16 @@ impl Error {
     /// An [`Error::Io`] at `path`.
     pub(crate) fn io(path: impl Into<PathBuf>, source: io::Error) -> Self {
         Self::Io { path: path.into(), source }
+    }
+
+    /// An [`Error::Gguf`]: `place` of the file `path` must be `expected`, but is `got`.
+    pub(crate) fn gguf(path: &Path, place: &str, expected: &str, got: impl fmt::Display) -> Self {
+        Self::Gguf {
+            path: path.to_owned(),
+            place: place.to_owned(),
+            expected: expected.to_owned(),
+            got: got.to_string(),
+        }
     }
 
     /// An [`Error::Invalid`]: `what` must be `expected`, but is `got`.

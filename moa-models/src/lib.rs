@@ -30,7 +30,7 @@
 //! # Where things stand
 //! | folder | what it holds |
 //! |---|---|
-//! | `checkpoint` | a model folder: [`Checkpoint`], [`Weights`], [`Tokenizer`], [`ChatTemplate`] |
+//! | `checkpoint` | a model folder or GGUF file: [`Checkpoint`], [`Weights`], [`Gguf`], [`Tokenizer`], [`ChatTemplate`] |
 //! | `families` | how the `config.json` of a family of models is read: [`Family`], [`FAMILIES`] |
 //! | `decoder` | the network, written once for all families and devices: [`Decoder`], [`ModelConfig`], [`Sequence`], and [`Shard`] for a model that several devices share |
 //! | `device` | the operations of a device, [`Device`], [`Load`], [`Math`] and [`Backward`]: [`Cpu`], and by features `Cuda` and `Wgpu` |
@@ -57,6 +57,7 @@ mod progress;
 pub use checkpoint::Checkpoint;
 pub use checkpoint::fingerprint::fingerprint;
 pub use checkpoint::generation_config::GenerationConfig;
+pub use checkpoint::gguf::{Gguf, is_gguf, open_tensors};
 #[cfg(feature = "hub")]
 pub use checkpoint::hub::{download, fetch};
 pub use checkpoint::hub_id::HubId;
@@ -119,6 +120,7 @@ pub use find_plan::objective::{Objective, TokenWeight, WeightedObjective};
 pub use find_plan::profile::Item;
 pub use find_plan::records::{PHRASINGS, Phrasing, RecordPrompt};
 pub use find_plan::refine::{Refined, measured_losses, refine};
+pub use moa_backend_cpu::ops::BlockType;
 #[cfg(feature = "cuda")]
 pub use moa_backend_cuda::NcclId;
 pub use moa_core::Dtype;

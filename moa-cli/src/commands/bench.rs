@@ -5,7 +5,7 @@ use std::str::FromStr;
 use moa_core::{DEFAULT_SINK, Plan, SparseAttentionBackend};
 use moa_models::{
     Backward, BenchOptions, BenchReport, Decoder, Math, ModelConfig, ProfileBenchReport,
-    RandomTensors, Shard, Tensors, Weights,
+    RandomTensors, Shard, Tensors,
 };
 use serde::Serialize;
 
@@ -122,7 +122,7 @@ fn with_ops<D: Backward>(
         match (&args.source.model, &args.source.config, args.random_weights) {
             (Some(model), ..) => {
                 let folder = model::folder(model, context)?;
-                (ModelConfig::from_file(&folder)?, Box::new(Weights::open(&folder)?))
+                (ModelConfig::from_file(&folder)?, moa_models::open_tensors(&folder)?)
             }
             (_, Some(config), Some(seed)) => {
                 let config = ModelConfig::from_file(config)?;

@@ -3,6 +3,7 @@
 pub(crate) mod added_tokens;
 pub(crate) mod fingerprint;
 pub(crate) mod generation_config;
+pub(crate) mod gguf;
 #[cfg(feature = "hub")]
 pub(crate) mod hub;
 pub(crate) mod hub_id;
@@ -26,6 +27,7 @@ use std::sync::Arc;
 use moa_core::Plan;
 
 use crate::checkpoint::generation_config::GenerationConfig;
+use crate::checkpoint::gguf::{Gguf, is_gguf};
 use crate::checkpoint::open_options::OpenOptions;
 use crate::checkpoint::prompt_style::PromptStyle;
 use crate::checkpoint::reads::Reads;
@@ -87,12 +89,12 @@ impl<D: Math> Clone for Checkpoint<D> {
 
 impl<D: Math> Checkpoint<D> {
     /// Opens `config.json`, `*.safetensors`, `tokenizer.json`, and if they exist
-    /// `tokenizer_config.json` and `generation_config.json`.
+    /// `tokenizer_config.json` and `generation_config.json`; or a GGUF file, which has all of them.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::DanglingLink`] and [`Error::LfsPointer`] for a file that cannot be read;
     /// [`Error::Json`], [`Error::MissingField`] and [`Error::Config`] for a malformed one;
-    /// [`Error::NoWeights`], [`Error::Safetensors`], [`Error::Quantized`] and the
+    /// [`Error::NoWeights`], [`Error::Safetensors`], [`Error::Quantized`], [`Error::Gguf`] and the
     /// variants that begin with `Tensor` and `Shard` for the weights; [`Error::NoTokenizer`],
     /// [`Error::Tokenizer`] and [`Error::TokenizerVocabulary`] for the tokenizer; [`Error::OutOfMemory`] or [`Error::Backend`] if the weights do not fit the device.
     pub fn open(device: D, folder: impl AsRef<Path>) -> Result<Self> {
@@ -125,6 +127,9 @@ impl<D: Math> Checkpoint<D> {
         options: &OpenOptions<'_>,
         shard: Option<Shard<D>>,
     ) -> Result<Self> {
+        if is_gguf(folder) {
+            return Self::open_gguf(device, folder, options.families, shard);
+        }
         let mut config = ModelConfig::from_file_with(folder, options.families)?;
         let tokenizer = Tokenizer::from_dir(folder)?;
         tokenizer.check_vocab_size(config.vocab_size)?;
@@ -139,15 +144,28 @@ impl<D: Math> Checkpoint<D> {
         if asks_for_all {
             reads.check(options.ignore_extra_tensors)?;
         }
-        let style = match template {
-            Some(_) => PromptStyle::Chat,
-            None => PromptStyle::Raw,
-        };
+        let style = PromptStyle::of(template.as_ref());
         let folder = folder.to_path_buf();
         Ok(Self { model, tokenizer, generation, template, own_template: None, style, folder })
     }
 
-    /// The folder it was opened from.
+    fn open_gguf(
+        device: D,
+        path: &Path,
+        families: &[&dyn Family],
+        shard: Option<Shard<D>>,
+    ) -> Result<Self> {
+        let file = Gguf::open(path)?;
+        let (config, tokenizer) = (file.config(families)?, file.tokenizer()?);
+        tokenizer.check_vocab_size(config.vocab_size)?;
+        let template = file.template()?;
+        let model = Arc::new(Decoder::load_part(device, config, &file, shard)?);
+        let (generation, folder) = (GenerationConfig::default(), path.to_path_buf());
+        let style = PromptStyle::of(template.as_ref());
+        Ok(Self { model, tokenizer, generation, template, own_template: None, style, folder })
+    }
+
+    /// The folder, or the GGUF file, that it was opened from.
     pub fn folder(&self) -> &Path {
         &self.folder
     }

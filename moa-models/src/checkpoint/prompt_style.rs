@@ -1,6 +1,6 @@
 use crate::Result;
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::template::Message;
+use crate::checkpoint::template::{ChatTemplate, Message};
 use crate::device::Math;
 
 /// How a text becomes the tokens of a prompt.
@@ -14,6 +14,13 @@ pub enum PromptStyle {
     Chat,
     /// The model continues the text as it is, after the begin token.
     Raw,
+}
+
+impl PromptStyle {
+    /// That of a model with this chat template, or without one.
+    pub(crate) fn of(template: Option<&ChatTemplate>) -> Self {
+        if template.is_some() { Self::Chat } else { Self::Raw }
+    }
 }
 
 impl<D: Math> Checkpoint<D> {

@@ -45,6 +45,12 @@ impl SpecialTokens {
         Self { roles, additional: BTreeSet::new() }
     }
 
+    /// The texts of these roles.
+    pub(crate) fn of_roles<'a>(roles: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
+        let own = |(role, text): (&str, &str)| (role.to_owned(), text.to_owned());
+        Self { roles: roles.into_iter().map(own).collect(), additional: BTreeSet::new() }
+    }
+
     pub(crate) fn get(&self, role: &str) -> Option<&str> {
         self.roles.get(role).map(String::as_str)
     }

@@ -41,7 +41,8 @@ impl Tokenizer {
         Self::from_bytes(&bytes, path, special, added)
     }
 
-    fn from_bytes(
+    /// Reads the text of a `tokenizer.json` that came from `path`.
+    pub(crate) fn from_bytes(
         bytes: &[u8],
         path: PathBuf,
         special: SpecialTokens,

@@ -12,6 +12,7 @@ pub(crate) mod smollm3;
 use std::path::Path;
 
 use crate::Result;
+use crate::checkpoint::gguf::{Gguf, is_gguf};
 use crate::checkpoint::json::JsonObject;
 use crate::decoder::config::ModelConfig;
 use crate::families::granite::Granite;
@@ -69,11 +70,12 @@ pub trait Family: Sync {
 pub const FAMILIES: &[&dyn Family] = &[&Llama, &Mistral, &Qwen2, &Qwen3, &SmolLm3, &Granite, &Phi3];
 
 impl ModelConfig {
-    /// Reads `config.json`, given its folder or the file itself, of one of [`FAMILIES`].
+    /// Reads `config.json`, given its folder or the file itself, or the metadata of a GGUF file, of one of
+    /// [`FAMILIES`].
     ///
     /// # Errors
     /// [`Error::Io`](crate::Error::Io) when it cannot be read, [`Error::Json`](crate::Error::Json) when
-    /// it is not a JSON object or names a field twice,
+    /// it is not a JSON object or names a field twice, [`Error::Gguf`](crate::Error::Gguf) for a GGUF file,
     /// [`Error::MissingField`](crate::Error::MissingField) and [`Error::Config`](crate::Error::Config)
     /// with the field otherwise.
     pub fn from_file(dir_or_file: impl AsRef<Path>) -> Result<Self> {
@@ -86,6 +88,9 @@ impl ModelConfig {
     /// As [`from_file`](Self::from_file).
     pub fn from_file_with(dir_or_file: impl AsRef<Path>, families: &[&dyn Family]) -> Result<Self> {
         let path = dir_or_file.as_ref();
+        if is_gguf(path) {
+            return Gguf::open(path)?.config(families);
+        }
         let path = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
         read(&JsonObject::read(&path)?, families)
     }
@@ -108,7 +113,7 @@ impl ModelConfig {
 }
 
 /// What the family of the file's `model_type` reads.
-fn read(file: &JsonObject, families: &[&dyn Family]) -> Result<ModelConfig> {
+pub(crate) fn read(file: &JsonObject, families: &[&dyn Family]) -> Result<ModelConfig> {
     // Early files do not say.
     let wanted = file.text("model_type")?.unwrap_or("llama");
     let Some(family) = families.iter().find(|family| family.model_types().contains(&wanted)) else {

@@ -5,6 +5,7 @@ mod chat;
 mod config;
 mod extra_tensors;
 mod generation_config;
+mod gguf;
 #[path = "../streamed/mod.rs"]
 mod streamed;
 mod templates;
