@@ -203,7 +203,7 @@ impl MappedTensor {
         let to: &mut [f32] = bytemuck::cast_slice_mut(&mut words);
         to[..values.len()].copy_from_slice(&values);
         let memory = Memory::Words(Arc::new(words));
-        Self { memory, bytes, dtype: Dtype::F32, shape: self.shape.clone() }
+        Self { memory, bytes, elements: Elements::Plain(Dtype::F32), shape: self.shape.clone() }
     }
 
     /// A copy of runs of bytes.

@@ -18,7 +18,8 @@ impl Family for Mistral {
     }
 
     fn config(&self, file: &JsonObject) -> Result<ModelConfig> {
-        let config = Defaults { max_position_embeddings: 131_072, ..Defaults::default() }.config(file)?;
+        let config =
+            Defaults { max_position_embeddings: 131_072, ..Defaults::default() }.config(file)?;
         let window = window(file, Some(WINDOW))?;
         let layer_kinds = sliding(file, config.num_hidden_layers, window, |_| window.is_some())?;
         Ok(ModelConfig { layer_kinds, qkv_bias: false, o_bias: false, mlp_bias: false, ..config })

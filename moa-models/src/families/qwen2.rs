@@ -16,7 +16,8 @@ impl Family for Qwen2 {
     }
 
     fn config(&self, file: &JsonObject) -> Result<ModelConfig> {
-        let config = Defaults { max_position_embeddings: 32_768, ..Defaults::default() }.config(file)?;
+        let config =
+            Defaults { max_position_embeddings: 32_768, ..Defaults::default() }.config(file)?;
         let layer_kinds = layer_kinds(file, config.num_hidden_layers)?;
         Ok(ModelConfig { layer_kinds, qkv_bias: true, o_bias: false, mlp_bias: false, ..config })
     }

@@ -15,7 +15,12 @@ impl Family for Qwen3 {
     }
 
     fn config(&self, file: &JsonObject) -> Result<ModelConfig> {
-        let config = Defaults { head_dim: Some(128), max_position_embeddings: 32_768, ..Defaults::default() }.config(file)?;
+        let config = Defaults {
+            head_dim: Some(128),
+            max_position_embeddings: 32_768,
+            ..Defaults::default()
+        }
+        .config(file)?;
         let layer_kinds = layer_kinds(file, config.num_hidden_layers)?;
         Ok(ModelConfig { layer_kinds, qk_norm: true, mlp_bias: false, ..config })
     }

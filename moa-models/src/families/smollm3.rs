@@ -15,8 +15,12 @@ impl Family for SmolLm3 {
     }
 
     fn config(&self, file: &JsonObject) -> Result<ModelConfig> {
-        let defaults =
-            Defaults { rope_theta: 2_000_000.0, tie_word_embeddings: true, max_position_embeddings: 32_768, ..Defaults::default() };
+        let defaults = Defaults {
+            rope_theta: 2_000_000.0,
+            tie_word_embeddings: true,
+            max_position_embeddings: 32_768,
+            ..Defaults::default()
+        };
         let config = defaults.config(file)?;
         let layers = config.num_hidden_layers;
         let rotary = rotary(file, layers)?;
