@@ -126,6 +126,7 @@ fn influence(c: &mut Criterion) {
             out: &out,
             lse: &lse,
             d_out: &d_out,
+            window: usize::MAX,
             block: 64,
             sign: InfluenceSign::Signed,
             gradients,

@@ -99,6 +99,7 @@ fn number_of_threads_does_not_change_influence() {
         out: &out,
         lse: &lse,
         d_out: &d_out,
+        window: usize::MAX,
         block: 64,
         sign: InfluenceSign::Signed,
         gradients: true,
@@ -179,6 +180,7 @@ fn influence_refuses_wrong_shapes() {
         out: &q,
         lse: &lse,
         d_out: &q,
+        window: usize::MAX,
         block: 2,
         sign: InfluenceSign::Signed,
         gradients: true,
@@ -189,6 +191,7 @@ fn influence_refuses_wrong_shapes() {
     assert_eq!(run(&base()).unwrap(), vec![0.0; 2 * 9]);
     for (what, bad) in [
         ("block", InfluenceInputs { block: 0, ..base() }),
+        ("window", InfluenceInputs { window: 0, ..base() }),
         ("q", InfluenceInputs { q: &lse, ..base() }),
         ("k", InfluenceInputs { k: &lse, ..base() }),
         ("v", InfluenceInputs { v: &q, ..base() }),

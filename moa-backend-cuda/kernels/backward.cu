@@ -19,6 +19,8 @@ struct BackwardArgs {
     int absolute;           // 1: sums of absolute values
     float scale;
     int gradients;          // 0: probabilities and d_scores are not written
+    int window;             // most recent keys that a query sees
+    int padding;
 };
 
 __device__ __forceinline__ float block_max(float x) {
@@ -47,22 +49,23 @@ extern "C" __global__ void __launch_bounds__(256)
     const float* scores = args.scores + blockIdx.x * args.stride;
     const float* gains = args.gains + blockIdx.x * args.stride;
     const float scale = args.scale * LOG2E;
+    const int first_key = max(query + 1 - args.window, 0);
 
     float most = NEG_INF;
-    for (int j = threadIdx.x; j <= query; j += 256) most = fmaxf(most, scores[j] * scale);
+    for (int j = first_key + threadIdx.x; j <= query; j += 256) most = fmaxf(most, scores[j] * scale);
     most = block_max(most);
     // The lowest of equals; the rest count as others.
     __shared__ int top;
     if (threadIdx.x == 0) top = 0x7fffffff;
     __syncthreads();
-    for (int j = threadIdx.x; j <= query; j += 256)
+    for (int j = first_key + threadIdx.x; j <= query; j += 256)
         if (scores[j] * scale == most) atomicMin(&top, j);
     __syncthreads();
     const int key = min(top, query);
     const float top_gain = gains[key];
 
     float others = 0, gain = 0;
-    for (int j = threadIdx.x; j <= query; j += 256) {
+    for (int j = first_key + threadIdx.x; j <= query; j += 256) {
         const float e = j == key ? 0.0f : exp2_fast(scores[j] * scale - most);
         others += e;
         gain += e * (gains[j] - top_gain);
@@ -79,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(256)
         float total = 0;
         for (int j = b * args.block + lane; j < end; j += 32) {
             float p = 0, d = 0, influence = 0;
-            if (j <= query) {
+            if (j >= first_key && j <= query) {
                 const bool is_top = j == key;
                 const float e = is_top ? 1.0f : exp2_fast(scores[j] * scale - most);
                 const float lead = is_top ? top_lead : top_lead + (top_gain - gains[j]);

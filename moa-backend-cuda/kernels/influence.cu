@@ -85,6 +85,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int row_0 = query_block * TILE + warp * 16 + lane / 4, row_1 = row_0 + 8;
     const float scale = args.scale * LOG2E;
     float* sums = args.blocks + ((i64)kv_head * num_blocks + query_block) * num_blocks;
+    // The block of the first key that the block's first query sees.
+    const int first_block = max(query_block * TILE + 1 - args.window, 0) / TILE;
 
     for (int g = 0; g < group; g++) {
         const int head = kv_head * group + g;
@@ -113,8 +115,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             row_1 < args.tokens ? args.lse[(i64)row_1 * args.query_heads + head] * LOG2E : infinite;
 
         __syncthreads();
-        if (STAGES > 1) load(0, 0);
-        for (int block = 0; block <= query_block; block++) {
+        if (STAGES > 1) load(first_block, first_block % STAGES);
+        for (int block = first_block; block <= query_block; block++) {
             if (STAGES == 1) {
                 load(block, 0);
                 wait_copies<0>();
@@ -134,7 +136,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
                 for (int c = 0; c < 4; c++) {
                     const int key = block * TILE + n * 8 + lane % 4 * 2 + c % 2;
-                    const bool before = block < query_block || key < (c < 2 ? row_0 : row_1);
+                    const int row = c < 2 ? row_0 : row_1;
+                    const bool before = key < row && row - key < args.window;
                     const float a = exp2_fast(fmaf(scores[n][c], scale, -(c < 2 ? lse_0 : lse_1)));
                     const float e = __fdividef(a, fmaxf(1 - a, SMALLEST)) *
                                     ((c < 2 ? d_0 : d_1) - gains[n][c]);

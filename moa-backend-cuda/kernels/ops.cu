@@ -31,12 +31,15 @@ extern "C" __global__ void __launch_bounds__(1024) rms_norm(const __grid_constan
 
 // ---- by elements: grid (columns / 8 / 256, rows) ------------------------------------------------
 
-// out = x[ids]; x element, out f32.
+// out = x[ids] * eps; x element, out f32.
 extern "C" __global__ void __launch_bounds__(256) embed(const __grid_constant__ OpArgs args) {
     start();
     FOR_EIGHT(i)
     const u16* x = (const u16*)args.x + args.ids[row] * args.x_stride;
-    store8((float*)args.out + row * args.out_stride + i, load8(x + i));
+    Eight v = load8(x + i);
+#pragma unroll
+    for (int n = 0; n < 8; n++) v.x[n] *= args.eps;
+    store8((float*)args.out + row * args.out_stride + i, v);
 }
 
 // out = x[ids]; both f32 (flag) or both element.
@@ -130,7 +133,8 @@ extern "C" __global__ void __launch_bounds__(256) rope(const __grid_constant__ O
 
 // Rotary angles, out f32 [rows, cols / 2] pairs (cos, sin). ids: pairs (table, position) for each row.
 // w: tables of cols / 2 frequencies in half turns a position, then a factor of cosine and sine; f64,
-// so that positions of any context are exact to the f32 that they are rounded to. One thread a pair.
+// so that positions of any context are exact to the f32 that they are rounded to. A pair of frequency 0
+// is left as it is, without the factor. One thread a pair.
 extern "C" __global__ void __launch_bounds__(256) turns(const __grid_constant__ OpArgs args) {
     start();
     const int pair = blockIdx.x * blockDim.x + threadIdx.x;
@@ -141,8 +145,9 @@ extern "C" __global__ void __launch_bounds__(256) turns(const __grid_constant__ 
     const double* table = (const double*)args.w + (i64)id.x * (half + 1);
     double sine, cosine;
     sincospi(table[pair] * (double)id.y, &sine, &cosine);
+    const double factor = table[pair] == 0 ? 1 : table[half];
     ((float2*)args.out)[row * half + pair] =
-        make_float2((float)(cosine * table[half]), (float)(sine * table[half]));
+        make_float2((float)(cosine * factor), (float)(sine * factor));
 }
 
 // ---- choice of tokens -------------------------------------------------------------------------

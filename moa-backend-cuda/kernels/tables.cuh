@@ -106,5 +106,5 @@ struct InfluenceArgs {
     int kv_heads;
     int absolute;      // 1: sums of absolute values
     float scale;
-    int padding;
+    int window;        // most recent keys that a query sees; at most the tokens
 };

@@ -180,8 +180,10 @@ fn rows_are_gathered_and_normed() -> Verdict {
     let (device, _alone) = device()?;
     let (table, values) = matrix(&device, 11, 10, Dtype::Bf16);
     let row = |r: usize| values[r * 10..(r + 1) * 10].to_vec();
-    let embedded = ops::embed(&table, &[7, 0, 7, 10]).unwrap();
+    let embedded = ops::embed(&table, &[7, 0, 7, 10], 1.0).unwrap();
     close(&embedded, [7, 0, 7, 10].into_iter().flat_map(row));
+    let scaled = ops::embed(&table, &[7, 10], 3.0).unwrap();
+    close(&scaled, [7, 10].into_iter().flat_map(row).map(|x| 3.0 * x));
     close(&ops::rows(&embedded, &[3, 1]).unwrap(), [10, 0].into_iter().flat_map(row));
     let none = ops::rows(&embedded, &[]).unwrap();
     assert_eq!((none.shape(), none.to_vec().unwrap()), (&[0, 10][..], vec![]));
@@ -249,7 +251,7 @@ fn wrong_shapes_are_refused() -> Verdict {
     assert!(is_shape(Tensor::new(&device, &[1.0], &[2]), "data"));
     assert!(is_shape(Tensor::new(&device, &[1.0], &[1, 1, 1, 1]), "shape"));
     assert!(matches!(
-        ops::embed(&weight, &[4]),
+        ops::embed(&weight, &[4], 1.0),
         Err(Error::Argument(ArgumentError { argument: "id", .. }))
     ));
     assert!(matches!(

@@ -15,9 +15,12 @@ pub(crate) struct Global {
     /// Print one JSON object on stdout and nothing else there
     #[arg(long, global = true)]
     pub(crate) json: bool,
-    /// No progress bars and no notes on stderr
+    /// No progress bars, notes or warnings on stderr
     #[arg(long, global = true)]
     pub(crate) quiet: bool,
+    /// More on stderr of what the libraries do; twice for all of it
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
     /// Seed of everything drawn: calibration prompts, sampling, shortened cases
     #[arg(long, global = true, default_value_t = 0, value_name = "N")]
     pub(crate) seed: u64,
@@ -122,9 +125,13 @@ pub(crate) enum WeightType {
 /// The model of a command.
 #[derive(Debug, Args)]
 pub(crate) struct ModelArg {
-    /// Model folder: config.json, *.safetensors, tokenizer.json
-    #[arg(long, value_name = "DIR")]
+    /// Model folder (config.json, *.safetensors, tokenizer.json), or a GGUF file; in builds with the
+    /// feature `hub` also a model of the Hugging Face hub
+    #[arg(long, value_name = "DIR|FILE.gguf|OWNER/NAME[@REVISION]")]
     pub(crate) model: PathBuf,
+    /// Go on where the folder has tensors that its configuration does not ask for
+    #[arg(long)]
+    pub(crate) ignore_extra_tensors: bool,
 }
 
 /// What the attention heads of a run see.

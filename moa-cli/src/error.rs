@@ -1,6 +1,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::output::to_stderr;
+
 /// Everything that makes the command end with an error.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -33,6 +35,17 @@ pub(crate) enum Error {
         got: String,
         /// The names that exist.
         available: &'static str,
+    },
+
+    /// A model of the hub, in a build that cannot reach it.
+    #[cfg(not(feature = "hub"))]
+    #[error(
+        "{id}: no such folder, and models of the Hugging Face hub need a build with `--features hub` \
+         (cargo install --path moa-cli --features hub)"
+    )]
+    Hub {
+        /// The model.
+        id: String,
     },
 
     /// An argument is outside its domain.
@@ -147,13 +160,13 @@ impl Error {
     /// Writes the error and its causes to stderr.
     pub(crate) fn report(&self) {
         let mut said = self.to_string();
-        eprintln!("error: {said}");
+        to_stderr(format_args!("error: {said}"));
         let mut cause = std::error::Error::source(self);
         while let Some(error) = cause {
             let text = error.to_string();
             // Most messages hold their cause's already.
             if !said.contains(&text) {
-                eprintln!("  caused by: {text}");
+                to_stderr(format_args!("  caused by: {text}"));
                 said = text;
             }
             cause = error.source();

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use moa_core::{Plan, Sharding};
 use moa_models::{Checkpoint, Cuda, ModelConfig, NcclRank, Rank, Shard, on_ranks};
 
+use crate::args::ModelArg;
 use crate::error::{Error, Result};
 use crate::model;
 use crate::output::Context;
@@ -65,6 +66,7 @@ impl Gpus {
             }
             None => Plan::full(config.shape())?,
         };
+        let plan = config.windowed(&plan)?;
         let sharding = Sharding::balanced(&plan, length, self.count);
         let sharding = sharding.map_err(|e| Error::from(e).at("--device"))?;
         let done = on_ranks(NcclRank::group(self.count)?, |rank: Arc<NcclRank>| {
@@ -83,15 +85,15 @@ impl Gpus {
     /// [`run`](Self::run) with a model folder.
     pub(crate) fn run_model(
         &self,
-        folder: &Path,
+        of: &ModelArg,
         plan: Option<&Path>,
         context: &Context,
         work: impl Fn(Checkpoint<Cuda>, &Context) -> Result<()> + Sync,
     ) -> Result<()> {
-        model::check_folder(folder)?;
-        let config = ModelConfig::from_file(folder)?;
+        let folder = model::folder(&of.model, context)?;
+        let config = ModelConfig::from_file(&folder)?;
         self.run(&config, plan, config.context_length(), context, |device, shard, context| {
-            work(Checkpoint::open_shard(device, folder, shard)?, context)
+            work(model::options(of).open_shard(device, &folder, shard)?, context)
         })
     }
 }

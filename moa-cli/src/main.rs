@@ -13,10 +13,12 @@ mod error;
 mod files;
 #[cfg(feature = "cuda")]
 mod gpus;
+mod log;
 mod model;
 mod output;
 mod plans;
 mod progress;
+mod style;
 
 use std::process::ExitCode;
 
@@ -58,6 +60,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    log::begin(cli.global.quiet, cli.global.verbose);
     match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         // The reader has seen enough, as in `moa plan show plan.json | head`.

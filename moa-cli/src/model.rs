@@ -1,9 +1,9 @@
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use moa_core::{DEFAULT_SINK, ElasticRule, ModelShape, Plan};
-use moa_models::{Checkpoint, Cpu, Math, ModelConfig};
+use moa_models::{Checkpoint, Cpu, HubId, Math, ModelConfig, OpenOptions, is_gguf};
 
-use crate::args::{PlanArgs, WeightType};
+use crate::args::{ModelArg, PlanArgs, WeightType};
 use crate::error::{Error, Result};
 use crate::output::Context;
 
@@ -41,17 +41,17 @@ macro_rules! on_device {
 }
 pub(crate) use on_device;
 
-/// Evaluates an expression with the model of a folder on the device that `--device` names, or with its
+/// Evaluates an expression with the model of a [`ModelArg`] on the device that `--device` names, or with its
 /// parts on several, each with a context of its own.
 macro_rules! on_model {
-    ($context:expr, $folder:expr, $plan:expr, |$model:ident, $own:ident| $body:expr) => {
+    ($context:expr, $of:expr, $plan:expr, |$model:ident, $own:ident| $body:expr) => {
         match $context.device {
             #[cfg(feature = "cuda")]
             $crate::args::Device::CudaGroup(gpus) => {
-                gpus.run_model($folder, $plan.plan.as_deref(), $context, |$model, $own| $body)
+                gpus.run_model($of, $plan.plan.as_deref(), $context, |$model, $own| $body)
             }
             _ => $crate::model::on_device!($context, |device| {
-                let ($model, $own) = ($crate::model::open(device, $folder)?, $context);
+                let ($model, $own) = ($crate::model::open(device, $of, $context)?, $context);
                 $body
             }),
         }
@@ -98,25 +98,53 @@ pub(crate) fn wgpu(index: Option<usize>, context: &Context) -> Result<moa_models
     }
 }
 
-/// Opens a model folder on a device.
-pub(crate) fn open<D: Math>(device: D, folder: &Path) -> Result<Checkpoint<D>> {
-    check_folder(folder)?;
-    Ok(Checkpoint::open(device, folder)?)
+/// Opens a model on a device.
+pub(crate) fn open<D: Math>(device: D, of: &ModelArg, context: &Context) -> Result<Checkpoint<D>> {
+    Ok(options(of).open(device, folder(&of.model, context)?)?)
 }
 
-/// Checks that a folder is one.
-pub(crate) fn check_folder(folder: &Path) -> Result<()> {
-    if !folder.is_dir() {
-        let source = match std::fs::metadata(folder) {
-            Ok(_) => std::io::Error::from(std::io::ErrorKind::NotADirectory),
-            Err(error) => error,
-        };
-        return Err(Error::Read { path: folder.to_path_buf(), source });
+/// What the flags of a model say of opening it.
+pub(crate) fn options(of: &ModelArg) -> OpenOptions<'static> {
+    OpenOptions::default().ignore_extra_tensors(of.ignore_extra_tensors)
+}
+
+/// The folder or GGUF file that `--model` names, or that a model of the hub has in the cache.
+pub(crate) fn folder(model: &Path, context: &Context) -> Result<PathBuf> {
+    if model.is_dir() || is_gguf(model) {
+        return Ok(model.to_path_buf());
     }
-    Ok(())
+    let read = |source| Error::Read { path: model.to_path_buf(), source };
+    match std::fs::symlink_metadata(model) {
+        Ok(metadata) if metadata.is_symlink() && !model.exists() => {
+            let target = std::fs::read_link(model).map_err(read)?;
+            let path = model.to_path_buf();
+            return Err(moa_models::Error::DanglingLink { path, target }.into());
+        }
+        Ok(_) => {}
+        Err(error) => match model.to_str().map(str::parse::<HubId>) {
+            Some(Ok(id)) => return from_hub(&id, context),
+            _ => return Err(read(error)),
+        },
+    }
+    Err(Error::argument(
+        "--model",
+        "a model folder (config.json, *.safetensors, tokenizer.json) or a GGUF file",
+        format!("a file, {}", model.display()),
+    ))
 }
 
-/// Dimensions of a model from its `config.json`, without its weights.
+#[cfg(feature = "hub")]
+fn from_hub(id: &HubId, context: &Context) -> Result<PathBuf> {
+    let mut bar = crate::progress::Progress::new(context, "download", 1);
+    Ok(moa_models::fetch(id, &mut bar)?)
+}
+
+#[cfg(not(feature = "hub"))]
+fn from_hub(id: &HubId, _: &Context) -> Result<PathBuf> {
+    Err(Error::Hub { id: id.to_string() })
+}
+
+/// Dimensions of a model from its `config.json` or GGUF file, without its weights.
 pub(crate) fn shape(config: &Path) -> Result<ModelShape> {
     Ok(ModelConfig::from_file(config)?.shape())
 }

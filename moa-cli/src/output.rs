@@ -81,7 +81,7 @@ impl Context {
     /// Writes a remark to stderr, unless `--quiet` or `--json`.
     pub(crate) fn note(&self, text: impl Display) {
         if !self.quiet && !self.json {
-            eprintln!("{text}");
+            to_stderr(text);
         }
     }
 }
@@ -91,6 +91,11 @@ pub(crate) fn value_of(result: &impl Serialize) -> Result<Value> {
     // Only paths that are not UTF-8 cannot be written.
     serde_json::to_value(result)
         .map_err(|source| Error::Stream { stream: "stdout", source: source.into() })
+}
+
+/// Writes a line to stderr, which whoever closed it does not read.
+pub(crate) fn to_stderr(text: impl Display) {
+    let _ = writeln!(io::stderr(), "{text}");
 }
 
 fn to_stdout(text: &dyn Display) -> Result<()> {

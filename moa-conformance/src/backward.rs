@@ -1,12 +1,18 @@
-use moa_core::Span;
 use moa_core::reference::{self, Heads};
+use moa_core::{Position, Span};
 
-/// Gradients by q, k and v of `sum(d_out * out)` under full causal attention.
+/// Gradients by q, k and v of `sum(d_out * out)` under the mask of `span`.
 ///
 /// What [`moa_core::reference`] lacks: the gradients that an influence is continued by.
-pub fn backward(h: Heads, [q, k, v]: [&[f64]; 3], d_out: &[f64], scale: f64) -> [Vec<f64>; 3] {
+pub fn backward(
+    h: Heads,
+    [q, k, v]: [&[f64]; 3],
+    d_out: &[f64],
+    span: Span,
+    scale: f64,
+) -> [Vec<f64>; 3] {
     let tokens = q.len() / (h.query * h.dim);
-    let spans = vec![Span::full(tokens); h.kv];
+    let spans = vec![span; h.kv];
     let (out, lse) = reference::extend(h, q, k, v, &spans, scale);
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
     let mut d = [vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]];
@@ -15,7 +21,7 @@ pub fn backward(h: Heads, [q, k, v]: [&[f64]; 3], d_out: &[f64], scale: f64) -> 
             let qi = (i * h.query + head) * h.dim;
             let qi = qi..qi + h.dim;
             let big_d = dot(&d_out[qi.clone()], &out[qi.clone()]);
-            for j in 0..=i {
+            for j in (0..=i).filter(|&j| span.attends(Position(i), Position(j))) {
                 let kj = (j * h.kv + head / (h.query / h.kv)) * h.dim;
                 let kj = kj..kj + h.dim;
                 let score = scale * dot(&q[qi.clone()], &k[kj.clone()]);
@@ -43,11 +49,12 @@ mod tests {
         let normal = |n, seed| f64s(&normal(n, seed));
         let inputs = [normal(7 * 12, 1), normal(7 * 6, 2), normal(7 * 6, 3)];
         let d_out = normal(7 * 12, 4);
+        let span = Span::full(4);
         let objective = |x: &[Vec<f64>; 3]| -> f64 {
-            let (out, _) = reference::extend(h, &x[0], &x[1], &x[2], &[Span::full(7); 2], 0.6);
+            let (out, _) = reference::extend(h, &x[0], &x[1], &x[2], &[span; 2], 0.6);
             out.iter().zip(&d_out).map(|(o, d)| o * d).sum()
         };
-        let gradients = backward(h, [&inputs[0], &inputs[1], &inputs[2]], &d_out, 0.6);
+        let gradients = backward(h, [&inputs[0], &inputs[1], &inputs[2]], &d_out, span, 0.6);
         for (which, gradient) in gradients.iter().enumerate() {
             for (at, gradient) in gradient.iter().enumerate() {
                 let shifted = |by: f64| {

@@ -17,11 +17,22 @@ fn world(group: usize, kv: usize, dim: usize, tokens: usize) -> World {
 struct Case {
     world: World,
     d_out: Vec<f32>,
+    /// Of the layer's own mask.
+    window: usize,
     block: usize,
     sign: InfluenceSign,
 }
 
 impl Case {
+    /// A signed case of full causal attention.
+    fn full(world: World, d_out: Vec<f32>, block: usize) -> Self {
+        Self { world, d_out, window: usize::MAX, block, sign: InfluenceSign::Signed }
+    }
+
+    fn span(&self) -> Span {
+        Span::full(self.world.tokens.min(self.window))
+    }
+
     /// The case with numbers as the backend's tensors hold them: q, k, v, and `d_out` in place.
     fn rounded<S: Subject>(self, s: &S) -> (Self, [Vec<f32>; 3]) {
         let round = |x: Vec<f32>| x.into_iter().map(|x| s.round_tensor(x)).collect::<Vec<_>>();
@@ -37,7 +48,7 @@ impl Case {
     ) -> Result<InfluenceOutput<S::Tensor>, Error<S>> {
         let Heads { query, kv, dim } = self.world.heads;
         let n = self.world.tokens;
-        let spans = vec![Span::full(n); kv];
+        let spans = vec![self.span(); kv];
         let scale = self.world.scale();
         let (out, lse) =
             reference::extend(self.world.heads, &f64s(q), &f64s(k), &f64s(v), &spans, scale.into());
@@ -49,6 +60,7 @@ impl Case {
             out: &s.tensor(&f32s(&out), &[n, query, dim]),
             lse: &s.lse(&f32s(&lse), &[n, query]),
             d_out: &s.tensor(&self.d_out, &[n, query, dim]),
+            window: self.window,
             block: self.block,
             sign: self.sign,
             gradients,
@@ -61,10 +73,9 @@ impl Case {
         let scale = self.world.scale().into();
         reference::influence(
             self.world.heads,
-            &f64s(q),
-            &f64s(k),
-            &f64s(v),
+            [&f64s(q), &f64s(k), &f64s(v)],
             &f64s(&self.d_out),
+            self.span(),
             head,
             scale,
         )
@@ -90,13 +101,14 @@ fn cases<S: Subject>(s: &S) -> impl Strategy<Value = Case> + use<S> {
     let dim = proptest::sample::select(s.dims());
     let tokens = prop_oneof![1usize..20, 60usize..140];
     let block = proptest::sample::select(s.influence_blocks());
+    let window = prop_oneof![Just(usize::MAX), 1usize..20, 20usize..140];
     let absolute = any::<bool>();
-    (1usize..=3, 1usize..=2, dim, tokens, block, absolute, any::<u64>()).prop_map(
-        |(group, kv, dim, tokens, block, absolute, seed)| {
+    (1usize..=3, 1usize..=2, dim, tokens, window, block, absolute, any::<u64>()).prop_map(
+        |(group, kv, dim, tokens, window, block, absolute, seed)| {
             let world = World { seed, ..world(group, kv, dim, tokens) };
             let d_out = normal(tokens * group * kv * dim, seed ^ 0xd0);
             let sign = if absolute { InfluenceSign::Absolute } else { InfluenceSign::Signed };
-            Case { world, d_out, block, sign }
+            Case { world, d_out, window, block, sign }
         },
     )
 }
@@ -106,7 +118,7 @@ fn offered<S: Subject>(s: &S, gradients: bool) -> Verdict {
     let world = world(1, 1, s.dim(8), 3);
     let block = s.influence_blocks()[0];
     let d_out = normal(3 * world.heads.dim, 1);
-    let (case, inputs) = Case { world, d_out, block, sign: InfluenceSign::Signed }.rounded(s);
+    let (case, inputs) = Case::full(world, d_out, block).rounded(s);
     let Err(error) = case.run(s, &inputs, gradients) else { return Ok(()) };
     match s.core_error(&error) {
         Some(moa_core::Error::Unsupported { .. }) => Err(Stop::ignored(error)),
@@ -143,7 +155,8 @@ pub(crate) fn gradients_equal_the_reference<S: Subject>(s: &S) -> Verdict {
         let (case, inputs) = case.rounded(s);
         let [q, k, v] = [f64s(&inputs[0]), f64s(&inputs[1]), f64s(&inputs[2])];
         let scale = case.world.scale().into();
-        let expected = backward(case.world.heads, [&q, &k, &v], &f64s(&case.d_out), scale);
+        let expected =
+            backward(case.world.heads, [&q, &k, &v], &f64s(&case.d_out), case.span(), scale);
         let gradients = case.run(s, &inputs, true).unwrap().gradients.expect("asked for");
         for (gradient, expected) in
             [gradients.d_q, gradients.d_k, gradients.d_v].iter().zip(&expected)
@@ -166,7 +179,7 @@ pub(crate) fn influence_is_what_masking_one_entry_changes<S: Subject>(s: &S) -> 
     }
     let (n, dim) = (9, s.dim(4));
     let d_out = normal(n * dim, 5);
-    let case = Case { world: world(1, 1, dim, n), d_out, block: 1, sign: InfluenceSign::Signed };
+    let case = Case::full(world(1, 1, dim, n), d_out, 1);
     let (case, inputs) = case.rounded(s);
     let found = case.run(s, &inputs, false)?.blocks;
     let ([q, k, v], scale) = (&inputs, case.world.scale());
@@ -204,7 +217,7 @@ pub(crate) fn zero_gradient_rows_contribute_nothing<S: Subject>(s: &S) -> Verdic
     let row = 2 * world.heads.dim;
     let mut d_out = normal(200 * row, 3);
     d_out[..190 * row].fill(0.0);
-    let case = Case { world, d_out, block, sign: InfluenceSign::Absolute };
+    let case = Case { sign: InfluenceSign::Absolute, ..Case::full(world, d_out, block) };
     let (case, inputs) = case.rounded(s);
     let blocks = case.run(s, &inputs, offered(s, true).is_ok())?.blocks;
     close(&blocks, &case.blocks(&inputs), s.influence_tolerance());

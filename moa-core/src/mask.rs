@@ -50,6 +50,17 @@ impl Span {
         Self { sink, window: total - sink }
     }
 
+    /// What is left of the span where the layer itself sees `window` recent keys and no more, in a sequence of at
+    /// most `context_length` tokens: no sink and at most the window, unless the window hides nothing.
+    #[must_use]
+    pub const fn within(self, window: usize, context_length: usize) -> Self {
+        match context_length > window {
+            true if self.total() < window => Self::of_total(self.total(), 0),
+            true => Self::of_total(window, 0),
+            false => self,
+        }
+    }
+
     /// The mask, for every cache, kernel and backend:
     /// `key <= query && (key < sink || query - key < window)`.
     pub const fn attends(self, query: Position, key: Position) -> bool {

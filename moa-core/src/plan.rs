@@ -88,6 +88,8 @@ pub struct Plan {
     sink: usize,
     min_span: usize,
     rules: Vec<HeadRule>,
+    /// One for each layer, or empty; not part of a plan's file.
+    windows: Vec<Option<usize>>,
     /// Where the plan came from.
     pub provenance: Provenance,
 }
@@ -127,8 +129,35 @@ impl Plan {
             sink,
             min_span,
             rules,
+            windows: Vec::new(),
             provenance: Provenance::default(),
         })
+    }
+
+    /// The same plan on a model whose layers themselves see so many recent keys and no more (sliding
+    /// windows), one entry for each layer.
+    ///
+    /// A plan only hides keys. Where a sequence is longer than its layer's window, every head has no sink and
+    /// at most the window: [`Span::within`]. Windows belong to the model and not to the plan, so that a plan's
+    /// file does not hold them.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if there is not one entry for each layer, or a window is 0.
+    pub fn within(mut self, windows: Vec<Option<usize>>) -> Result<Self> {
+        if windows.len() != self.shape.layers {
+            let expected = format!("one for each of {} layers", self.shape.layers);
+            return Err(Error::invalid("sliding windows", expected, windows.len()));
+        }
+        if windows.contains(&Some(0)) {
+            return Err(Error::invalid("sliding window", "at least 1 key", 0));
+        }
+        self.windows = windows;
+        Ok(self)
+    }
+
+    /// Most recent keys that layers themselves see, one for each layer, or none: [`within`](Self::within).
+    pub fn windows(&self) -> &[Option<usize>] {
+        &self.windows
     }
 
     /// The same rule for every head: StreamingLLM's uniform window.
@@ -228,15 +257,17 @@ impl Plan {
     /// If `layer` does not exist.
     pub fn layer_spans(&self, layer: usize, context_length: usize) -> Vec<Span> {
         let heads = self.shape.kv_heads;
+        let window = self.windows.get(layer).copied().flatten().unwrap_or(usize::MAX);
         self.rules[layer * heads..(layer + 1) * heads]
             .iter()
             .map(|rule| rule.span(context_length, self.sink, self.min_span))
+            .map(|span| span.within(window, context_length))
             .collect()
     }
 
     /// Spans of all heads, layer-major.
     pub fn spans(&self, context_length: usize) -> Vec<Span> {
-        self.rules.iter().map(|r| r.span(context_length, self.sink, self.min_span)).collect()
+        (0..self.shape.layers).flat_map(|layer| self.layer_spans(layer, context_length)).collect()
     }
 
     /// Mean over KV heads of keys kept / `context_length`, for the native (GQA) cache.
@@ -300,6 +331,20 @@ mod tests {
             Err(Error::Invalid { ref got, .. }) if got == "layer 3, KV head 0"
         ));
         assert!(Plan::retrieval_heads(SHAPE, 4, 0, &[]).is_err());
+    }
+
+    // A query of a sliding layer never sees past its window, and so no sink either.
+    #[test]
+    fn windows_of_the_model_end_spans_and_leave_no_sinks() {
+        let plan = Plan::retrieval_heads(SHAPE, 4, 12, &[(0, 0), (1, 0)]).unwrap();
+        let plan = plan.within(vec![None, Some(20), Some(10)]).unwrap();
+        let spans = |n| plan.spans(n).iter().map(|s| (s.sink(), s.window())).collect::<Vec<_>>();
+        assert_eq!(spans(100), [(4, 96), (4, 12), (0, 20), (0, 16), (0, 10), (0, 10)]);
+        assert_eq!(plan.layer_spans(1, 20)[0], Span::new(4, 16).unwrap());
+        assert_eq!(plan.kv_bytes(100, 1), 100 + 16 + 20 + 16 + 10 + 10);
+        assert_eq!(plan.density(100), 1.72 / 6.0);
+        let full = || Plan::full(SHAPE).unwrap();
+        assert!(full().within(vec![None]).is_err() && full().within(vec![Some(0); 3]).is_err());
     }
 
     #[test]

@@ -75,20 +75,20 @@ pub fn extend(
 }
 
 /// Influence `E_ij = A_ij / (1 - A_ij) * (D_i - dO_i . V_j)` of every entry of one query head under
-/// full causal attention, `[tokens, tokens]`; the diagonal, which no mask can hide, is 0.
+/// the mask of `span`, `[tokens, tokens]`; the diagonal, which no mask can hide, is 0, and so is what is
+/// hidden already.
 pub fn influence(
     h: Heads,
-    q: &[f64],
-    k: &[f64],
-    v: &[f64],
+    [q, k, v]: [&[f64]; 3],
     d_out: &[f64],
+    span: Span,
     head: usize,
     scale: f64,
 ) -> Vec<f64> {
     let tokens = q.len() / (h.query * h.dim);
     let mut e = vec![0.0; tokens * tokens];
     for i in 0..tokens {
-        let (p, _) = probabilities(h, q, k, Span::full(tokens), i, head, scale);
+        let (p, _) = probabilities(h, q, k, span, i, head, scale);
         let g: Vec<f64> = (0..=i)
             .map(|j| dot(h.row(d_out, h.query, i, head), h.row(v, h.kv, j, h.kv_of(head))))
             .collect();

@@ -130,6 +130,10 @@ impl Sharding {
         });
         let rules = heads.map(|place| plan.rules()[place].clone()).collect();
         let own = Plan::new(self.rank_shape(rank), plan.sink(), plan.min_span(), rules)?;
+        let own = match plan.windows() {
+            [] => own,
+            windows => own.within(windows.to_vec())?,
+        };
         Ok(own.with_fingerprint(plan.fingerprint().map(str::to_owned)))
     }
 }

@@ -1,6 +1,6 @@
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Result of everything in this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -19,6 +19,25 @@ pub enum Error {
         path: PathBuf,
         /// The operating system's answer.
         source: io::Error,
+    },
+
+    /// A link leads nowhere: the file that it stands for was moved, deleted or never fetched.
+    #[error("{}: a link to {}, which does not exist", path.display(), target.display())]
+    DanglingLink {
+        /// The link.
+        path: PathBuf,
+        /// What it leads to.
+        target: PathBuf,
+    },
+
+    /// A file is what git keeps in place of a large file.
+    #[error(
+        "{}: a git-lfs pointer, not the file itself; `git lfs pull` in its folder fetches the file",
+        path.display()
+    )]
+    LfsPointer {
+        /// The file.
+        path: PathBuf,
     },
 
     /// A file is not the JSON it should be: bad syntax, or the same key twice.
@@ -70,12 +89,25 @@ pub enum Error {
         reason: String,
     },
 
-    /// The index of a sharded checkpoint names a file that is not there.
-    #[error("{}: shard `{shard}` is missing, expected beside the index", index.display())]
+    /// A GGUF file is truncated, contradicts itself, or is of a kind that is not known.
+    #[error("{}: GGUF: {place} must be {expected}, got {got}", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// The key, the tensor or the part of the header.
+        place: String,
+        /// What it may be.
+        expected: String,
+        /// What was found.
+        got: String,
+    },
+
+    /// A shard is not there that the index, or the number in the other shards' names, says of.
+    #[error("{}: shard `{shard}` is missing, expected beside the others", index.display())]
     ShardMissing {
-        /// The index file.
+        /// The index file, or the folder where there is none.
         index: PathBuf,
-        /// The shard's file name as the index gives it.
+        /// The shard's file name.
         shard: String,
     },
 
@@ -88,8 +120,8 @@ pub enum Error {
         shard: String,
     },
 
-    /// The same tensor lies in two shards.
-    #[error("tensor `{name}` lies in two files, {} and {}", first.display(), second.display())]
+    /// Two shards have tensors of one name that differ.
+    #[error("tensor `{name}` lies in two files and differs, {} and {}", first.display(), second.display())]
     TensorTwice {
         /// The tensor.
         name: String,
@@ -136,6 +168,47 @@ pub enum Error {
         got: String,
     },
 
+    /// A checkpoint has tensors that the model of its configuration does not have.
+    #[error(
+        "{}: {} that the configuration does not ask for: {}; without them the model may say something \
+         else; open it with ignore_extra_tensors (--ignore-extra-tensors) to go on",
+        path.display(),
+        count(names.len()),
+        listed(names)
+    )]
+    TensorsUnread {
+        /// The model folder.
+        path: PathBuf,
+        /// All of them.
+        names: Vec<String>,
+    },
+
+    /// The weights are quantised in a way that cannot be read.
+    #[error(
+        "{}: the weights are quantised ({scheme}), which cannot be read; take the model's checkpoint in \
+         16 bits",
+        path.display()
+    )]
+    Quantized {
+        /// The model folder.
+        path: PathBuf,
+        /// The way, such as `GPTQ, 4 bits`.
+        scheme: String,
+    },
+
+    /// A model folder has no `tokenizer.json`.
+    #[error(
+        "{0}: no tokenizer.json, got {got}; transformers writes one: python -c \"from transformers import \
+         AutoTokenizer as T; T.from_pretrained('{0}').save_pretrained('{0}')\"",
+        path.display()
+    )]
+    NoTokenizer {
+        /// The model folder.
+        path: PathBuf,
+        /// What lies there instead.
+        got: String,
+    },
+
     /// A tokenizer could not be loaded, or refused a text or a token.
     #[error("{}: tokenizer: {reason}", path.display())]
     Tokenizer {
@@ -165,7 +238,7 @@ pub enum Error {
     /// The model folder has no chat template, and none was chosen by the caller.
     #[error(
         "{}: no chat template: expected `chat_template` in tokenizer_config.json or a file \
-         chat_template.jinja; a template by name (vicuna, llama2, llama3) can be chosen instead",
+         chat_template.jinja; choose one by name or file (--template), or raw prompts (--raw)",
         path.display()
     )]
     NoChatTemplate {
@@ -345,6 +418,16 @@ impl From<moa_backend_wgpu::Error> for Error {
     }
 }
 
+fn count(tensors: usize) -> String {
+    if tensors == 1 { "a tensor".to_owned() } else { format!("{tensors} tensors") }
+}
+
+/// The first few of many names.
+fn listed(names: &[String]) -> String {
+    let more = if names.len() > 4 { ", .." } else { "" };
+    format!("{}{more}", names[..names.len().min(4)].join(", "))
+}
+
 /// What an out-of-memory error knows: the bytes asked for, and those that were free.
 fn shortage(bytes: Option<u64>, free: Option<u64>) -> String {
     let bytes = bytes.map_or(String::new(), |bytes| format!("{bytes} bytes of "));
@@ -356,6 +439,16 @@ impl Error {
     /// An [`Error::Io`] at `path`.
     pub(crate) fn io(path: impl Into<PathBuf>, source: io::Error) -> Self {
         Self::Io { path: path.into(), source }
+    }
+
+    /// An [`Error::Gguf`]: `place` of the file `path` must be `expected`, but is `got`.
+    pub(crate) fn gguf(path: &Path, place: &str, expected: &str, got: impl fmt::Display) -> Self {
+        Self::Gguf {
+            path: path.to_owned(),
+            place: place.to_owned(),
+            expected: expected.to_owned(),
+            got: got.to_string(),
+        }
     }
 
     /// An [`Error::Invalid`]: `what` must be `expected`, but is `got`.

@@ -30,8 +30,8 @@
 //! # Where things stand
 //! | folder | what it holds |
 //! |---|---|
-//! | `checkpoint` | a model folder: [`Checkpoint`], [`Weights`], [`Tokenizer`], [`ChatTemplate`] |
-//! | `families` | how the `config.json` of a family of models is read: [`Family`], [`Llama`] |
+//! | `checkpoint` | a model folder or GGUF file: [`Checkpoint`], [`Weights`], [`Gguf`], [`Tokenizer`], [`ChatTemplate`] |
+//! | `families` | how the `config.json` of a family of models is read: [`Family`], [`FAMILIES`] |
 //! | `decoder` | the network, written once for all families and devices: [`Decoder`], [`ModelConfig`], [`Sequence`], and [`Shard`] for a model that several devices share |
 //! | `device` | the operations of a device, [`Device`], [`Load`], [`Math`] and [`Backward`]: [`Cpu`], and by features `Cuda` and `Wgpu` |
 //! | `engine` | generation: [`Engine`], [`ChatSession`], [`SamplingOptions`] |
@@ -41,7 +41,7 @@
 //! # Devices
 //! [`Cpu`] needs nothing. `Cuda` (feature `cuda`) needs nothing to build, and to run a driver, NVRTC and
 //! cuBLASLt. `Wgpu` (feature `wgpu`) runs on any GPU with a driver for Vulkan, Metal or DX12. The feature
-//! `hub` adds `download`, which fetches a model folder from the Hugging Face hub.
+//! `hub` adds `fetch`, the folder of a model of the Hugging Face hub by its [`HubId`], and `download`.
 
 mod checkpoint;
 mod date;
@@ -57,15 +57,20 @@ mod progress;
 pub use checkpoint::Checkpoint;
 pub use checkpoint::fingerprint::fingerprint;
 pub use checkpoint::generation_config::GenerationConfig;
+pub use checkpoint::gguf::{Gguf, is_gguf, open_tensors};
 #[cfg(feature = "hub")]
-pub use checkpoint::hub::download;
+pub use checkpoint::hub::{download, fetch};
+pub use checkpoint::hub_id::HubId;
 pub use checkpoint::json::JsonObject;
 pub use checkpoint::mapped::MappedTensor;
+pub use checkpoint::open_options::OpenOptions;
+pub use checkpoint::prompt_style::PromptStyle;
 pub use checkpoint::random::RandomTensors;
 pub use checkpoint::safetensors::{Tensors, Weights};
 pub use checkpoint::template::{ChatTemplate, Message};
+pub use checkpoint::text::read_text;
 pub use checkpoint::tokenizer::{TokenStream, Tokenizer};
-pub use decoder::config::ModelConfig;
+pub use decoder::config::{LayerKind, ModelConfig};
 pub use decoder::logits::LogitRows;
 pub use decoder::model::Decoder;
 pub use decoder::names::TensorNames;
@@ -98,7 +103,13 @@ pub use eval::{
     Asked, DepthBin, EFFECTIVE_ACCURACY, EffectiveContext, Evaluation, ItemLog, Question,
     Reference, RetrievalItem, RetrievalReport, Scoring, SizedQuestion, Turn, effective_context,
 };
+pub use families::granite::Granite;
 pub use families::llama::Llama;
+pub use families::mistral::Mistral;
+pub use families::phi3::Phi3;
+pub use families::qwen2::Qwen2;
+pub use families::qwen3::Qwen3;
+pub use families::smollm3::SmolLm3;
 pub use families::{FAMILIES, Family};
 pub use find_plan::calibrate::{
     Calibration, CalibrationData, CalibrationOptions, CalibrationPrompt, Part,
@@ -111,6 +122,7 @@ pub use find_plan::objective::{Objective, TokenWeight, WeightedObjective};
 pub use find_plan::profile::Item;
 pub use find_plan::records::{PHRASINGS, Phrasing, RecordPrompt};
 pub use find_plan::refine::{Evidence, Measured, Refined, TextGoal, measured_losses, refine};
+pub use moa_backend_cpu::ops::BlockType;
 #[cfg(feature = "cuda")]
 pub use moa_backend_cuda::NcclId;
 pub use moa_core::Dtype;

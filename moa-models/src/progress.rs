@@ -9,6 +9,8 @@ use crate::{Error, Result};
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Stage {
+    /// A file of a model is downloaded, in MiB.
+    Download,
     /// The dense model answers calibration prompts.
     Calibrate,
     /// The influence of keys on the answers is measured.
@@ -26,6 +28,7 @@ impl Stage {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::Download => "download",
             Self::Calibrate => "calibrate",
             Self::Profile => "profile",
             Self::Search => "search",

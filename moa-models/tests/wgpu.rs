@@ -11,8 +11,8 @@ use moa_backend_wgpu::Device as Gpu;
 use moa_conformance::{Stop, Verdict, trials};
 use moa_core::{ElasticRule, HeadRule, Influence, ModelShape, Plan, Span};
 use moa_models::{
-    Backward, Checkpoint, Cpu, Dtype, EngineOptions, GenerateOptions, Item, LogitRows, Math,
-    Objective, Wgpu,
+    Backward, Checkpoint, Cpu, Decoder, Dtype, EngineOptions, GenerateOptions, Item, LogitRows,
+    Math, ModelConfig, Objective, Weights, Wgpu,
 };
 
 fn main() -> ExitCode {
@@ -20,6 +20,7 @@ fn main() -> ExitCode {
         generation_and_logits_equal_those_of_the_cpu,
         cache_bytes_are_what_the_plan_promises,
         influence_equals_that_of_the_cpu,
+        families_give_what_the_cpu_gives,
     ])
 }
 
@@ -131,5 +132,52 @@ fn influence_equals_that_of_the_cpu() -> Verdict {
         assert!((found - expected).abs() <= 1e-3 * largest, "{found} {expected} of {largest}");
     }
     assert!(expected[1..].iter().any(|x| x.abs() > 1e-4), "no influence to compare: {expected:?}");
+    Ok(())
+}
+
+/// Logits of a prompt dense and with spans of 6 and 3 keys, and its influence.
+fn family<D: Backward>(device: D, folder: &Path) -> [Vec<f64>; 3] {
+    let config = ModelConfig::from_file(folder).unwrap();
+    let model = Decoder::load(device, config, &Weights::open(folder).unwrap()).unwrap();
+    let shape = model.shape();
+    let tokens: Vec<u32> = (0..20).map(|i| i * i % 61).collect();
+    let rules = (0..shape.total_kv_heads())
+        .map(|place| HeadRule::from(ElasticRule::fixed(if place % 2 == 0 { 6 } else { 3 })));
+    let narrow = Plan::new(shape, 2, 3, rules.collect()).unwrap();
+    let [dense, narrow] = [Plan::full(shape).unwrap(), narrow].map(|plan| {
+        let mut sequence = model.open(&plan, 20, 0).unwrap();
+        let mut logits = Vec::new();
+        for chunk in tokens.chunks(9) {
+            let rows: Vec<usize> = (0..chunk.len()).collect();
+            let x = model.forward(&mut [&mut sequence], &[chunk], LogitRows::Rows(&rows)).unwrap();
+            logits.extend(model.device().values(x).unwrap().into_iter().map(f64::from));
+        }
+        logits
+    });
+    let item = Item::new(&tokens[..12], &tokens[12..]).unwrap();
+    let mut influence = Influence::new(shape, 19, 2).unwrap();
+    model.profile(&item, Objective::CrossEntropy, &mut influence).unwrap();
+    let heads = (0..shape.layers).flat_map(|l| (0..shape.kv_heads).map(move |h| (l, h)));
+    let influence = heads.flat_map(|(layer, head)| influence.head(layer, head).to_vec()).collect();
+    [dense, narrow, influence]
+}
+
+fn families_give_what_the_cpu_gives() -> Verdict {
+    let (device, _alone) = device()?;
+    let folders = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/families");
+    let Ok(folders) = folders.read_dir() else {
+        return Err(Stop::ignored("the checkpoints of families are where the test was built"));
+    };
+    for folder in folders.map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()) {
+        let expected = family(Cpu::new(Dtype::F32), &folder);
+        let found = family(Wgpu::new(&device, Dtype::F32), &folder);
+        for (found, expected) in found.iter().zip(&expected) {
+            let largest = expected.iter().fold(0.0f64, |max, x| max.max(x.abs()));
+            for (found, expected) in found.iter().zip(expected) {
+                let name = folder.display();
+                assert!((found - expected).abs() <= 1e-3 * largest, "{name}: {found} {expected}");
+            }
+        }
+    }
     Ok(())
 }

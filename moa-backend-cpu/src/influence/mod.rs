@@ -25,12 +25,14 @@ pub(crate) struct Shape {
     group: usize,
     dim: usize,
     block: usize,
+    window: usize,
 }
 
 impl Shape {
-    fn new(shape: AttentionShape, block: usize) -> Self {
-        let AttentionShape { tokens, query_heads, kv_heads, head_dim } = shape;
-        Self { tokens, query_heads, kv_heads, group: shape.group(), dim: head_dim, block }
+    fn new(shape: AttentionShape, block: usize, window: usize) -> Self {
+        let AttentionShape { tokens, query_heads, kv_heads, head_dim: dim } = shape;
+        let (group, window) = (shape.group(), window.min(tokens));
+        Self { tokens, query_heads, kv_heads, group, dim, block, window }
     }
 
     fn tiles(&self) -> usize {
@@ -52,7 +54,7 @@ pub(crate) fn influence(
     inputs: &InfluenceInputs<'_, Tensor>,
     scale: f32,
 ) -> Result<InfluenceOutput<Tensor>> {
-    let shape = Shape::new(check_influence(inputs, Tensor::shape)?, inputs.block);
+    let shape = Shape::new(check_influence(inputs, Tensor::shape)?, inputs.block, inputs.window);
     let stripes = match inputs.gradients {
         true => GRADIENT_STRIPES.div_ceil(shape.kv_heads).min(shape.tiles()),
         false => shape.tiles(),
@@ -184,6 +186,7 @@ mod tests {
             out: &out,
             lse: &lse,
             d_out: &d_out,
+            window: 17,
             block: 7,
             sign: InfluenceSign::Signed,
             gradients: true,

@@ -86,7 +86,9 @@ impl workspace::Task for Stripe<'_> {
             let query_blocks = (queries.end - 1) / self.shape.block + 1 - first_block;
             let mut blocks = vec![0.0; query_blocks * self.shape.blocks()];
 
-            for start in (0..queries.end).step_by(TILE_KEYS) {
+            // The first key that the first query sees.
+            let first = (queries.start + 1).saturating_sub(self.shape.window);
+            for start in (first / TILE_KEYS * TILE_KEYS..queries.end).step_by(TILE_KEYS) {
                 let range = start..queries.end.min(start + TILE_KEYS);
                 let rows = range.start * dim..range.end * dim;
                 let (keys, values) = (&self.keys[rows.clone()], &self.values[rows]);
@@ -118,7 +120,7 @@ impl Stripe<'_> {
         (scores, products): (&mut [f32], &mut [f32]),
         sums: &mut StripeSums,
     ) {
-        let Shape { tokens, dim, block, .. } = self.shape;
+        let Shape { tokens, dim, block, window, .. } = self.shape;
         let (n, rows) = (tile.keys.len(), tile.queries.len());
         let width = rows.next_multiple_of(LANES);
         let product = |a: &[f32], b: &[f32], c: &mut [f32]| {
@@ -144,6 +146,7 @@ impl Stripe<'_> {
                 queries: rows,
                 keys: tile.keys.clone(),
                 width,
+                window,
                 block,
                 sign: self.inputs.sign,
                 gradient_scale: self.d_q.map(|_| self.scale),

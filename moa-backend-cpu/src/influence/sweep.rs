@@ -17,6 +17,8 @@ pub(super) struct Sweep<'a> {
     pub(super) keys: Range<usize>,
     /// Rows, padded.
     pub(super) width: usize,
+    /// Keys that a query sees, at most as many as there are tokens.
+    pub(super) window: usize,
     pub(super) block: usize,
     pub(super) sign: InfluenceSign,
     /// Scale of the score gradients, if they are wanted.
@@ -53,13 +55,15 @@ fn run<S: Simd, const ABSOLUTE: bool, const GRADIENTS: bool>(
     while start < s.keys.end {
         let column = start / s.block;
         let end = s.keys.end.min((column + 1).saturating_mul(s.block));
-        // Keys before the tile's first query need no mask.
-        let middle = s.first_query.clamp(start, end);
+        // Keys that every query sees, its own not among them, need no mask.
+        let far = (s.first_query + PANEL).saturating_sub(s.window).clamp(start, end);
+        let middle = s.first_query.clamp(far, end);
         let mut sums = [0.0f32; PANEL];
         {
             let (sums, _) = S::as_mut_simd_f32s(&mut sums[..s.width]);
             for (v, sum) in sums.iter_mut().enumerate() {
-                let [below, edge] = [start..middle, middle..end];
+                let [far, below, edge] = [start..far, far..middle, middle..end];
+                *sum = column_sum::<S, ABSOLUTE, GRADIENTS, true>(simd, s, v, far, scale, *sum);
                 *sum = column_sum::<S, ABSOLUTE, GRADIENTS, false>(simd, s, v, below, scale, *sum);
                 *sum = column_sum::<S, ABSOLUTE, GRADIENTS, true>(simd, s, v, edge, scale, *sum);
             }
@@ -99,9 +103,14 @@ fn column_sum<S: Simd, const ABSOLUTE: bool, const GRADIENTS: bool, const EDGE: 
         let gain = simd.mul_f32s(p, slope);
         let mut e = simd.div_f32s(gain, rest);
         if EDGE {
-            let diagonal = simd.splat_f32s((position - s.first_query) as f32);
+            // Rows of this key's own query, and of the first query that does not see it any more.
+            let own = (position as i64 - s.first_query as i64) as f32;
+            let (diagonal, past) = (simd.splat_f32s(own), simd.splat_f32s(own + s.window as f32));
+            let seen = simd.less_than_f32s(rows, past);
             p = simd.select_f32s(simd.less_than_f32s(rows, diagonal), zero, p);
+            p = simd.select_f32s(seen, p, zero);
             e = simd.select_f32s(simd.greater_than_f32s(rows, diagonal), e, zero);
+            e = simd.select_f32s(seen, e, zero);
         }
         total = simd.add_f32s(total, if ABSOLUTE { simd.abs_f32s(e) } else { e });
         if GRADIENTS {

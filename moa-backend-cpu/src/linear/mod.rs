@@ -1,11 +1,15 @@
 //! Products with weights that stay in their storage type.
 
+mod blocks;
 mod dots;
 mod panels;
 
 use half::{bf16, f16};
 
+pub use self::blocks::BlockType;
+use self::blocks::Blocks;
 use self::panels::Side;
+use crate::element::Element;
 use crate::pool::SharedMut;
 use crate::{Error, Result, Tensor};
 
@@ -22,6 +26,8 @@ pub enum WeightData<'a> {
     F16(&'a [f16]),
     /// 2 bytes each.
     Bf16(&'a [bf16]),
+    /// Quantised blocks, whole ones in each row. [`linear`] rounds activations to 15 bits for them.
+    Blocks(BlockType, &'a [u8]),
 }
 
 /// A weight matrix `[rows, cols]` = `[out, in]`, row-major, borrowed in its storage type.
@@ -36,9 +42,18 @@ impl<'a> WeightRef<'a> {
     /// Takes `data` as `[rows, cols]`.
     ///
     /// # Errors
-    /// [`Error::Argument`] unless the data has `rows * cols` elements.
+    /// [`Error::Argument`] unless the data has `rows * cols` elements, in whole blocks where it is in blocks.
     pub fn new(data: WeightData<'a>, rows: usize, cols: usize) -> Result<Self> {
         let len = match data {
+            WeightData::Blocks(blocks, bytes) => {
+                let (len, size) = (blocks.block_len(), blocks.block_bytes());
+                if !cols.is_multiple_of(len) || !bytes.len().is_multiple_of(size) {
+                    let expected = format!("whole blocks of {len} elements in {size} bytes");
+                    let got = format!("{cols} elements a row in {} bytes", bytes.len());
+                    return Err(Error::argument("WeightRef::new", "data", expected, got));
+                }
+                bytes.len() / size * len
+            }
             WeightData::F32(x) => x.len(),
             WeightData::F16(x) => x.len(),
             WeightData::Bf16(x) => x.len(),
@@ -54,6 +69,13 @@ impl<'a> WeightRef<'a> {
         Ok(Self { data, rows, cols })
     }
 
+    fn blocks(&self) -> Option<Blocks<'a>> {
+        match self.data {
+            WeightData::Blocks(kind, bytes) => Some(Blocks { kind, bytes }),
+            _ => None,
+        }
+    }
+
     /// Outputs.
     pub fn rows(&self) -> usize {
         self.rows
@@ -65,45 +87,83 @@ impl<'a> WeightRef<'a> {
     }
 }
 
-macro_rules! with_weight {
-    ($weight:expr, $w:ident => $body:expr) => {
-        match $weight.data {
-            WeightData::F32($w) => $body,
-            WeightData::F16($w) => $body,
-            WeightData::Bf16($w) => $body,
-        }
-    };
-}
-
 /// `x . weight^T + bias`: `[tokens, in]` to `[tokens, out]`. Axes of `x` after the first count as one.
 ///
 /// # Errors
 /// [`Error::Argument`] if the shapes do not fit.
 pub fn linear(x: &Tensor, weight: WeightRef<'_>, bias: Option<&[f32]>) -> Result<Tensor> {
-    const OP: &str = "linear";
+    check("linear", x, weight, bias)?;
     let (m, n, k) = (x.rows(), weight.rows, weight.cols);
-    if x.row_len() != k {
-        return Err(Error::shape(OP, "x", format_args!("[tokens, {k}]"), x.shape()));
-    }
-    if let Some(bias) = bias.filter(|bias| bias.len() != n) {
-        return Err(Error::shape(OP, "bias", format_args!("[{n}]"), &[bias.len()]));
-    }
     let mut y = Tensor::zeros(&[m, n])?;
     if m > 0 && n > 0 {
         let out = SharedMut::new(y.data_mut());
-        with_weight!(weight, w => match m {
-            0..PANEL_ROWS => dots::forward(x.data(), w, (m, n, k), &out),
-            _ => panels::product(x.data(), w, Side::Forward, (m, n, k), &out),
-        });
-    }
-    if let Some(bias) = bias {
-        crate::ops::by_rows(y.data_mut(), n, 1, |_, rows| {
-            for row in rows.chunks_exact_mut(n) {
-                row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+        match weight.data {
+            WeightData::F32(w) => forward(x.data(), w, (m, n, k), &out),
+            WeightData::F16(w) => forward(x.data(), w, (m, n, k), &out),
+            WeightData::Bf16(w) => forward(x.data(), w, (m, n, k), &out),
+            WeightData::Blocks(kind, bytes) => {
+                Blocks { kind, bytes }.forward(x.data(), (m, n, k), &out);
             }
-        });
+        }
     }
+    add_bias(&mut y, bias);
     Ok(y)
+}
+
+/// [`linear`] of several layers of one input, as one call where that is faster.
+///
+/// # Errors
+/// [`Error::Argument`] if the shapes do not fit.
+pub fn linears(x: &Tensor, layers: &[(WeightRef<'_>, Option<&[f32]>)]) -> Result<Vec<Tensor>> {
+    let blocks: Option<Vec<Blocks<'_>>> =
+        layers.iter().map(|(weight, _)| weight.blocks()).collect();
+    let (m, k) = (x.rows(), x.row_len());
+    let Some(blocks) = blocks.filter(|_| blocks::join(m)) else {
+        return layers.iter().map(|(weight, bias)| linear(x, *weight, *bias)).collect();
+    };
+    layers.iter().try_for_each(|(weight, bias)| check("linears", x, *weight, *bias))?;
+    let zeros = layers.iter().map(|(weight, _)| Tensor::zeros(&[m, weight.rows]));
+    let mut all = zeros.collect::<Result<Vec<_>>>()?;
+    let outs: Vec<_> = all.iter_mut().map(|y| SharedMut::new(y.data_mut())).collect();
+    let parts = blocks.into_iter().zip(layers).zip(&outs);
+    let parts: Vec<_> = parts.map(|((blocks, (w, _)), out)| (blocks, w.rows, out)).collect();
+    blocks::forward_all(x.data(), (m, k), &parts);
+    for (y, (_, bias)) in all.iter_mut().zip(layers) {
+        add_bias(y, *bias);
+    }
+    Ok(all)
+}
+
+fn check(op: &'static str, x: &Tensor, weight: WeightRef<'_>, bias: Option<&[f32]>) -> Result<()> {
+    let (n, k) = (weight.rows, weight.cols);
+    if x.row_len() != k {
+        return Err(Error::shape(op, "x", format_args!("[tokens, {k}]"), x.shape()));
+    }
+    match bias.filter(|bias| bias.len() != n) {
+        Some(bias) => Err(Error::shape(op, "bias", format_args!("[{n}]"), &[bias.len()])),
+        None => Ok(()),
+    }
+}
+
+fn add_bias(y: &mut Tensor, bias: Option<&[f32]>) {
+    let Some(bias) = bias else { return };
+    crate::ops::by_rows(y.data_mut(), bias.len(), 1, |_, rows| {
+        for row in rows.chunks_exact_mut(bias.len()) {
+            row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+        }
+    });
+}
+
+fn forward<E: Element>(
+    x: &[f32],
+    w: &[E],
+    (m, n, k): (usize, usize, usize),
+    out: &SharedMut<'_, f32>,
+) {
+    match m {
+        0..PANEL_ROWS => dots::forward(x, w, (m, n, k), out),
+        _ => panels::product(x, w, Side::Forward, (m, n, k), out),
+    }
 }
 
 /// `dy . weight`: the gradient of [`linear`] by its input, `[tokens, out]` to `[tokens, in]`.
@@ -122,7 +182,15 @@ pub fn linear_backward_input(dy: &Tensor, weight: WeightRef<'_>) -> Result<Tenso
     }
     let mut dx = Tensor::zeros(&[m, n])?;
     let out = SharedMut::new(dx.data_mut());
-    with_weight!(weight, w => panels::product(dy.data(), w, Side::Backward, (m, n, k), &out));
+    let (dy, sizes) = (dy.data(), (m, n, k));
+    match weight.data {
+        WeightData::F32(w) => panels::product(dy, w, Side::Backward, sizes, &out),
+        WeightData::F16(w) => panels::product(dy, w, Side::Backward, sizes, &out),
+        WeightData::Bf16(w) => panels::product(dy, w, Side::Backward, sizes, &out),
+        WeightData::Blocks(kind, bytes) => {
+            panels::product(dy, Blocks { kind, bytes }, Side::Backward, sizes, &out);
+        }
+    }
     Ok(dx)
 }
 

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use pulp::Simd;
 
+use super::blocks::Blocks;
 use super::range;
 use crate::element::Element;
 use crate::pool::{self, SharedMut};
@@ -30,10 +31,41 @@ pub(super) enum Side {
     Backward,
 }
 
+/// A weight matrix whose elements are counted through all rows.
+pub(super) trait Source: Copy + Send + Sync {
+    /// The elements themselves, if they are f32.
+    fn as_f32(&self) -> Option<&[f32]>;
+
+    /// Elements from `start` on as f32.
+    fn widen(&self, start: usize, to: &mut [f32]);
+}
+
+impl<E: Element> Source for &[E] {
+    #[inline(always)]
+    fn as_f32(&self) -> Option<&[f32]> {
+        E::as_f32(self)
+    }
+
+    #[inline(always)]
+    fn widen(&self, start: usize, to: &mut [f32]) {
+        E::widen_slice(&self[start..start + to.len()], to);
+    }
+}
+
+impl Source for Blocks<'_> {
+    fn as_f32(&self) -> Option<&[f32]> {
+        None
+    }
+
+    fn widen(&self, start: usize, to: &mut [f32]) {
+        self.kind.widen(self.bytes, start, to);
+    }
+}
+
 /// Product of `x` `[m, k]` with a weight to `[m, n]`.
-pub(super) fn product<E: Element>(
+pub(super) fn product<W: Source>(
     x: &[f32],
-    w: &[E],
+    w: W,
     side: Side,
     (m, n, k): (usize, usize, usize),
     out: &SharedMut<'_, f32>,
@@ -73,9 +105,9 @@ fn pack(x: &[f32], m: usize, k: usize) -> Vec<f32> {
 }
 
 /// Some outputs of some rows.
-struct Block<'a, E> {
+struct Block<'a, W> {
     packed: &'a [f32],
-    w: &'a [E],
+    w: W,
     side: Side,
     cols: Range<usize>,
     rows: Range<usize>,
@@ -84,7 +116,7 @@ struct Block<'a, E> {
     out: &'a SharedMut<'a, f32>,
 }
 
-impl<E: Element> workspace::Task for Block<'_, E> {
+impl<W: Source> workspace::Task for Block<'_, W> {
     type Output = ();
 
     #[inline(always)]
@@ -119,13 +151,10 @@ impl<E: Element> workspace::Task for Block<'_, E> {
     }
 }
 
-impl<'a, E: Element> Block<'a, E> {
+impl<W: Source> Block<'_, W> {
     /// The block of weights for some summands, with its strides by summand and by output.
     #[inline(always)]
-    fn weights<'b>(&self, sum: Range<usize>, wide: &'b mut [f32]) -> (&'b [f32], usize, usize)
-    where
-        'a: 'b,
-    {
+    fn weights<'b>(&'b self, sum: Range<usize>, wide: &'b mut [f32]) -> (&'b [f32], usize, usize) {
         let (rows, cols) = match self.side {
             Side::Forward => (self.cols.clone(), sum),
             Side::Backward => (sum, self.cols.clone()),
@@ -138,12 +167,12 @@ impl<'a, E: Element> Block<'a, E> {
             Side::Forward => (1, stride),
             Side::Backward => (stride, 1),
         };
-        if let Some(w) = E::as_f32(self.w) {
+        if let Some(w) = self.w.as_f32() {
             let (step, row) = strides(stride);
             return (&w[rows.start * stride + cols.start..], step, row);
         }
         for (to, row) in wide.chunks_exact_mut(cols.len()).zip(rows) {
-            E::widen_slice(&self.w[row * stride + cols.start..row * stride + cols.end], to);
+            self.w.widen(row * stride + cols.start, to);
         }
         let (step, row) = strides(cols.len());
         (wide, step, row)

@@ -5,7 +5,7 @@ mod rms_norm;
 mod rope;
 mod swiglu;
 
-pub use crate::linear::{WeightData, WeightRef, linear, linear_backward_input};
+pub use crate::linear::{BlockType, WeightData, WeightRef, linear, linear_backward_input, linears};
 pub use rms_norm::{rms_norm, rms_norm_backward};
 pub use rope::rope;
 pub use swiglu::{swiglu, swiglu_backward};

@@ -198,6 +198,7 @@ impl SparseAttentionBackend for BurnCuda {
             out: &view("out", inputs.out)?,
             lse: &view("lse", inputs.lse)?,
             d_out: &view("d_out", inputs.d_out)?,
+            window: inputs.window,
             block: inputs.block,
             sign: inputs.sign,
             gradients: inputs.gradients,

@@ -45,9 +45,10 @@ pub(crate) fn with_gradients(
     scale: f32,
 ) -> Result<InfluenceOutput<Tensor>> {
     let absolute = inputs.sign == InfluenceSign::Absolute;
-    let InfluenceInputs { q, k, v, d_out, block, gradients, .. } = *inputs;
+    let InfluenceInputs { q, k, v, d_out, window, block, gradients, .. } = *inputs;
     let tensors = [q, k, v, d_out];
-    let found = operations.attention_backward(tensors, scale, block, absolute, gradients)?;
+    let found =
+        operations.attention_backward(tensors, scale, window, block, absolute, gradients)?;
     let blocks = found.blocks.to_f32()?.into_iter().map(f64::from).collect();
     let gradients = found.by_inputs.map(|[d_q, d_k, d_v]| Gradients { d_q, d_k, d_v });
     Ok(InfluenceOutput { blocks, gradients })
@@ -61,6 +62,7 @@ pub(crate) struct Call {
     sums: Tensor,
     /// Tokens, query heads, KV heads.
     dims: [usize; 3],
+    window: usize,
     block: usize,
     sign: InfluenceSign,
 }
@@ -77,6 +79,7 @@ impl Call {
             kernels: device.kernels(Variant { head_dim, dtype })?,
             sums: Tensor::zeros(device, &[kv_heads, side, side], Dtype::F32)?,
             dims: [tokens, query_heads, kv_heads],
+            window: inputs.window.min(tokens),
             block: inputs.block,
             sign: inputs.sign,
         })
@@ -106,7 +109,7 @@ impl Call {
             kv_heads,
             absolute: i32::from(self.sign == InfluenceSign::Absolute),
             scale,
-            padding: 0,
+            window: self.window as i32,
         };
         // SAFETY: as the caller promises.
         unsafe { self.kernels.influence(stream, &args) }

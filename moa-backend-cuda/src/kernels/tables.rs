@@ -138,7 +138,7 @@ pub struct AppendArgs {
     pub padding: i32,
 }
 
-/// Arguments of `influence`: one sequence under full causal attention.
+/// Arguments of `influence`: one sequence under causal attention.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct InfluenceArgs {
@@ -166,8 +166,8 @@ pub struct InfluenceArgs {
     pub absolute: i32,
     /// Factor of the scores.
     pub scale: f32,
-    /// Unused.
-    pub padding: i32,
+    /// Most recent keys that a query sees; at most the tokens.
+    pub window: i32,
 }
 
 const _: () = {

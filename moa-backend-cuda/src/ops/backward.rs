@@ -47,9 +47,11 @@ struct BackwardArgs {
     absolute: i32,
     scale: f32,
     gradients: i32,
+    window: i32,
+    padding: i32,
 }
 
-const _: () = assert!(size_of::<BackwardArgs>() == 88);
+const _: () = assert!(size_of::<BackwardArgs>() == 96);
 
 impl Operations {
     /// `d_y . weight`, the gradient of [`linear`](Self::linear) by its input, in f32.
@@ -163,8 +165,8 @@ impl Operations {
         Ok(out)
     }
 
-    /// Influence of every attention value under full causal attention, and the gradients by q, k and
-    /// v, from that by the attention's output.
+    /// Influence of every attention value under causal attention to the `window` most recent keys, and the
+    /// gradients by q, k and v, from that by the attention's output.
     ///
     /// Scores and gains are made in f32 for a stretch of queries at a time, and the output's part in
     /// influence is summed from them again: what was rounded in the output itself does not matter.
@@ -178,6 +180,7 @@ impl Operations {
         &self,
         [q, k, v, d_out]: [&Tensor; 4],
         scale: f32,
+        window: usize,
         block: usize,
         absolute: bool,
         gradients: bool,
@@ -228,7 +231,7 @@ impl Operations {
                 true => Some([zeros(q.shape())?, zeros(k.shape())?, zeros(v.shape())?]),
                 false => None,
             },
-            numbers: (scale, block, absolute),
+            numbers: (scale, window.min(tokens), block, absolute),
         };
         for head in 0..query_heads {
             for first in (0..tokens).step_by(STRETCH) {
@@ -257,8 +260,8 @@ struct Sweep<'a> {
     sums: Tensor,
     blocks: Tensor,
     by_inputs: Option<[Tensor; 3]>,
-    /// Factor of the scores, tokens of a block, whether sums are of absolute values.
-    numbers: (f32, usize, bool),
+    /// Factor of the scores, keys of a window, tokens of a block, whether sums are of absolute values.
+    numbers: (f32, usize, usize, bool),
 }
 
 /// Rows of one head in memory: address and elements between rows.
@@ -290,7 +293,7 @@ impl Sweep<'_> {
             wide,
         )?;
 
-        let (scale, block, absolute) = self.numbers;
+        let (scale, window, block, absolute) = self.numbers;
         let side = self.blocks.shape()[1];
         let args = BackwardArgs {
             scores: self.scores.pointer(),
@@ -308,6 +311,8 @@ impl Sweep<'_> {
             absolute: i32::from(absolute),
             scale,
             gradients: i32::from(self.by_inputs.is_some()),
+            window: window as i32,
+            padding: 0,
         };
         let block_rows = (queries.end - 1) / block - queries.start / block + 1;
         let block_grid = [keys.div_ceil(block).div_ceil(256), block_rows, 1];

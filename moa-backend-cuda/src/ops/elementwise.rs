@@ -11,25 +11,25 @@ use crate::{Dtype, Error, Result, Tensor};
 /// [`Operations::turns`] makes angles.
 #[derive(Clone, Debug)]
 pub struct Turns<'a> {
-    /// Radians per position of each dimension pair, `[head_dim / 2]`.
+    /// Radians per position of each dimension pair, `[head_dim / 2]`; 0 for a pair that is left as it is.
     pub inv_freq: &'a [f64],
-    /// Factor of cosine and sine.
+    /// Factor of cosine and sine, of pairs that turn.
     pub scale: f64,
     /// Absolute positions of the tokens.
     pub positions: Range<usize>,
 }
 
 impl Operations {
-    /// Rows `ids` of an embedding, `[vocab, hidden]`, as f32 `[ids, hidden]`.
+    /// Rows `ids` of an embedding, `[vocab, hidden]`, times `factor`, as f32 `[ids, hidden]`.
     ///
     /// # Errors
     /// [`Error::Argument`] if a shape does not fit or an id is not a row of the table,
     /// [`Error::OutOfMemory`], [`Error::Driver`].
-    pub fn embed(&self, table: &Tensor, ids: &[u32]) -> Result<Tensor> {
+    pub fn embed(&self, table: &Tensor, ids: &[u32], factor: f32) -> Result<Tensor> {
         let [vocab, _] = self.matrix("embed", "table", table)?;
         let ids = self.indices(ids.iter().map(|&id| id as usize), vocab)?;
         // SAFETY: every id is a row of the table.
-        unsafe { self.embed_at(table, &ids) }
+        unsafe { self.embed_at(table, &ids, factor) }
     }
 
     /// [`embed`](Self::embed) of ids that are on the device already.
@@ -39,11 +39,11 @@ impl Operations {
     ///
     /// # Safety
     /// When the device comes to it, every id is a row of the table.
-    pub unsafe fn embed_at(&self, table: &Tensor, ids: &Indices) -> Result<Tensor> {
+    pub unsafe fn embed_at(&self, table: &Tensor, ids: &Indices, factor: f32) -> Result<Tensor> {
         const OP: &str = "embed";
         let [_, hidden] = self.matrix(OP, "table", table)?;
         let out = Tensor::uninitialised(&self.device, OP, &[ids.len(), hidden], Dtype::F32)?;
-        let args = OpArgs { ids: ids.pointer(), ..shaped(&out).with_x(table) };
+        let args = OpArgs { ids: ids.pointer(), eps: factor, ..shaped(&out).with_x(table) };
         // SAFETY: as the caller promises; all of it is on the device's stream.
         unsafe { self.kernels.by_elements("embed", 8, &args) }?;
         Ok(out)

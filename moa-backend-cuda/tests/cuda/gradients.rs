@@ -2,8 +2,8 @@
 
 use moa_backend_cuda::{Dtype, Error, Tensor};
 use moa_conformance::{Trial, Verdict, backward, distance, trials};
-use moa_core::ArgumentError;
 use moa_core::reference::{self, Heads};
+use moa_core::{ArgumentError, Span};
 
 use super::ops::{Ops, product};
 
@@ -85,9 +85,14 @@ fn gradients_of_products_and_places() -> Verdict {
 fn influence_and_gradients_of_attention_equal_the_reference() -> Verdict {
     for ops in Ops::all()? {
         let tolerance = if ops.dtype() == Dtype::F16 { 2e-3 } else { 1.5e-2 };
-        for (query, kv, dim, tokens, sharp) in
-            [(4, 2, 64, 130, 1.0), (3, 1, 128, 700, 1.0), (2, 2, 64, 200, 8.0)]
-        {
+        let full = usize::MAX;
+        for (query, kv, dim, tokens, window, sharp) in [
+            (4, 2, 64, 130, full, 1.0),
+            (3, 1, 128, 700, full, 1.0),
+            (2, 2, 64, 200, full, 8.0),
+            (4, 2, 64, 130, 1, 1.0),
+            (3, 1, 64, 700, 150, 1.0),
+        ] {
             let heads = Heads { query, kv, dim };
             let (q, qs) = ops.random(&[tokens, query, dim], ops.dtype(), 1);
             let (k, ks) = ops.random(&[tokens, kv, dim], ops.dtype(), 2);
@@ -97,11 +102,14 @@ fn influence_and_gradients_of_attention_equal_the_reference() -> Verdict {
             // itself could not tell.
             let scale = sharp / (dim as f32).sqrt();
             let tensors = [&q, &k, &v, &d_out];
-            let found = ops.operations.attention_backward(tensors, scale, 64, true, true).unwrap();
+            let found = ops.operations.attention_backward(tensors, scale, window, 64, true, true);
+            let found = found.unwrap();
+            let span = Span::full(tokens.min(window));
             let side = tokens.div_ceil(64);
             let mut blocks = vec![0.0; kv * side * side];
             for head in 0..query {
-                let all = reference::influence(heads, &qs, &ks, &vs, &d_outs, head, scale.into());
+                let all =
+                    reference::influence(heads, [&qs, &ks, &vs], &d_outs, span, head, scale.into());
                 for (at, e) in all.iter().enumerate() {
                     let (i, j) = (at / tokens / 64, at % tokens / 64);
                     blocks[(head / (query / kv) * side + i) * side + j] += e.abs();
@@ -113,22 +121,26 @@ fn influence_and_gradients_of_attention_equal_the_reference() -> Verdict {
                 let error = (f64::from(*got) - expected).abs();
                 assert!(error <= 1e-3 * (1.0 + expected), "block {at}: {got}, not {expected}");
             }
-            let expected = backward(heads, [&qs, &ks, &vs], &d_outs, scale.into());
+            let expected = backward(heads, [&qs, &ks, &vs], &d_outs, span, scale.into());
             for (got, expected) in found.by_inputs.unwrap().iter().zip(&expected) {
                 let size = expected.iter().fold(0.0, |most: f64, x| most.max(x.abs()));
                 let error = distance(&got.to_f32().unwrap(), expected) / size;
                 assert!(error <= tolerance, "gradient differs by {error} of its largest");
             }
-            let plain = ops.operations.attention_backward(tensors, scale, 128, false, false);
+            let plain = ops.operations.attention_backward(tensors, scale, full, 128, false, false);
             assert!(plain.unwrap().by_inputs.is_none());
         }
         let zeros = |shape: &[usize]| Tensor::zeros(ops.device, shape, ops.dtype()).unwrap();
-        let (q, k) = (zeros(&[8, 4, 64]), zeros(&[8, 3, 64]));
-        let refused = ops.operations.attention_backward([&q, &k, &k, &q], 1.0, 64, true, true);
-        assert!(matches!(refused, Err(Error::Argument(ArgumentError { argument: "k", .. }))));
-        let k = zeros(&[8, 2, 64]);
-        let refused = ops.operations.attention_backward([&q, &k, &k, &q], 1.0, 7, true, true);
-        assert!(matches!(refused, Err(Error::Argument(ArgumentError { argument: "block", .. }))));
+        let q = zeros(&[8, 4, 64]);
+        for (kv_heads, block, argument) in [(3, 64, "k"), (2, 7, "block")] {
+            let k = zeros(&[8, kv_heads, 64]);
+            let tensors = [&q, &k, &k, &q];
+            let refused = ops.operations.attention_backward(tensors, 1.0, full, block, true, true);
+            let Err(Error::Argument(ArgumentError { argument: named, .. })) = refused else {
+                panic!("{argument} was not refused");
+            };
+            assert_eq!(named, argument);
+        }
     }
     Ok(())
 }

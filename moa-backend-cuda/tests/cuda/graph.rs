@@ -29,7 +29,7 @@ fn a_captured_step_computes_what_it_did_when_rehearsed() -> Verdict {
     let arena = Arena::new();
     let work = |layers: usize| -> Result<(), Error> {
         // SAFETY: the ids are below 64.
-        let mut x = unsafe { operations.embed_at(&weight, &ids) }?;
+        let mut x = unsafe { operations.embed_at(&weight, &ids, 1.0) }?;
         for _ in 0..layers {
             let h = operations.rms_norm(&x, &norm, 1e-5)?;
             x = operations.linear_add(x, &h, &weight, None)?;

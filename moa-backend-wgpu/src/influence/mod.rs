@@ -34,6 +34,7 @@ struct Call<'a> {
     tokens: u32,
     query_heads: u32,
     kv_heads: u32,
+    window: u32,
     row: Row,
     scale: f32,
     limits: Limits,
@@ -61,8 +62,9 @@ impl<'a> Call<'a> {
                 row.vectors as u32,
             );
         }
+        let window = inputs.window.min(tokens) as u32;
         let [tokens, query_heads, kv_heads] = [tokens, query_heads, kv_heads].map(|n| n as u32);
-        Ok(Self { device, delta, tokens, query_heads, kv_heads, row, scale, limits })
+        Ok(Self { device, delta, tokens, query_heads, kv_heads, window, row, scale, limits })
     }
 
     fn tile(&self, rows: usize) -> (Tile, CubeDim) {
@@ -93,6 +95,7 @@ impl<'a> Call<'a> {
                 self.tokens,
                 self.query_heads,
                 self.kv_heads,
+                self.window,
                 block as u32,
                 self.row.vectors as u32,
                 u32::from(inputs.sign == InfluenceSign::Absolute),
@@ -125,6 +128,7 @@ impl<'a> Call<'a> {
                 self.tokens,
                 self.query_heads,
                 self.kv_heads,
+                self.window,
                 self.row.vectors as u32,
                 self.scale,
                 tile,
@@ -149,6 +153,7 @@ impl<'a> Call<'a> {
                     self.tokens,
                     self.query_heads,
                     self.kv_heads,
+                    self.window,
                     self.row.vectors as u32,
                     self.scale,
                     by_values,

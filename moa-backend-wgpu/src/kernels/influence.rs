@@ -1,4 +1,5 @@
-//! Influence and gradients of one sequence under full causal attention. Tensors are
+//! Influence and gradients of one sequence under causal attention to the `window` most recent keys, which are at
+//! most the tokens. Tensors are
 //! `[tokens, heads, vectors]`; `lse` and `delta` are `[tokens, query_heads]`.
 //!
 //! With `P = exp(S - lse)` and `G = dO . V`: `E = P / (1 - P) * (D - G)`, `dV = P^T dO`,
@@ -45,6 +46,7 @@ pub(crate) fn influence<N: Size>(
     tokens: u32,
     query_heads: u32,
     kv_heads: u32,
+    window: u32,
     block: u32,
     vectors: u32,
     absolute: u32,
@@ -89,7 +91,8 @@ pub(crate) fn influence<N: Size>(
                         #[unroll]
                         for j in 0..tile.unit_keys {
                             let key = first_key + (x + j * tile.units_x) as u32;
-                            if (query <= last_query) & (key <= last_key) & (key < query) {
+                            let is_seen = (key < query) & (query < key + window);
+                            if (query <= last_query) & (key <= last_key) & is_seen {
                                 let at = i * tile.unit_keys + j;
                                 let p = (scores[at] * scale - lse[row]).exp();
                                 let rest = (1.0 - p).max(MIN_REST);
@@ -129,6 +132,7 @@ pub(crate) fn query_gradient<N: Size>(
     tokens: u32,
     query_heads: u32,
     kv_heads: u32,
+    window: u32,
     vectors: u32,
     scale: f32,
     #[comptime] tile: Tile,
@@ -165,7 +169,8 @@ pub(crate) fn query_gradient<N: Size>(
                 let key = first_key + (x + j * tile.units_x) as u32;
                 let at = i * tile.unit_keys + j;
                 let p = (scores[at] * scale - lse[row]).exp();
-                let weight = select(key <= query, scale * p * (grads[at] - delta[row]), 0.0);
+                let is_seen = (key <= query) & (query < key + window);
+                let weight = select(is_seen, scale * p * (grads[at] - delta[row]), 0.0);
                 stage.weigh(y * tile.unit_rows + i, x + j * tile.units_x, weight, tile);
             }
         }
@@ -200,6 +205,7 @@ pub(crate) fn key_gradient<N: Size>(
     tokens: u32,
     query_heads: u32,
     kv_heads: u32,
+    window: u32,
     vectors: u32,
     scale: f32,
     #[comptime] by_values: bool,
@@ -245,7 +251,8 @@ pub(crate) fn key_gradient<N: Size>(
                     if comptime!(!by_values) {
                         weight *= scale * (grads[at] - delta[row]);
                     }
-                    let weight = select((query < tokens) & (key <= query), weight, 0.0);
+                    let is_seen = (query < tokens) & (key <= query) & (query < key + window);
+                    let weight = select(is_seen, weight, 0.0);
                     stage.weigh(y * tile.unit_rows + i, x + j * tile.units_x, weight, tile);
                 }
             }

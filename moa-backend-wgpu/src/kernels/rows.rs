@@ -8,7 +8,7 @@ use crate::Dtype;
 /// Units that share a row in [`rms_norm`].
 pub(crate) const NORM_UNITS: usize = 64;
 
-/// Rows `ids` of a table, one unit per vector of the output.
+/// Rows `ids` of a table times `factor`, one unit per vector of the output.
 #[cube(launch_unchecked)]
 pub(crate) fn gather<N: Size, M: Size>(
     table: &[Vector<u32, M>],
@@ -16,12 +16,13 @@ pub(crate) fn gather<N: Size, M: Size>(
     out: &mut [Vector<f32, N>],
     count: u32,
     vectors: u32,
+    factor: f32,
     #[comptime] dtype: Dtype,
 ) {
     let vectors = vectors as usize;
     if ABSOLUTE_POS < count as usize {
         let from = ids[ABSOLUTE_POS / vectors] as usize * vectors + ABSOLUTE_POS % vectors;
-        out[ABSOLUTE_POS] = widen::<N, M>(table[from], dtype);
+        out[ABSOLUTE_POS] = widen::<N, M>(table[from], dtype) * Vector::new(factor);
     }
 }
 

@@ -14,17 +14,17 @@ use crate::kernels::rows::NORM_UNITS;
 use crate::kernels::words::per_word;
 use crate::{Device, Dtype, Error, Matrix, Result, Tensor};
 
-/// Rows `ids` of a table, `[ids, cols]`.
+/// Rows `ids` of a table times `factor`, `[ids, cols]`.
 ///
 /// # Errors
 /// [`Error::Argument`] if an id is no row, [`Error::TooLarge`].
-pub fn embed(table: &Matrix, ids: &[u32]) -> Result<Tensor> {
+pub fn embed(table: &Matrix, ids: &[u32], factor: f32) -> Result<Tensor> {
     const OP: &str = "embed";
     if let Some(id) = ids.iter().find(|&&id| id as usize >= table.rows()) {
         return Err(Error::argument(OP, "id", format_args!("below {}", table.rows()), id));
     }
     let out = Tensor::uninitialised(table.device(), OP, &[ids.len(), table.cols()])?;
-    gather(&table.words, table.dtype(), ids, &out);
+    gather(&table.words, table.dtype(), ids, factor, &out);
     Ok(out)
 }
 
@@ -40,11 +40,11 @@ pub fn rows(x: &Tensor, rows: &[usize]) -> Result<Tensor> {
     let ids: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
     let shape = [&[rows.len()], &x.shape()[1..]].concat();
     let out = Tensor::uninitialised(x.device(), OP, &shape)?;
-    gather(x.handle(), Dtype::F32, &ids, &out);
+    gather(x.handle(), Dtype::F32, &ids, 1.0, &out);
     Ok(out)
 }
 
-fn gather(table: &cubecl::server::Handle, dtype: Dtype, ids: &[u32], out: &Tensor) {
+fn gather(table: &cubecl::server::Handle, dtype: Dtype, ids: &[u32], factor: f32, out: &Tensor) {
     if out.len() == 0 {
         return;
     }
@@ -66,6 +66,7 @@ fn gather(table: &cubecl::server::Handle, dtype: Dtype, ids: &[u32], out: &Tenso
             arg(out.handle()),
             count as u32,
             row.vectors as u32,
+            factor,
             dtype,
         );
     }

@@ -5,7 +5,7 @@ use std::str::FromStr;
 use moa_core::{DEFAULT_SINK, Plan, SparseAttentionBackend};
 use moa_models::{
     Backward, BenchOptions, BenchReport, Decoder, Math, ModelConfig, ProfileBenchReport,
-    RandomTensors, Shard, Tensors, Weights,
+    RandomTensors, Shard, Tensors,
 };
 use serde::Serialize;
 
@@ -62,8 +62,8 @@ pub(crate) struct Args {
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 struct SourceArgs {
-    /// Model folder: config.json and *.safetensors
-    #[arg(long, value_name = "DIR", conflicts_with = "random_weights")]
+    /// Model folder: config.json and *.safetensors; or a model of the hub
+    #[arg(long, value_name = "DIR|OWNER/NAME[@REVISION]", conflicts_with = "random_weights")]
     model: Option<PathBuf>,
     /// config.json of a model whose weights are made up
     #[arg(long, value_name = "FILE", requires = "random_weights")]
@@ -95,8 +95,11 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     }
     #[cfg(feature = "cuda")]
     if let crate::args::Device::CudaGroup(gpus) = context.device {
-        let source = args.source.model.as_ref().or(args.source.config.as_ref());
-        let config = ModelConfig::from_file(source.map_or("".as_ref(), PathBuf::as_path))?;
+        let source = match (&args.source.model, &args.source.config) {
+            (Some(model), _) => model::folder(model, context)?,
+            (None, config) => config.clone().unwrap_or_default(),
+        };
+        let config = ModelConfig::from_file(source)?;
         let length = args.prompts.iter().max().unwrap_or(&0).saturating_add(args.new_tokens);
         return gpus.run(
             &config,
@@ -117,8 +120,9 @@ fn with_ops<D: Backward>(
 ) -> Result<()> {
     let (config, weights): (_, Box<dyn Tensors>) =
         match (&args.source.model, &args.source.config, args.random_weights) {
-            (Some(folder), ..) => {
-                (ModelConfig::from_file(folder)?, Box::new(Weights::open(folder)?))
+            (Some(model), ..) => {
+                let folder = model::folder(model, context)?;
+                (ModelConfig::from_file(&folder)?, moa_models::open_tensors(&folder)?)
             }
             (_, Some(config), Some(seed)) => {
                 let config = ModelConfig::from_file(config)?;

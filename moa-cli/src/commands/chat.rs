@@ -1,8 +1,9 @@
 use std::io::{self, BufRead, IsTerminal};
 use std::time::Instant;
 
-use moa_models::{ChatSession, Checkpoint, Event, GenerateOptions, Math};
-use serde_json::json;
+use clap::ValueEnum;
+use moa_models::{ChatSession, Checkpoint, Event, GenerateOptions, Math, Message};
+use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 use crate::model::ChosenPlan;
@@ -11,55 +12,73 @@ use crate::output::{Context, bytes, percent};
 /// Longest conversation where `--context` does not say: caches are allocated for all of it.
 const DEFAULT_CONTEXT: usize = 8192;
 
+/// What becomes of a turn that the conversation has no room for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(super) enum OnOverflow {
+    /// The conversation ends, with exit code 2
+    #[default]
+    Stop,
+    /// The oldest turns are dropped until there is room
+    DropOldest,
+    /// The conversation is kept, and goes on without the turn
+    Keep,
+}
+
+/// What the flags say of a conversation.
+pub(super) struct Conversation<'a> {
+    pub(super) options: &'a GenerateOptions,
+    /// Instructions before the first turn.
+    pub(super) system: Option<&'a str>,
+    /// Most tokens.
+    pub(super) capacity: Option<usize>,
+    pub(super) on_overflow: OnOverflow,
+}
+
 /// A conversation on one cache, a turn per line of stdin.
 pub(super) fn run<D: Math>(
     model: &Checkpoint<D>,
     chosen: &ChosenPlan,
-    options: &GenerateOptions,
-    capacity: Option<usize>,
+    conversation: &Conversation<'_>,
     context: &Context,
 ) -> Result<()> {
     let limit = model.model.config().context_length();
-    let capacity = capacity.unwrap_or(limit.min(DEFAULT_CONTEXT));
+    let capacity = conversation.capacity.unwrap_or(limit.min(DEFAULT_CONTEXT));
     let mut session = ChatSession::new(model, &chosen.plan, capacity)?;
+    session.set_messages(conversation.system.into_iter().map(Message::system).collect())?;
     let is_terminal = io::stdin().is_terminal();
     let prompt = || {
         if is_terminal && !context.json {
             eprint!("> ");
         }
     };
-    let mut turns = Vec::new();
+    let (mut turns, mut ended) = (Vec::new(), Ok(()));
     prompt();
     for (number, line) in io::stdin().lock().lines().enumerate() {
-        let line = line.map_err(|source| Error::Stream { stream: "stdin", source })?;
-        if line.trim().is_empty() {
-            prompt();
-            continue;
-        }
-        let begin = Instant::now();
-        let at_line = |e| Error::from(e).at(format!("stdin, line {}", number + 1));
-        session.say(line.trim(), options.clone()).map_err(at_line)?;
-        let mut answer = None;
-        while let Some(event) = session.step().map_err(at_line)? {
-            match event {
-                Event::Text { piece, .. } => context.stream(piece)?,
-                Event::Done { completion, .. } => answer = Some(completion),
-                _ => {}
+        let turn = line
+            .map_err(|source| Error::Stream { stream: "stdin", source })
+            .map(|line| line.trim_start_matches('\u{feff}').trim().to_owned())
+            .and_then(|line| match line.is_empty() {
+                true => Ok(None),
+                false => answer(&line, &mut session, model, conversation, context).map(Some),
+            })
+            .map_err(|error| error.at(format!("stdin, line {}", number + 1)));
+        match turn {
+            Ok(turn) => turns.extend(turn),
+            Err(error) if is_overflow(&error) && conversation.on_overflow == OnOverflow::Keep => {
+                context.note(format_args!("{error}; the conversation goes on without it"));
+                turns.push(json!({ "error": error.to_string() }));
+            }
+            // What was answered is not lost.
+            Err(error) => {
+                ended = Err(error);
+                break;
             }
         }
-        let Some(completion) = answer else { continue };
-        context.print("")?;
-        turns.push(json!({
-            "user": line.trim(),
-            "text": completion.text,
-            "finish": completion.finish.name(),
-            "cached_tokens": session.cached_tokens(),
-            "seconds": begin.elapsed().as_secs_f64(),
-        }));
         prompt();
     }
     let slot_bytes = context.cache.slot_bytes(chosen.plan.shape().head_dim);
-    let kv_bytes = chosen.plan.kv_bytes(capacity, slot_bytes);
+    let plan = model.model.config().windowed(&chosen.plan)?;
+    let kv_bytes = plan.kv_bytes(capacity, slot_bytes);
     let dense = model.model.dense_bytes(capacity)?;
     context.note(format_args!(
         "{}: KV cache for {capacity} tokens {} of {} dense ({}); {} tokens held",
@@ -69,11 +88,90 @@ pub(super) fn run<D: Math>(
         percent(kv_bytes as f64 / dense.max(1) as f64),
         session.cached_tokens(),
     ));
-    context.json(&json!({
+    let mut result = json!({
         "turns": turns,
         "plan": chosen.name,
         "context": capacity,
         "kv_bytes": kv_bytes,
         "kv_bytes_dense": dense,
-    }))
+    });
+    if let Err(error) = &ended {
+        result["error"] = error.to_string().into();
+    }
+    context.json(&result)?;
+    ended
+}
+
+/// One turn, as it is told to programs.
+fn answer<D: Math>(
+    line: &str,
+    session: &mut ChatSession<D>,
+    model: &Checkpoint<D>,
+    conversation: &Conversation<'_>,
+    context: &Context,
+) -> Result<Value> {
+    let begin = Instant::now();
+    let mut dropped = 0;
+    if conversation.on_overflow == OnOverflow::DropOldest {
+        dropped = make_room(line, session, model, conversation.options.max_new_tokens)?;
+        if dropped > 0 {
+            context.note(format_args!("the conversation is full; {dropped} messages were dropped"));
+        }
+    }
+    session.say(line, conversation.options.clone())?;
+    let mut completion = None;
+    while let Some(event) = session.step()? {
+        match event {
+            Event::Text { piece, .. } => context.stream(piece)?,
+            Event::Done { completion: done, .. } => completion = Some(done),
+            _ => {}
+        }
+    }
+    let completion = completion.ok_or(moa_models::Error::Cancelled)?;
+    context.print("")?;
+    let mut turn = json!({
+        "user": line,
+        "text": completion.text,
+        "finish": completion.finish.name(),
+        "cached_tokens": session.cached_tokens(),
+        "seconds": begin.elapsed().as_secs_f64(),
+    });
+    if dropped > 0 {
+        turn["dropped_messages"] = dropped.into();
+    }
+    Ok(turn)
+}
+
+/// Drops the oldest turns until a message and an answer have room; the number of messages that went.
+fn make_room<D: Math>(
+    line: &str,
+    session: &mut ChatSession<D>,
+    model: &Checkpoint<D>,
+    max_new_tokens: usize,
+) -> Result<usize> {
+    // A long answer that was allowed for is no reason to forget everything.
+    let room = max_new_tokens.min(session.capacity() / 4);
+    let mut messages = session.messages().to_vec();
+    let (before, kept) =
+        (messages.len(), messages.iter().take_while(|m| m.role == "system").count());
+    loop {
+        let all: Vec<_> = messages.iter().cloned().chain([Message::user(line)]).collect();
+        let fits = model.prompt_tokens(&all)?.len() + room <= session.capacity();
+        if fits || messages.len() < kept + 2 {
+            break;
+        }
+        messages.drain(kept..kept + 2);
+    }
+    let dropped = before - messages.len();
+    if dropped > 0 {
+        session.set_messages(messages)?;
+    }
+    Ok(dropped)
+}
+
+fn is_overflow(error: &Error) -> bool {
+    match error {
+        Error::At { source, .. } => is_overflow(source),
+        error => matches!(error, Error::Model(moa_models::Error::ContextExceeded { .. })),
+    }
 }

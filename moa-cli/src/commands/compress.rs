@@ -18,6 +18,7 @@ use crate::files::{check_file, check_optional};
 use crate::model::{self, on_device};
 use crate::output::Context;
 use crate::progress::Progress;
+use crate::style::StyleArgs;
 
 /// Find a plan in one step: profile, search, validate and refine
 #[derive(Debug, clap::Args)]
@@ -27,6 +28,8 @@ use crate::progress::Progress;
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArg,
+    #[command(flatten)]
+    style: StyleArgs,
     #[command(flatten)]
     data: DataArg,
     #[command(flatten)]
@@ -83,12 +86,11 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     check_optional(args.save_profile.as_deref())?;
     let data = calibration::load(&args.data.data)?;
     let profile = args.profile.as_ref().map(Profile::load).transpose()?;
-    on_device!(context, |device| with_model(
-        args,
-        (&data, profile),
-        &model::open(device, &args.model.model)?,
-        context
-    ))
+    on_device!(context, |device| {
+        let mut model = model::open(device, &args.model, context)?;
+        args.style.apply(&mut model)?;
+        with_model(args, (&data, profile), &model, context)
+    })
 }
 
 fn with_model<D: Backward>(

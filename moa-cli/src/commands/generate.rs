@@ -1,19 +1,19 @@
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::PathBuf;
 
-use clap::ValueEnum;
 use moa_models::{
-    ChatTemplate, Checkpoint, EngineOptions, Event, GenerateOptions, Math, Message, SamplingOptions,
+    Checkpoint, EngineOptions, Event, GenerateOptions, Math, Message, PromptStyle, SamplingOptions,
+    read_text,
 };
 use serde_json::json;
 
-use super::chat;
+use super::chat::{self, Conversation, OnOverflow};
 use crate::args::{ModelArg, PlanArgs, parse_count};
 use crate::error::{Error, Result};
 use crate::model::{self, ChosenPlan, on_model};
 use crate::output::{Context, bytes, percent};
 use crate::progress::Progress;
+use crate::style::StyleArgs;
 
 /// Continue prompts, streamed
 #[derive(Debug, clap::Args)]
@@ -27,26 +27,29 @@ pub(crate) struct Args {
     plan: PlanArgs,
     #[command(flatten)]
     prompts: PromptArgs,
-    /// No chat template: the model continues the text itself
-    #[arg(long, conflicts_with_all = ["chat", "system", "template"])]
-    raw: bool,
+    #[command(flatten)]
+    style: StyleArgs,
     /// Instructions before the first turn
-    #[arg(long, value_name = "TEXT", conflicts_with = "chat")]
+    #[arg(long, value_name = "TEXT")]
     system: Option<String>,
-    /// Chat template [default: the model folder's]
-    #[arg(long)]
-    template: Option<Template>,
     /// Most tokens to add [default: what generation_config.json says, else 256]
     #[arg(long, value_name = "N", value_parser = parse_count)]
     max_new_tokens: Option<usize>,
     /// Longest conversation of --chat, in tokens [default: the model's context, at most 8192]
     #[arg(long, value_name = "TOKENS", value_parser = parse_count, requires = "chat")]
     context: Option<usize>,
+    /// What --chat does with a turn that the conversation has no room for [default: stop]
+    #[arg(long, value_enum, value_name = "HOW", requires = "chat")]
+    on_overflow: Option<OnOverflow>,
     #[command(flatten)]
     sampling: SamplingArgs,
-    /// Text that ends the answer; can be given several times
+    /// Text or special token that ends the answer; can be given several times
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
+    /// Token that ends the answer, by its text or its id, besides those that the model's files name; can
+    /// be given several times
+    #[arg(long, value_name = "TOKEN|ID")]
+    stop_token: Vec<String>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -83,14 +86,6 @@ struct SamplingArgs {
     repetition_penalty: Option<f32>,
 }
 
-/// Chat templates by name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Template {
-    Vicuna,
-    Llama2,
-    Llama3,
-}
-
 impl SamplingArgs {
     /// The flags over the model's defaults.
     fn options(&self, defaults: SamplingOptions) -> Result<SamplingOptions> {
@@ -117,7 +112,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         // Each rank would have to read the same lines.
         context.check_one_device("--device with --chat")?;
     }
-    on_model!(context, &args.model.model, args.plan, |model, context| with_model(
+    on_model!(context, &args.model, args.plan, |model, context| with_model(
         args, &prompts, model, context
     ))
 }
@@ -128,23 +123,42 @@ fn with_model<D: Math>(
     mut model: Checkpoint<D>,
     context: &Context,
 ) -> Result<()> {
-    match args.template {
-        Some(Template::Vicuna) => model.set_template(ChatTemplate::vicuna()?),
-        Some(Template::Llama2) => model.set_template(ChatTemplate::llama2()?),
-        Some(Template::Llama3) => model.set_template(ChatTemplate::llama3()?),
-        None => {}
-    }
+    args.style.apply(&mut model)?;
     let chosen = model::choose_plan(&args.plan, &model)?;
     let options = GenerateOptions {
         max_new_tokens: args.max_new_tokens.or(model.generation.max_new_tokens).unwrap_or(256),
         sampling: args.sampling.options(model.generation.sampling(context.seed))?,
         stop: args.stop.clone(),
+        stop_token_ids: stop_tokens(args, &model)?,
         eos_token_ids: None,
     };
     match args.prompts.chat {
-        true => chat::run(&model, &chosen, &options, args.context, context),
+        true => chat::run(
+            &model,
+            &chosen,
+            &Conversation {
+                options: &options,
+                system: args.system.as_deref(),
+                capacity: args.context,
+                on_overflow: args.on_overflow.unwrap_or_default(),
+            },
+            context,
+        ),
         false => batch(args, prompts, &model, &chosen, &options, context),
     }
+}
+
+/// The ids of the tokens that end an answer.
+fn stop_tokens<D: Math>(args: &Args, model: &Checkpoint<D>) -> Result<Vec<u32>> {
+    let vocab_size = model.model.config().vocab_size;
+    let id = |name: &String| {
+        let by_number = || name.parse().ok().filter(|id: &u32| (*id as usize) < vocab_size);
+        model.tokenizer.token_id(name).or_else(by_number).ok_or_else(|| {
+            let expected = format!("a token of the model, or an id below {vocab_size}");
+            Error::argument("--stop-token", expected, name)
+        })
+    };
+    args.stop_token.iter().map(id).collect()
 }
 
 /// A prompt with its name.
@@ -162,20 +176,19 @@ fn read_prompts(args: &Args) -> Result<Vec<NamedPrompt>> {
             .map(|text| NamedPrompt { name: "--prompt".into(), text: text.clone() }),
     );
     for path in &args.prompts.prompt_file {
-        let text = fs::read_to_string(path)
-            .map_err(|source| Error::Read { path: path.clone(), source })?;
+        let text = read_text(path)?;
         prompts.push(NamedPrompt { name: path.display().to_string(), text });
     }
     Ok(prompts)
 }
 
 fn tokens<D: Math>(args: &Args, model: &Checkpoint<D>, prompt: &NamedPrompt) -> Result<Vec<u32>> {
-    if args.raw {
-        return Ok(model.tokenizer.encode(&prompt.text, true)?);
-    }
     let mut messages: Vec<Message> = args.system.iter().map(Message::system).collect();
-    messages.push(Message::user(prompt.text.trim()));
-    Ok(model.chat_tokens(&messages)?)
+    messages.push(Message::user(match model.prompt_style() {
+        PromptStyle::Chat => prompt.text.trim(),
+        PromptStyle::Raw => &prompt.text,
+    }));
+    Ok(model.prompt_tokens(&messages)?)
 }
 
 fn batch<D: Math>(

@@ -17,8 +17,8 @@ use crate::output::Context;
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 pub(crate) struct ShapeArgs {
-    /// Model folder
-    #[arg(long, value_name = "DIR")]
+    /// Model folder, or a model of the hub
+    #[arg(long, value_name = "DIR|OWNER/NAME[@REVISION]")]
     model: Option<PathBuf>,
     /// The model's config.json, where its weights are not at hand
     #[arg(long, value_name = "FILE")]
@@ -26,9 +26,11 @@ pub(crate) struct ShapeArgs {
 }
 
 impl ShapeArgs {
-    fn shape(&self) -> Result<ModelShape> {
-        let path = self.model.as_deref().or(self.config.as_deref());
-        model::shape(path.unwrap_or(Path::new(".")))
+    fn shape(&self, context: &Context) -> Result<ModelShape> {
+        match (&self.model, &self.config) {
+            (Some(model), _) => model::shape(&model::folder(model, context)?),
+            (None, config) => model::shape(config.as_deref().unwrap_or(Path::new("."))),
+        }
     }
 }
 
@@ -119,14 +121,14 @@ pub(crate) struct RetrievalHeadsArgs {
 
 pub(super) fn import(args: &ImportArgs, context: &Context) -> Result<()> {
     check_file(&args.out)?;
-    let shape = args.shape.shape()?;
+    let shape = args.shape.shape(context)?;
     let plan = Plan::load_published(&args.published, shape, args.sink, args.min_span)?;
     save(plan, "import", &args.out, context)
 }
 
 pub(super) fn uniform(args: &UniformArgs, context: &Context) -> Result<()> {
     check_file(&args.out)?;
-    let shape = args.shape.shape()?;
+    let shape = args.shape.shape(context)?;
     let plan = match (args.span.density, args.span.window) {
         (Some(density), _) => model::uniform(shape, args.sink, density)?,
         (None, window) => {
@@ -139,7 +141,8 @@ pub(super) fn uniform(args: &UniformArgs, context: &Context) -> Result<()> {
 
 pub(super) fn retrieval_heads(args: &RetrievalHeadsArgs, context: &Context) -> Result<()> {
     check_file(&args.out)?;
-    let plan = Plan::retrieval_heads(args.shape.shape()?, args.sink, args.window, &args.heads)?;
+    let plan =
+        Plan::retrieval_heads(args.shape.shape(context)?, args.sink, args.window, &args.heads)?;
     save(plan, "retrieval-heads", &args.out, context)
 }
 

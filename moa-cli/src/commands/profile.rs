@@ -15,6 +15,7 @@ use crate::files::check_file;
 use crate::model::{self, on_device};
 use crate::output::{Context, table};
 use crate::progress::Progress;
+use crate::style::StyleArgs;
 
 /// Measure how much each head needs each part of the context
 #[derive(Debug, clap::Args)]
@@ -24,6 +25,8 @@ use crate::progress::Progress;
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArg,
+    #[command(flatten)]
+    style: StyleArgs,
     #[command(flatten)]
     data: DataArg,
     /// Context lengths to measure at, prompt and response together
@@ -52,12 +55,11 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     model::check_gradients(context)?;
     check_file(&args.out)?;
     let data = calibration::load(&args.data.data)?;
-    on_device!(context, |device| with_model(
-        args,
-        &data,
-        &model::open(device, &args.model.model)?,
-        context
-    ))
+    on_device!(context, |device| {
+        let mut model = model::open(device, &args.model, context)?;
+        args.style.apply(&mut model)?;
+        with_model(args, &data, &model, context)
+    })
 }
 
 fn with_model<D: Backward>(

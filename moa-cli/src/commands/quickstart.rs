@@ -11,7 +11,7 @@ use moa_report::{HeadMap, PlanSummary, figure};
 use serde::Serialize;
 
 use super::eval::Scores;
-use crate::args::{parse_count, parse_density};
+use crate::args::{ModelArg, parse_count, parse_density};
 use crate::compressed::Losses;
 use crate::error::{Error, Result};
 use crate::files::OutputFolder;
@@ -23,8 +23,8 @@ use crate::progress::Progress;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  moa quickstart --out moa-quickstart")]
 pub(crate) struct Args {
-    /// Model folder [default: assets/moa-tiny of this project]
-    #[arg(long, value_name = "DIR")]
+    /// Model folder, or a model of the hub [default: assets/moa-tiny of this project]
+    #[arg(long, value_name = "DIR|OWNER/NAME[@REVISION]")]
     model: Option<PathBuf>,
     /// Folder for plan.json, profile.safetensors, heads.svg and results.json
     #[arg(long, default_value = "moa-quickstart", value_name = "DIR")]
@@ -72,9 +72,10 @@ fn with_ops<D: Backward>(args: &Args, device: D, context: &Context) -> Result<()
         Some(path) => path.clone(),
         None => tiny_model()?,
     };
-    let model = model::open(device, &model_path)?;
+    let of = ModelArg { model: model_path, ignore_extra_tensors: false };
+    let model = model::open(device, &of, context)?;
     let shape = model.model.shape();
-    context.print(format_args!("Model: {} ({shape})", model_path.display()))?;
+    context.print(format_args!("Model: {} ({shape})", of.model.display()))?;
 
     let found = find_plan(args, &model, context)?;
     let mut lengths = args.lengths.clone();
@@ -110,7 +111,7 @@ fn with_ops<D: Backward>(args: &Args, device: D, context: &Context) -> Result<()
     folder.write("heads.svg", figure.svg().as_bytes())?;
     let seconds = begin.elapsed().as_secs_f64();
     let outcome =
-        Outcome { model: &model_path, out: &args.out, losses, plan: summary, results, seconds };
+        Outcome { model: &of.model, out: &args.out, losses, plan: summary, results, seconds };
     folder.write("results.json", format!("{:#}\n", value_of(&outcome)?).as_bytes())?;
     folder.keep();
     context.result(&outcome)

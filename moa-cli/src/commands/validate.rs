@@ -18,6 +18,7 @@ use crate::model::{self, on_device};
 use crate::output::{Context, percent, table};
 use crate::plans::{self, PlanFile};
 use crate::progress::Progress;
+use crate::style::StyleArgs;
 
 /// Pick the plan with the lowest measured loss at a length that was not profiled
 #[derive(Debug, clap::Args)]
@@ -27,6 +28,8 @@ use crate::progress::Progress;
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArg,
+    #[command(flatten)]
+    style: StyleArgs,
     /// Folder of `moa search`
     #[arg(long, value_name = "DIR")]
     plans: PathBuf,
@@ -62,12 +65,11 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let profile = args.profile.as_ref().map(Profile::load).transpose()?;
     let lengths = profile_lengths(args, &files)?;
     let inputs = Inputs { data, files, profile, lengths };
-    on_device!(context, |device| with_model(
-        args,
-        inputs,
-        &model::open(device, &args.model.model)?,
-        context
-    ))
+    on_device!(context, |device| {
+        let mut model = model::open(device, &args.model, context)?;
+        args.style.apply(&mut model)?;
+        with_model(args, inputs, &model, context)
+    })
 }
 
 /// What the command reads before it opens the model.
@@ -132,13 +134,13 @@ fn with_model<D: Math>(
     plan.save(&args.out)?;
 
     let measured = |(file, &loss): (&PlanFile, &f64)| {
-        let density = file.plan.density(length);
-        MeasuredPlan { file: file.path.clone(), loss, density }
+        let density = model.model.config().windowed(&file.plan)?.density(length);
+        Ok(MeasuredPlan { file: file.path.clone(), loss, density })
     };
     context.result(&Outcome {
         out: &args.out,
         length,
-        plans: files.iter().zip(&losses).map(measured).collect(),
+        plans: files.iter().zip(&losses).map(measured).collect::<Result<_>>()?,
         best: &files[best].path,
         dense_loss: dense,
         refined_from: refined.as_ref().map(|r| r.start_loss),

@@ -63,8 +63,8 @@ fn broken_configuration_and_tokenizer_are_refused() {
     let root = dir.path();
 
     let model = model_copy(root, "field");
-    edit(&model.join("config.json"), |c| _ = c.as_object_mut().unwrap().remove("rms_norm_eps"));
-    refuses_model(root, &model, &["config.json", "rms_norm_eps", "missing"]);
+    edit(&model.join("config.json"), |c| _ = c.as_object_mut().unwrap().remove("vocab_size"));
+    refuses_model(root, &model, &["config.json", "vocab_size", "missing"]);
 
     let model = model_copy(root, "dimensions");
     edit(&model.join("config.json"), |c| c["hidden_size"] = json!(512));
@@ -72,10 +72,7 @@ fn broken_configuration_and_tokenizer_are_refused() {
 
     let model = model_copy(root, "vocabulary");
     edit(&model.join("tokenizer.json"), |t| {
-        t["added_tokens"].as_array_mut().unwrap().push(json!({
-            "id": 8192, "content": "<of another model>", "single_word": false, "lstrip": false,
-            "rstrip": false, "normalized": false, "special": true
-        }));
+        t["model"]["vocab"]["of-another-model"] = json!(8192);
     });
     refuses_model(root, &model, &["tokenizer.json", "vocabulary", "8192"]);
 

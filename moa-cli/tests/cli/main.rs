@@ -4,6 +4,9 @@ mod bad_input;
 mod bench;
 mod common;
 mod eval;
+mod folders;
+#[cfg(feature = "hub")]
+mod hub;
 mod pipeline;
 mod report;
 mod spaces;

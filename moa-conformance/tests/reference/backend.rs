@@ -37,6 +37,8 @@ pub(crate) enum Defect {
     InfluenceOfWeights,
     /// Influence is of signed values where absolute ones are asked for.
     AlwaysSigned,
+    /// Influence has the keys that a sliding window hides.
+    InfluenceOfHiddenKeys,
     /// Gradients lack the factor of the scores.
     GradientsWithoutScale,
 }
@@ -216,10 +218,15 @@ impl SparseAttentionBackend for Reference {
         let heads = Heads { query: query_heads, kv: kv_heads, dim: head_dim };
         let [q, k, v, d_out] =
             [inputs.q, inputs.k, inputs.v, inputs.d_out].map(|tensor| f64s(&tensor.data));
+        let span = match self.0 {
+            Defect::InfluenceOfHiddenKeys => Span::full(tokens),
+            _ => Span::full(tokens.min(inputs.window)),
+        };
         let side = tokens.div_ceil(inputs.block);
         let mut blocks = vec![0.0; kv_heads * side * side];
         for head in 0..query_heads {
-            let entries = reference::influence(heads, &q, &k, &v, &d_out, head, scale.into());
+            let entries =
+                reference::influence(heads, [&q, &k, &v], &d_out, span, head, scale.into());
             for (at, e) in entries.iter().enumerate() {
                 let (i, j) = (at / tokens / inputs.block, at % tokens / inputs.block);
                 let e = match (inputs.sign, self.0) {
@@ -231,7 +238,7 @@ impl SparseAttentionBackend for Reference {
             }
         }
         let gradients = inputs.gradients.then(|| {
-            let [d_q, d_k, d_v] = backward(heads, [&q, &k, &v], &d_out, scale.into());
+            let [d_q, d_k, d_v] = backward(heads, [&q, &k, &v], &d_out, span, scale.into());
             let factor = match self.0 {
                 Defect::GradientsWithoutScale => 1.0 / f64::from(scale),
                 _ => 1.0,

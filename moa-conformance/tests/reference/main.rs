@@ -11,7 +11,7 @@ use backend::{Defect, Reference};
 use moa_conformance::{Trial, Verdict, part, run, suite};
 
 /// A defect, and checks that find it.
-const FOUND: [(Defect, &[&str]); 11] = [
+const FOUND: [(Defect, &[&str]); 12] = [
     (
         Defect::WindowBesideTheQuery,
         &["trap_01_window_counts_the_query_itself", "output_equals_the_reference"],
@@ -39,6 +39,10 @@ const FOUND: [(Defect, &[&str]); 11] = [
         &["influence_equals_the_reference", "influence_is_what_masking_one_entry_changes"],
     ),
     (Defect::AlwaysSigned, &["zero_gradient_rows_contribute_nothing"]),
+    (
+        Defect::InfluenceOfHiddenKeys,
+        &["influence_equals_the_reference", "gradients_equal_the_reference"],
+    ),
     (Defect::GradientsWithoutScale, &["gradients_equal_the_reference"]),
 ];
 

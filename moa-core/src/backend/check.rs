@@ -118,6 +118,9 @@ pub fn check_influence<T>(
     if inputs.block == 0 {
         return Err(ArgumentError::new(OP, "block", "at least 1 token", 0).into());
     }
+    if inputs.window == 0 {
+        return Err(ArgumentError::new(OP, "window", "at least 1 key", 0).into());
+    }
     Ok(AttentionShape { tokens, query_heads, kv_heads, head_dim })
 }
 

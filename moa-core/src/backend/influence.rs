@@ -8,8 +8,8 @@ pub enum InfluenceSign {
     Absolute,
 }
 
-/// One layer's inputs to [`SparseAttentionBackend::influence`](crate::SparseAttentionBackend::influence), for one sequence under full causal
-/// attention. Tensors are `[tokens, heads, head_dim]`, after RoPE.
+/// One layer's inputs to [`SparseAttentionBackend::influence`](crate::SparseAttentionBackend::influence), for one sequence under causal
+/// attention, full or within the sliding window of the model's layer. Tensors are `[tokens, heads, head_dim]`, after RoPE.
 #[derive(Debug)]
 pub struct InfluenceInputs<'a, T> {
     /// Queries, `[tokens, query_heads, head_dim]`.
@@ -24,6 +24,9 @@ pub struct InfluenceInputs<'a, T> {
     pub lse: &'a T,
     /// Gradient of the objective by `out`, same shape.
     pub d_out: &'a T,
+    /// Most recent keys that a query sees, its own included; as many as there are tokens, or more, for full
+    /// causal attention.
+    pub window: usize,
     /// Tokens per side of an influence block.
     pub block: usize,
     /// Signed or absolute sums.
@@ -47,7 +50,7 @@ pub struct Gradients<T> {
 #[derive(Debug)]
 pub struct InfluenceOutput<T> {
     /// Block sums over each KV head's query group, `[kv_heads, blocks, blocks]` row-major with
-    /// query blocks first; entries above the diagonal are 0.
+    /// query blocks first; entries above the diagonal, and those of hidden keys, are 0.
     pub blocks: Vec<f64>,
     /// Present if they were asked for.
     pub gradients: Option<Gradients<T>>,

@@ -42,25 +42,32 @@ impl GenerationConfig {
     }
 
     fn from_object(object: &JsonObject) -> Result<Self> {
+        // Values beyond the range switch an option off in some tools: they are no reason not to run.
         let number = |field| -> Result<Option<f32>> {
-            Ok(object.number_from(field, 0.0)?.map(|x| x as f32))
+            let Some(value) = object.get(field) else { return Ok(None) };
+            match value.as_f64() {
+                Some(x) if x.is_finite() && x >= 0.0 => Ok(Some(x as f32)),
+                None if value.as_str().is_none_or(|text| !is_no_number(text)) => {
+                    Err(object.invalid(field, "a number", value))
+                }
+                _ => {
+                    tracing::warn!("generation_config.json: `{field}` is {value}; it is left out");
+                    Ok(None)
+                }
+            }
         };
-        let top_k = match object.get("top_k") {
-            None => None,
-            Some(value) => match value.as_u64().and_then(|k| usize::try_from(k).ok()) {
-                Some(k) => Some(k),
-                None => return Err(object.invalid("top_k", "a whole number of at least 0", value)),
-            },
-        };
+        // Some tools write whole numbers as fractions, and -1 for no limit.
+        let top_k = number("top_k")?.filter(|k| *k < 1e9).map(|k| k as usize);
+        let max_new_tokens = number("max_new_tokens")?.filter(|n| (1.0..1e9).contains(n));
         Ok(Self {
             eos_token_ids: object.token_ids("eos_token_id")?,
             do_sample: object.flag("do_sample")?,
             temperature: number("temperature")?,
             top_k,
-            top_p: number("top_p")?,
-            min_p: number("min_p")?,
-            repetition_penalty: number("repetition_penalty")?,
-            max_new_tokens: object.count("max_new_tokens")?,
+            top_p: number("top_p")?.filter(|p| *p > 0.0 && *p <= 1.0),
+            min_p: number("min_p")?.filter(|p| *p <= 1.0),
+            repetition_penalty: number("repetition_penalty")?.filter(|r| *r > 0.0),
+            max_new_tokens: max_new_tokens.map(|n| n as usize),
         })
     }
 
@@ -84,6 +91,11 @@ impl GenerationConfig {
             ..greedy
         }
     }
+}
+
+/// Whether a text stands for a number that JSON does not have.
+fn is_no_number(text: &str) -> bool {
+    matches!(text, "NaN" | "Infinity" | "-Infinity")
 }
 
 #[cfg(test)]
@@ -130,8 +142,24 @@ mod tests {
     }
 
     #[test]
+    fn values_beyond_the_range_are_left_out() -> Result<()> {
+        let config = parse(
+            r#"{"eos_token_id":[2,null],"top_k":-1,"temperature":-1,"top_p":Infinity,"min_p":-0.5,
+                "repetition_penalty":0,"max_new_tokens":-1,"do_sample":true}"#,
+        )?;
+        let expected = GenerationConfig {
+            eos_token_ids: vec![2],
+            do_sample: Some(true),
+            ..GenerationConfig::default()
+        };
+        assert_eq!(config, expected);
+        assert_eq!(parse(r#"{"top_k":50.0}"#)?.top_k, Some(50));
+        Ok(())
+    }
+
+    #[test]
     fn field_of_another_type_is_named() {
-        for (field, value) in [("temperature", "\"hot\""), ("top_k", "-1"), ("do_sample", "1")] {
+        for (field, value) in [("temperature", "\"hot\""), ("top_k", "[]"), ("do_sample", "1")] {
             let error = parse(&format!("{{\"{field}\":{value}}}")).unwrap_err();
             assert!(matches!(&error, Error::Config { field: f, .. } if f == field), "{error}");
         }

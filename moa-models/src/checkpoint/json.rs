@@ -1,11 +1,12 @@
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 
+use crate::checkpoint::text::read_text;
 use crate::error::{Error, Result};
 
 /// A JSON object of a model folder, such as its `config.json`, read field by field with errors that name the file and the field.
@@ -22,13 +23,12 @@ pub struct JsonObject {
 impl JsonObject {
     /// Reads and parses `path`.
     pub(crate) fn read(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path).map_err(|source| Error::io(path, source))?;
-        Self::parse(path, &text)
+        Self::parse(path, &read_text(path)?)
     }
 
     /// Parses `text`, which came from `path`.
     pub(crate) fn parse(path: &Path, text: &str) -> Result<Self> {
-        let strict: StrictObject = serde_json::from_str(text)
+        let strict: StrictObject = serde_json::from_str(&quote_non_finite(text))
             .map_err(|e| Error::Json { path: path.to_owned(), reason: e.to_string() })?;
         Ok(Self { path: path.to_owned(), prefix: String::new(), fields: strict.0 })
     }
@@ -43,13 +43,13 @@ impl JsonObject {
         self.fields.iter().map(|(name, value)| (name.as_str(), value))
     }
 
-    /// The field as an object, unless it is absent.
+    /// The field as an object, unless it is absent or false.
     ///
     /// # Errors
     /// [`Error::Config`] if it is something else.
     pub fn object(&self, field: &str) -> Result<Option<Self>> {
         match self.get(field) {
-            None => Ok(None),
+            None | Some(Value::Bool(false)) => Ok(None),
             Some(Value::Object(map)) => Ok(Some(Self {
                 path: self.path.clone(),
                 prefix: format!("{}{field}.", self.prefix),
@@ -113,7 +113,7 @@ impl JsonObject {
         value.as_str().map(Some).ok_or_else(|| self.invalid(field, "a string", value))
     }
 
-    /// The field as token ids: one id, a list of them, or null for none.
+    /// The field as token ids: one id, a list of them, or null for none, also in a list.
     ///
     /// # Errors
     /// [`Error::Config`] if it is something else.
@@ -121,13 +121,39 @@ impl JsonObject {
         let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
         let ids = match self.get(field) {
             None => Some(Vec::new()),
-            Some(Value::Array(values)) => values.iter().map(id).collect(),
+            Some(Value::Array(values)) => values.iter().filter(|v| !v.is_null()).map(id).collect(),
             Some(value) => id(value).map(|id| vec![id]),
         };
         ids.ok_or_else(|| {
             let value = self.fields.get(field).unwrap_or(&Value::Null);
             self.invalid(field, "a token id, a list of token ids or null", value)
         })
+    }
+
+    /// The field as a list of finite numbers above `above`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if it is something else.
+    pub fn numbers_above(&self, field: &str, above: f64) -> Result<Option<Vec<f64>>> {
+        let number = |x: &Value| x.as_f64().filter(|x| x.is_finite() && *x > above);
+        self.list(field, &format!("a list of finite numbers above {above}"), number)
+    }
+
+    /// The field as a list of what `item` makes of each value; `expected` says what that is.
+    pub(crate) fn list<T>(
+        &self,
+        field: &str,
+        expected: &str,
+        item: impl Fn(&Value) -> Option<T>,
+    ) -> Result<Option<Vec<T>>> {
+        let Some(value) = self.get(field) else { return Ok(None) };
+        let items = value.as_array().and_then(|values| values.iter().map(item).collect());
+        items.map(Some).ok_or_else(|| self.invalid(field, expected, value))
+    }
+
+    /// Whether the field is there, be it null.
+    pub(crate) fn names(&self, field: &str) -> bool {
+        self.fields.contains_key(field)
     }
 
     /// `value`, or an error that says that `field` is missing.
@@ -155,6 +181,37 @@ impl JsonObject {
             got,
         }
     }
+}
+
+/// The text with `NaN` and `Infinity`, which Python writes and JSON does not have, as strings: a field
+/// that nobody reads may hold them, and one that is read is refused for it.
+fn quote_non_finite(text: &str) -> Cow<'_, str> {
+    const NAMES: [&str; 3] = ["-Infinity", "Infinity", "NaN"];
+    if !NAMES[1..].iter().any(|name| text.contains(name)) {
+        return Cow::Borrowed(text);
+    }
+    let mut out = String::with_capacity(text.len());
+    let (mut rest, mut in_string) = (text, false);
+    while let Some(c) = rest.chars().next() {
+        let name = NAMES.iter().find(|name| !in_string && rest.starts_with(**name));
+        let len = match (name, c) {
+            (Some(name), _) => {
+                out.extend(["\"", name, "\""]);
+                name.len()
+            }
+            // What is escaped ends no string.
+            (None, '\\') if in_string => 1 + rest[1..].chars().next().map_or(0, char::len_utf8),
+            (None, c) => {
+                in_string ^= c == '"';
+                c.len_utf8()
+            }
+        };
+        if name.is_none() {
+            out.push_str(&rest[..len]);
+        }
+        rest = &rest[len..];
+    }
+    Cow::Owned(out)
 }
 
 /// The fields of an object that names none of them twice, at any depth.
@@ -251,14 +308,27 @@ mod tests {
 
     #[test]
     fn what_is_not_an_object_is_an_error() {
-        for text in ["", "[1]", "3", "{\"a\":", "{\"a\":NaN}"] {
+        for text in ["", "[1]", "3", "{\"a\":", "{\"a\":Nan}"] {
             assert!(matches!(parse(text), Err(Error::Json { .. })), "{text}");
         }
     }
 
     #[test]
+    fn numbers_that_json_lacks_are_refused_where_they_are_read() -> Result<()> {
+        let text = r#"{"a": NaN, "b": [-Infinity], "c": "NaN \\"", "d": 1, "e": Infinity}"#;
+        let object = parse(&text.replace(r"\\", r"\"))?;
+        assert_eq!(object.text("c")?, Some("NaN \""));
+        assert_eq!(object.count("d")?, Some(1));
+        for field in ["a", "e"] {
+            let error = object.number_from(field, 0.0).unwrap_err();
+            assert!(matches!(&error, Error::Config { field: f, .. } if f == field), "{error}");
+        }
+        Ok(())
+    }
+
+    #[test]
     fn token_ids_are_one_or_many_or_none() -> Result<()> {
-        let object = parse(r#"{"one":7,"many":[7,8],"null":null,"minus":-1,"half":[1.5]}"#)?;
+        let object = parse(r#"{"one":7,"many":[7,null,8],"null":null,"minus":-1,"half":[1.5]}"#)?;
         assert_eq!(object.token_ids("one")?, [7]);
         assert_eq!(object.token_ids("many")?, [7, 8]);
         assert!(object.token_ids("null")?.is_empty() && object.token_ids("absent")?.is_empty());

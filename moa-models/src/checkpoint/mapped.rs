@@ -4,20 +4,39 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use memmap2::Mmap;
+use moa_backend_cpu::ops::BlockType;
 use moa_core::Dtype;
 
 use crate::{Error, Result};
 
 /// A tensor that lies in a mapped file, row-major and little-endian, or a part of one.
 ///
-/// A clone shares the map, which lives as long as any tensor of the file does. The bytes need
+/// Its elements are numbers of a [`dtype`](Self::dtype), or quantised [`blocks`](Self::blocks) of rows. A
+/// clone shares the map, which lives as long as any tensor of the file does. The bytes need
 /// not be aligned to their elements: safetensors does not promise it.
 #[derive(Clone)]
 pub struct MappedTensor {
     memory: Memory,
     bytes: Range<usize>,
-    dtype: Dtype,
+    elements: Elements,
     shape: Vec<usize>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Elements {
+    Plain(Dtype),
+    /// Each row is a whole number of blocks.
+    Blocks(BlockType),
+}
+
+impl Elements {
+    /// Elements that are stored together, and their bytes.
+    fn unit(self) -> (usize, usize) {
+        match self {
+            Self::Plain(dtype) => (1, dtype.bytes()),
+            Self::Blocks(blocks) => (blocks.block_len(), blocks.block_bytes()),
+        }
+    }
 }
 
 #[derive(Clone)]
@@ -31,16 +50,29 @@ enum Memory {
 impl MappedTensor {
     /// The caller has checked that the bytes are those of the shape.
     pub(crate) fn new(map: Arc<Mmap>, bytes: Range<usize>, dtype: Dtype, shape: &[usize]) -> Self {
-        Self { memory: Memory::Map(map), bytes, dtype, shape: shape.to_owned() }
+        let elements = Elements::Plain(dtype);
+        Self { memory: Memory::Map(map), bytes, elements, shape: shape.to_owned() }
+    }
+
+    /// The caller has checked that the bytes are those of the shape, whose rows are whole blocks.
+    pub(crate) fn in_blocks(
+        map: Arc<Mmap>,
+        bytes: Range<usize>,
+        blocks: BlockType,
+        shape: &[usize],
+    ) -> Self {
+        let elements = Elements::Blocks(blocks);
+        Self { memory: Memory::Map(map), bytes, elements, shape: shape.to_owned() }
     }
 
     /// bf16 elements that lie at a byte of `words`.
     pub(crate) fn made(words: Arc<Vec<u64>>, first_byte: usize, shape: &[usize]) -> Self {
         let bytes = first_byte..first_byte + 2 * shape.iter().product::<usize>();
-        Self { memory: Memory::Words(words), bytes, dtype: Dtype::Bf16, shape: shape.to_owned() }
+        let elements = Elements::Plain(Dtype::Bf16);
+        Self { memory: Memory::Words(words), bytes, elements, shape: shape.to_owned() }
     }
 
-    /// The elements' bytes.
+    /// The elements' bytes, or those of the blocks.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         let all = match &self.memory {
@@ -50,10 +82,22 @@ impl MappedTensor {
         &all[self.bytes.clone()]
     }
 
-    /// The element type.
+    /// The element type, unless the elements are in blocks.
     #[must_use]
-    pub fn dtype(&self) -> Dtype {
-        self.dtype
+    pub fn dtype(&self) -> Option<Dtype> {
+        match self.elements {
+            Elements::Plain(dtype) => Some(dtype),
+            Elements::Blocks(_) => None,
+        }
+    }
+
+    /// The kind of blocks that the elements are in, if they are.
+    #[must_use]
+    pub fn blocks(&self) -> Option<BlockType> {
+        match self.elements {
+            Elements::Plain(_) => None,
+            Elements::Blocks(blocks) => Some(blocks),
+        }
     }
 
     /// Elements along each dimension, the last one contiguous.
@@ -66,8 +110,39 @@ impl MappedTensor {
     #[must_use]
     pub fn to_f32(&self) -> Vec<f32> {
         let mut values = Vec::new();
-        extend_f32(self.dtype, self.bytes(), &mut values);
+        self.extend_f32(0..self.shape.iter().product(), &mut values);
         values
+    }
+
+    /// Appends some of the elements, counted through all rows, as f32.
+    pub(crate) fn extend_f32(&self, elements: Range<usize>, to: &mut Vec<f32>) {
+        match self.elements {
+            Elements::Plain(dtype) => {
+                let size = dtype.bytes();
+                let bytes = &self.bytes()[elements.start * size..elements.end * size];
+                extend_f32(dtype, bytes, to);
+            }
+            Elements::Blocks(blocks) => {
+                let start = to.len();
+                to.resize(start + elements.len(), 0.0);
+                blocks.widen(self.bytes(), elements.start, &mut to[start..]);
+            }
+        }
+    }
+
+    /// The tensor with elements of this type, in memory of its own.
+    pub(crate) fn widened(&self, dtype: Dtype) -> Self {
+        let len: usize = self.shape.iter().product();
+        let mut words = vec![0u64; (len * dtype.bytes()).div_ceil(8)];
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut words);
+        let mut values = Vec::new();
+        for (start, to) in (0..len).step_by(PIECE).zip(bytes.chunks_mut(PIECE * dtype.bytes())) {
+            values.clear();
+            self.extend_f32(start..len.min(start + PIECE), &mut values);
+            narrow(&values, dtype, to);
+        }
+        let (memory, bytes) = (Memory::Words(Arc::new(words)), 0..len * dtype.bytes());
+        Self { memory, bytes, elements: Elements::Plain(dtype), shape: self.shape.clone() }
     }
 
     /// These entries of the first axis, in the order given: in the map where they are one piece, else
@@ -104,20 +179,37 @@ impl MappedTensor {
         if matches!(&pieces[..], [all] if *all == (0..count)) {
             return Ok(self.clone());
         }
-        let size = self.dtype.bytes();
+        let (unit, size) = self.elements.unit();
+        if pieces.iter().any(|piece| piece.start % unit != 0 || piece.end % unit != 0) {
+            // A part of a block is no block.
+            return self.widened(Dtype::F32).columns(columns);
+        }
         let pieces = &pieces;
         let runs = (0..rows).flat_map(|row| {
             pieces.iter().map(move |piece| {
-                (row * count + piece.start) * size..(row * count + piece.end) * size
+                let (start, end) = (row * count + piece.start, row * count + piece.end);
+                start / unit * size..end / unit * size
             })
         });
         let width = pieces.iter().map(Range::len).sum();
         Ok(self.gather(runs, vec![rows, width]))
     }
 
+    /// The elements times `factor`, as f32.
+    pub(crate) fn scaled(&self, factor: f32) -> Self {
+        let values: Vec<f32> = self.to_f32().into_iter().map(|x| x * factor).collect();
+        let mut words = vec![0u64; values.len().div_ceil(2)];
+        let bytes = 0..4 * values.len();
+        let to: &mut [f32] = bytemuck::cast_slice_mut(&mut words);
+        to[..values.len()].copy_from_slice(&values);
+        let memory = Memory::Words(Arc::new(words));
+        Self { memory, bytes, elements: Elements::Plain(Dtype::F32), shape: self.shape.clone() }
+    }
+
     /// A copy of runs of bytes.
     fn gather(&self, runs: impl Iterator<Item = Range<usize>>, shape: Vec<usize>) -> Self {
-        let len = shape.iter().product::<usize>() * self.dtype.bytes();
+        let (unit, size) = self.elements.unit();
+        let len = shape.iter().product::<usize>() / unit * size;
         let mut words = vec![0u64; len.div_ceil(8)];
         let mut rest: &mut [u8] = bytemuck::cast_slice_mut(&mut words);
         let from = self.bytes();
@@ -126,12 +218,38 @@ impl MappedTensor {
             to.copy_from_slice(&from[run]);
             rest = others;
         }
-        Self { memory: Memory::Words(Arc::new(words)), bytes: 0..len, dtype: self.dtype, shape }
+        Self {
+            memory: Memory::Words(Arc::new(words)),
+            bytes: 0..len,
+            elements: self.elements,
+            shape,
+        }
+    }
+}
+
+/// Elements that are converted at a time.
+const PIECE: usize = 1 << 16;
+
+/// Writes values as little-endian elements, which need not be aligned.
+fn narrow(values: &[f32], dtype: Dtype, to: &mut [u8]) {
+    match dtype {
+        Dtype::F32 => {
+            to.as_chunks_mut().0.iter_mut().zip(values).for_each(|(to, x)| *to = x.to_le_bytes());
+        }
+        Dtype::F16 => {
+            let half = |x: &f32| f16::from_f32(*x).to_le_bytes();
+            to.as_chunks_mut().0.iter_mut().zip(values).for_each(|(to, x)| *to = half(x));
+        }
+        // There is no other type.
+        _ => {
+            let half = |x: &f32| bf16::from_f32(*x).to_le_bytes();
+            to.as_chunks_mut().0.iter_mut().zip(values).for_each(|(to, x)| *to = half(x));
+        }
     }
 }
 
 /// Appends little-endian elements as f32; they need not be aligned.
-pub(crate) fn extend_f32(dtype: Dtype, bytes: &[u8], to: &mut Vec<f32>) {
+fn extend_f32(dtype: Dtype, bytes: &[u8], to: &mut Vec<f32>) {
     let pairs = || bytes.as_chunks::<2>().0.iter().copied();
     match dtype {
         Dtype::F32 => to.extend(bytes.as_chunks::<4>().0.iter().copied().map(f32::from_le_bytes)),
@@ -159,7 +277,7 @@ fn pieces(ranges: &[Range<usize>], count: usize, what: &'static str) -> Result<V
 impl fmt::Debug for MappedTensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MappedTensor")
-            .field("dtype", &self.dtype)
+            .field("elements", &self.elements)
             .field("shape", &self.shape)
             .finish_non_exhaustive()
     }

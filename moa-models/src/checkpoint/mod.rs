@@ -1,17 +1,25 @@
 //! A model folder: weights, tokenizer, chat template, generation defaults.
 
+pub(crate) mod added_tokens;
 pub(crate) mod fingerprint;
 pub(crate) mod generation_config;
+pub(crate) mod gguf;
 #[cfg(feature = "hub")]
 pub(crate) mod hub;
+pub(crate) mod hub_id;
 pub(crate) mod json;
-pub(crate) mod json_style;
 pub(crate) mod mapped;
+pub(crate) mod open_options;
+pub(crate) mod prompt_style;
+pub(crate) mod quantised;
 pub(crate) mod random;
+pub(crate) mod reads;
 pub(crate) mod safetensors;
 pub(crate) mod special_tokens;
 pub(crate) mod template;
+pub(crate) mod text;
 pub(crate) mod tokenizer;
+pub(crate) mod tokenizer_file;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,6 +27,10 @@ use std::sync::Arc;
 use moa_core::Plan;
 
 use crate::checkpoint::generation_config::GenerationConfig;
+use crate::checkpoint::gguf::{Gguf, is_gguf};
+use crate::checkpoint::open_options::OpenOptions;
+use crate::checkpoint::prompt_style::PromptStyle;
+use crate::checkpoint::reads::Reads;
 use crate::checkpoint::safetensors::Weights;
 use crate::checkpoint::template::{ChatTemplate, Message};
 use crate::checkpoint::tokenizer::Tokenizer;
@@ -28,7 +40,7 @@ use crate::decoder::shard::Shard;
 use crate::device::Math;
 use crate::engine::request::{Completion, GenerateOptions, Prompt};
 use crate::engine::serve::{Engine, EngineOptions};
-use crate::families::{FAMILIES, Family};
+use crate::families::Family;
 use crate::{Error, Result};
 
 /// A Hugging Face model folder, ready to run: weights, tokenizer, chat template, defaults.
@@ -54,6 +66,9 @@ pub struct Checkpoint<D: Math> {
     /// Generation defaults of the model's authors.
     pub generation: GenerationConfig,
     template: Option<ChatTemplate>,
+    /// Fingerprint of a template that is not the folder's.
+    pub(crate) own_template: Option<String>,
+    style: PromptStyle,
     folder: PathBuf,
 }
 
@@ -65,6 +80,8 @@ impl<D: Math> Clone for Checkpoint<D> {
             tokenizer: self.tokenizer.clone(),
             generation: self.generation.clone(),
             template: self.template.clone(),
+            own_template: self.own_template.clone(),
+            style: self.style,
             folder: self.folder.clone(),
         }
     }
@@ -72,16 +89,16 @@ impl<D: Math> Clone for Checkpoint<D> {
 
 impl<D: Math> Checkpoint<D> {
     /// Opens `config.json`, `*.safetensors`, `tokenizer.json`, and if they exist
-    /// `tokenizer_config.json` and `generation_config.json`.
+    /// `tokenizer_config.json` and `generation_config.json`; or a GGUF file, which has all of them.
     ///
     /// # Errors
-    /// [`Error::Io`] for a file that cannot be read; [`Error::Json`], [`Error::MissingField`] and
-    /// [`Error::Config`] for a malformed one; [`Error::NoWeights`], [`Error::Safetensors`] and the
-    /// variants that begin with `Tensor` and `Shard` for the weights; [`Error::Tokenizer`] and
-    /// [`Error::TokenizerVocabulary`] for the tokenizer; [`Error::Template`] for the chat template;
-    /// [`Error::OutOfMemory`] or [`Error::Backend`] if the weights do not fit the device.
+    /// [`Error::Io`], [`Error::DanglingLink`] and [`Error::LfsPointer`] for a file that cannot be read;
+    /// [`Error::Json`], [`Error::MissingField`] and [`Error::Config`] for a malformed one;
+    /// [`Error::NoWeights`], [`Error::Safetensors`], [`Error::Quantized`], [`Error::Gguf`] and the
+    /// variants that begin with `Tensor` and `Shard` for the weights; [`Error::NoTokenizer`],
+    /// [`Error::Tokenizer`] and [`Error::TokenizerVocabulary`] for the tokenizer; [`Error::OutOfMemory`] or [`Error::Backend`] if the weights do not fit the device.
     pub fn open(device: D, folder: impl AsRef<Path>) -> Result<Self> {
-        Self::open_part(device, folder.as_ref(), FAMILIES, None)
+        OpenOptions::default().open(device, folder)
     }
 
     /// [`open`](Self::open) for a model of one of these families.
@@ -93,7 +110,7 @@ impl<D: Math> Checkpoint<D> {
         folder: impl AsRef<Path>,
         families: &[&dyn Family],
     ) -> Result<Self> {
-        Self::open_part(device, folder.as_ref(), families, None)
+        OpenOptions::default().families(families).open(device, folder)
     }
 
     /// [`open`](Self::open) with one rank's part of the network.
@@ -101,25 +118,54 @@ impl<D: Math> Checkpoint<D> {
     /// # Errors
     /// As [`open`](Self::open) and [`Decoder::load_shard`].
     pub fn open_shard(device: D, folder: impl AsRef<Path>, shard: Shard<D>) -> Result<Self> {
-        Self::open_part(device, folder.as_ref(), FAMILIES, Some(shard))
+        OpenOptions::default().open_shard(device, folder, shard)
     }
 
     fn open_part(
         device: D,
         folder: &Path,
-        families: &[&dyn Family],
+        options: &OpenOptions<'_>,
         shard: Option<Shard<D>>,
     ) -> Result<Self> {
-        let config = ModelConfig::from_file_with(folder, families)?;
+        if is_gguf(folder) {
+            return Self::open_gguf(device, folder, options.families, shard);
+        }
+        let mut config = ModelConfig::from_file_with(folder, options.families)?;
         let tokenizer = Tokenizer::from_dir(folder)?;
         tokenizer.check_vocab_size(config.vocab_size)?;
         let generation = GenerationConfig::from_dir(folder)?;
         let template = ChatTemplate::from_dir(folder)?;
-        let model = Arc::new(Decoder::load_part(device, config, &Weights::open(folder)?, shard)?);
-        Ok(Self { model, tokenizer, generation, template, folder: folder.to_path_buf() })
+        let weights = Weights::open(folder)?;
+        quantised::refuse(folder, &weights)?;
+        let reads = Reads::new(&weights, &mut config)?;
+        // Other ranks leave out some biases.
+        let asks_for_all = shard.as_ref().is_none_or(|shard| shard.rank() == 0);
+        let model = Arc::new(Decoder::load_part(device, config, &reads, shard)?);
+        if asks_for_all {
+            reads.check(options.ignore_extra_tensors)?;
+        }
+        let style = PromptStyle::of(template.as_ref());
+        let folder = folder.to_path_buf();
+        Ok(Self { model, tokenizer, generation, template, own_template: None, style, folder })
     }
 
-    /// The folder it was opened from.
+    fn open_gguf(
+        device: D,
+        path: &Path,
+        families: &[&dyn Family],
+        shard: Option<Shard<D>>,
+    ) -> Result<Self> {
+        let file = Gguf::open(path)?;
+        let (config, tokenizer) = (file.config(families)?, file.tokenizer()?);
+        tokenizer.check_vocab_size(config.vocab_size)?;
+        let template = file.template()?;
+        let model = Arc::new(Decoder::load_part(device, config, &file, shard)?);
+        let (generation, folder) = (GenerationConfig::default(), path.to_path_buf());
+        let style = PromptStyle::of(template.as_ref());
+        Ok(Self { model, tokenizer, generation, template, own_template: None, style, folder })
+    }
+
+    /// The folder, or the GGUF file, that it was opened from.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
@@ -132,9 +178,11 @@ impl<D: Math> Checkpoint<D> {
         self.template.as_ref().ok_or_else(|| Error::NoChatTemplate { path: self.folder.clone() })
     }
 
-    /// Uses another chat template, such as [`ChatTemplate::vicuna`].
+    /// Uses another chat template, such as [`ChatTemplate::vicuna`], for all prompts.
     pub fn set_template(&mut self, template: ChatTemplate) {
+        self.own_template = Some(template.fingerprint());
         self.template = Some(template);
+        self.style = PromptStyle::Chat;
     }
 
     /// Tokens of a conversation that the assistant is to answer.
@@ -147,12 +195,15 @@ impl<D: Math> Checkpoint<D> {
         self.tokenizer.encode(&self.template()?.render(messages, true)?, false)
     }
 
-    /// End-of-sequence tokens: those of `generation_config.json`, else of `config.json`.
+    /// End-of-sequence tokens: those of `generation_config.json`, else of `config.json`, and the
+    /// tokenizer's, with which chat models end their turns even where the other files name another.
     pub fn eos_token_ids(&self) -> Vec<u32> {
-        match self.generation.eos_token_ids.is_empty() {
+        let mut ids = match self.generation.eos_token_ids.is_empty() {
             true => self.model.config().eos_token_ids.clone(),
             false => self.generation.eos_token_ids.clone(),
-        }
+        };
+        ids.extend(self.tokenizer.eos_id().filter(|id| !ids.contains(id)));
+        ids
     }
 
     /// Checks that a plan was made for this model.
@@ -171,8 +222,7 @@ impl<D: Math> Checkpoint<D> {
         Engine::with_text(self.clone(), options)
     }
 
-    /// Answers a message, where there is a chat template, or continues a text, where there is none,
-    /// with at most `max_new_tokens` of the likeliest tokens. See [`engine`](Self::engine) for
+    /// Answers a message or, in [`PromptStyle::Raw`], continues a text with at most `max_new_tokens` of the likeliest tokens. See [`engine`](Self::engine) for
     /// anything else.
     ///
     /// ```no_run
@@ -191,9 +241,9 @@ impl<D: Math> Checkpoint<D> {
     /// [`ShapeMismatch`](moa_core::Error::ShapeMismatch) if the plan is for a model of other
     /// dimensions, and those of [`Engine::step`].
     pub fn complete(&self, plan: &Plan, text: &str, max_new_tokens: usize) -> Result<Completion> {
-        let prompt = match self.template {
-            Some(_) => Prompt::chat(&[Message::user(text)]),
-            None => Prompt::from(text),
+        let prompt = match self.style {
+            PromptStyle::Chat => Prompt::chat(&[Message::user(text)]),
+            PromptStyle::Raw => Prompt::from(text),
         };
         let mut engine = self.engine(EngineOptions::default());
         engine.submit(prompt, plan, GenerateOptions { max_new_tokens, ..Default::default() });

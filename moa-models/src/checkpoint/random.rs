@@ -48,8 +48,10 @@ impl RandomTensors {
     /// [`Error::Invalid`] if the configuration is out of its range.
     pub fn new(config: &ModelConfig, seed: u32) -> Result<Self> {
         config.validate()?;
-        let queries = config.num_attention_heads * config.head_dim;
-        let widest = config.vocab_size.max(config.intermediate_size).max(queries);
+        // Queries, keys and values may share a tensor, and so may gate and up.
+        let heads = config.num_attention_heads + 2 * config.num_key_value_heads;
+        let widest = (heads * config.head_dim).max(2 * config.intermediate_size);
+        let widest = widest.max(config.vocab_size);
         let largest = 2 * (config.hidden_size * widest) as u64;
         let bytes = (2 * config.parameters()).min(MOST_BYTES).max(largest);
         let len = bytes.div_ceil(8) as usize;

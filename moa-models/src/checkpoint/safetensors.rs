@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,6 +11,7 @@ use safetensors::tensor::Dtype as FileDtype;
 use crate::checkpoint::fingerprint::Fnv1a;
 use crate::checkpoint::json::JsonObject;
 use crate::checkpoint::mapped::MappedTensor;
+use crate::checkpoint::text::{LFS, is_file};
 use crate::error::{Error, Result};
 
 const SINGLE: &str = "model.safetensors";
@@ -43,12 +44,17 @@ impl Tensors for Weights {
 ///
 /// Opening checks the whole header of every file: that names are unique, that offsets neither
 /// overlap nor leave gaps, that they agree with shapes and element types and end where the file
-/// ends, and that the index of a sharded checkpoint tells the truth.
+/// ends, and that no shard is missing.
+///
+/// Names that lack the usual `model.`, or that stand behind the prefix of a wrapper, are found by their
+/// usual names too.
 #[derive(Clone, Debug)]
 pub struct Weights {
     dir: PathBuf,
     files: Vec<MappedFile>,
     tensors: BTreeMap<String, Entry>,
+    /// Usual names of tensors that the file calls otherwise.
+    aliases: BTreeMap<String, String>,
 }
 
 #[derive(Clone, Debug)]
@@ -67,23 +73,36 @@ struct Entry {
 }
 
 impl Weights {
-    /// Opens `model.safetensors`, or the shards named by `model.safetensors.index.json`, in `dir`.
+    /// Opens `model.safetensors`, the shards named by `model.safetensors.index.json`, or shards
+    /// without an index (`NAME-00001-of-00002.safetensors`), in `dir`.
     ///
     /// # Errors
-    /// [`Error::NoWeights`] when neither exists, [`Error::Safetensors`] for a file that is
+    /// [`Error::NoWeights`] when none exists, [`Error::Safetensors`] for a file that is
     /// truncated, overlapping or otherwise invalid, [`Error::ShardMissing`],
-    /// [`Error::ShardName`], [`Error::TensorTwice`] and [`Error::TensorMissing`] for an index
-    /// that does not fit its shards, [`Error::Io`] and [`Error::Json`].
+    /// [`Error::ShardName`] and [`Error::TensorTwice`] for shards that do not fit each other,
+    /// [`Error::DanglingLink`] and [`Error::LfsPointer`] for a file that was not fetched,
+    /// [`Error::Io`] and [`Error::Json`].
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
-        let mut weights = Self { dir: dir.to_owned(), files: Vec::new(), tensors: BTreeMap::new() };
-        if dir.join(SINGLE).is_file() {
+        let mut weights = Self {
+            dir: dir.to_owned(),
+            files: Vec::new(),
+            tensors: BTreeMap::new(),
+            aliases: BTreeMap::new(),
+        };
+        if is_file(&dir.join(SINGLE))? {
             weights.add_file(&dir.join(SINGLE))?;
-        } else if dir.join(INDEX).is_file() {
-            weights.add_shards(&dir.join(INDEX))?;
+        } else if is_file(&dir.join(INDEX))? {
+            let index = dir.join(INDEX);
+            // Tensors are looked up in the shards themselves: the index may name some that no model needs.
+            let shards: BTreeSet<String> = read_index(&index)?.into_values().collect();
+            weights.add_shards(&index, shards)?;
+        } else if let Some(shards) = shards_without_index(dir)? {
+            weights.add_shards(dir, shards)?;
         } else {
             return Err(Error::NoWeights { path: dir.to_owned(), got: other_weights(dir)? });
         }
+        weights.aliases = usual_names(weights.names());
         Ok(weights)
     }
 
@@ -92,7 +111,7 @@ impl Weights {
     /// # Errors
     /// [`Error::TensorMissing`], [`Error::TensorShape`], [`Error::TensorDtype`].
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<MappedTensor> {
-        let Some(entry) = self.tensors.get(name) else {
+        let Some(entry) = self.actual_name(name).and_then(|name| self.tensors.get(name)) else {
             return Err(Error::TensorMissing { path: self.dir.clone(), name: name.to_owned() });
         };
         let file = &self.files[entry.file];
@@ -123,11 +142,21 @@ impl Weights {
     /// Whether there is a tensor `name`.
     #[must_use]
     pub fn contains(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
+        self.actual_name(name).is_some()
     }
 
-    /// All tensor names in order.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
+    /// What the file calls the tensor `name`.
+    pub(crate) fn actual_name(&self, name: &str) -> Option<&str> {
+        let actual = || self.aliases.get(name).map(String::as_str);
+        self.tensors.get_key_value(name).map(|(name, _)| name.as_str()).or_else(actual)
+    }
+
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// All tensor names in order, as the files have them.
+    pub fn names(&self) -> impl Iterator<Item = &str> + Clone {
         self.tensors.keys().map(String::as_str)
     }
 
@@ -153,63 +182,106 @@ impl Weights {
         hash.to_string()
     }
 
-    fn add_shards(&mut self, index: &Path) -> Result<()> {
-        let wanted = read_index(index)?;
-        let mut files: BTreeMap<&str, usize> = BTreeMap::new();
-        for shard in wanted.values() {
-            if files.contains_key(shard.as_str()) {
-                continue;
-            }
-            let path = self.dir.join(shard);
-            if !path.is_file() {
-                let shard = shard.clone();
+    fn add_shards(&mut self, index: &Path, shards: BTreeSet<String>) -> Result<()> {
+        for shard in shards {
+            let path = self.dir.join(&shard);
+            if !is_file(&path)? {
                 return Err(Error::ShardMissing { index: index.to_owned(), shard });
             }
-            files.insert(shard, self.add_file(&path)?);
-        }
-        for (name, shard) in &wanted {
-            let file = files[shard.as_str()];
-            if self.tensors.get(name).is_none_or(|entry| entry.file != file) {
-                let path = self.dir.join(shard);
-                return Err(Error::TensorMissing { path, name: name.clone() });
-            }
+            self.add_file(&path)?;
         }
         Ok(())
     }
 
-    /// Maps and validates one file; returns its number.
-    fn add_file(&mut self, path: &Path) -> Result<usize> {
+    /// Maps and validates one file.
+    fn add_file(&mut self, path: &Path) -> Result<()> {
         let invalid = |reason: String| Error::Safetensors { path: path.to_owned(), reason };
         let file = File::open(path).map_err(|source| Error::io(path, source))?;
         // SAFETY: the map is only read. Bytes that another process changes under us would give
         // other weights, never an out-of-range access; a file that it shortens raises SIGBUS,
         // which every reader of mapped model files accepts.
         let map = unsafe { Mmap::map(&file) }.map_err(|source| Error::io(path, source))?;
+        if map.starts_with(LFS) {
+            return Err(Error::LfsPointer { path: path.to_owned() });
+        }
         let (header_len, header) =
             SafeTensors::read_metadata(&map).map_err(|e| invalid(e.to_string()))?;
         let data = 8 + header_len;
         // The safetensors parser lets the last of two equal keys win.
         let text = std::str::from_utf8(&map[8..data]).map_err(|e| invalid(e.to_string()))?;
         JsonObject::parse(path, text).map_err(|e| invalid(e.to_string()))?;
-        let number = self.files.len();
+        self.files.push(MappedFile { path: path.to_owned(), map: Arc::new(map) });
         for (name, info) in header.tensors() {
-            if let Some(first) = self.tensors.get(&name) {
-                let first = self.files[first.file].path.clone();
-                return Err(Error::TensorTwice { name, first, second: path.to_owned() });
-            }
             let (start, end) = info.data_offsets;
             let entry = Entry {
-                file: number,
+                file: self.files.len() - 1,
                 dtype: info.dtype,
                 shape: info.shape.clone(),
                 offset: data + start,
                 len: end - start,
             };
-            self.tensors.insert(name, entry);
+            match self.tensors.get(&name) {
+                None => drop(self.tensors.insert(name, entry)),
+                // Tied weights, written by a tool that did not know of it.
+                Some(first) if self.is_same(first, &entry) => {}
+                Some(first) => {
+                    let first = self.files[first.file].path.clone();
+                    return Err(Error::TensorTwice { name, first, second: path.to_owned() });
+                }
+            }
         }
-        self.files.push(MappedFile { path: path.to_owned(), map: Arc::new(map) });
-        Ok(number)
+        Ok(())
     }
+
+    fn is_same(&self, a: &Entry, b: &Entry) -> bool {
+        let bytes = |e: &Entry| &self.files[e.file].map[e.offset..e.offset + e.len];
+        (a.dtype, &a.shape) == (b.dtype, &b.shape) && bytes(a) == bytes(b)
+    }
+}
+
+/// The shards of a folder whose index was lost: all of one set, by the number that their names give.
+fn shards_without_index(dir: &Path) -> Result<Option<BTreeSet<String>>> {
+    let mut sets = BTreeSet::new();
+    for name in file_names(dir)? {
+        let parts = name.strip_suffix(".safetensors").and_then(|stem| stem.rsplit_once("-of-"));
+        if let Some((before, total)) = parts
+            && let Some((stem, number)) = before.rsplit_once('-')
+            && number.len() == 5
+            && number.parse::<u32>().is_ok()
+            && let Ok(count) = total.parse::<u32>()
+            && (1..=10_000).contains(&count)
+        {
+            sets.insert((stem.to_owned(), total.to_owned(), count));
+        }
+    }
+    // Of two sets, nobody can tell which is meant.
+    let (Some((stem, total, count)), 1) = (sets.first(), sets.len()) else { return Ok(None) };
+    tracing::warn!("{}: no {INDEX}; reading all {count} shards", dir.display());
+    let shard = |number| format!("{stem}-{number:05}-of-{total}.safetensors");
+    Ok(Some((1..=*count).map(shard).collect()))
+}
+
+/// The last part of the name of every model's embedding.
+const EMBEDDING: &str = "embed_tokens.weight";
+
+/// Usual names, `model.` and `lm_head.weight`, of tensors that a file calls otherwise: those of a bare
+/// model without `model.`, and those behind a wrapper's prefix, such as `language_model.`.
+fn usual_names<'n>(names: impl Iterator<Item = &'n str> + Clone) -> BTreeMap<String, String> {
+    let ends = |name: &'n str| name.strip_suffix(EMBEDDING);
+    let mut prefixes = names.clone().filter_map(ends).filter(|p| p.is_empty() || p.ends_with('.'));
+    let (Some(prefix), None) = (prefixes.next(), prefixes.next()) else { return BTreeMap::new() };
+    if prefix == "model." {
+        return BTreeMap::new();
+    }
+    let wrapper = prefix.strip_suffix("model.").unwrap_or(prefix);
+    let usual = |name: &'n str| match name.strip_prefix(prefix) {
+        Some(rest) => Some(format!("model.{rest}")),
+        None => name.strip_prefix(wrapper).map(str::to_owned),
+    };
+    let pairs = names.filter_map(|name| Some((usual(name)?, name.to_owned())));
+    let pairs: BTreeMap<String, String> = pairs.collect();
+    tracing::info!("names of tensors begin with `{prefix}` where others have `model.`");
+    pairs
 }
 
 /// The file that each tensor lies in, as the index of a sharded checkpoint says.
@@ -234,12 +306,15 @@ pub(crate) fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
 
 /// What else in `dir` looks like weights, for the error that says that ours are missing.
 fn other_weights(dir: &Path) -> Result<String> {
-    let entries = std::fs::read_dir(dir).map_err(|source| Error::io(dir, source))?;
-    let mut names: Vec<String> = entries
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .filter(|name| [".bin", ".pth", ".pt", ".gguf"].iter().any(|end| name.ends_with(end)))
-        .collect();
+    let ends = [".bin", ".pth", ".pt", ".gguf", ".safetensors"];
+    let mut names = file_names(dir)?;
+    names.retain(|name| ends.iter().any(|end| name.ends_with(end)));
     names.sort();
     names.truncate(4);
     Ok(if names.is_empty() { "no weights at all".into() } else { names.join(", ") })
+}
+
+fn file_names(dir: &Path) -> Result<Vec<String>> {
+    let entries = std::fs::read_dir(dir).map_err(|source| Error::io(dir, source))?;
+    Ok(entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
 }

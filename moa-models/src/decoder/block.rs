@@ -73,7 +73,7 @@ impl<D: Math> Decoder<D> {
         let norm = |x: D::Tensor, weight: &D::Vector| {
             let shape = self.device.shape(&x);
             let heads = self.device.reshape(x, &[shape[0] * shape[1], shape[2]])?;
-            self.device.reshape(self.device.rms_norm(&heads, weight, self.eps())?, &shape)
+            self.device.reshape(self.device.rms_norm(&heads, weight, self.head_eps())?, &shape)
         };
         match &layer.head_norms {
             None => Ok([q, k]),
@@ -81,28 +81,33 @@ impl<D: Math> Decoder<D> {
         }
     }
 
-    /// Rotates queries and keys, appends keys and values to each cache of `batch`, and attends; with `lse`
-    /// also the log-sum-exp of each row of scores.
+    /// Rotates queries and keys, appends keys and values to each cache of `batch`, and attends as `layer` does;
+    /// with `lse` also the log-sum-exp of each row of scores.
     pub(crate) fn extend(
         &self,
+        layer: &Layer<D>,
         attention: &D::Attention,
         batch: &mut [Append<'_, Cache<D>>],
         [q, k, v]: [D::Tensor; 3],
         rotations: &D::Rotations,
         lse: bool,
     ) -> Result<Extended<D::Tensor>> {
-        let [q, k] = self.rotated(q, k, rotations)?;
+        let [q, k] = self.rotated(layer, q, k, rotations)?;
         let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: self.scale(), lse };
         attention.extend(batch, &inputs).map_err(Into::into)
     }
 
-    /// Queries and keys turned by their positions.
+    /// Queries and keys turned by their positions, where the layer does that.
     pub(crate) fn rotated(
         &self,
+        layer: &Layer<D>,
         q: D::Tensor,
         k: D::Tensor,
         rotations: &D::Rotations,
     ) -> Result<[D::Tensor; 2]> {
+        if !layer.kind.rotary {
+            return Ok([q, k]);
+        }
         let rope = |x| self.device.rope(x, self.config.head_dim, rotations, false);
         Ok([rope(q)?, rope(k)?])
     }
@@ -129,12 +134,32 @@ impl<D: Math> Decoder<D> {
         self.add_branch(x, &act, &layer.down)
     }
 
+    /// The residual stream of new tokens, divided by `residual_multiplier`, so that branches add to it as they
+    /// are. A norm does not see the divisor once its `eps` is divided by the square.
+    pub(crate) fn embed(&self, tokens: &[u32]) -> Result<D::Tensor> {
+        self.device.embed(&self.embedding, tokens, self.embedding_factor())
+    }
+
+    pub(crate) fn embedding_factor(&self) -> f32 {
+        (self.config.embedding_multiplier / self.config.residual_multiplier) as f32
+    }
+
+    /// Of norms of the residual stream.
     pub(crate) fn eps(&self) -> f32 {
+        (self.config.rms_norm_eps / self.config.residual_multiplier.powi(2)) as f32
+    }
+
+    /// Of norms of heads.
+    pub(crate) fn head_eps(&self) -> f32 {
         self.config.rms_norm_eps as f32
     }
 
+    /// Factor of attention scores.
     pub(crate) fn scale(&self) -> f32 {
-        (self.config.head_dim as f32).sqrt().recip()
+        match self.config.attention_multiplier {
+            Some(scale) => scale as f32,
+            None => (self.config.head_dim as f32).sqrt().recip(),
+        }
     }
 }
 

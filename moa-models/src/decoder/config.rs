@@ -1,8 +1,26 @@
-use moa_core::ModelShape;
+use std::borrow::Cow;
+
+use moa_core::{ModelShape, Plan};
 
 use crate::decoder::names::TensorNames;
 use crate::decoder::rope_scaling::RopeScaling;
 use crate::error::{Error, Result};
+
+/// What may differ from layer to layer of one model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayerKind {
+    /// The layer sees only so many recent keys (`q - key < window`), of which a plan may hide more.
+    pub sliding_window: Option<usize>,
+    /// Queries and keys are rotated by their positions.
+    pub rotary: bool,
+}
+
+impl Default for LayerKind {
+    /// A layer that sees all keys and knows where they are.
+    fn default() -> Self {
+        Self { sliding_window: None, rotary: true }
+    }
+}
 
 /// What a [`Decoder`](crate::Decoder) needs to know of a model: its dimensions, constants and tensor
 /// names, which a [`Family`](crate::Family) reads from a `config.json`.
@@ -25,6 +43,10 @@ pub struct ModelConfig {
     pub num_key_value_heads: usize,
     /// Width of one head; `hidden_size / num_attention_heads` when the file does not say.
     pub head_dim: usize,
+    /// Dimensions of a head that are rotated, its first ones; all of them if `None`.
+    pub rotary_dim: Option<usize>,
+    /// What each layer is, where they are not all of the default kind; else empty.
+    pub layer_kinds: Vec<LayerKind>,
     /// Added to the mean square in RMSNorm.
     pub rms_norm_eps: f64,
     /// Base of the rotary frequencies; 10000 when the file does not say.
@@ -44,6 +66,14 @@ pub struct ModelConfig {
     pub mlp_bias: bool,
     /// Each head's queries and keys pass an RMS norm before they are rotated.
     pub qk_norm: bool,
+    /// Factor of attention scores; `1 / sqrt(head_dim)` if `None`.
+    pub attention_multiplier: Option<f64>,
+    /// Factor of the embedding, 1 in most models.
+    pub embedding_multiplier: f64,
+    /// Factor of what attention and feed-forward part add to the residual stream, 1 in most models.
+    pub residual_multiplier: f64,
+    /// Divides the logits, 1 in most models.
+    pub logits_scaling: f64,
     /// Begin-of-sequence token.
     pub bos_token_id: Option<u32>,
     /// Tokens that end a generation; may be empty.
@@ -118,6 +148,35 @@ impl ModelConfig {
         }
     }
 
+    /// What a layer is.
+    #[must_use]
+    pub fn layer_kind(&self, layer: usize) -> LayerKind {
+        self.layer_kinds.get(layer).copied().unwrap_or_default()
+    }
+
+    /// Dimensions of a head that are rotated.
+    #[must_use]
+    pub fn rotated_dims(&self) -> usize {
+        self.rotary_dim.unwrap_or(self.head_dim)
+    }
+
+    /// A plan as this model can follow it: where layers have sliding windows, spans end there
+    /// ([`Plan::within`]). A [`Decoder`](crate::Decoder) does this with every plan it is given; what a plan costs
+    /// this model is what the result costs.
+    ///
+    /// # Errors
+    /// [`Error::Core`] with [`ShapeMismatch`](moa_core::Error::ShapeMismatch) if the plan is for a model of other
+    /// dimensions, with [`Invalid`](moa_core::Error::Invalid) if the configuration was changed by hand into
+    /// something invalid.
+    pub fn windowed<'a>(&self, plan: &'a Plan) -> Result<Cow<'a, Plan>> {
+        plan.check_shape(&self.shape())?;
+        if self.layer_kinds.iter().all(|kind| kind.sliding_window.is_none()) {
+            return Ok(Cow::Borrowed(plan));
+        }
+        let windows = self.layer_kinds.iter().map(|kind| kind.sliding_window).collect();
+        Ok(Cow::Owned(plan.clone().within(windows)?))
+    }
+
     /// Query heads that share one KV head.
     #[must_use]
     pub fn group_size(&self) -> usize {
@@ -147,9 +206,33 @@ impl ModelConfig {
         if !self.head_dim.is_multiple_of(2) {
             return Some(("head_dim", "even, for rotary pairs".into(), self.head_dim.to_string()));
         }
-        if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps > 0.0) {
-            let got = self.rms_norm_eps.to_string();
-            return Some(("rms_norm_eps", "a finite number above 0".into(), got));
+        let (head_dim, rotated) = (self.head_dim, self.rotated_dims());
+        if !(2..=head_dim).contains(&rotated) || !rotated.is_multiple_of(2) {
+            let expected = format!("even, from 2 to head_dim ({head_dim})");
+            return Some(("rotary_dim", expected, rotated.to_string()));
+        }
+        let above_0 = [
+            ("rms_norm_eps", self.rms_norm_eps),
+            ("attention_multiplier", self.attention_multiplier.unwrap_or(1.0)),
+            ("embedding_multiplier", self.embedding_multiplier),
+            ("residual_multiplier", self.residual_multiplier),
+            ("logits_scaling", self.logits_scaling),
+        ];
+        if let Some((name, x)) = above_0.into_iter().find(|(_, x)| !(x.is_finite() && *x > 0.0)) {
+            return Some((name, "a finite number above 0".into(), x.to_string()));
+        }
+        let (layers, kinds) = (self.num_hidden_layers, self.layer_kinds.len());
+        if kinds != 0 && kinds != layers {
+            return Some(("layer_kinds", format!("none or {layers}"), kinds.to_string()));
+        }
+        if self.layer_kinds.iter().any(|kind| kind.sliding_window == Some(0)) {
+            return Some(("sliding_window", "at least 1".into(), "0".into()));
+        }
+        if let RopeScaling::LongRope { short_factor, long_factor, .. } = &self.rope_scaling {
+            let both = [("short_factor", short_factor), ("long_factor", long_factor)];
+            if let Some((name, x)) = both.into_iter().find(|(_, x)| x.len() != rotated / 2) {
+                return Some((name, format!("{} numbers", rotated / 2), x.len().to_string()));
+            }
         }
         if !(self.rope_theta.is_finite() && self.rope_theta > 1.0) {
             let got = self.rope_theta.to_string();

@@ -59,15 +59,16 @@ impl<D: Math> Decoder<D> {
             LogitRows::Rows(rows) => rows.to_vec(),
             LogitRows::None => Vec::new(),
         };
-        let x = device.embed(&self.embedding, &tokens.concat())?;
+        let x = self.embed(&tokens.concat())?;
         batch.iter_mut().for_each(|sequence| sequence.broken = true);
-        let x = self.blocks(x, |layer, qkv| {
+        let x = self.blocks(x, |index, qkv| {
             let mut appends: Vec<_> = batch
                 .iter_mut()
                 .zip(&counts)
-                .map(|(s, &tokens)| Append { cache: &mut s.caches[layer], tokens })
+                .map(|(s, &tokens)| Append { cache: &mut s.caches[index], tokens })
                 .collect();
-            Ok(self.extend(device.attention(), &mut appends, qkv, &rotations, false)?.out)
+            let layer = &self.layers[index];
+            Ok(self.extend(layer, device.attention(), &mut appends, qkv, &rotations, false)?.out)
         })?;
         batch.iter_mut().for_each(|sequence| sequence.broken = false);
         let h = device.rms_norm(&device.rows(&x, &rows)?, &self.norm, self.eps())?;

@@ -19,28 +19,29 @@ impl RopeTable {
             return Err(Error::invalid("context_length", "at least 1", 0));
         }
         config.check_context(context_length)?;
-        let (inv_freq, attention_scale) = frequencies(config, context_length);
+        let (mut inv_freq, attention_scale) = frequencies(config, context_length);
         if let Some(bad) = inv_freq.iter().find(|f| !(f.is_finite() && **f > 0.0)) {
             return Err(Error::invalid("rotary inverse frequency", "finite and above 0", bad));
         }
+        inv_freq.resize(config.head_dim / 2, 0.0);
         Ok(Self { inv_freq, attention_scale, context_length })
     }
 }
 
-/// Inverse frequencies and attention scale, as in transformers' `modeling_rope_utils.py`.
+/// Inverse frequencies of the dimensions that are rotated, and attention scale, as in transformers' `modeling_rope_utils.py`.
 fn frequencies(config: &ModelConfig, context_length: usize) -> (Vec<f64>, f64) {
-    let dim = config.head_dim as f64;
+    let dim = config.rotated_dims() as f64;
     let theta = config.rope_theta;
     // RoFormer (arXiv 2104.09864), section 3.2.2.
     let plain =
-        |theta: f64| (0..config.head_dim / 2).map(move |i| theta.powf(-2.0 * i as f64 / dim));
+        |theta: f64| (0..config.rotated_dims() / 2).map(move |i| theta.powf(-2.0 * i as f64 / dim));
     match config.rope_scaling {
         RopeScaling::Default => (plain(theta).collect(), 1.0),
         RopeScaling::Linear { factor } => (plain(theta).map(|f| f / factor).collect(), 1.0),
         RopeScaling::Dynamic { factor, original } => {
             let stretch = context_length.max(original) as f64 / original as f64;
-            // A two-dimensional head has one frequency, 1, whatever the base.
-            let theta = if config.head_dim == 2 {
+            // Two dimensions have one frequency, 1, whatever the base.
+            let theta = if config.rotated_dims() == 2 {
                 theta
             } else {
                 theta * (factor * stretch - (factor - 1.0)).powf(dim / (dim - 2.0))
@@ -97,6 +98,22 @@ fn frequencies(config: &ModelConfig, context_length: usize) -> (Vec<f64>, f64) {
             };
             (scaled.collect(), attention_factor.unwrap_or_else(derived))
         }
+        RopeScaling::LongRope {
+            ref short_factor,
+            ref long_factor,
+            factor,
+            original,
+            attention_factor,
+        } => {
+            let factors = if context_length > original { long_factor } else { short_factor };
+            let divided = plain(theta).zip(factors).map(|(frequency, factor)| frequency / factor);
+            // LongRoPE, section 3.3.
+            let derived = || match factor <= 1.0 {
+                true => 1.0,
+                false => (1.0 + factor.ln() / (original as f64).ln()).sqrt(),
+            };
+            (divided.collect(), attention_factor.unwrap_or_else(derived))
+        }
     }
 }
 
@@ -109,27 +126,18 @@ fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
 mod tests {
     use super::*;
 
+    const SMALL: &str = r#"{"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 8}"#;
+
     fn config(head_dim: usize, theta: f64, longest: usize, scaling: RopeScaling) -> ModelConfig {
         ModelConfig {
-            vocab_size: 32,
             hidden_size: 2 * head_dim,
-            intermediate_size: 8,
-            num_hidden_layers: 1,
-            num_attention_heads: 2,
-            num_key_value_heads: 1,
             head_dim,
-            rms_norm_eps: 1e-5,
             rope_theta: theta,
             rope_scaling: scaling,
             max_position_embeddings: longest,
-            tie_word_embeddings: false,
-            qkv_bias: false,
-            o_bias: false,
-            mlp_bias: false,
-            qk_norm: false,
-            tensor_names: Default::default(),
-            bos_token_id: None,
-            eos_token_ids: vec![],
+            ..ModelConfig::from_json(SMALL).unwrap()
         }
     }
 
@@ -261,6 +269,29 @@ mod tests {
         );
         let scale = (0.0707 * 4f64.ln() + 1.0) / (0.13 * 4f64.ln() + 1.0);
         assert!((table.attention_scale() - scale).abs() < 1e-12);
+        Ok(())
+    }
+
+    // Phi-4-mini rotates three quarters of 128 dimensions; its temperature leaves the others alone.
+    #[test]
+    fn longrope_divides_by_length_and_leaves_dimensions_that_do_not_turn() -> Result<()> {
+        let scaling = RopeScaling::LongRope {
+            short_factor: vec![1.0; 48],
+            long_factor: (1..=48).map(f64::from).collect(),
+            factor: 32.0,
+            original: 4096,
+            attention_factor: None,
+        };
+        let config = ModelConfig { rotary_dim: Some(96), ..config(128, 1e4, 131_072, scaling) };
+        let plain = |pair: usize| 1e4f64.powf(-2.0 * pair as f64 / 96.0);
+        let short = RopeTable::new(&config, 4096)?;
+        check(&short, &[(0, 1.0), (1, plain(1)), (47, plain(47))]);
+        let long = RopeTable::new(&config, 4097)?;
+        check(&long, &[(0, 1.0), (1, plain(1) / 2.0), (47, plain(47) / 48.0)]);
+        assert_eq!((long.inv_freq().len(), &long.inv_freq()[48..]), (64, &[0.0; 16][..]));
+        assert!((long.attention_scale() - 1.190_238_071_423_808_3).abs() < 1e-12);
+        assert!((long.cos_sin(0).next().unwrap_or_default().0 - 1.190_238).abs() < 1e-6);
+        assert_eq!(long.cos_sin(77).nth(48), Some((1.0, 0.0)));
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 use std::ops::Range;
 
 use crate::checkpoint::safetensors::Tensors;
-use crate::decoder::config::ModelConfig;
+use crate::decoder::config::{LayerKind, ModelConfig};
 use crate::decoder::shard::Shard;
 use crate::device::{Device, LinearWeights, Load};
 use crate::{Error, Result};
@@ -14,6 +14,7 @@ pub(crate) struct Linear<D: Device> {
 
 /// The weights of one layer, or of one device's part of it.
 pub(crate) struct Layer<D: Device> {
+    pub(crate) kind: LayerKind,
     pub(crate) attention_norm: D::Vector,
     /// Queries, keys, values.
     pub(crate) qkv: D::Joined,
@@ -39,17 +40,17 @@ impl<D: Load> Layer<D> {
         let names = &c.tensor_names;
         let (hidden, inner) = (c.hidden_size, c.intermediate_size);
         let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
-        let norm = |name: &str, width: usize| {
-            device.vector(weights.tensor(&names.of_layer(index, name), &[width])?)
-        };
+        let norm =
+            |name: &str, width: usize| weights.tensor(&names.of_layer(index, name), &[width]);
         let tensor = |name: &str, kind: &str, shape: &[usize]| {
             weights.tensor(&(names.of_layer(index, name) + kind), shape)
         };
-        let some = |name: &str, out: usize, rows: &[Range<usize>], has_bias: bool| {
+        let some = |Rows { name, before, all }: Rows<'_>, rows: &[Range<usize>], has_bias| {
+            let rows: Vec<_> = rows.iter().map(|r| before + r.start..before + r.end).collect();
             Ok::<_, Error>(LinearWeights {
-                weight: tensor(name, ".weight", &[out, hidden])?.rows(rows)?,
+                weight: tensor(name, ".weight", &[all, hidden])?.rows(&rows)?,
                 bias: match has_bias {
-                    true => Some(tensor(name, ".bias", &[out])?.rows(rows)?),
+                    true => Some(tensor(name, ".bias", &[all])?.rows(&rows)?),
                     false => None,
                 },
             })
@@ -62,28 +63,70 @@ impl<D: Load> Layer<D> {
             };
             Ok::<_, Error>(Linear { weight: device.linear_matrix(weight)?, bias })
         };
+        let head_norm = |name: &str| {
+            let whole = vec![0..c.head_dim];
+            device.vector(norm(name, c.head_dim)?.rows(&rotary_order(c, whole))?)
+        };
+        let [query, key, value] =
+            Rows::of([(&names.query, q), (&names.key, kv), (&names.value, kv)]);
+        let [gate, up] = Rows::of([(&names.gate, inner), (&names.up, inner)]);
         Ok(Self {
-            attention_norm: norm(&names.attention_norm, hidden)?,
+            kind: c.layer_kind(index),
+            attention_norm: device.vector(norm(&names.attention_norm, hidden)?)?,
             qkv: device.join(vec![
-                some(&names.query, q, &part.query, c.qkv_bias)?,
-                some(&names.key, kv, &part.kv, c.qkv_bias)?,
-                some(&names.value, kv, &part.kv, c.qkv_bias)?,
+                some(query, &rotary_order(c, part.query.clone()), c.qkv_bias)?,
+                some(key, &rotary_order(c, part.kv.clone()), c.qkv_bias)?,
+                some(value, &part.kv, c.qkv_bias)?,
             ])?,
             head_norms: match c.qk_norm {
-                true => {
-                    Some([norm(&names.query_norm, c.head_dim)?, norm(&names.key_norm, c.head_dim)?])
-                }
+                true => Some([head_norm(&names.query_norm)?, head_norm(&names.key_norm)?]),
                 false => None,
             },
             o: sum(&names.attention_output, q, &part.query, c.o_bias)?,
-            mlp_norm: norm(&names.mlp_norm, hidden)?,
+            mlp_norm: device.vector(norm(&names.mlp_norm, hidden)?)?,
             gate_up: device.join(vec![
-                some(&names.gate, inner, &part.inner, c.mlp_bias)?,
-                some(&names.up, inner, &part.inner, c.mlp_bias)?,
+                some(gate, &part.inner, c.mlp_bias)?,
+                some(up, &part.inner, c.mlp_bias)?,
             ])?,
             down: sum(&names.down, inner, &part.inner, c.mlp_bias)?,
         })
     }
+}
+
+/// Where a linear layer's rows are: in a tensor of its own, or between those of others in one of theirs.
+struct Rows<'a> {
+    name: &'a str,
+    /// Rows of the tensor before the layer's own.
+    before: usize,
+    /// Rows of the tensor.
+    all: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// Layers by their tensors' names and their outputs: those of equal names share a tensor, in this order.
+    fn of<const N: usize>(layers: [(&'a str, usize); N]) -> [Self; N] {
+        let rows = |name: &str, layers: &[(&str, usize)]| {
+            layers.iter().filter(|(other, _)| *other == name).map(|(_, rows)| rows).sum()
+        };
+        std::array::from_fn(|at| {
+            let name = layers[at].0;
+            Self { name, before: rows(name, &layers[..at]), all: rows(name, &layers) }
+        })
+    }
+}
+
+/// Rows of queries or keys, in whole heads, in an order in which the half-split rotation of a head turns the
+/// pairs of its first `rotary_dim` dimensions and comes upon the others in pairs that do not turn. Scores do not
+/// depend on the order of dimensions, if queries and keys have the same.
+fn rotary_order(c: &ModelConfig, heads: Vec<Range<usize>>) -> Vec<Range<usize>> {
+    let (dim, turned) = (c.head_dim, c.rotated_dims());
+    if turned == dim {
+        return heads;
+    }
+    let middle = turned + (dim - turned) / 2;
+    let parts = [0..turned / 2, turned..middle, turned / 2..turned, middle..dim];
+    let firsts = heads.into_iter().flat_map(|rows| rows.step_by(dim));
+    firsts.flat_map(|first| parts.clone().map(|p| first + p.start..first + p.end)).collect()
 }
 
 /// Rows and columns of one layer's weights that are here.

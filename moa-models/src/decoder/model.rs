@@ -65,7 +65,11 @@ impl<D: Math> Decoder<D> {
                 Layer::load(&device, &config, weights, index, &part)
             })
             .collect::<Result<_>>()?;
-        let norm = device.vector(weights.tensor(&names.norm, &[config.hidden_size])?)?;
+        let norm = weights.tensor(&names.norm, &[config.hidden_size])?;
+        let norm = device.vector(match config.logits_scaling {
+            1.0 => norm,
+            scaling => norm.scaled(scaling.recip() as f32),
+        })?;
         let output = match config.tie_word_embeddings {
             true => embedding.clone(),
             false => weights.tensor(&names.output, &table)?,

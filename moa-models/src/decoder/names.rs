@@ -4,7 +4,8 @@ use std::borrow::Cow;
 ///
 /// The default is what Hugging Face's Llama and most families after it write. Names of a layer stand
 /// behind `layers`, where `{}` is the number of the layer from 0. Names of linear layers are without
-/// `.weight` and `.bias`, all others are whole.
+/// `.weight` and `.bias`, all others are whole. Where queries, keys and values have one name, or gate and up
+/// have, one tensor holds their rows one after the other.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorNames {
     /// The embedding, `[vocab, hidden]`.

@@ -55,21 +55,40 @@ pub enum RopeScaling {
         /// Whether the ramp's ends are rounded to whole dimensions.
         truncate: bool,
     },
+    /// LongRoPE (arXiv 2402.13753): every frequency is divided by a factor of its own, in sequences opened for
+    /// more tokens than `original` by another than in shorter ones.
+    LongRope {
+        /// Divides each frequency of short sequences.
+        short_factor: Vec<f64>,
+        /// Divides each frequency of long sequences.
+        long_factor: Vec<f64>,
+        /// How many times longer the context becomes, which the attention factor is derived from.
+        factor: f64,
+        /// The context the model was pretrained on.
+        original: usize,
+        /// Multiplies cos and sin; `sqrt(1 + ln(factor) / ln(original))` when absent.
+        attention_factor: Option<f64>,
+    },
 }
 
 impl RopeScaling {
-    /// Reads the `rope_scaling` or `rope_parameters` object of a configuration.
+    /// Reads the `rope_scaling` or `rope_parameters` object of a configuration, `file`.
     ///
     /// `max_position_embeddings` is the default of `original_max_position_embeddings`.
-    pub(crate) fn from_object(object: &JsonObject, max_position_embeddings: usize) -> Result<Self> {
+    pub(crate) fn from_object(
+        object: &JsonObject,
+        file: &JsonObject,
+        max_position_embeddings: usize,
+    ) -> Result<Self> {
         let kind = object.text("rope_type")?.or(object.text("type")?).unwrap_or("default");
         let factor = || object.require("factor", object.number_from("factor", 1.0)?);
         let original = object.count("original_max_position_embeddings")?;
-        if let Some(part) = object.number_above("partial_rotary_factor", 0.0)?
-            && part != 1.0
-        {
-            return Err(object.invalid("partial_rotary_factor", "1 or absent", part));
-        }
+        // Early files of Phi-3 call LongRoPE "su" and even "yarn".
+        let kind = match kind {
+            "su" => "longrope",
+            "yarn" if object.get("short_factor").is_some() => "longrope",
+            kind => kind,
+        };
         match kind {
             "default" => Ok(Self::Default),
             "linear" => Ok(Self::Linear { factor: factor()? }),
@@ -114,8 +133,26 @@ impl RopeScaling {
                     truncate: object.flag("truncate")?.unwrap_or(true),
                 })
             }
+            "longrope" => {
+                // Phi-3's files have it beside the object.
+                const ORIGINAL: &str = "original_max_position_embeddings";
+                let original = file.require(ORIGINAL, file.count(ORIGINAL)?.or(original))?;
+                let factors = |field| object.require(field, object.numbers_above(field, 0.0)?);
+                let factor = match object.get("factor") {
+                    None => max_position_embeddings as f64 / original as f64,
+                    _ => factor()?,
+                };
+                Ok(Self::LongRope {
+                    short_factor: factors("short_factor")?,
+                    long_factor: factors("long_factor")?,
+                    factor,
+                    original,
+                    attention_factor: object.number_above("attention_factor", 0.0)?,
+                })
+            }
             other => {
-                Err(object.invalid("rope_type", "default, linear, dynamic, llama3 or yarn", other))
+                let known = "default, linear, dynamic, llama3, yarn or longrope";
+                Err(object.invalid("rope_type", known, other))
             }
         }
     }
@@ -128,7 +165,7 @@ impl RopeScaling {
     pub(crate) fn context_length(&self, max_position_embeddings: usize) -> usize {
         let times = |length: usize, factor: f64| (length as f64 * factor).floor() as usize;
         match *self {
-            Self::Default | Self::Llama3 { .. } => max_position_embeddings,
+            Self::Default | Self::Llama3 { .. } | Self::LongRope { .. } => max_position_embeddings,
             Self::Linear { factor } => times(max_position_embeddings, factor),
             Self::Dynamic { factor, original } | Self::Yarn { factor, original, .. } => {
                 times(original, factor)

@@ -169,6 +169,7 @@ impl<D: Math> Decoder<D> {
             head_dim: self.config.head_dim,
             scale: self.scale(),
             rope: &first.rope,
+            rotary: self.layers.iter().map(|layer| layer.kind.rotary).collect(),
             capacity: sequences.iter().map(Sequence::capacity).max().unwrap_or(0),
             vocab_size: self.config.vocab_size,
         };
@@ -189,7 +190,7 @@ impl<D: Math> Decoder<D> {
         let (device, config) = (&self.device, &self.config);
         batch.iter_mut().for_each(|sequence| sequence.broken = true);
         replay.run(device, tokens, &|step| {
-            let x = step.embed(device, &self.embedding)?;
+            let x = step.embed(device, &self.embedding, self.embedding_factor())?;
             let x = self.blocks(x, |layer, qkv| step.attend(device, layer, qkv))?;
             let h = device.rms_norm(&x, &self.norm, self.eps())?;
             let columns = match &self.shard {

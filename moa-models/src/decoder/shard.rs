@@ -205,16 +205,16 @@ impl<D: Math> Decoder<D> {
         }
     }
 
-    /// The part of a plan that is about this rank's heads.
+    /// The part of a plan that is about this rank's heads, as the model can follow it.
     ///
     /// # Errors
     /// [`Error::Core`] with [`ShapeMismatch`](moa_core::Error::ShapeMismatch) if the plan is for a
     /// model of other dimensions.
     pub(crate) fn own_plan<'a>(&self, plan: &'a Plan) -> Result<Cow<'a, Plan>> {
-        plan.check_shape(&self.shape())?;
+        let plan = self.config.windowed(plan)?;
         Ok(match &self.shard {
-            None => Cow::Borrowed(plan),
-            Some(shard) => Cow::Owned(shard.sharding.plan(plan, shard.rank())?),
+            None => plan,
+            Some(shard) => Cow::Owned(shard.sharding.plan(&plan, shard.rank())?),
         })
     }
 

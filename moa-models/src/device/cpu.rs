@@ -1,4 +1,4 @@
-//! The operations on CPU threads, over [`moa_backend_cpu`]. Weights stay in the 16-bit type of their
+//! The operations on CPU threads, over [`moa_backend_cpu`]. Weights stay in the type or the blocks of their
 //! file, and in its memory map.
 
 use std::ops::Range;
@@ -51,19 +51,20 @@ impl CpuMatrix {
         };
         let bytes = tensor.bytes();
         let aligned = match tensor.dtype() {
-            Dtype::F32 => bytemuck::try_cast_slice::<_, f32>(bytes).is_ok(),
-            _ => bytemuck::try_cast_slice::<_, u16>(bytes).is_ok(),
+            None => true,
+            Some(Dtype::F32) => bytemuck::try_cast_slice::<_, f32>(bytes).is_ok(),
+            Some(_) => bytemuck::try_cast_slice::<_, u16>(bytes).is_ok(),
         };
         let data = match (aligned, tensor.dtype()) {
-            (true, _) => Data::Mapped(tensor),
-            (false, Dtype::F32) => {
+            (true, _) | (_, None) => Data::Mapped(tensor),
+            (false, Some(Dtype::F32)) => {
                 Data::F32(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
             }
-            (false, Dtype::F16) => {
+            (false, Some(Dtype::F16)) => {
                 Data::F16(bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b)).collect())
             }
             // Files have no other types.
-            (false, _) => {
+            (false, Some(_)) => {
                 Data::BF16(bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b)).collect())
             }
         };
@@ -73,9 +74,10 @@ impl CpuMatrix {
     fn data(&self) -> WeightData<'_> {
         match &self.data {
             // `new` has checked the alignment; lengths follow from the file's validation.
-            Data::Mapped(tensor) => match tensor.dtype() {
-                Dtype::F32 => WeightData::F32(bytemuck::cast_slice(tensor.bytes())),
-                Dtype::F16 => WeightData::F16(bytemuck::cast_slice(tensor.bytes())),
+            Data::Mapped(tensor) => match (tensor.blocks(), tensor.dtype()) {
+                (Some(blocks), _) => WeightData::Blocks(blocks, tensor.bytes()),
+                (_, Some(Dtype::F32)) => WeightData::F32(bytemuck::cast_slice(tensor.bytes())),
+                (_, Some(Dtype::F16)) => WeightData::F16(bytemuck::cast_slice(tensor.bytes())),
                 _ => WeightData::Bf16(bytemuck::cast_slice(tensor.bytes())),
             },
             Data::F32(data) => WeightData::F32(data),
@@ -145,7 +147,7 @@ impl Load for Cpu {
 }
 
 impl Math for Cpu {
-    fn embed(&self, table: &CpuMatrix, ids: &[u32]) -> Result<Tensor> {
+    fn embed(&self, table: &CpuMatrix, ids: &[u32], factor: f32) -> Result<Tensor> {
         let cols = table.cols;
         let mut values = vec![0.0; ids.len() * cols];
         for (out, &id) in values.chunks_mut(cols).zip(ids) {
@@ -162,7 +164,11 @@ impl Math for Cpu {
                 WeightData::Bf16(x) => {
                     out.iter_mut().zip(&x[place]).for_each(|(o, x)| *o = x.to_f32())
                 }
+                WeightData::Blocks(blocks, bytes) => blocks.widen(bytes, place.start, out),
             }
+        }
+        if factor != 1.0 {
+            values.iter_mut().for_each(|x| *x *= factor);
         }
         self.tensor(values, &[ids.len(), cols])
     }
@@ -186,7 +192,11 @@ impl Math for Cpu {
     }
 
     fn linears(&self, x: &Tensor, joined: &Self::Joined) -> Result<Vec<Tensor>> {
-        joined.iter().map(|(weight, bias)| self.linear(x, weight, bias.as_ref())).collect()
+        let mut layers = Vec::with_capacity(joined.len());
+        for (weight, bias) in joined {
+            layers.push((weight.view()?, bias.as_deref()));
+        }
+        Ok(kernels::linears(x, &layers)?)
     }
 
     fn rotations(&self, sequences: &[(&RopeTable, Range<usize>)]) -> Result<CpuRotations> {

@@ -217,12 +217,12 @@ pub trait Load: Device {
 /// its backend does, with the argument, what was expected and what came, if its arguments do not
 /// fit together. It returns [`Error::OutOfMemory`] or [`Error::Backend`] if the device fails.
 pub trait Math: Load {
-    /// Rows `ids` of an embedding, `[ids, hidden]`.
+    /// Rows `ids` of an embedding times `factor`, `[ids, hidden]`.
     ///
     /// # Errors
     /// [`Error::Invalid`] or [`Error::Backend`] if an id is not below the number of the table's
     /// rows; those of [every operation](Math#errors-of-every-operation).
-    fn embed(&self, table: &Self::Matrix, ids: &[u32]) -> Result<Self::Tensor>;
+    fn embed(&self, table: &Self::Matrix, ids: &[u32], factor: f32) -> Result<Self::Tensor>;
 
     /// `x / sqrt(mean(x^2) + eps) * weight` per row.
     ///

@@ -23,6 +23,8 @@ pub struct ReplayBatch<'a, D: Device> {
     pub scale: f32,
     /// Rotary frequencies of all sequences.
     pub rope: &'a RopeTable,
+    /// Whether queries and keys of a layer are rotated, for each layer.
+    pub rotary: Vec<bool>,
     /// Most tokens that a sequence may hold.
     pub capacity: usize,
     /// Tokens of the vocabulary.
@@ -51,13 +53,13 @@ pub trait Replay<D: Device>: Send {
         step: &dyn Fn(&dyn Replay<D>) -> Result<()>,
     ) -> Result<()>;
 
-    /// Rows of the embedding for the tokens in place, `[sequences, hidden]`.
+    /// Rows of the embedding for the tokens in place times `factor`, `[sequences, hidden]`.
     ///
     /// # Errors
     /// [`Error::Backend`](crate::Error::Backend) if the device fails.
-    fn embed(&self, device: &D, table: &D::Matrix) -> Result<D::Tensor>;
+    fn embed(&self, device: &D, table: &D::Matrix, factor: f32) -> Result<D::Tensor>;
 
-    /// Rotates queries and keys, appends keys and values to the caches of `layer`, and attends:
+    /// Rotates queries and keys where `layer` does, appends keys and values to its caches, and attends:
     /// `[sequences, heads, head_dim]` each.
     ///
     /// # Errors

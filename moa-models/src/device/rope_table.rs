@@ -6,12 +6,14 @@
 /// y[i]                = x[i] * cos - x[i + head_dim / 2] * sin
 /// y[i + head_dim / 2] = x[i + head_dim / 2] * cos + x[i] * sin
 /// ```
+/// A pair of frequency 0 is left as it is: of a model that rotates only a part of each head.
+///
 /// Angles are computed in f64 from absolute positions and rounded once, so a table costs
 /// `head_dim / 2` numbers however long the context is.
 ///
-/// A table belongs to the context length a sequence is opened for. Only dynamic NTK depends on
-/// it. transformers changes that base while the sequence grows, which makes keys cached early
-/// disagree with keys cached late; here the base is fixed when the sequence is opened, so the
+/// A table belongs to the context length a sequence is opened for. Only dynamic NTK and LongRoPE depend on
+/// it. transformers changes their frequencies while the sequence grows, which makes keys cached early
+/// disagree with keys cached late; here they are fixed when the sequence is opened, so the
 /// output does not depend on how the sequence was cut into chunks.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeTable {
@@ -28,18 +30,19 @@ impl RopeTable {
         let scale = self.attention_scale;
         self.inv_freq.iter().map(move |frequency| {
             let (sin, cos) = (position * frequency).sin_cos();
+            let scale = if *frequency == 0.0 { 1.0 } else { scale };
             ((cos * scale) as f32, (sin * scale) as f32)
         })
     }
 
-    /// Radians per position of every pair, `[head_dim / 2]`.
+    /// Radians per position of every pair, `[head_dim / 2]`; 0 for a pair that is left as it is.
     #[must_use]
     pub fn inv_freq(&self) -> &[f64] {
         &self.inv_freq
     }
 
-    /// Factor on cosine and sine: YaRN's temperature, 1 otherwise. Queries and keys both carry
-    /// it, so attention scores carry its square.
+    /// Factor on cosine and sine of pairs that turn: the temperature of YaRN and LongRoPE, 1 otherwise.
+    /// Queries and keys both carry it, so attention scores carry its square.
     #[must_use]
     pub fn attention_scale(&self) -> f64 {
         self.attention_scale

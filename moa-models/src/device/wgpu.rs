@@ -82,15 +82,19 @@ impl Load for Wgpu {
         let &[rows, cols] = tensor.shape() else {
             return Err(Error::invalid("weight", "2 axes", tensor.shape().len()));
         };
-        Ok(Matrix::new(self.gpu(), tensor.bytes(), rows, cols, tensor.dtype())?)
+        let Some(dtype) = tensor.dtype() else { return self.matrix(tensor.widened(Dtype::F32)) };
+        Ok(Matrix::new(self.gpu(), tensor.bytes(), rows, cols, dtype)?)
     }
 
     fn linear_matrix(&self, tensor: MappedTensor) -> Result<Matrix> {
-        if let (Dtype::F16, Dtype::Bf16, &[rows, cols]) =
+        if let (Dtype::F16, Some(Dtype::Bf16), &[rows, cols]) =
             (self.inner, tensor.dtype(), tensor.shape())
             && let Some(bytes) = narrowed(tensor.bytes())
         {
             return Ok(Matrix::new(self.gpu(), &bytes, rows, cols, Dtype::F16)?);
+        }
+        if tensor.blocks().is_some() {
+            return self.matrix(tensor.widened(self.inner));
         }
         self.matrix(tensor)
     }
@@ -110,8 +114,8 @@ impl Load for Wgpu {
 }
 
 impl Math for Wgpu {
-    fn embed(&self, table: &Matrix, ids: &[u32]) -> Result<Tensor> {
-        Ok(kernels::embed(table, ids)?)
+    fn embed(&self, table: &Matrix, ids: &[u32], factor: f32) -> Result<Tensor> {
+        Ok(kernels::embed(table, ids, factor)?)
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {

@@ -93,6 +93,24 @@ impl<D: Math> ChatSession<D> {
         &self.messages
     }
 
+    /// Takes another conversation, such as one with instructions before its first turn, or one without
+    /// its oldest turns. The next turn reads what the cache does not hold of it.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if a turn is not over.
+    pub fn set_messages(&mut self, messages: Vec<Message>) -> Result<()> {
+        if self.turn.is_some() {
+            return Err(Error::invalid("messages", "set between turns", "a turn that is not over"));
+        }
+        self.messages = messages;
+        Ok(())
+    }
+
+    /// Most tokens of the conversation.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
     /// Tokens that the cache holds, without those of a turn that is not over.
     pub fn cached_tokens(&self) -> usize {
         self.cached.len()
@@ -120,7 +138,7 @@ impl<D: Math> ChatSession<D> {
         }
         let mut messages = self.messages.clone();
         messages.push(Message::user(content));
-        let tokens = self.checkpoint.chat_tokens(&messages)?;
+        let tokens = self.checkpoint.prompt_tokens(&messages)?;
         if tokens.len() > self.capacity {
             return Err(Error::ContextExceeded { asked: tokens.len(), limit: self.capacity });
         }

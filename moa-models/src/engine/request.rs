@@ -56,8 +56,12 @@ pub struct GenerateOptions {
     pub max_new_tokens: usize,
     /// How each token is chosen.
     pub sampling: SamplingOptions,
-    /// Texts that end the request, of which nothing is returned.
+    /// Texts that end the request, of which nothing is returned. One that is a special token ends it as
+    /// such.
     pub stop: Vec<String>,
+    /// Tokens that end the request beside [`eos_token_ids`](Self::eos_token_ids), of which nothing is
+    /// returned.
+    pub stop_token_ids: Vec<u32>,
     /// Tokens that end the request; `None` for those of the model, an empty list for none.
     pub eos_token_ids: Option<Vec<u32>>,
 }
@@ -68,6 +72,7 @@ impl Default for GenerateOptions {
             max_new_tokens: 256,
             sampling: SamplingOptions::default(),
             stop: Vec::new(),
+            stop_token_ids: Vec::new(),
             eos_token_ids: None,
         }
     }
@@ -90,7 +95,7 @@ pub enum Finish {
     Eos,
     /// The request has all its new tokens, or its sequence is full.
     Length,
-    /// The text reached a stop string, or the caller ended the request.
+    /// The text reached a stop string or a stop token, or the caller ended the request.
     Stopped,
 }
 

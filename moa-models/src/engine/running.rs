@@ -15,6 +15,7 @@ pub(crate) struct Running {
     sampler: Sampler,
     max_new_tokens: usize,
     eos_token_ids: Vec<u32>,
+    stop_token_ids: Vec<u32>,
     text: Option<Text>,
     /// Prompt and new tokens.
     history: Vec<u32>,
@@ -35,25 +36,38 @@ struct Text {
 }
 
 impl Running {
-    /// A request without a sequence.
+    /// A request without a sequence. Its text, where there is a tokenizer, follows on the prompt's or
+    /// begins anew.
     pub(crate) fn new(
         id: RequestId,
         prompt: Vec<u32>,
         options: GenerateOptions,
         eos_token_ids: &[u32],
-        tokenizer: Option<&Tokenizer>,
+        text: Option<(&Tokenizer, bool)>,
     ) -> Result<Self> {
         let stops = StopStrings::new(&options.stop)?;
-        let text = tokenizer.map(|t| Text { stream: t.stream(), stops, whole: String::new() });
-        if text.is_none() && !options.stop.is_empty() {
-            return Err(Error::invalid("stop strings", "none without a tokenizer", "some"));
-        }
+        let mut stop_token_ids = options.stop_token_ids;
+        let text = match text {
+            None if options.stop.is_empty() => None,
+            None => return Err(Error::invalid("stop strings", "none without a tokenizer", "some")),
+            Some((tokenizer, continues)) => {
+                // No text has a special token in it.
+                let ids = options.stop.iter().filter_map(|stop| tokenizer.special_token_id(stop));
+                stop_token_ids.extend(ids);
+                let stream = match continues {
+                    true => tokenizer.stream_after(&prompt)?,
+                    false => tokenizer.stream(),
+                };
+                Some(Text { stream, stops, whole: String::new() })
+            }
+        };
         Ok(Self {
             id,
             is_resumed: false,
             sampler: Sampler::new(options.sampling)?,
             max_new_tokens: options.max_new_tokens,
             eos_token_ids: options.eos_token_ids.unwrap_or_else(|| eos_token_ids.to_vec()),
+            stop_token_ids,
             text,
             prompt_len: prompt.len(),
             history: prompt,
@@ -124,6 +138,14 @@ impl Running {
     pub(crate) fn accept(&mut self, token: u32, events: &mut VecDeque<Event>) {
         if self.eos_token_ids.contains(&token) {
             self.ended = Some(Ok(Finish::Eos));
+            return;
+        }
+        if self.stop_token_ids.contains(&token) {
+            let rest = self.text.as_mut().map_or(Ok(String::new()), Text::finish);
+            self.ended = Some(rest.map(|rest| {
+                tell(self.id, rest, events);
+                Finish::Stopped
+            }));
             return;
         }
         self.history.push(token);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use moa_core::Plan;
 
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::prompt_style::PromptStyle;
 use crate::decoder::model::Decoder;
 use crate::decoder::sequence::Sequence;
 use crate::device::Math;
@@ -275,6 +276,15 @@ impl<D: Math> Engine<D> {
     ) -> RequestId {
         let id = RequestId(self.next_id);
         self.next_id += 1;
+        // A text is continued with the space that it needs, an answer begins without one.
+        let continues = match &prompt {
+            Prompt::Text(_) => true,
+            Prompt::Chat(_) => false,
+            Prompt::Tokens(_) => {
+                let style = self.checkpoint.as_ref().map(Checkpoint::prompt_style);
+                style == Some(PromptStyle::Raw)
+            }
+        };
         let prepare = || {
             let prompt = self.tokens(prompt)?;
             if prompt.is_empty() {
@@ -283,7 +293,8 @@ impl<D: Math> Engine<D> {
             self.model.check_tokens(&prompt)?;
             let (len, new) = (prompt.len(), options.max_new_tokens);
             let tokenizer = self.checkpoint.as_ref().map(|checkpoint| &checkpoint.tokenizer);
-            let mut run = Running::new(id, prompt, options, &self.eos_token_ids, tokenizer)?;
+            let text = tokenizer.map(|tokenizer| (tokenizer, continues));
+            let mut run = Running::new(id, prompt, options, &self.eos_token_ids, text)?;
             // Last: it takes the sequence.
             let (place, room) = place(&self.model, len, new)?;
             run.room = room;

@@ -9,6 +9,7 @@ use super::question::Question;
 use super::report::{Asked, RetrievalItem, RetrievalReport};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::fingerprint::fingerprint;
+use crate::checkpoint::prompt_style::PromptStyle;
 use crate::checkpoint::template::Message;
 use crate::device::Math;
 use crate::engine::chat_session::ChatSession;
@@ -66,7 +67,7 @@ impl<D: Math> Checkpoint<D> {
     /// Context length that a question is opened for: its messages and room for every answer.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the question has no message; those of [`Checkpoint::chat_tokens`].
+    /// [`Error::Invalid`] if the question has no message; those of [`Checkpoint::prompt_tokens`].
     pub fn question_context(&self, question: &Question, max_new_tokens: usize) -> Result<usize> {
         let Some((last, before)) = question.turns.split_last() else {
             return Err(Error::invalid("question", "at least 1 message", 0));
@@ -76,7 +77,7 @@ impl<D: Math> Checkpoint<D> {
             messages.extend([Message::user(turn.text.trim()), Message::assistant("")]);
         }
         messages.push(Message::user(last.text.trim()));
-        let tokens = self.chat_tokens(&messages)?.len();
+        let tokens = self.prompt_tokens(&messages)?.len();
         Ok(tokens + max_new_tokens + before.len() * (max_new_tokens + REWRITTEN))
     }
 
@@ -89,8 +90,8 @@ impl<D: Math> Checkpoint<D> {
         self.model.config().check_context(asked)
     }
 
-    /// Asks a question: each message, trimmed, goes through the chat template and is answered with
-    /// at most `max_new_tokens` greedy tokens. The plan's spans are those of a context of all
+    /// Asks a question: each message, trimmed, goes through the chat template, unless prompts are raw, and
+    /// is answered with at most `max_new_tokens` greedy tokens. The plan's spans are those of a context of all
     /// messages and answers together. The item's `size` and `case` are for the caller to fill.
     ///
     /// # Errors
@@ -109,7 +110,7 @@ impl<D: Math> Checkpoint<D> {
         let mut chat = ChatSession::new(self, plan, context)?;
         let mut item = RetrievalItem {
             context,
-            density: plan.density(context),
+            density: self.model.config().windowed(plan)?.density(context),
             kv_bytes_dense: self.model.dense_bytes(context)?,
             ..RetrievalItem::default()
         };
@@ -208,6 +209,12 @@ impl<D: Math> Checkpoint<D> {
         settings.insert("model".into(), json!(self.model.fingerprint()));
         settings.insert("plan".into(), json!(plan));
         settings.insert("max_new_tokens".into(), json!(evaluation.max_new_tokens));
+        // Logs of before there was a choice say nothing.
+        if self.prompt_style() == PromptStyle::Raw {
+            settings.insert("prompts".into(), json!("raw"));
+        } else if let Some(template) = &self.own_template {
+            settings.insert("template".into(), json!(template));
+        }
         Value::Object(settings)
     }
 }

@@ -122,7 +122,7 @@ impl<D: Math> Decoder<D> {
 
         // A rank has only a part of them, which `open` checks sequence by sequence.
         if self.ranks() == 1 {
-            let each = plan.kv_bytes(context, self.slot_bytes());
+            let each = self.config.windowed(plan)?.kv_bytes(context, self.slot_bytes());
             self.device.check_room("keys and values", each.saturating_mul(batch as u64))?;
         }
         let mut sequence = self.open(plan, context, 0)?;
@@ -167,7 +167,7 @@ impl<D: Math> Decoder<D> {
             prompt,
             batch,
             context,
-            density: plan.density(context),
+            density: self.config.windowed(plan)?.density(context),
             first_token_seconds,
             prefill_tokens_per_second: prompt as f64 / first_token_seconds,
             steps,

@@ -19,7 +19,7 @@ impl<D: Math> Checkpoint<D> {
     /// [`Error::Question`](crate::Error::Question) as [`Checkpoint::retrieval`];
     /// [`Error::NoChatTemplate`](crate::Error::NoChatTemplate),
     /// [`Error::Template`](crate::Error::Template) or [`Error::Tokenizer`](crate::Error::Tokenizer)
-    /// as [`Checkpoint::chat_tokens`].
+    /// as [`Checkpoint::prompt_tokens`].
     pub fn held_out_cases(
         &self,
         length: usize,
@@ -35,8 +35,8 @@ impl<D: Math> Checkpoint<D> {
     /// The longest record prompt of at most `room` tokens.
     fn filled(&self, phrasing: &Phrasing, room: usize, seed: u64) -> Result<RetrievalCase> {
         let fits = |lines: usize| -> Result<bool> {
-            let text = phrasing.prompt(lines, seed).text;
-            Ok(self.chat_tokens(&[Message::user(&text)])?.len() <= room)
+            let text = self.case(phrasing, lines, seed).prompt;
+            Ok(self.prompt_tokens(&[Message::user(&text)])?.len() <= room)
         };
         // A line has more than 4 tokens in any tokenizer.
         let (mut low, mut high) = (1, (room / 4).max(2));
@@ -44,14 +44,14 @@ impl<D: Math> Checkpoint<D> {
             let middle = low.midpoint(high);
             if fits(middle)? { low = middle } else { high = middle }
         }
-        Ok(case(phrasing, low, seed))
+        Ok(self.case(phrasing, low, seed))
     }
 
     fn answered_best(&self, max_new_tokens: usize, seed: u64) -> Result<&'static Phrasing> {
         let dense = Plan::full(self.model.shape())?;
         let mut best = (0, &PHRASINGS[0]);
         for phrasing in PHRASINGS {
-            let probes: Vec<_> = (0..2).map(|i| case(phrasing, 12, draw(!seed, i))).collect();
+            let probes: Vec<_> = (0..2).map(|i| self.case(phrasing, 12, draw(!seed, i))).collect();
             let report = self.retrieval(&probes, &dense, max_new_tokens, &mut ())?;
             if report.correct > best.0 {
                 best = (report.correct, phrasing);
@@ -62,17 +62,17 @@ impl<D: Math> Checkpoint<D> {
         }
         Ok(best.1)
     }
+
+    fn case(&self, phrasing: &Phrasing, lines: usize, seed: u64) -> RetrievalCase {
+        let record = phrasing.prompt(lines, seed);
+        RetrievalCase {
+            prompt: self.question_text(record.text),
+            expected_number: i64::from(record.answer),
+            correct_line: None,
+        }
+    }
 }
 
 fn draw(seed: u64, index: u64) -> u64 {
     seed.rotate_left(32) ^ SEED ^ index
-}
-
-fn case(phrasing: &Phrasing, lines: usize, seed: u64) -> RetrievalCase {
-    let record = phrasing.prompt(lines, seed);
-    RetrievalCase {
-        prompt: record.text,
-        expected_number: i64::from(record.answer),
-        correct_line: None,
-    }
 }

@@ -137,20 +137,22 @@ impl<D: Math> Decoder<D> {
             tokens: count,
             windows: parts.len(),
             length,
-            density: plan.density(length),
+            density: self.config.windowed(plan)?.density(length),
             kv_bytes,
             kv_bytes_dense: self.dense_bytes(length)?,
             seconds: begin.elapsed().as_secs_f64(),
         })
     }
 
-    /// Bytes that a dense cache of `capacity` tokens would hold, of the heads that are here.
+    /// Bytes that a dense cache of `capacity` tokens would hold, of the heads that are here. Layers with a
+    /// sliding window hold no more than that.
     ///
     /// # Errors
     /// No variant of [`Error`]: the dimensions of a loaded model alone decide, and the result is
     /// always `Ok`.
     pub fn dense_bytes(&self, capacity: usize) -> Result<u64> {
-        Ok(self.local.kv_bytes(capacity, self.slot_bytes()))
+        let dense = Plan::full(self.shape())?;
+        Ok(self.own_plan(&dense)?.kv_bytes(capacity, self.slot_bytes()))
     }
 }
 

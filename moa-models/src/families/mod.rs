@@ -1,30 +1,44 @@
 //! Families of models: how their `config.json` is read.
 
+pub(crate) mod granite;
+mod layer_kinds;
 pub(crate) mod llama;
+pub(crate) mod mistral;
+pub(crate) mod phi3;
+pub(crate) mod qwen2;
+pub(crate) mod qwen3;
+pub(crate) mod smollm3;
 
 use std::path::Path;
 
 use crate::Result;
+use crate::checkpoint::gguf::{Gguf, is_gguf};
 use crate::checkpoint::json::JsonObject;
 use crate::decoder::config::ModelConfig;
+use crate::families::granite::Granite;
 use crate::families::llama::Llama;
+use crate::families::mistral::Mistral;
+use crate::families::phi3::Phi3;
+use crate::families::qwen2::Qwen2;
+use crate::families::qwen3::Qwen3;
+use crate::families::smollm3::SmolLm3;
 
 /// A family of models that a [`Decoder`](crate::Decoder) can run: which checkpoints belong to it, and
 /// how their `config.json` describes a model.
 ///
 /// A family is data. What makes models differ stands in [`ModelConfig`]: dimensions, rotary
-/// frequencies, biases, norms of queries and keys, names of tensors. A family of one's own reads what
-/// [`Llama`] reads and says what is different:
+/// frequencies, biases, norms of queries and keys, kinds of layers, factors, names of tensors. A family of
+/// one's own reads what [`Llama`] reads and says what is different:
 ///
 /// ```
 /// use moa_models::{Family, JsonObject, Llama, ModelConfig, Result};
 ///
-/// /// Qwen2: Llama with biases on queries, keys and values.
-/// struct Qwen2;
+/// /// Llama with biases on queries, keys and values.
+/// struct Biased;
 ///
-/// impl Family for Qwen2 {
+/// impl Family for Biased {
 ///     fn model_types(&self) -> &[&str] {
-///         &["qwen2"]
+///         &["biased"]
 ///     }
 ///
 ///     fn config(&self, file: &JsonObject) -> Result<ModelConfig> {
@@ -32,10 +46,10 @@ use crate::families::llama::Llama;
 ///     }
 /// }
 ///
-/// let text = r#"{"model_type": "qwen2", "vocab_size": 64, "hidden_size": 32,
+/// let text = r#"{"model_type": "biased", "vocab_size": 64, "hidden_size": 32,
 ///     "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
 ///     "rms_norm_eps": 1e-6, "max_position_embeddings": 128}"#;
-/// let config = ModelConfig::from_json_with(text, &[&Llama, &Qwen2])?;
+/// let config = ModelConfig::from_json_with(text, &[&Llama, &Biased])?;
 /// assert!(config.qkv_bias && !config.o_bias);
 /// assert!(ModelConfig::from_json(text).is_err());
 /// # Ok::<(), moa_models::Error>(())
@@ -53,14 +67,15 @@ pub trait Family: Sync {
 }
 
 /// The families that are known without being named.
-pub const FAMILIES: &[&dyn Family] = &[&Llama];
+pub const FAMILIES: &[&dyn Family] = &[&Llama, &Mistral, &Qwen2, &Qwen3, &SmolLm3, &Granite, &Phi3];
 
 impl ModelConfig {
-    /// Reads `config.json`, given its folder or the file itself, of one of [`FAMILIES`].
+    /// Reads `config.json`, given its folder or the file itself, or the metadata of a GGUF file, of one of
+    /// [`FAMILIES`].
     ///
     /// # Errors
     /// [`Error::Io`](crate::Error::Io) when it cannot be read, [`Error::Json`](crate::Error::Json) when
-    /// it is not a JSON object or names a field twice,
+    /// it is not a JSON object or names a field twice, [`Error::Gguf`](crate::Error::Gguf) for a GGUF file,
     /// [`Error::MissingField`](crate::Error::MissingField) and [`Error::Config`](crate::Error::Config)
     /// with the field otherwise.
     pub fn from_file(dir_or_file: impl AsRef<Path>) -> Result<Self> {
@@ -73,6 +88,9 @@ impl ModelConfig {
     /// As [`from_file`](Self::from_file).
     pub fn from_file_with(dir_or_file: impl AsRef<Path>, families: &[&dyn Family]) -> Result<Self> {
         let path = dir_or_file.as_ref();
+        if is_gguf(path) {
+            return Gguf::open(path)?.config(families);
+        }
         let path = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
         read(&JsonObject::read(&path)?, families)
     }
@@ -95,7 +113,7 @@ impl ModelConfig {
 }
 
 /// What the family of the file's `model_type` reads.
-fn read(file: &JsonObject, families: &[&dyn Family]) -> Result<ModelConfig> {
+pub(crate) fn read(file: &JsonObject, families: &[&dyn Family]) -> Result<ModelConfig> {
     // Early files do not say.
     let wanted = file.text("model_type")?.unwrap_or("llama");
     let Some(family) = families.iter().find(|family| family.model_types().contains(&wanted)) else {

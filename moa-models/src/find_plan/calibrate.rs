@@ -6,6 +6,7 @@ use serde::Deserialize;
 
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::template::Message;
+use crate::checkpoint::text::read_text;
 use crate::decoder::logits::LogitRows;
 use crate::device::Math;
 use crate::engine::request::GenerateOptions;
@@ -75,7 +76,7 @@ impl CalibrationPrompt {
     pub fn load(path: impl AsRef<Path>) -> Result<Vec<Self>> {
         let path = path.as_ref();
         if path.extension().is_some_and(|e| e == "txt" || e == "md") {
-            let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
+            let text = read_text(path)?;
             return Ok(vec![Self::Text(text)]);
         }
         jsonl::load(path)
@@ -170,7 +171,7 @@ impl<D: Math> Checkpoint<D> {
     /// [`Error::ContextExceeded`] if a length is beyond the model's context; [`Error::Invalid`] if
     /// a length is too short for a response, or there are no lengths, samples or questions;
     /// [`Error::NoCalibration`] if no prompt fits a length, or the dense model answers nothing, with
-    /// what was tried; [`Error::Cancelled`]; those of [`Checkpoint::chat_tokens`] and of
+    /// what was tried; [`Error::Cancelled`]; those of [`Checkpoint::prompt_tokens`] and of
     /// [`Decoder::forward`](crate::Decoder::forward).
     pub fn calibrate(
         &self,
@@ -393,13 +394,13 @@ impl<D: Math> Checkpoint<D> {
         best.map_or_else(least, Ok)
     }
 
-    /// Tokens of a conversation that is to be answered, by a model with a chat template or without one.
+    /// Tokens of a built-in question.
     fn question_tokens(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        if self.template().is_ok() {
-            return self.chat_tokens(messages);
+        let mut messages = messages.to_vec();
+        if let Some(last) = messages.last_mut() {
+            last.content = self.question_text(std::mem::take(&mut last.content));
         }
-        let turns: Vec<&str> = messages.iter().map(|m| m.content.as_str()).collect();
-        self.tokenizer.encode(&format!("{}\n\nAnswer:", turns.join("\n\n")), true)
+        self.prompt_tokens(&messages)
     }
 
     /// Running text of each length, without questions, whose predictions plans are to leave as they are
@@ -488,7 +489,7 @@ impl<D: Math> Checkpoint<D> {
         let mut items: BTreeMap<usize, Vec<Item>> =
             lengths.iter().map(|l| (*l, Vec::new())).collect();
         let (mut done, wanted) = (0, lengths.len() * options.samples);
-        let (mut longest, mut cut) = (0, 0);
+        let (mut longest, mut cut, mut without_answer) = (0, 0, 0);
         let questions = prompts.iter().enumerate().filter_map(|(index, prompt)| match prompt {
             CalibrationPrompt::Question { messages, answer } => Some((index, messages, answer)),
             CalibrationPrompt::Text(_) => None,
@@ -497,7 +498,7 @@ impl<D: Math> Checkpoint<D> {
             if done == wanted {
                 break;
             }
-            let mut tokens = self.question_tokens(messages)?;
+            let mut tokens = self.prompt_tokens(messages)?;
             let given = answer
                 .as_deref()
                 .map(|a| self.tokenizer.encode(&format!(" {}", a.trim()), false))
@@ -524,6 +525,7 @@ impl<D: Math> Checkpoint<D> {
                     .swap_remove(0),
             };
             if response.is_empty() {
+                without_answer += 1;
                 continue;
             }
             items.entry(length).or_default().push(Item::new(&tokens, &response)?);
@@ -547,10 +549,15 @@ impl<D: Math> Checkpoint<D> {
         match items.iter().find(|(_, own)| own.is_empty()) {
             Some((&length, _)) => Err(Error::NoCalibration {
                 length,
-                reason: format!(
-                    "no prompt with its answer has from half as many to as many tokens (the longest has \
-                     {longest})"
-                ),
+                reason: match without_answer {
+                    0 => format!(
+                        "no prompt with its answer has from half as many to as many tokens (the \
+                         longest has {longest})"
+                    ),
+                    count => format!(
+                        "{count} prompts have no answer: the dense model ended it at its first token"
+                    ),
+                },
             }),
             None => Ok(items),
         }

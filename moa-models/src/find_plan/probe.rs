@@ -208,7 +208,7 @@ impl<D: Math> Decoder<D> {
     }
 
     fn embed_pass(&self, pass: &Pass<'_, D>) -> Result<Hidden<D::Tensor>> {
-        let embed = |ids: &[u32]| self.device.embed(&self.embedding, ids);
+        let embed = |ids: &[u32]| self.embed(ids);
         let shared = match pass.shared {
             0 => None,
             n => Some(embed(&pass.items[0].inputs()[..n])?),
@@ -242,7 +242,7 @@ impl<D: Math> Decoder<D> {
             if let (Some(shared), Some(rotations)) = (x.shared.take(), &pass.shared_rotations) {
                 let mut attend = |qkv| {
                     let batch = &mut [Append { cache: &mut cache, tokens: pass.shared }];
-                    Ok(self.extend(attention, batch, qkv, rotations, false)?.out)
+                    Ok(self.extend(layer, attention, batch, qkv, rotations, false)?.out)
                 };
                 // Nothing reads these rows of the top layer but the keys and values.
                 match is_top {
@@ -260,7 +260,7 @@ impl<D: Math> Decoder<D> {
                 appends.map(|(cache, &tokens)| Append { cache, tokens }).collect();
             let mut attend = |qkv| {
                 let rotations = &pass.rest_rotations;
-                Ok(self.extend(attention, &mut appends, qkv, rotations, false)?.out)
+                Ok(self.extend(layer, attention, &mut appends, qkv, rotations, false)?.out)
             };
             x.rest = match is_top {
                 true => {

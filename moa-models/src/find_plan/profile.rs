@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use moa_core::{
     Append, DEFAULT_SINK, ElasticRule, Extended, Gradients, Influence, InfluenceInputs,
-    LayerLayout, Plan, Span, SparseAttentionBackend,
+    LayerLayout, Plan, SparseAttentionBackend,
 };
 
 use crate::decoder::block::parts;
@@ -166,18 +166,20 @@ impl<D: Backward> Decoder<D> {
         rotations: &D::Rotations,
     ) -> Result<Vec<Saved<D::Tensor>>> {
         let n = tokens.len();
-        let spans = vec![Span::full(n); self.config.num_key_value_heads];
-        let layout = LayerLayout::new(&spans, n, 0)?;
-        let mut x = self.device.embed(&self.embedding, tokens)?;
+        let dense = Plan::full(self.shape())?;
+        let dense = self.config.windowed(&dense)?;
+        let mut x = self.embed(tokens)?;
         let mut saved = Vec::with_capacity(self.layers.len());
         for (index, layer) in self.layers.iter().enumerate() {
             let input = x.clone();
+            let layout = LayerLayout::new(&dense.layer_spans(index, n), n, 0)?;
             let attend = |qkv| {
                 let attention = self.device.exact_attention();
                 let mut cache =
                     attention.open(&layout, self.config.head_dim).map_err(Into::into)?;
                 let batch = &mut [Append { cache: &mut cache, tokens: n }];
-                let Extended { out, lse } = self.extend(attention, batch, qkv, rotations, true)?;
+                let Extended { out, lse } =
+                    self.extend(layer, attention, batch, qkv, rotations, true)?;
                 let lse = lse.ok_or(Error::invalid("backend", "a log-sum-exp output", "none"))?;
                 saved.push(Saved { x: input, out: out.clone(), lse });
                 Ok(out)
@@ -273,7 +275,7 @@ impl<D: Backward> Decoder<D> {
         let total = device.shape(&saved.x)[0];
         let [raw_q, raw_k, v] = self.projections(layer, &saved.x)?;
         let [q, k] = self.normed_heads(layer, raw_q.clone(), raw_k.clone())?;
-        let [q, k] = self.rotated(q, k, rotations)?;
+        let [q, k] = self.rotated(layer, q, k, rotations)?;
         let d_out = device.linear_backward(&d_y, &layer.o.weight)?;
         let d_out = self.place(d_out, rows, total)?;
         let d_out = device.reshape(d_out, &[total, c.num_attention_heads, c.head_dim])?;
@@ -284,6 +286,7 @@ impl<D: Backward> Decoder<D> {
             out: &saved.out,
             lse: &saved.lse,
             d_out: &d_out,
+            window: layer.kind.sliding_window.unwrap_or(usize::MAX),
             block,
             sign: objective.sign(),
             gradients,
@@ -293,7 +296,10 @@ impl<D: Backward> Decoder<D> {
         let Some(Gradients { d_q, d_k, d_v }) = output.gradients else {
             return Ok((output.blocks, None));
         };
-        let unrotate = |g| device.rope(g, c.head_dim, rotations, true);
+        let unrotate = |g| match layer.kind.rotary {
+            true => device.rope(g, c.head_dim, rotations, true),
+            false => Ok(g),
+        };
         let (mut d_q, mut d_k) = (unrotate(d_q)?, unrotate(d_k)?);
         if let Some([query, key]) = &layer.head_norms {
             d_q = self.head_norm_backward(raw_q, query, d_q)?;
@@ -317,7 +323,7 @@ impl<D: Backward> Decoder<D> {
         let device = &self.device;
         let shape = device.shape(&x);
         let heads = |x| device.reshape(x, &[shape[0] * shape[1], shape[2]]);
-        let d_x = device.rms_norm_backward(&heads(x)?, weight, self.eps(), &heads(d_y)?)?;
+        let d_x = device.rms_norm_backward(&heads(x)?, weight, self.head_eps(), &heads(d_y)?)?;
         device.reshape(d_x, &shape)
     }
 

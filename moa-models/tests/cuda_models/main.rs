@@ -4,6 +4,7 @@
 //! independent implementation are read from the folder that `MOA_TEST_DATA` names.
 
 mod errors;
+mod families;
 mod fp8;
 mod laws;
 mod logits;
@@ -22,6 +23,7 @@ use moa_models::{Checkpoint, Cpu, Cuda, Decoder, Dtype, LogitRows, Math, Sequenc
 fn main() -> ExitCode {
     let trials = [
         errors::trials(),
+        families::trials(),
         fp8::trials(),
         laws::trials(),
         logits::trials(),

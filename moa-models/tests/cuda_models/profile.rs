@@ -32,7 +32,7 @@ fn profile<D: Backward>(model: &Decoder<D>, item: &Item, objective: Objective) -
 }
 
 /// Cosine of two vectors, and the ratio of their lengths.
-fn compare(a: &[f64], b: &[f64]) -> (f64, f64) {
+pub(crate) fn compare(a: &[f64], b: &[f64]) -> (f64, f64) {
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
     let (of_a, of_b) = (dot(a, a).sqrt(), dot(b, b).sqrt());
     (dot(a, b) / (of_a * of_b), of_a / of_b)

@@ -49,6 +49,27 @@ fn pieces_join_to_the_text_and_the_text_is_that_of_the_tokens() -> Result<()> {
 }
 
 #[test]
+fn a_stop_string_that_is_a_special_token_stops_at_the_token() -> Result<()> {
+    let record = moa_models::PHRASINGS[0].prompt(8, 7).text;
+    let chat = Prompt::chat(&[Message::user(record)]);
+    let complete = |options: GenerateOptions| -> Result<Completion> {
+        let mut engine = checkpoint().engine(EngineOptions::default());
+        engine.submit(chat.clone(), &full(), options);
+        Ok(engine.complete_all()?.remove(0))
+    };
+    let ended = complete(GenerateOptions { max_new_tokens: 40, ..Default::default() })?;
+    assert_eq!(ended.finish, Finish::Eos);
+    let eos = checkpoint().tokenizer.eos_id().unwrap();
+    let no_eos = greedy(40);
+    for (stop, stop_token_ids) in [(vec!["</s>".to_owned()], vec![]), (vec![], vec![eos])] {
+        let stopped = complete(GenerateOptions { stop, stop_token_ids, ..no_eos.clone() })?;
+        assert_eq!((stopped.text, stopped.finish), (ended.text.clone(), Finish::Stopped));
+        assert_eq!(stopped.tokens, ended.tokens);
+    }
+    Ok(())
+}
+
+#[test]
 fn a_stop_string_ends_the_text_and_is_not_in_it() -> Result<()> {
     let whole = told(greedy(40), &[])?.0.text;
     // Across the borders of tokens.

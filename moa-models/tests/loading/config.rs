@@ -47,8 +47,6 @@ fn each_needed_field_is_named_when_it_is_missing() {
         "intermediate_size",
         "num_hidden_layers",
         "num_attention_heads",
-        "rms_norm_eps",
-        "max_position_embeddings",
     ] {
         for absent in ["", "null"] {
             let error = ModelConfig::from_json(&config(&[(field, absent)])).unwrap_err();
@@ -58,6 +56,21 @@ fn each_needed_field_is_named_when_it_is_missing() {
             );
         }
     }
+}
+
+#[test]
+fn fields_with_a_default_of_transformers_may_be_absent() -> Result<(), Error> {
+    let config = ModelConfig::from_json(&config(&[
+        ("rms_norm_eps", ""),
+        ("max_position_embeddings", "null"),
+        ("rope_scaling", "false"),
+        ("eos_token_id", "[2, null]"),
+        ("unread", "[Infinity, -Infinity, NaN]"),
+    ]))?;
+    assert_eq!((config.rms_norm_eps, config.max_position_embeddings), (1e-6, 2048));
+    assert_eq!(config.rope_scaling, RopeScaling::Default);
+    assert_eq!(config.eos_token_ids, [2]);
+    Ok(())
 }
 
 #[test]
@@ -78,7 +91,7 @@ fn values_out_of_range_are_named() {
         ("bos_token_id", "64"),
         ("eos_token_id", "[2, \"3\"]"),
         ("hidden_act", "\"gelu\""),
-        ("model_type", "\"mistral\""),
+        ("model_type", "\"mixtral\""),
         ("rope_scaling", "4"),
     ] {
         let error = ModelConfig::from_json(&config(&[(field, value)])).unwrap_err();
@@ -88,7 +101,11 @@ fn values_out_of_range_are_named() {
 
 #[test]
 fn numbers_json_has_not_and_keys_that_come_twice_are_errors() {
-    for value in ["NaN", "Infinity", "1e999", "1e-5, \"vocab_size\": 64"] {
+    for value in ["NaN", "Infinity"] {
+        let result = ModelConfig::from_json(&config(&[("rms_norm_eps", value)]));
+        assert!(matches!(result, Err(Error::Config { .. })), "{value}: {result:?}");
+    }
+    for value in ["1e999", "1e-5, \"vocab_size\": 64"] {
         let result = ModelConfig::from_json(&config(&[("rms_norm_eps", value)]));
         assert!(matches!(result, Err(Error::Json { .. })), "{value}: {result:?}");
     }
@@ -156,7 +173,7 @@ fn bad_rope_scaling_is_named() {
     let llama3 =
         r#"{"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}"#;
     for (value, field) in [
-        (r#"{"type": "longrope"}"#, "rope_type"),
+        (r#"{"type": "proportional"}"#, "rope_type"),
         (r#"{"type": "linear", "factor": 0.5}"#, "factor"),
         (r#"{"type": "linear", "factor": "4"}"#, "factor"),
         (r#"{"type": "default", "partial_rotary_factor": 0.5}"#, "partial_rotary_factor"),

@@ -3,10 +3,14 @@
 
 mod chat;
 mod config;
+mod extra_tensors;
 mod generation_config;
+mod gguf;
 #[path = "../streamed/mod.rs"]
 mod streamed;
+mod templates;
 mod tokenizer;
+mod tokenizer_kinds;
 mod weights;
 
 use std::path::{Path, PathBuf};

@@ -41,7 +41,11 @@ fn tokenizer_of_another_vocabulary_names_both() -> Result<(), Error> {
 #[test]
 fn bad_tokenizer_files_are_errors() {
     let dir = tempfile::tempdir().unwrap();
-    assert!(matches!(Tokenizer::from_dir(dir.path()), Err(Error::Io { .. })));
+    let none = Tokenizer::from_dir(dir.path()).unwrap_err();
+    assert!(matches!(&none, Error::NoTokenizer { .. }), "{none}");
+    fs::write(dir.path().join("tokenizer.model"), "x").unwrap();
+    let none = Tokenizer::from_dir(dir.path()).unwrap_err().to_string();
+    assert!(none.contains("tokenizer.model") && none.contains("save_pretrained"), "{none}");
     fs::write(dir.path().join("tokenizer.json"), "{}").unwrap();
     assert!(matches!(Tokenizer::from_dir(dir.path()), Err(Error::Tokenizer { .. })));
     fs::copy(moa_tiny().join("tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
@@ -62,6 +66,87 @@ fn special_tokens_of_the_older_file() -> Result<(), Error> {
     fs::write(dir.path().join("special_tokens_map.json"), map).unwrap();
     let tokenizer = Tokenizer::from_dir(dir.path())?;
     assert_eq!((tokenizer.bos_id(), tokenizer.eos_id()), (Some(1), Some(2)));
+    Ok(())
+}
+
+/// A folder with the small model's tokenizer and these files.
+fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::copy(moa_tiny().join("tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
+    for (name, text) in files {
+        fs::write(dir.path().join(name), text).unwrap();
+    }
+    dir
+}
+
+#[test]
+fn tokens_that_other_files_add_are_tokens_under_their_ids() -> Result<(), Error> {
+    let decoder = r#"{"added_tokens_decoder": {
+        "8192": {"content": "<|end|>", "special": true},
+        "8200": {"content": "<|far|>", "special": true},
+        "42": {"content": "H"}}}"#;
+    let dir = folder(&[("tokenizer_config.json", decoder)]);
+    let tokenizer = Tokenizer::from_dir(dir.path())?;
+    assert_eq!(tokenizer.encode("<|far|><|end|>", false)?, [8200, 8192]);
+    assert_eq!(tokenizer.special_token_id("<|end|>"), Some(8192));
+    assert_eq!(tokenizer.special_token_id("world"), None);
+    assert_eq!(tokenizer.decode(&[8192], true)?, "");
+
+    let (tokens, roles) =
+        (r#"{"<|im_end|>": 8192, "<x>": 8193}"#, r#"{"eos_token": "<|im_end|>"}"#);
+    let dir = folder(&[("added_tokens.json", tokens), ("special_tokens_map.json", roles)]);
+    let tokenizer = Tokenizer::from_dir(dir.path())?;
+    assert_eq!(tokenizer.eos_id(), Some(8192));
+    assert_eq!(tokenizer.special_token_id("<|im_end|>"), Some(8192));
+    assert_eq!(tokenizer.decode(&tokenizer.encode("<x><|im_end|>", false)?, true)?, "<x>");
+
+    let taken = folder(&[("added_tokens.json", r#"{"<x>": 300}"#)]);
+    let tokenizer = Tokenizer::from_dir(taken.path())?;
+    assert_eq!(tokenizer.token_id("<x>"), None, "tokenizer.json is right");
+    let odd = folder(&[("added_tokens.json", r#"{"<x>": "300"}"#)]);
+    assert!(matches!(Tokenizer::from_dir(odd.path()), Err(Error::Config { .. })));
+    Ok(())
+}
+
+#[test]
+fn an_added_token_may_lie_beyond_the_embedding() -> Result<(), Error> {
+    let dir = folder(&[("added_tokens.json", r#"{"<pad>": 8192}"#)]);
+    Tokenizer::from_dir(dir.path())?.check_vocab_size(8192)?;
+    let roles = r#"{"eos_token": "<pad>"}"#;
+    fs::write(dir.path().join("special_tokens_map.json"), roles).unwrap();
+    let error = Tokenizer::from_dir(dir.path())?.check_vocab_size(8192).unwrap_err();
+    assert!(matches!(&error, Error::TokenizerVocabulary { id: 8192, .. }), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_text_that_follows_on_another_keeps_its_first_space() -> Result<(), Error> {
+    let tokenizer = Tokenizer::from_dir(moa_tiny())?;
+    let (prompt, rest) = ("The capital of France is", " Paris. 🦙");
+    let ids = tokenizer.encode(&format!("{prompt}{rest}"), true)?;
+    let split = tokenizer.encode(prompt, true)?.len();
+    let mut stream = tokenizer.stream_after(&ids[..split])?;
+    let mut text = String::new();
+    for id in &ids[split..] {
+        text.push_str(&stream.push(*id)?.unwrap_or_default());
+    }
+    text.push_str(&stream.finish()?.unwrap_or_default());
+    assert_eq!(text, rest);
+
+    // A tokenizer of Llama 2's kind, which leaves the space out of a text of its own.
+    let space =
+        json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true});
+    let file = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": space, "post_processor": null, "decoder": space,
+        "model": {"type": "WordLevel", "vocab": {"<unk>": 0, "▁is": 1, "▁Paris": 2}, "unk_token": "<unk>"}
+    });
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("tokenizer.json"), file.to_string()).unwrap();
+    let tokenizer = Tokenizer::from_dir(dir.path())?;
+    let is = tokenizer.encode("is", false)?;
+    assert_eq!(tokenizer.stream_after(&is)?.push(2)?.as_deref(), Some(" Paris"));
+    assert_eq!(tokenizer.stream().push(2)?.as_deref(), Some("Paris"));
     Ok(())
 }
 

@@ -66,7 +66,7 @@ fn elements_of_the_three_types() -> Result<(), Error> {
         [("a", &[1, 2][..], Dtype::F32), ("b", &[2], Dtype::F16), ("c", &[2], Dtype::Bf16)]
     {
         let tensor = weights.tensor(name, shape)?;
-        assert_eq!((tensor.dtype(), tensor.shape()), (dtype, shape));
+        assert_eq!((tensor.dtype(), tensor.shape()), (Some(dtype), shape));
         assert_eq!(tensor.bytes().len(), 2 * dtype.bytes());
         assert_eq!(tensor.to_f32(), [1.5, -2.0]);
     }
@@ -114,7 +114,7 @@ proptest! {
             for (name, shape) in [("a", &[2][..]), ("b", &[1, 2])] {
                 if let Ok(tensor) = weights.tensor(name, shape) {
                     let elements: usize = shape.iter().product();
-                    prop_assert_eq!(tensor.bytes().len(), elements * tensor.dtype().bytes());
+                    prop_assert_eq!(tensor.bytes().len(), elements * tensor.dtype().map_or(0, Dtype::bytes));
                 }
             }
         }
@@ -175,16 +175,20 @@ fn index_must_tell_the_truth() -> Result<(), Error> {
         Err(Error::ShardMissing { shard, .. }) => assert_eq!(shard, "2.safetensors"),
         other => panic!("{other:?}"),
     }
-    match open_shards(&shards, &[("a", "1.safetensors"), ("b", "1.safetensors")]) {
-        Err(Error::TensorMissing { path, name }) => {
-            assert!(path.ends_with("1.safetensors") && name == "b");
-        }
-        other => panic!("{other:?}"),
+    // What the index says of tensors that no model asks for is no matter.
+    let weights = open_shards(&shards, &[&good[..], &[("c", "1.safetensors")]].concat())?;
+    assert!(matches!(weights.tensor("c", &[1]), Err(Error::TensorMissing { .. })));
+    // The same tensor twice is fine, two tensors of one name are not.
+    open_shards(&[("1.safetensors", "a"), ("2.safetensors", "a")], &good)?;
+    let dir = tempfile::tempdir().unwrap();
+    for (shard, len) in [("m-00001-of-00002.safetensors", 4), ("m-00002-of-00002.safetensors", 8)] {
+        let header = format!("{{{}}}", tensor("a", "F32", &[len / 4], 0, len));
+        fs::write(dir.path().join(shard), file(&header, len)).unwrap();
     }
-    match open_shards(&[("1.safetensors", "a"), ("2.safetensors", "a")], &good) {
+    match Weights::open(dir.path()) {
         Err(Error::TensorTwice { name, first, second }) => {
-            assert!(name == "a" && first.ends_with("1.safetensors"));
-            assert!(second.ends_with("2.safetensors"));
+            assert!(name == "a" && first.ends_with("m-00001-of-00002.safetensors"));
+            assert!(second.ends_with("m-00002-of-00002.safetensors"));
         }
         other => panic!("{other:?}"),
     }
@@ -285,4 +289,58 @@ proptest! {
         let named = matches!(beyond, Error::Invalid { what: "rows of a weight", .. });
         prop_assert!(named, "{beyond}");
     }
+}
+
+#[test]
+fn shards_without_an_index_are_read_if_all_are_there() -> Result<(), Error> {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |shard: &str, name: &str| {
+        let header = format!("{{{}}}", tensor(name, "F32", &[1], 0, 4));
+        fs::write(dir.path().join(shard), file(&header, 4)).unwrap();
+    };
+    write("model-00001-of-00002.safetensors", "a");
+    let error = Weights::open(dir.path()).unwrap_err();
+    let missing = "model-00002-of-00002.safetensors";
+    assert!(matches!(&error, Error::ShardMissing { shard, .. } if shard == missing), "{error}");
+    write(missing, "b");
+    assert_eq!(Weights::open(dir.path())?.names().collect::<Vec<_>>(), ["a", "b"]);
+    write("other-00001-of-00001.safetensors", "c");
+    let error = Weights::open(dir.path()).unwrap_err();
+    assert!(matches!(&error, Error::NoWeights { got, .. } if got.contains("other")), "{error}");
+    Ok(())
+}
+
+#[test]
+fn names_without_a_prefix_or_behind_a_wrappers_are_found() -> Result<(), Error> {
+    for (embedding, norm, output) in [
+        ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
+        ("embed_tokens.weight", "norm.weight", "lm_head.weight"),
+        ("w.model.embed_tokens.weight", "w.model.norm.weight", "w.lm_head.weight"),
+        (
+            "model.language_model.embed_tokens.weight",
+            "model.language_model.norm.weight",
+            "lm_head.weight",
+        ),
+    ] {
+        let parts: Vec<_> = [embedding, norm, output]
+            .iter()
+            .enumerate()
+            .map(|(i, name)| tensor(name, "F32", &[1], 4 * i, 4 * i + 4))
+            .collect();
+        let weights = open(&file(&format!("{{{}}}", parts.join(",")), 12))?;
+        for (i, name) in
+            ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"].iter().enumerate()
+        {
+            assert!(weights.contains(name), "{name} of {embedding}");
+            assert_eq!(weights.tensor(name, &[1])?.bytes()[0] as usize, 4 * i, "{name}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_pointer_of_git_lfs_says_what_to_do() {
+    let error =
+        open(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n").unwrap_err();
+    assert!(matches!(&error, Error::LfsPointer { .. }), "{error}");
 }

@@ -6,6 +6,7 @@
 mod folders;
 mod golden;
 mod plans;
+mod smollm2;
 mod stories260k;
 #[path = "../streamed/mod.rs"]
 mod streamed;
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
         folders::trials(),
         golden::trials(),
         plans::trials(),
+        smollm2::trials(),
         stories260k::trials(),
         tokenizers::trials(),
     ];

@@ -66,7 +66,7 @@ fn llama_3_reference_encodings() -> Verdict {
     let sentence = [128000, 2028, 374, 264, 1296, 11914, 13];
     assert_eq!(tokenizer.encode("This is a test sentence.", true)?, sentence);
     let chat = [Message::system("This is a test sentence."), Message::user("This is a response.")];
-    let text = ChatTemplate::llama3()?.render(&chat, true)?;
+    let text = ChatTemplate::llama3().render(&chat, true)?;
     let dialog = [
         128000, 128006, 9125, 128007, 271, 2028, 374, 264, 1296, 11914, 13, 128009, 128006, 882,
         128007, 271, 2028, 374, 264, 2077, 13, 128009, 128006, 78191, 128007, 271,

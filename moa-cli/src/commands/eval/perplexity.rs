@@ -1,9 +1,8 @@
 use std::fmt;
-use std::fs;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use moa_models::{Checkpoint, Math, PerplexityReport, PooledPerplexity};
+use moa_models::{Checkpoint, Math, PerplexityReport, PooledPerplexity, read_text};
 use serde::Serialize;
 
 use crate::args::{ModelArg, PlanArgs, parse_count};
@@ -36,14 +35,13 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let mut texts = Vec::new();
     for path in &args.text {
-        let text = fs::read_to_string(path)
-            .map_err(|source| Error::Read { path: path.clone(), source })?;
+        let text = read_text(path)?;
         texts.push((path.display().to_string(), text));
     }
     let mut lengths = args.lengths.clone();
     lengths.sort_unstable();
     lengths.dedup();
-    on_model!(context, &args.model.model, args.plan, |model, context| with_model(
+    on_model!(context, &args.model, args.plan, |model, context| with_model(
         args,
         (&texts, &lengths),
         &model,

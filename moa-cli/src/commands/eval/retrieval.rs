@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::model::{self, on_model};
 use crate::output::Context;
 use crate::progress::Progress;
+use crate::style::StyleArgs;
 
 /// Ask LongEval cases: the last integer of the answer must be the expected number
 ///
@@ -22,6 +23,8 @@ use crate::progress::Progress;
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArg,
+    #[command(flatten)]
+    style: StyleArgs,
     #[command(flatten)]
     plan: PlanArgs,
     /// Cases, one {"prompt", "expected_number"} a line
@@ -64,20 +67,21 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
             questions.push(SizedQuestion { size, case: index, question, place });
         }
     }
-    on_model!(context, &args.model.model, args.plan, |model, context| with_model(
-        args, &questions, &model, context
+    on_model!(context, &args.model, args.plan, |model, context| with_model(
+        args, &questions, model, context
     ))
 }
 
 fn with_model<D: Math>(
     args: &Args,
     questions: &[SizedQuestion],
-    model: &Checkpoint<D>,
+    mut model: Checkpoint<D>,
     context: &Context,
 ) -> Result<()> {
-    let plan = model::choose_plan(&args.plan, model)?;
+    args.style.apply(&mut model)?;
+    let plan = model::choose_plan(&args.plan, &model)?;
     let own = [("evaluation", "retrieval".to_string()), ("data", file_fingerprint(&args.data)?)];
-    let evaluation = args.items.evaluation(model, &plan, args.max_new_tokens, own, context);
+    let evaluation = args.items.evaluation(&model, &plan, args.max_new_tokens, own, context);
     let mut bar = Progress::new(context, "evaluate", questions.len());
     let report = model.evaluate(questions, &evaluation, &mut bar)?;
     drop(bar);

@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::model::{self, on_model};
 use crate::output::Context;
 use crate::progress::Progress;
+use crate::style::StyleArgs;
 
 /// Ask generated questions: pass key, multi-key, variable tracking, associative recall
 ///
@@ -22,6 +23,8 @@ use crate::progress::Progress;
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArg,
+    #[command(flatten)]
+    style: StyleArgs,
     #[command(flatten)]
     plan: PlanArgs,
     /// What to ask
@@ -42,13 +45,12 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     args.items.check(context)?;
-    on_model!(context, &args.model.model, args.plan, |model, context| with_model(
-        args, &model, context
-    ))
+    on_model!(context, &args.model, args.plan, |model, context| with_model(args, model, context))
 }
 
-fn with_model<D: Math>(args: &Args, model: &Checkpoint<D>, context: &Context) -> Result<()> {
-    let plan = model::choose_plan(&args.plan, model)?;
+fn with_model<D: Math>(args: &Args, mut model: Checkpoint<D>, context: &Context) -> Result<()> {
+    args.style.apply(&mut model)?;
+    let plan = model::choose_plan(&args.plan, &model)?;
     let mut lengths = args.lengths.clone();
     lengths.sort_unstable();
     lengths.dedup();
@@ -71,7 +73,7 @@ fn with_model<D: Math>(args: &Args, model: &Checkpoint<D>, context: &Context) ->
     }
     drop(bar);
     let own = [("evaluation", args.task.name().to_string())];
-    let evaluation = args.items.evaluation(model, &plan, args.max_new_tokens, own, context);
+    let evaluation = args.items.evaluation(&model, &plan, args.max_new_tokens, own, context);
     let mut bar = Progress::new(context, "evaluate", questions.len());
     let report = model.evaluate(&questions, &evaluation, &mut bar)?;
     drop(bar);

@@ -219,8 +219,8 @@ impl Load for Cuda {
 }
 
 impl Math for Cuda {
-    fn embed(&self, table: &CudaMatrix, ids: &[u32]) -> Result<Tensor> {
-        Ok(self.operations.embed(table.wide()?, ids)?)
+    fn embed(&self, table: &CudaMatrix, ids: &[u32], factor: f32) -> Result<Tensor> {
+        Ok(self.operations.embed(table.wide()?, ids, factor)?)
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {

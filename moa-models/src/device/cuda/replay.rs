@@ -21,6 +21,8 @@ pub(super) struct Recorded {
     arena: Arena,
     rehearsed: bool,
     layers: Vec<Step>,
+    /// Whether a layer's queries and keys are rotated.
+    rotary: Vec<bool>,
     workspace: Workspace,
     lengths: Lengths,
     /// Rotary angles of all positions, f32 `[positions, head_dim]`.
@@ -66,6 +68,7 @@ impl Recorded {
             logits: Tensor::empty(gpu, &[count, batch.vocab_size], Dtype::F32)?,
             likeliest: operations.indices(none(), batch.vocab_size)?,
             layers,
+            rotary: batch.rotary.clone(),
             workspace,
             heads: [batch.query_heads, kv_heads, kv_heads],
             head_dim: batch.head_dim,
@@ -101,9 +104,9 @@ impl Replay<Cuda> for Recorded {
         }
     }
 
-    fn embed(&self, device: &Cuda, table: &CudaMatrix) -> Result<Tensor> {
+    fn embed(&self, device: &Cuda, table: &CudaMatrix, factor: f32) -> Result<Tensor> {
         // SAFETY: `run` has put tokens of the vocabulary there.
-        Ok(unsafe { device.operations.embed_at(table.wide()?, &self.ids) }?)
+        Ok(unsafe { device.operations.embed_at(table.wide()?, &self.ids, factor) }?)
     }
 
     fn attend(&self, device: &Cuda, layer: usize, qkv: [Tensor; 3]) -> Result<Tensor> {
@@ -121,7 +124,7 @@ impl Replay<Cuda> for Recorded {
         let [q, k, v] = qkv;
         let out = Tensor::empty(device.gpu(), q.shape(), device.dtype())?;
         let (q, k) = (q.packed(), k.packed());
-        let rope = Rope { table: self.table.pointer(), interleaved: false, q, k };
+        let rope = || Rope { table: self.table.pointer(), interleaved: false, q, k };
         let tensors = Tensors {
             q,
             k,
@@ -129,7 +132,7 @@ impl Replay<Cuda> for Recorded {
             out: out.packed(),
             lse: 0,
             scale: self.scale,
-            rope: Some(rope),
+            rope: self.rotary[layer].then(rope),
         };
         // SAFETY: all of it is on the device's own stream, and of the shapes that were prepared; whoever
         // made this promised that the caches live and that no sequence exceeds its capacity.

@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use moa_backend_cuda::{Dtype, E4m3Weight, Tensor, Weight};
 
 use super::Cuda;
-use crate::checkpoint::mapped::{MappedTensor, extend_f32};
+use crate::checkpoint::mapped::MappedTensor;
 use crate::{Error, Result};
 
 /// A linear layer's or embedding's weight on the GPU, `[out, in]`.
@@ -68,7 +68,7 @@ impl Cuda {
         }
         let fill = |range: Range<usize>, values: &mut Vec<f32>| {
             for (part, own) in pieces(parts, range) {
-                extend_f32(part.dtype(), bytes(part, own), values);
+                part.extend_f32(own, values);
             }
         };
         Ok(CudaMatrix::E4m3(self.operations.upload_e4m3(shape, fill)?))
@@ -89,12 +89,6 @@ fn pieces<'a>(
     })
 }
 
-/// Bytes of some elements.
-fn bytes(from: &MappedTensor, elements: Range<usize>) -> &[u8] {
-    let size = from.dtype().bytes();
-    &from.bytes()[elements.start * size..elements.end * size]
-}
-
 /// Writes elements of a weight as `dtype`; `values` is scratch memory.
 fn convert(
     from: &MappedTensor,
@@ -103,12 +97,12 @@ fn convert(
     to: &mut [u8],
     values: &mut Vec<f32>,
 ) {
-    let bytes = bytes(from, elements);
-    if from.dtype() == dtype && cfg!(target_endian = "little") {
-        return to.copy_from_slice(bytes);
+    if from.dtype() == Some(dtype) && cfg!(target_endian = "little") {
+        let size = dtype.bytes();
+        return to.copy_from_slice(&from.bytes()[elements.start * size..elements.end * size]);
     }
     values.clear();
-    extend_f32(from.dtype(), bytes, values);
+    from.extend_f32(elements, values);
     match dtype {
         Dtype::F32 => to.copy_from_slice(bytemuck::cast_slice(values)),
         // Page-locked memory begins at a page.

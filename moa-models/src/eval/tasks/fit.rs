@@ -19,7 +19,14 @@ impl<D: Math> Checkpoint<D> {
         (seed, case): (u64, usize),
     ) -> Result<Question> {
         let seed = seed.rotate_left(32) ^ (length as u64).rotate_left(24) ^ case as u64;
-        let takes = |units: usize| self.question_context(&task.build(units, seed), max_new_tokens);
+        let build = |units: usize| {
+            let mut question = task.build(units, seed);
+            for turn in &mut question.turns {
+                turn.text = self.question_text(std::mem::take(&mut turn.text));
+            }
+            question
+        };
+        let takes = |units: usize| self.question_context(&build(units), max_new_tokens);
         let mut fits = task.shortest();
         let least = takes(fits)?;
         if least > length {
@@ -36,6 +43,6 @@ impl<D: Math> Checkpoint<D> {
             let middle = fits.midpoint(over);
             *(if takes(middle)? <= length { &mut fits } else { &mut over }) = middle;
         }
-        Ok(task.build(fits, seed))
+        Ok(build(fits))
     }
 }

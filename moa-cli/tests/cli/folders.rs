@@ -1,0 +1,224 @@
+//! Model folders, prompts and conversations as people have them.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::common::{edit, edit_header, json_of, moa_in, model_copy, ok, refuses, tiny};
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// A model without a chat template.
+fn base_model(root: &Path) -> std::path::PathBuf {
+    let base = model_copy(root, "base");
+    edit(&base.join("tokenizer_config.json"), |c| {
+        _ = c.as_object_mut().unwrap().remove("chat_template")
+    });
+    let _ = fs::remove_file(base.join("chat_template.jinja"));
+    base
+}
+
+fn generated(root: &Path, model: &Path, more: &[&str]) -> String {
+    let args = ["generate", "--model", text(model), "--max-new-tokens", "4"];
+    let answer = json_of(root, &[&args[..], more].concat());
+    answer["completions"][0]["text"].as_str().unwrap().to_string()
+}
+
+#[test]
+fn a_base_model_is_asked_without_a_template_by_every_command() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let base = base_model(root);
+    let prompt = ["--prompt", "The ship left the harbor and"];
+    let raw = generated(root, &base, &prompt);
+    assert_eq!(raw, generated(root, &tiny(), &[&prompt[..], &["--raw"]].concat()));
+    assert!(raw.starts_with(' '), "the first space belongs to the text: {raw:?}");
+    let vicuna = generated(root, &base, &[&prompt[..], &["--template", "vicuna"]].concat());
+    assert_ne!(raw, vicuna);
+    // A template in a file, which an editor began with a byte order mark.
+    fs::write(root.join("raw.jinja"), "\u{feff}{{ bos_token }}{{ messages[0].content }}").unwrap();
+    let own = generated(root, &base, &[&prompt[..], &["--template", "raw.jinja"]].concat());
+    assert_eq!(own, raw, "the same tokens");
+    refuses(
+        root,
+        &["generate", "--model", text(&base), "--prompt", "x", "--template", "none.jinja"],
+        &["--template", "llama3", "none.jinja"],
+    );
+
+    let line = |n: usize| json!({"prompt": "The ship left. ".repeat(n), "answer": "It came back."});
+    fs::write(root.join("data.jsonl"), format!("\u{feff}{}\n{}\n", line(80), line(90))).unwrap();
+    let size =
+        ["--lengths", "256", "--samples", "1", "--max-response", "8", "--data", "data.jsonl"];
+    let model = ["--model", text(&base)];
+    let profile = [&["profile"][..], &model, &size, &["--out", "p.safetensors"]].concat();
+    ok(root, &profile);
+    // Both prompts fill the longer length, and none is left for the shorter one.
+    let two =
+        [&["profile"][..], &model, &size[2..], &["--lengths", "256,300", "--out", "q"]].concat();
+    refuses(root, &two, &["no calibration item of 256 tokens", "the next longer length"]);
+    let small = ["--evaluations", "0", "--validation-samples", "1", "--density", "0.5"];
+    let compress =
+        [&["compress"][..], &model, &size, &small, &["--validation-length", "256"]].concat();
+    ok(root, &[&compress[..], &["--out", "plan.json"]].concat());
+    let tasks =
+        ["--task", "passkey", "--lengths", "256", "--samples", "1", "--max-new-tokens", "4"];
+    let tasks = [&["eval", "tasks"][..], &model, &tasks, &["--items", "i.jsonl"]].concat();
+    ok(root, &tasks);
+    // Items of other prompts are other items.
+    let vicuna = [&tasks[..], &["--template", "vicuna"]].concat();
+    refuses(root, &vicuna, &["i.jsonl", "template"]);
+}
+
+#[test]
+fn tensors_that_the_configuration_does_not_know_are_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let model = model_copy(root, "layers");
+    edit(&model.join("config.json"), |c| c["num_hidden_layers"] = json!(4));
+    let generate =
+        ["generate", "--model", text(&model), "--prompt", "Hello", "--max-new-tokens", "2"];
+    refuses(root, &generate, &["model.layers.4.", "--ignore-extra-tensors"]);
+    let output = moa_in(root, &[&generate[..], &["--ignore-extra-tensors"]].concat());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && stderr.contains("warning: "), "{stderr}");
+
+    let model = model_copy(root, "quantised");
+    edit_header(&model.join("model.safetensors"), |header| {
+        let object = header.as_object_mut().unwrap();
+        let tensor = object.remove("model.layers.0.self_attn.q_proj.weight").unwrap();
+        object.insert("model.layers.0.self_attn.q_proj.qweight".into(), tensor);
+    });
+    let generate = ["generate", "--model", text(&model), "--prompt", "Hello"];
+    refuses(root, &generate, &["GPTQ or AWQ", "16 bits"]);
+}
+
+#[test]
+fn what_is_no_folder_says_what_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let generate = |model: &str, parts: &[&str]| {
+        refuses(root, &["generate", "--model", model, "--prompt", "Hello"], parts);
+    };
+    #[cfg(not(feature = "hub"))]
+    generate("owner/name@v1", &["owner/name@v1", "--features hub"]);
+    generate("./owner/name", &["./owner/name", "No such file"]);
+    fs::write(root.join("model.txt"), "x").unwrap();
+    generate("model.txt", &["--model", "a model folder", "model.txt"]);
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink("nowhere", root.join("link")).unwrap();
+        generate("link", &["link", "nowhere", "does not exist"]);
+    }
+    let model = model_copy(root, "pointer");
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n";
+    fs::write(model.join("model.safetensors"), pointer).unwrap();
+    generate(text(&model), &["git lfs pull"]);
+    fs::write(root.join("d.jsonl"), "{\"prompt\": \"a\"}\n{\"prompt\": }\n").unwrap();
+    let tiny = tiny();
+    let profile =
+        ["profile", "--model", text(&tiny), "--data", "d.jsonl", "--out", "p.safetensors"];
+    refuses(root, &profile, &["d.jsonl, line 2: ", "column 12"]);
+}
+
+#[test]
+fn warnings_reach_the_user_unless_quiet() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let model = model_copy(root, "odd");
+    edit(&model.join("generation_config.json"), |c| c["temperature"] = json!(-1));
+    let generate =
+        ["generate", "--model", text(&model), "--prompt", "Hello", "--max-new-tokens", "2"];
+    let said = |more: &[&str]| {
+        let output = moa_in(root, &[&generate[..], more].concat());
+        assert!(output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert!(said(&[]).contains("warning: ") && said(&["--json"]).contains("temperature"));
+    assert!(!said(&["--quiet"]).contains("warning"));
+}
+
+/// A run of a conversation.
+fn chat(root: &Path, lines: &str, more: &[&str]) -> Output {
+    let tiny = tiny();
+    let args = ["generate", "--model", text(&tiny), "--chat", "--json", "--max-new-tokens", "6"];
+    let mut child = Command::new(env!("CARGO_BIN_EXE_moa"))
+        .args(args)
+        .args(more)
+        .current_dir(root)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // A conversation that ended reads no more lines.
+    let _ = child.stdin.take().unwrap().write_all(lines.as_bytes());
+    child.wait_with_output().unwrap()
+}
+
+#[test]
+fn a_conversation_that_outgrows_its_context_loses_no_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let lines = "Hello there, how are you?\n".repeat(8);
+    let run = |how: &[&str]| {
+        let output = chat(root, &lines, &[&["--context", "60"], how].concat());
+        let result: Value = serde_json::from_slice(&output.stdout).unwrap();
+        (output.status.code(), result)
+    };
+    let answered = |result: &Value| {
+        let turns = result["turns"].as_array().unwrap();
+        turns.iter().filter(|turn| turn["text"].is_string()).count()
+    };
+    let (code, stopped) = run(&[]);
+    assert_eq!(code, Some(2), "{stopped}");
+    let first = answered(&stopped);
+    assert!((1..8).contains(&first), "{stopped}");
+    assert!(stopped["error"].as_str().unwrap().contains("context of"), "{stopped}");
+    let (code, kept) = run(&["--on-overflow", "keep"]);
+    assert_eq!((code, answered(&kept)), (Some(0), first), "{kept}");
+    assert_eq!(kept["turns"].as_array().unwrap().len(), 8);
+    let (code, dropped) = run(&["--on-overflow", "drop-oldest"]);
+    assert_eq!((code, answered(&dropped)), (Some(0), 8), "{dropped}");
+    assert!(dropped["turns"][7]["dropped_messages"].as_u64() > Some(0), "{dropped}");
+}
+
+#[test]
+fn a_conversation_has_instructions_and_tokens_that_stop_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let held = |more: &[&str]| {
+        let output = chat(root, "\u{feff}Hello.\n", more);
+        let result: Value = serde_json::from_slice(&output.stdout).unwrap();
+        result["turns"][0].clone()
+    };
+    let template = ["--template", "chatml"];
+    let (plain, system) =
+        (held(&template), held(&[&template[..], &["--system", "Be brief."]].concat()));
+    let tokens = |turn: &Value| turn["cached_tokens"].as_u64().unwrap();
+    assert!(tokens(&system) > tokens(&plain) + 4, "{system} {plain}");
+    assert_eq!(plain["user"], "Hello.");
+
+    let text = plain["text"].as_str().unwrap();
+    assert!(!text.is_empty());
+    let tiny = tiny();
+    let generate =
+        ["generate", "--model", self::text(&tiny), "--prompt", "Hello", "--max-new-tokens", "4"];
+    let all = json_of(root, &generate);
+    assert_eq!(all["completions"][0]["new_tokens"], 4, "{all}");
+    // Of all tokens below 8192, one comes first; ids and texts name the same one.
+    let ids: Vec<String> = (3..8192).map(|id| format!("--stop-token={id}")).collect();
+    let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
+    let stopped = json_of(root, &[&generate[..], &ids].concat());
+    assert_eq!(stopped["completions"][0]["finish"], "stop", "{stopped}");
+    assert_eq!(stopped["completions"][0]["new_tokens"], 0, "{stopped}");
+    refuses(
+        root,
+        &[&generate[..], &["--stop-token", "<|none|>"]].concat(),
+        &["--stop-token", "8192"],
+    );
+}
