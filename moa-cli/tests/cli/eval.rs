@@ -150,3 +150,35 @@ fn perplexity_is_given_for_each_length_and_text() {
     let output = moa_in(root, &["eval", "perplexity", "--model", tiny, "--text", "a.txt"]);
     assert_eq!(output.status.code(), Some(2));
 }
+
+#[test]
+fn agreement_is_given_for_texts_and_for_answers() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let tiny = tiny.to_str().unwrap();
+    let prompt = "The ship left the harbor before the sun was up. ".repeat(20);
+    let line = serde_json::json!({ "prompt": prompt, "answer": "It left early." });
+    fs::write(root.join("prompts.jsonl"), format!("{line}\n")).unwrap();
+    let eval = ["eval", "agreement", "--model", tiny, "--uniform", "0.5", "--windows", "1"];
+    let args = [&eval[..], &["--lengths", "96,192", "--data", "prompts.jsonl"]].concat();
+    let args = [&args[..], &["--max-response", "8", "--samples", "1"]].concat();
+    let refused = ["96", "no prompt"];
+    refuses(root, &args, &refused);
+    let args = args.iter().map(|arg| if *arg == "96,192" { "192" } else { arg });
+    let report = json_of(root, &args.collect::<Vec<_>>());
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.iter().map(|r| &r["of"]).collect::<Vec<_>>(), ["text", "answers"]);
+    for row in rows {
+        assert_eq!((row["length"].as_u64(), row["items"].as_u64()), (Some(192), Some(1)));
+        let number = |field: &str| row[field].as_f64().unwrap();
+        assert!(number("kl_mean") > 0.0 && number("kl_p99") >= number("kl_mean"), "{row}");
+        assert!((0.0..=1.0).contains(&number("equal_greedy")), "{row}");
+        assert!(number("kv_bytes") * 2.0 <= number("kv_bytes_dense"), "{row}");
+    }
+    assert_eq!(rows[0]["tokens"], 191);
+    let table = ok(root, &[&eval[..], &["--lengths", "128"]].concat());
+    assert!(table.contains("equal greedy") && table.contains("uniform 0.5"), "{table}");
+    let long = [&eval[..], &["--lengths", "9000"]].concat();
+    refuses(root, &long, &["9000", "8192"]);
+}

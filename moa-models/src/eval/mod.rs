@@ -1,5 +1,6 @@
 //! Questions with known answers: what a plan leaves of a model's memory of its context.
 
+pub(crate) mod agreement;
 pub(crate) mod bench;
 pub(crate) mod jsonl;
 pub mod metrics;
@@ -14,6 +15,7 @@ mod question;
 mod report;
 
 pub use ask::{Evaluation, SizedQuestion};
+pub use held_out::HELD_OUT_TEXT;
 pub use item_log::ItemLog;
 pub use question::{Question, Reference, Scoring, Turn};
 pub use report::{

@@ -9,7 +9,7 @@ use moa_models::{
     Question, RecordPrompt, Result, RetrievalItem, Scoring, SizedQuestion, Stage, Task,
 };
 
-use crate::{checkpoint, full, tiny};
+use crate::{checkpoint, full, narrow, text, tiny};
 
 fn ask(task: Task, plan: &Plan) -> Result<RetrievalItem> {
     let question = checkpoint().task_question(task, 512, 32, (0, 0))?;
@@ -136,5 +136,50 @@ fn calibration_tells_its_progress_and_ends_when_cancelled() -> Result<()> {
     let (broken, steps) = until(2);
     assert!(matches!(broken, Err(Error::Cancelled)), "{broken:?}");
     assert_eq!(steps, all[..2]);
+    Ok(())
+}
+
+#[test]
+fn a_plan_that_keeps_everything_agrees_with_dense_attention() -> Result<()> {
+    let bos = tiny().config().bos_token_id;
+    let items = Item::windows(&text(400), bos, 96, 3)?;
+    let all = tiny().agreement(&items, &full(), 96, &mut ())?;
+    assert_eq!((all.tokens, all.equal_greedy, all.perplexity_ratio), (3 * 95, 1.0, 1.0));
+    assert!(all.kl_p99 == 0.0 && all.kv_bytes == all.kv_bytes_dense, "{all:?}");
+    let perplexity = |plan: Plan| tiny().perplexity(&text(400), bos, 96, 3, &plan, &mut ());
+    assert!((perplexity(full())?.perplexity / all.dense_perplexity - 1.0).abs() < 1e-9);
+    // Less is kept: the distributions part, and both perplexities are those of each plan alone.
+    let part = tiny().agreements(&items, &[&full(), &narrow()], 96, &mut ())?;
+    assert_eq!(part[0], all);
+    let part = part[1];
+    assert!(part.kl_mean > 1e-3 && part.kl_p99 > part.kl_mean && part.equal_greedy < 1.0);
+    assert!(part.density < 1.0 && part.kv_bytes < part.kv_bytes_dense, "{part:?}");
+    assert!((perplexity(narrow())?.perplexity / part.plan_perplexity - 1.0).abs() < 1e-9);
+    let ratio = part.plan_perplexity / part.dense_perplexity;
+    assert!((ratio / part.perplexity_ratio - 1.0).abs() < 1e-9, "{part:?}");
+    assert!(matches!(
+        tiny().agreement(&items, &full(), 64, &mut ()),
+        Err(Error::ContextExceeded { asked: 95, limit: 64 })
+    ));
+    Ok(())
+}
+
+#[test]
+fn agreement_of_answers_counts_the_answers_alone_and_reads_shared_prompts_once() -> Result<()> {
+    let tokens = text(140);
+    // Two items that begin alike, and one that does not.
+    let items = [
+        Item::new(&tokens[..120], &tokens[120..130])?,
+        Item::new(&[&tokens[..110], &tokens[..8]].concat(), &tokens[8..12])?,
+        Item::new(&tokens[60..140], &tokens[..5])?,
+    ];
+    let together = tiny().agreement(&items, &narrow(), 140, &mut ())?;
+    assert_eq!(together.tokens, 10 + 4 + 5);
+    let each = items.chunks(1).map(|item| tiny().agreement(item, &narrow(), 140, &mut ()));
+    let each = each.collect::<Result<Vec<_>>>()?;
+    let sum: f64 = each.iter().map(|a| a.kl_mean * a.tokens as f64).sum();
+    assert!((sum / 19.0 - together.kl_mean).abs() < 1e-5 * sum, "{together:?} {each:?}");
+    let worst = each.iter().map(|a| a.kl_p99).fold(0.0, f64::max);
+    assert!((worst - together.kl_p99).abs() < 1e-5 * worst);
     Ok(())
 }

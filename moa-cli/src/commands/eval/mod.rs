@@ -1,3 +1,4 @@
+mod agreement;
 mod perplexity;
 mod questions;
 mod retrieval;
@@ -26,6 +27,7 @@ enum Command {
     Retrieval(retrieval::Args),
     Tasks(tasks::Args),
     Perplexity(perplexity::Args),
+    Agreement(agreement::Args),
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
@@ -33,5 +35,6 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         Command::Retrieval(args) => retrieval::run(args, context),
         Command::Tasks(args) => tasks::run(args, context),
         Command::Perplexity(args) => perplexity::run(args, context),
+        Command::Agreement(args) => agreement::run(args, context),
     }
 }
