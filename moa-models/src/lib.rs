@@ -94,10 +94,10 @@ pub use eval::bench::{BenchOptions, BenchReport, ProfileBenchReport};
 pub use eval::metrics;
 pub use eval::perplexity::{PerplexityReport, PooledPerplexity};
 pub use eval::retrieval::RetrievalCase;
-pub use eval::tasks::Task;
+pub use eval::tasks::{Documents, Task, TaskSources};
 pub use eval::{
     Asked, DepthBin, EFFECTIVE_ACCURACY, EffectiveContext, Evaluation, HELD_OUT_TEXT, ItemLog,
-    Question, Reference, RetrievalItem, RetrievalReport, Scoring, SizedQuestion, Turn,
+    Prompting, Question, Reference, RetrievalItem, RetrievalReport, Scoring, SizedQuestion, Turn,
     effective_context,
 };
 pub use families::llama::Llama;

@@ -86,7 +86,7 @@ fn generated_tasks_have_the_length_asked_for() {
     let root = dir.path();
     let tiny = tiny();
     let tiny = tiny.to_str().unwrap();
-    for task in ["variable-tracking", "mqar"] {
+    for task in ["niah_multiquery", "mqar"] {
         let args = [
             "eval",
             "tasks",
@@ -118,10 +118,21 @@ fn generated_tasks_have_the_length_asked_for() {
         let few = ["eval", "tasks", "--model", tiny, "--task", task, "--lengths", "64"];
         refuses(root, &few, &["--lengths", "at least"]);
     }
+    let args = ["eval", "tasks", "--model", tiny, "--task", "qa_1", "--lengths", "512"];
+    refuses(root, &args, &["SQuAD"]);
+    let squad = serde_json::json!({ "data": [{ "paragraphs": [{
+        "context": "The lighthouse keeper was called Ambrose.",
+        "qas": [{ "question": "Who kept the lighthouse?", "answers": [{ "text": "Ambrose" }] }],
+    }] }] });
+    fs::write(root.join("squad.json"), squad.to_string()).unwrap();
+    let own = ["--squad", "squad.json", "--samples", "1", "--uniform", "0.5"];
+    let report = json_of(root, &[&args[..], &own[..]].concat());
+    assert!(report["kv_footprint"].as_f64().unwrap() > report["density"].as_f64().unwrap());
+    assert!(report["prompt_tokens_mean"].as_f64().unwrap() > 384.0, "{report}");
     let args = ["eval", "tasks", "--model", tiny, "--task", "mqar", "--lengths", "512,9000"];
     refuses(root, &args, &["--lengths", "9000", "8192"]);
     let args = ["eval", "tasks", "--model", tiny, "--task", "needle"];
-    refuses(root, &args, &["needle", "variable-tracking"]);
+    refuses(root, &args, &["needle", "niah_single_1"]);
 }
 
 #[test]

@@ -5,14 +5,15 @@ use moa_core::Plan;
 use serde_json::{Map, Value, json};
 
 use super::item_log::ItemLog;
-use super::question::Question;
+use super::question::{Prompting, Question};
 use super::report::{Asked, RetrievalItem, RetrievalReport};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::fingerprint::fingerprint;
 use crate::checkpoint::template::Message;
 use crate::device::Math;
 use crate::engine::chat_session::ChatSession;
-use crate::engine::request::GenerateOptions;
+use crate::engine::request::{Event, GenerateOptions};
+use crate::engine::serve::EngineOptions;
 use crate::eval::retrieval::RetrievalCase;
 use crate::progress::{Progress, Stage};
 use crate::{Error, Result};
@@ -66,11 +67,19 @@ impl<D: Math> Checkpoint<D> {
     /// Context length that a question is opened for: its messages and room for every answer.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the question has no message; those of [`Checkpoint::chat_tokens`].
+    /// [`Error::Invalid`] if the question has no message, or several and the beginning of an answer;
+    /// those of [`Checkpoint::chat_tokens`].
     pub fn question_context(&self, question: &Question, max_new_tokens: usize) -> Result<usize> {
+        if question.turns.len() == 1 {
+            return Ok(self.question_tokens(question)?.len() + max_new_tokens);
+        }
         let Some((last, before)) = question.turns.split_last() else {
             return Err(Error::invalid("question", "at least 1 message", 0));
         };
+        if !question.answer_prefix.is_empty() || question.prompting == Prompting::Text {
+            let got = format!("{} messages", question.turns.len());
+            return Err(Error::invalid("question with a given beginning", "one message", got));
+        }
         let mut messages = Vec::new();
         for turn in before {
             messages.extend([Message::user(turn.text.trim()), Message::assistant("")]);
@@ -78,6 +87,22 @@ impl<D: Math> Checkpoint<D> {
         messages.push(Message::user(last.text.trim()));
         let tokens = self.chat_tokens(&messages)?.len();
         Ok(tokens + max_new_tokens + before.len() * (max_new_tokens + REWRITTEN))
+    }
+
+    /// What the model reads of a question of one message, the beginning of the answer included.
+    fn question_tokens(&self, question: &Question) -> Result<Vec<u32>> {
+        let text = question.turns.first().map_or("", |turn| turn.text.as_str());
+        let raw = || self.tokenizer.encode(&format!("{text}{}", question.answer_prefix), true);
+        let template = match (question.prompting, self.template()) {
+            (Prompting::Text, _) | (Prompting::ChatIfAny, Err(Error::NoChatTemplate { .. })) => {
+                return raw();
+            }
+            (_, template) => template?,
+        };
+        let mut prompt = template.render(&[Message::user(text.trim())], true)?;
+        prompt.push_str(&question.answer_prefix);
+        // The template writes the begin-of-sequence token itself.
+        self.tokenizer.encode(&prompt, false)
     }
 
     /// Checks that the model's context holds a question, without asking it.
@@ -89,7 +114,7 @@ impl<D: Math> Checkpoint<D> {
         self.model.config().check_context(asked)
     }
 
-    /// Asks a question: each message, trimmed, goes through the chat template and is answered with
+    /// Asks a question: each message, trimmed where it goes through the chat template, is answered with
     /// at most `max_new_tokens` greedy tokens. The plan's spans are those of a context of all
     /// messages and answers together. The item's `size` and `case` are for the caller to fill.
     ///
@@ -106,30 +131,50 @@ impl<D: Math> Checkpoint<D> {
     ) -> Result<RetrievalItem> {
         let context = self.question_context(question, max_new_tokens)?;
         let options = GenerateOptions { max_new_tokens, ..GenerateOptions::default() };
-        let mut chat = ChatSession::new(self, plan, context)?;
         let mut item = RetrievalItem {
             context,
             density: plan.density(context),
+            kv_footprint: Some(plan.kv_footprint(context)),
             kv_bytes_dense: self.model.dense_bytes(context)?,
             ..RetrievalItem::default()
         };
-        for turn in &question.turns {
-            let completion = chat.answer(turn.text.trim(), options.clone())?;
-            let usage = chat.take_usage();
-            item.prompt_tokens += usage.prompt_tokens;
-            item.new_tokens += usage.decoded_tokens;
-            item.prefill_seconds += usage.prefill.as_secs_f64();
-            item.decode_seconds += usage.decode.as_secs_f64();
+        match question.turns.as_slice() {
+            [_] => {
+                let sequence = self.model.open(plan, context, 0)?;
+                let mut engine = self.engine(EngineOptions::default());
+                let id = engine.resume(sequence, self.question_tokens(question)?, options);
+                let answer = loop {
+                    match engine.step()? {
+                        Some(Event::Done { completion, .. }) => break completion.text,
+                        Some(Event::Failed { error, .. }) => return Err(error),
+                        Some(_) => {}
+                        None => return Err(Error::Cancelled),
+                    }
+                };
+                item.add(&engine.take_usage());
+                item.kv_bytes = engine.reclaim(id).map_or(0, |s| self.model.kv_bytes(&s));
+                item.answers.push(answer);
+            }
+            turns => {
+                let mut chat = ChatSession::new(self, plan, context)?;
+                for turn in turns {
+                    item.answers.push(chat.answer(turn.text.trim(), options.clone())?.text);
+                    item.add(&chat.take_usage());
+                }
+                item.kv_bytes = chat.kv_bytes();
+            }
+        }
+        let (mut sum, mut weights) = (0.0, 0.0);
+        for (turn, answer) in question.turns.iter().zip(&item.answers) {
+            let (score, weight) = question.scoring.score(answer, &turn.references);
+            (sum, weights) = (sum + score * weight, weights + weight);
             item.references.extend(turn.references.iter().map(|reference| Asked {
-                found: question.scoring.holds(&completion.text, &reference.text),
+                found: question.scoring.holds(answer, &reference.text),
                 text: reference.text.clone(),
                 depth: reference.depth,
             }));
-            item.answers.push(completion.text);
         }
-        item.kv_bytes = chat.kv_bytes();
-        let found = item.references.iter().filter(|r| r.found).count();
-        item.score = found as f64 / item.references.len().max(1) as f64;
+        item.score = sum / weights.max(1.0);
         Ok(item)
     }
 

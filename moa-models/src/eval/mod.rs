@@ -17,7 +17,7 @@ mod report;
 pub use ask::{Evaluation, SizedQuestion};
 pub use held_out::HELD_OUT_TEXT;
 pub use item_log::ItemLog;
-pub use question::{Question, Reference, Scoring, Turn};
+pub use question::{Prompting, Question, Reference, Scoring, Turn};
 pub use report::{
     Asked, DepthBin, EFFECTIVE_ACCURACY, EffectiveContext, RetrievalItem, RetrievalReport,
     effective_context,

@@ -6,7 +6,8 @@ use std::ops::ControlFlow;
 use moa_core::{ElasticRule, FarLosses, Plan};
 use moa_models::{
     CalibrationData, CalibrationOptions, Error, Evaluation, Item, Message, Objective, PHRASINGS,
-    Question, RecordPrompt, Result, RetrievalItem, Scoring, SizedQuestion, Stage, Task,
+    Prompting, Question, RecordPrompt, Reference, Result, RetrievalItem, Scoring, SizedQuestion,
+    Stage, Task,
 };
 
 use crate::{checkpoint, full, narrow, text, tiny};
@@ -37,7 +38,7 @@ fn a_conversation_answers_its_first_message_as_if_it_were_the_only_one() -> Resu
     // A fixed span does not change with the length that the conversation is opened for.
     let plan = Plan::uniform(tiny().shape(), 16, ElasticRule::fixed(320))?;
     let question = checkpoint().task_question(Task::Mqar, 512, 32, (1, 0))?;
-    let alone = Question { turns: question.turns[..1].to_vec(), scoring: Scoring::Contains };
+    let alone = Question::new(question.turns[..1].to_vec(), Scoring::Contains);
     let both = checkpoint().ask(&question, &plan, 32)?;
     assert_eq!(checkpoint().ask(&alone, &plan, 32)?.answers[0], both.answers[0]);
     Ok(())
@@ -181,5 +182,40 @@ fn agreement_of_answers_counts_the_answers_alone_and_reads_shared_prompts_once()
     assert!((sum / 19.0 - together.kl_mean).abs() < 1e-5 * sum, "{together:?} {each:?}");
     let worst = each.iter().map(|a| a.kl_p99).fold(0.0, f64::max);
     assert!((worst - together.kl_p99).abs() < 1e-5 * worst);
+    Ok(())
+}
+
+#[test]
+fn a_question_of_one_message_is_read_as_its_prompting_says() -> Result<()> {
+    let reference = || vec![Reference { text: "x".into(), depth: None }];
+    let what = "So, what is it? ".repeat(12) + "Say it.";
+    let chat = Question::one(&what, reference(), Scoring::Contains);
+    let begun = chat.clone().with_answer_prefix(" It is");
+    let raw = Question { prompting: Prompting::Text, ..begun.clone() };
+    let tokens = |question: &Question| checkpoint().question_context(question, 0);
+    let text = |text: &str| checkpoint().tokenizer.encode(text, true).map(|ids| ids.len());
+    assert_eq!(tokens(&raw)?, text(&format!("{what} It is"))?);
+    assert_eq!(tokens(&chat)?, checkpoint().chat_tokens(&[Message::user(&what)])?.len());
+    assert!(tokens(&begun)? > tokens(&chat)?);
+    // The answer goes on from its beginning, on a cache of just the size that was asked for.
+    let plan = narrow();
+    let item = checkpoint().ask(&begun, &plan, 4)?;
+    assert_eq!((item.context, item.prompt_tokens), (tokens(&begun)? + 4, tokens(&begun)?));
+    assert!(item.kv_bytes > 0 && item.kv_bytes < item.kv_bytes_dense, "{item:?}");
+    assert_eq!(item.kv_footprint, Some(plan.kv_footprint(item.context)));
+    let two = Question { turns: [begun.turns.clone(), begun.turns.clone()].concat(), ..begun };
+    assert!(matches!(tokens(&two), Err(Error::Invalid { .. })));
+    Ok(())
+}
+
+#[test]
+fn every_task_of_ruler_fills_the_length_asked_for() -> Result<()> {
+    for task in Task::RULER.into_iter().filter(|task| !matches!(task, Task::Qa1 | Task::Qa2)) {
+        let new = task.max_new_tokens();
+        let question = checkpoint().task_question(task, 1024, new, (0, 1))?;
+        let context = checkpoint().question_context(&question, new)?;
+        // Lines, words and coded words differ in how many tokens they have.
+        assert!(context <= 1024 && context > 1024 - 128, "{}: {context}", task.name());
+    }
     Ok(())
 }

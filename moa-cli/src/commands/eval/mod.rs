@@ -2,6 +2,7 @@ mod agreement;
 mod perplexity;
 mod questions;
 mod retrieval;
+mod sources;
 mod summary;
 mod tasks;
 
