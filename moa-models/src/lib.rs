@@ -91,6 +91,7 @@ pub use engine::stop::StopStrings;
 pub use error::{Error, Result};
 pub use eval::agreement::Agreement;
 pub use eval::bench::{BenchOptions, BenchReport, ProfileBenchReport};
+pub use eval::longbench::{LongBenchCase, LongBenchDataset};
 pub use eval::metrics;
 pub use eval::perplexity::{PerplexityReport, PooledPerplexity};
 pub use eval::retrieval::RetrievalCase;

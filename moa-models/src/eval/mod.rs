@@ -3,6 +3,7 @@
 pub(crate) mod agreement;
 pub(crate) mod bench;
 pub(crate) mod jsonl;
+pub(crate) mod longbench;
 pub mod metrics;
 pub(crate) mod perplexity;
 pub(crate) mod retrieval;
@@ -11,6 +12,7 @@ pub(crate) mod tasks;
 mod ask;
 mod held_out;
 mod item_log;
+mod peak;
 mod question;
 mod report;
 

@@ -1,8 +1,11 @@
 mod agreement;
+mod longbench;
 mod perplexity;
 mod questions;
 mod retrieval;
+mod rivals;
 mod sources;
+mod suite;
 mod summary;
 mod tasks;
 
@@ -29,6 +32,9 @@ enum Command {
     Tasks(tasks::Args),
     Perplexity(perplexity::Args),
     Agreement(agreement::Args),
+    #[command(visible_alias = "lv-eval")]
+    Longbench(longbench::Args),
+    Suite(suite::Args),
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
@@ -37,5 +43,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         Command::Tasks(args) => tasks::run(args, context),
         Command::Perplexity(args) => perplexity::run(args, context),
         Command::Agreement(args) => agreement::run(args, context),
+        Command::Longbench(args) => longbench::run(args, context),
+        Command::Suite(args) => suite::run(args, context),
     }
 }

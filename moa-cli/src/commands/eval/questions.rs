@@ -33,6 +33,14 @@ impl ItemArgs {
         check_optional(self.items.as_deref())
     }
 
+    /// Refuses a file of items where one cannot hold what the command asks.
+    pub(super) fn check_unused(&self, expected: &'static str) -> Result<()> {
+        match &self.items {
+            Some(path) => Err(Error::argument("--items", expected, path.display())),
+            None => Ok(()),
+        }
+    }
+
     /// The evaluation that the flags ask for; `own` is what its questions depend on.
     pub(super) fn evaluation<'a, D: Math>(
         &'a self,

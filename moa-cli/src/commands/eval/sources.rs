@@ -1,7 +1,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use moa_models::{Documents, TaskSources};
+use moa_models::{Documents, Task, TaskSources};
 
 use super::questions::file_fingerprint;
 use crate::error::{Error, Result};
@@ -46,8 +46,12 @@ impl SourceArgs {
         given.map(|(name, file)| Ok((name, file_fingerprint(file)?))).collect()
     }
 
-    /// Whether there are documents for both tasks about documents.
-    pub(super) fn has_documents(&self) -> (bool, bool) {
-        (self.squad.is_some(), self.hotpotqa.is_some())
+    /// Whether a task has the file that it needs.
+    pub(super) fn has(&self, task: Task) -> bool {
+        match task {
+            Task::Qa1 => self.squad.is_some(),
+            Task::Qa2 => self.hotpotqa.is_some(),
+            _ => true,
+        }
     }
 }
