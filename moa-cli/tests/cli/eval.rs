@@ -213,9 +213,9 @@ fn a_suite_gives_a_row_for_each_cache() {
     assert_eq!(rows[0]["agreement"]["kl_mean"], 0.0);
     assert_eq!(rows[0]["kv_bytes"], rows[0]["kv_bytes_dense"]);
     let number = |row: &Value, field: &str| row[field].as_f64().unwrap();
-    // Equal bytes, to a slot of each head.
+    // Equal bytes at 1024 tokens, which questions nearly fill.
     let (plan, rival) = (number(&rows[1], "kv_bytes"), number(&rows[2], "kv_bytes"));
-    assert!((plan / rival - 1.0).abs() < 0.01, "{plan} {rival}");
+    assert!((plan / rival - 1.0).abs() < 0.03, "{plan} {rival}");
     for row in &rows[1..] {
         assert!(number(row, "kv_footprint") > number(row, "density"), "{row}");
         assert!(row["agreement"]["kl_mean"].as_f64().unwrap() > 0.0, "{row}");

@@ -131,6 +131,7 @@ impl<D: Math> Checkpoint<D> {
     ) -> Result<RetrievalItem> {
         let context = self.question_context(question, max_new_tokens)?;
         let options = GenerateOptions { max_new_tokens, ..GenerateOptions::default() };
+        self.model.reset_peak_memory()?;
         let mut item = RetrievalItem {
             context,
             density: plan.density(context),
@@ -164,6 +165,7 @@ impl<D: Math> Checkpoint<D> {
                 item.kv_bytes = chat.kv_bytes();
             }
         }
+        item.peak_bytes = self.model.peak_memory()?;
         let (mut sum, mut weights) = (0.0, 0.0);
         for (turn, answer) in question.turns.iter().zip(&item.answers) {
             let (score, weight) = question.scoring.score(answer, &turn.references);

@@ -24,7 +24,7 @@ pub struct LongBenchCase {
     #[serde(default)]
     pub all_classes: Option<Vec<String>>,
     /// LV-Eval's keywords of the answer.
-    #[serde(default, alias = "gold_ans")]
+    #[serde(default)]
     pub answer_keywords: Option<String>,
     /// Name of the dataset, as the file gives it.
     #[serde(default)]

@@ -15,7 +15,8 @@ impl<D: Device> Decoder<D> {
 
     /// Most bytes in use at once since [`reset_peak_memory`](Self::reset_peak_memory): of the device's
     /// memory if it has its own, else of the process (its resident set, weights that were read from
-    /// their file included). `None` where neither is known.
+    /// their file included). `None` where neither is known. A process may hold on to memory that it
+    /// needed before, so that its figure is that of the largest plan it has run.
     ///
     /// # Errors
     /// [`Error::Backend`](crate::Error::Backend) if the device fails.

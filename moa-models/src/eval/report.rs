@@ -43,6 +43,10 @@ pub struct RetrievalItem {
     pub kv_bytes: u64,
     /// The same for dense attention, computed.
     pub kv_bytes_dense: u64,
+    /// Most bytes in use at once while it was asked
+    /// ([`Decoder::peak_memory`](crate::Decoder::peak_memory)); `None` where that is not known.
+    #[serde(default)]
+    pub peak_bytes: Option<u64>,
     /// Decode steps.
     pub new_tokens: usize,
     /// Time to read the messages.
@@ -91,6 +95,8 @@ pub struct RetrievalReport {
     pub kv_bytes: u64,
     /// The same for dense attention, computed.
     pub kv_bytes_dense: u64,
+    /// Most bytes in use at once while any of the questions was asked.
+    pub peak_bytes: Option<u64>,
     /// Prompt tokens read per second.
     pub prefill_tokens_per_second: f64,
     /// New tokens per second, one sequence at a time.
@@ -148,6 +154,7 @@ impl RetrievalReport {
             kv_footprint: (!footprints.is_empty()).then_some(footprint),
             kv_bytes: bytes(&|i| i.kv_bytes),
             kv_bytes_dense: bytes(&|i| i.kv_bytes_dense),
+            peak_bytes: items.iter().filter_map(|i| i.peak_bytes).max(),
             prefill_tokens_per_second: prompt_tokens / prefill.max(1e-9),
             decode_tokens_per_second: sum(&|i| i.new_tokens as f64) / decode.max(1e-9),
             seconds: prefill + decode,

@@ -203,6 +203,8 @@ fn a_question_of_one_message_is_read_as_its_prompting_says() -> Result<()> {
     assert_eq!((item.context, item.prompt_tokens), (tokens(&begun)? + 4, tokens(&begun)?));
     assert!(item.kv_bytes > 0 && item.kv_bytes < item.kv_bytes_dense, "{item:?}");
     assert_eq!(item.kv_footprint, Some(plan.kv_footprint(item.context)));
+    // Of the process, on Linux.
+    assert!(item.peak_bytes.is_none_or(|peak| peak > item.kv_bytes), "{item:?}");
     let two = Question { turns: [begun.turns.clone(), begun.turns.clone()].concat(), ..begun };
     assert!(matches!(tokens(&two), Err(Error::Invalid { .. })));
     Ok(())

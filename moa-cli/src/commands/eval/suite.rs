@@ -171,9 +171,9 @@ fn with_model<D: Math>(
     let asked = questions(args, &tasks, &sources, model, context)?;
     let window = length.min(LONGEST_WINDOW);
     let agreements = agreements(args, &text, &caches, window, model, context)?;
+    let has_memory = model.model.device().memory()?.is_some();
     let mut rows = Vec::new();
     for (index, (name, plan)) in caches.iter().enumerate() {
-        model.model.reset_peak_memory()?;
         let mut reports = Vec::new();
         for (task, questions) in &asked {
             let path = args.items.as_ref().map(|folder| folder.join(file_name(name, *task)));
@@ -190,8 +190,11 @@ fn with_model<D: Math>(
             let mut bar = Progress::new(context, &label, questions.len());
             reports.push((*task, model.evaluate(questions, &evaluation, &mut bar)?));
         }
-        let peak_bytes = model.model.peak_memory()?;
-        rows.push(Row::new(name, plan, &reports, agreements.get(index).copied(), peak_bytes));
+        let mut row = Row::new(name, plan, &reports, agreements.get(index).copied());
+        if !has_memory {
+            row.peak_bytes = None;
+        }
+        rows.push(row);
     }
     context.result(&Board {
         preset: &args.preset.name,
@@ -280,7 +283,8 @@ struct Row {
     /// Mean bytes that a sequence held.
     kv_bytes: u64,
     kv_bytes_dense: u64,
-    /// Most bytes in use at once: of the device, or of this process where it computes on the host.
+    /// Most bytes of the device in use at once; `None` on the host, whose process holds on to what
+    /// earlier rows needed.
     peak_bytes: Option<u64>,
     seconds: f64,
     agreement: Option<Agreement>,
@@ -298,7 +302,6 @@ impl Row {
         plan: &Plan,
         reports: &[(Task, RetrievalReport)],
         agreement: Option<Agreement>,
-        peak_bytes: Option<u64>,
     ) -> Self {
         let count = reports.len().max(1) as f64;
         let mean = |of: &dyn Fn(&RetrievalReport) -> f64| {
@@ -318,7 +321,7 @@ impl Row {
             }),
             kv_bytes: mean(&|report| report.kv_bytes as f64) as u64,
             kv_bytes_dense: mean(&|report| report.kv_bytes_dense as f64) as u64,
-            peak_bytes,
+            peak_bytes: reports.iter().filter_map(|(_, report)| report.peak_bytes).max(),
             seconds: reports.iter().map(|(_, report)| report.seconds).sum(),
             agreement,
         }

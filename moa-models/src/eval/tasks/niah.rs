@@ -57,7 +57,7 @@ impl Niah {
     pub(super) const MULTIQUERY: Self = Self { keys: 4, queries: 4, ..SINGLE };
 
     /// Lines or words that a question needs at least.
-    pub(super) const SHORTEST: usize = 8;
+    pub(super) const SHORTEST: usize = 4;
 
     /// A question over `units` lines, or words of an essay.
     pub(super) fn build(
