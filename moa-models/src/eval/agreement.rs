@@ -263,8 +263,8 @@ mod tests {
     #[test]
     fn the_worst_hundredth_is_reached_by_one_token_in_a_hundred() {
         for (tokens, expected) in [(1, 0.0), (99, 98.0), (100, 99.0), (200, 198.0), (250, 248.0)] {
-            let mut tally = Tally::default();
-            tally.divergences = (0..tokens).map(|kl| kl as f32).rev().collect();
+            let divergences = (0..tokens).map(|kl| kl as f32).rev().collect();
+            let tally = Tally { divergences, ..Tally::default() };
             assert_eq!(tally.report(1.0, 0).kl_p99, expected, "{tokens}");
         }
     }
