@@ -35,7 +35,7 @@ use crate::progress::Progress;
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArg,
-    /// What to ask, and at how many tokens: ruler-<N>k or recall-<N>k
+    /// What to ask, and at how many tokens: `ruler-Nk` or `recall-Nk`, such as ruler-4k
     #[arg(long, default_value = "ruler-4k", value_name = "NAME")]
     preset: Preset,
     /// Ask these tasks instead of the preset's
@@ -81,8 +81,7 @@ impl FromStr for Preset {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        let fault =
-            || Error::argument("preset", "ruler-<N>k or recall-<N>k, such as ruler-4k", name);
+        let fault = || Error::argument("preset", "ruler-Nk or recall-Nk, such as ruler-4k", name);
         let (kind, length) = name.split_once('-').ok_or_else(fault)?;
         let is_ruler = match kind {
             "ruler" => true,
