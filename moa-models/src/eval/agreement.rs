@@ -165,7 +165,7 @@ impl<D: Math> Checkpoint<D> {
     ///
     /// # Errors
     /// [`Error::Tokenizer`] if the tokenizer refuses the text; those of [`Item::windows`].
-    pub fn text_items(&self, text: &str, length: usize, windows: usize) -> Result<Vec<Item>> {
+    pub fn text_windows(&self, text: &str, length: usize, windows: usize) -> Result<Vec<Item>> {
         let tokens = self.tokenizer.encode(text, false)?;
         Item::windows(&tokens, self.model.config().bos_token_id, length, windows)
     }

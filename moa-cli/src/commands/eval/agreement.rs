@@ -82,7 +82,7 @@ fn with_model<D: Math>(
     for &length in &lengths {
         let mut items = Vec::new();
         for (name, text) in texts {
-            let windows = model.text_items(text, length, args.windows);
+            let windows = model.text_windows(text, length, args.windows);
             items.extend(windows.map_err(|e| Error::from(e).at(name))?);
         }
         sets.push((length, "text", items));

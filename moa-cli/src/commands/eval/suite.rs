@@ -244,7 +244,7 @@ fn agreements<D: Math>(
     if args.windows == 0 {
         return Ok(Vec::new());
     }
-    let items = model.text_items(text, window, args.windows);
+    let items = model.text_windows(text, window, args.windows);
     let items = items.map_err(|e| Error::from(e).at("--text"))?;
     let plans: Vec<&Plan> = caches.iter().map(|(_, plan)| plan).collect();
     let mut bar = Progress::new(context, "agreement", items.len());
