@@ -71,7 +71,7 @@ impl<D: Math> Checkpoint<D> {
     /// those of [`Checkpoint::chat_tokens`].
     pub fn question_context(&self, question: &Question, max_new_tokens: usize) -> Result<usize> {
         if question.turns.len() == 1 {
-            return Ok(self.question_tokens(question)?.len() + max_new_tokens);
+            return Ok(self.asked_tokens(question)?.len() + max_new_tokens);
         }
         let Some((last, before)) = question.turns.split_last() else {
             return Err(Error::invalid("question", "at least 1 message", 0));
@@ -90,7 +90,7 @@ impl<D: Math> Checkpoint<D> {
     }
 
     /// What the model reads of a question of one message, the beginning of the answer included.
-    fn question_tokens(&self, question: &Question) -> Result<Vec<u32>> {
+    fn asked_tokens(&self, question: &Question) -> Result<Vec<u32>> {
         let text = question.turns.first().map_or("", |turn| turn.text.as_str());
         let raw = || self.tokenizer.encode(&format!("{text}{}", question.answer_prefix), true);
         let template = match (question.prompting, self.template()) {
@@ -143,7 +143,7 @@ impl<D: Math> Checkpoint<D> {
             [_] => {
                 let sequence = self.model.open(plan, context, 0)?;
                 let mut engine = self.engine(EngineOptions::default());
-                let id = engine.resume(sequence, self.question_tokens(question)?, options);
+                let id = engine.resume(sequence, self.asked_tokens(question)?, options);
                 let answer = loop {
                     match engine.step()? {
                         Some(Event::Done { completion, .. }) => break completion.text,
