@@ -50,6 +50,7 @@ mod dtype;
 mod error;
 mod far_losses;
 mod file;
+mod head_scores;
 mod influence;
 mod mask;
 mod plan;
@@ -61,6 +62,7 @@ mod rule;
 pub mod search;
 mod sharding;
 mod space;
+mod span_tables;
 mod split_mix;
 
 pub use backend::{
@@ -73,6 +75,7 @@ pub use dtype::Dtype;
 pub use error::{ArgumentError, Error, Result};
 pub use far_losses::FarLosses;
 pub use file::write_atomic;
+pub use head_scores::{FullHeads, HeadScores};
 pub use influence::{ByDistance, Influence, Profile, ProfileInfo};
 pub use mask::{Position, Span};
 pub use plan::{DEFAULT_SINK, ModelShape, Plan};

@@ -285,6 +285,18 @@ impl Plan {
         kept * slot_bytes
     }
 
+    /// KV footprint (Cache Me If You Can, arXiv 2506.17121): entries held, summed over all tokens that a
+    /// sequence of `context_length` tokens reads and writes, as a share of those of dense attention.
+    /// After token `t` a head holds `min(t, span)` entries.
+    ///
+    /// It is larger than the density: a head that keeps half of a context has lost nothing until then.
+    pub fn kv_footprint(&self, context_length: usize) -> f64 {
+        let spans = self.spans(context_length);
+        let held: u128 = spans.iter().map(|span| span.kept_pairs(context_length)).sum();
+        let all = Span::full(context_length).kept_pairs(context_length) * spans.len() as u128;
+        held as f64 / all.max(1) as f64
+    }
+
     /// Checks that the plan fits a model.
     ///
     /// # Errors
@@ -348,6 +360,15 @@ mod tests {
     }
 
     #[test]
+    fn footprint_counts_what_is_held_after_every_token() {
+        let plan = Plan::retrieval_heads(SHAPE, 4, 12, &[(0, 0), (1, 0), (2, 0)]).unwrap();
+        let held = |span: usize| (1..=100).map(|t| span.min(t)).sum::<usize>() as f64;
+        let expected = (held(100) + held(16)) / (2.0 * held(100));
+        assert!((plan.kv_footprint(100) - expected).abs() < 1e-12);
+        assert!(plan.kv_footprint(100) > plan.density(100));
+    }
+
+    #[test]
     fn plan_for_another_model_says_both_shapes() {
         let plan = Plan::full(SHAPE).unwrap().with_fingerprint(Some("aa".into()));
         let other = ModelShape { layers: 4, ..SHAPE };
@@ -362,7 +383,7 @@ mod tests {
     fn full_plan_has_density_one_at_every_length() {
         let plan = Plan::full(SHAPE).unwrap();
         for n in [1, 2, 63, 64, 65, 1000] {
-            assert_eq!(plan.density(n), 1.0);
+            assert_eq!((plan.density(n), plan.kv_footprint(n)), (1.0, 1.0));
         }
         assert!(Plan::new(SHAPE, 64, 64, vec![ElasticRule::FULL.into(); 6]).is_err());
         assert!(Plan::new(SHAPE, 64, 65, vec![ElasticRule::FULL.into(); 5]).is_err());

@@ -36,7 +36,7 @@
 //! | `device` | the operations of a device, [`Device`], [`Load`], [`Math`] and [`Backward`]: [`Cpu`], and by features `Cuda` and `Wgpu` |
 //! | `engine` | generation: [`Engine`], [`ChatSession`], [`SamplingOptions`] |
 //! | `find_plan` | from calibration data to a plan: [`Checkpoint::calibrate`], [`Decoder::profile`], [`refine()`], [`compress()`] |
-//! | `eval` | what a plan leaves of a model: [`Checkpoint::evaluate`], [`Decoder::perplexity`], [`Decoder::bench`], [`metrics`] |
+//! | `eval` | what a plan leaves of a model: [`Checkpoint::evaluate`], [`Decoder::agreement`], [`Decoder::perplexity`], [`Decoder::bench`], [`metrics`] |
 //!
 //! # Devices
 //! [`Cpu`] needs nothing. `Cuda` (feature `cuda`) needs nothing to build, and to run a driver, NVRTC and
@@ -94,14 +94,17 @@ pub use engine::sampling::{Sampler, SamplingOptions};
 pub use engine::serve::{Engine, EngineOptions};
 pub use engine::stop::StopStrings;
 pub use error::{Error, Result};
+pub use eval::agreement::Agreement;
 pub use eval::bench::{BenchOptions, BenchReport, ProfileBenchReport};
+pub use eval::longbench::{LongBenchCase, LongBenchDataset};
 pub use eval::metrics;
 pub use eval::perplexity::{PerplexityReport, PooledPerplexity};
 pub use eval::retrieval::RetrievalCase;
-pub use eval::tasks::Task;
+pub use eval::tasks::{Documents, Task, TaskSources};
 pub use eval::{
-    Asked, DepthBin, EFFECTIVE_ACCURACY, EffectiveContext, Evaluation, ItemLog, Question,
-    Reference, RetrievalItem, RetrievalReport, Scoring, SizedQuestion, Turn, effective_context,
+    Asked, DepthBin, EFFECTIVE_ACCURACY, EffectiveContext, Evaluation, HELD_OUT_TEXT, ItemLog,
+    Prompting, Question, Reference, RetrievalItem, RetrievalReport, Scoring, SizedQuestion, Turn,
+    effective_context,
 };
 pub use families::granite::Granite;
 pub use families::llama::Llama;

@@ -3,9 +3,10 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use moa_core::{DEFAULT_SINK, ElasticRule, ModelShape, Plan, write_atomic};
+use clap::ValueEnum;
+use moa_core::{DEFAULT_SINK, ElasticRule, FullHeads, HeadScores, ModelShape, Plan, write_atomic};
 use moa_report::{PlanSummary, lengths_of};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::args::{parse_count, parse_density, parse_head};
 use crate::error::Result;
@@ -34,21 +35,33 @@ impl ShapeArgs {
     }
 }
 
-/// Read a plan of the original code: lists of alphas and betas per layer and query head
+/// Read a plan of another method: the original code's alphas and betas, or scores of heads
+///
+/// Scores are DuoAttention's full_attention_heads.tsv, a learned mask of 0 and 1 (PruLong), or any table
+/// of a line for each layer and a number for each KV or query head, or lines `layer,head,score`. Heads of
+/// the highest scores see everything, the others the sink and a window: those of at least --threshold, all
+/// but a share --sparsity, or as many as --density allows --at a length, where what is left widens the
+/// windows.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Example:\n  moa plan import --published moa_alpha_beta.json --config config.json --out plan.json"
+    after_help = "Examples:\n  moa plan import --published moa_alpha_beta.json --config config.json --out plan.json\n  moa plan import --head-scores full_attention_heads.tsv --density 0.25 --at 4096 --model DIR --out duo.json"
 )]
 pub(crate) struct ImportArgs {
-    /// The original's file, one rule per query head
-    #[arg(long, value_name = "FILE")]
-    published: PathBuf,
+    #[command(flatten)]
+    from: ImportFrom,
     #[command(flatten)]
     shape: ShapeArgs,
-    /// First positions of the context that every head sees
-    #[arg(long, default_value_t = DEFAULT_SINK, value_name = "TOKENS")]
-    sink: usize,
-    /// Smallest span of any head, sink included
+    #[command(flatten)]
+    full: FullArgs,
+    /// Most recent keys of heads that do not see everything, besides the sink [default: the
+    /// recent_size of a config.json beside the scores, else 256]
+    #[arg(long, value_name = "TOKENS", requires = "head_scores", value_parser = parse_count)]
+    window: Option<usize>,
+    /// First positions of the context that every head sees [default: the sink_size of a config.json
+    /// beside the scores, else 64]
+    #[arg(long, value_name = "TOKENS")]
+    sink: Option<usize>,
+    /// Smallest span of any head, sink included, of a published plan
     #[arg(long, default_value_t = 128, value_name = "TOKENS")]
     min_span: usize,
     /// Plan to write
@@ -56,16 +69,89 @@ pub(crate) struct ImportArgs {
     out: PathBuf,
 }
 
-/// Write a plan in the original code's format
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  moa plan export plan.json --out moa_alpha_beta.json")]
+#[group(required = true, multiple = false)]
+struct ImportFrom {
+    /// The original's file, one rule per query head
+    #[arg(long, value_name = "FILE")]
+    published: Option<PathBuf>,
+    /// Scores of heads, as tab- or comma-separated text
+    #[arg(long, visible_aliases = ["duo", "mask"], value_name = "FILE")]
+    head_scores: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+struct FullArgs {
+    /// Heads of at least this score see everything [default: 0.5]
+    #[arg(long, value_name = "SCORE", requires = "head_scores", conflicts_with_all = ["sparsity", "density"])]
+    threshold: Option<f64>,
+    /// This share of the heads does not see everything
+    #[arg(long, value_name = "SHARE", requires = "head_scores", conflicts_with = "density")]
+    sparsity: Option<f64>,
+    /// Largest mean share of the context that heads keep at the length --at
+    #[arg(long, value_name = "DENSITY", requires_all = ["head_scores", "at"], value_parser = parse_density)]
+    density: Option<f64>,
+    /// Length at which the density is kept
+    #[arg(long, value_name = "TOKENS", requires = "density", value_parser = parse_count)]
+    at: Option<usize>,
+}
+
+impl FullArgs {
+    fn full(&self) -> FullHeads {
+        match (self.sparsity, self.density, self.at) {
+            (Some(sparsity), ..) => FullHeads::Sparsity(sparsity),
+            (None, Some(max), Some(length)) => FullHeads::Density { max, length },
+            _ => FullHeads::Threshold(self.threshold.unwrap_or(0.5)),
+        }
+    }
+}
+
+/// What DuoAttention keeps beside its scores.
+#[derive(Default, Deserialize)]
+struct DuoConfig {
+    sink_size: Option<usize>,
+    recent_size: Option<usize>,
+}
+
+impl DuoConfig {
+    /// Of the folder of a file of scores; nothing where there is none, or a file of another kind.
+    fn beside(scores: &Path) -> Self {
+        let text = std::fs::read_to_string(scores.with_file_name("config.json"));
+        text.ok().and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default()
+    }
+}
+
+/// Write a plan for other engines
+///
+/// published: the original code's alphas and betas. The others are the plan at one context length. json:
+/// tables of sink, window and compression ratio by layer and KV head, for engines such as vLLM and kvpress.
+/// safetensors: the same as tensors, which PyTorch reads. tsv: the share of the context that each head keeps,
+/// as DuoAttention's full_attention_heads.tsv.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  moa plan export plan.json --out moa_alpha_beta.json\n  moa plan export plan.json --format safetensors --at 8192 --out mask.safetensors"
+)]
 pub(crate) struct ExportArgs {
     /// Plan file
     #[arg(value_name = "PLAN")]
     plan: PathBuf,
+    /// What to write
+    #[arg(long, value_enum, default_value = "published")]
+    format: ExportFormat,
+    /// Context length of json, safetensors and tsv
+    #[arg(long, value_name = "TOKENS", value_parser = parse_count, required_if_eq_any([("format", "json"), ("format", "safetensors"), ("format", "tsv")]))]
+    at: Option<usize>,
     /// File to write
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum ExportFormat {
+    Published,
+    Json,
+    Safetensors,
+    Tsv,
 }
 
 /// Make a plan in which all heads are alike (StreamingLLM)
@@ -119,10 +205,25 @@ pub(crate) struct RetrievalHeadsArgs {
     out: PathBuf,
 }
 
+/// DuoAttention's usual window, where nothing says another one.
+const DUO_WINDOW: usize = 256;
+
 pub(super) fn import(args: &ImportArgs, context: &Context) -> Result<()> {
     check_file(&args.out)?;
     let shape = args.shape.shape(context)?;
-    let plan = Plan::load_published(&args.published, shape, args.sink, args.min_span)?;
+    let plan = match (&args.from.published, &args.from.head_scores) {
+        (None, Some(path)) => {
+            let beside = DuoConfig::beside(path);
+            let sink = args.sink.or(beside.sink_size).unwrap_or(DEFAULT_SINK);
+            let window = args.window.or(beside.recent_size).unwrap_or(DUO_WINDOW);
+            HeadScores::load(path, shape)?.plan(sink, window, args.full.full())?
+        }
+        (published, _) => {
+            let path = published.as_deref().unwrap_or(Path::new("."));
+            let sink = args.sink.unwrap_or(DEFAULT_SINK);
+            Plan::load_published(path, shape, sink, args.min_span)?
+        }
+    };
     save(plan, "import", &args.out, context)
 }
 
@@ -149,11 +250,18 @@ pub(super) fn retrieval_heads(args: &RetrievalHeadsArgs, context: &Context) -> R
 pub(super) fn export(args: &ExportArgs, context: &Context) -> Result<()> {
     check_file(&args.out)?;
     let plan = Plan::load(&args.plan)?;
-    write_atomic(&args.out, plan.to_published_json()?.as_bytes())?;
+    let at = args.at.unwrap_or(1);
+    let bytes = match args.format {
+        ExportFormat::Published => plan.to_published_json()?.into_bytes(),
+        ExportFormat::Json => plan.to_span_json(at).into_bytes(),
+        ExportFormat::Safetensors => plan.to_span_safetensors(at)?,
+        ExportFormat::Tsv => plan.to_head_scores(at).into_bytes(),
+    };
+    write_atomic(&args.out, &bytes)?;
     context.result(&Exported { plan: &args.plan, out: &args.out })
 }
 
-/// A plan that was written in the original code's format.
+/// A plan that was written for another engine.
 #[derive(Debug, Serialize)]
 struct Exported<'a> {
     plan: &'a Path,

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::common::{cases, json_of, moa_in, ok, refuses, tiny};
 
@@ -86,7 +86,7 @@ fn generated_tasks_have_the_length_asked_for() {
     let root = dir.path();
     let tiny = tiny();
     let tiny = tiny.to_str().unwrap();
-    for task in ["variable-tracking", "mqar"] {
+    for task in ["niah_multiquery", "mqar"] {
         let args = [
             "eval",
             "tasks",
@@ -118,10 +118,21 @@ fn generated_tasks_have_the_length_asked_for() {
         let few = ["eval", "tasks", "--model", tiny, "--task", task, "--lengths", "64"];
         refuses(root, &few, &["--lengths", "at least"]);
     }
+    let args = ["eval", "tasks", "--model", tiny, "--task", "qa_1", "--lengths", "512"];
+    refuses(root, &args, &["SQuAD"]);
+    let squad = json!({ "data": [{ "paragraphs": [{
+        "context": "The lighthouse keeper was called Ambrose.",
+        "qas": [{ "question": "Who kept the lighthouse?", "answers": [{ "text": "Ambrose" }] }],
+    }] }] });
+    fs::write(root.join("squad.json"), squad.to_string()).unwrap();
+    let own = ["--squad", "squad.json", "--samples", "1", "--uniform", "0.5"];
+    let report = json_of(root, &[&args[..], &own[..]].concat());
+    assert!(report["kv_footprint"].as_f64().unwrap() > report["density"].as_f64().unwrap());
+    assert!(report["prompt_tokens_mean"].as_f64().unwrap() > 384.0, "{report}");
     let args = ["eval", "tasks", "--model", tiny, "--task", "mqar", "--lengths", "512,9000"];
     refuses(root, &args, &["--lengths", "9000", "8192"]);
     let args = ["eval", "tasks", "--model", tiny, "--task", "needle"];
-    refuses(root, &args, &["needle", "variable-tracking"]);
+    refuses(root, &args, &["needle", "niah_single_1"]);
 }
 
 #[test]
@@ -149,4 +160,103 @@ fn perplexity_is_given_for_each_length_and_text() {
     refuses(root, &[&eval[..], &["--lengths", "64,900"]].concat(), &["a.txt", "at least 900"]);
     let output = moa_in(root, &["eval", "perplexity", "--model", tiny, "--text", "a.txt"]);
     assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn agreement_is_given_for_texts_and_for_answers() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let tiny = tiny.to_str().unwrap();
+    let prompt = "The ship left the harbor before the sun was up. ".repeat(20);
+    let line = json!({ "prompt": prompt, "answer": "It left early." });
+    fs::write(root.join("prompts.jsonl"), format!("{line}\n")).unwrap();
+    let eval = ["eval", "agreement", "--model", tiny, "--uniform", "0.5", "--windows", "1"];
+    let args = [&eval[..], &["--lengths", "96,192", "--data", "prompts.jsonl"]].concat();
+    let args = [&args[..], &["--max-response", "8", "--samples", "1"]].concat();
+    let refused = ["96", "no prompt"];
+    refuses(root, &args, &refused);
+    let args = args.iter().map(|arg| if *arg == "96,192" { "192" } else { arg });
+    let report = json_of(root, &args.collect::<Vec<_>>());
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.iter().map(|r| &r["of"]).collect::<Vec<_>>(), ["text", "answers"]);
+    for row in rows {
+        assert_eq!((row["length"].as_u64(), row["items"].as_u64()), (Some(192), Some(1)));
+        let number = |field: &str| row[field].as_f64().unwrap();
+        assert!(number("kl_mean") > 0.0 && number("kl_p99") >= number("kl_mean"), "{row}");
+        assert!((0.0..=1.0).contains(&number("equal_greedy")), "{row}");
+        assert!(number("kv_bytes") * 2.0 <= number("kv_bytes_dense"), "{row}");
+    }
+    assert_eq!(rows[0]["tokens"], 191);
+    let table = ok(root, &[&eval[..], &["--lengths", "128"]].concat());
+    assert!(table.contains("equal greedy") && table.contains("uniform 0.5"), "{table}");
+    let long = [&eval[..], &["--lengths", "9000"]].concat();
+    refuses(root, &long, &["9000", "8192"]);
+}
+
+#[test]
+fn a_suite_gives_a_row_for_each_cache() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let tiny = tiny.to_str().unwrap();
+    let made = ["plan", "retrieval-heads", "--model", tiny, "--heads", "0:1", "--window", "64"];
+    ok(root, &[&made[..], &["--out", "duo.json"]].concat());
+    let suite = ["eval", "suite", "--model", tiny, "--preset", "recall-1k", "--samples", "1"];
+    let suite = [&suite[..], &["--tasks", "multi-key"]].concat();
+    let with_plan = [&suite[..], &["--plan", "mine=duo.json", "--items", "answers"]].concat();
+    let board = json_of(root, &[&with_plan[..], &["--windows", "1"]].concat());
+    let rows = board["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 3);
+    assert_eq!((&rows[0]["cache"], &rows[1]["cache"]), (&json!("dense"), &json!("mine")));
+    assert!(rows[2]["cache"].as_str().unwrap().starts_with("uniform "));
+    assert_eq!(rows[0]["agreement"]["kl_mean"], 0.0);
+    assert_eq!(rows[0]["kv_bytes"], rows[0]["kv_bytes_dense"]);
+    let number = |row: &Value, field: &str| row[field].as_f64().unwrap();
+    // Equal bytes at 1024 tokens, which questions nearly fill.
+    let (plan, rival) = (number(&rows[1], "kv_bytes"), number(&rows[2], "kv_bytes"));
+    assert!((plan / rival - 1.0).abs() < 0.03, "{plan} {rival}");
+    for row in &rows[1..] {
+        assert!(number(row, "kv_footprint") > number(row, "density"), "{row}");
+        assert!(row["agreement"]["kl_mean"].as_f64().unwrap() > 0.0, "{row}");
+        assert!(row["scores"]["multi-key"]["score"].is_f64(), "{row}");
+    }
+    assert_eq!(fs::read_dir(root.join("answers")).unwrap().count(), 3);
+    // Every answer is known.
+    let table = ok(root, &[&with_plan[..], &["--windows", "0"]].concat());
+    assert!(table.contains("multi-key") && !table.contains("KL worst 1 %"), "{table}");
+    let long = ["eval", "suite", "--model", tiny, "--preset", "ruler-16k"];
+    refuses(root, &long, &["--preset", "16384", "8192"]);
+    refuses(root, &[&suite[..], &["--rivals", "duo"]].concat(), &["--rivals", "--density"]);
+    let duo = [&suite[..], &["--rivals", "duo", "--density", "0.5"]].concat();
+    refuses(root, &duo, &["--rivals", "--profile"]);
+}
+
+#[test]
+fn longbench_files_are_asked_by_their_dataset() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let tiny = tiny.to_str().unwrap();
+    let case = |dataset: &str| {
+        json!({ "input": "Who left?", "context": "The ship left the harbor. ".repeat(200),
+                "answers": ["the ship"], "all_classes": null, "dataset": dataset, "_id": "1" })
+    };
+    fs::write(root.join("a.jsonl"), format!("{}\n", case("hotpotqa"))).unwrap();
+    fs::write(root.join("lcc.jsonl"), format!("{}\n", case("lcc_e"))).unwrap();
+    let eval = ["eval", "longbench", "--model", tiny, "--max-length", "512", "--data"];
+    let report = json_of(root, &[&eval[..], &["a.jsonl", "lcc.jsonl"]].concat());
+    let sets = report["datasets"].as_array().unwrap();
+    assert_eq!((&sets[0]["dataset"], &sets[1]["dataset"]), (&json!("hotpotqa"), &json!("lcc")));
+    for (set, answer) in sets.iter().zip([32.0, 64.0]) {
+        // Cut in the middle to just what fits.
+        let prompt = set["prompt_tokens_mean"].as_f64().unwrap();
+        assert!(prompt <= 512.0 - answer && prompt > 480.0 - answer, "{set}");
+    }
+    let mean = (sets[0]["score"].as_f64().unwrap() + sets[1]["score"].as_f64().unwrap()) / 2.0;
+    assert!((report["average"].as_f64().unwrap() - mean).abs() < 1e-9);
+    fs::write(root.join("x.jsonl"), format!("{}\n", case("dureader"))).unwrap();
+    refuses(root, &[&eval[..], &["x.jsonl"]].concat(), &["x.jsonl", "dureader", "hotpotqa"]);
+    let items = [&eval[..], &["a.jsonl", "lcc.jsonl", "--items", "i.jsonl"]].concat();
+    refuses(root, &items, &["--items", "one file"]);
 }

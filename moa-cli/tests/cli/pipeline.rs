@@ -287,6 +287,9 @@ fn help_of_every_subcommand_has_an_example() {
         &["eval", "retrieval"],
         &["eval", "tasks"],
         &["eval", "perplexity"],
+        &["eval", "agreement"],
+        &["eval", "longbench"],
+        &["eval", "suite"],
         &["report"],
     ];
     for command in all {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::common::{json_of, ok, refuses, tiny};
+use crate::common::{json_of, moa_in, ok, refuses, tiny};
 
 /// Spans of a plan at one length, `[layer][head]`.
 fn spans(root: &Path, plan: &str, length: &str) -> Vec<Vec<u64>> {
@@ -80,4 +80,66 @@ fn every_space_gives_plans_of_its_kind_under_one_bound() {
     }
     let both = ["--kv-bytes", "256:384KiB", "--density", "0.5", "--out", "x"];
     refuses(root, &[&search[..], &both].concat(), &["--kv-bytes", "--density"]);
+    // As rivals of a suite, all at one density.
+    let suite = ["eval", "suite", "--model", tiny, "--preset", "recall-1k", "--tasks", "passkey"];
+    let rivals = ["--samples", "1", "--windows", "0", "--profile", "p.safetensors"];
+    let board = json_of(root, &[&suite[..], &rivals, &["--density", "0.25"]].concat());
+    let rows = board["rows"].as_array().unwrap();
+    let names: Vec<_> = rows.iter().map(|row| row["cache"].as_str().unwrap()).collect();
+    assert_eq!(names, ["dense", "uniform 0.250", "fixed 0.250", "per-layer 0.250", "duo 0.250"]);
+    for row in &rows[1..] {
+        let density = row["density"].as_f64().unwrap();
+        assert!(density > 0.15 && density < 0.27, "{row}");
+        assert!(row["agreement"].is_null(), "{row}");
+    }
+}
+
+#[test]
+fn scores_of_other_methods_become_plans_and_plans_tables_of_other_engines() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let tiny = tiny.to_str().unwrap();
+    let import = ["plan", "import", "--model", tiny, "--out", "duo.json"];
+    let gates = "0.9\t0.1\n".repeat(5) + "0.2\t0.3\n";
+    fs::create_dir(root.join("duo")).unwrap();
+    fs::write(root.join("duo/heads.tsv"), &gates).unwrap();
+    fs::write(root.join("duo/config.json"), r#"{"sink_size": 16, "recent_size": 48}"#).unwrap();
+    let from = [&import[..], &["--duo", "duo/heads.tsv"]].concat();
+    ok(root, &from);
+    let narrow = |wide: u64| [vec![[wide, 64]; 5], vec![[64, 64]]].concat();
+    assert_eq!(json!(spans(root, "duo.json", "1024")), json!(narrow(1024)));
+    // At a budget, three heads of twelve fit whole, and what is left widens the others.
+    ok(root, &[&from[..], &["--density", "0.3", "--at", "1024"]].concat());
+    let kept = spans(root, "duo.json", "1024").concat();
+    let full = kept.iter().filter(|span| **span == 1024).count();
+    assert_eq!((full, kept.iter().sum::<u64>()), (3, 3 * 1024 + 9 * 68));
+    let list = "layer,head,score\n".to_string()
+        + &(0..24).map(|i| format!("{},{},{}\n", i / 4, i % 4, i % 3)).collect::<String>();
+    fs::write(root.join("queries.csv"), list).unwrap();
+    let queries = ["--head-scores", "queries.csv", "--sparsity", "0.5", "--window", "8"];
+    ok(root, &[&import[..], &queries[..]].concat());
+    let kept = spans(root, "duo.json", "1024").concat();
+    assert_eq!(kept.iter().filter(|span| **span == 72).count(), 6);
+    fs::write(root.join("bad.tsv"), "1\t0\n").unwrap();
+    let bad = [&import[..], &["--head-scores", "bad.tsv"]].concat();
+    refuses(root, &bad, &["bad.tsv", "6 layers"]);
+    let both = [&from[..], &["--published", "x.json"]].concat();
+    assert_eq!(moa_in(root, &both).status.code(), Some(2));
+
+    let export = ["plan", "export", "duo.json", "--at", "1024", "--out"];
+    ok(root, &[&export[..], &["t.json", "--format", "json"]].concat());
+    let table: Value = serde_json::from_slice(&fs::read(root.join("t.json")).unwrap()).unwrap();
+    let sum = |row: usize, head: usize| {
+        table["sink"][row][head].as_u64().unwrap() + table["window"][row][head].as_u64().unwrap()
+    };
+    let tables: Vec<u64> = (0..12).map(|i| sum(i / 2, i % 2)).collect();
+    assert_eq!(tables, kept);
+    ok(root, &[&export[..], &["t.tsv", "--format", "tsv"]].concat());
+    ok(root, &[&import[..], &["--mask", "t.tsv", "--window", "8"]].concat());
+    assert_eq!(spans(root, "duo.json", "1024").concat(), kept);
+    ok(root, &[&export[..], &["t.safetensors", "--format", "safetensors"]].concat());
+    assert!(fs::read(root.join("t.safetensors")).unwrap().len() > 12 * 17);
+    let no_length = ["plan", "export", "duo.json", "--format", "json", "--out", "u.json"];
+    assert_eq!(moa_in(root, &no_length).status.code(), Some(2));
 }

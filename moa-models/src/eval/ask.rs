@@ -5,7 +5,7 @@ use moa_core::Plan;
 use serde_json::{Map, Value, json};
 
 use super::item_log::ItemLog;
-use super::question::Question;
+use super::question::{Prompting, Question};
 use super::report::{Asked, RetrievalItem, RetrievalReport};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::fingerprint::fingerprint;
@@ -13,7 +13,8 @@ use crate::checkpoint::prompt_style::PromptStyle;
 use crate::checkpoint::template::Message;
 use crate::device::Math;
 use crate::engine::chat_session::ChatSession;
-use crate::engine::request::GenerateOptions;
+use crate::engine::request::{Event, GenerateOptions};
+use crate::engine::serve::EngineOptions;
 use crate::eval::retrieval::RetrievalCase;
 use crate::progress::{Progress, Stage};
 use crate::{Error, Result};
@@ -67,11 +68,19 @@ impl<D: Math> Checkpoint<D> {
     /// Context length that a question is opened for: its messages and room for every answer.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the question has no message; those of [`Checkpoint::prompt_tokens`].
+    /// [`Error::Invalid`] if the question has no message, or several and the beginning of an answer;
+    /// those of [`Checkpoint::prompt_tokens`].
     pub fn question_context(&self, question: &Question, max_new_tokens: usize) -> Result<usize> {
+        if question.turns.len() == 1 {
+            return Ok(self.asked_tokens(question)?.len() + max_new_tokens);
+        }
         let Some((last, before)) = question.turns.split_last() else {
             return Err(Error::invalid("question", "at least 1 message", 0));
         };
+        if !question.answer_prefix.is_empty() || question.prompting == Prompting::Text {
+            let got = format!("{} messages", question.turns.len());
+            return Err(Error::invalid("question with a given beginning", "one message", got));
+        }
         let mut messages = Vec::new();
         for turn in before {
             messages.extend([Message::user(turn.text.trim()), Message::assistant("")]);
@@ -79,6 +88,18 @@ impl<D: Math> Checkpoint<D> {
         messages.push(Message::user(last.text.trim()));
         let tokens = self.prompt_tokens(&messages)?.len();
         Ok(tokens + max_new_tokens + before.len() * (max_new_tokens + REWRITTEN))
+    }
+
+    /// What the model reads of a question of one message, the beginning of the answer included.
+    fn asked_tokens(&self, question: &Question) -> Result<Vec<u32>> {
+        let text = question.turns.first().map_or("", |turn| turn.text.as_str());
+        if question.prompting == Prompting::Text || self.prompt_style() == PromptStyle::Raw {
+            return self.tokenizer.encode(&format!("{text}{}", question.answer_prefix), true);
+        }
+        let mut prompt = self.template()?.render(&[Message::user(text.trim())], true)?;
+        prompt.push_str(&question.answer_prefix);
+        // The template writes the begin-of-sequence token itself.
+        self.tokenizer.encode(&prompt, false)
     }
 
     /// Checks that the model's context holds a question, without asking it.
@@ -107,30 +128,52 @@ impl<D: Math> Checkpoint<D> {
     ) -> Result<RetrievalItem> {
         let context = self.question_context(question, max_new_tokens)?;
         let options = GenerateOptions { max_new_tokens, ..GenerateOptions::default() };
-        let mut chat = ChatSession::new(self, plan, context)?;
+        self.model.reset_peak_memory()?;
         let mut item = RetrievalItem {
             context,
             density: self.model.config().windowed(plan)?.density(context),
+            kv_footprint: Some(self.model.config().windowed(plan)?.kv_footprint(context)),
             kv_bytes_dense: self.model.dense_bytes(context)?,
             ..RetrievalItem::default()
         };
-        for turn in &question.turns {
-            let completion = chat.answer(turn.text.trim(), options.clone())?;
-            let usage = chat.take_usage();
-            item.prompt_tokens += usage.prompt_tokens;
-            item.new_tokens += usage.decoded_tokens;
-            item.prefill_seconds += usage.prefill.as_secs_f64();
-            item.decode_seconds += usage.decode.as_secs_f64();
+        match question.turns.as_slice() {
+            [_] => {
+                let sequence = self.model.open(plan, context, 0)?;
+                let mut engine = self.engine(EngineOptions::default());
+                let id = engine.resume(sequence, self.asked_tokens(question)?, options);
+                let answer = loop {
+                    match engine.step()? {
+                        Some(Event::Done { completion, .. }) => break completion.text,
+                        Some(Event::Failed { error, .. }) => return Err(error),
+                        Some(_) => {}
+                        None => return Err(Error::Cancelled),
+                    }
+                };
+                item.add(&engine.take_usage());
+                item.kv_bytes = engine.reclaim(id).map_or(0, |s| self.model.kv_bytes(&s));
+                item.answers.push(answer);
+            }
+            turns => {
+                let mut chat = ChatSession::new(self, plan, context)?;
+                for turn in turns {
+                    item.answers.push(chat.answer(turn.text.trim(), options.clone())?.text);
+                    item.add(&chat.take_usage());
+                }
+                item.kv_bytes = chat.kv_bytes();
+            }
+        }
+        item.peak_bytes = self.model.peak_memory()?;
+        let (mut sum, mut weights) = (0.0, 0.0);
+        for (turn, answer) in question.turns.iter().zip(&item.answers) {
+            let (score, weight) = question.scoring.score(answer, &turn.references);
+            (sum, weights) = (sum + score * weight, weights + weight);
             item.references.extend(turn.references.iter().map(|reference| Asked {
-                found: question.scoring.holds(&completion.text, &reference.text),
+                found: question.scoring.holds(answer, &reference.text),
                 text: reference.text.clone(),
                 depth: reference.depth,
             }));
-            item.answers.push(completion.text);
         }
-        item.kv_bytes = chat.kv_bytes();
-        let found = item.references.iter().filter(|r| r.found).count();
-        item.score = found as f64 / item.references.len().max(1) as f64;
+        item.score = sum / weights.max(1.0);
         Ok(item)
     }
 

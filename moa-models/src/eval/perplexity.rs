@@ -5,13 +5,47 @@ use serde::Serialize;
 
 use crate::decoder::logits::LogitRows;
 use crate::decoder::model::Decoder;
+use crate::decoder::sequence::Sequence;
 use crate::device::Math;
 use crate::find_plan::objective::cross_entropy;
+use crate::find_plan::profile::Item;
 use crate::progress::{Progress, Stage};
 use crate::{Error, Result};
 
-/// Tokens per forward step where every row's logits are wanted: bounds `[rows, vocab]`.
-const LOGIT_CHUNK: usize = 512;
+/// Most logits of a step, 64 MiB of them.
+const MOST_LOGITS: usize = 1 << 24;
+
+impl Item {
+    /// A text cut into windows of `length` tokens that each begin with `first`, at most `windows` of
+    /// them: the first token of a window is the prompt, all others are the response.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the text does not fill one window, or a window holds no response.
+    pub fn windows(
+        tokens: &[u32],
+        first: Option<u32>,
+        length: usize,
+        windows: usize,
+    ) -> Result<Vec<Self>> {
+        let head: Vec<u32> = first.into_iter().collect();
+        if length < head.len() + 2 || windows == 0 {
+            return Err(Error::invalid(
+                "length and windows",
+                "at least 3 tokens and 1 window",
+                length.min(windows),
+            ));
+        }
+        let room = length - head.len();
+        if tokens.len() < room {
+            return Err(Error::invalid("text", format!("at least {room} tokens"), tokens.len()));
+        }
+        let item = |part: &[u32]| {
+            let ids = [&head, part].concat();
+            Self::new(&ids[..1], &ids[1..])
+        };
+        tokens.chunks_exact(room).take(windows).map(item).collect()
+    }
+}
 
 /// Perplexity of a text.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -96,33 +130,15 @@ impl<D: Math> Decoder<D> {
         progress: &mut dyn Progress,
     ) -> Result<PerplexityReport> {
         let begin = Instant::now();
-        let head: Vec<u32> = first.into_iter().collect();
-        if length < head.len() + 2 || windows == 0 {
-            return Err(Error::invalid(
-                "length and windows",
-                "at least 3 tokens and 1 window",
-                length.min(windows),
-            ));
-        }
-        let parts: Vec<&[u32]> = tokens.chunks_exact(length - head.len()).take(windows).collect();
-        if parts.is_empty() {
-            return Err(Error::invalid(
-                "text",
-                format!("at least {} tokens", length - head.len()),
-                tokens.len(),
-            ));
-        }
+        let parts = Item::windows(tokens, first, length, windows)?;
         let (mut sum, mut count, mut kv_bytes) = (0.0, 0, 0);
         for (done, part) in (1..).zip(&parts) {
-            let ids = [&head, *part].concat();
             let mut sequence = self.open(plan, length, 0)?;
-            for (index, chunk) in ids[..length - 1].chunks(LOGIT_CHUNK).enumerate() {
-                let rows: Vec<usize> = (0..chunk.len()).collect();
-                let logits =
-                    self.forward(&mut [&mut sequence], &[chunk], LogitRows::Rows(&rows))?;
-                let logits = self.values(logits)?;
-                let targets = &ids[index * LOGIT_CHUNK + 1..];
-                for (row, target) in logits.chunks(self.config().vocab_size).zip(targets) {
+            let (chunk, mut targets) = (self.logit_chunk(), part.response().iter());
+            for chunk in part.inputs().chunks(chunk) {
+                let logits = self.all_logits(&mut sequence, chunk)?;
+                let rows = logits.chunks(self.config().vocab_size);
+                for (row, target) in rows.zip(targets.by_ref()) {
                     sum += cross_entropy(row, *target as usize);
                     count += 1;
                 }
@@ -142,6 +158,21 @@ impl<D: Math> Decoder<D> {
             kv_bytes_dense: self.dense_bytes(length)?,
             seconds: begin.elapsed().as_secs_f64(),
         })
+    }
+
+    /// Tokens of a step whose logits are all wanted: few enough to bound `[rows, vocab]`.
+    pub(crate) fn logit_chunk(&self) -> usize {
+        (MOST_LOGITS / self.config().vocab_size).clamp(16, 512)
+    }
+
+    /// Appends tokens and returns the logits of each of them, `[tokens, vocab]`.
+    pub(crate) fn all_logits(
+        &self,
+        sequence: &mut Sequence<D>,
+        tokens: &[u32],
+    ) -> Result<Vec<f32>> {
+        let rows: Vec<usize> = (0..tokens.len()).collect();
+        self.values(self.forward(&mut [sequence], &[tokens], LogitRows::Rows(&rows))?)
     }
 
     /// Bytes that a dense cache of `capacity` tokens would hold, of the heads that are here. Layers with a

@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::engine::request::Usage;
 use crate::{Error, Result};
 
 /// A reference of a question, and whether the answer held it.
@@ -34,10 +35,18 @@ pub struct RetrievalItem {
     pub context: usize,
     /// Keys kept / context length.
     pub density: f64,
+    /// Entries held, summed over all tokens read and written, as a share of dense attention's
+    /// ([`Plan::kv_footprint`](moa_core::Plan::kv_footprint)); `None` in logs of before it was measured.
+    #[serde(default)]
+    pub kv_footprint: Option<f64>,
     /// Bytes of keys and values that the sequence held, read from its caches.
     pub kv_bytes: u64,
     /// The same for dense attention, computed.
     pub kv_bytes_dense: u64,
+    /// Most bytes in use at once while it was asked
+    /// ([`Decoder::peak_memory`](crate::Decoder::peak_memory)); `None` where that is not known.
+    #[serde(default)]
+    pub peak_bytes: Option<u64>,
     /// Decode steps.
     pub new_tokens: usize,
     /// Time to read the messages.
@@ -47,9 +56,17 @@ pub struct RetrievalItem {
 }
 
 impl RetrievalItem {
-    /// Whether the answers held every reference.
+    /// Whether the answers have the full score.
     pub fn is_right(&self) -> bool {
-        self.references.iter().all(|r| r.found)
+        self.score >= 1.0
+    }
+
+    /// Adds what a turn read and wrote.
+    pub(crate) fn add(&mut self, usage: &Usage) {
+        self.prompt_tokens += usage.prompt_tokens;
+        self.new_tokens += usage.decoded_tokens;
+        self.prefill_seconds += usage.prefill.as_secs_f64();
+        self.decode_seconds += usage.decode.as_secs_f64();
     }
 }
 
@@ -58,7 +75,7 @@ impl RetrievalItem {
 pub struct RetrievalReport {
     /// Questions asked.
     pub cases: usize,
-    /// Questions answered wholly right.
+    /// Questions with the full score.
     pub correct: usize,
     /// Mean score; `correct / cases` where every question has one reference.
     pub accuracy: f64,
@@ -72,10 +89,14 @@ pub struct RetrievalReport {
     pub density: f64,
     /// Mean over questions of keys that a KV head may keep.
     pub average_span: f64,
+    /// Mean KV footprint of the questions for which it was measured; `None` if it was for none.
+    pub kv_footprint: Option<f64>,
     /// Mean bytes of keys and values that a sequence held, read from its caches.
     pub kv_bytes: u64,
     /// The same for dense attention, computed.
     pub kv_bytes_dense: u64,
+    /// Most bytes in use at once while any of the questions was asked.
+    pub peak_bytes: Option<u64>,
     /// Prompt tokens read per second.
     pub prefill_tokens_per_second: f64,
     /// New tokens per second, one sequence at a time.
@@ -118,6 +139,8 @@ impl RetrievalReport {
         let prompt_tokens = sum(&|i| i.prompt_tokens as f64);
         let accuracy = sum(&|i| i.score) / n;
         let scatter = sum(&|i| (i.score - accuracy).powi(2));
+        let footprints: Vec<f64> = items.iter().filter_map(|i| i.kv_footprint).collect();
+        let footprint = footprints.iter().sum::<f64>() / footprints.len() as f64;
         let (prefill, decode) = (sum(&|i| i.prefill_seconds), sum(&|i| i.decode_seconds));
         Ok(Self {
             cases: items.len(),
@@ -128,8 +151,10 @@ impl RetrievalReport {
             context_mean: sum(&|i| i.context as f64) / n,
             density: sum(&|i| i.density) / n,
             average_span: sum(&|i| i.density * i.context as f64) / n,
+            kv_footprint: (!footprints.is_empty()).then_some(footprint),
             kv_bytes: bytes(&|i| i.kv_bytes),
             kv_bytes_dense: bytes(&|i| i.kv_bytes_dense),
+            peak_bytes: items.iter().filter_map(|i| i.peak_bytes).max(),
             prefill_tokens_per_second: prompt_tokens / prefill.max(1e-9),
             decode_tokens_per_second: sum(&|i| i.new_tokens as f64) / decode.max(1e-9),
             seconds: prefill + decode,

@@ -161,9 +161,14 @@ pub(crate) fn divergence(dense: &[f32], logits: &[f32]) -> f64 {
 
 /// Cross entropy of one row of logits, in nats.
 pub(crate) fn cross_entropy(logits: &[f32], target: usize) -> f64 {
+    log_sum_exp(logits) - f64::from(logits[target])
+}
+
+/// Logarithm of the sum of exponentials of one row of logits.
+pub(crate) fn log_sum_exp(logits: &[f32]) -> f64 {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|z| f64::from(*z - max).exp()).sum();
-    f64::from(max) + sum.ln() - f64::from(logits[target])
+    f64::from(max) + sum.ln()
 }
 
 impl FromStr for Objective {

@@ -56,9 +56,9 @@ pub(crate) fn groups(items: &[Item]) -> impl Iterator<Item = &[Item]> {
     })
 }
 
-fn common_prefix(a: &Item, b: &Item) -> usize {
+/// Tokens that two prompts begin with alike; a last row of each is left to ask.
+pub(crate) fn common_prefix(a: &Item, b: &Item) -> usize {
     let equal = a.prompt().iter().zip(b.prompt()).take_while(|(a, b)| a == b).count();
-    // A last row is left to ask.
     equal.min(a.prompt().len() - 1).min(b.prompt().len() - 1)
 }
 

@@ -6,11 +6,11 @@ use std::ops::ControlFlow;
 use moa_core::{ElasticRule, FarLosses, Influence, Plan, PlanRequest, Profile, ProfileInfo};
 use moa_models::{
     CalibrationData, CalibrationOptions, CalibrationPrompt, Error, Evaluation, Evidence, Item,
-    Message, Objective, PHRASINGS, Part, Question, RecordPrompt, Result, RetrievalItem, Scoring,
-    SizedQuestion, Stage, Task, TextGoal, refine,
+    Message, Objective, PHRASINGS, Part, Prompting, Question, RecordPrompt, Reference, Result,
+    RetrievalItem, Scoring, SizedQuestion, Stage, Task, TextGoal, refine,
 };
 
-use crate::{checkpoint, full, tiny};
+use crate::{checkpoint, full, narrow, text, tiny};
 
 fn ask(task: Task, plan: &Plan) -> Result<RetrievalItem> {
     let question = checkpoint().task_question(task, 512, 32, (0, 0))?;
@@ -38,7 +38,7 @@ fn a_conversation_answers_its_first_message_as_if_it_were_the_only_one() -> Resu
     // A fixed span does not change with the length that the conversation is opened for.
     let plan = Plan::uniform(tiny().shape(), 16, ElasticRule::fixed(320))?;
     let question = checkpoint().task_question(Task::Mqar, 512, 32, (1, 0))?;
-    let alone = Question { turns: question.turns[..1].to_vec(), scoring: Scoring::Contains };
+    let alone = Question::new(question.turns[..1].to_vec(), Scoring::Contains);
     let both = checkpoint().ask(&question, &plan, 32)?;
     assert_eq!(checkpoint().ask(&alone, &plan, 32)?.answers[0], both.answers[0]);
     Ok(())
@@ -198,5 +198,87 @@ fn calibration_says_what_was_tried_and_holds_out_every_third_item() -> Result<()
     let long = CalibrationOptions { lengths: vec![1024], ..options };
     let error = checkpoint().calibrate(&data, &long, &mut ()).unwrap_err().to_string();
     assert!(error.contains("half as many"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_plan_that_keeps_everything_agrees_with_dense_attention() -> Result<()> {
+    let bos = tiny().config().bos_token_id;
+    let items = Item::windows(&text(400), bos, 96, 3)?;
+    let all = tiny().agreement(&items, &full(), 96, &mut ())?;
+    assert_eq!((all.tokens, all.equal_greedy, all.perplexity_ratio), (3 * 95, 1.0, 1.0));
+    assert!(all.kl_p99 == 0.0 && all.kv_bytes == all.kv_bytes_dense, "{all:?}");
+    let perplexity = |plan: Plan| tiny().perplexity(&text(400), bos, 96, 3, &plan, &mut ());
+    assert!((perplexity(full())?.perplexity / all.dense_perplexity - 1.0).abs() < 1e-9);
+    // Less is kept: the distributions part, and both perplexities are those of each plan alone.
+    let part = tiny().agreements(&items, &[&full(), &narrow()], 96, &mut ())?;
+    assert_eq!(part[0], all);
+    let part = part[1];
+    assert!(part.kl_mean > 1e-3 && part.kl_p99 > part.kl_mean && part.equal_greedy < 1.0);
+    assert!(part.density < 1.0 && part.kv_bytes < part.kv_bytes_dense, "{part:?}");
+    assert!((perplexity(narrow())?.perplexity / part.plan_perplexity - 1.0).abs() < 1e-9);
+    let ratio = part.plan_perplexity / part.dense_perplexity;
+    assert!((ratio / part.perplexity_ratio - 1.0).abs() < 1e-9, "{part:?}");
+    assert!(matches!(
+        tiny().agreement(&items, &full(), 64, &mut ()),
+        Err(Error::ContextExceeded { asked: 95, limit: 64 })
+    ));
+    Ok(())
+}
+
+#[test]
+fn agreement_of_answers_counts_the_answers_alone_and_reads_shared_prompts_once() -> Result<()> {
+    let tokens = text(140);
+    // Two items that begin alike, and one that does not.
+    let items = [
+        Item::new(&tokens[..120], &tokens[120..130])?,
+        Item::new(&[&tokens[..110], &tokens[..8]].concat(), &tokens[8..12])?,
+        Item::new(&tokens[60..140], &tokens[..5])?,
+    ];
+    let together = tiny().agreement(&items, &narrow(), 140, &mut ())?;
+    assert_eq!(together.tokens, 10 + 4 + 5);
+    let each = items.chunks(1).map(|item| tiny().agreement(item, &narrow(), 140, &mut ()));
+    let each = each.collect::<Result<Vec<_>>>()?;
+    let sum: f64 = each.iter().map(|a| a.kl_mean * a.tokens as f64).sum();
+    assert!((sum / 19.0 - together.kl_mean).abs() < 1e-5 * sum, "{together:?} {each:?}");
+    let worst = each.iter().map(|a| a.kl_p99).fold(0.0, f64::max);
+    assert!((worst - together.kl_p99).abs() < 1e-5 * worst);
+    Ok(())
+}
+
+#[test]
+fn a_question_of_one_message_is_read_as_its_prompting_says() -> Result<()> {
+    let reference = || vec![Reference { text: "x".into(), depth: None }];
+    let what = "So, what is it? ".repeat(12) + "Say it.";
+    let chat = Question::one(&what, reference(), Scoring::Contains);
+    let begun = chat.clone().with_answer_prefix(" It is");
+    let raw = Question { prompting: Prompting::Text, ..begun.clone() };
+    let tokens = |question: &Question| checkpoint().question_context(question, 0);
+    let text = |text: &str| checkpoint().tokenizer.encode(text, true).map(|ids| ids.len());
+    assert_eq!(tokens(&raw)?, text(&format!("{what} It is"))?);
+    assert_eq!(tokens(&chat)?, checkpoint().chat_tokens(&[Message::user(&what)])?.len());
+    assert!(tokens(&begun)? > tokens(&chat)?);
+    // The answer goes on from its beginning, on a cache of just the size that was asked for.
+    let plan = narrow();
+    let item = checkpoint().ask(&begun, &plan, 4)?;
+    assert_eq!((item.context, item.prompt_tokens), (tokens(&begun)? + 4, tokens(&begun)?));
+    assert!(item.kv_bytes > 0 && item.kv_bytes < item.kv_bytes_dense, "{item:?}");
+    assert_eq!(item.kv_footprint, Some(plan.kv_footprint(item.context)));
+    // Of the process, on Linux.
+    assert!(item.peak_bytes.is_none_or(|peak| peak > item.kv_bytes), "{item:?}");
+    let two = Question { turns: [begun.turns.clone(), begun.turns.clone()].concat(), ..begun };
+    assert!(matches!(tokens(&two), Err(Error::Invalid { .. })));
+    Ok(())
+}
+
+#[test]
+fn every_task_of_ruler_fills_the_length_asked_for() -> Result<()> {
+    for task in Task::RULER.into_iter().filter(|task| !matches!(task, Task::Qa1 | Task::Qa2)) {
+        let new = task.max_new_tokens();
+        let question = checkpoint().task_question(task, 1024, new, (0, 1))?;
+        let context = checkpoint().question_context(&question, new)?;
+        // Lines, words and coded words differ in how many tokens they have.
+        assert!(context <= 1024 && context > 1024 - 128, "{}: {context}", task.name());
+    }
     Ok(())
 }

@@ -1,6 +1,11 @@
+mod agreement;
+mod longbench;
 mod perplexity;
 mod questions;
 mod retrieval;
+mod rivals;
+mod sources;
+mod suite;
 mod summary;
 mod tasks;
 
@@ -26,6 +31,10 @@ enum Command {
     Retrieval(retrieval::Args),
     Tasks(tasks::Args),
     Perplexity(perplexity::Args),
+    Agreement(agreement::Args),
+    #[command(visible_alias = "lv-eval")]
+    Longbench(longbench::Args),
+    Suite(suite::Args),
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
@@ -33,5 +42,8 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         Command::Retrieval(args) => retrieval::run(args, context),
         Command::Tasks(args) => tasks::run(args, context),
         Command::Perplexity(args) => perplexity::run(args, context),
+        Command::Agreement(args) => agreement::run(args, context),
+        Command::Longbench(args) => longbench::run(args, context),
+        Command::Suite(args) => suite::run(args, context),
     }
 }

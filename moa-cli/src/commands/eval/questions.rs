@@ -33,13 +33,21 @@ impl ItemArgs {
         check_optional(self.items.as_deref())
     }
 
+    /// Refuses a file of items where one cannot hold what the command asks.
+    pub(super) fn check_unused(&self, expected: &'static str) -> Result<()> {
+        match &self.items {
+            Some(path) => Err(Error::argument("--items", expected, path.display())),
+            None => Ok(()),
+        }
+    }
+
     /// The evaluation that the flags ask for; `own` is what its questions depend on.
-    pub(super) fn evaluation<'a, D: Math, const N: usize>(
+    pub(super) fn evaluation<'a, D: Math>(
         &'a self,
         model: &Checkpoint<D>,
         plan: &'a ChosenPlan,
         max_new_tokens: usize,
-        own: [(&str, String); N],
+        own: impl IntoIterator<Item = (&'static str, String)>,
         context: &Context,
     ) -> Evaluation<'a> {
         let mut evaluation = Evaluation::new(&plan.plan, max_new_tokens);
@@ -51,7 +59,7 @@ impl ItemArgs {
         if context.device != Device::Cpu {
             settings.insert("device".into(), json!(model.model.device().attention().name()));
         }
-        settings.extend(own.map(|(name, value)| (name.to_string(), json!(value))));
+        settings.extend(own.into_iter().map(|(name, value)| (name.to_string(), json!(value))));
         evaluation
     }
 }

@@ -4,23 +4,41 @@ use std::collections::HashMap;
 /// texts were normalised as SQuAD does (lower case, no ASCII punctuation, no articles).
 pub fn f1(prediction: &str, reference: &str) -> f64 {
     let (prediction, reference) = (normalise(prediction), normalise(reference));
-    let mut left: HashMap<&str, usize> = HashMap::new();
-    for word in &reference {
-        *left.entry(word).or_default() += 1;
-    }
-    let mut same = 0;
-    for word in &prediction {
-        if let Some(count) = left.get_mut(word.as_str()).filter(|count| **count > 0) {
-            *count -= 1;
-            same += 1;
-        }
-    }
+    let same = common(&prediction, &reference).count();
     if same == 0 {
         return 0.0;
     }
-    let precision = f64::from(same) / prediction.len() as f64;
-    let recall = f64::from(same) / reference.len() as f64;
+    let precision = same as f64 / prediction.len() as f64;
+    let recall = same as f64 / reference.len() as f64;
     2.0 * precision * recall / (precision + recall)
+}
+
+/// Words that LV-Eval does not count as keywords.
+const COMMON_WORDS: [&str; 38] = [
+    "and", "to", "of", "in", "her", "was", "with", "for", "it", "from", "is", "that", "his", "he",
+    "by", "she", "they", "or", "at", "because", "be", "on", "are", "their", "what", "as", "had",
+    "were", "about", "being", "this", "who", "but", "have", "has", "when", "which", "does",
+];
+
+/// LV-Eval's F1: 0 where the prediction has less than a fifth of the words of `keywords`, of which
+/// common ones are never found; else [`f1`]. Without keywords it is `f1`.
+pub fn keyword_f1(prediction: &str, reference: &str, keywords: &str) -> f64 {
+    let keywords = normalise(keywords);
+    let words = normalise(prediction);
+    let found = common(&words, &keywords).filter(|word| !COMMON_WORDS.contains(word)).count();
+    if 5 * found < keywords.len() { 0.0 } else { f1(prediction, reference) }
+}
+
+/// The words that two texts share, each as often as in both.
+fn common<'a>(words: &'a [String], of: &[String]) -> impl Iterator<Item = &'a str> {
+    let mut left: HashMap<String, usize> = HashMap::new();
+    for word in of {
+        *left.entry(word.clone()).or_default() += 1;
+    }
+    words.iter().map(String::as_str).filter(move |word| {
+        let count = left.get_mut(*word).filter(|count| **count > 0);
+        count.map(|count| *count -= 1).is_some()
+    })
 }
 
 fn normalise(text: &str) -> Vec<String> {
@@ -58,6 +76,17 @@ fn without_articles(word: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_answer_without_the_keywords_is_worth_nothing() {
+        let score =
+            |prediction, keywords| keyword_f1(prediction, "it was in Lima of Peru", keywords);
+        assert_eq!(score("it was in Peru", "Lima"), 0.0);
+        assert!((score("it was in Peru", "") - 0.8).abs() < 1e-12);
+        // One of five keywords is enough, one of six is not; "of" is never one that is found.
+        assert!(score("in Lima", "Lima a1 b2 c3 d4") > 0.0);
+        assert_eq!(score("in Lima of", "Lima of a1 b2 c3 d4"), 0.0);
+    }
 
     #[test]
     fn known_scores() {

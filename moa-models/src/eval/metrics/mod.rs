@@ -19,7 +19,8 @@
 //! | [`code_similarity`] | lcc, repobench-p |
 //!
 //! LongBench cuts the predictions of trec, triviaqa and samsum to their [`first_line`] before it
-//! compares. Its scores are means over questions, times 100.
+//! compares. Its scores are means over questions, times 100. [`keyword_f1`] is LV-Eval's. A
+//! [`Metric`] is one of them as a value.
 
 mod code;
 mod contains;
@@ -30,9 +31,46 @@ mod rouge;
 
 pub use code::code_similarity;
 pub use contains::{contains, string_match_all, string_match_part};
-pub use f1::f1;
+pub use f1::{f1, keyword_f1};
 pub use labels::{classification, count, paragraph};
 pub use rouge::rouge_l;
+
+/// A metric as a value, with what it needs beside a prediction and a reference.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Metric {
+    /// [`f1`].
+    F1,
+    /// [`keyword_f1`] with these keywords.
+    KeywordF1(String),
+    /// [`rouge_l`].
+    RougeL,
+    /// [`classification`] among these classes.
+    Classification(Vec<String>),
+    /// [`paragraph`].
+    Paragraph,
+    /// [`count`].
+    Count,
+    /// [`code_similarity`].
+    Code,
+    /// A metric of the prediction's [`first_line`].
+    FirstLine(Box<Self>),
+}
+
+impl Metric {
+    /// The score of a prediction, from 0 to 1.
+    pub fn score(&self, prediction: &str, reference: &str) -> f64 {
+        match self {
+            Self::F1 => f1(prediction, reference),
+            Self::KeywordF1(keywords) => keyword_f1(prediction, reference, keywords),
+            Self::RougeL => rouge_l(prediction, reference),
+            Self::Classification(classes) => classification(prediction, reference, classes),
+            Self::Paragraph => paragraph(prediction, reference),
+            Self::Count => count(prediction, reference),
+            Self::Code => code_similarity(prediction, reference),
+            Self::FirstLine(metric) => metric.score(first_line(prediction), reference),
+        }
+    }
+}
 
 /// The best score of a prediction over several references; 0 if there is none.
 pub fn best(
@@ -57,5 +95,19 @@ mod tests {
         assert_eq!(best(f1, "blue", &["red", "blue", "green"]), 1.0);
         assert_eq!(best(f1, "blue", &[] as &[&str]), 0.0);
         assert_eq!(first_line("\n\nNUM\nQuestion: more"), "NUM");
+    }
+
+    #[test]
+    fn a_metric_as_a_value_is_the_function() {
+        let score = |metric: Metric, prediction| metric.score(prediction, "Paragraph 4");
+        assert_eq!(score(Metric::Paragraph, "4"), 1.0);
+        assert_eq!(score(Metric::Count, "4"), 0.0);
+        assert_eq!(score(Metric::F1, "the paragraph"), 2.0 / 3.0);
+        assert_eq!(score(Metric::KeywordF1("5".into()), "the paragraph"), 0.0);
+        assert_eq!(score(Metric::Code, "Paragraph 4\nmore"), 1.0);
+        assert!(score(Metric::RougeL, "Paragraph 4") > 0.999);
+        let classes = Metric::Classification(vec!["Paragraph 4".into(), "Other".into()]);
+        assert_eq!(score(classes.clone(), "Paragraph 4\nOther"), 0.5);
+        assert_eq!(score(Metric::FirstLine(Box::new(classes)), "\nParagraph 4\nOther"), 1.0);
     }
 }

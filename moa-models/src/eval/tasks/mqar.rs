@@ -27,5 +27,5 @@ pub(super) fn build(lines: usize, mut rng: SplitMix64) -> Question {
             references: vec![Reference { text: value.to_string(), depth }],
         });
     }
-    Question { turns, scoring: Scoring::Contains }
+    Question::new(turns, Scoring::Contains)
 }
