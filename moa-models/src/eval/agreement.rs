@@ -6,7 +6,7 @@ use crate::decoder::logits::{LogitRows, check_logits, likeliest};
 use crate::decoder::model::Decoder;
 use crate::decoder::sequence::Sequence;
 use crate::device::Math;
-use crate::find_plan::objective::log_sum_exp;
+use crate::find_plan::objective::{divergence, log_sum_exp};
 use crate::find_plan::probe::{common_prefix, groups};
 use crate::find_plan::profile::Item;
 use crate::progress::{Progress, Stage};
@@ -116,9 +116,11 @@ impl<D: Math> Decoder<D> {
             }
         }
         let kv_bytes_dense = self.dense_bytes(capacity)?;
-        let report =
-            |(tally, plan): (Tally, &&Plan)| tally.report(plan.density(capacity), kv_bytes_dense);
-        Ok(tallies.into_iter().zip(plans).map(report).collect())
+        let report = |(tally, plan): (Tally, &&Plan)| {
+            let density = self.config().windowed(plan)?.density(capacity);
+            Ok(tally.report(density, kv_bytes_dense))
+        };
+        tallies.into_iter().zip(plans).map(report).collect()
     }
 
     /// Appends tokens to every sequence, without logits.
@@ -213,21 +215,6 @@ impl Tally {
             kv_bytes_dense,
         }
     }
-}
-
-/// `KL(dense || plan)` of two rows of logits with the logarithms of their sums of exponentials:
-/// `sum_i p_i (z_i - z'_i) + lse' - lse`.
-fn divergence(dense: &[f32], plan: &[f32], (lse_dense, lse_plan): (f64, f64)) -> f64 {
-    let terms = dense.iter().zip(plan).map(|(z, other)| {
-        let z = f64::from(*z);
-        match (z - lse_dense).exp() {
-            // An impossible token costs nothing, whatever the plan makes of it.
-            0.0 => 0.0,
-            p => p * (z - f64::from(*other)),
-        }
-    });
-    // Rounding may leave equal rows slightly below 0.
-    (terms.sum::<f64>() + lse_plan - lse_dense).max(0.0)
 }
 
 #[cfg(test)]

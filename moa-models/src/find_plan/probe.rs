@@ -6,7 +6,7 @@ use moa_core::{Append, LayerLayout, Plan, SparseAttentionBackend};
 
 use crate::decoder::model::Decoder;
 use crate::device::Math;
-use crate::find_plan::objective::{cross_entropy, divergence};
+use crate::find_plan::objective::{cross_entropy, divergence, log_sum_exp};
 use crate::find_plan::profile::Item;
 use crate::{Error, Result};
 
@@ -145,7 +145,10 @@ impl<D: Math> Decoder<D> {
             let pass = self.pass(std::slice::from_ref(item), &[rows], plan, capacity)?;
             let mean = |logits: &[f32]| {
                 let rows = dense_logits.chunks(vocab).zip(logits.chunks(vocab));
-                rows.map(|(dense, row)| divergence(dense, row)).sum::<f64>() / count
+                let one = |(dense, row): (&[f32], &[f32])| {
+                    divergence(dense, row, (log_sum_exp(dense), log_sum_exp(row)))
+                };
+                rows.map(one).sum::<f64>() / count
             };
             base += self.with_variants(&pass, plan, variants, mean, &mut all)?;
         }
