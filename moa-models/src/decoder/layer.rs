@@ -64,8 +64,8 @@ impl<D: Load> Layer<D> {
             Ok::<_, Error>(Linear { weight: device.linear_matrix(weight)?, bias })
         };
         let head_norm = |name: &str| {
-            let whole = vec![0..c.head_dim];
-            device.vector(norm(name, c.head_dim)?.rows(&rotary_order(c, whole))?)
+            let order = rotary_order(c, std::slice::from_ref(&(0..c.head_dim)));
+            device.vector(norm(name, c.head_dim)?.rows(&order)?)
         };
         let [query, key, value] =
             Rows::of([(&names.query, q), (&names.key, kv), (&names.value, kv)]);
@@ -74,8 +74,8 @@ impl<D: Load> Layer<D> {
             kind: c.layer_kind(index),
             attention_norm: device.vector(norm(&names.attention_norm, hidden)?)?,
             qkv: device.join(vec![
-                some(query, &rotary_order(c, part.query.clone()), c.qkv_bias)?,
-                some(key, &rotary_order(c, part.kv.clone()), c.qkv_bias)?,
+                some(query, &rotary_order(c, &part.query), c.qkv_bias)?,
+                some(key, &rotary_order(c, &part.kv), c.qkv_bias)?,
                 some(value, &part.kv, c.qkv_bias)?,
             ])?,
             head_norms: match c.qk_norm {
@@ -118,14 +118,14 @@ impl<'a> Rows<'a> {
 /// Rows of queries or keys, in whole heads, in an order in which the half-split rotation of a head turns the
 /// pairs of its first `rotary_dim` dimensions and comes upon the others in pairs that do not turn. Scores do not
 /// depend on the order of dimensions, if queries and keys have the same.
-fn rotary_order(c: &ModelConfig, heads: Vec<Range<usize>>) -> Vec<Range<usize>> {
+fn rotary_order(c: &ModelConfig, heads: &[Range<usize>]) -> Vec<Range<usize>> {
     let (dim, turned) = (c.head_dim, c.rotated_dims());
     if turned == dim {
-        return heads;
+        return heads.to_vec();
     }
     let middle = turned + (dim - turned) / 2;
     let parts = [0..turned / 2, turned..middle, turned / 2..turned, middle..dim];
-    let firsts = heads.into_iter().flat_map(|rows| rows.step_by(dim));
+    let firsts = heads.iter().flat_map(|rows| rows.clone().step_by(dim));
     firsts.flat_map(|first| parts.clone().map(|p| first + p.start..first + p.end)).collect()
 }
 
