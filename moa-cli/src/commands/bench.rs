@@ -62,8 +62,8 @@ pub(crate) struct Args {
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 struct SourceArgs {
-    /// Model folder: config.json and *.safetensors
-    #[arg(long, value_name = "DIR", conflicts_with = "random_weights")]
+    /// Model folder (config.json and *.safetensors), or a GGUF file
+    #[arg(long, value_name = "DIR|FILE.gguf", conflicts_with = "random_weights")]
     model: Option<PathBuf>,
     /// config.json of a model whose weights are made up
     #[arg(long, value_name = "FILE", requires = "random_weights")]

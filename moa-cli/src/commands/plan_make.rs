@@ -17,8 +17,8 @@ use crate::output::Context;
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 pub(crate) struct ShapeArgs {
-    /// Model folder
-    #[arg(long, value_name = "DIR")]
+    /// Model folder, or a GGUF file
+    #[arg(long, value_name = "DIR|FILE.gguf")]
     model: Option<PathBuf>,
     /// The model's config.json, where its weights are not at hand
     #[arg(long, value_name = "FILE")]
