@@ -62,8 +62,12 @@ pub(crate) struct Args {
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 struct SourceArgs {
-    /// Model folder: config.json and *.safetensors; or a model of the hub
-    #[arg(long, value_name = "DIR|OWNER/NAME[@REVISION]", conflicts_with = "random_weights")]
+    /// Model folder (config.json and *.safetensors), a GGUF file, or a model of the hub
+    #[arg(
+        long,
+        value_name = "DIR|FILE.gguf|OWNER/NAME[@REVISION]",
+        conflicts_with = "random_weights"
+    )]
     model: Option<PathBuf>,
     /// config.json of a model whose weights are made up
     #[arg(long, value_name = "FILE", requires = "random_weights")]

@@ -18,8 +18,8 @@ use crate::output::Context;
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 pub(crate) struct ShapeArgs {
-    /// Model folder, or a model of the hub
-    #[arg(long, value_name = "DIR|OWNER/NAME[@REVISION]")]
+    /// Model folder, a GGUF file, or a model of the hub
+    #[arg(long, value_name = "DIR|FILE.gguf|OWNER/NAME[@REVISION]")]
     model: Option<PathBuf>,
     /// The model's config.json, where its weights are not at hand
     #[arg(long, value_name = "FILE")]

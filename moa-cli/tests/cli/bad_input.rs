@@ -55,6 +55,10 @@ fn broken_weights_are_refused() {
     let model = model_copy(root, "no-weights");
     fs::remove_file(model.join("model.safetensors")).unwrap();
     refuses_model(root, &model, &["no-weights", "model.safetensors"]);
+
+    let file = root.join("single.gguf");
+    fs::write(&file, b"GGUF\x03\0\0\0").unwrap();
+    refuses_model(root, &file, &["single.gguf", "GGUF", "number of tensors"]);
 }
 
 #[test]

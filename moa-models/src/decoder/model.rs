@@ -1,8 +1,10 @@
+use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use moa_core::ModelShape;
 
 use crate::Result;
+use crate::checkpoint::mapped::MappedTensor;
 use crate::checkpoint::safetensors::Tensors;
 use crate::decoder::config::ModelConfig;
 use crate::decoder::layer::{Layer, LayerPart};
@@ -22,6 +24,8 @@ pub struct Decoder<D: Device> {
     /// `None` when the embedding is tied and whole.
     pub(crate) lm_head: Option<D::Matrix>,
     pub(crate) fingerprint: String,
+    /// Bytes of the weights in their files that a step reads, other rows of the embedding left out.
+    pub(crate) stored_bytes: u64,
     /// This rank's part, where several devices share the model.
     pub(crate) shard: Option<Shard<D>>,
     /// Dimensions of what is here.
@@ -59,6 +63,8 @@ impl<D: Math> Decoder<D> {
         let names = &config.tensor_names;
         let table = [config.vocab_size, config.hidden_size];
         let embedding = weights.tensor(&names.embedding, &table)?;
+        let tied_bytes = if config.tie_word_embeddings { embedding.bytes().len() } else { 0 };
+        let weights = &Counted { tensors: weights, bytes: Cell::new(tied_bytes as u64) };
         let layers = (0..config.num_hidden_layers)
             .map(|index| {
                 let part = LayerPart::of(shard.as_ref(), &config, index);
@@ -83,7 +89,20 @@ impl<D: Math> Decoder<D> {
         let fingerprint = weights.fingerprint();
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
-        Ok(Self { id, device, config, embedding, layers, norm, lm_head, fingerprint, shard, local })
+        let stored_bytes = weights.bytes.get();
+        Ok(Self {
+            id,
+            device,
+            config,
+            embedding,
+            layers,
+            norm,
+            lm_head,
+            fingerprint,
+            stored_bytes,
+            shard,
+            local,
+        })
     }
 
     /// The model's configuration.
@@ -113,5 +132,23 @@ impl<D: Math> Decoder<D> {
 
     pub(crate) fn output_matrix(&self) -> &D::Matrix {
         self.lm_head.as_ref().unwrap_or(&self.embedding)
+    }
+}
+
+/// Weights whose bytes are counted as they are asked for.
+struct Counted<'a> {
+    tensors: &'a dyn Tensors,
+    bytes: Cell<u64>,
+}
+
+impl Tensors for Counted<'_> {
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<MappedTensor> {
+        let tensor = self.tensors.tensor(name, shape)?;
+        self.bytes.set(self.bytes.get() + tensor.bytes().len() as u64);
+        Ok(tensor)
+    }
+
+    fn fingerprint(&self) -> String {
+        self.tensors.fingerprint()
     }
 }

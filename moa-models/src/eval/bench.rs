@@ -235,10 +235,9 @@ impl<D: Math> Decoder<D> {
         let unread = if is_read { 0 } else { table };
         let weights = Shard::weights(self.shard.as_ref(), c);
         let rest = weights.rest - unread;
-        // Weights that stay in their file are of 2 bytes in all files that we know.
-        let read = |bytes, elements| if bytes == 0 { 2 * elements } else { bytes };
-        read(weights.linear_bytes(&self.device), weights.linear)
-            + read(self.device.weight_bytes(rest), rest)
+        let own = weights.linear_bytes(&self.device) + self.device.weight_bytes(rest);
+        // Weights that stay in their file are as large as there.
+        if own == 0 { self.stored_bytes } else { own }
     }
 
     /// Bytes of keys and values that the query of token `len` sees.

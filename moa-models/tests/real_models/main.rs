@@ -4,6 +4,9 @@
 //! `models`, `tokenizers`, `checkpoints` and `plans`. Without it trials are ignored.
 
 mod folders;
+#[allow(dead_code)]
+#[path = "../loading/gguf/file.rs"]
+mod gguf_file;
 mod golden;
 mod plans;
 mod smollm2;

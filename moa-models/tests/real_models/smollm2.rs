@@ -52,12 +52,12 @@ fn greedy_answers_are_those_of_widened_weights() -> Verdict {
     let answers = engine.complete_all()?;
     assert_eq!(
         answers[0].text,
-        "The capital of France is Paris. It is a city steeped in history and culture, known for its iconic landmarks"
+        "The capital of France is Paris. It is a city renowned for its historical landmarks, culture, and the iconic Eiffel"
     );
     Ok(())
 }
 
-/// The cross entropies are those of transformers on the same weights in f32, with f32 caches.
+/// The cross entropy is that of an independent implementation on the same weights in f32, with f32 caches.
 fn perplexity_is_that_of_widened_weights() -> Verdict {
     let model = open()?;
     let text = test_data("text/H.G._Wells__The_First_Men_in_the_Moon.md")?;
@@ -73,6 +73,6 @@ fn perplexity_is_that_of_widened_weights() -> Verdict {
         &mut go_on,
     )?;
     let share = (report.cross_entropy - 3.818_984).exp() - 1.0;
-    assert!(share.abs() < 1e-3, "perplexity differs by {share}: {report:?}");
+    assert!(share.abs() < 2e-4, "perplexity differs by {share}: {report:?}");
     Ok(())
 }

@@ -4,9 +4,10 @@ use std::fs;
 use std::path::Path;
 
 use moa_conformance::{Trial, Verdict, trials};
-use moa_models::{ChatTemplate, Error, Message, Tokenizer};
+use moa_models::{ChatTemplate, Error, Gguf, Message, Tokenizer};
 use serde_json::{Value, json};
 
+use crate::gguf_file::{File, Value as Metadata};
 use crate::streamed::streamed;
 use crate::test_data;
 
@@ -37,7 +38,20 @@ fn check_cases(tokenizer: &Tokenizer, cases: &[(String, Vec<u32>)]) -> Result<()
 fn llama_2_reference_encodings() -> Verdict {
     let dir = test_data("tokenizers/llama2")?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
-    check_cases(&tokenizer, &cases(&dir, "ggml-vocab-llama-spm.gguf"))?;
+    let cases = cases(&dir, "ggml-vocab-llama-spm.gguf");
+    check_cases(&tokenizer, &cases)?;
+    let file = fs::read(dir.join("tokenizer.json"))?;
+    // The vocabulary's scores count down from the first piece, behind the bytes, but for runs of spaces.
+    let own = from_gguf("llama", &serde_json::from_slice(&file)?, |file, tokens| {
+        let scores = tokens.iter().enumerate().map(|(id, token)| match id {
+            0..259 => 0.0,
+            _ if token.chars().all(|c| c == '▁') => -1e9,
+            _ => 259.0 - id as f32,
+        });
+        file.key("tokenizer.ggml.scores", Metadata::F32s(scores.collect()));
+    })?;
+    check_cases(&own, &cases)?;
+    assert_eq!(own.encode("Hello", true)?[0], 1);
     assert_eq!(tokenizer.encode("Hello", true)?[0], 1);
     assert_eq!((tokenizer.bos_id(), tokenizer.eos_id()), (Some(1), Some(2)));
     // A character of byte tokens followed by a broken byte: <0xE6> <0x88> <0x91> <0xFF>, then " a".
@@ -61,7 +75,15 @@ fn llama_3_reference_encodings() -> Verdict {
     let tokenizer = Tokenizer::from_dir(model.path())?;
     assert_eq!((tokenizer.vocab_size(), tokenizer.bos_id()), (128_256, Some(128_000)));
     tokenizer.check_vocab_size(128_256)?;
-    check_cases(&tokenizer, &cases(&dir, "ggml-vocab-llama-bpe.gguf"))?;
+    let cases = cases(&dir, "ggml-vocab-llama-bpe.gguf");
+    check_cases(&tokenizer, &cases)?;
+    let file = fs::read(model.path().join("tokenizer.json"))?;
+    let own = from_gguf("gpt2", &serde_json::from_slice(&file)?, |file, _| {
+        file.key("tokenizer.ggml.pre", "llama-bpe");
+        file.set("tokenizer.ggml.bos_token_id", Metadata::U32(128_000));
+    })?;
+    check_cases(&own, &cases)?;
+    assert_eq!(own.encode("This is a test sentence.", true)?[..2], [128_000, 2028]);
     // The cases of the tokenizer's own test.
     let sentence = [128000, 2028, 374, 264, 1296, 11914, 13];
     assert_eq!(tokenizer.encode("This is a test sentence.", true)?, sentence);
@@ -145,4 +167,47 @@ fn base64(text: &str) -> Vec<u8> {
         bytes.extend(&bits.to_be_bytes()[1..chunk.len()]);
     }
     bytes
+}
+
+/// The vocabulary of a `tokenizer.json` by way of a GGUF file, to which `more` is added.
+fn from_gguf(
+    model: &str,
+    tokenizer: &Value,
+    more: impl Fn(&mut File, &[String]),
+) -> Result<Tokenizer, Error> {
+    let vocabulary = tokenizer["model"]["vocab"].as_object().unwrap().iter();
+    let added = tokenizer["added_tokens"].as_array().unwrap().iter();
+    let id = |id: &Value| id.as_u64().unwrap() as usize;
+    let mut all: Vec<(usize, String, i32)> = vocabulary
+        .map(|(token, own)| {
+            let byte = model == "llama" && token.len() == 6 && token.starts_with("<0x");
+            (id(own), token.clone(), if byte { 6 } else { 1 })
+        })
+        .collect();
+    for token in added {
+        let own = id(&token["id"]);
+        all.retain(|(id, ..)| *id != own);
+        let kind = if model == "llama" && own == 0 { 2 } else { 3 };
+        all.push((own, token["content"].as_str().unwrap().to_owned(), kind));
+    }
+    all.sort();
+    let merge = |merge: &Value| match merge {
+        Value::String(pair) => pair.clone(),
+        pair => format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap()),
+    };
+    let merges = tokenizer["model"]["merges"].as_array().unwrap().iter().map(merge).collect();
+    let mut file = File::new();
+    let tokens: Vec<String> = all.iter().map(|one| one.1.clone()).collect();
+    file.key("tokenizer.ggml.model", model)
+        .key("tokenizer.ggml.token_type", Metadata::I32s(all.iter().map(|one| one.2).collect()))
+        .key("tokenizer.ggml.tokens", Metadata::Texts(tokens.clone()))
+        .key("tokenizer.ggml.bos_token_id", Metadata::U32(1));
+    if model == "gpt2" {
+        file.key("tokenizer.ggml.merges", Metadata::Texts(merges));
+    }
+    more(&mut file, &tokens);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("vocabulary.gguf");
+    fs::write(&path, file.bytes()).unwrap();
+    Gguf::open(&path)?.tokenizer()
 }

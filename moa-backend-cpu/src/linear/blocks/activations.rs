@@ -6,6 +6,7 @@ use super::vector::Vector;
 use crate::pool::{self, SharedMut};
 
 /// Rows that lie together, element by element, so that a product with 4 codes reads on.
+#[cfg(target_arch = "x86_64")]
 pub(super) const TILE: usize = 8;
 
 /// The largest code: `high * 128 + low` with both in 8 bits.
@@ -15,7 +16,7 @@ pub(super) const MOST: f32 = 127.0 * 128.0;
 pub(super) struct Activations {
     pub(super) rows: usize,
     pub(super) groups: usize,
-    /// Rows side by side: 1 or [`TILE`].
+    /// Rows side by side: 1, or those of a tile.
     pub(super) side: usize,
     /// High and low codes: `[row][group][2][32]` where rows stand alone, `[tile][group][8][2][row][4]` where
     /// they lie side by side.

@@ -42,7 +42,7 @@ unsafe fn dots<V: Vector, F: Format, const M: usize>(
     assert!(x.codes.len() == x.rows * x.groups * 2 * GROUP);
     assert!(!F::LEAST || x.sums.len() == x.steps.len());
     assert!(F::LEAST || x.bias.len() == x.steps.len() * 8);
-    let biased = !F::LEAST && !(F::WIDE && V::WIDE_IS_SIGNED);
+    let biased = !(F::LEAST || F::WIDE && V::WIDE_IS_SIGNED);
     for (j, row) in w.chunks_exact(blocks * F::BYTES).enumerate() {
         // SAFETY: a block of each row and a group of each of `M` rows lie inside their slices, by the
         // assertions above.

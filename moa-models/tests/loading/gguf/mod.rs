@@ -209,7 +209,7 @@ fn parts_of_blocks_are_widened() -> Result<(), Error> {
     let tensor = Gguf::open(path)?.tensor("blk.0.ffn_down.weight", &[256, 704])?;
     let values = tensor.to_f32();
     for (columns, blocks) in [(32..96, Some(BlockType::Q8_0)), (16..48, None)] {
-        let part = tensor.columns(&[columns.clone()])?;
+        let part = tensor.columns(std::slice::from_ref(&columns))?;
         assert_eq!((part.blocks(), part.dtype()), (blocks, blocks.is_none().then_some(Dtype::F32)));
         let expected: Vec<f32> =
             values.chunks(704).flat_map(|row| row[columns.clone()].to_vec()).collect();
