@@ -247,7 +247,7 @@ impl Bench {
             kv_heads: kv_heads as i32,
             absolute: 0,
             scale: tensors.scale,
-            padding: 0,
+            window: tokens as i32,
         };
         let kernels = self.device.kernels(Variant { head_dim, dtype })?;
         // SAFETY: everything is on the device's own stream, and of these sizes.

@@ -61,8 +61,19 @@ fn profile_search_validate_generate_eval() {
     assert!(text.contains("layer 5") && text.contains("N = 1024") && text.contains('█'), "{text}");
     assert_eq!(fs::read_to_string(root.join("heads.svg")).unwrap().matches("<title>").count(), 24);
     ok(root, &["plan", "export", "plan.json", "--out", "published.json"]);
-    let import =
-        ["plan", "import", "--published", "published.json", "--model", tiny, "--min-span", "80"];
+    let plan: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(root.join("plan.json")).unwrap()).unwrap();
+    let min_span = plan["min_span"].to_string();
+    let import = [
+        "plan",
+        "import",
+        "--published",
+        "published.json",
+        "--model",
+        tiny,
+        "--min-span",
+        &min_span,
+    ];
     ok(root, &[&import[..], &["--out", "again.json"]].concat());
     let spans =
         |file: &str| json_of(root, &["plan", "show", file, "--at", "512,4096"])["at"].clone();

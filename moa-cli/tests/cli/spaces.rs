@@ -23,8 +23,8 @@ fn every_space_gives_plans_of_its_kind_under_one_bound() {
     ok(root, &[&profile[..], &["--out", "p.safetensors"]].concat());
     for space in ["elastic", "fixed", "per-layer", "duo"] {
         let args = ["search", "--profile", "p.safetensors", "--density", "0.5", "--space", space];
-        let found =
-            json_of(root, &[&args[..], &["--bound-lengths", "256", "--out", space]].concat());
+        let sizes = ["--sink", "64", "--min-span", "80", "--bound-lengths", "256", "--out", space];
+        let found = json_of(root, &[&args[..], &sizes].concat());
         assert_eq!(found["space"], space);
         let plan = format!("{space}/plan-00.json");
         let kept = spans(root, &plan, "256");

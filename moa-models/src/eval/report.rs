@@ -37,7 +37,7 @@ pub struct RetrievalItem {
     pub density: f64,
     /// Entries held, summed over all tokens read and written, as a share of dense attention's
     /// ([`Plan::kv_footprint`](moa_core::Plan::kv_footprint)); `None` in logs of before it was measured.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_footprint: Option<f64>,
     /// Bytes of keys and values that the sequence held, read from its caches.
     pub kv_bytes: u64,
@@ -45,7 +45,7 @@ pub struct RetrievalItem {
     pub kv_bytes_dense: u64,
     /// Most bytes in use at once while it was asked
     /// ([`Decoder::peak_memory`](crate::Decoder::peak_memory)); `None` where that is not known.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_bytes: Option<u64>,
     /// Decode steps.
     pub new_tokens: usize,

@@ -476,6 +476,34 @@ impl<D: Math> Checkpoint<D> {
         }
     }
 
+    /// A prompt with its answer; the dense model's where there is none, of what the longest length holds of
+    /// the prompt. `None` where the answer is empty.
+    fn sized(
+        &self,
+        messages: &[Message],
+        answer: Option<&str>,
+        options: &CalibrationOptions,
+        found: &mut FromPrompts,
+    ) -> Result<Option<Sized>> {
+        let mut tokens = self.prompt_tokens(messages)?;
+        let response = match answer {
+            Some(answer) => self.tokenizer.encode(&format!(" {}", answer.trim()), false)?,
+            None => {
+                found.longest = found.longest.max(tokens.len() + options.max_response);
+                let most = options.lengths.iter().copied().max().unwrap_or(0);
+                cut_middle(&mut tokens, most.saturating_sub(options.max_response).max(1));
+                let prompt = std::slice::from_ref(&tokens);
+                self.dense_answers(prompt, options.max_response)?.swap_remove(0)
+            }
+        };
+        found.longest = found.longest.max(tokens.len() + response.len());
+        if response.is_empty() {
+            found.without_answer += 1;
+            return Ok(None);
+        }
+        Ok(Some(Sized { tokens, response }))
+    }
+
     fn prompt_items(
         &self,
         prompts: &[CalibrationPrompt],
@@ -488,53 +516,48 @@ impl<D: Math> Checkpoint<D> {
         let most = lengths.last().copied().unwrap_or(0);
         let mut items: BTreeMap<usize, Vec<Item>> =
             lengths.iter().map(|l| (*l, Vec::new())).collect();
-        let (mut done, wanted) = (0, lengths.len() * options.samples);
-        let (mut longest, mut cut, mut without_answer) = (0, 0, 0);
-        let questions = prompts.iter().enumerate().filter_map(|(index, prompt)| match prompt {
-            CalibrationPrompt::Question { messages, answer } => Some((index, messages, answer)),
-            CalibrationPrompt::Text(_) => None,
-        });
-        for (_, messages, answer) in questions.filter(|(index, ..)| options.part.holds(*index)) {
-            if done == wanted {
+        let wanted = lengths.len() * options.samples;
+        let mut found = FromPrompts::default();
+        let questions: Vec<_> = prompts
+            .iter()
+            .enumerate()
+            .filter(|(index, _)| options.part.holds(*index))
+            .filter_map(|(_, prompt)| match prompt {
+                CalibrationPrompt::Question { messages, answer } => Some((messages, answer)),
+                CalibrationPrompt::Text(_) => None,
+            })
+            .collect();
+        for (messages, answer) in &questions {
+            if found.made == wanted {
                 break;
             }
-            let mut tokens = self.prompt_tokens(messages)?;
-            let given = answer
-                .as_deref()
-                .map(|a| self.tokenizer.encode(&format!(" {}", a.trim()), false))
-                .transpose()?;
-            let response_room = given.as_ref().map_or(options.max_response, Vec::len);
-            let total = tokens.len() + response_room;
-            longest = longest.max(total);
-            // An item stands for the length that holds it, if it fills half of that; longer ones are cut.
-            let length = lengths.iter().copied().find(|l| *l >= total).unwrap_or(most);
-            if 2 * total < length
-                || items[&length].len() == options.samples
-                || response_room + 2 > length
-            {
+            let Some(prompt) = self.sized(messages, answer.as_deref(), options, &mut found)? else {
                 continue;
-            }
-            if total > length {
-                cut_middle(&mut tokens, length - response_room);
-                cut += 1;
-            }
-            let response = match given {
-                Some(tokens) => tokens,
-                None => self
-                    .dense_answers(std::slice::from_ref(&tokens), options.max_response)?
-                    .swap_remove(0),
             };
-            if response.is_empty() {
-                without_answer += 1;
-                continue;
+            // An item stands for the length that holds it, if it fills half of that; longer ones are cut.
+            let total = prompt.total();
+            let length = lengths.iter().copied().find(|l| *l >= total).unwrap_or(most);
+            if 2 * total >= length && items[&length].len() < options.samples {
+                found.put(prompt, length, &mut items)?;
+                progress.advance(Stage::Calibrate, found.made, wanted)?;
             }
-            items.entry(length).or_default().push(Item::new(&tokens, &response)?);
-            done += 1;
-            progress.advance(Stage::Calibrate, done, wanted)?;
         }
+        // Where all are longer, the beginnings and ends of longer ones.
+        for &length in &lengths {
+            for (messages, answer) in &questions {
+                if !items[&length].is_empty() && items[&length].len() >= FEW.min(options.samples) {
+                    break;
+                }
+                let prompt = self.sized(messages, answer.as_deref(), options, &mut found)?;
+                if let Some(prompt) = prompt.filter(|prompt| prompt.total() > length) {
+                    found.put(prompt, length, &mut items)?;
+                }
+            }
+        }
+        let FromPrompts { longest, cut, without_answer, .. } = found;
         if cut > 0 {
             tracing::warn!(
-                "{cut} calibration prompts are longer than {most} tokens and were cut in their middle, \
+                "{cut} calibration prompts are longer than their lengths and were cut in their middle, \
                  where the answer may have stood; profile at longer lengths, or give shorter prompts"
             );
         }
@@ -561,6 +584,49 @@ impl<D: Math> Checkpoint<D> {
             }),
             None => Ok(items),
         }
+    }
+}
+
+/// What became of prompts.
+#[derive(Default)]
+struct FromPrompts {
+    made: usize,
+    longest: usize,
+    cut: usize,
+    without_answer: usize,
+}
+
+/// A prompt with its answer.
+struct Sized {
+    tokens: Vec<u32>,
+    response: Vec<u32>,
+}
+
+impl Sized {
+    fn total(&self) -> usize {
+        self.tokens.len() + self.response.len()
+    }
+}
+
+impl FromPrompts {
+    /// Puts an item to those of a length, cut where it is longer.
+    fn put(
+        &mut self,
+        prompt: Sized,
+        length: usize,
+        items: &mut BTreeMap<usize, Vec<Item>>,
+    ) -> Result<()> {
+        let Sized { mut tokens, response } = prompt;
+        if response.len() + 2 > length {
+            return Ok(());
+        }
+        if tokens.len() + response.len() > length {
+            cut_middle(&mut tokens, length - response.len());
+            self.cut += 1;
+        }
+        items.entry(length).or_default().push(Item::new(&tokens, &response)?);
+        self.made += 1;
+        Ok(())
     }
 }
 
