@@ -124,7 +124,8 @@ fn influence_and_gradients_of_attention_equal_the_reference() -> Verdict {
             let expected = backward(heads, [&qs, &ks, &vs], &d_outs, span, scale.into());
             for (got, expected) in found.by_inputs.unwrap().iter().zip(&expected) {
                 let size = expected.iter().fold(0.0, |most: f64, x| most.max(x.abs()));
-                let error = distance(&got.to_f32().unwrap(), expected) / size;
+                // A window of one key has no gradient by queries and keys.
+                let error = distance(&got.to_f32().unwrap(), expected) / size.max(1e-3);
                 assert!(error <= tolerance, "gradient differs by {error} of its largest");
             }
             let plain = ops.operations.attention_backward(tensors, scale, full, 128, false, false);

@@ -172,11 +172,11 @@ fn agreement_is_given_for_texts_and_for_answers() {
     let line = json!({ "prompt": prompt, "answer": "It left early." });
     fs::write(root.join("prompts.jsonl"), format!("{line}\n")).unwrap();
     let eval = ["eval", "agreement", "--model", tiny, "--uniform", "0.5", "--windows", "1"];
-    let args = [&eval[..], &["--lengths", "96,192", "--data", "prompts.jsonl"]].concat();
+    let args = [&eval[..], &["--lengths", "192,1024", "--data", "prompts.jsonl"]].concat();
     let args = [&args[..], &["--max-response", "8", "--samples", "1"]].concat();
-    let refused = ["96", "no prompt"];
+    let refused = ["1024", "no prompt"];
     refuses(root, &args, &refused);
-    let args = args.iter().map(|arg| if *arg == "96,192" { "192" } else { arg });
+    let args = args.iter().map(|arg| if *arg == "192,1024" { "192" } else { arg });
     let report = json_of(root, &args.collect::<Vec<_>>());
     let rows = report["rows"].as_array().unwrap();
     assert_eq!(rows.iter().map(|r| &r["of"]).collect::<Vec<_>>(), ["text", "answers"]);

@@ -57,10 +57,10 @@ fn a_base_model_is_asked_without_a_template_by_every_command() {
     let model = ["--model", text(&base)];
     let profile = [&["profile"][..], &model, &size, &["--out", "p.safetensors"]].concat();
     ok(root, &profile);
-    // Both prompts fill the longer length, and none is left for the shorter one.
+    // Neither prompt fills half of the longer length.
     let two =
-        [&["profile"][..], &model, &size[2..], &["--lengths", "256,300", "--out", "q"]].concat();
-    refuses(root, &two, &["no calibration item of 256 tokens", "the next longer length"]);
+        [&["profile"][..], &model, &size[2..], &["--lengths", "256,1024", "--out", "q"]].concat();
+    refuses(root, &two, &["no calibration item of 1024 tokens", "half as many"]);
     let small = ["--evaluations", "0", "--validation-samples", "1", "--density", "0.5"];
     let compress =
         [&["compress"][..], &model, &size, &small, &["--validation-length", "256"]].concat();

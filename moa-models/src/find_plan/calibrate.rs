@@ -555,6 +555,20 @@ impl<D: Math> Checkpoint<D> {
             }
         }
         let FromPrompts { longest, cut, without_answer, .. } = found;
+        if let Some((&length, _)) = items.iter().find(|(_, own)| own.is_empty()) {
+            return Err(Error::NoCalibration {
+                length,
+                reason: match without_answer {
+                    0 => format!(
+                        "no prompt with its answer has from half as many to as many tokens (the \
+                         longest has {longest})"
+                    ),
+                    count => format!(
+                        "{count} prompts have no answer: the dense model ended it at its first token"
+                    ),
+                },
+            });
+        }
         if cut > 0 {
             tracing::warn!(
                 "{cut} calibration prompts are longer than their lengths and were cut in their middle, \
@@ -569,21 +583,7 @@ impl<D: Math> Checkpoint<D> {
                 );
             }
         }
-        match items.iter().find(|(_, own)| own.is_empty()) {
-            Some((&length, _)) => Err(Error::NoCalibration {
-                length,
-                reason: match without_answer {
-                    0 => format!(
-                        "no prompt with its answer has from half as many to as many tokens (the \
-                         longest has {longest})"
-                    ),
-                    count => format!(
-                        "{count} prompts have no answer: the dense model ended it at its first token"
-                    ),
-                },
-            }),
-            None => Ok(items),
-        }
+        Ok(items)
     }
 }
 

@@ -37,7 +37,7 @@ fn memory_is_asked_for_before_it_is_taken() -> Verdict {
     for (checkpoint, _) in cuda()? {
         let device = checkpoint.model.device();
         let error = device.check_room("weights", u64::MAX).unwrap_err();
-        let Some(&CudaError::OutOfMemory { what, bytes, free }) = cause(&error) else {
+        let Error::OutOfMemory { what, bytes: Some(bytes), free: Some(free) } = error else {
             panic!("{error}")
         };
         assert_eq!((what, bytes), ("weights", u64::MAX));
