@@ -19,7 +19,7 @@ pub(crate) struct BudgetArgs {
     /// says nothing about [default: a quarter of the density, for elastic plans]
     #[arg(long, value_name = "SHARE", value_parser = parse_share)]
     min_share: Option<f64>,
-    /// Lengths at which the density is bounded [default: the profiled lengths, 1.5 and 2 times the
+    /// Lengths at which the density is bounded [default: the profiled lengths and twice the
     /// longest]
     #[arg(long, value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]
     bound_lengths: Vec<usize>,

@@ -47,7 +47,8 @@ pub(crate) struct Args {
     /// Most tokens of a response that the dense model writes
     #[arg(long, default_value_t = 48, value_name = "TOKENS", value_parser = parse_count)]
     max_response: usize,
-    /// Length at which plans compete [default: 1.5 times the longest profiled length]
+    /// Length at which plans compete [default: twice the longest profiled length, as far as the
+    /// model's context reaches]
     #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
     validation_length: Option<usize>,
     /// Items on which plans compete

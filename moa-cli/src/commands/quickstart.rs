@@ -39,7 +39,7 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 6, value_name = "N", value_parser = parse_count)]
     samples: usize,
     /// Plans to measure while refining
-    #[arg(long, default_value_t = 24, value_name = "N")]
+    #[arg(long, default_value_t = 40, value_name = "N")]
     evaluations: usize,
     /// Tokens of a held-out question with its answer
     #[arg(long, default_value_t = 4096, value_name = "TOKENS", value_parser = parse_count)]
@@ -158,6 +158,8 @@ fn find_plan<D: Backward>(
         lengths: args.lengths.clone(),
         samples: args.samples,
         validation_samples: 2,
+        // What is shown is retrieval, in a minute.
+        text_samples: 0,
         evaluations: Some(args.evaluations),
         seed: context.seed,
         ..CompressOptions::default()

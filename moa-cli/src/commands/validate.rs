@@ -35,7 +35,8 @@ pub(crate) struct Args {
     plans: PathBuf,
     #[command(flatten)]
     data: DataArg,
-    /// Length to measure at [default: 1.5 times the longest profiled length]
+    /// Length to measure at [default: twice the longest profiled length, as far as the model's context
+    /// reaches]
     #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
     length: Option<usize>,
     /// Items to measure on

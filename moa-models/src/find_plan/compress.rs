@@ -56,8 +56,9 @@ pub struct CompressOptions {
     pub samples: usize,
     /// Most tokens of a calibration response.
     pub max_response: usize,
-    /// Unseen length at which plans compete; `None` for 1.5 times the longest profile length, or the
-    /// longest profile length itself where the model's context ends before that.
+    /// Unseen length at which plans compete; `None` for twice the longest profile length, or 1.5 times it or
+    /// the length itself where the model's context ends before that. A plan that is right at 1.5 times may
+    /// stop growing there.
     pub validation_length: Option<usize>,
     /// Validation records or prompts.
     pub validation_samples: usize,
@@ -143,10 +144,9 @@ impl CompressOptions {
     /// Length at which plans compete, for a model of this context length.
     pub fn validation_length(&self, context_length: usize) -> usize {
         let longest = self.lengths.iter().copied().max().unwrap_or(1);
-        self.validation_length.unwrap_or_else(|| match longest * 3 / 2 {
-            unseen if unseen <= context_length => unseen,
-            _ => longest,
-        })
+        let unseen = [2 * longest, longest * 3 / 2];
+        let unseen = unseen.into_iter().find(|length| *length <= context_length);
+        self.validation_length.or(unseen).unwrap_or(longest)
     }
 
     /// The search's request, for a model of this context length.
