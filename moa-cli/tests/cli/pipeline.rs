@@ -63,17 +63,9 @@ fn profile_search_validate_generate_eval() {
     ok(root, &["plan", "export", "plan.json", "--out", "published.json"]);
     let plan: serde_json::Value =
         serde_json::from_str(&fs::read_to_string(root.join("plan.json")).unwrap()).unwrap();
-    let min_span = plan["min_span"].to_string();
-    let import = [
-        "plan",
-        "import",
-        "--published",
-        "published.json",
-        "--model",
-        tiny,
-        "--min-span",
-        &min_span,
-    ];
+    let (sink, min_span) = (plan["sink"].to_string(), plan["min_span"].to_string());
+    let import = ["plan", "import", "--published", "published.json", "--model", tiny];
+    let import = [&import[..], &["--sink", &sink, "--min-span", &min_span]].concat();
     ok(root, &[&import[..], &["--out", "again.json"]].concat());
     let spans =
         |file: &str| json_of(root, &["plan", "show", file, "--at", "512,4096"])["at"].clone();
