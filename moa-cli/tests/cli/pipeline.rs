@@ -46,7 +46,7 @@ fn profile_search_validate_generate_eval() {
     let validate =
         ["validate", "--model", tiny, "--plans", "plans", "--samples", "1", "--out", "plan.json"];
     let best = json_of(root, &validate);
-    assert_eq!(best["length"], 768);
+    assert_eq!(best["length"], 1024);
     let losses = best["plans"].as_array().unwrap().iter().map(|p| p["loss"].as_f64().unwrap());
     let lowest = losses.fold(f64::INFINITY, f64::min);
     assert_eq!(best["measured_losses"][0]["value"].as_f64().unwrap(), lowest);
