@@ -425,6 +425,9 @@ impl<D: Math> Checkpoint<D> {
             if length > limit {
                 return Err(Error::ContextExceeded { asked: length, limit });
             }
+            if length < 2 {
+                return Err(Error::invalid("length", "at least 2 tokens", length));
+            }
             let pieces: Vec<&[u32]> = own.iter().flat_map(|t| t.chunks_exact(length)).collect();
             let mut own = Vec::with_capacity(options.samples);
             for sample in 0..options.samples {

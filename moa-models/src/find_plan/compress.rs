@@ -10,6 +10,7 @@ use crate::checkpoint::Checkpoint;
 use crate::decoder::model::Decoder;
 use crate::device::{Backward, Math};
 use crate::find_plan::calibrate::{Calibration, CalibrationData, CalibrationOptions, Part};
+use crate::find_plan::exchange::fits;
 use crate::find_plan::objective::{Objective, TokenWeight, WeightedObjective};
 use crate::find_plan::profile::Item;
 use crate::find_plan::refine::{Evidence, Refined, TextGoal, refine};
@@ -411,12 +412,8 @@ fn uniform(request: &PlanRequest, profile: &Profile) -> Result<Option<Plan>> {
     }
     let rules = vec![ElasticRule::new(0.0, density)?.into(); profile.shape.total_kv_heads()];
     let plan = Plan::new(profile.shape, request.sink, request.min_span, rules)?;
-    let fits = request.bounds.iter().all(|bound| {
-        let got = plan.density(bound.length);
-        got <= bound.max + 1e-9 && bound.min.is_none_or(|min| got >= min)
-    });
     let plan = plan.with_fingerprint(profile.info.fingerprint.clone());
-    Ok(fits.then_some(plan))
+    Ok(fits(request, &plan).then_some(plan))
 }
 
 /// Every head pays for the sink, also where a small budget is better spent on the heads that see far.

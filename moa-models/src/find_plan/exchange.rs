@@ -126,7 +126,8 @@ fn exchanged(
     Ok(fits(request, &plan).then_some(plan))
 }
 
-fn fits(request: &PlanRequest, plan: &Plan) -> bool {
+/// Whether a plan is within the density bounds of a request.
+pub(super) fn fits(request: &PlanRequest, plan: &Plan) -> bool {
     request.bounds.iter().all(|bound| {
         let density = plan.density(bound.length);
         density <= bound.max + 1e-9 && bound.min.is_none_or(|min| density >= min)

@@ -146,6 +146,11 @@ fn divergence_on_text_falls_as_spans_grow_and_bounds_the_search() -> Result<()> 
     let options = CalibrationOptions { lengths: vec![LENGTH], samples: 1, ..Default::default() };
     let texts = checkpoint().text_items(&CalibrationData::Tasks, &options)?;
     assert!(texts[&LENGTH].iter().all(|item| item.tokens().len() == LENGTH));
+    for length in [0, 1] {
+        let short = CalibrationOptions { lengths: vec![length], ..options.clone() };
+        let refused = checkpoint().text_items(&CalibrationData::Tasks, &short);
+        assert!(matches!(refused, Err(Error::Invalid { .. })), "{length}: {refused:?}");
+    }
     let model = tiny();
     let mut profile = Profile::new(model.shape(), ProfileInfo::default());
     profile.add(Influence::new(model.shape(), LENGTH, 64)?)?;
