@@ -7,8 +7,8 @@ use criterion::{
 };
 use moa_backend_cpu::{Cache, CpuBackend, Tensor};
 use moa_core::{
-    Append, Dtype, ExtendInputs, Extended, InfluenceInputs, InfluenceSign, LayerLayout, Span,
-    SparseAttentionBackend,
+    Append, CacheType, Dtype, ExtendInputs, Extended, InfluenceInputs, InfluenceSign, LayerLayout,
+    Span, SparseAttentionBackend,
 };
 
 const QUERY_HEADS: usize = 8;
@@ -78,7 +78,7 @@ fn decode(c: &mut Criterion) {
         (tensor(TOKENS, QUERY_HEADS, 1), tensor(TOKENS, KV_HEADS, 2), tensor(TOKENS, KV_HEADS, 3));
     let (q1, k1, v1) = (tensor(1, QUERY_HEADS, 4), tensor(1, KV_HEADS, 5), tensor(1, KV_HEADS, 6));
     let mut group = c.benchmark_group("decode");
-    for dtype in Dtype::ALL {
+    for dtype in CacheType::ALL {
         let backend = CpuBackend::new(dtype);
         for (name, spans) in [("dense", dense(TOKENS)), ("mixed", mixed(TOKENS))] {
             let slack = 1 << 12;
@@ -86,7 +86,7 @@ fn decode(c: &mut Criterion) {
             let mut filled = backend.open(&layout, HEAD_DIM).unwrap();
             extend(&backend, &mut filled, [&q, &k, &v], false);
             let read: usize = spans.iter().map(|span| span.total().min(TOKENS)).sum();
-            group.throughput(Throughput::Bytes((2 * read * HEAD_DIM * dtype.bytes()) as u64));
+            group.throughput(Throughput::Bytes(read as u64 * dtype.slot_bytes(HEAD_DIM)));
             let mut cache = backend.fork(&filled).unwrap();
             group.bench_function(BenchmarkId::new(format!("{name}-{dtype:?}"), TOKENS), |b| {
                 b.iter(|| {

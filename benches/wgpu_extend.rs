@@ -47,7 +47,7 @@ fn main() -> Result<()> {
         return Ok(());
     }
     let burns = CubeDevice::Wgpu(WgpuDevice::default());
-    let device = Device::from_burn(&burns);
+    let device = Device::from_client(burns.client());
     let client = device.client();
     let features = client.features();
     let matrices: Vec<String> =

@@ -2,7 +2,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use moa_core::{
-    Append, Dtype, ExtendInputs, Extended, InfluenceInputs, InfluenceOutput, LayerLayout, Span,
+    Append, CacheType, ExtendInputs, Extended, InfluenceInputs, InfluenceOutput, LayerLayout, Span,
     SparseAttentionBackend,
 };
 
@@ -10,22 +10,29 @@ use crate::{Cache, Error, Result, Tensor, attention, influence};
 
 /// Attention on CPU threads and SIMD.
 ///
-/// Arithmetic is f32 always; the cache's element type is a choice. The default, f32, rounds
-/// nothing; bf16 and f16 halve the memory.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Arithmetic is f32 always; the type in which caches hold keys and values is a choice. The default, f32,
+/// rounds nothing; bf16 and f16 halve the memory, narrower types take less still. A layout may choose another
+/// type for each head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CpuBackend {
-    cache_dtype: Dtype,
+    cache_type: CacheType,
+}
+
+impl Default for CpuBackend {
+    fn default() -> Self {
+        Self { cache_type: CacheType::F32 }
+    }
 }
 
 impl CpuBackend {
-    /// A backend whose caches hold elements of this type.
-    pub const fn new(cache_dtype: Dtype) -> Self {
-        Self { cache_dtype }
+    /// A backend whose caches are of this type, a [`Dtype`](moa_core::Dtype) or a [`CacheType`].
+    pub fn new(cache_type: impl Into<CacheType>) -> Self {
+        Self { cache_type: cache_type.into() }
     }
 
-    /// Element type of the caches that it opens.
-    pub const fn cache_dtype(&self) -> Dtype {
-        self.cache_dtype
+    /// Type of the caches that it opens where a layout does not say another.
+    pub const fn cache_type(&self) -> CacheType {
+        self.cache_type
     }
 }
 
@@ -39,14 +46,19 @@ impl SparseAttentionBackend for CpuBackend {
     }
 
     fn slot_bytes(&self, head_dim: usize) -> u64 {
-        self.cache_dtype.slot_bytes(head_dim)
+        self.cache_type.slot_bytes(head_dim)
+    }
+
+    fn has_cache_type(&self, cache_type: CacheType) -> bool {
+        CacheType::ALL.contains(&cache_type)
     }
 
     fn open(&self, layout: &LayerLayout, head_dim: usize) -> Result<Cache> {
+        layout.check_cache_types(self.name(), |own| self.has_cache_type(own))?;
         if head_dim == 0 {
             return Err(Error::argument("open", "head_dim", "at least 1", 0));
         }
-        Cache::new(Arc::new(layout.clone()), head_dim, self.cache_dtype)
+        Cache::new(Arc::new(layout.clone()), head_dim, self.cache_type)
     }
 
     fn extend(

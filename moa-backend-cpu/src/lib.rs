@@ -29,7 +29,8 @@
 //! SIMD outer-product micro-kernel), one or a few new tokens through a row kernel that reads every cached
 //! key once for the whole group of query heads. Both cut their work by the sequence alone, so the
 //! result of a sequence is bitwise the same whatever else is in the batch and however many threads
-//! there are. The instruction set (AVX-512, AVX2, NEON, none) is found at run time.
+//! there are. Within one kernel a token's result does not depend on how its sequence was cut either
+//! ([`FEW_ROWS`], [`MANY_ROWS`]). The instruction set (AVX-512, AVX2, NEON, none) is found at run time.
 //!
 //! # Threads
 //! Work above a measured threshold is spread over the current rayon pool; smaller calls, such as one
@@ -44,6 +45,7 @@ mod influence;
 mod linear;
 pub mod ops;
 mod pool;
+mod saved;
 mod simd;
 mod tensor;
 mod workspace;
@@ -53,6 +55,15 @@ pub use backend::CpuBackend;
 pub use cache::Cache;
 pub use error::{Error, Result};
 pub use tensor::Tensor;
+
+/// Rows up to which a call computes each row to the bits that a call of this row alone gives: in attention the new
+/// tokens of a sequence, in [`ops`] the rows of a tensor. So many tokens can be checked at once as if they had come
+/// one after the other.
+pub const FEW_ROWS: usize = 7;
+
+/// Rows from which a call computes each row to the same bits, however many others there are. Between this and
+/// [`FEW_ROWS`], either may be.
+pub const MANY_ROWS: usize = 16;
 
 /// The README's example compiles and runs.
 #[cfg(doctest)]

@@ -4,11 +4,26 @@ use crate::{Error, Result};
 /// sequences of a batch.
 ///
 /// The length of the data always equals the product of the shape.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Debug)]
 pub struct Tensor {
     data: Vec<f32>,
     shape: [usize; 3],
     axes: usize,
+    /// Whether the thread keeps the memory for its next tensors. What came from elsewhere goes back to the system:
+    /// what is kept would grow by it with every step.
+    recycles: bool,
+}
+
+impl Clone for Tensor {
+    fn clone(&self) -> Self {
+        Self { data: self.data.clone(), shape: self.shape, axes: self.axes, recycles: false }
+    }
+}
+
+impl PartialEq for Tensor {
+    fn eq(&self, other: &Self) -> bool {
+        self.shape() == other.shape() && self.data == other.data
+    }
 }
 
 impl Tensor {
@@ -26,7 +41,7 @@ impl Tensor {
                 &[data.len()],
             ));
         }
-        Ok(Self { data, shape: padded, axes })
+        Ok(Self { data, shape: padded, axes, recycles: false })
     }
 
     /// All zeros.
@@ -35,7 +50,26 @@ impl Tensor {
     /// [`Error::Argument`] unless there are 1 to 3 axes, [`Error::OutOfMemory`].
     pub fn zeros(shape: &[usize]) -> Result<Self> {
         let (padded, axes, len) = check("Tensor::zeros", shape)?;
-        Ok(Self { data: crate::zeroed::zeroed(len, "tensor")?, shape: padded, axes })
+        let data = match recycled::take(len) {
+            Some(mut data) => {
+                data.fill(0.0);
+                data
+            }
+            None => crate::zeroed::zeroed(len, "tensor")?,
+        };
+        Ok(Self { data, shape: padded, axes, recycles: true })
+    }
+
+    /// Any numbers, to be written over.
+    ///
+    /// # Errors
+    /// As [`Tensor::zeros`].
+    pub(crate) fn scratch(shape: &[usize]) -> Result<Self> {
+        let (padded, axes, len) = check("Tensor::scratch", shape)?;
+        match recycled::take(len) {
+            Some(data) => Ok(Self { data, shape: padded, axes, recycles: true }),
+            None => Self::zeros(shape),
+        }
     }
 
     /// The same data under another shape.
@@ -43,7 +77,10 @@ impl Tensor {
     /// # Errors
     /// [`Error::Argument`] if the number of elements differs.
     pub fn reshape(self, shape: &[usize]) -> Result<Self> {
-        Self::new(self.data, shape)
+        let recycles = self.recycles;
+        let mut tensor = Self::new(self.into_data(), shape)?;
+        tensor.recycles = recycles;
+        Ok(tensor)
     }
 
     /// Lengths of the axes.
@@ -72,8 +109,60 @@ impl Tensor {
     }
 
     /// The elements alone.
-    pub fn into_data(self) -> Vec<f32> {
-        self.data
+    pub fn into_data(mut self) -> Vec<f32> {
+        std::mem::take(&mut self.data)
+    }
+}
+
+impl Drop for Tensor {
+    fn drop(&mut self) {
+        if self.recycles {
+            recycled::give(std::mem::take(&mut self.data));
+        }
+    }
+}
+
+/// Memory of tensors that a thread has dropped, for those that it makes next. A layer makes the same tensors as
+/// the one before it, and pages fresh from the system cost more than what a small model computes in them.
+mod recycled {
+    use std::cell::RefCell;
+
+    /// Elements from which it is worth it: the system gives fewer without new pages.
+    const LEAST: usize = 1 << 13;
+    /// Elements that a thread keeps: 64 MiB.
+    const MOST: usize = 1 << 24;
+
+    thread_local! {
+        static KEPT: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
+    }
+
+    /// `len` elements of any value.
+    pub(super) fn take(len: usize) -> Option<Vec<f32>> {
+        if len < LEAST {
+            return None;
+        }
+        KEPT.with_borrow_mut(|kept| {
+            let fits = |data: &Vec<f32>| (len..=2 * len).contains(&data.capacity());
+            let mut data = kept.swap_remove(kept.iter().rposition(fits)?);
+            data.resize(len, 0.0);
+            Some(data)
+        })
+    }
+
+    pub(super) fn give(data: Vec<f32>) {
+        if !(LEAST..=MOST).contains(&data.capacity()) {
+            return;
+        }
+        // A thread that ends has nothing to keep it in.
+        let _ = KEPT.try_with(|kept| {
+            let Ok(mut kept) = kept.try_borrow_mut() else { return };
+            let mut total: usize = data.capacity() + kept.iter().map(Vec::capacity).sum::<usize>();
+            kept.push(data);
+            // What has lain there longest fits nothing.
+            while total > MOST {
+                total -= kept.remove(0).capacity();
+            }
+        });
     }
 }
 

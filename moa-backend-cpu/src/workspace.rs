@@ -8,8 +8,20 @@ use crate::simd::dispatch;
 /// whatever the last task left there.
 #[derive(Default)]
 pub(crate) struct Workspace {
-    buffer: Vec<f32>,
+    buffer: Vec<Line>,
 }
+
+/// A line of near memory. Vectors of 64 bytes that lie across two lines are read at half the speed.
+#[derive(Clone, Copy, Default)]
+#[repr(C, align(64))]
+struct Line([f32; LINE]);
+
+const LINE: usize = 16;
+
+// SAFETY: an array of floats, as large as its alignment.
+unsafe impl bytemuck::Zeroable for Line {}
+// SAFETY: as above.
+unsafe impl bytemuck::Pod for Line {}
 
 thread_local! {
     static WORKSPACE: RefCell<Workspace> = RefCell::default();
@@ -53,17 +65,17 @@ impl Workspace {
         })
     }
 
-    /// Buffers of the given lengths.
+    /// Buffers of the given lengths, each of which begins with a line of near memory.
     pub(crate) fn parts<const N: usize>(&mut self, lens: [usize; N]) -> [&mut [f32]; N] {
-        let total = lens.iter().sum();
+        let total = lens.iter().map(|len| len.div_ceil(LINE)).sum();
         if self.buffer.len() < total {
-            self.buffer.resize(total, 0.0);
+            self.buffer.resize(total, Line::default());
         }
         let mut rest = &mut self.buffer[..];
         lens.map(|len| {
-            let (part, tail) = std::mem::take(&mut rest).split_at_mut(len);
+            let (part, tail) = std::mem::take(&mut rest).split_at_mut(len.div_ceil(LINE));
             rest = tail;
-            part
+            &mut bytemuck::cast_slice_mut(part)[..len]
         })
     }
 }

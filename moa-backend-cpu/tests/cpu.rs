@@ -3,21 +3,39 @@
 use std::process::ExitCode;
 
 use half::{bf16, f16};
+use moa_backend_cpu::ops::{WeightData, WeightRef, linear};
 use moa_backend_cpu::{Cache, CpuBackend, Error, Tensor};
-use moa_conformance::{Stop, Subject, Verdict, World, normal, run, suite, trials};
-use moa_core::{
-    Append, Dtype, ExtendInputs, InfluenceInputs, InfluenceSign, LayerLayout, Span,
-    SparseAttentionBackend,
+use moa_conformance::{
+    BlockProducts, Stop, Subject, Verdict, World, block_products, normal, part, run, suite, trials,
 };
+use moa_core::{
+    Append, BlockType, CacheType, Dtype, ExtendInputs, InfluenceInputs, InfluenceSign, LayerLayout,
+    RowType, Span, SparseAttentionBackend,
+};
+
+/// What could differ between types that share their code with the others.
+const FEW: [&str; 4] = [
+    "output_equals_the_reference",
+    "chunking_does_not_change_output",
+    "batch_composition_does_not_change_output",
+    "trap_02_chunk_sees_keys_that_it_pushes_out",
+];
 
 fn main() -> ExitCode {
     let suites = [
         suite("f32_cache", || Ok(Cpu::new(Dtype::F32))),
         suite("f16_cache", || Ok(Cpu::new(Dtype::F16))),
         suite("bf16_cache", || Ok(Cpu::new(Dtype::Bf16))),
+        suite("int8_cache", || Ok(Cpu::new(CacheType::Int8))),
+        part("fp8_cache", &FEW, || Ok(Cpu::new(CacheType::Fp8))),
+        part("k8v4_cache", &FEW, || Ok(Cpu::new(CacheType::K8V4))),
+        suite("int4_cache", || Ok(Cpu::new(CacheType::Int4))),
+        block_products("blocks", || Ok(OfBlocks)),
         trials![
             number_of_threads_does_not_change_output,
             number_of_threads_does_not_change_influence,
+            the_cut_changes_no_bit_within_a_kernel,
+            a_product_of_few_or_many_rows_has_the_bits_of_each,
             trap_09_offsets_beyond_2_to_the_31_elements,
             every_error_variant_says_what_came,
             influence_refuses_wrong_shapes,
@@ -28,11 +46,60 @@ fn main() -> ExitCode {
     run(suites.into_iter().flatten())
 }
 
+struct OfBlocks;
+
+impl BlockProducts for OfBlocks {
+    fn product(
+        &self,
+        kind: BlockType,
+        blocks: &[u8],
+        [n, k]: [usize; 2],
+        x: &[f32],
+    ) -> Option<Vec<f32>> {
+        let weight = WeightRef::new(WeightData::Blocks(kind, blocks), n, k).unwrap();
+        let x = Tensor::new(x.to_vec(), &[x.len() / k, k]).unwrap();
+        Some(linear(&x, weight, None).unwrap().into_data())
+    }
+
+    /// A model's embedding is widened, which is the specification.
+    fn rows(
+        &self,
+        kind: BlockType,
+        blocks: &[u8],
+        [_, k]: [usize; 2],
+        rows: &[u32],
+    ) -> Option<Vec<f32>> {
+        let mut all = vec![0.0; rows.len() * k];
+        for (row, to) in rows.iter().zip(all.chunks_mut(k)) {
+            kind.widen(blocks, *row as usize * k, to);
+        }
+        Some(all)
+    }
+
+    /// A code of 15 bits is half a step from its activation, which is 1/16256 of the largest of 32.
+    fn share(&self, _rows: usize) -> f64 {
+        1e-4
+    }
+}
+
+/// The types of 16 bits by another implementation than the specification's.
+fn round(own: CacheType, rows: RowType, row: &[f32]) -> Vec<f64> {
+    match own {
+        CacheType::F16 => row.iter().map(|x| f16::from_f32(*x).to_f64()).collect(),
+        CacheType::Bf16 => row.iter().map(|x| bf16::from_f32(*x).to_f64()).collect(),
+        _ => rows.round(row),
+    }
+}
+
+/// Queries of few tokens are rounded to 16 bits where keys are codes of whole numbers, and those of many are not: scores
+/// differ by 2^-16 of the product of their lengths, of which the cases have up to 16 after scaling.
+const WHOLE_QUERIES: f64 = 2.5e-4;
+
 struct Cpu(CpuBackend);
 
 impl Cpu {
-    fn new(dtype: Dtype) -> Self {
-        Self(CpuBackend::new(dtype))
+    fn new(cache: impl Into<CacheType>) -> Self {
+        Self(CpuBackend::new(cache))
     }
 }
 
@@ -52,16 +119,31 @@ impl Subject for Cpu {
         tensor.data().to_vec()
     }
 
-    fn round(&self, x: f32) -> f32 {
-        match self.0.cache_dtype() {
-            Dtype::F32 => x,
-            Dtype::F16 => f16::from_f32(x).to_f32(),
-            _ => bf16::from_f32(x).to_f32(),
-        }
+    fn round_key(&self, row: &[f32]) -> Vec<f64> {
+        round(self.0.cache_type(), self.0.cache_type().keys(), row)
+    }
+
+    fn round_value(&self, row: &[f32]) -> Vec<f64> {
+        round(self.0.cache_type(), self.0.cache_type().values(), row)
+    }
+
+    fn cache_types(&self) -> &'static [CacheType] {
+        &CacheType::ALL
     }
 
     fn tolerance(&self) -> f64 {
-        1e-5
+        match self.0.cache_type().keys().rotates() {
+            true => WHOLE_QUERIES,
+            false => 1e-5,
+        }
+    }
+
+    fn same(&self) -> f64 {
+        self.tolerance()
+    }
+
+    fn typed_tolerance(&self) -> Option<f64> {
+        Some(WHOLE_QUERIES)
     }
 
     fn core_error<'e>(&self, error: &'e Error) -> Option<&'e moa_core::Error> {
@@ -74,13 +156,80 @@ impl Subject for Cpu {
 
 fn number_of_threads_does_not_change_output() {
     let cpu = Cpu::new(Dtype::Bf16);
-    let world = World::new(4, 2, 32, &[(0, 4000), (4, 300)], 1300);
+    let types = vec![Some(CacheType::Int4), None];
+    let world = World { types, ..World::new(4, 2, 32, &[(0, 4000), (4, 300)], 1300) };
     let run = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| world.run(&cpu, &[1200, 1, 1, 2, 96]))
     };
     let one = run(1);
     assert!(one == run(2) && one == run(5), "bitwise different");
+}
+
+/// Rings that wrap, heads that see all, groups, head dimensions that are no whole vectors.
+fn the_cut_changes_no_bit_within_a_kernel() {
+    for dtype in Dtype::ALL {
+        let cpu = Cpu::new(dtype);
+        for (query_heads, dim) in [(4, 32), (6, 20)] {
+            let spans = [(0, 4000), (4, 150)];
+            let world = World::new(query_heads, 2, dim, &spans, 900);
+            let whole = world.run(&cpu, &[850]);
+            for cut in [&[16, 834][..], &[300, 17, 533], &[128, 128, 594], &[801, 16, 33]] {
+                assert!(world.run(&cpu, cut) == whole, "{dtype} {cut:?}");
+            }
+            let one_by_one = [&[600][..], &[1; 60]].concat();
+            let one_by_one = world.run(&cpu, &one_by_one);
+            for drafts in 2..=moa_backend_cpu::FEW_ROWS {
+                let mut cut = vec![600];
+                cut.extend(std::iter::repeat_n(drafts, 60 / drafts));
+                cut.extend(std::iter::repeat_n(1, 60 % drafts));
+                assert!(world.run(&cpu, &cut) == one_by_one, "{dtype} {drafts}");
+            }
+        }
+    }
+}
+
+fn a_product_of_few_or_many_rows_has_the_bits_of_each() {
+    let (n, k) = (70, 512);
+    let w = normal(n * k, 3);
+    let half: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
+    let blocks = [BlockType::Q8_0, BlockType::Q4_0, BlockType::Q4K, BlockType::Q6K].map(|kind| {
+        let mut bytes = Vec::new();
+        kind.narrow(&w, &mut bytes);
+        (kind, bytes)
+    });
+    let mut weights = vec![(WeightData::F32(&w), false)];
+    // Where the machine does not multiply pairs of bf16, both are the same.
+    weights.extend([false, true].map(|narrow| (WeightData::Bf16(&half), narrow)));
+    weights.extend(blocks.iter().map(|(kind, bytes)| (WeightData::Blocks(*kind, bytes), false)));
+    let x = normal(200 * k, 4);
+    for (data, narrow) in weights {
+        let product = |rows: std::ops::Range<usize>| {
+            let x =
+                Tensor::new(x[rows.start * k..rows.end * k].to_vec(), &[rows.len(), k]).unwrap();
+            let weight = WeightRef::new(data, n, k).unwrap().narrow_activations(narrow);
+            linear(&x, weight, None).unwrap().into_data()
+        };
+        let few = moa_backend_cpu::FEW_ROWS;
+        let each: Vec<f32> = (0..few).flat_map(|row| product(row..row + 1)).collect();
+        for rows in 2..=few {
+            assert!(product(0..rows) == each[..rows * n], "{rows} rows of {}", name(data));
+        }
+        let all = product(0..200);
+        for rows in [0..16, 16..32, 3..27, 100..163, 150..200] {
+            let of = rows.start * n..rows.end * n;
+            assert!(product(rows.clone()) == all[of], "rows {rows:?} of {}", name(data));
+        }
+    }
+}
+
+fn name(data: WeightData<'_>) -> String {
+    match data {
+        WeightData::F32(_) => "f32".into(),
+        WeightData::F16(_) => "f16".into(),
+        WeightData::Bf16(_) => "bf16".into(),
+        WeightData::Blocks(kind, _) => format!("{kind:?}"),
+    }
 }
 
 fn number_of_threads_does_not_change_influence() {

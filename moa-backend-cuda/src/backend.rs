@@ -1,8 +1,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use moa_core::{
-    Append, AttentionShape, ExtendInputs, Extended, InfluenceInputs, InfluenceOutput, LayerLayout,
-    SparseAttentionBackend, check_extend,
+    Append, AttentionShape, CacheType, ExtendInputs, Extended, InfluenceInputs, InfluenceOutput,
+    LayerLayout, SparseAttentionBackend, check_extend,
 };
 
 use crate::attention::step::{Batch, Step, Tensors};
@@ -93,7 +93,7 @@ pub(crate) fn check<T: Form>(
             return Err(Error::argument(OP, what, first.dtype(), tensor.dtype()));
         }
     }
-    if first.device().context() != device.context() {
+    if !first.device().is_same(device) {
         return Err(Error::argument(OP, "cache", "on the backend's device", "on another"));
     }
     Ok(shape)
@@ -117,7 +117,12 @@ impl SparseAttentionBackend for CudaBackend {
         self.dtype.slot_bytes(head_dim)
     }
 
+    fn has_cache_type(&self, cache_type: CacheType) -> bool {
+        cache_type == self.dtype.into()
+    }
+
     fn open(&self, layout: &LayerLayout, head_dim: usize) -> Result<Cache> {
+        layout.check_cache_types(self.name(), |own| self.has_cache_type(own))?;
         Cache::open(&self.device, layout.clone(), Variant { head_dim, dtype: self.dtype })
     }
 
@@ -129,7 +134,7 @@ impl SparseAttentionBackend for CudaBackend {
         let AttentionShape { query_heads, .. } = check(&self.device, batch, inputs)?;
         let ExtendInputs { q, k, v, scale, lse } = *inputs;
         for (what, tensor) in [("q", q), ("k", k), ("v", v)] {
-            if tensor.device().context() != self.device.context() {
+            if !tensor.device().is_same(&self.device) {
                 return Err(Error::argument(OP, what, "on the backend's device", "on another"));
             }
         }

@@ -78,6 +78,12 @@ impl Device {
         })))
     }
 
+    /// Whether both are clones of one device. Two that were opened with one ordinal have a context in common but
+    /// not a stream: what one frees, the other may still read.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// Its name, such as `NVIDIA H100 80GB HBM3`.
     pub fn name(&self) -> &str {
         &self.0.name

@@ -1,5 +1,10 @@
+use std::ffi::CStr;
+
 use cudarc::driver::DriverError;
+use cudarc::driver::sys::CUresult as Code;
 use moa_core::ArgumentError;
+
+use crate::library;
 
 /// Everything that can go wrong in this crate. A failing call leaves every cache as it was.
 #[derive(Debug, thiserror::Error)]
@@ -120,13 +125,15 @@ pub enum Error {
         /// The driver's text for it.
         message: String,
     },
-    /// burn's server refused: a tensor was never written, or memory could not be had.
-    #[cfg(feature = "burn")]
-    #[error("{op}: burn's server refused: {message}")]
-    Burn {
-        /// The operation.
-        op: &'static str,
-        /// What it said.
+    /// The device, or its context in this process, is gone: after a fault of the hardware, or after a kernel that
+    /// went astray. The driver refuses all later calls too; only a new process has the device again.
+    #[error("the device is lost: {call} failed: {message} (CUDA error {code})")]
+    DeviceLost {
+        /// What was attempted.
+        call: &'static str,
+        /// The driver's error number.
+        code: u32,
+        /// The driver's text for it.
         message: String,
     },
 }
@@ -172,12 +179,66 @@ impl Error {
 
     /// For `map_err` on driver calls.
     pub(crate) fn driver(call: &'static str) -> impl Fn(DriverError) -> Self {
-        move |error| Self::Driver {
-            call,
-            code: error.0 as u32,
-            message: error
-                .error_string()
-                .map_or_else(|_| "no description".into(), |s| s.to_string_lossy().into_owned()),
+        move |error| {
+            // The text is the driver's, which may be what is missing.
+            let text = library::driver().ok().and_then(|()| error.error_string().ok());
+            let message = text.map_or_else(|| "no description".into(), CStr::to_string_lossy);
+            let (code, message) = (error.0 as u32, message.into_owned());
+            match is_lost(error.0) {
+                true => Self::DeviceLost { call, code, message },
+                false => Self::Driver { call, code, message },
+            }
+        }
+    }
+}
+
+/// Errors of the hardware, errors after which the driver's header wants the process to be relaunched, and those of a
+/// context that is gone. A busy device and errors that the driver does not know are none of them.
+fn is_lost(code: Code) -> bool {
+    matches!(
+        code,
+        Code::CUDA_ERROR_DEINITIALIZED
+            | Code::CUDA_ERROR_ECC_UNCORRECTABLE
+            | Code::CUDA_ERROR_NVLINK_UNCORRECTABLE
+            | Code::CUDA_ERROR_ILLEGAL_ADDRESS
+            | Code::CUDA_ERROR_LAUNCH_TIMEOUT
+            | Code::CUDA_ERROR_CONTEXT_IS_DESTROYED
+            | Code::CUDA_ERROR_ASSERT
+            | Code::CUDA_ERROR_HARDWARE_STACK_ERROR
+            | Code::CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | Code::CUDA_ERROR_MISALIGNED_ADDRESS
+            | Code::CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | Code::CUDA_ERROR_INVALID_PC
+            | Code::CUDA_ERROR_LAUNCH_FAILED
+            | Code::CUDA_ERROR_EXTERNAL_DEVICE
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The numbers stand for what the driver would answer: no device is there to be lost.
+    #[test]
+    fn a_lost_device_is_told_from_a_refused_call_at_every_call() {
+        use Code::*;
+        for code in
+            [CUDA_ERROR_ECC_UNCORRECTABLE, CUDA_ERROR_ILLEGAL_ADDRESS, CUDA_ERROR_LAUNCH_FAILED]
+        {
+            // The driver repeats the error at each later call, also at those that only ask.
+            for call in ["cuLaunchKernel", "cuStreamSynchronize", "cuMemGetInfo", "cuMemAllocAsync"]
+            {
+                let error = Error::driver(call)(DriverError(code));
+                let Error::DeviceLost { call: at, code: number, .. } = &error else {
+                    panic!("{error}")
+                };
+                assert_eq!((*at, *number), (call, code as u32));
+                assert!(error.to_string().contains("lost"), "{error}");
+            }
+        }
+        for code in [CUDA_ERROR_UNKNOWN, CUDA_ERROR_DEVICE_UNAVAILABLE, CUDA_ERROR_OUT_OF_MEMORY] {
+            let error = Error::driver("cuMemAllocAsync")(DriverError(code));
+            assert!(matches!(error, Error::Driver { .. }), "{error}");
         }
     }
 }

@@ -47,14 +47,12 @@
 //! # Inside another engine
 //! [`Step`] runs the same kernels on foreign memory and a foreign stream: it plans on the host and
 //! uploads tables (`prepare`), then only launches (`run`), also inside a CUDA graph. [`Kernels`] is
-//! the level below: addresses, strides and tables. `examples/candle_cuda` in the repository runs it
-//! inside candle; with the feature `burn`, the module `burn` has the same backend on burn's tensors.
+//! the level below: addresses, strides and tables. The crate `moa-candle` runs it
+//! inside candle.
 
 mod arena;
 mod attention;
 mod backend;
-#[cfg(feature = "burn")]
-pub mod burn;
 mod cache;
 mod device;
 mod error;
@@ -79,9 +77,9 @@ pub use graph::Graph;
 pub use kernels::compile::{Architecture, HEAD_DIMS, Variant, compile};
 pub use kernels::source::Source;
 pub use kernels::{Kernels, tables};
-pub use linear::{E4m3Weight, Weight, e4m3};
+pub use linear::{BlockWeight, E4m3Weight, Weight, e4m3};
 pub use memory::Workspace;
-pub use moa_core::Dtype;
+pub use moa_core::{BlockType, Dtype};
 pub use nccl::{Nccl, NcclId};
 pub use ops::{AttentionGradients, Draw, Indices, Lengths, Operations, Turns};
 pub use tensor::Tensor;

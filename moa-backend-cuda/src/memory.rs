@@ -178,9 +178,11 @@ impl Staging {
         if slot.as_ref().is_none_or(|(buffer, _)| buffer.len() < len) {
             let context = self.device.context();
             let room = len.next_power_of_two().max(4096);
-            // SAFETY: it is written before it is read.
-            let buffer = unsafe { context.alloc_pinned_with_flags(room, 0) }
+            // SAFETY: it is written right below.
+            let mut buffer = unsafe { context.alloc_pinned_with_flags(room, 0) }
                 .map_err(Error::driver("cuMemHostAlloc"))?;
+            // A caller's closure gets to see it, and need not write all of it.
+            buffer.as_mut_slice().map_err(Error::driver("cuEventSynchronize"))?.fill(0u8);
             let event = context.new_event(None).map_err(Error::driver("cuEventCreate"))?;
             *slot = Some((buffer, event));
         }

@@ -122,7 +122,7 @@ impl Nccl {
         if x.dtype() != Dtype::F32 {
             return Err(Error::argument(OP, "tensor", Dtype::F32, x.dtype()));
         }
-        if x.device().context() != self.device.context() {
+        if !x.device().is_same(&self.device) {
             return Err(Error::argument(OP, "tensor", "on the device of this rank", "on another"));
         }
         if !x.is_contiguous() {

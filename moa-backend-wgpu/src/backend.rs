@@ -1,5 +1,5 @@
 use moa_core::{
-    Append, Dtype, ExtendInputs, Extended, InfluenceInputs, InfluenceOutput, LayerLayout,
+    Append, CacheType, ExtendInputs, Extended, InfluenceInputs, InfluenceOutput, LayerLayout,
     SparseAttentionBackend,
 };
 
@@ -8,19 +8,20 @@ use crate::{Cache, Device, Error, MatrixUnits, Result, Tensor, influence};
 
 /// Attention on one GPU.
 ///
-/// Tensors and arithmetic are f32, caches what was asked for. Calls return when their kernels are queued, and
+/// Tensors and arithmetic are f32, caches what was asked for, or what a layout says for each head. Calls return when their kernels are queued, and
 /// [`Tensor::to_vec`] waits for them; what goes wrong on the device is reported there too.
 #[derive(Clone, Debug)]
 pub struct WgpuBackend {
     device: Device,
-    dtype: Dtype,
+    cache_type: CacheType,
     matrix_units: MatrixUnits,
 }
 
 impl WgpuBackend {
-    /// A backend whose caches hold keys and values of this type.
-    pub fn new(device: &Device, dtype: Dtype) -> Self {
-        Self { device: device.clone(), dtype, matrix_units: MatrixUnits::default() }
+    /// A backend whose caches are of this type, a [`Dtype`](crate::Dtype) or a [`CacheType`].
+    pub fn new(device: &Device, cache_type: impl Into<CacheType>) -> Self {
+        let (device, cache_type) = (device.clone(), cache_type.into());
+        Self { device, cache_type, matrix_units: MatrixUnits::default() }
     }
 
     /// The same with another use of matrix units.
@@ -31,12 +32,12 @@ impl WgpuBackend {
     /// Whether long chunks with heads of this size take the matrix-unit kernel, emulated or not.
     pub fn has_matrix_units(&self, head_dim: usize) -> bool {
         let limits = attention::Limits::of(&self.device);
-        self.matrix_units.blocks(&self.device, &limits, self.dtype, head_dim).is_some()
+        self.matrix_units.blocks(&self.device, &limits, self.cache_type, head_dim).is_some()
     }
 
-    /// Element type of the caches.
-    pub fn cache_dtype(&self) -> Dtype {
-        self.dtype
+    /// Type of the caches that it opens where a layout does not say another.
+    pub fn cache_type(&self) -> CacheType {
+        self.cache_type
     }
 
     /// The GPU.
@@ -55,11 +56,16 @@ impl SparseAttentionBackend for WgpuBackend {
     }
 
     fn slot_bytes(&self, head_dim: usize) -> u64 {
-        self.dtype.slot_bytes(head_dim)
+        self.cache_type.slot_bytes(head_dim)
+    }
+
+    fn has_cache_type(&self, cache_type: CacheType) -> bool {
+        CacheType::ALL.contains(&cache_type)
     }
 
     fn open(&self, layout: &LayerLayout, head_dim: usize) -> Result<Cache> {
-        Cache::open(&self.device, layout, head_dim, self.dtype)
+        layout.check_cache_types(self.name(), |own| self.has_cache_type(own))?;
+        Cache::open(&self.device, layout, head_dim, self.cache_type)
     }
 
     fn extend(

@@ -1,12 +1,12 @@
 use std::sync::Arc;
 
 use cubecl::server::Handle;
-use moa_core::{CacheState, Dtype, HeadRow, LayerLayout};
+use moa_core::{CacheState, CacheType, HeadRow, LayerLayout};
 
 use crate::attention::arg;
+use crate::kernels::codes::{check_rows, load_words, row_words};
 use crate::kernels::copy::copy;
 use crate::kernels::keys::Head;
-use crate::kernels::words::{check_words, per_word};
 use crate::{Device, Error, Result};
 
 const OP: &str = "open";
@@ -14,14 +14,21 @@ const OP: &str = "open";
 /// Largest head dimension: a unit holds its share of an output row in registers.
 pub const MAX_HEAD_DIM: usize = 256;
 
-/// Keys and values of one sequence in one layer, each in a buffer `[slots, head_dim]` as its
-/// [`LayerLayout`] says.
+/// Keys and values of one sequence in one layer, as its [`LayerLayout`] says: for each type that its heads have, a
+/// buffer of keys and one of values.
 #[derive(Debug)]
 pub struct Cache {
     device: Device,
     geometry: Arc<Geometry>,
-    dtype: Dtype,
     state: CacheState,
+    /// One for each of the geometry's groups.
+    stores: Vec<Store>,
+}
+
+/// The buffers of the heads of one type: `[slots, row]` in words, and after the keys a word for each slot with the
+/// scales of its key and value, where the type has any.
+#[derive(Debug)]
+pub(crate) struct Store {
     pub(crate) keys: Handle,
     pub(crate) values: Handle,
 }
@@ -29,21 +36,84 @@ pub struct Cache {
 /// A layout as the kernels read it; forks share it.
 #[derive(Debug)]
 pub(crate) struct Geometry {
+    groups: Vec<Group>,
+    /// Bytes of a slot of a head whose type the layout does not say.
+    slot_bytes: u64,
+}
+
+/// The heads of one type.
+#[derive(Debug)]
+pub(crate) struct Group {
+    pub(crate) own: CacheType,
     /// The heads, for the host's part of the arithmetic.
     pub(crate) heads: Vec<Head>,
     /// The same on the device.
     pub(crate) table: Handle,
+    /// Words of the buffers.
+    key_words: usize,
+    value_words: usize,
 }
 
 impl Geometry {
-    fn new(device: &Device, layout: &LayerLayout) -> Result<Self> {
+    fn new(
+        device: &Device,
+        layout: &LayerLayout,
+        head_dim: usize,
+        cache_type: CacheType,
+    ) -> Result<Self> {
         if layout.slots() >= 1 << 31 {
             return Err(Error::argument(OP, "slots", "fewer than 2^31", layout.slots()));
         }
         let rows = layout.head_rows()?;
-        let words: Vec<u32> = rows.iter().flat_map(HeadRow::words).collect();
+        let types: Vec<CacheType> =
+            layout.heads().iter().map(|head| head.cache_type().unwrap_or(cache_type)).collect();
+        for own in &types {
+            check_rows(OP, head_dim, *own)?;
+        }
+        let mut groups: Vec<Group> = Vec::new();
+        for own in CacheType::ALL.into_iter().filter(|own| types.contains(own)) {
+            let of_type = (0..rows.len()).filter(|head| types[*head] == own);
+            groups.push(Group::new(device, layout, &rows, of_type.collect(), head_dim, own)?);
+        }
+        Ok(Self { groups, slot_bytes: cache_type.slot_bytes(head_dim) })
+    }
+}
+
+impl Group {
+    fn new(
+        device: &Device,
+        layout: &LayerLayout,
+        rows: &[HeadRow],
+        of_type: Vec<usize>,
+        head_dim: usize,
+        own: CacheType,
+    ) -> Result<Self> {
+        let slots = |head: &usize| layout.head(*head).slots();
+        let total: usize = of_type.iter().map(slots).sum();
+        let words = |row: usize| total.saturating_mul(row);
+        let mut key_words = words(row_words(own.keys(), head_dim));
+        let value_words = words(row_words(own.values(), head_dim));
+        let (mut heads, mut offset) = (Vec::new(), 0);
+        for head in &of_type {
+            if own.keys().is_narrow() {
+                // A load of scales is of one head alone, which then writes it without asking the others.
+                key_words = key_words.next_multiple_of(load_words(own.keys()));
+            }
+            let Ok(scales) = u32::try_from(key_words) else {
+                let limit = device.max_buffer_bytes();
+                let bytes = (key_words as u64).saturating_mul(4);
+                return Err(Error::TooLarge { what: "cached keys", bytes, limit });
+            };
+            heads.push(Head::new(&HeadRow { offset, ..rows[*head] }, *head as u32, scales));
+            offset += slots(head) as u32;
+            if own.keys().is_narrow() {
+                key_words += slots(head);
+            }
+        }
+        key_words = key_words.next_multiple_of(load_words(own.keys()));
+        let words: Vec<u32> = heads.iter().flat_map(Head::words).collect();
         let table = device.client().create_from_slice(bytemuck::cast_slice(&words));
-        Ok(Self { heads: rows.iter().map(Head::from).collect(), table })
+        Ok(Self { own, heads, table, key_words, value_words })
     }
 }
 
@@ -54,38 +124,31 @@ impl AsRef<CacheState> for Cache {
 }
 
 impl Cache {
+    /// Heads whose type the layout does not say have `cache_type`.
     pub(crate) fn open(
         device: &Device,
         layout: &LayerLayout,
         head_dim: usize,
-        dtype: Dtype,
+        cache_type: CacheType,
     ) -> Result<Self> {
         if head_dim == 0 || head_dim > MAX_HEAD_DIM {
             let expected = format_args!("1 to {MAX_HEAD_DIM}").to_string();
             return Err(Error::argument(OP, "head_dim", expected, head_dim));
         }
-        check_words(OP, "head_dim", head_dim, dtype)?;
-        let geometry = Arc::new(Geometry::new(device, layout)?);
+        let geometry = Arc::new(Geometry::new(device, layout, head_dim, cache_type)?);
         let state = CacheState::new(Arc::new(layout.clone()), head_dim);
-        Self::new(device, geometry, dtype, state)
+        Self::new(device, geometry, state)
     }
 
-    fn new(
-        device: &Device,
-        geometry: Arc<Geometry>,
-        dtype: Dtype,
-        state: CacheState,
-    ) -> Result<Self> {
-        let elements = state.layout().slots().saturating_mul(state.head_dim());
-        let keys = device.alloc("cached keys", elements, dtype.bytes())?;
-        let values = device.alloc("cached values", elements, dtype.bytes())?;
-        device.check(OP, &[&keys, &values])?;
-        Ok(Self { device: device.clone(), geometry, dtype, state, keys, values })
-    }
-
-    /// Element type of keys and values.
-    pub fn dtype(&self) -> Dtype {
-        self.dtype
+    fn new(device: &Device, geometry: Arc<Geometry>, state: CacheState) -> Result<Self> {
+        let store = |group: &Group| {
+            let keys = device.alloc("cached keys", group.key_words, 4)?;
+            let values = device.alloc("cached values", group.value_words, 4)?;
+            device.check(OP, &[&keys, &values])?;
+            Ok(Store { keys, values })
+        };
+        let stores = geometry.groups.iter().map(store).collect::<Result<_>>()?;
+        Ok(Self { device: device.clone(), geometry, state, stores })
     }
 
     /// Forgets all tokens and keeps the memory.
@@ -93,17 +156,34 @@ impl Cache {
         self.state.reset();
     }
 
-    /// Bytes of the two buffers, as asked of CubeCL; its pools may round them up.
+    /// Bytes of keys, values and scales. Buffers may be longer, by a word for each head and by what CubeCL's pools
+    /// round up.
     pub(crate) fn bytes(&self) -> u64 {
-        self.keys.size() + self.values.size()
+        self.state.layout().bytes(self.state.head_dim(), self.geometry.slot_bytes)
     }
 
     pub(crate) fn device(&self) -> &Device {
         &self.device
     }
 
-    pub(crate) fn geometry(&self) -> &Geometry {
-        &self.geometry
+    /// The heads of each type.
+    pub(crate) fn groups(&self) -> &[Group] {
+        &self.geometry.groups
+    }
+
+    /// The buffers of the heads of a group.
+    pub(crate) fn store(&self, group: usize) -> &Store {
+        &self.stores[group]
+    }
+
+    /// Whether both have the same heads in each group.
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        let same = |(a, b): (&Group, &Group)| {
+            let numbers = a.heads.iter().map(|head| head.number);
+            a.own == b.own && numbers.eq(b.heads.iter().map(|head| head.number))
+        };
+        let (own, others) = (self.groups(), other.groups());
+        own.len() == others.len() && own.iter().zip(others).all(same)
     }
 
     pub(crate) fn state_mut(&mut self) -> &mut CacheState {
@@ -112,23 +192,17 @@ impl Cache {
 
     /// An independent copy, made on the device.
     pub(crate) fn fork(&self) -> Result<Self> {
-        let geometry = Arc::clone(&self.geometry);
-        let fork = Self::new(&self.device, geometry, self.dtype, self.state.clone())?;
-        let elements = self.state.layout().slots() * self.state.head_dim();
-        let words = elements / per_word(self.dtype);
-        let (cubes, dim) = self.device.cubes(words);
-        for (from, to) in [(&self.keys, &fork.keys), (&self.values, &fork.values)] {
-            let client = self.device.client();
-            // SAFETY: both buffers hold `words` words, and the kernel goes no further.
-            unsafe {
-                copy::launch_unchecked(
-                    client,
-                    cubes.clone(),
-                    dim,
-                    arg(from),
-                    arg(to),
-                    words as u32,
-                );
+        let fork = Self::new(&self.device, Arc::clone(&self.geometry), self.state.clone())?;
+        let stores = self.stores.iter().zip(&fork.stores).zip(self.groups());
+        for ((from, to), group) in stores {
+            let keys = (&from.keys, &to.keys, group.key_words);
+            for (from, to, words) in [keys, (&from.values, &to.values, group.value_words)] {
+                let (cubes, dim) = self.device.cubes(words);
+                let client = self.device.client();
+                // SAFETY: both buffers hold `words` words, and the kernel goes no further.
+                unsafe {
+                    copy::launch_unchecked(client, cubes, dim, arg(from), arg(to), words as u32);
+                }
             }
         }
         Ok(fork)

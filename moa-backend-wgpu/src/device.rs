@@ -1,4 +1,5 @@
 use std::fmt;
+use std::sync::OnceLock;
 
 use cubecl::client::Client;
 use cubecl::ir::features::Plane;
@@ -9,6 +10,7 @@ use cubecl::wgpu::{
     WgslCompiler, try_init_device, try_init_setup, wgpu::Features,
 };
 use cubecl::{CubeCount, CubeDim, calculate_cube_count_elemwise};
+use cubecl_environment::stream::StreamId;
 use cubecl_server::runtime::Runtime;
 
 use crate::{Dtype, Error, Result};
@@ -111,7 +113,10 @@ impl Device {
     /// A device of any CubeCL runtime, such as the one of another library's tensors. In builds with the
     /// feature `vulkan` it must not compile to WGSL on a device with matrix units, which it lists all the
     /// same.
+    ///
+    /// All devices of a process work on one stream of CubeCL's, whichever thread calls.
     pub fn from_client(client: Client) -> Self {
+        let client = on_one_stream(client);
         let (features, wanted) = (client.features(), std::env::var_os("MOA_WGPU_PLANES"));
         let refused = wanted.as_ref().is_some_and(|value| value == "0");
         let planes =
@@ -248,6 +253,16 @@ impl Device {
         let dim = CubeDim::new_1d(UNITS.min(self.client.properties().hardware.max_units_per_cube));
         (calculate_cube_count_elemwise(&self.client, elements, dim), dim)
     }
+}
+
+/// CubeCL has a stream for each thread, and makes one wait for another by the stream that allocated a buffer. Caches are
+/// written long after that: written by one thread and read by the next, they would be read too early.
+fn on_one_stream(mut client: Client) -> Client {
+    static STREAM: OnceLock<StreamId> = OnceLock::new();
+    // SAFETY: the stream is one of the process, and only this clone of the client is told to use it. Buffers of other
+    // streams are waited for as in any call.
+    unsafe { client.set_stream(*STREAM.get_or_init(StreamId::current)) };
+    client
 }
 
 impl fmt::Debug for Device {

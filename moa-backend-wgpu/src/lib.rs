@@ -2,8 +2,6 @@
 
 mod attention;
 mod backend;
-#[cfg(feature = "burn")]
-mod burn;
 mod cache;
 mod device;
 mod error;
@@ -20,5 +18,5 @@ pub use cubecl;
 pub use device::Device;
 pub use error::{Error, Result};
 pub use linear::matrix::Matrix;
-pub use moa_core::Dtype;
+pub use moa_core::{BlockType, Dtype};
 pub use tensor::Tensor;

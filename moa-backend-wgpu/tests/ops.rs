@@ -5,16 +5,17 @@
 mod gpu;
 
 use std::process::ExitCode;
+use std::sync::MutexGuard;
 
 use gpu::device;
 use half::{bf16, f16};
 use moa_backend_wgpu::ops::Layer;
-use moa_backend_wgpu::{Device, Dtype, Error, Matrix, Result, Tensor, ops};
-use moa_conformance::{Verdict, run, trials};
+use moa_backend_wgpu::{BlockType, Device, Dtype, Error, Matrix, Result, Tensor, ops};
+use moa_conformance::{BlockProducts, Verdict, block_products, random_blocks, run, trials};
 use moa_core::ArgumentError;
 
 fn main() -> ExitCode {
-    run(trials![
+    let own = trials![
         linear_is_the_matrix_product,
         layers_of_one_input_and_ends_of_branches,
         many_rows_may_be_rounded,
@@ -22,7 +23,102 @@ fn main() -> ExitCode {
         rotations_and_pairwise_operations,
         wrong_shapes_are_refused,
         gradients_of_the_operations,
-    ])
+        layers_in_different_blocks,
+    ];
+    let blocks = block_products("blocks", || {
+        let (device, _alone) = device()?;
+        Ok(OfBlocks { device, _alone })
+    });
+    run(own.into_iter().chain(blocks))
+}
+
+struct OfBlocks {
+    device: Device,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl BlockProducts for OfBlocks {
+    fn product(
+        &self,
+        kind: BlockType,
+        blocks: &[u8],
+        [n, k]: [usize; 2],
+        x: &[f32],
+    ) -> Option<Vec<f32>> {
+        let weight = self.matrix(kind, blocks, [n, k])?;
+        let x = Tensor::new(&self.device, x, &[x.len() / k, k]).unwrap();
+        Some(ops::linear(&x, &weight, None).unwrap().to_vec().unwrap())
+    }
+
+    fn rows(
+        &self,
+        kind: BlockType,
+        blocks: &[u8],
+        shape: [usize; 2],
+        rows: &[u32],
+    ) -> Option<Vec<f32>> {
+        let table = self.matrix(kind, blocks, shape)?;
+        Some(ops::embed(&table, rows, 1.0).unwrap().to_vec().unwrap())
+    }
+
+    /// All of it is f32.
+    fn share(&self, _rows: usize) -> f64 {
+        1e-5
+    }
+}
+
+impl OfBlocks {
+    fn matrix(&self, kind: BlockType, blocks: &[u8], [n, k]: [usize; 2]) -> Option<Matrix> {
+        Matrix::keeps(kind).then(|| Matrix::in_blocks(&self.device, blocks, n, k, kind).unwrap())
+    }
+}
+
+fn layers_in_different_blocks() -> Verdict {
+    let (device, _alone) = device()?;
+    let k = 512;
+    let kinds = [BlockType::Q4K, BlockType::Q4K, BlockType::Q8_0];
+    let weights = kinds.map(|kind| {
+        let blocks = random_blocks(kind, 24 * k, kind.block_bytes() as u64);
+        let mut values = vec![0.0; 24 * k];
+        kind.widen(&blocks, 0, &mut values);
+        (Matrix::in_blocks(&device, &blocks, 24, k, kind).unwrap(), values)
+    });
+    let bias = Tensor::new(&device, &numbers(24, 91), &[24]).unwrap();
+    for m in [1, 5, 40] {
+        let x = Tensor::new(&device, &numbers(m * k, 577), &[m, k]).unwrap();
+        let layers = [0, 1, 2].map(|i| Layer { weight: &weights[i].0, bias: Some(&bias) });
+        let together = ops::linears(&x, &layers, Dtype::F32)?;
+        for (layer, together) in layers.into_iter().zip(together) {
+            let alone = ops::linears(&x, &[layer], Dtype::F32)?.remove(0);
+            assert_eq!(alone.to_vec()?, together.to_vec()?);
+            let plus = ops::linear_add(&alone, &x, layer, Dtype::F32)?.to_vec()?;
+            let twice: Vec<f64> = alone.to_vec()?.iter().map(|y| 2.0 * f64::from(*y)).collect();
+            for (got, expected) in plus.into_iter().zip(twice) {
+                assert!((f64::from(got) - expected).abs() < 1e-5 * expected.abs().max(10.0));
+            }
+        }
+        let d_y = Tensor::new(&device, &numbers(m * 24, 77), &[m, 24]).unwrap();
+        let d_x = ops::linear_backward(&d_y, &weights[0].0)?.to_vec()?;
+        for (i, got) in d_x.iter().enumerate() {
+            let (row, column) = (i / k, i % k);
+            let terms = (0..24).map(|j| {
+                f64::from(numbers(m * 24, 77)[row * 24 + j])
+                    * f64::from(weights[0].1[j * k + column])
+            });
+            let expected: f64 = terms.sum();
+            assert!((f64::from(*got) - expected).abs() < 1e-4 * expected.abs().max(10.0));
+            if i > 2000 {
+                break;
+            }
+        }
+    }
+    let blocks = random_blocks(BlockType::Q5K, 256, 1);
+    let refused = Matrix::in_blocks(&device, &blocks, 1, 256, BlockType::Q5K);
+    assert!(matches!(refused, Err(Error::Argument(ArgumentError { argument: "kind", .. }))));
+    let blocks = random_blocks(BlockType::Q4_0, 64, 1);
+    let refused = Matrix::in_blocks(&device, &blocks, 1, 48, BlockType::Q4_0);
+    assert!(matches!(refused, Err(Error::Argument(ArgumentError { argument: "blocks", .. }))));
+    Ok(())
 }
 
 fn numbers(n: usize, by: usize) -> Vec<f32> {

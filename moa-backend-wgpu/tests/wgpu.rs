@@ -10,8 +10,13 @@ use std::sync::MutexGuard;
 
 use half::{bf16, f16};
 use moa_backend_wgpu::{Dtype, Error, MAX_HEAD_DIM, MatrixUnits, Tensor, WgpuBackend};
-use moa_conformance::{Stop, Subject, Verdict, World, error, part, run, suite, trials};
-use moa_core::{Append, ArgumentError, ExtendInputs, LayerLayout, Span, SparseAttentionBackend};
+use moa_conformance::{
+    Entry, Stop, Subject, Verdict, World, batch, close, error, part, run, suite, trials,
+};
+use moa_core::{
+    Append, ArgumentError, CacheType, ExtendInputs, LayerLayout, RowType, Span,
+    SparseAttentionBackend,
+};
 
 struct Wgpu {
     backend: WgpuBackend,
@@ -31,12 +36,16 @@ fn main() -> ExitCode {
         part("f16_matrix_units_emulated", &EMULATED, || Wgpu::fragments(MatrixUnits::Emulated)),
         // Differs from f16 in how a word is taken apart alone.
         part("bf16_cache", &BF16_CACHE, || Wgpu::new(Dtype::Bf16)),
+        // Codes with scales: all that differs is how rows are rounded, read and written.
+        part("int8_cache", &NARROW, || Wgpu::new(CacheType::Int8)),
         trials![
             decode_of_f32_equals_the_reference,
             decode_of_f16_equals_the_reference,
             decode_of_large_groups_equals_the_reference,
             decode_of_groups_of_three_equals_the_reference,
             decode_of_bf16_equals_the_reference,
+            decode_of_int8_equals_the_reference,
+            heads_of_every_narrow_type_equal_the_reference,
             every_error_variant_says_what_came,
             reset_forgets_everything,
             decode_seconds_are_measured,
@@ -74,6 +83,16 @@ const EMULATED: [&str; 4] = [
     "trap_02_chunk_sees_keys_that_it_pushes_out",
 ];
 
+const NARROW: [&str; 7] = [
+    "output_equals_the_reference",
+    "truncate_then_extend_equals_never_having_extended",
+    "rounding_is_within_its_bound",
+    "trap_01_window_counts_the_query_itself",
+    "trap_02_chunk_sees_keys_that_it_pushes_out",
+    "trap_06_memory_is_as_small_as_the_spans",
+    "types_that_are_lacked_are_refused",
+];
+
 const BF16_CACHE: [&str; 9] = [
     "output_equals_the_reference",
     "chunking_does_not_change_output",
@@ -87,9 +106,9 @@ const BF16_CACHE: [&str; 9] = [
 ];
 
 impl Wgpu {
-    fn new(dtype: Dtype) -> Result<Self, Stop> {
+    fn new(cache_type: impl Into<CacheType>) -> Result<Self, Stop> {
         let (device, alone) = gpu::device()?;
-        let backend = WgpuBackend::new(&device, dtype).with_matrix_units(MatrixUnits::Unused);
+        let backend = WgpuBackend::new(&device, cache_type).with_matrix_units(MatrixUnits::Unused);
         Ok(Self { backend, fragments: None, _alone: alone })
     }
 
@@ -102,6 +121,15 @@ impl Wgpu {
             return Err(Stop::ignored(format_args!("{name} has no matrix units for f16")));
         }
         Ok(Self { backend, fragments: Some(matrix_units), _alone })
+    }
+}
+
+/// The types of 16 bits by another implementation than the specification's.
+fn round(own: CacheType, rows: RowType, row: &[f32]) -> Vec<f64> {
+    match own {
+        CacheType::F16 => row.iter().map(|x| f16::from_f32(*x).to_f64()).collect(),
+        CacheType::Bf16 => row.iter().map(|x| bf16::from_f32(*x).to_f64()).collect(),
+        _ => rows.round(row),
     }
 }
 
@@ -121,12 +149,17 @@ impl Subject for Wgpu {
         tensor.to_vec().unwrap()
     }
 
-    fn round(&self, x: f32) -> f32 {
-        match self.backend.cache_dtype() {
-            Dtype::F16 => f16::from_f32(x).to_f32(),
-            Dtype::Bf16 => bf16::from_f32(x).to_f32(),
-            _ => x,
-        }
+    fn round_key(&self, row: &[f32]) -> Vec<f64> {
+        round(self.backend.cache_type(), self.backend.cache_type().keys(), row)
+    }
+
+    fn round_value(&self, row: &[f32]) -> Vec<f64> {
+        round(self.backend.cache_type(), self.backend.cache_type().values(), row)
+    }
+
+    /// Asked of one suite alone.
+    fn cache_types(&self) -> &'static [CacheType] {
+        if self.backend.cache_type().dtype().is_none() { &NARROW_TYPES } else { &[] }
     }
 
     // Few rows keep the bits of a query.
@@ -153,9 +186,12 @@ impl Subject for Wgpu {
             Some(_) => return &[64, 96, 128],
             None => {}
         }
-        match self.backend.cache_dtype() {
-            Dtype::F32 => &[7, 72],
-            _ => &[10, 72],
+        match self.backend.cache_type() {
+            CacheType::F32 => &[7, 72],
+            CacheType::F16 | CacheType::Bf16 => &[10, 72],
+            // In decode rows of whole loads alone: a word for each unit, and a unit that has none.
+            CacheType::Int8 | CacheType::Fp8 => &[20, 72],
+            _ => &[24, 72],
         }
     }
 
@@ -167,10 +203,17 @@ impl Subject for Wgpu {
     }
 }
 
+const NARROW_TYPES: [CacheType; 4] =
+    [CacheType::Int8, CacheType::Fp8, CacheType::K8V4, CacheType::Int4];
+
 /// Steps of one token at sizes of real models: several splits, rows of whole loads, both for f32 and for pairs.
 /// Few, as each is a set of kernels to compile.
-fn decode_equals_the_reference(dtype: Dtype, query_heads: usize, dim: usize) -> Verdict {
-    let t = Wgpu::new(dtype)?;
+fn decode_equals_the_reference(
+    cache_type: impl Into<CacheType>,
+    query_heads: usize,
+    dim: usize,
+) -> Verdict {
+    let t = Wgpu::new(cache_type)?;
     let world = World::new(query_heads, 2, dim, &[(0, 4000), (4, 300)], 303);
     let output = world.run(&t, &[300, 1, 1, 1]);
     let (out, lse) = world.reference(&t);
@@ -200,6 +243,51 @@ fn decode_of_bf16_equals_the_reference() -> Verdict {
     decode_equals_the_reference(Dtype::Bf16, 2, 64)
 }
 
+fn decode_of_int8_equals_the_reference() -> Verdict {
+    decode_equals_the_reference(CacheType::Int8, 8, 128)
+}
+
+/// One layer with a head of each type, in several chunks, after a rollback, in a fork, and in a batch beside a layer
+/// whose heads have other types. The steps of one token take decode, the others do not.
+fn heads_of_every_narrow_type_equal_the_reference() -> Verdict {
+    let t = Wgpu::new(CacheType::Bf16)?;
+    let types: Vec<_> = NARROW_TYPES.into_iter().map(Some).chain([None]).collect();
+    let spans = [(0, 4000), (4, 41), (0, 300), (3, 60), (0, 4000)];
+    let world = World { types, ..World::new(10, 5, 72, &spans, 330) };
+    let chunks = [290, 1, 1, 3, 1, 33, 1];
+    let output = world.run(&t, &chunks);
+    let (out, lse) = world.reference(&t);
+    let errors = [error(&output.out, &out), error(&output.lse, &lse)];
+    assert!(errors.iter().all(|&e| e <= t.tolerance()), "{errors:?}");
+    close(&world.run(&t, &[330]).out, &output.out, t.same());
+
+    let mut types = world.types.clone();
+    types.rotate_left(2);
+    let other = World { types, seed: 9, ..world.clone() };
+    let drafted = World { seed: 7, ..world.clone() };
+    let mut original = world.open(&t, 330, 40);
+    world.run_in(&t, &mut original, 0, &chunks[..3]);
+    drafted.extend(&t, &mut original, 292..320).unwrap();
+    t.backend.truncate(&mut original, 292).unwrap();
+    let forks = [0; 2].map(|_| t.backend.fork(&original).unwrap());
+    drop(original);
+    let [mut fork, mut alone] = forks;
+    for range in [292..293, 293..296] {
+        let alone = world.extend(&t, &mut alone, range.clone()).unwrap();
+        let mut beside = other.open(&t, 330, 0);
+        let mut entries = [
+            Entry { world: &world, cache: &mut fork, range: range.clone() },
+            Entry { world: &other, cache: &mut beside, range: 0..1 },
+        ];
+        let together = batch(&t, &mut entries).unwrap();
+        assert!(together[0] == alone, "the batch changes a bit");
+        let row = world.heads.query * world.heads.dim;
+        let expected = &output.out[range.start * row..range.end * row];
+        close(&alone.out, expected, t.same());
+    }
+    Ok(())
+}
+
 fn every_error_variant_says_what_came() -> Verdict {
     let t = Wgpu::new(Dtype::Bf16)?;
     let backend = &t.backend;
@@ -225,12 +313,11 @@ fn every_error_variant_says_what_came() -> Verdict {
         error,
         Error::Core(moa_core::Error::CapacityExceeded { len: 0, more: 5, capacity: 4 })
     ));
-    let mut other = WgpuBackend::new(backend.device(), Dtype::F32).open(&layout, 8).unwrap();
-    let x = t.tensor(&[0.0; 16], &[2, 1, 8]);
-    let inputs = ExtendInputs { q: &x, k: &x, v: &x, scale: 1.0, lse: false };
-    let batch = &mut [&mut cache, &mut other].map(|cache| Append { cache, tokens: 1 });
-    let mixed = backend.extend(batch, &inputs);
-    assert!(matches!(mixed, Err(Error::Argument(ArgumentError { argument: "cache dtype", .. }))));
+    for (own, head_dim) in [(CacheType::Int8, 6), (CacheType::K8V4, 12), (CacheType::Int4, 12)] {
+        let typed = layout.clone().with_cache_types(&[Some(own)]).unwrap();
+        let error = backend.open(&typed, head_dim).unwrap_err();
+        assert!(error.to_string().contains(own.name()), "{error}");
+    }
     let none = backend.decode_seconds(0, 1, 8);
     assert!(matches!(none, Err(Error::Core(moa_core::Error::Invalid { .. }))));
     Ok(())

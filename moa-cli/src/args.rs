@@ -3,8 +3,8 @@ use std::str::FromStr;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
-use moa_core::Space;
-use moa_models::{Dtype, Objective, Task, TokenWeight};
+use moa_core::{MAX_LENGTH, Space};
+use moa_models::{Objective, Task, TokenWeight};
 
 use crate::error::Error;
 
@@ -28,7 +28,8 @@ pub(crate) struct Global {
     /// wgpu:N for GPU N; several GPUs, cuda:0,1,.., share a model in generate, eval and bench
     #[arg(long, global = true, default_value = "cpu", value_name = "DEVICE")]
     pub(crate) device: Device,
-    /// Element type of KV caches; with cuda of weights and activations too
+    /// Type of keys and values in KV caches, where a plan does not choose one for a head; with cuda of weights
+    /// and activations too. cuda has those of 16 bits, the CPU and wgpu all
     #[arg(long, global = true, default_value = "bf16", value_name = "TYPE")]
     pub(crate) cache_dtype: CacheType,
     /// Type of linear layers' weights on an NVIDIA GPU, if not that of caches: fp8 halves the
@@ -97,20 +98,34 @@ impl FromStr for Device {
     }
 }
 
-/// [`Dtype`] as a flag.
+/// [`moa_models::CacheType`] as a flag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum CacheType {
     Bf16,
     F16,
     F32,
+    /// 8 bits and a scale for each key and each value of a token
+    Int8,
+    /// Floats of 8 bits (e4m3) and such scales
+    Fp8,
+    /// Keys as in int8, values as in int4
+    K8v4,
+    /// 4 bits and such scales
+    Int4,
+    /// int8, k8v4 or int4 for each head, by what it loses (compress alone)
+    Auto,
 }
 
-impl From<CacheType> for Dtype {
+impl From<CacheType> for moa_models::CacheType {
     fn from(flag: CacheType) -> Self {
         match flag {
-            CacheType::Bf16 => Self::Bf16,
+            CacheType::Bf16 | CacheType::Auto => Self::Bf16,
             CacheType::F16 => Self::F16,
             CacheType::F32 => Self::F32,
+            CacheType::Int8 => Self::Int8,
+            CacheType::Fp8 => Self::Fp8,
+            CacheType::K8v4 => Self::K8V4,
+            CacheType::Int4 => Self::Int4,
         }
     }
 }
@@ -132,6 +147,9 @@ pub(crate) struct ModelArg {
     /// Go on where the folder has tensors that its configuration does not ask for
     #[arg(long)]
     pub(crate) ignore_extra_tensors: bool,
+    /// Read the weights into memory instead of mapping their files, which others may then shorten
+    #[arg(long)]
+    pub(crate) no_mmap: bool,
 }
 
 /// What the attention heads of a run see.
@@ -161,12 +179,12 @@ pub(crate) struct DataArg {
 /// What every head keeps at least.
 #[derive(Debug, Args)]
 pub(crate) struct SpanArgs {
-    /// First positions of the context that every head sees [default: an eighth of what a head keeps on
-    /// average at the shortest length, as a power of two from 4 to 64]
-    #[arg(long, value_name = "TOKENS")]
+    /// First positions of the context that every head sees [default: 64 where a head keeps four times that on
+    /// average at the shortest length, else an eighth of what it keeps, as a power of two from 4 up]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_size)]
     pub(crate) sink: Option<usize>,
     /// Smallest span of any head, sink included [default: 16 more than the sink]
-    #[arg(long, value_name = "TOKENS")]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_size)]
     pub(crate) min_span: Option<usize>,
 }
 
@@ -211,10 +229,16 @@ pub(crate) fn parse_density(text: &str) -> Result<f64, Error> {
     if density > 0.0 && density <= 1.0 { Ok(density) } else { Err(fault()) }
 }
 
-/// A count of at least 1.
+/// A count or a length of at least 1.
 pub(crate) fn parse_count(text: &str) -> Result<usize, Error> {
-    let fault = || Error::argument("count", "a whole number of at least 1", text);
-    text.parse().ok().filter(|n| *n > 0).ok_or_else(fault)
+    let fault = || Error::argument("count", "a whole number from 1 to 2^31", text);
+    text.parse().ok().filter(|n| (1..=MAX_LENGTH).contains(n)).ok_or_else(fault)
+}
+
+/// A count or a length that may be 0.
+pub(crate) fn parse_size(text: &str) -> Result<usize, Error> {
+    let fault = || Error::argument("count", "a whole number from 0 to 2^31", text);
+    text.parse().ok().filter(|n| *n <= MAX_LENGTH).ok_or_else(fault)
 }
 
 /// A number of depth bins.
@@ -247,6 +271,10 @@ mod tests {
         }
         assert_eq!(parse_density("1").unwrap(), 1.0);
         assert!(parse_count("0").is_err() && parse_count("-3").is_err());
+        assert_eq!((parse_size("0").unwrap(), parse_count("2147483648").unwrap()), (0, 1 << 31));
+        for text in ["2147483649", "9223372036854775808", "18446744073709551615", "1e30"] {
+            assert!(parse_count(text).is_err() && parse_size(text).is_err(), "{text}");
+        }
         assert!(parse_threads("0").is_err() && parse_threads("4096").is_err());
         assert_eq!(parse_head("3:0").unwrap(), (3, 0));
         assert!(parse_head("3").is_err() && parse_head("a:b").is_err());

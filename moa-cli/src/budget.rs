@@ -1,6 +1,6 @@
 use moa_core::ModelShape;
 use moa_core::search::Bound;
-use moa_models::CompressOptions;
+use moa_models::{CacheTypes, CompressOptions};
 
 use crate::args::{parse_count, parse_density};
 use crate::error::{Error, Result};
@@ -23,30 +23,65 @@ pub(crate) struct BudgetArgs {
     /// longest]
     #[arg(long, value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]
     bound_lengths: Vec<usize>,
-    /// Most bytes of keys and values of one sequence of a length, such as 8192:64MiB, in place of
-    /// --density
-    #[arg(long, value_delimiter = ',', value_name = "TOKENS:BYTES,..", value_parser = parse_kv_bytes,
-          conflicts_with_all = ["density", "min_density", "bound_lengths"])]
-    kv_bytes: Vec<(usize, u64)>,
+    /// Most bytes of keys and values in place of --density: a share of those of a dense cache of 16 bits, such as
+    /// 12%, at every bound length, or those of one sequence of a length, such as 8192:64MiB
+    #[arg(long, value_delimiter = ',', value_name = "PERCENT%|TOKENS:BYTES,..", value_parser = parse_kv_bytes,
+          conflicts_with_all = ["density", "min_density"])]
+    kv_bytes: Vec<KvBytes>,
     /// Largest attention time of a decode step, as a share of dense attention's, as measured on this
     /// machine before the search; in addition to the other bounds
     #[arg(long, value_name = "SHARE", value_parser = parse_density)]
     pub(crate) decode_time: Option<f64>,
 }
 
+/// A bound on bytes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum KvBytes {
+    /// A share of a dense cache of 16 bits.
+    Share(f64),
+    /// Bytes at a length.
+    At(usize, u64),
+}
+
 impl BudgetArgs {
-    /// The same as options for a model of this shape.
-    pub(crate) fn options(&self, shape: ModelShape, context: &Context) -> Result<CompressOptions> {
-        let slot_bytes = context.cache.slot_bytes(shape.head_dim);
-        let bounds = self.kv_bytes.iter();
-        let bounds =
-            bounds.map(|&(length, bytes)| Bound::kv_bytes(length, bytes, shape, slot_bytes));
+    /// The same as options for a model of this shape, whose heads hold keys and values in these types.
+    pub(crate) fn options(
+        &self,
+        shape: ModelShape,
+        cache_types: CacheTypes,
+        context: &Context,
+    ) -> Result<CompressOptions> {
+        let slot_bytes = cache_types.first().unwrap_or(context.cache).slot_bytes(shape.head_dim);
+        let (mut density, mut bounds) = (self.density, Vec::new());
+        for bound in &self.kv_bytes {
+            match *bound {
+                KvBytes::Share(share) if self.kv_bytes.len() == 1 => {
+                    let types = match cache_types {
+                        CacheTypes::Device => CacheTypes::All(context.cache),
+                        own => own,
+                    };
+                    density = types.density(share, shape.head_dim)?;
+                }
+                KvBytes::At(length, bytes) if self.bound_lengths.is_empty() => {
+                    bounds.push(Bound::kv_bytes(length, bytes, shape, slot_bytes)?);
+                }
+                KvBytes::Share(_) => {
+                    let expected = "one share and nothing else";
+                    return Err(Error::argument("--kv-bytes", expected, "several bounds"));
+                }
+                KvBytes::At(..) => {
+                    let expected = "left out where --kv-bytes names lengths";
+                    return Err(Error::argument("--bound-lengths", expected, "lengths"));
+                }
+            }
+        }
         Ok(CompressOptions {
-            density: self.density,
+            density,
+            cache_types,
             min_density: self.min_density,
             min_share: self.min_share,
             bound_lengths: self.bound_lengths.clone(),
-            bounds: bounds.collect::<Result<_, _>>()?,
+            bounds,
             decode_time: self.decode_time,
             ..CompressOptions::default()
         })
@@ -59,12 +94,17 @@ fn parse_share(text: &str) -> Result<f64, Error> {
     text.parse().ok().filter(|share| (0.0..=1.0).contains(share)).ok_or_else(fault)
 }
 
-/// `TOKENS:BYTES`.
-fn parse_kv_bytes(text: &str) -> Result<(usize, u64), Error> {
-    let fault = || Error::argument("KV bytes", "TOKENS:BYTES, such as 8192:64MiB", text);
+/// `PERCENT%` or `TOKENS:BYTES`.
+fn parse_kv_bytes(text: &str) -> Result<KvBytes, Error> {
+    let expected = "a share such as 12%, or TOKENS:BYTES, such as 8192:64MiB";
+    let fault = || Error::argument("KV bytes", expected, text);
+    if let Some(percent) = text.trim().strip_suffix('%') {
+        let share = percent.trim().parse::<f64>().map_err(|_| fault())? / 100.0;
+        return if share > 0.0 && share <= 1.0 { Ok(KvBytes::Share(share)) } else { Err(fault()) };
+    }
     let (length, bytes) = text.split_once(':').ok_or_else(fault)?;
-    let length = length.trim().parse().ok().filter(|n| *n > 0).ok_or_else(fault)?;
-    Ok((length, parse_bytes(bytes.trim()).ok_or_else(fault)?))
+    let length = parse_count(length.trim()).map_err(|_| fault())?;
+    Ok(KvBytes::At(length, parse_bytes(bytes.trim()).ok_or_else(fault)?))
 }
 
 /// A number of bytes above 0, with a binary unit or none.
@@ -88,10 +128,25 @@ mod tests {
 
     #[test]
     fn bytes_have_binary_units() {
-        assert_eq!(parse_kv_bytes("8192:64MiB").unwrap(), (8192, 64 << 20));
-        assert_eq!(parse_kv_bytes("1: 1.5 KiB").unwrap(), (1, 1536));
-        assert_eq!(parse_kv_bytes("100:4096").unwrap(), (100, 4096));
-        for text in ["8192", "8192:", "0:1KiB", "8192:64MB", "8192:-1", "8192:0", "a:1", "1:nan"] {
+        assert_eq!(parse_kv_bytes("8192:64MiB").unwrap(), KvBytes::At(8192, 64 << 20));
+        assert_eq!(parse_kv_bytes("1: 1.5 KiB").unwrap(), KvBytes::At(1, 1536));
+        assert_eq!(parse_kv_bytes("100:4096").unwrap(), KvBytes::At(100, 4096));
+        assert_eq!(parse_kv_bytes("12.5%").unwrap(), KvBytes::Share(0.125));
+        for text in [
+            "0%",
+            "101%",
+            "nan%",
+            "%",
+            "-1%",
+            "8192",
+            "8192:",
+            "0:1KiB",
+            "8192:64MB",
+            "8192:-1",
+            "8192:0",
+            "a:1",
+            "1:nan",
+        ] {
             let message = parse_kv_bytes(text).unwrap_err().to_string();
             assert!(message.contains("8192:64MiB"), "{text}: {message}");
         }

@@ -1,6 +1,6 @@
 use std::fmt;
 
-use moa_models::Compressed;
+use moa_models::{Compressed, HeldOut};
 use serde::Serialize;
 
 use crate::output::percent;
@@ -13,6 +13,7 @@ pub(crate) struct Losses {
     loss: f64,
     start_divergence: f64,
     divergence: f64,
+    held_out: Option<HeldOut>,
     evaluations: usize,
     searched_plans: usize,
     worst_gap: f64,
@@ -26,6 +27,7 @@ impl From<&Compressed> for Losses {
             loss: found.refined.loss,
             start_divergence: found.refined.start_divergence,
             divergence: found.refined.divergence,
+            held_out: found.refined.held_out,
             evaluations: found.refined.evaluations,
             searched_plans: found.found.plans.len(),
             worst_gap: found.found.set.worst_gap,
@@ -48,6 +50,18 @@ impl fmt::Display for Losses {
             self.searched_plans,
             percent(self.worst_gap),
             self.evaluations,
-        )
+        )?;
+        match self.held_out {
+            None => Ok(()),
+            Some(of) => write!(
+                f,
+                "\nHeld-out text: divergence {:.4}, perplexity {:+.1} % over dense; one window of the same size for \
+                 all heads {:.4}, {:+.1} %",
+                of.divergence,
+                100.0 * of.growth.exp_m1(),
+                of.limit_divergence,
+                100.0 * of.limit_growth.exp_m1(),
+            ),
+        }
     }
 }

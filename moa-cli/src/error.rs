@@ -1,7 +1,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::output::to_stderr;
+use crate::terminal::to_stderr;
 
 /// Everything that makes the command end with an error.
 #[derive(Debug, thiserror::Error)]
@@ -18,6 +18,11 @@ pub(crate) enum Error {
     /// A report or what it is made from.
     #[error(transparent)]
     Report(#[from] moa_report::Error),
+
+    /// The server.
+    #[cfg(feature = "serve")]
+    #[error(transparent)]
+    Server(#[from] moa_server::Error),
 
     /// An error with the place in the user's input that it comes from.
     #[error("{place}: {source}")]
@@ -46,6 +51,18 @@ pub(crate) enum Error {
     Hub {
         /// The model.
         id: String,
+    },
+
+    /// A configuration file says what it cannot.
+    #[cfg(feature = "serve")]
+    #[error("`{key}` must be {expected}, got {got}")]
+    Config {
+        /// The key.
+        key: String,
+        /// What would have been accepted.
+        expected: String,
+        /// What came.
+        got: String,
     },
 
     /// An argument is outside its domain.

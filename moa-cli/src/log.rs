@@ -9,7 +9,7 @@ use tracing::level_filters::LevelFilter;
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 
-use crate::output::to_stderr;
+use crate::terminal::to_stderr;
 
 /// Writes events of this project's libraries to stderr, each line once: several GPUs tell the same.
 struct Log {

@@ -4,28 +4,51 @@
 //! One file per subcommand in `commands`; everything that computes lives in `moa-models` and
 //! `moa-core`, everything that draws in `moa-report`.
 
+// Work is not lost to a message: no panic, and no print that panics where nobody reads. Tests may.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::print_stdout,
+        clippy::print_stderr
+    )
+)]
+
 mod args;
 mod budget;
 mod calibration;
 mod commands;
 mod compressed;
+#[cfg(feature = "serve")]
+mod config;
 mod error;
 mod files;
 #[cfg(feature = "cuda")]
 mod gpus;
 mod log;
 mod model;
+#[cfg(feature = "cuda")]
+mod on_gpus;
 mod output;
 mod plans;
 mod progress;
+mod speculate;
 mod style;
+mod terminal;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
+#[cfg(feature = "serve")]
+use clap::CommandFactory;
 use clap::{Parser, Subcommand};
 
 use args::Global;
-use commands::{bench, compress, eval, generate, plan, profile, quickstart, search, validate};
+use commands::{
+    bench, compress, eval, generate, plan, profile, quantize, quickstart, search, validate,
+};
 use error::{Error, Result};
 use output::Context;
 
@@ -55,11 +78,23 @@ enum Command {
     Generate(generate::Args),
     Eval(eval::Args),
     Bench(bench::Args),
+    Quantize(quantize::Args),
     Report(commands::report::Args),
+    #[cfg(feature = "serve")]
+    Serve(Box<commands::serve::Args>),
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let argv: Vec<OsString> = std::env::args_os().collect();
+    #[cfg(feature = "serve")]
+    let argv = match config::expand(argv, Cli::command()) {
+        Ok(argv) => argv,
+        Err(error) => {
+            error.report();
+            return ExitCode::from(error.exit_code());
+        }
+    };
+    let cli = Cli::parse_from(argv);
     log::begin(cli.global.quiet, cli.global.verbose);
     match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -83,6 +118,10 @@ fn run(cli: &Cli) -> Result<()> {
 
 fn dispatch(cli: &Cli) -> Result<()> {
     let context = Context::new(&cli.global);
+    if context.is_cache_auto && !matches!(cli.command, Command::Compress(_)) {
+        let expected = "a type but in compress: a plan says itself what it chose";
+        return Err(Error::argument("--cache-dtype", expected, "auto"));
+    }
     match &cli.command {
         Command::Quickstart(args) => quickstart::run(args, &context),
         Command::Profile(args) => profile::run(args, &context),
@@ -93,6 +132,9 @@ fn dispatch(cli: &Cli) -> Result<()> {
         Command::Generate(args) => generate::run(args, &context),
         Command::Eval(args) => eval::run(args, &context),
         Command::Bench(args) => bench::run(args, &context),
+        Command::Quantize(args) => quantize::run(args, &context),
         Command::Report(args) => commands::report::run(args, &context),
+        #[cfg(feature = "serve")]
+        Command::Serve(args) => commands::serve::run(args, &context),
     }
 }

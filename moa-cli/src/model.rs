@@ -1,7 +1,9 @@
 use std::path::{Path, PathBuf};
 
 use moa_core::{DEFAULT_SINK, ElasticRule, ModelShape, Plan};
-use moa_models::{Checkpoint, Cpu, HubId, Math, ModelConfig, OpenOptions, is_gguf};
+use moa_models::{
+    Checkpoint, Cpu, Dtype, Eviction, HubId, Math, ModelConfig, OpenOptions, is_gguf,
+};
 
 use crate::args::{ModelArg, PlanArgs, WeightType};
 use crate::error::{Error, Result};
@@ -59,11 +61,11 @@ macro_rules! on_model {
 }
 pub(crate) use on_model;
 
-/// The CPU, where weights stay as they are in their file.
+/// The CPU, where weights stay as they are in their file. Who asks for caches of f32 gets products of f32 too.
 pub(crate) fn cpu(context: &Context) -> Result<Cpu> {
     match context.weights {
         Some(WeightType::Fp8) => Err(Error::argument("--weights", "left out on the CPU", "fp8")),
-        None => Ok(Cpu::new(context.cache)),
+        None => Ok(Cpu::new(context.cache).narrow_activations(context.cache != Dtype::F32.into())),
     }
 }
 
@@ -79,10 +81,14 @@ pub(crate) fn check_gradients(context: &Context) -> Result<()> {
 #[cfg(feature = "cuda")]
 pub(crate) fn cuda(ordinal: usize, context: &Context) -> Result<moa_models::Cuda> {
     use moa_models::{Cuda, Dtype};
-    if context.cache == Dtype::F32 {
-        return Err(Error::argument("--cache-dtype", "f16 or bf16 on a GPU", "f32"));
-    }
-    let device = Cuda::new(ordinal, context.cache)?;
+    let dtype = match context.cache.dtype() {
+        Some(dtype @ (Dtype::F16 | Dtype::Bf16)) => dtype,
+        _ => {
+            let got = context.cache;
+            return Err(Error::argument("--cache-dtype", "f16 or bf16 on an NVIDIA GPU", got));
+        }
+    };
+    let device = Cuda::new(ordinal, dtype)?;
     Ok(match context.weights {
         Some(WeightType::Fp8) => device.with_fp8_weights(),
         None => device,
@@ -98,6 +104,37 @@ pub(crate) fn wgpu(index: Option<usize>, context: &Context) -> Result<moa_models
     }
 }
 
+/// A device that the flags name, opened for a second model.
+pub(crate) trait Reopen: Math + Sized {
+    fn reopen(context: &Context) -> Result<Self>;
+}
+
+impl Reopen for Cpu {
+    fn reopen(context: &Context) -> Result<Self> {
+        cpu(context)
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Reopen for moa_models::Cuda {
+    fn reopen(context: &Context) -> Result<Self> {
+        match context.device {
+            crate::args::Device::Cuda(ordinal) => cuda(ordinal, context),
+            _ => Err(Error::argument("--device", "one GPU with --draft-model", "several")),
+        }
+    }
+}
+
+#[cfg(feature = "wgpu")]
+impl Reopen for moa_models::Wgpu {
+    fn reopen(context: &Context) -> Result<Self> {
+        match context.device {
+            crate::args::Device::Wgpu(index) => wgpu(index, context),
+            _ => wgpu(None, context),
+        }
+    }
+}
+
 /// Opens a model on a device.
 pub(crate) fn open<D: Math>(device: D, of: &ModelArg, context: &Context) -> Result<Checkpoint<D>> {
     Ok(options(of).open(device, folder(&of.model, context)?)?)
@@ -105,7 +142,7 @@ pub(crate) fn open<D: Math>(device: D, of: &ModelArg, context: &Context) -> Resu
 
 /// What the flags of a model say of opening it.
 pub(crate) fn options(of: &ModelArg) -> OpenOptions<'static> {
-    OpenOptions::default().ignore_extra_tensors(of.ignore_extra_tensors)
+    OpenOptions::default().ignore_extra_tensors(of.ignore_extra_tensors).mmap(!of.no_mmap)
 }
 
 /// The folder or GGUF file that `--model` names, or that a model of the hub has in the cache.
@@ -120,7 +157,7 @@ pub(crate) fn folder(model: &Path, context: &Context) -> Result<PathBuf> {
             let path = model.to_path_buf();
             return Err(moa_models::Error::DanglingLink { path, target }.into());
         }
-        Ok(_) => {}
+        Ok(_) => drop(moa_core::open_file(model).map_err(read)?),
         Err(error) => match model.to_str().map(str::parse::<HubId>) {
             Some(Ok(id)) => return from_hub(&id, context),
             _ => return Err(read(error)),
@@ -158,6 +195,8 @@ pub(crate) fn uniform(shape: ModelShape, sink: usize, density: f64) -> Result<Pl
 #[derive(Debug)]
 pub(crate) struct ChosenPlan {
     pub(crate) plan: Plan,
+    /// Keys are evicted after the prompt, of which dense attention, the plan, has read all.
+    pub(crate) eviction: Option<Eviction>,
     pub(crate) name: String,
 }
 
@@ -167,14 +206,15 @@ pub(crate) fn choose_plan<D: Math>(args: &PlanArgs, model: &Checkpoint<D>) -> Re
     if let Some(path) = &args.plan {
         let plan = Plan::load(path)?;
         check_plan(&plan, model, args.any_weights).map_err(|e| e.at(path.display().to_string()))?;
-        return Ok(ChosenPlan { plan, name: path.display().to_string() });
+        return Ok(ChosenPlan { plan, eviction: None, name: path.display().to_string() });
     }
     Ok(match args.uniform {
         Some(density) => ChosenPlan {
             plan: uniform(shape, DEFAULT_SINK, density)?,
+            eviction: None,
             name: format!("uniform {density}"),
         },
-        None => ChosenPlan { plan: Plan::full(shape)?, name: "dense".to_string() },
+        None => ChosenPlan { plan: Plan::full(shape)?, eviction: None, name: "dense".to_string() },
     })
 }
 

@@ -1,13 +1,16 @@
+use std::borrow::Cow;
 use std::fmt::Display;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
+use std::path::Path;
 
-use moa_models::Dtype;
+use moa_models::CacheType;
 pub(crate) use moa_report::{bytes, percent, table};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 use crate::args::{Device, Global, WeightType};
 use crate::error::{Error, Result};
+use crate::terminal::{plain, to_stderr};
 
 /// What all commands share: where results go, and the global options.
 #[derive(Clone, Copy, Debug)]
@@ -16,7 +19,9 @@ pub(crate) struct Context {
     pub(crate) quiet: bool,
     pub(crate) seed: u64,
     pub(crate) device: Device,
-    pub(crate) cache: Dtype,
+    pub(crate) cache: CacheType,
+    /// Whether each head has the type that a search chooses.
+    pub(crate) is_cache_auto: bool,
     pub(crate) weights: Option<WeightType>,
     /// Threads of the search; 0 for all.
     pub(crate) threads: usize,
@@ -32,6 +37,7 @@ impl Context {
             seed: global.seed,
             device: global.device,
             cache: global.cache_dtype.into(),
+            is_cache_auto: global.cache_dtype == crate::args::CacheType::Auto,
             weights: global.weights,
             threads: global.threads.unwrap_or(0),
             muted: false,
@@ -42,6 +48,11 @@ impl Context {
     #[cfg(feature = "cuda")]
     pub(crate) fn muted(&self) -> Self {
         Self { json: false, quiet: true, muted: true, ..*self }
+    }
+
+    /// The same with caches of another type.
+    pub(crate) fn with_cache(&self, cache: CacheType) -> Self {
+        Self { cache, ..*self }
     }
 
     /// Checks that the model runs on one device.
@@ -88,19 +99,25 @@ impl Context {
 
 /// A result as JSON, its keys in the order of the alphabet.
 pub(crate) fn value_of(result: &impl Serialize) -> Result<Value> {
-    // Only paths that are not UTF-8 cannot be written.
     serde_json::to_value(result)
         .map_err(|source| Error::Stream { stream: "stdout", source: source.into() })
 }
 
-/// Writes a line to stderr, which whoever closed it does not read.
-pub(crate) fn to_stderr(text: impl Display) {
-    let _ = writeln!(io::stderr(), "{text}");
+/// Serialises a path as people see it: JSON has no bytes that are not UTF-8, and a result is not lost for
+/// their sake.
+pub(crate) fn shown<S: Serializer>(
+    path: &impl AsRef<Path>,
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.as_ref().display())
 }
 
 fn to_stdout(text: &dyn Display) -> Result<()> {
     let mut out = io::stdout().lock();
-    write!(out, "{text}")
+    let text = text.to_string();
+    // Whoever reads a pipe gets what was said, byte by byte.
+    let text = if out.is_terminal() { plain(&text) } else { Cow::Borrowed(&*text) };
+    out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
         .map_err(|source| Error::Stream { stream: "stdout", source })
 }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use moa_core::Plan;
 
 use crate::error::{Error, Result};
+use crate::files::finish;
 
 /// A plan with the file it came from.
 #[derive(Clone, Debug)]
@@ -28,7 +29,7 @@ impl PlanFile {
 }
 
 /// The `plan-*.json` of a folder, in the order of their names.
-pub(crate) fn paths(folder: &Path) -> Result<Vec<PathBuf>> {
+pub(crate) fn names(folder: &Path) -> Result<Vec<PathBuf>> {
     let fail = |source| Error::Read { path: folder.to_path_buf(), source };
     let mut paths = Vec::new();
     for entry in fs::read_dir(folder).map_err(fail)? {
@@ -44,12 +45,17 @@ pub(crate) fn paths(folder: &Path) -> Result<Vec<PathBuf>> {
 
 /// Loads the `plan-*.json` of a folder.
 pub(crate) fn load_folder(folder: &Path) -> Result<Vec<PlanFile>> {
-    let paths = paths(folder)?;
+    // A search that replaces the plans waits, and one that was killed doing so is finished.
+    let lock =
+        finish(folder).map_err(|source| Error::Read { path: folder.to_path_buf(), source })?;
+    let paths = names(folder)?;
     if paths.is_empty() {
         return Err(Error::NoPlans { path: folder.to_path_buf() });
     }
     let load = |path: PathBuf| Ok(PlanFile { plan: Plan::load(&path)?, label: stem(&path), path });
-    paths.into_iter().map(load).collect()
+    let files = paths.into_iter().map(load).collect();
+    drop(lock);
+    files
 }
 
 /// Splits `NAME=FILE`; a `FILE` alone goes by its name without the ending.

@@ -1,6 +1,6 @@
 //! Bad calls are refused with an error and change nothing.
 
-use moa_core::SparseAttentionBackend;
+use moa_core::{CacheType, SparseAttentionBackend};
 
 use crate::world::extend;
 use crate::{Subject, World};
@@ -58,4 +58,23 @@ pub(crate) fn rollback_of_evicted_keys_is_an_error<S: Subject>(s: &S) {
     assert_eq!(cache.as_ref().len(), 15);
     s.backend().truncate(&mut cache, 12).unwrap();
     assert_eq!(cache.as_ref().len(), 12);
+}
+
+pub(crate) fn types_that_are_lacked_are_refused<S: Subject>(s: &S) {
+    for wanted in CacheType::ALL {
+        let types = vec![None, Some(wanted)];
+        let world = World { types, ..World::new(2, 2, s.dim(8), &[(0, 4), (0, 4)], 8) };
+        let has = s.cache_types().contains(&wanted) || s.backend().has_cache_type(wanted);
+        match s.backend().open(&world.layout(8, 0), world.heads.dim) {
+            Ok(_) => assert!(has, "{wanted} is taken"),
+            Err(error) => {
+                let named = matches!(
+                    s.core_error(&error),
+                    Some(moa_core::Error::CacheType { cache_type, head: Some(1), .. })
+                        if *cache_type == wanted
+                );
+                assert!(named && !has, "{wanted}: {error}");
+            }
+        }
+    }
 }

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use crate::cases::{check, chunked_worlds, worlds};
 use crate::numbers::{close, error};
 use crate::world::{Entry, batch, extend};
-use crate::{Subject, World};
+use crate::{Stop, Subject, Verdict, World};
 
 pub(crate) fn output_equals_the_reference<S: Subject>(s: &S) {
     check(24, chunked_worlds(s), |(world, chunks)| {
@@ -178,4 +178,74 @@ pub(crate) fn truncate_to_nothing_equals_a_new_cache<S: Subject>(s: &S) {
         s.backend().truncate(&mut cache, 0).unwrap();
         assert!(world.run_in(s, &mut cache, 0, &chunks) == world.run(s, &chunks));
     });
+}
+
+/// A world whose heads go through the subject's types in turn, from one that the seed says.
+fn of_types<S: Subject>(s: &S, world: World) -> World {
+    let types: Vec<_> = s.cache_types().iter().copied().map(Some).chain([None]).collect();
+    let own = |head: usize| types[(world.seed as usize).wrapping_add(head) % types.len()];
+    let types = (0..world.heads.kv).map(own).collect();
+    World { types, ..world }
+}
+
+/// Also in other chunks, after a rollback, in a fork and in a batch with heads of other types.
+pub(crate) fn heads_of_other_types_equal_the_reference<S: Subject>(s: &S) -> Verdict {
+    if s.cache_types().is_empty() {
+        return Err(Stop::ignored("no type can be chosen for a head"));
+    }
+    check(40, chunked_worlds(s), |(world, chunks)| {
+        let world = of_types(s, world);
+        let (out, lse) = world.reference(s);
+        let output = world.run(s, &chunks);
+        let (d_out, d_lse) = (error(&output.out, &out), error(&output.lse, &lse));
+        let most = s.typed_tolerance().unwrap_or(s.tolerance());
+        let same = s.typed_tolerance().unwrap_or(s.same());
+        assert!(d_out <= most && d_lse <= most, "{:?}: {d_out:e} {d_lse:e}", world.types);
+        close(&world.run(s, &[world.tokens]).out, &output.out, same);
+
+        let other = of_types(s, World { seed: world.seed.wrapping_add(1), ..world.clone() });
+        let mut drafted = world.open(s, world.tokens, world.tokens);
+        world.extend(s, &mut drafted, 0..world.tokens).unwrap();
+        let at = world.tokens / 2;
+        s.backend().truncate(&mut drafted, at).unwrap();
+        let mut fork = s.backend().fork(&drafted).unwrap();
+        drop(drafted);
+        let mut beside = other.open(s, other.tokens, 0);
+        let mut entries = [
+            Entry { world: &world, cache: &mut fork, range: at..world.tokens },
+            Entry { world: &other, cache: &mut beside, range: 0..other.tokens },
+        ];
+        let outputs = batch(s, &mut entries).unwrap();
+        let row = world.heads.query * world.heads.dim;
+        close(&outputs[0].out, &output.out[at * row..], same);
+        assert!(outputs[1] == other.run(s, &[other.tokens]), "the batch changes a bit");
+    });
+    Ok(())
+}
+
+/// A head that sees one key returns that key's value: what the cache made of it.
+pub(crate) fn rounding_is_within_its_bound<S: Subject>(s: &S) -> Verdict {
+    if s.cache_types().is_empty() {
+        return Err(Stop::ignored("no type can be chosen for a head"));
+    }
+    for &own in s.cache_types() {
+        let dim = s.dim(64);
+        let world = World { types: vec![Some(own)], ..World::new(1, 1, dim, &[(0, 1)], 60) };
+        let mut cache = world.open(s, 60, 0);
+        let bytes = world.layout(60, 0).bytes(dim, 0);
+        assert_eq!(s.backend().bytes(&cache), bytes, "bytes of {own}");
+        let output = world.run_in(s, &mut cache, 0, &[1, 40, 19]).out;
+        let found = error(&output, &world.stored_values(s));
+        assert!(found <= 1e-5, "{own}: {found:e} from what the cache holds");
+        for (row, stored) in world.v().chunks(dim).zip(output.chunks(dim)) {
+            let length = row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+            let largest = row.iter().fold(0.0, |most: f64, x| most.max(f64::from(x.abs())));
+            let bound = own.values().bound(dim, length, largest) + 1e-5;
+            for (x, stored) in row.iter().zip(stored) {
+                let error = f64::from((x - stored).abs());
+                assert!(error <= bound, "{own}: {x} became {stored}, by more than {bound}");
+            }
+        }
+    }
+    Ok(())
 }

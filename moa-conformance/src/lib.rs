@@ -30,6 +30,8 @@
 //! `cargo test` runs them like other tests: with filters, `--list`, `--test-threads`. The folder
 //! `examples/own_backend` of the repository is a whole such package.
 //!
+//! [`block_products`] are the trials of linear layers whose weights lie in quantised blocks.
+//!
 //! # What cannot be shown
 //! A trial without its GPU, or of an operation that the backend does not offer, shows nothing. It
 //! does not pass then but is *ignored*, with a reason ([`Stop::ignored`]); [`run`] counts the reasons
@@ -38,6 +40,7 @@
 //! [`SparseAttentionBackend`]: moa_core::SparseAttentionBackend
 
 mod backward;
+mod blocks;
 mod cases;
 mod errors;
 mod influence;
@@ -51,6 +54,7 @@ mod trial;
 mod world;
 
 pub use backward::backward;
+pub use blocks::{BlockProducts, block_products, random_blocks};
 pub use numbers::{close, distance, error, f64s, normal};
 pub use run::run;
 pub use subject::{Cache, Error, Subject};

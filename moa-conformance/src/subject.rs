@@ -1,4 +1,4 @@
-use moa_core::SparseAttentionBackend;
+use moa_core::{CacheType, SparseAttentionBackend};
 
 /// The cache type of a subject's backend.
 pub type Cache<S> = <<S as Subject>::Backend as SparseAttentionBackend>::Cache;
@@ -30,8 +30,27 @@ pub trait Subject: Sized + 'static {
     /// A tensor's numbers, row-major.
     fn host(&self, tensor: &Self::Tensor) -> Vec<f32>;
 
-    /// A key's or value's element as the cache holds it.
-    fn round(&self, x: f32) -> f32;
+    /// A key's or value's element as a cache of the backend's own type holds it. A backend whose own type rounds
+    /// whole rows overrides [`round_key`](Self::round_key) and [`round_value`](Self::round_value) instead.
+    fn round(&self, x: f32) -> f32 {
+        x
+    }
+
+    /// A key's row as a cache of the backend's own type holds it.
+    fn round_key(&self, row: &[f32]) -> Vec<f64> {
+        row.iter().map(|&x| f64::from(self.round(x))).collect()
+    }
+
+    /// A value's row as a cache of the backend's own type holds it.
+    fn round_value(&self, row: &[f32]) -> Vec<f64> {
+        row.iter().map(|&x| f64::from(self.round(x))).collect()
+    }
+
+    /// Types that a layout may choose for each head
+    /// ([`has_cache_type`](SparseAttentionBackend::has_cache_type)); all others must be refused.
+    fn cache_types(&self) -> &'static [CacheType] {
+        &[]
+    }
 
     /// An element of any other tensor as the backend holds it.
     fn round_tensor(&self, x: f32) -> f32 {
@@ -57,6 +76,12 @@ pub trait Subject: Sized + 'static {
     /// Largest [`error`](crate::error) between two ways to compute the same numbers on the backend.
     fn same(&self) -> f64 {
         1e-5
+    }
+
+    /// Largest [`error`](crate::error) of either kind where heads have types of their own, if the backend computes with
+    /// some of them less exactly than with its caches' type.
+    fn typed_tolerance(&self) -> Option<f64> {
+        None
     }
 
     /// Largest difference of a sum of influence from the f64 reference's, as a share of 1 plus

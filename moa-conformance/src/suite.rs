@@ -9,7 +9,7 @@ macro_rules! checks {
     };
 }
 
-/// Everything that a backend must do: 26 trials, named `{name}::{check}`.
+/// Everything that a backend must do: 29 trials, named `{name}::{check}`.
 ///
 /// `open` makes the backend anew for each trial; where it cannot, it says [why](Stop::ignored).
 pub fn suite<S: Subject>(
@@ -45,7 +45,7 @@ fn trial<S: Subject>(
     Trial::new(format!("{name}::{check}"), move || run(&open()?))
 }
 
-fn all<S: Subject>() -> [Check<S>; 26] {
+fn all<S: Subject>() -> [Check<S>; 29] {
     checks! {
         laws:
             output_equals_the_reference
@@ -56,7 +56,9 @@ fn all<S: Subject>() -> [Check<S>; 26] {
             truncate_then_extend_equals_never_having_extended
             fork_is_independent
             failed_call_leaves_state_unchanged
-            truncate_to_nothing_equals_a_new_cache;
+            truncate_to_nothing_equals_a_new_cache
+            heads_of_other_types_equal_the_reference
+            rounding_is_within_its_bound;
         traps:
             trap_01_window_counts_the_query_itself
             trap_02_chunk_sees_keys_that_it_pushes_out
@@ -76,6 +78,7 @@ fn all<S: Subject>() -> [Check<S>; 26] {
         errors:
             wrong_shapes_are_refused
             capacity_is_an_error_and_changes_nothing
-            rollback_of_evicted_keys_is_an_error;
+            rollback_of_evicted_keys_is_an_error
+            types_that_are_lacked_are_refused;
     }
 }

@@ -1,7 +1,9 @@
 use std::ops::Range;
 
 use moa_core::reference::{self, Heads};
-use moa_core::{Append, ExtendInputs, Extended, LayerLayout, Span, SparseAttentionBackend};
+use moa_core::{
+    Append, CacheType, ExtendInputs, Extended, LayerLayout, Span, SparseAttentionBackend,
+};
 
 use crate::numbers::normal;
 use crate::{Cache, Error, Subject};
@@ -14,6 +16,8 @@ pub struct World {
     pub heads: Heads,
     /// The span of each KV head.
     pub spans: Vec<Span>,
+    /// The cache type of each KV head, where it is not the backend's own; empty where all are.
+    pub types: Vec<Option<CacheType>>,
     /// Length of the sequence.
     pub tokens: usize,
     /// Other seeds give other inputs.
@@ -34,7 +38,7 @@ impl World {
         tokens: usize,
     ) -> Self {
         let spans = spans.iter().map(|&(sink, window)| Span::new(sink, window).unwrap()).collect();
-        Self { heads: Heads { query, kv, dim }, spans, tokens, seed: 1 }
+        Self { heads: Heads { query, kv, dim }, spans, types: Vec::new(), tokens, seed: 1 }
     }
 
     /// The usual factor of scores, `1 / sqrt(head_dim)`.
@@ -62,7 +66,11 @@ impl World {
     /// # Panics
     /// Panics if there is no such geometry.
     pub fn layout(&self, capacity: usize, slack: usize) -> LayerLayout {
-        LayerLayout::new(&self.spans, capacity, slack).unwrap()
+        let layout = LayerLayout::new(&self.spans, capacity, slack).unwrap();
+        match &self.types[..] {
+            [] => layout,
+            types => layout.with_cache_types(types).unwrap(),
+        }
     }
 
     /// An empty cache of this [`layout`](Self::layout).
@@ -75,10 +83,31 @@ impl World {
 
     /// Outputs and log-sum-exps of the f64 reference, on inputs as the backend rounds them.
     pub fn reference<S: Subject>(&self, s: &S) -> (Vec<f64>, Vec<f64>) {
-        let rounded = |x: Vec<f32>| x.iter().map(|&x| f64::from(s.round(x))).collect::<Vec<_>>();
-        let (k, v) = (rounded(self.k()), rounded(self.v()));
+        let (k, v) = (self.stored_keys(s), self.stored_values(s));
         let q: Vec<f64> = self.q().iter().map(|&x| f64::from(s.round_tensor(x))).collect();
         reference::extend(self.heads, &q, &k, &v, &self.spans, f64::from(self.scale()))
+    }
+
+    /// Keys as heads of their types hold them.
+    pub fn stored_keys<S: Subject>(&self, s: &S) -> Vec<f64> {
+        self.stored(&self.k(), |own, row| match own {
+            Some(own) => own.keys().round(row),
+            None => s.round_key(row),
+        })
+    }
+
+    /// Values as heads of their types hold them.
+    pub fn stored_values<S: Subject>(&self, s: &S) -> Vec<f64> {
+        self.stored(&self.v(), |own, row| match own {
+            Some(own) => own.values().round(row),
+            None => s.round_value(row),
+        })
+    }
+
+    fn stored(&self, x: &[f32], round: impl Fn(Option<CacheType>, &[f32]) -> Vec<f64>) -> Vec<f64> {
+        let rows = x.chunks(self.heads.dim).enumerate();
+        let own = |row: usize| self.types.get(row % self.heads.kv).copied().flatten();
+        rows.flat_map(|(i, row)| round(own(i), row)).collect()
     }
 
     /// Appends this world's tokens `range` to a cache.

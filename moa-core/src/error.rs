@@ -1,13 +1,14 @@
+use std::fmt;
 use std::path::PathBuf;
 
+use crate::cache::CacheType;
 use crate::plan::ModelShape;
 
 /// Everything that can go wrong in this crate. A failing call leaves its arguments unchanged.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
     /// An argument is outside its domain.
-    #[error("{what}: expected {expected}, got {got}")]
     Invalid {
         /// Name of the argument or field.
         what: String,
@@ -17,10 +18,8 @@ pub enum Error {
         got: String,
     },
     /// An operation of a backend refuses an argument.
-    #[error(transparent)]
-    Argument(#[from] ArgumentError),
+    Argument(ArgumentError),
     /// A plan or profile was made for a model of other dimensions.
-    #[error("{what} is for a model of {got}, but the model has {expected}")]
     ShapeMismatch {
         /// "plan" or "profile".
         what: &'static str,
@@ -30,7 +29,6 @@ pub enum Error {
         got: ModelShape,
     },
     /// A plan or profile was made for other weights of the same dimensions.
-    #[error("{what} was made for weights {got}, but the model has weights {expected}")]
     FingerprintMismatch {
         /// "plan" or "profile".
         what: &'static str,
@@ -40,7 +38,6 @@ pub enum Error {
         got: String,
     },
     /// A length that the profile does not hold was asked for.
-    #[error("length {length} is not in the profile; it holds {available:?}")]
     UnknownLength {
         /// The length asked for.
         length: usize,
@@ -48,7 +45,6 @@ pub enum Error {
         available: Vec<usize>,
     },
     /// No choice of rules meets every bound.
-    #[error("no plan meets the bound at length {length}: {reason}")]
     Infeasible {
         /// Length whose bound cannot be met.
         length: usize,
@@ -56,7 +52,6 @@ pub enum Error {
         reason: String,
     },
     /// More tokens than the sequence was opened for.
-    #[error("sequence holds {len} tokens and was opened for {capacity}; {more} more do not fit")]
     CapacityExceeded {
         /// Tokens already held.
         len: usize,
@@ -66,10 +61,6 @@ pub enum Error {
         capacity: usize,
     },
     /// A rollback would need keys that a ring has already overwritten.
-    #[error(
-        "cannot truncate to {to} tokens: key {needed} is needed again, but keys before {oldest_held} \
-         were evicted (open the sequence with more slack to roll back further)"
-    )]
     Evicted {
         /// Length asked for.
         to: usize,
@@ -79,15 +70,22 @@ pub enum Error {
         oldest_held: usize,
     },
     /// A backend does not offer an optional operation.
-    #[error("{backend} does not support {operation}")]
     Unsupported {
         /// Name of the backend.
         backend: &'static str,
         /// Name of the operation.
         operation: &'static str,
     },
+    /// A backend cannot hold keys and values in a type.
+    CacheType {
+        /// Name of the backend.
+        backend: &'static str,
+        /// The type asked for.
+        cache_type: CacheType,
+        /// The KV head of a layer whose type it is, or none where it is that of all heads.
+        head: Option<usize>,
+    },
     /// A file could not be read or written.
-    #[error("{path}: {source}")]
     Io {
         /// The file.
         path: PathBuf,
@@ -95,7 +93,6 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A file was read but does not hold what it should.
-    #[error("{path}: {reason}")]
     Format {
         /// The file.
         path: PathBuf,
@@ -105,8 +102,7 @@ pub enum Error {
 }
 
 /// An argument that an operation of a backend refuses, in the same words for all of them.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{operation}: {argument}: expected {expected}, got {got}")]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct ArgumentError {
     /// The operation, such as `"extend"`.
@@ -124,8 +120,8 @@ impl ArgumentError {
     pub fn new(
         operation: &'static str,
         argument: &'static str,
-        expected: impl std::fmt::Display,
-        got: impl std::fmt::Display,
+        expected: impl fmt::Display,
+        got: impl fmt::Display,
     ) -> Self {
         Self { operation, argument, expected: expected.to_string(), got: got.to_string() }
     }
@@ -134,12 +130,21 @@ impl ArgumentError {
     pub fn shape(
         operation: &'static str,
         argument: &'static str,
-        expected: impl std::fmt::Display,
+        expected: impl fmt::Display,
         got: &[usize],
     ) -> Self {
         Self::new(operation, argument, expected, format_args!("shape {got:?}"))
     }
 }
+
+impl fmt::Display for ArgumentError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { operation, argument, expected, got } = self;
+        write!(f, "{operation}: {argument}: expected {expected}, got {got}")
+    }
+}
+
+impl std::error::Error for ArgumentError {}
 
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -149,8 +154,69 @@ impl Error {
     pub fn invalid(
         what: impl Into<String>,
         expected: impl Into<String>,
-        got: impl std::fmt::Display,
+        got: impl fmt::Display,
     ) -> Self {
         Self::Invalid { what: what.into(), expected: expected.into(), got: got.to_string() }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Invalid { what, expected, got } => {
+                write!(f, "{what}: expected {expected}, got {got}")
+            }
+            Self::Argument(argument) => argument.fmt(f),
+            Self::ShapeMismatch { what, expected, got } => {
+                write!(f, "{what} is for a model of {got}, but the model has {expected}")
+            }
+            Self::FingerprintMismatch { what, expected, got } => {
+                write!(f, "{what} was made for weights {got}, but the model has weights {expected}")
+            }
+            Self::UnknownLength { length, available } => {
+                write!(f, "length {length} is not in the profile; it holds {available:?}")
+            }
+            Self::Infeasible { length, reason } => {
+                write!(f, "no plan meets the bound at length {length}: {reason}")
+            }
+            Self::CapacityExceeded { len, more, capacity } => write!(
+                f,
+                "sequence holds {len} tokens and was opened for {capacity}; {more} more do not fit"
+            ),
+            Self::Evicted { to, needed, oldest_held } => write!(
+                f,
+                "cannot truncate to {to} tokens: key {needed} is needed again, but keys before \
+                 {oldest_held} were evicted (open the sequence with more slack to roll back further)"
+            ),
+            Self::Unsupported { backend, operation } => {
+                write!(f, "{backend} does not support {operation}")
+            }
+            Self::CacheType { backend, cache_type, head } => {
+                write!(f, "{backend} has no caches in {cache_type}")?;
+                match head {
+                    Some(head) => write!(f, ", which the plan wants for KV head {head}"),
+                    None => Ok(()),
+                }
+            }
+            Self::Io { path, source } => write!(f, "{}: {source}", path.display()),
+            Self::Format { path, reason } => write!(f, "{}: {reason}", path.display()),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Io { source, .. } => Some(source),
+            // The argument's words are the error's own; what is behind them is not.
+            Self::Argument(argument) => argument.source(),
+            _ => None,
+        }
+    }
+}
+
+impl From<ArgumentError> for Error {
+    fn from(error: ArgumentError) -> Self {
+        Self::Argument(error)
     }
 }

@@ -1,5 +1,7 @@
 use serde::{Deserialize, Serialize};
 
+use crate::{Error, Result};
+
 /// The growth of each calibration response's cross entropy when every head loses the far context,
 /// which shows whether calibration data has long dependencies at all.
 ///
@@ -18,6 +20,16 @@ impl FarLosses {
     /// Samples below which nothing is said: of those that need far context, a quarter or more may
     /// happen to find it near.
     const FEWEST: usize = 3;
+
+    /// Checks that a file can hold all numbers.
+    pub(crate) fn check_finite(&self) -> Result<()> {
+        match self.0.iter().find(|growth| !growth.is_finite()) {
+            Some(growth) => {
+                Err(Error::invalid("loss without far context", "a finite number", growth))
+            }
+            None => Ok(()),
+        }
+    }
 
     /// Adds a sample's growth, in nats per token.
     pub fn push(&mut self, growth: f64) {

@@ -1,6 +1,7 @@
 use std::path::Path;
 
 use crate::file::read;
+use crate::plan::check_length;
 use crate::{Error, ModelShape, Plan, Result, Span};
 
 /// How much each KV head needs the whole context, as another method found it: gates of DuoAttention, a
@@ -144,6 +145,8 @@ impl HeadScores {
     /// less than every head's `sink + window`.
     pub fn plan(&self, sink: usize, window: usize, full: FullHeads) -> Result<Plan> {
         let total = self.scores.len();
+        check_length("sink", sink)?;
+        check_length("window", window)?;
         let share = |what: &str, value: f64| match (0.0..=1.0).contains(&value) {
             true => Ok(value),
             false => Err(Error::invalid(what, "a share from 0 to 1", value)),
@@ -157,6 +160,7 @@ impl HeadScores {
                 (total - few, window)
             }
             FullHeads::Density { max, length } => {
+                check_length("length", length)?;
                 // Keys of all heads together; 1e-6 absorbs the rounding of a product such as .1 * 10.
                 let keys = (share("density", max)? * (total * length) as f64 + 1e-6) as usize;
                 let narrow = (sink + window).min(length);

@@ -7,8 +7,10 @@
 //! * [`ElasticRule`] and [`Plan`]: one span rule per layer and KV head, as files too;
 //! * the cache geometry: [`LayerLayout`] says where each head's sink and ring lie in one flat
 //!   buffer, what an append writes and what a query may see, and [`CacheState`] how far it is filled;
+//! * [`CacheType`] and [`RowType`]: how keys and values are rounded to 16, 8 and 4 bits;
 //! * [`Influence`] and [`Profile`]: how much each head needs each part of the context;
 //! * [`search`]: the best plans for a memory budget;
+//! * [`BlockType`]: how quantised weights lie in their blocks;
 //! * [`Sharding`]: which of several devices owns which heads;
 //! * [`SparseAttentionBackend`]: what a device has to offer, and [`mod@reference`], the specification.
 //!
@@ -44,6 +46,7 @@
 #![forbid(unsafe_code)]
 
 mod backend;
+mod blocks;
 mod cache;
 mod cost;
 mod dtype;
@@ -69,16 +72,20 @@ pub use backend::{
     Append, AttentionShape, ExtendInputs, Extended, Gradients, InfluenceInputs, InfluenceOutput,
     InfluenceSign, SparseAttentionBackend, check_batch, check_extend, check_influence,
 };
-pub use cache::{CacheState, Extent, HeadLayout, HeadRow, LayerLayout, Run, Slot};
+pub use blocks::BlockType;
+pub use cache::{
+    CacheState, CacheType, Extent, HeadLayout, HeadRow, LayerLayout, RowType, Run, Slot,
+    e4m3_to_f32, rotate, rotation, widen_scale,
+};
 pub use cost::{CostBound, CostCurve};
 pub use dtype::Dtype;
 pub use error::{ArgumentError, Error, Result};
 pub use far_losses::FarLosses;
-pub use file::write_atomic;
+pub use file::{open_file, read_file, read_text_file, write_atomic};
 pub use head_scores::{FullHeads, HeadScores};
 pub use influence::{ByDistance, Influence, Profile, ProfileInfo};
 pub use mask::{Position, Span};
-pub use plan::{DEFAULT_SINK, ModelShape, Plan};
+pub use plan::{DEFAULT_SINK, MAX_LENGTH, ModelShape, Plan};
 pub use plan_search::{FoundPlans, PlanRequest};
 pub use provenance::{AtLength, Provenance, Trial};
 pub use rule::{ElasticRule, HeadRule};

@@ -5,7 +5,9 @@ use serde::{Deserialize, Serialize};
 use crate::{Error, Result};
 
 /// Absolute index of a token in its sequence, from 0. Not a cache slot: see [`crate::Slot`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 pub struct Position(pub usize);
 
 /// Which keys one head lets a query see: the first `sink` positions and the `window` most recent
@@ -21,9 +23,26 @@ pub struct Position(pub usize);
 /// # Ok::<(), moa_core::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "SpanFile")]
 pub struct Span {
     sink: usize,
     window: usize,
+}
+
+/// A [`Span`] as it is read, before the check.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SpanFile {
+    sink: usize,
+    window: usize,
+}
+
+impl TryFrom<SpanFile> for Span {
+    type Error = Error;
+
+    fn try_from(file: SpanFile) -> Result<Self> {
+        Self::new(file.sink, file.window)
+    }
 }
 
 impl Span {
@@ -99,6 +118,16 @@ impl Span {
         // The window of the first query is the one that reaches back furthest.
         let start = self.window_start(Position(queries.start)).max(sink.end);
         [sink, start..queries.end.max(start)]
+    }
+
+    /// The mask as numbers to add to scores, `[queries, keys]` in one row after the other: 0 where a
+    /// query sees the key, else minus infinity. Both are ranges of positions.
+    pub fn additive_mask(self, queries: Range<usize>, keys: Range<usize>) -> Vec<f32> {
+        let of = |query, key| match self.attends(Position(query), Position(key)) {
+            true => 0.0,
+            false => f32::NEG_INFINITY,
+        };
+        queries.flat_map(|query| keys.clone().map(move |key| of(query, key))).collect()
     }
 
     /// Number of (query, key) pairs that the mask keeps in a prompt of `tokens` tokens.

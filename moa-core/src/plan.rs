@@ -1,12 +1,14 @@
 use std::fmt;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ElasticRule, Error, HeadRule, Provenance, Result, Span};
+use crate::plan_file::PlanFile;
+use crate::{CacheType, ElasticRule, Error, HeadRule, LayerLayout, Provenance, Result, Span};
 
 /// Dimensions of a Llama-type model that a plan depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "ShapeFile")]
 pub struct ModelShape {
     /// Decoder layers.
     pub layers: usize,
@@ -18,7 +20,86 @@ pub struct ModelShape {
     pub head_dim: usize,
 }
 
+/// A [`ModelShape`] as it is read, before the check.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ShapeFile {
+    layers: usize,
+    query_heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+impl TryFrom<ShapeFile> for ModelShape {
+    type Error = Error;
+
+    fn try_from(file: ShapeFile) -> Result<Self> {
+        let ShapeFile { layers, query_heads, kv_heads, head_dim } = file;
+        let shape = Self { layers, query_heads, kv_heads, head_dim };
+        shape.validate().map(|()| shape)
+    }
+}
+
+/// Most tokens of a context, and most keys of a sink or a window: the largest number that an entrance takes.
+pub const MAX_LENGTH: usize = 1 << 31;
+
+/// Most query heads of a model. Large models have some ten thousand.
+const MAX_HEADS: usize = 1 << 20;
+
+/// Checks that `length`, which `what` names, is at most [`MAX_LENGTH`].
+///
+/// # Errors
+/// [`Error::Invalid`].
+pub(crate) fn check_length(what: &str, length: usize) -> Result<usize> {
+    match length <= MAX_LENGTH {
+        true => Ok(length),
+        false => Err(Error::invalid(what, "at most 2^31 tokens", length)),
+    }
+}
+
 impl ModelShape {
+    /// The dimensions in a Hugging Face `config.json`, as transformers reads them: without
+    /// `num_key_value_heads` every query head has keys of its own, and without `head_dim` the heads
+    /// share `hidden_size` evenly.
+    ///
+    /// A plan is checked against them by [`Plan::check_shape`]. A published plan needs them to be read at
+    /// all, since it does not say how many query heads share a KV head.
+    ///
+    /// ```
+    /// use moa_core::ModelShape;
+    /// let config = r#"{"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    ///     "hidden_size": 4096, "vocab_size": 128256}"#;
+    /// let shape = ModelShape { layers: 32, query_heads: 32, kv_heads: 8, head_dim: 128 };
+    /// assert_eq!(ModelShape::from_config_json(config)?, shape);
+    /// # Ok::<(), moa_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the text is not such an object or the dimensions are not those of a model.
+    pub fn from_config_json(text: &str) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Config {
+            num_hidden_layers: usize,
+            num_attention_heads: usize,
+            num_key_value_heads: Option<usize>,
+            head_dim: Option<usize>,
+            hidden_size: Option<usize>,
+        }
+        let config: Config = serde_json::from_str(text)
+            .map_err(|e| Error::invalid("config.json", "the dimensions of a model", e))?;
+        let query_heads = config.num_attention_heads;
+        let even = config.hidden_size.filter(|size| query_heads > 0 && size % query_heads == 0);
+        let Some(head_dim) = config.head_dim.or(even.map(|size| size / query_heads)) else {
+            let expected =
+                format!("a multiple of num_attention_heads ({query_heads}), or head_dim");
+            let got = config.hidden_size.map_or("no such field".into(), |size| size.to_string());
+            return Err(Error::invalid("hidden_size", expected, got));
+        };
+        let kv_heads = config.num_key_value_heads.unwrap_or(query_heads);
+        let shape = Self { layers: config.num_hidden_layers, query_heads, kv_heads, head_dim };
+        shape.validate().map(|()| shape)
+    }
+
     /// Query heads that share one KV head.
     pub const fn group(&self) -> usize {
         self.query_heads / self.kv_heads
@@ -43,6 +124,10 @@ impl ModelShape {
             if n == 0 || n > 1 << 20 {
                 return Err(Error::invalid(what, "between 1 and 2^20", n));
             }
+        }
+        if self.layers.checked_mul(self.query_heads).is_none_or(|heads| heads > MAX_HEADS) {
+            let got = format!("{} x {}", self.layers, self.query_heads);
+            return Err(Error::invalid("layers x query_heads", "at most 2^20", got));
         }
         if !self.query_heads.is_multiple_of(self.kv_heads) {
             return Err(Error::invalid(
@@ -70,6 +155,8 @@ pub const DEFAULT_SINK: usize = 64;
 
 /// One span rule per layer and KV head, for one model.
 ///
+/// A plan's file and what serde reads and writes are the same: [`to_json`](Self::to_json).
+///
 /// ```
 /// use moa_core::{Dtype, ElasticRule, ModelShape, Plan};
 /// let shape = ModelShape { layers: 2, query_heads: 4, kv_heads: 2, head_dim: 64 };
@@ -81,13 +168,16 @@ pub const DEFAULT_SINK: usize = 64;
 /// assert_eq!(plan.kv_bytes(8192, slot_bytes), 2 * 2 * 2048 * (64 + 64) * 2);
 /// # Ok::<(), moa_core::Error>(())
 /// ```
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(into = "PlanFile", try_from = "PlanFile")]
 pub struct Plan {
     shape: ModelShape,
     fingerprint: Option<String>,
     sink: usize,
     min_span: usize,
     rules: Vec<HeadRule>,
+    /// One for each rule, or empty where no head has one.
+    cache_types: Vec<Option<CacheType>>,
     /// One for each layer, or empty; not part of a plan's file.
     windows: Vec<Option<usize>>,
     /// Where the plan came from.
@@ -108,6 +198,8 @@ impl Plan {
         rules: Vec<HeadRule>,
     ) -> Result<Self> {
         shape.validate()?;
+        check_length("sink", sink)?;
+        check_length("min_span", min_span.saturating_sub(1))?;
         if min_span <= sink {
             return Err(Error::invalid("min_span", format!("more than sink ({sink})"), min_span));
         }
@@ -129,6 +221,7 @@ impl Plan {
             sink,
             min_span,
             rules,
+            cache_types: Vec::new(),
             windows: Vec::new(),
             provenance: Provenance::default(),
         })
@@ -166,6 +259,7 @@ impl Plan {
     /// [`Error::Invalid`] if the shape is not valid.
     pub fn uniform(shape: ModelShape, sink: usize, rule: ElasticRule) -> Result<Self> {
         shape.validate()?;
+        check_length("sink", sink)?;
         let rule = HeadRule::union([rule])?;
         Self::new(shape, sink, sink + 1, vec![rule; shape.total_kv_heads()])
     }
@@ -189,7 +283,7 @@ impl Plan {
         window: usize,
         full: &[(usize, usize)],
     ) -> Result<Self> {
-        Span::new(sink, window)?;
+        Span::new(check_length("sink", sink)?, check_length("window", window)?)?;
         let mut plan = Self::uniform(shape, sink, ElasticRule::fixed(sink + window))?;
         for &(layer, head) in full {
             let place = plan.index(layer, head)?;
@@ -226,6 +320,20 @@ impl Plan {
         Ok(self)
     }
 
+    /// The same plan with the types in which heads hold keys and values, one entry for each
+    /// [rule](Self::rules). A head without one has the type that the engine is opened with.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if there is not one entry for each head.
+    pub fn with_cache_types(mut self, types: Vec<Option<CacheType>>) -> Result<Self> {
+        if types.len() != self.rules.len() {
+            let expected = format!("{} KV heads", self.rules.len());
+            return Err(Error::invalid("cache types", expected, types.len()));
+        }
+        self.cache_types = if types.iter().all(Option::is_none) { Vec::new() } else { types };
+        Ok(self)
+    }
+
     /// Dimensions of the model the plan is for.
     pub fn shape(&self) -> ModelShape {
         self.shape
@@ -251,6 +359,17 @@ impl Plan {
         &self.rules
     }
 
+    /// The types in which heads hold keys and values, one for each [rule](Self::rules); empty where the plan
+    /// says none.
+    pub fn cache_types(&self) -> &[Option<CacheType>] {
+        &self.cache_types
+    }
+
+    /// The type of one KV head, where the plan says one.
+    pub fn cache_type(&self, layer: usize, head: usize) -> Option<CacheType> {
+        self.cache_types.get(layer * self.shape.kv_heads + head).copied().flatten()
+    }
+
     /// Spans of one layer's KV heads in a sequence opened for `context_length` tokens.
     ///
     /// # Panics
@@ -265,6 +384,72 @@ impl Plan {
             .collect()
     }
 
+    /// The cache geometry of one layer in a sequence opened for `context_length` tokens: [`LayerLayout::new`]
+    /// of [`layer_spans`](Self::layer_spans), with the types of its heads.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the layer does not exist, the length is 0, or the layer's slots cannot be counted.
+    pub fn layout(&self, layer: usize, context_length: usize, slack: usize) -> Result<LayerLayout> {
+        self.index(layer, 0)?;
+        let layout =
+            LayerLayout::new(&self.layer_spans(layer, context_length), context_length, slack)?;
+        match &self.cache_types[..] {
+            [] => Ok(layout),
+            types => {
+                let heads = self.shape.kv_heads;
+                layout.with_cache_types(&types[layer * heads..(layer + 1) * heads])
+            }
+        }
+    }
+
+    /// [`layout`](Self::layout) of every layer.
+    ///
+    /// ```
+    /// use moa_core::{ModelShape, Plan};
+    /// let shape = ModelShape { layers: 2, query_heads: 4, kv_heads: 2, head_dim: 64 };
+    /// let plan = Plan::retrieval_heads(shape, 4, 60, &[(1, 0)])?;
+    /// let slots: Vec<usize> = plan.layouts(4096, 0)?.iter().map(|layer| layer.slots()).collect();
+    /// assert_eq!(slots, [64 + 64, 4096 + 64]);
+    /// # Ok::<(), moa_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the length is 0 or a layer's slots cannot be counted.
+    pub fn layouts(&self, context_length: usize, slack: usize) -> Result<Vec<LayerLayout>> {
+        (0..self.shape.layers).map(|layer| self.layout(layer, context_length, slack)).collect()
+    }
+
+    /// One layer's mask as numbers to add to scores, `[kv_heads, queries.len(), queries.end]`: 0 where the
+    /// queries of a group see the key at a position, else minus infinity. With it any engine that takes
+    /// a mask can try a plan's quality, at dense attention's cost. An engine that does not know groups
+    /// repeats each head's mask [`ModelShape::group`] times.
+    ///
+    /// ```
+    /// use moa_core::{ModelShape, Plan};
+    /// let shape = ModelShape { layers: 1, query_heads: 2, kv_heads: 1, head_dim: 64 };
+    /// let plan = Plan::retrieval_heads(shape, 1, 2, &[])?;
+    /// let hidden = f32::NEG_INFINITY;
+    /// assert_eq!(plan.additive_mask(0, 4096, 3..5)?, [
+    ///     0.0, hidden, 0.0, 0.0, hidden, // query 3
+    ///     0.0, hidden, hidden, 0.0, 0.0, // query 4
+    /// ]);
+    /// # Ok::<(), moa_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the layer does not exist.
+    pub fn additive_mask(
+        &self,
+        layer: usize,
+        context_length: usize,
+        queries: Range<usize>,
+    ) -> Result<Vec<f32>> {
+        self.index(layer, 0)?;
+        let spans = self.layer_spans(layer, context_length);
+        let mask = |span: Span| span.additive_mask(queries.clone(), 0..queries.end);
+        Ok(spans.into_iter().flat_map(mask).collect())
+    }
+
     /// Spans of all heads, layer-major.
     pub fn spans(&self, context_length: usize) -> Vec<Span> {
         (0..self.shape.layers).flat_map(|layer| self.layer_spans(layer, context_length)).collect()
@@ -272,17 +457,29 @@ impl Plan {
 
     /// Mean over KV heads of keys kept / `context_length`, for the native (GQA) cache.
     pub fn density(&self, context_length: usize) -> f64 {
-        let kept: usize =
-            self.spans(context_length).iter().map(|s| s.total().min(context_length)).sum();
-        kept as f64 / (self.rules.len() * context_length.max(1)) as f64
+        self.kept(context_length) as f64
+            / (self.rules.len() as u128 * context_length.max(1) as u128) as f64
     }
 
     /// Bytes of keys and values that one sequence opened for `context_length` tokens holds, given
-    /// those of one slot ([`SparseAttentionBackend::slot_bytes`](crate::SparseAttentionBackend::slot_bytes)).
+    /// those of one slot ([`SparseAttentionBackend::slot_bytes`](crate::SparseAttentionBackend::slot_bytes))
+    /// of a head whose [type](Self::with_cache_types) the plan does not say.
     pub fn kv_bytes(&self, context_length: usize, slot_bytes: u64) -> u64 {
-        let kept: u64 =
-            self.spans(context_length).iter().map(|s| s.total().min(context_length) as u64).sum();
-        kept * slot_bytes
+        let slot = |head: usize| {
+            let own = self.cache_types.get(head).copied().flatten();
+            u128::from(own.map_or(slot_bytes, |own| own.slot_bytes(self.shape.head_dim)))
+        };
+        let spans = self.spans(context_length).into_iter().enumerate();
+        let held = spans.map(|(head, span)| {
+            (span.total().min(context_length) as u128).saturating_mul(slot(head))
+        });
+        u64::try_from(held.fold(0, u128::saturating_add)).unwrap_or(u64::MAX)
+    }
+
+    /// Keys of all heads together.
+    fn kept(&self, context_length: usize) -> u128 {
+        let kept = |span: &Span| span.total().min(context_length) as u128;
+        self.spans(context_length).iter().map(kept).sum()
     }
 
     /// KV footprint (Cache Me If You Can, arXiv 2506.17121): entries held, summed over all tokens that a
@@ -292,8 +489,10 @@ impl Plan {
     /// It is larger than the density: a head that keeps half of a context has lost nothing until then.
     pub fn kv_footprint(&self, context_length: usize) -> f64 {
         let spans = self.spans(context_length);
-        let held: u128 = spans.iter().map(|span| span.kept_pairs(context_length)).sum();
-        let all = Span::full(context_length).kept_pairs(context_length) * spans.len() as u128;
+        let held = spans.iter().map(|span| span.kept_pairs(context_length));
+        let held = held.fold(0, u128::saturating_add);
+        let all = Span::full(context_length).kept_pairs(context_length);
+        let all = all.saturating_mul(spans.len() as u128);
         held as f64 / all.max(1) as f64
     }
 
@@ -345,6 +544,39 @@ mod tests {
         assert!(Plan::retrieval_heads(SHAPE, 4, 0, &[]).is_err());
     }
 
+    #[test]
+    fn bytes_are_those_of_each_head_and_its_type() {
+        let mut types = vec![None; 6];
+        (types[2], types[5]) = (Some(CacheType::Int8), Some(CacheType::Int4));
+        let plan = Plan::retrieval_heads(SHAPE, 4, 12, &[(1, 0)]).unwrap();
+        assert!(plan.clone().with_cache_types(vec![None; 5]).is_err());
+        assert_eq!(plan.clone().with_cache_types(vec![None; 6]).unwrap(), plan);
+        let plan = plan.with_cache_types(types).unwrap();
+        assert_eq!((plan.cache_type(1, 0), plan.cache_type(1, 1)), (Some(CacheType::Int8), None));
+        let bytes = 100 * 2 * (16 + 2) + 16 * 2 * (8 + 2) + 4 * 16 * 64;
+        assert_eq!(plan.kv_bytes(100, 64), bytes);
+        let layouts = plan.layouts(100, 0).unwrap();
+        assert_eq!(layouts.iter().map(|layer| layer.bytes(16, 64)).sum::<u64>(), bytes);
+        let has = |cache_type| cache_type == CacheType::Int8;
+        assert!(layouts[1].check_cache_types("x", has).is_ok());
+        assert!(matches!(
+            layouts[2].check_cache_types("x", has),
+            Err(Error::CacheType { cache_type: CacheType::Int4, head: Some(1), .. })
+        ));
+        let text = plan.to_json();
+        assert_eq!(Plan::from_json(&text).unwrap(), plan);
+        use serde_json::{Value, json};
+        let mut file: Value = serde_json::from_str(&text).unwrap();
+        let types = file["cache_types"].take();
+        for (at, of_layer) in [(0, json!([null, "int3"])), (1, json!(["int8"])), (2, json!([]))] {
+            file["cache_types"] = types.clone();
+            file["cache_types"][at] = of_layer;
+            assert!(matches!(Plan::from_json(&file.to_string()), Err(Error::Invalid { .. })));
+        }
+        file["cache_types"] = json!([types[0]]);
+        assert!(matches!(Plan::from_json(&file.to_string()), Err(Error::Invalid { .. })));
+    }
+
     // A query of a sliding layer never sees past its window, and so no sink either.
     #[test]
     fn windows_of_the_model_end_spans_and_leave_no_sinks() {
@@ -357,6 +589,24 @@ mod tests {
         assert_eq!(plan.density(100), 1.72 / 6.0);
         let full = || Plan::full(SHAPE).unwrap();
         assert!(full().within(vec![None]).is_err() && full().within(vec![Some(0); 3]).is_err());
+    }
+
+    #[test]
+    fn sizes_beyond_any_model_are_errors_or_large_numbers() {
+        let most = ModelShape { layers: 1 << 20, query_heads: 1 << 20, kv_heads: 1 << 20, ..SHAPE };
+        assert!(Plan::full(most).is_err());
+        for far in [MAX_LENGTH + 1, usize::MAX] {
+            assert!(Plan::retrieval_heads(SHAPE, 1, far, &[]).is_err());
+            assert!(Plan::retrieval_heads(SHAPE, far, 1, &[]).is_err());
+            assert!(Plan::uniform(SHAPE, far, ElasticRule::FULL).is_err());
+            let min_span = far.saturating_add(1);
+            assert!(Plan::new(SHAPE, 0, min_span, vec![ElasticRule::FULL.into(); 6]).is_err());
+        }
+        let plan = Plan::full(SHAPE).unwrap();
+        for length in [usize::MAX / 4, usize::MAX] {
+            assert_eq!((plan.density(length), plan.kv_footprint(length)), (1.0, 1.0));
+            assert_eq!(plan.kv_bytes(length, u64::MAX), u64::MAX);
+        }
     }
 
     #[test]

@@ -5,20 +5,24 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::file::{read, write_atomic};
-use crate::{ElasticRule, Error, HeadRule, ModelShape, Plan, Provenance, Result};
+use crate::{CacheType, ElasticRule, Error, HeadRule, ModelShape, Plan, Provenance, Result};
 
 const FORMAT: &str = "moa-plan";
 const VERSION: u32 = 1;
 
+/// A [`Plan`] in its file.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct PlanFile {
+pub(crate) struct PlanFile {
     format: String,
     version: u32,
     model: Model,
     sink: usize,
     min_span: usize,
     rules: Vec<Vec<HeadRule>>,
+    /// The type of each head's keys and values, or null; absent where the plan says none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    cache_types: Option<Vec<Vec<Option<CacheType>>>>,
     #[serde(default)]
     provenance: Provenance,
 }
@@ -41,11 +45,10 @@ struct Published {
     betas: Vec<Vec<f64>>,
 }
 
-impl Plan {
-    /// The plan as JSON text, one line per layer.
-    pub fn to_json(&self) -> String {
-        let shape = self.shape();
-        let file = PlanFile {
+impl From<Plan> for PlanFile {
+    fn from(plan: Plan) -> Self {
+        let shape = plan.shape();
+        Self {
             format: FORMAT.into(),
             version: VERSION,
             model: Model {
@@ -53,15 +56,68 @@ impl Plan {
                 query_heads: shape.query_heads,
                 kv_heads: shape.kv_heads,
                 head_dim: shape.head_dim,
-                fingerprint: self.fingerprint().map(str::to_string),
+                fingerprint: plan.fingerprint().map(str::to_string),
             },
-            sink: self.sink(),
-            min_span: self.min_span(),
-            rules: self.rules().chunks(shape.kv_heads).map(<[_]>::to_vec).collect(),
-            provenance: self.provenance.clone(),
+            sink: plan.sink(),
+            min_span: plan.min_span(),
+            rules: plan.rules().chunks(shape.kv_heads).map(<[_]>::to_vec).collect(),
+            cache_types: match plan.cache_types() {
+                [] => None,
+                types => Some(types.chunks(shape.kv_heads).map(<[_]>::to_vec).collect()),
+            },
+            provenance: plan.provenance,
+        }
+    }
+}
+
+impl TryFrom<PlanFile> for Plan {
+    type Error = Error;
+
+    fn try_from(file: PlanFile) -> Result<Self> {
+        check_format(Some(&file.format), Some(file.version))?;
+        let shape = ModelShape {
+            layers: file.model.layers,
+            query_heads: file.model.query_heads,
+            kv_heads: file.model.kv_heads,
+            head_dim: file.model.head_dim,
         };
+        shape.validate()?;
+        check_table("rules", &file.rules, shape.layers, shape.kv_heads)?;
+        let rules = file.rules.into_iter().flatten().collect();
+        let mut plan = Self::new(shape, file.sink, file.min_span, rules)?
+            .with_fingerprint(file.model.fingerprint);
+        if let Some(types) = file.cache_types {
+            check_table("cache_types", &types, shape.layers, shape.kv_heads)?;
+            plan = plan.with_cache_types(types.into_iter().flatten().collect())?;
+        }
+        plan.provenance = file.provenance;
+        Ok(plan)
+    }
+}
+
+fn check_format(format: Option<&str>, version: Option<u32>) -> Result<()> {
+    if format != Some(FORMAT) {
+        return Err(Error::invalid(
+            "format",
+            format!("{FORMAT:?} (published alphas/betas files go through `moa plan import`)"),
+            format.map_or("no such field".into(), |f| format!("{f:?}")),
+        ));
+    }
+    if version != Some(VERSION) {
+        return Err(Error::invalid(
+            "version",
+            VERSION.to_string(),
+            version.map_or("no such field".into(), |v| v.to_string()),
+        ));
+    }
+    Ok(())
+}
+
+impl Plan {
+    /// The plan as JSON text, one line per layer.
+    pub fn to_json(&self) -> String {
         // Strings, numbers and lists only: this cannot fail.
-        serde_json::to_string_pretty(&file).unwrap_or_default() + "\n"
+        serde_json::to_string_pretty(&PlanFile::from(self.clone())).unwrap_or_default() + "\n"
     }
 
     /// Reads what [`Plan::to_json`] wrote.
@@ -76,42 +132,29 @@ impl Plan {
         }
         let json = |e: serde_json::Error| Error::invalid("plan file", "a moa-plan JSON object", e);
         let head: Head = serde_json::from_str(text).map_err(json)?;
-        if head.format.as_deref() != Some(FORMAT) {
-            return Err(Error::invalid(
-                "format",
-                format!("{FORMAT:?} (published alphas/betas files go through `moa plan import`)"),
-                head.format.map_or("no such field".into(), |f| format!("{f:?}")),
-            ));
-        }
-        if head.version != Some(VERSION) {
-            return Err(Error::invalid(
-                "version",
-                VERSION.to_string(),
-                head.version.map_or("no such field".into(), |v| v.to_string()),
-            ));
-        }
+        check_format(head.format.as_deref(), head.version)?;
         let file: PlanFile = serde_json::from_str(text).map_err(json)?;
-        let shape = ModelShape {
-            layers: file.model.layers,
-            query_heads: file.model.query_heads,
-            kv_heads: file.model.kv_heads,
-            head_dim: file.model.head_dim,
-        };
-        shape.validate()?;
-        check_table("rules", &file.rules, shape.layers, shape.kv_heads)?;
-        let rules = file.rules.into_iter().flatten().collect();
-        let mut plan = Self::new(shape, file.sink, file.min_span, rules)?
-            .with_fingerprint(file.model.fingerprint);
-        plan.provenance = file.provenance;
-        Ok(plan)
+        Self::try_from(file)
+    }
+
+    /// [`Plan::to_json`], if [`Plan::from_json`] takes it.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if it does not: a measured or predicted loss of [`Plan::provenance`] is infinite or no
+    /// number.
+    pub fn to_file_json(&self) -> Result<String> {
+        self.provenance.check_finite()?;
+        let text = self.to_json();
+        Self::from_json(&text)?;
+        Ok(text)
     }
 
     /// Writes the plan file; see [`Plan::to_json`].
     ///
     /// # Errors
-    /// [`Error::Io`]; an older file of that name is then as it was.
+    /// [`Error::Io`], or as [`Plan::to_file_json`]; an older file of that name is then as it was.
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        write_atomic(path.as_ref(), self.to_json().as_bytes())
+        write_atomic(path.as_ref(), self.to_file_json()?.as_bytes())
     }
 
     /// Reads a plan file.
@@ -127,7 +170,9 @@ impl Plan {
     ///
     /// The original expands GQA models to one KV head per query head; here a KV head gets the
     /// union (the largest span at every length) of its query group, which hides nothing that the
-    /// published plan shows.
+    /// published plan shows. **The file does not say how many query heads share a KV head**, so that a wrong
+    /// `shape.kv_heads` gives another plan and no error: take the shape from the model's
+    /// `config.json` ([`ModelShape::from_config_json`]).
     ///
     /// # Errors
     /// [`Error::Invalid`] if the text is not such an object or its table is not

@@ -1,7 +1,7 @@
 use crate::search::{Bound, Options, ParetoSet, Problem, density_sizes, solve};
 use crate::{
     AtLength, CostBound, ElasticRule, Error, HeadRule, ModelShape, Plan, Profile, Provenance,
-    Result, Space,
+    Result, Space, Span,
 };
 
 /// The bounds, the space of rules and the defaults of one search for plans.
@@ -22,8 +22,11 @@ pub struct PlanRequest {
     pub space: Space,
     /// Rules to choose from.
     pub candidates: Vec<ElasticRule>,
-    /// Limits and accuracy of the solver.
+    /// Limits of the solver.
     pub solver: Options,
+    /// Most recent keys that the model's layers themselves see, one entry for each layer, or none; what lies
+    /// beyond is not charged ([`Plan::within`]).
+    pub windows: Vec<Option<usize>>,
 }
 
 impl PlanRequest {
@@ -66,7 +69,18 @@ impl PlanRequest {
         let (space, solver) = (Space::default(), Options::default());
         let candidates = space.candidates(longest, min_span);
         let (decode_time, min_share) = (None, 0.0);
-        Ok(Self { bounds, decode_time, sink, min_span, min_share, space, candidates, solver })
+        let windows = Vec::new();
+        Ok(Self {
+            bounds,
+            decode_time,
+            sink,
+            min_span,
+            min_share,
+            space,
+            candidates,
+            solver,
+            windows,
+        })
     }
 
     /// The search that a plan says it came out of, but for the decode time that it bounded, which only
@@ -87,6 +101,7 @@ impl PlanRequest {
         // Plans of before there was a choice say nothing.
         let space = from.space.as_deref().map_or(Ok(Space::default()), str::parse)?;
         let request = Self::bounded(bounds, plan.sink(), plan.min_span())?.with_space(space);
+        let request = request.with_windows(plan.windows().to_vec());
         request.with_min_share(from.min_share.unwrap_or(0.0)).map(Some)
     }
 
@@ -100,6 +115,48 @@ impl PlanRequest {
         }
         self.space = space;
         self
+    }
+
+    /// The same request for a model whose layers have sliding windows, one entry for each layer.
+    #[must_use]
+    pub fn with_windows(mut self, windows: Vec<Option<usize>>) -> Self {
+        self.windows = windows;
+        self
+    }
+
+    /// What a rule keeps in a layer, in a sequence opened for `length` tokens. A layer that the model does not
+    /// have has no window.
+    pub fn span(&self, layer: usize, rule: &HeadRule, length: usize) -> Span {
+        let span = rule.span(length, self.sink, self.min_span);
+        match self.windows.get(layer).copied().flatten() {
+            Some(window) => span.within(window, length),
+            None => span,
+        }
+    }
+
+    /// Mean share of the context that a plan keeps at a length, in the windows of the model's layers.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if there is not one window for each layer.
+    pub fn density_of(&self, plan: &Plan, length: usize) -> Result<f64> {
+        match self.windows.is_empty() {
+            true => Ok(plan.density(length)),
+            false => Ok(plan.clone().within(self.windows.clone())?.density(length)),
+        }
+    }
+
+    /// Whether a plan is within the bounds on density.
+    ///
+    /// # Errors
+    /// As [`density_of`](Self::density_of).
+    pub fn allows(&self, plan: &Plan) -> Result<bool> {
+        for bound in &self.bounds {
+            let density = self.density_of(plan, bound.length)?;
+            if density > bound.max + 1e-9 || bound.min.is_some_and(|min| density < min) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// The same request for plans whose heads keep at least `share` of the context at the lengths of
@@ -149,7 +206,7 @@ impl PlanRequest {
     /// # Errors
     /// [`Error::UnknownLength`] if the profile lacks a shorter length.
     pub fn predicted_losses(&self, profile: &Profile, lengths: &[usize]) -> Result<Vec<f64>> {
-        let shape = profile.shape;
+        let shape = profile.shape();
         let longest = profile.lengths().last().copied().unwrap_or(0);
         let mut losses =
             Vec::with_capacity(lengths.len() * shape.total_kv_heads() * self.candidates.len());
@@ -160,7 +217,7 @@ impl PlanRequest {
                 for head in 0..shape.kv_heads {
                     let by_distance = influence.by_distance(layer, head, self.sink);
                     losses.extend(self.candidates.iter().map(|rule| {
-                        let span = HeadRule::from(*rule).span(length, self.sink, self.min_span);
+                        let span = self.span(layer, &(*rule).into(), length);
                         by_distance.loss(span.window() * known / length)
                     }));
                 }
@@ -188,7 +245,8 @@ impl PlanRequest {
                 bounds.push(Bound { length: *length, max: *share, min: None });
             }
         }
-        if self.space == Space::Duo {
+        // Windows make heads of different sizes, so that no number of them fills the bound.
+        if self.space == Space::Duo && self.windows.iter().all(Option::is_none) {
             fill(&mut bounds, &sizes, shape.total_kv_heads());
         }
         let problem = Problem::new(
@@ -200,6 +258,10 @@ impl PlanRequest {
             bounds,
             sizes,
         )?;
+        let problem = match self.windows.is_empty() {
+            true => problem,
+            false => problem.with_layer_sizes(self.layer_sizes(shape.layers)?)?,
+        };
         let set = solve(&problem, &self.solver)?;
         let bounded = self.bounds.iter().map(|bound| bound.length);
         let shortest = lengths.iter().copied().chain(bounded).min().unwrap_or(0);
@@ -229,6 +291,28 @@ impl PlanRequest {
         Ok(FoundPlans { plans: plans.collect::<Result<_>>()?, set })
     }
 
+    /// Sizes of the bounds on density, then of those on decode time, `[bound][layer][candidate]`.
+    fn layer_sizes(&self, layers: usize) -> Result<Vec<f64>> {
+        if self.windows.len() != layers {
+            let expected = format!("one for each of {layers} layers");
+            return Err(Error::invalid("sliding windows", expected, self.windows.len()));
+        }
+        let mut sizes = Vec::new();
+        let curves = std::iter::once(None).chain(self.decode_time.as_ref().map(Some));
+        for (curve, bound) in curves.flat_map(|curve| self.bounds.iter().map(move |b| (curve, b))) {
+            for layer in 0..layers {
+                sizes.extend(self.candidates.iter().map(|rule| {
+                    let kept = self.span(layer, &(*rule).into(), bound.length).total();
+                    match curve {
+                        None => kept as f64 / bound.length.max(1) as f64,
+                        Some(CostBound { curve, .. }) => curve.at(kept) / curve.at(bound.length),
+                    }
+                }));
+            }
+        }
+        Ok(sizes)
+    }
+
     /// A rule that below `shortest` tokens, the shortest length at which losses or bounds say anything,
     /// keeps the span it has there, and so no more bytes than there. What a head needs does not shrink
     /// in proportion: lines that go on below that length lose retrieval there.
@@ -246,7 +330,7 @@ impl PlanRequest {
     /// The errors of [`PlanRequest::predicted_losses`] and of [`PlanRequest::search`].
     pub fn search_profile(&self, profile: &Profile, lengths: &[usize]) -> Result<FoundPlans> {
         let losses = self.predicted_losses(profile, lengths)?;
-        let mut found = self.search(profile.shape, lengths, losses)?;
+        let mut found = self.search(profile.shape(), lengths, losses)?;
         for plan in &mut found.plans {
             *plan = plan.clone().with_fingerprint(profile.info.fingerprint.clone());
             plan.provenance.objective = Some(profile.info.objective.clone());

@@ -1,5 +1,7 @@
 use serde::{Deserialize, Serialize};
 
+use crate::{Error, Result};
+
 /// A value at a context length.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -73,6 +75,32 @@ pub struct Trial {
 }
 
 impl Provenance {
+    /// Checks that a file can hold all numbers.
+    pub(crate) fn check_finite(&self) -> Result<()> {
+        let of = |what: &'static str, values: &[AtLength]| -> Vec<(String, f64)> {
+            values.iter().map(|at| (format!("{what} at {} tokens", at.length), at.value)).collect()
+        };
+        let trials = self.trials.iter().enumerate().flat_map(|(index, trial)| {
+            [("predicted", trial.predicted), ("measured", trial.measured)]
+                .map(|(what, value)| (format!("{what} loss of trial {index}"), value))
+        });
+        let single = |what: &str, value: Option<f64>| value.map(|value| (what.to_string(), value));
+        let bad = of("density bound", &self.density_bounds)
+            .into_iter()
+            .chain(of("density floor", &self.density_floors))
+            .chain(of("predicted loss", &self.predicted_losses))
+            .chain(of("measured loss", &self.measured_losses))
+            .chain(of("measured divergence", &self.measured_divergences))
+            .chain(single("smallest share", self.min_share))
+            .chain(single("decode time", self.decode_time))
+            .chain(trials)
+            .find(|(_, value)| !value.is_finite());
+        match bad {
+            Some((what, value)) => Err(Error::invalid(what, "a finite number", value)),
+            None => Ok(()),
+        }
+    }
+
     /// What was measured at a length, beside the prediction for the length nearest to it; `None`
     /// without predictions.
     pub fn trial(&self, round: usize, measured: AtLength) -> Option<Trial> {

@@ -5,12 +5,34 @@ use crate::{Error, Result, Span};
 /// The paper's elastic rule: a head's span grows linearly with the context length,
 /// `S(N) = alpha + beta * N` (MoA, arXiv 2406.14909, section 3.2).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "Line")]
 pub struct ElasticRule {
     /// Offset, in keys.
     pub alpha: f64,
     /// Keys per token of context.
     pub beta: f64,
+}
+
+/// An [`ElasticRule`] as it is read, before the check.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Line {
+    alpha: f64,
+    beta: f64,
+}
+
+impl TryFrom<Line> for ElasticRule {
+    type Error = Error;
+
+    fn try_from(line: Line) -> Result<Self> {
+        Self::new(line.alpha, line.beta)
+    }
+}
+
+impl From<ElasticRule> for Line {
+    fn from(rule: ElasticRule) -> Self {
+        Self { alpha: rule.alpha, beta: rule.beta }
+    }
 }
 
 impl ElasticRule {
@@ -57,15 +79,15 @@ pub struct HeadRule(Vec<ElasticRule>);
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
 enum RuleRepr {
-    One(ElasticRule),
-    Union(Vec<ElasticRule>),
+    One(Line),
+    Union(Vec<Line>),
 }
 
 impl From<HeadRule> for RuleRepr {
     fn from(rule: HeadRule) -> Self {
         match rule.0[..] {
-            [one] => Self::One(one),
-            _ => Self::Union(rule.0),
+            [one] => Self::One(one.into()),
+            _ => Self::Union(rule.0.into_iter().map(Line::from).collect()),
         }
     }
 }
@@ -74,10 +96,12 @@ impl TryFrom<RuleRepr> for HeadRule {
     type Error = Error;
 
     fn try_from(repr: RuleRepr) -> Result<Self> {
-        match repr {
-            RuleRepr::One(one) => Self::union([one]),
-            RuleRepr::Union(lines) => Self::union(lines),
-        }
+        let lines = match repr {
+            RuleRepr::One(one) => vec![one],
+            RuleRepr::Union(lines) => lines,
+        };
+        let rules: Result<Vec<_>> = lines.into_iter().map(ElasticRule::try_from).collect();
+        Self::union(rules?)
     }
 }
 

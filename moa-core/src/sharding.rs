@@ -128,8 +128,13 @@ impl Sharding {
         let heads = self.owned.iter().enumerate().flat_map(|(layer, hands)| {
             hands[rank].iter().map(move |head| layer * self.shape.kv_heads + head)
         });
-        let rules = heads.map(|place| plan.rules()[place].clone()).collect();
+        let heads: Vec<usize> = heads.collect();
+        let rules = heads.iter().map(|&place| plan.rules()[place].clone()).collect();
         let own = Plan::new(self.rank_shape(rank), plan.sink(), plan.min_span(), rules)?;
+        let own = match plan.cache_types() {
+            [] => own,
+            types => own.with_cache_types(heads.iter().map(|&place| types[place]).collect())?,
+        };
         let own = match plan.windows() {
             [] => own,
             windows => own.within(windows.to_vec())?,

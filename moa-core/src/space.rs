@@ -1,5 +1,7 @@
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 use crate::search::{fixed_grid, scaled_grid};
 use crate::{ElasticRule, Error, Result};
 
@@ -8,7 +10,8 @@ use crate::{ElasticRule, Error, Result};
 ///
 /// A fixed span has another density at every length. Bounded at several lengths it obeys the
 /// shortest and wastes room at the others, so bound it at the length it is meant for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Space {
     /// An elastic rule `S(N) = alpha + beta N` per KV head (MoA).
     #[default]

@@ -152,13 +152,14 @@ fn appending_too_much_says_what_fits() {
 }
 
 // Offsets past 2^31 elements must not wrap.
+#[cfg(target_pointer_width = "64")]
 #[test]
 fn offsets_are_64_bit_safe() {
     let n = 1usize << 31;
     let layout =
         LayerLayout::new(&[Span::full(n), Span::full(n), Span::new(4, 4).unwrap()], n, 0).unwrap();
     assert_eq!(layout.head(2).offset().0, 2 * n);
-    assert_eq!(layout.bytes(Dtype::Bf16.slot_bytes(128)), 2 * (2 * n as u64 + 8) * 128 * 2);
+    assert_eq!(layout.bytes(128, Dtype::Bf16.slot_bytes(128)), 2 * (2 * n as u64 + 8) * 128 * 2);
     assert_eq!(layout.head(2).slot(Position(n - 1)).0, 2 * n + 4 + (n - 5) % 4);
     let absurd = usize::MAX / 2 + 1;
     assert!(LayerLayout::new(&[Span::full(absurd), Span::full(absurd)], absurd, 0).is_err());
@@ -213,4 +214,127 @@ proptest! {
         prop_assert!(tight.slots() <= roomy.slots());
         prop_assert!(tight.slots() <= span.total());
     }
+}
+
+/// The slots of a paged engine's memory that hold keys, with their positions.
+fn write_paged(memory: &mut [Option<usize>], mapping: &[i64], len: usize) {
+    for (i, slot) in mapping.iter().enumerate() {
+        if let Ok(slot) = usize::try_from(*slot) {
+            memory[slot] = Some(len + i);
+        }
+    }
+}
+
+proptest! {
+    // An engine that reads the first `held` slots through its block table sees the mask's keys.
+    #[test]
+    fn a_paged_head_holds_what_its_last_query_sees(
+        sink in 0usize..6,
+        window in 1usize..12,
+        capacity in 1usize..60,
+        block_size in 1usize..9,
+        chunks in prop::collection::vec(1usize..14, 1..8),
+        seed in any::<u64>(),
+    ) {
+        let span = Span::new(sink, window).unwrap();
+        let layout = LayerLayout::new(&[Span::full(capacity), span], capacity, 0).unwrap();
+        // Blocks anywhere in the engine's memory.
+        let mut free: Vec<u32> = (0..40).flat_map(|b| [b * 2, b * 2 + 1]).collect();
+        let mut random = moa_core::SplitMix64::new(seed);
+        for i in (1..free.len()).rev() {
+            free.swap(i, (random.next_u64() % (i as u64 + 1)) as usize);
+        }
+        for head in layout.heads() {
+            let mut memory = vec![None; 80 * block_size];
+            let (mut len, mut table) = (0, Vec::new());
+            for &tokens in &chunks {
+                let tokens = tokens.min(capacity - len);
+                while table.len() < head.blocks(len + tokens, block_size).unwrap() {
+                    table.push(free[table.len()]);
+                }
+                let mapping = head.slot_mapping(len, tokens, &table, block_size).unwrap();
+                write_paged(&mut memory, &mapping, len);
+                len += tokens;
+            }
+            let slots = (0..head.held(len))
+                .map(|i| table[i / block_size] as usize * block_size + i % block_size);
+            let seen: BTreeSet<_> = slots.map(|slot| memory[slot].unwrap()).collect();
+            let expected: BTreeSet<_> = (0..len)
+                .filter(|key| head.span().attends(Position(len - 1), Position(*key)))
+                .collect();
+            prop_assert_eq!(seen, expected);
+            let short = head.slot_mapping(0, len, &table[1..], block_size);
+            prop_assert!(short.is_err());
+        }
+    }
+
+    // Whatever is asked for, no slot of another head comes back.
+    #[test]
+    fn runs_stay_within_their_head(
+        spans in prop::collection::vec((0usize..9, 1usize..9), 1..4),
+        capacity in 1usize..30,
+        slack in 0usize..4,
+        from in 0usize..90,
+        count in 0usize..90,
+    ) {
+        let spans: Vec<_> = spans.into_iter().map(|(s, w)| Span::new(s, w).unwrap()).collect();
+        let layout = LayerLayout::new(&spans, capacity, slack).unwrap();
+        for head in layout.heads() {
+            let mut seen = BTreeSet::new();
+            for run in head.runs(from..from + count).chain(head.append(from, count)) {
+                let own = head.offset().0..head.offset().0 + head.slots();
+                prop_assert!(own.contains(&run.slot.0) && run.slot.0 + run.len <= own.end);
+                prop_assert!(run.position.0 >= from && run.position.0 + run.len <= from + count);
+            }
+            for run in head.runs(from..from + count) {
+                for i in 0..run.len {
+                    prop_assert!(seen.insert(run.slot.0 + i), "one slot for two positions");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn layouts_and_states_read_what_they_wrote(
+        spans in prop::collection::vec((0usize..9, 1usize..9), 1..4),
+        capacity in 1usize..30,
+        slack in 0usize..4,
+        steps in prop::collection::vec(0usize..12, 0..8),
+    ) {
+        let spans: Vec<_> = spans.into_iter().map(|(s, w)| Span::new(s, w).unwrap()).collect();
+        let layout = LayerLayout::new(&spans, capacity, slack).unwrap();
+        let mut state = CacheState::new(Arc::new(layout), 8);
+        for step in steps {
+            // A refused step leaves the state as it was.
+            let _ = match step % 2 {
+                0 => state.append(step),
+                _ => state.truncate(state.len().saturating_sub(step / 3)),
+            };
+        }
+        let text = serde_json::to_string(&state).unwrap();
+        prop_assert_eq!(serde_json::from_str::<CacheState>(&text).unwrap(), state, "{}", text);
+    }
+}
+
+#[test]
+fn what_cannot_be_is_not_read() {
+    let state = |ring: usize, extent: &str| {
+        let layout =
+            format!(r#"{{"capacity":100,"heads":[{{"sink":2,"window":6,"ring":{ring}}}]}}"#);
+        let text = format!(r#"{{"layout":{layout},"head_dim":8,"extent":{extent}}}"#);
+        serde_json::from_str::<CacheState>(&text).map_err(|e| e.to_string())
+    };
+    let at = |len: usize, high: usize| format!(r#"{{"len":{len},"high_water":{high}}}"#);
+    assert_eq!(state(6, &at(40, 41)).unwrap().len(), 40);
+    assert!(state(5, &at(0, 0)).unwrap_err().contains("ring: expected 6 to 98 slots, got 5"));
+    assert!(state(99, &at(0, 0)).unwrap_err().contains("ring"));
+    assert!(state(6, &at(101, 101)).unwrap_err().contains("do not fit"));
+    assert!(state(6, &at(41, 40)).unwrap_err().contains("at most 40"));
+    assert!(state(6, &at(30, 40)).unwrap_err().contains("evicted"));
+    assert!(state(6, &at(0, 40)).unwrap_err().contains("extent"));
+    assert!(state(6, "{}").unwrap_err().contains("len"));
+    let span = |text: &str| serde_json::from_str::<Span>(text).map_err(|e| e.to_string());
+    assert!(span(r#"{"sink":2,"window":0}"#).unwrap_err().contains("window"));
+    assert!(span(r#"{"sink":2,"window":3,"more":1}"#).is_err());
+    assert_eq!(span(r#"{"sink":2,"window":3}"#).unwrap(), Span::new(2, 3).unwrap());
 }

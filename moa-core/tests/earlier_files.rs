@@ -58,7 +58,7 @@ fn a_plan_is_written_as_it_was_read() -> Result<()> {
 fn the_search_that_a_plan_names_finds_it_again() -> Result<()> {
     let plans = [Plan::load(file("plan-00.json"))?, Plan::load(file("plan-01.json"))?];
     let profile = Profile::load(file("profile.safetensors"))?;
-    assert_eq!((profile.shape, profile.lengths()), (SHAPE, vec![128, 192]));
+    assert_eq!((profile.shape(), profile.lengths()), (SHAPE, vec![128, 192]));
     assert_eq!(profile.info.fingerprint.as_deref(), Some(WEIGHTS));
     assert!(is_close(profile.at(192)?.far_losses().mean(), -0.013028348653361554));
 

@@ -93,3 +93,54 @@ fn published_plans_import_as_unions_and_export_again() {
     assert!(wrong(short).contains("alphas[0]: expected 4 heads, got 2 heads"));
     assert!(wrong(r#"{"alphas": [[NaN]]}"#).contains("published plan"));
 }
+
+#[test]
+fn a_plan_inside_of_another_message_is_its_file() {
+    let text = serde_json::to_string(&[plan()]).unwrap();
+    assert_eq!(serde_json::from_str::<Vec<Plan>>(&text).unwrap(), [plan()]);
+    let wrong = |from: &str, to: &str| {
+        assert!(text.contains(from), "{from}");
+        serde_json::from_str::<Vec<Plan>>(&text.replacen(from, to, 1)).unwrap_err().to_string()
+    };
+    assert!(wrong("\"version\":1", "\"version\":2").contains("version: expected 1, got 2"));
+    assert!(wrong("\"min_span\":16", "\"min_span\":4").contains("min_span"));
+    let shape = |text: &str| serde_json::from_str::<ModelShape>(text).unwrap_err().to_string();
+    let text = serde_json::to_string(&SHAPE).unwrap();
+    assert!(shape(&text.replace("\"kv_heads\":2", "\"kv_heads\":3")).contains("query_heads"));
+    let line = serde_json::from_str::<ElasticRule>(r#"{"alpha":1,"beta":-1}"#).unwrap_err();
+    assert!(line.to_string().contains("beta"), "{line}");
+}
+
+#[test]
+fn an_additive_mask_is_the_mask() {
+    let plan = plan();
+    let (context, queries) = (40, 17..23);
+    let mask = plan.additive_mask(0, context, queries.clone()).unwrap();
+    let spans = plan.layer_spans(0, context);
+    assert_eq!(mask.len(), spans.len() * queries.len() * queries.end);
+    let mut rows = mask.chunks(queries.end);
+    for span in spans {
+        for query in queries.clone() {
+            for (key, x) in rows.next().unwrap().iter().enumerate() {
+                let seen = span.attends(moa_core::Position(query), moa_core::Position(key));
+                assert_eq!(*x == 0.0, seen);
+                assert!(seen || *x == f32::NEG_INFINITY);
+            }
+        }
+    }
+    assert!(matches!(plan.additive_mask(2, context, queries), Err(Error::Invalid { .. })));
+}
+
+#[test]
+fn dimensions_come_from_a_models_configuration() {
+    let shape = |text: &str| ModelShape::from_config_json(text).map_err(|e| e.to_string());
+    let all = r#"{"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}"#;
+    assert_eq!(shape(all).unwrap(), ModelShape { kv_heads: 4, ..SHAPE });
+    let more = all.replace('}', r#", "num_key_value_heads": 2, "head_dim": 16}"#);
+    assert_eq!(shape(&more).unwrap(), ModelShape { head_dim: 16, ..SHAPE });
+    assert!(
+        shape(&more.replace("2, \"head_dim", "3, \"head_dim")).unwrap_err().contains("query_heads")
+    );
+    assert!(shape(&all.replace("32}", "30}")).unwrap_err().contains("hidden_size"));
+    assert!(shape(r#"{"num_hidden_layers": 2}"#).unwrap_err().contains("num_attention_heads"));
+}

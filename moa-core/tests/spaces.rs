@@ -34,8 +34,7 @@ fn profile(scale: &[f64]) -> Profile {
 }
 
 fn find(space: Space, bounds: &[Bound], profile: &Profile) -> Result<FoundPlans, Error> {
-    let mut request = PlanRequest::bounded(bounds.to_vec(), 16, 32)?.with_space(space);
-    request.solver.target_gap = 0.0;
+    let request = PlanRequest::bounded(bounds.to_vec(), 16, 32)?.with_space(space);
     request.search_profile(profile, &[LENGTH])
 }
 
@@ -184,4 +183,26 @@ fn every_head_keeps_the_smallest_share_and_the_plan_says_so() {
     let fixed = PlanRequest::bounded(vec![at_most(0.4)], 16, 32).unwrap().with_space(Space::Fixed);
     assert!(fixed.clone().with_min_share(0.1).is_err());
     assert_eq!(fixed.clone().with_min_share(0.0).unwrap(), fixed);
+}
+
+#[test]
+fn heads_are_charged_no_more_than_their_layers_window() -> Result<(), Error> {
+    let profile = profile(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    let windows = vec![Some(128), None, Some(128)];
+    let request = PlanRequest::bounded(vec![at_most(0.3)], 16, 32)?;
+    let alike = request.search_profile(&profile, &[LENGTH])?;
+    let request = request.with_windows(windows.clone());
+    let found = request.search_profile(&profile, &[LENGTH])?;
+    let density = |plan: &Plan| request.density_of(plan, LENGTH);
+    for plan in &found.plans {
+        assert!(request.allows(plan)? && density(plan)? > 0.27, "{}", density(plan)?);
+        // The layer without a window gets what the others cannot use.
+        let spans = plan.clone().within(windows.clone())?.spans(LENGTH);
+        assert!(spans.iter().enumerate().all(|(head, s)| head / 2 == 1 || s.total() <= 128));
+    }
+    let most = |plans: &[Plan]| plans.iter().map(|p| density(p).unwrap()).fold(0.0, f64::max);
+    assert!(most(&found.plans) > most(&alike.plans) + 0.05);
+    let wrong = request.with_windows(vec![None]).search_profile(&profile, &[LENGTH]);
+    assert!(matches!(wrong, Err(Error::Invalid { .. })), "{wrong:?}");
+    Ok(())
 }

@@ -40,6 +40,34 @@ pub enum Error {
         path: PathBuf,
     },
 
+    /// A saved sequence is damaged, or another model's, plan's or device's.
+    #[error("saved sequence: {place}: expected {expected}, got {got}")]
+    SavedSequence {
+        /// The part of it.
+        place: String,
+        /// What it must be.
+        expected: String,
+        /// What it is.
+        got: String,
+    },
+
+    /// A model is to guess for another one, and has other tokens.
+    #[error(
+        "{}: expected token `{token}` to be {id}, as in the model that it guesses for, got {}",
+        path.display(),
+        got.map_or("no such token".to_owned(), |id| id.to_string())
+    )]
+    DraftVocabulary {
+        /// Its tokenizer.
+        path: PathBuf,
+        /// The token's text.
+        token: String,
+        /// The id of the model that answers.
+        id: u32,
+        /// The id that it has.
+        got: Option<u32>,
+    },
+
     /// A file is not the JSON it should be: bad syntax, or the same key twice.
     #[error("{}: not a valid JSON object: {reason}", path.display())]
     Json {
@@ -196,9 +224,9 @@ pub enum Error {
         scheme: String,
     },
 
-    /// A model folder has no `tokenizer.json`.
+    /// A model folder has neither `tokenizer.json` nor a `tokenizer.model` of SentencePiece.
     #[error(
-        "{0}: no tokenizer.json, got {got}; transformers writes one: python -c \"from transformers import \
+        "{0}: no tokenizer.json nor SentencePiece's tokenizer.model, got {got}; transformers writes one: python -c \"from transformers import \
          AutoTokenizer as T; T.from_pretrained('{0}').save_pretrained('{0}')\"",
         path.display()
     )]
@@ -276,7 +304,7 @@ pub enum Error {
     /// A sequence would grow past what the model or the open context allows.
     #[error("context of {asked} tokens asked for, at most {limit} allowed")]
     ContextExceeded {
-        /// Tokens needed.
+        /// Tokens needed, or the fewest that a text can have which was not cut into tokens.
         asked: usize,
         /// Tokens allowed.
         limit: usize,
@@ -319,6 +347,22 @@ pub enum Error {
         /// Its value in this run.
         expected: String,
         /// Its value in the file.
+        got: String,
+    },
+
+    /// Another run has the file open.
+    #[error("{}: another run writes this file; wait for its end or name another file", path.display())]
+    InUse {
+        /// The file.
+        path: PathBuf,
+    },
+
+    /// A result is infinite or no number.
+    #[error("{what} must be finite, got {got}")]
+    NotFinite {
+        /// What was computed, with the layer, the head and the position as far as they are known.
+        what: String,
+        /// The value that came.
         got: String,
     },
 

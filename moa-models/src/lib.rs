@@ -30,7 +30,7 @@
 //! # Where things stand
 //! | folder | what it holds |
 //! |---|---|
-//! | `checkpoint` | a model folder or GGUF file: [`Checkpoint`], [`Weights`], [`Gguf`], [`Tokenizer`], [`ChatTemplate`] |
+//! | `checkpoint` | a model folder or GGUF file: [`Checkpoint`], [`quantize`], [`Weights`], [`Gguf`], [`Tokenizer`], [`ChatTemplate`] |
 //! | `families` | how the `config.json` of a family of models is read: [`Family`], [`FAMILIES`] |
 //! | `decoder` | the network, written once for all families and devices: [`Decoder`], [`ModelConfig`], [`Sequence`], and [`Shard`] for a model that several devices share |
 //! | `device` | the operations of a device, [`Device`], [`Load`], [`Math`] and [`Backward`]: [`Cpu`], and by features `Cuda` and `Wgpu` |
@@ -43,6 +43,7 @@
 //! cuBLASLt. `Wgpu` (feature `wgpu`) runs on any GPU with a driver for Vulkan, Metal or DX12. The feature
 //! `hub` adds `fetch`, the folder of a model of the Hugging Face hub by its [`HubId`], and `download`.
 
+mod any;
 mod checkpoint;
 mod date;
 mod decoder;
@@ -50,13 +51,16 @@ mod device;
 mod engine;
 mod error;
 mod eval;
+mod evict;
 mod families;
 mod find_plan;
 mod progress;
 
+pub use any::{AnyChatSession, AnyCheckpoint, AnyEngine, DeviceName};
 pub use checkpoint::Checkpoint;
 pub use checkpoint::fingerprint::fingerprint;
 pub use checkpoint::generation_config::GenerationConfig;
+pub use checkpoint::gguf::write::{Quantized, quantize};
 pub use checkpoint::gguf::{Gguf, is_gguf, open_tensors};
 #[cfg(feature = "hub")]
 pub use checkpoint::hub::{download, fetch};
@@ -89,9 +93,12 @@ pub use device::thread_rank::ThreadRank;
 pub use device::wgpu::Wgpu;
 pub use device::{Backward, Device, Draw, LinearWeights, Load, Math, Memory};
 pub use engine::chat_session::ChatSession;
+pub use engine::constraint::Constraint;
+pub use engine::logprobs::TokenLogprobs;
 pub use engine::request::{Completion, Event, Finish, GenerateOptions, Prompt, RequestId, Usage};
 pub use engine::sampling::{Sampler, SamplingOptions};
 pub use engine::serve::{Engine, EngineOptions};
+pub use engine::speculate::Speculation;
 pub use engine::stop::StopStrings;
 pub use error::{Error, Result};
 pub use eval::agreement::Agreement;
@@ -106,6 +113,7 @@ pub use eval::{
     Prompting, Question, Reference, RetrievalItem, RetrievalReport, Scoring, SizedQuestion, Turn,
     effective_context,
 };
+pub use evict::{Eviction, EvictionKind};
 pub use families::granite::Granite;
 pub use families::llama::Llama;
 pub use families::mistral::Mistral;
@@ -114,19 +122,20 @@ pub use families::qwen2::Qwen2;
 pub use families::qwen3::Qwen3;
 pub use families::smollm3::SmolLm3;
 pub use families::{FAMILIES, Family};
-pub use find_plan::calibrate::{
-    Calibration, CalibrationData, CalibrationOptions, CalibrationPrompt, Part,
-};
+pub use find_plan::calibrate::{Calibration, CalibrationData, CalibrationOptions, Part};
 pub use find_plan::compress::{
-    CompressOptions, Compressed, DEFAULT_BLOCK, bound_decode_time, compress, compress_profile,
-    profile_warnings, with_min_share,
+    CompressOptions, Compressed, bound_decode_time, compress, compress_profile, profile_warnings,
+    with_min_share,
 };
+pub use find_plan::measure::{Evidence, HeldOut, Measured, TextGoal, measured_losses};
 pub use find_plan::objective::{Objective, TokenWeight, WeightedObjective};
+pub use find_plan::precision::{CacheTypes, PER_HEAD};
 pub use find_plan::profile::Item;
+pub use find_plan::profile_all::DEFAULT_BLOCK;
+pub use find_plan::prompts::CalibrationPrompt;
 pub use find_plan::records::{PHRASINGS, Phrasing, RecordPrompt};
-pub use find_plan::refine::{Evidence, Measured, Refined, TextGoal, measured_losses, refine};
-pub use moa_backend_cpu::ops::BlockType;
+pub use find_plan::refine::{Refined, refine};
 #[cfg(feature = "cuda")]
 pub use moa_backend_cuda::NcclId;
-pub use moa_core::Dtype;
+pub use moa_core::{BlockType, CacheType, Dtype};
 pub use progress::{Progress, Stage};

@@ -11,6 +11,8 @@ use crate::{Error, Result};
 pub enum Stage {
     /// A file of a model is downloaded, in MiB.
     Download,
+    /// Weights are rounded to blocks, in tensors.
+    Quantize,
     /// The dense model answers calibration prompts.
     Calibrate,
     /// The influence of keys on the answers is measured.
@@ -29,6 +31,7 @@ impl Stage {
     pub fn name(self) -> &'static str {
         match self {
             Self::Download => "download",
+            Self::Quantize => "quantize",
             Self::Calibrate => "calibrate",
             Self::Profile => "profile",
             Self::Search => "search",

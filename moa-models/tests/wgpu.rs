@@ -3,13 +3,17 @@
 //! Without a GPU trials are ignored; with `MOA_REQUIRE_WGPU=1` they fail then. A software Vulkan driver
 //! is a GPU.
 
+#[allow(dead_code, reason = "the other tests of files use all of it")]
+#[path = "loading/gguf/file.rs"]
+mod file;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use moa_backend_wgpu::Device as Gpu;
 use moa_conformance::{Stop, Verdict, trials};
-use moa_core::{ElasticRule, HeadRule, Influence, ModelShape, Plan, Span};
+use moa_core::{CacheType, ElasticRule, HeadRule, Influence, ModelShape, Plan, Span};
 use moa_models::{
     Backward, Checkpoint, Cpu, Decoder, Dtype, EngineOptions, GenerateOptions, Item, LogitRows,
     Math, ModelConfig, Objective, Weights, Wgpu,
@@ -18,9 +22,11 @@ use moa_models::{
 fn main() -> ExitCode {
     moa_conformance::run(trials![
         generation_and_logits_equal_those_of_the_cpu,
+        heads_of_narrow_types_give_what_the_cpu_gives,
         cache_bytes_are_what_the_plan_promises,
         influence_equals_that_of_the_cpu,
         families_give_what_the_cpu_gives,
+        blocks_give_what_the_cpu_gives,
     ])
 }
 
@@ -55,14 +61,15 @@ const TEXT: &str = "The red box is in the garden. The key of the red box is 7142
 
 /// Tokens and logits of the step after the prompt, read in chunks of 50.
 fn run<D: Math>(checkpoint: &Checkpoint<D>, narrow_spans: bool) -> (Vec<Vec<u32>>, Vec<f32>) {
+    let shape = checkpoint.model.shape();
+    run_plan(checkpoint, &if narrow_spans { narrow(shape) } else { Plan::full(shape).unwrap() })
+}
+
+fn run_plan<D: Math>(checkpoint: &Checkpoint<D>, plan: &Plan) -> (Vec<Vec<u32>>, Vec<f32>) {
     let model = &checkpoint.model;
-    let plan = match narrow_spans {
-        true => narrow(model.shape()),
-        false => Plan::full(model.shape()).unwrap(),
-    };
     let long = checkpoint.tokenizer.encode(TEXT, true).unwrap();
     let short = &long[..9];
-    let mut sequence = model.open(&plan, long.len(), 0).unwrap();
+    let mut sequence = model.open(plan, long.len(), 0).unwrap();
     let mut logits = Vec::new();
     for chunk in long.chunks(50) {
         let rows: Vec<usize> = (0..chunk.len()).collect();
@@ -73,7 +80,7 @@ fn run<D: Math>(checkpoint: &Checkpoint<D>, narrow_spans: bool) -> (Vec<Vec<u32>
     let options = GenerateOptions { max_new_tokens: 12, eos_token_ids, ..Default::default() };
     let mut engine = checkpoint.engine(EngineOptions::default());
     for prompt in [&long[..], short] {
-        engine.submit(prompt, &plan, options.clone());
+        engine.submit(prompt, plan, options.clone());
     }
     (engine.complete_all().unwrap().into_iter().map(|made| made.tokens).collect(), logits)
 }
@@ -91,6 +98,54 @@ fn generation_and_logits_equal_those_of_the_cpu() -> Verdict {
         let largest = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(largest < 2e-3, "narrow {narrow_spans}: logits differ by {largest}");
     }
+    Ok(())
+}
+
+/// Layers whose heads have other types than the device, and one type for all. A code may turn out one larger where sums
+/// before it differ by their last bit.
+fn heads_of_narrow_types_give_what_the_cpu_gives() -> Verdict {
+    let (device, _alone) = device()?;
+    let cpu = Checkpoint::open(Cpu::new(CacheType::Int8), moa_tiny()).unwrap();
+    let gpu = Checkpoint::open(Wgpu::new(&device, CacheType::Int8), moa_tiny()).unwrap();
+    let plan = narrow(cpu.model.shape());
+    let heads = plan.rules().len();
+    let types = [None, Some(CacheType::K8V4), Some(CacheType::Bf16), Some(CacheType::Int8)];
+    let types = (0..heads).map(|head| types[head % 4]).collect();
+    let plan = plan.with_cache_types(types).unwrap();
+    let (expected, expected_logits) = run_plan(&cpu, &plan);
+    let (tokens, logits) = run_plan(&gpu, &plan);
+    assert_eq!(tokens, expected);
+    let pairs = logits.iter().zip(&expected_logits);
+    let mean = pairs.map(|(a, b)| (a - b).abs()).sum::<f32>() / logits.len() as f32;
+    println!("logits differ by {mean} on average");
+    assert!(mean < 5e-3, "logits differ by {mean} on average");
+    Ok(())
+}
+
+/// Blocks of 4 bits, and of 8 for what files keep better; the CPU rounds activations to 15 bits for them.
+fn blocks_give_what_the_cpu_gives() -> Verdict {
+    let (device, _alone) = device()?;
+    let [mut four, eight] = [file::Q4_0, file::Q8_0].map(|kind| file::moa_tiny(&moa_tiny(), kind));
+    for (tensor, other) in four.tensors.iter_mut().zip(eight.tensors) {
+        if tensor.name.contains("attn_v") || tensor.name.contains("token_embd") {
+            *tensor = other;
+        }
+    }
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("model.gguf");
+    std::fs::write(&path, four.bytes())?;
+    let cpu = Checkpoint::open(Cpu::new(Dtype::F32), &path).unwrap();
+    let gpu = Checkpoint::open(Wgpu::new(&device, Dtype::F32), &path).unwrap();
+    let (expected, expected_logits) = run(&cpu, true);
+    let (tokens, logits) = run(&gpu, true);
+    assert_eq!(tokens.len(), expected.len());
+    let pairs = logits.iter().zip(&expected_logits);
+    let largest = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    println!(
+        "logits differ by {largest}, tokens {}",
+        if tokens == expected { "do not" } else { "do" }
+    );
+    assert!(largest < 0.02, "logits differ by {largest}");
     Ok(())
 }
 

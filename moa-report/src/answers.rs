@@ -1,4 +1,3 @@
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -35,7 +34,7 @@ impl Answers {
     /// [`Error::Read`], [`Error::Line`] and [`Error::NoAnswers`].
     pub fn load(name: impl Into<String>, path: &Path) -> Result<Self> {
         let read = |source| Error::Read { path: path.to_path_buf(), source };
-        let text = fs::read_to_string(path).map_err(read)?;
+        let text = moa_core::read_text_file(path).map_err(read)?;
         let mut answers = Vec::new();
         for (index, text) in text.split_inclusive('\n').enumerate() {
             if text.trim().is_empty() || (index > 0 && !text.ends_with('\n')) {
@@ -112,6 +111,8 @@ impl Line<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn read(text: &str, number: usize) -> Result<Vec<Answer>> {

@@ -1,4 +1,4 @@
-use moa_core::Plan;
+use moa_core::{CacheType, Plan};
 use serde::{Serialize, Serializer};
 
 const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
@@ -14,13 +14,16 @@ pub struct HeadMap {
     pub kv_heads: usize,
     /// Keys that each head keeps, layer-major.
     pub spans: Vec<usize>,
+    /// The types in which heads hold them, as far as the plan says; may be empty.
+    pub types: Vec<Option<CacheType>>,
 }
 
 impl HeadMap {
     /// The spans of `plan` in a sequence opened for `length` tokens.
     pub fn new(plan: &Plan, length: usize) -> Self {
         let spans = plan.spans(length).iter().map(|s| s.total().min(length)).collect();
-        Self { length, kv_heads: plan.shape().kv_heads, spans }
+        let types = plan.cache_types().to_vec();
+        Self { length, kv_heads: plan.shape().kv_heads, spans, types }
     }
 
     /// Spans by layer.
@@ -44,7 +47,8 @@ impl HeadMap {
                 .iter()
                 .map(|map| {
                     let head = format!("N = {}", map.length);
-                    std::iter::once(head).chain(map.layers().map(|l| map.row(l))).collect()
+                    let rows = (0..map.layers().count()).map(|layer| map.row(layer));
+                    std::iter::once(head).chain(rows).collect()
                 })
                 .collect();
             let width = group.iter().map(HeadMap::width).max().unwrap_or(0);
@@ -58,6 +62,13 @@ impl HeadMap {
         blocks.push(
             "bars: one per KV head; ▁ at most 1/8 of the context, █ more than 7/8".to_string(),
         );
+        if maps.iter().any(|map| !map.types.is_empty()) {
+            blocks.push(
+                "beside them the cache's bits: 8 int8, f fp8, k keys in 8 and values in 4, 4 int4, \
+                 - the engine's own"
+                    .to_string(),
+            );
+        }
         blocks.join("\n\n")
     }
 
@@ -66,18 +77,37 @@ impl HeadMap {
         BARS[level.clamp(1, 8) - 1]
     }
 
-    /// One bar per head, wide where there are few of them.
-    fn row(&self, spans: &[usize]) -> String {
-        let cell = |span: &usize| match self.kv_heads {
-            0..=16 => format!("{0}{0} ", self.bar(*span)),
-            _ => self.bar(*span).to_string(),
+    /// What stands for a head's type.
+    fn bits(&self, head: usize) -> char {
+        match self.types.get(head).copied().flatten() {
+            None if self.types.is_empty() => ' ',
+            None => '-',
+            Some(CacheType::Int8) => '8',
+            Some(CacheType::Fp8) => 'f',
+            Some(CacheType::K8V4) => 'k',
+            Some(CacheType::Int4) => '4',
+            Some(_) => 'w',
+        }
+    }
+
+    /// One bar per head, wide where there are few of them, and its type where the plan says one.
+    fn row(&self, layer: usize) -> String {
+        let heads = layer * self.kv_heads..((layer + 1) * self.kv_heads).min(self.spans.len());
+        let cell = |head: usize| match (self.bar(self.spans[head]), self.kv_heads) {
+            (bar, 0..=16) => format!("{bar}{bar}{}", self.bits(head)),
+            (bar, _) if self.types.is_empty() => bar.to_string(),
+            (bar, _) => format!("{bar}{}", self.bits(head)),
         };
-        spans.iter().map(cell).collect::<String>().trim_end().to_string()
+        heads.map(cell).collect::<String>().trim_end().to_string()
     }
 
     fn width(&self) -> usize {
         let head = format!("N = {}", self.length).len();
-        head.max(if self.kv_heads <= 16 { 3 * self.kv_heads - 1 } else { self.kv_heads })
+        let typed = usize::from(!self.types.is_empty());
+        head.max(match self.kv_heads {
+            0..=16 => (3 * self.kv_heads + typed).saturating_sub(1),
+            heads => heads * (1 + typed),
+        })
     }
 }
 
@@ -99,17 +129,24 @@ mod tests {
 
     #[test]
     fn bars_are_as_high_as_spans() {
-        let map = HeadMap { length: 800, kv_heads: 2, spans: vec![800, 80, 101, 700] };
+        let map =
+            HeadMap { length: 800, kv_heads: 2, spans: vec![800, 80, 101, 700], types: vec![] };
         let text = HeadMap::draw(&[map.clone(), map]);
         let lines: Vec<_> = text.lines().collect();
         assert_eq!(lines[0], "          N = 800    N = 800");
         assert_eq!(lines[1], "layer 0   ██ ▁▁      ██ ▁▁");
         assert_eq!(lines[2], "layer 1   ▂▂ ▇▇      ▂▂ ▇▇");
+        let types = vec![Some(CacheType::Int8), Some(CacheType::Int4), None, Some(CacheType::K8V4)];
+        let map = HeadMap { length: 800, kv_heads: 2, spans: vec![800, 80, 101, 700], types };
+        let text = HeadMap::draw(&[map]);
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines[1..3], ["layer 0   ██8▁▁4", "layer 1   ▂▂-▇▇k"]);
+        assert!(text.contains("8 int8"));
     }
 
     #[test]
     fn many_heads_and_lengths_wrap() {
-        let map = HeadMap { length: 100, kv_heads: 64, spans: vec![50; 128] };
+        let map = HeadMap { length: 100, kv_heads: 64, spans: vec![50; 128], types: vec![] };
         let text = HeadMap::draw(&[map.clone(), map]);
         assert!(text.lines().all(|line| line.chars().count() <= LINE), "{text}");
         assert_eq!(text.matches("N = 100").count(), 2);

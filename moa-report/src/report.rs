@@ -1,4 +1,4 @@
-use moa_core::{Dtype, Plan};
+use moa_core::{CacheType, Plan};
 
 use crate::figure::{self, Bars};
 use crate::text::percent;
@@ -29,8 +29,8 @@ pub struct Report {
     pub answers: Vec<Answers>,
     /// Context lengths to look at; empty for those of the plans' searches.
     pub lengths: Vec<usize>,
-    /// Element type of the caches.
-    pub cache: Dtype,
+    /// Type of the caches of heads for which a plan says none.
+    pub cache: CacheType,
 }
 
 /// A report without content, for caches of bf16.
@@ -42,7 +42,7 @@ impl Default for Report {
             searched: Vec::new(),
             answers: Vec::new(),
             lengths: Vec::new(),
-            cache: Dtype::Bf16,
+            cache: CacheType::Bf16,
         }
     }
 }

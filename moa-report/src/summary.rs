@@ -1,6 +1,6 @@
 use std::fmt;
 
-use moa_core::{AtLength, ModelShape, Plan, Provenance};
+use moa_core::{AtLength, CacheType, ModelShape, Plan, Provenance};
 use serde::Serialize;
 
 use crate::HeadMap;
@@ -28,6 +28,9 @@ pub struct PlanSummary {
     sink: usize,
     min_span: usize,
     provenance: Provenance,
+    /// The cache type of each head, layer-major, where the plan says any.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    cache_types: Vec<Option<CacheType>>,
     at: Vec<PlanSize>,
 }
 
@@ -63,6 +66,7 @@ impl PlanSummary {
             sink: plan.sink(),
             min_span: plan.min_span(),
             provenance: plan.provenance.clone(),
+            cache_types: plan.cache_types().to_vec(),
             at: lengths.iter().map(size).collect(),
         }
     }

@@ -122,6 +122,7 @@ impl SparseAttentionBackend for FixedPoint {
     }
 
     fn open(&self, layout: &LayerLayout, head_dim: usize) -> Result<Cache> {
+        layout.check_cache_types(self.name(), |own| self.has_cache_type(own))?;
         let codes = vec![0; layout.slots() * head_dim];
         let state = CacheState::new(Arc::new(layout.clone()), head_dim);
         Ok(Cache { state, keys: codes.clone(), values: codes })

@@ -1,8 +1,11 @@
 use std::ops::Range;
 
-use moa_core::HeadLayout;
+use moa_core::{HeadLayout, RowType, rotation};
 
-use crate::element::Element;
+use crate::cache::Rows;
+use crate::element::RowElement;
+use crate::simd::dispatch;
+use crate::simd::dot::{Dots, Queries, WeightedSums, Widen};
 
 /// Where a stretch of visible keys lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,24 +62,121 @@ pub(crate) fn segments(head: &HeadLayout, len: usize, queries: Range<usize>) -> 
     segments
 }
 
-/// The keys (or values) of one sequence and KV head: the cache's buffer and the head's staged rows,
-/// in the same element type, so that a key is the same number wherever it is read.
+/// What attention does with one head's keys or values, whatever they are made of: what is compiled for each type
+/// and instruction set is here.
+pub(crate) trait HeadRows: Sync {
+    fn row_type(&self) -> RowType;
+
+    /// Products of queries with these rows: `scores[query * stride + row]`.
+    fn dots(&self, part: Part, queries: Queries<'_>, scores: &mut [f32], stride: usize);
+
+    /// Adds these rows, each times its weight, which is spoilt, to `count` rows of `out`.
+    fn add_weighted(
+        &self,
+        part: Part,
+        count: usize,
+        weights: (&mut [f32], usize),
+        out: (&mut [f32], usize),
+    );
+
+    /// The rows themselves, if they are f32 in one piece.
+    fn plain(&self, part: Part) -> Option<&[f32]>;
+
+    /// The rows as f32.
+    fn widen(&self, part: Part, to: &mut [f32]);
+}
+
+/// Some of a head's rows.
 #[derive(Clone, Copy)]
-pub(crate) struct Source<'a, E> {
-    pub(crate) cached: &'a [E],
-    pub(crate) new: &'a [E],
+pub(crate) struct Part {
+    /// The first of them, counted from the head's first slot or from its sequence's first new token.
+    first: usize,
+    is_new: bool,
+    len: usize,
+    dim: usize,
+}
+
+impl<E: RowElement> Rows<E> {
+    /// Rows, and their scales if they have any.
+    fn part(&self, part: Part) -> (&[E], &[u16]) {
+        let Part { first, is_new, len, dim } = part;
+        let (from, units) = (if is_new { &self.staged } else { &self.cached }, E::units(dim));
+        let scales = match E::TYPE.is_narrow() {
+            true => &from.scales[first..][..len],
+            false => &[],
+        };
+        (&from.codes[first * units..][..len * units], scales)
+    }
+}
+
+impl<E: RowElement> HeadRows for Rows<E> {
+    fn row_type(&self) -> RowType {
+        E::TYPE
+    }
+
+    fn dots(&self, part: Part, queries: Queries<'_>, scores: &mut [f32], score_stride: usize) {
+        let (keys, scales) = self.part(part);
+        E::dots(Dots { dim: part.dim, queries, keys, scales, scores, score_stride });
+    }
+
+    fn add_weighted(
+        &self,
+        part: Part,
+        count: usize,
+        (weights, weight_stride): (&mut [f32], usize),
+        (out, out_stride): (&mut [f32], usize),
+    ) {
+        let ((values, scales), dim) = (self.part(part), part.dim);
+        dispatch(WeightedSums {
+            dim,
+            count,
+            weights,
+            weight_stride,
+            values,
+            scales,
+            out,
+            out_stride,
+        });
+    }
+
+    fn plain(&self, part: Part) -> Option<&[f32]> {
+        E::plain(self.part(part).0)
+    }
+
+    fn widen(&self, part: Part, to: &mut [f32]) {
+        let (rows, scales) = self.part(part);
+        dispatch(Widen { dim: part.dim, rows, scales, to });
+    }
+}
+
+/// The keys (or values) of one sequence and KV head: the cache's rows and the head's staged ones, in the same
+/// type, so that a key is the same number wherever it is read.
+#[derive(Clone, Copy)]
+pub(crate) struct Source<'a> {
+    pub(crate) rows: &'a dyn HeadRows,
+    /// The head's first slot.
+    pub(crate) first: usize,
     pub(crate) dim: usize,
 }
 
-impl<'a, E: Element> Source<'a, E> {
-    /// A segment's rows, `[len, dim]`.
-    #[inline(always)]
-    pub(crate) fn rows(&self, segment: Segment) -> &'a [E] {
-        let (from, row) = match segment.place {
-            Place::Cached(slot) => (self.cached, slot),
-            Place::New(token) => (self.new, token),
+impl Source<'_> {
+    /// Where a segment's rows are.
+    pub(crate) fn part(&self, segment: Segment) -> Part {
+        let (is_new, first) = match segment.place {
+            Place::Cached(slot) => (false, slot - self.first),
+            Place::New(token) => (true, token),
         };
-        &from[row * self.dim..][..segment.len * self.dim]
+        Part { first, is_new, len: segment.len, dim: self.dim }
+    }
+
+    /// Whether rows are rotated.
+    pub(crate) fn rotates(&self) -> bool {
+        self.rows.row_type().rotates()
+    }
+
+    /// What scores or outputs are to be multiplied by, as rows are rotated: 1 where they are not.
+    pub(crate) fn unrotated(&self) -> f32 {
+        if self.rotates() { 1.0 / rotation(self.dim) as f32 } else { 1.0 }
     }
 }
 

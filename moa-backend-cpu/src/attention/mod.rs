@@ -7,13 +7,13 @@ mod stage;
 mod tile;
 
 use moa_core::{
-    Append, AttentionShape, CacheState, ExtendInputs, Extended, HeadLayout, check_extend,
+    Append, AttentionShape, CacheState, ExtendInputs, Extended, HeadLayout, check_extend, rotate,
+    rotation,
 };
 
-use self::keys::Source;
+use self::keys::{HeadRows, Source};
 use self::schedule::{Kind, Schedule, Task};
-use crate::cache::{Cache, Pair, with_store};
-use crate::element::Element;
+use crate::cache::{Cache, with_store};
 use crate::pool::{self, SharedMut};
 use crate::{Result, Tensor, workspace};
 
@@ -78,7 +78,10 @@ impl Call<'_> {
             pool::for_each(schedule.tasks.len(), schedule.work, |i| {
                 let task = &schedule.tasks[i];
                 let cache = &*self.batch[task.sequence].cache;
-                with_store!(&cache.store, pair => self.task(task, &cache.state, pair, &row_heads, &partials));
+                let store = &cache.heads[task.kv_head];
+                let sources: [&dyn HeadRows; 2] =
+                    with_store!(store, pair => [&pair.keys, &pair.values]);
+                self.task(task, &cache.state, sources, &row_heads, &partials);
             });
         }
         for row_head in &row_heads {
@@ -108,11 +111,11 @@ impl Call<'_> {
         self.batch[sequence].tokens * self.shape.group() * row::partial_len(self.shape.head_dim)
     }
 
-    fn task<E: Element>(
+    fn task(
         &self,
         task: &Task,
         state: &CacheState,
-        pair: &Pair<E>,
+        sources: [&dyn HeadRows; 2],
         row_heads: &[RowHead],
         partials: &SharedMut<'_, f32>,
     ) {
@@ -121,10 +124,8 @@ impl Call<'_> {
         let group = self.shape.group();
         let head: &HeadLayout = state.layout().head(kv_head);
         let (first, count) = (self.first[sequence], self.batch[sequence].tokens);
-        let new = kv_head * count * head_dim;
-        let keys = Source { cached: &pair.keys[..], new: &pair.staged_keys[new..], dim: head_dim };
-        let values =
-            Source { cached: &pair.values[..], new: &pair.staged_values[new..], dim: head_dim };
+        let (slot, dim) = (head.offset().0, head_dim);
+        let [keys, values] = sources.map(|rows| Source { rows, first: slot, dim });
         match kind {
             Kind::Tile { tokens } => workspace::run(tile::TileTask {
                 head,
@@ -168,6 +169,8 @@ impl Call<'_> {
         let AttentionShape { query_heads, head_dim, .. } = *self.shape;
         let group = self.shape.group();
         let stride = self.split_len(row_head.sequence);
+        let store = &self.batch[row_head.sequence].cache.heads[row_head.kv_head];
+        let rotates = with_store!(store, pair => pair.values.row_type().rotates());
         for row in 0..self.batch[row_head.sequence].tokens * group {
             let token = self.first[row_head.sequence] + row / group;
             let at = token * query_heads + row_head.kv_head * group + row % group;
@@ -175,6 +178,10 @@ impl Call<'_> {
             let out = unsafe { self.out.slice(at * head_dim, head_dim) };
             let partials = &partials[row_head.start + row * row::partial_len(head_dim)..];
             let lse = row::merge(partials, stride, row_head.splits, out);
+            if rotates {
+                rotate(out);
+                out.iter_mut().for_each(|x| *x /= rotation(head_dim) as f32);
+            }
             if let Some(all) = &self.lse {
                 // SAFETY: as above.
                 unsafe { all.slice(at, 1)[0] = lse };
@@ -185,10 +192,12 @@ impl Call<'_> {
 
 #[cfg(test)]
 mod tests {
-    use moa_core::{Dtype, LayerLayout, Span, SparseAttentionBackend};
+    use moa_core::{CacheType, LayerLayout, Position, Span, SparseAttentionBackend};
 
     use super::*;
     use crate::CpuBackend;
+    use crate::cache::Pair;
+    use crate::element::RowElement;
 
     // 10. Reading slots nobody wrote (vLLM's tests fill them with NaN).
     #[test]
@@ -200,11 +209,13 @@ mod tests {
                 (0..tokens * heads * 8).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
             Tensor::new(data, &[tokens, heads, 8]).unwrap()
         };
-        for dtype in Dtype::ALL {
+        for dtype in CacheType::ALL {
             let backend = CpuBackend::new(dtype);
             let mut clean = backend.open(&layout, 8).unwrap();
             let mut poisoned = backend.open(&layout, 8).unwrap();
-            with_store!(&mut poisoned.store, pair => poison(pair));
+            for head in &mut poisoned.heads {
+                with_store!(head, pair => poison(pair));
+            }
             for tokens in [1, 2, 90, 1, 3, 1, 130, 1] {
                 let (q, kv) = (tensor(tokens, 6), tensor(tokens, 3));
                 let inputs = ExtendInputs { q: &q, k: &kv, v: &kv, scale: 0.4, lse: true };
@@ -212,6 +223,60 @@ mod tests {
                     .map(|cache| backend.extend(&mut [Append { cache, tokens }], &inputs).unwrap());
                 assert!(a.out.data().iter().all(|x| x.is_finite()));
                 assert_eq!(a, b);
+            }
+        }
+    }
+
+    /// A slot that is used and holds no number: only queries that see it say so.
+    #[test]
+    fn a_value_that_is_no_number_reaches_only_the_queries_that_see_it() {
+        const TOKENS: usize = 300;
+        let spans = [Span::full(TOKENS), Span::new(3, 20).unwrap(), Span::new(0, 150).unwrap()];
+        let layout = LayerLayout::new(&spans, TOKENS, 7).unwrap();
+        let data = |heads: usize| -> Vec<f32> {
+            (0..TOKENS * heads * 8).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect()
+        };
+        let rows = |all: &[f32], heads: usize, range: std::ops::Range<usize>| {
+            let rows = all[range.start * heads * 8..range.end * heads * 8].to_vec();
+            Tensor::new(rows, &[range.len(), heads, 8]).unwrap()
+        };
+        for (dtype, chunk) in
+            CacheType::ALL.into_iter().flat_map(|d| [(d, 1), (d, 3), (d, 40), (d, 300)])
+        {
+            let backend = CpuBackend::new(dtype);
+            let run = |k: &[f32], v: &[f32]| {
+                let mut cache = backend.open(&layout, 8).unwrap();
+                let (q, mut out) = (data(6), Vec::new());
+                for start in (0..TOKENS).step_by(chunk) {
+                    let range = start..(start + chunk).min(TOKENS);
+                    let (q, k, v) = (
+                        rows(&q, 6, range.clone()),
+                        rows(k, 3, range.clone()),
+                        rows(v, 3, range.clone()),
+                    );
+                    let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: 0.4, lse: false };
+                    let batch = &mut [Append { cache: &mut cache, tokens: range.len() }];
+                    out.extend(backend.extend(batch, &inputs).unwrap().out.into_data());
+                }
+                out
+            };
+            let clean = run(&data(3), &data(3));
+            for (at, bad) in
+                [(0, f32::NAN), (130, f32::INFINITY), (141, f32::NEG_INFINITY), (299, f32::NAN)]
+            {
+                let mut poisoned = data(3);
+                poisoned[at * 24..(at + 1) * 24].fill(bad);
+                // As a value, and as a key, whose score no longer is a number.
+                for out in [run(&data(3), &poisoned), run(&poisoned, &data(3))] {
+                    for (index, (out, clean)) in out.iter().zip(&clean).enumerate() {
+                        let (query, head) = (index / 48, index / 8 % 6 / 2);
+                        if !spans[head].attends(Position(query), Position(at)) {
+                            let place =
+                                format!("{dtype:?}, chunks of {chunk}, {bad} at {at}: {query}");
+                            assert!((out - clean).abs() < 1e-4, "{place}: {out} {clean}");
+                        }
+                    }
+                }
             }
         }
     }
@@ -224,7 +289,10 @@ mod tests {
             let data = (0..tokens * heads * dim).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0);
             Tensor::new(data.collect(), &[tokens, heads, dim]).unwrap()
         };
-        for (dtype, dim) in [(Dtype::F32, 20), (Dtype::F16, 24), (Dtype::Bf16, 72)] {
+        let of_types = CacheType::ALL.into_iter().zip([20, 24, 72, 64, 40, 48, 21]);
+        for (dtype, dim) in of_types.chain([(CacheType::K8V4, 96), (CacheType::Int4, 64)]) {
+            // AVX-512 rounds queries to 16 bits where keys are whole numbers: 2^-16 of scores of up to 12.
+            let bound = if dtype.keys().rotates() { 2e-4 } else { 1e-5 };
             let backend = CpuBackend::new(dtype);
             let run = || {
                 let mut cache = backend.open(&layout, dim).unwrap();
@@ -242,14 +310,18 @@ mod tests {
             let results = crate::simd::tests::on_every_arch(run);
             for result in &results[1..] {
                 for (a, b) in result.iter().zip(&results[0]) {
-                    assert!((a - b).abs() < 1e-5, "{dtype:?}: {a} {b}");
+                    assert!((a - b).abs() < bound, "{dtype:?}: {a} {b}");
                 }
             }
         }
     }
 
-    fn poison<E: Element>(pair: &mut Pair<E>) {
-        E::narrow_slice(&vec![f32::NAN; pair.keys.len()], &mut pair.keys);
-        E::narrow_slice(&vec![f32::NAN; pair.values.len()], &mut pair.values);
+    fn poison<K: RowElement, V: RowElement>(pair: &mut Pair<K, V>) {
+        fn rows<E: RowElement>(rows: &mut crate::cache::Rows<E>) {
+            bytemuck::cast_slice_mut::<E, u8>(&mut rows.cached.codes).fill(0xff);
+            rows.cached.scales.fill(0x7fc0);
+        }
+        rows(&mut pair.keys);
+        rows(&mut pair.values);
     }
 }

@@ -3,31 +3,31 @@
 
 use std::ops::Range;
 
-use moa_core::HeadLayout;
+use moa_core::{HeadLayout, rotate};
 use pulp::Simd;
 
 use super::keys::{Segment, Source, segments};
 use super::schedule::SPLIT_KEYS;
 use super::tile::NOTHING;
-use crate::element::Element;
-use crate::simd::dot::{Rows, dots, weighted_sum};
+use crate::simd::dot::Queries;
 use crate::simd::exp2::exp2;
 use crate::simd::outer::LANES;
+use crate::simd::whole;
 use crate::workspace::{self, Workspace};
 
 /// One split of the keys of one KV head, for all new tokens of a sequence.
-pub(crate) struct RowTask<'a, E> {
+pub(crate) struct RowTask<'a> {
     pub(crate) head: &'a HeadLayout,
     pub(crate) len: usize,
     pub(crate) tokens: usize,
-    /// The split: keys counted in ascending order of position.
+    /// The split: keys of each token counted in ascending order of position.
     pub(crate) split: Range<usize>,
     pub(crate) group: usize,
     /// The group's query head `h` of token `t` starts at `t * q_stride + h * dim`.
     pub(crate) q: &'a [f32],
     pub(crate) q_stride: usize,
-    pub(crate) keys: Source<'a, E>,
-    pub(crate) values: Source<'a, E>,
+    pub(crate) keys: Source<'a>,
+    pub(crate) values: Source<'a>,
     pub(crate) scale: f32,
     /// `[tokens, group]` partial results of [`partial_len`] elements: maximum, sum, output.
     pub(crate) partial: &'a mut [f32],
@@ -43,51 +43,37 @@ fn padded(dim: usize) -> usize {
     dim.next_multiple_of(LANES)
 }
 
-/// Calls a kernel for 4, 2 or 1 rows at a time.
-macro_rules! by_rows {
-    ($rows:expr, $r:ident => $kernel:ident $arguments:tt) => {{
-        let mut $r = 0;
-        while $rows - $r >= 4 {
-            by_rows!(@call $kernel, 4, $arguments);
-            $r += 4;
-        }
-        while $rows - $r >= 2 {
-            by_rows!(@call $kernel, 2, $arguments);
-            $r += 2;
-        }
-        if $rows > $r {
-            by_rows!(@call $kernel, 1, $arguments);
-        }
-    }};
-    (@call $kernel:ident, $n:literal, ($($argument:expr),+ $(,)?)) => {
-        $kernel::<S, _, $n>($($argument),+)
-    };
-}
-
-impl<E: Element> workspace::Task for RowTask<'_, E> {
+impl workspace::Task for RowTask<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S, workspace: &mut Workspace) {
-        let (dim, wide) = (self.keys.dim, padded(self.keys.dim));
-        let [q, scores] = workspace.parts([self.group * wide, self.group * SPLIT_KEYS]);
-        let pieces = self.pieces();
+        let (dim, wide, group) = (self.keys.dim, padded(self.keys.dim), self.group);
+        let is_whole = whole::is_used(self.keys.rows.row_type(), dim);
+        // Two codes of 16 bits to an f32, of an even head dimension.
+        let codes = if is_whole { group * dim / 2 } else { 0 };
+        let [q, scores, codes, steps, sums] =
+            workspace.parts([group * wide, group * SPLIT_KEYS, codes, group, group]);
+        let codes: &mut [i16] = bytemuck::cast_slice_mut(codes);
+        let sums: &mut [i32] = bytemuck::cast_slice_mut(sums);
         for token in 0..self.tokens {
             self.pack_queries(token, q);
-            let query = self.len + token;
-            let seen = self.head.span().visible_to(query..query + 1);
+            if is_whole {
+                let rows = q.chunks_exact(wide).zip(codes.chunks_exact_mut(dim));
+                for ((q, codes), (step, sum)) in rows.zip(steps.iter_mut().zip(&mut *sums)) {
+                    (*step, *sum) = whole::round(&q[..dim], codes);
+                }
+            }
+            let whole = is_whole.then_some(whole::Queries { codes, steps, sums });
+            let pieces = self.pieces(token);
             scores.fill(f32::NEG_INFINITY);
-            for (at, piece) in Self::seen(&pieces, &seen) {
-                let scores = &mut scores[at..];
-                let keys = rows(self.keys.rows(piece), dim, piece.len);
-                by_rows!(self.group, r => dots(
-                    simd, dim, rows(&q[r * wide..], wide, self.group - r), keys,
-                    &mut scores[r * SPLIT_KEYS..], SPLIT_KEYS,
-                ));
+            for &(at, piece) in &pieces {
+                let queries = Queries { wide: q, whole };
+                let part = self.keys.part(piece);
+                self.keys.rows.dots(part, queries, &mut scores[at..], SPLIT_KEYS);
             }
             let partial_len = partial_len(dim);
-            let partial =
-                &mut self.partial[token * self.group * partial_len..][..self.group * partial_len];
+            let partial = &mut self.partial[token * group * partial_len..][..group * partial_len];
             for (scores, partial) in
                 scores.chunks_exact_mut(SPLIT_KEYS).zip(partial.chunks_exact_mut(partial_len))
             {
@@ -95,28 +81,24 @@ impl<E: Element> workspace::Task for RowTask<'_, E> {
                 let padded = self.split.len().next_multiple_of(LANES);
                 (partial[0], partial[1]) = softmax(simd, &mut scores[..padded]);
             }
-            for (at, piece) in Self::seen(&pieces, &seen) {
-                let scores = &scores[at..];
-                let values = rows(self.values.rows(piece), dim, piece.len);
-                by_rows!(self.group, r => weighted_sum(
-                    simd, dim, &scores[r * SPLIT_KEYS..], SPLIT_KEYS, values,
-                    &mut partial[r * partial_len + 2..], partial_len,
-                ));
+            for &(at, piece) in &pieces {
+                let (part, weights) = (self.values.part(piece), (&mut scores[at..], SPLIT_KEYS));
+                let out = (&mut partial[2..], partial_len);
+                self.values.rows.add_weighted(part, group, weights, out);
             }
         }
     }
 }
 
-fn rows<E>(data: &[E], stride: usize, count: usize) -> Rows<'_, E> {
-    Rows { data, stride, count }
-}
-
-impl<E: Element> RowTask<'_, E> {
-    /// The split's segments, each with the place of its first key in the split.
-    fn pieces(&self) -> Vec<(usize, Segment)> {
+impl RowTask<'_> {
+    /// The split's segments of the keys that a token sees, each with the place of its first key in the split.
+    ///
+    /// Each token has splits of its own, so that its sums are those of a call of this token alone.
+    fn pieces(&self, token: usize) -> Vec<(usize, Segment)> {
         let mut before = 0;
         let mut pieces = Vec::with_capacity(6);
-        for segment in segments(self.head, self.len, self.len..self.len + self.tokens) {
+        let query = self.len + token;
+        for segment in segments(self.head, self.len, query..query + 1) {
             let start = self.split.start.saturating_sub(before);
             let end = self.split.end.saturating_sub(before);
             let positions = segment.position + start..segment.position + end.min(segment.len);
@@ -128,28 +110,18 @@ impl<E: Element> RowTask<'_, E> {
         pieces
     }
 
-    /// The parts of the pieces that one query sees.
-    fn seen<'a>(
-        pieces: &'a [(usize, Segment)],
-        seen: &'a [Range<usize>; 2],
-    ) -> impl Iterator<Item = (usize, Segment)> + 'a {
-        pieces.iter().flat_map(move |&(at, piece)| {
-            seen.iter().filter_map(move |range| {
-                let part = piece.clip(range.clone())?;
-                Some((at + part.position - piece.position, part))
-            })
-        })
-    }
-
     /// Queries of one token, `[group, padded dim]`, scaled so that scores are logarithms to the
     /// base 2.
     fn pack_queries(&self, token: usize, packed: &mut [f32]) {
         let dim = self.keys.dim;
-        let scale = self.scale * std::f32::consts::LOG2_E;
+        let scale = self.scale * std::f32::consts::LOG2_E * self.keys.unrotated();
         let from = &self.q[token * self.q_stride..][..self.group * dim];
         for (to, from) in packed.chunks_exact_mut(padded(dim)).zip(from.chunks_exact(dim)) {
             to.fill(0.0);
             to.iter_mut().zip(from).for_each(|(to, x)| *to = x * scale);
+            if self.keys.rotates() {
+                rotate(&mut to[..dim]);
+            }
         }
     }
 }

@@ -23,6 +23,12 @@ pub(crate) const SPLIT_KEYS: usize = 512;
 /// after 4096 tokens for groups of 1, 2 and 4.
 const ROW_KERNEL_ROWS: usize = 12;
 
+/// New tokens that always go through the row kernel, so that drafts are checked by the kernel that decodes.
+const ROW_KERNEL_TOKENS: usize = crate::FEW_ROWS;
+
+// Prompts go through the tile kernel.
+const _: () = assert!(ROW_KERNEL_ROWS < crate::MANY_ROWS && ROW_KERNEL_TOKENS < crate::MANY_ROWS);
+
 /// One independent piece of attention: one KV head of one sequence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Task {
@@ -35,7 +41,7 @@ pub(crate) struct Task {
 pub(crate) enum Kind {
     /// A tile of the sequence's new tokens over all their keys.
     Tile { tokens: Range<usize> },
-    /// All new tokens over one split of their keys, counted in ascending order of position.
+    /// All new tokens, each over one split of its own keys, counted in ascending order of position.
     Row { keys: Range<usize> },
 }
 
@@ -63,7 +69,7 @@ pub(crate) fn schedule<'a>(
                 tasks.push((cost as u64, Task { sequence: index, kv_head, kind }));
             };
             if uses_rows(new, group) {
-                let keys = count(head, len, 0..new);
+                let keys = count(head, len, new - 1..new);
                 for start in (0..keys).step_by(SPLIT_KEYS) {
                     let split = start..keys.min(start + SPLIT_KEYS);
                     push(split.len() * new, Kind::Row { keys: split });
@@ -89,12 +95,12 @@ pub(crate) fn schedule<'a>(
 
 /// Whether a sequence with `tokens` new tokens goes through the row kernel.
 pub(crate) fn uses_rows(tokens: usize, group: usize) -> bool {
-    tokens == 1 || tokens.saturating_mul(group) <= ROW_KERNEL_ROWS
+    tokens <= ROW_KERNEL_TOKENS || tokens.saturating_mul(group) <= ROW_KERNEL_ROWS
 }
 
-/// Splits of the row kernel for one head.
+/// Splits of the row kernel for one head: those of the last token, which sees most keys.
 pub(crate) fn splits(head: &HeadLayout, len: usize, tokens: usize) -> usize {
-    count(head, len, 0..tokens).div_ceil(SPLIT_KEYS)
+    count(head, len, tokens - 1..tokens).div_ceil(SPLIT_KEYS)
 }
 
 fn count(head: &HeadLayout, len: usize, tokens: Range<usize>) -> usize {
@@ -137,7 +143,8 @@ mod tests {
                 }
                 covered.sort_unstable();
                 assert_eq!(rows, uses_rows(tokens, 2));
-                let expected = if rows { count(layout.head(h), len, 0..tokens) } else { tokens };
+                let last = tokens - 1..tokens;
+                let expected = if rows { count(layout.head(h), len, last) } else { tokens };
                 assert_eq!(covered, (0..expected).collect::<Vec<_>>(), "sequence {s} head {h}");
             }
         }

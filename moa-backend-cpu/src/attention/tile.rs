@@ -2,11 +2,10 @@
 
 use std::ops::Range;
 
-use moa_core::HeadLayout;
+use moa_core::{HeadLayout, rotate};
 use pulp::Simd;
 
 use super::keys::{Segment, Source, segments};
-use crate::element::Element;
 use crate::pool::SharedMut;
 use crate::simd::exp2::exp2;
 use crate::simd::outer::{LANES, Outer, PANEL, pack_columns};
@@ -20,7 +19,7 @@ pub(crate) const TILE_KEYS: usize = 128;
 pub(crate) const NOTHING: f32 = -1e30;
 
 /// Query heads of one KV head, and the tensors they are read from and written to.
-pub(crate) struct TileTask<'a, E> {
+pub(crate) struct TileTask<'a> {
     pub(crate) head: &'a HeadLayout,
     /// Tokens cached before the chunk.
     pub(crate) len: usize,
@@ -33,14 +32,14 @@ pub(crate) struct TileTask<'a, E> {
     pub(crate) query_head: usize,
     pub(crate) group: usize,
     pub(crate) q: &'a [f32],
-    pub(crate) keys: Source<'a, E>,
-    pub(crate) values: Source<'a, E>,
+    pub(crate) keys: Source<'a>,
+    pub(crate) values: Source<'a>,
     pub(crate) scale: f32,
     pub(crate) out: &'a SharedMut<'a, f32>,
     pub(crate) lse: Option<&'a SharedMut<'a, f32>>,
 }
 
-impl<E: Element> workspace::Task for TileTask<'_, E> {
+impl workspace::Task for TileTask<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -49,7 +48,8 @@ impl<E: Element> workspace::Task for TileTask<'_, E> {
         let tokens = self.tokens.len();
         let rows = self.group * tokens;
         let panels = rows.div_ceil(PANEL);
-        let [q, o, scores, keys, values, all_row_tokens, max, sum] = workspace.parts([
+        let rotated = if self.keys.rotates() { rows * dim } else { 0 };
+        let [q, o, scores, keys, values, all_row_tokens, max, sum, rotated] = workspace.parts([
             panels * dim * PANEL,
             panels * dim * PANEL,
             TILE_KEYS * PANEL,
@@ -58,8 +58,9 @@ impl<E: Element> workspace::Task for TileTask<'_, E> {
             panels * PANEL,
             panels * PANEL,
             panels * PANEL,
+            rotated,
         ]);
-        self.pack_queries(q, all_row_tokens);
+        self.pack_queries(q, all_row_tokens, rotated);
         o.fill(0.0);
         max.fill(NOTHING);
         sum.fill(0.0);
@@ -68,24 +69,25 @@ impl<E: Element> workspace::Task for TileTask<'_, E> {
         let segments = segments(self.head, self.len, queries.clone());
         let mut bounds = [(0.0, 0.0); TILE_KEYS];
         let mut tiles = Tiles { segments: &segments, used: 0 };
-        loop {
+        while let Some(end) = tiles.begin() {
             let mut count = 0;
             let mut direct = None;
-            while let Some(segment) = tiles.next(TILE_KEYS - count) {
-                let (k, v) = (self.keys.rows(segment), self.values.rows(segment));
+            while let Some(segment) = tiles.next(end) {
+                let (k, v) = (self.keys.part(segment), self.values.part(segment));
                 // A tile that is f32 and in one piece is read where it lies.
-                direct = E::as_f32(k).zip(E::as_f32(v)).filter(|_| segment.len == TILE_KEYS);
+                direct = match segment.len == TILE_KEYS {
+                    true => self.keys.rows.plain(k).zip(self.values.rows.plain(v)),
+                    false => None,
+                };
                 if direct.is_none() {
-                    E::widen_slice(k, &mut keys[count * dim..][..k.len()]);
-                    E::widen_slice(v, &mut values[count * dim..][..v.len()]);
+                    let place = count * dim..(count + segment.len) * dim;
+                    self.keys.rows.widen(k, &mut keys[place.clone()]);
+                    self.values.rows.widen(v, &mut values[place]);
                 }
                 for i in 0..segment.len {
                     bounds[count + i] = self.row_bounds(segment.position + i, &queries);
                 }
                 count += segment.len;
-            }
-            if count == 0 {
-                break;
             }
             let (keys, values) = direct.unwrap_or((keys, values));
             for p in 0..panels {
@@ -114,12 +116,19 @@ impl<E: Element> workspace::Task for TileTask<'_, E> {
                 }
                 let state = (&mut max[padded.clone()], &mut sum[padded]);
                 softmax(simd, n, scores, state, o);
+                let values = &values[seen.keys.start * dim..][..n * dim];
+                // 0 times an infinite value is no number: a product of whole tiles would bring what a row
+                // must not see into it.
+                if seen.partly && !values.iter().all(|value| value.is_finite()) {
+                    add_pairs(row_token, &bounds[seen.keys.clone()], scores, (values, dim), o);
+                    continue;
+                }
                 simd.vectorize(Outer {
                     k: n,
                     n: dim,
                     width,
                     a: scores,
-                    b: &values[seen.keys.start * dim..],
+                    b: values,
                     b_step: dim,
                     b_row: 1,
                     c: o,
@@ -131,7 +140,7 @@ impl<E: Element> workspace::Task for TileTask<'_, E> {
     }
 }
 
-impl<E: Element> TileTask<'_, E> {
+impl TileTask<'_> {
     /// Rows of a tile are ordered by token, then by query head, so that a panel has few tokens and
     /// sees few keys that it must mask.
     fn row(&self, head: usize, token: usize) -> (usize, usize) {
@@ -140,9 +149,22 @@ impl<E: Element> TileTask<'_, E> {
     }
 
     /// Queries as `[panel][dim][row]`, scaled so that scores are logarithms to the base 2.
-    fn pack_queries(&self, packed: &mut [f32], row_token: &mut [f32]) {
+    fn pack_queries(&self, packed: &mut [f32], row_token: &mut [f32], rotated: &mut [f32]) {
         let dim = self.keys.dim;
-        let scale = self.scale * std::f32::consts::LOG2_E;
+        let scale = self.scale * std::f32::consts::LOG2_E * self.keys.unrotated();
+        let query = |row: usize| {
+            let token = self.first + self.tokens.start + row / self.group;
+            let head = self.query_head + row % self.group;
+            &self.q[(token * self.query_heads + head) * dim..][..dim]
+        };
+        for (row, to) in rotated.chunks_exact_mut(dim).enumerate() {
+            to.copy_from_slice(query(row));
+            rotate(to);
+        }
+        let query = |row: usize| match self.keys.rotates() {
+            true => &rotated[row * dim..][..dim],
+            false => query(row),
+        };
         let rows = self.group * self.tokens.len();
         if !rows.is_multiple_of(PANEL) {
             packed[rows / PANEL * dim * PANEL..].fill(0.0);
@@ -153,12 +175,7 @@ impl<E: Element> TileTask<'_, E> {
         }
         for (p, panel) in packed.chunks_exact_mut(dim * PANEL).enumerate() {
             let rows = p * PANEL..rows.min((p + 1) * PANEL);
-            let queries = rows.enumerate().map(|(column, row)| {
-                let token = self.first + self.tokens.start + row / self.group;
-                let head = self.query_head + row % self.group;
-                (column, &self.q[(token * self.query_heads + head) * dim..][..dim])
-            });
-            pack_columns(panel, queries, scale);
+            pack_columns(panel, rows.enumerate().map(|(column, row)| (column, query(row))), scale);
         }
     }
 
@@ -186,10 +203,13 @@ impl<E: Element> TileTask<'_, E> {
             let out = unsafe { self.out.slice(row * dim, self.group * dim) };
             for (head, out) in out.chunks_exact_mut(dim).enumerate() {
                 let (panel, column) = self.row(head, t);
-                let inverse = 1.0 / sum[panel * PANEL + column];
+                let inverse = self.values.unrotated() / sum[panel * PANEL + column];
                 let o = &o[panel * dim * PANEL..][..dim * PANEL];
                 for (out, o) in out.iter_mut().zip(o.chunks_exact(PANEL)) {
                     *out = o[column] * inverse;
+                }
+                if self.values.rotates() {
+                    rotate(out);
                 }
             }
             if let Some(lse) = self.lse {
@@ -205,21 +225,28 @@ impl<E: Element> TileTask<'_, E> {
     }
 }
 
-/// Hands out the segments piece by piece.
+/// Hands out the segments tile by tile. Tiles begin at multiples of [`TILE_KEYS`] positions, whatever the queries
+/// are: the sums of a query then have one order in every cut of its sequence.
 struct Tiles<'a> {
     segments: &'a [Segment],
     used: usize,
 }
 
 impl Tiles<'_> {
-    /// The next stretch of at most `room` keys.
-    fn next(&mut self, room: usize) -> Option<Segment> {
-        let first = self.segments.first()?;
-        if room == 0 {
-            return None;
-        }
-        let start = first.position + self.used;
-        let piece = first.clip(start..start + room)?;
+    /// The position of the next key.
+    fn position(&self) -> Option<usize> {
+        Some(self.segments.first()?.position + self.used)
+    }
+
+    /// Where the tile of the next key ends.
+    fn begin(&self) -> Option<usize> {
+        Some((self.position()? / TILE_KEYS + 1) * TILE_KEYS)
+    }
+
+    /// The next stretch of keys before `end`.
+    fn next(&mut self, end: usize) -> Option<Segment> {
+        let (first, start) = (self.segments.first()?, self.position()?);
+        let piece = first.clip(start..end)?;
         self.used += piece.len;
         if self.used == first.len {
             self.segments = &self.segments[1..];
@@ -247,6 +274,28 @@ impl Seen {
         let end = bounds.iter().rposition(visible).map_or(start, |last| last + 1);
         let partly = bounds[start..end].iter().any(|&(first, last)| first > low || last < high);
         Self { keys: start..end, partly }
+    }
+}
+
+/// Adds the values of the pairs that the mask keeps, one pair at a time.
+#[cold]
+fn add_pairs(
+    row_token: &[f32],
+    bounds: &[(f32, f32)],
+    weights: &[f32],
+    (values, dim): (&[f32], usize),
+    o: &mut [f32],
+) {
+    for (key, &(first, last)) in bounds.iter().enumerate() {
+        for (row, &token) in row_token.iter().enumerate() {
+            if token < first || token > last {
+                continue;
+            }
+            let weight = weights[key * PANEL + row];
+            for (d, value) in values[key * dim..][..dim].iter().enumerate() {
+                o[d * PANEL + row] += weight * value;
+            }
+        }
     }
 }
 

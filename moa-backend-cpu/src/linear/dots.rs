@@ -8,7 +8,7 @@ use super::{PANEL_ROWS, range};
 use crate::element::Element;
 use crate::pool::{self, SharedMut};
 use crate::simd::dispatch;
-use crate::simd::dot::{Rows, dots};
+use crate::simd::dot::{Rows, streamed_dots};
 use crate::simd::outer::LANES;
 
 /// Weight rows per task.
@@ -68,7 +68,8 @@ impl<E: Element> WithSimd for Dots<'_, E> {
                 while m - i >= $r {
                     let rows = Rows { data: &x[i * wide..], stride: wide, count: m - i };
                     let w = Rows { data: w, stride: k, count };
-                    dots::<S, E, $r>(simd, k, rows, w, &mut y[i * DOT_BLOCK..], DOT_BLOCK);
+                    let y = &mut y[i * DOT_BLOCK..];
+                    streamed_dots::<S, E, $r>(simd, k, rows, w, y, DOT_BLOCK);
                     i += $r;
                 }
             };

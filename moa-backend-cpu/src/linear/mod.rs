@@ -6,16 +6,18 @@ mod panels;
 
 use half::{bf16, f16};
 
-pub use self::blocks::BlockType;
 use self::blocks::Blocks;
 use self::panels::Side;
 use crate::element::Element;
 use crate::pool::SharedMut;
 use crate::{Error, Result, Tensor};
+pub use moa_core::BlockType;
 
 /// Rows of `x` from which converting weights to f32 is faster than dot products with the weights as
 /// they lie in memory.
-const PANEL_ROWS: usize = 10;
+const PANEL_ROWS: usize = 16;
+
+const _: () = assert!(crate::FEW_ROWS < PANEL_ROWS && PANEL_ROWS <= crate::MANY_ROWS);
 
 /// Elements of a weight matrix.
 #[derive(Clone, Copy, Debug)]
@@ -36,6 +38,7 @@ pub struct WeightRef<'a> {
     data: WeightData<'a>,
     rows: usize,
     cols: usize,
+    narrow: bool,
 }
 
 impl<'a> WeightRef<'a> {
@@ -66,7 +69,15 @@ impl<'a> WeightRef<'a> {
                 &[len],
             ));
         }
-        Ok(Self { data, rows, cols })
+        Ok(Self { data, rows, cols, narrow: false })
+    }
+
+    /// Whether [`linear`] may round activations to bf16 where the weights are bf16. Machines that multiply pairs
+    /// of bf16 (AVX-512 BF16) do so, at twice the speed for many rows and by one instruction for 32 weights for
+    /// few. Nothing changes elsewhere, nor for other weights and gradients.
+    #[must_use]
+    pub fn narrow_activations(self, narrow: bool) -> Self {
+        Self { narrow, ..self }
     }
 
     fn blocks(&self) -> Option<Blocks<'a>> {
@@ -94,13 +105,21 @@ impl<'a> WeightRef<'a> {
 pub fn linear(x: &Tensor, weight: WeightRef<'_>, bias: Option<&[f32]>) -> Result<Tensor> {
     check("linear", x, weight, bias)?;
     let (m, n, k) = (x.rows(), weight.rows, weight.cols);
-    let mut y = Tensor::zeros(&[m, n])?;
-    if m > 0 && n > 0 {
+    let mut y = output(m, n, k)?;
+    if m > 0 && n > 0 && k > 0 {
         let out = SharedMut::new(y.data_mut());
         match weight.data {
             WeightData::F32(w) => forward(x.data(), w, (m, n, k), &out),
             WeightData::F16(w) => forward(x.data(), w, (m, n, k), &out),
-            WeightData::Bf16(w) => forward(x.data(), w, (m, n, k), &out),
+            WeightData::Bf16(w) => {
+                #[cfg(target_arch = "x86_64")]
+                if let Some(machine) = panels::pairs::Machine::here().filter(|_| weight.narrow) {
+                    panels::pairs::Activations::new(machine, x)?.product(w, k, &out);
+                    add_bias(&mut y, bias);
+                    return Ok(y);
+                }
+                forward(x.data(), w, (m, n, k), &out);
+            }
             WeightData::Blocks(kind, bytes) => {
                 Blocks { kind, bytes }.forward(x.data(), (m, n, k), &out);
             }
@@ -108,6 +127,11 @@ pub fn linear(x: &Tensor, weight: WeightRef<'_>, bias: Option<&[f32]>) -> Result
     }
     add_bias(&mut y, bias);
     Ok(y)
+}
+
+/// A tensor whose every element is going to be a sum of `k` products.
+fn output(m: usize, n: usize, k: usize) -> Result<Tensor> {
+    if k == 0 { Tensor::zeros(&[m, n]) } else { Tensor::scratch(&[m, n]) }
 }
 
 /// [`linear`] of several layers of one input, as one call where that is faster.
@@ -122,8 +146,8 @@ pub fn linears(x: &Tensor, layers: &[(WeightRef<'_>, Option<&[f32]>)]) -> Result
         return layers.iter().map(|(weight, bias)| linear(x, *weight, *bias)).collect();
     };
     layers.iter().try_for_each(|(weight, bias)| check("linears", x, *weight, *bias))?;
-    let zeros = layers.iter().map(|(weight, _)| Tensor::zeros(&[m, weight.rows]));
-    let mut all = zeros.collect::<Result<Vec<_>>>()?;
+    let outputs = layers.iter().map(|(weight, _)| output(m, weight.rows, k));
+    let mut all = outputs.collect::<Result<Vec<_>>>()?;
     let outs: Vec<_> = all.iter_mut().map(|y| SharedMut::new(y.data_mut())).collect();
     let parts = blocks.into_iter().zip(layers).zip(&outs);
     let parts: Vec<_> = parts.map(|((blocks, (w, _)), out)| (blocks, w.rows, out)).collect();
@@ -180,7 +204,7 @@ pub fn linear_backward_input(dy: &Tensor, weight: WeightRef<'_>) -> Result<Tenso
             dy.shape(),
         ));
     }
-    let mut dx = Tensor::zeros(&[m, n])?;
+    let mut dx = output(m, n, k)?;
     let out = SharedMut::new(dx.data_mut());
     let (dy, sizes) = (dy.data(), (m, n, k));
     match weight.data {
@@ -197,3 +221,6 @@ pub fn linear_backward_input(dy: &Tensor, weight: WeightRef<'_>) -> Result<Tenso
 fn range(index: usize, step: usize, end: usize) -> std::ops::Range<usize> {
     index * step..end.min((index + 1) * step)
 }
+
+#[cfg(test)]
+mod tests;

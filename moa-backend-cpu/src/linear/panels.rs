@@ -1,26 +1,29 @@
-//! Many rows: the micro-kernel of attention. The activations are packed once, the weights are
-//! converted to f32 block by block where they are not f32 already.
+//! Many rows: the weights of some outputs are laid side by side, summand by summand, once for all rows of
+//! activations, which are read as they lie in memory.
+
+#[cfg(target_arch = "x86_64")]
+pub(super) mod pairs;
 
 use std::ops::Range;
 
 use pulp::Simd;
 
-use super::blocks::Blocks;
+use super::blocks::{Blocks, widen_blocks};
 use super::range;
 use crate::element::Element;
 use crate::pool::{self, SharedMut};
-use crate::simd::outer::{LANES, Outer, PANEL, pack_columns};
+use crate::simd::outer::LANES;
+use crate::simd::transpose::transpose;
 use crate::workspace::{self, Workspace};
 
-/// Outputs per task: a multiple of the micro-kernel's rows.
-const COLS: usize = 48;
+/// Outputs side by side: the vectors that the micro-kernel keeps for each row, 4 of AVX-512.
+const COLS: usize = 64;
 
-/// Products summed at a time, so that a block of weights and the activations that meet it stay in
-/// near memory.
-const K_BLOCK: usize = 256;
+/// Summands that are brought to lanes of 32 bits at a time, so that they stay in near memory.
+const STEPS: usize = 256;
 
-/// Panels of activations per task.
-const PANELS: usize = 8;
+/// Rows for which laying out weights is worth its time.
+const LEAST_ROWS: usize = 120;
 
 /// Which way the weights are multiplied.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -33,19 +36,11 @@ pub(super) enum Side {
 
 /// A weight matrix whose elements are counted through all rows.
 pub(super) trait Source: Copy + Send + Sync {
-    /// The elements themselves, if they are f32.
-    fn as_f32(&self) -> Option<&[f32]>;
-
     /// Elements from `start` on as f32.
     fn widen(&self, start: usize, to: &mut [f32]);
 }
 
 impl<E: Element> Source for &[E] {
-    #[inline(always)]
-    fn as_f32(&self) -> Option<&[f32]> {
-        E::as_f32(self)
-    }
-
     #[inline(always)]
     fn widen(&self, start: usize, to: &mut [f32]) {
         E::widen_slice(&self[start..start + to.len()], to);
@@ -53,12 +48,83 @@ impl<E: Element> Source for &[E] {
 }
 
 impl Source for Blocks<'_> {
-    fn as_f32(&self) -> Option<&[f32]> {
-        None
+    fn widen(&self, start: usize, to: &mut [f32]) {
+        widen_blocks(self.kind, self.bytes, start, to);
+    }
+}
+
+/// What lanes of 32 bits hold. A step is what one lane sums at a time.
+trait Lanes: Copy + Send + Sync {
+    /// Steps of output `col` from `first` on.
+    fn steps(&self, col: usize, first: usize, to: &mut [f32]);
+
+    /// One step of all outputs, where weights lie that way.
+    fn across(&self, step: usize, cols: Range<usize>, to: &mut [f32]) -> bool;
+}
+
+/// How lanes are multiplied with the vectors of `S`.
+///
+/// # Safety
+/// All functions need the machine that the type stands for, and pointers to what is read.
+trait Multiply<S: Simd>: Lanes {
+    /// As long as `S::f32s`.
+    type Vector: Copy;
+
+    unsafe fn zero(simd: S) -> Self::Vector;
+    unsafe fn splat(simd: S, from: *const f32) -> Self::Vector;
+    unsafe fn load(from: *const f32) -> Self::Vector;
+    /// `sum + x * w`.
+    unsafe fn add(simd: S, sum: Self::Vector, x: Self::Vector, w: Self::Vector) -> Self::Vector;
+}
+
+/// Weights widened to f32, a summand a step.
+#[derive(Clone, Copy)]
+struct Wide<W> {
+    w: W,
+    side: Side,
+    /// Length of a row of `w`.
+    row: usize,
+}
+
+impl<W: Source> Lanes for Wide<W> {
+    #[inline(always)]
+    fn steps(&self, col: usize, first: usize, to: &mut [f32]) {
+        self.w.widen(col * self.row + first, to);
     }
 
-    fn widen(&self, start: usize, to: &mut [f32]) {
-        self.kind.widen(self.bytes, start, to);
+    #[inline(always)]
+    fn across(&self, step: usize, cols: Range<usize>, to: &mut [f32]) -> bool {
+        if self.side == Side::Forward {
+            return false;
+        }
+        self.w.widen(step * self.row + cols.start, &mut to[..cols.len()]);
+        true
+    }
+}
+
+impl<S: Simd, W: Source> Multiply<S> for Wide<W> {
+    type Vector = S::f32s;
+
+    #[inline(always)]
+    unsafe fn zero(simd: S) -> S::f32s {
+        simd.splat_f32s(0.0)
+    }
+
+    #[inline(always)]
+    unsafe fn splat(simd: S, from: *const f32) -> S::f32s {
+        // SAFETY: promised by the caller.
+        simd.splat_f32s(unsafe { *from })
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> S::f32s {
+        // SAFETY: promised by the caller.
+        unsafe { from.cast::<S::f32s>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn add(simd: S, sum: S::f32s, x: S::f32s, w: S::f32s) -> S::f32s {
+        simd.mul_add_e_f32s(x, w, sum)
     }
 }
 
@@ -70,111 +136,174 @@ pub(super) fn product<W: Source>(
     (m, n, k): (usize, usize, usize),
     out: &SharedMut<'_, f32>,
 ) {
-    if m == 0 || k == 0 {
-        return;
-    }
-    let packed = pack(x, m, k);
-    let groups = m.div_ceil(PANELS * PANEL);
-    pool::for_each(n.div_ceil(COLS) * groups, (m * n * k) as u64, |task| {
-        workspace::run(Block {
-            packed: &packed,
-            w,
-            side,
-            cols: range(task / groups, COLS, n),
-            rows: range(task % groups, PANELS * PANEL, m),
-            n,
-            k,
-            out,
-        });
-    });
+    let row = if side == Side::Forward { k } else { n };
+    let product = Product { x, stride: k, lanes: Wide { w, side, row }, n, steps: k, out };
+    product.run(m, m * n * k, |block| workspace::run(block));
 }
 
-/// Activations as `[panel][k][row]`.
-fn pack(x: &[f32], m: usize, k: usize) -> Vec<f32> {
-    let mut packed = vec![0.0; m.div_ceil(PANEL) * k * PANEL];
-    {
-        let packed = SharedMut::new(&mut packed);
-        pool::for_each(m.div_ceil(PANEL), 4 * (m * k) as u64, |p| {
-            // SAFETY: each task has a panel of its own.
-            let panel = unsafe { packed.slice(p * k * PANEL, k * PANEL) };
-            let rows = range(p, PANEL, m).map(|row| &x[row * k..(row + 1) * k]);
-            pack_columns(panel, rows.enumerate(), 1.0);
-        });
-    }
-    packed
-}
-
-/// Some outputs of some rows.
-struct Block<'a, W> {
-    packed: &'a [f32],
-    w: W,
-    side: Side,
-    cols: Range<usize>,
-    rows: Range<usize>,
+struct Product<'a, K> {
+    /// `[m, stride]`, of which the first `steps` count.
+    x: &'a [f32],
+    stride: usize,
+    lanes: K,
     n: usize,
-    k: usize,
+    steps: usize,
     out: &'a SharedMut<'a, f32>,
 }
 
-impl<W: Source> workspace::Task for Block<'_, W> {
+impl<K: Lanes> Product<'_, K> {
+    /// Cuts the outputs into blocks. Each output is summed in order of its steps, whatever the cut.
+    fn run(&self, m: usize, work: usize, body: impl Fn(Block<'_, K>) + Sync) {
+        if m == 0 || self.n == 0 || self.steps == 0 {
+            return;
+        }
+        let panels = self.n.div_ceil(COLS);
+        // Some tasks for each thread, so that none waits long for the others.
+        let parts = (4 * rayon::current_num_threads()).div_ceil(panels);
+        let parts = parts.min(m / LEAST_ROWS).max(1);
+        let rows = m.div_ceil(parts).next_multiple_of(12);
+        let parts = m.div_ceil(rows);
+        pool::for_each(panels * parts, work as u64, |task| {
+            body(Block {
+                product: self,
+                cols: range(task / parts, COLS, self.n),
+                rows: range(task % parts, rows, m),
+            });
+        });
+    }
+}
+
+/// Some outputs of some rows.
+struct Block<'a, K> {
+    product: &'a Product<'a, K>,
+    cols: Range<usize>,
+    rows: Range<usize>,
+}
+
+impl<W: Source> workspace::Task for Block<'_, Wide<W>> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S, workspace: &mut Workspace) {
-        let (first_panel, panels) = (self.rows.start / PANEL, self.rows.len().div_ceil(PANEL));
-        let [wide, sums] = workspace.parts([COLS * K_BLOCK, panels * COLS * PANEL]);
-        for block in 0..self.k.div_ceil(K_BLOCK) {
-            let sum = range(block, K_BLOCK, self.k);
-            let (b, b_step, b_row) = self.weights(sum.clone(), wide);
-            for (p, sums) in sums.chunks_exact_mut(COLS * PANEL).enumerate() {
-                simd.vectorize(Outer {
-                    k: sum.len(),
-                    n: self.cols.len(),
-                    width: (self.rows.len() - p * PANEL).min(PANEL).next_multiple_of(LANES),
-                    a: &self.packed[((first_panel + p) * self.k + sum.start) * PANEL..],
-                    b,
-                    b_step,
-                    b_row,
-                    c: sums,
-                    accumulate: block > 0,
-                });
-            }
-        }
-        for (r, row) in self.rows.clone().enumerate() {
-            let sums = &sums[r / PANEL * COLS * PANEL..][..self.cols.len() * PANEL];
-            // SAFETY: each task has a block of its own.
-            let y = unsafe { self.out.slice(row * self.n + self.cols.start, self.cols.len()) };
-            for (y, sums) in y.iter_mut().zip(sums.chunks_exact(PANEL)) {
-                *y = sums[r % PANEL];
-            }
-        }
+        // SAFETY: the machine has the instructions of `S`, or there would be no value of that type.
+        unsafe { self.compute(simd, workspace) };
     }
 }
 
-impl<W: Source> Block<'_, W> {
-    /// The block of weights for some summands, with its strides by summand and by output.
+impl<K: Lanes> Block<'_, K> {
+    /// # Safety
+    /// Needs the machine that `K` stands for.
     #[inline(always)]
-    fn weights<'b>(&'b self, sum: Range<usize>, wide: &'b mut [f32]) -> (&'b [f32], usize, usize) {
-        let (rows, cols) = match self.side {
-            Side::Forward => (self.cols.clone(), sum),
-            Side::Backward => (sum, self.cols.clone()),
-        };
-        let stride = match self.side {
-            Side::Forward => self.k,
-            Side::Backward => self.n,
-        };
-        let strides = |stride| match self.side {
-            Side::Forward => (1, stride),
-            Side::Backward => (stride, 1),
-        };
-        if let Some(w) = self.w.as_f32() {
-            let (step, row) = strides(stride);
-            return (&w[rows.start * stride + cols.start..], step, row);
+    unsafe fn compute<S: Simd>(self, simd: S, workspace: &mut Workspace)
+    where
+        K: Multiply<S>,
+    {
+        let Product { x, stride, steps, .. } = *self.product;
+        let sizes = [steps.next_multiple_of(LANES) * COLS, LANES * STEPS];
+        let [panel, lanes] = workspace.parts(sizes);
+        self.lay_out(simd, panel, lanes);
+        assert!(stride >= steps && x.len() >= self.rows.end * stride);
+        let vectors = self.cols.len().next_multiple_of(LANES) / S::F32_LANES;
+        let mut done = 0;
+        macro_rules! columns {
+            ($v:literal: $($m:literal)+) => {
+                while vectors - done >= $v {
+                    let mut row = self.rows.start;
+                    $(while self.rows.end - row >= $m {
+                        // SAFETY: the rows lie inside of `x` by the assertion, and the panel has the columns.
+                        unsafe { self.tile::<S, $m, $v>(simd, row, done, panel) };
+                        row += $m;
+                    })+
+                    done += $v;
+                }
+            };
         }
-        for (to, row) in wide.chunks_exact_mut(cols.len()).zip(rows) {
-            self.w.widen(row * stride + cols.start, to);
+        // As many sums as the registers hold, with some left for the operands.
+        if S::REGISTER_COUNT >= 32 {
+            columns!(4: 6 4 2 1);
+            columns!(2: 12 6 2 1);
+        } else {
+            columns!(2: 6 4 2 1);
         }
-        let (step, row) = strides(cols.len());
-        (wide, step, row)
+        columns!(1: 12 4 1);
+    }
+
+    /// `panel[step][COLS]`, with zeros for what is missing in a vector.
+    #[inline(always)]
+    fn lay_out<S: Simd>(&self, simd: S, panel: &mut [f32], lanes: &mut [f32]) {
+        let Product { lanes: kind, steps, .. } = self.product;
+        let width = self.cols.len().next_multiple_of(LANES);
+        for (step, to) in panel.chunks_exact_mut(COLS).take(*steps).enumerate() {
+            to[self.cols.len()..width].fill(0.0);
+            if !kind.across(step, self.cols.clone(), to) {
+                break;
+            }
+            if step + 1 == *steps {
+                return;
+            }
+        }
+        for first in (0..*steps).step_by(STEPS) {
+            let count = STEPS.min(steps - first);
+            for col in (0..width).step_by(LANES) {
+                for (i, to) in lanes.chunks_exact_mut(STEPS).enumerate() {
+                    to[count..count.next_multiple_of(LANES)].fill(0.0);
+                    match self.cols.start + col + i {
+                        own if own < self.cols.end => kind.steps(own, first, &mut to[..count]),
+                        _ => to[..count].fill(0.0),
+                    }
+                }
+                for step in (0..count).step_by(LANES) {
+                    let to = &mut panel[(first + step) * COLS + col..];
+                    transpose(simd, &lanes[step..], STEPS, to, COLS);
+                }
+            }
+        }
+    }
+
+    /// Outputs of `M` rows, `V` vectors from number `done` on.
+    ///
+    /// # Safety
+    /// Needs the machine that `K` stands for. `x` must have the rows, the panel and the outputs the vectors, but
+    /// for outputs that the last vector has too many.
+    #[inline(always)]
+    unsafe fn tile<S: Simd, const M: usize, const V: usize>(
+        &self,
+        simd: S,
+        row: usize,
+        done: usize,
+        panel: &[f32],
+    ) where
+        K: Multiply<S>,
+    {
+        let Product { x, stride, n, steps, out, .. } = *self.product;
+        // SAFETY: promised by the caller.
+        let sums = unsafe {
+            let x: [*const f32; M] = std::array::from_fn(|i| x.as_ptr().add((row + i) * stride));
+            let mut w = panel.as_ptr().add(done * S::F32_LANES);
+            let mut sums = [[K::zero(simd); V]; M];
+            for step in 0..steps {
+                let mut own = [K::zero(simd); V];
+                for (v, own) in own.iter_mut().enumerate() {
+                    *own = K::load(w.add(v * S::F32_LANES));
+                }
+                for (x, sums) in x.iter().zip(&mut sums) {
+                    let x = K::splat(simd, x.add(step));
+                    for (sum, w) in sums.iter_mut().zip(own) {
+                        *sum = K::add(simd, *sum, x, w);
+                    }
+                }
+                w = w.wrapping_add(COLS);
+            }
+            sums
+        };
+        let at = done * S::F32_LANES;
+        let width = (V * S::F32_LANES).min(self.cols.len() - at);
+        for (i, sums) in sums.iter().enumerate() {
+            // SAFETY: each task has a block of its own, and `V` vectors are `V * S::F32_LANES` floats.
+            unsafe {
+                let to = out.slice((row + i) * n + self.cols.start + at, width);
+                to.copy_from_slice(std::slice::from_raw_parts(sums.as_ptr().cast(), width));
+            }
+        }
     }
 }

@@ -10,7 +10,7 @@ use crate::{Error, Result, Tensor};
 /// [`Error::Argument`] unless `weight` is as long as a row.
 pub fn rms_norm(x: &Tensor, weight: &[f32], eps: f32) -> Result<Tensor> {
     check("rms_norm", x, weight)?;
-    let mut y = Tensor::zeros(x.shape())?;
+    let mut y = Tensor::scratch(x.shape())?;
     let row_len = x.row_len();
     by_rows(y.data_mut(), row_len, 2, |first, y| {
         let x = &x.data()[first * row_len..][..y.len()];
@@ -33,7 +33,7 @@ pub fn rms_norm_backward(x: &Tensor, weight: &[f32], eps: f32, dy: &Tensor) -> R
     if dy.shape() != x.shape() {
         return Err(Error::shape(OP, "dy", format_args!("{:?}", x.shape()), dy.shape()));
     }
-    let mut dx = Tensor::zeros(x.shape())?;
+    let mut dx = Tensor::scratch(x.shape())?;
     let row_len = x.row_len();
     by_rows(dx.data_mut(), row_len, 4, |first, dx| {
         let range = first * row_len..first * row_len + dx.len();

@@ -12,7 +12,7 @@ use crate::{Error, Result, Tensor};
 /// [`Error::Argument`] if the shapes differ.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     check("swiglu", "up", gate, up)?;
-    let mut out = Tensor::zeros(gate.shape())?;
+    let mut out = Tensor::scratch(gate.shape())?;
     let row_len = gate.row_len();
     by_rows(out.data_mut(), row_len, 8, |first, out| {
         let at = first * row_len;
@@ -32,7 +32,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 pub fn swiglu_backward(gate: &Tensor, up: &Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {
     check("swiglu_backward", "up", gate, up)?;
     check("swiglu_backward", "dy", gate, dy)?;
-    let (mut d_gate, mut d_up) = (Tensor::zeros(gate.shape())?, Tensor::zeros(gate.shape())?);
+    let (mut d_gate, mut d_up) = (Tensor::scratch(gate.shape())?, Tensor::scratch(gate.shape())?);
     let (len, step) = (gate.data().len(), ROWS * gate.row_len());
     if len > 0 {
         let (d_gate, d_up) = (SharedMut::new(d_gate.data_mut()), SharedMut::new(d_up.data_mut()));

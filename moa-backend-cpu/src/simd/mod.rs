@@ -4,10 +4,27 @@
 pub(crate) mod dot;
 pub(crate) mod exp2;
 pub(crate) mod outer;
+pub(crate) mod transpose;
+pub(crate) mod whole;
 
 /// Runs an operation with the best instruction set of this machine.
 pub(crate) fn dispatch<O: pulp::WithSimd>(op: O) -> O::Output {
     arch().dispatch(op)
+}
+
+/// Whether code for `S` is code for AVX-512 (F, BW, CD, DQ and VL), which the machine then has.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(crate) fn is_avx512<S: 'static>() -> bool {
+    std::any::TypeId::of::<S>() == std::any::TypeId::of::<pulp::x86::V4>()
+}
+
+/// Whether [`dispatch`] takes AVX-512.
+pub(crate) fn has_avx512() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return matches!(arch(), pulp::Arch::V4(_));
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }
 
 #[cfg(not(test))]

@@ -22,7 +22,7 @@ pub(crate) fn check<'a>(batch: &Batch<'a>) -> Result<&'a Cache> {
         if cache.dtype() != first.dtype() {
             return Err(Error::argument(OP, "cache dtype", first.dtype(), cache.dtype()));
         }
-        if cache.device().context() != first.device().context() {
+        if !cache.device().is_same(first.device()) {
             return Err(Error::argument(OP, "cache device", "the same for all", "another"));
         }
     }

@@ -27,7 +27,7 @@ pub(crate) fn influence(
     let InfluenceInputs { q, k, v, out, lse, d_out, .. } = *inputs;
     let all = [("q", q), ("k", k), ("v", v), ("out", out), ("lse", lse), ("d_out", d_out)];
     for (what, tensor) in all {
-        if tensor.device().context() != device.context() {
+        if !tensor.device().is_same(device) {
             return Err(Error::argument(OP, what, "on the backend's device", "on another"));
         }
     }

@@ -78,10 +78,23 @@ pub(crate) fn check_half(op: &'static str, dtype: Dtype) -> Result<()> {
 /// # Errors
 /// [`Error::Argument`], [`Error::NoNvrtc`], [`Error::Compile`].
 pub fn compile(source: Source, variant: Variant, architecture: Architecture) -> Result<Vec<u8>> {
+    compile_anew(source, variant, architecture, false)
+}
+
+/// [`compile`], without what is stored where the driver refused that.
+pub(crate) fn compile_anew(
+    source: Source,
+    variant: Variant,
+    architecture: Architecture,
+    was_refused: bool,
+) -> Result<Vec<u8>> {
     variant.check("compile")?;
     let options = options(variant, architecture);
     let name = format!("{}-{}-{}-{architecture}", source.name(), variant.dtype, variant.head_dim);
     let key = cubin_cache::Key::new(&name, &key_parts(source, &options));
+    if was_refused {
+        key.forget();
+    }
     let compiler = library::nvrtc().map(|()| version());
     if let Some(cubin) = key.load(compiler.as_ref().ok().copied()) {
         return Ok(cubin);

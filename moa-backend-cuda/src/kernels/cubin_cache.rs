@@ -4,7 +4,6 @@
 //! A file is a checksum, the compiler's version and the code.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 /// Name of a compiled kernel: a hash of everything it depends on but the compiler's version, so that
 /// a machine without a compiler can use what another one compiled.
@@ -21,9 +20,6 @@ pub(crate) type Version = (u32, u32);
 fn encode((major, minor): Version) -> [u8; 8] {
     (u64::from(major) << 32 | u64::from(minor)).to_le_bytes()
 }
-
-/// One writer at a time in this process, as temporary names differ by process only.
-static WRITING: Mutex<()> = Mutex::new(());
 
 impl Key {
     /// `name` is for people; `parts` are what the code depends on.
@@ -43,11 +39,23 @@ impl Key {
 
     /// The code, if the file is whole and of this compiler, or of any if there is none.
     pub(crate) fn load(&self, compiler: Option<Version>) -> Option<Vec<u8>> {
-        let bytes = std::fs::read(self.path.as_ref()?).ok()?;
+        let path = self.path.as_ref()?;
+        if !is_own(path) {
+            return None;
+        }
+        let bytes = moa_core::read_file(path).ok()?;
         let (checksum, rest) = bytes.split_first_chunk::<16>()?;
         let (version, cubin) = rest.split_first_chunk::<8>()?;
         let right = compiler.is_none_or(|compiler| encode(compiler) == *version);
         (right && fnv1a(rest).to_le_bytes() == *checksum).then(|| cubin.to_vec())
+    }
+
+    /// Takes away what was stored: the driver does not take it.
+    pub(crate) fn forget(&self) {
+        if let Some(path) = &self.path {
+            // It may be gone already, or not ours to take away: then the next compilation replaces it.
+            let _ = std::fs::remove_file(path);
+        }
     }
 
     /// Keeps the code, if the folder can be written.
@@ -55,14 +63,43 @@ impl Key {
         let Some(path) = &self.path else { return };
         let rest = [&encode(compiler), cubin].concat();
         let bytes = [&fnv1a(&rest).to_le_bytes(), &rest[..]].concat();
-        let _one = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(folder) = path.parent()
-            && std::fs::create_dir_all(folder).is_ok()
+            && create_folder(folder).is_ok()
         {
             // The cache is a convenience; a full disk must not stop a program that can do without.
             let _ = moa_core::write_atomic(path, &bytes);
         }
     }
+}
+
+/// Whether nobody else can have chosen the code: file and folder are of this process's user, or of the system's, and
+/// no other user may write there. A folder may be shared to read.
+#[cfg(unix)]
+fn is_own(path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    // Files that this process makes are its user's; `/proc` says so without making one.
+    let user = std::fs::metadata("/proc/self").map(|own| own.uid());
+    let is_own = |path: &Path| {
+        std::fs::metadata(path).is_ok_and(|found| {
+            let of_user = found.uid() == 0 || user.as_ref().is_ok_and(|user| *user == found.uid());
+            of_user && found.mode() & 0o022 == 0
+        })
+    };
+    is_own(path) && path.parent().is_some_and(is_own)
+}
+
+#[cfg(not(unix))]
+fn is_own(_: &Path) -> bool {
+    true
+}
+
+/// A folder that others may not write into.
+fn create_folder(folder: &Path) -> std::io::Result<()> {
+    let mut builder = std::fs::DirBuilder::new();
+    builder.recursive(true);
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o755);
+    builder.create(folder)
 }
 
 /// Empty variables count as unset, as for everything under the XDG specification.
@@ -114,6 +151,39 @@ mod tests {
         std::fs::write(path, &bytes).unwrap();
         assert_eq!(key.load(None), None);
         std::fs::write(path, b"short").unwrap();
+        assert_eq!(key.load(None), None);
+    }
+
+    /// Code that another user could have written is compiled again.
+    #[cfg(unix)]
+    #[test]
+    fn what_others_may_write_is_not_loaded() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let key = key(folder.path(), &["a"]);
+        key.store((13, 0), b"code");
+        let path = key.path.clone().unwrap();
+        let allow = |path: &Path, mode| {
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+        };
+        for (of_file, of_folder, is_loaded) in [
+            (0o644, 0o755, true),
+            (0o664, 0o755, false),
+            (0o644, 0o777, false),
+            (0o666, 0o700, false),
+        ] {
+            allow(&path, of_file);
+            allow(folder.path(), of_folder);
+            assert_eq!(key.load(None).is_some(), is_loaded, "{of_file:o} {of_folder:o}");
+        }
+    }
+
+    #[test]
+    fn what_was_forgotten_is_compiled_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let key = key(folder.path(), &["a"]);
+        key.store((13, 0), b"code");
+        key.forget();
         assert_eq!(key.load(None), None);
     }
 

@@ -16,7 +16,7 @@ use cudarc::driver::{CudaContext, CudaFunction};
 use cudarc::nvrtc::Ptx;
 
 use crate::attention::schedule::Path;
-use crate::kernels::compile::{Variant, compile};
+use crate::kernels::compile::{Variant, compile, compile_anew};
 use crate::kernels::source::Source;
 use crate::kernels::tables::{AppendArgs, DevicePointer, ExtendArgs, InfluenceArgs};
 use crate::{Device, Error, RawStream, Result};
@@ -77,10 +77,15 @@ impl Kernels {
         });
         let mut modules = Vec::with_capacity(wanted.len());
         for (source, cubin) in wanted.into_iter().zip(compiled) {
-            let module = device
-                .context()
-                .load_module(Ptx::from_binary(cubin?))
-                .map_err(Error::driver("cuModuleLoadData"))?;
+            let load = |cubin| {
+                let module = device.context().load_module(Ptx::from_binary(cubin));
+                module.map_err(Error::driver("cuModuleLoadData"))
+            };
+            // A stored file that the driver does not take is made again, once.
+            let module = match load(cubin?) {
+                Ok(module) => module,
+                Err(_) => load(compile_anew(source, variant, architecture, true)?)?,
+            };
             modules.push((source, module));
         }
         let kernel = |source, symbol: &'static str, threads, shared_bytes: usize| {

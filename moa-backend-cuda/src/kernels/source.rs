@@ -25,6 +25,8 @@ pub enum Source {
     Gemv,
     /// Weights of 8-bit floats.
     E4m3,
+    /// Weights in quantised blocks.
+    Blocks,
 }
 
 /// What `#include` may name.
@@ -37,7 +39,7 @@ pub(crate) const HEADERS: [(&str, &str); 4] = [
 
 impl Source {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Append,
         Self::Decode,
         Self::Tile,
@@ -48,6 +50,7 @@ impl Source {
         Self::Sample,
         Self::Gemv,
         Self::E4m3,
+        Self::Blocks,
     ];
 
     /// Name of the file.
@@ -63,6 +66,7 @@ impl Source {
             Self::Sample => "sample.cu",
             Self::Gemv => "gemv.cu",
             Self::E4m3 => "e4m3.cu",
+            Self::Blocks => "blocks.cu",
         }
     }
 
@@ -77,7 +81,7 @@ impl Source {
 
     /// Whether it is part of attention, so one of [`Kernels`](crate::Kernels).
     pub(crate) fn is_attention(self) -> bool {
-        !matches!(self, Self::Ops | Self::Backward | Self::Sample | Self::Gemv | Self::E4m3)
+        matches!(self, Self::Append | Self::Decode | Self::Tile | Self::Wgmma | Self::Influence)
     }
 
     pub(crate) fn text(self) -> &'static str {
@@ -92,6 +96,7 @@ impl Source {
             Self::Sample => include_str!("../../kernels/sample.cu"),
             Self::Gemv => include_str!("../../kernels/gemv.cu"),
             Self::E4m3 => include_str!("../../kernels/e4m3.cu"),
+            Self::Blocks => include_str!("../../kernels/blocks.cu"),
         }
     }
 }

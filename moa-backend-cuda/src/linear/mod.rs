@@ -1,11 +1,13 @@
 //! Matrix products with weights.
 
 pub(crate) mod blas;
+mod block_weight;
 pub mod e4m3;
 mod e4m3_weight;
 mod gemv;
 
 use blas::Product;
+pub use block_weight::BlockWeight;
 pub use e4m3_weight::E4m3Weight;
 
 use crate::Operations;
@@ -20,11 +22,19 @@ pub enum Weight<'a> {
     Wide(&'a Tensor),
     /// Of 8-bit floats.
     E4m3(&'a E4m3Weight),
+    /// In quantised blocks.
+    Blocks(&'a BlockWeight),
 }
 
 impl<'a> From<&'a Tensor> for Weight<'a> {
     fn from(weight: &'a Tensor) -> Self {
         Self::Wide(weight)
+    }
+}
+
+impl<'a> From<&'a BlockWeight> for Weight<'a> {
+    fn from(weight: &'a BlockWeight) -> Self {
+        Self::Blocks(weight)
     }
 }
 
@@ -48,12 +58,34 @@ impl Operations {
         bias: Option<&Tensor>,
         output: Dtype,
     ) -> Result<Tensor> {
+        self.linears(x, &[weight.into()], bias, output)
+    }
+
+    /// [`linear`](Self::linear) with weights one after the other, whose kinds may differ: outputs are side by side.
+    ///
+    /// # Errors
+    /// [`Error::Argument`], [`Error::Blas`], [`Error::OutOfMemory`],
+    /// [`Error::Driver`].
+    pub fn linears(
+        &self,
+        x: &Tensor,
+        weights: &[Weight<'_>],
+        bias: Option<&Tensor>,
+        output: Dtype,
+    ) -> Result<Tensor> {
         const OP: &str = "linear";
-        let weight = weight.into();
-        let [out, _] = self.weight_shape(OP, weight)?;
-        let rows = x.shape()[0];
-        let y = Tensor::uninitialised(&self.device, OP, &[rows, out], output)?;
-        self.multiply(OP, x, weight, &y, false)?;
+        let mut ends = Vec::with_capacity(weights.len());
+        for weight in weights {
+            let [out, _] = self.weight_shape(OP, *weight)?;
+            ends.push(ends.last().unwrap_or(&0) + out);
+        }
+        let all = *ends.last().unwrap_or(&0);
+        let y = Tensor::uninitialised(&self.device, OP, &[x.shape()[0], all], output)?;
+        let mut start = 0;
+        for (weight, end) in weights.iter().zip(ends) {
+            let part = y.columns(std::mem::replace(&mut start, end)..end)?;
+            self.multiply(OP, x, *weight, &part, false)?;
+        }
         self.add_bias(&y, bias)?;
         Ok(y)
     }
@@ -100,12 +132,14 @@ impl Operations {
 
     pub(crate) fn weight_shape(&self, op: &'static str, weight: Weight<'_>) -> Result<[usize; 2]> {
         const WHAT: &str = "weight";
-        match weight {
-            Weight::Wide(weight) => self.matrix(op, WHAT, weight),
-            Weight::E4m3(weight) if weight.device().context() == self.device.context() => {
-                Ok(weight.shape())
-            }
-            Weight::E4m3(_) => {
+        let (device, shape) = match weight {
+            Weight::Wide(weight) => return self.matrix(op, WHAT, weight),
+            Weight::E4m3(weight) => (weight.device(), weight.shape()),
+            Weight::Blocks(weight) => (weight.device(), weight.shape()),
+        };
+        match device.is_same(&self.device) {
+            true => Ok(shape),
+            false => {
                 Err(Error::argument(op, WHAT, "on the device of the operations", "on another"))
             }
         }
@@ -120,16 +154,21 @@ impl Operations {
         d: &Tensor,
         accumulate: bool,
     ) -> Result<()> {
-        let weight = match weight {
-            Weight::Wide(weight) => return self.product(op, x, weight, d, (true, accumulate)),
-            Weight::E4m3(weight) => weight,
-        };
+        if let Weight::Wide(weight) = weight {
+            return self.product(op, x, weight, d, (true, accumulate));
+        }
+        let [_, input] = self.weight_shape(op, weight)?;
         let rows = x.shape()[0];
-        check_shape(op, "x", x, &[rows, weight.shape()[1]])?;
+        check_shape(op, "x", x, &[rows, input])?;
         self.check_output(op, d)?;
-        match rows {
-            0 => Ok(()),
-            _ => self.product_e4m3(&self.rounded(op, x)?, weight, d, accumulate),
+        if rows == 0 {
+            return Ok(());
+        }
+        let x = &self.rounded(op, x)?;
+        match weight {
+            Weight::Wide(_) => Ok(()),
+            Weight::E4m3(weight) => self.product_e4m3(x, weight, d, accumulate),
+            Weight::Blocks(weight) => self.product_blocks(x, weight, d, accumulate),
         }
     }
 

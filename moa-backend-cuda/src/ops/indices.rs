@@ -111,6 +111,8 @@ impl Operations {
     /// [`Error::Driver`].
     pub fn argmax(&self, x: &Tensor, into: &Indices) -> Result<()> {
         const OP: &str = "argmax";
+        self.check_place(OP, "x", x)?;
+        self.check_indices(OP, into)?;
         check_dtype(OP, "x", x, Dtype::F32)?;
         if x.shape()[0] != into.len || i32::try_from(x.row_len()).is_err() {
             let expected = format_args!("{} rows", into.len).to_string();
@@ -119,6 +121,16 @@ impl Operations {
         let args = OpArgs { out: into.pointer(), ..shaped(x).with_x(x) };
         // SAFETY: the shapes are checked; all of it is on the device's stream.
         unsafe { self.kernels.by_rows("argmax", &args) }
+    }
+
+    /// That they lie on this device.
+    pub(crate) fn check_indices(&self, op: &'static str, into: &Indices) -> Result<()> {
+        match into.device.is_same(&self.device) {
+            true => Ok(()),
+            false => {
+                Err(Error::argument(op, "into", "on the device of the operations", "on another"))
+            }
+        }
     }
 
     /// The lengths of a batch in every layer, for [`grow`](Self::grow).

@@ -68,6 +68,17 @@ pub(crate) const GEMV: [&str; 2] = ["gemv_1", "gemv_2"];
 pub(crate) const E4M3: [&str; 6] =
     ["e4m3_8", "e4m3_16", "e4m3_32", "e4m3_64", "widen_e4m3", "randomise_e4m3"];
 
+/// Names of the kernels of weights in blocks: products, two of each kind, and those that make elements or records.
+#[rustfmt::skip]
+pub(crate) const BLOCKS: [&str; 19] = [
+    "q4_0_8", "q4_0_16", "q4_1_8", "q4_1_16", "q5_0_8", "q5_0_16", "q5_1_8", "q5_1_16",
+    "q8_0_8", "q8_0_16", "q4_k_8", "q4_k_16", "q5_k_8", "q5_k_16", "q6_k_8", "q6_k_16",
+    WIDEN_BLOCKS, EMBED_BLOCKS, PACK_BLOCKS,
+];
+pub(crate) const WIDEN_BLOCKS: &str = "widen_blocks";
+pub(crate) const EMBED_BLOCKS: &str = "embed_blocks";
+pub(crate) const PACK_BLOCKS: &str = "pack_blocks";
+
 /// Names of the kernels of sampling.
 pub(crate) const SAMPLE: [&str; 1] = ["sample"];
 
@@ -92,7 +103,7 @@ impl OpKernels {
         let load = |&name| {
             let function = module.load_function(name);
             let function = function.map_err(Error::driver("cuModuleGetFunction"))?;
-            if source == Source::E4m3 {
+            if matches!(source, Source::E4m3 | Source::Blocks) {
                 function
                     .set_attribute(
                         Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
@@ -104,7 +115,7 @@ impl OpKernels {
         };
         let functions = names.iter().map(load).collect::<Result<_>>()?;
         let overlap = device.architecture().major >= 9
-            && matches!(source, Source::Ops | Source::Gemv | Source::E4m3);
+            && matches!(source, Source::Ops | Source::Gemv | Source::E4m3 | Source::Blocks);
         Ok(Self { device: device.clone(), functions, overlap })
     }
 

@@ -24,7 +24,7 @@ pub use sample::Draw;
 /// matrix products of more than 2 rows, own kernels for the rest.
 ///
 /// Weights and the inputs of matrix products are f16 or bf16, one of them for all; those of linear
-/// layers may be e4m3 instead ([`crate::E4m3Weight`]). The residual
+/// layers may be e4m3 instead ([`crate::E4m3Weight`]), and all may lie in blocks ([`crate::BlockWeight`]). The residual
 /// stream and logits are f32, as sums over many layers and choices between near equals want; norms
 /// and products sum in f32. Rows have a multiple of 8 elements. Calls return when their kernels are
 /// launched; [`Tensor::to_f32`] waits for them.
@@ -37,6 +37,7 @@ pub struct Operations {
     pub(crate) sampling: Lazy,
     pub(crate) gemv: Lazy,
     pub(crate) e4m3: Lazy,
+    pub(crate) blocks: Lazy,
     pub(crate) blas: Blas,
     pub(crate) staging: Mutex<Staging>,
 }
@@ -63,6 +64,7 @@ impl Operations {
             sampling: Lazy::default(),
             gemv: Lazy::default(),
             e4m3: Lazy::default(),
+            blocks: Lazy::default(),
             blas: Blas::new(device)?,
             staging: Mutex::new(Staging::new(device)),
         })
@@ -195,7 +197,7 @@ impl Operations {
         what: &'static str,
         x: &Tensor,
     ) -> Result<()> {
-        if x.device().context() != self.device.context() {
+        if !x.device().is_same(&self.device) {
             return Err(Error::argument(op, what, "on the device of the operations", "on another"));
         }
         match x.pointer().is_multiple_of(16) {

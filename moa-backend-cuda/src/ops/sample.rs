@@ -54,6 +54,8 @@ impl Operations {
         let &[rows, vocab] = logits.shape() else {
             return Err(Error::shape(OP, "logits", "[rows, vocab]", logits.shape()));
         };
+        self.check_place(OP, "logits", logits)?;
+        self.check_indices(OP, into)?;
         check_dtype(OP, "logits", logits, Dtype::F32)?;
         if units.len() != rows || into.len() != rows || vocab > VOCABULARY {
             let expected = format!("[{}, at most {VOCABULARY}]", units.len().min(into.len()));

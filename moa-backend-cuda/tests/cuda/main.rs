@@ -2,6 +2,7 @@
 //!
 //! Without a GPU trials are ignored; with `MOA_REQUIRE_GPU=1` they fail then.
 
+mod blocks;
 mod e4m3;
 #[path = "../gpu/mod.rs"]
 mod gpu;
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
     let suites = [
         suite("f16", || Cuda::new(Dtype::F16)),
         suite("bf16", || Cuda::new(Dtype::Bf16)),
+        blocks::trials(),
         e4m3::trials(),
         gradients::trials(),
         graph::trials(),

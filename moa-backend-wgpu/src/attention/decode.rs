@@ -1,13 +1,13 @@
 use cubecl::prelude::SequenceArg;
 use cubecl::server::Handle;
 use cubecl::{CubeCount, CubeDim};
-use moa_core::{Append, Dtype};
+use moa_core::{Append, CacheType};
 
-use super::{Call, Limits, arg};
+use super::{Call, Fresh, Limits, arg};
+use crate::kernels::codes::{load_parts, load_words};
 use crate::kernels::decode::{DECODE_UNITS, HeldLaunch, NewLaunch, Shape, decode};
 use crate::kernels::join::{JOIN_UNITS, join};
 use crate::kernels::keys::{keys, split_keys};
-use crate::kernels::words::per_word;
 use crate::{Cache, Result};
 
 /// Most query heads per KV head: a unit holds a share of each one's query and output in registers.
@@ -43,7 +43,7 @@ impl Decode {
     /// per KV head than registers hold.
     pub(crate) fn new(call: &Call<'_>, limits: &Limits) -> Option<Self> {
         let (head_dim, group) = (call.shape.head_dim, call.shape.group());
-        let parts = per_word(call.dtype);
+        let parts = load_parts(call.own.keys());
         if !head_dim.is_multiple_of(4 * parts) || group > MAX_GROUP {
             return None;
         }
@@ -51,8 +51,8 @@ impl Decode {
         let bindings = limits.bindings.saturating_sub(5) / 3;
         let (planes, native) = (lanes <= call.device.plane_units(), call.device.converts_f16());
         let sequences = bindings.clamp(1, MAX_SEQUENCES);
-        let (dtype, native) = (call.dtype, native && call.dtype == Dtype::F16);
-        let shape = Shape { sequences, group, lanes, dtype, planes, native, partial: true };
+        let (own, native) = (call.own, native && call.own == CacheType::F16);
+        let shape = Shape { sequences, group, lanes, own, planes, native, partial: true };
         let units = DECODE_UNITS.max(JOIN_UNITS);
         (shape.shared_bytes() <= limits.shared_bytes && units <= limits.units)
             .then_some(Self { shape, vectors: head_dim / 4 })
@@ -63,7 +63,8 @@ impl Decode {
         let sequences = batch.iter().take(MAX_RUN).take_while(|append| append.tokens == 1).count();
         let splits = |cache: &Cache| {
             let len = cache.as_ref().len() as u32;
-            let counts = cache.geometry().heads.iter().map(|h| keys(h, len, len + 1).count);
+            let heads = &cache.groups()[call.group].heads;
+            let counts = heads.iter().map(|h| keys(h, len, len + 1).count);
             counts.map(|count| count.div_ceil(split_keys(count))).max().unwrap_or(1)
         };
         let splits =
@@ -90,8 +91,13 @@ impl Decode {
         batch: &[Append<'_, Cache>],
         first: usize,
         run: &Run,
+        fresh: &Fresh,
     ) {
-        let kv_heads = call.shape.kv_heads;
+        let group = match batch.first() {
+            Some(append) => &append.cache.groups()[call.group],
+            None => return,
+        };
+        let [key_load, value_load] = [call.own.keys(), call.own.values()].map(load_words);
         let (out, stats) = match &run.partial {
             Some([out, stats]) => (out, stats),
             None => (call.out.handle(), call.lse.handle()),
@@ -99,33 +105,37 @@ impl Decode {
         for (number, chunk) in batch.chunks(self.shape.sequences).enumerate() {
             let at = number * self.shape.sequences;
             let held = chunk.iter().map(|Append { cache, .. }| {
+                let store = cache.store(call.group);
                 HeldLaunch::new(
-                    arg(&cache.keys),
-                    arg(&cache.values),
-                    arg(&cache.geometry().table),
+                    arg(&store.keys),
+                    arg(&store.values),
+                    arg(&cache.groups()[call.group].table),
                     cache.as_ref().len() as u32,
                 )
             });
             let new = NewLaunch::new(
-                arg(call.inputs.q.handle()),
-                arg(call.inputs.k.handle()),
-                arg(call.inputs.v.handle()),
+                arg(&fresh.q),
+                arg(&fresh.k),
+                arg(&fresh.v),
                 arg(out),
                 arg(stats),
                 (first + at) as u32,
                 at as u32,
                 call.shape.query_heads as u32,
-                kv_heads as u32,
+                call.shape.kv_heads as u32,
                 self.vectors as u32,
-                call.inputs.scale,
+                call.scale(),
+                fresh.scales,
             );
             // SAFETY: shapes were checked, caches are filled up to their lengths and have room for a
             // token, and the outputs have room as planned.
             unsafe {
                 decode::launch_unchecked(
                     call.device.client(),
-                    CubeCount::Static(run.splits, kv_heads as u32, chunk.len() as u32),
+                    CubeCount::Static(run.splits, group.heads.len() as u32, chunk.len() as u32),
                     CubeDim::new_1d(DECODE_UNITS as u32),
+                    key_load,
+                    value_load,
                     new,
                     held.collect::<SequenceArg<_>>(),
                     Shape { sequences: chunk.len(), partial: run.partial.is_some(), ..self.shape },
@@ -137,13 +147,20 @@ impl Decode {
         unsafe {
             join::launch_unchecked(
                 call.device.client(),
-                CubeCount::Static(call.shape.query_heads as u32, run.sequences as u32, 1),
+                CubeCount::Static(
+                    (group.heads.len() * call.shape.group()) as u32,
+                    run.sequences as u32,
+                    1,
+                ),
                 CubeDim::new_1d(JOIN_UNITS as u32),
                 arg(partial),
                 arg(partial_stats),
+                arg(&group.table),
                 arg(call.out.handle()),
                 arg(call.lse.handle()),
                 first as u32,
+                call.shape.query_heads as u32,
+                call.shape.group() as u32,
                 run.splits,
                 self.vectors as u32,
                 self.vectors.next_power_of_two(),

@@ -1,9 +1,10 @@
 use cubecl::ir::features::{MmaConfig, Plane};
 use cubecl::ir::{ElemType, FloatKind};
+use moa_core::CacheType;
 
 use super::Limits;
+use crate::Device;
 use crate::kernels::blocks::{Blocks, CHUNK, PLANE, SIDE};
-use crate::{Device, Dtype};
 
 /// Whether matrix units, also known as tensor cores, multiply in long chunks on f16 caches. They take queries and
 /// weights in f16 and sum in f32.
@@ -31,7 +32,7 @@ impl MatrixUnits {
         self,
         device: &Device,
         limits: &Limits,
-        dtype: Dtype,
+        cache_type: CacheType,
         head_dim: usize,
     ) -> Option<Blocks> {
         let matrix_units = match self {
@@ -39,7 +40,7 @@ impl MatrixUnits {
             Self::Unused => return None,
             Self::Emulated => false,
         };
-        if dtype != Dtype::F16
+        if cache_type != CacheType::F16
             || !HEAD_DIMS.contains(&head_dim)
             || (matrix_units && !offered(device))
         {

@@ -1,10 +1,14 @@
 //! One call of `extend`: attention over the old caches and the new tokens, and the append.
 //!
+//! Heads of one type are a group, with buffers and kernels of their own. Sequences next to each other whose heads have
+//! the same types go through the groups together.
+//!
 //! WebGPU kernels cannot follow pointers, and arrays of buffers are an extension; so each sequence with
 //! several new tokens is a dispatch of its own. Those with one token share a dispatch, up to eight of them,
 //! which branches where it loads (see `decode`). Nothing of a sequence's result can depend on the others.
 
 mod decode;
+mod fresh;
 pub(crate) mod matrix_units;
 mod schedule;
 pub(crate) mod timing;
@@ -12,17 +16,20 @@ pub(crate) mod timing;
 use cubecl::prelude::BufferArg;
 use cubecl::server::Handle;
 use cubecl::{CubeCount, CubeDim};
-use moa_core::{Append, AttentionShape, Dtype, ExtendInputs, Extended, check_extend};
+use moa_core::{Append, AttentionShape, CacheType, Dtype, ExtendInputs, Extended, check_extend};
 
+use crate::cache::Group;
 use crate::kernels::append::append;
 use crate::kernels::attend::{Shape, attend};
 use crate::kernels::blocks::Blocks;
+use crate::kernels::codes::row_words;
 use crate::kernels::merge::merge;
 use crate::kernels::prefill::prefill;
 use crate::kernels::words::{narrow, per_word};
 use crate::{Cache, Device, Error, MatrixUnits, Result, Tensor};
 
 use decode::Decode;
+use fresh::{Fresh, is_narrow};
 use schedule::Cut;
 pub(crate) use schedule::{Limits, Row, square};
 
@@ -35,8 +42,13 @@ pub(crate) fn arg(handle: &Handle) -> BufferArg {
     unsafe { BufferArg::from_raw_parts(handle.clone(), elements) }
 }
 
-/// New keys or values as a cache of this type holds them: rounded before the chunk attends to them, so
-/// that a key is one number wherever it is read.
+/// A cube for each of so many rows, along two axes where one is too short.
+pub(crate) fn grid(device: &Device, count: usize) -> CubeCount {
+    let along_x = count.min(Limits::of(device).cubes as usize);
+    CubeCount::Static(along_x as u32, count.div_ceil(along_x.max(1)) as u32, 1)
+}
+
+/// A tensor's elements in words of this type.
 pub(crate) fn words(device: &Device, tensor: &Tensor, dtype: Dtype) -> Result<Handle> {
     if dtype == Dtype::F32 {
         return Ok(tensor.handle().clone());
@@ -64,10 +76,26 @@ pub(crate) fn extend(
     let [out, lse] = device.alloc_two("tensor", inputs.q.len(), rows.iter().product())?;
     let out = Tensor::from_handle(device, out, inputs.q.shape())?;
     let lse = Tensor::from_handle(device, lse, rows)?;
-    let dtype = batch[0].cache.dtype();
-    let call = Call { device, inputs, shape, dtype, out: &out, lse: &lse, matrix_units };
-    let schedule = call.schedule(batch)?;
-    call.run(batch, &schedule)?;
+    let mut jobs = Vec::new();
+    let (mut at, mut first) = (0, 0);
+    while let Some(Append { cache, .. }) = batch.get(at) {
+        let alike = batch[at..].iter().take_while(|append| append.cache.is_like(cache)).count();
+        let sequences = at..at + alike;
+        for (group, Group { own, .. }) in cache.groups().iter().enumerate() {
+            let (own, out, lse) = (*own, &out, &lse);
+            let call = Call { device, inputs, shape, group, own, out, lse, matrix_units };
+            let schedule = call.schedule(&batch[sequences.clone()])?;
+            jobs.push((call, schedule, sequences.clone(), first));
+        }
+        first += batch[sequences].iter().map(|append| append.tokens).sum::<usize>();
+        at += alike;
+    }
+    for (call, schedule, sequences, first) in &jobs {
+        call.run(&batch[sequences.clone()], schedule, *first);
+    }
+    for Append { cache, tokens } in batch {
+        cache.state_mut().append(*tokens)?;
+    }
     Ok(Extended { out, lse: inputs.lse.then_some(lse) })
 }
 
@@ -83,11 +111,7 @@ fn check(
             return Err(Error::argument(OP, what, "on the backend's device", "on another"));
         }
     }
-    let dtype = batch[0].cache.dtype();
     for Append { cache, .. } in batch {
-        if cache.dtype() != dtype {
-            return Err(Error::argument(OP, "cache dtype", dtype, cache.dtype()));
-        }
         if !cache.device().is(device) {
             return Err(Error::argument(OP, "cache", "on the backend's device", "on another"));
         }
@@ -95,14 +119,16 @@ fn check(
     Ok(shape)
 }
 
-/// What all sequences of a call share.
+/// What sequences whose heads have the same types share, of the heads of one type.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Call<'a> {
     pub(crate) device: &'a Device,
     pub(crate) inputs: &'a ExtendInputs<'a, Tensor>,
     pub(crate) shape: AttentionShape,
-    /// Element type of the caches.
-    pub(crate) dtype: Dtype,
+    /// Number of the heads' group in the caches.
+    pub(crate) group: usize,
+    /// How they hold keys and values.
+    pub(crate) own: CacheType,
     pub(crate) out: &'a Tensor,
     pub(crate) lse: &'a Tensor,
     pub(crate) matrix_units: MatrixUnits,
@@ -114,8 +140,8 @@ struct Schedule {
     decode: Option<Decode>,
     parts: Vec<Part>,
     scratch: Option<Scratch>,
-    /// New keys and values in the words of the caches, where a part reads them: see [`words`].
-    words: Option<[Handle; 2]>,
+    /// New rows as the caches hold them, where a part reads them.
+    fresh: Option<Fresh>,
 }
 
 /// Sequences that are computed together.
@@ -136,9 +162,9 @@ impl Call<'_> {
     /// How a batch whose shapes were checked is cut, with the memory that it needs.
     fn schedule(&self, batch: &[Append<'_, Cache>]) -> Result<Schedule> {
         let limits = Limits::of(self.device);
-        let AttentionShape { query_heads, head_dim, .. } = self.shape;
+        let head_dim = self.shape.head_dim;
         let decode = Decode::new(self, &limits);
-        let blocks = self.matrix_units.blocks(self.device, &limits, self.dtype, head_dim);
+        let blocks = self.matrix_units.blocks(self.device, &limits, self.own, head_dim);
         let (mut parts, mut at, mut rows) = (Vec::new(), 0, 0);
         while let Some(Append { cache, tokens }) = batch.get(at) {
             if let Some(decode) = decode.filter(|_| *tokens == 1) {
@@ -147,11 +173,11 @@ impl Call<'_> {
                 parts.push(Part::Run(run));
                 continue;
             }
-            let (heads, len) = (&cache.geometry().heads, cache.as_ref().len());
-            let row = Row::of(head_dim);
-            let cut = Cut::new(&limits, heads, len, *tokens, query_heads, row, blocks)?;
+            let (heads, len) = (&cache.groups()[self.group].heads, cache.as_ref().len());
+            let (row, own_heads) = (Row::of(head_dim), heads.len() * self.shape.group());
+            let cut = Cut::new(&limits, heads, len, *tokens, own_heads, row, blocks)?;
             if cut.splits > 1 {
-                rows = rows.max(cut.splits as usize * *tokens * query_heads);
+                rows = rows.max(cut.splits as usize * *tokens * own_heads);
             }
             parts.push(Part::One(cut));
             at += 1;
@@ -164,40 +190,40 @@ impl Call<'_> {
                 Some(Scratch { out, stats })
             }
         };
-        let words = match parts.iter().any(|part| matches!(part, Part::One(_))) {
-            true => Some([
-                words(self.device, self.inputs.k, self.dtype)?,
-                words(self.device, self.inputs.v, self.dtype)?,
-            ]),
-            false => None,
-        };
-        Ok(Schedule { decode, parts, scratch, words })
+        let read = parts.iter().any(|part| matches!(part, Part::One(_))) || is_narrow(self.own);
+        let fresh = if read { Some(Fresh::new(self)?) } else { None };
+        Ok(Schedule { decode, parts, scratch, fresh })
     }
 
-    /// Queues the kernels and records the new tokens, for which there is room.
-    fn run(&self, batch: &mut [Append<'_, Cache>], schedule: &Schedule) -> Result<()> {
-        let (mut first, mut at) = (0, 0);
+    /// Queues the kernels. The sequences' first token is `first`, and there is room for the new ones.
+    fn run(&self, batch: &[Append<'_, Cache>], schedule: &Schedule, first: usize) {
+        let (mut next, mut at) = (first, 0);
         for part in &schedule.parts {
-            let sequences = match (part, &schedule.decode, &schedule.words) {
-                (Part::Run(run), Some(decode), _) => {
-                    decode.launch(self, &batch[at..at + run.sequences], first, run);
+            let sequences = match (part, &schedule.decode, &schedule.fresh) {
+                (Part::Run(run), Some(decode), fresh) => {
+                    let run_batch = &batch[at..at + run.sequences];
+                    match fresh.as_ref().filter(|_| is_narrow(self.own)) {
+                        Some(fresh) => decode.launch(self, run_batch, next, run, fresh),
+                        // Decode rounds these itself.
+                        None => decode.launch(self, run_batch, next, run, &Fresh::raw(self)),
+                    }
                     run.sequences
                 }
-                (Part::One(cut), _, Some(words)) => {
+                (Part::One(cut), _, Some(fresh)) => {
                     let Append { cache, tokens } = &batch[at];
-                    self.one(cache, first, *tokens, cut, schedule.scratch.as_ref(), words);
+                    self.one(cache, next, *tokens, cut, schedule.scratch.as_ref(), fresh);
                     1
                 }
                 // A schedule has what its parts need.
                 _ => 0,
             };
-            for Append { cache, tokens } in &mut batch[at..at + sequences] {
-                cache.state_mut().append(*tokens)?;
-                first += *tokens;
-            }
+            next += batch[at..at + sequences].iter().map(|append| append.tokens).sum::<usize>();
             at += sequences;
         }
-        Ok(())
+        if let Some(Append { cache, .. }) = batch.first() {
+            let group = &cache.groups()[self.group];
+            self.rotate_back(&group.table, group.heads.len(), first, next - first);
+        }
     }
 
     fn one(
@@ -207,24 +233,24 @@ impl Call<'_> {
         tokens: usize,
         cut: &Cut,
         scratch: Option<&Scratch>,
-        words: &[Handle; 2],
+        fresh: &Fresh,
     ) {
         let row = Row::of(self.shape.head_dim);
         match scratch {
             _ if let Some(blocks) = cut.blocks => {
-                self.prefill(cache, first, tokens, blocks, cut.tiles, words);
+                self.prefill(cache, first, tokens, blocks, cut.tiles, fresh);
             }
             Some(scratch) if cut.splits > 1 => {
                 let results = [&scratch.out, &scratch.stats];
-                self.attend(cache, first, tokens, row, cut, words, results);
+                self.attend(cache, first, tokens, row, cut, fresh, results);
                 self.merge(cache, first, tokens, row, cut, scratch);
             }
             _ => {
                 let results = [self.out.handle(), self.lse.handle()];
-                self.attend(cache, first, tokens, row, cut, words, results);
+                self.attend(cache, first, tokens, row, cut, fresh, results);
             }
         }
-        self.append(cache, first, tokens, row, words);
+        self.append(cache, first, tokens, row, fresh);
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -235,37 +261,38 @@ impl Call<'_> {
         tokens: usize,
         row: Row,
         cut: &Cut,
-        [k, v]: &[Handle; 2],
+        fresh: &Fresh,
         [out, stats]: [&Handle; 2],
     ) {
-        let kv_heads = self.shape.kv_heads;
+        let (group, store) = (&cache.groups()[self.group], cache.store(self.group));
         let columns = row.vectors.div_ceil(cut.tile.units_x);
-        let (dtype, partial) = (self.dtype, cut.splits > 1);
-        let shape = Shape { tile: cut.tile, columns, dtype, partial };
+        let (own, partial) = (self.own, cut.splits > 1);
+        let shape = Shape { tile: cut.tile, columns, own, partial };
         // SAFETY: the tensors have `first + tokens` tokens of as many heads as is said, the cache
         // is filled up to its length, and the outputs have room as planned.
         unsafe {
             attend::launch_unchecked(
                 self.device.client(),
-                CubeCount::Static(cut.tiles, kv_heads as u32, cut.splits),
+                CubeCount::Static(cut.tiles, group.heads.len() as u32, cut.splits),
                 CubeDim::new_1d(cut.tile.units() as u32),
                 row.width,
-                row.width / per_word(self.dtype),
-                arg(self.inputs.q.handle()),
-                arg(k),
-                arg(v),
-                arg(&cache.keys),
-                arg(&cache.values),
-                arg(&cache.geometry().table),
+                self.width(row),
+                arg(&fresh.q),
+                arg(&fresh.k),
+                arg(&fresh.v),
+                arg(&store.keys),
+                arg(&store.values),
+                arg(&group.table),
                 arg(out),
                 arg(stats),
                 first as u32,
                 tokens as u32,
                 cache.as_ref().len() as u32,
                 self.shape.query_heads as u32,
-                kv_heads as u32,
+                self.shape.kv_heads as u32,
                 row.vectors as u32,
-                self.inputs.scale,
+                self.scale(),
+                fresh.scales,
                 shape,
             );
         }
@@ -278,28 +305,28 @@ impl Call<'_> {
         tokens: usize,
         blocks: Blocks,
         tiles: u32,
-        [k, v]: &[Handle; 2],
+        fresh: &Fresh,
     ) {
-        let kv_heads = self.shape.kv_heads;
+        let (group, store) = (&cache.groups()[self.group], cache.store(self.group));
         // SAFETY: as in `attend`; head dimensions are multiples of 8.
         unsafe {
             prefill::launch_unchecked(
                 self.device.client(),
-                CubeCount::Static(tiles, kv_heads as u32, 1),
+                CubeCount::Static(tiles, group.heads.len() as u32, 1),
                 CubeDim::new_1d(blocks.units() as u32),
-                arg(self.inputs.q.handle()),
-                arg(k),
-                arg(v),
-                arg(&cache.keys),
-                arg(&cache.values),
-                arg(&cache.geometry().table),
+                arg(&fresh.q),
+                arg(&fresh.k),
+                arg(&fresh.v),
+                arg(&store.keys),
+                arg(&store.values),
+                arg(&group.table),
                 arg(self.out.handle()),
                 arg(self.lse.handle()),
                 first as u32,
                 tokens as u32,
                 cache.as_ref().len() as u32,
                 self.shape.query_heads as u32,
-                kv_heads as u32,
+                self.shape.kv_heads as u32,
                 self.inputs.scale,
                 blocks,
             );
@@ -315,7 +342,9 @@ impl Call<'_> {
         cut: &Cut,
         scratch: &Scratch,
     ) {
-        let (cubes, dim) = self.device.cubes(tokens * self.shape.query_heads * row.vectors);
+        let group = &cache.groups()[self.group];
+        let rows = tokens * group.heads.len() * self.shape.group();
+        let (cubes, dim) = self.device.cubes(rows * row.vectors);
         // SAFETY: as in `attend`, which wrote the partial results.
         unsafe {
             merge::launch_unchecked(
@@ -325,7 +354,7 @@ impl Call<'_> {
                 row.width,
                 arg(&scratch.out),
                 arg(&scratch.stats),
-                arg(&cache.geometry().table),
+                arg(&group.table),
                 arg(self.out.handle()),
                 arg(self.lse.handle()),
                 first as u32,
@@ -333,15 +362,26 @@ impl Call<'_> {
                 cache.as_ref().len() as u32,
                 self.shape.query_heads as u32,
                 self.shape.kv_heads as u32,
+                group.heads.len() as u32,
                 cut.splits,
                 row.vectors as u32,
             );
         }
     }
 
-    fn append(&self, cache: &Cache, first: usize, tokens: usize, row: Row, [k, v]: &[Handle; 2]) {
-        let kv_heads = self.shape.kv_heads;
-        let (cubes, dim) = self.device.cubes(tokens * kv_heads * row.vectors);
+    /// Words of a row's vector where elements are whole, else one.
+    fn width(&self, row: Row) -> usize {
+        self.own.dtype().map_or(1, |dtype| row.width / per_word(dtype))
+    }
+
+    fn append(&self, cache: &Cache, first: usize, tokens: usize, row: Row, fresh: &Fresh) {
+        let (group, store) = (&cache.groups()[self.group], cache.store(self.group));
+        let (heads, width) = (group.heads.len(), self.width(row));
+        let vectors = |rows| row_words(rows, self.shape.head_dim) / width;
+        let [key_vectors, value_vectors] = [self.own.keys(), self.own.values()].map(vectors);
+        let has_scales = is_narrow(self.own);
+        let columns = key_vectors + value_vectors + usize::from(has_scales);
+        let (cubes, dim) = self.device.cubes(tokens * heads * columns);
         // SAFETY: the tensors have `first + tokens` tokens, the cache has the slots of its table and
         // room for the tokens.
         unsafe {
@@ -349,17 +389,21 @@ impl Call<'_> {
                 self.device.client(),
                 cubes,
                 dim,
-                row.width / per_word(self.dtype),
-                arg(k),
-                arg(v),
-                arg(&cache.geometry().table),
-                arg(&cache.keys),
-                arg(&cache.values),
+                width,
+                arg(&fresh.k),
+                arg(&fresh.v),
+                arg(&group.table),
+                arg(&store.keys),
+                arg(&store.values),
                 first as u32,
                 tokens as u32,
                 cache.as_ref().len() as u32,
-                kv_heads as u32,
-                row.vectors as u32,
+                self.shape.kv_heads as u32,
+                heads as u32,
+                key_vectors as u32,
+                value_vectors as u32,
+                fresh.scales,
+                has_scales,
             );
         }
     }

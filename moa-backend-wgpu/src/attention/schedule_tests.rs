@@ -7,7 +7,7 @@ use crate::kernels::keys::{MAX_SPLITS, MIN_SPLIT_KEYS, attends, position, slot};
 const WEB: Limits = Limits { shared_bytes: 16384, units: 256, cubes: 65535, bindings: 7 };
 
 fn heads(layout: &LayerLayout) -> Vec<Head> {
-    layout.head_rows().unwrap().iter().map(Head::from).collect()
+    layout.head_rows().unwrap().iter().map(|row| Head::new(row, 0, 0)).collect()
 }
 
 #[test]

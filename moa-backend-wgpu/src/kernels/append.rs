@@ -2,9 +2,10 @@ use cubecl::prelude::*;
 
 use super::keys::{head, slot};
 
-/// Writes one sequence's new keys and values into its cache, after attention has read what they
-/// overwrite. `k` and `v` are `[batch tokens, kv_heads, vectors]`, of which `tokens` from `first` on
-/// are the sequence's, in the words of the cache; units: their vectors.
+/// Writes one sequence's new rows into a store of its cache, after attention has read what they overwrite. `k` and
+/// `v` are rows of `[batch tokens, kv_heads]`, of which `tokens` from `first` on are the sequence's, in the words of
+/// the cache; `scales` is the word of `k` where scales start. Units: vectors of the keys, of the values, and where the
+/// type has scales a word of them.
 #[allow(clippy::too_many_arguments)]
 #[cube(launch_unchecked)]
 pub(crate) fn append<M: Size>(
@@ -17,21 +18,33 @@ pub(crate) fn append<M: Size>(
     tokens: u32,
     len: u32,
     kv_heads: u32,
-    vectors: u32,
+    heads: u32,
+    key_vectors: u32,
+    value_vectors: u32,
+    scales: u32,
+    #[comptime] has_scales: bool,
 ) {
-    let vectors = vectors as usize;
-    let row = ABSOLUTE_POS / vectors;
-    let column = ABSOLUTE_POS % vectors;
-    if row >= (tokens * kv_heads) as usize {
+    let (key_vectors, value_vectors) = (key_vectors as usize, value_vectors as usize);
+    let columns = key_vectors + value_vectors + comptime!(has_scales as usize);
+    let row = (ABSOLUTE_POS / columns) as u32;
+    let column = ABSOLUTE_POS % columns;
+    if row >= tokens * heads {
         terminate!();
     }
-    let position = len + row as u32 / kv_heads;
-    let head = head(table, row as u32 % kv_heads);
+    let position = len + row / heads;
+    let head = head(table, row % heads);
     // What the same append would overwrite again is left out.
     if position < head.sink_slots || position + head.ring >= len + tokens {
-        let from = ((first * kv_heads) as usize + row) * vectors + column;
-        let to = slot(&head, position) as usize * vectors + column;
-        cached_k[to] = k[from];
-        cached_v[to] = v[from];
+        let from = (first + row / heads) * kv_heads + head.number;
+        let to = slot(&head, position);
+        if column < key_vectors {
+            cached_k[to as usize * key_vectors + column] = k[from as usize * key_vectors + column];
+        } else if column < key_vectors + value_vectors {
+            let column = column - key_vectors;
+            cached_v[to as usize * value_vectors + column] =
+                v[from as usize * value_vectors + column];
+        } else if comptime!(has_scales) {
+            cached_k[(head.scales + to - head.offset) as usize] = k[(scales + from) as usize];
+        }
     }
 }

@@ -1,9 +1,10 @@
 use cubecl::prelude::*;
+use moa_core::{CacheType, RowType};
 
+use super::codes::{codes, scale as scale_in};
 use super::keys::{attends, head, keys, position, slot, split_keys};
 use super::tile::Tile;
 use super::words::widen;
-use crate::Dtype;
 
 /// What a kernel is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -11,8 +12,8 @@ pub(crate) struct Shape {
     pub(crate) tile: Tile,
     /// Vectors of an output row that are one unit's.
     pub(crate) columns: usize,
-    /// Element type of keys and values.
-    pub(crate) dtype: Dtype,
+    /// How the store holds keys and values.
+    pub(crate) own: CacheType,
     /// Whether several cubes share the keys of a tile and leave partial results.
     pub(crate) partial: bool,
 }
@@ -24,11 +25,12 @@ const NEW: u32 = 1 << 31;
 const MASKED: f32 = -1e30;
 
 /// Attention of one sequence's new tokens over its cache and over themselves. Cubes: tiles of rows,
-/// KV heads, splits of the keys.
+/// the store's heads, splits of the keys.
 ///
 /// `q` and `out` are `[batch tokens, query_heads, vectors]`, `k` and `v` alike with `kv_heads`
-/// in the words of the cache, of which the sequence has `tokens` from `first` on. `stats` is the log-sum-exp of each row. Of
-/// partial results, `out` is `[kv_heads, splits, rows, vectors]` without the division by the sum,
+/// in the words of the cache, of which the sequence has `tokens` from `first` on; of narrow rows, `scales` is the word of
+/// `k` where their scales start. `stats` is the log-sum-exp of each row. Of
+/// partial results, `out` is `[heads, splits, rows, vectors]` without the division by the sum,
 /// and `stats` holds each row's (maximum, sum).
 #[allow(clippy::too_many_arguments)]
 #[cube(launch_unchecked)]
@@ -48,8 +50,11 @@ pub(crate) fn attend<N: Size, M: Size>(
     kv_heads: u32,
     vectors: u32,
     scale: f32,
+    scales: u32,
     #[comptime] shape: Shape,
 ) {
+    let (keys_held, values_held) = comptime!((shape.own.keys(), shape.own.values()));
+    let narrow = comptime!(keys_held.is_narrow());
     let tile = comptime!(shape.tile);
     let tile_keys = comptime!(shape.tile.keys());
     let unit_rows = comptime!(tile.unit_rows);
@@ -66,17 +71,19 @@ pub(crate) fn attend<N: Size, M: Size>(
     let mut right = Shared::<[Vector<f32, N>]>::new_slice(comptime!(tile.right()));
     let mut weights = Shared::<[f32]>::new_slice(comptime!(tile.weights()));
     let mut key_rows = Shared::<[u32]>::new_slice(comptime!(tile.keys()));
+    let mut key_scales =
+        Shared::<[u32]>::new_slice(comptime!(if narrow { tile.keys() } else { 1 }));
 
     let unit = UNIT_POS as usize;
     let x = unit % units_x;
     let y = unit / units_x;
-    let kv_head = CUBE_POS_Y;
+    let head = head(table, CUBE_POS_Y);
+    let kv_head = head.number;
     let group = query_heads / kv_heads;
     let rows = tokens * group;
     let first_row = CUBE_POS_X * comptime!(tile.rows() as u32);
     let last_row = (first_row + comptime!(tile.rows() as u32)).min(rows) - 1;
 
-    let head = head(table, kv_head);
     let keys = keys(&head, len + first_row / group, len + last_row / group + 1);
     let mut from = 0u32;
     let mut to = keys.count;
@@ -116,11 +123,20 @@ pub(crate) fn attend<N: Size, M: Size>(
         while at < tile_keys {
             // Keys beyond the last one repeat it with weight 0, so that nothing unwritten is read.
             let position = position(&keys, (base + at as u32).min(to - 1));
-            key_rows[at] = if position >= len {
-                ((first + position - len) * kv_heads + kv_head) | NEW
+            if position >= len {
+                let row = (first + position - len) * kv_heads + kv_head;
+                key_rows[at] = row | NEW;
+                if comptime!(narrow) {
+                    key_scales[at] = k[(scales + row) as usize].extract(0usize);
+                }
             } else {
-                slot(&head, position)
-            };
+                let row = slot(&head, position);
+                key_rows[at] = row;
+                if comptime!(narrow) {
+                    let own = head.scales + row - head.offset;
+                    key_scales[at] = cached_k[own as usize].extract(0usize);
+                }
+            }
             at += units;
         }
         #[unroll]
@@ -148,7 +164,11 @@ pub(crate) fn attend<N: Size, M: Size>(
                 let column = chunk * depth + at % depth;
                 let mut value = Vector::<f32, N>::new(0.0);
                 if column < vectors {
-                    value = load::<N, M>(k, cached_k, key_rows[at / depth], column, vectors, shape);
+                    value =
+                        load::<N, M>(k, cached_k, key_rows[at / depth], column, vectors, keys_held);
+                    if comptime!(narrow) {
+                        value *= Vector::new(scale_in(key_scales[at / depth], false));
+                    }
                 }
                 right[at / depth * staged + at % depth] = value;
                 at += units;
@@ -229,8 +249,11 @@ pub(crate) fn attend<N: Size, M: Size>(
                 // So few units read a value that the device's cache shares it.
                 if column < vectors {
                     for key in 0..tile_keys {
-                        let value =
-                            load::<N, M>(v, cached_v, key_rows[key], column, vectors, shape);
+                        let mut value =
+                            load::<N, M>(v, cached_v, key_rows[key], column, vectors, values_held);
+                        if comptime!(narrow) {
+                            value *= Vector::new(scale_in(key_scales[key], true));
+                        }
                         #[unroll]
                         for i in 0..unit_rows {
                             let weight = weights[(y * unit_rows + i) * weights_row + key];
@@ -249,8 +272,11 @@ pub(crate) fn attend<N: Size, M: Size>(
                             key_rows[first_key + y],
                             column,
                             vectors,
-                            shape,
+                            values_held,
                         );
+                        if comptime!(narrow) {
+                            value *= Vector::new(scale_in(key_scales[first_key + y], true));
+                        }
                     }
                     right[unit] = value;
                     sync_cube();
@@ -287,7 +313,7 @@ pub(crate) fn attend<N: Size, M: Size>(
         }
         if row < rows {
             let at = if comptime!(shape.partial) {
-                (kv_head * CUBE_COUNT_Z + CUBE_POS_Z) * rows + row
+                (CUBE_POS_Y * CUBE_COUNT_Z + CUBE_POS_Z) * rows + row
             } else {
                 (first + row / group) * query_heads + kv_head * group + row % group
             };
@@ -315,7 +341,7 @@ pub(crate) fn attend<N: Size, M: Size>(
     }
 }
 
-/// A vector of a key or value, new or cached.
+/// A vector of a key or value, new or cached, without its scale.
 #[cube]
 fn load<N: Size, M: Size>(
     new: &[Vector<u32, M>],
@@ -323,12 +349,48 @@ fn load<N: Size, M: Size>(
     row: u32,
     column: usize,
     vectors: usize,
-    #[comptime] shape: Shape,
+    #[comptime] own: RowType,
 ) -> Vector<f32, N> {
-    let words = if row >= NEW {
+    match own {
+        RowType::Plain(dtype) => widen::<N, M>(fetch(new, cached, row, column, vectors), dtype),
+        RowType::Int4 => {
+            // Elements of the row's second half are the high halves of the first's bytes.
+            let half = vectors / 2;
+            let upper = column >= half;
+            let at = select(upper, column - half, column);
+            let word = fetch(new, cached, row, at, half).extract(0usize);
+            spread::<N>(word, select(upper, 4u32, 0u32), own)
+        }
+        _ => {
+            let word = fetch(new, cached, row, column, vectors).extract(0usize);
+            spread::<N>(word, 0u32.runtime(), own)
+        }
+    }
+}
+
+#[cube]
+fn fetch<M: Size>(
+    new: &[Vector<u32, M>],
+    cached: &[Vector<u32, M>],
+    row: u32,
+    column: usize,
+    vectors: usize,
+) -> Vector<u32, M> {
+    if row >= NEW {
         new[(row - NEW) as usize * vectors + column]
     } else {
         cached[row as usize * vectors + column]
-    };
-    widen::<N, M>(words, shape.dtype)
+    }
+}
+
+/// A word's four codes, as a vector of the kernel's four.
+#[cube]
+fn spread<N: Size>(word: u32, up: u32, #[comptime] own: RowType) -> Vector<f32, N> {
+    let four = codes(word, up, own);
+    let mut wide = Vector::<f32, N>::new(0.0);
+    #[unroll]
+    for i in 0..N::value() {
+        wide.insert(i, four.extract(i));
+    }
+    wide
 }

@@ -1,9 +1,9 @@
 use cubecl::prelude::*;
+use moa_core::{CacheType, RowType};
 
+use super::codes::{component, elements, load_parts, scale, vector_of};
 use super::keys::{Head, Keys, head, keys, position, slot, split_keys};
-use super::lanes::{add, holder, number_of, part, round, scatter_add};
-use super::words::per_word;
-use crate::Dtype;
+use super::lanes::{add, holder, number_of, round, scatter_add, word};
 
 /// Units of a cube: few, so that many cubes hide each other's waits.
 pub(crate) const DECODE_UNITS: usize = 64;
@@ -27,8 +27,8 @@ pub(crate) struct Shape {
     pub(crate) group: usize,
     /// Units that share a row, a power of two: enough for one load of [`Words`] each.
     pub(crate) lanes: usize,
-    /// Element type of keys and values.
-    pub(crate) dtype: Dtype,
+    /// How the store holds keys and values.
+    pub(crate) own: CacheType,
     /// Sums over a row's units by plane operations, in place of shared memory.
     pub(crate) planes: bool,
     /// f16 is widened by the device's own conversion.
@@ -40,7 +40,12 @@ pub(crate) struct Shape {
 impl Shape {
     /// Vectors of four elements in a load.
     const fn parts(&self) -> usize {
-        per_word(self.dtype)
+        load_parts(self.own.keys())
+    }
+
+    /// Whether rows are codes with scales.
+    const fn is_narrow(&self) -> bool {
+        self.own.keys().is_narrow()
     }
 
     /// Rows that a cube reads at once.
@@ -70,11 +75,11 @@ impl Shape {
     }
 }
 
-/// One sequence's cache.
+/// One sequence's store of heads of a type, in loads of keys and of values.
 #[derive(CubeType, CubeLaunch)]
-pub(crate) struct Held {
-    pub(crate) keys: Box<[Words]>,
-    pub(crate) values: Box<[Words]>,
+pub(crate) struct Held<K: Size, V: Size> {
+    pub(crate) keys: Box<[Vector<u32, K>]>,
+    pub(crate) values: Box<[Vector<u32, V>]>,
     pub(crate) table: Box<[u32]>,
     pub(crate) len: u32,
 }
@@ -82,9 +87,11 @@ pub(crate) struct Held {
 /// What all sequences of a dispatch share.
 #[derive(CubeType, CubeLaunch)]
 pub(crate) struct New {
+    /// Rotated where keys are.
     pub(crate) q: Box<[Floats]>,
-    pub(crate) k: Box<[Floats]>,
-    pub(crate) v: Box<[Floats]>,
+    /// As bits; of narrow types the words of rows, and after the keys a word of scales for each row.
+    pub(crate) k: Box<[Words]>,
+    pub(crate) v: Box<[Words]>,
     pub(crate) out: Box<[Floats]>,
     pub(crate) stats: Box<[f32]>,
     /// The dispatch's first sequence among the tokens, and among the partial results.
@@ -95,10 +102,12 @@ pub(crate) struct New {
     /// Vectors of four elements of a row.
     pub(crate) vectors: u32,
     pub(crate) scale: f32,
+    /// Word of `k` where scales start.
+    pub(crate) scales: u32,
 }
 
 /// Attention of one new token of each sequence over its cache and itself, and the append. Cubes: splits of
-/// the keys, KV heads, sequences.
+/// the keys, the store's heads, sequences.
 ///
 /// A cube reads whole rows, the units of a row next to each other, and each row's units keep a result of
 /// their own; these are joined at the end. `q` and `out` are `[tokens, query_heads, vectors]`, `k` and `v`
@@ -108,7 +117,12 @@ pub(crate) struct New {
 ///
 /// The token's slot is one that its own query does not see: the append needs no order.
 #[cube(launch_unchecked)]
-pub(crate) fn decode(new: &mut New, held: &mut Sequence<Held>, #[comptime] shape: Shape) {
+pub(crate) fn decode<K: Size, V: Size>(
+    new: &mut New,
+    held: &mut Sequence<Held<K, V>>,
+    #[comptime] shape: Shape,
+) {
+    let (key_rows, value_rows) = comptime!((shape.own.keys(), shape.own.values()));
     let group = comptime!(shape.group);
     let lanes = comptime!(shape.lanes);
     let parts = comptime!(shape.parts());
@@ -119,7 +133,6 @@ pub(crate) fn decode(new: &mut New, held: &mut Sequence<Held>, #[comptime] shape
     let unit = UNIT_POS as usize;
     let lane = unit % lanes;
     let row = unit / lanes;
-    let kv_head = CUBE_POS_Y;
     let vectors = new.vectors as usize;
     let columns = vectors / parts;
     // Units beyond a row's end read its last column and count for nothing.
@@ -127,7 +140,8 @@ pub(crate) fn decode(new: &mut New, held: &mut Sequence<Held>, #[comptime] shape
     let token = new.first_token + CUBE_POS_Z;
     let sequence = new.first + CUBE_POS_Z;
 
-    let (head, len) = described(&*held, kv_head, shape);
+    let (head, len) = described(&*held, CUBE_POS_Y, shape);
+    let kv_head = head.number;
     let keys = keys(&head, len, len + 1);
     let share = split_keys(keys.count);
     let from = CUBE_POS_X * share;
@@ -146,7 +160,8 @@ pub(crate) fn decode(new: &mut New, held: &mut Sequence<Held>, #[comptime] shape
         for p in 0..parts {
             output[g * parts + p] = Vector::new(0.0);
             let scale = select(lane < columns, new.scale, 0.0);
-            query[g * parts + p] = new.q[at * vectors + column * parts + p] * Vector::new(scale);
+            let vector = vector_of(column, columns, p, key_rows);
+            query[g * parts + p] = new.q[at * vectors + vector] * Vector::new(scale);
         }
     }
 
@@ -157,16 +172,26 @@ pub(crate) fn decode(new: &mut New, held: &mut Sequence<Held>, #[comptime] shape
         let mut base = from;
         let mut own = Own { maximum: MASKED.runtime(), sum: 0.0f32.runtime() };
         while base < end {
-            let mut at = Array::<usize>::new(AHEAD);
+            let mut slots = Array::<u32>::new(AHEAD);
             #[unroll]
             for a in 0..AHEAD {
                 let number = (base + (a * rows + row) as u32).min(end - 1);
-                let slot = slot_after(&head, &ring, position(&keys, number));
-                at[a] = slot as usize * columns + column;
+                slots[a] = slot_after(&head, &ring, position(&keys, number));
             }
-            let mut held_k = Array::<Words>::new(AHEAD);
-            let mut held_v = Array::<Words>::new(AHEAD);
-            load(&*held, &at, &mut held_k, &mut held_v, shape);
+            let mut held_k = Array::<Vector<u32, K>>::new(AHEAD);
+            let mut held_v = Array::<Vector<u32, V>>::new(AHEAD);
+            let mut scales = Array::<u32>::new(AHEAD);
+            load(
+                &*held,
+                &head,
+                &slots,
+                columns,
+                column,
+                &mut held_k,
+                &mut held_v,
+                &mut scales,
+                shape,
+            );
             let mut scores = Array::<f32>::new(comptime!(shape.scores()));
             #[unroll]
             for a in 0..AHEAD {
@@ -176,10 +201,17 @@ pub(crate) fn decode(new: &mut New, held: &mut Sequence<Held>, #[comptime] shape
                 }
                 #[unroll]
                 for p in 0..parts {
-                    let key = part(held_k[a], p, shape.dtype, shape.native);
+                    let key = elements::<K>(held_k[a], p, key_rows, shape.native);
                     #[unroll]
                     for g in 0..group {
                         scores[g * AHEAD + a] += query[g * parts + p].dot(key);
+                    }
+                }
+                if comptime!(shape.is_narrow()) {
+                    let step = scale(scales[a], false);
+                    #[unroll]
+                    for g in 0..group {
+                        scores[g * AHEAD + a] *= step;
                     }
                 }
             }
@@ -221,9 +253,16 @@ pub(crate) fn decode(new: &mut New, held: &mut Sequence<Held>, #[comptime] shape
             }
             #[unroll]
             for a in 0..AHEAD {
+                if comptime!(shape.is_narrow()) {
+                    let step = scale(scales[a], true);
+                    #[unroll]
+                    for g in 0..group {
+                        scores[g * AHEAD + a] *= step;
+                    }
+                }
                 #[unroll]
                 for p in 0..parts {
-                    let value = part(held_v[a], p, shape.dtype, shape.native);
+                    let value = elements::<V>(held_v[a], p, value_rows, shape.native);
                     #[unroll]
                     for g in 0..group {
                         output[g * parts + p] += value * Vector::new(scores[g * AHEAD + a]);
@@ -237,16 +276,29 @@ pub(crate) fn decode(new: &mut New, held: &mut Sequence<Held>, #[comptime] shape
         }
 
         if to == keys.count {
-            let at = (token * new.kv_heads + kv_head) as usize * vectors + column * parts;
-            let key = round(&new.k, at, shape);
-            let value = round(&new.v, at, shape);
+            let new_row = (token * new.kv_heads + kv_head) as usize;
+            let at = if comptime!(shape.is_narrow()) {
+                new_row * columns + column
+            } else {
+                new_row * vectors + column * parts
+            };
+            let key = round::<K>(&new.k, at, key_rows);
+            let value = round::<V>(&new.v, at, value_rows);
+            let mut scales = 0u32.runtime();
+            if comptime!(shape.is_narrow()) {
+                scales = word(&new.k, new.scales as usize + new_row);
+            }
             let mut scores = Array::<f32>::new(group);
             #[unroll]
             for g in 0..group {
                 scores[g] = 0.0;
                 #[unroll]
                 for p in 0..parts {
-                    scores[g] += query[g * parts + p].dot(part(key, p, shape.dtype, shape.native));
+                    let key = elements::<K>(key, p, key_rows, shape.native);
+                    scores[g] += query[g * parts + p].dot(key);
+                }
+                if comptime!(shape.is_narrow()) {
+                    scores[g] *= scale(scales, false);
                 }
             }
             add(&mut scores, &mut sums, group, lanes, DECODE_UNITS, shape.planes);
@@ -255,19 +307,24 @@ pub(crate) fn decode(new: &mut New, held: &mut Sequence<Held>, #[comptime] shape
                 for g in 0..group {
                     let best = maximum[g].max(scores[g]);
                     let rescale = (maximum[g] - best).exp();
-                    let weight = (scores[g] - best).exp();
+                    let mut weight = (scores[g] - best).exp();
                     maximum[g] = best;
                     sum[g] = sum[g] * rescale + weight;
+                    if comptime!(shape.is_narrow()) {
+                        weight *= scale(scales, true);
+                    }
                     #[unroll]
                     for p in 0..parts {
                         let before = output[g * parts + p] * Vector::new(rescale);
-                        output[g * parts + p] = before
-                            + part(value, p, shape.dtype, shape.native) * Vector::new(weight);
+                        let value = elements::<V>(value, p, value_rows, shape.native);
+                        output[g * parts + p] = before + value * Vector::new(weight);
                     }
                 }
                 if lane < columns {
-                    let to = slot(&head, len) as usize * columns + column;
-                    store(held, to, key, value, shape);
+                    let to = slot(&head, len);
+                    let scale_at = (head.scales + to - head.offset) as usize;
+                    let to = to as usize * columns + column;
+                    store::<K, V>(held, to, key, value, scale_at, scales, lane == 0, shape);
                 }
             }
         }
@@ -279,7 +336,8 @@ pub(crate) fn decode(new: &mut New, held: &mut Sequence<Held>, #[comptime] shape
         sync_cube();
         #[unroll]
         for p in 0..parts {
-            outputs[unit * parts + p] = output[g * parts + p];
+            let to = vector_of(lane, lanes, p, value_rows);
+            outputs[row * comptime!(lanes * parts) + to] = output[g * parts + p];
         }
         if lane == 0 {
             stats[2 * row] = maximum[g];
@@ -293,10 +351,15 @@ pub(crate) fn decode(new: &mut New, held: &mut Sequence<Held>, #[comptime] shape
             }
             let mut total = 0.0f32;
             let mut joined = Vector::new(0.0f32);
+            // Where the row's second half starts at the units' number, in place of the loads'.
+            let mut from = unit;
+            if comptime!(matches!(value_rows, RowType::Int4)) {
+                from = select(unit < columns, unit, lanes + unit - columns);
+            }
             for other in 0..rows {
                 let factor = (stats[2 * other] - largest).exp();
                 total += stats[2 * other + 1] * factor;
-                joined += outputs[other * comptime!(lanes * parts) + unit] * Vector::new(factor);
+                joined += outputs[other * comptime!(lanes * parts) + from] * Vector::new(factor);
             }
             let query_head = kv_head * comptime!(group as u32) + g as u32;
             if comptime!(shape.partial) {
@@ -415,31 +478,40 @@ impl Own {
     }
 }
 
-/// The KV head of the cube's sequence, and the sequence's length.
+/// The store's head of the cube's sequence, and the sequence's length.
 #[cube]
-fn described(held: &Sequence<Held>, kv_head: u32, #[comptime] shape: Shape) -> (Head, u32) {
+fn described<K: Size, V: Size>(
+    held: &Sequence<Held<K, V>>,
+    own: u32,
+    #[comptime] shape: Shape,
+) -> (Head, u32) {
     let first = held.index(0);
-    let mut found = head(&first.table, kv_head);
+    let mut found = head(&first.table, own);
     let mut len = first.len;
     #[unroll]
     for sequence in 1..shape.sequences {
         if CUBE_POS_Z == comptime!(sequence as u32) {
             let cache = held.index(sequence);
-            found = head(&cache.table, kv_head);
+            found = head(&cache.table, own);
             len = cache.len;
         }
     }
     (found, len)
 }
 
-/// Loads a unit's share of [`AHEAD`] rows of the cube's sequence. Kernels cannot choose a buffer by number:
-/// these branches, which all units take alike, are what a sequence adds to a kernel.
+/// Loads a unit's share of [`AHEAD`] rows of the cube's sequence, and their scales. Kernels cannot choose a buffer by
+/// number: these branches, which all units take alike, are what a sequence adds to a kernel.
+#[allow(clippy::too_many_arguments)]
 #[cube]
-fn load(
-    held: &Sequence<Held>,
-    at: &Array<usize>,
-    keys: &mut Array<Words>,
-    values: &mut Array<Words>,
+fn load<K: Size, V: Size>(
+    held: &Sequence<Held<K, V>>,
+    head: &Head,
+    slots: &Array<u32>,
+    columns: usize,
+    column: usize,
+    keys: &mut Array<Vector<u32, K>>,
+    values: &mut Array<Vector<u32, V>>,
+    scales: &mut Array<u32>,
     #[comptime] shape: Shape,
 ) {
     #[unroll]
@@ -448,22 +520,50 @@ fn load(
             let cache = held.index(sequence);
             #[unroll]
             for a in 0..AHEAD {
-                keys[a] = cache.keys[at[a]];
-                values[a] = cache.values[at[a]];
+                let at = slots[a] as usize * columns + column;
+                keys[a] = cache.keys[at];
+                values[a] = cache.values[at];
+                if comptime!(shape.is_narrow()) {
+                    let at = (head.scales + slots[a] - head.offset) as usize;
+                    scales[a] = component::<K>(cache.keys[at / K::value()], at % K::value());
+                }
             }
         }
     }
 }
 
-/// Writes a unit's share of a row of the cube's sequence.
+/// Writes a unit's share of a row of the cube's sequence, and of one unit its scales.
+// The outer `if` is the compiler's, the inner one the kernel's.
+#[allow(clippy::too_many_arguments, clippy::collapsible_if)]
 #[cube]
-fn store(held: &mut Sequence<Held>, at: usize, key: Words, value: Words, #[comptime] shape: Shape) {
+fn store<K: Size, V: Size>(
+    held: &mut Sequence<Held<K, V>>,
+    at: usize,
+    key: Vector<u32, K>,
+    value: Vector<u32, V>,
+    scale_at: usize,
+    scales: u32,
+    first: bool,
+    #[comptime] shape: Shape,
+) {
     #[unroll]
     for sequence in 0..shape.sequences {
         if comptime!(shape.sequences == 1) || CUBE_POS_Z == comptime!(sequence as u32) {
             let cache = held.index_mut(sequence);
             cache.keys[at] = key;
             cache.values[at] = value;
+            if comptime!(shape.is_narrow()) {
+                if first {
+                    // The others of the load are of the same head, whose only writer this is.
+                    let mut all = cache.keys[scale_at / K::value()];
+                    #[unroll]
+                    for i in 0..K::value() {
+                        let here = scale_at % K::value() == i;
+                        all.insert(i, select(here, scales, all.extract(i)));
+                    }
+                    cache.keys[scale_at / K::value()] = all;
+                }
+            }
         }
     }
 }

@@ -4,9 +4,8 @@
 use cubecl::prelude::*;
 
 use super::decode::{Floats, Words};
-use super::lanes::{add, part};
-use super::words::per_word;
-use crate::Dtype;
+use super::lanes::add;
+use super::quants::{Elements, GROUP, factors, four};
 
 /// Units of a cube.
 pub(crate) const UNITS: usize = 256;
@@ -26,8 +25,8 @@ pub(crate) struct Shape {
     pub(crate) layers: usize,
     /// Rows of a cube.
     pub(crate) rows: usize,
-    /// Element type of the weights.
-    pub(crate) dtype: Dtype,
+    /// What the weights' words hold.
+    pub(crate) elements: Elements,
     /// Sums by plane operations, in place of shared memory.
     pub(crate) planes: bool,
     /// f16 is widened by the device's own conversion.
@@ -68,6 +67,8 @@ pub(crate) struct Layer {
     /// The layer's first tile of features.
     pub(crate) first: u32,
     pub(crate) has_bias: u32,
+    /// Where steps of blocks begin, in loads.
+    pub(crate) steps: u32,
 }
 
 /// Cubes: tiles of [`FEATURES`] features, groups of rows, and tiles again. `x` is `[rows, columns]` in floats,
@@ -87,7 +88,7 @@ pub(crate) fn few_rows(
         terminate!();
     }
     let count = comptime!(shape.rows);
-    let parts = comptime!(per_word(shape.dtype));
+    let parts = comptime!(shape.elements.per_load() / 4);
     let mut sums = Shared::<[f32]>::new_slice(comptime!(shape.sums()));
     let unit = UNIT_POS as usize;
     let lane = unit % LANES;
@@ -118,6 +119,7 @@ pub(crate) fn few_rows(
     let mut base = 0usize;
     while base < columns {
         let mut words = Array::<Words>::new(AHEAD);
+        let mut steps = Array::<Words>::new(AHEAD);
         #[unroll]
         for l in 0..shape.layers {
             if comptime!(shape.layers == 1) || number == comptime!(l as u32) {
@@ -126,6 +128,10 @@ pub(crate) fn few_rows(
                 for a in 0..AHEAD {
                     let column = (base + comptime!(a * LANES) + lane).min(columns - 1);
                     words[a] = layer.weight[row + column];
+                    if comptime!(shape.elements.is_blocks()) {
+                        let group = (row + column) * comptime!(shape.elements.per_load()) / GROUP;
+                        steps[a] = layer.weight[layer.steps as usize + group / 8];
+                    }
                 }
             }
         }
@@ -134,9 +140,16 @@ pub(crate) fn few_rows(
             let column = base + comptime!(a * LANES) + lane;
             let from = column.min(columns - 1) * parts;
             let counts = select(column < columns, f32::new(1.0), f32::new(0.0));
+            let mut own = Vector::new(0.0f32);
+            if comptime!(shape.elements.is_blocks()) {
+                let load = row + column.min(columns - 1);
+                let group = load * comptime!(shape.elements.per_load()) / GROUP;
+                own = factors(steps[a], group, shape.elements);
+            }
             #[unroll]
             for p in 0..parts {
-                let weights = part(words[a], p, shape.dtype, shape.native) * Vector::new(counts);
+                let weights = four(words[a], own, p, shape.elements, shape.native);
+                let weights = weights * Vector::new(counts);
                 #[unroll]
                 for r in 0..count {
                     // Rows beyond the last one, alike.

@@ -1,6 +1,7 @@
 use cubecl::prelude::*;
 
 use super::decode::Floats;
+use super::keys::head;
 
 /// Units of a cube.
 pub(crate) const JOIN_UNITS: usize = 256;
@@ -8,7 +9,7 @@ pub(crate) const JOIN_UNITS: usize = 256;
 /// Splits that a unit has under way at once.
 const AHEAD: usize = 8;
 
-/// Joins the partial results of [`super::decode`]. Cubes: query heads, sequences.
+/// Joins the partial results of [`super::decode`]. Cubes: query heads of the store's heads, sequences.
 ///
 /// `partial` is `[sequences, query_heads, splits, vectors]`, `partial_stats` alike (maximum, sum); `out`
 /// and `lse` are those of the tokens from `first_token` on. `lanes` is the power of two from `vectors` on.
@@ -17,9 +18,12 @@ const AHEAD: usize = 8;
 pub(crate) fn join(
     partial: &[Floats],
     partial_stats: &[f32],
+    table: &[u32],
     out: &mut [Floats],
     lse: &mut [f32],
     first_token: u32,
+    query_heads: u32,
+    group: u32,
     splits: u32,
     vectors: u32,
     #[comptime] lanes: usize,
@@ -33,7 +37,8 @@ pub(crate) fn join(
     let vectors = vectors as usize;
     let column = lane.min(vectors - 1);
     let splits = splits as usize;
-    let head = (CUBE_POS_Y * CUBE_COUNT_X + CUBE_POS_X) as usize;
+    let query_head = head(table, CUBE_POS_X / group).number * group + CUBE_POS_X % group;
+    let head = (CUBE_POS_Y * query_heads + query_head) as usize;
 
     let mut maximum = f32::new(-1e30);
     let mut sum = 0.0f32;
@@ -86,7 +91,7 @@ pub(crate) fn join(
             total += stats[2 * other + 1] * factor;
             joined += outputs[other * lanes + unit] * Vector::new(factor);
         }
-        let to = (first_token * CUBE_COUNT_X) as usize + head;
+        let to = (first_token * query_heads) as usize + head;
         out[to * vectors + unit] = joined * Vector::new(1.0 / total);
         if unit == 0 {
             lse[to] = largest + total.ln();

@@ -8,36 +8,49 @@ use moa_core::HeadRow;
 pub(crate) const MIN_SPLIT_KEYS: u32 = 256;
 pub(crate) const MAX_SPLITS: u32 = 256;
 
-/// [`HeadRow`] as kernels hold it.
+/// [`HeadRow`] as kernels hold it, with what a store of heads of one type adds.
 #[derive(CubeType, CubeTypeMut, Clone, Copy, Debug)]
 pub(crate) struct Head {
+    /// First slot in the store.
     pub(crate) offset: u32,
     pub(crate) sink_slots: u32,
     pub(crate) ring: u32,
     pub(crate) sink: u32,
     pub(crate) window: u32,
+    /// Which KV head of the tensors it is.
+    pub(crate) number: u32,
+    /// Word of the store's keys that holds the scales of the first slot, where the type has any.
+    pub(crate) scales: u32,
 }
 
-impl From<&HeadRow> for Head {
-    fn from(row: &HeadRow) -> Self {
+/// Numbers of a row of the store's table.
+const WORDS: usize = HeadRow::WORDS + 2;
+
+impl Head {
+    pub(crate) fn new(row: &HeadRow, number: u32, scales: u32) -> Self {
         let [offset, sink_slots, ring, sink, window] = row.words();
-        Self { offset, sink_slots, ring, sink, window }
+        Self { offset, sink_slots, ring, sink, window, number, scales }
+    }
+
+    /// The row of the store's table.
+    pub(crate) fn words(&self) -> [u32; WORDS] {
+        let Self { offset, sink_slots, ring, sink, window, number, scales } = *self;
+        [offset, sink_slots, ring, sink, window, number, scales]
     }
 }
 
-/// Numbers of a row of the cache's table.
-const WORDS: usize = HeadRow::WORDS;
-
-/// Reads a head from the cache's table.
+/// Reads a store's head from its table.
 #[cube]
-pub(crate) fn head(table: &[u32], kv_head: u32) -> Head {
-    let at = kv_head as usize * WORDS;
+pub(crate) fn head(table: &[u32], own: u32) -> Head {
+    let at = own as usize * WORDS;
     Head {
         offset: table[at],
         sink_slots: table[at + 1],
         ring: table[at + 2],
         sink: table[at + 3],
         window: table[at + 4],
+        number: table[at + 5],
+        scales: table[at + 6],
     }
 }
 

@@ -2,8 +2,10 @@
 //! of the cache's type.
 
 use cubecl::prelude::*;
+use moa_core::RowType;
 
-use super::decode::{Floats, Shape, Words};
+use super::codes::component;
+use super::decode::{Floats, Words};
 use super::words::{narrow_bf16, narrow_f16, widen_word};
 use crate::Dtype;
 
@@ -97,8 +99,8 @@ pub(crate) fn holder(number: usize, count: usize, lanes: usize) -> usize {
 
 /// Four of a load's elements.
 #[cube]
-pub(crate) fn part(
-    words: Words,
+pub(crate) fn part<W: Size>(
+    words: Vector<u32, W>,
     #[comptime] part: usize,
     #[comptime] dtype: Dtype,
     #[comptime] native: bool,
@@ -116,27 +118,39 @@ pub(crate) fn part(
     wide
 }
 
-/// New elements as the cache holds them: rounded before the token attends to them, so that a key is one
-/// number wherever it is read.
+/// A load of a new row as the cache holds it: rounded before the token attends to it, so that a key is one number
+/// wherever it is read. `from` holds the bits of numbers, four of them from vector `at` on; or of narrow rows what
+/// [`super::prepare`] made of them, in loads of which `at` is one.
 #[cube]
-pub(crate) fn round(from: &[Floats], at: usize, #[comptime] shape: Shape) -> Words {
-    let mut words = Vector::new(0u32);
+pub(crate) fn round<W: Size>(
+    from: &[Words],
+    at: usize,
+    #[comptime] own: RowType,
+) -> Vector<u32, W> {
+    let mut words = Vector::<u32, W>::new(0u32);
     #[unroll]
-    for i in 0..4usize {
-        match shape.dtype {
-            Dtype::F32 => words.insert(i, from[at].extract(i).to_bits()),
-            _ => {
+    for i in 0..W::value() {
+        match own {
+            RowType::Plain(Dtype::F32) => words.insert(i, from[at].extract(i)),
+            RowType::Plain(dtype) => {
                 let four = from[at + comptime!(i / 2)];
-                let low = four.extract(comptime!(2 * (i % 2)));
-                let high = four.extract(comptime!(2 * (i % 2) + 1));
-                match shape.dtype {
+                let low = f32::from_bits(four.extract(comptime!(2 * (i % 2))));
+                let high = f32::from_bits(four.extract(comptime!(2 * (i % 2) + 1)));
+                match dtype {
                     Dtype::F16 => words.insert(i, narrow_f16(low) | (narrow_f16(high) << 16)),
                     _ => words.insert(i, narrow_bf16(low) | (narrow_bf16(high) << 16)),
                 }
             }
+            _ => words.insert(i, word(from, at * W::value() + i)),
         }
     }
     words
+}
+
+/// One word of a buffer of vectors.
+#[cube]
+pub(crate) fn word(from: &[Words], at: usize) -> u32 {
+    component::<Const<4>>(from[at / 4], at % 4)
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 pub(crate) mod append;
 pub(crate) mod attend;
 pub(crate) mod blocks;
+pub(crate) mod codes;
 pub(crate) mod copy;
 pub(crate) mod decode;
 pub(crate) mod few_rows;
@@ -18,6 +19,8 @@ pub(crate) mod lanes;
 pub(crate) mod linear;
 pub(crate) mod merge;
 pub(crate) mod prefill;
+pub(crate) mod prepare;
+pub(crate) mod quants;
 pub(crate) mod rows;
 pub(crate) mod tile;
 pub(crate) mod words;

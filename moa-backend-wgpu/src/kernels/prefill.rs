@@ -16,7 +16,7 @@ type Floats = Vector<f32, Const<4>>;
 
 /// Attention of one sequence's many new tokens over its cache and over themselves, f16 alike: as
 /// [`super::attend`] without splits, with queries and weights rounded to f16 and products summed in f32.
-/// Cubes: tiles of rows from the last one on, KV heads.
+/// Cubes: tiles of rows from the last one on, the store's heads.
 #[allow(clippy::too_many_arguments)]
 #[cube(launch_unchecked)]
 pub(crate) fn prefill(
@@ -45,7 +45,8 @@ pub(crate) fn prefill(
 
     let (lane, plane) = (lane(blocks), plane(blocks));
     let at = plane * comptime!(SIDE * blocks.scratch_stride());
-    let kv_head = CUBE_POS_Y;
+    let head = head(table, CUBE_POS_Y);
+    let kv_head = head.number;
     let group = query_heads / kv_heads;
     let rows = tokens * group;
     // The last tile sees the most keys: it starts first.
@@ -54,7 +55,6 @@ pub(crate) fn prefill(
     let last_row = (first_row + comptime!(blocks.rows() as u32)).min(rows) - 1;
     let plane_row = first_row + (plane * SIDE) as u32;
 
-    let head = head(table, kv_head);
     let keys = keys(&head, len + first_row / group, len + last_row / group + 1);
     let source = Source { first, len, kv_heads, kv_head, head, keys };
 

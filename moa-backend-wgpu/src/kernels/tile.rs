@@ -56,9 +56,9 @@ impl Tile {
         self.rows() * (self.keys() + 1)
     }
 
-    /// Bytes of shared memory.
+    /// Bytes of shared memory, with two words for each key.
     pub(crate) const fn shared_bytes(&self, width: usize) -> usize {
-        4 * ((self.left() + self.right()) * width + self.weights() + self.keys())
+        4 * ((self.left() + self.right()) * width + self.weights() + 2 * self.keys())
     }
 }
 

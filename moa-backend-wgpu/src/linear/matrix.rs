@@ -1,16 +1,20 @@
 use cubecl::server::Handle;
+use moa_core::BlockType;
 
+use crate::kernels::quants::Elements;
 use crate::kernels::words::check_words;
 use crate::{Device, Dtype, Error, Result};
 
-/// A weight `[rows, cols]` on the device, in the element type of its file.
+/// A weight `[rows, cols]` on the device, in the element type or the quantised blocks of its file.
 #[derive(Clone, Debug)]
 pub struct Matrix {
     device: Device,
     pub(crate) words: Handle,
     rows: usize,
     cols: usize,
-    dtype: Dtype,
+    pub(crate) elements: Elements,
+    /// Where steps of blocks begin, in loads of 16 bytes.
+    pub(crate) steps: usize,
 }
 
 impl Matrix {
@@ -38,7 +42,17 @@ impl Matrix {
             return Err(Error::TooLarge { what: "weight", bytes: bytes_len, limit });
         }
         let words = device.long_lived(|client| client.create_from_slice(bytes));
-        Ok(Self { device: device.clone(), words, rows, cols, dtype })
+        Ok(Self::of(device, words, [rows, cols], Elements::Plain(dtype), 0))
+    }
+
+    pub(crate) fn of(
+        device: &Device,
+        words: Handle,
+        [rows, cols]: [usize; 2],
+        elements: Elements,
+        steps: usize,
+    ) -> Self {
+        Self { device: device.clone(), words, rows, cols, elements, steps }
     }
 
     /// Rows: output features of a linear layer, tokens of an embedding.
@@ -46,14 +60,29 @@ impl Matrix {
         self.rows
     }
 
+    pub(crate) fn len(&self) -> usize {
+        self.rows * self.cols
+    }
+
     /// Elements per row.
     pub fn cols(&self) -> usize {
         self.cols
     }
 
-    /// Element type.
-    pub fn dtype(&self) -> Dtype {
-        self.dtype
+    /// Element type, unless the elements are in blocks.
+    pub fn dtype(&self) -> Option<Dtype> {
+        match self.elements {
+            Elements::Plain(dtype) => Some(dtype),
+            Elements::Blocks(_) => None,
+        }
+    }
+
+    /// The kind of blocks that the elements are in, if they are.
+    pub fn blocks(&self) -> Option<BlockType> {
+        match self.elements {
+            Elements::Plain(_) => None,
+            Elements::Blocks(kind) => Some(kind),
+        }
     }
 
     /// Where it lies.

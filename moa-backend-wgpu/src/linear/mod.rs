@@ -1,6 +1,7 @@
 //! Linear layers. Few rows take a kernel that reads the weight once, many rows matrix units where the device has
 //! them for the type that is asked for, and tiles in f32 everywhere else.
 
+mod blocks;
 pub(crate) mod matrix;
 #[cfg(feature = "vulkan")]
 mod products;
@@ -12,6 +13,7 @@ use cubecl::{CubeCount, CubeDim};
 use crate::attention::{Limits, Row, arg, square, words};
 use crate::kernels::few_rows::{FEATURES, LayerLaunch, Shape, UNITS, few_rows};
 use crate::kernels::linear::many_rows;
+use crate::kernels::quants::Elements;
 use crate::kernels::words::per_word;
 use crate::ops::{add, add_rows};
 use crate::{Device, Dtype, Error, Matrix, Result, Tensor};
@@ -83,9 +85,26 @@ fn each(
             return Err(Error::shape(OP, "plus", expected, plus.shape()));
         }
     }
+    // Layers of one input may be in different blocks.
+    let alike = layers.chunk_by(|a, b| a.weight.elements == b.weight.elements);
+    let mut outs = Vec::with_capacity(layers.len());
+    for layers in alike {
+        outs.extend(each_alike(x, layers, plus, inner)?);
+    }
+    Ok(outs)
+}
+
+fn each_alike(
+    x: &Tensor,
+    layers: &[Layer<'_>],
+    plus: Option<&Tensor>,
+    inner: Dtype,
+) -> Result<Vec<Tensor>> {
     let Some(shape) = few(x, layers, plus.is_some(), inner) else {
         let narrowed = narrowed(x, layers, inner)?;
         let many = |&layer: &Layer<'_>| {
+            let wide = layer.weight.blocks().map(|_| layer.weight.as_plain(inner)).transpose()?;
+            let layer = Layer { weight: wide.as_ref().unwrap_or(layer.weight), ..layer };
             let out = many(x, narrowed.as_ref(), layer)?;
             match plus {
                 Some(plus) => add(plus, &out),
@@ -117,32 +136,35 @@ fn check(x: &Tensor, layer: Layer<'_>) -> Result<()> {
 }
 
 /// Most rows that [`few_rows`] is for.
-fn most_rows(device: &Device, dtype: Dtype, inner: Dtype) -> usize {
-    if device.multiplies(inner) && dtype == inner { Shape::MOST } else { FEW }
+fn most_rows(device: &Device, weight: &Matrix, inner: Dtype) -> usize {
+    match weight.elements {
+        // Twice four bytes of traffic for each element that is widened, unless no buffer holds them.
+        Elements::Blocks(_) if 4 * weight.len() as u64 > device.max_buffer_bytes() => usize::MAX,
+        Elements::Blocks(_) => 2 * FEW,
+        Elements::Plain(dtype) if device.multiplies(inner) && dtype == inner => Shape::MOST,
+        Elements::Plain(_) => FEW,
+    }
 }
 
 /// The kernel for few rows, and how many layers a dispatch takes; `None` for many rows, and for rows that are
 /// not whole loads.
 fn few(x: &Tensor, layers: &[Layer<'_>], plus: bool, inner: Dtype) -> Option<Shape> {
     let first = layers.first()?;
-    let (dtype, device) = (first.weight.dtype(), x.device());
-    let fits = |layer: &Layer<'_>| {
-        let whole = layer.weight.cols().is_multiple_of(4 * per_word(dtype));
-        whole && layer.weight.dtype() == dtype
-    };
+    let (elements, device) = (first.weight.elements, x.device());
+    let fits = |layer: &Layer<'_>| layer.weight.cols().is_multiple_of(elements.per_load());
     let limits = Limits::of(device);
     let rows = Shape::ROWS.into_iter().find(|&n| n >= x.rows()).unwrap_or(Shape::MOST);
     let layers_at_once = (limits.bindings.saturating_sub(2) / 3).clamp(1, MOST_LAYERS);
     let shape = Shape {
         layers: layers_at_once.min(layers.len()),
         rows,
-        dtype,
+        elements,
         planes: Shape::fits_planes(device.plane_units()),
-        native: dtype == Dtype::F16 && device.converts_f16(),
+        native: elements == Elements::Plain(Dtype::F16) && device.converts_f16(),
         plus,
     };
     let possible = shape.shared_bytes() <= limits.shared_bytes && UNITS <= limits.units;
-    (x.rows() <= most_rows(device, dtype, inner) && layers.iter().all(fits) && possible)
+    (x.rows() <= most_rows(device, first.weight, inner) && layers.iter().all(fits) && possible)
         .then_some(shape)
 }
 
@@ -166,6 +188,7 @@ fn launch_few(
             features as u32,
             tiles as u32,
             u32::from(layer.bias.is_some()),
+            layer.weight.steps as u32,
         ));
         tiles += features.div_ceil(FEATURES);
         outs.push(out);
@@ -175,7 +198,7 @@ fn launch_few(
     }
     let along_x = tiles.min(Limits::of(device).cubes as usize);
     let cubes = [along_x, rows.div_ceil(shape.rows), tiles.div_ceil(along_x)].map(|n| n as u32);
-    let columns = x.row_len() / (4 * per_word(shape.dtype));
+    let columns = x.row_len() / shape.elements.per_load();
     // SAFETY: there is a cube for each tile of features and group of rows; shapes were checked.
     unsafe {
         few_rows::launch_unchecked(
@@ -196,7 +219,7 @@ fn launch_few(
 
 /// `x` rounded to `inner`, if matrix units multiply it with one of the layers.
 fn narrowed(x: &Tensor, layers: &[Layer<'_>], inner: Dtype) -> Result<Option<Handle>> {
-    let fits = layers.iter().any(|layer| layer.weight.dtype() == inner);
+    let fits = layers.iter().any(|layer| layer.weight.dtype().unwrap_or(inner) == inner);
     match fits && x.device().multiplies(inner) && x.len() > 0 {
         true => words(x.device(), x, inner).map(Some),
         false => Ok(None),
@@ -205,7 +228,7 @@ fn narrowed(x: &Tensor, layers: &[Layer<'_>], inner: Dtype) -> Result<Option<Han
 
 /// By matrix units where there is an input for them, and a kernel for the layer.
 fn many(x: &Tensor, narrowed: Option<&Handle>, layer: Layer<'_>) -> Result<Tensor> {
-    if let Some(narrowed) = narrowed.filter(|_| layer.weight.dtype() == Dtype::F16)
+    if let Some(narrowed) = narrowed.filter(|_| layer.weight.dtype() == Some(Dtype::F16))
         && let Some(out) = product(OP, narrowed, x.rows(), layer.weight)?
     {
         return match layer.bias {
@@ -222,7 +245,9 @@ fn product(_: &'static str, _: &Handle, _: usize, _: &Matrix) -> Result<Option<T
     Ok(None)
 }
 
+/// A weight in blocks was widened before.
 fn by_tiles(x: &Tensor, Layer { weight, bias }: Layer<'_>) -> Result<Tensor> {
+    let dtype = weight.dtype().unwrap_or_default();
     let (device, rows, features) = (x.device(), x.rows(), weight.rows());
     let out = Tensor::uninitialised(device, OP, &[rows, features])?;
     if rows == 0 {
@@ -242,7 +267,7 @@ fn by_tiles(x: &Tensor, Layer { weight, bias }: Layer<'_>) -> Result<Tensor> {
             CubeCount::Static(cubes[0] as u32, cubes[1] as u32, 1),
             CubeDim::new_1d(tile.units() as u32),
             row.width,
-            row.width / per_word(weight.dtype()),
+            row.width / per_word(dtype),
             arg(x.handle()),
             arg(&weight.words),
             arg(bias.unwrap_or(x).handle()),
@@ -252,7 +277,7 @@ fn by_tiles(x: &Tensor, Layer { weight, bias }: Layer<'_>) -> Result<Tensor> {
             row.vectors as u32,
             u32::from(bias.is_some()),
             tile,
-            weight.dtype(),
+            dtype,
         );
     }
     Ok(out)

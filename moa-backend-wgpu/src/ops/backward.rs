@@ -10,7 +10,7 @@ use crate::kernels::linear::backward;
 use crate::kernels::rows as kernels;
 use crate::kernels::rows::NORM_UNITS;
 use crate::kernels::words::per_word;
-use crate::{Error, Matrix, Result, Tensor};
+use crate::{Dtype, Error, Matrix, Result, Tensor};
 
 /// `d_y . weight`, `[rows, weight columns]`.
 ///
@@ -23,6 +23,9 @@ pub fn linear_backward(d_y: &Tensor, weight: &Matrix) -> Result<Tensor> {
     if d_y.row_len() != features {
         return Err(Error::shape(OP, "d_y", format_args!("[rows, {features}]"), d_y.shape()));
     }
+    let Some(dtype) = weight.dtype() else {
+        return linear_backward(d_y, &weight.as_plain(Dtype::F32)?);
+    };
     let device = d_y.device();
     let d_x = Tensor::uninitialised(device, OP, &[rows, weight.cols()])?;
     if rows == 0 {
@@ -43,7 +46,7 @@ pub fn linear_backward(d_y: &Tensor, weight: &Matrix) -> Result<Tensor> {
             CubeCount::Static(row.vectors.div_ceil(tile.units_x) as u32, tiles as u32, 1),
             CubeDim::new_1d(tile.units() as u32),
             row.width,
-            row.width / per_word(weight.dtype()),
+            row.width / per_word(dtype),
             arg(d_y.handle()),
             arg(&weight.words),
             arg(d_x.handle()),
@@ -51,7 +54,7 @@ pub fn linear_backward(d_y: &Tensor, weight: &Matrix) -> Result<Tensor> {
             features as u32,
             row.vectors as u32,
             tile,
-            weight.dtype(),
+            dtype,
         );
     }
     Ok(d_x)

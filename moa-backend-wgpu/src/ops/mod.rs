@@ -8,11 +8,11 @@ pub use backward::{linear_backward, place_rows, rms_norm_backward, swiglu_backwa
 
 use cubecl::{CubeCount, CubeDim};
 
-use crate::attention::{Limits, Row, arg};
+use crate::attention::{Row, arg, grid};
 use crate::kernels::rows as kernels;
 use crate::kernels::rows::NORM_UNITS;
 use crate::kernels::words::per_word;
-use crate::{Device, Dtype, Error, Matrix, Result, Tensor};
+use crate::{Dtype, Error, Matrix, Result, Tensor};
 
 /// Rows `ids` of a table times `factor`, `[ids, cols]`.
 ///
@@ -23,8 +23,9 @@ pub fn embed(table: &Matrix, ids: &[u32], factor: f32) -> Result<Tensor> {
     if let Some(id) = ids.iter().find(|&&id| id as usize >= table.rows()) {
         return Err(Error::argument(OP, "id", format_args!("below {}", table.rows()), id));
     }
+    let Some(dtype) = table.dtype() else { return table.widened(Some(ids), factor) };
     let out = Tensor::uninitialised(table.device(), OP, &[ids.len(), table.cols()])?;
-    gather(&table.words, table.dtype(), ids, factor, &out);
+    gather(&table.words, dtype, ids, factor, &out);
     Ok(out)
 }
 
@@ -100,13 +101,6 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     }
     Ok(out)
 }
-
-/// `count` cubes along x and y.
-fn grid(device: &Device, count: usize) -> CubeCount {
-    let along_x = count.min(Limits::of(device).cubes as usize);
-    CubeCount::Static(along_x as u32, count.div_ceil(along_x.max(1)) as u32, 1)
-}
-
 /// Rotates heads in pairs `(i, i + head_dim / 2)`; `x` is `[tokens, heads, head_dim]`, `cos` and `sin`
 /// are `[tokens, head_dim / 2]`. `inverse` rotates back.
 ///

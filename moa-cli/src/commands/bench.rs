@@ -2,10 +2,10 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use moa_core::{DEFAULT_SINK, Plan, SparseAttentionBackend};
+use moa_core::{BlockType, DEFAULT_SINK, Plan, SparseAttentionBackend};
 use moa_models::{
-    Backward, BenchOptions, BenchReport, Decoder, Math, ModelConfig, ProfileBenchReport,
-    RandomTensors, Shard, Tensors,
+    Backward, BenchOptions, BenchReport, Decoder, Math, ModelConfig, OpenOptions,
+    ProfileBenchReport, RandomTensors, Shard, Tensors,
 };
 use serde::Serialize;
 
@@ -36,9 +36,15 @@ pub(crate) struct Args {
     /// Leave dense attention out
     #[arg(long)]
     no_dense: bool,
+    /// Read the weights into memory instead of mapping their files
+    #[arg(long, requires = "model")]
+    no_mmap: bool,
     /// Seed of random weights made on the device, in place of those of a model
     #[arg(long, value_name = "SEED", requires = "config")]
     random_weights: Option<u32>,
+    /// Random matrices lie in quantised blocks, as GGUF has them: q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k or q6_k
+    #[arg(long, value_name = "TYPE", requires = "random_weights")]
+    blocks: Option<BlockType>,
     /// Tokens of each prompt; several lengths are measured one after another
     #[arg(long, default_value = "1024", value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]
     prompts: Vec<usize>,
@@ -126,11 +132,17 @@ fn with_ops<D: Backward>(
         match (&args.source.model, &args.source.config, args.random_weights) {
             (Some(model), ..) => {
                 let folder = model::folder(model, context)?;
-                (ModelConfig::from_file(&folder)?, moa_models::open_tensors(&folder)?)
+                (
+                    ModelConfig::from_file(&folder)?,
+                    OpenOptions::default().mmap(!args.no_mmap).open_tensors(&folder)?,
+                )
             }
             (_, Some(config), Some(seed)) => {
                 let config = ModelConfig::from_file(config)?;
-                let weights = RandomTensors::new(&config, seed)?;
+                let weights = match args.blocks {
+                    Some(blocks) => RandomTensors::in_blocks(&config, seed, blocks)?,
+                    None => RandomTensors::new(&config, seed)?,
+                };
                 (config, Box::new(weights))
             }
             _ => {

@@ -1,13 +1,16 @@
 use std::io::{self, BufRead, IsTerminal};
+use std::path::Path;
 use std::time::Instant;
 
 use clap::ValueEnum;
-use moa_models::{ChatSession, Checkpoint, Event, GenerateOptions, Math, Message};
+use moa_models::{ChatSession, Checkpoint, EngineOptions, Event, GenerateOptions, Math, Message};
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
+use crate::files::Files;
 use crate::model::ChosenPlan;
 use crate::output::{Context, bytes, percent};
+use crate::terminal::ask;
 
 /// Longest conversation where `--context` does not say: caches are allocated for all of it.
 const DEFAULT_CONTEXT: usize = 8192;
@@ -32,6 +35,10 @@ pub(super) struct Conversation<'a> {
     /// Most tokens.
     pub(super) capacity: Option<usize>,
     pub(super) on_overflow: OnOverflow,
+    pub(super) engine: EngineOptions,
+    /// A saved conversation to go on with, and where to save this one.
+    pub(super) load: Option<&'a Path>,
+    pub(super) save: Option<&'a Path>,
 }
 
 /// A conversation on one cache, a turn per line of stdin.
@@ -43,12 +50,33 @@ pub(super) fn run<D: Math>(
 ) -> Result<()> {
     let limit = model.model.config().context_length();
     let capacity = conversation.capacity.unwrap_or(limit.min(DEFAULT_CONTEXT));
-    let mut session = ChatSession::new(model, &chosen.plan, capacity)?;
-    session.set_messages(conversation.system.into_iter().map(Message::system).collect())?;
+    if let Some(path) = conversation.save {
+        Files::default().reads([model.folder()]).writes("--save-state", path)?;
+        // The end of the conversation would be late to say so.
+        if model.model.device().saved_cache_type().is_none() {
+            let expected = "left out on a device that does not give its caches back";
+            return Err(Error::argument("--save-state", expected, path.display()));
+        }
+    }
+    let engine = conversation.engine;
+    let mut session = match conversation.load {
+        Some(path) => {
+            let io = |source| moa_models::Error::Io { path: path.to_path_buf(), source };
+            let bytes = std::fs::read(path).map_err(io)?;
+            ChatSession::restore(model, &chosen.plan, &bytes, engine)
+                .map_err(|error| Error::from(error).at(path.display().to_string()))?
+        }
+        None => {
+            let mut new = ChatSession::with_options(model, &chosen.plan, capacity, engine)?;
+            new.set_messages(conversation.system.into_iter().map(Message::system).collect())?;
+            new
+        }
+    };
+    let capacity = session.capacity();
     let is_terminal = io::stdin().is_terminal();
     let prompt = || {
         if is_terminal && !context.json {
-            eprint!("> ");
+            ask("> ");
         }
     };
     let (mut turns, mut ended) = (Vec::new(), Ok(()));
@@ -75,6 +103,9 @@ pub(super) fn run<D: Math>(
             }
         }
         prompt();
+    }
+    if let Some(path) = conversation.save {
+        moa_core::write_atomic(path, &session.save()?)?;
     }
     let slot_bytes = context.cache.slot_bytes(chosen.plan.shape().head_dim);
     let plan = model.model.config().windowed(&chosen.plan)?;

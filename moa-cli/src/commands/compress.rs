@@ -3,27 +3,28 @@ use std::path::{Path, PathBuf};
 
 use moa_core::Profile;
 use moa_models::{
-    Backward, CalibrationData, Checkpoint, CompressOptions, compress, compress_profile,
+    Backward, CacheType, CacheTypes, CalibrationData, Checkpoint, CompressOptions, compress,
+    compress_profile,
 };
 use moa_report::{PlanSummary, lengths_of};
 use serde::Serialize;
 
 use super::search::SolverArgs;
-use crate::args::{DataArg, ModelArg, ObjectiveArgs, SpanArgs, parse_count};
+use crate::args::{DataArg, ModelArg, ObjectiveArgs, SpanArgs, parse_count, parse_size};
 use crate::budget::BudgetArgs;
 use crate::calibration;
 use crate::compressed::Losses;
 use crate::error::Result;
-use crate::files::{check_file, check_optional};
+use crate::files::Files;
 use crate::model::{self, on_device};
-use crate::output::Context;
+use crate::output::{Context, shown};
 use crate::progress::Progress;
 use crate::style::StyleArgs;
 
 /// Find a plan in one step: profile, search, validate and refine
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  moa compress --model assets/moa-tiny --density 0.25 --out plan.json\n  moa compress --model assets/moa-tiny --kv-bytes 4096:3MiB --out plan.json"
+    after_help = "Examples:\n  moa compress --model assets/moa-tiny --density 0.25 --out plan.json\n  moa compress --model assets/moa-tiny --kv-bytes 4096:3MiB --out plan.json\n  moa compress --model assets/moa-tiny --kv-bytes 9% --cache-dtype int8 --out plan.json\n  moa compress --model assets/moa-tiny --kv-bytes 6% --cache-dtype auto --out plan.json"
 )]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -41,7 +42,7 @@ pub(crate) struct Args {
     objective: ObjectiveArgs,
     #[command(flatten)]
     span: SpanArgs,
-    /// Calibration items per length
+    /// Calibration items of the shortest length; half as many of longer ones
     #[arg(long, default_value_t = 12, value_name = "N", value_parser = parse_count)]
     samples: usize,
     /// Most tokens of a response that the dense model writes
@@ -51,20 +52,21 @@ pub(crate) struct Args {
     /// model's context reaches]
     #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
     validation_length: Option<usize>,
-    /// Items on which plans compete
-    #[arg(long, default_value_t = 4, value_name = "N", value_parser = parse_count)]
+    /// Contexts on which plans compete, half as many of the longer length; where all have several questions, half
+    /// of these numbers
+    #[arg(long, default_value_t = 8, value_name = "N", value_parser = parse_count)]
     validation_samples: usize,
     /// Running texts of the shortest length whose predictions plans should leave as they are, and as many
     /// tokens of other lengths; 0 leaves text out
-    #[arg(long, default_value_t = 4, value_name = "N")]
+    #[arg(long, default_value_t = 4, value_name = "N", value_parser = parse_size)]
     text_samples: usize,
     /// How much the divergence on text counts, beside the loss of responses [default: as much as keeps it
     /// at that of a uniform window of the same size]
     #[arg(long, value_name = "WEIGHT")]
     text_weight: Option<f64>,
     /// Plans to measure while refining, single heads included; 0 takes the best searched plan [default:
-    /// 100 and four for each KV head]
-    #[arg(long, value_name = "N")]
+    /// 100 and six for each KV head]
+    #[arg(long, value_name = "N", value_parser = parse_size)]
     evaluations: Option<usize>,
     #[command(flatten)]
     solver: SolverArgs,
@@ -83,20 +85,39 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     if args.profile.is_none() {
         model::check_gradients(context)?;
     }
-    check_file(&args.out)?;
-    check_optional(args.save_profile.as_deref())?;
+    Files::default()
+        .reads([&args.model.model])
+        .reads([&args.data.data])
+        .reads(&args.profile)
+        .reads(&args.style.template)
+        .writes("--out", &args.out)?
+        .may_write("--save-profile", args.save_profile.as_deref())?;
     let data = calibration::load(&args.data.data)?;
     let profile = args.profile.as_ref().map(Profile::load).transpose()?;
+    // Narrow types belong to the plan: what it loses is measured against a dense cache of 16 bits.
+    let types = cache_types(context);
+    let cache = if types == CacheTypes::Device { context.cache } else { CacheType::Bf16 };
+    let context = &context.with_cache(cache);
     on_device!(context, |device| {
         let mut model = model::open(device, &args.model, context)?;
         args.style.apply(&mut model)?;
-        with_model(args, (&data, profile), &model, context)
+        with_model(args, (&data, profile), types, &model, context)
     })
+}
+
+/// The types that heads of the plan have.
+fn cache_types(context: &Context) -> CacheTypes {
+    match context.cache {
+        _ if context.is_cache_auto => CacheTypes::PerHead,
+        wide if wide.dtype().is_some() => CacheTypes::Device,
+        narrow => CacheTypes::All(narrow),
+    }
 }
 
 fn with_model<D: Backward>(
     args: &Args,
     (data, profile): (&CalibrationData, Option<Profile>),
+    types: CacheTypes,
     model: &Checkpoint<D>,
     context: &Context,
 ) -> Result<()> {
@@ -116,7 +137,7 @@ fn with_model<D: Backward>(
         space: args.solver.space,
         solver: args.solver.options(context),
         seed: context.seed,
-        ..args.budget.options(model.model.shape(), context)?
+        ..args.budget.options(model.model.shape(), types, context)?
     };
     options.validate()?;
     let mut bar = Progress::new(context, "calibrate", 1);
@@ -146,6 +167,7 @@ fn with_model<D: Backward>(
 /// The plan that was found, and how good it is.
 #[derive(Debug, Serialize)]
 struct Outcome<'a> {
+    #[serde(serialize_with = "shown")]
     out: &'a Path,
     losses: Losses,
     plan: PlanSummary,

@@ -8,11 +8,12 @@ use moa_models::{
 use serde_json::json;
 
 use super::chat::{self, Conversation, OnOverflow};
-use crate::args::{ModelArg, PlanArgs, parse_count};
+use crate::args::{ModelArg, PlanArgs, parse_count, parse_size};
 use crate::error::{Error, Result};
-use crate::model::{self, ChosenPlan, on_model};
+use crate::model::{self, ChosenPlan, Reopen, on_model};
 use crate::output::{Context, bytes, percent};
 use crate::progress::Progress;
+use crate::speculate::SpeculateArgs;
 use crate::style::StyleArgs;
 
 /// Continue prompts, streamed
@@ -41,6 +42,14 @@ pub(crate) struct Args {
     /// What --chat does with a turn that the conversation has no room for [default: stop]
     #[arg(long, value_enum, value_name = "HOW", requires = "chat")]
     on_overflow: Option<OnOverflow>,
+    #[command(flatten)]
+    speculate: SpeculateArgs,
+    /// Go on with the conversation of --chat that --save-state wrote, without reading it again
+    #[arg(long, value_name = "FILE", requires = "chat", conflicts_with_all = ["system", "context"])]
+    load_state: Option<PathBuf>,
+    /// Write the conversation of --chat with its keys and values to a file when it ends
+    #[arg(long, value_name = "FILE", requires = "chat")]
+    save_state: Option<PathBuf>,
     #[command(flatten)]
     sampling: SamplingArgs,
     /// Text or special token that ends the answer; can be given several times
@@ -73,7 +82,7 @@ struct SamplingArgs {
     #[arg(long, value_name = "T")]
     temperature: Option<f32>,
     /// Keep this many of the likeliest tokens; 0 keeps all
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", value_parser = parse_size)]
     top_k: Option<usize>,
     /// Keep the likeliest tokens with this much probability together
     #[arg(long, value_name = "P")]
@@ -100,6 +109,7 @@ impl SamplingArgs {
             min_p: self.min_p.unwrap_or(defaults.min_p),
             repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
             seed: defaults.seed,
+            ..defaults
         };
         options.validate()?;
         Ok(options)
@@ -117,20 +127,21 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     ))
 }
 
-fn with_model<D: Math>(
+fn with_model<D: Reopen>(
     args: &Args,
     prompts: &[NamedPrompt],
     mut model: Checkpoint<D>,
     context: &Context,
 ) -> Result<()> {
     args.style.apply(&mut model)?;
+    args.speculate.apply(&mut model, args.plan.any_weights, context)?;
     let chosen = model::choose_plan(&args.plan, &model)?;
     let options = GenerateOptions {
         max_new_tokens: args.max_new_tokens.or(model.generation.max_new_tokens).unwrap_or(256),
         sampling: args.sampling.options(model.generation.sampling(context.seed))?,
         stop: args.stop.clone(),
         stop_token_ids: stop_tokens(args, &model)?,
-        eos_token_ids: None,
+        ..GenerateOptions::default()
     };
     match args.prompts.chat {
         true => chat::run(
@@ -141,6 +152,12 @@ fn with_model<D: Math>(
                 system: args.system.as_deref(),
                 capacity: args.context,
                 on_overflow: args.on_overflow.unwrap_or_default(),
+                engine: EngineOptions {
+                    speculation: args.speculate.speculation(),
+                    ..Default::default()
+                },
+                load: args.load_state.as_deref(),
+                save: args.save_state.as_deref(),
             },
             context,
         ),
@@ -200,7 +217,9 @@ fn batch<D: Math>(
     context: &Context,
 ) -> Result<()> {
     let limit = model.model.config().context_length();
-    let mut engine = model.engine(EngineOptions::default());
+    let speculation = args.speculate.speculation();
+    let slack = speculation.draft_tokens();
+    let mut engine = model.engine(EngineOptions { speculation, ..Default::default() });
     let (mut ids, mut lens, mut dense) = (Vec::new(), Vec::new(), 0);
     for (number, prompt) in (0..).zip(prompts) {
         let own = tokens(args, model, prompt).map_err(|e| e.at(prompt.name.clone()))?;
@@ -214,7 +233,7 @@ fn batch<D: Math>(
         let sampling = SamplingOptions { seed, ..options.sampling.clone() };
         let options = GenerateOptions { sampling, ..options.clone() };
         lens.push(own.len());
-        ids.push(engine.resume(model.model.open(&chosen.plan, room, 0)?, own, options));
+        ids.push(engine.resume(model.model.open(&chosen.plan, room, slack)?, own, options));
     }
     if let [_, _, ..] = prompts {
         context.print(heading(&prompts[0].name))?;
@@ -282,6 +301,8 @@ fn batch<D: Math>(
         "prefill_seconds": usage.prefill.as_secs_f64(),
         "prefill_tokens_per_second": usage.prefill_tokens_per_second(),
         "decoded_tokens": usage.decoded_tokens,
+        "drafted_tokens": usage.drafted_tokens,
+        "accepted_tokens": usage.accepted_tokens,
         "decode_seconds": usage.decode.as_secs_f64(),
         "decode_tokens_per_second": usage.decode_tokens_per_second(),
     }))

@@ -9,8 +9,9 @@ use serde::Serialize;
 use super::plan_make;
 use crate::args::parse_count;
 use crate::error::Result;
-use crate::files::check_optional;
-use crate::output::{Context, table};
+use crate::files::Files;
+use crate::output::{Context, shown, table};
+use crate::terminal::plain;
 
 /// Inspect, convert and make plans
 #[derive(Debug, clap::Args)]
@@ -58,7 +59,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
 const LISTED_HEADS: usize = 8;
 
 fn show(args: &ShowArgs, context: &Context) -> Result<()> {
-    check_optional(args.svg.as_deref())?;
+    Files::default().reads([&args.plan]).may_write("--svg", args.svg.as_deref())?;
     let plan = Plan::load(&args.plan)?;
     let lengths = if args.at.is_empty() { lengths_of(&plan) } else { args.at.clone() };
     let summary =
@@ -74,6 +75,7 @@ fn show(args: &ShowArgs, context: &Context) -> Result<()> {
 /// A plan as it is shown.
 #[derive(Debug, Serialize)]
 struct Shown<'a> {
+    #[serde(serialize_with = "shown")]
     file: &'a Path,
     #[serde(flatten)]
     summary: PlanSummary,
@@ -102,7 +104,8 @@ fn origin(plan: &Plan) -> Vec<String> {
     let from = &plan.provenance;
     let mut lines = Vec::new();
     let mut say = |label: &str, value: Option<String>| {
-        lines.extend(value.filter(|v| !v.is_empty()).map(|v| format!("{label}: {v}")));
+        let value = value.filter(|v| !v.is_empty());
+        lines.extend(value.map(|v| format!("{label}: {}", plain(&v).replace('\n', " "))));
     };
     say("weights", plan.fingerprint().map(str::to_string));
     say("made by", from.method.clone());

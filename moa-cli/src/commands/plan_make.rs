@@ -8,11 +8,11 @@ use moa_core::{DEFAULT_SINK, ElasticRule, FullHeads, HeadScores, ModelShape, Pla
 use moa_report::{PlanSummary, lengths_of};
 use serde::{Deserialize, Serialize};
 
-use crate::args::{parse_count, parse_density, parse_head};
+use crate::args::{parse_count, parse_density, parse_head, parse_size};
 use crate::error::Result;
-use crate::files::check_file;
+use crate::files::Files;
 use crate::model;
-use crate::output::Context;
+use crate::output::{Context, shown};
 
 /// Dimensions of the model that a plan is made for.
 #[derive(Debug, clap::Args)]
@@ -27,6 +27,10 @@ pub(crate) struct ShapeArgs {
 }
 
 impl ShapeArgs {
+    fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        self.model.iter().chain(&self.config)
+    }
+
     fn shape(&self, context: &Context) -> Result<ModelShape> {
         match (&self.model, &self.config) {
             (Some(model), _) => model::shape(&model::folder(model, context)?),
@@ -59,10 +63,10 @@ pub(crate) struct ImportArgs {
     window: Option<usize>,
     /// First positions of the context that every head sees [default: the sink_size of a config.json
     /// beside the scores, else 64]
-    #[arg(long, value_name = "TOKENS")]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_size)]
     sink: Option<usize>,
     /// Smallest span of any head, sink included, of a published plan
-    #[arg(long, default_value_t = 128, value_name = "TOKENS")]
+    #[arg(long, default_value_t = 128, value_name = "TOKENS", value_parser = parse_size)]
     min_span: usize,
     /// Plan to write
     #[arg(long, value_name = "FILE")]
@@ -116,7 +120,7 @@ struct DuoConfig {
 impl DuoConfig {
     /// Of the folder of a file of scores; nothing where there is none, or a file of another kind.
     fn beside(scores: &Path) -> Self {
-        let text = std::fs::read_to_string(scores.with_file_name("config.json"));
+        let text = moa_core::read_text_file(&scores.with_file_name("config.json"));
         text.ok().and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default()
     }
 }
@@ -165,7 +169,7 @@ pub(crate) struct UniformArgs {
     #[command(flatten)]
     span: UniformSpan,
     /// First positions of the context that every head sees
-    #[arg(long, default_value_t = DEFAULT_SINK, value_name = "TOKENS")]
+    #[arg(long, default_value_t = DEFAULT_SINK, value_name = "TOKENS", value_parser = parse_size)]
     sink: usize,
     /// Plan to write
     #[arg(long, value_name = "FILE")]
@@ -198,7 +202,7 @@ pub(crate) struct RetrievalHeadsArgs {
     #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
     window: usize,
     /// First positions of the context that every head sees
-    #[arg(long, default_value_t = DEFAULT_SINK, value_name = "TOKENS")]
+    #[arg(long, default_value_t = DEFAULT_SINK, value_name = "TOKENS", value_parser = parse_size)]
     sink: usize,
     /// Plan to write
     #[arg(long, value_name = "FILE")]
@@ -209,7 +213,13 @@ pub(crate) struct RetrievalHeadsArgs {
 const DUO_WINDOW: usize = 256;
 
 pub(super) fn import(args: &ImportArgs, context: &Context) -> Result<()> {
-    check_file(&args.out)?;
+    let beside = args.from.head_scores.as_ref().map(|path| path.with_file_name("config.json"));
+    Files::default()
+        .reads(args.shape.files())
+        .reads(&args.from.published)
+        .reads(&args.from.head_scores)
+        .reads(&beside)
+        .writes("--out", &args.out)?;
     let shape = args.shape.shape(context)?;
     let plan = match (&args.from.published, &args.from.head_scores) {
         (None, Some(path)) => {
@@ -228,7 +238,7 @@ pub(super) fn import(args: &ImportArgs, context: &Context) -> Result<()> {
 }
 
 pub(super) fn uniform(args: &UniformArgs, context: &Context) -> Result<()> {
-    check_file(&args.out)?;
+    Files::default().reads(args.shape.files()).writes("--out", &args.out)?;
     let shape = args.shape.shape(context)?;
     let plan = match (args.span.density, args.span.window) {
         (Some(density), _) => model::uniform(shape, args.sink, density)?,
@@ -241,14 +251,14 @@ pub(super) fn uniform(args: &UniformArgs, context: &Context) -> Result<()> {
 }
 
 pub(super) fn retrieval_heads(args: &RetrievalHeadsArgs, context: &Context) -> Result<()> {
-    check_file(&args.out)?;
+    Files::default().reads(args.shape.files()).writes("--out", &args.out)?;
     let plan =
         Plan::retrieval_heads(args.shape.shape(context)?, args.sink, args.window, &args.heads)?;
     save(plan, "retrieval-heads", &args.out, context)
 }
 
 pub(super) fn export(args: &ExportArgs, context: &Context) -> Result<()> {
-    check_file(&args.out)?;
+    Files::default().reads([&args.plan]).writes("--out", &args.out)?;
     let plan = Plan::load(&args.plan)?;
     let at = args.at.unwrap_or(1);
     let bytes = match args.format {
@@ -264,7 +274,9 @@ pub(super) fn export(args: &ExportArgs, context: &Context) -> Result<()> {
 /// A plan that was written for another engine.
 #[derive(Debug, Serialize)]
 struct Exported<'a> {
+    #[serde(serialize_with = "shown")]
     plan: &'a Path,
+    #[serde(serialize_with = "shown")]
     out: &'a Path,
 }
 
@@ -277,6 +289,7 @@ impl fmt::Display for Exported<'_> {
 /// A plan that was made.
 #[derive(Debug, Serialize)]
 struct Made<'a> {
+    #[serde(serialize_with = "shown")]
     out: &'a Path,
     #[serde(flatten)]
     summary: PlanSummary,

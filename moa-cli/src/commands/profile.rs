@@ -11,9 +11,9 @@ use serde::Serialize;
 use crate::args::{DataArg, ModelArg, ObjectiveArgs, parse_count};
 use crate::calibration;
 use crate::error::Result;
-use crate::files::check_file;
+use crate::files::Files;
 use crate::model::{self, on_device};
-use crate::output::{Context, table};
+use crate::output::{Context, shown, table};
 use crate::progress::Progress;
 use crate::style::StyleArgs;
 
@@ -53,7 +53,11 @@ const TOP_HEADS: usize = 5;
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     model::check_gradients(context)?;
-    check_file(&args.out)?;
+    Files::default()
+        .reads([&args.model.model])
+        .reads([&args.data.data])
+        .reads(&args.style.template)
+        .writes("--out", &args.out)?;
     let data = calibration::load(&args.data.data)?;
     on_device!(context, |device| {
         let mut model = model::open(device, &args.model, context)?;
@@ -98,6 +102,7 @@ fn with_model<D: Backward>(
 /// What a profile says.
 #[derive(Debug, Serialize)]
 struct Outcome<'a> {
+    #[serde(serialize_with = "shown")]
     out: &'a Path,
     objective: &'a str,
     data: &'a str,
@@ -166,8 +171,8 @@ fn ranked_heads(profile: &Profile, length: usize) -> Result<Vec<RankedHead>> {
     let shortest =
         HeadRule::from(ElasticRule::fixed(DEFAULT_SINK + 16)).span(length, DEFAULT_SINK, 1);
     let mut heads = Vec::new();
-    for layer in 0..profile.shape.layers {
-        for head in 0..profile.shape.kv_heads {
+    for layer in 0..profile.shape().layers {
+        for head in 0..profile.shape().kv_heads {
             let loss = influence.loss(layer, head, shortest);
             heads.push(RankedHead { layer, kv_head: head, loss });
         }

@@ -11,12 +11,12 @@ use moa_report::{HeadMap, PlanSummary, figure};
 use serde::Serialize;
 
 use super::eval::Scores;
-use crate::args::{ModelArg, parse_count, parse_density};
+use crate::args::{ModelArg, parse_count, parse_density, parse_size};
 use crate::compressed::Losses;
 use crate::error::{Error, Result};
-use crate::files::OutputFolder;
+use crate::files::{OutputFolder, is_same};
 use crate::model::{self, on_device};
-use crate::output::{Context, table, value_of};
+use crate::output::{Context, shown, table, value_of};
 use crate::progress::Progress;
 
 /// From a checkpoint to a plan to answers, on a small model, in a minute or two
@@ -39,7 +39,7 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 6, value_name = "N", value_parser = parse_count)]
     samples: usize,
     /// Plans to measure while refining
-    #[arg(long, default_value_t = 40, value_name = "N")]
+    #[arg(long, default_value_t = 40, value_name = "N", value_parser = parse_size)]
     evaluations: usize,
     /// Tokens of a held-out question with its answer
     #[arg(long, default_value_t = 4096, value_name = "TOKENS", value_parser = parse_count)]
@@ -67,12 +67,19 @@ fn with_ops<D: Backward>(args: &Args, device: D, context: &Context) -> Result<()
             args.length,
         ));
     }
-    let mut folder = OutputFolder::create(&args.out)?;
     let model_path = match &args.model {
         Some(path) => path.clone(),
         None => tiny_model()?,
     };
-    let of = ModelArg { model: model_path, ignore_extra_tensors: false };
+    let mut folder = OutputFolder::create(&args.out)?;
+    if is_same(&model_path, &args.out) {
+        return Err(Error::argument(
+            "--out",
+            "another folder than the model's",
+            args.out.display(),
+        ));
+    }
+    let of = ModelArg { model: model_path, ignore_extra_tensors: false, no_mmap: false };
     let model = model::open(device, &of, context)?;
     let shape = model.model.shape();
     context.print(format_args!("Model: {} ({shape})", of.model.display()))?;
@@ -99,28 +106,25 @@ fn with_ops<D: Backward>(args: &Args, device: D, context: &Context) -> Result<()
     let cases = model.held_out_cases(args.length, ANSWER_TOKENS, args.questions, context.seed)?;
     let results = answer(&model, &found.plan, &cases, context)?;
 
-    found
-        .plan
-        .save(folder.path().join("plan.json"))
-        .map(|()| folder.wrote(args.out.join("plan.json")))?;
-    let profile = args.out.join("profile.safetensors");
-    found.profile.save(&profile)?;
-    folder.wrote(profile);
+    folder.add("plan.json", found.plan.to_file_json()?.into_bytes());
+    folder.add("profile.safetensors", found.profile.to_bytes()?);
     let title = format!("Span of each KV head at density {}", args.density);
     let figure = figure::head_map(&title, &[("", maps)]);
-    folder.write("heads.svg", figure.svg().as_bytes())?;
+    folder.add("heads.svg", figure.svg().into_bytes());
     let seconds = begin.elapsed().as_secs_f64();
     let outcome =
         Outcome { model: &of.model, out: &args.out, losses, plan: summary, results, seconds };
-    folder.write("results.json", format!("{:#}\n", value_of(&outcome)?).as_bytes())?;
-    folder.keep();
+    folder.add("results.json", format!("{:#}\n", value_of(&outcome)?).into_bytes());
+    folder.write(|_| Ok(Vec::new()))?;
     context.result(&outcome)
 }
 
 /// All that the quickstart found, as `results.json` holds it.
 #[derive(Debug, Serialize)]
 struct Outcome<'a> {
+    #[serde(serialize_with = "shown")]
     model: &'a Path,
+    #[serde(serialize_with = "shown")]
     out: &'a Path,
     losses: Losses,
     plan: PlanSummary,
@@ -157,7 +161,7 @@ fn find_plan<D: Backward>(
         density: args.density,
         lengths: args.lengths.clone(),
         samples: args.samples,
-        validation_samples: 2,
+        validation_samples: 4,
         // What is shown is retrieval, in a minute.
         text_samples: 0,
         evaluations: Some(args.evaluations),

@@ -7,8 +7,8 @@ use serde::Serialize;
 
 use crate::args::parse_count;
 use crate::error::{Error, Result};
-use crate::files::{OutputFolder, check_file};
-use crate::output::Context;
+use crate::files::{Files, OutputFolder};
+use crate::output::{Context, shown};
 use crate::plans::{self, PlanFile};
 
 /// Write plans and measurements into one HTML file that needs no network
@@ -41,7 +41,6 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
-    check_file(&args.out)?;
     let plans: Vec<PlanFile> =
         args.plan.iter().map(|p| PlanFile::load(p)).collect::<Result<_>>()?;
     let paths: Vec<PathBuf> = plans.iter().map(|file| file.path.clone()).collect();
@@ -49,6 +48,12 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         Some(folder) => plans::load_folder(folder)?,
         None => Vec::new(),
     };
+    let items: Vec<PathBuf> = args.items.iter().map(|of| plans::labelled(of).1).collect();
+    Files::default()
+        .reads(&paths)
+        .reads(searched.iter().map(|file| &file.path))
+        .reads(&items)
+        .writes("--out", &args.out)?;
     let answers = |argument: &String| {
         let (name, path) = plans::labelled(argument);
         Answers::load(name, &path)
@@ -76,13 +81,11 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         let mut folder = OutputFolder::create(path)?;
         for figure in &page.figures {
             let name = format!("{}.svg", figure.id);
-            files.push(folder.write(&name, figure.svg().as_bytes())?);
+            files.push(folder.add(&name, figure.svg().into_bytes()));
         }
-        write_atomic(&args.out, page.html().as_bytes())?;
-        folder.keep();
-    } else {
-        write_atomic(&args.out, page.html().as_bytes())?;
+        folder.write(|_| Ok(Vec::new()))?;
     }
+    write_atomic(&args.out, page.html().as_bytes())?;
     let ids: Vec<&str> = page.figures.iter().map(|f| f.id.as_str()).collect();
     if args.plans.is_some() && !ids.contains(&"pareto") {
         context.note("no Pareto front: the plans do not say their predicted losses");
@@ -91,17 +94,23 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         context.note("no predicted against measured loss: no plan here was chosen by measurement");
     }
     let titles = page.figures.iter().map(|f| f.title.as_str()).collect();
-    context.result(&Outcome { out: &args.out, figures: ids, svg: files, titles })
+    context.result(&Outcome {
+        out: &args.out,
+        figures: ids,
+        svg: files.iter().map(|file| file.display().to_string()).collect(),
+        titles,
+    })
 }
 
 /// The page that was written.
 #[derive(Debug, Serialize)]
 struct Outcome<'a> {
+    #[serde(serialize_with = "shown")]
     out: &'a Path,
     /// Ids of the figures.
     figures: Vec<&'a str>,
     /// Files of the figures, if they were asked for.
-    svg: Vec<PathBuf>,
+    svg: Vec<String>,
     #[serde(skip)]
     titles: Vec<&'a str>,
 }

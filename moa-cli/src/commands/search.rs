@@ -1,20 +1,19 @@
 use std::fmt;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use moa_core::search::{Options, Solution};
 use moa_core::{AtLength, Plan, Profile, Space};
-use moa_models::{CompressOptions, bound_decode_time, profile_warnings};
+use moa_models::{CacheTypes, CompressOptions, bound_decode_time, profile_warnings};
 use serde::Serialize;
 
 use crate::args::{SpanArgs, parse_count, space_parser};
 use crate::budget::BudgetArgs;
 use crate::calibration;
 use crate::error::{Error, Result};
-use crate::files::OutputFolder;
+use crate::files::{Files, OutputFolder};
 use crate::model::on_device;
-use crate::output::{Context, percent, table};
+use crate::output::{Context, percent, shown, table};
 use crate::plans;
 
 /// Search the Pareto set of plans for a memory budget
@@ -75,10 +74,32 @@ impl SolverArgs {
     }
 }
 
+/// Names of plans that could be the profile's.
+const MOST_CHECKED: usize = 1000;
+
+fn file_name(index: usize) -> String {
+    format!("plan-{index:02}.json")
+}
+
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
-    let old = if args.out.is_dir() { plans::paths(&args.out)? } else { Vec::new() };
-    if !old.is_empty() && !args.force {
-        return Err(Error::PlansExist { path: args.out.clone(), count: old.len() });
+    // Again once the plans are there: another search may have written some meanwhile.
+    let old = |folder: &Path| match plans::names(folder)? {
+        old if !old.is_empty() && !args.force => {
+            Err(Error::PlansExist { path: args.out.clone(), count: old.len() })
+        }
+        old => Ok(old),
+    };
+    if args.out.is_dir() {
+        old(&args.out)?;
+    }
+    // The names that plans will have.
+    let mut files = Files::default().reads([&args.profile]);
+    for plan in
+        (0..args.solver.max_plans.min(MOST_CHECKED)).map(|index| args.out.join(file_name(index)))
+    {
+        if plan.exists() {
+            files = files.writes("--out", &plan)?;
+        }
     }
     let profile = Profile::load(&args.profile)?;
     let mut lengths = args.lengths.clone();
@@ -96,7 +117,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         min_span: args.span.min_span,
         space: args.solver.space,
         solver: args.solver.options(context),
-        ..args.budget.options(profile.shape, context)?
+        ..args.budget.options(profile.shape(), CacheTypes::All(context.cache), context)?
     };
     // A profile does not say how long the model's context is; a bound beyond it does no harm.
     let mut request = options.request(usize::MAX)?;
@@ -104,7 +125,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         on_device!(context, |device| bound_decode_time(
             &mut request,
             &device,
-            profile.shape,
+            profile.shape(),
             share
         ))?;
     }
@@ -125,14 +146,11 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     for plan in &mut found.plans {
         plan.provenance.method = Some("moa search".to_string());
     }
-    for file in &old {
-        fs::remove_file(file).map_err(|source| Error::Output { path: file.clone(), source })?;
-    }
     let mut files = Vec::new();
     for (index, plan) in found.plans.iter().enumerate() {
-        files.push(folder.write(&format!("plan-{index:02}.json"), plan.to_json().as_bytes())?);
+        files.push(folder.add(&file_name(index), plan.to_file_json()?.into_bytes()));
     }
-    folder.keep();
+    folder.write(old)?;
     let plan = |(plan, (solution, file)): (&Plan, (&Solution, PathBuf))| {
         let from = &plan.provenance;
         let density = |b: &AtLength| BoundDensity {
@@ -162,6 +180,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
 /// The plans that were found.
 #[derive(Debug, Serialize)]
 struct Outcome<'a> {
+    #[serde(serialize_with = "shown")]
     out: &'a Path,
     /// Largest of the bounds.
     density: f64,
@@ -174,6 +193,7 @@ struct Outcome<'a> {
 
 #[derive(Debug, Serialize)]
 struct SearchedPlan {
+    #[serde(serialize_with = "shown")]
     file: PathBuf,
     predicted_losses: Vec<AtLength>,
     densities: Vec<BoundDensity>,

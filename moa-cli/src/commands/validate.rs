@@ -13,9 +13,9 @@ use serde::Serialize;
 use crate::args::{DataArg, ModelArg, parse_count};
 use crate::calibration;
 use crate::error::{Error, Result};
-use crate::files::check_file;
+use crate::files::Files;
 use crate::model::{self, on_device};
-use crate::output::{Context, percent, table};
+use crate::output::{Context, percent, shown, table};
 use crate::plans::{self, PlanFile};
 use crate::progress::Progress;
 use crate::style::StyleArgs;
@@ -39,8 +39,8 @@ pub(crate) struct Args {
     /// reaches]
     #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
     length: Option<usize>,
-    /// Items to measure on
-    #[arg(long, default_value_t = 4, value_name = "N", value_parser = parse_count)]
+    /// Contexts to measure on; where all have several questions, half as many
+    #[arg(long, default_value_t = 8, value_name = "N", value_parser = parse_count)]
     samples: usize,
     /// Improve on the best plan with about this many measurements
     #[arg(long, value_name = "N", requires = "profile", value_parser = parse_count)]
@@ -60,9 +60,17 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
-    check_file(&args.out)?;
-    let data = calibration::load(&args.data.data)?;
+    // A place that cannot be written comes up before anything is read.
+    Files::default().writes("--out", &args.out)?;
     let files = plans::load_folder(&args.plans)?;
+    Files::default()
+        .reads([&args.model.model])
+        .reads([&args.data.data])
+        .reads(&args.profile)
+        .reads(&args.style.template)
+        .reads(files.iter().map(|file| &file.path))
+        .writes("--out", &args.out)?;
+    let data = calibration::load(&args.data.data)?;
     let profile = args.profile.as_ref().map(Profile::load).transpose()?;
     let lengths = profile_lengths(args, &files)?;
     let inputs = Inputs { data, files, profile, lengths };
@@ -118,7 +126,8 @@ fn with_model<D: Math>(
         let request = request(&files[best], model)?;
         let texts = model.text_items(&data, &CalibrationOptions { samples: 2, ..calibration })?;
         let text_goal = TextGoal::Weight(1.0);
-        let evidence = Evidence { items: &items, texts: &texts, text_goal };
+        let held_out = &BTreeMap::new();
+        let evidence = Evidence { items: &items, texts: &texts, text_goal, held_out };
         let found =
             refine(&model.model, evidence, &starts, &request, profile, evaluations, &mut bar)?;
         plan = found.plan.clone();
@@ -154,9 +163,11 @@ fn with_model<D: Math>(
 /// Measured losses of the plans, and the one that was chosen.
 #[derive(Debug, Serialize)]
 struct Outcome<'a> {
+    #[serde(serialize_with = "shown")]
     out: &'a Path,
     length: usize,
     plans: Vec<MeasuredPlan>,
+    #[serde(serialize_with = "shown")]
     best: &'a Path,
     dense_loss: f64,
     refined_from: Option<f64>,
@@ -168,6 +179,7 @@ struct Outcome<'a> {
 
 #[derive(Debug, Serialize)]
 struct MeasuredPlan {
+    #[serde(serialize_with = "shown")]
     file: PathBuf,
     loss: f64,
     density: f64,

@@ -112,6 +112,14 @@ fn plans_for_other_models_are_refused() {
     generate("heads.json", &["heads.json", "rules[3]"]);
     plan("version.json", &|p| p["version"] = json!(99));
     generate("version.json", &["version.json", "version"]);
+    plan("types.json", &|p| p["cache_types"] = json!(vec![["int8", "int3"]; 6]));
+    generate("types.json", &["types.json", "int3"]);
+    plan("heads.json", &|p| p["cache_types"] = json!(vec![["int8"]; 6]));
+    generate("heads.json", &["heads.json", "cache_types[0]", "2 heads"]);
+    // Two types in every layer: the plan's, and the flag's for heads that the plan leaves open.
+    plan("mixed.json", &|p| p["cache_types"] = json!(vec![[json!("int4"), json!(null)]; 6]));
+    let any = [&any[..], &["--cache-dtype", "int8"]].concat();
+    ok(root, &[&["generate", "--model", tiny, "--plan", "mixed.json"], &any[..]].concat());
 
     let text = fs::read_to_string(root.join("good.json")).unwrap();
     fs::write(root.join("nan.json"), text.replacen("\"alpha\": 0.0", "\"alpha\": NaN", 1)).unwrap();

@@ -192,6 +192,13 @@ fn agreement_is_given_for_texts_and_for_answers() {
     assert!(table.contains("equal greedy") && table.contains("uniform 0.5"), "{table}");
     let long = [&eval[..], &["--lengths", "9000"]].concat();
     refuses(root, &long, &["9000", "8192"]);
+    // A rival evicts before the end of the window; text has no question that it could wait for.
+    let rival = ["eval", "agreement", "--model", tiny, "--windows", "1", "--lengths", "256"];
+    let rival = [&rival[..], &["--rival", "snapkv", "--density", "0.5"]].concat();
+    let row = &json_of(root, &rival)["rows"][0];
+    assert_eq!(row["tokens"], 32);
+    refuses(root, &[&rival[..], &["--before-question"]].concat(), &["question"]);
+    refuses(root, &[&rival[..], &["--continuation", "200"]].concat(), &["density", "at least 0.7"]);
 }
 
 #[test]
@@ -207,21 +214,27 @@ fn a_suite_gives_a_row_for_each_cache() {
     let with_plan = [&suite[..], &["--plan", "mine=duo.json", "--items", "answers"]].concat();
     let board = json_of(root, &[&with_plan[..], &["--windows", "1"]].concat());
     let rows = board["rows"].as_array().unwrap();
-    assert_eq!(rows.len(), 3);
-    assert_eq!((&rows[0]["cache"], &rows[1]["cache"]), (&json!("dense"), &json!("mine")));
-    assert!(rows[2]["cache"].as_str().unwrap().starts_with("uniform "));
+    let names: Vec<_> = rows.iter().map(|row| row["cache"].as_str().unwrap()).collect();
+    assert_eq!(names[..2], ["dense", "mine"]);
+    let rivals: Vec<_> = names[2..].iter().map(|name| name.split(' ').next().unwrap()).collect();
+    assert_eq!(rivals, ["uniform", "snapkv", "adakv", "kvzip"]);
     assert_eq!(rows[0]["agreement"]["kl_mean"], 0.0);
     assert_eq!(rows[0]["kv_bytes"], rows[0]["kv_bytes_dense"]);
     let number = |row: &Value, field: &str| row[field].as_f64().unwrap();
     // Equal bytes at 1024 tokens, which questions nearly fill.
-    let (plan, rival) = (number(&rows[1], "kv_bytes"), number(&rows[2], "kv_bytes"));
-    assert!((plan / rival - 1.0).abs() < 0.03, "{plan} {rival}");
+    for row in &rows[2..] {
+        let (plan, rival) = (number(&rows[1], "kv_bytes"), number(row, "kv_bytes"));
+        assert!((plan / rival - 1.0).abs() < 0.03, "{plan} {rival}");
+    }
     for row in &rows[1..] {
         assert!(number(row, "kv_footprint") > number(row, "density"), "{row}");
-        assert!(row["agreement"]["kl_mean"].as_f64().unwrap() > 0.0, "{row}");
+        // All on the end of the window, before which rivals evict.
+        let agreement = &row["agreement"];
+        assert!(number(agreement, "kl_mean") > 0.0, "{row}");
+        assert!(number(agreement, "tokens") <= 128.0, "{row}");
         assert!(row["scores"]["multi-key"]["score"].is_f64(), "{row}");
     }
-    assert_eq!(fs::read_dir(root.join("answers")).unwrap().count(), 3);
+    assert_eq!(fs::read_dir(root.join("answers")).unwrap().count(), 6);
     // Every answer is known.
     let table = ok(root, &[&with_plan[..], &["--windows", "0"]].concat());
     assert!(table.contains("multi-key") && !table.contains("KL worst 1 %"), "{table}");
@@ -230,6 +243,33 @@ fn a_suite_gives_a_row_for_each_cache() {
     refuses(root, &[&suite[..], &["--rivals", "duo"]].concat(), &["--rivals", "--density"]);
     let duo = [&suite[..], &["--rivals", "duo", "--density", "0.5"]].concat();
     refuses(root, &duo, &["--rivals", "--profile"]);
+    // Too few bytes for the answer alone: an error where the rival was asked for, else a row less.
+    let few = [&suite[..], &["--windows", "0", "--density", "0.04"]].concat();
+    refuses(root, &[&few[..], &["--rivals", "adakv"]].concat(), &["adakv", "at least 0.0"]);
+    let board = json_of(root, &few);
+    assert_eq!(board["rows"].as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn questions_are_asked_of_what_an_eviction_leaves() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let tiny = tiny.to_str().unwrap();
+    let eval = ["eval", "tasks", "--model", tiny, "--task", "multi-key", "--lengths", "512"];
+    let eval = [&eval[..], &["--samples", "1", "--rival"]].concat();
+    let report = json_of(root, &[&eval[..], &["kvzip", "--density", "0.3"]].concat());
+    assert_eq!((&report["plan"], &report["correct"]), (&json!("kvzip 0.3"), &json!(1)));
+    let share = report["kv_bytes"].as_f64().unwrap() / report["kv_bytes_dense"].as_f64().unwrap();
+    assert!(share > 0.29 && share <= 0.3, "{share}");
+    let before = ["adakv", "--density", "0.5", "--before-question"];
+    let report = json_of(root, &[&eval[..], &before].concat());
+    assert_eq!(report["plan"], "adakv 0.5 before the question");
+    let few = [&eval[..], &["snapkv", "--density", "0.05"]].concat();
+    refuses(root, &few, &["multi-key", "density"]);
+    for wrong in [&["kvzip"][..], &["h2o", "--density", "0.5"]] {
+        assert_eq!(moa_in(root, &[&eval[..], wrong].concat()).status.code(), Some(2));
+    }
 }
 
 #[test]
@@ -255,8 +295,8 @@ fn longbench_files_are_asked_by_their_dataset() {
     }
     let mean = (sets[0]["score"].as_f64().unwrap() + sets[1]["score"].as_f64().unwrap()) / 2.0;
     assert!((report["average"].as_f64().unwrap() - mean).abs() < 1e-9);
-    fs::write(root.join("x.jsonl"), format!("{}\n", case("dureader"))).unwrap();
-    refuses(root, &[&eval[..], &["x.jsonl"]].concat(), &["x.jsonl", "dureader", "hotpotqa"]);
+    fs::write(root.join("x.jsonl"), format!("{}\n", case("squad"))).unwrap();
+    refuses(root, &[&eval[..], &["x.jsonl"]].concat(), &["x.jsonl", "squad", "hotpotqa"]);
     let items = [&eval[..], &["a.jsonl", "lcc.jsonl", "--items", "i.jsonl"]].concat();
     refuses(root, &items, &["--items", "one file"]);
 }

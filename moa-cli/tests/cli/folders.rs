@@ -222,3 +222,62 @@ fn a_conversation_has_instructions_and_tokens_that_stop_it() {
         &["--stop-token", "8192"],
     );
 }
+
+#[test]
+fn guesses_of_any_kind_leave_the_answer_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let plan = ["plan", "uniform", "--model", text(&tiny), "--window", "60", "--sink", "4"];
+    ok(root, &[&plan[..], &["--out", "small.json"]].concat());
+    let prompt = "one two three four ".repeat(12);
+    let args = ["generate", "--model", text(&tiny), "--prompt", &prompt, "--max-new-tokens", "16"];
+    let run = |more: &[&str]| json_of(root, &[&args[..], more].concat());
+    let plain = run(&[]);
+    assert_eq!(plain["drafted_tokens"], 0);
+    for more in [
+        &["--speculate", "ngram"][..],
+        &["--draft-plan", "small.json"],
+        &["--draft-model", text(&tiny), "--draft-plan", "small.json"],
+        &["--draft-model", text(&tiny)],
+    ] {
+        assert_eq!(run(more)["completions"], plain["completions"], "{more:?}");
+    }
+    let other = model_copy(root, "other");
+    edit(&other.join("tokenizer.json"), |file| {
+        let vocabulary = &mut file["model"]["vocab"];
+        let (one, another) = (vocabulary["om"].take(), vocabulary["\u{120}n"].take());
+        (vocabulary["om"], vocabulary["\u{120}n"]) = (another, one);
+    });
+    for (more, parts) in [
+        (&["--draft-model", "other"][..], ["expected token `", "to be 300"]),
+        (&["--draft-model", "nowhere"], ["--draft-model nowhere", "nowhere"]),
+        (&["--speculate", "ngram", "--draft-plan", "small.json"], ["--speculate", "--draft-plan"]),
+    ] {
+        refuses(root, &[&args[..], more].concat(), &parts);
+    }
+}
+
+#[test]
+fn a_conversation_goes_on_from_its_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let result = |lines: &str, more: &[&str]| {
+        let output = chat(root, lines, more);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        (serde_json::from_slice::<Value>(&output.stdout).unwrap_or_default(), text)
+    };
+    let texts = |result: &Value| {
+        let turns = result["turns"].as_array().unwrap();
+        turns.iter().map(|turn| turn["text"].clone()).collect::<Vec<_>>()
+    };
+    let (whole, _) = result("Hello.\nAnd again.\n", &["--context", "200"]);
+    let (first, _) = result("Hello.\n", &["--context", "200", "--save-state", "chat.state"]);
+    let (second, _) = result("And again.\n", &["--load-state", "chat.state"]);
+    assert_eq!([texts(&first), texts(&second)].concat(), texts(&whole));
+    for more in [&["--cache-dtype", "int8"][..], &["--uniform", "0.5"]] {
+        let (none, told) =
+            result("And again.\n", &[&["--load-state", "chat.state"], more].concat());
+        assert!(none.is_null() && told.contains("saved sequence: "), "{none} {told}");
+    }
+}

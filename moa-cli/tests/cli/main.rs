@@ -4,9 +4,11 @@ mod bad_input;
 mod bench;
 mod common;
 mod eval;
+mod faults;
 mod folders;
 #[cfg(feature = "hub")]
 mod hub;
 mod pipeline;
+mod quantize;
 mod report;
 mod spaces;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use moa_conformance::{Subject, backward, f64s};
 use moa_core::reference::{self, Heads};
 use moa_core::{
-    Append, AttentionShape, CacheState, Dtype, Error, ExtendInputs, Extended, Gradients,
+    Append, AttentionShape, CacheState, CacheType, Dtype, Error, ExtendInputs, Extended, Gradients,
     InfluenceInputs, InfluenceOutput, InfluenceSign, LayerLayout, Result, Span,
     SparseAttentionBackend, check_extend, check_influence,
 };
@@ -33,6 +33,12 @@ pub(crate) enum Defect {
     ChecksTooLate,
     /// Arguments are not looked at.
     ChecksNothing,
+    /// The chunk's queries see its keys as they were before they were rounded.
+    RoundsAfterItAttends,
+    /// All heads have the type of the first.
+    TypeOfTheFirst,
+    /// Values are rounded in steps twice as wide.
+    CoarseScale,
     /// Influence leaves out the division by `1 - A`.
     InfluenceOfWeights,
     /// Influence is of signed values where absolute ones are asked for.
@@ -120,7 +126,14 @@ impl SparseAttentionBackend for Reference {
         Dtype::F32.slot_bytes(head_dim)
     }
 
+    fn has_cache_type(&self, cache_type: CacheType) -> bool {
+        TYPES.contains(&cache_type)
+    }
+
     fn open(&self, layout: &LayerLayout, head_dim: usize) -> Result<Cache> {
+        if self.0 != Defect::ChecksNothing {
+            layout.check_cache_types(self.name(), |own| self.has_cache_type(own))?;
+        }
         let empty = vec![0.0; layout.slots() * head_dim];
         let state = CacheState::new(Arc::new(layout.clone()), head_dim);
         Ok(Cache { state, keys: empty.clone(), values: empty })
@@ -148,8 +161,12 @@ impl SparseAttentionBackend for Reference {
                 let row = heads_of * heads.dim;
                 first * row..(first + tokens) * row
             };
-            let k = &inputs.k.data[part(heads.kv)];
-            let v = &inputs.v.data[part(heads.kv)];
+            let (k, v) = (&inputs.k.data[part(heads.kv)], &inputs.v.data[part(heads.kv)]);
+            let held = [self.rounded(&cache.state, k, false), self.rounded(&cache.state, v, true)];
+            let (k, v) = match self.0 {
+                Defect::RoundsAfterItAttends => (k, v),
+                _ => (&held[0][..], &held[1][..]),
+            };
             if self.0 == Defect::AppendsBeforeItAttends {
                 cache.write(k, v, tokens);
             }
@@ -177,7 +194,7 @@ impl SparseAttentionBackend for Reference {
                 _ => *x,
             }));
             lse.extend_from_slice(&sums[len * heads.query..]);
-            cache.write(k, v, tokens);
+            cache.write(&held[0], &held[1], tokens);
             cache.state.append(tokens)?;
             first += tokens;
         }
@@ -204,7 +221,7 @@ impl SparseAttentionBackend for Reference {
             Defect::DenseMemory => {
                 (layout.heads().len() * layout.capacity()) as u64 * self.slot_bytes(dim)
             }
-            _ => (size_of_val(&cache.keys[..]) + size_of_val(&cache.values[..])) as u64,
+            _ => layout.bytes(dim, self.slot_bytes(dim)),
         }
     }
 
@@ -253,6 +270,31 @@ impl SparseAttentionBackend for Reference {
     }
 }
 
+/// Types that a layout may ask for: all but one, so that there is one to refuse.
+const TYPES: &[CacheType] =
+    &[CacheType::F16, CacheType::Bf16, CacheType::Int8, CacheType::Fp8, CacheType::Int4];
+
+impl Reference {
+    /// Keys or values as their heads hold them.
+    fn rounded(&self, state: &CacheState, x: &[f32], values: bool) -> Vec<f32> {
+        let heads = state.layout().heads();
+        let rows = x.chunks(state.head_dim()).enumerate();
+        rows.flat_map(|(i, row)| {
+            let head = if self.0 == Defect::TypeOfTheFirst { 0 } else { i % heads.len() };
+            let Some(own) = heads[head].cache_type() else { return row.to_vec() };
+            let rows = if values { own.values() } else { own.keys() };
+            let exact = row.iter().map(|x| f64::from(*x));
+            let stored =
+                rows.round(row).into_iter().zip(exact).map(|(stored, exact)| match self.0 {
+                    Defect::CoarseScale if values => exact + 3.0 * (stored - exact),
+                    _ => stored,
+                });
+            stored.map(|x| x as f32).collect()
+        })
+        .collect()
+    }
+}
+
 /// What a backend makes of arguments that it does not check.
 fn unchecked(inputs: &ExtendInputs<'_, Tensor>) -> AttentionShape {
     let at = |tensor: &Tensor, axis: usize| tensor.shape.get(axis).copied().unwrap_or(1);
@@ -282,6 +324,10 @@ impl Subject for Reference {
 
     fn round(&self, x: f32) -> f32 {
         x
+    }
+
+    fn cache_types(&self) -> &'static [CacheType] {
+        TYPES
     }
 
     fn tolerance(&self) -> f64 {

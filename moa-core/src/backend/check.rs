@@ -4,7 +4,7 @@ use super::{Append, ExtendInputs, InfluenceInputs};
 use crate::{ArgumentError, CacheState, Result};
 
 /// Dimensions of one layer's attention in a call whose arguments fit together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct AttentionShape {
     /// Tokens of all sequences together, at least 1.
     pub tokens: usize,

@@ -25,6 +25,15 @@ pub struct ExtendInputs<'a, T> {
     pub lse: bool,
 }
 
+// Derived, they would ask for a tensor that can be copied.
+impl<T> Copy for ExtendInputs<'_, T> {}
+
+impl<T> Clone for ExtendInputs<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
 /// The attention output of the tokens that [`extend`](crate::SparseAttentionBackend::extend)
 /// appended.
 #[derive(Clone, Debug, PartialEq)]

@@ -35,8 +35,17 @@ pub struct InfluenceInputs<'a, T> {
     pub gradients: bool,
 }
 
+// Derived, they would ask for a tensor that can be copied.
+impl<T> Copy for InfluenceInputs<'_, T> {}
+
+impl<T> Clone for InfluenceInputs<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
 /// Gradients of the objective by one layer's q, k and v; same shapes as those.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Gradients<T> {
     /// By queries.
     pub d_q: T,
@@ -47,7 +56,7 @@ pub struct Gradients<T> {
 }
 
 /// What [`SparseAttentionBackend::influence`](crate::SparseAttentionBackend::influence) returns.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct InfluenceOutput<T> {
     /// Block sums over each KV head's query group, `[kv_heads, blocks, blocks]` row-major with
     /// query blocks first; entries above the diagonal, and those of hidden keys, are 0.

@@ -8,7 +8,7 @@ pub use check::{AttentionShape, check_batch, check_extend, check_influence};
 pub use extend::{Append, ExtendInputs, Extended};
 pub use influence::{Gradients, InfluenceInputs, InfluenceOutput, InfluenceSign};
 
-use crate::{CacheState, LayerLayout, Result};
+use crate::{CacheState, CacheType, LayerLayout, Result};
 
 /// A device that can run attention with per-head spans.
 ///
@@ -109,6 +109,7 @@ use crate::{CacheState, LayerLayout, Result};
 ///     }
 ///
 ///     fn open(&self, layout: &LayerLayout, head_dim: usize) -> Result<Cache> {
+///         layout.check_cache_types(self.name(), |own| self.has_cache_type(own))?;
 ///         let empty = vec![0.0; layout.slots() * head_dim];
 ///         let state = CacheState::new(Arc::new(layout.clone()), head_dim);
 ///         Ok(Cache { state, keys: empty.clone(), values: empty })
@@ -173,7 +174,7 @@ use crate::{CacheState, LayerLayout, Result};
 /// };
 /// assert_eq!(step(&[4.0, 0.0, 2.0, 6.0])?, [4.0, 2.0, 2.0, 3.0]);
 /// assert_eq!(step(&[8.0])?, [(4.0 + 2.0 + 6.0 + 8.0) / 4.0]);
-/// assert_eq!(Host.bytes(&cache), layout.bytes(Host.slot_bytes(1)));
+/// assert_eq!(Host.bytes(&cache), layout.bytes(1, Host.slot_bytes(1)));
 /// # Ok::<(), Error>(())
 /// ```
 pub trait SparseAttentionBackend {
@@ -188,14 +189,22 @@ pub trait SparseAttentionBackend {
     fn name(&self) -> &'static str;
 
     /// Bytes of one slot of a cache, key and value together, that [`open`](Self::open) would give a
-    /// head of `head_dim` elements. A budget in bytes is reckoned with it before anything is opened.
+    /// head of `head_dim` elements whose type the layout does not say. A budget in bytes is reckoned with it
+    /// before anything is opened.
     fn slot_bytes(&self, head_dim: usize) -> u64;
+
+    /// Whether a head's cache can be of this type where a layout asks for it
+    /// ([`LayerLayout::with_cache_types`]); none can unless the backend overrides it.
+    fn has_cache_type(&self, _cache_type: CacheType) -> bool {
+        false
+    }
 
     /// An empty cache.
     ///
     /// # Errors
     /// [`crate::Error::Argument`] if the device does not support `head_dim` or a layout of this
-    /// size, or the backend's error of a failed allocation.
+    /// size, [`crate::Error::CacheType`] if it lacks the [type](Self::has_cache_type) of a head, or the
+    /// backend's error of a failed allocation.
     fn open(&self, layout: &LayerLayout, head_dim: usize) -> Result<Self::Cache, Self::Error>;
 
     /// Appends new tokens to each cache of the batch and returns their attention outputs.

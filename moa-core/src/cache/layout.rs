@@ -1,14 +1,20 @@
 use std::ops::Range;
 
-use crate::{Error, Position, Result, Span};
+use serde::{Deserialize, Serialize};
+
+use super::serial::LayoutFile;
+use crate::{CacheType, Error, Position, Result, Span};
 
 /// Index into one layer's flat cache buffer, in units of one token's `head_dim` elements.
 /// Never the same as a [`Position`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 pub struct Slot(pub usize);
 
 /// A stretch of consecutive positions that lie in consecutive slots.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Run {
     /// First position.
     pub position: Position,
@@ -23,12 +29,13 @@ pub struct Run {
 /// Position `p` lies in slot `p` while it is in the sink, and in ring slot
 /// `(p - sink) % ring` after that. The ring has at least `window` slots unless the context is too
 /// short to fill it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct HeadLayout {
     span: Span,
     offset: usize,
     sink: usize,
     ring: usize,
+    cache_type: Option<CacheType>,
 }
 
 impl HeadLayout {
@@ -40,6 +47,12 @@ impl HeadLayout {
     /// First slot of the head.
     pub fn offset(&self) -> Slot {
         Slot(self.offset)
+    }
+
+    /// How the head's keys and values are held, where that is not the backend's choice:
+    /// [`LayerLayout::with_cache_types`].
+    pub fn cache_type(&self) -> Option<CacheType> {
+        self.cache_type
     }
 
     /// Slots for sink positions.
@@ -73,12 +86,13 @@ impl HeadLayout {
     }
 
     /// Slots of a range of positions that the head holds, as at most three runs: sink, ring up to
-    /// its end, ring from its start.
+    /// its end, ring from its start. Of more positions than the ring has slots the last ones count, as
+    /// no others can be held with them.
     pub fn runs(&self, positions: Range<usize>) -> impl Iterator<Item = Run> + use<> {
         let layout = *self;
         let in_sink = positions.start.min(self.sink)..positions.end.min(self.sink);
-        let after = positions.start.max(self.sink)..positions.end.max(self.sink);
-        debug_assert!(after.len() <= self.ring);
+        let end = positions.end.max(self.sink);
+        let after = positions.start.max(self.sink).max(end.saturating_sub(self.ring))..end;
         let first = if after.is_empty() {
             0
         } else {
@@ -97,7 +111,7 @@ impl HeadLayout {
     /// What appending `tokens` tokens to `len` writes: runs whose positions start at `len`.
     /// Tokens that the same append would overwrite again are left out.
     pub fn append(&self, len: usize, tokens: usize) -> impl Iterator<Item = Run> + use<> {
-        let end = len + tokens;
+        let end = len.saturating_add(tokens);
         let sink = len.min(self.sink)..end.min(self.sink);
         let kept = end.saturating_sub(self.ring).max(len).max(self.sink)..end.max(self.sink);
         // An append that skips tokens covers two separate ranges; each is at most sink or ring long.
@@ -126,7 +140,8 @@ impl HeadLayout {
 /// assert_eq!(layout.head(1).slot(Position(50)), Slot(100 + 2 + (50 - 2) % 6));
 /// # Ok::<(), moa_core::Error>(())
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(into = "LayoutFile", try_from = "LayoutFile")]
 pub struct LayerLayout {
     heads: Vec<HeadLayout>,
     slots: usize,
@@ -147,17 +162,63 @@ impl LayerLayout {
         if capacity == 0 {
             return Err(Error::invalid("capacity", "at least 1 token", 0));
         }
+        let ring = |span: &Span| (*span, span.window().saturating_add(slack));
+        Self::with_rings(spans.iter().map(ring), capacity)
+    }
+
+    /// Layout of heads whose rings have so many slots, as far as the capacity needs them.
+    pub(super) fn with_rings(
+        heads: impl IntoIterator<Item = (Span, usize)>,
+        capacity: usize,
+    ) -> Result<Self> {
         let mut slots = 0usize;
-        let mut heads = Vec::with_capacity(spans.len());
-        for &span in spans {
+        let mut layouts = Vec::new();
+        for (span, ring) in heads {
             let sink = span.sink().min(capacity);
-            let ring = span.window().saturating_add(slack).min(capacity - sink);
-            heads.push(HeadLayout { span, offset: slots, sink, ring });
-            slots = slots
-                .checked_add(sink + ring)
-                .ok_or_else(|| Error::invalid("slots", "fewer than 2^64 in a layer", "more"))?;
+            let ring = ring.min(capacity - sink);
+            layouts.push(HeadLayout { span, offset: slots, sink, ring, cache_type: None });
+            slots = slots.checked_add(sink + ring).ok_or_else(|| {
+                let most = format!("fewer than 2^{} in a layer", usize::BITS);
+                Error::invalid("slots", most, "more")
+            })?;
         }
-        Ok(Self { heads, slots, capacity })
+        Ok(Self { heads: layouts, slots, capacity })
+    }
+
+    /// The same slots, with the types in which heads hold keys and values, one entry for each head. Where
+    /// there is none, the backend's own type holds.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if there is not one entry for each head.
+    pub fn with_cache_types(mut self, types: &[Option<CacheType>]) -> Result<Self> {
+        if types.len() != self.heads.len() {
+            return Err(Error::invalid(
+                "cache types",
+                format!("{} heads", self.heads.len()),
+                types.len(),
+            ));
+        }
+        self.heads.iter_mut().zip(types).for_each(|(head, own)| head.cache_type = *own);
+        Ok(self)
+    }
+
+    /// Checks that a backend of this name has every type that the layout asks for, before anything is
+    /// allocated.
+    ///
+    /// # Errors
+    /// [`Error::CacheType`] of the first head whose type it lacks.
+    pub fn check_cache_types(
+        &self,
+        backend: &'static str,
+        has: impl Fn(CacheType) -> bool,
+    ) -> Result<()> {
+        let types = self.heads.iter().map(HeadLayout::cache_type).enumerate();
+        for (head, cache_type) in types {
+            if let Some(cache_type) = cache_type.filter(|own| !has(*own)) {
+                return Err(Error::CacheType { backend, cache_type, head: Some(head) });
+            }
+        }
+        Ok(())
     }
 
     /// Layout of one KV head.
@@ -183,9 +244,11 @@ impl LayerLayout {
         self.capacity
     }
 
-    /// Bytes of keys and values together, given those of one slot:
+    /// Bytes of keys and values together, of heads of `head_dim` elements. A head whose
+    /// [type](Self::with_cache_types) is not said takes `slot_bytes` for each slot:
     /// [`SparseAttentionBackend::slot_bytes`](crate::SparseAttentionBackend::slot_bytes).
-    pub fn bytes(&self, slot_bytes: u64) -> u64 {
-        self.slots as u64 * slot_bytes
+    pub fn bytes(&self, head_dim: usize, slot_bytes: u64) -> u64 {
+        let slot = |own: Option<CacheType>| own.map_or(slot_bytes, |own| own.slot_bytes(head_dim));
+        self.heads.iter().map(|head| head.slots() as u64 * slot(head.cache_type)).sum()
     }
 }

@@ -1,6 +1,9 @@
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::layout::LayerLayout;
+use super::serial::StateFile;
 use crate::{Error, Result};
 
 /// How far one sequence's cache in one layer is filled, with the geometry that it is filled by.
@@ -18,7 +21,8 @@ use crate::{Error, Result};
 /// assert!(state.truncate(30).is_err(), "keys 25.. would be needed again, and are overwritten");
 /// # Ok::<(), moa_core::Error>(())
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(into = "StateFile", try_from = "StateFile")]
 pub struct CacheState {
     layout: Arc<LayerLayout>,
     head_dim: usize,
@@ -26,7 +30,8 @@ pub struct CacheState {
 }
 
 /// How many tokens a cache holds and has held.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Extent {
     /// Tokens held.
     pub len: usize,

@@ -8,8 +8,8 @@ pub(super) struct Maximum {
     pub(super) multipliers: Vec<f64>,
     /// The dual function there.
     pub(super) point: Point,
-    /// Choices whose mean, with these weights, nearly solves the relaxation.
-    pub(super) mixture: Vec<(f64, Vec<u16>)>,
+    /// Choices whose weighted mean nearly solves the relaxation.
+    pub(super) mixture: Vec<Vec<u16>>,
     /// Step size to begin with next time.
     pub(super) step: f64,
     /// Best choice met that breaks no constraint, and its objective.
@@ -44,7 +44,7 @@ pub(super) fn maximise(
     let core = dual.sub.core;
     let mut incumbent: Option<(f64, Vec<u16>)> = None;
     let mut offer = |at: &[f64], point: &Point| {
-        if feasible(&point.slope) && point.value.is_finite() {
+        if feasible(&point.slope) {
             let value = point.value - dot(at, &point.slope);
             if incumbent.as_ref().is_none_or(|(best, _)| value < *best)
                 && core.within_limit(&point.choice)
@@ -117,7 +117,7 @@ pub(super) fn maximise(
         .into_iter()
         .zip(weights)
         .filter(|(_, weight)| *weight > FEASIBLE)
-        .map(|(cut, weight)| (weight, cut.point.choice))
+        .map(|(cut, _)| cut.point.choice)
         .collect();
     Maximum { multipliers: centre, point: best, mixture, step, incumbent }
 }

@@ -1,9 +1,9 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
 
+use super::clock::Instant;
 use super::pareto::{keep_efficient, spread_out};
 use super::reduce::Core;
-use super::solver::{Effort, Found, Warm, solve_one};
+use super::solver::{Found, Warm, solve_one};
 use super::subproblem::{SubProblem, extent, feasible};
 use super::{Gap, Options, ParetoSet, Problem, Solution};
 use crate::{Error, Result};
@@ -57,7 +57,7 @@ struct Front<'a> {
     intervals: usize,
     /// Index of the longest objective length.
     longest: usize,
-    effort: Effort,
+    deadline: Instant,
 }
 
 /// One solved sub-problem.
@@ -73,8 +73,7 @@ impl<'a> Front<'a> {
         // A limit beyond what the clock can hold is no limit.
         let far = std::time::Duration::from_secs(1 << 30);
         let deadline = begin + options.time_limit.min(far);
-        let effort = Effort { target_gap: options.target_gap, deadline };
-        Self { core, intervals: options.intervals, longest, effort }
+        Self { core, intervals: options.intervals, longest, deadline }
     }
 
     /// Weights of the objective that minimises the loss at the length of that index.
@@ -87,7 +86,7 @@ impl<'a> Front<'a> {
 
     fn cell(&self, weights: Vec<f64>, limits: Vec<Option<f64>>, warm: Option<&Warm>) -> Cell<'a> {
         let sub = SubProblem::new(self.core, weights, limits);
-        let found = solve_one(&sub, warm, &self.effort);
+        let found = solve_one(&sub, warm);
         Cell { sub, found }
     }
 
@@ -134,7 +133,7 @@ impl<'a> Front<'a> {
         let mut warm = warm.clone();
         let mut cells = Vec::with_capacity(row.len());
         for limits in row {
-            if Instant::now() >= self.effort.deadline {
+            if Instant::now() >= self.deadline {
                 break;
             }
             let rows = limits.iter().flatten().count()
@@ -183,8 +182,12 @@ impl<'a> Front<'a> {
 fn reachable(problem: &Problem) -> Result<()> {
     for (b, bound) in problem.bounds().iter().enumerate() {
         let sizes = problem.sizes_at(b);
-        let least = sizes.iter().copied().fold(f64::INFINITY, f64::min);
-        let most = sizes.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let layers = || sizes.chunks(problem.candidates().len());
+        let mean = |of: fn(f64, f64) -> f64, from: f64| {
+            let each = layers().map(|sizes| sizes.iter().copied().fold(from, of));
+            each.sum::<f64>() / problem.layers() as f64
+        };
+        let (least, most) = (mean(f64::min, f64::INFINITY), mean(f64::max, f64::NEG_INFINITY));
         let reason = if least > bound.max {
             format!(
                 "the smallest mean size that the candidates reach is {least}, at most {} is allowed",
@@ -204,7 +207,10 @@ fn reachable(problem: &Problem) -> Result<()> {
 
 /// The error when bounds that can be met one by one cannot be met together.
 fn infeasible(problem: &Problem, core: &Core<'_>, found: &Found) -> Error {
-    let known = if found.bound == f64::INFINITY { "is" } else { "was found" };
+    let none = match found.bound == f64::INFINITY {
+        true => "no plan meets",
+        false => "no plan was found that meets",
+    };
     let sizes = found
         .closest
         .as_ref()
@@ -225,7 +231,7 @@ fn infeasible(problem: &Problem, core: &Core<'_>, found: &Found) -> Error {
     Error::Infeasible {
         length: bound.length,
         reason: format!(
-            "there {known} no plan that meets all bounds; the closest has a mean size of {size} here, \
+            "{none} all bounds; the closest has a mean size of {size} here, \
              {least}at most {} is asked for",
             bound.max
         ),

@@ -6,7 +6,7 @@ use super::subproblem::{Row, SubProblem};
 /// it.
 #[derive(Clone, Debug)]
 pub(super) struct Point {
-    /// Lower bound, own units. Infinite if the mask leaves no choice.
+    /// Lower bound, own units.
     pub(super) value: f64,
     /// Use of every row by `choice`: the supergradient.
     pub(super) slope: Vec<f64>,
@@ -17,15 +17,11 @@ pub(super) struct Point {
 /// Evaluates the dual function; keeps buffers and the last best sets of rules between calls.
 pub(super) struct Lagrangian<'a> {
     pub(super) sub: &'a SubProblem<'a>,
-    /// Added to costs, `[head][candidate]`: 0, or infinite where a branch forbids a candidate.
-    pub(super) mask: Option<Vec<f64>>,
     /// Reduced costs of one layer, `[head][candidate]`.
     costs: Vec<f64>,
     sets: Option<RuleSets>,
     /// Best set of each layer at the last evaluation.
     last: Vec<Vec<u16>>,
-    /// Evaluations so far.
-    pub(super) evaluations: u64,
 }
 
 impl<'a> Lagrangian<'a> {
@@ -37,19 +33,17 @@ impl<'a> Lagrangian<'a> {
             .map(|limit| RuleSets::new(core.width, core.cands, limit));
         Self {
             sub,
-            mask: None,
             costs: vec![0.0; core.width * core.cands],
             sets,
             last: vec![Vec::new(); core.layers],
-            evaluations: 0,
         }
     }
 
-    /// Reduced costs of one layer at these multipliers, `[head][candidate]`, unmasked.
+    /// Reduced costs of one layer at these multipliers, `[head][candidate]`.
     pub(super) fn layer_costs(&self, layer: usize, prices: &Prices, costs: &mut [f64]) {
         let core = self.sub.core;
         for (h, row) in costs.chunks_mut(core.cands).enumerate() {
-            row.copy_from_slice(&prices.candidates);
+            row.copy_from_slice(&prices.candidates[layer * core.cands..][..core.cands]);
             let at = (layer * core.width + h) * core.cands;
             for (&price, losses) in prices.losses.iter().zip(&core.losses) {
                 for (cost, &loss) in row.iter_mut().zip(&losses[at..]) {
@@ -62,17 +56,12 @@ impl<'a> Lagrangian<'a> {
     /// The dual function at `multipliers` (one per row, none negative).
     pub(super) fn evaluate(&mut self, multipliers: &[f64]) -> Point {
         let core = self.sub.core;
-        self.evaluations += 1;
         let prices = Prices::new(self.sub, multipliers);
         let mut costs = std::mem::take(&mut self.costs);
         let mut choice = Vec::with_capacity(core.heads);
         let mut value = -prices.constant;
         for layer in 0..core.layers {
             self.layer_costs(layer, &prices, &mut costs);
-            if let Some(mask) = &self.mask {
-                let mask = &mask[layer * core.width * core.cands..];
-                costs.iter_mut().zip(mask).for_each(|(cost, m)| *cost += m);
-            }
             if let Some(sets) = &mut self.sets {
                 let (cost, set) = sets.best(&costs, &self.last[layer]);
                 value += cost;
@@ -87,11 +76,7 @@ impl<'a> Lagrangian<'a> {
             }
         }
         self.costs = costs;
-        let slope = if value.is_finite() {
-            self.sub.measure(&choice).1
-        } else {
-            vec![0.0; self.sub.rows.len()]
-        };
+        let slope = self.sub.measure(&choice).1;
         Point { value: value / core.heads as f64, slope, choice }
     }
 
@@ -116,7 +101,8 @@ impl<'a> Lagrangian<'a> {
 /// What losses and candidates cost at given multipliers, in own units.
 pub(super) struct Prices {
     losses: Vec<f64>,
-    pub(super) candidates: Vec<f64>,
+    /// `[layer][candidate]`.
+    candidates: Vec<f64>,
     /// To subtract from the sum over heads.
     pub(super) constant: f64,
 }
@@ -124,7 +110,7 @@ pub(super) struct Prices {
 impl Prices {
     pub(super) fn new(sub: &SubProblem<'_>, multipliers: &[f64]) -> Self {
         let mut losses: Vec<f64> = sub.weights.iter().map(|w| w / sub.scale).collect();
-        let mut candidates = vec![0.0; sub.core.cands];
+        let mut candidates = vec![0.0; sub.core.layers * sub.core.cands];
         let mut constant = 0.0;
         for (&multiplier, row) in multipliers.iter().zip(&sub.rows) {
             match row {

@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use crate::{Error, Result};
 
-/// Limits and accuracy of the solver.
+/// Limits of the solver.
 ///
 /// The result does not depend on `threads`. It depends on the speed of the machine only where
 /// `time_limit` cuts a search short.
@@ -15,12 +15,9 @@ pub struct Options {
     pub intervals: usize,
     /// Most plans to return; the ones that spread best over the front are kept.
     pub max_plans: usize,
-    /// Wall time after which no sub-problem is started or refined further. The first sub-problem of
-    /// each length always runs as far as its first plans.
+    /// Wall time after which no sub-problem is started, but for the first one of each length.
+    /// `wasm32-unknown-unknown` has no clock, so that there is no limit there, and no threads.
     pub time_limit: Duration,
-    /// Relative gap ([`crate::search::Gap::relative`]) at which a sub-problem counts as solved. 0
-    /// searches for the proven optimum.
-    pub target_gap: f64,
     /// Threads; 0 takes as many as the machine offers.
     pub threads: usize,
 }
@@ -32,7 +29,6 @@ impl Default for Options {
             intervals: 4,
             max_plans: 10,
             time_limit: Duration::from_secs(60),
-            target_gap: 1e-4,
             threads: 0,
         }
     }
@@ -52,14 +48,13 @@ impl Options {
         if self.intervals > 64 {
             return Err(Error::invalid("intervals", "at most 64", self.intervals));
         }
-        if !(self.target_gap >= 0.0 && self.target_gap < 1.0) {
-            return Err(Error::invalid("target_gap", "at least 0 and below 1", self.target_gap));
-        }
         Ok(())
     }
 
     pub(super) fn workers(&self) -> usize {
         match self.threads {
+            // Threads cannot be started there.
+            _ if cfg!(all(target_family = "wasm", target_os = "unknown")) => 1,
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             n => n,
         }

@@ -62,7 +62,7 @@ impl Pool {
             for first in (layer * core.width..(layer + 1) * core.width).step_by(width) {
                 let here: Vec<&[u16]> = seeds.iter().map(|seed| &seed[first..][..width]).collect();
                 let options = match core.limit {
-                    Some(limit) => layer_options(sub, &costs, &here, limit),
+                    Some(limit) => layer_options(sub, layer, &costs, &here, limit),
                     None => {
                         let row = &costs[(first - layer * core.width) * core.cands..][..core.cands];
                         head_options(sub, first, row, &here)
@@ -138,6 +138,7 @@ fn head_options(
 
 fn layer_options(
     sub: &SubProblem<'_>,
+    layer: usize,
     costs: &[f64],
     seeds: &[&[u16]],
     limit: usize,
@@ -168,6 +169,7 @@ fn layer_options(
     sets.extend(near.into_iter().take(SETS).map(|(_, set)| set));
     for row in &sub.rows {
         if let Row::Size(uses) = row {
+            let uses = &uses[layer * cands..][..cands];
             let frugal = (0..cands as u16)
                 .filter(|&c| rows.iter().all(|row| row[usize::from(c)].is_finite()))
                 .min_by(|&a, &b| uses[usize::from(a)].total_cmp(&uses[usize::from(b)]));

@@ -24,6 +24,7 @@ pub struct Problem {
     lengths: Vec<usize>,
     losses: Vec<f64>,
     bounds: Vec<Bound>,
+    /// `[bound][layer][candidate]`.
     sizes: Vec<f64>,
 }
 
@@ -87,12 +88,10 @@ impl Problem {
                 format!("{} entries", sizes.len()),
             ));
         }
-        // So that no sum of them overflows.
-        let within = |x: &&f64| x.abs() <= 1e100;
-        if let Some(x) = losses.iter().find(|x| !within(x)) {
+        if let Some(x) = losses.iter().find(|x| !is_sane(x)) {
             return Err(Error::invalid("losses", "numbers of at most 1e100 in size", x));
         }
-        if let Some(x) = sizes.iter().find(|x| !within(x)) {
+        if let Some(x) = sizes.iter().find(|x| !is_sane(x)) {
             return Err(Error::invalid("sizes", "numbers of at most 1e100 in size", x));
         }
         for bound in &bounds {
@@ -106,7 +105,27 @@ impl Problem {
                 return Err(Error::invalid("bound min", expected, min));
             }
         }
+        let rows = sizes.chunks(candidates.len());
+        let sizes =
+            rows.flat_map(|row| std::iter::repeat_n(row, layers)).flatten().copied().collect();
         Ok(Self { layers, heads_per_layer, candidates, lengths, losses, bounds, sizes })
+    }
+
+    /// The same problem where a candidate's size depends on the layer, as where layers have windows of their
+    /// own: `[bound][layer][candidate]`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if there are other than these, or one is not finite or absurd.
+    pub fn with_layer_sizes(mut self, sizes: Vec<f64>) -> Result<Self> {
+        if sizes.len() != self.sizes.len() {
+            let expected = format!("{} entries", self.sizes.len());
+            return Err(Error::invalid("sizes", expected, sizes.len()));
+        }
+        if let Some(x) = sizes.iter().find(|x| !is_sane(x)) {
+            return Err(Error::invalid("sizes", "numbers of at most 1e100 in size", x));
+        }
+        self.sizes = sizes;
+        Ok(self)
     }
 
     /// Layers.
@@ -146,9 +165,10 @@ impl Problem {
         &self.losses[length * size..][..size]
     }
 
-    /// Size of every candidate at the bound of that index.
+    /// Size of every candidate at the bound of that index, `[layer][candidate]`.
     pub(super) fn sizes_at(&self, bound: usize) -> &[f64] {
-        &self.sizes[bound * self.candidates.len()..][..self.candidates.len()]
+        let size = self.layers * self.candidates.len();
+        &self.sizes[bound * size..][..size]
     }
 
     /// Losses of a choice, per objective length, summed over heads.
@@ -162,10 +182,19 @@ impl Problem {
     /// Mean sizes of a choice, per bound.
     pub(super) fn sizes_of(&self, choice: &[usize]) -> Vec<f64> {
         let mean = |sizes: &[f64]| {
-            choice.iter().map(|&c| sizes[c]).sum::<f64>() / self.total_heads() as f64
+            let layers =
+                sizes.chunks(self.candidates.len()).zip(choice.chunks(self.heads_per_layer));
+            let sum =
+                layers.flat_map(|(sizes, choice)| choice.iter().map(|&c| sizes[c])).sum::<f64>();
+            sum / self.total_heads() as f64
         };
         (0..self.bounds.len()).map(|b| mean(self.sizes_at(b))).collect()
     }
+}
+
+/// So that no sum of them overflows.
+fn is_sane(x: &f64) -> bool {
+    x.abs() <= 1e100
 }
 
 /// Sizes for bounds on density: the share of the context that each candidate keeps at the length of

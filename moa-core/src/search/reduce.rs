@@ -15,7 +15,7 @@ pub(super) struct Core<'a> {
     /// `[length][head][candidate]`. A candidate that one head need not consider has an infinite loss
     /// at length 0: every objective weighs every length, so the sum is infinite too.
     pub(super) losses: Vec<Vec<f64>>,
-    /// `[bound][candidate]`.
+    /// `[bound][layer][candidate]`.
     pub(super) sizes: Vec<Vec<f64>>,
     /// Distinct rules per layer, where that is a restriction at all.
     pub(super) limit: Option<usize>,
@@ -33,8 +33,11 @@ impl<'a> Core<'a> {
 
         let mut barred = vec![false; heads * all];
         let group = if limit.is_some() { width } else { 1 };
-        let smaller = smaller_candidates(problem);
+        let mut smaller = Vec::new();
         for first in (0..heads).step_by(group) {
+            if first % width == 0 {
+                smaller = smaller_candidates(problem, first / width);
+            }
             for (c, smaller) in smaller.iter().enumerate() {
                 let beats = |&(d, strictly_smaller): &(usize, bool)| {
                     // Of two equal candidates the first stays.
@@ -72,7 +75,10 @@ impl<'a> Core<'a> {
             })
             .collect();
         let sizes = (0..problem.bounds().len())
-            .map(|b| ids.iter().map(|&c| problem.sizes_at(b)[c]).collect())
+            .map(|b| {
+                let layers = problem.sizes_at(b).chunks(all);
+                layers.flat_map(|sizes| ids.iter().map(|&c| sizes[c])).collect()
+            })
             .collect();
         let limit = limit.filter(|&k| k < ids.len());
         Self { problem, layers, width, heads, cands: ids.len(), ids, losses, sizes, limit }
@@ -98,13 +104,14 @@ pub(super) fn distinct(layer: &[u16]) -> Vec<u16> {
     set
 }
 
-/// For each candidate, those that are no larger at any bound and equal where there is a lower bound;
+/// For each candidate of a layer, those that are no larger at any bound and equal where there is a lower bound;
 /// with whether they are smaller anywhere.
-fn smaller_candidates(problem: &Problem) -> Vec<Vec<(usize, bool)>> {
+fn smaller_candidates(problem: &Problem, layer: usize) -> Vec<Vec<(usize, bool)>> {
     let compare = |c: usize, d: usize| {
         let mut strictly = false;
         for (b, bound) in problem.bounds().iter().enumerate() {
-            let (own, other) = (problem.sizes_at(b)[c], problem.sizes_at(b)[d]);
+            let sizes = &problem.sizes_at(b)[layer * problem.candidates().len()..];
+            let (own, other) = (sizes[c], sizes[d]);
             if other > own || (bound.min.is_some() && other < own) {
                 return None;
             }

@@ -1,6 +1,3 @@
-use std::time::Instant;
-
-use super::branch::{Limits, branch_and_bound};
 use super::bundle::{Maximum, Stop, maximise};
 use super::exchange::Exchange;
 use super::lagrangian::{Lagrangian, Prices};
@@ -28,11 +25,8 @@ pub(super) struct Warm {
     pub(super) step: f64,
 }
 
-/// How far to go.
-pub(super) struct Effort {
-    pub(super) target_gap: f64,
-    pub(super) deadline: Instant,
-}
+/// Gap ([`crate::search::Gap::relative`]) at which exchanges end.
+const CLOSE: f64 = 1e-5;
 
 /// Evaluations of the dual function at the root.
 const ASCENT: usize = 200;
@@ -41,9 +35,8 @@ const ROUNDS: usize = 4;
 /// Perturbed multipliers that plans are started from: relative size of each perturbation.
 const SHAKES: [f64; 6] = [0.003, 0.01, 0.01, 0.03, 0.03, 0.1];
 
-/// Minimises one sub-problem: dual ascent for the bound, exchanges for a plan, branch and bound for
-/// what gap is left.
-pub(super) fn solve_one(sub: &SubProblem<'_>, warm: Option<&Warm>, effort: &Effort) -> Found {
+/// Minimises one sub-problem: dual ascent for the bound, exchanges for a plan.
+pub(super) fn solve_one(sub: &SubProblem<'_>, warm: Option<&Warm>) -> Found {
     let mut dual = Lagrangian::new(sub);
     let cold = Warm { multipliers: vec![0.0; sub.rows.len()], step: 1.0 };
     let warm = warm.filter(|w| w.multipliers.len() == sub.rows.len()).unwrap_or(&cold);
@@ -62,18 +55,14 @@ pub(super) fn solve_one(sub: &SubProblem<'_>, warm: Option<&Warm>, effort: &Effo
     }
 
     let mut best = root.incumbent.clone();
-    round(&mut dual, &root, effort.target_gap, &mut best);
-    let mut bound = root.point.value.max(sub.floor);
+    round(&mut dual, &root, &mut best);
+    let bound = root.point.value.max(sub.floor);
     let closest = if best.is_none() { closest(sub, &root, &dual) } else { None };
-    if gap(sub, best.as_ref(), bound) > effort.target_gap {
-        let limits = Limits { target_gap: effort.target_gap, deadline: effort.deadline, none };
-        bound = bound.max(branch_and_bound(&mut dual, &root, &mut best, &limits));
-    }
     Found { choice: best.map(|(_, choice)| choice), bound, warm, closest }
 }
 
 /// As [`crate::search::Gap::relative`]; 1 without a plan.
-pub(super) fn gap(sub: &SubProblem<'_>, best: Option<&(f64, Vec<u16>)>, bound: f64) -> f64 {
+fn gap(sub: &SubProblem<'_>, best: Option<&(f64, Vec<u16>)>, bound: f64) -> f64 {
     match best {
         Some((value, _)) if value - bound <= EQUAL => 0.0,
         Some((value, _)) => (value - bound) / (value - sub.floor),
@@ -82,12 +71,7 @@ pub(super) fn gap(sub: &SubProblem<'_>, best: Option<&(f64, Vec<u16>)>, bound: f
 }
 
 /// Plans from points near the maximum of the dual function, improved by exchanges.
-fn round(
-    dual: &mut Lagrangian<'_>,
-    root: &Maximum,
-    target_gap: f64,
-    best: &mut Option<(f64, Vec<u16>)>,
-) {
+fn round(dual: &mut Lagrangian<'_>, root: &Maximum, best: &mut Option<(f64, Vec<u16>)>) {
     let sub = dual.sub;
     let heads = sub.core.heads;
     let mut seeds = seeds(dual, root, best.as_ref());
@@ -109,7 +93,7 @@ fn round(
         }
         let Some((value, choice)) = best.as_ref() else { return };
         // New options appear around the best plan only if it moved.
-        if *value >= before || gap(sub, best.as_ref(), root.point.value) <= 0.1 * target_gap {
+        if *value >= before || gap(sub, best.as_ref(), root.point.value) <= CLOSE {
             return;
         }
         seeds = vec![choice.clone()];
@@ -125,7 +109,7 @@ fn seeds(
     let sub = dual.sub;
     let mut seeds: Vec<Vec<u16>> = vec![root.point.choice.clone()];
     seeds.extend(incumbent.map(|(_, choice)| choice.clone()));
-    seeds.extend(root.mixture.iter().map(|(_, choice)| choice.clone()));
+    seeds.extend(root.mixture.iter().cloned());
     let mut random = SplitMix64::new(0x9e37_79b9_7f4a_7c15);
     for size in SHAKES {
         let shaken: Vec<f64> = root

@@ -23,7 +23,7 @@ pub(super) struct SubProblem<'a> {
 
 /// One constraint, `use <= 0`.
 pub(super) enum Row {
-    /// What each candidate uses, the same for every head.
+    /// What each candidate uses, `[layer][candidate]`.
     Size(Vec<f64>),
     /// A head uses `(loss - mean) / scale` at that length.
     Loss { length: usize, mean: f64, scale: f64 },
@@ -83,7 +83,9 @@ impl<'a> SubProblem<'a> {
     /// What one head adds to `heads` x the use of a row.
     pub(super) fn usage(&self, row: &Row, head: usize, candidate: u16) -> f64 {
         match row {
-            Row::Size(uses) => uses[usize::from(candidate)],
+            Row::Size(uses) => {
+                uses[head / self.core.width * self.core.cands + usize::from(candidate)]
+            }
             Row::Loss { length, mean, scale } => {
                 let losses = &self.core.losses[*length];
                 (losses[head * self.core.cands + usize::from(candidate)] - mean) / scale

@@ -157,8 +157,8 @@ pub(crate) fn lifelike(
     Instance { layers, heads, candidates, lengths: lengths.to_vec(), losses, bounds, sizes }
 }
 
-pub(crate) fn exact(limit: Option<usize>) -> Options {
-    Options { max_rules_per_layer: limit, target_gap: 0.0, ..Options::default() }
+pub(crate) fn limited(limit: Option<usize>) -> Options {
+    Options { max_rules_per_layer: limit, ..Options::default() }
 }
 
 pub(crate) fn quarter(lengths: &[usize]) -> Vec<Bound> {

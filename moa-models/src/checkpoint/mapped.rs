@@ -1,15 +1,16 @@
 use std::fmt;
+use std::io::{self, Read};
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 use half::{bf16, f16};
 use memmap2::Mmap;
-use moa_backend_cpu::ops::BlockType;
-use moa_core::Dtype;
+use moa_core::{BlockType, Dtype};
 
 use crate::{Error, Result};
 
-/// A tensor that lies in a mapped file, row-major and little-endian, or a part of one.
+/// A tensor that lies in a mapped file (or one that was read), row-major and little-endian, or a part of one.
 ///
 /// Its elements are numbers of a [`dtype`](Self::dtype), or quantised [`blocks`](Self::blocks) of rows. A
 /// clone shares the map, which lives as long as any tensor of the file does. The bytes need
@@ -39,30 +40,79 @@ impl Elements {
     }
 }
 
+/// Bytes that tensors share; a clone is the same bytes.
 #[derive(Clone)]
-enum Memory {
+pub(crate) enum Memory {
     Map(Arc<Mmap>),
     /// Memory of its own, such as a part that does not lie in one piece; words, so that elements are
     /// aligned.
     Words(Arc<Vec<u64>>),
+    /// A file that was read, and its bytes: the last word may be filled up.
+    Read(Arc<Vec<u64>>, usize),
+}
+
+impl Memory {
+    /// The bytes of a file, mapped or read.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub(crate) fn of_file(path: &Path, mmap: bool) -> Result<Self> {
+        let read = || {
+            let mut file = moa_core::open_file(path)?;
+            if mmap {
+                // SAFETY: the map is only read. Bytes that another process changes under us would give
+                // other weights, never an out-of-range access; a file that it shortens raises SIGBUS,
+                // which every reader of mapped model files accepts.
+                return Ok(Self::Map(Arc::new(unsafe { Mmap::map(&file) }?)));
+            }
+            let no_memory = || io::Error::from(io::ErrorKind::OutOfMemory);
+            let len = usize::try_from(file.metadata()?.len()).map_err(|_| no_memory())?;
+            let mut words = Vec::new();
+            words.try_reserve_exact(len.div_ceil(8)).map_err(|_| no_memory())?;
+            words.resize(len.div_ceil(8), 0u64);
+            let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut words);
+            // A file that is shortened meanwhile is an error here.
+            file.read_exact(&mut bytes[..len])?;
+            Ok(Self::Read(Arc::new(words), len))
+        };
+        read().map_err(|source| Error::io(path, source))
+    }
+}
+
+impl std::ops::Deref for Memory {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Map(map) => map,
+            Self::Words(words) => bytemuck::cast_slice(words.as_slice()),
+            Self::Read(words, len) => &bytemuck::cast_slice(words.as_slice())[..*len],
+        }
+    }
+}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Memory({} bytes)", self.len())
+    }
 }
 
 impl MappedTensor {
     /// The caller has checked that the bytes are those of the shape.
-    pub(crate) fn new(map: Arc<Mmap>, bytes: Range<usize>, dtype: Dtype, shape: &[usize]) -> Self {
+    pub(crate) fn new(memory: Memory, bytes: Range<usize>, dtype: Dtype, shape: &[usize]) -> Self {
         let elements = Elements::Plain(dtype);
-        Self { memory: Memory::Map(map), bytes, elements, shape: shape.to_owned() }
+        Self { memory, bytes, elements, shape: shape.to_owned() }
     }
 
     /// The caller has checked that the bytes are those of the shape, whose rows are whole blocks.
     pub(crate) fn in_blocks(
-        map: Arc<Mmap>,
+        memory: Memory,
         bytes: Range<usize>,
         blocks: BlockType,
         shape: &[usize],
     ) -> Self {
         let elements = Elements::Blocks(blocks);
-        Self { memory: Memory::Map(map), bytes, elements, shape: shape.to_owned() }
+        Self { memory, bytes, elements, shape: shape.to_owned() }
     }
 
     /// bf16 elements that lie at a byte of `words`.
@@ -72,14 +122,38 @@ impl MappedTensor {
         Self { memory: Memory::Words(words), bytes, elements, shape: shape.to_owned() }
     }
 
+    /// Blocks that lie at a byte of `words`; rows are whole ones.
+    pub(crate) fn made_blocks(
+        words: Arc<Vec<u64>>,
+        first_byte: usize,
+        blocks: BlockType,
+        shape: &[usize],
+    ) -> Self {
+        let len = shape.iter().product::<usize>() / blocks.block_len() * blocks.block_bytes();
+        let (bytes, elements) = (first_byte..first_byte + len, Elements::Blocks(blocks));
+        Self { memory: Memory::Words(words), bytes, elements, shape: shape.to_owned() }
+    }
+
+    /// Elements of a type from the beginning of `words`. The caller has checked that there are so many.
+    pub(crate) fn of_words(words: Arc<Vec<u64>>, dtype: Dtype, shape: &[usize]) -> Self {
+        Self::whole(words, Elements::Plain(dtype), shape)
+    }
+
+    /// The same of blocks.
+    pub(crate) fn blocks_of_words(words: Arc<Vec<u64>>, kind: BlockType, shape: &[usize]) -> Self {
+        Self::made_blocks(words, 0, kind, shape)
+    }
+
+    fn whole(words: Arc<Vec<u64>>, elements: Elements, shape: &[usize]) -> Self {
+        let (unit, size) = elements.unit();
+        let bytes = 0..shape.iter().product::<usize>() / unit * size;
+        Self { memory: Memory::Words(words), bytes, elements, shape: shape.to_owned() }
+    }
+
     /// The elements' bytes, or those of the blocks.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
-        let all = match &self.memory {
-            Memory::Map(map) => map,
-            Memory::Words(words) => bytemuck::cast_slice(words.as_slice()),
-        };
-        &all[self.bytes.clone()]
+        &self.memory[self.bytes.clone()]
     }
 
     /// The element type, unless the elements are in blocks.
@@ -155,6 +229,13 @@ impl MappedTensor {
             return Err(Error::invalid("weight", "at least 1 axis", 0));
         };
         let pieces = pieces(rows, count, "rows of a weight")?;
+        if self.shape.len() == 1 && self.blocks().is_some() {
+            if matches!(&pieces[..], [all] if *all == (0..count)) {
+                return Ok(self.clone());
+            }
+            // The rows of a vector are elements, which are no whole blocks.
+            return self.widened(Dtype::F32).rows(rows);
+        }
         let row_bytes = self.bytes.len() / count.max(1);
         let mut shape = self.shape.clone();
         shape[0] = pieces.iter().map(Range::len).sum();
@@ -280,5 +361,52 @@ impl fmt::Debug for MappedTensor {
             .field("elements", &self.elements)
             .field("shape", &self.shape)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of a mapped file the bytes would be gone, and the process with them.
+    #[test]
+    fn a_file_that_is_shortened_keeps_its_bytes_once_it_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("weights");
+        for len in [0, 1, 8, 10_001] {
+            let written: Vec<u8> = (0..len).map(|i| (i % 251) as u8).collect();
+            std::fs::write(&path, &written).unwrap();
+            let memory = Memory::of_file(&path, false).unwrap();
+            std::fs::write(&path, []).unwrap();
+            assert_eq!(*memory, *written);
+        }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn pipes_are_no_weights() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.safetensors");
+        assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+        for mmap in [false, true] {
+            assert!(matches!(Memory::of_file(&path, mmap), Err(Error::Io { .. })));
+        }
+    }
+
+    #[test]
+    fn rows_of_a_vector_in_blocks_are_its_elements() -> Result<()> {
+        let values: Vec<f32> = (0..64).map(|i| (i * 37 % 64) as f32 - 20.0).collect();
+        let mut bytes = Vec::new();
+        BlockType::Q8_0.narrow(&values, &mut bytes);
+        let mut words = vec![0u64; bytes.len().div_ceil(8)];
+        bytemuck::cast_slice_mut::<u64, u8>(&mut words)[..bytes.len()].copy_from_slice(&bytes);
+        let vector = MappedTensor::blocks_of_words(Arc::new(words), BlockType::Q8_0, &[64]);
+        let all = vector.to_f32();
+        assert_eq!(vector.rows(&[0..30, 30..64])?.to_f32(), all);
+        let order: Vec<Range<usize>> = (0..64).rev().map(|row| row..row + 1).collect();
+        let reversed: Vec<f32> = all.iter().rev().copied().collect();
+        assert_eq!(vector.rows(&order)?.to_f32(), reversed);
+        assert_eq!(vector.rows(std::slice::from_ref(&(3..40)))?.to_f32(), all[3..40]);
+        Ok(())
     }
 }

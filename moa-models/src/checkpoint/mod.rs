@@ -10,14 +10,18 @@ pub(crate) mod hub_id;
 pub(crate) mod json;
 pub(crate) mod mapped;
 pub(crate) mod open_options;
+pub(crate) mod packed;
 pub(crate) mod prompt_style;
 pub(crate) mod quantised;
 pub(crate) mod random;
+mod random_blocks;
 pub(crate) mod reads;
 pub(crate) mod safetensors;
+pub(crate) mod sentencepiece_model;
 pub(crate) mod special_tokens;
 pub(crate) mod template;
 pub(crate) mod text;
+mod token_bytes;
 pub(crate) mod tokenizer;
 pub(crate) mod tokenizer_file;
 
@@ -30,7 +34,6 @@ use crate::checkpoint::generation_config::GenerationConfig;
 use crate::checkpoint::gguf::{Gguf, is_gguf};
 use crate::checkpoint::open_options::OpenOptions;
 use crate::checkpoint::prompt_style::PromptStyle;
-use crate::checkpoint::reads::Reads;
 use crate::checkpoint::safetensors::Weights;
 use crate::checkpoint::template::{ChatTemplate, Message};
 use crate::checkpoint::tokenizer::Tokenizer;
@@ -38,8 +41,10 @@ use crate::decoder::config::ModelConfig;
 use crate::decoder::model::Decoder;
 use crate::decoder::shard::Shard;
 use crate::device::Math;
+use crate::engine::draft_model::DraftModel;
 use crate::engine::request::{Completion, GenerateOptions, Prompt};
 use crate::engine::serve::{Engine, EngineOptions};
+use crate::engine::speculate::Speculation;
 use crate::families::Family;
 use crate::{Error, Result};
 
@@ -70,6 +75,8 @@ pub struct Checkpoint<D: Math> {
     pub(crate) own_template: Option<String>,
     style: PromptStyle,
     folder: PathBuf,
+    /// A model that guesses for the engines.
+    pub(crate) draft: Option<DraftModel<D>>,
 }
 
 impl<D: Math> Clone for Checkpoint<D> {
@@ -83,6 +90,7 @@ impl<D: Math> Clone for Checkpoint<D> {
             own_template: self.own_template.clone(),
             style: self.style,
             folder: self.folder.clone(),
+            draft: self.draft.clone(),
         }
     }
 }
@@ -128,41 +136,53 @@ impl<D: Math> Checkpoint<D> {
         shard: Option<Shard<D>>,
     ) -> Result<Self> {
         if is_gguf(folder) {
-            return Self::open_gguf(device, folder, options.families, shard);
+            return Self::open_gguf(device, folder, options, shard);
         }
         let mut config = ModelConfig::from_file_with(folder, options.families)?;
         let tokenizer = Tokenizer::from_dir(folder)?;
         tokenizer.check_vocab_size(config.vocab_size)?;
         let generation = GenerationConfig::from_dir(folder)?;
         let template = ChatTemplate::from_dir(folder)?;
-        let weights = Weights::open(folder)?;
-        quantised::refuse(folder, &weights)?;
-        let reads = Reads::new(&weights, &mut config)?;
-        // Other ranks leave out some biases.
-        let asks_for_all = shard.as_ref().is_none_or(|shard| shard.rank() == 0);
-        let model = Arc::new(Decoder::load_part(device, config, &reads, shard)?);
-        if asks_for_all {
-            reads.check(options.ignore_extra_tensors)?;
-        }
+        let mut weights = Weights::open_with(folder, options.mmap)?;
+        weights.set_packing(quantised::packing(folder, &weights)?);
+        reads::own_output(&weights, &mut config)?;
+        reads::check(&weights, &config, options.ignore_extra_tensors)?;
+        let model = Arc::new(Decoder::load_part(device, config, &weights, shard)?);
         let style = PromptStyle::of(template.as_ref());
-        let folder = folder.to_path_buf();
-        Ok(Self { model, tokenizer, generation, template, own_template: None, style, folder })
+        Ok(Self {
+            model,
+            tokenizer,
+            generation,
+            template,
+            own_template: None,
+            style,
+            folder: folder.to_path_buf(),
+            draft: None,
+        })
     }
 
     fn open_gguf(
         device: D,
         path: &Path,
-        families: &[&dyn Family],
+        options: &OpenOptions<'_>,
         shard: Option<Shard<D>>,
     ) -> Result<Self> {
-        let file = Gguf::open(path)?;
-        let (config, tokenizer) = (file.config(families)?, file.tokenizer()?);
+        let file = Gguf::open_with(path, options.mmap)?;
+        let (config, tokenizer) = (file.config(options.families)?, file.tokenizer()?);
         tokenizer.check_vocab_size(config.vocab_size)?;
         let template = file.template()?;
         let model = Arc::new(Decoder::load_part(device, config, &file, shard)?);
-        let (generation, folder) = (GenerationConfig::default(), path.to_path_buf());
         let style = PromptStyle::of(template.as_ref());
-        Ok(Self { model, tokenizer, generation, template, own_template: None, style, folder })
+        Ok(Self {
+            model,
+            tokenizer,
+            generation: GenerationConfig::default(),
+            template,
+            own_template: None,
+            style,
+            folder: path.to_path_buf(),
+            draft: None,
+        })
     }
 
     /// The folder, or the GGUF file, that it was opened from.
@@ -195,6 +215,15 @@ impl<D: Math> Checkpoint<D> {
         self.tokenizer.encode(&self.template()?.render(messages, true)?, false)
     }
 
+    /// The same for a prompt of at most `limit` tokens, see [`Tokenizer::encode_within`].
+    pub(crate) fn chat_tokens_within(
+        &self,
+        messages: &[Message],
+        limit: usize,
+    ) -> Result<Vec<u32>> {
+        self.tokenizer.encode_within(&self.template()?.render(messages, true)?, false, limit)
+    }
+
     /// End-of-sequence tokens: those of `generation_config.json`, else of `config.json`, and the
     /// tokenizer's, with which chat models end their turns even where the other files name another.
     pub fn eos_token_ids(&self) -> Vec<u32> {
@@ -215,6 +244,58 @@ impl<D: Math> Checkpoint<D> {
     pub fn check_plan(&self, plan: &Plan) -> Result<()> {
         plan.check_shape(&self.model.shape())?;
         Ok(plan.check_fingerprint(self.model.fingerprint())?)
+    }
+
+    /// Takes a model that guesses tokens for this one, which checks them, where [`EngineOptions::speculation`] is
+    /// [`Speculation::Draft`]: a smaller one of the same tokens, or this one itself with a plan of shorter spans.
+    /// Answers stay the same. Its sequences have the spans of `plan`, and take memory beside those of requests.
+    ///
+    /// ```no_run
+    /// use moa_core::Plan;
+    /// use moa_models::{Checkpoint, Cpu, EngineOptions, Speculation};
+    ///
+    /// let mut checkpoint = Checkpoint::open(Cpu::default(), "model")?;
+    /// let itself = checkpoint.clone();
+    /// checkpoint.set_draft(&itself, &Plan::load("plan.json")?)?;
+    /// let options = EngineOptions { speculation: Speculation::draft(), ..Default::default() };
+    /// let engine = checkpoint.engine(options);
+    /// # Ok::<(), moa_models::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::DraftVocabulary`] if a token has another id there, [`Error::Core`] if the plan is for a model of other
+    /// dimensions or other weights than the draft's, [`Error::Invalid`] if several devices share one of the two.
+    pub fn set_draft(&mut self, draft: &Self, plan: &Plan) -> Result<()> {
+        if self.model.ranks() > 1 || draft.model.ranks() > 1 {
+            let expected = "one that a single device has, as the model that answers";
+            return Err(Error::invalid("draft model", expected, "a part of one"));
+        }
+        self.tokenizer.check_same(&draft.tokenizer)?;
+        draft.check_plan(plan)?;
+        self.draft = Some(DraftModel { model: Arc::clone(&draft.model), plan: plan.clone() });
+        Ok(())
+    }
+
+    /// Bytes of keys and values that a request takes in a sequence of `capacity` tokens with this plan, those of
+    /// guesses included.
+    ///
+    /// # Errors
+    /// As [`Decoder::cache_bytes`].
+    pub fn request_bytes(
+        &self,
+        plan: &Plan,
+        capacity: usize,
+        speculation: Speculation,
+    ) -> Result<u64> {
+        let slack = speculation.draft_tokens();
+        let own = self.model.cache_bytes(plan, capacity, slack)?;
+        let beside = match (&self.draft, speculation) {
+            (Some(DraftModel { model, plan }), Speculation::Draft { .. }) => {
+                model.cache_bytes(plan, capacity.min(model.config().context_length()), slack)?
+            }
+            _ => 0,
+        };
+        Ok(own + beside)
     }
 
     /// An engine for requests of this model, with its tokenizer, chat template and end tokens.

@@ -2,6 +2,8 @@ use std::path::Path;
 
 use crate::Result;
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::gguf::{Gguf, is_gguf};
+use crate::checkpoint::safetensors::{Tensors, Weights};
 use crate::decoder::shard::Shard;
 use crate::device::Math;
 use crate::families::{FAMILIES, Family};
@@ -19,6 +21,7 @@ use crate::families::{FAMILIES, Family};
 pub struct OpenOptions<'a> {
     pub(crate) families: &'a [&'a dyn Family],
     pub(crate) ignore_extra_tensors: bool,
+    pub(crate) mmap: bool,
 }
 
 impl std::fmt::Debug for OpenOptions<'_> {
@@ -27,13 +30,14 @@ impl std::fmt::Debug for OpenOptions<'_> {
         f.debug_struct("OpenOptions")
             .field("families", &families)
             .field("ignore_extra_tensors", &self.ignore_extra_tensors)
+            .field("mmap", &self.mmap)
             .finish()
     }
 }
 
 impl Default for OpenOptions<'_> {
     fn default() -> Self {
-        Self { families: FAMILIES, ignore_extra_tensors: false }
+        Self { families: FAMILIES, ignore_extra_tensors: false, mmap: true }
     }
 }
 
@@ -50,6 +54,25 @@ impl<'a> OpenOptions<'a> {
     #[must_use]
     pub fn ignore_extra_tensors(self, ignore: bool) -> Self {
         Self { ignore_extra_tensors: ignore, ..self }
+    }
+
+    /// Whether files of weights are mapped (the default), or else read into memory: the latter takes
+    /// longer and memory of its own, but a file that another process shortens meanwhile cannot end this one.
+    #[must_use]
+    pub fn mmap(self, mmap: bool) -> Self {
+        Self { mmap, ..self }
+    }
+
+    /// Opens the weights of a model folder, or of a GGUF file, alone.
+    ///
+    /// # Errors
+    /// Those of [`Weights::open`] or [`Gguf::open`].
+    pub fn open_tensors(&self, path: impl AsRef<Path>) -> Result<Box<dyn Tensors>> {
+        let path = path.as_ref();
+        Ok(match is_gguf(path) {
+            true => Box::new(Gguf::open_with(path, self.mmap)?),
+            false => Box::new(Weights::open_with(path, self.mmap)?),
+        })
     }
 
     /// Opens a folder.

@@ -1,8 +1,9 @@
-//! Weights that are quantised in a way that cannot be read.
+//! Weights that are quantised, in ways that can be read and others.
 
 use std::path::Path;
 
 use crate::checkpoint::json::JsonObject;
+use crate::checkpoint::packed::Packing;
 use crate::checkpoint::safetensors::Weights;
 use crate::checkpoint::text::is_file;
 use crate::{Error, Result};
@@ -18,16 +19,19 @@ const SIGNS: [(&str, &str); 7] = [
     (".SCB", "bitsandbytes (LLM.int8)"),
 ];
 
-/// Refuses weights that are quantised, with the name of how.
-pub(crate) fn refuse(dir: &Path, weights: &Weights) -> Result<()> {
+/// How weights are packed, if they are; refuses those that are quantised otherwise, with the name of how.
+pub(crate) fn packing(dir: &Path, weights: &Weights) -> Result<Option<Packing>> {
     let sign = SIGNS.iter().find(|(end, _)| weights.names().any(|name| name.ends_with(end)));
-    let Some((_, guess)) = sign else { return Ok(()) };
-    let scheme = named(dir)?.unwrap_or_else(|| (*guess).to_owned());
-    Err(Error::Quantized { path: dir.to_owned(), scheme })
+    let Some((_, guess)) = sign else { return Ok(None) };
+    let (packing, scheme) = named(dir)?.unwrap_or_else(|| (None, (*guess).to_owned()));
+    match packing {
+        Some(packing) => Ok(Some(packing)),
+        None => Err(Error::Quantized { path: dir.to_owned(), scheme }),
+    }
 }
 
-/// What the configuration calls it, with its bits.
-fn named(dir: &Path) -> Result<Option<String>> {
+/// How the configuration says that weights are packed, and what it calls that, with its bits.
+fn named(dir: &Path) -> Result<Option<(Option<Packing>, String)>> {
     for (file, field) in
         [("config.json", Some("quantization_config")), ("quantize_config.json", None)]
     {
@@ -44,9 +48,24 @@ fn named(dir: &Path) -> Result<Option<String>> {
             None => object,
         };
         let bits = own.get("bits").or(own.get("w_bit")).and_then(serde_json::Value::as_u64);
-        let bits = bits.map_or(String::new(), |bits| format!(", {bits} bits"));
-        if let Ok(Some(method)) = own.text("quant_method") {
-            return Ok(Some(format!("{}{bits}", display_name(method))));
+        let text = |field| own.text(field).ok().flatten();
+        if let Some(method) = text("quant_method") {
+            let packing = match (method, bits) {
+                ("gptq", Some(4)) => match text("checkpoint_format") {
+                    None | Some("gptq") => Some(Packing::Gptq { less_one: true }),
+                    Some("gptq_v2") => Some(Packing::Gptq { less_one: false }),
+                    Some(_) => None,
+                },
+                ("awq", Some(4)) => {
+                    let version = text("version").unwrap_or("gemm").to_lowercase();
+                    (version == "gemm").then_some(Packing::Awq)
+                }
+                _ => None,
+            };
+            let format = text("checkpoint_format").or(text("version"));
+            let format = format.map_or(String::new(), |format| format!(", {format}"));
+            let bits = bits.map_or(String::new(), |bits| format!(", {bits} bits"));
+            return Ok(Some((packing, format!("{}{bits}{format}", display_name(method)))));
         }
     }
     Ok(None)

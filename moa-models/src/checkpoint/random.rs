@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use half::bf16;
 
 use crate::checkpoint::mapped::MappedTensor;
+use crate::checkpoint::random_blocks::RandomBlocks;
 use crate::checkpoint::safetensors::Tensors;
 use crate::decoder::config::ModelConfig;
 use crate::{Error, Result};
-use moa_core::SplitMix64;
+use moa_core::{BlockType, SplitMix64};
 
 /// Weights that are made up, for measurements of speed and memory, which do not depend on their values:
 /// matrices of uniform random bf16 numbers of variance `1 / hidden_size`, norms and biases of ones.
@@ -24,6 +25,21 @@ pub struct RandomTensors {
     /// Where the next tensor begins, in words.
     next: AtomicUsize,
     seed: u32,
+    /// Where matrices are in blocks.
+    blocks: Option<InBlocks>,
+}
+
+struct InBlocks {
+    all: RandomBlocks,
+    output: RandomBlocks,
+    /// The matrix of logits: the output matrix, or an embedding that serves as it.
+    output_name: String,
+}
+
+impl InBlocks {
+    fn of(&self, name: &str) -> &RandomBlocks {
+        if name == self.output_name { &self.output } else { &self.all }
+    }
 }
 
 /// Most bytes of made-up weights.
@@ -45,8 +61,22 @@ impl RandomTensors {
     /// Weights of a model of this configuration; equal seeds give equal weights.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the configuration is out of its range.
+    /// [`Error::Invalid`] if the configuration is out of its range, [`Error::OutOfMemory`].
     pub fn new(config: &ModelConfig, seed: u32) -> Result<Self> {
+        Self::with(config, seed, None)
+    }
+
+    /// As [`new`](Self::new) with matrices in quantised blocks; the matrix of logits is in blocks of at least 6 bits,
+    /// as files have it.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the configuration is out of its range. Tensors whose rows are not whole blocks fail
+    /// when they are asked for.
+    pub fn in_blocks(config: &ModelConfig, seed: u32, blocks: BlockType) -> Result<Self> {
+        Self::with(config, seed, Some(blocks))
+    }
+
+    fn with(config: &ModelConfig, seed: u32, blocks: Option<BlockType>) -> Result<Self> {
         config.validate()?;
         // Queries, keys and values may share a tensor, and so may gate and up.
         let heads = config.num_attention_heads + 2 * config.num_key_value_heads;
@@ -54,30 +84,66 @@ impl RandomTensors {
         let widest = widest.max(config.vocab_size);
         let largest = 2 * (config.hidden_size * widest) as u64;
         let bytes = (2 * config.parameters()).min(MOST_BYTES).max(largest);
+        let amplitude = (3.0 / config.hidden_size as f32).sqrt();
+        let in_blocks = blocks.map(|kind| {
+            let names = &config.tensor_names;
+            let output = of_logits(kind, config.hidden_size);
+            let tied = config.tie_word_embeddings;
+            let output_name = if tied { &names.embedding } else { &names.output };
+            let table = config.vocab_size * config.hidden_size;
+            let count = |kind: BlockType, elements: usize| elements.div_ceil(kind.block_len());
+            InBlocks {
+                all: RandomBlocks::new(kind, count(kind, bytes as usize / 2), amplitude, seed),
+                output: RandomBlocks::new(output, count(output, table), amplitude, seed),
+                output_name: output_name.to_string(),
+            }
+        });
+        let bytes = if in_blocks.is_some() { 0 } else { bytes };
         let len = bytes.div_ceil(8) as usize;
         let mut random = SplitMix64::new(seed.into());
-        let amplitude = (3.0 / config.hidden_size as f32).sqrt();
         let mut element = || {
             let unit = (random.next_u64() >> 40) as f32 / (1u64 << 23) as f32;
             u64::from(bf16::from_f32((unit - 1.0) * amplitude).to_bits())
         };
-        let mut words = Vec::with_capacity(len);
+        let mut words: Vec<u64> = Vec::new();
+        words.try_reserve_exact(len).map_err(|_| Error::OutOfMemory {
+            what: "made-up weights",
+            bytes: Some(bytes),
+            free: None,
+        })?;
         words
             .extend((0..PERIOD.min(len)).map(|_| (0..4).fold(0, |word, _| word << 16 | element())));
-        while words.len() < len {
+        while words.len() < len && !words.is_empty() {
             words.extend_from_within(..words.len().min(len - words.len()));
         }
-        Ok(Self { words: Arc::new(words), next: AtomicUsize::new(0), seed })
+        Ok(Self { words: Arc::new(words), next: AtomicUsize::new(0), seed, blocks: in_blocks })
+    }
+}
+
+/// The kind of a matrix of logits in files whose other matrices are of `kind`.
+fn of_logits(kind: BlockType, hidden_size: usize) -> BlockType {
+    match kind {
+        BlockType::Q8_0 => kind,
+        _ if hidden_size.is_multiple_of(BlockType::Q6K.block_len()) => BlockType::Q6K,
+        _ => BlockType::Q8_0,
     }
 }
 
 impl Tensors for RandomTensors {
+    fn blocks(&self, name: &str) -> Option<BlockType> {
+        // Norms and biases have names of their own, which nobody asks for.
+        self.blocks.as_ref().map(|blocks| blocks.of(name).kind())
+    }
+
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<MappedTensor> {
         let words = shape.iter().product::<usize>().div_ceil(4);
         if shape.len() == 1 {
             let one = u64::from(bf16::ONE.to_bits());
             let ones = Arc::new(vec![one * 0x0001_0001_0001_0001; words]);
             return Ok(MappedTensor::made(ones, 0, shape));
+        }
+        if let Some(blocks) = &self.blocks {
+            return blocks.of(name).tensor(name, shape);
         }
         let Some(last) = self.words.len().checked_sub(words) else {
             let expected = format!("at most {} elements", 4 * self.words.len());

@@ -1,8 +1,8 @@
-use std::cell::RefCell;
+//! Whether a decoder reads every tensor of a folder.
+
 use std::collections::BTreeSet;
 
-use crate::checkpoint::mapped::MappedTensor;
-use crate::checkpoint::safetensors::{Tensors, Weights};
+use crate::checkpoint::safetensors::Weights;
 use crate::decoder::config::ModelConfig;
 use crate::{Error, Result};
 
@@ -15,63 +15,56 @@ const BUFFERS: [&str; 5] = [
     "attn.masked_bias",
 ];
 
-/// The weights of a folder, and which of them a decoder has asked for.
+/// Takes an output matrix of its own into the configuration, where that denies one, and says so.
+pub(crate) fn own_output(weights: &Weights, config: &mut ModelConfig) -> Result<()> {
+    let names = &config.tensor_names;
+    if !config.tie_word_embeddings || !weights.contains(&names.output) {
+        return Ok(());
+    }
+    let table = [config.vocab_size, config.hidden_size];
+    let embedding = weights.tensor(&names.embedding, &table)?;
+    let output = weights.tensor(&names.output, &table)?;
+    if embedding.dtype() != output.dtype() || embedding.bytes() != output.bytes() {
+        tracing::warn!(
+            "`tie_word_embeddings` is true, but `{}` differs from `{}`; both are used",
+            names.output,
+            names.embedding,
+        );
+        config.tie_word_embeddings = false;
+    }
+    Ok(())
+}
+
+/// Checks that a decoder of this configuration reads everything; with `ignore`, says what it does not.
 ///
 /// A tensor that nobody asks for says that the model is another one: one with biases, with norms or
 /// with more layers than its configuration admits to. Its text would change silently.
-pub(crate) struct Reads<'a> {
-    weights: &'a Weights,
-    read: RefCell<BTreeSet<&'a str>>,
-}
-
-impl<'a> Reads<'a> {
-    /// The weights of a model of this configuration, which is told where it denies an output matrix of
-    /// its own.
-    pub(crate) fn new(weights: &'a Weights, config: &mut ModelConfig) -> Result<Self> {
-        let reads = Self { weights, read: RefCell::new(BTreeSet::new()) };
-        let names = &config.tensor_names;
-        if config.tie_word_embeddings && weights.contains(&names.output) {
-            let table = [config.vocab_size, config.hidden_size];
-            let embedding = weights.tensor(&names.embedding, &table)?;
-            let output = reads.tensor(&names.output, &table)?;
-            if embedding.dtype() != output.dtype() || embedding.bytes() != output.bytes() {
-                tracing::warn!(
-                    "`tie_word_embeddings` is true, but `{}` differs from `{}`; both are used",
-                    names.output,
-                    names.embedding,
-                );
-                config.tie_word_embeddings = false;
-            }
-        }
-        Ok(reads)
+pub(crate) fn check(weights: &Weights, config: &ModelConfig, ignore: bool) -> Result<()> {
+    let asked = config.tensor_names.all(config);
+    // A packed matrix is there in parts.
+    let parts = asked.iter().filter_map(|name| name.strip_suffix(".weight")).flat_map(|stem| {
+        ["qweight", "qzeros", "scales", "g_idx"].map(|end| format!("{stem}.{end}"))
+    });
+    let all: Vec<String> = asked.iter().cloned().chain(parts).collect();
+    let asked: BTreeSet<&str> = all.iter().filter_map(|name| weights.actual_name(name)).collect();
+    // An output matrix that equals the embedding is no harm.
+    let output = weights.actual_name(&config.tensor_names.output);
+    let is_read = |name: &str| {
+        asked.contains(name)
+            || output == Some(name)
+            || BUFFERS.iter().any(|end| name.ends_with(end))
+            // Tools that pack weights give every matrix a bias.
+            || name.ends_with(".bias") && weights.is_zero(name)
+    };
+    let names: Vec<String> =
+        weights.names().filter(|name| !is_read(name)).map(str::to_owned).collect();
+    if names.is_empty() {
+        return Ok(());
     }
-
-    /// Checks that the decoder has asked for everything; with `ignore`, says what it has not.
-    pub(crate) fn check(&self, ignore: bool) -> Result<()> {
-        let read = self.read.borrow();
-        let is_buffer = |name: &str| BUFFERS.iter().any(|end| name.ends_with(end));
-        let unread = self.weights.names().filter(|name| !read.contains(name) && !is_buffer(name));
-        let names: Vec<String> = unread.map(str::to_owned).collect();
-        if names.is_empty() {
-            return Ok(());
-        }
-        let error = Error::TensorsUnread { path: self.weights.dir().to_owned(), names };
-        if ignore {
-            tracing::warn!("{error}");
-            return Ok(());
-        }
-        Err(error)
+    let error = Error::TensorsUnread { path: weights.dir().to_owned(), names };
+    if ignore {
+        tracing::warn!("{error}");
+        return Ok(());
     }
-}
-
-impl Tensors for Reads<'_> {
-    fn tensor(&self, name: &str, shape: &[usize]) -> Result<MappedTensor> {
-        let tensor = self.weights.tensor(name, shape)?;
-        self.read.borrow_mut().extend(self.weights.actual_name(name));
-        Ok(tensor)
-    }
-
-    fn fingerprint(&self) -> String {
-        self.weights.fingerprint()
-    }
+    Err(error)
 }

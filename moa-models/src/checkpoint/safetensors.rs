@@ -1,16 +1,14 @@
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use memmap2::Mmap;
-use moa_core::Dtype;
+use moa_core::{BlockType, Dtype};
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype as FileDtype;
 
 use crate::checkpoint::fingerprint::Fnv1a;
 use crate::checkpoint::json::JsonObject;
-use crate::checkpoint::mapped::MappedTensor;
+use crate::checkpoint::mapped::{MappedTensor, Memory};
+use crate::checkpoint::packed::{Packing, Parts};
 use crate::checkpoint::text::{LFS, is_file};
 use crate::error::{Error, Result};
 
@@ -25,6 +23,12 @@ pub trait Tensors {
     /// [`Error::TensorMissing`], [`Error::TensorShape`] and [`Error::TensorDtype`] if there is no such
     /// tensor.
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<MappedTensor>;
+
+    /// The blocks that the tensor `name` is in, if it is; nothing but its name is looked at.
+    fn blocks(&self, name: &str) -> Option<BlockType> {
+        let _ = name;
+        None
+    }
 
     /// The fingerprint that ties a plan to these weights.
     fn fingerprint(&self) -> String;
@@ -51,16 +55,20 @@ impl Tensors for Weights {
 #[derive(Clone, Debug)]
 pub struct Weights {
     dir: PathBuf,
+    /// Whether files are mapped, or else read.
+    mmap: bool,
     files: Vec<MappedFile>,
     tensors: BTreeMap<String, Entry>,
     /// Usual names of tensors that the file calls otherwise.
     aliases: BTreeMap<String, String>,
+    /// How matrices are packed that are in parts.
+    packing: Option<Packing>,
 }
 
 #[derive(Clone, Debug)]
 struct MappedFile {
     path: PathBuf,
-    map: Arc<Mmap>,
+    map: Memory,
 }
 
 #[derive(Clone, Debug)]
@@ -83,12 +91,18 @@ impl Weights {
     /// [`Error::DanglingLink`] and [`Error::LfsPointer`] for a file that was not fetched,
     /// [`Error::Io`] and [`Error::Json`].
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
-        let dir = dir.as_ref();
+        Self::open_with(dir.as_ref(), true)
+    }
+
+    /// [`open`](Self::open), with files that are mapped or else read.
+    pub(crate) fn open_with(dir: &Path, mmap: bool) -> Result<Self> {
         let mut weights = Self {
             dir: dir.to_owned(),
+            mmap,
             files: Vec::new(),
             tensors: BTreeMap::new(),
             aliases: BTreeMap::new(),
+            packing: None,
         };
         if is_file(&dir.join(SINGLE))? {
             weights.add_file(&dir.join(SINGLE))?;
@@ -111,18 +125,14 @@ impl Weights {
     /// # Errors
     /// [`Error::TensorMissing`], [`Error::TensorShape`], [`Error::TensorDtype`].
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<MappedTensor> {
-        let Some(entry) = self.actual_name(name).and_then(|name| self.tensors.get(name)) else {
-            return Err(Error::TensorMissing { path: self.dir.clone(), name: name.to_owned() });
-        };
-        let file = &self.files[entry.file];
-        if entry.shape != shape {
-            return Err(Error::TensorShape {
-                path: file.path.clone(),
-                name: name.to_owned(),
-                expected: shape.to_owned(),
-                got: entry.shape.clone(),
-            });
+        if let (None, Some(packing), &[rows, cols]) = (self.actual_name(name), self.packing, shape)
+            && let Some(stem) = name.strip_suffix(".weight")
+            && self.contains(&format!("{stem}.qweight"))
+        {
+            return self.packed(packing, stem, rows, cols);
         }
+        let entry = self.entry(name, shape)?;
+        let file = &self.files[entry.file];
         let dtype = match entry.dtype {
             FileDtype::F32 => Dtype::F32,
             FileDtype::F16 => Dtype::F16,
@@ -137,6 +147,89 @@ impl Weights {
         };
         let (offset, len) = (entry.offset, entry.len);
         Ok(MappedTensor::new(file.map.clone(), offset..offset + len, dtype, shape))
+    }
+
+    fn entry(&self, name: &str, shape: &[usize]) -> Result<&Entry> {
+        let Some(entry) = self.actual_name(name).and_then(|name| self.tensors.get(name)) else {
+            return Err(Error::TensorMissing { path: self.dir.clone(), name: name.to_owned() });
+        };
+        if entry.shape != shape {
+            return Err(Error::TensorShape {
+                path: self.files[entry.file].path.clone(),
+                name: name.to_owned(),
+                expected: shape.to_owned(),
+                got: entry.shape.clone(),
+            });
+        }
+        Ok(entry)
+    }
+
+    /// Matrices that are there in parts are packed in this way.
+    pub(crate) fn set_packing(&mut self, packing: Option<Packing>) {
+        self.packing = packing;
+    }
+
+    /// The matrix of the parts `stem.qweight` and others.
+    fn packed(
+        &self,
+        packing: Packing,
+        stem: &str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<MappedTensor> {
+        let part = |end: &str, shape: &[usize], dtype: FileDtype| {
+            let name = format!("{stem}.{end}");
+            let entry = self.entry(&name, shape)?;
+            let file = &self.files[entry.file];
+            if entry.dtype != dtype {
+                let got = entry.dtype;
+                let reason = format!("tensor `{name}` must have elements {dtype:?}, got {got:?}");
+                return Err(Error::Safetensors { path: file.path.clone(), reason });
+            }
+            Ok(&file.map[entry.offset..entry.offset + entry.len])
+        };
+        let scales = format!("{stem}.scales");
+        let shape = self.actual_name(&scales).and_then(|name| self.tensors.get(name));
+        let groups = shape.and_then(|entry| entry.shape.first()).copied().unwrap_or(1).max(1);
+        let codes = match packing {
+            Packing::Gptq { .. } => [cols.div_ceil(8), rows],
+            Packing::Awq => [cols, rows.div_ceil(8)],
+        };
+        let parts = Parts {
+            codes: part("qweight", &codes, FileDtype::I32)?,
+            zeros: part("qzeros", &[groups, rows.div_ceil(8)], FileDtype::I32)?,
+            scales: part("scales", &[groups, rows], FileDtype::F16)?,
+            groups: match self.contains(&format!("{stem}.g_idx")) {
+                true => Some(part("g_idx", &[cols], FileDtype::I32)?),
+                false => None,
+            },
+        };
+        let invalid = |reason| Err(Error::Safetensors { path: self.dir.clone(), reason });
+        if !rows.is_multiple_of(8) || !cols.is_multiple_of(8) {
+            return invalid(format!(
+                "`{stem}` of [{rows}, {cols}] must be whole words of 8 elements"
+            ));
+        }
+        let named = parts.groups.map(|all| all.as_chunks::<4>().0);
+        let mut named = named.into_iter().flatten().map(|group| i32::from_le_bytes(*group));
+        if let Some(group) = named.find(|n| !usize::try_from(*n).is_ok_and(|n| n < groups)) {
+            return invalid(format!(
+                "`{stem}.g_idx` must name one of {groups} groups, got {group}"
+            ));
+        }
+        // Whether the last group is shorter, or all are, nobody says.
+        if parts.groups.is_none() && !cols.is_multiple_of(groups) {
+            return invalid(format!(
+                "{cols} inputs of `{stem}` must be {groups} groups of one size"
+            ));
+        }
+        Ok(packing.matrix(&parts, rows, cols))
+    }
+
+    /// Whether all elements of a tensor are zeros.
+    pub(crate) fn is_zero(&self, name: &str) -> bool {
+        let bytes = |e: &Entry| &self.files[e.file].map[e.offset..e.offset + e.len];
+        self.tensors.get(name).is_some_and(|entry| bytes(entry).iter().all(|byte| *byte == 0))
     }
 
     /// Whether there is a tensor `name`.
@@ -196,11 +289,7 @@ impl Weights {
     /// Maps and validates one file.
     fn add_file(&mut self, path: &Path) -> Result<()> {
         let invalid = |reason: String| Error::Safetensors { path: path.to_owned(), reason };
-        let file = File::open(path).map_err(|source| Error::io(path, source))?;
-        // SAFETY: the map is only read. Bytes that another process changes under us would give
-        // other weights, never an out-of-range access; a file that it shortens raises SIGBUS,
-        // which every reader of mapped model files accepts.
-        let map = unsafe { Mmap::map(&file) }.map_err(|source| Error::io(path, source))?;
+        let map = Memory::of_file(path, self.mmap)?;
         if map.starts_with(LFS) {
             return Err(Error::LfsPointer { path: path.to_owned() });
         }
@@ -210,7 +299,7 @@ impl Weights {
         // The safetensors parser lets the last of two equal keys win.
         let text = std::str::from_utf8(&map[8..data]).map_err(|e| invalid(e.to_string()))?;
         JsonObject::parse(path, text).map_err(|e| invalid(e.to_string()))?;
-        self.files.push(MappedFile { path: path.to_owned(), map: Arc::new(map) });
+        self.files.push(MappedFile { path: path.to_owned(), map });
         for (name, info) in header.tensors() {
             let (start, end) = info.data_offsets;
             let entry = Entry {

@@ -51,6 +51,16 @@ impl SpecialTokens {
         Self { roles: roles.into_iter().map(own).collect(), additional: BTreeSet::new() }
     }
 
+    /// Gives roles that have no text yet one.
+    pub(crate) fn complete_with<'r, 't>(
+        &mut self,
+        roles: impl Iterator<Item = (&'r str, &'t str)>,
+    ) {
+        for (role, text) in roles {
+            self.roles.entry(role.to_owned()).or_insert_with(|| text.to_owned());
+        }
+    }
+
     pub(crate) fn get(&self, role: &str) -> Option<&str> {
         self.roles.get(role).map(String::as_str)
     }

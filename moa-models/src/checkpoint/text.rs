@@ -25,7 +25,7 @@ pub(crate) fn is_file(path: &Path) -> Result<bool> {
 
 /// The bytes of a file.
 pub(crate) fn read_bytes(path: &Path) -> Result<Vec<u8>> {
-    let bytes = fs::read(path)
+    let bytes = moa_core::read_file(path)
         .map_err(|source| dangling(path).unwrap_or_else(|| Error::io(path, source)))?;
     match bytes.starts_with(LFS) {
         true => Err(Error::LfsPointer { path: path.to_owned() }),

@@ -1,10 +1,13 @@
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::checkpoint::added_tokens::{self, Added};
+use crate::checkpoint::json::JsonObject;
+use crate::checkpoint::sentencepiece_model::SentencePieceModel;
 use crate::checkpoint::special_tokens::SpecialTokens;
 use crate::checkpoint::text::{is_file, read_bytes};
-use crate::checkpoint::tokenizer_file;
+use crate::checkpoint::token_bytes;
+use crate::checkpoint::tokenizer_file::{self, guarded};
 use crate::error::{Error, Result};
 
 /// The tokenizer of a model folder; clones share it.
@@ -18,26 +21,40 @@ pub struct Tokenizer {
     special: Arc<SpecialTokens>,
     bos: Option<u32>,
     eos: Option<u32>,
+    /// Most bytes of a text that become one token, where that is known; found when it is first asked for.
+    most_bytes: Arc<OnceLock<Option<usize>>>,
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` in `dir`, the begin and end tokens' names from
+    /// Reads `tokenizer.json` in `dir`, or where there is none SentencePiece's `tokenizer.model`, the begin and end tokens' names from
     /// `tokenizer_config.json` or `special_tokens_map.json`, and further tokens from
     /// `tokenizer_config.json` and `added_tokens.json`, where they exist.
     ///
     /// # Errors
-    /// [`Error::NoTokenizer`] if there is no `tokenizer.json`, [`Error::Io`], [`Error::DanglingLink`],
+    /// [`Error::NoTokenizer`] if there is neither, [`Error::Io`], [`Error::DanglingLink`],
     /// [`Error::LfsPointer`] and [`Error::Tokenizer`] for it, [`Error::Json`] and
     /// [`Error::Config`] for the others.
     pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         let path = dir.join("tokenizer.json");
-        if !is_file(&path)? {
-            return Err(Error::NoTokenizer { path: dir.to_owned(), got: other_tokenizer(dir) });
+        let mut special = SpecialTokens::from_dir(dir)?;
+        if is_file(&path)? {
+            let bytes = read_bytes(&path)?;
+            let added = added_tokens::from_dir(dir, &special)?;
+            return Self::from_bytes(&bytes, path, special, added);
         }
-        let bytes = read_bytes(&path)?;
-        let special = SpecialTokens::from_dir(dir)?;
+        let path = dir.join("tokenizer.model");
+        let model = match is_file(&path)? {
+            true => SentencePieceModel::parse(&read_bytes(&path)?),
+            false => None,
+        };
+        let Some(model) = model else {
+            return Err(Error::NoTokenizer { path: dir.to_owned(), got: other_tokenizer(dir) });
+        };
+        model.check().map_err(|reason| Error::Tokenizer { path: path.clone(), reason })?;
+        special.complete_with(model.roles());
         let added = added_tokens::from_dir(dir, &special)?;
+        let bytes = model.to_json(adds_ends(dir)?).to_string().into_bytes();
         Self::from_bytes(&bytes, path, special, added)
     }
 
@@ -62,7 +79,25 @@ impl Tokenizer {
                 .ok_or_else(|| fail(format!("{role} `{token}` is not in the vocabulary"))),
         };
         let (bos, eos) = (id("bos_token")?, id("eos_token")?);
-        Ok(Self { inner: Arc::new(inner), path, special: Arc::new(special), bos, eos })
+        Ok(Self {
+            inner: Arc::new(inner),
+            path,
+            special: Arc::new(special),
+            bos,
+            eos,
+            most_bytes: Arc::default(),
+        })
+    }
+
+    /// What its file would be if the tokenizer were saved, tokens from other files included.
+    pub(crate) fn json(&self) -> Result<serde_json::Value> {
+        let text = self.inner.to_string(false).map_err(|e| self.fail(e))?;
+        serde_json::from_str(&text).map_err(|e| self.fail(e))
+    }
+
+    /// The file that it was read from.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The token ids of `text`.
@@ -74,8 +109,26 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] when the tokenizer refuses the text.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, add_special).map_err(|e| self.fail(e))?;
-        Ok(encoding.get_ids().to_vec())
+        let encoding = guarded(|| self.inner.encode_fast(text, add_special));
+        Ok(encoding.map_err(|e| self.fail(e))?.get_ids().to_vec())
+    }
+
+    /// The token ids of a text that is to have at most `limit`: one that cannot, by its bytes, is refused before
+    /// it is cut into tokens, which takes much memory. A result may still be longer.
+    ///
+    /// # Errors
+    /// [`Error::ContextExceeded`] with the fewest tokens that it could have, [`Error::Tokenizer`] as
+    /// [`encode`](Self::encode).
+    pub fn encode_within(&self, text: &str, add_special: bool, limit: usize) -> Result<Vec<u32>> {
+        if text.len() > limit
+            && let Some(most) = *self.most_bytes.get_or_init(|| token_bytes::most(&self.inner))
+        {
+            let asked = text.len().div_ceil(most);
+            if asked > limit {
+                return Err(Error::ContextExceeded { asked, limit });
+            }
+        }
+        self.encode(text, add_special)
     }
 
     /// The text of `ids`, without special tokens when `skip_special`. Bytes that are not UTF-8
@@ -84,7 +137,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] when the tokenizer refuses the ids.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        self.inner.decode(ids, skip_special).map_err(|e| self.fail(e))
+        guarded(|| self.inner.decode(ids, skip_special)).map_err(|e| self.fail(e))
     }
 
     /// A decoder that takes token by token and leaves out special tokens.
@@ -126,6 +179,14 @@ impl Tokenizer {
 
     pub(crate) fn special_tokens(&self) -> &SpecialTokens {
         &self.special
+    }
+
+    /// The tokenizer as the text of a `tokenizer.json`, whatever file it came from.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if it cannot be written.
+    pub fn to_json(&self) -> Result<String> {
+        self.inner.to_string(false).map_err(|e| self.fail(e))
     }
 
     /// Number of tokens, added ones included.
@@ -178,9 +239,40 @@ impl Tokenizer {
         Ok(())
     }
 
+    /// Checks that every token has the same id in another tokenizer.
+    ///
+    /// # Errors
+    /// [`Error::DraftVocabulary`] with the first one that has not.
+    pub(crate) fn check_same(&self, other: &Self) -> Result<()> {
+        if Arc::ptr_eq(&self.inner, &other.inner) {
+            return Ok(());
+        }
+        let differs = |(token, id): &(String, u32)| other.token_id(token) != Some(*id);
+        let all = self.inner.get_vocab(true).into_iter();
+        match all.filter(differs).min_by_key(|(_, id)| *id) {
+            None => Ok(()),
+            Some((token, id)) => {
+                let got = other.token_id(&token);
+                Err(Error::DraftVocabulary { path: other.path.clone(), token, id, got })
+            }
+        }
+    }
+
     fn fail(&self, reason: impl std::fmt::Display) -> Error {
         Error::Tokenizer { path: self.path.clone(), reason: reason.to_string() }
     }
+}
+
+/// Whether texts get a begin and an end token, where the tokenizer's own file does not say: as Llama's do,
+/// unless `tokenizer_config.json` says otherwise.
+fn adds_ends(dir: &Path) -> Result<[bool; 2]> {
+    let path = dir.join("tokenizer_config.json");
+    if !is_file(&path)? {
+        return Ok([true, false]);
+    }
+    let config = JsonObject::read(&path)?;
+    let flag = |field, default| Ok::<_, Error>(config.flag(field)?.unwrap_or(default));
+    Ok([flag("add_bos_token", true)?, flag("add_eos_token", false)?])
 }
 
 /// What a folder without `tokenizer.json` has instead.

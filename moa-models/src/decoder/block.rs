@@ -97,6 +97,45 @@ impl<D: Math> Decoder<D> {
         attention.extend(batch, &inputs).map_err(Into::into)
     }
 
+    /// [`extend`](Self::extend) where each KV head has a cache of its own; `counts` are the new tokens of the
+    /// sequences, whose heads' caches follow one another in `batch`.
+    pub(crate) fn extend_heads(
+        &self,
+        layer: &Layer<D>,
+        batch: &mut [Append<'_, Cache<D>>],
+        counts: &[usize],
+        [q, k, v]: [D::Tensor; 3],
+        rotations: &D::Rotations,
+    ) -> Result<D::Tensor> {
+        let [q, k] = self.rotated(layer, q, k, rotations)?;
+        let (device, dim) = (&self.device, self.config.head_dim);
+        let (heads, query) = (self.local.kv_heads, self.local.query_heads);
+        let (tokens, group) = (counts.iter().sum::<usize>(), query / heads);
+        // Rows of a head of a sequence, one after the other; one token a sequence has them so already.
+        let starts = counts.iter().scan(0, |end, n| {
+            *end += n;
+            Some(*end - n..*end)
+        });
+        let order: Vec<usize> = starts
+            .flat_map(|own| (0..heads).map(move |head| (own.clone(), head)))
+            .flat_map(|(own, head)| own.map(move |token| token * heads + head))
+            .collect();
+        let ordered = order.is_sorted();
+        let apart = |x: D::Tensor, of: usize| {
+            let rows = device.reshape(x, &[tokens * heads, of * dim])?;
+            let rows = if ordered { rows } else { device.rows(&rows, &order)? };
+            device.reshape(rows, &[tokens * heads, of, dim])
+        };
+        let (q, k, v) = (apart(q, group)?, apart(k, 1)?, apart(v, 1)?);
+        let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: self.scale(), lse: false };
+        let out = device.attention().extend(batch, &inputs).map_err(Into::into)?.out;
+        let rows = device.reshape(out, &[tokens * heads, group * dim])?;
+        let mut back = vec![0; order.len()];
+        order.iter().enumerate().for_each(|(at, row)| back[*row] = at);
+        let rows = if ordered { rows } else { device.rows(&rows, &back)? };
+        device.reshape(rows, &[tokens, query, dim])
+    }
+
     /// Queries and keys turned by their positions, where the layer does that.
     pub(crate) fn rotated(
         &self,

@@ -1,6 +1,6 @@
 use std::borrow::Cow;
 
-use moa_core::{ModelShape, Plan};
+use moa_core::{MAX_LENGTH, ModelShape, Plan};
 
 use crate::decoder::names::TensorNames;
 use crate::decoder::rope_scaling::RopeScaling;
@@ -102,7 +102,7 @@ impl ModelConfig {
     /// vLLM derives the same; transformers enforces nothing.
     #[must_use]
     pub fn context_length(&self) -> usize {
-        self.rope_scaling.context_length(self.max_position_embeddings)
+        self.rope_scaling.context_length(self.max_position_embeddings).min(MAX_LENGTH)
     }
 
     /// Whether the model's context holds so many tokens.
@@ -170,11 +170,18 @@ impl ModelConfig {
     /// something invalid.
     pub fn windowed<'a>(&self, plan: &'a Plan) -> Result<Cow<'a, Plan>> {
         plan.check_shape(&self.shape())?;
-        if self.layer_kinds.iter().all(|kind| kind.sliding_window.is_none()) {
-            return Ok(Cow::Borrowed(plan));
+        let windows = self.windows();
+        match windows.is_empty() {
+            true => Ok(Cow::Borrowed(plan)),
+            false => Ok(Cow::Owned(plan.clone().within(windows)?)),
         }
-        let windows = self.layer_kinds.iter().map(|kind| kind.sliding_window).collect();
-        Ok(Cow::Owned(plan.clone().within(windows)?))
+    }
+
+    /// Most recent keys that each layer itself sees; none where no layer has a sliding window.
+    #[must_use]
+    pub fn windows(&self) -> Vec<Option<usize>> {
+        let windows = self.layer_kinds.iter().map(|kind| kind.sliding_window);
+        if windows.clone().all(|window| window.is_none()) { Vec::new() } else { windows.collect() }
     }
 
     /// Query heads that share one KV head.
@@ -198,7 +205,19 @@ impl ModelConfig {
         if let Some((name, n)) = counts.into_iter().find(|(_, n)| *n == 0) {
             return Some((name, "at least 1".into(), n.to_string()));
         }
+        // Far beyond any model, and so small that no product of them is beyond 64 bits.
+        let most = [1usize << 28, 1 << 20, 1 << 24, 1 << 14, 1 << 14, 1 << 14, 1 << 14, MAX_LENGTH];
+        if let Some(((name, n), most)) =
+            counts.into_iter().zip(most).find(|((_, n), most)| n > most)
+        {
+            return Some((name, format!("at most {most}"), n.to_string()));
+        }
         let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads);
+        if let Err(moa_core::Error::Invalid { expected, got, .. }) = self.shape().validate()
+            && heads.is_multiple_of(kv_heads)
+        {
+            return Some(("num_attention_heads", expected, got));
+        }
         if !heads.is_multiple_of(kv_heads) {
             let expected = format!("a divisor of num_attention_heads ({heads})");
             return Some(("num_key_value_heads", expected, kv_heads.to_string()));

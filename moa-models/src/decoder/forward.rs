@@ -13,7 +13,8 @@ impl<D: Math> Decoder<D> {
     /// [`Error::Core`] with [`CapacityExceeded`](moa_core::Error::CapacityExceeded) if a sequence
     /// has no room; [`Error::Invalid`] if there is not one list of new tokens for each sequence, a
     /// list is empty, a token is not in the vocabulary, a logit row is not one of the new tokens,
-    /// or an earlier step of a sequence failed half-way. Every sequence is then as it was.
+    /// another model opened a sequence, an earlier step of a sequence failed half-way, or some sequences have
+    /// keys evicted and others have not. Every sequence is then as it was.
     ///
     /// [`Error::Backend`] or [`Error::OutOfMemory`] if the device fails, [`Error::Rank`] if another
     /// rank does. Where that is half-way, the sequences of the batch refuse further use.
@@ -23,17 +24,33 @@ impl<D: Math> Decoder<D> {
         tokens: &[&[u32]],
         logits: LogitRows<'_>,
     ) -> Result<D::Tensor> {
+        let hidden = self.hidden_states(batch, tokens, logits)?;
+        self.output(&hidden).inspect_err(|_| self.tell_failure())
+    }
+
+    /// Appends as [`forward`](Self::forward), and returns what the output matrix would be given: the hidden states
+    /// `[rows, hidden_size]` after the last norm, for embeddings and probes. [`Device::values`](crate::Device::values)
+    /// brings them to the host.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn hidden_states(
+        &self,
+        batch: &mut [&mut Sequence<D>],
+        tokens: &[&[u32]],
+        rows: LogitRows<'_>,
+    ) -> Result<D::Tensor> {
         self.check_step(batch, tokens)?;
         let total = tokens.iter().map(|new| new.len()).sum::<usize>();
-        if let LogitRows::Rows(rows) = logits
+        if let LogitRows::Rows(rows) = rows
             && let Some(row) = rows.iter().find(|row| **row >= total)
         {
             return Err(Error::invalid("logit row", format!("below {total}"), row));
         }
-        self.append(batch, tokens, logits).inspect_err(|_| self.tell_failure())
+        self.append(batch, tokens, rows).inspect_err(|_| self.tell_failure())
     }
 
-    /// [`forward`](Self::forward) of what has been checked.
+    /// [`hidden_states`](Self::hidden_states) of what has been checked.
     fn append(
         &self,
         batch: &mut [&mut Sequence<D>],
@@ -61,18 +78,27 @@ impl<D: Math> Decoder<D> {
         };
         let x = self.embed(&tokens.concat())?;
         batch.iter_mut().for_each(|sequence| sequence.broken = true);
+        // Where keys were evicted, each KV head is a sequence of its own to attention.
+        let apart = batch[0].evicted.is_some();
+        let caches_a_layer = if apart { self.local.kv_heads } else { 1 };
         let x = self.blocks(x, |index, qkv| {
             let mut appends: Vec<_> = batch
                 .iter_mut()
                 .zip(&counts)
-                .map(|(s, &tokens)| Append { cache: &mut s.caches[index], tokens })
+                .flat_map(|(s, &tokens)| {
+                    let first = index * caches_a_layer;
+                    let caches = &mut s.caches[first..first + caches_a_layer];
+                    caches.iter_mut().map(move |cache| Append { cache, tokens })
+                })
                 .collect();
             let layer = &self.layers[index];
+            if apart {
+                return self.extend_heads(layer, &mut appends, &counts, qkv, &rotations);
+            }
             Ok(self.extend(layer, device.attention(), &mut appends, qkv, &rotations, false)?.out)
         })?;
         batch.iter_mut().for_each(|sequence| sequence.broken = false);
-        let h = device.rms_norm(&device.rows(&x, &rows)?, &self.norm, self.eps())?;
-        self.output(&h)
+        device.rms_norm(&device.rows(&x, &rows)?, &self.norm, self.eps())
     }
 
     /// Checks a step before it changes anything.
@@ -84,7 +110,13 @@ impl<D: Math> Decoder<D> {
                 tokens.len(),
             ));
         }
+        let apart = batch[0].evicted.is_some();
         for (sequence, new) in batch.iter().zip(tokens) {
+            self.check_owner(sequence)?;
+            if sequence.evicted.is_some() != apart {
+                let expected = "sequences that all have keys evicted, or none";
+                return Err(Error::invalid("batch", expected, "both"));
+            }
             if sequence.broken {
                 return Err(Error::invalid(
                     "sequence",

@@ -1,11 +1,12 @@
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use moa_core::ModelShape;
+use moa_core::{BlockType, ModelShape};
 
 use crate::Result;
 use crate::checkpoint::mapped::MappedTensor;
 use crate::checkpoint::safetensors::Tensors;
+use crate::decoder::block_savings::BlockSavings;
 use crate::decoder::config::ModelConfig;
 use crate::decoder::layer::{Layer, LayerPart};
 use crate::decoder::shard::Shard;
@@ -26,6 +27,8 @@ pub struct Decoder<D: Device> {
     pub(crate) fingerprint: String,
     /// Bytes of the weights in their files that a step reads, other rows of the embedding left out.
     pub(crate) stored_bytes: u64,
+    /// Bytes on the device that weights in blocks save.
+    pub(crate) block_savings: BlockSavings,
     /// This rank's part, where several devices share the model.
     pub(crate) shard: Option<Shard<D>>,
     /// Dimensions of what is here.
@@ -59,7 +62,9 @@ impl<D: Math> Decoder<D> {
     ) -> Result<Self> {
         config.validate()?;
         let local = Shard::local_shape(shard.as_ref(), &config)?;
-        device.check_room("weights", Shard::weights(shard.as_ref(), &config).bytes(&device))?;
+        let block_savings = BlockSavings::of(&device, &config, weights, shard.as_ref());
+        let bytes = Shard::weights(shard.as_ref(), &config).bytes(&device);
+        device.check_room("weights", bytes.saturating_sub(block_savings.all))?;
         let names = &config.tensor_names;
         let table = [config.vocab_size, config.hidden_size];
         let embedding = weights.tensor(&names.embedding, &table)?;
@@ -100,6 +105,7 @@ impl<D: Math> Decoder<D> {
             lm_head,
             fingerprint,
             stored_bytes,
+            block_savings,
             shard,
             local,
         })
@@ -117,7 +123,8 @@ impl<D: Math> Decoder<D> {
 
     /// Bytes of the weights on the device, 0 where they stay in their file's map.
     pub fn weight_bytes(&self) -> u64 {
-        Shard::weights(self.shard.as_ref(), &self.config).bytes(&self.device)
+        let bytes = Shard::weights(self.shard.as_ref(), &self.config).bytes(&self.device);
+        bytes.saturating_sub(self.block_savings.all)
     }
 
     /// Fingerprint of the weights, as plan files hold it.
@@ -146,6 +153,10 @@ impl Tensors for Counted<'_> {
         let tensor = self.tensors.tensor(name, shape)?;
         self.bytes.set(self.bytes.get() + tensor.bytes().len() as u64);
         Ok(tensor)
+    }
+
+    fn blocks(&self, name: &str) -> Option<BlockType> {
+        self.tensors.blocks(name)
     }
 
     fn fingerprint(&self) -> String {

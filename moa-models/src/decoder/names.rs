@@ -1,4 +1,7 @@
 use std::borrow::Cow;
+use std::collections::BTreeSet;
+
+use crate::decoder::config::ModelConfig;
 
 /// What a checkpoint calls the tensors of a decoder: a table that a family fills in.
 ///
@@ -63,6 +66,33 @@ impl Default for TensorNames {
 }
 
 impl TensorNames {
+    /// All tensors that a decoder of this configuration asks for.
+    pub(crate) fn all(&self, c: &ModelConfig) -> BTreeSet<String> {
+        let output = (!c.tie_word_embeddings).then_some(&self.output);
+        let whole = [&self.embedding, &self.norm].into_iter().chain(output);
+        let mut all: BTreeSet<String> = whole.map(|name| name.to_string()).collect();
+        let linears = [
+            (&self.query, c.qkv_bias),
+            (&self.key, c.qkv_bias),
+            (&self.value, c.qkv_bias),
+            (&self.attention_output, c.o_bias),
+            (&self.gate, c.mlp_bias),
+            (&self.up, c.mlp_bias),
+            (&self.down, c.mlp_bias),
+        ];
+        let head_norms = [&self.query_norm, &self.key_norm];
+        let norms = [&self.attention_norm, &self.mlp_norm];
+        let norms = norms.into_iter().chain(head_norms.into_iter().filter(|_| c.qk_norm));
+        for layer in 0..c.num_hidden_layers {
+            all.extend(norms.clone().map(|name| self.of_layer(layer, name)));
+            for (name, bias) in linears {
+                let ends = [".weight", ".bias"].into_iter().take(1 + usize::from(bias));
+                all.extend(ends.map(|end| self.of_layer(layer, name) + end));
+            }
+        }
+        all
+    }
+
     /// The whole name of a tensor of a layer.
     pub(crate) fn of_layer(&self, layer: usize, name: &str) -> String {
         self.layers.replace("{}", &layer.to_string()) + name

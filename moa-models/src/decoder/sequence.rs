@@ -1,19 +1,34 @@
 use moa_core::{CacheState, LayerLayout, Plan, SparseAttentionBackend};
 
-use crate::Result;
 use crate::decoder::block::Cache;
 use crate::decoder::model::Decoder;
 use crate::device::rope_table::RopeTable;
 use crate::device::{Device, Math};
+use crate::{Error, Result};
 
 /// The state of one text that a [`Decoder`] is reading or writing: a cache for every layer, as
 /// large as its plan allows and no larger.
 pub struct Sequence<D: Device> {
-    /// The caches of all layers; a model has at least one.
+    /// The caches of all layers, or those of all their KV heads one by one where keys were evicted; a model has
+    /// at least one.
     pub(crate) caches: Vec<Cache<D>>,
     pub(crate) rope: RopeTable,
+    /// [`Decoder::id`] of the model that opened it.
+    pub(crate) model: u64,
     /// A device failed half-way through a step: layers disagree on the length.
     pub(crate) broken: bool,
+    /// Set where keys were evicted after they were read.
+    pub(crate) evicted: Option<Evicted>,
+}
+
+/// A sequence whose slots are no longer its positions: each KV head has a cache with the keys that it kept and all
+/// later ones.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Evicted {
+    /// Tokens of which keys were evicted.
+    pub(crate) read: usize,
+    /// Those that the last KV head of the top layer does not have.
+    pub(crate) lag: usize,
 }
 
 impl<D: Device> std::fmt::Debug for Sequence<D> {
@@ -23,9 +38,9 @@ impl<D: Device> std::fmt::Debug for Sequence<D> {
 }
 
 impl<D: Device> Sequence<D> {
-    /// Tokens held.
+    /// Tokens held: those read, where keys of some were evicted.
     pub fn len(&self) -> usize {
-        self.state().len()
+        self.state().len() + self.lag()
     }
 
     /// Whether no token is held.
@@ -35,10 +50,34 @@ impl<D: Device> Sequence<D> {
 
     /// Most tokens it may hold.
     pub fn capacity(&self) -> usize {
-        self.state().capacity()
+        self.state().capacity() + self.lag()
     }
 
-    /// How far all layers are filled: the top one is the last that a step appends to.
+    fn lag(&self) -> usize {
+        self.evicted.map_or(0, |evicted| evicted.lag)
+    }
+
+    /// Whether [`Decoder::truncate`] can forget all tokens after the first `len`.
+    pub fn can_truncate(&self, len: usize) -> bool {
+        let Some(back) = self.len().checked_sub(len) else { return false };
+        // Layers differ in spans.
+        let can = |state: &CacheState| state.clone().truncate(state.len() - back).is_ok();
+        !self.broken
+            && self.evicted.is_none_or(|evicted| evicted.read <= len)
+            && self.caches.iter().all(|cache| can(cache.as_ref()))
+    }
+
+    /// Whether so many tokens after the next one can be appended with it and be forgotten again.
+    pub(crate) fn can_check(&self, tokens: usize) -> bool {
+        let can = |cache: &Cache<D>| {
+            let mut state = cache.as_ref().clone();
+            let len = state.len() + 1;
+            state.append(1 + tokens).and_then(|()| state.truncate(len)).is_ok()
+        };
+        self.caches.iter().all(can)
+    }
+
+    /// How far all layers are filled: the last cache is the last that a step appends to.
     fn state(&self) -> &CacheState {
         self.caches[self.caches.len() - 1].as_ref()
     }
@@ -58,23 +97,50 @@ impl<D: Math> Decoder<D> {
     /// length. `slack` more tokens per head can be rolled back (speculative decoding).
     ///
     /// # Errors
-    /// [`Error::Core`](crate::Error::Core) with [`ShapeMismatch`](moa_core::Error::ShapeMismatch)
+    /// [`Error::Core`] with [`ShapeMismatch`](moa_core::Error::ShapeMismatch)
     /// if the plan is for a model of other dimensions,
-    /// [`Error::ContextExceeded`](crate::Error::ContextExceeded) if `capacity` is longer than the
-    /// model's context, [`Error::Invalid`](crate::Error::Invalid) if it is 0,
-    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory) or
-    /// [`Error::Backend`](crate::Error::Backend) if the device has no room for the caches.
+    /// [`Error::ContextExceeded`] if `capacity` is longer than the
+    /// model's context, [`Error::Invalid`] if it is 0,
+    /// [`Error::OutOfMemory`] or
+    /// [`Error::Backend`] if the device has no room for the caches.
     pub fn open(&self, plan: &Plan, capacity: usize, slack: usize) -> Result<Sequence<D>> {
-        let plan = self.own_plan(plan)?;
-        self.config.check_context(capacity)?;
-        let layouts = (0..self.layers.len())
-            .map(|layer| LayerLayout::new(&plan.layer_spans(layer, capacity), capacity, slack))
-            .collect::<moa_core::Result<Vec<_>>>()?;
-        let bytes = layouts.iter().map(|layout| layout.bytes(self.slot_bytes())).sum();
+        let layouts = self.layouts(plan, capacity, slack)?;
+        let bytes = layouts
+            .iter()
+            .map(|layout| layout.bytes(self.config.head_dim, self.slot_bytes()))
+            .sum();
         self.device.check_room("keys and values", bytes)?;
         let open = |layout| self.open_cache(layout);
         let caches = layouts.iter().map(open).collect::<Result<_>>()?;
-        Ok(Sequence { caches, rope: self.rope(capacity)?, broken: false })
+        let (rope, model) = (self.rope(capacity)?, self.id);
+        Ok(Sequence { caches, rope, model, broken: false, evicted: None })
+    }
+
+    pub(crate) fn layouts(
+        &self,
+        plan: &Plan,
+        capacity: usize,
+        slack: usize,
+    ) -> Result<Vec<LayerLayout>> {
+        let plan = self.own_plan(plan)?;
+        self.config.check_context(capacity)?;
+        let (attention, mut layouts) = (self.device.attention(), Vec::new());
+        for layer in 0..self.layers.len() {
+            let layout = plan.layout(layer, capacity, slack)?;
+            layout.check_cache_types(attention.name(), |own| attention.has_cache_type(own))?;
+            layouts.push(layout);
+        }
+        Ok(layouts)
+    }
+
+    /// Bytes of keys and values that a sequence takes which is [opened](Self::open) with these arguments,
+    /// without opening it.
+    ///
+    /// # Errors
+    /// [`Error::Core`], [`Error::ContextExceeded`] and [`Error::Invalid`] as [`open`](Self::open).
+    pub fn cache_bytes(&self, plan: &Plan, capacity: usize, slack: usize) -> Result<u64> {
+        let layouts = self.layouts(plan, capacity, slack)?;
+        Ok(layouts.iter().map(|layout| layout.bytes(self.config.head_dim, self.slot_bytes())).sum())
     }
 
     /// Bytes of one slot of a cache, key and value together.
@@ -87,33 +153,67 @@ impl<D: Math> Decoder<D> {
         self.device.attention().open(layout, self.config.head_dim).map_err(Into::into)
     }
 
+    /// Checks that this model opened a sequence: another one's caches have other dimensions or lie on another
+    /// device, and what they hold means something else.
+    pub(crate) fn check_owner(&self, sequence: &Sequence<D>) -> Result<()> {
+        match sequence.model == self.id {
+            true => Ok(()),
+            false => {
+                Err(Error::invalid("sequence", "one that this model opened", "another model's"))
+            }
+        }
+    }
+
     /// An independent copy of a sequence, for a shared prefix.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory) or
-    /// [`Error::Backend`](crate::Error::Backend) if the device has no room for a second set of
+    /// [`Error::Invalid`] if another model opened the sequence;
+    /// [`Error::OutOfMemory`] or
+    /// [`Error::Backend`] if the device has no room for a second set of
     /// caches.
     pub fn fork(&self, sequence: &Sequence<D>) -> Result<Sequence<D>> {
+        self.check_owner(sequence)?;
         let fork = |cache| self.device.attention().fork(cache).map_err(Into::into);
         Ok(Sequence {
             caches: sequence.caches.iter().map(fork).collect::<Result<_>>()?,
             rope: sequence.rope.clone(),
+            model: self.id,
             broken: sequence.broken,
+            evicted: sequence.evicted,
         })
     }
 
     /// Forgets all tokens after the first `len`.
     ///
     /// # Errors
-    /// [`moa_core::Error::Evicted`] if keys that were overwritten would be needed; nothing changes.
+    /// [`Error::Invalid`] if another model opened the sequence, [`moa_core::Error::Evicted`] if keys that were
+    /// overwritten would be needed; nothing changes.
     pub fn truncate(&self, sequence: &mut Sequence<D>, len: usize) -> Result<()> {
+        self.check_owner(sequence)?;
+        if let Some(Evicted { read, .. }) = sequence.evicted
+            && len < read
+        {
+            let needed = len.saturating_sub(1);
+            return Err(moa_core::Error::Evicted { to: len, needed, oldest_held: read }.into());
+        }
+        if len > sequence.len() {
+            let expected = format!("at most {}", sequence.len());
+            return Err(moa_core::Error::invalid("length", expected, len).into());
+        }
+        // Caches of heads differ in length where keys were evicted, and have all later ones.
+        let back = sequence.len() - len;
         // Layers differ in spans: ask all of them before changing one.
         for cache in &sequence.caches {
-            cache.as_ref().clone().truncate(len)?;
+            let mut state = cache.as_ref().clone();
+            state.truncate(state.len() - back)?;
         }
+        // A sequence that was broken stays so; an unwind or an error half-way leaves it broken.
+        let broken = std::mem::replace(&mut sequence.broken, true);
         for cache in &mut sequence.caches {
+            let len = cache.as_ref().len() - back;
             self.device.attention().truncate(cache, len).map_err(Into::into)?;
         }
+        sequence.broken = broken;
         Ok(())
     }
 

@@ -53,15 +53,18 @@ impl<D: Math> Decoder<D> {
     /// [`forward`](Self::forward) where the device can record them.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if there is no sequence.
+    /// [`Error::Invalid`] if there is no sequence, or another model opened one.
     pub fn session(&self, sequences: Vec<Sequence<D>>) -> Result<Session<D>> {
         let Some(first) = sequences.first() else {
             return Err(Error::invalid("batch", "at least 1 sequence", 0));
         };
+        sequences.iter().try_for_each(|sequence| self.check_owner(sequence))?;
         // Sequences that were opened with different rotary frequencies have no table in common, and
         // sums over the host cannot be recorded.
         let launches = self.shard.as_ref().is_none_or(|shard| shard.only_launches());
-        let can_replay = launches && sequences.iter().all(|s| s.rope.turns_like(&first.rope));
+        // Nor can steps of sequences whose heads have caches of their own.
+        let alike = |s: &Sequence<D>| s.rope.turns_like(&first.rope) && s.evicted.is_none();
+        let can_replay = launches && sequences.iter().all(alike);
         let can_sample = self.device.can_sample();
         Ok(Session { replay: None, sequences, model: self.id, steps: 0, can_replay, can_sample })
     }

@@ -13,12 +13,15 @@ pub(crate) mod wgpu;
 
 use std::ops::Range;
 
-use moa_core::SparseAttentionBackend;
+use moa_core::{BlockType, CacheState, SparseAttentionBackend};
 
 use crate::checkpoint::mapped::MappedTensor;
 use crate::device::replay::{Replay, ReplayBatch};
 use crate::device::rope_table::RopeTable;
 use crate::{Error, Result};
+
+/// A cache of a device's attention.
+type Cache<D> = <<D as Device>::Attention as SparseAttentionBackend>::Cache;
 
 /// A linear layer before it is on a device.
 #[derive(Clone, Debug)]
@@ -80,6 +83,54 @@ pub trait Device: Send + Sync {
     fn check_room(&self, what: &'static str, bytes: u64) -> Result<()> {
         let _ = (what, bytes);
         Ok(())
+    }
+
+    /// Rows from which a step computes each row to the same bits, however many others there are, and in attention
+    /// new tokens of a sequence alike. An engine reads prompts in stretches of at least as many tokens, so that a
+    /// prompt whose beginning was read before gives the logits of one that is read whole. 1 where no number of
+    /// rows is promised that.
+    fn many_rows(&self) -> usize {
+        1
+    }
+
+    /// Most rows of a step that computes each row to the bits that a step of `rows` rows gives, none of whose
+    /// sequences takes more than `few_rows(1)` of them; so many rows may hold guesses of tokens to come. All where
+    /// no number of rows is promised that.
+    fn few_rows(&self, rows: usize) -> usize {
+        let _ = rows;
+        usize::MAX
+    }
+
+    /// The name of what [`save_cache`](Self::save_cache) saves, the caches' type of elements included; `None` if
+    /// the device does not give caches back.
+    fn saved_cache_type(&self) -> Option<String> {
+        None
+    }
+
+    /// A cache's written slots as bytes.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] where [`saved_cache_type`](Self::saved_cache_type) is `None`, [`Error::Backend`] if the
+    /// device fails.
+    fn save_cache(&self, cache: &Cache<Self>) -> Result<Vec<u8>>
+    where
+        Self: Sized,
+    {
+        let _ = cache;
+        Err(Error::invalid("device", "one that gives its caches back", "another"))
+    }
+
+    /// The cache that was [saved](Self::save_cache) in this state.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] where [`saved_cache_type`](Self::saved_cache_type) is `None`, [`Error::Backend`] if the
+    /// bytes are not as many as the state says or the device fails, [`Error::OutOfMemory`].
+    fn restore_cache(&self, state: CacheState, bytes: &[u8]) -> Result<Cache<Self>>
+    where
+        Self: Sized,
+    {
+        let _ = (state, bytes);
+        Err(Error::invalid("device", "one that takes caches", "another"))
     }
 
     /// Lengths of a tensor's axes.
@@ -172,6 +223,13 @@ pub trait Load: Device {
     fn linear_bytes(&self, elements: u64, outputs: u64) -> u64 {
         let _ = outputs;
         self.weight_bytes(elements)
+    }
+
+    /// Bytes of a weight `[out, in]` that the device keeps in quantised blocks; `None` if it makes other elements
+    /// of them.
+    fn block_bytes(&self, blocks: BlockType, shape: [usize; 2]) -> Option<u64> {
+        let _ = (blocks, shape);
+        None
     }
 
     /// Brings an embedding or output matrix to the device.

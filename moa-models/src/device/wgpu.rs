@@ -1,5 +1,6 @@
 //! The operations on any GPU that wgpu reaches, over [`moa_backend_wgpu`]. Weights stay on the device,
-//! in the type of their file, or where products of many rows are rounded to f16, in that.
+//! in the type of their file, or where products of many rows are rounded to f16, in that. Blocks of Q4_0, Q4_K and
+//! Q8_0 stay what they are; others are widened.
 
 use std::ops::Range;
 
@@ -7,6 +8,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use moa_backend_wgpu::ops::{self as kernels, Layer};
 use moa_backend_wgpu::{Device as Gpu, Dtype, Matrix, Tensor, WgpuBackend};
+use moa_core::CacheType;
 
 use crate::checkpoint::mapped::MappedTensor;
 use crate::device::rope_table::RopeTable;
@@ -28,26 +30,40 @@ pub struct Wgpu {
 }
 
 impl Wgpu {
-    /// On the GPU of this number, or on the one that wgpu prefers, with KV caches of this element type.
+    /// On the GPU of this number, or on the one that wgpu prefers, with KV caches of this type, a [`Dtype`] or a
+    /// [`CacheType`].
     ///
     /// # Errors
     /// [`Error::Backend`] with a [`moa_backend_wgpu::Error`] if there is no such GPU.
-    pub fn open(index: Option<usize>, cache: Dtype) -> Result<Self> {
+    pub fn open(index: Option<usize>, cache: impl Into<CacheType>) -> Result<Self> {
         let device = index.map_or_else(Gpu::open, Gpu::open_nth)?;
         Ok(Self::new(&device, cache))
     }
 
-    /// On this device, with KV caches of this element type.
-    pub fn new(device: &Gpu, cache: Dtype) -> Self {
+    /// On this device, with KV caches of this type, a [`Dtype`] or a [`CacheType`].
+    pub fn new(device: &Gpu, cache: impl Into<CacheType>) -> Self {
+        let cache = cache.into();
+        // Only caches of f16 say that f16 is exact enough.
+        let inner = cache.dtype().unwrap_or_default();
         Self {
             attention: WgpuBackend::new(device, cache),
             exact: WgpuBackend::new(device, Dtype::F32),
-            inner: if device.multiplies(cache) { cache } else { Dtype::F32 },
+            inner: if device.multiplies(inner) { inner } else { Dtype::F32 },
         }
     }
 
     fn gpu(&self) -> &Gpu {
         self.attention.device()
+    }
+
+    /// In their blocks where the backend has kernels for those, else widened to `wide`.
+    fn in_blocks(&self, tensor: &MappedTensor, wide: Dtype) -> Result<Matrix> {
+        match (tensor.blocks(), tensor.shape()) {
+            (Some(kind), &[rows, cols]) if Matrix::keeps(kind) => {
+                Ok(Matrix::in_blocks(self.gpu(), tensor.bytes(), rows, cols, kind)?)
+            }
+            _ => self.matrix(tensor.widened(wide)),
+        }
     }
 }
 
@@ -82,7 +98,9 @@ impl Load for Wgpu {
         let &[rows, cols] = tensor.shape() else {
             return Err(Error::invalid("weight", "2 axes", tensor.shape().len()));
         };
-        let Some(dtype) = tensor.dtype() else { return self.matrix(tensor.widened(Dtype::F32)) };
+        let Some(dtype) = tensor.dtype() else {
+            return self.in_blocks(&tensor, Dtype::F32);
+        };
         Ok(Matrix::new(self.gpu(), tensor.bytes(), rows, cols, dtype)?)
     }
 
@@ -94,7 +112,7 @@ impl Load for Wgpu {
             return Ok(Matrix::new(self.gpu(), &bytes, rows, cols, Dtype::F16)?);
         }
         if tensor.blocks().is_some() {
-            return self.matrix(tensor.widened(self.inner));
+            return self.in_blocks(&tensor, self.inner);
         }
         self.matrix(tensor)
     }

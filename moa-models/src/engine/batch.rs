@@ -27,6 +27,20 @@ impl<D: Math> Batch<D> {
         &mut self.sequences
     }
 
+    /// One of the sequences, as it is between steps.
+    pub(crate) fn get(&self, at: usize) -> Option<&Sequence<D>> {
+        match &self.session {
+            Some(session) => session.sequences().get(at),
+            None => self.sequences.get(at),
+        }
+    }
+
+    /// How many of so many guesses one of the sequences can take in and forget again.
+    pub(crate) fn can_check(&self, at: usize, guesses: usize) -> usize {
+        let fits = |guesses: &usize| self.get(at).is_some_and(|one| one.can_check(*guesses));
+        (1..=guesses).rev().find(fits).unwrap_or(0)
+    }
+
     /// The sequences as one batch that decodes.
     ///
     /// # Errors

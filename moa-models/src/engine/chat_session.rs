@@ -4,7 +4,7 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::template::Message;
 use crate::decoder::sequence::Sequence;
 use crate::device::Math;
-use crate::engine::request::{Completion, Event, GenerateOptions, Prompt, RequestId, Usage};
+use crate::engine::request::{Completion, Event, GenerateOptions, RequestId, Usage};
 use crate::engine::serve::{Engine, EngineOptions};
 use crate::{Error, Result};
 
@@ -37,6 +37,8 @@ pub struct ChatSession<D: Math> {
     engine: Engine<D>,
     plan: Plan,
     capacity: usize,
+    /// Of the sequence's rings.
+    slack: usize,
     /// The engine has it while a turn runs; a device that failed has destroyed it.
     sequence: Option<Sequence<D>>,
     /// Tokens that the sequence holds.
@@ -76,14 +78,53 @@ impl<D: Math> ChatSession<D> {
         capacity: usize,
         options: EngineOptions,
     ) -> Result<Self> {
+        let slack = options.speculation.draft_tokens();
         Ok(Self {
-            sequence: Some(checkpoint.model.open(plan, capacity, 0)?),
+            sequence: Some(checkpoint.model.open(plan, capacity, slack)?),
+            slack,
             engine: checkpoint.engine(options),
             checkpoint: checkpoint.clone(),
             plan: plan.clone(),
             capacity,
             cached: Vec::new(),
             messages: Vec::new(),
+            turn: None,
+        })
+    }
+
+    /// The conversation and its cache as bytes for a file; see [`restore`](Self::restore).
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if a turn is not over, or as [`Decoder::save_sequence`](crate::Decoder::save_sequence).
+    pub fn save(&self) -> Result<Vec<u8>> {
+        let Some(sequence) = self.sequence.as_ref().filter(|_| self.turn.is_none()) else {
+            let expected = "one between turns, whose device did not fail";
+            return Err(Error::invalid("conversation", expected, "another"));
+        };
+        let messages = self.messages.iter().map(|m| (m.role.clone(), m.content.clone())).collect();
+        self.checkpoint.model.save_with(sequence, &self.cached, messages)
+    }
+
+    /// The conversation that was [saved](Self::save): its next turn reads only what is new.
+    ///
+    /// # Errors
+    /// As [`Decoder::restore_sequence`](crate::Decoder::restore_sequence).
+    pub fn restore(
+        checkpoint: &Checkpoint<D>,
+        plan: &Plan,
+        bytes: &[u8],
+        options: EngineOptions,
+    ) -> Result<Self> {
+        let saved = checkpoint.model.restore_with(plan, bytes)?;
+        Ok(Self {
+            capacity: saved.sequence.capacity(),
+            sequence: Some(saved.sequence),
+            slack: options.speculation.draft_tokens(),
+            engine: checkpoint.engine(options),
+            checkpoint: checkpoint.clone(),
+            plan: plan.clone(),
+            cached: saved.tokens,
+            messages: saved.messages.into_iter().map(|(of, text)| Message::new(of, text)).collect(),
             turn: None,
         })
     }
@@ -144,13 +185,12 @@ impl<D: Math> ChatSession<D> {
         }
         let mut sequence = match self.sequence.take() {
             Some(sequence) => sequence,
-            None => self.checkpoint.model.open(&self.plan, self.capacity, 0)?,
+            None => self.checkpoint.model.open(&self.plan, self.capacity, self.slack)?,
         };
         let common = self.cached.iter().zip(&tokens).take_while(|(a, b)| a == b).count();
         // At least one token must be read to have logits to answer from.
         self.roll_back(&mut sequence, common.min(tokens.len().saturating_sub(1)))?;
-        let new = Prompt::from(&tokens[self.cached.len()..]);
-        let id = self.engine.resume(sequence, new, options);
+        let id = self.engine.submit_in(sequence, tokens.clone(), options);
         self.turn = Some(Turn { id, messages, tokens });
         Ok(())
     }

@@ -20,12 +20,11 @@ impl<'a> Choice<'a> {
     {
         let mut requests = requests.into_iter();
         let Some(first) = requests.next() else { return Self::Host };
-        let is_plain = |options: &SamplingOptions| options.repetition_penalty == 1.0;
         let is_alike = |options: &SamplingOptions| match first.temperature == 0.0 {
             true => options.temperature == 0.0,
             false => draws(first) == draws(options),
         };
-        if !is_plain(first) || !requests.all(|other| is_plain(other) && is_alike(other)) {
+        if !first.is_plain() || !requests.all(|other| other.is_plain() && is_alike(other)) {
             return Self::Host;
         }
         match (first.temperature == 0.0, can_sample) {
@@ -73,6 +72,9 @@ mod tests {
             SamplingOptions { top_p: 0.9, ..warm.clone() },
             SamplingOptions { min_p: 0.1, ..warm.clone() },
             SamplingOptions { repetition_penalty: 1.1, ..warm.clone() },
+            SamplingOptions { presence_penalty: 0.1, ..warm.clone() },
+            SamplingOptions { frequency_penalty: 0.1, ..warm.clone() },
+            SamplingOptions { logit_bias: vec![(0, 1.0)], ..warm.clone() },
             greedy.clone(),
         ];
         for other in &others {

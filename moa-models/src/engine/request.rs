@@ -2,12 +2,16 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::Error;
 use crate::checkpoint::template::Message;
+use crate::engine::logprobs::TokenLogprobs;
 use crate::engine::sampling::SamplingOptions;
 
 /// The input of a request to an [`Engine`](crate::Engine): token ids, a text, or a conversation.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Prompt {
     /// Token ids, which are read as they are.
     Tokens(Vec<u32>),
@@ -49,8 +53,10 @@ impl From<String> for Prompt {
 }
 
 /// The options of one request: its length, how tokens are chosen, and what ends it. The default
-/// takes the likeliest token 256 times, or until the model ends its text.
-#[derive(Clone, Debug, PartialEq)]
+/// takes the likeliest token 256 times, or until the model ends its text. Options that a file leaves out are the
+/// default's, and names that there are not are refused.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct GenerateOptions {
     /// Most tokens that are added to the prompt.
     pub max_new_tokens: usize,
@@ -64,6 +70,17 @@ pub struct GenerateOptions {
     pub stop_token_ids: Vec<u32>,
     /// Tokens that end the request; `None` for those of the model, an empty list for none.
     pub eos_token_ids: Option<Vec<u32>>,
+    /// Tell with each token how likely it was, and so many of the likeliest in its place; the host then
+    /// chooses the tokens of all requests that run together.
+    pub logprobs: Option<usize>,
+    /// Whether the text follows on that of a prompt of tokens, whose first space it then keeps; `None`
+    /// where the model has no chat template.
+    pub continues_prompt: Option<bool>,
+    /// Positions inside the prompt at which a step ends, so that the sequence can be copied there
+    /// ([`Engine::snapshot`](crate::Engine::snapshot)); the answer does not depend on them. Those are left out that
+    /// are nearer to each other, to the beginning of what is read or to the end than
+    /// [`Device::many_rows`](crate::Device::many_rows).
+    pub prefill_stops: Vec<usize>,
 }
 
 impl Default for GenerateOptions {
@@ -74,6 +91,9 @@ impl Default for GenerateOptions {
             stop: Vec::new(),
             stop_token_ids: Vec::new(),
             eos_token_ids: None,
+            logprobs: None,
+            continues_prompt: None,
+            prefill_stops: Vec::new(),
         }
     }
 }
@@ -89,13 +109,15 @@ impl std::fmt::Display for RequestId {
 }
 
 /// Why a request ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Finish {
     /// The model chose an end-of-sequence token.
     Eos,
     /// The request has all its new tokens, or its sequence is full.
     Length,
     /// The text reached a stop string or a stop token, or the caller ended the request.
+    #[serde(rename = "stop")]
     Stopped,
 }
 
@@ -112,7 +134,7 @@ impl Finish {
 }
 
 /// The answer to one request: its text, its new tokens, and why it ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Completion {
     /// The text, without the stop string; empty where the engine has no tokenizer.
     pub text: String,
@@ -141,6 +163,8 @@ pub enum Event {
         id: RequestId,
         /// The token.
         token: u32,
+        /// How likely it was, where [`GenerateOptions::logprobs`] asks for it.
+        logprobs: Option<TokenLogprobs>,
     },
     /// The request got text: whole characters, and nothing of a stop string.
     Text {
@@ -186,10 +210,15 @@ pub struct Usage {
     pub prompt_tokens: usize,
     /// Time of the steps that read prompts; running requests may have got a token in them too.
     pub prefill: Duration,
-    /// Tokens that running requests took in during all other steps, one each and step.
+    /// Tokens that running requests took in during all other steps, one each and step, and guesses that were right.
     pub decoded_tokens: usize,
     /// Time of those other steps.
     pub decode: Duration,
+    /// Tokens that were guessed and checked, where the engine
+    /// [speculates](crate::EngineOptions::speculation).
+    pub drafted_tokens: usize,
+    /// Those of them that were right; `decoded_tokens` counts them too.
+    pub accepted_tokens: usize,
 }
 
 impl Usage {

@@ -1,8 +1,11 @@
 use std::collections::VecDeque;
 
 use crate::checkpoint::tokenizer::{TokenStream, Tokenizer};
+use crate::engine::constraint::Constraint;
+use crate::engine::logprobs::{Logprobs, TokenLogprobs};
 use crate::engine::request::{Completion, Event, Finish, GenerateOptions, RequestId};
 use crate::engine::sampling::{Sampler, SamplingOptions};
+use crate::engine::speculate::{Draft, Drafter};
 use crate::engine::stop::StopStrings;
 use crate::{Error, Result};
 
@@ -13,6 +16,10 @@ pub(crate) struct Running {
     /// Its sequence is the caller's and goes back to it.
     pub(crate) is_resumed: bool,
     sampler: Sampler,
+    pub(crate) constraint: Option<Box<dyn Constraint>>,
+    logprobs: Option<usize>,
+    /// Positions of the prompt at which a step ends.
+    prefill_stops: Vec<usize>,
     max_new_tokens: usize,
     eos_token_ids: Vec<u32>,
     stop_token_ids: Vec<u32>,
@@ -21,10 +28,13 @@ pub(crate) struct Running {
     history: Vec<u32>,
     prompt_len: usize,
     /// Prompt tokens that are in the sequence.
-    read: usize,
+    pub(crate) read: usize,
     /// Tokens that the sequence has room for.
     pub(crate) room: usize,
+    /// Tokens of the sequence before the prompt, which nobody told.
+    pub(crate) before: usize,
     ended: Option<Result<Finish>>,
+    drafter: Drafter,
 }
 
 /// Tokens as text that comes in pieces.
@@ -65,6 +75,9 @@ impl Running {
             id,
             is_resumed: false,
             sampler: Sampler::new(options.sampling)?,
+            constraint: None,
+            logprobs: options.logprobs,
+            prefill_stops: options.prefill_stops,
             max_new_tokens: options.max_new_tokens,
             eos_token_ids: options.eos_token_ids.unwrap_or_else(|| eos_token_ids.to_vec()),
             stop_token_ids,
@@ -73,7 +86,9 @@ impl Running {
             history: prompt,
             read: 0,
             room: 0,
+            before: 0,
             ended: None,
+            drafter: Drafter::default(),
         })
     }
 
@@ -104,10 +119,123 @@ impl Running {
         self.history[self.history.len() - 1]
     }
 
-    /// What the next step takes in: at most `most` tokens of an unread prompt, else the last token.
-    pub(crate) fn part(&self, most: usize) -> &[u32] {
+    /// Tokens of the prompt that one step may read: up to its end, or up to the next stop with at least `rows`
+    /// tokens on both sides.
+    fn readable(&self, rows: usize) -> usize {
+        let is_far = |stop: &usize| *stop >= self.read + rows && *stop + rows <= self.prompt_len;
+        let stops = self.prefill_stops.iter().copied().filter(is_far);
+        stops.min().unwrap_or(self.prompt_len) - self.read
+    }
+
+    /// How many tokens of the prompt a step reads that may read `most`: at least `rows`, and leaving as many,
+    /// unless it reads all; else none.
+    pub(crate) fn stretch(&self, most: usize, rows: usize) -> usize {
+        let readable = self.readable(rows);
+        match readable.saturating_sub(rows).min(most) {
+            _ if most >= readable => readable,
+            stretch if stretch >= rows => stretch,
+            _ => 0,
+        }
+    }
+
+    /// Tokens that it was continued with.
+    pub(crate) fn new_tokens(&self) -> usize {
+        self.history.len() - self.prompt_len
+    }
+
+    /// Tokens that it may still be continued with.
+    pub(crate) fn left(&self) -> usize {
+        self.max_new_tokens.saturating_sub(self.new_tokens()).min(self.room)
+    }
+
+    /// A guess of what follows, of at most so many tokens.
+    pub(crate) fn draft(&self, most: usize) -> Draft {
+        self.drafter.draft(&self.history, most.min(self.left().saturating_sub(1)))
+    }
+
+    /// Prompt and new tokens.
+    pub(crate) fn history(&self) -> &[u32] {
+        &self.history
+    }
+
+    /// Chooses as this request will, among other logits: `guesses` stand for what it chooses before.
+    pub(crate) fn guess(
+        &self,
+        sampler: &mut Sampler,
+        guesses: &[u32],
+        logits: &mut [f32],
+    ) -> Result<u32> {
+        match sampler.options().is_plain() {
+            true => sampler.sample(logits, &[]),
+            false => {
+                let past = [&self.history, guesses].concat();
+                sampler.sample_after(logits, &past, self.prompt_len)
+            }
+        }
+    }
+
+    /// A sampler that makes this request's next choices.
+    pub(crate) fn sampler(&self) -> Sampler {
+        self.sampler.fork()
+    }
+
+    /// How likely another model's next guess is right, if it has made some.
+    pub(crate) fn rate_of_model(&self) -> Option<f64> {
+        self.drafter.rate_of_model()
+    }
+
+    /// Learns from the token that was chosen where this draft was not checked.
+    pub(crate) fn compare(&mut self, draft: &Draft) {
+        if let Some(first) = draft.tokens.first() {
+            let is_right = !self.has_ended() && self.last() == *first;
+            self.drafter.learn(draft, usize::from(is_right), !is_right);
+        }
+    }
+
+    /// Takes in the last token and those guesses that are what is chosen from their rows of logits. Returns how
+    /// many guesses were right.
+    pub(crate) fn check(
+        &mut self,
+        draft: &Draft,
+        checked: usize,
+        rows: &mut [f32],
+        events: &mut VecDeque<Event>,
+    ) -> usize {
+        let vocab = rows.len() / (checked + 1);
+        let mut right = 0;
+        for (at, row) in rows.chunks_mut(vocab.max(1)).enumerate() {
+            self.took_in(1, events);
+            self.choose(row, events);
+            let guess = draft.tokens.get(at).filter(|_| at < checked);
+            if guess.is_none() || self.has_ended() {
+                return right;
+            }
+            if guess != Some(&self.last()) {
+                self.drafter.learn(draft, right, true);
+                return right;
+            }
+            right += 1;
+            if right == checked {
+                self.drafter.learn(draft, right, false);
+            }
+        }
+        right
+    }
+
+    /// Tokens of the prompt that are not read.
+    pub(crate) fn unread(&self) -> usize {
+        self.prompt_len - self.read.min(self.prompt_len)
+    }
+
+    /// Whether the host must see the logits of this request.
+    pub(crate) fn needs_logits(&self) -> bool {
+        self.logprobs.is_some() || self.constraint.is_some()
+    }
+
+    /// What the next step takes in: `tokens` tokens of an unread prompt, else the last token.
+    pub(crate) fn part(&self, tokens: usize) -> &[u32] {
         match self.is_reading() {
-            true => &self.history[self.read..self.prompt_len.min(self.read.saturating_add(most))],
+            true => &self.history[self.read..self.read + tokens],
             false => &self.history[self.history.len() - 1..],
         }
     }
@@ -128,14 +256,21 @@ impl Running {
             self.ended = Some(Ok(Finish::Length));
             return;
         }
-        match self.sampler.sample(logits, &self.history) {
-            Ok(token) => self.accept(token, events),
+        let logprobs = self.logprobs.map(|most| Logprobs::of(logits, most));
+        let restricted = self.constraint.as_mut().map_or(Ok(()), |one| one.restrict(logits));
+        let (sampler, history) = (&mut self.sampler, &self.history);
+        match restricted.and_then(|()| sampler.sample_after(logits, history, self.prompt_len)) {
+            Ok(token) => self.take(token, logprobs.map(|all| all.of_choice(token)), events),
             Err(error) => self.ended = Some(Err(error)),
         }
     }
 
     /// Takes the next token, which may end the request.
     pub(crate) fn accept(&mut self, token: u32, events: &mut VecDeque<Event>) {
+        self.take(token, None, events);
+    }
+
+    fn take(&mut self, token: u32, logprobs: Option<TokenLogprobs>, events: &mut VecDeque<Event>) {
         if self.eos_token_ids.contains(&token) {
             self.ended = Some(Ok(Finish::Eos));
             return;
@@ -149,9 +284,14 @@ impl Running {
             return;
         }
         self.history.push(token);
-        events.push_back(Event::Token { id: self.id, token });
+        events.push_back(Event::Token { id: self.id, token, logprobs });
         if self.room == 0 || self.history.len() - self.prompt_len >= self.max_new_tokens {
             self.ended = Some(Ok(Finish::Length));
+        }
+        match self.constraint.as_mut().map_or(Ok(false), |one| one.accept(token)) {
+            Ok(true) => self.ended = Some(Ok(Finish::Eos)),
+            Ok(false) => {}
+            Err(error) => self.ended = Some(Err(error)),
         }
         let Some(text) = &mut self.text else { return };
         match text.push(token) {

@@ -2,12 +2,15 @@ use crate::decoder::logits::{check_logits, likeliest};
 use crate::device::Draw;
 use crate::error::{Error, Result};
 use moa_core::SplitMix64;
+use serde::{Deserialize, Serialize};
 
 /// The options of choosing the next token from the logits. The default is greedy.
 ///
-/// The steps and their order are transformers': repetition penalty, temperature, top-k, top-p,
-/// min-p, each on what the one before left. Greedy choice applies the penalty only.
-#[derive(Clone, Debug, PartialEq)]
+/// The steps and their order are transformers': repetition penalty, then those of presence and
+/// frequency, bias, temperature, top-k, top-p, min-p, each on what the one before left. Greedy choice
+/// applies penalties and bias only.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct SamplingOptions {
     /// Divides the logits; 0 takes the likeliest token.
     pub temperature: f32,
@@ -20,6 +23,13 @@ pub struct SamplingOptions {
     /// Divides positive and multiplies negative logits of tokens already in the sequence
     /// (arXiv 1909.05858, section 4.1); 1 changes nothing.
     pub repetition_penalty: f32,
+    /// Subtracted from the logits of tokens that were generated already; 0 changes nothing.
+    pub presence_penalty: f32,
+    /// Subtracted from the logit of a token once for each time that it was generated; 0 changes nothing.
+    pub frequency_penalty: f32,
+    /// Added to the logits of these tokens; minus infinity, in JSON `null`, forbids one.
+    #[serde(with = "bias")]
+    pub logit_bias: Vec<(u32, f32)>,
     /// Equal seeds give equal choices.
     pub seed: u64,
 }
@@ -32,6 +42,9 @@ impl Default for SamplingOptions {
             top_p: 1.0,
             min_p: 0.0,
             repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
             seed: 0,
         }
     }
@@ -50,7 +63,21 @@ impl SamplingOptions {
         check(t.is_finite() && t >= 0.0, "temperature", "a finite number of at least 0", t)?;
         check(p > 0.0 && p <= 1.0, "top_p", "above 0 and at most 1", p)?;
         check((0.0..=1.0).contains(&m), "min_p", "from 0 to 1", m)?;
-        check(r.is_finite() && r > 0.0, "repetition_penalty", "a finite number above 0", r)
+        check(r.is_finite() && r > 0.0, "repetition_penalty", "a finite number above 0", r)?;
+        let (p, f) = (self.presence_penalty, self.frequency_penalty);
+        check(p.is_finite(), "presence_penalty", "a finite number", p)?;
+        check(f.is_finite(), "frequency_penalty", "a finite number", f)?;
+        let is_bad = |bias: &f32| bias.is_nan() || *bias == f32::INFINITY;
+        let bad = self.logit_bias.iter().find(|(_, bias)| is_bad(bias));
+        check(bad.is_none(), "logit_bias", "finite or minus infinity", bad.map_or(0.0, |bad| bad.1))
+    }
+
+    /// Whether the logits are taken as they are: no penalty and no bias.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.repetition_penalty == 1.0
+            && self.presence_penalty == 0.0
+            && self.frequency_penalty == 0.0
+            && self.logit_bias.is_empty()
     }
 }
 
@@ -92,6 +119,12 @@ impl Sampler {
         Ok(Self { options, random, candidates: Vec::new(), seen: Vec::new() })
     }
 
+    /// One that makes the next choices with the same random numbers.
+    pub(crate) fn fork(&self) -> Self {
+        let (options, random) = (self.options.clone(), self.random.clone());
+        Self { options, random, candidates: Vec::new(), seen: Vec::new() }
+    }
+
     /// The options it was made with.
     #[must_use]
     pub fn options(&self) -> &SamplingOptions {
@@ -99,7 +132,7 @@ impl Sampler {
     }
 
     /// Chooses the next token from `logits`, `[vocabulary]`; `history` holds the tokens of the
-    /// sequence so far, for the repetition penalty, which is written into `logits`.
+    /// sequence so far, for the penalties, which are written into `logits` as the bias is.
     ///
     /// Among equal logits the lowest id counts as the likelier. A token at minus infinity is
     /// never chosen.
@@ -109,8 +142,31 @@ impl Sampler {
     /// [`Error::Invalid`] when a token of `history` is not in the vocabulary. The sampler and
     /// the logits are then as before.
     pub fn sample(&mut self, logits: &mut [f32], history: &[u32]) -> Result<u32> {
+        self.sample_after(logits, history, 0)
+    }
+
+    /// [`sample`](Self::sample), where the first `prompt_len` tokens of `history` were not generated:
+    /// only the repetition penalty counts them.
+    ///
+    /// # Errors
+    /// As [`sample`](Self::sample).
+    pub fn sample_after(
+        &mut self,
+        logits: &mut [f32],
+        history: &[u32],
+        prompt_len: usize,
+    ) -> Result<u32> {
         check_logits(logits)?;
-        self.penalise(logits, history)?;
+        if !self.options.is_plain() {
+            self.check_ids(logits, history)?;
+            self.penalise(logits, history);
+            self.lower_generated(logits, history.get(prompt_len..).unwrap_or_default());
+            for (id, bias) in &self.options.logit_bias {
+                logits[*id as usize] += bias;
+            }
+            // A bias may have forbidden all of them.
+            check_logits(logits)?;
+        }
         if self.options.temperature == 0.0 {
             return Ok(likeliest(logits).0);
         }
@@ -131,15 +187,39 @@ impl Sampler {
         Ok(chosen)
     }
 
+    /// Checks that every token which a penalty or a bias is about has a logit.
+    fn check_ids(&self, logits: &[f32], history: &[u32]) -> Result<()> {
+        let expected = || format!("below the number of logits ({})", logits.len());
+        let beyond = |id: &&u32| **id as usize >= logits.len();
+        if let Some(id) = history.iter().find(beyond) {
+            return Err(Error::invalid("token of the history", expected(), id));
+        }
+        match self.options.logit_bias.iter().map(|(id, _)| id).find(beyond) {
+            Some(id) => Err(Error::invalid("token of logit_bias", expected(), id)),
+            None => Ok(()),
+        }
+    }
+
+    /// Lowers the logits of generated tokens, by their presence and by how often they came.
+    fn lower_generated(&self, logits: &mut [f32], generated: &[u32]) {
+        let (presence, frequency) = (self.options.presence_penalty, self.options.frequency_penalty);
+        if presence == 0.0 && frequency == 0.0 {
+            return;
+        }
+        let mut counts = std::collections::BTreeMap::new();
+        for id in generated {
+            *counts.entry(*id as usize).or_insert(0u32) += 1;
+        }
+        for (id, count) in counts {
+            logits[id] -= presence + frequency * count as f32;
+        }
+    }
+
     /// Applies the repetition penalty, once to each token however often it came.
-    fn penalise(&mut self, logits: &mut [f32], history: &[u32]) -> Result<()> {
+    fn penalise(&mut self, logits: &mut [f32], history: &[u32]) {
         let penalty = self.options.repetition_penalty;
         if penalty == 1.0 {
-            return Ok(());
-        }
-        if let Some(id) = history.iter().find(|id| **id as usize >= logits.len()) {
-            let expected = format!("below the number of logits ({})", logits.len());
-            return Err(Error::invalid("token of the history", expected, id));
+            return;
         }
         self.seen.clear();
         self.seen.resize(logits.len(), false);
@@ -154,7 +234,6 @@ impl Sampler {
                 }
             }
         }
-        Ok(())
     }
 
     /// The next random number, uniform in [0, 1).
@@ -202,6 +281,30 @@ impl Sampler {
             // The likeliest token's weight is 1.
             self.candidates.retain(|candidate| candidate.weight >= f64::from(min_p));
         }
+    }
+}
+
+/// JSON has no infinity, and writes `null` for what is none of its numbers.
+mod bias {
+    use serde::ser::Error;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(bias: &[(u32, f32)], to: S) -> Result<S::Ok, S::Error> {
+        let written = |&(id, x): &(u32, f32)| match x {
+            f32::NEG_INFINITY => Ok((id, None)),
+            x if x.is_finite() => Ok((id, Some(x))),
+            x => Err(S::Error::custom(format_args!(
+                "logit_bias of token {id}: expected finite or minus infinity, got {x}"
+            ))),
+        };
+        bias.iter().map(written).collect::<Result<Vec<_>, _>>()?.serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<Vec<(u32, f32)>, D::Error> {
+        let bias = Vec::<(u32, Option<f32>)>::deserialize(from)?;
+        Ok(bias.into_iter().map(|(id, x)| (id, x.unwrap_or(f32::NEG_INFINITY))).collect())
     }
 }
 
@@ -281,6 +384,41 @@ mod tests {
         let mut logits = [4.0, 3.0, -1.0, 0.0];
         assert_eq!(sampler(options).sample(&mut logits, &[0, 2, 0, 0])?, 1);
         assert_eq!(logits, [2.0, 3.0, -2.0, 0.0]);
+        Ok(())
+    }
+
+    #[test]
+    fn penalties_of_presence_and_frequency_count_what_was_generated() -> Result<()> {
+        let options = SamplingOptions {
+            presence_penalty: 0.5,
+            frequency_penalty: 1.0,
+            ..SamplingOptions::default()
+        };
+        let mut logits = [4.0, 3.0, -1.0, 0.0];
+        // The first token is the prompt's.
+        assert_eq!(sampler(options).sample_after(&mut logits, &[1, 0, 2, 0], 1)?, 1);
+        assert_eq!(logits, [1.5, 3.0, -2.5, 0.0]);
+        Ok(())
+    }
+
+    #[test]
+    fn a_bias_forbids_and_forces() -> Result<()> {
+        let with = |logit_bias| SamplingOptions { logit_bias, ..SamplingOptions::default() };
+        let logits = [4.0, 3.0, -1.0];
+        let mut forbid = sampler(with(vec![(0, f32::NEG_INFINITY)]));
+        assert_eq!(forbid.sample(&mut logits.clone(), &[])?, 1);
+        let mut force = sampler(with(vec![(2, 100.0)]));
+        assert_eq!(force.sample(&mut logits.clone(), &[])?, 2);
+        let mut none = sampler(with((0..3).map(|id| (id, f32::NEG_INFINITY)).collect()));
+        assert!(matches!(none.sample(&mut logits.clone(), &[]), Err(Error::Logits { .. })));
+        let mut beyond = sampler(with(vec![(3, 1.0)]));
+        assert!(matches!(
+            beyond.sample(&mut logits.clone(), &[]),
+            Err(Error::Invalid { what: "token of logit_bias", .. })
+        ));
+        for bad in [f32::NAN, f32::INFINITY] {
+            assert!(Sampler::new(with(vec![(0, bad)])).is_err());
+        }
         Ok(())
     }
 

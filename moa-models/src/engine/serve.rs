@@ -2,6 +2,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
 use moa_core::Plan;
+use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::prompt_style::PromptStyle;
@@ -9,26 +10,34 @@ use crate::decoder::model::Decoder;
 use crate::decoder::sequence::Sequence;
 use crate::device::Math;
 use crate::engine::batch::Batch;
+use crate::engine::constraint::Constraint;
+use crate::engine::draft_model::Guesser;
+use crate::engine::pace::Pace;
 use crate::engine::request::{
     Completion, Event, Finish, GenerateOptions, Prompt, RequestId, Usage,
 };
 use crate::engine::running::Running;
+use crate::engine::speculate::Speculation;
 use crate::{Error, Result};
 
 /// The limits of one step of an [`Engine`]; no option changes the answer to a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct EngineOptions {
     /// Most prompt tokens that a step reads, of all requests together; 0 counts as 1. It bounds the
-    /// memory of activations.
+    /// memory of activations. A device may want more of a prompt at once ([`Device::many_rows`](crate::Device::many_rows)).
     pub prefill_chunk: usize,
     /// Most requests that run together; 0 counts as 1. Others wait, and take no memory for keys and
     /// values.
     pub max_batch: usize,
+    /// Where guesses of the next tokens come from, several of which one step checks. Sequences that are
+    /// [submitted](Engine::submit) get the slack for it; others are [opened](Decoder::open) with it.
+    pub speculation: Speculation,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { prefill_chunk: 2048, max_batch: 256 }
+        Self { prefill_chunk: 2048, max_batch: 256, speculation: Speculation::Off }
     }
 }
 
@@ -36,10 +45,12 @@ impl Default for EngineOptions {
 ///
 /// Nothing happens but in [`step`](Self::step), which the caller calls for as long as it wants events:
 /// there are no callbacks, threads or lifetimes, so that an engine can live in the struct of a server.
-/// A step reads a stretch of new prompts, in the order in which they came, together with the last
-/// tokens of the requests that decode. Each request gets the tokens that it would get alone, unless
-/// the device itself draws tokens: it does where all requests that run together draw by the same
-/// options, and the host does otherwise.
+/// A step reads a stretch of new prompts, half of it of the oldest and half of the shortest, together
+/// with the last tokens of the requests that decode. Each request gets the tokens that it would get alone,
+/// with two exceptions. The last digits of logits may depend on the number of rows of a step, so that a token
+/// which is drawn, or two likeliest ones that are all but equal, may fall the other way in other company. And
+/// the device itself draws tokens where all requests that run together draw by the same options; the host does
+/// otherwise.
 ///
 /// Where several devices share a model, each rank has an engine, and all are called alike.
 ///
@@ -69,6 +80,8 @@ pub struct Engine<D: Math> {
     checkpoint: Option<Checkpoint<D>>,
     eos_token_ids: Vec<u32>,
     pub(super) options: EngineOptions,
+    /// Fewest tokens of a prompt that a step reads, unless fewer are left.
+    pub(super) many_rows: usize,
     waiting: VecDeque<Waiting<D>>,
     /// The first that waits had no memory, and none has been freed since.
     is_full: bool,
@@ -79,6 +92,10 @@ pub struct Engine<D: Math> {
     ended: HashMap<RequestId, Sequence<D>>,
     next_id: u64,
     pub(super) usage: Usage,
+    /// Times of steps, where tokens are guessed.
+    pub(super) pace: Pace,
+    /// Another model that guesses.
+    pub(super) guesser: Option<Guesser<D>>,
 }
 
 /// A request that does not run yet.
@@ -121,14 +138,30 @@ impl<D: Math> Engine<D> {
         eos_token_ids: Vec<u32>,
         options: EngineOptions,
     ) -> Self {
+        let many_rows = model.device().many_rows().max(1);
+        // Ranks measure different times.
+        let speculation = match model.ranks() {
+            1 => options.speculation,
+            _ => Speculation::Off,
+        };
+        let draft = checkpoint.as_ref().and_then(|checkpoint| checkpoint.draft.clone());
+        let guesser = match speculation {
+            Speculation::Draft { .. } => draft.map(Guesser::new),
+            _ => None,
+        };
         Self {
             model,
             checkpoint,
             eos_token_ids,
             options: EngineOptions {
-                prefill_chunk: options.prefill_chunk.max(1),
+                // Twice a stretch with a rest that is too short to be one.
+                prefill_chunk: options.prefill_chunk.max(2 * (2 * many_rows - 1)),
                 max_batch: options.max_batch.max(1),
+                speculation,
             },
+            many_rows,
+            pace: Pace::default(),
+            guesser,
             waiting: VecDeque::new(),
             is_full: false,
             running: Vec::new(),
@@ -173,10 +206,69 @@ impl<D: Math> Engine<D> {
             let sequence = sequence.take().ok_or(Error::Cancelled)?;
             Ok((Place::Resume(sequence), capacity - len))
         });
-        if let Some(sequence) = sequence {
-            self.ended.insert(id, sequence);
+        match sequence {
+            Some(sequence) => drop(self.ended.insert(id, sequence)),
+            None => {
+                self.waiting.back_mut().into_iter().for_each(|waiting| waiting.run.before = len)
+            }
         }
         id
+    }
+
+    /// Adds a request in a sequence that holds the beginning of its prompt already, such as a
+    /// [`snapshot`](Self::snapshot) or what an earlier turn of a conversation left: only the rest of the
+    /// prompt is read. All else is as in [`resume`](Self::resume), but that penalties count the whole
+    /// prompt.
+    pub fn submit_in(
+        &mut self,
+        sequence: Sequence<D>,
+        prompt: impl Into<Prompt>,
+        options: GenerateOptions,
+    ) -> RequestId {
+        let (held, capacity) = (sequence.len(), sequence.capacity());
+        let mut sequence = Some(sequence);
+        let id = self.enqueue(prompt.into(), options, |_, prompt, _| {
+            check_length(prompt, capacity)?;
+            if prompt <= held {
+                let expected = format!("longer than what the sequence holds ({held} tokens)");
+                return Err(Error::invalid("prompt", expected, format!("{prompt} tokens")));
+            }
+            let sequence = sequence.take().ok_or(Error::Cancelled)?;
+            Ok((Place::Resume(sequence), capacity - held))
+        });
+        match sequence {
+            Some(sequence) => drop(self.ended.insert(id, sequence)),
+            None => self.waiting.back_mut().into_iter().for_each(|waiting| waiting.run.read = held),
+        }
+        id
+    }
+
+    /// Restricts what a request that waits, such as one that was just added, is continued with. The
+    /// host then chooses the tokens of all requests that run together. Returns whether the request
+    /// waits.
+    pub fn constrain(&mut self, id: RequestId, constraint: Box<dyn Constraint>) -> bool {
+        let Some(waiting) = self.waiting.iter_mut().find(|waiting| waiting.run.id == id) else {
+            return false;
+        };
+        waiting.run.constraint = Some(constraint);
+        true
+    }
+
+    /// A copy of the sequence of a request that runs, as it is after the last step: after an
+    /// [`Event::Prefill`] of that step it holds the tokens of the prompt which that event tells of.
+    /// `None` if the request does not run.
+    ///
+    /// # Errors
+    /// As [`Decoder::fork`].
+    pub fn snapshot(&self, id: RequestId) -> Result<Option<Sequence<D>>> {
+        let at = self.running.iter().position(|run| run.id == id);
+        let sequence = at.and_then(|at| self.batch.get(at));
+        sequence.map(|sequence| self.model.fork(sequence)).transpose()
+    }
+
+    /// The next event of the steps that were run; runs none.
+    pub fn poll(&mut self) -> Option<Event> {
+        self.events.pop_front()
     }
 
     /// What happened next; runs steps until something did. `None` if no request is left.
@@ -280,10 +372,10 @@ impl<D: Math> Engine<D> {
         let continues = match &prompt {
             Prompt::Text(_) => true,
             Prompt::Chat(_) => false,
-            Prompt::Tokens(_) => {
+            Prompt::Tokens(_) => options.continues_prompt.unwrap_or_else(|| {
                 let style = self.checkpoint.as_ref().map(Checkpoint::prompt_style);
                 style == Some(PromptStyle::Raw)
-            }
+            }),
         };
         let prepare = || {
             let prompt = self.tokens(prompt)?;
@@ -309,22 +401,28 @@ impl<D: Math> Engine<D> {
     }
 
     fn tokens(&self, prompt: Prompt) -> Result<Vec<u32>> {
+        let limit = self.model.config().context_length();
         let no_text = || Error::invalid("prompt", "tokens, as there is no tokenizer", "a text");
         match (prompt, &self.checkpoint) {
             (Prompt::Tokens(tokens), _) => Ok(tokens),
-            (Prompt::Text(text), Some(checkpoint)) => checkpoint.tokenizer.encode(&text, true),
-            (Prompt::Chat(messages), Some(checkpoint)) => checkpoint.chat_tokens(&messages),
+            (Prompt::Text(text), Some(checkpoint)) => {
+                checkpoint.tokenizer.encode_within(&text, true, limit)
+            }
+            (Prompt::Chat(messages), Some(checkpoint)) => {
+                checkpoint.chat_tokens_within(&messages, limit)
+            }
             (Prompt::Text(_) | Prompt::Chat(_), None) => Err(no_text()),
         }
     }
 
     /// Lets requests begin that there is a place for.
     fn admit(&mut self) -> Result<()> {
+        let slack = self.options.speculation.draft_tokens();
         while !self.is_full && self.running.len() < self.options.max_batch {
             let Some(Waiting { run, place }) = self.waiting.pop_front() else { return Ok(()) };
             let opened = match place {
                 Place::Resume(sequence) => Ok(sequence),
-                Place::Open { plan, capacity } => match self.model.open(&plan, capacity, 0) {
+                Place::Open { plan, capacity } => match self.model.open(&plan, capacity, slack) {
                     // Those that run will free some.
                     Err(Error::OutOfMemory { .. }) if self.may_wait() => {
                         let place = Place::Open { plan, capacity };
@@ -379,6 +477,9 @@ impl<D: Math> Engine<D> {
     fn leave(&mut self, at: usize) -> Running {
         self.is_full = false;
         let run = self.running.remove(at);
+        if let Some(guesser) = &mut self.guesser {
+            guesser.forget(&run);
+        }
         let sequence = self.batch.apart().remove(at);
         if run.is_resumed {
             self.ended.insert(run.id, sequence);
@@ -390,6 +491,9 @@ impl<D: Math> Engine<D> {
     pub(super) fn fail(&mut self, error: &Error) {
         self.is_full = false;
         self.batch.clear();
+        if let Some(guesser) = &mut self.guesser {
+            guesser.clear();
+        }
         for run in self.running.drain(..) {
             let error = Error::Step { reason: error.to_string() };
             self.events.push_back(Event::Failed { id: run.id, error });

@@ -2,10 +2,14 @@ use std::time::Instant;
 
 use crate::Result;
 use crate::decoder::logits::LogitRows;
+use crate::decoder::sequence::Sequence;
 use crate::device::Math;
 use crate::engine::choice::Choice;
+use crate::engine::draft_model::{Limits, Place};
+use crate::engine::pace::all_that_fit;
 use crate::engine::running::Running;
 use crate::engine::serve::Engine;
+use crate::engine::speculate::{Draft, Speculation};
 
 impl<D: Math> Engine<D> {
     /// One step of the running requests: the whole loop of generation.
@@ -15,7 +19,12 @@ impl<D: Math> Engine<D> {
         }
         let begin = Instant::now();
         let reads = self.running.iter().any(Running::is_reading);
-        let step = if reads { self.read() } else { self.decode() };
+        let speculates = self.options.speculation != Speculation::Off;
+        let step = match (reads, speculates) {
+            (true, _) => self.read(),
+            (false, true) => self.speculate(),
+            (false, false) => self.decode(),
+        };
         if let Err(error) = step {
             self.fail(&error);
             return Err(error);
@@ -25,17 +34,36 @@ impl<D: Math> Engine<D> {
         Ok(())
     }
 
+    /// How many tokens of their prompts the running requests read in the next step.
+    ///
+    /// Half of a step is for the oldest prompt, so that none waits forever, and the other half for those
+    /// of which least is left, so that a short one need not wait for a long one before it.
+    fn shares(&self) -> Vec<usize> {
+        let mut shares = vec![0; self.running.len()];
+        let mut left = self.options.prefill_chunk;
+        let mut give = |at: usize, most: usize| {
+            let most = shares[at] + most.min(left);
+            let share = self.running[at].stretch(most, self.many_rows).max(shares[at]);
+            left -= share - shares[at];
+            shares[at] = share;
+        };
+        let mut order: Vec<usize> =
+            (0..self.running.len()).filter(|at| self.running[*at].is_reading()).collect();
+        if let Some(oldest) = order.first() {
+            give(*oldest, self.options.prefill_chunk.div_ceil(2));
+        }
+        order.sort_by_key(|at| self.running[*at].unread());
+        for at in order {
+            give(at, usize::MAX);
+        }
+        shares
+    }
+
     /// Reads a stretch of unread prompts, and the last token of the others.
     fn read(&mut self) -> Result<()> {
-        let mut left = self.options.prefill_chunk;
-        let part = |run: &Running| {
-            let part = run.part(left).to_vec();
-            if run.is_reading() {
-                left -= part.len();
-            }
-            part
-        };
-        let parts: Vec<Vec<u32>> = self.running.iter().map(part).collect();
+        let shares = self.shares();
+        let part = |(run, share): (&Running, &usize)| run.part(*share).to_vec();
+        let parts: Vec<Vec<u32>> = self.running.iter().zip(&shares).map(part).collect();
         let (mut batch, mut tokens) = (Vec::new(), Vec::new());
         for (sequence, part) in self.batch.apart().iter_mut().zip(&parts) {
             // A prompt may have to wait for those before it.
@@ -73,13 +101,129 @@ impl<D: Math> Engine<D> {
         Ok(())
     }
 
+    /// A decode step in which guesses are checked, if that is expected to be faster.
+    fn speculate(&mut self) -> Result<()> {
+        let device = self.model.device();
+        let plain = self.running.len();
+        // Every token is to have the bits that a plain step gives it.
+        let most = self.options.speculation.draft_tokens();
+        let most = most.min(device.few_rows(1).saturating_sub(1));
+        let room = device.few_rows(plain).saturating_sub(plain);
+        let room = room.min(most.saturating_mul(plain));
+        let (drafts, shares) = match self.guesser.is_some() {
+            true => self.ask(most, room)?,
+            false => self.look_up(most, room),
+        };
+        let begin = Instant::now();
+        let checked: usize = shares.iter().sum();
+        if checked > 0 {
+            self.check(&drafts, &shares)?;
+        } else {
+            self.decode()?;
+            for (run, draft) in self.running.iter_mut().zip(&drafts) {
+                run.compare(draft);
+            }
+        }
+        self.pace.observe(plain + checked, begin.elapsed().as_secs_f64());
+        Ok(())
+    }
+
+    /// Guesses from the requests' own tokens, and how many of them are checked.
+    fn look_up(&mut self, most: usize, room: usize) -> (Vec<Draft>, Vec<usize>) {
+        let mut drafts: Vec<Draft> = self.running.iter().map(|run| run.draft(most)).collect();
+        for (at, draft) in drafts.iter_mut().enumerate() {
+            draft.tokens.truncate(self.batch.can_check(at, draft.tokens.len()));
+        }
+        let candidates: Vec<_> = drafts.iter().map(Draft::candidate).collect();
+        let shares = match self.options.speculation.is_adaptive() {
+            true => self.pace.shares(&candidates, room, |_| 0.0).0,
+            false => all_that_fit(&candidates, room),
+        };
+        (drafts, shares)
+    }
+
+    /// Guesses of another model, all of which are checked.
+    fn ask(&mut self, most: usize, room: usize) -> Result<(Vec<Draft>, Vec<usize>)> {
+        let Some(guesser) = &mut self.guesser else { return Ok((Vec::new(), Vec::new())) };
+        let speculation = self.options.speculation;
+        let place = |(at, run): (usize, &'_ Running)| {
+            let most = most.min(run.left().saturating_sub(1));
+            self.batch.can_check(at, most)
+        };
+        let most: Vec<usize> = self.running.iter().enumerate().map(place).collect();
+        let places: Vec<_> = self
+            .running
+            .iter()
+            .zip(most)
+            .enumerate()
+            .map(|(at, (run, most))| Place {
+                run,
+                most,
+                capacity: self.batch.get(at).map_or(0, Sequence::capacity),
+            })
+            .collect();
+        let limits = Limits {
+            room,
+            slack: speculation.draft_tokens(),
+            chunk: self.options.prefill_chunk,
+            pace: speculation.is_adaptive().then_some(&self.pace),
+        };
+        let mut drafts = guesser.guess(&places, limits)?;
+        let vocab = self.model.config().vocab_size;
+        for draft in &mut drafts {
+            // The other model's embedding may have rows that stand for nothing.
+            let known = draft.tokens.iter().take_while(|token| (**token as usize) < vocab).count();
+            draft.tokens.truncate(known);
+        }
+        let shares = drafts.iter().map(|draft| draft.tokens.len()).collect();
+        Ok((drafts, shares))
+    }
+
+    /// A step of each request's last token and so many of its guesses.
+    fn check(&mut self, drafts: &[Draft], shares: &[usize]) -> Result<()> {
+        let vocab = self.model.config().vocab_size;
+        let guesses = drafts.iter().zip(shares).map(|(draft, share)| &draft.tokens[..*share]);
+        let parts = self.running.iter().zip(guesses);
+        let parts: Vec<Vec<u32>> =
+            parts.map(|(run, draft)| [run.part(0), draft].concat()).collect();
+        let tokens: Vec<&[u32]> = parts.iter().map(Vec::as_slice).collect();
+        let rows: Vec<usize> = (0..parts.iter().map(Vec::len).sum()).collect();
+        let sequences = self.batch.apart();
+        let lens: Vec<usize> = sequences.iter().map(Sequence::len).collect();
+        let mut batch: Vec<_> = sequences.iter_mut().collect();
+        let logits = self.model.forward(&mut batch, &tokens, LogitRows::Rows(&rows))?;
+        let mut logits = &mut self.model.values(logits)?[..];
+        let each = self.running.iter_mut().zip(batch).zip(drafts.iter().zip(shares)).zip(lens);
+        let guesser = &mut self.guesser;
+        for (((run, sequence), (draft, &share)), len) in each {
+            let known = run.history().len();
+            let (own, rest) = logits.split_at_mut((share + 1) * vocab);
+            logits = rest;
+            let right = run.check(draft, share, own, &mut self.events);
+            if right < share {
+                self.model.truncate(sequence, len + 1 + right)?;
+            }
+            if let Some(guesser) = guesser {
+                guesser.settle(run.id, known, right, share);
+            }
+            self.usage.decoded_tokens += 1 + right;
+            self.usage.drafted_tokens += share;
+            self.usage.accepted_tokens += right;
+        }
+        Ok(())
+    }
+
     /// A token for every request, chosen where it is done fastest.
     fn decode(&mut self) -> Result<()> {
         let (model, events) = (&*self.model, &mut self.events);
         let tokens: Vec<u32> = self.running.iter().map(Running::last).collect();
         let session = self.batch.session(model)?;
         let options = self.running.iter().map(Running::sampling);
-        match Choice::of(options, session.can_sample()) {
+        let choice = match self.running.iter().any(Running::needs_logits) {
+            true => Choice::Host,
+            false => Choice::of(options, session.can_sample()),
+        };
+        match choice {
             Choice::Host => {
                 let mut logits = session.step(model, &tokens)?;
                 let rows = logits.chunks_mut(model.config().vocab_size);

@@ -6,6 +6,7 @@ use crate::decoder::logits::{LogitRows, check_logits, likeliest};
 use crate::decoder::model::Decoder;
 use crate::decoder::sequence::Sequence;
 use crate::device::Math;
+use crate::evict::{Eviction, EvictionKind, Method};
 use crate::find_plan::objective::{divergence, log_sum_exp};
 use crate::find_plan::probe::{common_prefix, groups};
 use crate::find_plan::profile::Item;
@@ -161,7 +162,82 @@ impl<D: Math> Decoder<D> {
     }
 }
 
+impl Item {
+    /// The same tokens, of which the last `predicted` are the response.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if that leaves no prompt or no response.
+    pub fn continued(&self, predicted: usize) -> Result<Self> {
+        let tokens = self.tokens();
+        match tokens.len().checked_sub(predicted).filter(|read| *read > 0 && predicted > 0) {
+            Some(read) => Self::new(&tokens[..read], &tokens[read..]),
+            None => {
+                let expected = format!("at least 1 and less than {} tokens", tokens.len());
+                Err(Error::invalid("continuation", expected, predicted))
+            }
+        }
+    }
+}
+
 impl<D: Math> Checkpoint<D> {
+    /// [`Decoder::agreement`] of a rival of plans that evicts keys: dense attention reads each item's prompt but its
+    /// last token, some keys are kept, and the response is predicted from those. Slots of kept keys and of the
+    /// response are the eviction's share of the item.
+    ///
+    /// # Errors
+    /// As [`Decoder::agreement`]; [`Error::Invalid`] also if the eviction waits for a question, which texts do not
+    /// have, a prompt has fewer than 2 tokens, the density leaves room for no key beside the response, or the model
+    /// is one rank's part or has sliding windows shorter than the item; [`Error::ContextExceeded`] also if there
+    /// is no room to repeat the prompt for KVzip.
+    pub fn agreement_evicting(
+        &self,
+        items: &[Item],
+        eviction: &Eviction,
+        progress: &mut dyn Progress,
+    ) -> Result<Agreement> {
+        if eviction.before_question {
+            return Err(Error::invalid(
+                "eviction",
+                "one after the prompt: running text has no question",
+                "one before the question",
+            ));
+        }
+        let model = &self.model;
+        let dense = Plan::full(model.shape())?;
+        let (mut tally, mut kv_bytes, mut kv_bytes_dense) = (vec![Tally::default()], 0, 0);
+        for (done, item) in (1..).zip(items) {
+            let (inputs, read) = (item.inputs(), item.rows().start);
+            if read == 0 {
+                return Err(Error::invalid("prompt", "at least 2 tokens, to evict of", 1));
+            }
+            let kept = eviction.budget(read, inputs.len())?;
+            let repeats;
+            let method = match eviction.kind {
+                EvictionKind::SnapKv => Method::SnapKv,
+                EvictionKind::AdaKv => Method::AdaKv,
+                EvictionKind::KvZip => {
+                    repeats = self.repeats(&inputs[..read])?;
+                    Method::KvZip(&repeats)
+                }
+            };
+            let mut exact = [model.open(&dense, inputs.len(), 0)?];
+            model.read_unseen(&mut exact, &inputs[..read])?;
+            let room = inputs.len() - read;
+            let (rival, _) = model.prefill_evicting(&inputs[..read], room, kept, &method)?;
+            let [exact] = exact;
+            model.compare(&mut [exact, rival], item, &mut tally)?;
+            kv_bytes += tally[0].kv_bytes;
+            kv_bytes_dense += model.dense_bytes(inputs.len())?;
+            progress.advance(Stage::Evaluate, done, items.len())?;
+        }
+        let count = items.len() as u64;
+        let mut tally = tally.pop().filter(|_| count > 0);
+        let tally = tally.as_mut().ok_or_else(|| Error::invalid("items", "at least one", 0))?;
+        tally.kv_bytes = kv_bytes / count;
+        let density = kv_bytes as f64 / kv_bytes_dense.max(1) as f64;
+        Ok(std::mem::take(tally).report(density, kv_bytes_dense / count))
+    }
+
     /// The windows of a text ([`Item::windows`]), each of which begins with the model's
     /// begin-of-sequence token, if it has one.
     ///

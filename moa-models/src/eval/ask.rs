@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::item_log::ItemLog;
 use super::question::{Prompting, Question};
-use super::report::{Asked, RetrievalItem, RetrievalReport};
+use super::report::{RetrievalItem, RetrievalReport};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::fingerprint::fingerprint;
 use crate::checkpoint::prompt_style::PromptStyle;
@@ -16,6 +16,7 @@ use crate::engine::chat_session::ChatSession;
 use crate::engine::request::{Event, GenerateOptions};
 use crate::engine::serve::EngineOptions;
 use crate::eval::retrieval::RetrievalCase;
+use crate::evict::Eviction;
 use crate::progress::{Progress, Stage};
 use crate::{Error, Result};
 
@@ -47,6 +48,8 @@ impl SizedQuestion {
 pub struct Evaluation<'a> {
     /// The plan under which the questions are answered.
     pub plan: &'a Plan,
+    /// Answers come of what this leaves of the questions ([`Checkpoint::ask_evicting`]), and the plan is not used.
+    pub eviction: Option<Eviction>,
     /// Most tokens of an answer.
     pub max_new_tokens: usize,
     /// File for every answer, written as they come ([`ItemLog`]): an evaluation with the same settings
@@ -60,7 +63,7 @@ pub struct Evaluation<'a> {
 impl<'a> Evaluation<'a> {
     /// An evaluation whose answers are kept in no file.
     pub fn new(plan: &'a Plan, max_new_tokens: usize) -> Self {
-        Self { plan, max_new_tokens, items: None, settings: Map::new() }
+        Self { plan, eviction: None, max_new_tokens, items: None, settings: Map::new() }
     }
 }
 
@@ -92,14 +95,8 @@ impl<D: Math> Checkpoint<D> {
 
     /// What the model reads of a question of one message, the beginning of the answer included.
     fn asked_tokens(&self, question: &Question) -> Result<Vec<u32>> {
-        let text = question.turns.first().map_or("", |turn| turn.text.as_str());
-        if question.prompting == Prompting::Text || self.prompt_style() == PromptStyle::Raw {
-            return self.tokenizer.encode(&format!("{text}{}", question.answer_prefix), true);
-        }
-        let mut prompt = self.template()?.render(&[Message::user(text.trim())], true)?;
-        prompt.push_str(&question.answer_prefix);
-        // The template writes the begin-of-sequence token itself.
-        self.tokenizer.encode(&prompt, false)
+        let (prompt, special) = self.first_prompt(question)?;
+        self.tokenizer.encode(&prompt, special)
     }
 
     /// Checks that the model's context holds a question, without asking it.
@@ -163,17 +160,7 @@ impl<D: Math> Checkpoint<D> {
             }
         }
         item.peak_bytes = self.model.peak_memory()?;
-        let (mut sum, mut weights) = (0.0, 0.0);
-        for (turn, answer) in question.turns.iter().zip(&item.answers) {
-            let (score, weight) = question.scoring.score(answer, &turn.references);
-            (sum, weights) = (sum + score * weight, weights + weight);
-            item.references.extend(turn.references.iter().map(|reference| Asked {
-                found: question.scoring.holds(answer, &reference.text),
-                text: reference.text.clone(),
-                depth: reference.depth,
-            }));
-        }
-        item.score = sum / weights.max(1.0);
+        item.grade(question);
         Ok(item)
     }
 
@@ -191,17 +178,19 @@ impl<D: Math> Checkpoint<D> {
         progress: &mut dyn Progress,
     ) -> Result<RetrievalReport> {
         let Evaluation { plan, max_new_tokens, .. } = *evaluation;
+        // All of them before the first is asked, which may take hours, and before the file of items is made.
+        for asked in questions {
+            let checked = match &evaluation.eviction {
+                Some(eviction) => self.check_evicting(&asked.question, eviction, max_new_tokens),
+                None => self.check_question(&asked.question, max_new_tokens),
+            };
+            checked.map_err(|error| asked.error(error))?;
+        }
         let (mut log, mut known) = (None, HashMap::new());
         if let Some(path) = evaluation.items {
             let (opened, items) = ItemLog::open(path, &self.settings(evaluation))?;
             known = items.into_iter().map(|i: RetrievalItem| ((i.size, i.case), i)).collect();
             log = Some(opened);
-        }
-        let missing = |asked: &&SizedQuestion| !known.contains_key(&(asked.size, asked.case));
-        // All of them before the first is asked, which may take hours.
-        for asked in questions.iter().filter(missing) {
-            let checked = self.check_question(&asked.question, max_new_tokens);
-            checked.map_err(|error| asked.error(error))?;
         }
         let (mut items, mut score) = (Vec::with_capacity(questions.len()), 0.0);
         for asked in questions {
@@ -209,7 +198,12 @@ impl<D: Math> Checkpoint<D> {
             let item = match known.remove(&(size, case)) {
                 Some(item) => item,
                 None => {
-                    let item = self.ask(&asked.question, plan, max_new_tokens);
+                    let item = match &evaluation.eviction {
+                        Some(eviction) => {
+                            self.ask_evicting(&asked.question, eviction, max_new_tokens)
+                        }
+                        None => self.ask(&asked.question, plan, max_new_tokens),
+                    };
                     let item = item.map_err(|error| asked.error(error))?;
                     let item = RetrievalItem { size, case, ..item };
                     if let Some(log) = &mut log {
@@ -252,6 +246,10 @@ impl<D: Math> Checkpoint<D> {
         settings.insert("model".into(), json!(self.model.fingerprint()));
         settings.insert("plan".into(), json!(plan));
         settings.insert("max_new_tokens".into(), json!(evaluation.max_new_tokens));
+        if let Some(Eviction { kind, density, before_question }) = evaluation.eviction {
+            let of = json!({"kind": kind.name(), "density": density, "before_question": before_question});
+            settings.insert("eviction".into(), of);
+        }
         // Logs of before there was a choice say nothing.
         if self.prompt_style() == PromptStyle::Raw {
             settings.insert("prompts".into(), json!("raw"));

@@ -236,6 +236,8 @@ impl<D: Math> Decoder<D> {
         let weights = Shard::weights(self.shard.as_ref(), c);
         let rest = weights.rest - unread;
         let own = weights.linear_bytes(&self.device) + self.device.weight_bytes(rest);
+        let saved = self.block_savings.all - if is_read { 0 } else { self.block_savings.embedding };
+        let own = own.saturating_sub(saved);
         // Weights that stay in their file are as large as there.
         if own == 0 { self.stored_bytes } else { own }
     }
@@ -243,9 +245,14 @@ impl<D: Math> Decoder<D> {
     /// Bytes of keys and values that the query of token `len` sees.
     fn kv_bytes_read(&self, plan: &Plan, context: usize, len: usize) -> Result<u64> {
         let plan = self.own_plan(plan)?;
-        let spans = (0..self.layers.len()).flat_map(|layer| plan.layer_spans(layer, context));
-        let keys: usize = spans.map(|span| span.total().min(len)).sum();
-        Ok(keys as u64 * self.slot_bytes())
+        let (dim, slot) = (self.config.head_dim, self.slot_bytes());
+        let heads = plan.layouts(context, 0)?;
+        let heads = heads.iter().flat_map(|layer| layer.heads());
+        let bytes = |head: &moa_core::HeadLayout| {
+            let slot = head.cache_type().map_or(slot, |own| own.slot_bytes(dim));
+            head.span().total().min(len) as u64 * slot
+        };
+        Ok(heads.map(bytes).sum())
     }
 }
 

@@ -7,8 +7,8 @@ use crate::checkpoint::template::Message;
 use crate::device::Math;
 use crate::find_plan::records::{PHRASINGS, Phrasing};
 
-/// English prose that calibration never uses: "The Book of the Machines", chapters 23 to 25 of Samuel
-/// Butler's Erewhon (1872, in the public domain), some 10,000 words.
+/// English prose of another author than that of calibration: the beginning of "A Voyage to Lilliput" from Jonathan
+/// Swift's Gulliver's Travels (1726, in the public domain), some 10,000 words.
 pub const HELD_OUT_TEXT: &str = include_str!("essay.txt");
 
 /// Seeds of calibration are multiples of 2^16 plus small numbers; these lie apart from them.

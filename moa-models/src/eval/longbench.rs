@@ -41,8 +41,8 @@ impl LongBenchCase {
     }
 }
 
-/// A dataset of LongBench or LV-Eval: how it asks and how it is scored. English ones and code; the others
-/// need a dictionary of Chinese words.
+/// A dataset of LongBench or LV-Eval: how it asks and how it is scored. Scores of Chinese ones are not those of the
+/// benchmarks, which cut texts into words by a dictionary ([`chinese_words`](crate::metrics::chinese_words)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LongBenchDataset {
     /// Name in its benchmark.
@@ -63,12 +63,21 @@ enum Score {
     KeywordF1,
     /// LV-Eval's of the first answer alone.
     FirstF1,
+    F1Zh,
+    /// LV-Eval's, as `KeywordF1`.
+    KeywordF1Zh,
+    /// LV-Eval's of the first answer alone.
+    FirstF1Zh,
     /// Of the first line.
     LineF1,
     Rouge,
+    RougeZh,
+    /// LV-Eval's of the first answer alone, without common words.
+    ContentRougeZh,
     LineRouge,
     LineClass,
     Paragraph,
+    ParagraphZh,
     Count,
     Code,
 }
@@ -83,6 +92,9 @@ const ONE_PASSAGE: &str = "Please answer the following question based on the giv
     explanation and evidence.\n\nArticle: {context}\n\nPlease answer the following question based on the \
     above passages. Questions and answers are only relevant to one passage. Only give me the answer and do \
     not output any other explanation and evidence.\n\nQuestion: {input}\nAnswer:";
+
+const ONE_ARTICLE_ZH: &str = "请根据下面给定的文章回答问题，问题和答案只与其中一篇文章有关。\n\n文章：{context}\n\n\
+    现在请基于上述文章回答下面的问题，问题和答案只与其中一篇文章有关。\n\n问题：{input}\n回答：";
 
 const fn dataset(
     name: &'static str,
@@ -102,7 +114,7 @@ const fn continued(
     LongBenchDataset { name, max_new_tokens, prompt, score, chat: false }
 }
 
-const DATASETS: [LongBenchDataset; 22] = [
+const DATASETS: [LongBenchDataset; 32] = [
     dataset(
         "narrativeqa",
         128,
@@ -226,6 +238,61 @@ const DATASETS: [LongBenchDataset; 22] = [
     dataset("loogle_MIR_mixup", 64, Score::KeywordF1, ONE_PASSAGE),
     dataset("multifieldqa_en_mixup", 64, Score::KeywordF1, ONE_PASSAGE),
     dataset(
+        "multifieldqa_zh",
+        64,
+        Score::F1Zh,
+        "阅读以下文字并用中文简短回答：\n\n{context}\n\n现在请基于上面的文章回答下面的问题，只告诉我答案，不要输出任何其\
+         他字词。\n\n问题：{input}\n回答：",
+    ),
+    dataset(
+        "dureader",
+        128,
+        Score::RougeZh,
+        "请基于给定的文章回答下述问题。\n\n文章：{context}\n\n请基于上述文章回答下面的问题。\n\n问题：{input}\n回答：",
+    ),
+    dataset(
+        "vcsum",
+        512,
+        Score::RougeZh,
+        "下面有一段会议记录，请你阅读后，写一段总结，总结会议的内容。\n会议记录：\n{context}\n\n会议总结：",
+    ),
+    continued(
+        "lsht",
+        64,
+        Score::LineClass,
+        "请判断给定新闻的类别，下面是一些例子。\n\n{context}\n{input}",
+    ),
+    dataset(
+        "passage_retrieval_zh",
+        32,
+        Score::ParagraphZh,
+        "以下是若干段落文字，以及其中一个段落的摘要。请确定给定的摘要出自哪一段。\n\n{context}\n\n下面是一个摘要\n\n\
+         {input}\n\n请输入摘要所属段落的编号。答案格式必须是\"段落1\"，\"段落2\"等格式\n\n答案是：",
+    ),
+    dataset(
+        "multifieldqa_zh_mixup",
+        64,
+        Score::KeywordF1Zh,
+        "请阅读以下文章并用中文回答问题，问题和答案只与其中一篇文章有关。只需要直接给出问题的答案，不要输出其他任何解释和证据。\
+         \n\n文章：{context}\n\n请基于上面的文章回答下面的问题，问题和答案只与其中一篇文章有关。只需要直接给出问题的答案，\
+         不要输出其他任何解释和证据。\n\n问题：{input}\n回答：",
+    ),
+    dataset("cmrc_mixup", 64, Score::KeywordF1Zh, ONE_ARTICLE_ZH),
+    dataset(
+        "lic_mixup",
+        64,
+        Score::KeywordF1Zh,
+        "请根据下面给定的文章回答问题，问题和答案只与其中一篇文章有关。\n\n文章：{context}\n\n请现在基于上述文章回答下面的\
+         问题，问题和答案只与其中一篇文章有关。\n\n问题：{input}\n回答：",
+    ),
+    dataset("dureader_mixup", 64, Score::ContentRougeZh, ONE_ARTICLE_ZH),
+    dataset(
+        "factrecall_zh",
+        16,
+        Score::FirstF1Zh,
+        "请基于给定的文章回答下述问题。\n\n文章：{context}\n\n现在请基于上述文章回答下面的问题。\n\n问题：{input}\n回答：",
+    ),
+    dataset(
         "factrecall_en",
         16,
         Score::FirstF1,
@@ -261,6 +328,13 @@ impl LongBenchDataset {
         let metric = match self.score {
             Score::F1 | Score::FirstF1 => Metric::F1,
             Score::KeywordF1 => Metric::KeywordF1(case.answer_keywords.clone().unwrap_or_default()),
+            Score::F1Zh | Score::FirstF1Zh => Metric::F1Zh,
+            Score::KeywordF1Zh => {
+                Metric::KeywordF1Zh(case.answer_keywords.clone().unwrap_or_default())
+            }
+            Score::RougeZh => Metric::RougeZh,
+            Score::ContentRougeZh => Metric::ContentRougeZh,
+            Score::ParagraphZh => Metric::ParagraphZh,
             Score::LineF1 => line(Metric::F1),
             Score::Rouge => Metric::RougeL,
             Score::LineRouge => line(Metric::RougeL),
@@ -273,6 +347,7 @@ impl LongBenchDataset {
         };
         let answers = match self.score {
             Score::KeywordF1 | Score::FirstF1 => 1,
+            Score::KeywordF1Zh | Score::FirstF1Zh | Score::ContentRougeZh => 1,
             _ => case.answers.len(),
         };
         let reference = |text: &String| Reference { text: text.clone(), depth: None };
@@ -345,8 +420,8 @@ mod tests {
     fn datasets_are_found_by_name_and_score_as_their_benchmark_does() {
         assert_eq!(LongBenchDataset::named("factrecall_en_128k").unwrap().name, "factrecall_en");
         assert_eq!(LongBenchDataset::named("qasper_e").unwrap().name, "qasper");
-        let error = LongBenchDataset::named("dureader").unwrap_err().to_string();
-        assert!(error.contains("dureader") && error.contains("repobench-p"), "{error}");
+        let error = LongBenchDataset::named("squad").unwrap_err().to_string();
+        assert!(error.contains("squad") && error.contains("repobench-p"), "{error}");
         assert_eq!(score("hotpotqa", "Bob Ray"), 1.0);
         assert_eq!(score("triviaqa", "\nBob Ray\nPassage: more"), 1.0);
         assert_eq!(score("trec", "Ann\nBob Ray"), 1.0);
@@ -355,6 +430,10 @@ mod tests {
         assert_eq!(score("loogle_SD_mixup_16k", "Bob Ray"), 0.0);
         assert_eq!(score("factrecall_en", "Bob Ray"), 0.0);
         assert_eq!(score("factrecall_en", "ann"), 1.0);
+        assert_eq!(score("multifieldqa_zh", "bob ray！"), 1.0);
+        assert!(score("dureader", "Bob Ray") > 0.999 && score("dureader_mixup", "Bob Ray") == 0.0);
+        assert_eq!((score("cmrc_mixup_16k", "Ann"), score("cmrc_mixup", "Bob Ray")), (1.0, 0.0));
+        assert_eq!(score("lsht", "Ann\nBob Ray"), 1.0);
     }
 
     #[test]
@@ -363,10 +442,11 @@ mod tests {
             let question = dataset.question(&case());
             let text = &question.turns[0].text;
             assert!(text.contains("A text with {input} in it."), "{}", dataset.name);
-            let asks =
-                !["gov_report", "multi_news", "passage_count", "lcc"].contains(&dataset.name);
+            let asks = !["gov_report", "multi_news", "passage_count", "vcsum", "lcc"]
+                .contains(&dataset.name);
             assert_eq!(text.contains("Who is it?"), asks, "{}", dataset.name);
-            let text = ["trec", "triviaqa", "samsum", "lcc", "repobench-p"].contains(&dataset.name);
+            let text = ["trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"]
+                .contains(&dataset.name);
             assert_eq!(question.prompting == Prompting::Text, text, "{}", dataset.name);
         }
     }

@@ -10,6 +10,7 @@ pub(crate) mod retrieval;
 pub(crate) mod tasks;
 
 mod ask;
+mod ask_evicting;
 mod held_out;
 mod item_log;
 mod peak;

@@ -118,7 +118,9 @@ impl<D: Math> Decoder<D> {
     /// Perplexity of `tokens`, cut into windows of `length` that each begin with `first`.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the text does not fill one window, [`Error::ContextExceeded`] if `length` is
+    /// [`Error::Invalid`] if the text does not fill one window or a token is not in the vocabulary,
+    /// [`Error::NotFinite`] with the token and the window whose cross entropy is no number,
+    /// [`Error::ContextExceeded`] if `length` is
     /// beyond the model's context, [`Error::Cancelled`].
     pub fn perplexity(
         &self,
@@ -130,6 +132,7 @@ impl<D: Math> Decoder<D> {
         progress: &mut dyn Progress,
     ) -> Result<PerplexityReport> {
         let begin = Instant::now();
+        self.check_tokens(tokens)?;
         let parts = Item::windows(tokens, first, length, windows)?;
         let (mut sum, mut count, mut kv_bytes) = (0.0, 0, 0);
         for (done, part) in (1..).zip(&parts) {
@@ -139,7 +142,13 @@ impl<D: Math> Decoder<D> {
                 let logits = self.all_logits(&mut sequence, chunk)?;
                 let rows = logits.chunks(self.config().vocab_size);
                 for (row, target) in rows.zip(targets.by_ref()) {
-                    sum += cross_entropy(row, *target as usize);
+                    let own = cross_entropy(row, *target as usize);
+                    if !own.is_finite() {
+                        let at = count % length;
+                        let what = format!("cross entropy of token {at} of window {done}");
+                        return Err(Error::NotFinite { what, got: own.to_string() });
+                    }
+                    sum += own;
                     count += 1;
                 }
             }

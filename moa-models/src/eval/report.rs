@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::question::Question;
 use crate::engine::request::Usage;
 use crate::{Error, Result};
 
@@ -59,6 +60,21 @@ impl RetrievalItem {
     /// Whether the answers have the full score.
     pub fn is_right(&self) -> bool {
         self.score >= 1.0
+    }
+
+    /// Scores the answers, and says which references they hold.
+    pub(crate) fn grade(&mut self, question: &Question) {
+        let (mut sum, mut weights) = (0.0, 0.0);
+        for (turn, answer) in question.turns.iter().zip(&self.answers) {
+            let (score, weight) = question.scoring.score(answer, &turn.references);
+            (sum, weights) = (sum + score * weight, weights + weight);
+            self.references.extend(turn.references.iter().map(|reference| Asked {
+                found: question.scoring.holds(answer, &reference.text),
+                text: reference.text.clone(),
+                depth: reference.depth,
+            }));
+        }
+        self.score = sum / weights.max(1.0);
     }
 
     /// Adds what a turn read and wrote.

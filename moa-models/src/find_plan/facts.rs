@@ -22,9 +22,11 @@ enum Values {
     Words(&'static [&'static str]),
     /// Whole numbers of so many digits.
     Digits(u32),
+    /// Letters and digits.
+    Codes,
 }
 
-use Values::{Digits, Words};
+use Values::{Codes, Digits, Words};
 
 const KINDS: &[Kind] = &[
     Kind {
@@ -83,6 +85,37 @@ const KINDS: &[Kind] = &[
     },
 ];
 
+/// What has to be copied to the letter: numbers, codes and words that nothing foretells.
+const KEYS: &[Kind] = &[
+    Kind {
+        statement: "The pass key of {who} is {what}. Remember it.",
+        question: "What is the pass key of {who}?",
+        values: Digits(5),
+    },
+    Kind {
+        statement: "{who}: {what}.",
+        question: "Which number stands behind the name {who}?",
+        values: Digits(6),
+    },
+    Kind {
+        statement: "Access for {who} is granted with the code {what} only.",
+        question: "With which code is access for {who} granted?",
+        values: Codes,
+    },
+    Kind {
+        statement: "One of the special numbers for {who} is: {what}.",
+        question: "What is the special number for {who}?",
+        values: Digits(7),
+    },
+    Kind {
+        statement: "Whoever speaks to {who} has to say the word {what} first.",
+        question: "Which word has to be said first to {who}?",
+        values: Words(&[
+            "lantern", "meadow", "copper", "thistle", "harbour", "velvet", "saffron", "anchor",
+        ]),
+    },
+];
+
 const NAMES: &[&str] = &[
     "Martha", "Edwin", "Clara", "Rupert", "Agnes", "Walter", "Sylvia", "Hugo", "Beatrice", "Oscar",
     "Lydia", "Conrad", "Matilda", "Felix", "Harriet", "Julian", "Ottilie", "Bernard", "Cecily",
@@ -91,16 +124,29 @@ const NAMES: &[&str] = &[
 
 /// `count` facts about different people, at most one a name.
 pub(crate) fn facts(rng: &mut SplitMix64, count: usize) -> Vec<Fact> {
+    drawn(rng, count, KINDS)
+}
+
+/// `count` keys of different people, kinds mixed.
+pub(crate) fn keys(rng: &mut SplitMix64, count: usize) -> Vec<Fact> {
+    drawn(rng, count, KEYS)
+}
+
+fn drawn(rng: &mut SplitMix64, count: usize, kinds: &[Kind]) -> Vec<Fact> {
     let mut names = NAMES.to_vec();
     (0..count.min(names.len()))
         .map(|_| {
             let who = names.swap_remove(rng.below(names.len()));
-            let kind = &KINDS[rng.below(KINDS.len())];
+            let kind = &kinds[rng.below(kinds.len())];
             let answer = match kind.values {
                 Words(words) => rng.pick(words).to_string(),
                 Digits(digits) => {
                     let least = 10usize.pow(digits - 1);
                     (least + rng.below(9 * least)).to_string()
+                }
+                Codes => {
+                    let letters = [(); 3].map(|()| char::from(b'A' + rng.below(26) as u8));
+                    format!("{}{}", letters.iter().collect::<String>(), 100 + rng.below(900))
                 }
             };
             Fact {
@@ -142,8 +188,8 @@ mod tests {
     #[test]
     fn facts_hold_their_answers_and_stand_in_the_text_in_their_order() {
         let mut rng = SplitMix64::new(3);
-        let facts = facts(&mut rng, 6);
-        assert_eq!(facts.len(), 6);
+        let facts = [facts(&mut rng, 6), keys(&mut rng, 12)].concat();
+        assert_eq!(facts.len(), 18);
         let text = "One sentence stands here. Another one follows it. ".repeat(40);
         let statements: Vec<&str> = facts.iter().map(|f| f.statement.as_str()).collect();
         let scattered = scatter(&mut rng, &text, &statements);

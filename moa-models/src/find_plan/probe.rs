@@ -2,7 +2,7 @@
 //! layers below that one again. Items that begin alike, as questions about one text do, share what
 //! they have in common.
 
-use moa_core::{Append, LayerLayout, Plan, SparseAttentionBackend};
+use moa_core::{Append, Plan, SparseAttentionBackend};
 
 use crate::decoder::model::Decoder;
 use crate::device::Math;
@@ -62,13 +62,33 @@ pub(crate) fn common_prefix(a: &Item, b: &Item) -> usize {
     equal.min(a.prompt().len() - 1).min(b.prompt().len() - 1)
 }
 
+/// What was measured of a plan and of its variants, if all of it are numbers.
+fn finite(
+    what: &str,
+    base: f64,
+    variants: Vec<f64>,
+    of: &[(usize, Plan)],
+) -> Result<(f64, Vec<f64>)> {
+    let bad = |got: f64, place: String| {
+        Err(Error::NotFinite { what: format!("{what}{place}"), got: got.to_string() })
+    };
+    if !base.is_finite() {
+        return bad(base, " of a plan".to_string());
+    }
+    match variants.iter().zip(of).find(|(value, _)| !value.is_finite()) {
+        Some((value, (layer, _))) => bad(*value, format!(" of a plan changed in layer {layer}")),
+        None => Ok((base, variants)),
+    }
+}
+
 impl<D: Math> Decoder<D> {
     /// Mean cross entropy of items' responses, in nats per token, in sequences opened for
     /// `capacity` tokens: the mean over items of each one's mean. Consecutive items that begin alike
     /// are computed together.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if `items` is empty, [`Error::Core`] with
+    /// [`Error::Invalid`] if `items` is empty or a token is not in the vocabulary, [`Error::NotFinite`] if the loss
+    /// is no number, [`Error::Core`] with
     /// [`ShapeMismatch`](moa_core::Error::ShapeMismatch) if the plan is for a model of other
     /// dimensions, [`Error::ContextExceeded`] if an item is longer than `capacity`, or `capacity`
     /// than the model's context; [`Error::OutOfMemory`] or [`Error::Backend`] if the device fails.
@@ -88,6 +108,7 @@ impl<D: Math> Decoder<D> {
         if items.is_empty() {
             return Err(Error::invalid("items", "at least one", 0));
         }
+        items.iter().try_for_each(|item| self.check_tokens(item.tokens()))?;
         let vocab = self.config.vocab_size;
         let (mut base, mut losses) = (0.0, vec![0.0; variants.len()]);
         for group in groups(items) {
@@ -106,7 +127,7 @@ impl<D: Math> Decoder<D> {
         }
         let count = items.len() as f64;
         losses.iter_mut().for_each(|loss| *loss /= count);
-        Ok((base / count, losses))
+        finite("response loss", base / count, losses, variants)
     }
 
     /// Texts with the dense model's predictions, for [`divergences`](Self::divergences), in sequences
@@ -154,7 +175,7 @@ impl<D: Math> Decoder<D> {
         }
         let count = texts.len() as f64;
         all.iter_mut().for_each(|divergence| *divergence /= count);
-        Ok((base / count, all))
+        finite("divergence on text", base / count, all, variants)
     }
 
     /// `loss` of a pass's logits under `plan`; adds those of `variants` to `losses`.
@@ -239,9 +260,7 @@ impl<D: Math> Decoder<D> {
                 keep.push(x.clone());
             }
             let is_top = index + 1 == self.layers.len();
-            let spans = plan.layer_spans(index, pass.capacity);
-            let layout = LayerLayout::new(&spans, pass.capacity, 0)?;
-            let mut cache = self.open_cache(&layout)?;
+            let mut cache = self.open_cache(&plan.layout(index, pass.capacity, 0)?)?;
             if let (Some(shared), Some(rotations)) = (x.shared.take(), &pass.shared_rotations) {
                 let mut attend = |qkv| {
                     let batch = &mut [Append { cache: &mut cache, tokens: pass.shared }];

@@ -81,7 +81,9 @@ impl<D: Backward> Decoder<D> {
     ///
     /// # Errors
     /// [`Error::Core`] with [`ShapeMismatch`](moa_core::Error::ShapeMismatch) if `into` is for a
-    /// model of other dimensions; [`Error::Invalid`] if the item is longer than `into`, the model
+    /// model of other dimensions, or with [`Invalid`](moa_core::Error::Invalid) naming layer, head and position of
+    /// an influence that is no number; [`Error::Invalid`] if the item is longer than `into` or has a token that is
+    /// not in the vocabulary, the model
     /// is one rank's part, or its weights have 8 bits; [`Error::ContextExceeded`] if the item is
     /// longer than the model's context; [`Error::OutOfMemory`] or [`Error::Backend`] if the device
     /// fails.
@@ -121,6 +123,7 @@ impl<D: Backward> Decoder<D> {
         self.check_whole("profiling")?;
         self.device.check_gradients()?;
         let tokens = item.inputs();
+        self.check_tokens(item.tokens())?;
         if into.shape() != self.shape() {
             let (expected, got) = (self.shape(), into.shape());
             return Err(moa_core::Error::ShapeMismatch { what: "influence", expected, got }.into());
@@ -138,6 +141,10 @@ impl<D: Backward> Decoder<D> {
 
         let rows = item.rows();
         let (losses, mut d_x) = self.top_gradient(&saved, item, objective)?;
+        if !(losses.0.is_finite() && losses.1.is_finite()) {
+            let what = "loss of a calibration item under dense attention".to_string();
+            return Err(Error::NotFinite { what, got: losses.0.max(losses.1).to_string() });
+        }
         let mut active = rows;
         for (index, (layer, saved)) in self.layers.iter().zip(saved).enumerate().rev() {
             let d_y = self.mlp_backward(layer, &saved, &active, d_x)?;

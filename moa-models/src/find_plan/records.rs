@@ -31,7 +31,7 @@ pub struct Phrasing {
     question: &'static str,
 }
 
-/// The built-in phrasings. Introductions are longer than sinks, as real instructions are: what lies in
+/// The built-in phrasings. Whole introductions are longer than sinks, as real instructions are: what lies in
 /// the sinks is seen by every head, whatever its span. Small models follow only those near to what they were trained on, so
 /// calibration asks the dense model which of them it answers (see
 /// [`Checkpoint::calibrate`](crate::Checkpoint::calibrate)).
@@ -84,7 +84,8 @@ impl Phrasing {
         self.line.len() + 8
     }
 
-    /// A record of `lines` lines (at most 4,000) and a question about one of them, drawn with `seed`.
+    /// A record of `lines` lines (at most 4,000) and a question about one of them, drawn with `seed`, as is
+    /// how many sentences of the introduction it begins with.
     pub fn prompt(&self, lines: usize, seed: u64) -> RecordPrompt {
         let (mut rng, entries, text) = self.record(lines, seed);
         self.ask(&text, &entries[rng.below(entries.len())])
@@ -104,11 +105,24 @@ impl Phrasing {
     fn record(&self, lines: usize, seed: u64) -> (SplitMix64, Vec<(String, u32)>, String) {
         let mut rng = SplitMix64::new(seed);
         let entries = entries(&mut rng, lines.clamp(1, 4000));
-        let mut text = self.introduction.to_string();
+        let mut text = self.introduction(seed);
         for (key, value) in &entries {
             text.push_str(&self.line.replace("{key}", key).replace("{value}", &value.to_string()));
         }
         (rng, entries, text)
+    }
+
+    /// The whole introduction, its first half or its beginning: heads that look at one long introduction
+    /// alone would seem to need no more than it.
+    fn introduction(&self, seed: u64) -> String {
+        let sentences: Vec<&str> = self.introduction.split_inclusive(". ").collect();
+        let kept = match seed % 3 {
+            0 => sentences.len(),
+            1 => sentences.len().div_ceil(2),
+            _ => sentences.len().min(2),
+        };
+        let end = &self.introduction[self.introduction.trim_end().len()..];
+        format!("{}{end}", sentences[..kept].concat().trim_end())
     }
 
     fn ask(&self, record: &str, (key, answer): &(String, u32)) -> RecordPrompt {

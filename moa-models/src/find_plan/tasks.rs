@@ -5,7 +5,7 @@
 use moa_core::SplitMix64;
 
 use crate::checkpoint::template::Message;
-use crate::find_plan::facts::{facts, scatter};
+use crate::find_plan::facts::{Fact, facts, keys, scatter};
 use crate::find_plan::records::{PHRASINGS, Phrasing};
 use crate::find_plan::text::excerpt;
 
@@ -23,6 +23,8 @@ pub(crate) enum Task {
     PassKey,
     /// Facts in running text, one of which is asked for in other words.
     Facts(usize),
+    /// Numbers, codes and words in running text, one of which is asked for.
+    Keys(usize),
     /// Two facts in running text, both asked for.
     TwoAnswers,
     /// A sentence of running text, to be written again.
@@ -35,10 +37,11 @@ pub(crate) enum Task {
 
 impl Task {
     /// All but the records, from easy to hard.
-    pub(crate) const OF_TEXT: [Self; 6] = [
+    pub(crate) const OF_TEXT: [Self; 7] = [
         Self::PassKey,
         Self::Facts(1),
         Self::Facts(4),
+        Self::Keys(4),
         Self::TwoAnswers,
         Self::Recall,
         Self::Quote,
@@ -55,6 +58,7 @@ impl Task {
             Self::PassKey => "pass key",
             Self::Facts(1) => "one fact",
             Self::Facts(_) => "one of several facts",
+            Self::Keys(_) => "one of several keys",
             Self::TwoAnswers => "two facts",
             Self::Quote => "quotation",
             Self::Recall => "recall",
@@ -68,8 +72,18 @@ impl Task {
         let rng = &mut SplitMix64::new(seed);
         match self {
             Self::PassKey => vec![pass_key(rng, bytes)],
-            Self::Facts(1) => facts_of(rng, bytes, 1, 1),
-            Self::Facts(several) => facts_of(rng, bytes, several.max(questions), questions),
+            Self::Facts(1) => {
+                let facts = facts(rng, 1);
+                one_of(rng, bytes, &facts, 1)
+            }
+            Self::Facts(several) => {
+                let facts = facts(rng, several.max(questions));
+                one_of(rng, bytes, &facts, questions)
+            }
+            Self::Keys(several) => {
+                let keys = keys(rng, several.max(questions));
+                one_of(rng, bytes, &keys, questions)
+            }
             Self::TwoAnswers => vec![two_answers(rng, bytes)],
             Self::Quote => vec![quote(rng, bytes)],
             Self::Recall => vec![recall(rng, bytes)],
@@ -104,15 +118,14 @@ fn pass_key(rng: &mut SplitMix64, bytes: usize) -> TaskPrompt {
 
 const READ: &str = "Read the following text carefully and keep what it says in mind. A question about it follows.\n\n";
 
-fn facts_of(rng: &mut SplitMix64, bytes: usize, count: usize, questions: usize) -> Vec<TaskPrompt> {
-    let facts = facts(rng, count);
+fn one_of(rng: &mut SplitMix64, bytes: usize, facts: &[Fact], questions: usize) -> Vec<TaskPrompt> {
     let text = excerpt(rng, bytes);
     let statements: Vec<&str> = facts.iter().map(|fact| fact.statement.as_str()).collect();
     let text = scatter(rng, &text, &statements);
     // Without a choice the question is about any of them.
     let first = if questions < facts.len() { rng.below(facts.len() + 1 - questions) } else { 0 };
     let asked = facts[first..].iter().take(questions);
-    let ask = |fact: &crate::find_plan::facts::Fact| {
+    let ask = |fact: &Fact| {
         let text = format!("{READ}{text}\n\n{} Answer in one short sentence.", fact.question);
         one(text, vec![fact.answer.clone()])
     };
@@ -202,6 +215,7 @@ mod tests {
             }
         }
         // Many questions share one context.
+        assert_eq!(Task::Keys(4).prompts(3000, 1, 8).len(), 8);
         assert_eq!(Task::Facts(4).prompts(3000, 1, 8).len(), 8);
     }
 

@@ -3,8 +3,12 @@
 //! Without a GPU trials are ignored; with `MOA_REQUIRE_GPU=1` they fail then. Golden logits of an
 //! independent implementation are read from the folder that `MOA_TEST_DATA` names.
 
+mod blocks;
 mod errors;
 mod families;
+#[allow(dead_code, reason = "the other tests of files use all of it")]
+#[path = "../loading/gguf/file.rs"]
+mod file;
 mod fp8;
 mod laws;
 mod logits;
@@ -22,6 +26,7 @@ use moa_models::{Checkpoint, Cpu, Cuda, Decoder, Dtype, LogitRows, Math, Sequenc
 
 fn main() -> ExitCode {
     let trials = [
+        blocks::trials(),
         errors::trials(),
         families::trials(),
         fp8::trials(),

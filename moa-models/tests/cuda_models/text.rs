@@ -75,9 +75,12 @@ pub(crate) fn greedy_text_agrees(gpu: &Arc<Decoder<Cuda>>, cpu: &Arc<Decoder<Cpu
             for token in &expected[..same] {
                 logits = step(cpu, &mut sequence, &[*token]).pop().unwrap();
             }
-            assert_eq!(likeliest(&logits), expected[same]);
-            let gap = logits[expected[same] as usize] - logits[got[same] as usize];
+            // Where the CPU's own sums depend on the number of rows, it may part from itself.
+            let best = logits[likeliest(&logits) as usize];
             let spread = spread(&logits);
+            let own = best - logits[expected[same] as usize];
+            assert!(f64::from(own) <= share * spread, "{own} below the CPU's likeliest token");
+            let gap = best - logits[got[same] as usize];
             println!("token {same} differs, gap {gap} of a spread of {spread}");
             // Both tokens may be off by what the logits may.
             assert!(f64::from(gap) <= 2.0 * share * spread, "gap {gap} at token {same}");

@@ -34,12 +34,15 @@ fn an_item_log_goes_on() -> Result<()> {
     assert!((items[1].density - 0.6372549019607843).abs() < 1e-15);
     assert_eq!(RetrievalReport::new(items.clone())?.prompt_tokens_mean, 81.0);
 
-    // A new line has the form of the old ones.
+    // A new line has the form of the old ones, and says its run at the end.
     log.push(&items[1])?;
     let after = fs::read_to_string(&path).unwrap();
     let fields = |line: &str| line.split(',').map(field_name).collect::<Vec<_>>();
     let last = |text: &str| fields(text.lines().last().unwrap());
-    assert!(after.starts_with(&before) && last(&before) == last(&after), "{after}");
+    let mut expected = last(&before);
+    expected.push("\"run\"".to_string());
+    assert!(after.starts_with(&before) && expected == last(&after), "{after}");
+    drop(log);
     let other = ItemLog::<RetrievalItem>::open(&path, &json!({ "seed": 1 }));
     assert!(matches!(other, Err(Error::OtherSettings { .. })));
     Ok(())

@@ -131,7 +131,8 @@ fn calibration_tells_its_progress_and_ends_when_cancelled() -> Result<()> {
         );
         (made.map(|made| made.items.len()), steps.clone())
     };
-    let all: Vec<_> = (1..=4).map(|done| (Stage::Calibrate, done, 4)).collect();
+    // Half as many of the longer length.
+    let all: Vec<_> = (1..=3).map(|done| (Stage::Calibrate, done, 3)).collect();
     let (made, steps) = until(9);
     assert_eq!((made?, &steps), (2, &all));
     let (broken, steps) = until(2);
@@ -152,12 +153,38 @@ fn divergence_on_text_falls_as_spans_grow_and_bounds_the_search() -> Result<()> 
         assert!(matches!(refused, Err(Error::Invalid { .. })), "{length}: {refused:?}");
     }
     let model = tiny();
+    // A text of two pieces and a rest has no more than two.
+    let options = CalibrationOptions { samples: 4, ..options };
+    let mut text = "word ".repeat(40);
+    while checkpoint().tokenizer.encode(&text, true)?.len() < 2 * LENGTH {
+        text += "The text goes on and on. ";
+    }
+    let data = CalibrationData::Prompts(vec![CalibrationPrompt::Text(text)]);
+    let pieces = &checkpoint().text_items(&data, &options)?[&LENGTH];
+    assert_eq!(pieces.len(), 2);
+    assert_ne!(pieces[0].tokens(), pieces[1].tokens());
+
     let mut profile = Profile::new(model.shape(), ProfileInfo::default());
     profile.add(Influence::new(model.shape(), LENGTH, 64)?)?;
     let request = PlanRequest::density(1.0, &[LENGTH], 4, 20)?;
+    // Plans of the same rules and other sinks are other plans: the limit is the dense one's.
+    let rule = ElasticRule::fixed(24);
+    let [few, many] = [4, LENGTH].map(|sink| Plan::uniform(model.shape(), sink, rule));
+    let (few, many) = (few?, many?);
+    let text_goal = TextGoal::NoWorseThan(&many);
+    let none = BTreeMap::new();
+    let evidence = Evidence { items: &texts, texts: &texts, text_goal, held_out: &none };
+    let found = refine(model, evidence, &[few], &request, &profile, 0, &mut ())?;
+    assert!(found.start_divergence > 1e-6, "{}", found.start_divergence);
+    let evidence = Evidence { items: &none, ..evidence };
+    let refused =
+        refine(model, evidence, std::slice::from_ref(&many), &request, &profile, 0, &mut ());
+    assert!(matches!(refused, Err(Error::Invalid { what: "items", .. })), "{refused:?}");
     let measured = |span: usize| -> Result<f64> {
         let plan = Plan::uniform(model.shape(), 4, ElasticRule::fixed(span))?;
-        let evidence = Evidence { items: &texts, texts: &texts, text_goal: TextGoal::Weight(1.0) };
+        let text_goal = TextGoal::Weight(1.0);
+        let evidence =
+            Evidence { items: &texts, texts: &texts, text_goal, held_out: &BTreeMap::new() };
         Ok(refine(model, evidence, &[plan], &request, &profile, 0, &mut ())?.divergence)
     };
     let (narrow, wide, all) = (measured(24)?, measured(128)?, measured(LENGTH)?);
@@ -168,12 +195,33 @@ fn divergence_on_text_falls_as_spans_grow_and_bounds_the_search() -> Result<()> 
     let request = PlanRequest::density(0.25, &[LENGTH], 4, 20)?;
     let uniform = Plan::uniform(model.shape(), 4, ElasticRule::new(0.0, 0.25)?)?;
     let text_goal = TextGoal::NoWorseThan(&uniform);
-    let evidence = Evidence { items: &texts, texts: &texts, text_goal };
+    let held_out = &BTreeMap::new();
+    let evidence = Evidence { items: &texts, texts: &texts, text_goal, held_out };
     let starts = [uniform.clone()];
     let found = refine(model, evidence, &starts, &request, &profile, 30, &mut ())?;
+    // Dense, the limit of text and the start come on top.
+    assert!(found.evaluations <= 33, "{}", found.evaluations);
     assert!(found.plan.density(LENGTH) <= 0.25 + 1e-9);
     let better = (found.start_loss - found.loss, found.start_divergence - found.divergence);
     assert!(better.0 > 0.0 || better.1 > 0.0, "{better:?}");
+    assert_eq!(found.held_out, None);
+
+    // On held-out text a plan of narrow heads is found to be worse, the uniform plan to be what it is, and the
+    // search goes on until the text suffers less.
+    let held_out = BTreeMap::from([(LENGTH, vec![texts[&LENGTH][0].continued(LENGTH / 2)?])]);
+    let evidence = Evidence { held_out: &held_out, ..evidence };
+    let same = refine(model, evidence, &starts, &request, &profile, 0, &mut ())?.held_out.unwrap();
+    assert_eq!((same.divergence, same.growth), (same.limit_divergence, same.limit_growth));
+    let narrow = Plan::uniform(model.shape(), 4, ElasticRule::fixed(24))?;
+    // Items without a far dependency: nothing but text speaks against the narrow plan.
+    let of = |evaluations| -> Result<_> {
+        let starts = [narrow.clone()];
+        let found = refine(model, evidence, &starts, &request, &profile, evaluations, &mut ())?;
+        Ok(found.held_out.unwrap())
+    };
+    let (before, after) = (of(0)?, of(24)?);
+    assert!(before.divergence > same.limit_divergence, "{before:?}");
+    assert!(after.divergence < before.divergence, "{before:?} {after:?}");
     Ok(())
 }
 

@@ -205,9 +205,9 @@ fn a_plan_for_another_model_is_refused() {
 }
 
 #[test]
-fn a_step_reads_a_chunk_of_all_prompts_together_in_the_order_they_came() -> Result<()> {
-    let mut engine = chunked(16);
-    let (a, b) = (text(50), text(30));
+fn a_step_reads_a_chunk_of_all_prompts_half_of_the_oldest_and_half_of_the_shortest() -> Result<()> {
+    let mut engine = chunked(64);
+    let (a, b) = (text(200), text(120));
     let ids =
         [engine.submit(&a[..], &full(), greedy(2)), engine.submit(&b[..], &full(), greedy(2))];
     let (mut reads, mut tokens) = (Vec::new(), [Vec::new(), Vec::new()]);
@@ -220,19 +220,21 @@ fn a_step_reads_a_chunk_of_all_prompts_together_in_the_order_they_came() -> Resu
             other => panic!("{other:?}"),
         }
     }
-    let a = [16, 32, 48, 50].map(|done| (0, done, 50));
-    assert_eq!(reads, [&a[..], &[(1, 14, 30), (1, 30, 30)]].concat());
+    // The second is the shorter one, until nothing of it is left.
+    let both = |done| [(0, done, 200), (1, done, 120)];
+    let end = [(0, 136, 200), (1, 120, 120), (0, 200, 200)];
+    assert_eq!(reads, [&[both(32), both(64), both(96)].concat()[..], &end].concat());
     Ok(())
 }
 
 #[test]
 fn a_request_may_be_cancelled_at_any_time_and_the_others_go_on() -> Result<()> {
-    let (a, b) = (text(50), text(30));
+    let (a, b) = (text(200), text(120));
     let expected = continued(&narrow(), &b, &greedy(6))?;
     // While its prompt is read, after its first token, after some more.
-    for (at, tokens, held) in [(3, 0, 48), (6, 1, 50), (12, 4, 53)] {
-        let mut engine = chunked(16);
-        let resumed = engine.resume(tiny().open(&narrow(), 60, 0)?, &a[..], greedy(6));
+    for (at, tokens, held) in [(3, 0, 64), (11, 1, 200), (17, 4, 203)] {
+        let mut engine = chunked(64);
+        let resumed = engine.resume(tiny().open(&narrow(), 210, 0)?, &a[..], greedy(6));
         let other = engine.submit(&b[..], &narrow(), greedy(6));
         for _ in 0..at {
             engine.step()?;

@@ -1,15 +1,23 @@
 //! The model as its users run it: logits, generation, chat, profiling, on the model that comes with
 //! the repository.
 
+mod api;
 mod chat;
+mod draft;
 mod earlier_files;
 mod eval;
+mod evict;
+mod faults;
 mod generate;
 mod laws;
 mod profile;
+mod rounded;
+mod saved;
 mod serve;
+mod serve_more;
 mod shard;
 mod shard_failures;
+mod speculate;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};

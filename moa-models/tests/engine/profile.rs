@@ -1,7 +1,11 @@
 //! Influence: what a profile predicts is what narrowing a span really does.
 
+use std::collections::BTreeMap;
+
 use moa_core::{ElasticRule, Influence, Plan, Span};
-use moa_models::{Checkpoint, Cpu, Dtype, Error, Item, LogitRows, Objective, Result};
+use moa_models::{
+    Checkpoint, Cpu, Dtype, Error, Item, LogitRows, Objective, Result, measured_losses,
+};
 
 use crate::{full, moa_tiny, text, tiny};
 
@@ -120,6 +124,25 @@ fn items_that_begin_alike_lose_what_each_loses_alone() -> Result<()> {
         assert!((together - alone).abs() < 1e-4, "{together}, not {alone}");
     }
     assert!(tiny().response_loss(&[], &full(), 160).is_err());
+    Ok(())
+}
+
+/// `moa validate` once counted questions where refinement counts contexts, and wrote the one over the other.
+#[test]
+fn contexts_count_alike_however_many_questions_they_have() -> Result<()> {
+    let tokens = text(200);
+    let item = |from: usize| {
+        Item::new(&[&tokens[..120], &tokens[from..from + 9]].concat(), &tokens[from + 9..from + 13])
+    };
+    let other = Item::new(&tokens[40..160], &tokens[160..170])?;
+    let items = vec![item(120)?, item(140)?, item(160)?, other];
+    let of = |items: &[Item]| tiny().response_loss(items, &full(), 160);
+    let expected = f64::midpoint(of(&items[..3])?, of(&items[3..])?);
+    assert!((expected - of(&items)?).abs() > 1e-3, "the means differ");
+    let measured = measured_losses(tiny(), &BTreeMap::from([(160, items)]), &full())?;
+    assert_eq!((measured.len(), measured[0].length), (1, 160));
+    assert!((measured[0].value - expected).abs() < 1e-4, "{measured:?}, not {expected}");
+    assert!(measured_losses(tiny(), &BTreeMap::from([(160, vec![])]), &full()).is_err());
     Ok(())
 }
 

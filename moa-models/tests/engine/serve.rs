@@ -86,7 +86,7 @@ proptest! {
         max_batch in 1usize..4,
     ) {
         let text = text(200);
-        let completions = play(EngineOptions { prefill_chunk, max_batch }, &scripts, &text);
+        let completions = play(EngineOptions { prefill_chunk, max_batch, ..Default::default() }, &scripts, &text);
         for (of, (script, completion)) in scripts.iter().zip(completions).enumerate() {
             let prompt = &text[of..of + script.prompt];
             let alone = continued(&narrow(), prompt, &options(of, script.new)).unwrap();
@@ -183,7 +183,11 @@ fn stop_strings_end_requests_that_came_late() -> Result<()> {
         let start = whole.char_indices().nth(whole.chars().count() * part / 4 + 1).unwrap().0;
         vec![whole[start..].chars().take(6).collect()]
     };
-    let mut engine = checkpoint().engine(EngineOptions { prefill_chunk: 24, max_batch: 3 });
+    let mut engine = checkpoint().engine(EngineOptions {
+        prefill_chunk: 24,
+        max_batch: 3,
+        ..Default::default()
+    });
     let mut asked = Vec::new();
     let mut texts = BTreeMap::<RequestId, String>::new();
     let mut done = BTreeMap::new();

@@ -226,7 +226,7 @@ fn requests_that_come_and_go_get_the_tokens_of_one_rank() -> Result<()> {
     let source = text(120);
     // Two at most run together, the fourth comes late, and the second is cancelled.
     let serve = |model: &Arc<Model>| {
-        let options = EngineOptions { prefill_chunk: 16, max_batch: 2 };
+        let options = EngineOptions { prefill_chunk: 16, max_batch: 2, ..Default::default() };
         let mut engine = Engine::new(Arc::clone(model), options);
         let submit = |engine: &mut Engine<Cpu>, id: usize| {
             let prompt = &source[id * 9..id * 9 + 20 + 25 * (id % 3)];

@@ -67,7 +67,7 @@ fn tensors_that_nobody_reads_are_named() -> Result<(), Error> {
     edit(dir.path(), |header, data| {
         for layer in 0..6 {
             let name = format!("model.layers.{layer}.self_attn.q_proj.bias");
-            add(header, data, &name, "F32", &[2], &[0; 8]);
+            add(header, data, &name, "F32", &[2], &[1; 8]);
         }
         add(header, data, "model.layers.0.self_attn.rotary_emb.inv_freq", "F32", &[1], &[0; 4]);
     });
@@ -145,11 +145,11 @@ fn a_quantised_folder_says_how() {
         matches!(&error, Error::Quantized { scheme, .. } if scheme == "GPTQ or AWQ"),
         "{error}"
     );
-    let config = json!({"quant_method": "awq", "bits": 4, "group_size": 128});
+    let config = json!({"quant_method": "awq", "bits": 3, "group_size": 128});
     set(dir.path(), "config.json", "quantization_config", config);
     let error = open(dir.path()).unwrap_err();
     assert!(
-        matches!(&error, Error::Quantized { scheme, .. } if scheme == "AWQ, 4 bits"),
+        matches!(&error, Error::Quantized { scheme, .. } if scheme == "AWQ, 3 bits"),
         "{error}"
     );
 }

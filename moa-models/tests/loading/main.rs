@@ -6,6 +6,7 @@ mod config;
 mod extra_tensors;
 mod generation_config;
 mod gguf;
+mod sentencepiece;
 #[path = "../streamed/mod.rs"]
 mod streamed;
 mod templates;

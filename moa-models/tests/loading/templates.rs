@@ -77,11 +77,16 @@ fn templates_of_hostile_depth_or_size_are_errors() {
         let result = ChatTemplate::new(&source, "", "").render(&chat, true);
         assert!(result.is_err(), "{}: {result:?}", &source[..20]);
     }
-    // What is only long or deep is fine.
-    let deep = "{% set ns=namespace(a=[]) %}{% for i in range(30000) %}{% set ns.a=[ns.a] %}{% endfor %}\
-                {{ ns.a }}";
-    let deep = ChatTemplate::new(deep, "", "").render(&chat, true).unwrap();
-    assert_eq!(deep.len(), 60_002);
+    // What is only long, or not very deep, is fine.
+    let deep = |levels: usize| {
+        let source = format!(
+            "{{% set ns=namespace(a=[]) %}}{{% for i in range({levels}) %}}{{% set ns.a=[ns.a] %}}{{% endfor %}}\
+             {{{{ ns.a }}}}"
+        );
+        ChatTemplate::new(source, "", "").render(&chat, true)
+    };
+    assert_eq!(deep(50).unwrap().len(), 102);
+    assert!(deep(30_000).unwrap_err().to_string().contains("nested too deeply"));
     let long = format!("{{{{ 1{} }}}}", "+1".repeat(5000));
     assert_eq!(ChatTemplate::new(long, "", "").render(&chat, true).unwrap(), "5001");
 }

@@ -26,6 +26,31 @@ fn tokenizer_of_moa_tiny() -> Result<(), Error> {
 }
 
 #[test]
+fn a_text_that_cannot_fit_is_refused_by_its_bytes() -> Result<(), Error> {
+    let tokenizer = Tokenizer::from_dir(moa_tiny())?;
+    for text in ["a".repeat(1 << 16), " ".repeat(1 << 16), "🦙".repeat(1 << 12)] {
+        let tokens = tokenizer.encode(&text, true)?.len();
+        // What fits is never refused.
+        assert_eq!(tokenizer.encode_within(&text, true, tokens)?.len(), tokens);
+        match tokenizer.encode_within(&text, true, 16) {
+            Err(Error::ContextExceeded { asked, limit: 16 }) => {
+                assert!(16 < asked && asked <= tokens)
+            }
+            other => panic!("{:?}", other.map(|tokens| tokens.len())),
+        }
+    }
+    // At once: cutting it would take gigabytes.
+    let text = "a b ".repeat(1 << 24);
+    let begin = std::time::Instant::now();
+    assert!(matches!(
+        tokenizer.encode_within(&text, true, 4096),
+        Err(Error::ContextExceeded { .. })
+    ));
+    assert!(begin.elapsed().as_secs() < 5);
+    Ok(())
+}
+
+#[test]
 fn tokenizer_of_another_vocabulary_names_both() -> Result<(), Error> {
     let tokenizer = Tokenizer::from_dir(moa_tiny())?;
     match tokenizer.check_vocab_size(8191) {

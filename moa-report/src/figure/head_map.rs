@@ -47,8 +47,10 @@ fn panel(name: &str, map: &HeadMap) -> Panel {
         }
         for (head, &span) in spans.iter().enumerate() {
             let share = map.share(span);
+            let own = map.types.get(layer * heads + head).copied().flatten();
+            let own = own.map_or(String::new(), |own| format!(", in {own}"));
             let tip = format!(
-                "layer {layer}, KV head {head}: {span} of {} keys ({:.1} %)",
+                "layer {layer}, KV head {head}: {span} of {} keys ({:.1} %){own}",
                 map.length,
                 100.0 * share
             );
@@ -70,7 +72,12 @@ mod tests {
 
     #[test]
     fn every_head_has_its_cell_at_every_length() {
-        let map = |length| HeadMap { length, kv_heads: 2, spans: vec![length, 10, 20, 30] };
+        let map = |length| HeadMap {
+            length,
+            kv_heads: 2,
+            spans: vec![length, 10, 20, 30],
+            types: vec![],
+        };
         let svg = head_map("a < b & c", &[("", vec![map(100), map(200)])]).svg();
         assert_eq!(svg.matches("<title>").count(), 8);
         assert!(svg.contains("layer 1, KV head 0: 20 of 200 keys (10.0 %)"));
@@ -81,7 +88,12 @@ mod tests {
     #[test]
     fn large_models_fit_a_phone() {
         for (layers, heads) in [(80, 8), (40, 40), (32, 32), (6, 2), (1, 1)] {
-            let map = HeadMap { length: 8, kv_heads: heads, spans: vec![8; layers * heads] };
+            let map = HeadMap {
+                length: 8,
+                kv_heads: heads,
+                spans: vec![8; layers * heads],
+                types: vec![],
+            };
             let panel = panel("plan", &map);
             assert!(panel.width <= 340.0 && panel.height <= 640.0, "{layers} x {heads}");
         }

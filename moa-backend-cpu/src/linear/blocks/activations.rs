@@ -129,16 +129,16 @@ fn sum(codes: &[i16]) -> i32 {
     codes.iter().map(|code| i32::from(*code)).sum()
 }
 
-/// From -127 to 127.
+/// From -127 to 127. Codes of what is no number may be any, and count for nothing.
 #[inline(always)]
 fn high(code: i16) -> i8 {
-    ((code + 64) >> 7) as i8
+    (code.wrapping_add(64) >> 7) as i8
 }
 
 /// From -64 to 63.
 #[inline(always)]
 fn low(code: i16) -> i8 {
-    (code - (i16::from(high(code)) << 7)) as i8
+    code.wrapping_sub(i16::from(high(code)) << 7) as i8
 }
 
 /// The step and the codes of a group. A step is not a number where an activation is none, or infinite.
@@ -179,6 +179,13 @@ mod tests {
             let mut x = [1.0; GROUP];
             x[7] = bad;
             assert!(quantise(&x).0.is_nan());
+        }
+        // What the low bits of one that is none say passes through.
+        let payload = f32::from_bits(0x7fc0_7fff);
+        let (step, codes) = quantise(&[payload; GROUP]);
+        assert!(step.is_nan());
+        for code in codes.into_iter().chain(i16::MIN..=i16::MAX) {
+            let _ = (high(code), low(code));
         }
         let (step, codes) = quantise(&[1e-40; GROUP]);
         assert!(step < 1e-41 && codes == [0; GROUP]);

@@ -11,6 +11,8 @@ mod vector;
 use self::activations::{Activations, Tile};
 use self::formats::{Format, GROUP, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
 use self::vector::{Scalar, Vector};
+use moa_core::BlockType;
+
 use super::panels::{self, Side};
 use super::range;
 use crate::pool::{self, SharedMut};
@@ -20,31 +22,11 @@ use crate::workspace::Workspace;
 /// Rows of activations from which unpacking the weights is faster than reading them in their blocks.
 const MANY: usize = 8;
 
+const _: () = assert!(crate::FEW_ROWS < MANY && MANY <= crate::MANY_ROWS);
+
 /// Rows of activations whose codes stay in near memory while the weights pass.
 #[cfg(target_arch = "x86_64")]
 const STRETCH_ROWS: usize = 512;
-
-/// How weights are quantised: the layout of a block of a row's elements, by the name that GGUF has for it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum BlockType {
-    /// 32 elements of 4 bits and a step.
-    Q4_0,
-    /// 32 elements of 4 bits, a step and the least element.
-    Q4_1,
-    /// 32 elements of 5 bits and a step.
-    Q5_0,
-    /// 32 elements of 5 bits, a step and the least element.
-    Q5_1,
-    /// 32 elements of 8 bits and a step.
-    Q8_0,
-    /// 256 elements of 4 bits, steps and least elements of 6 bits for each 32.
-    Q4K,
-    /// 256 elements of 5 bits, steps and least elements of 6 bits for each 32.
-    Q5K,
-    /// 256 elements of 6 bits, steps of 8 bits for each 16.
-    Q6K,
-}
 
 macro_rules! with_format {
     ($blocks:expr, $F:ident => $body:expr) => {
@@ -65,45 +47,19 @@ macro_rules! with_format {
     }};
 }
 
-impl BlockType {
-    /// Every type that there is.
-    pub const ALL: [Self; 8] = [
-        Self::Q4_0,
-        Self::Q4_1,
-        Self::Q5_0,
-        Self::Q5_1,
-        Self::Q8_0,
-        Self::Q4K,
-        Self::Q5K,
-        Self::Q6K,
-    ];
+/// Elements of blocks from `start` on as f32, by the machine's best instructions: those of
+/// [`BlockType::widen`], bit for bit.
+///
+/// # Panics
+/// If `blocks` has not so many elements.
+pub(super) fn widen_blocks(kind: BlockType, blocks: &[u8], start: usize, to: &mut [f32]) {
+    widen_with(Level::best(), kind, blocks, start, to);
+}
 
-    /// Elements of a block.
-    #[must_use]
-    pub const fn block_len(self) -> usize {
-        with_format!(self, F => F::LEN)
-    }
-
-    /// Bytes of a block.
-    #[must_use]
-    pub const fn block_bytes(self) -> usize {
-        with_format!(self, F => F::BYTES)
-    }
-
-    /// Elements from `start` on as f32, as exact as the format: the numbers that the reference
-    /// implementation gives, bit for bit.
-    ///
-    /// # Panics
-    /// If `blocks` has not so many elements.
-    pub fn widen(self, blocks: &[u8], start: usize, to: &mut [f32]) {
-        self.widen_with(Level::best(), blocks, start, to);
-    }
-
-    fn widen_with(self, level: Level, blocks: &[u8], start: usize, to: &mut [f32]) {
-        let (len, size) = (self.block_len(), self.block_bytes());
-        assert!((start + to.len()).div_ceil(len) * size <= blocks.len());
-        with_format!(self, F => level.widen::<F>(blocks, start, to));
-    }
+fn widen_with(level: Level, kind: BlockType, blocks: &[u8], start: usize, to: &mut [f32]) {
+    let (len, size) = (kind.block_len(), kind.block_bytes());
+    assert!((start + to.len()).div_ceil(len) * size <= blocks.len());
+    with_format!(kind, F => level.widen::<F>(blocks, start, to));
 }
 
 /// A weight matrix of whole blocks in each row.

@@ -63,14 +63,61 @@ fn rounded(x: &[f32]) -> Vec<f32> {
 fn values_are_those_of_the_reference() {
     for kind in BlockType::ALL {
         let (blocks, values) = reference(kind);
+        let mut found = vec![0.0; ELEMENTS];
+        kind.widen(blocks, 0, &mut found);
+        assert!(found.iter().zip(&values).all(|(a, b)| a.to_bits() == b.to_bits()), "{kind:?}");
         for level in levels() {
             for range in [0..ELEMENTS, 5..6, 31..97, 250..300, 511..512, 512..512] {
                 let mut found = vec![0.0; range.len()];
-                kind.widen_with(level, blocks, range.start, &mut found);
+                widen_with(level, kind, blocks, range.start, &mut found);
                 let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
                 assert_eq!(bits(&found), bits(&values[range]), "{kind:?} {level:?}");
             }
         }
+    }
+}
+
+/// `tests/data/rounded.py` made them of the reference implementation.
+#[test]
+fn blocks_are_rounded_as_the_reference_rounds() {
+    const COUNT: usize = 768;
+    let (values, mut rest) = include_bytes!("../../../tests/data/rounded.bin").split_at(4 * COUNT);
+    let values: Vec<f32> = values.as_chunks().0.iter().map(|x| f32::from_le_bytes(*x)).collect();
+    for kind in BlockType::ALL {
+        let expected;
+        (expected, rest) = rest.split_at(COUNT / kind.block_len() * kind.block_bytes());
+        let mut found = Vec::new();
+        kind.narrow(&values, &mut found);
+        let wrong = found.iter().zip(expected).filter(|(a, b)| a != b).count();
+        assert_eq!((found.len(), wrong), (expected.len(), 0), "{kind:?}");
+    }
+}
+
+#[test]
+fn rounding_costs_what_the_bits_say() {
+    let mut seed = 17;
+    let x: Vec<f32> = (0..2048)
+        .map(|_| (0..12).map(|_| random(&mut seed) as f32 / 16_777_216.0 - 0.5).sum::<f32>())
+        .collect();
+    // Root of the mean square of the error, over that of numbers of a normal distribution.
+    for (kind, most) in [
+        (BlockType::Q8_0, 0.007),
+        (BlockType::Q6K, 0.021),
+        (BlockType::Q5K, 0.036),
+        (BlockType::Q5_1, 0.041),
+        (BlockType::Q5_0, 0.044),
+        (BlockType::Q4K, 0.073),
+        (BlockType::Q4_1, 0.084),
+        (BlockType::Q4_0, 0.090),
+    ] {
+        let mut blocks = Vec::new();
+        kind.narrow(&x, &mut blocks);
+        let mut near = vec![0.0; x.len()];
+        kind.widen(&blocks, 0, &mut near);
+        let square = |x: f32| f64::from(x) * f64::from(x);
+        let error: f64 = x.iter().zip(&near).map(|(x, y)| square(x - y)).sum();
+        let share = (error / x.iter().copied().map(square).sum::<f64>()).sqrt();
+        assert!(share < most && share > 0.7 * most, "{kind:?} {share}");
     }
 }
 

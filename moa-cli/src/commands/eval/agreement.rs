@@ -1,5 +1,4 @@
 use std::fmt;
-use std::fs;
 use std::path::PathBuf;
 
 use moa_models::{
@@ -7,6 +6,7 @@ use moa_models::{
 };
 use serde::Serialize;
 
+use super::evicting::{EvictingArgs, continuation};
 use crate::args::{ModelArg, PlanArgs, parse_count};
 use crate::calibration;
 use crate::error::{Error, Result};
@@ -20,6 +20,8 @@ use crate::style::StyleArgs;
 /// Dense attention and the plan read the same tokens: those of texts, and with --data the answers
 /// to prompts. Given are the share of tokens whose likeliest successor is the same, the mean of
 /// KL(dense || plan) in nats and what its worst 1 % of tokens reach, and the perplexity of both.
+/// Rivals that evict keys do so once the first part of a window, or the prompt of an answer, is read,
+/// and are compared on what follows; give --continuation for a plan on the same tokens.
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Example:\n  moa eval agreement --model assets/moa-tiny --plan plan.json --text book.txt --data records --lengths 1024,2048"
@@ -31,6 +33,13 @@ pub(crate) struct Args {
     style: StyleArgs,
     #[command(flatten)]
     plan: PlanArgs,
+    #[command(flatten)]
+    rival: EvictingArgs,
+    /// Predict only the last tokens of each window of text: those before are read, and where --rival is given,
+    /// evicted after that [default: all, or with --rival an eighth of the window, and no more than half of the
+    /// density]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
+    continuation: Option<usize>,
     /// Texts [default: a built-in essay]
     #[arg(long, value_name = "FILE", num_args = 1..)]
     text: Vec<PathBuf>,
@@ -55,7 +64,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let mut texts = Vec::new();
     for path in &args.text {
-        let text = fs::read_to_string(path)
+        let text = moa_core::read_text_file(path)
             .map_err(|source| Error::Read { path: path.clone(), source })?;
         texts.push((path.display().to_string(), text));
     }
@@ -79,7 +88,7 @@ fn with_model<D: Math>(
 ) -> Result<()> {
     args.style.apply(&mut model)?;
     let model = &model;
-    let chosen = model::choose_plan(&args.plan, model)?;
+    let chosen = args.rival.over(model::choose_plan(&args.plan, model)?);
     let mut lengths = args.lengths.clone();
     lengths.sort_unstable();
     lengths.dedup();
@@ -88,7 +97,16 @@ fn with_model<D: Math>(
         let mut items = Vec::new();
         for (name, text) in texts {
             let windows = model.text_windows(text, length, args.windows);
-            items.extend(windows.map_err(|e| Error::from(e).at(name))?);
+            let windows = windows.map_err(|e| Error::from(e).at(name))?;
+            let evicted = chosen.eviction.map(|of| continuation(length, of.density));
+            match args.continuation.or(evicted) {
+                None => items.extend(windows),
+                Some(predicted) => {
+                    for window in windows {
+                        items.push(window.continued(predicted)?);
+                    }
+                }
+            }
         }
         sets.push((length, "text", items));
     }
@@ -107,7 +125,10 @@ fn with_model<D: Math>(
     let mut rows = Vec::new();
     for (length, of, items) in &sets {
         let mut bar = Progress::new(context, "evaluate", items.len());
-        let agreement = model.model.agreement(items, &chosen.plan, *length, &mut bar)?;
+        let agreement = match &chosen.eviction {
+            None => model.model.agreement(items, &chosen.plan, *length, &mut bar)?,
+            Some(eviction) => model.agreement_evicting(items, eviction, &mut bar)?,
+        };
         rows.push(Row { of, length: *length, items: items.len(), agreement });
     }
     context.result(&Outcome { plan: &chosen.name, rows })

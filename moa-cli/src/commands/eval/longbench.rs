@@ -6,10 +6,12 @@ use moa_models::{
 };
 use serde::Serialize;
 
+use super::evicting::EvictingArgs;
 use super::questions::{ItemArgs, file_fingerprint};
 use super::summary::Scores;
 use crate::args::{ModelArg, PlanArgs, parse_count};
 use crate::error::{Error, Result};
+use crate::files::Files;
 use crate::model::{self, on_model};
 use crate::output::{Context, table};
 use crate::progress::Progress;
@@ -17,9 +19,10 @@ use crate::style::StyleArgs;
 
 /// Ask the questions of LongBench and LV-Eval, from files in their format
 ///
-/// The dataset decides about the prompt, the length of answers and the metric: English ones and code of
-/// LongBench (LongBench-E too), English ones of LV-Eval. Prompts that are too long lose tokens in their
-/// middle. Scores are means times 100, as the benchmarks give them.
+/// The dataset decides about the prompt, the length of answers and the metric: those of LongBench
+/// (LongBench-E too) and of LV-Eval. Prompts that are too long lose tokens in their middle. Scores are means times
+/// 100, as the benchmarks give them; but Chinese answers are compared by characters, not by the words of a
+/// dictionary, so that their scores are comparable with each other only.
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Example:\n  moa eval longbench --model DIR --plan plan.json --data hotpotqa.jsonl qasper.jsonl --limit 50"
@@ -31,6 +34,8 @@ pub(crate) struct Args {
     style: StyleArgs,
     #[command(flatten)]
     plan: PlanArgs,
+    #[command(flatten)]
+    rival: EvictingArgs,
     /// Files, one {"input", "context", "answers", ..} a line
     #[arg(long, value_name = "FILE.jsonl", required = true, num_args = 1..)]
     data: Vec<PathBuf>,
@@ -55,7 +60,9 @@ struct Set<'a> {
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
-    args.items.check(context)?;
+    let inputs =
+        Files::default().reads([&args.model.model]).reads(&args.plan.plan).reads(&args.data);
+    args.items.check(inputs.reads(&args.style.template), context)?;
     if args.data.len() > 1 {
         args.items.check_unused("given with one file of --data")?;
     }
@@ -84,7 +91,7 @@ fn with_model<D: Math>(
 ) -> Result<()> {
     args.style.apply(&mut model)?;
     let model = &model;
-    let plan = model::choose_plan(&args.plan, model)?;
+    let plan = args.rival.over(model::choose_plan(&args.plan, model)?);
     let limit = model.model.config().context_length();
     let length = args.max_length.unwrap_or(limit);
     if length > limit {

@@ -1,4 +1,5 @@
 mod agreement;
+mod evicting;
 mod longbench;
 mod perplexity;
 mod questions;

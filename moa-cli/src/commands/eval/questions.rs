@@ -1,4 +1,3 @@
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use moa_core::SparseAttentionBackend;
@@ -7,7 +6,7 @@ use serde_json::json;
 
 use crate::args::{Device, parse_depth_bins};
 use crate::error::{Error, Result};
-use crate::files::check_optional;
+use crate::files::Files;
 use crate::model::ChosenPlan;
 use crate::output::Context;
 
@@ -24,13 +23,13 @@ pub(super) struct ItemArgs {
 }
 
 impl ItemArgs {
-    /// Checks that the file of items can be written, before any work.
-    pub(super) fn check(&self, context: &Context) -> Result<()> {
+    /// Checks that the file of items can be written and is none of the inputs, before any work.
+    pub(super) fn check(&self, inputs: Files<'_>, context: &Context) -> Result<()> {
         if self.items.is_some() {
             // Each rank would have to leave out the same questions.
             context.check_one_device("--device with --items")?;
         }
-        check_optional(self.items.as_deref())
+        inputs.may_write("--items", self.items.as_deref()).map(drop)
     }
 
     /// Refuses a file of items where one cannot hold what the command asks.
@@ -52,6 +51,7 @@ impl ItemArgs {
     ) -> Evaluation<'a> {
         let mut evaluation = Evaluation::new(&plan.plan, max_new_tokens);
         evaluation.items = self.items.as_deref();
+        evaluation.eviction = plan.eviction;
         let settings = &mut evaluation.settings;
         settings.insert("cache_dtype".into(), json!(format!("{:?}", context.cache)));
         settings.insert("seed".into(), json!(context.seed));
@@ -66,7 +66,7 @@ impl ItemArgs {
 
 /// Reads a file and says which it was, for [`Evaluation::settings`].
 pub(super) fn file_fingerprint(path: &Path) -> Result<String> {
-    let bytes =
-        fs::read(path).map_err(|source| Error::Read { path: path.to_path_buf(), source })?;
+    let bytes = moa_core::read_file(path)
+        .map_err(|source| Error::Read { path: path.to_path_buf(), source })?;
     Ok(fingerprint(&bytes))
 }

@@ -2,10 +2,12 @@ use std::path::PathBuf;
 
 use moa_models::{Checkpoint, Math, RetrievalCase, SizedQuestion};
 
+use super::evicting::EvictingArgs;
 use super::questions::{ItemArgs, file_fingerprint};
 use super::summary::{Size, Summary};
 use crate::args::{ModelArg, PlanArgs, parse_count};
 use crate::error::{Error, Result};
+use crate::files::Files;
 use crate::model::{self, on_model};
 use crate::output::Context;
 use crate::progress::Progress;
@@ -27,6 +29,8 @@ pub(crate) struct Args {
     style: StyleArgs,
     #[command(flatten)]
     plan: PlanArgs,
+    #[command(flatten)]
+    rival: EvictingArgs,
     /// Cases, one {"prompt", "expected_number"} a line
     #[arg(long, value_name = "FILE.jsonl")]
     data: PathBuf,
@@ -45,7 +49,9 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
-    args.items.check(context)?;
+    let inputs =
+        Files::default().reads([&args.model.model]).reads(&args.plan.plan).reads([&args.data]);
+    args.items.check(inputs.reads(&args.style.template), context)?;
     let mut cases = RetrievalCase::load(&args.data)?;
     cases.truncate(args.limit.unwrap_or(usize::MAX));
     let mut questions = Vec::new();
@@ -79,7 +85,7 @@ fn with_model<D: Math>(
     context: &Context,
 ) -> Result<()> {
     args.style.apply(&mut model)?;
-    let plan = model::choose_plan(&args.plan, &model)?;
+    let plan = args.rival.over(model::choose_plan(&args.plan, &model)?);
     let own = [("evaluation", "retrieval".to_string()), ("data", file_fingerprint(&args.data)?)];
     let evaluation = args.items.evaluation(&model, &plan, args.max_new_tokens, own, context);
     let mut bar = Progress::new(context, "evaluate", questions.len());

@@ -3,6 +3,9 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use moa_core::search::{Bound, Options};
 use moa_core::{DEFAULT_SINK, ModelShape, Plan, PlanRequest, Profile, Space};
+use moa_models::{Eviction, EvictionKind};
+
+use super::evicting;
 
 use crate::args::parse_density;
 use crate::error::{Error, Result};
@@ -12,9 +15,9 @@ use crate::output::Context;
 /// Caches that a plan is compared with, at the bytes of the first plan.
 #[derive(Debug, clap::Args)]
 pub(super) struct RivalArgs {
-    /// Rivals at the bytes of the first plan, or of --density: uniform window (StreamingLLM), fixed span
-    /// per KV head, per layer, duo (retrieval and streaming heads); all but uniform are searched on
-    /// --profile [default: uniform, with --profile all]
+    /// Rivals at the bytes of the first plan, or of --density: uniform window (StreamingLLM); fixed span
+    /// per KV head, per layer and duo (retrieval and streaming heads), searched on --profile; snapkv, adakv
+    /// and kvzip, which evict keys after a dense prefill [default: all that can be had]
     #[arg(long, value_delimiter = ',', value_enum, value_name = "KIND,..")]
     rivals: Option<Vec<Rival>>,
     /// Density of the rivals at the length that is asked at [default: that of the first plan]
@@ -23,6 +26,25 @@ pub(super) struct RivalArgs {
     /// Profile that rivals are searched on
     #[arg(long, value_name = "FILE")]
     profile: Option<PathBuf>,
+    /// snapkv, adakv and kvzip evict before the last line of the message is read, which asks: kept keys have to
+    /// serve any question
+    #[arg(long)]
+    before_question: bool,
+}
+
+/// A cache that a set of tasks is asked of.
+#[derive(Debug)]
+pub(super) struct Cache {
+    pub(super) name: String,
+    pub(super) plan: Plan,
+    /// Keys are evicted after dense attention, the plan, has read a prompt.
+    pub(super) eviction: Option<Eviction>,
+}
+
+impl Cache {
+    pub(super) fn of_plan(name: String, plan: Plan) -> Self {
+        Self { name, plan, eviction: None }
+    }
 }
 
 /// A kind of cache.
@@ -33,17 +55,40 @@ enum Rival {
     Fixed,
     PerLayer,
     Duo,
+    #[value(name = "snapkv")]
+    SnapKv,
+    #[value(name = "adakv")]
+    AdaKv,
+    #[value(name = "kvzip")]
+    KvZip,
+}
+
+impl Rival {
+    /// What the rival evicts by, if it has no plan.
+    fn eviction(self) -> Option<EvictionKind> {
+        match self {
+            Self::SnapKv => Some(EvictionKind::SnapKv),
+            Self::AdaKv => Some(EvictionKind::AdaKv),
+            Self::KvZip => Some(EvictionKind::KvZip),
+            Self::None | Self::Uniform | Self::Fixed | Self::PerLayer | Self::Duo => None,
+        }
+    }
 }
 
 impl RivalArgs {
-    /// The rivals with their names; none where neither a plan nor a density says how many bytes they have.
-    pub(super) fn plans(
+    /// Whether rivals were asked for by name.
+    pub(super) fn is_given(&self) -> bool {
+        self.rivals.is_some()
+    }
+
+    /// The rivals; none where neither a plan nor a density says how many bytes they have.
+    pub(super) fn caches(
         &self,
         shape: ModelShape,
         plan: Option<&Plan>,
         length: usize,
         context: &Context,
-    ) -> Result<Vec<(String, Plan)>> {
+    ) -> Result<Vec<Cache>> {
         let own = plan.map(|plan| plan.density(length));
         let Some(density) = self.density.or(own) else {
             return match self.rivals {
@@ -54,29 +99,38 @@ impl RivalArgs {
             };
         };
         let profile = self.profile.as_ref().map(Profile::load).transpose()?;
-        let usual = match profile {
-            None => vec![Rival::Uniform],
-            Some(_) => vec![Rival::Uniform, Rival::Fixed, Rival::PerLayer, Rival::Duo],
-        };
+        let mut usual = vec![Rival::Uniform];
+        if profile.is_some() {
+            usual.extend([Rival::Fixed, Rival::PerLayer, Rival::Duo]);
+        }
+        usual.extend([Rival::SnapKv, Rival::AdaKv, Rival::KvZip]);
         let sink = plan.map_or(DEFAULT_SINK, Plan::sink);
         let min_span = plan.map_or(DEFAULT_SINK + 16, Plan::min_span);
         let mut rivals = Vec::new();
         for rival in self.rivals.as_ref().unwrap_or(&usual) {
+            if let Some(kind) = rival.eviction() {
+                let before_question = self.before_question;
+                let eviction = Eviction { kind, density, before_question };
+                let name = evicting::name(&eviction, &format!("{density:.3}"));
+                let plan = Plan::full(shape)?;
+                rivals.push(Cache { name, plan, eviction: Some(eviction) });
+                continue;
+            }
             let space = match rival {
-                Rival::None => continue,
                 Rival::Uniform => {
                     let name = format!("uniform {density:.3}");
-                    rivals.push((name, model::uniform(shape, sink, density)?));
+                    rivals.push(Cache::of_plan(name, model::uniform(shape, sink, density)?));
                     continue;
                 }
                 Rival::Fixed => Space::Fixed,
                 Rival::PerLayer => Space::PerLayer,
                 Rival::Duo => Space::Duo,
+                _ => continue,
             };
             let missing = || Error::argument("--rivals", "uniform without --profile", space.name());
             let profile = profile.as_ref().ok_or_else(missing)?;
-            if profile.shape != shape {
-                let (expected, got) = (shape, profile.shape);
+            if profile.shape() != shape {
+                let (expected, got) = (shape, profile.shape());
                 let error = moa_core::Error::ShapeMismatch { what: "profile", expected, got };
                 return Err(Error::from(error).at("--profile"));
             }
@@ -88,7 +142,7 @@ impl RivalArgs {
             let best = found.plans.into_iter().next();
             let best =
                 best.ok_or_else(|| Error::argument("--profile", "one with plans", "none"))?;
-            rivals.push((format!("{} {density:.3}", space.name()), best));
+            rivals.push(Cache::of_plan(format!("{} {density:.3}", space.name()), best));
         }
         Ok(rivals)
     }

@@ -1,4 +1,3 @@
-use std::fs;
 use std::path::PathBuf;
 
 use moa_models::{Documents, Task, TaskSources};
@@ -24,7 +23,7 @@ impl SourceArgs {
     /// Reads the files.
     pub(super) fn load(&self) -> Result<TaskSources> {
         let read = |path: &PathBuf| {
-            fs::read_to_string(path)
+            moa_core::read_text_file(path)
                 .map_err(|source| Error::Read { path: path.clone(), source })
                 .and_then(|text| match text.trim().is_empty() {
                     true => Err(Error::argument("--essay", "a file with words", "an empty one")),
@@ -37,6 +36,11 @@ impl SourceArgs {
             squad: documents(&self.squad)?,
             hotpotqa: documents(&self.hotpotqa)?,
         })
+    }
+
+    /// The files.
+    pub(super) fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        self.essay.iter().chain(&self.squad).chain(&self.hotpotqa)
     }
 
     /// Says which files they are, for the settings of an evaluation; nothing where there are none.

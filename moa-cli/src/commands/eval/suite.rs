@@ -4,19 +4,20 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use moa_core::Plan;
+use moa_core::{MAX_LENGTH, Plan};
 use moa_models::{
-    Agreement, Checkpoint, Evaluation, HELD_OUT_TEXT, Math, RetrievalReport, SizedQuestion, Task,
-    TaskSources,
+    Agreement, Checkpoint, Evaluation, Eviction, HELD_OUT_TEXT, Math, RetrievalReport,
+    SizedQuestion, Task, TaskSources,
 };
 use serde::Serialize;
 use serde_json::json;
 
-use super::rivals::RivalArgs;
+use super::evicting::continuation;
+use super::rivals::{Cache, RivalArgs};
 use super::sources::SourceArgs;
-use crate::args::{ModelArg, parse_count, task_parser};
+use crate::args::{ModelArg, parse_count, parse_size, task_parser};
 use crate::error::{Error, Result};
-use crate::files::check_file;
+use crate::files::{Files, OutputFolder};
 use crate::model::{self, on_device};
 use crate::output::{Context, bytes, percent, table};
 use crate::plans::PlanFile;
@@ -27,8 +28,9 @@ use crate::style::StyleArgs;
 ///
 /// ruler-4k, ruler-8k, ..: RULER's 13 tasks at so many tokens, qa_1 and qa_2 where their files are given.
 /// recall-2k, ..: pass key, multi-key, associative recall and paraphrased needle. Scores are means times
-/// 100. A row also has what the cache costs (density, KV footprint, bytes, peak of memory) and how near it
-/// is to dense attention on a text.
+/// 100. A row also has what the cache costs (density, KV footprint, bytes, peak of memory, seconds) and how near
+/// it is to dense attention on a text; beside rivals that evict keys, on the end of each window, before which they
+/// do. They hold the whole prompt first: their footprint and peak say so.
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Example:\n  moa eval suite --preset ruler-4k --model DIR --plan plan.json --profile profile.safetensors --samples 100"
@@ -61,7 +63,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
     /// Windows of the text, of the preset's length but at most 4096 tokens; 0 leaves agreement out
-    #[arg(long, default_value_t = 2, value_name = "W")]
+    #[arg(long, default_value_t = 2, value_name = "W", value_parser = parse_size)]
     windows: usize,
     /// Folder for every answer, a file for each row and task; a run with the same settings goes on
     /// where the files end
@@ -92,7 +94,8 @@ impl FromStr for Preset {
             _ => return Err(fault()),
         };
         let k: usize = length.strip_suffix('k').and_then(|k| k.parse().ok()).ok_or_else(fault)?;
-        let length = k.checked_mul(1024).filter(|length| *length > 0).ok_or_else(fault)?;
+        let length = k.checked_mul(1024).filter(|length| (1..=MAX_LENGTH).contains(length));
+        let length = length.ok_or_else(fault)?;
         Ok(Self { name: name.to_string(), is_ruler, length })
     }
 }
@@ -115,16 +118,20 @@ impl Args {
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let sources = args.sources.load()?;
     let text = match &args.text {
-        Some(path) => {
-            fs::read_to_string(path).map_err(|source| Error::Read { path: path.clone(), source })?
-        }
+        Some(path) => moa_core::read_text_file(path)
+            .map_err(|source| Error::Read { path: path.clone(), source })?,
         None => HELD_OUT_TEXT.to_string(),
     };
     let plans = args.plan.iter().map(|plan| PlanFile::load(plan)).collect::<Result<Vec<_>>>()?;
     if let Some(folder) = &args.items {
-        fs::create_dir_all(folder)
-            .map_err(|source| Error::Output { path: folder.clone(), source })?;
-        check_file(&folder.join("writable"))?;
+        OutputFolder::create(folder)?;
+        let model = [&args.model.model];
+        let inputs = || Files::default().reads(model).reads(args.sources.files()).reads(&args.text);
+        for file in fs::read_dir(folder).into_iter().flatten().flatten() {
+            if file.path().extension().is_some_and(|end| end == "jsonl") {
+                inputs().writes("--items", &file.path())?;
+            }
+        }
     }
     let inputs = Inputs { sources, text, plans };
     on_device!(context, |device| {
@@ -158,10 +165,10 @@ fn with_model<D: Math>(
             .map_err(|e| e.at(file.path.display().to_string()))?;
     }
     let shape = model.model.shape();
-    let mut caches = vec![("dense".to_string(), Plan::full(shape)?)];
+    let mut caches = vec![Cache::of_plan("dense".to_string(), Plan::full(shape)?)];
     let first = plans.first().map(|file| file.plan.clone());
-    caches.extend(plans.into_iter().map(|file| (file.label, file.plan)));
-    caches.extend(args.rivals.plans(shape, first.as_ref(), length, context)?);
+    caches.extend(plans.into_iter().map(|file| Cache::of_plan(file.label, file.plan)));
+    caches.extend(args.rivals.caches(shape, first.as_ref(), length, context)?);
 
     let (tasks, missing) = args.tasks();
     if !missing.is_empty() {
@@ -169,17 +176,31 @@ fn with_model<D: Math>(
         let names = names.join(", ");
         context.note(format_args!("{names} left out: no --squad or --hotpotqa was given"));
     }
+    if let Some(folder) = &args.items {
+        fs::create_dir_all(folder)
+            .map_err(|source| Error::Output { path: folder.clone(), source })?;
+    }
     let asked = questions(args, &tasks, &sources, model, context)?;
+    let mut possible = Vec::new();
+    for cache in caches {
+        match check_rival(&cache, &asked, model) {
+            Err(error) if args.rivals.is_given() => return Err(error.at(cache.name)),
+            Err(error) => context.note(format_args!("{} left out: {error}", cache.name)),
+            Ok(()) => possible.push(cache),
+        }
+    }
+    let caches = possible;
     let window = length.min(LONGEST_WINDOW);
-    let agreements = agreements(args, &text, &caches, window, model, context)?;
+    let mut agreements = agreements(args, &text, &caches, window, model, context)?.into_iter();
     let has_memory = model.model.device().memory()?.is_some();
     let mut rows = Vec::new();
-    for (index, (name, plan)) in caches.iter().enumerate() {
+    for Cache { name, plan, eviction } in &caches {
         let mut reports = Vec::new();
         for (task, questions) in &asked {
             let path = args.items.as_ref().map(|folder| folder.join(file_name(name, *task)));
             let mut evaluation = Evaluation::new(plan, task.max_new_tokens());
             evaluation.items = path.as_deref();
+            evaluation.eviction = *eviction;
             let settings = &mut evaluation.settings;
             settings.insert("cache_dtype".into(), json!(format!("{:?}", context.cache)));
             settings.insert("seed".into(), json!(context.seed));
@@ -191,7 +212,8 @@ fn with_model<D: Math>(
             let mut bar = Progress::new(context, &label, questions.len());
             reports.push((*task, model.evaluate(questions, &evaluation, &mut bar)?));
         }
-        let mut row = Row::new(name, plan, &reports, agreements.get(index).copied());
+        let agreement = agreements.next();
+        let mut row = Row::new(name, plan, &reports, agreement);
         if !has_memory {
             row.peak_bytes = None;
         }
@@ -205,6 +227,23 @@ fn with_model<D: Math>(
         tasks: tasks.iter().map(|task| task.name()).collect(),
         rows,
     })
+}
+
+/// Checks that a rival can be asked every question, before the first of another row is.
+fn check_rival<D: Math>(
+    cache: &Cache,
+    asked: &[(Task, Vec<SizedQuestion>)],
+    model: &Checkpoint<D>,
+) -> Result<()> {
+    let Some(eviction) = &cache.eviction else { return Ok(()) };
+    for (task, questions) in asked {
+        for question in questions {
+            model
+                .check_evicting(&question.question, eviction, task.max_new_tokens())
+                .map_err(|e| Error::from(e).at(&question.place))?;
+        }
+    }
+    Ok(())
 }
 
 /// The questions of every task.
@@ -234,11 +273,12 @@ fn questions<D: Math>(
     Ok(asked)
 }
 
-/// How near each cache is to dense attention on the text; nothing where no window is asked for.
+/// How near each cache is to dense attention on the text; nothing where no window is asked for. Where a rival evicts
+/// keys, all are compared on the end of each window alone, before which it does.
 fn agreements<D: Math>(
     args: &Args,
     text: &str,
-    caches: &[(String, Plan)],
+    caches: &[Cache],
     window: usize,
     model: &Checkpoint<D>,
     context: &Context,
@@ -247,10 +287,28 @@ fn agreements<D: Math>(
         return Ok(Vec::new());
     }
     let items = model.text_windows(text, window, args.windows);
-    let items = items.map_err(|e| Error::from(e).at("--text"))?;
-    let plans: Vec<&Plan> = caches.iter().map(|(_, plan)| plan).collect();
+    let mut items = items.map_err(|e| Error::from(e).at("--text"))?;
+    let evictions: Vec<_> = caches.iter().filter_map(|cache| cache.eviction).collect();
+    if let Some(least) = evictions.iter().map(|of| of.density).reduce(f64::min) {
+        let predicted = continuation(window, least);
+        items = items.iter().map(|item| item.continued(predicted)).collect::<Result<_, _>>()?;
+    }
+    let plans = caches.iter().filter(|cache| cache.eviction.is_none());
+    let plans: Vec<&Plan> = plans.map(|cache| &cache.plan).collect();
     let mut bar = Progress::new(context, "agreement", items.len());
-    Ok(model.model.agreements(&items, &plans, window, &mut bar)?)
+    let mut of_plans = model.model.agreements(&items, &plans, window, &mut bar)?.into_iter();
+    let mut all = Vec::with_capacity(caches.len());
+    for cache in caches {
+        match cache.eviction {
+            None => all.extend(of_plans.next()),
+            Some(eviction) => {
+                // Text has no question to wait for.
+                let eviction = Eviction { before_question: false, ..eviction };
+                all.push(model.agreement_evicting(&items, &eviction, &mut bar)?);
+            }
+        }
+    }
+    Ok(all)
 }
 
 /// A file of a folder of answers.
@@ -338,13 +396,16 @@ impl Row {
             percent(self.kv_footprint),
             bytes(self.kv_bytes),
             self.peak_bytes.map_or("-".to_string(), bytes),
+            format!("{:.1}", self.seconds),
         ]);
-        if let Some(agreement) = self.agreement.as_ref().filter(|_| with_agreement) {
+        if with_agreement {
+            let of = self.agreement.as_ref();
+            let cell = |number: fn(&Agreement) -> String| of.map_or("-".to_string(), number);
             cells.extend([
-                percent(agreement.equal_greedy),
-                format!("{:.4}", agreement.kl_mean),
-                format!("{:.3}", agreement.kl_p99),
-                format!("{:.4}", agreement.perplexity_ratio),
+                cell(|of| percent(of.equal_greedy)),
+                cell(|of| format!("{:.4}", of.kl_mean)),
+                cell(|of| format!("{:.3}", of.kl_p99)),
+                cell(|of| format!("{:.4}", of.perplexity_ratio)),
             ]);
         }
         cells
@@ -355,7 +416,7 @@ impl fmt::Display for Board<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut head = vec!["cache"];
         head.extend(self.tasks.iter().map(|task| task.trim_start_matches("niah_")));
-        head.extend(["mean", "density", "footprint", "KV bytes", "peak memory"]);
+        head.extend(["mean", "density", "footprint", "KV bytes", "peak memory", "seconds"]);
         if self.agreement_length.is_some() {
             head.extend(["equal greedy", "KL mean", "KL worst 1 %", "ppl ratio"]);
         }
@@ -366,7 +427,8 @@ impl fmt::Display for Board<'_> {
             .collect();
         write!(f, "{}: {} questions a task, {} tokens", self.preset, self.samples, self.length)?;
         if let Some(length) = self.agreement_length {
-            write!(f, "; agreement on text in windows of {length} tokens")?;
+            let tokens = self.rows.first().and_then(|row| row.agreement).map_or(0, |of| of.tokens);
+            write!(f, "; agreement on {tokens} tokens of text in windows of {length} tokens")?;
         }
         write!(f, "\n\n{}", table(&head, &rows))
     }

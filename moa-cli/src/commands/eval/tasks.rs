@@ -1,10 +1,12 @@
 use moa_models::{Checkpoint, Math, SizedQuestion, Task, TaskSources};
 
+use super::evicting::EvictingArgs;
 use super::questions::ItemArgs;
 use super::sources::SourceArgs;
 use super::summary::{Size, Summary};
 use crate::args::{ModelArg, PlanArgs, parse_count, task_parser};
 use crate::error::{Error, Result};
+use crate::files::Files;
 use crate::model::{self, on_model};
 use crate::output::Context;
 use crate::progress::Progress;
@@ -29,6 +31,8 @@ pub(crate) struct Args {
     style: StyleArgs,
     #[command(flatten)]
     plan: PlanArgs,
+    #[command(flatten)]
+    rival: EvictingArgs,
     /// What to ask
     #[arg(long, value_parser = task_parser())]
     task: Task,
@@ -48,7 +52,11 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
-    args.items.check(context)?;
+    let inputs = Files::default()
+        .reads([&args.model.model])
+        .reads(&args.plan.plan)
+        .reads(args.sources.files());
+    args.items.check(inputs.reads(&args.style.template), context)?;
     let sources = args.sources.load()?;
     on_model!(context, &args.model, args.plan, |model, context| with_model(
         args, &sources, model, context
@@ -62,7 +70,7 @@ fn with_model<D: Math>(
     context: &Context,
 ) -> Result<()> {
     args.style.apply(&mut model)?;
-    let plan = model::choose_plan(&args.plan, &model)?;
+    let plan = args.rival.over(model::choose_plan(&args.plan, &model)?);
     let max_new_tokens = args.max_new_tokens.unwrap_or(args.task.max_new_tokens());
     let mut lengths = args.lengths.clone();
     lengths.sort_unstable();

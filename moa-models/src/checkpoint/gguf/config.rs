@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value as Json, json};
 
-use super::{Gguf, Value};
+use super::{Gguf, Value, llama3_factor};
 use crate::checkpoint::json::JsonObject;
 use crate::decoder::config::ModelConfig;
 use crate::decoder::names::TensorNames;
@@ -14,7 +14,7 @@ const ARCHITECTURES: [(&str, &str); 3] =
     [("llama", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3")];
 
 /// Factors of rotary wavelengths, where the model has some.
-const FREQUENCIES: &str = "rope_freqs.weight";
+pub(super) const FREQUENCIES: &str = "rope_freqs.weight";
 
 /// Keys that change what a model computes in a way that no family here has.
 const UNKNOWN_SCALES: [&str; 5] =
@@ -67,13 +67,15 @@ impl Gguf {
     fn count(&self, key: &str) -> Result<Option<usize>> {
         let key = format!("{}.{key}", self.architecture()?);
         let count = |value: &Value| {
-            let n = value.as_unsigned().filter(|n| (1..=i32::MAX as u64).contains(n));
             // Layers that differ are written as an array, and so are some that do not.
-            let all = match value {
-                Value::Integers(all) => all.first().filter(|first| all.iter().all(|n| n == *first)),
-                _ => None,
+            let n = match value {
+                Value::Integers(all) => {
+                    let first = all.first().filter(|first| all.iter().all(|n| n == *first));
+                    first.and_then(|n| u64::try_from(*n).ok())
+                }
+                one => one.as_unsigned(),
             };
-            n.or_else(|| all.and_then(|n| u64::try_from(*n).ok()).filter(|n| *n > 0))
+            n.filter(|n| (1..=i32::MAX as u64).contains(n))
         };
         let expected = "a whole number from 1 to 2147483647, the same for all layers";
         Ok(self.read(&key, expected, count)?.map(|n| n as usize))
@@ -184,12 +186,7 @@ impl Gguf {
         let key = format!("{}.rope.freq_base", self.architecture()?);
         let theta = self.number(&key)?.unwrap_or(10_000.0);
         let original = context.min(8192);
-        let expected = |index: usize| {
-            let wave = std::f64::consts::TAU * theta.powf(2.0 * index as f64 / head_dim as f64);
-            // Waves longer than the original context are stretched, those shorter than a quarter kept.
-            let smooth = ((original as f64 / wave - 1.0) / 3.0).clamp(0.0, 1.0);
-            1.0 / ((1.0 - smooth) / factor + smooth)
-        };
+        let expected = |index| llama3_factor(theta, head_dim, index, original, factor, (1.0, 4.0));
         let near = |(index, found): (usize, &f32)| {
             (f64::from(*found) / expected(index) - 1.0).abs() < 1e-3
         };
@@ -230,32 +227,10 @@ impl Gguf {
 
     /// Checks that the model reads every tensor: one that it leaves out would change the text.
     fn check_all_are_read(&self, c: &ModelConfig) -> Result<()> {
-        let n = &c.tensor_names;
-        let read = |name: &str| {
-            if [&n.embedding, &n.norm].iter().any(|own| **own == name) || name == FREQUENCIES {
-                return true;
-            }
-            if name == n.output {
-                return !c.tie_word_embeddings;
-            }
-            let Some((layer, rest)) = name.strip_prefix("blk.").and_then(|s| s.split_once('.'))
-            else {
-                return false;
-            };
-            let in_range = layer.parse().is_ok_and(|layer: usize| layer < c.num_hidden_layers);
-            let norm = *rest == *n.attention_norm || *rest == *n.mlp_norm;
-            let head_norm = c.qk_norm && (*rest == *n.query_norm || *rest == *n.key_norm);
-            let linear = |part: &str, biased: bool| {
-                let kind = rest.strip_prefix(part);
-                kind == Some(".weight") || biased && kind == Some(".bias")
-            };
-            let qkv = [&n.query, &n.key, &n.value].iter().any(|part| linear(part, c.qkv_bias));
-            let mlp = [&n.gate, &n.up, &n.down].iter().any(|part| linear(part, c.mlp_bias));
-            let o = linear(&n.attention_output, c.o_bias);
-            // Angles that every model computes itself.
-            let angles = rest == "attn_rot_embd.weight";
-            in_range && (norm || head_norm || qkv || mlp || o || angles)
-        };
+        let asked = c.tensor_names.all(c);
+        // Angles that every model computes itself.
+        let is_angles = |name: &str| name == FREQUENCIES || name.ends_with(".attn_rot_embd.weight");
+        let read = |name: &str| asked.contains(name) || is_angles(name);
         match self.names().find(|name| !read(name)) {
             None => Ok(()),
             Some(name) => {
@@ -268,7 +243,7 @@ impl Gguf {
 }
 
 /// What GGUF calls the tensors of a decoder.
-fn names() -> TensorNames {
+pub(super) fn names() -> TensorNames {
     TensorNames {
         embedding: "token_embd.weight".into(),
         output: "output.weight".into(),

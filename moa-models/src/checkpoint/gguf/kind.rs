@@ -1,5 +1,4 @@
-use moa_backend_cpu::ops::BlockType;
-use moa_core::Dtype;
+use moa_core::{BlockType, Dtype};
 
 /// How a tensor's elements are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +50,21 @@ const OTHERS: [(u32, &str); 21] = [
 impl Kind {
     pub(super) fn from_number(number: u32) -> Option<Self> {
         READ.iter().find(|(id, ..)| *id == number).map(|(.., kind)| *kind)
+    }
+
+    /// GGUF's number of the type.
+    pub(super) fn number(self) -> u32 {
+        self.entry().0
+    }
+
+    /// GGUF's name of the type.
+    pub(super) fn name(self) -> &'static str {
+        self.entry().1
+    }
+
+    fn entry(self) -> (u32, &'static str) {
+        let own = READ.iter().find(|(.., kind)| *kind == self);
+        own.map_or((u32::MAX, "another type"), |(number, name, _)| (*number, name))
     }
 
     /// The types that can be read, for a message.

@@ -5,24 +5,24 @@ mod config;
 mod kind;
 mod pre_tokenizer;
 mod reader;
-mod sentencepiece;
+pub(crate) mod sentencepiece;
 mod tokenizer;
 mod value;
+pub(crate) mod write;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use memmap2::Mmap;
+use moa_core::BlockType;
 
 use self::kind::Kind;
 use self::reader::{Header, TensorInfo};
 use self::value::Value;
 use crate::checkpoint::fingerprint::Fnv1a;
-use crate::checkpoint::mapped::MappedTensor;
-use crate::checkpoint::safetensors::{Tensors, Weights};
+use crate::checkpoint::mapped::{MappedTensor, Memory};
+use crate::checkpoint::open_options::OpenOptions;
+use crate::checkpoint::safetensors::Tensors;
 use crate::{Error, Result};
 
 /// A model in the format GGUF, mapped into memory and validated, but not read.
@@ -35,6 +35,8 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct Gguf {
     path: PathBuf,
+    /// Whether files are mapped, or else read.
+    mmap: bool,
     files: Vec<MappedFile>,
     metadata: BTreeMap<String, Value>,
     tensors: BTreeMap<String, Entry>,
@@ -43,7 +45,7 @@ pub struct Gguf {
 #[derive(Debug)]
 struct MappedFile {
     path: PathBuf,
-    map: Arc<Mmap>,
+    map: Memory,
 }
 
 #[derive(Debug)]
@@ -57,7 +59,7 @@ struct Entry {
 pub fn is_gguf(path: &Path) -> bool {
     let begins = || {
         let mut magic = [0; 4];
-        let read = File::open(path).and_then(|mut file| file.read_exact(&mut magic));
+        let read = moa_core::open_file(path).and_then(|mut file| file.read_exact(&mut magic));
         read.is_ok() && magic == *b"GGUF"
     };
     let named = || path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf"));
@@ -67,13 +69,9 @@ pub fn is_gguf(path: &Path) -> bool {
 /// The weights of a model folder, or of a GGUF file.
 ///
 /// # Errors
-/// Those of [`Weights::open`] or [`Gguf::open`].
+/// Those of [`Weights::open`](crate::Weights::open) or [`Gguf::open`].
 pub fn open_tensors(path: impl AsRef<Path>) -> Result<Box<dyn Tensors>> {
-    let path = path.as_ref();
-    Ok(match is_gguf(path) {
-        true => Box::new(Gguf::open(path)?),
-        false => Box::new(Weights::open(path)?),
-    })
+    OpenOptions::default().open_tensors(path)
 }
 
 impl Gguf {
@@ -85,9 +83,14 @@ impl Gguf {
     /// is truncated, contradicts itself or has types that are not known, [`Error::TensorTwice`] if two files
     /// have the same tensor.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
+        Self::open_with(path.as_ref(), true)
+    }
+
+    /// [`open`](Self::open), with files that are mapped or else read.
+    pub(crate) fn open_with(path: &Path, mmap: bool) -> Result<Self> {
         let mut gguf = Self {
             path: path.to_owned(),
+            mmap,
             files: Vec::new(),
             metadata: BTreeMap::new(),
             tensors: BTreeMap::new(),
@@ -137,12 +140,8 @@ impl Gguf {
 
     /// Maps and validates one file; returns its metadata.
     fn add_file(&mut self, path: &Path) -> Result<BTreeMap<String, Value>> {
-        let file = File::open(path).map_err(|source| Error::io(path, source))?;
-        // SAFETY: the map is only read. Bytes that another process changes under us would give
-        // other weights, never an out-of-range access; a file that it shortens raises SIGBUS,
-        // which every reader of mapped model files accepts.
-        let map = unsafe { Mmap::map(&file) }.map_err(|source| Error::io(path, source))?;
-        let Header { metadata, tensors } = Header::parse(path, &map)?;
+        let map = Memory::of_file(path, self.mmap)?;
+        let Header { metadata, tensors, .. } = Header::parse(path, &map)?;
         for info in tensors {
             if let Some(first) = self.tensors.get(&info.name) {
                 let first = self.files[first.file].path.clone();
@@ -150,7 +149,7 @@ impl Gguf {
             }
             self.tensors.insert(info.name.clone(), Entry { file: self.files.len(), info });
         }
-        self.files.push(MappedFile { path: path.to_owned(), map: Arc::new(map) });
+        self.files.push(MappedFile { path: path.to_owned(), map });
         Ok(metadata)
     }
 
@@ -178,7 +177,7 @@ impl Gguf {
 
     /// The tensor as it lies in the file.
     fn mapped(&self, entry: &Entry, shape: &[usize]) -> MappedTensor {
-        let (map, bytes) = (Arc::clone(&self.files[entry.file].map), entry.info.bytes.clone());
+        let (map, bytes) = (self.files[entry.file].map.clone(), entry.info.bytes.clone());
         match entry.info.kind {
             Kind::Plain(dtype) => MappedTensor::new(map, bytes, dtype, shape),
             Kind::Blocks(blocks) => MappedTensor::in_blocks(map, bytes, blocks, shape),
@@ -227,6 +226,13 @@ impl Gguf {
 }
 
 impl Tensors for Gguf {
+    fn blocks(&self, name: &str) -> Option<BlockType> {
+        match self.tensors.get(name)?.info.kind {
+            Kind::Blocks(blocks) => Some(blocks),
+            Kind::Plain(_) => None,
+        }
+    }
+
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<MappedTensor> {
         let entry = self.entry(name)?;
         // A vector may be written as a matrix of one row.
@@ -241,9 +247,17 @@ impl Tensors for Gguf {
             });
         }
         let tensor = self.mapped(entry, shape);
-        match self.rotary_heads(name)? {
+        let (rows, heads) = (shape.first().copied().unwrap_or(1), self.rotary_heads(name)?);
+        match heads {
             None => Ok(tensor),
-            Some(heads) => tensor.rows(&rows_by_half(shape[0], heads)),
+            Some(heads) if rows.is_multiple_of(2 * heads) => {
+                tensor.rows(&rows_by_half(rows, heads))
+            }
+            Some(heads) => {
+                let (place, path) = (format!("tensor `{name}`"), &self.files[entry.file].path);
+                let expected = format!("rotary pairs of rows in each of {heads} heads");
+                Err(Error::gguf(path, &place, &expected, format!("{rows} rows")))
+            }
         }
     }
 
@@ -272,6 +286,21 @@ fn rows_by_half(rows: usize, heads: usize) -> Vec<std::ops::Range<usize>> {
         (0..2).flat_map(move |half| (0..dim / 2).map(move |pair| head * dim + 2 * pair + half))
     });
     order.map(|row| row..row + 1).collect()
+}
+
+/// What Llama 3.1 multiplies a rotary wavelength by: those longer than the original context are stretched, those
+/// shorter than a quarter of it (or what `bounds` say) kept.
+fn llama3_factor(
+    theta: f64,
+    head_dim: usize,
+    index: usize,
+    original: usize,
+    factor: f64,
+    (low, high): (f64, f64),
+) -> f64 {
+    let wave = std::f64::consts::TAU * theta.powf(2.0 * index as f64 / head_dim as f64);
+    let smooth = ((original as f64 / wave - low) / (high - low)).clamp(0.0, 1.0);
+    1.0 / ((1.0 - smooth) / factor + smooth)
 }
 
 #[cfg(test)]

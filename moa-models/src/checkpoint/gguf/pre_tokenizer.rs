@@ -95,6 +95,16 @@ impl PreTokenizer {
         KNOWN.iter().flat_map(|known| known.names).copied().collect::<Vec<_>>().join(", ")
     }
 
+    /// The name of what a tokenizer.json says, if there is one.
+    pub(super) fn name_of(json: &Json, nfc: bool, ignore_merges: bool) -> Option<&'static str> {
+        let wanted = steps(json)?;
+        let known = KNOWN.iter().find(|known| {
+            (known.nfc, known.ignore_merges) == (nfc, ignore_merges)
+                && steps(&known.json()).as_ref() == Some(&wanted)
+        });
+        known.map(|known| known.names[0])
+    }
+
     /// As tokenizer.json has it.
     pub(super) fn json(&self) -> Json {
         let bytes = |use_regex: bool| {
@@ -119,6 +129,40 @@ impl PreTokenizer {
     }
 }
 
+/// A step of a pre-tokenizer, as far as it changes tokens.
+#[derive(Debug, PartialEq)]
+enum Step<'a> {
+    Split(&'a str),
+    Digits,
+    Bytes { use_regex: bool },
+}
+
+/// The steps of a pre-tokenizer, if all are of kinds that are known here.
+fn steps(json: &Json) -> Option<Vec<Step<'_>>> {
+    let flag = |name: &str, default: bool| json[name].as_bool().unwrap_or(default);
+    match json["type"].as_str()? {
+        "Sequence" => {
+            let parts = json["pretokenizers"].as_array()?.iter().map(steps);
+            Some(parts.collect::<Option<Vec<_>>>()?.into_iter().flatten().collect())
+        }
+        "Split" => {
+            let matches = match json["behavior"].as_str()? {
+                "Isolated" => true,
+                "Removed" => flag("invert", false),
+                _ => false,
+            };
+            matches
+                .then(|| json["pattern"]["Regex"].as_str().map(|regex| vec![Step::Split(regex)]))?
+        }
+        "Digits" => flag("individual_digits", false).then(|| vec![Step::Digits]),
+        "ByteLevel" => {
+            let use_regex = flag("use_regex", true);
+            (!flag("add_prefix_space", true)).then(|| vec![Step::Bytes { use_regex }])
+        }
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -128,6 +172,10 @@ mod tests {
         let mut names: Vec<&str> = KNOWN.iter().flat_map(|known| known.names).copied().collect();
         names.sort_unstable();
         assert!(names.array_windows().all(|[a, b]| a != b), "{names:?}");
+        for known in &KNOWN {
+            let found = PreTokenizer::name_of(&known.json(), known.nfc, known.ignore_merges);
+            assert_eq!(found, Some(known.names[0]));
+        }
         assert!(PreTokenizer::named("qwen2").is_some() && PreTokenizer::named("").is_none());
     }
 }

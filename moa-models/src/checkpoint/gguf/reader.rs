@@ -19,6 +19,8 @@ const MOST_AXES: u32 = 4;
 pub(super) struct Header {
     pub(super) metadata: BTreeMap<String, Value>,
     pub(super) tensors: Vec<TensorInfo>,
+    /// Where each key lies with its value, in the file's order.
+    pub(super) places: Vec<(String, Range<usize>)>,
 }
 
 /// Where a tensor lies.
@@ -49,12 +51,14 @@ impl Header {
         }
         let tensors = reader.count(24, "number of tensors")?;
         let keys = reader.count(13, "number of keys")?;
-        let mut metadata = BTreeMap::new();
+        let (mut metadata, mut places) = (BTreeMap::new(), Vec::new());
         for _ in 0..keys {
+            let start = reader.at;
             let key = reader.text("a key")?;
             let place = format!("key `{}`", short(&key));
             let kind = reader.u32(&place)?;
             let value = reader.value(kind, &place, 0)?;
+            places.push((key.clone(), start..reader.at));
             if metadata.insert(key, value).is_some() {
                 return Err(reader.fault(&place, "there once", "there twice"));
             }
@@ -67,7 +71,7 @@ impl Header {
             tensors.push(entry.place(&reader, data, alignment)?);
         }
         check_disjoint(&reader, &tensors)?;
-        Ok(Self { metadata, tensors })
+        Ok(Self { metadata, tensors, places })
     }
 }
 

@@ -10,10 +10,12 @@ use crate::checkpoint::tokenizer::Tokenizer;
 use crate::{Error, Result};
 
 /// Types of tokens.
-const NORMAL: i64 = 1;
-const UNKNOWN: i64 = 2;
+pub(super) const NORMAL: i64 = 1;
+pub(super) const UNKNOWN: i64 = 2;
 pub(super) const CONTROL: i64 = 3;
-const USER_DEFINED: i64 = 4;
+pub(super) const USER_DEFINED: i64 = 4;
+pub(super) const UNUSED: i64 = 5;
+pub(super) const BYTE: i64 = 6;
 
 /// Kinds of vocabularies.
 const MODELS: &str = "gpt2 (byte-level BPE) or llama (SentencePiece BPE)";
@@ -208,11 +210,13 @@ impl Gguf {
                 return Err(self.key_fault(key, &expected, got));
             }
         };
-        let pieces: Vec<(&str, f32)> = vocabulary
-            .iter()
-            .filter(|(_, _, kind)| matches!(*kind, NORMAL | USER_DEFINED))
-            .map(|(id, token, _)| (token, scores[id]))
-            .collect();
+        let merged =
+            || vocabulary.iter().filter(|(.., kind)| matches!(*kind, NORMAL | USER_DEFINED));
+        if let Some(got) = sentencepiece::too_long(merged().map(|(id, token, _)| (id, token))) {
+            let expected = format!("pieces of at most {} bytes", sentencepiece::MOST_BYTES);
+            return Err(self.key_fault("tokenizer.ggml.tokens", &expected, got));
+        }
+        let pieces: Vec<(&str, f32)> = merged().map(|(id, token, _)| (token, scores[id])).collect();
         let prefix = self.flag("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
         let unknown = vocabulary.iter().find(|(.., kind)| *kind == UNKNOWN);
         let parts = json!({

@@ -1,14 +1,18 @@
 //! Chat templates.
 
+mod guard;
 mod json_style;
 mod named;
 mod python;
 mod rewrite;
 
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock, mpsc};
+use std::time::Duration;
 
 use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, ErrorKind, Value, context};
 
 use crate::checkpoint::fingerprint::fingerprint;
@@ -24,10 +28,17 @@ const FUEL: u64 = 1_000_000;
 /// Stack of the thread that a template runs on: its nesting is the stranger's choice, and is bounded by
 /// the template's tokens and its budget.
 const STACK: usize = 256 << 20;
+/// Time that a template has, and more for long messages: what its budget does not count, such as comparisons, has
+/// an end here.
+const TIME: Duration = Duration::from_secs(4);
+/// Bytes of messages for another second.
+const BYTES_A_SECOND: usize = 10 << 20;
+/// Most bytes of a template's source: some ten times those of the longest known.
+const MOST_SOURCE: usize = 512 << 10;
 const NAME: &str = "chat_template";
 
 /// One turn of a chat.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Message {
     /// Who speaks: `system`, `user`, `assistant`, or what else the template knows.
     pub role: String,
@@ -81,6 +92,8 @@ pub struct ChatTemplate {
     date: Option<Date>,
     /// Made when it is first needed: a template that does not compile is no harm to those who use none.
     compiled: Arc<OnceLock<std::result::Result<Environment<'static>, Fault>>>,
+    /// It did not end in time: its thread cannot be stopped, and there shall be no second one.
+    hangs: Arc<AtomicBool>,
 }
 
 /// What is wrong with a template's source.
@@ -144,8 +157,19 @@ impl ChatTemplate {
         Ok(Self::build(&read_text(path.as_ref())?, tokenizer.special_tokens().clone()))
     }
 
+    /// The template as its author wrote it.
+    pub(crate) fn source(&self) -> &str {
+        &self.source
+    }
+
     fn build(source: &str, tokens: SpecialTokens) -> Self {
-        Self { source: source.into(), tokens, date: None, compiled: Arc::default() }
+        Self {
+            source: source.into(),
+            tokens,
+            date: None,
+            compiled: Arc::default(),
+            hangs: Arc::default(),
+        }
     }
 
     /// Fixes the date that `strftime_now` gives, which is else the local time of each rendering.
@@ -172,28 +196,112 @@ impl ChatTemplate {
     /// # Errors
     /// [`Error::Template`] when the template does not compile, raises an exception or exceeds its budget.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        let render = || {
-            let environment = self.compiled.get_or_init(|| self.compile());
+        let len: usize = messages.iter().map(|m| m.role.len() + m.content.len()).sum();
+        let turn =
+            |m: &Message| context! { role => m.role.as_str(), content => m.content.as_str() };
+        let turns = messages.iter().map(turn).collect();
+        self.render_values(turns, Value::from(()), len, add_generation_prompt)
+    }
+
+    /// [`render`](Self::render) of messages that have more than a role and a content, such as calls of
+    /// tools, with the tools that the model may call: objects as OpenAI's API has them.
+    ///
+    /// # Errors
+    /// As [`render`](Self::render).
+    pub fn render_objects<M, T>(
+        &self,
+        messages: &[M],
+        tools: Option<&T>,
+        add_generation_prompt: bool,
+    ) -> Result<String>
+    where
+        M: serde::Serialize,
+        T: serde::Serialize,
+    {
+        let json = serde_json::to_vec(&(messages, tools)).map_err(|error| Error::Template {
+            reason: format!("messages that are not JSON: {error}"),
+            out_of_fuel: false,
+        })?;
+        let turns = messages.iter().map(|one| Value::from(Serde(one))).collect();
+        let tools = tools.map_or(Value::from(()), |tools| Value::from(Serde(tools)));
+        self.render_values(turns, tools, json.len(), add_generation_prompt)
+    }
+
+    /// Whether the template tells the model of tools.
+    #[must_use]
+    pub fn knows_tools(&self) -> bool {
+        self.source.contains("tools")
+    }
+
+    fn render_values(
+        &self,
+        turns: Vec<Value>,
+        tools: Value,
+        len: usize,
+        add_generation_prompt: bool,
+    ) -> Result<String> {
+        let own = self.clone();
+        let render = move || {
+            let environment = own.compiled.get_or_init(|| own.compile());
             let mut environment = environment.clone()?;
             // A long document is no misuse: what comes in may also be copied a few times.
-            let len: usize = messages.iter().map(|m| m.role.len() + m.content.len()).sum();
             environment.set_fuel(Some(FUEL.saturating_add(len as u64)));
-            let tokens = Value::from_pairs(self.tokens.iter());
-            let turn =
-                |m: &Message| context! { role => m.role.as_str(), content => m.content.as_str() };
-            let turns: Vec<Value> = messages.iter().map(turn).collect();
+            let tokens = Value::from_pairs(own.tokens.iter());
             let context = context! {
                 messages => turns,
                 add_generation_prompt,
                 // transformers passes both even when there are none.
-                tools => Value::from(()),
+                tools,
                 documents => Value::from(()),
                 ..tokens
             };
             environment.get_template(NAME).and_then(|t| t.render(context)).map_err(fault)
         };
-        on_large_stack(render)?
+        self.within_time(len, render)?
             .map_err(|Fault { reason, out_of_fuel }| Error::Template { reason, out_of_fuel })
+    }
+
+    /// Runs `work` where deep recursion has room, and no longer than messages of `len` bytes may take.
+    fn within_time<T: Send + 'static>(
+        &self,
+        len: usize,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T> {
+        let failed = |reason: String| Error::Template { reason, out_of_fuel: false };
+        let late = || Error::Template {
+            reason: format!("it did not end within {} s", TIME.as_secs()),
+            out_of_fuel: true,
+        };
+        if self.hangs.load(Ordering::SeqCst) {
+            return Err(late());
+        }
+        let (sender, receiver) = mpsc::channel();
+        let ended = Ended(Arc::clone(&self.hangs));
+        let work = move || {
+            let _ended = ended;
+            // Whoever waited may be gone.
+            drop(sender.send(work()));
+        };
+        let thread = std::thread::Builder::new().stack_size(STACK).spawn(work);
+        thread.map_err(|e| failed(format!("no thread to run it on: {e}")))?;
+        let time = TIME + Duration::from_secs((len / BYTES_A_SECOND) as u64);
+        let broken = || failed("the template engine failed".into());
+        match receiver.recv_timeout(time) {
+            Ok(done) => Ok(done),
+            Err(mpsc::RecvTimeoutError::Disconnected) => Err(broken()),
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                self.hangs.store(true, Ordering::SeqCst);
+                // It may have ended just before that.
+                let last = receiver.try_recv();
+                if !matches!(last, Err(mpsc::TryRecvError::Empty)) {
+                    self.hangs.store(false, Ordering::SeqCst);
+                }
+                last.map_err(|error| match error {
+                    mpsc::TryRecvError::Empty => late(),
+                    mpsc::TryRecvError::Disconnected => broken(),
+                })
+            }
+        }
     }
 
     fn compile(&self) -> std::result::Result<Environment<'static>, Fault> {
@@ -208,21 +316,25 @@ impl ChatTemplate {
         environment.add_function("strftime_now", move |format: &str| {
             date.unwrap_or_else(Date::now).strftime(format)
         });
-        let source = rewrite::rewrite(&self.source)
-            .map_err(|reason| Fault { reason, out_of_fuel: false })?;
-        environment.add_template_owned(NAME, source.into_owned()).map_err(fault)?;
+        let refused = |reason| Fault { reason, out_of_fuel: false };
+        if self.source.len() > MOST_SOURCE {
+            return Err(refused(format!("a template has at most {MOST_SOURCE} bytes")));
+        }
+        environment.add_function(guard::OWN, guard::own);
+        environment.add_function(guard::ATTRIBUTE, guard::attribute);
+        let source = guard::guard(&rewrite::rewrite(&self.source).map_err(refused)?);
+        environment.add_template_owned(NAME, source).map_err(fault)?;
         Ok(environment)
     }
 }
 
-/// Runs `work` where deep recursion has room.
-fn on_large_stack<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
-    let failed = |reason: String| Error::Template { reason, out_of_fuel: false };
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, work);
-        let thread = thread.map_err(|e| failed(format!("no thread to run it on: {e}")))?;
-        thread.join().map_err(|_| failed("the template engine failed".into()))
-    })
+/// Says at the end of a rendering, also of one that nobody waits for any more, that none hangs.
+struct Ended(Arc<AtomicBool>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::SeqCst);
+    }
 }
 
 fn raise_exception(message: &str) -> std::result::Result<Value, minijinja::Error> {

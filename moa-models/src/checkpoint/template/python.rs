@@ -47,6 +47,10 @@ pub(super) fn write(out: &mut Output<'_>, state: &mut State, value: &Value) -> R
             Ok(number) => Ok(out.write_str(&float(number))?),
             Err(error) => Err(error),
         },
+        ValueKind::Map | ValueKind::Seq => {
+            super::guard::check(state, value, false)?;
+            escape_formatter(out, state, value)
+        }
         _ => escape_formatter(out, state, value),
     }
 }

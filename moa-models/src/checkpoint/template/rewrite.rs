@@ -82,7 +82,7 @@ fn run_of_signs(tag: &str, all: &[Token]) -> usize {
 }
 
 /// Where the tag ends that closes a raw block, which begins with `block`'s first `from` bytes.
-fn end_of_raw(block: &str, from: usize) -> usize {
+pub(super) fn end_of_raw(block: &str, from: usize) -> usize {
     let mut at = from;
     while let Some(next) = block[at..].find("{%") {
         at += next;
@@ -97,7 +97,7 @@ fn end_of_raw(block: &str, from: usize) -> usize {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
     Text,
     Word,
     Number,
@@ -107,11 +107,11 @@ enum Kind {
 }
 
 #[derive(Clone, Debug)]
-struct Token {
-    kind: Kind,
-    text: Range<usize>,
+pub(super) struct Token {
+    pub(super) kind: Kind,
+    pub(super) text: Range<usize>,
     /// The bracket that closes or opens this one.
-    partner: Option<usize>,
+    pub(super) partner: Option<usize>,
 }
 
 /// Most formatting operators of one tag: each takes another look at the tag, and a template is a
@@ -125,7 +125,7 @@ const MOST_TOKENS: usize = 100_000;
 const MOST_SIGNS: usize = 100;
 
 /// The tokens between the two bytes that open a tag and `close`, and the length of the whole tag.
-fn tokens(tag: &str, close: &str) -> (Vec<Token>, usize) {
+pub(super) fn tokens(tag: &str, close: &str) -> (Vec<Token>, usize) {
     let bytes = tag.as_bytes();
     let (mut tokens, mut open, mut at) = (Vec::<Token>::new(), Vec::new(), 2);
     if matches!(bytes.get(at), Some(b'-' | b'+')) {
@@ -239,7 +239,7 @@ fn formatting(
     })
 }
 
-fn has_comma(tag: &str, inner: &[Token]) -> bool {
+pub(super) fn has_comma(tag: &str, inner: &[Token]) -> bool {
     let mut depth = 0usize;
     inner.iter().any(|token| {
         match token.kind {
@@ -252,7 +252,7 @@ fn has_comma(tag: &str, inner: &[Token]) -> bool {
 }
 
 /// Words before a bracket that do not make it a call.
-const KEYWORDS: [&str; 12] =
+pub(super) const KEYWORDS: [&str; 12] =
     ["in", "not", "and", "or", "if", "elif", "else", "is", "set", "for", "recursive", "call"];
 
 /// The first token of the operand that ends before `at`.

@@ -21,21 +21,25 @@ impl Backward for Cuda {
     }
 
     fn linear_backward(&self, d_y: &Tensor, weight: &CudaMatrix) -> Result<Tensor> {
-        Ok(self.operations.linear_backward(d_y, weight.wide()?)?)
+        Ok(self.operations.linear_backward(d_y, &self.wide(weight)?)?)
     }
 
     fn linears_backward(&self, d_y: &[Tensor], joined: &Joined) -> Result<Tensor> {
         if d_y.len() != joined.ends.len() {
             return Err(Error::invalid("gradients", joined.ends.len().to_string(), d_y.len()));
         }
-        let mut start = 0;
-        let mut sum = None;
-        for (d_y, &end) in d_y.iter().zip(&joined.ends) {
-            let weight = joined.weight.wide()?.rows(std::mem::replace(&mut start, end)..end)?;
-            sum = Some(match sum {
-                Some(sum) => self.operations.linear_backward_add(sum, d_y, &weight)?,
-                None => self.operations.linear_backward(d_y, &weight)?,
-            });
+        let (mut before, mut sum) = (0, None);
+        let mut layers = d_y.iter().zip(&joined.ends);
+        for (weight, count) in &joined.weights {
+            let (weight, first) = (self.wide(weight)?, before);
+            for (d_y, &end) in layers.by_ref().take(*count) {
+                let own = std::mem::replace(&mut before, end) - first..end - first;
+                let weight = weight.rows(own)?;
+                sum = Some(match sum {
+                    Some(sum) => self.operations.linear_backward_add(sum, d_y, &weight)?,
+                    None => self.operations.linear_backward(d_y, &weight)?,
+                });
+            }
         }
         sum.ok_or_else(|| Error::invalid("joined layers", "at least 1", 0))
     }

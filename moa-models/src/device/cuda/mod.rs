@@ -1,6 +1,6 @@
 //! The operations on one NVIDIA GPU, over [`moa_backend_cuda`]. Weights are rounded to the type of
 //! the activations, or those of linear layers to 8 bits, on their way to the device, and are nowhere
-//! else.
+//! else; quantised blocks stay what they are.
 
 mod backward;
 mod ranks;
@@ -9,7 +9,9 @@ mod weights;
 
 use std::ops::Range;
 
-use moa_backend_cuda::{CudaBackend, Device as Gpu, Dtype, Indices, Operations, Tensor, Turns};
+use moa_backend_cuda::{
+    BlockType, BlockWeight, CudaBackend, Device as Gpu, Dtype, Indices, Operations, Tensor, Turns,
+};
 
 use crate::checkpoint::mapped::MappedTensor;
 use crate::device::replay::{Replay, ReplayBatch};
@@ -70,11 +72,11 @@ impl Cuda {
     }
 }
 
-/// Linear layers of one input, computed as one product.
+/// Linear layers of one input, computed as one product, or as several where they are in different blocks.
 #[derive(Debug)]
 pub struct Joined {
-    /// `[sum of out, in]`.
-    weight: CudaMatrix,
+    /// `[sum of out, in]` of neighbours, and how many they are.
+    weights: Vec<(CudaMatrix, usize)>,
     bias: Option<Tensor>,
     /// Where each layer's outputs end.
     ends: Vec<usize>,
@@ -89,10 +91,6 @@ impl Cuda {
         let zeros = Tensor::empty(self.gpu(), x.shape(), Dtype::F32)?;
         zeros.clear()?;
         Ok(self.operations.add(zeros, x)?)
-    }
-
-    fn linear(&self, x: &Tensor, weight: &CudaMatrix, bias: Option<&Tensor>) -> Result<Tensor> {
-        Ok(self.operations.linear(x, weight, bias, self.dtype())?)
     }
 }
 
@@ -175,7 +173,14 @@ impl Load for Cuda {
         }
     }
 
+    fn block_bytes(&self, blocks: BlockType, shape: [usize; 2]) -> Option<u64> {
+        if self.fp8_weights { None } else { Some(BlockWeight::bytes_of(blocks, shape)) }
+    }
+
     fn matrix(&self, tensor: MappedTensor) -> Result<CudaMatrix> {
+        if let (Some(kind), &[out, input]) = (self.kept_blocks(&tensor), tensor.shape()) {
+            return self.upload_blocks(kind, &[&tensor], [out, input]);
+        }
         Ok(CudaMatrix::Wide(self.upload(&[&tensor], tensor.shape(), self.dtype())?))
     }
 
@@ -205,8 +210,12 @@ impl Load for Cuda {
         let (Some(&out), Some(input)) = (ends.last(), input) else {
             return Err(Error::invalid("joined layers", "at least 1", 0));
         };
-        let weights: Vec<&MappedTensor> = parts.iter().map(|part| &part.weight).collect();
-        let weight = self.upload_linear(&weights, [out, input])?;
+        let all: Vec<&MappedTensor> = parts.iter().map(|part| &part.weight).collect();
+        let mut weights = Vec::new();
+        for like in all.chunk_by(|a, b| self.kept_blocks(a) == self.kept_blocks(b)) {
+            let own = like.iter().map(|part| part.shape()[0]).sum();
+            weights.push((self.upload_linear(like, [own, input])?, like.len()));
+        }
         let biases: Vec<&MappedTensor> =
             parts.iter().filter_map(|part| part.bias.as_ref()).collect();
         let bias = match biases.len() {
@@ -214,13 +223,16 @@ impl Load for Cuda {
             n if n == parts.len() => Some(self.upload(&biases, &[out], Dtype::F32)?),
             n => return Err(Error::invalid("biases", format!("0 or {}", parts.len()), n)),
         };
-        Ok(Joined { weight, bias, ends })
+        Ok(Joined { weights, bias, ends })
     }
 }
 
 impl Math for Cuda {
     fn embed(&self, table: &CudaMatrix, ids: &[u32], factor: f32) -> Result<Tensor> {
-        Ok(self.operations.embed(table.wide()?, ids, factor)?)
+        Ok(match table {
+            CudaMatrix::Blocks(table) => self.operations.embed_blocks(table, ids, factor)?,
+            table => self.operations.embed(&self.wide(table)?, ids, factor)?,
+        })
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
@@ -228,7 +240,8 @@ impl Math for Cuda {
     }
 
     fn linears(&self, x: &Tensor, joined: &Joined) -> Result<Vec<Tensor>> {
-        let y = self.linear(x, &joined.weight, joined.bias.as_ref())?;
+        let weights: Vec<_> = joined.weights.iter().map(|(weight, _)| weight.into()).collect();
+        let y = self.operations.linears(x, &weights, joined.bias.as_ref(), self.dtype())?;
         let mut start = 0;
         let part = |&end: &usize| y.columns(std::mem::replace(&mut start, end)..end);
         Ok(joined.ends.iter().map(part).collect::<Result<_, _>>()?)

@@ -106,7 +106,14 @@ impl Replay<Cuda> for Recorded {
 
     fn embed(&self, device: &Cuda, table: &CudaMatrix, factor: f32) -> Result<Tensor> {
         // SAFETY: `run` has put tokens of the vocabulary there.
-        Ok(unsafe { device.operations.embed_at(table.wide()?, &self.ids, factor) }?)
+        Ok(match table {
+            CudaMatrix::Blocks(table) => {
+                unsafe { device.operations.embed_blocks_at(table, &self.ids, factor) }?
+            }
+            table => {
+                unsafe { device.operations.embed_at(&device.wide(table)?, &self.ids, factor) }?
+            }
+        })
     }
 
     fn attend(&self, device: &Cuda, layer: usize, qkv: [Tensor; 3]) -> Result<Tensor> {

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use moa_backend_cuda::{Dtype, E4m3Weight, Tensor, Weight};
+use moa_backend_cuda::{BlockType, BlockWeight, Dtype, E4m3Weight, Tensor, Weight};
 
 use super::Cuda;
 use crate::checkpoint::mapped::MappedTensor;
@@ -17,16 +17,8 @@ pub enum CudaMatrix {
     Wide(Tensor),
     /// Of 8-bit floats; never an embedding or output matrix.
     E4m3(E4m3Weight),
-}
-
-impl CudaMatrix {
-    /// The weight where only 16 bits will do.
-    pub(super) fn wide(&self) -> Result<&Tensor> {
-        match self {
-            Self::Wide(weight) => Ok(weight),
-            Self::E4m3(_) => Err(Error::invalid("weight", "f16 or bf16", "e4m3")),
-        }
-    }
+    /// In the quantised blocks of its file.
+    Blocks(BlockWeight),
 }
 
 impl<'a> From<&'a CudaMatrix> for Weight<'a> {
@@ -34,11 +26,46 @@ impl<'a> From<&'a CudaMatrix> for Weight<'a> {
         match matrix {
             CudaMatrix::Wide(weight) => Self::Wide(weight),
             CudaMatrix::E4m3(weight) => Self::E4m3(weight),
+            CudaMatrix::Blocks(weight) => Self::Blocks(weight),
         }
     }
 }
 
 impl Cuda {
+    /// The weight where only 16 bits will do; one in blocks is widened for this once.
+    pub(super) fn wide(&self, matrix: &CudaMatrix) -> Result<Tensor> {
+        match matrix {
+            CudaMatrix::Wide(weight) => Ok(weight.clone()),
+            CudaMatrix::E4m3(_) => Err(Error::invalid("weight", "f16 or bf16", "e4m3")),
+            CudaMatrix::Blocks(weight) => Ok(self.operations.widen_blocks(weight)?),
+        }
+    }
+
+    /// The blocks that a weight stays in here.
+    pub(super) fn kept_blocks(&self, tensor: &MappedTensor) -> Option<BlockType> {
+        if self.fp8_weights { None } else { tensor.blocks() }
+    }
+
+    /// Weights of one kind of blocks, one after the other.
+    pub(super) fn upload_blocks(
+        &self,
+        kind: BlockType,
+        parts: &[&MappedTensor],
+        shape: [usize; 2],
+    ) -> Result<CudaMatrix> {
+        let row_bytes = shape[1] / kind.block_len() * kind.block_bytes();
+        let fill = |rows: Range<usize>, mut staged: &mut [u8]| {
+            let elements = rows.start * shape[1]..rows.end * shape[1];
+            for (part, own) in pieces(parts, elements) {
+                let rows = own.start / shape[1]..own.end / shape[1];
+                let (to, rest) = staged.split_at_mut(rows.len() * row_bytes);
+                to.copy_from_slice(&part.bytes()[rows.start * row_bytes..rows.end * row_bytes]);
+                staged = rest;
+            }
+        };
+        Ok(CudaMatrix::Blocks(self.operations.upload_blocks(kind, shape, fill)?))
+    }
+
     /// Weights one after the other in one tensor, converted piece by piece in page-locked memory.
     pub(super) fn upload(
         &self,
@@ -57,12 +84,16 @@ impl Cuda {
         Ok(self.operations.upload(shape, dtype, fill)?)
     }
 
-    /// Linear layers' weights one after the other in one of the type that was asked for.
+    /// Linear layers' weights one after the other in one of the type that was asked for; they are in blocks of one
+    /// kind, or not in any that are kept.
     pub(super) fn upload_linear(
         &self,
         parts: &[&MappedTensor],
         shape: [usize; 2],
     ) -> Result<CudaMatrix> {
+        if let Some(kind) = parts.first().and_then(|part| self.kept_blocks(part)) {
+            return self.upload_blocks(kind, parts, shape);
+        }
         if !self.fp8_weights {
             return Ok(CudaMatrix::Wide(self.upload(parts, &shape, self.dtype())?));
         }

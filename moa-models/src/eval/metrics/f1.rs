@@ -3,8 +3,12 @@ use std::collections::HashMap;
 /// Token F1 of question answering: harmonic mean of precision and recall over words, after both
 /// texts were normalised as SQuAD does (lower case, no ASCII punctuation, no articles).
 pub fn f1(prediction: &str, reference: &str) -> f64 {
-    let (prediction, reference) = (normalise(prediction), normalise(reference));
-    let same = common(&prediction, &reference).count();
+    of_words(&normalise(prediction), &normalise(reference))
+}
+
+/// F1 over words.
+pub(super) fn of_words(prediction: &[String], reference: &[String]) -> f64 {
+    let same = common(prediction, reference).count();
     if same == 0 {
         return 0.0;
     }
@@ -30,7 +34,7 @@ pub fn keyword_f1(prediction: &str, reference: &str, keywords: &str) -> f64 {
 }
 
 /// The words that two texts share, each as often as in both.
-fn common<'a>(words: &'a [String], of: &[String]) -> impl Iterator<Item = &'a str> {
+pub(super) fn common<'a>(words: &'a [String], of: &[String]) -> impl Iterator<Item = &'a str> {
     let mut left: HashMap<String, usize> = HashMap::new();
     for word in of {
         *left.entry(word.clone()).or_default() += 1;

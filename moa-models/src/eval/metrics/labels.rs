@@ -17,8 +17,17 @@ pub fn classification(prediction: &str, reference: &str, classes: &[impl AsRef<s
 /// Paragraph retrieval: share of the numbers in the prediction that are the one after "Paragraph " in
 /// the reference.
 pub fn paragraph(prediction: &str, reference: &str) -> f64 {
+    after("Paragraph ", prediction, reference)
+}
+
+/// [`paragraph`] of Chinese texts, whose numbers come after "段落".
+pub fn paragraph_zh(prediction: &str, reference: &str) -> f64 {
+    after("段落", prediction, reference)
+}
+
+fn after(label: &str, prediction: &str, reference: &str) -> f64 {
     let right = reference
-        .split("Paragraph ")
+        .split(label)
         .skip(1)
         .find_map(|rest| numbers(rest).next().filter(|n| rest.starts_with(n)));
     right.map_or(0.0, |right| share(prediction, right))
@@ -64,6 +73,7 @@ mod tests {
         assert_eq!(paragraph("It is 12, or 3 or 12.", "Paragraph 12"), 2.0 / 3.0);
         assert_eq!(paragraph("none", "Paragraph 12"), 0.0);
         assert_eq!(paragraph("12", "12"), 0.0);
+        assert_eq!(paragraph_zh("段落3，或者段落12", "段落12"), 0.5);
         assert_eq!(count("There are 7 of 30", "7"), 0.5);
         assert_eq!(count("07", "7"), 0.0);
         assert_eq!(count("", "7"), 0.0);

@@ -11,17 +11,22 @@
 //!
 //! | metric | LongBench's tasks |
 //! |---|---|
+//! | [`f1_zh`] | multifieldqa_zh |
+//! | [`rouge_zh`] | dureader, vcsum |
 //! | [`f1`] | narrativeqa, qasper, multifieldqa_en, hotpotqa, 2wikimqa, musique, triviaqa |
 //! | [`rouge_l`] | gov_report, qmsum, multi_news, samsum |
-//! | [`classification`] | trec |
+//! | [`classification`] | trec, lsht |
 //! | [`paragraph`] | passage_retrieval_en |
+//! | [`paragraph_zh`] | passage_retrieval_zh |
 //! | [`count`] | passage_count |
 //! | [`code_similarity`] | lcc, repobench-p |
 //!
-//! LongBench cuts the predictions of trec, triviaqa and samsum to their [`first_line`] before it
-//! compares. Its scores are means over questions, times 100. [`keyword_f1`] is LV-Eval's. A
-//! [`Metric`] is one of them as a value.
+//! LongBench cuts the predictions of trec, triviaqa, samsum and lsht to their [`first_line`] before it
+//! compares. Its scores are means over questions, times 100. [`keyword_f1`], [`keyword_f1_zh`] and
+//! [`content_rouge_zh`] are LV-Eval's. Chinese texts are cut into words by a rule, [`chinese_words`], where the
+//! benchmarks have a dictionary. A [`Metric`] is one of them as a value.
 
+mod chinese;
 mod code;
 mod contains;
 mod f1;
@@ -29,10 +34,11 @@ mod labels;
 mod lcs;
 mod rouge;
 
+pub use chinese::{chinese_words, content_rouge_zh, f1_zh, keyword_f1_zh, rouge_zh};
 pub use code::code_similarity;
 pub use contains::{contains, string_match_all, string_match_part};
 pub use f1::{f1, keyword_f1};
-pub use labels::{classification, count, paragraph};
+pub use labels::{classification, count, paragraph, paragraph_zh};
 pub use rouge::rouge_l;
 
 /// A metric as a value, with what it needs beside a prediction and a reference.
@@ -42,12 +48,22 @@ pub enum Metric {
     F1,
     /// [`keyword_f1`] with these keywords.
     KeywordF1(String),
+    /// [`f1_zh`].
+    F1Zh,
+    /// [`keyword_f1_zh`] with these keywords.
+    KeywordF1Zh(String),
     /// [`rouge_l`].
     RougeL,
+    /// [`rouge_zh`].
+    RougeZh,
+    /// [`content_rouge_zh`].
+    ContentRougeZh,
     /// [`classification`] among these classes.
     Classification(Vec<String>),
     /// [`paragraph`].
     Paragraph,
+    /// [`paragraph_zh`].
+    ParagraphZh,
     /// [`count`].
     Count,
     /// [`code_similarity`].
@@ -62,9 +78,14 @@ impl Metric {
         match self {
             Self::F1 => f1(prediction, reference),
             Self::KeywordF1(keywords) => keyword_f1(prediction, reference, keywords),
+            Self::F1Zh => f1_zh(prediction, reference),
+            Self::KeywordF1Zh(keywords) => keyword_f1_zh(prediction, reference, keywords),
             Self::RougeL => rouge_l(prediction, reference),
+            Self::RougeZh => rouge_zh(prediction, reference),
+            Self::ContentRougeZh => content_rouge_zh(prediction, reference),
             Self::Classification(classes) => classification(prediction, reference, classes),
             Self::Paragraph => paragraph(prediction, reference),
+            Self::ParagraphZh => paragraph_zh(prediction, reference),
             Self::Count => count(prediction, reference),
             Self::Code => code_similarity(prediction, reference),
             Self::FirstLine(metric) => metric.score(first_line(prediction), reference),

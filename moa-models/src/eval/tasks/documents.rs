@@ -79,7 +79,7 @@ impl Documents {
     /// [`Error::Io`], or [`Error::Line`] if it is neither or holds no question with an answer.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let text = std::fs::read_to_string(path)
+        let text = moa_core::read_text_file(path)
             .map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
         let fault = |reason: &str, line: usize| Error::Line {
             path: path.to_path_buf(),

@@ -103,7 +103,8 @@ mod tests {
             let question = build(2000, &TaskSources::default(), SplitMix64::new(seed));
             let (text, reference) = (&question.turns[0].text, &question.turns[0].references[0]);
             let place = text.find(&reference.text).unwrap() as f64 / text.len() as f64;
-            assert!((place - reference.depth.unwrap()).abs() < 0.1, "{seed}");
+            // Depths count sentences, which differ in length.
+            assert!((place - reference.depth.unwrap()).abs() < 0.2, "{seed}");
             assert_eq!(text.matches(&reference.text).count(), 1);
         }
     }

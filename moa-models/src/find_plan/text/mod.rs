@@ -2,6 +2,8 @@
 
 use moa_core::SplitMix64;
 
+use crate::find_plan::calibrate::Part;
+
 /// The first chapters of "Erewhon" by Samuel Butler (1872), without their headings; a line is a
 /// paragraph. The book is in the public domain.
 const TEXT: &str = include_str!("erewhon.txt");
@@ -9,7 +11,18 @@ const TEXT: &str = include_str!("erewhon.txt");
 /// At least `len` bytes of text from a sentence on that is drawn with `rng`, up to the end of a
 /// sentence. Behind the last paragraph the text goes on with the first.
 pub(crate) fn excerpt(rng: &mut SplitMix64, len: usize) -> String {
-    let sentences: Vec<&str> = TEXT.split_inclusive(['.', '!', '?', '\n']).collect();
+    excerpt_of(rng, len, Part::All)
+}
+
+/// The same of a part of the text: its last third, which is held out, or the rest.
+pub(crate) fn excerpt_of(rng: &mut SplitMix64, len: usize, part: Part) -> String {
+    let mut sentences: Vec<&str> = TEXT.split_inclusive(['.', '!', '?', '\n']).collect();
+    let middle = sentences.len() * 2 / 3;
+    match part {
+        Part::All => {}
+        Part::Profiled => sentences.truncate(middle),
+        Part::HeldOut => drop(sentences.drain(..middle)),
+    }
     let from = rng.below(sentences.len());
     let mut text = String::with_capacity(len + 256);
     for sentence in sentences[from..].iter().chain(sentences.iter().cycle()) {

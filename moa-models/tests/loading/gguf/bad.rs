@@ -167,6 +167,23 @@ fn keys_that_are_missing_or_wrong_are_named() {
 }
 
 #[test]
+fn heads_are_counted_within_bounds_and_have_rows_in_pairs() {
+    let (key, name) = ("llama.attention.head_count", "blk.0.attn_q.weight");
+    let mut file = small("llama");
+    file.tensor(name, &[64, 64], F32, vec![0; 4 * 64 * 64]);
+    // One number of 64 bits in an array.
+    let many =
+        [&11u32.to_le_bytes()[..], &1u64.to_le_bytes(), &(1i64 << 31).to_le_bytes()].concat();
+    file.set(key, Value::Raw(9, many));
+    let read = |file: &File| open(&file.bytes()).unwrap().tensor(name, &[64, 64]);
+    assert!(fault(read(&file)).0.contains(key));
+    file.set(key, Value::U32(24));
+    assert_eq!(fault(read(&file)).0, format!("tensor `{name}`"));
+    file.set(key, Value::U32(32));
+    assert_eq!(read(&file).unwrap().shape(), [64, 64]);
+}
+
+#[test]
 fn a_tensor_that_nobody_reads_is_an_error() {
     for name in ["blk.0.attn_q_norm.weight", "blk.1.attn_q.weight", "blk.0.attn_v.bias", "extra"] {
         let mut file = small("llama");

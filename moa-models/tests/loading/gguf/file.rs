@@ -28,6 +28,7 @@ impl From<&str> for Value {
 /// GGUF's numbers of types.
 pub(crate) const F32: u32 = 0;
 pub(crate) const BF16: u32 = 30;
+pub(crate) const Q4_0: u32 = 2;
 pub(crate) const Q8_0: u32 = 8;
 
 #[derive(Clone, Debug)]
@@ -258,6 +259,17 @@ fn encode(row: &[f32], kind: u32) -> Vec<u8> {
                 let inverse = if step.to_f32() > 0.0 { 1.0 / step.to_f32() } else { 0.0 };
                 let codes = x.iter().map(|x| (x * inverse).round() as i8 as u8);
                 step.to_le_bytes().into_iter().chain(codes.collect::<Vec<u8>>())
+            };
+            row.chunks(32).flat_map(block).collect()
+        }
+        Q4_0 => {
+            let block = |x: &[f32]| {
+                let most = x.iter().fold(0.0f32, |a, b| if b.abs() > a.abs() { *b } else { a });
+                let step = half::f16::from_f32(most / -8.0);
+                let inverse = if most == 0.0 { 0.0 } else { -8.0 / most };
+                let code = |x: f32| (x * inverse + 8.5).clamp(0.0, 15.0) as u8;
+                let pairs = x[..16].iter().zip(&x[16..]).map(|(a, b)| code(*a) | code(*b) << 4);
+                step.to_le_bytes().into_iter().chain(pairs.collect::<Vec<u8>>())
             };
             row.chunks(32).flat_map(block).collect()
         }

@@ -2,6 +2,7 @@
 
 mod bad;
 pub(crate) mod file;
+mod quantize;
 mod vocabularies;
 
 use std::path::PathBuf;

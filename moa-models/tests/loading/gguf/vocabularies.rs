@@ -81,6 +81,10 @@ fn what_is_missing_or_unknown_is_named() {
     assert_eq!(place(with("model", "bert".into())), key("model"));
     assert_eq!(place(with("scores", Value::F32s(vec![0.0]))), key("scores"));
     assert_eq!(place(with("token_type", Value::I32s(vec![1]))), key("token_type"));
+    // Ways to put a piece together are as many as it has characters.
+    let mut tokens: Vec<String> = (0..268).map(|i| format!("{i}")).collect();
+    tokens[260] = "a".repeat(100_000);
+    assert_eq!(place(with("tokens", Value::Texts(tokens))), key("tokens"));
     assert_eq!(place(with("bos_token_id", Value::U32(9999))), key("bos_token_id"));
     // Of bytes that merge.
     assert_eq!(place(with("model", "gpt2".into())), key("merges"));

@@ -1,0 +1,82 @@
+"""The openai package, and LangChain where it is installed, against `moa serve`: clients.py URL [MODEL] [grammar]."""
+import json
+import sys
+
+import openai
+
+url, model = sys.argv[1], (sys.argv[2:] or ["moa-tiny"])[0]
+has_grammar = "grammar" in sys.argv
+client = openai.OpenAI(base_url=url, api_key="key", max_retries=0)
+hello = [{"role": "user", "content": "Hello! Who are you?"}]
+
+assert [m.id for m in client.models.list()] == [model]
+assert client.models.retrieve(model).id == model
+
+whole = client.chat.completions.create(model=model, messages=hello, max_tokens=12, temperature=0)
+assert whole.usage.completion_tokens <= 12 and whole.choices[0].finish_reason in ("length", "stop")
+stream = client.chat.completions.create(
+    model=model, messages=hello, max_tokens=12, temperature=0, stream=True,
+    stream_options={"include_usage": True})
+chunks = list(stream)
+text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+assert text == whole.choices[0].message.content, (text, whole)
+assert chunks[-1].usage == whole.usage or chunks[-1].usage.total_tokens == whole.usage.total_tokens
+
+many = client.chat.completions.create(
+    model=model, messages=hello, max_completion_tokens=8, n=3, seed=7, temperature=1.0, top_p=0.9,
+    presence_penalty=0.5, frequency_penalty=0.5, logit_bias={"5": -100}, stop=["\n\n"],
+    logprobs=True, top_logprobs=4)
+assert [c.index for c in many.choices] == [0, 1, 2]
+entry = many.choices[1].logprobs.content[0]
+assert len(entry.top_logprobs) == 4 and entry.logprob <= 0 and bytes(entry.bytes or []).decode() is not None
+
+done = client.completions.create(model=model, prompt=["Once upon a time", "The ship"], max_tokens=6, logprobs=2)
+assert len(done.choices) == 2 and len(done.choices[0].logprobs.tokens) == 6
+pieces = client.completions.create(model=model, prompt="Once upon a time", max_tokens=6, stream=True)
+assert "".join(p.choices[0].text for p in pieces) == done.choices[0].text
+
+for body, kind in [({"temperature": -1}, openai.BadRequestError), ({"model": "gpt-4"}, openai.NotFoundError)]:
+    try:
+        client.chat.completions.create(**{"model": model, "messages": hello, **body})
+        raise SystemExit(f"{body} was taken")
+    except kind as error:
+        assert error.body["param"] == next(iter(body)), error.body
+try:
+    openai.OpenAI(base_url=url, api_key="wrong", max_retries=0).models.list()
+    raise SystemExit("a wrong key was taken")
+except openai.AuthenticationError:
+    pass
+
+weather = {"type": "function", "function": {"name": "weather", "parameters": {
+    "type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"],
+    "additionalProperties": False}}}
+asked = [{"role": "user", "content": "What is the weather in Paris?"}]
+auto = client.chat.completions.create(model=model, messages=asked, tools=[weather], max_tokens=8)
+assert auto.choices[0].finish_reason
+schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": weather["function"]["parameters"]}}
+if has_grammar:
+    called = client.chat.completions.create(
+        model=model, messages=asked, tools=[weather], tool_choice="required", max_tokens=100)
+    call = called.choices[0].message.tool_calls[0].function
+    assert call.name == "weather" and json.loads(call.arguments)["city"] in ("Paris", "Rome"), called
+    for stream in (False, True):
+        told = client.chat.completions.create(
+            model=model, messages=asked, response_format=schema, max_tokens=100, stream=stream)
+        text = "".join(c.choices[0].delta.content or "" for c in told) if stream else told.choices[0].message.content
+        assert json.loads(text)["city"] in ("Paris", "Rome"), text
+else:
+    try:
+        client.chat.completions.create(model=model, messages=asked, response_format=schema, max_tokens=8)
+    except openai.BadRequestError as error:
+        assert "grammar" in str(error)
+print(f"openai {openai.__version__}: fine")
+
+try:
+    from langchain_openai import ChatOpenAI
+except ImportError:
+    print("LangChain is not installed")
+else:
+    chat = ChatOpenAI(base_url=url, api_key="key", model=model, max_tokens=8, temperature=0)
+    said = chat.invoke("Hello!").content
+    assert said == "".join(piece.content for piece in chat.stream("Hello!"))
+    print("LangChain: fine")

@@ -1,0 +1,113 @@
+//! Products of rows of every number with weights of every type, against f64.
+
+use super::*;
+
+/// Numbers between -1 and 1 that bf16 has not.
+fn values(len: usize, mut seed: u32) -> Vec<f32> {
+    let next = || {
+        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (seed >> 8) as f32 / 8_388_608.0 - 1.0
+    };
+    std::iter::repeat_with(next).take(len).collect()
+}
+
+#[track_caller]
+fn check(y: &[f32], x: &[f32], w: impl Fn(usize, usize) -> f32, (m, n, k): (usize, usize, usize)) {
+    for i in 0..m {
+        for j in 0..n {
+            let product = |l: usize| f64::from(x[i * k + l]) * f64::from(w(j, l));
+            let exact: f64 = (0..k).map(product).sum();
+            let sizes: f64 = (0..k).map(|l| product(l).abs()).sum();
+            let error = (f64::from(y[i * n + j]) - exact).abs();
+            assert!(
+                error <= 2e-6 * sizes + 1e-6,
+                "{m} {n} {k} at {i}, {j}: {} {exact}",
+                y[i * n + j]
+            );
+        }
+    }
+}
+
+const SHAPES: [(usize, usize, usize); 9] = [
+    (1, 1, 1),
+    (2, 70, 33),
+    (7, 33, 160),
+    (15, 5, 31),
+    (16, 64, 64),
+    (17, 80, 1),
+    (23, 113, 515),
+    (270, 97, 40),
+    (3, 40, 0),
+];
+
+#[test]
+fn products_of_every_type_are_those_of_the_widened_weights() -> Result<()> {
+    for (m, n, k) in SHAPES {
+        let (x, w) = (values(m * k, 1), values(n * k, 2));
+        let halves: Vec<f16> = w.iter().map(|w| f16::from_f32(*w)).collect();
+        let narrow: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
+        let x = Tensor::new(x, &[m, k])?;
+        for (data, wide) in [
+            (WeightData::F32(&w), w.clone()),
+            (WeightData::F16(&halves), halves.iter().map(|w| w.to_f32()).collect()),
+            (WeightData::Bf16(&narrow), narrow.iter().map(|w| w.to_f32()).collect()),
+        ] {
+            let y = linear(&x, WeightRef::new(data, n, k)?, None)?;
+            check(y.data(), x.data(), |j, l| wide[j * k + l], (m, n, k));
+            // The same weights, of `k` outputs and `n` inputs.
+            let d_y = Tensor::new(values(m * n, 3), &[m, n])?;
+            let d_x = linear_backward_input(&d_y, WeightRef::new(data, n, k)?)?;
+            check(d_x.data(), d_y.data(), |l, j| wide[j * k + l], (m, k, n));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn narrow_activations_are_rounded_and_nothing_else_is() -> Result<()> {
+    let rounds = |x: &f32| bf16::from_f32(*x).to_f32();
+    for (m, n, k) in SHAPES {
+        let w: Vec<bf16> = values(n * k, 2).iter().map(|w| bf16::from_f32(*w)).collect();
+        let x = Tensor::new(values(m * k, 1), &[m, k])?;
+        let weight = WeightRef::new(WeightData::Bf16(&w), n, k)?.narrow_activations(true);
+        let bias = values(n, 4);
+        let y = linear(&x, weight, Some(&bias))?;
+        #[cfg(target_arch = "x86_64")]
+        let rounded = panels::pairs::Machine::here().is_some();
+        #[cfg(not(target_arch = "x86_64"))]
+        let rounded = false;
+        let taken = match rounded {
+            true => x.data().iter().map(rounds).collect(),
+            false => x.data().to_vec(),
+        };
+        let y: Vec<f32> = y.data().iter().zip(bias.iter().cycle()).map(|(y, b)| y - b).collect();
+        check(&y, &taken, |j, l| w[j * k + l].to_f32(), (m, n, k));
+        let joined = linears(&x, &[(weight, Some(&bias[..])), (weight, None)])?;
+        assert_eq!(joined[0], linear(&x, weight, Some(&bias))?);
+        assert_eq!(joined[1], linear(&x, weight, None)?);
+    }
+    Ok(())
+}
+
+#[test]
+fn threads_and_rows_beside_it_change_no_bit_of_a_row() -> Result<()> {
+    let (n, k) = (200, 65);
+    let w: Vec<bf16> = values(n * k, 2).iter().map(|w| bf16::from_f32(*w)).collect();
+    let x = values(600 * k, 1);
+    for narrow in [false, true] {
+        let weight = WeightRef::new(WeightData::Bf16(&w), n, k)?.narrow_activations(narrow);
+        let run = |threads: usize, m: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+            let x = Tensor::new(x[..m * k].to_vec(), &[m, k])?;
+            pool.map_or_else(
+                |_| linear(&x, weight, None),
+                |pool| pool.install(|| linear(&x, weight, None)),
+            )
+        };
+        let one = run(1, 600)?;
+        for (threads, m) in [(2, 600), (3, 600), (2, 37), (1, 16)] {
+            assert_eq!(run(threads, m)?.data(), &one.data()[..m * n]);
+        }
+    }
+    Ok(())
+}

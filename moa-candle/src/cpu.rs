@@ -1,0 +1,77 @@
+use candle_core::{CpuStorage, DType, Device, Error, Layout, Result, Storage, Tensor};
+use moa_backend_cpu::CpuBackend;
+use moa_core::{Append, ExtendInputs, SparseAttentionBackend};
+
+#[cfg(feature = "cuda")]
+use crate::elsewhere;
+use crate::{Dims, LayerCache, Store};
+
+/// See [`crate::SparseAttention::forward`].
+pub(crate) fn forward(
+    backend: &CpuBackend,
+    caches: &mut [&mut LayerCache],
+    [q, k, v]: [&Tensor; 3],
+    scale: f32,
+    dims: Dims,
+) -> Result<Tensor> {
+    let mut batch = Vec::with_capacity(caches.len());
+    for cache in caches {
+        match &mut cache.0 {
+            Store::Cpu(cache) => batch.push(Append { cache, tokens: dims.tokens }),
+            #[cfg(feature = "cuda")]
+            Store::Cuda(_) => return Err(elsewhere()),
+        }
+    }
+    let dtype = q.dtype();
+    let (q, k, v) = (packed(q)?, packed(k)?, packed(v)?);
+    let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale, lse: false };
+    let out = backend.extend(&mut batch, &inputs).map_err(Error::wrap)?.out.into_data();
+    let shape = (dims.batch, dims.tokens, dims.query_heads, dims.head_dim);
+    let out = Tensor::from_vec(out, shape, &Device::Cpu)?.transpose(1, 2)?;
+    if dtype == DType::F32 { Ok(out) } else { out.to_dtype(dtype) }
+}
+
+/// `[batch, heads, tokens, head_dim]` in the order of moa's kernels, `[batch * tokens, heads, head_dim]`: the
+/// one copy.
+fn packed(tensor: &Tensor) -> Result<moa_backend_cpu::Tensor> {
+    let (batch, heads, tokens, dim) = tensor.dims4()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else {
+        candle_core::bail!(
+            "q, k, v: expected tensors on the CPU, got {:?}",
+            tensor.device().location()
+        );
+    };
+    let mut out = Vec::with_capacity(batch * heads * tokens * dim);
+    match storage {
+        // Whole rows at once.
+        CpuStorage::F32(data) if layout.stride()[3] == 1 => {
+            rows(layout, |at| out.extend_from_slice(&data[at..at + dim]))
+        }
+        CpuStorage::F32(data) => elements(layout, |at| out.push(data[at])),
+        CpuStorage::F16(data) => elements(layout, |at| out.push(data[at].to_f32())),
+        CpuStorage::BF16(data) => elements(layout, |at| out.push(data[at].to_f32())),
+        _ => candle_core::bail!("q, k, v: expected f32, f16 or bf16, got {:?}", tensor.dtype()),
+    }
+    moa_backend_cpu::Tensor::new(out, &[batch * tokens, heads, dim]).map_err(Error::wrap)
+}
+
+/// Calls `each` with the index of every row's first element, heads innermost.
+fn rows(layout: &Layout, mut each: impl FnMut(usize)) {
+    let (&[batch, heads, tokens, _], &[of_batch, of_head, of_token, _]) =
+        (layout.dims(), layout.stride())
+    else {
+        return;
+    };
+    for sequence in 0..batch {
+        for token in 0..tokens {
+            let first = layout.start_offset() + sequence * of_batch + token * of_token;
+            (0..heads).for_each(|head| each(first + head * of_head));
+        }
+    }
+}
+
+fn elements(layout: &Layout, mut each: impl FnMut(usize)) {
+    let (dim, step) = (layout.dims()[3], layout.stride()[3]);
+    rows(layout, |row| (0..dim).for_each(|i| each(row + i * step)));
+}

@@ -1,0 +1,116 @@
+//! What guesses gain: decoded tokens a second with them over without, by kind of answer. Rounds take turns, so that
+//! what else the machine does falls on all alike.
+//!
+//! ```sh
+//! cargo run --release -p moa-models --example speculation -- assets/moa-tiny [plan.json]
+//! ```
+//! With a plan the model also guesses for itself, dense attention checking what the plan guesses.
+
+use moa_core::{Plan, SplitMix64};
+use moa_models::{
+    Checkpoint, Cpu, Dtype, EngineOptions, GenerateOptions, Message, Prompt, Result,
+    SamplingOptions, Speculation, Usage,
+};
+
+const ROUNDS: usize = 9;
+
+/// A record of so many lines in LongEval's wording, and a question about one of them.
+fn record(lines: usize, seed: u64) -> String {
+    const FIRST: [&str; 8] =
+        ["torpid", "frail", "brave", "minor", "supreme", "fluffy", "eatable", "callous"];
+    const SECOND: [&str; 8] = ["kid", "lamb", "purr", "bull", "hash", "lemon", "spouse", "rhythm"];
+    let mut random = SplitMix64::new(seed);
+    let mut draw = |below: usize| (random.next_u64() % below as u64) as usize;
+    let mut text = "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and \
+        contains a '<REGISTER_CONTENT>' at the end of the line as a numerical value. For each line index, memorize its \
+        corresponding <REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the corresponding \
+        <REGISTER_CONTENT> of a certain line index. Now the record start:\n\n"
+        .to_owned();
+    let start = draw(64);
+    let key = |line: usize| {
+        let of = (start + 37 * line) % 512;
+        format!("{}-{}-{}", FIRST[of % 8], SECOND[of / 8 % 8], of / 64)
+    };
+    for line in 0..lines {
+        text += &format!("line {}: REGISTER_CONTENT is <{}>\n", key(line), 1000 + draw(50_000));
+    }
+    let asked = key(draw(lines));
+    text + &format!(
+        "\nNow the record is over. Tell me what is the <REGISTER_CONTENT> in line {asked}? I need the number. "
+    )
+}
+
+fn main() -> Result<()> {
+    let mut arguments = std::env::args().skip(1);
+    let folder = arguments.next().unwrap_or_else(|| "assets/moa-tiny".into());
+    // As the command runs it.
+    let mut checkpoint = Checkpoint::open(Cpu::new(Dtype::Bf16).narrow_activations(true), folder)?;
+    let dense = Plan::full(checkpoint.model.shape())?;
+    let mut modes = vec![("off", Speculation::Off), ("ngram", Speculation::ngram())];
+    if let Some(path) = arguments.next() {
+        let itself = checkpoint.clone();
+        checkpoint.set_draft(&itself, &Plan::load(path)?)?;
+        modes.push(("plan", Speculation::draft()));
+    }
+    let prose = "The history of navigation is the history of people who trusted numbers more than the evidence of \
+        their eyes. A pilot who could not see the coast still knew how fast the ship had sailed, for how many \
+        hours, and in which direction; ";
+    let quoted = checkpoint.tokenizer.encode(&prose.repeat(3), true)?;
+    let asked =
+        |lines| (0..4).map(|seed| Prompt::chat(&[Message::user(record(lines, seed))])).collect();
+    let until = |new| GenerateOptions { max_new_tokens: new, ..GenerateOptions::default() };
+    let endless = |new| GenerateOptions { eos_token_ids: Some(Vec::new()), ..until(new) };
+    let warm = SamplingOptions { temperature: 1.0, seed: 1, ..SamplingOptions::default() };
+    let long = vec![Prompt::chat(&[Message::user(record(250, 1))])];
+    let kinds: Vec<(&str, Vec<Prompt>, GenerateOptions)> = vec![
+        ("record of 40 lines, answers", asked(40), until(64)),
+        ("record of 150 lines, answers", asked(150), until(64)),
+        ("quotation, 192 tokens", vec![Prompt::Tokens(quoted)], endless(192)),
+        ("prose, 192 tokens", vec![Prompt::from(prose)], endless(192)),
+        (
+            "prose, drawn, 192 tokens",
+            vec![Prompt::from(prose)],
+            GenerateOptions { sampling: warm, ..endless(192) },
+        ),
+        ("after 250 lines, 192 tokens", long, endless(192)),
+    ];
+    for (kind, prompts, options) in &kinds {
+        let mut seconds = vec![Vec::new(); modes.len()];
+        let (mut told, mut counts) = (None::<String>, vec![Usage::default(); modes.len()]);
+        for _ in 0..ROUNDS {
+            for (at, (mode, speculation)) in modes.iter().enumerate() {
+                let speculation = *speculation;
+                let mut engine =
+                    checkpoint.engine(EngineOptions { speculation, ..EngineOptions::default() });
+                let mut text = String::new();
+                // One after the other: batches of one.
+                for prompt in prompts {
+                    engine.submit(prompt.clone(), &dense, options.clone());
+                    engine.complete_all()?.iter().for_each(|one| text += &one.text);
+                }
+                let own: &String = told.get_or_insert_with(|| text.clone());
+                assert_eq!(*own, text, "{mode} changed the text");
+                counts[at] = engine.take_usage();
+                seconds[at].push(counts[at].decode.as_secs_f64());
+            }
+        }
+        println!("{kind}");
+        let median = |all: &mut Vec<f64>| {
+            all.sort_by(f64::total_cmp);
+            all[all.len() / 2]
+        };
+        let plain = median(&mut seconds[0]);
+        for (((mode, _), seconds), usage) in modes.iter().zip(&mut seconds).zip(&counts) {
+            let own = median(seconds);
+            println!(
+                "  {mode:6} {:7.0} tokens/s  {:.2}x  {} of {} guesses right, {} tokens",
+                usage.decoded_tokens as f64 / own,
+                plain / own,
+                usage.accepted_tokens,
+                usage.drafted_tokens,
+                usage.decoded_tokens,
+            );
+        }
+    }
+    Ok(())
+}

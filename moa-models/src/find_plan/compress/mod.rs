@@ -1,0 +1,178 @@
+//! The way from a checkpoint to a plan, in one call.
+
+mod bounds;
+mod options;
+mod texts;
+mod warnings;
+
+use std::collections::BTreeMap;
+
+use moa_core::{ElasticRule, FoundPlans, Plan, PlanRequest, Profile, SparseAttentionBackend};
+
+use crate::checkpoint::Checkpoint;
+use crate::device::{Backward, Math};
+use crate::find_plan::calibrate::{Calibration, CalibrationData, CalibrationOptions, Part};
+use crate::find_plan::exchange::is_elastic;
+use crate::find_plan::measure::{Evidence, TextGoal};
+use crate::find_plan::objective::WeightedObjective;
+use crate::find_plan::precision::CacheTypes;
+use crate::find_plan::profile_all::DEFAULT_BLOCK;
+use crate::find_plan::refine::{Refined, refine_types};
+use crate::progress::{Progress, Stage};
+use crate::{Error, Result};
+
+pub use bounds::{bound_decode_time, with_min_share};
+pub use options::CompressOptions;
+use texts::{held_out_of, texts_of};
+pub use warnings::profile_warnings;
+use warnings::warnings_of;
+
+/// Everything that [`compress`] found.
+#[derive(Debug)]
+pub struct Compressed {
+    /// The plan.
+    pub plan: Plan,
+    /// The measured influence that the plan was searched on.
+    pub profile: Profile,
+    /// The plans that the search found, by predicted loss.
+    pub found: FoundPlans,
+    /// The refinement by measured loss, which chose the plan.
+    pub refined: Refined,
+    /// What is wrong with the calibration data or the plan, a sentence each.
+    pub warnings: Vec<String>,
+}
+
+/// Finds a plan for a checkpoint: profiles, searches, and decides by measured loss at a length that
+/// was not profiled.
+///
+/// # Errors
+/// [`Error::Invalid`], [`Error::Core`] and [`Error::ContextExceeded`] for an option that is out of
+/// range or does not fit the model, [`Error::Core`] with
+/// [`Infeasible`](moa_core::Error::Infeasible) if no plan meets the bounds, [`Error::Cancelled`],
+/// [`Error::Core`] with [`CacheType`](moa_core::Error::CacheType) if the device lacks a type that heads may have,
+/// and those of [`Checkpoint::calibrate`], [`Decoder::profile`](crate::Decoder::profile) and [`bound_decode_time`].
+pub fn compress<D: Backward>(
+    checkpoint: &Checkpoint<D>,
+    data: &CalibrationData,
+    options: &CompressOptions,
+    progress: &mut dyn Progress,
+) -> Result<Compressed> {
+    options.validate()?;
+    let model = &checkpoint.model;
+    check_types(&model.device, options.cache_types)?;
+    // What cannot be met is said before the work of profiling.
+    options.request(model.config().context_length())?;
+    let calibration = options.profile_calibration();
+    let Calibration { items, data: name } = checkpoint.calibrate(data, &calibration, progress)?;
+    let description = format!("{name}, seed {}", options.seed);
+    let objective =
+        WeightedObjective { objective: options.objective, weight: options.token_weight };
+    let profile = model.profile_all(&items, objective, DEFAULT_BLOCK, &description, progress)?;
+    compress_profile(checkpoint, data, profile, options, progress)
+}
+
+/// [`compress`] of a model that was profiled before; the options' lengths are those of the profile.
+///
+/// # Errors
+/// As [`compress`]; [`Error::Core`] with [`ShapeMismatch`](moa_core::Error::ShapeMismatch) or
+/// [`FingerprintMismatch`](moa_core::Error::FingerprintMismatch) if the profile is of another model.
+pub fn compress_profile<D: Math>(
+    checkpoint: &Checkpoint<D>,
+    data: &CalibrationData,
+    profile: Profile,
+    options: &CompressOptions,
+    progress: &mut dyn Progress,
+) -> Result<Compressed> {
+    let options = &CompressOptions { lengths: profile.lengths(), ..options.clone() };
+    options.validate()?;
+    let model = &checkpoint.model;
+    check_types(&model.device, options.cache_types)?;
+    if profile.shape() != model.shape() {
+        let (expected, got) = (model.shape(), profile.shape());
+        return Err(moa_core::Error::ShapeMismatch { what: "profile", expected, got }.into());
+    }
+    if let Some(got) = profile.info.fingerprint.as_deref().filter(|f| *f != model.fingerprint()) {
+        let (expected, got) = (model.fingerprint().to_string(), got.to_string());
+        return Err(moa_core::Error::FingerprintMismatch { what: "profile", expected, got }.into());
+    }
+    let context = model.config().context_length();
+    let mut request = options.request(context)?.with_windows(model.config().windows());
+    if let Some(share) = options.decode_time {
+        bound_decode_time(&mut request, &model.device, model.shape(), share)?;
+    }
+    progress.advance(Stage::Search, 0, 1)?;
+    let found = request.search_profile(&profile, &request.objective_lengths(&profile))?;
+    let uniform = uniform(&request, &profile)?;
+    let starts: Vec<Plan> = found.plans.iter().chain(&uniform).cloned().collect();
+    let validation = options.validation_calibration(context);
+    let mut warnings = profile_warnings(&profile)?;
+    let items = match (checkpoint.calibrate(data, &validation, progress), data) {
+        // A user's file may hold nothing else, or nothing longer than the profile lengths.
+        (Err(Error::NoCalibration { length, reason }), CalibrationData::Prompts(_)) => {
+            warnings.push(format!(
+                "no item is left to judge plans by at {length} tokens ({reason}): plans were judged \
+                 by what they were made from"
+            ));
+            checkpoint.calibrate(data, &options.profile_calibration(), progress)?
+        }
+        (made, _) => made?,
+    };
+    let items = items.items;
+    // The text that plans are refined on and the text that the result is held to have nothing in common.
+    let profiled = CalibrationOptions { part: Part::Profiled, ..validation };
+    let texts = texts_of(checkpoint, data, options, &profiled)?;
+    let text_goal = match (options.text_weight, &uniform) {
+        (None, Some(plan)) if !texts.is_empty() => TextGoal::NoWorseThan(plan),
+        (weight, _) => TextGoal::Weight(weight.unwrap_or(1.0)),
+    };
+    let held_out = match text_goal {
+        TextGoal::NoWorseThan(_) => held_out_of(checkpoint, data, options)?,
+        TextGoal::Weight(_) => BTreeMap::new(),
+    };
+    let evidence = Evidence { items: &items, texts: &texts, text_goal, held_out: &held_out };
+    let evaluations = options.evaluations(model.shape());
+    let bounds = (&request, options.cache_types);
+    let mut refined =
+        refine_types(model, evidence, &starts, bounds, &profile, evaluations, progress)?;
+    refined.plan.provenance.method = Some("moa compress".to_string());
+    let plan = refined.plan.clone();
+    warnings.extend(warnings_of(&refined, &request)?);
+    Ok(Compressed { plan, profile, found, refined, warnings })
+}
+
+/// Checks that a device has caches of the types that heads may come to have.
+fn check_types<D: Math>(device: &D, types: CacheTypes) -> Result<()> {
+    let attention = device.attention();
+    match types.all().into_iter().find(|own| !attention.has_cache_type(*own)) {
+        None => Ok(()),
+        Some(cache_type) => {
+            let backend = attention.name();
+            Err(moa_core::Error::CacheType { backend, cache_type, head: None }.into())
+        }
+    }
+}
+
+/// One rule for all heads, of the largest size within the bounds.
+fn uniform(request: &PlanRequest, profile: &Profile) -> Result<Option<Plan>> {
+    if !is_elastic(request) {
+        return Ok(None);
+    }
+    let of_share = |share: f64| -> Result<_> {
+        let rules = vec![ElasticRule::new(0.0, share)?.into(); profile.shape().total_kv_heads()];
+        let plan = Plan::new(profile.shape(), request.sink, request.min_span, rules)?;
+        let plan = plan.with_fingerprint(profile.info.fingerprint.clone());
+        Ok(request.allows(&plan)?.then_some(plan))
+    };
+    let mut least = request.bounds.iter().map(|bound| bound.max).fold(1.0, f64::min);
+    let mut best = of_share(least)?;
+    // Where layers have windows, the others may keep more.
+    let mut most = if request.windows.is_empty() { least } else { 1.0 };
+    while most - least > 1e-3 {
+        let middle = f64::midpoint(least, most);
+        match of_share(middle)? {
+            Some(plan) => (least, best) = (middle, Some(plan)),
+            None => most = middle,
+        }
+    }
+    Ok(best)
+}

@@ -1,0 +1,45 @@
+//! Running text that plans should leave the model's predictions of as they are.
+
+use std::collections::BTreeMap;
+
+use super::CompressOptions;
+use crate::Result;
+use crate::checkpoint::Checkpoint;
+use crate::device::Math;
+use crate::find_plan::calibrate::{CalibrationData, CalibrationOptions, Part};
+use crate::find_plan::profile::Item;
+
+/// Running texts at the lengths of a calibration, with about as many tokens at each.
+pub(super) fn texts_of<D: Math>(
+    checkpoint: &Checkpoint<D>,
+    data: &CalibrationData,
+    options: &CompressOptions,
+    calibration: &CalibrationOptions,
+) -> Result<BTreeMap<usize, Vec<Item>>> {
+    let samples = options.text_samples;
+    if samples == 0 || options.text_weight == Some(0.0) {
+        return Ok(BTreeMap::new());
+    }
+    let mut texts =
+        checkpoint.text_items(data, &CalibrationOptions { samples, ..calibration.clone() })?;
+    let shortest = texts.keys().next().copied().unwrap_or(1);
+    for (length, own) in &mut texts {
+        own.truncate((samples * shortest).div_ceil(*length).max(1));
+    }
+    Ok(texts)
+}
+
+/// Other running text at the profile lengths: the first half of each is read, the second is predicted.
+pub(super) fn held_out_of<D: Math>(
+    checkpoint: &Checkpoint<D>,
+    data: &CalibrationData,
+    options: &CompressOptions,
+) -> Result<BTreeMap<usize, Vec<Item>>> {
+    let calibration = CalibrationOptions { part: Part::HeldOut, ..options.profile_calibration() };
+    let mut texts = texts_of(checkpoint, data, options, &calibration)?;
+    for text in texts.values_mut().flatten() {
+        let (read, predicted) = text.tokens().split_at(text.tokens().len() / 2);
+        *text = Item::new(read, predicted)?;
+    }
+    Ok(texts)
+}

@@ -1,0 +1,647 @@
+//! What is measured of plans, piece by piece: a plan that is worse on the first pieces is not measured on the
+//! others, and no plan is measured on a piece twice.
+
+use std::collections::{BTreeMap, HashMap};
+
+use moa_core::{AtLength, CacheType, Plan, Trial};
+use serde::Serialize;
+
+use crate::decoder::model::Decoder;
+use crate::device::Math;
+use crate::find_plan::precision::typed;
+use crate::find_plan::probe::{Text, groups};
+use crate::find_plan::profile::Item;
+use crate::progress::{Progress, Stage};
+use crate::{Error, Result};
+
+/// What plans are judged by.
+#[derive(Clone, Copy, Debug)]
+pub struct Evidence<'a> {
+    /// Items whose responses should stay as likely as under dense attention, by the length that their
+    /// sequences are opened for.
+    pub items: &'a BTreeMap<usize, Vec<Item>>,
+    /// Running text whose predictions should stay what they are under dense attention; may be empty.
+    pub texts: &'a BTreeMap<usize, Vec<Item>>,
+    /// How much divergence on text counts.
+    pub text_goal: TextGoal<'a>,
+    /// Other running text, split into what is read and what is predicted, by length. Where divergence has a limit,
+    /// the plan that is accepted is held to it here too, in divergence and in perplexity; may be empty.
+    pub held_out: &'a BTreeMap<usize, Vec<Item>>,
+}
+
+/// What a plan does to held-out text, and what the plan does that is its limit, in nats per token.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct HeldOut {
+    /// Mean divergence from the dense model's predictions.
+    pub divergence: f64,
+    /// What the cross entropy grows by, over the dense model's.
+    pub growth: f64,
+    /// Divergence of the plan that is the limit.
+    pub limit_divergence: f64,
+    /// Growth of its cross entropy.
+    pub limit_growth: f64,
+    /// Tokens predicted.
+    pub tokens: usize,
+}
+
+impl HeldOut {
+    /// How many times as much a plan does to text as it may; 1 where it is within the limit.
+    pub(super) fn excess(&self) -> f64 {
+        let times = |own: f64, limit: f64, noise: f64| {
+            if own <= limit + noise { 1.0 } else { own / limit.max(noise) }
+        };
+        let divergence =
+            times(self.divergence, self.limit_divergence, 0.05 * self.limit_divergence);
+        // Near each other, two predictions' log probabilities of a token differ by the root of twice their divergence.
+        let tokens = self.tokens.max(1) as f64;
+        let noise = (2.0 * (self.divergence + self.limit_divergence) / tokens).sqrt();
+        divergence.max(times(self.growth, self.limit_growth, noise.max(1e-4)))
+    }
+}
+
+/// How much divergence on running text counts beside the loss of responses.
+#[derive(Clone, Copy, Debug)]
+pub enum TextGoal<'a> {
+    /// A nat of divergence as much as this many nats of response loss.
+    Weight(f64),
+    /// The divergence should not exceed that of this plan, usually the uniform one of the same size; below
+    /// that responses alone count.
+    NoWorseThan(&'a Plan),
+}
+
+/// What was measured of a plan.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Measured {
+    /// Mean response loss at each length of the items, in nats per token: each context counts alike, however
+    /// many questions it has, so that no task outweighs the others.
+    pub response: Vec<AtLength>,
+    /// Mean Kullback-Leibler divergence from the dense model's predictions at each length of the texts,
+    /// in nats per token.
+    pub divergence: Vec<AtLength>,
+}
+
+impl Measured {
+    /// Mean response loss over the lengths.
+    pub fn response_loss(&self) -> f64 {
+        mean(&self.response)
+    }
+
+    /// Mean divergence over the lengths; 0 without texts.
+    pub fn text_divergence(&self) -> f64 {
+        mean(&self.divergence)
+    }
+}
+
+/// 0 for none.
+fn mean(losses: &[AtLength]) -> f64 {
+    losses.iter().map(|l| l.value).sum::<f64>() / losses.len().max(1) as f64
+}
+
+/// What a plan's measurements come to.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Merit {
+    Weight(f64),
+    /// Divergence at most this much; what is beyond costs [`EXCESS`] nats for each time the limit.
+    Limit(f64),
+}
+
+/// Nats of response loss that a divergence of twice its limit costs.
+const EXCESS: f64 = 0.25;
+
+impl Merit {
+    /// Smaller is better.
+    pub(super) fn of(self, measured: &Measured) -> f64 {
+        let divergence = measured.text_divergence();
+        let text = match self {
+            Self::Weight(weight) => weight * divergence,
+            Self::Limit(limit) => EXCESS * (divergence / limit.max(1e-9) - 1.0).max(0.0),
+        };
+        measured.response_loss() + text
+    }
+
+    /// What a nat of divergence costs near a plan that has as much of it as it may.
+    pub(super) fn weight(self) -> f64 {
+        match self {
+            Self::Weight(weight) => weight,
+            Self::Limit(limit) => EXCESS / limit.max(1e-9),
+        }
+    }
+}
+
+/// A piece of the evidence that is measured as one.
+struct Piece<'a> {
+    length: usize,
+    kind: Kind<'a>,
+    /// Whether single heads and all proposed plans are measured on it.
+    is_probe: bool,
+}
+
+enum Kind<'a> {
+    /// Items that begin alike.
+    Responses(&'a [Item]),
+    Text(Text),
+}
+
+impl Piece<'_> {
+    fn is_text(&self) -> bool {
+        matches!(self.kind, Kind::Text(_))
+    }
+}
+
+/// Which pieces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Scope {
+    /// The shortest of the probe.
+    Short,
+    /// Those that single heads are measured on.
+    Probe,
+    All,
+}
+
+/// What changing single heads does to one kind of evidence at one length.
+pub(super) struct Effects {
+    pub(super) is_text: bool,
+    pub(super) length: usize,
+    /// Loss or divergence of the plan.
+    pub(super) base: f64,
+    /// The same of each variant.
+    pub(super) losses: Vec<f64>,
+}
+
+/// Of several plans the one that measured best on the probe.
+pub(super) struct Best {
+    pub(super) plan: Plan,
+    /// On all of the evidence; `None` if the probe showed no improvement on the incumbent.
+    pub(super) loss: Option<f64>,
+}
+
+/// Measures plans.
+pub(super) struct Measure<'a, D: Math> {
+    model: &'a Decoder<D>,
+    pieces: Vec<Piece<'a>>,
+    merit: Merit,
+    /// The same on the probe.
+    probe_merit: Merit,
+    /// Values of the pieces by plan.
+    known: HashMap<String, Vec<Option<f64>>>,
+    /// What was predicted and measured of plans, at the shortest length.
+    pub(super) trials: Vec<Trial>,
+    /// Plans measured, on all pieces or on some.
+    pub(super) done: usize,
+    pub(super) budget: usize,
+    /// The plan that says what text may suffer.
+    limit: Option<&'a Plan>,
+    held_out: &'a BTreeMap<usize, Vec<Item>>,
+    /// Divergence and growth of that plan on held-out text, once they are known.
+    limit_held_out: Option<(f64, f64)>,
+    dense: Plan,
+    /// The type of all heads of plans that say none.
+    cache_type: Option<CacheType>,
+    progress: &'a mut dyn Progress,
+    /// Measurements that `progress` is told to expect.
+    expected: usize,
+}
+
+impl<'a, D: Math> Measure<'a, D> {
+    pub(super) fn new(
+        model: &'a Decoder<D>,
+        evidence: Evidence<'a>,
+        cache_type: Option<CacheType>,
+        expected: usize,
+        progress: &'a mut dyn Progress,
+    ) -> Result<Self> {
+        if evidence.items.is_empty() {
+            return Err(Error::invalid("items", "some of a length", "none of any"));
+        }
+        let mut pieces = Vec::new();
+        // Half of the shortest items, and of longer ones about as many tokens.
+        let shortest = evidence.items.iter().next();
+        let (shortest, contexts) =
+            shortest.map_or((0, 0), |(length, own)| (*length, groups(own).count().div_ceil(2)));
+        let mut taken = 0;
+        for (&length, items) in evidence.items {
+            if items.is_empty() {
+                return Err(Error::invalid("items", format!("some of {length} tokens"), 0));
+            }
+            let mut own: Vec<&[Item]> = groups(items).collect();
+            let share = shortest as f64 / length as f64;
+            let probes = (share * contexts as f64).round().max(1.0) as usize;
+            // Kinds of contexts come in turn: each length's few go on where the last one's ended.
+            let turn = taken % own.len();
+            own.rotate_left(turn);
+            taken += probes;
+            let of =
+                |(at, group)| Piece { length, kind: Kind::Responses(group), is_probe: at < probes };
+            pieces.extend(own.into_iter().enumerate().map(of));
+        }
+        let shortest = evidence.texts.keys().next().copied();
+        for (&length, texts) in evidence.texts {
+            for (at, text) in model.texts(texts, length)?.into_iter().enumerate() {
+                // What text needs lies near: the shortest ones tell heads apart.
+                let is_probe = Some(length) == shortest && at < TEXT_PROBE;
+                pieces.push(Piece { length, kind: Kind::Text(text), is_probe });
+            }
+        }
+        // What is cheap comes first: a plan that is bad there is not measured on the rest.
+        pieces.sort_by_key(|piece| (piece.length, piece.is_text()));
+        let (merit, known) = (Merit::Weight(0.0), HashMap::new());
+        let limit = match evidence.text_goal {
+            TextGoal::NoWorseThan(plan) => Some(plan),
+            TextGoal::Weight(_) => None,
+        };
+        let mut measure = Self {
+            model,
+            pieces,
+            merit,
+            probe_merit: merit,
+            known,
+            trials: Vec::new(),
+            done: 0,
+            budget: usize::MAX,
+            limit,
+            held_out: evidence.held_out,
+            limit_held_out: None,
+            dense: typed(&Plan::full(model.shape())?, cache_type)?,
+            cache_type,
+            progress,
+            expected,
+        };
+        (measure.merit, measure.probe_merit) = match evidence.text_goal {
+            TextGoal::Weight(weight) => (Merit::Weight(weight), Merit::Weight(weight)),
+            TextGoal::NoWorseThan(plan) => {
+                let mut limit = |scope| {
+                    Ok::<_, Error>(Merit::Limit(measure.measured(plan, scope)?.text_divergence()))
+                };
+                (limit(Scope::All)?, limit(Scope::Probe)?)
+            }
+        };
+        Ok(measure)
+    }
+
+    /// Losses of a plan whose heads are of the device's own type.
+    pub(super) fn measured_as_device(&mut self, plan: &Plan) -> Result<Measured> {
+        let cache_type = self.cache_type.take();
+        let measured = self.measured(plan, Scope::All);
+        self.cache_type = cache_type;
+        measured
+    }
+
+    /// The plan whose divergence on text is the limit, if there is one.
+    pub(super) fn limit_plan(&self) -> Option<&'a Plan> {
+        self.limit
+    }
+
+    /// What a plan does to held-out text; `None` without such text or a limit.
+    pub(super) fn held_out(&mut self, plan: &Plan) -> Result<Option<HeldOut>> {
+        let Some(limit) = self.limit.filter(|_| !self.held_out.is_empty()) else { return Ok(None) };
+        let (plan, limit) = (&typed(plan, self.cache_type)?, &typed(limit, self.cache_type)?);
+        let plans: &[&Plan] = if self.limit_held_out.is_none() { &[plan, limit] } else { &[plan] };
+        // Lengths count alike, as elsewhere.
+        let (mut sums, mut tokens) = ([(0.0, 0.0); 2], 0);
+        for (&length, items) in self.held_out {
+            let of_plans = self.model.agreements(items, plans, length, &mut ())?;
+            tokens += of_plans.first().map_or(0, |of| of.tokens);
+            for (sum, of) in sums.iter_mut().zip(of_plans) {
+                *sum = (sum.0 + of.kl_mean, sum.1 + of.perplexity_ratio.ln());
+            }
+        }
+        let count = self.held_out.len() as f64;
+        let [own, limit] = sums.map(|(divergence, growth)| (divergence / count, growth / count));
+        let (limit_divergence, limit_growth) = *self.limit_held_out.get_or_insert(limit);
+        self.count(1)?;
+        Ok(Some(HeldOut {
+            divergence: own.0,
+            growth: own.1,
+            limit_divergence,
+            limit_growth,
+            tokens,
+        }))
+    }
+
+    /// Lets text suffer only the given share of what it might.
+    pub(super) fn tighten(&mut self, share: f64) {
+        for merit in [&mut self.merit, &mut self.probe_merit] {
+            if let Merit::Limit(limit) = merit {
+                *limit *= share;
+            }
+        }
+    }
+
+    /// How plans are judged on the probe.
+    pub(super) fn probe_merit(&self) -> Merit {
+        self.probe_merit
+    }
+
+    /// Lengths of the probe's items, or of its texts.
+    pub(super) fn probe_lengths(&self, is_text: bool) -> Vec<usize> {
+        let of_kind = self.pieces.iter().filter(|p| p.is_probe && p.is_text() == is_text);
+        let mut lengths: Vec<usize> = of_kind.map(|p| p.length).collect();
+        lengths.dedup();
+        lengths
+    }
+
+    pub(super) fn left(&self) -> usize {
+        self.budget.saturating_sub(self.done)
+    }
+
+    fn count(&mut self, plans: usize) -> Result<()> {
+        self.done += plans;
+        self.progress.advance(Stage::Measure, self.done.min(self.expected), self.expected)
+    }
+
+    /// Losses of a plan on some or all pieces.
+    pub(super) fn measured(&mut self, plan: &Plan, scope: Scope) -> Result<Measured> {
+        Ok(self
+            .measure(plan, scope, None)?
+            .unwrap_or(Measured { response: vec![], divergence: vec![] }))
+    }
+
+    /// The same; `None` as soon as the plan cannot come to `limit` any more, if what is left were as under dense
+    /// attention.
+    fn measure(
+        &mut self,
+        plan: &Plan,
+        scope: Scope,
+        limit: Option<f64>,
+    ) -> Result<Option<Measured>> {
+        let plan = &typed(plan, self.cache_type)?;
+        let key = key(plan);
+        let known = self.known.get(&key).cloned();
+        let mut is_new = known.is_none();
+        let mut values = known.unwrap_or_else(|| vec![None; self.pieces.len()]);
+        let dense = limit.and_then(|_| self.known.get(&self::key(&self.dense)).cloned());
+        let mut is_hopeless = false;
+        let answers = self.pieces.iter().filter(|p| p.is_probe && !p.is_text());
+        let shortest = answers.map(|p| p.length).min().unwrap_or(usize::MAX);
+        let asked = |piece: &Piece<'_>| match scope {
+            Scope::Short => piece.is_probe && piece.length <= shortest,
+            Scope::Probe => piece.is_probe,
+            Scope::All => true,
+        };
+        for index in 0..self.pieces.len() {
+            if values[index].is_some() || !asked(&self.pieces[index]) {
+                continue;
+            }
+            if let (Some(limit), Some(dense)) = (limit, &dense) {
+                let hoped: Vec<_> =
+                    values.iter().zip(dense).map(|(own, dense)| own.or(*dense)).collect();
+                is_hopeless = self.merit.of(&sums(&self.pieces, &hoped, asked)) >= limit;
+                if is_hopeless {
+                    break;
+                }
+            }
+            values[index] = Some(self.model.piece_losses(&self.pieces[index], plan, &[])?.0);
+            is_new |= scope == Scope::All;
+        }
+        let measured = sums(&self.pieces, &values, asked);
+        self.known.insert(key, values);
+        if is_new {
+            self.count(1)?;
+        }
+        Ok((!is_hopeless).then_some(measured))
+    }
+
+    /// What all of the evidence of a plan comes to.
+    pub(super) fn loss(&mut self, plan: &Plan) -> Result<f64> {
+        Ok(self.merit.of(&self.measured(plan, Scope::All)?))
+    }
+
+    /// The same if it is below `limit`; infinity where it is not.
+    fn loss_below(&mut self, plan: &Plan, limit: f64) -> Result<f64> {
+        let measured = self.measure(plan, Scope::All, Some(limit))?;
+        Ok(measured.map_or(f64::INFINITY, |measured| self.merit.of(&measured)))
+    }
+
+    /// The best of some plans on the probe, and its loss if it is better there than the incumbent. The next
+    /// best one has its turn where the first does not keep that promise. `round` is for the record of trials.
+    pub(super) fn best(
+        &mut self,
+        round: usize,
+        plans: Vec<Plan>,
+        incumbent: Option<&(f64, Plan)>,
+    ) -> Result<Option<Best>> {
+        // The better half on the shortest pieces goes on to the longer ones, which cost most.
+        let mut screened = Vec::with_capacity(plans.len());
+        for scope in [Scope::Short, Scope::Probe] {
+            let plans = match scope {
+                Scope::Short => plans.to_vec(),
+                _ => std::mem::take(&mut screened).into_iter().map(|(_, plan)| plan).collect(),
+            };
+            for plan in plans {
+                if !screened.is_empty() && self.left() == 0 {
+                    break;
+                }
+                let measured = self.measured(&plan, scope)?;
+                if scope == Scope::Short {
+                    let first = measured.response.first().copied();
+                    self.trials.extend(first.and_then(|loss| plan.provenance.trial(round, loss)));
+                }
+                screened.push((self.probe_merit.of(&measured), plan));
+            }
+            screened.sort_by(|a: &(f64, Plan), b| a.0.total_cmp(&b.0));
+            if scope == Scope::Short {
+                screened.truncate(screened.len().div_ceil(2).max(LEFT));
+            }
+        }
+        let limit = match incumbent {
+            Some((_, plan)) => self.probe_merit.of(&self.measured(plan, Scope::Probe)?) - LEAST,
+            None => f64::INFINITY,
+        };
+        let mut best: Option<Best> = None;
+        for (on_probe, plan) in screened.into_iter().take(2) {
+            let known = incumbent.map_or(f64::INFINITY, |(known, _)| *known);
+            let loss = if on_probe < limit { Some(self.loss_below(&plan, known)?) } else { None };
+            if best
+                .as_ref()
+                .is_none_or(|best| loss.is_some_and(|l| best.loss.is_some_and(|b| l < b)))
+            {
+                best = Some(Best { plan, loss });
+            }
+            let is_better = |loss: f64| incumbent.is_some_and(|(known, _)| loss < known - LEAST);
+            if loss.is_none_or(is_better) {
+                break;
+            }
+        }
+        Ok(best)
+    }
+
+    /// What `variants`, plans that differ from `plan` only in the layer given, do on the probe. Longer
+    /// sequences cost most: the half of the variants that do least on the shortest ones are taken to do the
+    /// same there.
+    pub(super) fn effects(
+        &mut self,
+        plan: &Plan,
+        variants: &[(usize, Plan)],
+    ) -> Result<Vec<Effects>> {
+        let shortest = self.pieces.iter().filter(|p| p.is_probe).map(|p| p.length).min();
+        let weight = self.probe_merit.weight();
+        let mut effects: Vec<Effects> = Vec::new();
+        let mut sizes = vec![0.0; variants.len()];
+        for is_text in [false, true] {
+            let Some(length) = shortest else { continue };
+            let Some(effect) = self.effects_at(plan, variants, is_text, length)? else { continue };
+            let weight = if is_text { weight } else { 1.0 };
+            let change = effect.losses.iter().map(|loss| weight * (loss - effect.base));
+            sizes.iter_mut().zip(change).for_each(|(size, change)| *size += change);
+            effects.push(effect);
+        }
+        let mut order: Vec<usize> = (0..variants.len()).collect();
+        order.sort_by(|a, b| sizes[*b].abs().total_cmp(&sizes[*a].abs()).then(a.cmp(b)));
+        order.truncate(variants.len().div_ceil(2));
+        let most: Vec<(usize, Plan)> = order.iter().map(|at| variants[*at].clone()).collect();
+        let mut longer: Vec<(bool, usize)> = self
+            .pieces
+            .iter()
+            .filter(|p| p.is_probe && Some(p.length) != shortest)
+            .map(|p| (p.is_text(), p.length))
+            .collect();
+        longer.dedup();
+        for (is_text, length) in longer {
+            if let Some(effect) = self.effects_at(plan, &most, is_text, length)? {
+                let near = effects.iter().find(|known| known.is_text == is_text);
+                let mut losses = match near {
+                    Some(near) => near.losses.iter().map(|l| l - near.base + effect.base).collect(),
+                    None => vec![effect.base; variants.len()],
+                };
+                order.iter().zip(effect.losses).for_each(|(at, loss)| losses[*at] = loss);
+                effects.push(Effects { losses, ..effect });
+            }
+        }
+        self.count(variants.len())?;
+        Ok(effects)
+    }
+
+    /// What each of `variants` adds to the loss of `plan` on the probe; see [`effects`](Self::effects).
+    pub(super) fn changes(&mut self, plan: &Plan, variants: &[(usize, Plan)]) -> Result<Vec<f64>> {
+        let mut changes = vec![0.0; variants.len()];
+        let of_texts = self.probe_lengths(true).len() as f64;
+        let of_items = self.probe_lengths(false).len() as f64;
+        let weight = self.probe_merit.weight();
+        for Effects { is_text, base, losses, .. } in self.effects(plan, variants)? {
+            let weight = if is_text { weight / of_texts } else { of_items.recip() };
+            changes.iter_mut().zip(losses).for_each(|(sum, loss)| *sum += weight * (loss - base));
+        }
+        Ok(changes)
+    }
+
+    /// The same of one kind of evidence at one length; empty where the probe has none.
+    fn effects_at(
+        &self,
+        plan: &Plan,
+        variants: &[(usize, Plan)],
+        is_text: bool,
+        length: usize,
+    ) -> Result<Option<Effects>> {
+        let plan = &typed(plan, self.cache_type)?;
+        let typed =
+            |(layer, variant): &(usize, Plan)| Ok((*layer, typed(variant, self.cache_type)?));
+        let variants = &variants.iter().map(typed).collect::<Result<Vec<_>>>()?;
+        let (mut base, mut losses, mut count) = (0.0, vec![0.0; variants.len()], 0.0);
+        for piece in &self.pieces {
+            if !piece.is_probe || piece.is_text() != is_text || piece.length != length {
+                continue;
+            }
+            let (own, of_variants) = self.model.piece_losses(piece, plan, variants)?;
+            base += own;
+            losses.iter_mut().zip(of_variants).for_each(|(sum, loss)| *sum += loss);
+            count += 1.0;
+        }
+        if count == 0.0 {
+            return Ok(None);
+        }
+        losses.iter_mut().for_each(|loss| *loss /= count);
+        Ok(Some(Effects { is_text, length, base: base / count, losses }))
+    }
+}
+
+/// What a plan's measurements are known by: all that its spans and types of caches come of.
+fn key(plan: &Plan) -> String {
+    let rules = plan.rules().iter().map(|rule| format!("{:?}", rule.lines()));
+    let (sink, min_span, types) = (plan.sink(), plan.min_span(), plan.cache_types());
+    format!("{sink} {min_span} {}{types:?}", rules.collect::<String>())
+}
+
+impl<D: Math> Decoder<D> {
+    /// Mean loss or divergence of a plan on a piece, and of variants of it.
+    fn piece_losses(
+        &self,
+        piece: &Piece<'_>,
+        plan: &Plan,
+        variants: &[(usize, Plan)],
+    ) -> Result<(f64, Vec<f64>)> {
+        match &piece.kind {
+            Kind::Responses(items) => self.variant_losses(items, plan, variants, piece.length),
+            Kind::Text(text) => {
+                self.divergences(std::slice::from_ref(text), plan, variants, piece.length)
+            }
+        }
+    }
+}
+
+/// Means at each length of the values of those pieces that are asked for.
+fn sums(
+    pieces: &[Piece<'_>],
+    values: &[Option<f64>],
+    asked: impl Fn(&Piece<'_>) -> bool,
+) -> Measured {
+    let of = |is_text| {
+        let mut sums: BTreeMap<usize, (f64, f64)> = BTreeMap::new();
+        for (value, piece) in values.iter().zip(pieces) {
+            if let Some(value) = value.filter(|_| piece.is_text() == is_text && asked(piece)) {
+                let sum = sums.entry(piece.length).or_default();
+                *sum = (sum.0 + value, sum.1 + 1.0);
+            }
+        }
+        let mean = |(length, (sum, count))| AtLength { length, value: sum / count };
+        sums.into_iter().map(mean).collect()
+    };
+    Measured { response: of(false), divergence: of(true) }
+}
+
+/// Plans that go on to the longer pieces, if there are as many: fewer would leave out plans that are good at
+/// length alone.
+const LEFT: usize = 4;
+
+/// Texts that single heads and many plans are measured on.
+const TEXT_PROBE: usize = 2;
+
+/// Improvements of less than this, in nats, are none.
+const LEAST: f64 = 1e-4;
+
+/// Mean response loss of a plan at each length, as in [`Measured::response`]: each context counts alike, however many
+/// of the items ask about it.
+///
+/// # Errors
+/// As [`Decoder::response_loss`].
+pub fn measured_losses<D: Math>(
+    model: &Decoder<D>,
+    items: &BTreeMap<usize, Vec<Item>>,
+    plan: &Plan,
+) -> Result<Vec<AtLength>> {
+    let at_length = |(&length, items): (&usize, &Vec<Item>)| {
+        let of_context = |context| model.response_loss(context, plan, length);
+        let losses = groups(items).map(of_context).collect::<Result<Vec<f64>>>()?;
+        if losses.is_empty() {
+            return Err(Error::invalid("items", format!("some of {length} tokens"), 0));
+        }
+        Ok(AtLength { length, value: losses.iter().sum::<f64>() / losses.len() as f64 })
+    };
+    items.iter().map(at_length).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_harm_to_text_than_noise_is_an_excess() {
+        let limits = (0.01, 0.02);
+        let of = |divergence, growth| {
+            let (limit_divergence, limit_growth) = limits;
+            HeldOut { divergence, growth, limit_divergence, limit_growth, tokens: 40_000 }.excess()
+        };
+        // The noise of the growth is .001.
+        assert_eq!(of(0.0104, 0.0209), 1.0);
+        assert!((of(0.02, 0.0) - 2.0).abs() < 1e-9 && (of(0.0, 0.03) - 1.5).abs() < 1e-9);
+    }
+}

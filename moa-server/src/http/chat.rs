@@ -1,0 +1,264 @@
+//! `/v1/chat/completions`.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::response::Response;
+use moa_models::ChatTemplate;
+use serde_json::{Value, json};
+
+use super::answer::{Answer, Kind};
+use super::error::ApiError;
+use super::fields::{Fields, short};
+use super::params::Params;
+use super::submit::{Prompt, submit};
+use super::tools::Callable;
+use crate::grammar::Grammar;
+use crate::state::State;
+
+/// Most messages of a conversation, and most tools.
+const MOST: usize = 4096;
+
+pub(crate) async fn complete(state: Arc<State>, body: &[u8]) -> Result<Response, ApiError> {
+    let came = Instant::now();
+    let mut fields = Fields::parse(body)?;
+    let mut params = Params::of(&mut fields, &state, came)?;
+    if params.options.max_new_tokens == 0 {
+        return Err(ApiError::field("max_tokens", "at least 1", 0));
+    }
+    let logprobs = fields.flag("logprobs")?;
+    let top = fields.count("top_logprobs", 0, 20)?;
+    if top.is_some() && !logprobs {
+        return Err(ApiError::field("top_logprobs", "left out without `logprobs`", "a number"));
+    }
+    params.options.logprobs = logprobs.then(|| top.unwrap_or(0));
+    fields.refuse("functions", "use `tools`")?;
+    fields.refuse("function_call", "use `tool_choice`")?;
+    fields.refuse("audio", "the model makes text alone")?;
+    let mut messages = messages(&mut fields)?;
+    let tools = tools(&mut fields)?;
+    let choice = fields.value("tool_choice");
+    let parallel = fields.get("parallel_tool_calls", "true or false")?.unwrap_or(true);
+    let format = fields.value("response_format");
+    let template = state.text.template.clone().ok_or_else(|| {
+        ApiError::invalid(
+            "the model has no chat template: start the server with one (--template), or use \
+             /v1/completions",
+        )
+    })?;
+    let plan = ToolPlan::new(tools, choice)?;
+    let grammar = match (&plan.forced, format) {
+        (Some(schema), None) => Some(Grammar::schema(schema.clone())),
+        (None, Some(format)) => response_format(&format)?,
+        (None, None) => None,
+        (Some(_), Some(_)) => {
+            let expected = "left out where a tool must be called";
+            return Err(ApiError::field("response_format", expected, "an object"));
+        }
+    };
+    if !plan.tools.is_empty() && (!template.knows_tools() || plan.forced.is_some()) {
+        tell_of_tools(&mut messages, &plan, template.knows_tools());
+    }
+    let mut answer =
+        Answer::new(Arc::clone(&state), Kind::Chat, vec![String::new(); params.choices]);
+    answer.logprobs = logprobs;
+    // An answer that was asked for in a form of its own is no call.
+    let is_call = !plan.tools.is_empty() && (plan.forced.is_some() || grammar.is_none());
+    answer.tools = is_call.then(|| {
+        let names = plan.tools.iter().filter_map(|tool| tool["function"]["name"].as_str());
+        Callable { names: names.map(str::to_owned).collect(), parallel }
+    });
+    let text = ChatText { template, messages, tools: plan.tools };
+    submit(state, params, came, vec![Prompt::Chat(Box::new(text))], grammar, answer).await
+}
+
+/// A conversation that goes through a template.
+pub(crate) struct ChatText {
+    template: ChatTemplate,
+    messages: Vec<Value>,
+    tools: Vec<Value>,
+}
+
+impl ChatText {
+    /// Its tokens.
+    pub(crate) fn tokens(&self, state: &State) -> Result<Vec<u32>, moa_models::Error> {
+        let tools = (!self.tools.is_empty()).then_some(&self.tools);
+        let text = self.template.render_objects(&self.messages, tools, true)?;
+        // The template writes the begin-of-sequence token itself.
+        state.text.tokenizer.encode_within(&text, false, state.model.context)
+    }
+}
+
+/// Messages as templates know them: contents are texts, and arguments of calls objects.
+fn messages(fields: &mut Fields) -> Result<Vec<Value>, ApiError> {
+    let expected = "an array of at least one message";
+    let messages: Option<Vec<Value>> = fields.get("messages", expected)?;
+    let messages = messages.unwrap_or_default();
+    if messages.is_empty() || messages.len() > MOST {
+        let got = format!("{} messages", messages.len());
+        return Err(ApiError::field("messages", expected, got));
+    }
+    messages.into_iter().enumerate().map(|(at, one)| message(one, at)).collect()
+}
+
+fn message(mut message: Value, at: usize) -> Result<Value, ApiError> {
+    let fault = |field: &str, expected: &str, got: &Value| {
+        ApiError::field(&format!("messages[{at}]{field}"), expected, short(got))
+    };
+    if !message.is_object() {
+        return Err(fault("", "an object", &message));
+    }
+    let role = match message["role"].as_str() {
+        Some("developer") => "system",
+        Some(role @ ("system" | "user" | "assistant" | "tool")) => role,
+        _ => {
+            let roles = "system, developer, user, assistant or tool";
+            return Err(fault(".role", roles, &message["role"]));
+        }
+    };
+    let role = Value::from(role);
+    let content = match message["content"].take() {
+        Value::String(text) => text,
+        Value::Null if role == "assistant" => String::new(),
+        Value::Array(parts) => {
+            let text = |part: &Value| {
+                let is_text = part["type"] == "text";
+                let text = part["text"].as_str().filter(|_| is_text);
+                text.map(str::to_owned).ok_or_else(|| {
+                    fault(
+                        ".content",
+                        "a text, or parts of type text (this model reads no other)",
+                        part,
+                    )
+                })
+            };
+            parts.iter().map(text).collect::<Result<Vec<_>, _>>()?.join("\n")
+        }
+        other => return Err(fault(".content", "a text, or an array of parts", &other)),
+    };
+    let mut known = json!({ "role": role, "content": content });
+    if let Value::Array(calls) = message["tool_calls"].take() {
+        let calls: Vec<Value> = calls.into_iter().map(call).collect();
+        known["tool_calls"] = calls.into();
+    }
+    for field in ["name", "tool_call_id"] {
+        if let Value::String(text) = message[field].take() {
+            known[field] = text.into();
+        }
+    }
+    Ok(known)
+}
+
+/// A call whose arguments are an object, where they are the text of one.
+fn call(mut call: Value) -> Value {
+    if let Some(Value::String(text)) = call.pointer("/function/arguments")
+        && let Ok(arguments @ Value::Object(_)) = serde_json::from_str(text)
+    {
+        call["function"]["arguments"] = arguments;
+    }
+    call
+}
+
+fn tools(fields: &mut Fields) -> Result<Vec<Value>, ApiError> {
+    let expected = "an array of {\"type\": \"function\", \"function\": {\"name\", \"parameters\"}}";
+    let tools: Vec<Value> = fields.get("tools", expected)?.unwrap_or_default();
+    let is_function =
+        |tool: &Value| tool["type"] == "function" && tool["function"]["name"].is_string();
+    match tools.iter().find(|tool| !is_function(tool)) {
+        Some(tool) => Err(ApiError::field("tools", expected, short(tool))),
+        None if tools.len() > MOST => Err(ApiError::field("tools", "at most 4096", tools.len())),
+        None => Ok(tools),
+    }
+}
+
+/// Which tools may be called, and what the answer must be where one must.
+struct ToolPlan {
+    tools: Vec<Value>,
+    /// JSON schema of a call.
+    forced: Option<Value>,
+}
+
+impl ToolPlan {
+    fn new(tools: Vec<Value>, choice: Option<Value>) -> Result<Self, ApiError> {
+        let expected =
+            "none, auto, required, or {\"type\": \"function\", \"function\": {\"name\"}} of a tool";
+        let named = |name: &str| {
+            tools.iter().find(|tool| tool["function"]["name"] == name).map(call_schema)
+        };
+        let forced = match &choice {
+            None => None,
+            Some(choice) => match choice.as_str() {
+                Some("none") => return Ok(Self { tools: Vec::new(), forced: None }),
+                Some("auto") => None,
+                Some("required") if !tools.is_empty() => {
+                    let calls: Vec<Value> = tools.iter().map(call_schema).collect();
+                    Some(json!({ "anyOf": calls }))
+                }
+                Some(_) => return Err(ApiError::field("tool_choice", expected, choice)),
+                None => {
+                    let schema = choice["function"]["name"].as_str().and_then(named);
+                    let fault = || ApiError::field("tool_choice", expected, short(choice));
+                    Some(schema.ok_or_else(fault)?)
+                }
+            },
+        };
+        Ok(Self { tools, forced })
+    }
+}
+
+/// The schema of a call of one tool.
+fn call_schema(tool: &Value) -> Value {
+    let function = &tool["function"];
+    let parameters = match &function["parameters"] {
+        Value::Null => json!({ "type": "object", "properties": {}, "additionalProperties": false }),
+        parameters => parameters.clone(),
+    };
+    json!({
+        "type": "object",
+        "properties": { "name": { "const": function["name"] }, "arguments": parameters },
+        "required": ["name", "arguments"],
+        "additionalProperties": false,
+    })
+}
+
+/// Tells a model of its tools whose template does not, and how a call that must come is written.
+fn tell_of_tools(messages: &mut Vec<Value>, plan: &ToolPlan, knows: bool) {
+    let mut text = String::new();
+    if !knows {
+        text.push_str("You can call these functions:\n");
+        for tool in &plan.tools {
+            text.push_str(&format!("{}\n", tool["function"]));
+        }
+    }
+    text.push_str(
+        "To call a function, answer with nothing but {\"name\": its name, \"arguments\": an object}.",
+    );
+    match messages.first_mut() {
+        Some(first) if first["role"] == "system" => {
+            let content = first["content"].as_str().unwrap_or_default();
+            first["content"] = format!("{content}\n\n{text}").into();
+        }
+        _ => messages.insert(0, json!({ "role": "system", "content": text })),
+    }
+}
+
+fn response_format(format: &Value) -> Result<Option<Arc<Grammar>>, ApiError> {
+    match format["type"].as_str() {
+        Some("text") => Ok(None),
+        Some("json_object") => Ok(Some(Grammar::schema(json!({ "type": "object" })))),
+        Some("json_schema") => {
+            let schema = &format["json_schema"]["schema"];
+            match schema {
+                Value::Object(_) | Value::Bool(_) => Ok(Some(Grammar::schema(schema.clone()))),
+                other => {
+                    let name = "response_format.json_schema.schema";
+                    Err(ApiError::field(name, "a JSON schema", short(other)))
+                }
+            }
+        }
+        _ => {
+            let expected = "text, json_object or json_schema";
+            Err(ApiError::field("response_format.type", expected, short(&format["type"])))
+        }
+    }
+}

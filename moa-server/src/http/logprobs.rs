@@ -1,0 +1,81 @@
+use moa_models::{TokenLogprobs, Tokenizer};
+use serde_json::{Map, Value, json};
+
+/// Single tokens as texts.
+pub(crate) struct TokenText<'a> {
+    pub(crate) tokenizer: &'a Tokenizer,
+}
+
+impl TokenText<'_> {
+    fn of(&self, id: u32) -> String {
+        self.tokenizer.decode(&[id], false).unwrap_or_default()
+    }
+}
+
+/// A token as a text, with the logarithm of its probability.
+type Told = (String, f32);
+
+/// How likely the tokens of a choice were.
+#[derive(Default)]
+pub(crate) struct ChoiceLogprobs {
+    /// Each with the likeliest in its place.
+    tokens: Vec<(Told, Vec<Told>)>,
+}
+
+impl ChoiceLogprobs {
+    pub(crate) fn push(&mut self, text: &TokenText<'_>, token: u32, logprobs: &TokenLogprobs) {
+        let top = logprobs.top.iter().map(|(id, logprob)| (text.of(*id), *logprob)).collect();
+        self.tokens.push(((text.of(token), logprobs.logprob), top));
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.tokens.is_empty()
+    }
+
+    /// In the shape of chat completions.
+    pub(crate) fn chat(self) -> Value {
+        let one = |token: &String, logprob: f32| {
+            // A part of a character has no text of its own.
+            let is_whole = !token.contains(char::REPLACEMENT_CHARACTER);
+            let bytes = is_whole.then_some(token.as_bytes());
+            json!({ "token": token, "logprob": finite(logprob), "bytes": bytes })
+        };
+        let content: Vec<Value> = self
+            .tokens
+            .iter()
+            .map(|((token, logprob), top)| {
+                let mut entry = one(token, *logprob);
+                let top: Vec<Value> = top.iter().map(|(token, p)| one(token, *p)).collect();
+                entry["top_logprobs"] = top.into();
+                entry
+            })
+            .collect();
+        json!({ "content": content, "refusal": null })
+    }
+
+    /// In the shape of text completions. `offset` counts the characters of the tokens told so far.
+    pub(crate) fn text(self, offset: &mut usize) -> Value {
+        let (mut tokens, mut logprobs, mut tops, mut offsets) =
+            (Vec::new(), Vec::new(), Vec::<Value>::new(), Vec::new());
+        for ((token, logprob), top) in self.tokens {
+            offsets.push(*offset);
+            *offset += token.chars().count();
+            let top: Map<String, Value> =
+                top.into_iter().map(|(token, p)| (token, finite(p))).collect();
+            tokens.push(token);
+            logprobs.push(finite(logprob));
+            tops.push(top.into());
+        }
+        json!({
+            "tokens": tokens,
+            "token_logprobs": logprobs,
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        })
+    }
+}
+
+/// JSON has no infinity.
+fn finite(logprob: f32) -> Value {
+    json!(logprob.max(-9999.0))
+}

@@ -1,0 +1,121 @@
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+
+/// The limits of a server and what it lets in. The default serves this machine alone, without a key.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ServerOptions {
+    /// Where to listen; port 0 takes a free one.
+    pub address: SocketAddr,
+    /// The model's name in requests; `None` for that of its folder or file.
+    pub model_name: Option<String>,
+    /// Keys that clients may authorise themselves with; none lets everybody in.
+    pub api_keys: Vec<String>,
+    /// Origins whose pages may use the server from a browser; `*` stands for all.
+    pub cors_origins: Vec<String>,
+    /// Bytes of keys and values of all requests that run together.
+    pub kv_memory: u64,
+    /// Bytes of keys and values that are kept of ended requests, for others that begin alike; 0 for none.
+    pub prefix_cache: u64,
+    /// Most sequences that run together.
+    pub max_batch: usize,
+    /// Most prompt tokens that one step reads.
+    pub prefill_chunk: usize,
+    /// Where guesses of the next tokens come from, several of which one step checks. The model of
+    /// [`Draft`](moa_models::Speculation::Draft) is the checkpoint's.
+    pub speculation: moa_models::Speculation,
+    /// Most requests that wait; others get 503.
+    pub max_queue: usize,
+    /// Most choices of one request: `n` times its prompts.
+    pub max_choices: usize,
+    /// New tokens of a request that does not say how many; `None` for what the model's authors say,
+    /// else 1024.
+    pub default_max_tokens: Option<usize>,
+    /// Longest prompt and answer together; `None` for the model's context.
+    pub max_context: Option<usize>,
+    /// Fewest tokens that a sequence has room for. A plan gives heads a share of the length, which of a
+    /// short text leaves next to nothing; and a conversation grows before it is read again.
+    pub min_context: usize,
+    /// Largest body of a request, in bytes.
+    pub max_body: usize,
+    /// Most connections.
+    pub max_connections: usize,
+    /// Time that a request may take from its last byte to its answer's last token.
+    pub request_timeout: Duration,
+    /// Time that a client may take to send a request's head, and again to send its body, and to take in
+    /// what is sent.
+    pub client_timeout: Duration,
+    /// Time that requests have to end when the server is told to stop.
+    pub grace: Duration,
+    /// Stop at SIGINT and SIGTERM.
+    pub handle_signals: bool,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        Self {
+            address: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8080),
+            model_name: None,
+            api_keys: Vec::new(),
+            cors_origins: Vec::new(),
+            kv_memory: 1 << 30,
+            prefix_cache: 256 << 20,
+            max_batch: 64,
+            prefill_chunk: 512,
+            speculation: moa_models::Speculation::Off,
+            max_queue: 256,
+            max_choices: 16,
+            default_max_tokens: None,
+            max_context: None,
+            min_context: 512,
+            max_body: 2 << 20,
+            max_connections: 900,
+            request_timeout: Duration::from_secs(600),
+            client_timeout: Duration::from_secs(15),
+            grace: Duration::from_secs(30),
+            handle_signals: false,
+        }
+    }
+}
+
+impl ServerOptions {
+    /// Checks that every limit lets something through.
+    pub(crate) fn validate(&self) -> Result<()> {
+        let at_least_1 = [
+            ("max_batch", self.max_batch),
+            ("prefill_chunk", self.prefill_chunk),
+            ("max_queue", self.max_queue),
+            ("max_choices", self.max_choices),
+            ("max_body", self.max_body),
+            ("max_connections", self.max_connections),
+            ("default_max_tokens", self.default_max_tokens.unwrap_or(1)),
+            ("max_context", self.max_context.unwrap_or(1)),
+        ];
+        // Clocks end somewhere: a moment so far away is none.
+        const LONGEST: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
+        let times = [
+            ("request_timeout", self.request_timeout),
+            ("client_timeout", self.client_timeout),
+            ("grace", self.grace),
+        ];
+        let is_bad = |(what, time): &(&str, Duration)| {
+            *time > LONGEST || (time.is_zero() && *what != "grace")
+        };
+        if let Some((what, time)) = times.into_iter().find(is_bad) {
+            return Err(Error::option(
+                what,
+                "more than 0 s and at most ten years",
+                format!("{time:?}"),
+            ));
+        }
+        match at_least_1.into_iter().find(|(_, n)| *n == 0) {
+            Some((what, n)) => Err(Error::option(what, "at least 1", n)),
+            None if self.kv_memory == 0 => Err(Error::option("kv_memory", "at least 1 byte", 0)),
+            None if self.api_keys.iter().any(String::is_empty) => {
+                Err(Error::option("api_keys", "at least one character each", "an empty one"))
+            }
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! Jobs that begin, when there is memory for them.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use moa_models::{Error, GenerateOptions, Math, Sequence};
+
+use super::queue::{MOST_OVERTAKEN, Queued};
+use super::{Active, Job, Update, Worker, tell};
+use crate::http::error::ApiError;
+
+impl<D: Math> Worker<D> {
+    /// Sequences that run or are about to.
+    fn places(&self) -> usize {
+        self.active.values().map(|active| 1 + active.followers).sum()
+    }
+
+    /// Lets jobs begin that there is memory for, in their order but for small ones that may overtake.
+    pub(super) fn admit(&mut self) {
+        let mut at = 0;
+        while at < self.queue.len() && self.places() < self.state.options.max_batch {
+            let job = &self.queue[at].job;
+            let length = job.prompt.len().saturating_add(job.options.max_new_tokens);
+            let capacity = self.capacity(length);
+            let choices = job.choices as u64;
+            let limit = self.state.options.kv_memory;
+            let sizes = self.bytes_of(capacity).map_err(|error| ApiError::of_model(&error));
+            let fits = sizes.and_then(|(bytes, dense)| match bytes.saturating_mul(choices) {
+                _ if job.choices > self.state.options.max_batch => {
+                    let most = format!("at most {}", self.state.options.max_batch);
+                    Err(ApiError::field("n", most, job.choices))
+                }
+                all if all > limit => {
+                    let message = format!(
+                        "the request needs {all} bytes of keys and values, and the server has {limit}"
+                    );
+                    Err(ApiError { code: Some("kv_memory"), ..ApiError::invalid(message) })
+                }
+                all => Ok((bytes, dense, self.bytes + all <= limit)),
+            });
+            let has_place = self.places() + job.choices <= self.state.options.max_batch;
+            match fits {
+                Ok((bytes, dense, true)) if has_place => {
+                    let Some(queued) = self.queue.remove(at) else { return };
+                    match self.begin(queued.job, capacity, bytes, dense) {
+                        Ok(()) => {
+                            self.state.metrics.queued.fetch_sub(1, Relaxed);
+                            let before = self.queue.iter_mut().take(at);
+                            before.for_each(|queued| queued.overtaken += 1);
+                        }
+                        Err(job) => {
+                            // Those that run will free some memory.
+                            self.queue.insert(at, Queued { job, overtaken: queued.overtaken });
+                            return;
+                        }
+                    }
+                }
+                Ok(_) if self.queue[at].overtaken >= MOST_OVERTAKEN => return,
+                Ok(_) => at += 1,
+                Err(error) => {
+                    if let Some(queued) = self.queue.remove(at) {
+                        self.state.metrics.queued.fetch_sub(1, Relaxed);
+                        self.state.metrics.failed.fetch_add(1, Relaxed);
+                        tell(&queued.job, Update::Failed(error));
+                    }
+                }
+            }
+        }
+    }
+
+    /// A sequence for a prompt, with what is known of its beginning, and where it is to be copied.
+    fn open(
+        &mut self,
+        prompt: &[u32],
+        capacity: usize,
+    ) -> Result<(Sequence<D>, Option<usize>), Error> {
+        let model = &self.checkpoint.model;
+        let beginning = self.prefix.find(model, prompt, capacity)?;
+        let sequence = match beginning.sequence {
+            Some(sequence) => sequence,
+            None => model.open(&self.plan, capacity, self.slack())?,
+        };
+        Ok((sequence, beginning.fork))
+    }
+
+    /// Begins a job; gives it back where it has to wait for memory.
+    fn begin(
+        &mut self,
+        job: Box<Job>,
+        capacity: usize,
+        bytes: u64,
+        dense_bytes: u64,
+    ) -> Result<(), Box<Job>> {
+        let mut opened = self.open(&job.prompt, capacity);
+        if matches!(opened, Err(Error::OutOfMemory { .. })) {
+            // What is kept for others is not worth a request.
+            self.prefix.clear();
+            opened = self.open(&job.prompt, capacity);
+        }
+        let (sequence, fork) = match opened {
+            Ok(opened) => opened,
+            Err(Error::OutOfMemory { .. }) if !self.active.is_empty() => return Err(job),
+            Err(error) => {
+                self.state.metrics.failed.fetch_add(1, Relaxed);
+                tell(&job, Update::Failed(ApiError::of_model(&error)));
+                return Ok(());
+            }
+        };
+        // It was tried twice where memory was short, and begins once.
+        self.prefix.remember(&job.prompt, capacity);
+        let (cached, metrics) = (sequence.len(), &self.state.metrics);
+        let counter = if cached > 0 { &metrics.prefix_hits } else { &metrics.prefix_misses };
+        counter.fetch_add(1, Relaxed);
+        metrics.prefix_tokens.fetch_add(cached as u64, Relaxed);
+        metrics.prompt_tokens.fetch_add((job.prompt.len() - cached) as u64, Relaxed);
+        tell(&job, Update::Begun { cached_tokens: cached });
+        let sequences = job.choices as u64;
+        self.bytes += bytes * sequences;
+        self.dense_bytes += dense_bytes * sequences;
+        let active = Active {
+            choice: 0,
+            capacity,
+            bytes,
+            dense_bytes,
+            followers: job.choices - 1,
+            fork,
+            last_token: job.came,
+            tokens: 0,
+            job: Arc::from(job),
+        };
+        self.start(sequence, active);
+        Ok(())
+    }
+
+    /// Gives a choice to the engine.
+    pub(super) fn start(&mut self, sequence: Sequence<D>, active: Active) {
+        let job = Arc::clone(&active.job);
+        let mut options: GenerateOptions = job.options.clone();
+        options.sampling.seed = options.sampling.seed.wrapping_add(active.choice as u64);
+        options.prefill_stops = active.fork.into_iter().collect();
+        let id = self.engine.submit_in(sequence, job.prompt.clone(), options);
+        self.active.insert(id, active);
+        if let Some(grammar) = &job.grammar {
+            match grammar.constraint() {
+                Ok(constraint) => {
+                    self.engine.constrain(id, constraint);
+                }
+                Err(error) => self.end(id, Some(error)),
+            }
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! The shapes of OpenAI's API, and that the tokens are those of the engine.
+
+use moa_models::{EngineOptions, GenerateOptions, Message, Prompt};
+use serde_json::{Value, json};
+
+use crate::{checkpoint, narrow, shared};
+
+/// What the engine says to a prompt.
+fn expected(prompt: impl Into<Prompt>, max_new_tokens: usize) -> String {
+    let mut engine = checkpoint().engine(EngineOptions::default());
+    let options = GenerateOptions { max_new_tokens, ..GenerateOptions::default() };
+    engine.submit(prompt, &narrow(), options);
+    engine.complete_all().unwrap().remove(0).text
+}
+
+fn content(answer: &Value) -> &str {
+    answer["choices"][0]["message"]["content"].as_str().unwrap()
+}
+
+#[test]
+fn completions_are_those_of_the_engine() {
+    let client = shared();
+    let body = json!({ "prompt": "Once upon a time", "max_tokens": 20, "temperature": 0 });
+    let answer = client.ask("/v1/completions", &body);
+    assert_eq!(answer["choices"][0]["text"], expected("Once upon a time", 20));
+    assert_eq!(answer["object"], "text_completion");
+    let usage = &answer["usage"];
+    assert_eq!(usage["completion_tokens"], 20);
+    assert_eq!(usage["total_tokens"].as_u64(), Some(20 + usage["prompt_tokens"].as_u64().unwrap()));
+    assert_eq!(answer["choices"][0]["finish_reason"], "length");
+    let messages = json!([{ "role": "user", "content": "What is the weather like?" }]);
+    let answer =
+        client.ask("/v1/chat/completions", &json!({ "messages": messages, "max_tokens": 12 }));
+    let prompt = Prompt::chat(&[Message::user("What is the weather like?")]);
+    assert_eq!(content(&answer), expected(prompt, 12));
+    assert_eq!(answer["object"], "chat.completion");
+    assert_eq!(answer["choices"][0]["message"]["role"], "assistant");
+}
+
+#[test]
+fn streams_join_to_the_whole() {
+    let client = shared();
+    let mut body = json!({
+        "messages": [{ "role": "user", "content": [{ "type": "text", "text": "Tell a story." }] }],
+        "max_completion_tokens": 16, "seed": 3, "temperature": 0.9, "n": 2,
+    });
+    let whole = client.ask("/v1/chat/completions", &body);
+    body["stream"] = true.into();
+    body["stream_options"] = json!({ "include_usage": true });
+    let events = client.post("/v1/chat/completions", &body).events();
+    let (last, chunks) = events.split_last().unwrap();
+    assert_eq!(last["choices"], json!([]));
+    assert_eq!(last["usage"]["completion_tokens"], whole["usage"]["completion_tokens"]);
+    let mut texts = [String::new(), String::new()];
+    let mut ended = [None, None];
+    for (at, chunk) in chunks.iter().enumerate() {
+        assert_eq!(
+            (&chunk["object"], &chunk["usage"]),
+            (&json!("chat.completion.chunk"), &Value::Null)
+        );
+        assert_eq!(chunk["id"], chunks[0]["id"]);
+        let choice = &chunk["choices"][0];
+        let index = choice["index"].as_u64().unwrap() as usize;
+        if at < 2 {
+            assert_eq!(choice["delta"], json!({ "role": "assistant", "content": "" }));
+        }
+        assert_eq!(ended[index], None, "nothing follows an end");
+        texts[index].push_str(choice["delta"]["content"].as_str().unwrap_or_default());
+        ended[index] = choice["finish_reason"].as_str();
+    }
+    for (index, text) in texts.iter().enumerate() {
+        assert_eq!(whole["choices"][index]["message"]["content"], *text);
+        assert_eq!(whole["choices"][index]["finish_reason"].as_str(), ended[index]);
+    }
+    assert_ne!(texts[0], texts[1], "choices have seeds of their own");
+    let body = json!({ "prompt": ["One", "Two"], "max_tokens": 4, "stream": true });
+    let mut texts = [String::new(), String::new()];
+    for chunk in client.post("/v1/completions", &body).events() {
+        assert_eq!(chunk["object"], "text_completion");
+        let choice = &chunk["choices"][0];
+        texts[choice["index"].as_u64().unwrap() as usize]
+            .push_str(choice["text"].as_str().unwrap());
+    }
+    assert_eq!(texts, [expected("One", 4), expected("Two", 4)]);
+}
+
+#[test]
+fn options_change_what_they_are_about() {
+    let client = shared();
+    let ask = |more: Value| {
+        let mut body = json!({ "prompt": "The ship sailed", "max_tokens": 12, "temperature": 0 });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        client.ask("/v1/completions", &body)["choices"][0].clone()
+    };
+    let plain = ask(json!({ "logprobs": 3 }));
+    let text = plain["text"].as_str().unwrap().to_owned();
+    let told = &plain["logprobs"];
+    assert_eq!(told["tokens"].as_array().unwrap().len(), 12);
+    for (at, logprob) in told["token_logprobs"].as_array().unwrap().iter().enumerate() {
+        let best = told["top_logprobs"][at].as_object().unwrap().values();
+        let best = best.map(|p| p.as_f64().unwrap()).fold(f64::MIN, f64::max);
+        assert_eq!(logprob.as_f64(), Some(best), "greedy takes the likeliest");
+    }
+    assert_eq!(ask(json!({}))["text"], text, "asking for logprobs changes nothing");
+    // A stream tells the same, piece by piece.
+    let body = json!({
+        "prompt": "The ship sailed", "max_tokens": 12, "temperature": 0, "logprobs": 3, "stream": true,
+    });
+    let chunks = client.post("/v1/completions", &body).events();
+    assert!(chunks.len() > 2);
+    for field in ["tokens", "text_offset"] {
+        let told = chunks.iter().filter_map(|c| c["choices"][0]["logprobs"][field].as_array());
+        let joined: Vec<Value> = told.flatten().cloned().collect();
+        assert_eq!(plain["logprobs"][field], json!(joined), "{field}");
+    }
+    // A stop string ends the text before it.
+    let stop: String = text.chars().skip(text.chars().count() / 2).take(4).collect();
+    let stopped = ask(json!({ "stop": [stop.clone()] }));
+    assert_eq!(stopped["text"].as_str(), text.split(stop.as_str()).next());
+    assert_eq!(stopped["finish_reason"], "stop");
+    // A forbidden token does not come.
+    let first = client.ask("/tokenize", &json!({ "prompt": "The ship sailed" }))["tokens"].clone();
+    let mut with_text = first.as_array().unwrap().clone();
+    let whole = client.ask("/tokenize", &json!({ "prompt": format!("The ship sailed{text}") }));
+    with_text.push(whole["tokens"][with_text.len()].clone());
+    let banned = with_text.last().unwrap().to_string();
+    assert_ne!(ask(json!({ "logit_bias": { banned: -100 } }))["text"], text);
+    // The strongest penalty allows no token twice.
+    let fresh = ask(json!({ "frequency_penalty": 2, "presence_penalty": 2, "logprobs": 0 }));
+    assert_eq!(fresh["logprobs"]["tokens"].as_array().unwrap().len(), 12);
+    assert_eq!(ask(json!({ "echo": true }))["text"], format!("The ship sailed{text}"));
+    let chat = json!({
+        "messages": [{ "role": "user", "content": "Hello" }],
+        "logprobs": true, "top_logprobs": 2, "max_tokens": 3,
+    });
+    let told =
+        client.ask("/v1/chat/completions", &chat)["choices"][0]["logprobs"]["content"].clone();
+    assert_eq!(told.as_array().unwrap().len(), 3);
+    assert_eq!(told[0]["token"], told[0]["top_logprobs"][0]["token"]);
+    assert_eq!(told[0]["top_logprobs"].as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn the_server_tells_of_itself() {
+    let client = shared();
+    let models = client.get("/v1/models").json();
+    assert_eq!((&models["object"], &models["data"][0]["id"]), (&json!("list"), &json!("moa-tiny")));
+    assert_eq!(client.get("/v1/models/moa-tiny").status, 200);
+    assert_eq!(client.get("/v1/models/gpt").json()["error"]["code"], "model_not_found");
+    assert_eq!(client.get("/health").json()["status"], "ok");
+    assert!(client.get("/").body.starts_with("<!doctype html>"));
+    assert_eq!(client.get("/plan").json()["layers"], 6);
+    let tokens = client.ask("/tokenize", &json!({ "prompt": "Once upon" }))["tokens"].clone();
+    let text = client.ask("/detokenize", &json!({ "tokens": tokens }))["prompt"].clone();
+    assert!(text.as_str().unwrap().ends_with("Once upon"), "{text}");
+    assert_eq!(client.get("/v2").status, 404);
+    assert_eq!(client.get("/v1/completions").status, 405);
+}
+
+/// Bodies, and the field that is at fault.
+fn bad_bodies() -> Vec<(&'static str, Value, &'static str)> {
+    let message = json!([{ "role": "user", "content": "Hi" }]);
+    let chat = |field: &str, value: Value| {
+        let mut body = json!({ "messages": message });
+        body[field] = value;
+        ("/v1/chat/completions", body)
+    };
+    let mut all = vec![
+        ("/v1/chat/completions", json!({}), "messages"),
+        ("/v1/completions", json!({}), "prompt"),
+        ("/v1/completions", json!({ "prompt": [[99_999_999]] }), "prompt"),
+        ("/v1/completions", json!({ "prompt": [-1] }), "prompt"),
+        ("/v1/completions", json!({ "prompt": "x", "suffix": "y" }), "suffix"),
+        ("/v1/completions", json!({ "prompt": "x", "best_of": 3 }), "best_of"),
+        ("/v1/completions", json!({ "prompt": "x", "logprobs": 21 }), "logprobs"),
+        ("/tokenize", json!({ "prompt": 7 }), "prompt"),
+        ("/detokenize", json!({ "tokens": "x" }), "tokens"),
+    ];
+    for (field, value, param) in [
+        ("messages", json!([]), "messages"),
+        ("messages", json!([7]), "messages[0]"),
+        ("messages", json!([{ "role": "king", "content": "" }]), "messages[0].role"),
+        ("messages", json!([{ "role": "user" }]), "messages[0].content"),
+        (
+            "messages",
+            json!([{ "role": "user", "content": [{ "type": "image_url" }] }]),
+            "messages[0].content",
+        ),
+        ("temperature", json!(-1), "temperature"),
+        ("temperature", json!("hot"), "temperature"),
+        ("top_p", json!(1.5), "top_p"),
+        ("n", json!(0), "n"),
+        ("n", json!(1000), "n"),
+        ("max_tokens", json!(-1), "max_tokens"),
+        ("max_tokens", json!(0), "max_tokens"),
+        ("max_tokens", json!(1.5), "max_tokens"),
+        ("stop", json!([""]), "stop"),
+        ("stop", json!([1]), "stop"),
+        ("logit_bias", json!({ "x": 1 }), "logit_bias"),
+        ("logit_bias", json!({ "1": 1e9 }), "logit_bias"),
+        ("top_logprobs", json!(2), "top_logprobs"),
+        ("presence_penalty", json!(3), "presence_penalty"),
+        ("seed", json!("a"), "seed"),
+        ("priority", json!(1.5), "priority"),
+        ("model", json!("gpt-4"), "model"),
+        ("tools", json!([{}]), "tools"),
+        ("tool_choice", json!("required"), "tool_choice"),
+        ("response_format", json!({ "type": "xml" }), "response_format.type"),
+        ("functions", json!([{}]), "functions"),
+        ("stream_options", json!(1), "stream_options"),
+    ] {
+        let (path, body) = chat(field, value);
+        all.push((path, body, param));
+    }
+    all
+}
+
+#[test]
+fn bad_fields_are_named() {
+    let client = shared();
+    for (path, body, param) in bad_bodies() {
+        let answer = client.post(path, &body);
+        let error = &answer.json()["error"];
+        assert!((400..500).contains(&answer.status), "{body}: {error}");
+        assert_eq!(error["param"], param, "{body}: {error}");
+        assert_eq!(error["type"], "invalid_request_error");
+    }
+}
+
+#[test]
+fn bodies_that_are_no_requests_are_refused_and_others_served() {
+    let client = shared();
+    let deep = [vec![b'['; 100_000], vec![b']'; 100_000]].concat();
+    let deep_field = [b"{\"messages\":".to_vec(), deep.clone(), b"}".to_vec()].concat();
+    let long = json!({ "prompt": "word ".repeat(100_000), "max_tokens": 1 }).to_string();
+    let bodies: [&[u8]; 9] = [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe\x00",
+        b"{\"prompt\": \"\\ud800\"}",
+        &deep,
+        &deep_field,
+        long.as_bytes(),
+    ];
+    for body in bodies {
+        for path in ["/v1/completions", "/v1/chat/completions", "/tokenize"] {
+            let answer = client.request("POST", path, "", body);
+            if path == "/tokenize" && body == long.as_bytes() {
+                assert_eq!(answer.status, 200);
+                continue;
+            }
+            assert_eq!(answer.status, 400, "{path}: {}", answer.body);
+            assert!(answer.json()["error"]["message"].is_string());
+        }
+    }
+    assert_eq!(client.get("/health").status, 200);
+}

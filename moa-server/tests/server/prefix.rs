@@ -1,0 +1,101 @@
+//! What was read before is not read again, and nobody can tell by the likeliest tokens. (How a text is cut
+//! into steps changes its attention by the rounding of f32 sums, here as elsewhere.)
+
+use moa_core::{ElasticRule, Plan};
+use moa_server::ServerOptions;
+use serde_json::{Value, json};
+
+use crate::client::Client;
+use crate::{Running, checkpoint, narrow};
+
+fn cached(answer: &Value) -> u64 {
+    answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap()
+}
+
+fn long_text(topic: &str) -> String {
+    format!("The history of {topic} is the history of people who trusted numbers. ").repeat(8)
+}
+
+/// The answers of a conversation of several turns; each with the tokens that were not read.
+fn converse(client: Client, turns: usize, topic: &str) -> Vec<(String, u64, u64)> {
+    let mut messages = vec![json!({ "role": "user", "content": long_text(topic) })];
+    let mut all = Vec::new();
+    for turn in 0..turns {
+        let body = json!({ "messages": messages, "max_tokens": 12, "temperature": 0 });
+        let answer = client.ask("/v1/chat/completions", &body);
+        let text = answer["choices"][0]["message"]["content"].as_str().unwrap().to_owned();
+        all.push((
+            text.clone(),
+            cached(&answer),
+            answer["usage"]["prompt_tokens"].as_u64().unwrap(),
+        ));
+        messages.push(json!({ "role": "assistant", "content": text }));
+        messages.push(json!({ "role": "user", "content": format!("And then? {turn}") }));
+    }
+    all
+}
+
+#[test]
+fn turns_read_what_is_new_and_say_what_a_cold_run_says() {
+    let plans = [
+        narrow(),
+        // Spans that grow with the length.
+        Plan::uniform(checkpoint().model.shape(), 8, ElasticRule::new(0.0, 0.25).unwrap()).unwrap(),
+    ];
+    for plan in plans {
+        let warm = Running::with_plan(plan.clone(), ServerOptions::default());
+        let cold = ServerOptions { prefix_cache: 0, ..ServerOptions::default() };
+        let cold = Running::with_plan(plan, cold);
+        let (warm_turns, cold_turns) =
+            (converse(warm.client, 5, "navigation"), converse(cold.client, 5, "navigation"));
+        let mut hits = 0;
+        for (warm, cold) in warm_turns.iter().zip(&cold_turns) {
+            assert_eq!(warm.0, cold.0, "{warm_turns:?} {cold_turns:?}");
+            assert_eq!(cold.1, 0);
+            hits += usize::from(warm.1 + 30 >= warm.2);
+        }
+        // A conversation that grows out of its capacity is read again once.
+        assert!(hits >= 3, "{warm_turns:?}");
+        // The same again is there but for one token.
+        let again = converse(warm.client, 1, "navigation");
+        assert_eq!((&again[0].0, again[0].1), (&warm_turns[0].0, again[0].2 - 1));
+        assert!(warm.client.metric("moa_prefix_hits_total") >= 4.0);
+        assert!(warm.client.metric("moa_prefix_cache_bytes") > 0.0);
+    }
+}
+
+#[test]
+fn a_beginning_that_requests_share_is_copied_where_they_part() {
+    let server = Running::new(ServerOptions::default());
+    let shared = long_text("astronomy");
+    let ask = |end: &str| {
+        let body = json!({ "prompt": format!("{shared}{end}"), "max_tokens": 8 });
+        let answer = server.client.ask("/v1/completions", &body);
+        (cached(&answer), answer["choices"][0]["text"].clone())
+    };
+    let first = ask("First, the stars were counted one by one.");
+    let second = ask("Second, their light was split.");
+    let third = ask("Third, nobody looked through a glass.");
+    assert_eq!((first.0, second.0), (0, 0));
+    assert!(third.0 > 60, "{}", third.0);
+    let cold = ServerOptions { prefix_cache: 0, ..ServerOptions::default() };
+    let cold = Running::new(cold);
+    let body = json!({
+        "prompt": format!("{shared}Third, nobody looked through a glass."), "max_tokens": 8,
+    });
+    assert_eq!(cold.client.ask("/v1/completions", &body)["choices"][0]["text"], third.1);
+}
+
+#[test]
+fn kept_sequences_stay_within_their_bytes() {
+    let limit = 1 << 20;
+    let server = Running::new(ServerOptions { prefix_cache: limit, ..ServerOptions::default() });
+    for topic in ["maps", "clocks", "winds", "tides", "stars", "ropes"] {
+        converse(server.client, 1, topic);
+        assert!(server.client.metric("moa_prefix_cache_bytes") <= limit as f64);
+    }
+    assert!(server.client.metric("moa_prefix_cache_bytes") > 0.0);
+    // The last is there, the first is not.
+    assert!(converse(server.client, 1, "ropes")[0].1 > 0);
+    assert_eq!(converse(server.client, 1, "maps")[0].1, 0);
+}
