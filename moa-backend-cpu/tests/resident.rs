@@ -21,19 +21,21 @@ fn only_written_slots_are_resident() {
         let inputs = ExtendInputs { q: &step, k: &step, v: &step, scale: 1.0, lse: false };
         backend.extend(&mut [Append { cache, tokens: 128 }], &inputs).unwrap();
     };
-    // Scratch memory stays with its thread: get it before measuring.
+    // Scratch memory stays with its thread: get it before measuring. Enough is written for what a thread gets later.
     let mut warm = backend.open(&layout, dim).unwrap();
-    run(&mut warm);
-    run(&mut warm);
+    (0..4).for_each(|_| run(&mut warm));
     drop(warm);
 
     let before = resident_bytes();
     let mut cache = backend.open(&layout, dim).unwrap();
     assert_eq!(backend.bytes(&cache), (2 * 2 * dim * (capacity + window)) as u64);
-    assert!(resident_bytes() - before < 1 << 19, "an empty cache is resident");
+    // An allocator may clear memory that it had given out before: as much as the window has, never the full head.
+    let window_bytes = (2 * 2 * dim * window) as u64;
+    let grown = resident_bytes().saturating_sub(before);
+    assert!(grown < 2 * window_bytes, "{grown} bytes of an empty cache are resident");
 
-    (0..8).for_each(|_| run(&mut cache));
-    let written = (2 * 2 * dim * (1024 + window)) as u64;
+    (0..24).for_each(|_| run(&mut cache));
+    let written = (2 * 2 * dim * 24 * 128) as u64 + window_bytes;
     let grown = resident_bytes() - before;
     assert!(grown > written * 3 / 4 && grown < written * 3 / 2, "{grown} for {written} bytes");
     let fork = backend.fork(&cache).unwrap();
