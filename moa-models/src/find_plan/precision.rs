@@ -135,16 +135,7 @@ pub(super) fn choose<D: Math>(
 
 #[cfg(test)]
 mod tests {
-    use moa_core::{ElasticRule, ModelShape};
-
     use super::*;
-
-    const SHAPE: ModelShape = ModelShape { layers: 2, query_heads: 2, kv_heads: 1, head_dim: 64 };
-
-    fn plan() -> Plan {
-        let rules = [0.4, 0.1].map(|share| ElasticRule::new(0.0, share).unwrap().into());
-        typed(&Plan::new(SHAPE, 4, 20, rules.to_vec()).unwrap(), Some(CacheType::Int8)).unwrap()
-    }
 
     #[test]
     fn a_share_of_bytes_is_a_density_with_scales_counted() {
