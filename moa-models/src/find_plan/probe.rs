@@ -1,11 +1,13 @@
 //! Response loss of a plan, and of many plans that differ from it in one layer, without running the
 //! layers below that one again. Items that begin alike, as questions about one text do, share what
-//! they have in common.
+//! they have in common. Of the tokens before the first prediction a layer computes those alone that the
+//! layers above it see from there: above the last head that sees far, these are few.
 
 use moa_core::{Append, Plan, SparseAttentionBackend};
 
 use crate::decoder::model::Decoder;
 use crate::device::Math;
+use crate::device::rope_table::RopeTable;
 use crate::find_plan::objective::{cross_entropy, divergence, log_sum_exp};
 use crate::find_plan::profile::Item;
 use crate::{Error, Result};
@@ -28,25 +30,50 @@ fn text_rows(item: &Item) -> Vec<usize> {
     (0..rows).map(|row| first + (row + 1) * (tokens - first) / rows - 1).collect()
 }
 
-/// Items under one plan: a chunk of what they share, then a chunk with the rest of each.
+/// Items under one plan: a chunk of what they share, then a chunk with the rest of each. Of the first, rows
+/// `0..sinks` and those from a layer's tail on are computed.
 struct Pass<'a, D: Math> {
     items: &'a [Item],
     capacity: usize,
-    /// Tokens that all items begin with; 0 or most of each.
+    /// Tokens that all items begin with, before the first row that is asked for.
     shared: usize,
-    /// `None` if nothing is shared.
-    shared_rotations: Option<D::Rotations>,
+    /// Rows that any head's sink lies in, a multiple of [`TILE`] unless that is more than is shared.
+    sinks: usize,
+    table: RopeTable,
     rest_rotations: D::Rotations,
     /// Rows of the rest whose logits are wanted.
     rows: Vec<usize>,
 }
 
+/// Tails begin at so many tokens' multiples after the sinks, where the CPU's tiles of keys do: left out rows then change
+/// no bit of the others.
+const TILE: usize = 128;
+
+impl<D: Math> Pass<'_, D> {
+    /// Where the rows begin that a layer's input needs, if its output needs those from `output` on and its longest
+    /// window has `window` keys.
+    fn tail(&self, output: usize, window: usize) -> usize {
+        let seen = output.saturating_sub(window.saturating_sub(1)).saturating_sub(self.sinks);
+        self.sinks + seen / TILE * TILE
+    }
+
+    /// The rows of hidden states that begin at `tail` which those that begin at `other` have too; `None` for all.
+    fn kept(&self, tail: usize, other: usize) -> Option<Vec<usize>> {
+        let rows = self.sinks + self.shared - tail;
+        (other > tail).then(|| (0..self.sinks).chain(self.sinks + other - tail..rows).collect())
+    }
+}
+
 /// Hidden states of a pass.
 #[derive(Clone)]
 struct Hidden<T> {
+    /// `None` if nothing is shared.
     shared: Option<T>,
     rest: T,
 }
+
+/// Least tokens of the rest of an item that shares nothing with another.
+const REST: usize = 64;
 
 /// Consecutive items that share at least three quarters of their tokens.
 pub(crate) fn groups(items: &[Item]) -> impl Iterator<Item = &[Item]> {
@@ -139,7 +166,9 @@ impl<D: Math> Decoder<D> {
             .map(|item| {
                 let pass =
                     self.pass(std::slice::from_ref(item), &[text_rows(item)], &dense, capacity)?;
-                let dense_logits = self.upwards(&pass, &dense, 0, self.embed_pass(&pass)?, None)?;
+                let tails = self.tails(&pass, &dense)?;
+                let x = self.embed_pass(&pass, tails[0])?;
+                let dense_logits = self.upwards(&pass, &dense, 0, x, &tails, None)?;
                 Ok(Text { item: item.clone(), dense_logits })
             })
             .collect()
@@ -187,13 +216,49 @@ impl<D: Math> Decoder<D> {
         loss: impl Fn(&[f32]) -> f64,
         losses: &mut [f64],
     ) -> Result<f64> {
+        let own = self.tails(pass, plan)?;
+        let mut of_variants = Vec::with_capacity(variants.len());
+        for (layer, variant) in variants {
+            of_variants.push(pass.tail(own[layer + 1], self.window(pass, variant, *layer)?));
+        }
+        // What the plan's own run keeps is enough for each variant.
+        let mut kept = own.clone();
+        for layer in (0..self.layers.len()).rev() {
+            let tail = pass.tail(kept[layer + 1], self.window(pass, plan, layer)?);
+            let of_layer = variants.iter().zip(&of_variants).filter(|((at, _), _)| *at == layer);
+            kept[layer] = of_layer.fold(tail, |least, (_, tail)| least.min(*tail));
+        }
         let mut inputs = Vec::with_capacity(self.layers.len());
         let keep = (!variants.is_empty()).then_some(&mut inputs);
-        let base = loss(&self.upwards(pass, plan, 0, self.embed_pass(pass)?, keep)?);
-        for (sum, (layer, variant)) in losses.iter_mut().zip(variants) {
-            *sum += loss(&self.upwards(pass, variant, *layer, inputs[*layer].clone(), None)?);
+        let x = self.embed_pass(pass, kept[0])?;
+        let base = loss(&self.upwards(pass, plan, 0, x, &kept, keep)?);
+        for ((sum, (layer, variant)), tail) in losses.iter_mut().zip(variants).zip(of_variants) {
+            let mut tails = own.clone();
+            tails[*layer] = tail;
+            let Hidden { shared, rest } = &inputs[*layer];
+            let shared = match (shared, pass.kept(kept[*layer], tail)) {
+                (Some(shared), Some(rows)) => Some(self.device.rows(shared, &rows)?),
+                (shared, _) => shared.clone(),
+            };
+            let x = Hidden { shared, rest: rest.clone() };
+            *sum += loss(&self.upwards(pass, variant, *layer, x, &tails, None)?);
         }
         Ok(base)
+    }
+
+    /// Where the tails of the layers' inputs begin, and that of the top layer's output, which has none.
+    fn tails(&self, pass: &Pass<'_, D>, plan: &Plan) -> Result<Vec<usize>> {
+        let mut tails = vec![pass.shared; self.layers.len() + 1];
+        for layer in (0..self.layers.len()).rev() {
+            tails[layer] = pass.tail(tails[layer + 1], self.window(pass, plan, layer)?);
+        }
+        Ok(tails)
+    }
+
+    /// The longest window of a layer's heads.
+    fn window(&self, pass: &Pass<'_, D>, plan: &Plan, layer: usize) -> Result<usize> {
+        let spans = self.config.windowed(plan)?.layer_spans(layer, pass.capacity);
+        Ok(spans.iter().map(|span| span.window()).max().unwrap_or(0))
     }
 
     /// `asked` are the rows of each item's inputs whose logits are wanted.
@@ -209,17 +274,15 @@ impl<D: Math> Decoder<D> {
         if tokens > capacity {
             return Err(Error::ContextExceeded { asked: tokens, limit: capacity });
         }
+        let first = asked.iter().flatten().copied().min().unwrap_or(0);
         let shared = match items.split_first() {
-            Some((first, others)) if !others.is_empty() => {
-                others.iter().map(|item| common_prefix(first, item)).min().unwrap_or(0)
+            Some((one, others)) if !others.is_empty() => {
+                others.iter().map(|item| common_prefix(one, item)).min().unwrap_or(0)
             }
-            _ => 0,
+            // Enough rows after it for the kernels of many.
+            _ => tokens.saturating_sub(REST).min(first),
         };
         let table = self.rope(capacity)?;
-        let shared_rotations = match shared {
-            0 => None,
-            _ => Some(self.device.rotations(&[(&table, 0..shared)])?),
-        };
         let rests: Vec<_> = items.iter().map(|i| (&table, shared..i.inputs().len())).collect();
         let rest_rotations = self.device.rotations(&rests)?;
         let mut rows = Vec::new();
@@ -228,48 +291,71 @@ impl<D: Math> Decoder<D> {
             rows.extend(asked.iter().map(|row| before + row - shared));
             before += item.inputs().len() - shared;
         }
-        Ok(Pass { items, capacity, shared, shared_rotations, rest_rotations, rows })
+        let sinks = plan.sink().next_multiple_of(TILE).min(shared);
+        Ok(Pass { items, capacity, shared, sinks, table, rest_rotations, rows })
     }
 
-    fn embed_pass(&self, pass: &Pass<'_, D>) -> Result<Hidden<D::Tensor>> {
-        let embed = |ids: &[u32]| self.embed(ids);
+    /// `tail` is that of the lowest layer's input.
+    fn embed_pass(&self, pass: &Pass<'_, D>, tail: usize) -> Result<Hidden<D::Tensor>> {
         let shared = match pass.shared {
             0 => None,
-            n => Some(embed(&pass.items[0].inputs()[..n])?),
+            shared => {
+                let tokens = pass.items[0].inputs();
+                let tokens = [&tokens[..pass.sinks], &tokens[tail..shared]].concat();
+                Some(self.embed(&tokens)?)
+            }
         };
         let rest: Vec<&[u32]> = pass.items.iter().map(|i| &i.inputs()[pass.shared..]).collect();
-        Ok(Hidden { shared, rest: embed(&rest.concat())? })
+        Ok(Hidden { shared, rest: self.embed(&rest.concat())? })
     }
 
-    /// Runs layers from `first` up on their input `x`; `keep` collects every layer's input. Returns
-    /// logits `[rows, vocab]` of the pass's rows.
+    /// Runs layers from `first` up on their input `x`, whose tails begin where `tails` says; `keep` collects every
+    /// layer's input. Returns logits `[rows, vocab]` of the pass's rows.
+    ///
+    /// To attention the sinks' rows and those of the tail are one sequence. Distances in the tail are what they are
+    /// in the whole one, and rows whose windows would begin before it are left out of the layer's output.
     fn upwards(
         &self,
         pass: &Pass<'_, D>,
         plan: &Plan,
         first: usize,
         mut x: Hidden<D::Tensor>,
+        tails: &[usize],
         mut keep: Option<&mut Vec<Hidden<D::Tensor>>>,
     ) -> Result<Vec<f32>> {
         let (device, attention) = (&self.device, self.device.attention());
         let plan = self.own_plan(plan)?;
         let counts: Vec<usize> =
             pass.items.iter().map(|i| i.inputs().len() - pass.shared).collect();
+        let mut rotations: Option<(usize, D::Rotations)> = None;
         for (index, layer) in self.layers.iter().enumerate().skip(first) {
             if let Some(keep) = &mut keep {
                 keep.push(x.clone());
             }
             let is_top = index + 1 == self.layers.len();
             let mut cache = self.open_cache(&plan.layout(index, pass.capacity, 0)?)?;
-            if let (Some(shared), Some(rotations)) = (x.shared.take(), &pass.shared_rotations) {
-                let mut attend = |qkv| {
-                    let batch = &mut [Append { cache: &mut cache, tokens: pass.shared }];
-                    Ok(self.extend(layer, attention, batch, qkv, rotations, false)?.out)
+            if let Some(shared) = x.shared.take() {
+                let (tail, table) = (tails[index], &pass.table);
+                let rotations = match rotations.take().filter(|(of, _)| *of == tail) {
+                    Some(known) => &rotations.insert(known).1,
+                    None => {
+                        let positions = [(table, 0..pass.sinks), (table, tail..pass.shared)];
+                        let positions: Vec<_> =
+                            positions.into_iter().filter(|(_, rows)| !rows.is_empty()).collect();
+                        &rotations.insert((tail, device.rotations(&positions)?)).1
+                    }
                 };
+                let tokens = pass.sinks + pass.shared - tail;
+                let batch = &mut [Append { cache: &mut cache, tokens }];
+                let qkv = self.qkv(layer, &shared)?;
+                let out = self.extend(layer, attention, batch, qkv, rotations, false)?.out;
                 // Nothing reads these rows of the top layer but the keys and values.
-                match is_top {
-                    true => drop(attend(self.qkv(layer, &shared)?)?),
-                    false => x.shared = Some(self.block(layer, shared, attend)?),
+                if !is_top {
+                    let (shared, out) = match pass.kept(tail, tails[index + 1]) {
+                        None => (shared, out),
+                        Some(rows) => (device.rows(&shared, &rows)?, device.rows(&out, &rows)?),
+                    };
+                    x.shared = Some(self.finish_block(layer, shared, out)?);
                 }
             }
             let mut caches = Vec::with_capacity(counts.len());
@@ -296,5 +382,47 @@ impl<D: Math> Decoder<D> {
         }
         let h = device.rms_norm(&x.rest, &self.norm, self.eps())?;
         self.values(self.output(&h)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use moa_core::ElasticRule;
+
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+    use crate::device::cpu::Cpu;
+
+    // A variant may need more of the lower layers than its plan, or less.
+    #[test]
+    fn variants_lose_what_they_lose_as_plans() -> Result<()> {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/moa-tiny");
+        let model = Checkpoint::open(Cpu::default(), folder)?.model;
+        let tokens: Vec<u32> = (0..800).map(|i| 300 + i * i % 991).collect();
+        let item = |at: usize| Item::new(&tokens[..at], &tokens[at..at + 20]);
+        let two = [item(700)?, item(720)?];
+        let rules = vec![ElasticRule::fixed(90).into(); model.shape().total_kv_heads()];
+        let plan = Plan::new(model.shape(), 8, 24, rules)?;
+        let plan = plan.with_rule(2, 0, ElasticRule::fixed(300).into())?;
+        let mut variants = Vec::new();
+        for layer in 0..model.shape().layers {
+            for rule in [ElasticRule::FULL, ElasticRule::fixed(40)] {
+                variants.push((layer, plan.clone().with_rule(layer, 1, rule.into())?));
+            }
+        }
+        let is_near = |a: f64, b: f64| (a - b).abs() < 1e-4;
+        for items in [&two[..], &two[..1]] {
+            let (base, losses) = model.variant_losses(items, &plan, &variants, 800)?;
+            assert!(is_near(base, model.response_loss(items, &plan, 800)?));
+            for (loss, (_, variant)) in losses.iter().zip(&variants) {
+                assert!(is_near(*loss, model.response_loss(items, variant, 800)?));
+            }
+        }
+        let texts = model.texts(&two[..1], 800)?;
+        let (_, of_text) = model.divergences(&texts, &plan, &variants, 800)?;
+        for (loss, (_, variant)) in of_text.iter().zip(&variants) {
+            assert!(is_near(*loss, model.divergences(&texts, variant, &[], 800)?.0));
+        }
+        Ok(())
     }
 }

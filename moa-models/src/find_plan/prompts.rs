@@ -175,7 +175,9 @@ impl<D: Math> Checkpoint<D> {
         let is_cut = cut_middle(&mut prompt, length - answer_len);
         let answer = match &sized.answer {
             Some(answer) => answer.clone(),
-            None => self.dense_answers(std::slice::from_ref(&prompt), most)?.swap_remove(0),
+            None => {
+                self.dense_answers(&[vec![prompt.clone()]], most)?.swap_remove(0).swap_remove(0)
+            }
         };
         if answer.is_empty() {
             chosen.without_answer += 1;

@@ -12,7 +12,7 @@ use moa_core::{ElasticRule, HeadRule, ModelShape, Plan, PlanRequest, Profile};
 
 use crate::decoder::model::Decoder;
 use crate::device::Math;
-use crate::find_plan::exchange::exchange;
+use crate::find_plan::exchange::{Budget, exchange};
 use crate::find_plan::measure::{Best, Evidence, HeldOut, Measure, Merit, Scope};
 use crate::find_plan::precision::{CacheTypes, choose, typed};
 use crate::find_plan::table::Table;
@@ -88,6 +88,7 @@ pub(super) fn refine_types<D: Math>(
     let start = measure.best(0, starts.to_vec(), None)?.ok_or_else(missing)?;
     let mut best = (measure.loss(&start.plan)?, start.plan);
     let start = measure.measured(&best.1, Scope::All)?;
+    tracing::debug!(done = measure.done, best = best.0, dense_loss, "starts");
     measure.budget = measure.done + evaluations;
     if best.0 > dense_loss + CLOSE {
         let mut request = request.clone();
@@ -98,7 +99,7 @@ pub(super) fn refine_types<D: Math>(
         let enough = dense_loss + CLOSE;
         best = swap(&mut measure, &request, profile, dense, best, enough)?;
         if best.0 > enough {
-            best = exchange(&mut measure, &request, best)?;
+            best = exchange(&mut measure, &request, best, Budget::Keys)?;
         }
     }
     let mut held_out = hold(&mut measure, request, &mut best, evaluations)?;
@@ -163,7 +164,7 @@ fn hold<D: Math>(
         {
             *best = (loss, plan);
         }
-        *best = exchange(measure, request, best.clone())?;
+        *best = exchange(measure, request, best.clone(), Budget::Keys)?;
         held_out = measure.held_out(&best.1)?;
     }
     Ok(held_out)

@@ -11,8 +11,15 @@ use crate::find_plan::tasks::{Task, TaskPrompt};
 use crate::progress::{Progress, Stage};
 use crate::{Error, Result};
 
-/// Short questions of each built-in task.
+/// Short questions of each built-in task, and of one that few are answered of.
 const PROBES: usize = 4;
+const MOST: usize = 8;
+
+/// Their tokens, if calibration is no shorter.
+const SHORT: usize = 512;
+
+/// Answers that are written together at most, unless one context has more questions: each has a dense cache.
+const TOGETHER: usize = 8;
 
 impl<D: Math> Checkpoint<D> {
     /// Items of the records and of `others`, in turn, as far as the dense model answers them.
@@ -23,6 +30,7 @@ impl<D: Math> Checkpoint<D> {
         progress: &mut dyn Progress,
     ) -> Result<Calibration> {
         let (tasks, tried) = self.answered_tasks(others, options)?;
+        let questions = tasks.iter().map(|(_, of_right)| *of_right).max().unwrap_or(1).min(PROBES);
         let total = options.lengths.iter().map(|length| options.samples_at(*length)).sum();
         let mut done = 0;
         let mut items = BTreeMap::new();
@@ -33,23 +41,47 @@ impl<D: Math> Checkpoint<D> {
             let enough = samples.max(samples * options.questions / 2);
             // What is answered when short may be too hard at this length.
             let mut misses = vec![0; tasks.len()];
+            let is_missed = |misses: &[usize], place: usize| {
+                misses[place] >= 4 && misses.iter().any(|m| *m < 4)
+            };
             // A model that answers a quarter of its calibration prompts still fills the set.
-            for attempt in 0..4 * samples {
-                let place = attempt % tasks.len().max(1);
-                if contexts == samples || own.len() >= enough || tasks.is_empty() {
+            let mut attempts = (0..4 * samples * usize::from(!tasks.is_empty()))
+                .map(|attempt| (attempt % tasks.len(), attempt as u64));
+            while contexts < samples && own.len() < enough {
+                // Where few answers are right, several are asked about a context, so that one of them is.
+                let questions = options.questions.max(questions);
+                // Some more than are needed would be asked in vain.
+                let room = (samples - contexts).min((TOGETHER / questions).max(1));
+                let asked: Vec<(usize, u64)> = attempts
+                    .by_ref()
+                    .filter(|(place, _)| !is_missed(&misses, *place))
+                    .take(room)
+                    .collect();
+                if asked.is_empty() {
                     break;
                 }
-                if misses[place] >= 4 && misses.iter().any(|m| *m < 4) {
-                    continue;
-                }
-                let seed = options
-                    .seed
-                    .wrapping_mul(0x1_0000)
-                    .wrapping_add(attempt as u64 ^ (length as u64) << 32);
-                let items = self.answered_items(tasks[place], length, seed, options)?;
-                if items.is_empty() {
-                    misses[place] += 1;
-                } else {
+                let with_seeds: Vec<(Task, u64)> = asked
+                    .iter()
+                    .map(|(place, attempt)| {
+                        let seed = options.seed.wrapping_mul(0x1_0000);
+                        (tasks[*place].0, seed.wrapping_add(attempt ^ (length as u64) << 32))
+                    })
+                    .collect();
+                let more = CalibrationOptions { questions, ..options.clone() };
+                let items = self.answered_items(&with_seeds, length, &more)?;
+                for ((place, attempt), mut items) in asked.into_iter().zip(items) {
+                    if items.len() > options.questions {
+                        let turn = attempt as usize % items.len();
+                        items.rotate_left(turn);
+                        items.truncate(options.questions);
+                    }
+                    if own.len() >= enough || is_missed(&misses, place) {
+                        continue;
+                    }
+                    if items.is_empty() {
+                        misses[place] += 1;
+                        continue;
+                    }
                     own.extend(items);
                     contexts += 1;
                     done += 1;
@@ -70,91 +102,110 @@ impl<D: Math> Checkpoint<D> {
             }
             items.insert(length, own);
         }
-        let names: Vec<_> = tasks.iter().map(|task| task.name()).collect();
+        let names: Vec<_> = tasks.iter().map(|(task, _)| task.name()).collect();
         Ok(Calibration { items, data: format!("built-in tasks ({})", names.join(", ")) })
     }
 
-    /// The tasks that the dense model answers when they are short, and what it answered of each that was
-    /// tried. Of the records it is the phrasing that is answered best. The questions do not depend on the
-    /// seed: which tasks are used is a matter of the model.
+    /// The tasks that the dense model answers when they are short, with the number of questions that it takes for one
+    /// right answer, and what it answered of each that was tried. Of the records it is the phrasing that is answered
+    /// best. The questions do not depend on the seed: which tasks are used is a matter of the model.
     fn answered_tasks(
         &self,
         others: &[Task],
         options: &CalibrationOptions,
-    ) -> Result<(Vec<Task>, String)> {
-        let length = options.lengths.iter().copied().min().unwrap_or(1024).min(1024);
+    ) -> Result<(Vec<(Task, usize)>, String)> {
+        let length = options.lengths.iter().copied().min().unwrap_or(SHORT).min(SHORT);
+        let length = length.max(2 * options.max_response + 64);
         let options = CalibrationOptions { questions: 1, ..options.clone() };
-        // Of a task that seems out of reach only the first questions, unless all of them are.
-        for (questions, at_first) in [(PROBES, 2), (2 * PROBES, 2 * PROBES)] {
+        // Of a task that seems out of reach only the first questions, unless all of them are: then more of records, the
+        // easiest, and last of the others.
+        let steps = [
+            (PROBES, [2, 2], [0, 0]),
+            (MOST, [MOST, PROBES], [2, 2]),
+            (MOST, [MOST; 2], [MOST, PROBES]),
+        ];
+        for (questions, at_first, before) in steps {
             let mut tried = Vec::new();
-            let mut right_of = |task: Task| -> Result<usize> {
-                let (mut right, mut asked) = (0, 0);
-                let most = |right| if right == 0 { at_first } else { questions };
-                while asked < most(right) {
-                    let seed = 0xca11_b000 + asked as u64;
-                    right += self.answered_items(task, length, seed, &options)?.len();
-                    asked += 1;
+            let mut right_of = |task: Task| -> Result<(usize, usize)> {
+                let kind = usize::from(!matches!(task, Task::Record(_)));
+                // None of those asked before was answered.
+                let (mut right, mut asked) = (0, before[kind]);
+                for most in [at_first[kind], questions] {
+                    if asked < most && (asked == before[kind] || right > 0) {
+                        let seeds = (asked..most).map(|at| (task, 0xca11_b000 + at as u64));
+                        let seeds: Vec<_> = seeds.collect();
+                        let items = self.answered_items(&seeds, length, &options)?;
+                        right += items.iter().map(Vec::len).sum::<usize>();
+                        asked = most;
+                    }
                 }
                 tracing::debug!(?task, right, asked, "calibration task");
                 tried.push(format!("{} {right} of {asked}", task.name()));
-                Ok(right)
+                Ok((right, asked))
             };
-            let mut answered: Vec<(usize, Task)> = Vec::new();
+            let mut answered: Vec<(usize, usize, Task)> = Vec::new();
             for task in Task::records() {
-                let right = right_of(task)?;
+                let (right, asked) = right_of(task)?;
                 if right > answered.first().map_or(0, |best| best.0) {
-                    answered = vec![(right, task)];
+                    answered = vec![(right, asked, task)];
                 }
                 if right == questions {
                     break;
                 }
             }
             for &task in others {
-                let right = right_of(task)?;
+                let (right, asked) = right_of(task)?;
                 if right > 0 {
-                    answered.push((right, task));
+                    answered.push((right, asked, task));
                 }
             }
             // A task that is answered once by chance wastes attempts, if there are others.
-            let most = answered.iter().map(|(right, _)| *right).max().unwrap_or(0);
-            answered.retain(|(right, _)| 2 * right >= most);
-            if !answered.is_empty() || questions > PROBES {
-                return Ok((
-                    answered.into_iter().map(|(_, task)| task).collect(),
-                    tried.join(", "),
-                ));
+            let most = answered.iter().map(|(right, ..)| *right).max().unwrap_or(0);
+            answered.retain(|(right, ..)| 2 * right >= most);
+            if !answered.is_empty() || before[1] == PROBES {
+                let of_right = |(right, asked, task): (usize, usize, Task)| (task, asked / right);
+                return Ok((answered.into_iter().map(of_right).collect(), tried.join(", ")));
             }
         }
         Ok((Vec::new(), String::new()))
     }
 
-    /// A task's context of about `length` tokens with the dense model's answers, those that are right.
+    /// Contexts of about `length` tokens, one for each task and seed, with the dense model's answers: those that are
+    /// right.
     fn answered_items(
         &self,
-        task: Task,
+        asked: &[(Task, u64)],
         length: usize,
-        seed: u64,
         options: &CalibrationOptions,
-    ) -> Result<Vec<Item>> {
-        let (tasks, prompts) = self.fill(length - options.max_response, |bytes| {
-            task.prompts(bytes, seed, options.questions)
-        })?;
-        let responses = self.dense_answers(&prompts, options.max_response)?;
-        let mut items = Vec::with_capacity(prompts.len());
-        for ((prompt, task), response) in prompts.iter().zip(tasks).zip(responses) {
-            if !task.is_answered_by(&self.tokenizer.decode(&response, true)?) {
-                continue;
-            }
-            // What is said behind the answer depends on nothing far away.
-            let mut end = 1;
-            while end < response.len()
-                && !task.is_answered_by(&self.tokenizer.decode(&response[..end], true)?)
-            {
-                end += 1;
-            }
-            items.push(Item::new(prompt, &response[..end])?);
+    ) -> Result<Vec<Vec<Item>>> {
+        let (mut tasks, mut contexts) = (Vec::new(), Vec::new());
+        for (task, seed) in asked {
+            let (own, prompts) = self.fill(length - options.max_response, |bytes| {
+                task.prompts(bytes, *seed, options.questions)
+            })?;
+            tasks.push(own);
+            contexts.push(prompts);
         }
-        Ok(items)
+        let responses = self.dense_answers(&contexts, options.max_response)?;
+        let mut of_contexts = Vec::with_capacity(asked.len());
+        for ((prompts, tasks), responses) in contexts.iter().zip(tasks).zip(responses) {
+            let mut items = Vec::with_capacity(prompts.len());
+            for ((prompt, task), response) in prompts.iter().zip(tasks).zip(responses) {
+                if !task.is_answered_by(&self.tokenizer.decode(&response, true)?) {
+                    continue;
+                }
+                // What is said behind the answer depends on nothing far away.
+                let mut end = 1;
+                while end < response.len()
+                    && !task.is_answered_by(&self.tokenizer.decode(&response[..end], true)?)
+                {
+                    end += 1;
+                }
+                items.push(Item::new(prompt, &response[..end])?);
+            }
+            of_contexts.push(items);
+        }
+        Ok(of_contexts)
     }
 
     /// The largest prompts that `build` makes of a number of bytes, all of at most `room` tokens.

@@ -7,7 +7,7 @@ use moa_models::{
     Checkpoint, Cpu, Dtype, Error, Item, LogitRows, Objective, Result, measured_losses,
 };
 
-use crate::{full, moa_tiny, text, tiny};
+use crate::{full, moa_tiny, narrow, text, tiny};
 
 fn item() -> Item {
     let tokens = text(160);
@@ -24,7 +24,7 @@ fn influence(item: &Item, objective: Objective, block: usize) -> Result<Influenc
 fn measured(item: &Item, objective: Objective, plan: &Plan) -> Result<f64> {
     let tokens = item.tokens();
     let rows: Vec<usize> = (item.prompt().len() - 1..tokens.len() - 1).collect();
-    let mut sequence = tiny().open(plan, 160, 0)?;
+    let mut sequence = tiny().open(plan, tokens.len(), 0)?;
     let inputs = &tokens[..tokens.len() - 1];
     let logits = tiny().forward(&mut [&mut sequence], &[inputs], LogitRows::Rows(&rows))?;
     let mut sum = 0.0;
@@ -124,6 +124,24 @@ fn items_that_begin_alike_lose_what_each_loses_alone() -> Result<()> {
         assert!((together - alone).abs() < 1e-4, "{together}, not {alone}");
     }
     assert!(tiny().response_loss(&[], &full(), 160).is_err());
+    Ok(())
+}
+
+/// Layers above the last head that sees far compute the end of a prompt alone.
+#[test]
+fn rows_that_nothing_sees_are_left_out() -> Result<()> {
+    let tokens = text(1000);
+    let item = Item::new(&tokens[..990], &tokens[990..])?;
+    let of_layer = |layer: usize, sink: usize| -> Result<Plan> {
+        let narrow =
+            Plan::new(tiny().shape(), sink, sink + 1, vec![ElasticRule::fixed(90).into(); 12])?;
+        Ok(narrow.with_rule(layer, 1, ElasticRule::FULL.into())?)
+    };
+    for plan in [full(), narrow(), of_layer(1, 8)?, of_layer(4, 0)?, of_layer(5, 140)?] {
+        let expected = measured(&item, Objective::CrossEntropy, &plan)?;
+        let loss = tiny().response_loss(std::slice::from_ref(&item), &plan, 1000)?;
+        assert!((loss - expected).abs() < 1e-4, "{loss}, not {expected}");
+    }
     Ok(())
 }
 

@@ -67,7 +67,9 @@ pub fn compress<D: Backward>(
     let description = format!("{name}, seed {}", options.seed);
     let objective =
         WeightedObjective { objective: options.objective, weight: options.token_weight };
+    tracing::debug!(data = name, "calibrated");
     let profile = model.profile_all(&items, objective, DEFAULT_BLOCK, &description, progress)?;
+    tracing::debug!("profiled");
     compress_profile(checkpoint, data, profile, options, progress)
 }
 
@@ -102,6 +104,7 @@ pub fn compress_profile<D: Math>(
     }
     progress.advance(Stage::Search, 0, 1)?;
     let found = request.search_profile(&profile, &request.objective_lengths(&profile))?;
+    tracing::debug!(plans = found.plans.len(), "searched");
     let uniform = uniform(&request, &profile)?;
     let starts: Vec<Plan> = found.plans.iter().chain(&uniform).cloned().collect();
     let validation = options.validation_calibration(context);
@@ -130,6 +133,7 @@ pub fn compress_profile<D: Math>(
         TextGoal::Weight(_) => BTreeMap::new(),
     };
     let evidence = Evidence { items: &items, texts: &texts, text_goal, held_out: &held_out };
+    tracing::debug!(lengths = ?items.keys(), texts = texts.len(), "calibrated for validation");
     let evaluations = options.evaluations(model.shape());
     let bounds = (&request, options.cache_types);
     let mut refined =
