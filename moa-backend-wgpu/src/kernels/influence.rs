@@ -7,6 +7,7 @@
 
 use cubecl::prelude::*;
 
+use super::none::holds_none;
 use super::tile::{Rows, Stage, Tile};
 
 /// Least value of `1 - P`.
@@ -118,6 +119,29 @@ pub(crate) fn influence<N: Size>(
     }
 }
 
+/// Probability of a pair and `dO . V`, given where its rows start.
+#[allow(clippy::too_many_arguments)]
+#[cube]
+fn pair<N: Size>(
+    q: &[Vector<f32, N>],
+    k: &[Vector<f32, N>],
+    v: &[Vector<f32, N>],
+    d_out: &[Vector<f32, N>],
+    query: usize,
+    key: usize,
+    lse: f32,
+    scale: f32,
+    vectors: usize,
+) -> (f32, f32) {
+    let mut score = 0.0f32;
+    let mut gain = 0.0f32;
+    for d in 0..vectors {
+        score += q[query + d].dot(k[key + d]);
+        gain += d_out[query + d].dot(v[key + d]);
+    }
+    ((score * scale - lse).exp(), gain)
+}
+
 /// Gradient by queries. Cubes: tiles of queries, query heads.
 #[allow(clippy::too_many_arguments)]
 #[cube(launch_unchecked)]
@@ -185,7 +209,19 @@ pub(crate) fn query_gradient<N: Size>(
             let column = c * tile.units_x + x;
             if query < end && column < vectors {
                 let row = (query * query_heads + query_head) as usize;
-                d_q[row * vectors + column] = sums[i * columns + c];
+                let mut sum = sums[i * columns + c];
+                if holds_none::<N>(sum) {
+                    sum = Vector::new(0.0);
+                    for key in 0..query + 1 {
+                        if query < key + window {
+                            let key = (key * kv_heads + kv_head) as usize * vectors;
+                            let (p, gain) =
+                                pair(q, k, v, d_out, row * vectors, key, lse[row], scale, vectors);
+                            sum += k[key + column] * Vector::new(scale * p * (gain - delta[row]));
+                        }
+                    }
+                }
+                d_q[row * vectors + column] = sum;
             }
         }
     }
@@ -271,8 +307,25 @@ pub(crate) fn key_gradient<N: Size>(
         for c in 0..columns {
             let column = c * tile.units_x + x;
             if key < end && column < vectors {
-                let row = (key * kv_heads + kv_head) as usize;
-                d_key[row * vectors + column] = sums[i * columns + c];
+                let own = (key * kv_heads + kv_head) as usize * vectors;
+                let mut sum = sums[i * columns + c];
+                if holds_none::<N>(sum) {
+                    sum = Vector::new(0.0);
+                    for query in key..(key + window).min(tokens) {
+                        for member in 0..group {
+                            let row = (query * query_heads + kv_head * group + member) as usize;
+                            let (p, gain) =
+                                pair(q, k, v, d_out, row * vectors, own, lse[row], scale, vectors);
+                            if comptime!(by_values) {
+                                sum += d_out[row * vectors + column] * Vector::new(p);
+                            } else {
+                                let weight = scale * p * (gain - delta[row]);
+                                sum += q[row * vectors + column] * Vector::new(weight);
+                            }
+                        }
+                    }
+                }
+                d_key[own + column] = sum;
             }
         }
     }
