@@ -3,7 +3,7 @@ use moa_core::{CacheType, RowType};
 
 use super::codes::{codes, scale as scale_in};
 use super::keys::{Head, attends, head, keys, position, slot, split_keys};
-use super::none::holds_none;
+use super::none::holds_none_of;
 use super::tile::Tile;
 use super::words::widen;
 
@@ -322,37 +322,54 @@ pub(crate) fn attend<N: Size, M: Size>(
                     stats[at as usize] = maximum[i] + total.ln();
                 }
             }
+            if holds_none_of::<N>(&output, i * columns, columns) {
+                let token = first + row / group;
+                let query = (token * query_heads + kv_head * group + row % group) as usize;
+                let mut anew = Array::<Vector<f32, N>>::new(columns);
+                #[unroll]
+                for c in 0..columns {
+                    anew[c] = Vector::new(0.0);
+                }
+                let mut number = from;
+                while number < to {
+                    let key = position(&keys, number);
+                    if attends(&head, queries[i], key) {
+                        let key = row_of(&head, key, first, len, kv_heads);
+                        let mut score = 0.0f32;
+                        for d in 0..vectors {
+                            let key = load::<N, M>(k, cached_k, key, d, vectors, keys_held);
+                            score += q[query * vectors + d].dot(key);
+                        }
+                        let mut step = 1.0f32;
+                        if comptime!(narrow) {
+                            let both = scales_of::<M>(k, cached_k, &head, key, scales);
+                            score *= scale_in(both, false);
+                            step *= scale_in(both, true);
+                        }
+                        let weight = step * (score * scale - maximum[i]).exp();
+                        #[unroll]
+                        for c in 0..columns {
+                            let column = (c * units_x + x).min(vectors - 1);
+                            let value =
+                                load::<N, M>(v, cached_v, key, column, vectors, values_held);
+                            anew[c] += value * Vector::new(weight);
+                        }
+                    }
+                    number += 1;
+                }
+                if number == to {
+                    #[unroll]
+                    for c in 0..columns {
+                        output[i * columns + c] = anew[c];
+                    }
+                }
+            }
             #[unroll]
             for c in 0..columns {
                 let column = c * units_x + x;
                 if column < vectors {
-                    let mut own = output[i * columns + c];
-                    if holds_none::<N>(own) {
-                        let token = first + row / group;
-                        let query = (token * query_heads + kv_head * group + row % group) as usize;
-                        own = Vector::new(0.0);
-                        for number in from..to {
-                            let key = position(&keys, number);
-                            if attends(&head, queries[i], key) {
-                                let key = row_of(&head, key, first, len, kv_heads);
-                                let mut score = 0.0f32;
-                                for d in 0..vectors {
-                                    let key = load::<N, M>(k, cached_k, key, d, vectors, keys_held);
-                                    score += q[query * vectors + d].dot(key);
-                                }
-                                let mut value =
-                                    load::<N, M>(v, cached_v, key, column, vectors, values_held);
-                                if comptime!(narrow) {
-                                    let both = scales_of::<M>(k, cached_k, &head, key, scales);
-                                    score *= scale_in(both, false);
-                                    value *= Vector::new(scale_in(both, true));
-                                }
-                                let weight = (score * scale - maximum[i]).exp();
-                                own += value * Vector::new(weight);
-                            }
-                        }
-                    }
-                    out[at as usize * vectors + column] = own * Vector::new(factor);
+                    out[at as usize * vectors + column] =
+                        output[i * columns + c] * Vector::new(factor);
                 }
             }
         }

@@ -7,7 +7,7 @@
 
 use cubecl::prelude::*;
 
-use super::none::holds_none;
+use super::none::holds_none_of;
 use super::tile::{Rows, Stage, Tile};
 
 /// Least value of `1 - P`.
@@ -204,24 +204,40 @@ pub(crate) fn query_gradient<N: Size>(
     #[unroll]
     for i in 0..tile.unit_rows {
         let query = first + (y * tile.unit_rows + i) as u32;
+        if (query < end) & holds_none_of::<N>(&sums, i * columns, columns) {
+            let row = (query * query_heads + query_head) as usize;
+            let mut anew = Array::<Vector<f32, N>>::new(columns);
+            #[unroll]
+            for c in 0..columns {
+                anew[c] = Vector::new(0.0);
+            }
+            let mut key = 0u32;
+            while key <= query {
+                if query < key + window {
+                    let own = (key * kv_heads + kv_head) as usize * vectors;
+                    let (p, gain) =
+                        pair(q, k, v, d_out, row * vectors, own, lse[row], scale, vectors);
+                    #[unroll]
+                    for c in 0..columns {
+                        let column = (c * tile.units_x + x).min(vectors - 1);
+                        anew[c] += k[own + column] * Vector::new(scale * p * (gain - delta[row]));
+                    }
+                }
+                key += 1;
+            }
+            if key > query {
+                #[unroll]
+                for c in 0..columns {
+                    sums[i * columns + c] = anew[c];
+                }
+            }
+        }
         #[unroll]
         for c in 0..columns {
             let column = c * tile.units_x + x;
             if query < end && column < vectors {
                 let row = (query * query_heads + query_head) as usize;
-                let mut sum = sums[i * columns + c];
-                if holds_none::<N>(sum) {
-                    sum = Vector::new(0.0);
-                    for key in 0..query + 1 {
-                        if query < key + window {
-                            let key = (key * kv_heads + kv_head) as usize * vectors;
-                            let (p, gain) =
-                                pair(q, k, v, d_out, row * vectors, key, lse[row], scale, vectors);
-                            sum += k[key + column] * Vector::new(scale * p * (gain - delta[row]));
-                        }
-                    }
-                }
-                d_q[row * vectors + column] = sum;
+                d_q[row * vectors + column] = sums[i * columns + c];
             }
         }
     }
@@ -303,29 +319,44 @@ pub(crate) fn key_gradient<N: Size>(
     #[unroll]
     for i in 0..tile.unit_rows {
         let key = first + (y * tile.unit_rows + i) as u32;
+        if (key < end) & holds_none_of::<N>(&sums, i * columns, columns) {
+            let own = (key * kv_heads + kv_head) as usize * vectors;
+            let mut anew = Array::<Vector<f32, N>>::new(columns);
+            #[unroll]
+            for c in 0..columns {
+                anew[c] = Vector::new(0.0);
+            }
+            let last = (key + window).min(tokens) * group;
+            let mut at = key * group;
+            while at < last {
+                let query = (at / group * query_heads + kv_head * group + at % group) as usize;
+                let (p, gain) =
+                    pair(q, k, v, d_out, query * vectors, own, lse[query], scale, vectors);
+                #[unroll]
+                for c in 0..columns {
+                    let column = (c * tile.units_x + x).min(vectors - 1);
+                    if comptime!(by_values) {
+                        anew[c] += d_out[query * vectors + column] * Vector::new(p);
+                    } else {
+                        let weight = scale * p * (gain - delta[query]);
+                        anew[c] += q[query * vectors + column] * Vector::new(weight);
+                    }
+                }
+                at += 1;
+            }
+            if at == last {
+                #[unroll]
+                for c in 0..columns {
+                    sums[i * columns + c] = anew[c];
+                }
+            }
+        }
         #[unroll]
         for c in 0..columns {
             let column = c * tile.units_x + x;
             if key < end && column < vectors {
                 let own = (key * kv_heads + kv_head) as usize * vectors;
-                let mut sum = sums[i * columns + c];
-                if holds_none::<N>(sum) {
-                    sum = Vector::new(0.0);
-                    for query in key..(key + window).min(tokens) {
-                        for member in 0..group {
-                            let row = (query * query_heads + kv_head * group + member) as usize;
-                            let (p, gain) =
-                                pair(q, k, v, d_out, row * vectors, own, lse[row], scale, vectors);
-                            if comptime!(by_values) {
-                                sum += d_out[row * vectors + column] * Vector::new(p);
-                            } else {
-                                let weight = scale * p * (gain - delta[row]);
-                                sum += q[row * vectors + column] * Vector::new(weight);
-                            }
-                        }
-                    }
-                }
-                d_key[own + column] = sum;
+                d_key[own + column] = sums[i * columns + c];
             }
         }
     }

@@ -198,29 +198,41 @@ pub(crate) fn prefill(
                 let mut floats = Floats::new(0.0);
                 #[unroll]
                 for w in 0..4usize {
-                    floats.insert(w, f32::from_bits(bits.extract(w)));
+                    floats.insert(w, f32::from_bits(bits.extract(w)) * share);
                 }
-                if holds_none::<Const<4>>(floats) {
-                    let column = comptime!(chunk * CHUNK / 4) + lane % 2 * comptime!(CHUNK / 8) + i;
-                    let q_row = to / comptime!(blocks.dim / 4) * comptime!(blocks.dim / 4);
-                    floats = Floats::new(0.0);
-                    for number in 0..source.keys.count {
-                        let key = position(&source.keys, number);
-                        if attends(&source.head, query, key) {
-                            let mut score = 0.0f32;
-                            for d in 0..comptime!(blocks.dim / 4) {
-                                score += q[q_row + d].dot(source.four(k, cached_k, key, d, blocks));
-                            }
-                            let weight = (score * scale - reference).exp();
-                            let value = source.four(v, cached_v, key, column, blocks);
-                            floats += value * Floats::new(weight);
-                        }
-                    }
-                }
-                out[to + i] = floats * Floats::new(share);
+                out[to + i] = floats;
             }
         }
         sync(blocks);
+    }
+    if row < rows {
+        let q_row = to * comptime!(blocks.dim / 4);
+        for own in 0..comptime!(blocks.dim / 8) {
+            let column = own / comptime!(CHUNK / 8) * comptime!(CHUNK / 4)
+                + lane % 2 * comptime!(CHUNK / 8)
+                + own % comptime!(CHUNK / 8);
+            if holds_none::<Const<4>>(out[q_row + column]) {
+                let mut anew = Floats::new(0.0);
+                let mut number = 0u32;
+                while number < source.keys.count {
+                    let key = position(&source.keys, number);
+                    if attends(&source.head, query, key) {
+                        let mut score = 0.0f32;
+                        #[unroll]
+                        for d in 0..comptime!(blocks.dim / 4) {
+                            score += q[q_row + d].dot(source.four(k, cached_k, key, d, blocks));
+                        }
+                        let weight = (score * scale - reference).exp();
+                        let value = source.four(v, cached_v, key, column, blocks);
+                        anew += value * Floats::new(weight);
+                    }
+                    number += 1;
+                }
+                if number == source.keys.count {
+                    out[q_row + column] = anew * Floats::new(share);
+                }
+            }
+        }
     }
 }
 
