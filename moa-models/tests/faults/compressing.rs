@@ -43,6 +43,14 @@ fn read(folder: &Path) -> (Profile, Plan) {
     (profile, Plan::load(folder.join("plan.json")).expect("a whole plan"))
 }
 
+/// A run that was told of its failure leaves no files of its own; one that is killed may.
+fn sweep(folder: &Path, fault: Fault, place: &str) {
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let strays: Vec<_> = entries.filter(|path| path.extension() == Some("tmp".as_ref())).collect();
+    assert!(strays.is_empty() || fault == Fault::Killed, "{place}: {strays:?}");
+    strays.iter().for_each(|path| fs::remove_file(path).unwrap());
+}
+
 #[test]
 fn profiles_and_plans_are_old_or_new_ones() {
     let _alone = crate::world::alone();
@@ -83,17 +91,13 @@ fn profiles_and_plans_are_old_or_new_ones() {
             Err(Error::Io { .. } | Error::Core(moa_core::Error::Io { .. })) => refused += 1,
             Err(_) => panic!("{}", place()),
         }
-        // A run that was told of its failure leaves no files of its own; one that is killed may.
-        let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-        let strays: Vec<_> =
-            entries.filter(|path| path.extension() == Some("tmp".as_ref())).collect();
-        assert!(strays.is_empty() || fault == Fault::Killed, "{}: {strays:?}", place());
-        strays.iter().for_each(|path| fs::remove_file(path).unwrap());
+        sweep(folder, fault, &place());
         killed += u64::from(fault == Fault::Killed && result.is_err());
         tried += u64::from(happened);
         // Goes on from the profile that is there, through a fault more.
         let (seed, at) = (if is_new { next } else { now }, 1 + random.below(calls + 1));
         let (_, happened) = with_fault(fault, at, || run(folder, seed, true));
+        sweep(folder, fault, &format!("{}, then {fault:?} at {at}", place()));
         let (still, plan) = read(folder);
         assert_eq!(still, profile, "{}", place());
         assert!(sets.iter().any(|set| set.1.rules() == plan.rules()), "{}", place());
