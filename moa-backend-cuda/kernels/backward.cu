@@ -105,6 +105,16 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
+// What is finite, and else 0: for products with rows of probabilities or of gradients by scores, which hold 0 where the mask
+// hides, and no numbers where it keeps what is none.
+extern "C" __global__ void __launch_bounds__(256) finite(const __grid_constant__ OpArgs args) {
+    FOR_EIGHT(i)
+    Eight e = load8((const u16*)args.x + row * args.x_stride + i);
+#pragma unroll
+    for (int n = 0; n < 8; n++) e.x[n] = is_none(magnitude(e.x[n])) ? 0 : e.x[n];
+    store8((u16*)args.out + row * args.out_stride + i, e);
+}
+
 // Adds the sums of the queries of each block: grid (blocks of keys / 256, blocks of queries from that
 // of the first query on).
 extern "C" __global__ void __launch_bounds__(256)

@@ -244,3 +244,81 @@ struct KeySource {
         return s;
     }
 };
+
+// ---- rows that are no numbers -------------------------------------------------------------------
+// A product of whole tiles multiplies what the mask hides by 0, and 0 times infinity is no number. Rows that end so are
+// computed anew, pair by pair; they stay so if a pair that the mask keeps makes them so.
+
+// Whether one of these is infinite or no number, given the largest `magnitude` of them.
+__device__ __forceinline__ u32 magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
+__device__ __forceinline__ bool is_none(u32 largest) { return largest >= 0x7f800000u; }
+
+// One row's output, by one warp.
+__device__ __forceinline__ void write_pairs(const ExtendArgs& args, const Sequence& sequence,
+                                            const Head& head, int kv_head, int len, int row) {
+    constexpr int PAIRS = (HEAD_DIM + 63) / 64;
+    const int lane = threadIdx.x % 32, group = args.query_heads / args.kv_heads;
+    const int token = row / group, query_head = kv_head * group + row - token * group;
+    const KeyList list(head, len + token, len + token);
+    const KeySource source(args, sequence, head, kv_head, len, list);
+    const u32* q = (const u32*)((const u16*)args.q.data + (sequence.first + token) * args.q.token +
+                                query_head * args.q.head);
+    float2 o[PAIRS] = {};
+    float maximum = NEG_INF, sum = 0;
+#pragma unroll 1
+    for (int index = 0; index < list.count; index++) {
+        const int from = source.row(list.position(index));
+        const u32* k = (const u32*)source.key(from);
+        const u32* v = (const u32*)source.value(from);
+        float score = 0;
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++) {
+            const int pair = i * 32 + lane;
+            if (pair * 2 >= HEAD_DIM) continue;
+            const float2 a = unpack2(q[pair]), b = unpack2(k[pair]);
+            score += a.x * b.x + a.y * b.y;
+        }
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) score += __shfl_xor_sync(~0u, score, d);
+        score *= args.scale * LOG2E;
+        const float top = fmaxf(maximum, score), base = top == NEG_INF ? 0 : top;
+        const float decay = exp2_fast(maximum - base), weight = exp2_fast(score - base);
+        maximum = top;
+        sum = sum * decay + weight;
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++) {
+            const int pair = i * 32 + lane;
+            const float2 value = unpack2(pair * 2 < HEAD_DIM ? v[pair] : 0);
+            o[i].x = o[i].x * decay + weight * value.x;
+            o[i].y = o[i].y * decay + weight * value.y;
+        }
+    }
+    const float inverse = 1 / sum;
+    u32* to = (u32*)((u16*)args.out.data + (sequence.first + token) * args.out.token +
+                     query_head * args.out.head);
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+        const int pair = i * 32 + lane;
+        if (pair * 2 < HEAD_DIM) to[pair] = pack2(o[i].x * inverse, o[i].y * inverse);
+    }
+    if (args.lse != nullptr && lane == 0)
+        args.lse[(sequence.first + token) * args.query_heads + query_head] =
+            maximum * LN2 + __logf(sum);
+}
+
+// Writes those of a warp's 16 rows anew of which a lane found something that is no number: lanes 4 r .. 4 r + 3 hold
+// parts of rows r and r + 8.
+__device__ __forceinline__ void mend_rows(const ExtendArgs& args, const Sequence& sequence,
+                                          const Head& head, int kv_head, int len, int first_row,
+                                          int rows, bool none_0, bool none_1) {
+    const u32 lanes_0 = __ballot_sync(~0u, none_0), lanes_1 = __ballot_sync(~0u, none_1);
+    if (__builtin_expect((lanes_0 | lanes_1) == 0, 1)) return;
+    // Other lanes wrote them.
+    __syncwarp();
+#pragma unroll 1
+    for (int r = 0; r < 16; r++) {
+        const u32 lanes = (r < 8 ? lanes_0 : lanes_1) >> r % 8 * 4 & 15;
+        if (lanes != 0 && first_row + r < rows)
+            write_pairs(args, sequence, head, kv_head, len, first_row + r);
+    }
+}

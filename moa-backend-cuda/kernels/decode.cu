@@ -222,6 +222,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
 
     auto store = [&](int row, const LaneRow& o, float maximum, float sum) {
         const int token = row / group, query_head = kv_head * group + row - token * group;
+        // A single token sees all keys that its block read.
+        if (sequence.tokens > 1) {
+            u32 largest = 0;
+#pragma unroll
+            for (int c = 0; c < LANE_COLUMNS; c++) largest = max(largest, magnitude(o.x[c]));
+            if (__builtin_expect(__any_sync(~0u, is_none(largest)), 0))
+                return write_pairs(args, sequence, head, kv_head, len, row);
+        }
         const float inverse = 1 / sum;
         u16* to = (u16*)args.out.data + (sequence.first + token) * args.out.token +
                   query_head * args.out.head + lane * LANE_COLUMNS;

@@ -198,4 +198,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     };
     store(row_0, max_0, sum_0, 0);
     store(row_1, max_1, sum_1, 2);
+    u32 largest_0 = 0, largest_1 = 0;
+#pragma unroll
+    for (int n = 0; n < COLUMNS; n++) {
+        largest_0 = max(largest_0, max(magnitude(o[n][0]), magnitude(o[n][1])));
+        largest_1 = max(largest_1, max(magnitude(o[n][2]), magnitude(o[n][3])));
+    }
+    mend_rows(args, sequence, head, kv_head, len, first_row + warp * 16, rows, is_none(largest_0),
+              is_none(largest_1));
 }

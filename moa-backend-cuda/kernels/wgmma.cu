@@ -466,6 +466,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             store(tile.first_row + my_row, softmax.base_0, sum_0);
             store(tile.first_row + my_row + 8, softmax.base_1, sum_1);
         }
+        u32 largest_0 = 0, largest_1 = 0;
+#pragma unroll
+        for (int i = 0; i < OUTPUT; i += 4) {
+            largest_0 = max(largest_0, max(magnitude(o[i]), magnitude(o[i + 1])));
+            largest_1 = max(largest_1, max(magnitude(o[i + 2]), magnitude(o[i + 3])));
+        }
+        const bool none_0 = is_none(largest_0), none_1 = is_none(largest_1);
         // Through shared memory, so that a row is written 16 bytes a lane; each warp its own rows.
         const float inverse_0 = 1 / sum_0, inverse_1 = 1 / sum_1;
 #pragma unroll
@@ -490,6 +497,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             *(uint4*)((u16*)args.out.data + tile.offset(args.out, row) + chunk * 8) = data;
         }
         __syncwarp();
+        mend_rows(args, tile.sequence, tile.head, tile.kv_head, tile.len,
+                  tile.first_row + consumer * 64 + warp * 16, tile.rows, none_0, none_1);
     }
     // Takes up the other consumer's last pass.
     if (consumer == 0) take_turn();
@@ -536,6 +545,12 @@ extern "C" __global__ void __launch_bounds__(256) merge_tiles(const __grid_const
             o[c].y += w * x[i][c].y;
         }
     }
+    u32 largest = 0;
+#pragma unroll
+    for (int c = 0; c < HEAD_DIM / 64; c++)
+        largest = max(largest, max(magnitude(o[c].x), magnitude(o[c].y)));
+    if (__builtin_expect(__any_sync(~0u, is_none(largest)), 0))
+        return write_pairs(args, tile.sequence, tile.head, tile.kv_head, tile.len, row);
     const int token = row / tile.group;
     const float inverse = 1 / sum;
     u16* to = (u16*)args.out.data + tile.offset(args.out, row);

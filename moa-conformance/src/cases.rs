@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
-use crate::{Subject, World};
+use crate::{Poison, Poisoned, Subject, World};
 
 /// Worlds around the edges of tiles and spans.
 pub(crate) fn worlds<S: Subject>(s: &S) -> impl Strategy<Value = World> + use<S> {
@@ -28,6 +28,17 @@ pub(crate) fn chunked_worlds<S: Subject>(
         let chunks = cut(world.tokens, &sizes);
         (world, chunks)
     })
+}
+
+/// A query, key or value that holds no numbers, of a token that is to be taken modulo a world's.
+pub(crate) fn poisons() -> impl Strategy<Value = Poison> {
+    let of = prop_oneof![
+        1 => Just(Poisoned::Queries),
+        3 => Just(Poisoned::Keys),
+        4 => Just(Poisoned::Values),
+    ];
+    let with = proptest::sample::select(&[f32::NAN, f32::INFINITY, f32::NEG_INFINITY]);
+    (0usize..10_000, of, with).prop_map(|(token, of, with)| Poison { token, of, with })
 }
 
 /// Cuts `tokens` into chunks of the given sizes and one for the rest.

@@ -5,9 +5,9 @@ use moa_core::{InfluenceInputs, InfluenceOutput, InfluenceSign, Span, SparseAtte
 use proptest::prelude::*;
 
 use crate::backward::backward;
-use crate::cases::check;
-use crate::numbers::{distance, f64s, normal};
-use crate::{Error, Stop, Subject, Verdict, World};
+use crate::cases::{check, poisons};
+use crate::numbers::{close_where_finite, distance, f64s, normal};
+use crate::{Error, Poison, Stop, Subject, Verdict, World};
 
 fn world(group: usize, kv: usize, dim: usize, tokens: usize) -> World {
     World::new(group * kv, kv, dim, &vec![(0, tokens); kv], tokens)
@@ -27,6 +27,10 @@ impl Case {
     /// A signed case of full causal attention.
     fn full(world: World, d_out: Vec<f32>, block: usize) -> Self {
         Self { world, d_out, window: usize::MAX, block, sign: InfluenceSign::Signed }
+    }
+
+    fn poisoned(self, poison: Poison) -> Self {
+        Self { world: self.world.poisoned(poison), ..self }
     }
 
     fn span(&self) -> Span {
@@ -165,6 +169,46 @@ pub(crate) fn gradients_equal_the_reference<S: Subject>(s: &S) -> Verdict {
             assert!(distance(&s.host(gradient), expected) <= s.influence_tolerance() / 3.0 * size);
         }
         assert!(case.run(s, &inputs, false).unwrap().gradients.is_none());
+    });
+    Ok(())
+}
+
+/// As [`influence_equals_the_reference`], where a query, key or value is no number: only sums that hold a pair with it are
+/// none.
+pub(crate) fn hidden_pairs_have_no_influence<S: Subject>(s: &S) -> Verdict {
+    offered(s, false)?;
+    check(24, (cases(s), poisons()), |(case, poison)| {
+        let (case, inputs) = case.poisoned(poison).rounded(s);
+        let found = case.run(s, &inputs, false).unwrap().blocks;
+        for (at, (x, y)) in found.iter().zip(case.blocks(&inputs)).enumerate() {
+            let is_close = match y.is_finite() {
+                true => (x - y).abs() <= s.influence_tolerance() * (1.0 + y.abs()),
+                false => !x.is_finite(),
+            };
+            assert!(is_close, "block {at}: {x} in place of {y}");
+        }
+    });
+    Ok(())
+}
+
+/// As [`gradients_equal_the_reference`], where a query, key or value is no number.
+pub(crate) fn hidden_pairs_have_no_gradients<S: Subject>(s: &S) -> Verdict {
+    offered(s, true)?;
+    check(24, (cases(s), poisons()), |(case, poison)| {
+        let (case, inputs) = case.poisoned(poison).rounded(s);
+        let [q, k, v] = [f64s(&inputs[0]), f64s(&inputs[1]), f64s(&inputs[2])];
+        let (heads, scale) = (case.world.heads, case.world.scale().into());
+        let expected = backward(heads, [&q, &k, &v], &f64s(&case.d_out), case.span(), scale);
+        let found = case.run(s, &inputs, true).unwrap().gradients.expect("asked for");
+        let found = [("d_q", found.d_q), ("d_k", found.d_k), ("d_v", found.d_v)];
+        for ((name, found), expected) in found.iter().zip(&expected) {
+            let finite = expected.iter().filter(|x| x.is_finite());
+            let size = finite.fold(1.0, |max: f64, x| max.max(x.abs()));
+            let row = expected.len() / case.world.tokens;
+            let place = |at| format!("{name} of token {}", at / row);
+            let tolerance = s.influence_tolerance() / 3.0 * size;
+            close_where_finite(&s.host(found), expected, tolerance, place);
+        }
     });
     Ok(())
 }

@@ -4,8 +4,8 @@
 use moa_core::{SparseAttentionBackend, reference::Heads};
 use proptest::prelude::*;
 
-use crate::cases::{check, chunked_worlds, worlds};
-use crate::numbers::{close, error};
+use crate::cases::{check, chunked_worlds, poisons, worlds};
+use crate::numbers::{close, close_where_finite, error};
 use crate::world::{Entry, batch, extend};
 use crate::{Stop, Subject, Verdict, World};
 
@@ -186,6 +186,30 @@ fn of_types<S: Subject>(s: &S, world: World) -> World {
     let own = |head: usize| types[(world.seed as usize).wrapping_add(head) % types.len()];
     let types = (0..world.heads.kv).map(own).collect();
     World { types, ..world }
+}
+
+/// What a query does not see counts for nothing, whatever it holds: 0 times infinity is no number. What it does see
+/// is not passed over. All rows are ones that some query sees.
+pub(crate) fn rows_that_hold_no_numbers_reach_no_query_that_does_not_see_them<S: Subject>(s: &S) {
+    check(48, (chunked_worlds(s), poisons(), any::<bool>()), |((world, chunks), poison, typed)| {
+        let world = world.poisoned(poison);
+        let of_types = of_types(s, world.clone());
+        // Not every type is there in every head dimension.
+        let is_open = |world: &World| {
+            s.backend().open(&world.layout(world.tokens, 0), world.heads.dim).is_ok()
+        };
+        let world = if typed && is_open(&of_types) { of_types } else { world };
+        let (out, lse) = world.reference(s);
+        let output = world.run(s, &chunks);
+        let most = match world.types.is_empty() {
+            true => s.tolerance(),
+            false => s.typed_tolerance().unwrap_or(s.tolerance()),
+        };
+        let row = world.heads.query * world.heads.dim;
+        close_where_finite(&output.out, &out, most, |at| format!("out of token {}", at / row));
+        let heads = world.heads.query;
+        close_where_finite(&output.lse, &lse, most, |at| format!("lse of token {}", at / heads));
+    });
 }
 
 /// Also in other chunks, after a rollback, in a fork and in a batch with heads of other types.

@@ -60,4 +60,4 @@ pub use run::run;
 pub use subject::{Cache, Error, Subject};
 pub use suite::{part, suite};
 pub use trial::{IntoVerdict, Stop, Trial, Verdict};
-pub use world::{Entry, Output, World, batch, extend};
+pub use world::{Entry, Output, Poison, Poisoned, World, batch, extend};

@@ -47,3 +47,25 @@ pub fn close(a: &[f32], b: &[f32], tolerance: f64) {
     let error = error(a, &f64s(b));
     assert!(error <= tolerance, "differs by {error:e}, more than {tolerance:e}");
 }
+
+/// Checks that `a` is no finite number where `b` is none, and elsewhere as near to it as
+/// [`error`] counts.
+///
+/// # Panics
+/// Panics if it is not.
+#[track_caller]
+pub(crate) fn close_where_finite(
+    a: &[f32],
+    b: &[f64],
+    tolerance: f64,
+    place: impl Fn(usize) -> String,
+) {
+    assert_eq!(a.len(), b.len());
+    for (at, (&x, &y)) in a.iter().zip(b).enumerate() {
+        let is_close = match y.is_finite() {
+            true => (f64::from(x) - y).abs() <= tolerance * y.abs().max(1.0),
+            false => !x.is_finite(),
+        };
+        assert!(is_close, "{}: {x} in place of {y}", place(at));
+    }
+}

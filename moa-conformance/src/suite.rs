@@ -9,7 +9,7 @@ macro_rules! checks {
     };
 }
 
-/// Everything that a backend must do: 29 trials, named `{name}::{check}`.
+/// Everything that a backend must do: 32 trials, named `{name}::{check}`.
 ///
 /// `open` makes the backend anew for each trial; where it cannot, it says [why](Stop::ignored).
 pub fn suite<S: Subject>(
@@ -45,7 +45,7 @@ fn trial<S: Subject>(
     Trial::new(format!("{name}::{check}"), move || run(&open()?))
 }
 
-fn all<S: Subject>() -> [Check<S>; 29] {
+fn all<S: Subject>() -> [Check<S>; 32] {
     checks! {
         laws:
             output_equals_the_reference
@@ -58,7 +58,8 @@ fn all<S: Subject>() -> [Check<S>; 29] {
             failed_call_leaves_state_unchanged
             truncate_to_nothing_equals_a_new_cache
             heads_of_other_types_equal_the_reference
-            rounding_is_within_its_bound;
+            rounding_is_within_its_bound
+            rows_that_hold_no_numbers_reach_no_query_that_does_not_see_them;
         traps:
             trap_01_window_counts_the_query_itself
             trap_02_chunk_sees_keys_that_it_pushes_out
@@ -74,7 +75,9 @@ fn all<S: Subject>() -> [Check<S>; 29] {
             influence_equals_the_reference
             gradients_equal_the_reference
             influence_is_what_masking_one_entry_changes
-            zero_gradient_rows_contribute_nothing;
+            zero_gradient_rows_contribute_nothing
+            hidden_pairs_have_no_influence
+            hidden_pairs_have_no_gradients;
         errors:
             wrong_shapes_are_refused
             capacity_is_an_error_and_changes_nothing

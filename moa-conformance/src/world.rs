@@ -22,6 +22,30 @@ pub struct World {
     pub tokens: usize,
     /// Other seeds give other inputs.
     pub seed: u64,
+    /// A row of all heads that holds no numbers.
+    pub poison: Option<Poison>,
+}
+
+/// A token whose query, key or value holds one thing in all its elements, which may be infinite or no number.
+#[derive(Clone, Copy, Debug)]
+pub struct Poison {
+    /// The token.
+    pub token: usize,
+    /// The tensor.
+    pub of: Poisoned,
+    /// The thing.
+    pub with: f32,
+}
+
+/// A tensor of a [`World`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Poisoned {
+    /// Queries.
+    Queries,
+    /// Keys.
+    Keys,
+    /// Values.
+    Values,
 }
 
 impl World {
@@ -38,7 +62,20 @@ impl World {
         tokens: usize,
     ) -> Self {
         let spans = spans.iter().map(|&(sink, window)| Span::new(sink, window).unwrap()).collect();
-        Self { heads: Heads { query, kv, dim }, spans, types: Vec::new(), tokens, seed: 1 }
+        Self {
+            heads: Heads { query, kv, dim },
+            spans,
+            types: Vec::new(),
+            tokens,
+            seed: 1,
+            poison: None,
+        }
+    }
+
+    /// The world with a poisoned row, of the token modulo the world's.
+    pub(crate) fn poisoned(self, poison: Poison) -> Self {
+        let token = poison.token % self.tokens;
+        Self { poison: Some(Poison { token, ..poison }), ..self }
     }
 
     /// The usual factor of scores, `1 / sqrt(head_dim)`.
@@ -48,17 +85,26 @@ impl World {
 
     /// Queries, `[tokens, query_heads, head_dim]`.
     pub fn q(&self) -> Vec<f32> {
-        normal(self.tokens * self.heads.query * self.heads.dim, self.seed)
+        self.rows(self.heads.query, 0, Poisoned::Queries)
     }
 
     /// Keys, `[tokens, kv_heads, head_dim]`.
     pub fn k(&self) -> Vec<f32> {
-        normal(self.tokens * self.heads.kv * self.heads.dim, self.seed ^ 0x0051_5ec5)
+        self.rows(self.heads.kv, 0x0051_5ec5, Poisoned::Keys)
     }
 
     /// Values, `[tokens, kv_heads, head_dim]`.
     pub fn v(&self) -> Vec<f32> {
-        normal(self.tokens * self.heads.kv * self.heads.dim, self.seed ^ 0x0cab_1e5e)
+        self.rows(self.heads.kv, 0x0cab_1e5e, Poisoned::Values)
+    }
+
+    fn rows(&self, heads: usize, salt: u64, of: Poisoned) -> Vec<f32> {
+        let row = heads * self.heads.dim;
+        let mut rows = normal(self.tokens * row, self.seed ^ salt);
+        if let Some(poison) = self.poison.filter(|poison| poison.of == of) {
+            rows[poison.token * row..][..row].fill(poison.with);
+        }
+        rows
     }
 
     /// The geometry of a cache for `capacity` tokens that can go back by `slack` more than one.

@@ -65,8 +65,13 @@ pub fn extend(
     for i in 0..tokens {
         for head in 0..h.query {
             let (p, lse) = probabilities(h, q, k, spans[h.kv_of(head)], i, head, scale);
-            let values =
-                |d: usize| (0..=i).map(|j| p[j] * h.row(v, h.kv, j, h.kv_of(head))[d]).sum::<f64>();
+            // What is hidden counts for nothing, whatever it holds: 0 times infinity is no number.
+            let span = spans[h.kv_of(head)];
+            let seen = (0..=i).filter(|&j| span.attends(Position(i), Position(j)));
+            let values = |d: usize| {
+                let value = |j: usize| p[j] * h.row(v, h.kv, j, h.kv_of(head))[d];
+                seen.clone().map(value).sum::<f64>()
+            };
             out.extend((0..h.dim).map(values));
             lses.push(lse);
         }
@@ -89,12 +94,12 @@ pub fn influence(
     let mut e = vec![0.0; tokens * tokens];
     for i in 0..tokens {
         let (p, _) = probabilities(h, q, k, span, i, head, scale);
-        let g: Vec<f64> = (0..=i)
-            .map(|j| dot(h.row(d_out, h.query, i, head), h.row(v, h.kv, j, h.kv_of(head))))
-            .collect();
-        let d = dot(&p, &g);
-        for j in 0..i {
-            e[i * tokens + j] = p[j] / (1.0 - p[j]) * (d - g[j]);
+        let seen = (0..=i).filter(|&j| span.attends(Position(i), Position(j)));
+        let g = |j: usize| dot(h.row(d_out, h.query, i, head), h.row(v, h.kv, j, h.kv_of(head)));
+        let g: Vec<(usize, f64)> = seen.map(|j| (j, g(j))).collect();
+        let d: f64 = g.iter().map(|&(j, g)| p[j] * g).sum();
+        for (j, g) in g.into_iter().filter(|&(j, _)| j < i) {
+            e[i * tokens + j] = p[j] / (1.0 - p[j]) * (d - g);
         }
     }
     e

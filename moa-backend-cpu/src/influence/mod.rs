@@ -1,6 +1,7 @@
 //! Influence of every attention value on the objective, and the gradients of attention, without
 //! ever storing anything of size tokens x tokens.
 
+mod mend;
 mod stripe;
 mod sweep;
 
@@ -93,11 +94,15 @@ pub(crate) fn influence(
     }
     let sums = results.into_iter().flatten().collect::<Result<Vec<_>>>()?;
     let gradients = match d_q {
-        Some(d_q) => Some(Gradients {
-            d_q,
-            d_k: reduce(&shape, &sums, stripes, |s| &s.d_k)?,
-            d_v: reduce(&shape, &sums, stripes, |s| &s.d_v)?,
-        }),
+        Some(d_q) => {
+            let mut gradients = Gradients {
+                d_q,
+                d_k: reduce(&shape, &sums, stripes, |s| &s.d_k)?,
+                d_v: reduce(&shape, &sums, stripes, |s| &s.d_v)?,
+            };
+            mend::mend(&shape, inputs, scale, &mut gradients);
+            Some(gradients)
+        }
         None => None,
     };
     Ok(InfluenceOutput { blocks: blocks(&shape, &sums, stripes), gradients })

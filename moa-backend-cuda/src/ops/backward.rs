@@ -227,6 +227,10 @@ impl Operations {
             d_scores: stretch(self.dtype)?,
             sums: zeros(&[rows, side])?,
             blocks: zeros(&[kv_heads, side, side])?,
+            finite: match gradients {
+                true => Some([self.finite(q)?, self.finite(k)?]),
+                false => None,
+            },
             by_inputs: match gradients {
                 true => Some([zeros(q.shape())?, zeros(k.shape())?, zeros(v.shape())?]),
                 false => None,
@@ -240,6 +244,15 @@ impl Operations {
         }
         let Sweep { blocks, by_inputs, .. } = sweep;
         Ok(AttentionGradients { blocks, by_inputs })
+    }
+
+    /// The elements that are finite, and 0 for others.
+    fn finite(&self, x: &Tensor) -> Result<Tensor> {
+        let out = Tensor::uninitialised(&self.device, "attention_backward", x.shape(), self.dtype)?;
+        let args = shaped(&out).with_x(x);
+        // SAFETY: the shapes are the same; all of it is on the device's stream.
+        unsafe { self.backward()?.by_elements("finite", 8, &args) }?;
+        Ok(out)
     }
 
     fn backward(&self) -> Result<Arc<OpKernels>> {
@@ -259,6 +272,9 @@ struct Sweep<'a> {
     d_scores: Tensor,
     sums: Tensor,
     blocks: Tensor,
+    /// q and k, 0 where they are no numbers: a gradient by a score that is kept is none there already, and one that is
+    /// hidden is 0, which times infinity would be none.
+    finite: Option<[Tensor; 2]>,
     by_inputs: Option<[Tensor; 3]>,
     /// Factor of the scores, keys of a window, tokens of a block, whether sums are of absolute values.
     numbers: (f32, usize, usize, bool),
@@ -321,7 +337,9 @@ impl Sweep<'_> {
             self.kernels.launch("attend_backward", [rows, 1, 1], 256, &args)?;
             self.kernels.launch("add_blocks", block_grid, 256, &args)?;
         }
-        let Some([d_q, d_k, d_v]) = &self.by_inputs else { return Ok(()) };
+        let (Some([d_q, d_k, d_v]), Some([q, k])) = (&self.by_inputs, &self.finite) else {
+            return Ok(());
+        };
         let (p, d_s) = (own(&self.probabilities), own(&self.d_scores));
         let add = (Dtype::F32, true);
         // d_q = d_scores k, d_k += d_scores^T q, d_v += p^T d_out

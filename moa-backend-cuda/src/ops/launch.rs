@@ -83,8 +83,8 @@ pub(crate) const PACK_BLOCKS: &str = "pack_blocks";
 pub(crate) const SAMPLE: [&str; 1] = ["sample"];
 
 /// Names of the kernels of a backward pass.
-pub(crate) const BACKWARD: [&str; 4] =
-    ["attend_backward", "add_blocks", "rms_norm_backward", "swiglu_backward"];
+pub(crate) const BACKWARD: [&str; 5] =
+    ["attend_backward", "add_blocks", "finite", "rms_norm_backward", "swiglu_backward"];
 
 impl OpKernels {
     pub(crate) fn load(

@@ -2,7 +2,8 @@ use cubecl::prelude::*;
 use moa_core::{CacheType, RowType};
 
 use super::codes::{codes, scale as scale_in};
-use super::keys::{attends, head, keys, position, slot, split_keys};
+use super::keys::{Head, attends, head, keys, position, slot, split_keys};
+use super::none::holds_none_of;
 use super::tile::Tile;
 use super::words::widen;
 
@@ -123,19 +124,10 @@ pub(crate) fn attend<N: Size, M: Size>(
         while at < tile_keys {
             // Keys beyond the last one repeat it with weight 0, so that nothing unwritten is read.
             let position = position(&keys, (base + at as u32).min(to - 1));
-            if position >= len {
-                let row = (first + position - len) * kv_heads + kv_head;
-                key_rows[at] = row | NEW;
-                if comptime!(narrow) {
-                    key_scales[at] = k[(scales + row) as usize].extract(0usize);
-                }
-            } else {
-                let row = slot(&head, position);
-                key_rows[at] = row;
-                if comptime!(narrow) {
-                    let own = head.scales + row - head.offset;
-                    key_scales[at] = cached_k[own as usize].extract(0usize);
-                }
+            let row = row_of(&head, position, first, len, kv_heads);
+            key_rows[at] = row;
+            if comptime!(narrow) {
+                key_scales[at] = scales_of::<M>(k, cached_k, &head, row, scales);
             }
             at += units;
         }
@@ -231,7 +223,8 @@ pub(crate) fn attend<N: Size, M: Size>(
             #[unroll]
             for j in 0..unit_keys {
                 let score = scores[i * unit_keys + j];
-                let weight = select(score > MASKED, (score - maximum[i]).exp(), 0.0);
+                // A score that is no number is no weight either.
+                let weight = select(score == MASKED, 0.0, (score - maximum[i]).exp());
                 sum[i] += weight;
                 weights[(y * unit_rows + i) * weights_row + x + j * units_x] = weight;
             }
@@ -329,6 +322,48 @@ pub(crate) fn attend<N: Size, M: Size>(
                     stats[at as usize] = maximum[i] + total.ln();
                 }
             }
+            if holds_none_of::<N>(&output, i * columns, columns) {
+                let token = first + row / group;
+                let query = (token * query_heads + kv_head * group + row % group) as usize;
+                let mut anew = Array::<Vector<f32, N>>::new(columns);
+                #[unroll]
+                for c in 0..columns {
+                    anew[c] = Vector::new(0.0);
+                }
+                let mut number = from;
+                while number < to {
+                    let key = position(&keys, number);
+                    if attends(&head, queries[i], key) {
+                        let key = row_of(&head, key, first, len, kv_heads);
+                        let mut score = 0.0f32;
+                        for d in 0..vectors {
+                            let key = load::<N, M>(k, cached_k, key, d, vectors, keys_held);
+                            score += q[query * vectors + d].dot(key);
+                        }
+                        let mut step = 1.0f32;
+                        if comptime!(narrow) {
+                            let both = scales_of::<M>(k, cached_k, &head, key, scales);
+                            score *= scale_in(both, false);
+                            step *= scale_in(both, true);
+                        }
+                        let weight = step * (score * scale - maximum[i]).exp();
+                        #[unroll]
+                        for c in 0..columns {
+                            let column = (c * units_x + x).min(vectors - 1);
+                            let value =
+                                load::<N, M>(v, cached_v, key, column, vectors, values_held);
+                            anew[c] += value * Vector::new(weight);
+                        }
+                    }
+                    number += 1;
+                }
+                if number == to {
+                    #[unroll]
+                    for c in 0..columns {
+                        output[i * columns + c] = anew[c];
+                    }
+                }
+            }
             #[unroll]
             for c in 0..columns {
                 let column = c * units_x + x;
@@ -338,6 +373,32 @@ pub(crate) fn attend<N: Size, M: Size>(
                 }
             }
         }
+    }
+}
+
+/// The row of the key at a position, with [`NEW`] where it is not cached.
+#[cube]
+fn row_of(head: &Head, position: u32, first: u32, len: u32, kv_heads: u32) -> u32 {
+    if position >= len {
+        ((first + position - len) * kv_heads + head.number) | NEW
+    } else {
+        slot(head, position)
+    }
+}
+
+/// The word of a narrow row's scales.
+#[cube]
+fn scales_of<M: Size>(
+    new: &[Vector<u32, M>],
+    cached: &[Vector<u32, M>],
+    head: &Head,
+    row: u32,
+    scales: u32,
+) -> u32 {
+    if row >= NEW {
+        new[(scales + row - NEW) as usize].extract(0usize)
+    } else {
+        cached[(head.scales + row - head.offset) as usize].extract(0usize)
     }
 }
 

@@ -11,7 +11,8 @@ pub(crate) const DECODE_UNITS: usize = 64;
 /// Keys that a unit has under way at once, a power of two.
 const AHEAD: usize = 4;
 
-/// Score of a key that is none. Finite: the difference of two of them is a number.
+/// Score of a key that is none, whose weight is 0. Finite: the difference of two of them is a number. A score that is no
+/// number, of a key that is one, is no weight either.
 const MASKED: f32 = -1e30;
 
 /// Four words: the widest load that every GPU has.
@@ -245,7 +246,7 @@ pub(crate) fn decode<K: Size, V: Size>(
                     #[unroll]
                     for a in 0..AHEAD {
                         let score = scores[g * AHEAD + a];
-                        let weight = select(score > MASKED, (score - best).exp(), 0.0);
+                        let weight = select(score == MASKED, 0.0, (score - best).exp());
                         sum[g] += weight;
                         scores[g * AHEAD + a] = weight;
                     }
@@ -425,7 +426,7 @@ impl Own {
         self.sum *= rescale;
         #[unroll]
         for i in 0..held {
-            let weight = select(scores[i] > MASKED, (scores[i] - top).exp(), 0.0);
+            let weight = select(scores[i] == MASKED, 0.0, (scores[i] - top).exp());
             self.sum += weight;
             scores[i] = weight;
         }

@@ -7,6 +7,7 @@
 
 use cubecl::prelude::*;
 
+use super::none::holds_none_of;
 use super::tile::{Rows, Stage, Tile};
 
 /// Least value of `1 - P`.
@@ -118,6 +119,29 @@ pub(crate) fn influence<N: Size>(
     }
 }
 
+/// Probability of a pair and `dO . V`, given where its rows start.
+#[allow(clippy::too_many_arguments)]
+#[cube]
+fn pair<N: Size>(
+    q: &[Vector<f32, N>],
+    k: &[Vector<f32, N>],
+    v: &[Vector<f32, N>],
+    d_out: &[Vector<f32, N>],
+    query: usize,
+    key: usize,
+    lse: f32,
+    scale: f32,
+    vectors: usize,
+) -> (f32, f32) {
+    let mut score = 0.0f32;
+    let mut gain = 0.0f32;
+    for d in 0..vectors {
+        score += q[query + d].dot(k[key + d]);
+        gain += d_out[query + d].dot(v[key + d]);
+    }
+    ((score * scale - lse).exp(), gain)
+}
+
 /// Gradient by queries. Cubes: tiles of queries, query heads.
 #[allow(clippy::too_many_arguments)]
 #[cube(launch_unchecked)]
@@ -180,6 +204,34 @@ pub(crate) fn query_gradient<N: Size>(
     #[unroll]
     for i in 0..tile.unit_rows {
         let query = first + (y * tile.unit_rows + i) as u32;
+        if (query < end) & holds_none_of::<N>(&sums, i * columns, columns) {
+            let row = (query * query_heads + query_head) as usize;
+            let mut anew = Array::<Vector<f32, N>>::new(columns);
+            #[unroll]
+            for c in 0..columns {
+                anew[c] = Vector::new(0.0);
+            }
+            let mut key = 0u32;
+            while key <= query {
+                if query < key + window {
+                    let own = (key * kv_heads + kv_head) as usize * vectors;
+                    let (p, gain) =
+                        pair(q, k, v, d_out, row * vectors, own, lse[row], scale, vectors);
+                    #[unroll]
+                    for c in 0..columns {
+                        let column = (c * tile.units_x + x).min(vectors - 1);
+                        anew[c] += k[own + column] * Vector::new(scale * p * (gain - delta[row]));
+                    }
+                }
+                key += 1;
+            }
+            if key > query {
+                #[unroll]
+                for c in 0..columns {
+                    sums[i * columns + c] = anew[c];
+                }
+            }
+        }
         #[unroll]
         for c in 0..columns {
             let column = c * tile.units_x + x;
@@ -267,12 +319,44 @@ pub(crate) fn key_gradient<N: Size>(
     #[unroll]
     for i in 0..tile.unit_rows {
         let key = first + (y * tile.unit_rows + i) as u32;
+        if (key < end) & holds_none_of::<N>(&sums, i * columns, columns) {
+            let own = (key * kv_heads + kv_head) as usize * vectors;
+            let mut anew = Array::<Vector<f32, N>>::new(columns);
+            #[unroll]
+            for c in 0..columns {
+                anew[c] = Vector::new(0.0);
+            }
+            let last = (key + window).min(tokens) * group;
+            let mut at = key * group;
+            while at < last {
+                let query = (at / group * query_heads + kv_head * group + at % group) as usize;
+                let (p, gain) =
+                    pair(q, k, v, d_out, query * vectors, own, lse[query], scale, vectors);
+                #[unroll]
+                for c in 0..columns {
+                    let column = (c * tile.units_x + x).min(vectors - 1);
+                    if comptime!(by_values) {
+                        anew[c] += d_out[query * vectors + column] * Vector::new(p);
+                    } else {
+                        let weight = scale * p * (gain - delta[query]);
+                        anew[c] += q[query * vectors + column] * Vector::new(weight);
+                    }
+                }
+                at += 1;
+            }
+            if at == last {
+                #[unroll]
+                for c in 0..columns {
+                    sums[i * columns + c] = anew[c];
+                }
+            }
+        }
         #[unroll]
         for c in 0..columns {
             let column = c * tile.units_x + x;
             if key < end && column < vectors {
-                let row = (key * kv_heads + kv_head) as usize;
-                d_key[row * vectors + column] = sums[i * columns + c];
+                let own = (key * kv_heads + kv_head) as usize * vectors;
+                d_key[own + column] = sums[i * columns + c];
             }
         }
     }

@@ -18,6 +18,7 @@ pub(crate) mod keys;
 pub(crate) mod lanes;
 pub(crate) mod linear;
 pub(crate) mod merge;
+pub(crate) mod none;
 pub(crate) mod prefill;
 pub(crate) mod prepare;
 pub(crate) mod quants;

@@ -3,6 +3,9 @@ use cubecl::prelude::*;
 use super::blocks::{Blocks, CHUNK, PLANE, SIDE, Words, any, lane, pack, partner, plane, sync};
 use super::fragments::{Fragments, own};
 use super::keys::{Head, Keys, attends, head, keys, position, slot};
+use super::none::holds_none;
+use super::words::widen_word;
+use crate::Dtype;
 
 /// Score of a key that a row does not see. Finite: the difference of two of them is a number.
 const MASKED: f32 = -1e30;
@@ -202,6 +205,35 @@ pub(crate) fn prefill(
         }
         sync(blocks);
     }
+    if row < rows {
+        let q_row = to * comptime!(blocks.dim / 4);
+        for own in 0..comptime!(blocks.dim / 8) {
+            let column = own / comptime!(CHUNK / 8) * comptime!(CHUNK / 4)
+                + lane % 2 * comptime!(CHUNK / 8)
+                + own % comptime!(CHUNK / 8);
+            if holds_none::<Const<4>>(out[q_row + column]) {
+                let mut anew = Floats::new(0.0);
+                let mut number = 0u32;
+                while number < source.keys.count {
+                    let key = position(&source.keys, number);
+                    if attends(&source.head, query, key) {
+                        let mut score = 0.0f32;
+                        #[unroll]
+                        for d in 0..comptime!(blocks.dim / 4) {
+                            score += q[q_row + d].dot(source.four(k, cached_k, key, d, blocks));
+                        }
+                        let weight = (score * scale - reference).exp();
+                        let value = source.four(v, cached_v, key, column, blocks);
+                        anew += value * Floats::new(weight);
+                    }
+                    number += 1;
+                }
+                if number == source.keys.count {
+                    out[q_row + column] = anew * Floats::new(share);
+                }
+            }
+        }
+    }
 }
 
 /// Where a tile's keys come from.
@@ -213,6 +245,36 @@ struct Source {
     kv_head: u32,
     head: Head,
     keys: Keys,
+}
+
+#[cube]
+impl Source {
+    /// Four elements of the row at a position.
+    fn four(
+        &self,
+        new: &[Words],
+        cached: &[Words],
+        position: u32,
+        column: usize,
+        #[comptime] blocks: Blocks,
+    ) -> Floats {
+        let row_words = comptime!(blocks.dim / 8);
+        let words = if position >= self.len {
+            let row = (self.first + position - self.len) * self.kv_heads + self.kv_head;
+            new[row as usize * row_words + column / 2]
+        } else {
+            cached[slot(&self.head, position) as usize * row_words + column / 2]
+        };
+        let mut four = Floats::new(0.0);
+        #[unroll]
+        for i in 0..2usize {
+            let (low, high) = (words.extract(i), words.extract(comptime!(i + 2)));
+            let word = select(column % 2 == 0, low, high);
+            four.insert(comptime!(2 * i), widen_word(word, 0usize, Dtype::F16, false));
+            four.insert(comptime!(2 * i + 1), widen_word(word, 1usize, Dtype::F16, false));
+        }
+        four
+    }
 }
 
 /// A unit's share of a tile's keys and values on their way to shared memory.

@@ -39,6 +39,10 @@ pub(crate) enum Defect {
     TypeOfTheFirst,
     /// Values are rounded in steps twice as wide.
     CoarseScale,
+    /// What is hidden is multiplied by 0.
+    MultipliesByZero,
+    /// Scores that are no numbers weigh nothing.
+    PassesOverNone,
     /// Influence leaves out the division by `1 - A`.
     InfluenceOfWeights,
     /// Influence is of signed values where absolute ones are asked for.
@@ -187,12 +191,18 @@ impl SparseAttentionBackend for Reference {
                 _ => Ok(head.span()),
             });
             let spans = spans.collect::<Result<Vec<Span>>>()?;
+            if self.0 == Defect::PassesOverNone {
+                keys.iter_mut().filter(|x| !x.is_finite()).for_each(|x| *x = -1e3);
+            }
             let scale = f64::from(inputs.scale);
             let (all, sums) = reference::extend(heads, &q, &keys, &values, &spans, scale);
             out.extend(all[len * heads.query * heads.dim..].iter().map(|x| match self.0 {
                 Defect::DependsOnTheBatch => x * (1.0 + 1e-6 * sequences as f64),
                 _ => *x,
             }));
+            if self.0 == Defect::MultipliesByZero && values.iter().any(|x| !x.is_finite()) {
+                out.iter_mut().for_each(|x| *x = f64::NAN);
+            }
             lse.extend_from_slice(&sums[len * heads.query..]);
             cache.write(&held[0], &held[1], tokens);
             cache.state.append(tokens)?;
@@ -258,6 +268,7 @@ impl SparseAttentionBackend for Reference {
             let [d_q, d_k, d_v] = backward(heads, [&q, &k, &v], &d_out, span, scale.into());
             let factor = match self.0 {
                 Defect::GradientsWithoutScale => 1.0 / f64::from(scale),
+                Defect::MultipliesByZero if q.iter().any(|x| !x.is_finite()) => f64::NAN,
                 _ => 1.0,
             };
             Gradients {
@@ -266,6 +277,10 @@ impl SparseAttentionBackend for Reference {
                 d_v: Tensor::new(d_v, &inputs.v.shape),
             }
         });
+        let is_none = k.iter().chain(&v).any(|x| !x.is_finite());
+        if self.0 == Defect::MultipliesByZero && is_none {
+            blocks.fill(f64::NAN);
+        }
         Ok(InfluenceOutput { blocks, gradients })
     }
 }

@@ -11,7 +11,7 @@ use backend::{Defect, Reference};
 use moa_conformance::{Trial, Verdict, part, run, suite};
 
 /// A defect, and checks that find it.
-const FOUND: [(Defect, &[&str]); 15] = [
+const FOUND: [(Defect, &[&str]); 17] = [
     (
         Defect::WindowBesideTheQuery,
         &["trap_01_window_counts_the_query_itself", "output_equals_the_reference"],
@@ -40,6 +40,15 @@ const FOUND: [(Defect, &[&str]); 15] = [
         Defect::CoarseScale,
         &["heads_of_other_types_equal_the_reference", "rounding_is_within_its_bound"],
     ),
+    (
+        Defect::MultipliesByZero,
+        &[
+            "rows_that_hold_no_numbers_reach_no_query_that_does_not_see_them",
+            "hidden_pairs_have_no_influence",
+            "hidden_pairs_have_no_gradients",
+        ],
+    ),
+    (Defect::PassesOverNone, &["rows_that_hold_no_numbers_reach_no_query_that_does_not_see_them"]),
     (
         Defect::InfluenceOfWeights,
         &["influence_equals_the_reference", "influence_is_what_masking_one_entry_changes"],

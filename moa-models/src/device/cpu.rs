@@ -191,8 +191,8 @@ impl Load for Cpu {
 impl Math for Cpu {
     fn embed(&self, table: &CpuMatrix, ids: &[u32], factor: f32) -> Result<Tensor> {
         let cols = table.cols;
-        let mut values = vec![0.0; ids.len() * cols];
-        for (out, &id) in values.chunks_mut(cols).zip(ids) {
+        let mut embedded = Tensor::zeros(&[ids.len(), cols])?;
+        for (out, &id) in embedded.data_mut().chunks_mut(cols).zip(ids) {
             let row = id as usize;
             if row >= table.rows {
                 return Err(Error::invalid("token id", format!("below {}", table.rows), id));
@@ -210,9 +210,9 @@ impl Math for Cpu {
             }
         }
         if factor != 1.0 {
-            values.iter_mut().for_each(|x| *x *= factor);
+            embedded.data_mut().iter_mut().for_each(|x| *x *= factor);
         }
-        self.tensor(values, &[ids.len(), cols])
+        Ok(embedded)
     }
 
     fn rms_norm(&self, x: &Tensor, weight: &Vec<f32>, eps: f32) -> Result<Tensor> {
@@ -289,15 +289,14 @@ impl Math for Cpu {
 
     fn rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
         let width = x.row_len();
-        let mut values = Vec::with_capacity(rows.len() * width);
-        for &row in rows {
+        let mut chosen = Tensor::zeros(&[&[rows.len()], &x.shape()[1..]].concat())?;
+        for (to, &row) in chosen.data_mut().chunks_mut(width.max(1)).zip(rows) {
             if row >= x.rows() {
                 return Err(Error::invalid("row", format!("below {}", x.rows()), row));
             }
-            values.extend_from_slice(&x.data()[row * width..(row + 1) * width]);
+            to.copy_from_slice(&x.data()[row * width..(row + 1) * width]);
         }
-        let shape = [&[rows.len()], &x.shape()[1..]].concat();
-        self.tensor(values, &shape)
+        Ok(chosen)
     }
 }
 
@@ -346,9 +345,8 @@ impl Backward for Cpu {
             return Err(Error::invalid("rows", format!("{} of {total}", rows.len()), x.rows()));
         }
         let width = x.row_len();
-        let mut values = vec![0.0; total * width];
-        values[rows.start * width..rows.end * width].copy_from_slice(x.data());
-        let shape = [&[total], &x.shape()[1..]].concat();
-        self.tensor(values, &shape)
+        let mut placed = Tensor::zeros(&[&[total], &x.shape()[1..]].concat())?;
+        placed.data_mut()[rows.start * width..rows.end * width].copy_from_slice(x.data());
+        Ok(placed)
     }
 }

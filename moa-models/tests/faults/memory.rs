@@ -1,0 +1,174 @@
+//! Memory that runs out. What is large (weights, caches, activations) is an error; where something small has no room the
+//! process ends, as Rust programs do, and its files are as after any other end.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::fs;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+
+use moa_core::Plan;
+use moa_models::{Checkpoint, Cpu, Error, LogitRows};
+
+use crate::world::{Random, alone, checkpoint, write_model};
+
+/// The system's allocator, of which one allocation of some least size fails.
+struct Failing;
+
+/// Least size that counts.
+static LEAST: AtomicUsize = AtomicUsize::new(usize::MAX);
+/// Allocations of that size so far, and which of them fails.
+static COUNT: AtomicU64 = AtomicU64::new(0);
+static FAILS: AtomicU64 = AtomicU64::new(0);
+
+fn fails(size: usize) -> bool {
+    size >= LEAST.load(Relaxed) && COUNT.fetch_add(1, Relaxed) + 1 == FAILS.load(Relaxed)
+}
+
+// SAFETY: every call goes to the system's allocator unchanged, or returns null, as one that fails does.
+unsafe impl GlobalAlloc for Failing {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // SAFETY: the caller's promise.
+        if fails(layout.size()) { std::ptr::null_mut() } else { unsafe { System.alloc(layout) } }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        if fails(layout.size()) {
+            return std::ptr::null_mut();
+        }
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        if fails(size) {
+            return std::ptr::null_mut();
+        }
+        // SAFETY: the caller's promise.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Failing = Failing;
+
+/// Runs with the `number`-th allocation of `least` bytes or more failing, of all threads.
+fn with_failure<T>(least: usize, number: u64, run: impl FnOnce() -> T) -> T {
+    COUNT.store(0, Relaxed);
+    FAILS.store(number, Relaxed);
+    LEAST.store(least, Relaxed);
+    let result = run();
+    LEAST.store(usize::MAX, Relaxed);
+    result
+}
+
+/// Fails each allocation of `least` bytes in turn; returns how many failed, all with a typed error.
+fn each_fails<T>(what: &str, least: usize, run: impl Fn() -> Result<T, Error>) -> u64 {
+    for number in 1..1000 {
+        match with_failure(least, number, &run) {
+            Ok(_) if COUNT.load(Relaxed) < number => return number - 1,
+            Ok(_) => panic!("{what}: allocation {number} failed, and nobody said so"),
+            Err(error) => {
+                let error = error.to_string();
+                assert!(error.contains("memory"), "{what}: allocation {number}: {error}");
+            }
+        }
+    }
+    panic!("{what}: no end of allocations");
+}
+
+/// Large ones are errors, after which the model still answers.
+#[test]
+fn large_allocations_that_fail_are_errors() {
+    let _alone = alone();
+    let model = &checkpoint().model;
+    let plan = Plan::full(model.shape()).unwrap();
+    let tokens: Vec<u32> = (0..4000).map(|i| 3 + i % 500).collect();
+    let opened = each_fails("open", 64 << 10, || model.open(&plan, 8000, 0));
+    assert!(opened >= 2, "{opened}");
+    let forward = || {
+        let mut sequence = model.open(&plan, 4000, 0)?;
+        model.forward(&mut [&mut sequence], &[&tokens], LogitRows::Last)
+    };
+    let run = each_fails("forward", 128 << 10, forward);
+    assert!(run >= 1, "{run}");
+    let mut sequence = model.open(&plan, 100, 0).unwrap();
+    model.forward(&mut [&mut sequence], &[&tokens[..100]], LogitRows::Last).unwrap();
+}
+
+/// Exit code of a run that was told of a failure.
+const TOLD: i32 = 3;
+
+/// Loads a model, and answers questions to a log.
+fn answers(folder: &Path) -> Result<(), Error> {
+    let checkpoint = Checkpoint::open(Cpu::default(), folder)?;
+    let plan = Plan::full(checkpoint.model.shape())?;
+    let log = folder.join("items.jsonl");
+    crate::evaluating::evaluate_of(&checkpoint, &plan, &log)
+}
+
+/// The process that runs out of memory.
+#[test]
+#[ignore = "run by small_allocations_that_fail_end_the_process_at_worst"]
+fn in_a_process_of_its_own() {
+    let variable = |name: &str| std::env::var(name).unwrap();
+    let folder = PathBuf::from(variable("MOA_FOLDER"));
+    let [least, number] = ["MOA_LEAST", "MOA_NUMBER"].map(|name| variable(name).parse().unwrap());
+    let result = with_failure(least as usize, number, || answers(&folder));
+    fs::write(folder.join("count"), COUNT.load(Relaxed).to_string()).unwrap();
+    if let Err(error) = result {
+        fs::write(folder.join("told"), error.to_string()).unwrap();
+        std::process::exit(TOLD);
+    }
+}
+
+/// Any allocation at all: the run is told, or it ends by the message of Rust's runtime; its log is whole, and the next run
+/// goes on from there.
+#[test]
+fn small_allocations_that_fail_end_the_process_at_worst() {
+    let _alone = alone();
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    write_model(folder);
+    let log = folder.join("items.jsonl");
+    let run = |least: usize, number: u64| {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "memory::in_a_process_of_its_own", "--ignored", "--nocapture"]);
+        command.env("MOA_FOLDER", folder).env("RAYON_NUM_THREADS", "1");
+        command.env("MOA_LEAST", least.to_string()).env("MOA_NUMBER", number.to_string());
+        command.output().unwrap()
+    };
+    let count = || fs::read_to_string(folder.join("count")).unwrap().parse::<u64>().unwrap();
+    let mut random = Random::new(3);
+    let (mut told, mut ended) = (0, 0);
+    for least in [1, 4096] {
+        let _ = fs::remove_file(&log);
+        assert!(run(least, u64::MAX).status.success());
+        let (all, clean) = (count(), crate::evaluating::lines(&fs::read(&log).unwrap()));
+        for _ in 0..10 {
+            fs::remove_file(&log).unwrap();
+            let number = 1 + random.below(all);
+            let output = run(least, number);
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            let place = || format!("allocation {number} of {least} bytes: {stderr}");
+            match (output.status.code(), output.status.signal()) {
+                (Some(0), _) => {}
+                (Some(TOLD), _) => told += 1,
+                (_, Some(libc::SIGABRT)) if stderr.contains("memory allocation of") => ended += 1,
+                other => panic!("{other:?} {}", place()),
+            }
+            let left = crate::evaluating::lines(&fs::read(&log).unwrap_or_default());
+            assert_eq!(left, clean[..left.len()], "{}", place());
+            assert!(run(least, u64::MAX).status.success());
+            assert_eq!(crate::evaluating::lines(&fs::read(&log).unwrap()), clean, "{}", place());
+        }
+    }
+    println!("20 allocations that failed: {told} errors, {ended} ends of the process");
+    assert!(ended + told > 0);
+}
