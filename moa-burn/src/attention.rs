@@ -162,7 +162,7 @@ impl SparseAttention {
             wide.push(tensor.into_dispatch());
         }
         let (q, k, v) = (&wide[0], &wide[1], &wide[2]);
-        let inputs = ExtendInputs { q, k, v, scale, lse: false };
+        let inputs = ExtendInputs::new(q, k, v, scale);
         let out = Tensor::from_dispatch(self.extend(batch, &inputs)?.out);
         Ok(if dtype == DType::F32 { out } else { out.cast(dtype) })
     }

@@ -47,7 +47,7 @@ impl SparseAttentionBackend for SparseAttention {
             .iter_mut()
             .map(|append| Append { cache: &mut append.cache.0, tokens: append.tokens })
             .collect();
-        let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale, lse };
+        let inputs = ExtendInputs { lse, ..ExtendInputs::new(&q, &k, &v, scale) };
         let Extended { out, lse } = self.kernels.extend(&mut batch, &inputs)?;
         let lse = lse.map(|lse| lift(lse, &self.device));
         Ok(Extended { out: lift(out, &self.device), lse })

@@ -222,7 +222,7 @@ fn what_does_not_fit_is_refused_at_the_call() -> Verdict {
         "{error}"
     );
     let whole = Tensor::<3, Int>::zeros([1, 2, 16], &t.device).into_dispatch();
-    let inputs = ExtendInputs { q: &whole, k: &whole, v: &whole, scale: 0.25, lse: false };
+    let inputs = ExtendInputs::new(&whole, &whole, &whole, 0.25);
     let batch = &mut [Append { cache: &mut caches[1], tokens: 1 }];
     let error = t.attention.extend(batch, &inputs).unwrap_err();
     assert!(matches!(error, Error::Elements { argument: "q", .. }), "{error}");

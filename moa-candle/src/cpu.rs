@@ -24,7 +24,7 @@ pub(crate) fn forward(
     }
     let dtype = q.dtype();
     let (q, k, v) = (packed(q)?, packed(k)?, packed(v)?);
-    let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale, lse: false };
+    let inputs = ExtendInputs::new(&q, &k, &v, scale);
     let out = backend.extend(&mut batch, &inputs).map_err(Error::wrap)?.out.into_data();
     let shape = (dims.batch, dims.tokens, dims.query_heads, dims.head_dim);
     let out = Tensor::from_vec(out, shape, &Device::Cpu)?.transpose(1, 2)?;

@@ -180,21 +180,13 @@ pub(crate) fn truncate_to_nothing_equals_a_new_cache<S: Subject>(s: &S) {
     });
 }
 
-/// A world whose heads go through the subject's types in turn, from one that the seed says.
-fn of_types<S: Subject>(s: &S, world: World) -> World {
-    let types: Vec<_> = s.cache_types().iter().copied().map(Some).chain([None]).collect();
-    let own = |head: usize| types[(world.seed as usize).wrapping_add(head) % types.len()];
-    let types = (0..world.heads.kv).map(own).collect();
-    World { types, ..world }
-}
-
 /// Also in other chunks, after a rollback, in a fork and in a batch with heads of other types.
 pub(crate) fn heads_of_other_types_equal_the_reference<S: Subject>(s: &S) -> Verdict {
     if s.cache_types().is_empty() {
         return Err(Stop::ignored("no type can be chosen for a head"));
     }
     check(40, chunked_worlds(s), |(world, chunks)| {
-        let world = of_types(s, world);
+        let world = world.of_types(s);
         let (out, lse) = world.reference(s);
         let output = world.run(s, &chunks);
         let (d_out, d_lse) = (error(&output.out, &out), error(&output.lse, &lse));
@@ -203,7 +195,7 @@ pub(crate) fn heads_of_other_types_equal_the_reference<S: Subject>(s: &S) -> Ver
         assert!(d_out <= most && d_lse <= most, "{:?}: {d_out:e} {d_lse:e}", world.types);
         close(&world.run(s, &[world.tokens]).out, &output.out, same);
 
-        let other = of_types(s, World { seed: world.seed.wrapping_add(1), ..world.clone() });
+        let other = World { seed: world.seed.wrapping_add(1), ..world.clone() }.of_types(s);
         let mut drafted = world.open(s, world.tokens, world.tokens);
         world.extend(s, &mut drafted, 0..world.tokens).unwrap();
         let at = world.tokens / 2;

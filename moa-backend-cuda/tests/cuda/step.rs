@@ -107,7 +107,7 @@ fn rope_in_the_append_equals_rope_before_it() -> Verdict {
             rotate(&mut q, 8, dim, at, interleaved);
             rotate(&mut k, 2, dim, at, interleaved);
             let (q, k) = (tensor(&cuda, &q, 8, dim), tensor(&cuda, &k, 2, dim));
-            let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: world.scale(), lse: false };
+            let inputs = ExtendInputs::new(&q, &k, &v, world.scale());
             let batch = &mut [Append { cache: &mut plain, tokens }];
             let expected = cuda.0.extend(batch, &inputs).unwrap().out;
             close(&out.to_f32().unwrap(), &expected.to_f32().unwrap(), cuda.same());
@@ -186,7 +186,7 @@ fn a_captured_step_replays_while_its_sequences_grow() -> Verdict {
             graph.launch().unwrap();
             stream.synchronize().unwrap();
             let [q, k, v] = &fresh;
-            let inputs = ExtendInputs { q, k, v, scale: worlds[0].scale(), lse: false };
+            let inputs = ExtendInputs::new(q, k, v, worlds[0].scale());
             let batch = &mut expected.each_mut().map(|cache| Append { cache, tokens });
             let step_out = cuda.0.extend(batch, &inputs).unwrap().out;
             assert!(
