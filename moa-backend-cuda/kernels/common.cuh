@@ -37,6 +37,60 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// ---- scores ---------------------------------------------------------------------------------------
+// In units of log2, as the exponentials that they become.
+
+#ifndef SOFTCAP
+#define SOFTCAP 0
+#endif
+
+// With an error of 2^-21 of the result. tanh.approx has 2^-11, which a softcap would multiply.
+__device__ __forceinline__ float tanh_fine(float x) {
+    const float size = fabsf(x), square = x * x;
+    const float fading = exp2_fast(-2 * LOG2E * size);
+    const float far = __fdividef(1 - fading, 1 + fading);
+    // Taylor, where that difference would lose digits.
+    float slope = fmaf(62.0f / 2835, square, -17.0f / 315);
+    slope = fmaf(slope, square, 2.0f / 15);
+    slope = fmaf(slope, square, -1.0f / 3);
+    const float near = fmaf(size * square, slope, size);
+    return copysignf(size < 0.3f ? near : far, x);
+}
+
+struct Scores {
+    float scale;
+    float cap;  // not read without SOFTCAP
+
+    __device__ __forceinline__ Scores(const ExtendArgs& args)
+        : scale(SOFTCAP ? args.scale / args.softcap : args.scale * LOG2E),
+          cap(args.softcap * LOG2E) {}
+    __device__ __forceinline__ float operator()(float product) const {
+#if SOFTCAP
+        return cap * tanh_fine(product * scale);
+#else
+        return product * scale;
+#endif
+    }
+};
+
+// A row's maximum and the sum of its weights when all keys are in them: the sink joins, if there is one.
+struct Finish {
+    float inverse;  // factor of the weighted values
+    float lse;
+
+    __device__ __forceinline__ Finish(const ExtendArgs& args, int query_head, float maximum, float sum) {
+        float share = 1;
+        if (args.sinks != nullptr) {
+            const float sink = args.sinks[query_head] * LOG2E, top = fmaxf(maximum, sink);
+            share = exp2_fast(maximum - top);
+            sum = sum * share + exp2_fast(sink - top);
+            maximum = top;
+        }
+        inverse = share * (1 / sum);
+        lse = maximum * LN2 + __logf(sum);
+    }
+};
+
 // ---- consecutive kernels ----------------------------------------------------------------------
 // A kernel launched with programmatic serialization may start before the one before it has ended, and
 // reads and writes nothing that a kernel before it writes or reads before this. Every kernel launched so waits,

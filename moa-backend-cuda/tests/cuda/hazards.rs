@@ -73,7 +73,8 @@ fn fifty_repeats_are_bitwise_equal() -> Verdict {
             let mut repeat = || {
                 cache.reset();
                 let outputs = chunks.each_ref().map(|(tokens, q, k, v)| {
-                    let inputs = ExtendInputs { lse: true, ..ExtendInputs::new(q, k, v, world.scale()) };
+                    let inputs =
+                        ExtendInputs { lse: true, ..ExtendInputs::new(q, k, v, world.scale()) };
                     let batch = &mut [Append { cache: &mut cache, tokens: *tokens }];
                     cuda.0.extend(batch, &inputs).unwrap()
                 });

@@ -3,6 +3,7 @@ use moa_core::{CacheType, RowType};
 
 use super::codes::{codes, scale as scale_in};
 use super::keys::{attends, head, keys, position, slot, split_keys};
+use super::scores::capped;
 use super::tile::Tile;
 use super::words::widen;
 
@@ -16,6 +17,8 @@ pub(crate) struct Shape {
     pub(crate) own: CacheType,
     /// Whether several cubes share the keys of a tile and leave partial results.
     pub(crate) partial: bool,
+    /// Whether scores have a softcap.
+    pub(crate) has_cap: bool,
 }
 
 /// Set in the row number of a key that is not in the cache yet.
@@ -50,6 +53,7 @@ pub(crate) fn attend<N: Size, M: Size>(
     kv_heads: u32,
     vectors: u32,
     scale: f32,
+    cap: f32,
     scales: u32,
     #[comptime] shape: Shape,
 ) {
@@ -204,7 +208,8 @@ pub(crate) fn attend<N: Size, M: Size>(
             #[unroll]
             for i in 0..unit_rows {
                 let seen = (number < to) & attends(&head, queries[i], key);
-                let score = select(seen, scores[i * unit_keys + j] * scale, MASKED);
+                let score = capped(scores[i * unit_keys + j] * scale, cap, shape.has_cap);
+                let score = select(seen, score, MASKED);
                 scores[i * unit_keys + j] = score;
                 best[i] = best[i].max(score);
             }

@@ -3,6 +3,7 @@ use cubecl::prelude::*;
 use super::blocks::{Blocks, CHUNK, PLANE, SIDE, Words, any, lane, pack, partner, plane, sync};
 use super::fragments::{Fragments, own};
 use super::keys::{Head, Keys, attends, head, keys, position, slot};
+use super::scores::capped;
 
 /// Score of a key that a row does not see. Finite: the difference of two of them is a number.
 const MASKED: f32 = -1e30;
@@ -34,7 +35,9 @@ pub(crate) fn prefill(
     query_heads: u32,
     kv_heads: u32,
     scale: f32,
+    cap: f32,
     #[comptime] blocks: Blocks,
+    #[comptime] has_cap: bool,
 ) {
     let tile_keys = comptime!(blocks.keys as u32);
     let stride = comptime!(blocks.scratch_stride());
@@ -118,7 +121,8 @@ pub(crate) fn prefill(
             let bits = scratch[row + lane % 2 * comptime!(blocks.keys / 8) + i];
             #[unroll]
             for j in 0..4usize {
-                scores[comptime!(4 * i + j)] = f32::from_bits(bits.extract(j)) * scale;
+                let score = f32::from_bits(bits.extract(j)) * scale;
+                scores[comptime!(4 * i + j)] = capped(score, cap, has_cap);
             }
         }
         let last_key = position(&source.keys, (base + tile_keys - 1).min(source.keys.count - 1));

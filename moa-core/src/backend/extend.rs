@@ -61,8 +61,8 @@ pub struct Scores<'a, T> {
     /// is 0. It adds to the softmax's denominator, after the factor and the softcap, which do not touch it. f32 on
     /// every device.
     ///
-    /// Minus infinity takes no part. As the numbers lie on the device, nothing checks them: a head whose logit is no
-    /// number has outputs that are none.
+    /// Minus infinity takes no part. As the numbers lie on the device, nothing checks them: outputs of a head whose
+    /// logit is NaN or infinity mean nothing.
     pub sinks: Option<&'a T>,
 }
 
