@@ -11,6 +11,8 @@ const FIFTH: f32 = 2.0 / 15.0;
 const SEVENTH: f32 = -17.0 / 315.0;
 const NINTH: f32 = 62.0 / 2835.0;
 
+const MINUS_TWO: f32 = -2.0;
+
 /// `cap * tanh(score / cap)` in a kernel for a softcap, else the score. Not the device's own tanh, of which WebGPU
 /// promises nothing near 0.
 #[cube]
@@ -18,10 +20,10 @@ pub(crate) fn capped(score: f32, cap: f32, #[comptime] has_cap: bool) -> f32 {
     if comptime!(has_cap) {
         let x = score / cap;
         let size = x.abs();
-        let fading = (-2.0 * size).exp();
+        let fading = (size * MINUS_TWO).exp();
         let far = (1.0 - fading) / (1.0 + fading);
         let square = x * x;
-        let slope = ((NINTH * square + SEVENTH) * square + FIFTH) * square + THIRD;
+        let slope = ((square * NINTH + SEVENTH) * square + FIFTH) * square + THIRD;
         let near = size + size * square * slope;
         let bounded = cap * select(size < 0.3, near, far);
         select(x < 0.0, -bounded, bounded)
