@@ -264,7 +264,8 @@ impl Bench {
     }
 
     fn prepare(&mut self, caches: &[&Cache], tokens: &[usize]) -> Result<()> {
-        let batch = Batch { caches, tokens, query_heads: self.options.heads, grows: false };
+        let batch =
+            Batch { caches, tokens, query_heads: self.options.heads, grows: false, softcap: None };
         // SAFETY: everything here is on the device's own stream.
         Ok(unsafe { self.step.prepare(&mut self.workspace, &batch, self.device.stream()) }?)
     }
@@ -361,6 +362,6 @@ impl Inputs {
         };
         let scale = 1.0 / (head_dim as f32).sqrt();
         let [q, k, v, out] = [&self.q, &self.k, &self.v, &self.out].map(at);
-        Tensors { q, k, v, out, lse: 0, scale, rope: None }
+        Tensors { q, k, v, out, lse: 0, scale, sinks: 0, rope: None }
     }
 }

@@ -29,7 +29,7 @@ fn extend(
     [q, k, v]: [&Tensor; 3],
     lse: bool,
 ) -> Extended<Tensor> {
-    let inputs = ExtendInputs { q, k, v, scale: SCALE, lse };
+    let inputs = ExtendInputs { lse, ..ExtendInputs::new(q, k, v, SCALE) };
     backend.extend(&mut [Append { cache, tokens: q.rows() }], &inputs).unwrap()
 }
 

@@ -254,7 +254,7 @@ impl Inputs {
 
     fn extend(&self, backend: &WgpuBackend, batch: &mut [Append<'_, Cache>]) -> Result<Tensor> {
         let Self { q, k, v, scale, .. } = self;
-        let inputs = ExtendInputs { q, k, v, scale: *scale, lse: false };
+        let inputs = ExtendInputs::new(q, k, v, *scale);
         Ok(backend.extend(batch, &inputs)?.out)
     }
 }

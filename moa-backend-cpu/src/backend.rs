@@ -97,7 +97,7 @@ impl SparseAttentionBackend for CpuBackend {
         cache.fill_for_timing(span - 1)?;
         let q = Tensor::zeros(&[1, group, head_dim])?;
         let kv = Tensor::zeros(&[1, 1, head_dim])?;
-        let inputs = ExtendInputs { q: &q, k: &kv, v: &kv, scale: 1.0, lse: false };
+        let inputs = ExtendInputs::new(&q, &kv, &kv, 1.0);
         let mut seconds = Vec::with_capacity(DECODE_RUNS);
         for _ in 0..DECODE_RUNS {
             let start = Instant::now();

@@ -17,7 +17,7 @@
 //! // A prompt of 10 tokens, 2 query heads of 4 elements.
 //! let q = Tensor::zeros(&[10, 2, 4])?;
 //! let (k, v) = (Tensor::zeros(&[10, 1, 4])?, Tensor::zeros(&[10, 1, 4])?);
-//! let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: 0.5, lse: false };
+//! let inputs = ExtendInputs::new(&q, &k, &v, 0.5);
 //! let extended = backend.extend(&mut [Append { cache: &mut cache, tokens: 10 }], &inputs)?;
 //! assert_eq!(extended.out.shape(), [10, 2, 4]);
 //! assert_eq!(cache.as_ref().len(), 10);

@@ -303,7 +303,7 @@ fn every_error_variant_says_what_came() {
     let mut cache = backend.open(&layout, 8).unwrap();
     let (x, flat) = (Tensor::zeros(&[5, 1, 8]).unwrap(), Tensor::zeros(&[5, 8]).unwrap());
     let mut extend = |v: &Tensor| {
-        let inputs = ExtendInputs { q: &x, k: &x, v, scale: 1.0, lse: false };
+        let inputs = ExtendInputs::new(&x, &x, v, 1.0);
         backend.extend(&mut [Append { cache: &mut cache, tokens: 5 }], &inputs).unwrap_err()
     };
     assert!(matches!(

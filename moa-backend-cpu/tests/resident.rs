@@ -18,7 +18,7 @@ fn only_written_slots_are_resident() {
     let layout = LayerLayout::new(&spans, capacity, 0).unwrap();
     let step = Tensor::zeros(&[128, 2, dim]).unwrap();
     let run = |cache: &mut _| {
-        let inputs = ExtendInputs { q: &step, k: &step, v: &step, scale: 1.0, lse: false };
+        let inputs = ExtendInputs::new(&step, &step, &step, 1.0);
         backend.extend(&mut [Append { cache, tokens: 128 }], &inputs).unwrap();
     };
     // Scratch memory stays with its thread: get it before measuring. Enough is written for what a thread gets later.

@@ -37,6 +37,60 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// ---- scores ---------------------------------------------------------------------------------------
+// In units of log2, as the exponentials that they become.
+
+#ifndef SOFTCAP
+#define SOFTCAP 0
+#endif
+
+// With an error of 2^-21 of the result. tanh.approx has 2^-11, which a softcap would multiply.
+__device__ __forceinline__ float tanh_fine(float x) {
+    const float size = fabsf(x), square = x * x;
+    const float fading = exp2_fast(-2 * LOG2E * size);
+    const float far = __fdividef(1 - fading, 1 + fading);
+    // Taylor, where that difference would lose digits.
+    float slope = fmaf(62.0f / 2835, square, -17.0f / 315);
+    slope = fmaf(slope, square, 2.0f / 15);
+    slope = fmaf(slope, square, -1.0f / 3);
+    const float near = fmaf(size * square, slope, size);
+    return copysignf(size < 0.3f ? near : far, x);
+}
+
+struct Scores {
+    float scale;
+    float cap;  // not read without SOFTCAP
+
+    __device__ __forceinline__ Scores(const ExtendArgs& args)
+        : scale(SOFTCAP ? args.scale / args.softcap : args.scale * LOG2E),
+          cap(args.softcap * LOG2E) {}
+    __device__ __forceinline__ float operator()(float product) const {
+#if SOFTCAP
+        return cap * tanh_fine(product * scale);
+#else
+        return product * scale;
+#endif
+    }
+};
+
+// A row's maximum and the sum of its weights when all keys are in them: the sink joins, if there is one.
+struct Finish {
+    float inverse;  // factor of the weighted values
+    float lse;
+
+    __device__ __forceinline__ Finish(const ExtendArgs& args, int query_head, float maximum, float sum) {
+        float share = 1;
+        if (args.sinks != nullptr) {
+            const float sink = args.sinks[query_head] * LOG2E, top = fmaxf(maximum, sink);
+            share = exp2_fast(maximum - top);
+            sum = sum * share + exp2_fast(sink - top);
+            maximum = top;
+        }
+        inverse = share * (1 / sum);
+        lse = maximum * LN2 + __logf(sum);
+    }
+};
+
 // ---- consecutive kernels ----------------------------------------------------------------------
 // A kernel launched with programmatic serialization may start before the one before it has ended, and
 // reads and writes nothing that a kernel before it writes or reads before this. Every kernel launched so waits,
@@ -263,6 +317,7 @@ __device__ __forceinline__ void write_pairs(const ExtendArgs& args, const Sequen
     const KeySource source(args, sequence, head, kv_head, len, list);
     const u32* q = (const u32*)((const u16*)args.q.data + (sequence.first + token) * args.q.token +
                                 query_head * args.q.head);
+    const Scores scores(args);
     float2 o[PAIRS] = {};
     float maximum = NEG_INF, sum = 0;
 #pragma unroll 1
@@ -280,7 +335,7 @@ __device__ __forceinline__ void write_pairs(const ExtendArgs& args, const Sequen
         }
 #pragma unroll
         for (int d = 1; d < 32; d *= 2) score += __shfl_xor_sync(~0u, score, d);
-        score *= args.scale * LOG2E;
+        score = scores(score);
         const float top = fmaxf(maximum, score), base = top == NEG_INF ? 0 : top;
         const float decay = exp2_fast(maximum - base), weight = exp2_fast(score - base);
         maximum = top;
@@ -293,17 +348,16 @@ __device__ __forceinline__ void write_pairs(const ExtendArgs& args, const Sequen
             o[i].y = o[i].y * decay + weight * value.y;
         }
     }
-    const float inverse = 1 / sum;
+    const Finish finish(args, query_head, maximum, sum);
     u32* to = (u32*)((u16*)args.out.data + (sequence.first + token) * args.out.token +
                      query_head * args.out.head);
 #pragma unroll
     for (int i = 0; i < PAIRS; i++) {
         const int pair = i * 32 + lane;
-        if (pair * 2 < HEAD_DIM) to[pair] = pack2(o[i].x * inverse, o[i].y * inverse);
+        if (pair * 2 < HEAD_DIM) to[pair] = pack2(o[i].x * finish.inverse, o[i].y * finish.inverse);
     }
     if (args.lse != nullptr && lane == 0)
-        args.lse[(sequence.first + token) * args.query_heads + query_head] =
-            maximum * LN2 + __logf(sum);
+        args.lse[(sequence.first + token) * args.query_heads + query_head] = finish.lse;
 }
 
 // Writes those of a warp's 16 rows anew of which a lane found something that is no number: lanes 4 r .. 4 r + 3 hold

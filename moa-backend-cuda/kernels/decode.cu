@@ -120,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
     mask_0.last = min(mask_0.last, end - 1);
     mask_1.last = min(mask_1.last, end - 1);
 
-    const float scale = args.scale * LOG2E;
+    const Scores score(args);
     float o[COLUMNS][4] = {};
     float max_0 = NEG_INF, max_1 = NEG_INF, sum_0 = 0, sum_1 = 0;
 
@@ -152,8 +152,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
                 const int index = first + n * 8 + lane % 4 * 2 + c;
                 float& x = scores[n][c];
                 float& y = scores[n][c + 2];
-                x = mask_0.sees(index) ? x * scale : NEG_INF;
-                y = mask_1.sees(index) ? y * scale : NEG_INF;
+                x = mask_0.sees(index) ? score(x) : NEG_INF;
+                y = mask_1.sees(index) ? score(y) : NEG_INF;
                 top_0 = fmaxf(top_0, x);
                 top_1 = fmaxf(top_1, y);
             }
@@ -230,7 +230,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
             if (__builtin_expect(__any_sync(~0u, is_none(largest)), 0))
                 return write_pairs(args, sequence, head, kv_head, len, row);
         }
-        const float inverse = 1 / sum;
+        const Finish finish(args, query_head, maximum, sum);
+        const float inverse = finish.inverse;
         u16* to = (u16*)args.out.data + (sequence.first + token) * args.out.token +
                   query_head * args.out.head + lane * LANE_COLUMNS;
 #if HEAD_DIM % 64 == 0
@@ -243,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
 #endif
         if (args.lse != nullptr && lane == 0)
             args.lse[(sequence.first + token) * args.query_heads + query_head] =
-                maximum * LN2 + __logf(sum);
+                finish.lse;
     };
 
     LaneRow* partial = (LaneRow*)args.partial;  // [items][ROWS][32 lanes]

@@ -76,8 +76,11 @@ struct ExtendArgs {
     const int2* splits;
     // wgmma.cu: next tile and blocks that are done, [2], 0 between launches.
     int* tickets;
+    const float* sinks;           // a logit of each query head that is in its denominator alone, or null
     int num_items;
     int num_tiles;                // wgmma.cu: all tiles of the launch; blocks take them in turn
+    float softcap;                // modules compiled with SOFTCAP: scores become softcap * tanh(score / softcap)
+    int padding;
 };
 
 struct AppendArgs {

@@ -89,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const RowMask mask_0(head, list, len + min(row_0, rows - 1) / group);
     const RowMask mask_1(head, list, len + min(row_1, rows - 1) / group);
 
-    const float scale = args.scale * LOG2E;
+    const Scores score(args);
     float o[COLUMNS][4] = {};
     float max_0 = NEG_INF, max_1 = NEG_INF, sum_0 = 0, sum_1 = 0;
 
@@ -121,8 +121,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             for (int c = 0; c < 2; c++) {
                 float& x = scores[n][c];
                 float& y = scores[n][c + 2];
-                x *= scale;
-                y *= scale;
+                x = score(x);
+                y = score(y);
                 if (!whole) {
                     const int index = first + n * 8 + lane % 4 * 2 + c;
                     x = mask_0.sees(index) ? x : NEG_INF;
@@ -186,7 +186,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     auto store = [&](int row, float maximum, float sum, int part) {
         if (row >= rows) return;
         const int token = row / group, query_head = kv_head * group + row - token * group;
-        const float inverse = 1 / sum;
+        const Finish finish(args, query_head, maximum, sum);
+        const float inverse = finish.inverse;
         u32* to = (u32*)((u16*)args.out.data + (sequence.first + token) * args.out.token +
                          query_head * args.out.head) + lane % 4;
 #pragma unroll
@@ -194,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             to[n * 4] = pack2(o[n][part] * inverse, o[n][part + 1] * inverse);
         if (args.lse != nullptr && lane % 4 == 0)
             args.lse[(sequence.first + token) * args.query_heads + query_head] =
-                maximum * LN2 + __logf(sum);
+                finish.lse;
     };
     store(row_0, max_0, sum_0, 0);
     store(row_1, max_1, sum_1, 2);

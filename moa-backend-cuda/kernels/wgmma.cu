@@ -158,6 +158,7 @@ struct Tile {
     // First list entry of a step.
     __device__ __forceinline__ int first_key(int step) const { return (last_step - step) * TILE_KEYS; }
     __device__ __forceinline__ int query(int row) const { return len + min(row, rows - 1) / group; }
+    __device__ __forceinline__ int query_head(int row) const { return kv_head * group + row % group; }
     // Where a row of q or out begins, in elements.
     __device__ __forceinline__ i64 offset(const Packed& tensor, int row) const {
         const int token = row / group;
@@ -343,7 +344,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int consumer = warpgroup - 1;
     const int my_row = consumer * 64 + warp * 16 + lane / 4;  // and my_row + 8
     const u32 my_queries = queries + consumer * 64 * 128;
-    const float scale = args.scale * LOG2E;
+    const Scores score(args);
     // Every warp has read its share.
     auto release = [&](u32 barrier) {
         if (lane == 0) barrier_arrive(barrier);
@@ -367,6 +368,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
         // Scores become weights, masked where some row of the tile does not see all its keys.
         auto weigh = [&](float (&x)[SCORES], int step) {
+#if SOFTCAP
+#pragma unroll
+            for (int i = 0; i < SCORES; i++) x[i] = score(x[i]);
+            constexpr float scale = 1;
+#else
+            const float scale = score.scale;
+#endif
             const int first = tile.first_key(step);
             const int low = tile.list.position(first);
             const int high = tile.list.position(first + TILE_KEYS - 1);
@@ -455,16 +463,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                       sum_0, softmax.base_1, sum_1);
             continue;
         }
+        const int row_0 = tile.first_row + my_row, row_1 = row_0 + 8;
+        const Finish finish_0(args, tile.query_head(row_0), softmax.base_0, sum_0);
+        const Finish finish_1(args, tile.query_head(row_1), softmax.base_1, sum_1);
         if (args.lse != nullptr && lane % 4 == 0) {
-            auto store = [&](int row, float base, float sum) {
+            auto store = [&](int row, float lse) {
                 if (row >= tile.rows) return;
-                const int token = row / tile.group;
-                args.lse[(tile.sequence.first + token) * args.query_heads +
-                         tile.kv_head * tile.group + row - token * tile.group] =
-                    base * LN2 + __logf(sum);
+                args.lse[(tile.sequence.first + row / tile.group) * args.query_heads +
+                         tile.query_head(row)] = lse;
             };
-            store(tile.first_row + my_row, softmax.base_0, sum_0);
-            store(tile.first_row + my_row + 8, softmax.base_1, sum_1);
+            store(row_0, finish_0.lse);
+            store(row_1, finish_1.lse);
         }
         u32 largest_0 = 0, largest_1 = 0;
 #pragma unroll
@@ -474,7 +483,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         const bool none_0 = is_none(largest_0), none_1 = is_none(largest_1);
         // Through shared memory, so that a row is written 16 bytes a lane; each warp its own rows.
-        const float inverse_0 = 1 / sum_0, inverse_1 = 1 / sum_1;
+        const float inverse_0 = finish_0.inverse, inverse_1 = finish_1.inverse;
 #pragma unroll
         for (int n = 0; n < HEAD_DIM / 8; n++) {
             const u32 at = outputs + panel_offset(my_row, n, QUERY_PANEL_BYTES) + lane % 4 * 4;
@@ -551,13 +560,13 @@ extern "C" __global__ void __launch_bounds__(256) merge_tiles(const __grid_const
         largest = max(largest, max(magnitude(o[c].x), magnitude(o[c].y)));
     if (__builtin_expect(__any_sync(~0u, is_none(largest)), 0))
         return write_pairs(args, tile.sequence, tile.head, tile.kv_head, tile.len, row);
-    const int token = row / tile.group;
-    const float inverse = 1 / sum;
+    const Finish finish(args, tile.query_head(row), base, sum);
+    const float inverse = finish.inverse;
     u16* to = (u16*)args.out.data + tile.offset(args.out, row);
 #pragma unroll
     for (int c = 0; c < HEAD_DIM / 64; c++)
         *(u32*)&to[c * 64 + lane * 2] = pack2(o[c].x * inverse, o[c].y * inverse);
     if (args.lse != nullptr && lane == 0)
-        args.lse[(tile.sequence.first + token) * args.query_heads + tile.kv_head * tile.group + row -
-                 token * tile.group] = base * LN2 + __logf(sum);
+        args.lse[(tile.sequence.first + row / tile.group) * args.query_heads + tile.query_head(row)] =
+            finish.lse;
 }

@@ -2,7 +2,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use moa_core::{
     Append, AttentionShape, CacheType, ExtendInputs, Extended, InfluenceInputs, InfluenceOutput,
-    LayerLayout, SparseAttentionBackend, check_extend,
+    LayerLayout, Scores, SparseAttentionBackend, check_extend,
 };
 
 use crate::attention::step::{Batch, Step, Tensors};
@@ -88,9 +88,12 @@ pub(crate) fn check<T: Form>(
 ) -> Result<AttentionShape> {
     let shape = check_extend(batch, inputs, T::shape)?;
     let first = &*batch[0].cache;
-    for (what, tensor) in [("q", inputs.q), ("k", inputs.k), ("v", inputs.v)] {
-        if tensor.dtype() != first.dtype() {
-            return Err(Error::argument(OP, what, first.dtype(), tensor.dtype()));
+    let own = first.dtype();
+    let sinks = inputs.scores.sinks.map(|sinks| ("sinks", sinks, Dtype::F32));
+    let tensors = [("q", inputs.q, own), ("k", inputs.k, own), ("v", inputs.v, own)];
+    for (what, tensor, dtype) in tensors.into_iter().chain(sinks) {
+        if tensor.dtype() != dtype {
+            return Err(Error::argument(OP, what, dtype, tensor.dtype()));
         }
     }
     if !first.device().is_same(device) {
@@ -132,14 +135,15 @@ impl SparseAttentionBackend for CudaBackend {
         inputs: &ExtendInputs<'_, Tensor>,
     ) -> Result<Extended<Tensor>> {
         let AttentionShape { query_heads, .. } = check(&self.device, batch, inputs)?;
-        let ExtendInputs { q, k, v, scale, lse } = *inputs;
-        for (what, tensor) in [("q", q), ("k", k), ("v", v)] {
+        let ExtendInputs { q, k, v, scores: Scores { scale, softcap, sinks }, lse } = *inputs;
+        let of_sinks = sinks.map(|sinks| ("sinks", sinks));
+        for (what, tensor) in [("q", q), ("k", k), ("v", v)].into_iter().chain(of_sinks) {
             if !tensor.device().is_same(&self.device) {
                 return Err(Error::argument(OP, what, "on the backend's device", "on another"));
             }
         }
         let (caches, tokens) = parts(batch);
-        let grown = Batch { caches: &caches, tokens: &tokens, query_heads, grows: false };
+        let grown = Batch { caches: &caches, tokens: &tokens, query_heads, grows: false, softcap };
         let out = Tensor::uninitialised(&self.device, OP, q.shape(), self.dtype)?;
         let lse = match lse {
             true => Some(Tensor::uninitialised(&self.device, OP, &q.shape()[..2], Dtype::F32)?),
@@ -152,6 +156,7 @@ impl SparseAttentionBackend for CudaBackend {
             out: out.packed(),
             lse: lse.as_ref().map_or(0, Tensor::pointer),
             scale,
+            sinks: sinks.map_or(0, Tensor::pointer),
             rope: None,
         };
         let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);

@@ -31,7 +31,8 @@ struct Inner {
     architecture: Architecture,
     multiprocessors: usize,
     shared_bytes: usize,
-    kernels: Mutex<HashMap<Variant, Arc<Kernels>>>,
+    /// By variant, and whether scores have a softcap.
+    kernels: Mutex<HashMap<(Variant, bool), Arc<Kernels>>>,
 }
 
 impl Device {
@@ -163,13 +164,18 @@ impl Device {
     /// # Errors
     /// [`Error::Argument`], [`Error::NoNvrtc`], [`Error::Compile`], [`Error::Driver`].
     pub fn kernels(&self, variant: Variant) -> Result<Arc<Kernels>> {
+        self.kernels_of(variant, false)
+    }
+
+    /// The same of scores with a softcap or without.
+    pub(crate) fn kernels_of(&self, variant: Variant, has_softcap: bool) -> Result<Arc<Kernels>> {
         // Held while compiling: two threads want the same kernels, not two compilations.
         let mut all = self.0.kernels.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kernels) = all.get(&variant) {
+        if let Some(kernels) = all.get(&(variant, has_softcap)) {
             return Ok(Arc::clone(kernels));
         }
-        let kernels = Arc::new(Kernels::load(self, variant)?);
-        all.insert(variant, Arc::clone(&kernels));
+        let kernels = Arc::new(Kernels::load(self, variant, has_softcap)?);
+        all.insert((variant, has_softcap), Arc::clone(&kernels));
         Ok(kernels)
     }
 

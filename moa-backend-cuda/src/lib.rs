@@ -17,7 +17,7 @@
 //! // A prompt of 1000 tokens, 4 query heads.
 //! let q = Tensor::zeros(&device, &[1000, 4, 128], Dtype::Bf16)?;
 //! let kv = Tensor::zeros(&device, &[1000, 1, 128], Dtype::Bf16)?;
-//! let inputs = ExtendInputs { q: &q, k: &kv, v: &kv, scale: 0.088, lse: false };
+//! let inputs = ExtendInputs::new(&q, &kv, &kv, 0.088);
 //! let extended = backend.extend(&mut [Append { cache: &mut cache, tokens: 1000 }], &inputs)?;
 //! assert_eq!(extended.out.shape(), [1000, 4, 128]);
 //! # Ok::<(), moa_backend_cuda::Error>(())

@@ -233,7 +233,7 @@ fn outcome(device: &Device, pools: &[Pool; 2], case: &Case) -> Outcome {
             .filter(|(_, tokens)| **tokens > 0)
             .map(|(cache, &tokens)| Append { cache, tokens })
             .collect();
-        let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale, lse: true };
+        let inputs = ExtendInputs { lse: true, ..ExtendInputs::new(&q, &k, &v, scale) };
         let Extended { out, lse } = backend.extend(&mut part, &inputs).unwrap();
         let (out, lse) = (out.to_f32().unwrap(), lse.unwrap().to_f32().unwrap());
         let mut row = 0;

@@ -45,7 +45,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let q = Tensor::new(&shared, &values(4, 31), &[tokens, 4, head_dim])?;
     let k = Tensor::new(&shared, &values(2, 37), &[tokens, 2, head_dim])?;
     let v = Tensor::new(&shared, &values(2, 41), &[tokens, 2, head_dim])?;
-    let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: 0.125, lse: false };
+    let inputs = ExtendInputs::new(&q, &k, &v, 0.125);
     let out = attention.extend(&mut [Append { cache: &mut cache, tokens }], &inputs)?.out;
 
     // The output as a wgpu buffer, and a copy of it that the application encodes itself. What

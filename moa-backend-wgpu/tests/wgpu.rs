@@ -311,7 +311,7 @@ fn every_error_variant_says_what_came() -> Verdict {
 
     let mut cache = backend.open(&layout, 8).unwrap();
     let x = t.tensor(&[0.0; 40], &[5, 1, 8]);
-    let inputs = ExtendInputs { q: &x, k: &x, v: &x, scale: 1.0, lse: false };
+    let inputs = ExtendInputs::new(&x, &x, &x, 1.0);
     let batch = &mut [Append { cache: &mut cache, tokens: 5 }];
     let error = backend.extend(batch, &inputs).unwrap_err();
     assert!(matches!(

@@ -1,9 +1,9 @@
-use burn::backend::DispatchDevice;
+use burn::backend::{DispatchDevice, DispatchTensor};
 use burn::tensor::{DType, Device, FloatDType, Tensor};
 use burn_cubecl::CubeDevice;
 use moa_backend_wgpu::{Cache, MatrixUnits, WgpuBackend};
 use moa_core::{
-    Append, ArgumentError, CacheState, Dtype, ExtendInputs, LayerLayout, Plan,
+    Append, ArgumentError, CacheState, Dtype, ExtendInputs, LayerLayout, Plan, Scores,
     SparseAttentionBackend,
 };
 
@@ -95,20 +95,20 @@ impl SparseAttention {
     /// Appends new tokens to the caches of a batch and attends to what each head's span keeps.
     ///
     /// `q` is `[batch, query_heads, tokens, head_dim]` after RoPE, `k` and `v` have the KV heads; a cache for each
-    /// sequence of the batch. The output has the shape of `q`. f16 and bf16 are widened, and the output is rounded to
-    /// the type of `q`.
+    /// sequence of the batch. `scores` is their factor, or [`Scores`] with a softcap or sinks. The output has the shape of `q`.
+    /// f16 and bf16 are widened, and the output is rounded to the type of `q`.
     ///
     /// # Errors
     /// [`Error::Gradients`] for tensors of an autodiff device, [`Error::Backend`] and [`Error::Elements`] for others of
     /// another kind, [`Error::Attention`] around [`ArgumentError`] for shapes, around
     /// [`moa_core::Error::CapacityExceeded`] for tokens that do not fit, around errors of the device.
-    pub fn forward(
+    pub fn forward<'a>(
         &self,
         caches: &mut [&mut LayerCache],
         q: Tensor<4>,
         k: Tensor<4>,
         v: Tensor<4>,
-        scale: f32,
+        scores: impl Into<Scores<'a, Tensor<1>>>,
     ) -> Result<Tensor<4>> {
         let [batch, query_heads, tokens, head_dim] = q.dims();
         if batch != caches.len() || batch == 0 || tokens == 0 {
@@ -131,7 +131,7 @@ impl SparseAttention {
         let (q, k, v) = (packed(q, query_heads), packed(k, heads), packed(v, heads));
         let mut batch_of: Vec<_> =
             caches.iter_mut().map(|cache| Append { cache: &mut **cache, tokens }).collect();
-        let out = self.forward_packed(&mut batch_of, q, k, v, scale)?;
+        let out = self.forward_packed(&mut batch_of, q, k, v, scores)?;
         Ok(out.reshape([batch, tokens, query_heads, head_dim]).swap_dims(1, 2))
     }
 
@@ -140,29 +140,20 @@ impl SparseAttention {
     ///
     /// # Errors
     /// Those of [`forward`](Self::forward).
-    pub fn forward_packed(
+    pub fn forward_packed<'a>(
         &self,
         batch: &mut [Append<'_, LayerCache>],
         q: Tensor<3>,
         k: Tensor<3>,
         v: Tensor<3>,
-        scale: f32,
+        scores: impl Into<Scores<'a, Tensor<1>>>,
     ) -> Result<Tensor<3>> {
         let dtype = q.dtype();
-        let mut wide = Vec::with_capacity(3);
-        for (argument, tensor) in [("q", q), ("k", k), ("v", v)] {
-            let tensor = match tensor.dtype() {
-                DType::F32 => tensor,
-                DType::F16 | DType::BF16 => tensor.cast(FloatDType::F32),
-                got => {
-                    let expected = "f32, f16 or bf16";
-                    return Err(Error::Elements { argument, expected, got });
-                }
-            };
-            wide.push(tensor.into_dispatch());
-        }
-        let (q, k, v) = (&wide[0], &wide[1], &wide[2]);
-        let inputs = ExtendInputs { q, k, v, scale, lse: false };
+        let (q, k, v) = (widened("q", q)?, widened("k", k)?, widened("v", v)?);
+        let Scores { scale, softcap, sinks } = scores.into();
+        let sinks = sinks.map(|sinks| widened("sinks", sinks.clone())).transpose()?;
+        let scores = Scores { scale, softcap, sinks: sinks.as_ref() };
+        let inputs = ExtendInputs::new(&q, &k, &v, scores);
         let out = Tensor::from_dispatch(self.extend(batch, &inputs)?.out);
         Ok(if dtype == DType::F32 { out } else { out.cast(dtype) })
     }
@@ -181,5 +172,13 @@ impl SparseAttention {
     /// [`Error::Attention`] around [`moa_core::Error::Evicted`] if a head would need keys that it no longer has.
     pub fn truncate(&self, cache: &mut LayerCache, len: usize) -> Result<()> {
         SparseAttentionBackend::truncate(self, cache, len)
+    }
+}
+
+fn widened<const D: usize>(argument: &'static str, tensor: Tensor<D>) -> Result<DispatchTensor> {
+    match tensor.dtype() {
+        DType::F32 => Ok(tensor.into_dispatch()),
+        DType::F16 | DType::BF16 => Ok(tensor.cast(FloatDType::F32).into_dispatch()),
+        got => Err(Error::Elements { argument, expected: "f32, f16 or bf16", got }),
     }
 }

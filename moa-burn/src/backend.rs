@@ -1,7 +1,7 @@
 use burn::backend::DispatchTensor;
 use moa_core::{
     Append, CacheState, CacheType, ExtendInputs, Extended, InfluenceInputs, InfluenceOutput,
-    LayerLayout, SparseAttentionBackend,
+    LayerLayout, Scores, SparseAttentionBackend,
 };
 
 use crate::bridge::{lift, lower};
@@ -41,13 +41,15 @@ impl SparseAttentionBackend for SparseAttention {
         batch: &mut [Append<'_, LayerCache>],
         inputs: &ExtendInputs<'_, DispatchTensor>,
     ) -> Result<Extended<DispatchTensor>> {
-        let ExtendInputs { q, k, v, scale, lse } = *inputs;
+        let ExtendInputs { q, k, v, scores: Scores { scale, softcap, sinks }, lse } = *inputs;
         let (q, k, v) = (lower("q", q)?, lower("k", k)?, lower("v", v)?);
+        let sinks = sinks.map(|sinks| lower("sinks", sinks)).transpose()?;
         let mut batch: Vec<_> = batch
             .iter_mut()
             .map(|append| Append { cache: &mut append.cache.0, tokens: append.tokens })
             .collect();
-        let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale, lse };
+        let scores = Scores { scale, softcap, sinks: sinks.as_ref() };
+        let inputs = ExtendInputs { lse, ..ExtendInputs::new(&q, &k, &v, scores) };
         let Extended { out, lse } = self.kernels.extend(&mut batch, &inputs)?;
         let lse = lse.map(|lse| lift(lse, &self.device));
         Ok(Extended { out: lift(out, &self.device), lse })

@@ -13,7 +13,9 @@ use burn::backend::{DispatchTensor, TensorMetadata};
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 use moa_burn::{Error, SparseAttention};
 use moa_conformance::{Stop, Subject, Verdict, run, suite, trials};
-use moa_core::{Append, ElasticRule, ExtendInputs, ModelShape, Plan, SparseAttentionBackend};
+use moa_core::{
+    Append, ElasticRule, ExtendInputs, ModelShape, Plan, Scores, SparseAttentionBackend,
+};
 
 const SHAPE: ModelShape = ModelShape { layers: 2, query_heads: 6, kv_heads: 2, head_dim: 16 };
 const TOKENS: usize = 60;
@@ -29,6 +31,7 @@ fn main() -> ExitCode {
         chunks_of_queued_tensors_are_burns_masked_attention,
         a_llama_block_with_a_dense_plan_is_burns_own,
         sixteen_bits_come_and_go,
+        softcaps_and_sinks_come_with_the_scores,
         what_does_not_fit_is_refused_at_the_call,
         a_cache_goes_to_another_thread,
         what_burn_writes_in_place_is_read_after_that,
@@ -187,6 +190,26 @@ fn sixteen_bits_come_and_go() -> Verdict {
     Ok(())
 }
 
+fn softcaps_and_sinks_come_with_the_scores() -> Verdict {
+    let t = Burn::open()?;
+    let plan = Plan::retrieval_heads(SHAPE, 3, 17, &[(0, 1)]).unwrap();
+    let [q, k, v] = t.inputs(1);
+    let run = |scores: Scores<'_, Tensor<1>>| {
+        let mut caches = t.attention.open(&plan, TOKENS).unwrap();
+        t.attention.forward(&mut [&mut caches[0]], q.clone(), k.clone(), v.clone(), scores)
+    };
+    let plain = run(0.25.into()).unwrap();
+    let capped = run(Scores { softcap: Some(0.1), ..Scores::from(0.25) }).unwrap();
+    assert!(worst(capped, plain.clone()) > 1e-3);
+    let sinks = Tensor::<1>::full([6], 1e4, &t.device);
+    let none = run(Scores { sinks: Some(&sinks), ..Scores::from(0.25) }).unwrap();
+    assert!(worst(none, plain.zeros_like()) < 1e-6);
+    let few = sinks.narrow(0, 0, 5);
+    let error = run(Scores { sinks: Some(&few), ..Scores::from(0.25) }).unwrap_err();
+    assert!(error.to_string().contains("sinks"), "{error}");
+    Ok(())
+}
+
 fn what_does_not_fit_is_refused_at_the_call() -> Verdict {
     let t = Burn::open()?;
     let plan = Plan::retrieval_heads(SHAPE, 3, 17, &[(0, 1)]).unwrap();
@@ -222,7 +245,7 @@ fn what_does_not_fit_is_refused_at_the_call() -> Verdict {
         "{error}"
     );
     let whole = Tensor::<3, Int>::zeros([1, 2, 16], &t.device).into_dispatch();
-    let inputs = ExtendInputs { q: &whole, k: &whole, v: &whole, scale: 0.25, lse: false };
+    let inputs = ExtendInputs::new(&whole, &whole, &whole, 0.25);
     let batch = &mut [Append { cache: &mut caches[1], tokens: 1 }];
     let error = t.attention.extend(batch, &inputs).unwrap_err();
     assert!(matches!(error, Error::Elements { argument: "q", .. }), "{error}");

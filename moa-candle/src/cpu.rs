@@ -1,6 +1,6 @@
 use candle_core::{CpuStorage, DType, Device, Error, Layout, Result, Storage, Tensor};
 use moa_backend_cpu::CpuBackend;
-use moa_core::{Append, ExtendInputs, SparseAttentionBackend};
+use moa_core::{Append, ExtendInputs, Scores, SparseAttentionBackend};
 
 #[cfg(feature = "cuda")]
 use crate::elsewhere;
@@ -11,7 +11,7 @@ pub(crate) fn forward(
     backend: &CpuBackend,
     caches: &mut [&mut LayerCache],
     [q, k, v]: [&Tensor; 3],
-    scale: f32,
+    scores: Scores<'_, Tensor>,
     dims: Dims,
 ) -> Result<Tensor> {
     let mut batch = Vec::with_capacity(caches.len());
@@ -24,7 +24,10 @@ pub(crate) fn forward(
     }
     let dtype = q.dtype();
     let (q, k, v) = (packed(q)?, packed(k)?, packed(v)?);
-    let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale, lse: false };
+    let sinks = scores.sinks.map(sinks).transpose()?;
+    let Scores { scale, softcap, .. } = scores;
+    let scores = Scores { scale, softcap, sinks: sinks.as_ref() };
+    let inputs = ExtendInputs::new(&q, &k, &v, scores);
     let out = backend.extend(&mut batch, &inputs).map_err(Error::wrap)?.out.into_data();
     let shape = (dims.batch, dims.tokens, dims.query_heads, dims.head_dim);
     let out = Tensor::from_vec(out, shape, &Device::Cpu)?.transpose(1, 2)?;
@@ -54,6 +57,12 @@ fn packed(tensor: &Tensor) -> Result<moa_backend_cpu::Tensor> {
         _ => candle_core::bail!("q, k, v: expected f32, f16 or bf16, got {:?}", tensor.dtype()),
     }
     moa_backend_cpu::Tensor::new(out, &[batch * tokens, heads, dim]).map_err(Error::wrap)
+}
+
+/// Learned sinks, `[query_heads]`.
+fn sinks(sinks: &Tensor) -> Result<moa_backend_cpu::Tensor> {
+    let data = sinks.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+    moa_backend_cpu::Tensor::new(data, sinks.dims()).map_err(Error::wrap)
 }
 
 /// Calls `each` with the index of every row's first element, heads innermost.

@@ -11,7 +11,7 @@ use candle_core::{
 };
 use moa_backend_cuda::tables::Packed;
 use moa_backend_cuda::{Batch, CudaBackend, Step, Tensors, Workspace};
-use moa_core::{CacheState, Dtype, LayerLayout, SparseAttentionBackend};
+use moa_core::{CacheState, Dtype, LayerLayout, Scores, SparseAttentionBackend};
 
 use crate::{Dims, LayerCache, Store, elsewhere};
 
@@ -87,7 +87,7 @@ impl Road {
         &self,
         caches: &mut [&mut LayerCache],
         inputs: [&Tensor; 3],
-        scale: f32,
+        scores: Scores<'_, Tensor>,
         dims: Dims,
     ) -> Result<Tensor> {
         let mut own = Vec::with_capacity(caches.len());
@@ -105,8 +105,8 @@ impl Road {
             );
         }
         match dtype {
-            DType::F16 => self.extend::<half::f16>(&mut own, inputs, scale, dims),
-            _ => self.extend::<half::bf16>(&mut own, inputs, scale, dims),
+            DType::F16 => self.extend::<half::f16>(&mut own, inputs, scores, dims),
+            _ => self.extend::<half::bf16>(&mut own, inputs, scores, dims),
         }
     }
 
@@ -114,7 +114,7 @@ impl Road {
         &self,
         caches: &mut [&mut moa_backend_cuda::Cache],
         inputs: [&Tensor; 3],
-        scale: f32,
+        scores: Scores<'_, Tensor>,
         dims: Dims,
     ) -> Result<Tensor> {
         let Dims { batch, tokens, query_heads, head_dim } = dims;
@@ -127,6 +127,15 @@ impl Road {
             let (q, _q) = Strided::new::<T>(&q.0, q.1, &stream)?;
             let (k, _k) = Strided::new::<T>(&k.0, k.1, &stream)?;
             let (v, _v) = Strided::new::<T>(&v.0, v.1, &stream)?;
+            let Scores { scale, softcap, sinks } = scores;
+            // Of candle's own type, and without gaps.
+            let sinks = sinks.map(|x| x.to_dtype(DType::F32)?.contiguous()).transpose()?;
+            let sinks = sinks.as_ref().map(Tensor::storage_and_layout);
+            let sinks = match &sinks {
+                Some((storage, layout)) => Some(address::<f32>(storage, layout, &stream)?),
+                None => None,
+            };
+            let sinks = sinks.as_ref().map_or(0, |(address, _)| *address);
             let (out, _out) = out.device_ptr_mut(&stream);
             let mut launch = self.launch.lock().unwrap_or_else(PoisonError::into_inner);
             let (step, workspace) = &mut *launch;
@@ -138,10 +147,16 @@ impl Road {
                 let out = out + (call * together * tokens * row * size_of::<T>()) as u64;
                 let out = Packed::contiguous(out, query_heads, head_dim);
                 let [q, k, v] = [&q, &k, &v].map(place);
-                let tensors = Tensors { q, k, v, out, lse: 0, scale, rope: None };
+                let tensors = Tensors { q, k, v, out, lse: 0, scale, sinks, rope: None };
                 let counts = vec![tokens; caches.len()];
                 let shared: Vec<&moa_backend_cuda::Cache> = caches.iter().map(|c| &**c).collect();
-                let batch = Batch { caches: &shared, tokens: &counts, query_heads, grows: false };
+                let batch = Batch {
+                    caches: &shared,
+                    tokens: &counts,
+                    query_heads,
+                    grows: false,
+                    softcap,
+                };
                 let raw = stream.cu_stream().cast();
                 // SAFETY: all of this is on candle's stream, in order with candle's work. Caches were opened
                 // before a synchronisation, and they, the step and the workspace are freed after one.
@@ -176,14 +191,11 @@ impl Strided {
         layout: &Layout,
         stream: &'a CudaStream,
     ) -> Result<(Self, SyncOnDrop<'a>)> {
-        let (Storage::Cuda(storage), &[sequence, head, token, 1]) = (storage, layout.stride())
-        else {
+        let &[sequence, head, token, 1] = layout.stride() else {
             candle_core::bail!("q, k, v: expected strides [_, _, _, 1] on CUDA, got {layout:?}");
         };
-        let (address, guard) = storage.as_cuda_slice::<T>()?.device_ptr(stream);
-        let bytes = size_of::<T>();
-        let data = address + (layout.start_offset() * bytes) as u64;
-        Ok((Self { data, sequence, head, token, bytes }, guard))
+        let (data, guard) = address::<T>(storage, layout, stream)?;
+        Ok((Self { data, sequence, head, token, bytes: size_of::<T>() }, guard))
     }
 
     /// The tokens of a sequence, or the one token of each from this sequence on.
@@ -192,4 +204,17 @@ impl Strided {
         let data = self.data + (sequence * self.sequence * self.bytes) as u64;
         Packed { data, token: token as i64, head: self.head as i64 }
     }
+}
+
+/// Of a tensor's first element; the guard tells cudarc, when dropped, that the stream has used it.
+fn address<'a, T: CudaDType + DeviceRepr + 'a>(
+    storage: &'a Storage,
+    layout: &Layout,
+    stream: &'a CudaStream,
+) -> Result<(u64, SyncOnDrop<'a>)> {
+    let Storage::Cuda(storage) = storage else {
+        candle_core::bail!("tensors: expected CUDA, got {:?}", storage.device().location());
+    };
+    let (address, guard) = storage.as_cuda_slice::<T>()?.device_ptr(stream);
+    Ok((address + (layout.start_offset() * size_of::<T>()) as u64, guard))
 }

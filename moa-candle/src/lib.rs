@@ -41,7 +41,7 @@ mod cuda;
 
 use candle_core::{DType, Device, Error, Result, Tensor};
 use moa_backend_cpu::CpuBackend;
-use moa_core::{CacheState, Dtype, LayerLayout, Plan, SparseAttentionBackend};
+use moa_core::{CacheState, Dtype, LayerLayout, Plan, Scores, SparseAttentionBackend};
 
 /// Attention of one model on one device. Clones share what they hold on the device.
 #[derive(Clone, Debug)]
@@ -126,24 +126,35 @@ impl SparseAttention {
     /// `q` is `[batch, query_heads, tokens, head_dim]` after RoPE, `k` and `v` have the KV heads; a cache for
     /// each sequence of the batch. Strides are any on the CPU; on CUDA a row's elements lie together. The output has the
     /// shape of `q`, and lies in memory as `[batch, tokens, query_heads, head_dim]`, which is what the
-    /// output projection reads: `out.transpose(1, 2)?.flatten_from(2)?` copies nothing.
+    /// output projection reads: `out.transpose(1, 2)?.flatten_from(2)?` copies nothing. `scores` is their factor, or
+    /// [`Scores`] with a softcap or with sinks, `[query_heads]` of any float type.
     ///
     /// # Errors
     /// [`Error::Msg`] or [`Error::Wrapped`] if the arguments do not fit together, a cache has no room or lies on
     /// another device, or gradients are tracked, which this operation does not have. No cache is changed then.
-    pub fn forward(
+    pub fn forward<'a>(
         &self,
         caches: &mut [&mut LayerCache],
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        scale: f32,
+        scores: impl Into<Scores<'a, Tensor>>,
     ) -> Result<Tensor> {
+        let scores = scores.into();
         let dims = self.check(caches, [q, k, v])?;
+        if let Some(sinks) = scores.sinks {
+            if sinks.dims() != [dims.query_heads] {
+                let (expected, got) = (dims.query_heads, sinks.shape());
+                candle_core::bail!("sinks: expected [{expected}], got {got:?}");
+            }
+            if sinks.track_op() {
+                candle_core::bail!("sinks: expected a tensor without gradients, got a tracked one");
+            }
+        }
         match &self.0 {
-            Road::Cpu(backend) => cpu::forward(backend, caches, [q, k, v], scale, dims),
+            Road::Cpu(backend) => cpu::forward(backend, caches, [q, k, v], scores, dims),
             #[cfg(feature = "cuda")]
-            Road::Cuda(road) => road.forward(caches, [q, k, v], scale, dims),
+            Road::Cuda(road) => road.forward(caches, [q, k, v], scores, dims),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use moa_candle::SparseAttention;
-use moa_core::{ModelShape, Plan};
+use moa_core::{ModelShape, Plan, Scores};
 
 const SHAPE: ModelShape = ModelShape { layers: 2, query_heads: 6, kv_heads: 2, head_dim: 16 };
 const TOKENS: usize = 90;
@@ -21,7 +21,15 @@ fn inputs(batch: usize) -> Result<[Tensor; 3]> {
     ])
 }
 
-fn expected([q, k, v]: &[Tensor; 3], layer: usize) -> Result<Tensor> {
+fn expected(qkv: &[Tensor; 3], layer: usize) -> Result<Tensor> {
+    expected_of(qkv, layer, Scores::from(0.25))
+}
+
+fn expected_of(
+    [q, k, v]: &[Tensor; 3],
+    layer: usize,
+    Scores { scale, softcap, sinks }: Scores<'_, Tensor>,
+) -> Result<Tensor> {
     let (batch, heads, tokens, dim) = q.dims4()?;
     let group = SHAPE.group();
     let mask = plan().additive_mask(layer, TOKENS, 0..tokens).unwrap();
@@ -30,9 +38,19 @@ fn expected([q, k, v]: &[Tensor; 3], layer: usize) -> Result<Tensor> {
         let shape = (batch, SHAPE.kv_heads, group, tokens, dim);
         x.unsqueeze(2)?.broadcast_as(shape)?.contiguous()?.reshape((batch, heads, tokens, dim))
     };
-    let scores = (q.contiguous()?.matmul(&repeat(k)?.t()?.contiguous()?)? * 0.25)?;
+    let scores = (q.contiguous()?.matmul(&repeat(k)?.t()?.contiguous()?)? * f64::from(scale))?;
+    let scores = match softcap.map(f64::from) {
+        Some(cap) => ((scores / cap)?.tanh()? * cap)?,
+        None => scores,
+    };
     let scores = scores.reshape((batch, SHAPE.kv_heads, group, tokens, tokens))?;
-    let weights = candle_nn::ops::softmax(&scores.broadcast_add(&mask)?, D::Minus1)?;
+    // A column of the sinks, whose weights are dropped.
+    let none = Tensor::full(f32::NEG_INFINITY, SHAPE.query_heads, &Device::Cpu)?;
+    let sinks = sinks.unwrap_or(&none).reshape((1, SHAPE.kv_heads, group, 1, 1))?;
+    let sinks = sinks.broadcast_as((batch, SHAPE.kv_heads, group, tokens, 1))?;
+    let scores = Tensor::cat(&[&scores.broadcast_add(&mask)?, &sinks.contiguous()?], D::Minus1)?;
+    let weights = candle_nn::ops::softmax(&scores, D::Minus1)?;
+    let weights = weights.narrow(D::Minus1, 0, tokens)?.contiguous()?;
     weights.reshape((batch, heads, tokens, tokens))?.matmul(&repeat(v)?)
 }
 
@@ -58,6 +76,28 @@ fn chunks_and_batches_are_candles_masked_attention() -> Result<()> {
             assert!(worst(&Tensor::cat(&outputs, 2)?, &expected(&inputs, layer)?)? < 1e-5);
         }
     }
+    Ok(())
+}
+
+#[test]
+fn softcaps_and_sinks_are_candles() -> Result<()> {
+    let attention = SparseAttention::new(&Device::Cpu, DType::F32)?;
+    let inputs = inputs(2)?;
+    let sinks = Tensor::randn(0f32, 1., SHAPE.query_heads, &Device::Cpu)?;
+    let scores = Scores { scale: 0.25, softcap: Some(0.5), sinks: Some(&sinks) };
+    let (mut first, mut second) =
+        (attention.open(&plan(), TOKENS)?, attention.open(&plan(), TOKENS)?);
+    let [q, k, v] = &inputs;
+    let out = attention.forward(&mut [&mut first[0], &mut second[0]], q, k, v, scores)?;
+    assert!(worst(&out, &expected_of(&inputs, 0, scores)?)? < 1e-5);
+    assert!(worst(&out, &expected(&inputs, 0)?)? > 1e-2);
+
+    let few = sinks.narrow(0, 1, 2)?;
+    let wrong = Scores { sinks: Some(&few), ..scores };
+    let mut cache = attention.open(&plan(), TOKENS)?;
+    let [q, k, v] = [0, 1, 2].map(|i| inputs[i].narrow(0, 0, 1));
+    let error = attention.forward(&mut [&mut cache[0]], &q?, &k?, &v?, wrong).unwrap_err();
+    assert!(error.to_string().contains("sinks"), "{error}");
     Ok(())
 }
 

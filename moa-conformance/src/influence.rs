@@ -54,8 +54,14 @@ impl Case {
         let n = self.world.tokens;
         let spans = vec![self.span(); kv];
         let scale = self.world.scale();
-        let (out, lse) =
-            reference::extend(self.world.heads, &f64s(q), &f64s(k), &f64s(v), &spans, scale.into());
+        let (out, lse) = reference::extend(
+            self.world.heads,
+            &f64s(q),
+            &f64s(k),
+            &f64s(v),
+            &spans,
+            f64::from(scale),
+        );
         let f32s = |x: &[f64]| x.iter().map(|&x| x as f32).collect::<Vec<_>>();
         let inputs = InfluenceInputs {
             q: &s.tensor(q, &[n, query, dim]),

@@ -180,20 +180,12 @@ pub(crate) fn truncate_to_nothing_equals_a_new_cache<S: Subject>(s: &S) {
     });
 }
 
-/// A world whose heads go through the subject's types in turn, from one that the seed says.
-fn of_types<S: Subject>(s: &S, world: World) -> World {
-    let types: Vec<_> = s.cache_types().iter().copied().map(Some).chain([None]).collect();
-    let own = |head: usize| types[(world.seed as usize).wrapping_add(head) % types.len()];
-    let types = (0..world.heads.kv).map(own).collect();
-    World { types, ..world }
-}
-
 /// What a query does not see counts for nothing, whatever it holds: 0 times infinity is no number. What it does see
 /// is not passed over. All rows are ones that some query sees.
 pub(crate) fn rows_that_hold_no_numbers_reach_no_query_that_does_not_see_them<S: Subject>(s: &S) {
     check(48, (chunked_worlds(s), poisons(), any::<bool>()), |((world, chunks), poison, typed)| {
         let world = world.poisoned(poison);
-        let of_types = of_types(s, world.clone());
+        let of_types = world.clone().of_types(s);
         // Not every type is there in every head dimension.
         let is_open = |world: &World| {
             s.backend().open(&world.layout(world.tokens, 0), world.heads.dim).is_ok()
@@ -218,7 +210,7 @@ pub(crate) fn heads_of_other_types_equal_the_reference<S: Subject>(s: &S) -> Ver
         return Err(Stop::ignored("no type can be chosen for a head"));
     }
     check(40, chunked_worlds(s), |(world, chunks)| {
-        let world = of_types(s, world);
+        let world = world.of_types(s);
         let (out, lse) = world.reference(s);
         let output = world.run(s, &chunks);
         let (d_out, d_lse) = (error(&output.out, &out), error(&output.lse, &lse));
@@ -227,7 +219,7 @@ pub(crate) fn heads_of_other_types_equal_the_reference<S: Subject>(s: &S) -> Ver
         assert!(d_out <= most && d_lse <= most, "{:?}: {d_out:e} {d_lse:e}", world.types);
         close(&world.run(s, &[world.tokens]).out, &output.out, same);
 
-        let other = of_types(s, World { seed: world.seed.wrapping_add(1), ..world.clone() });
+        let other = World { seed: world.seed.wrapping_add(1), ..world.clone() }.of_types(s);
         let mut drafted = world.open(s, world.tokens, world.tokens);
         world.extend(s, &mut drafted, 0..world.tokens).unwrap();
         let at = world.tokens / 2;

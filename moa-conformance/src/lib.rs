@@ -3,7 +3,7 @@
 //! [`SparseAttentionBackend`] promises that the output of attention does not depend on how a sequence
 //! was cut into chunks, on what else is in the batch, or on spare capacity, and that a failed call
 //! changes nothing. The suite checks these laws on random sequences against a naive reference in f64,
-//! and beside them ten traps that other implementations fell into, what attention values influence,
+//! and beside them ten traps that other implementations fell into, softcaps and learned sinks, what attention values influence,
 //! and what is to be refused. It is the same for every backend, inside and outside of this repository.
 //!
 //! # A backend's tests
@@ -47,6 +47,7 @@ mod influence;
 mod laws;
 mod numbers;
 mod run;
+mod scores;
 mod subject;
 mod suite;
 mod traps;

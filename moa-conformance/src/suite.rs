@@ -1,4 +1,4 @@
-use crate::{IntoVerdict, Stop, Subject, Trial, Verdict, errors, influence, laws, traps};
+use crate::{IntoVerdict, Stop, Subject, Trial, Verdict, errors, influence, laws, scores, traps};
 
 /// A check of the suite, by its name.
 type Check<S> = (&'static str, fn(&S) -> Verdict);
@@ -9,7 +9,7 @@ macro_rules! checks {
     };
 }
 
-/// Everything that a backend must do: 32 trials, named `{name}::{check}`.
+/// Everything that a backend must do: 37 trials, named `{name}::{check}`.
 ///
 /// `open` makes the backend anew for each trial; where it cannot, it says [why](Stop::ignored).
 pub fn suite<S: Subject>(
@@ -45,7 +45,7 @@ fn trial<S: Subject>(
     Trial::new(format!("{name}::{check}"), move || run(&open()?))
 }
 
-fn all<S: Subject>() -> [Check<S>; 32] {
+fn all<S: Subject>() -> [Check<S>; 37] {
     checks! {
         laws:
             output_equals_the_reference
@@ -71,6 +71,12 @@ fn all<S: Subject>() -> [Check<S>; 32] {
             trap_08_no_state_leaks_into_the_next_sequence
             trap_11_every_row_of_a_batch_has_its_own_length
             trap_12_result_does_not_depend_on_the_batch;
+        scores:
+            softcap_equals_the_reference
+            sinks_equal_the_reference
+            softcap_and_sinks_equal_the_reference
+            sinks_at_the_ends
+            wrong_softcaps_and_sinks_are_refused;
         influence:
             influence_equals_the_reference
             gradients_equal_the_reference

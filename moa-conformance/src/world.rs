@@ -2,10 +2,10 @@ use std::ops::Range;
 
 use moa_core::reference::{self, Heads};
 use moa_core::{
-    Append, CacheType, ExtendInputs, Extended, LayerLayout, Span, SparseAttentionBackend,
+    Append, CacheType, ExtendInputs, Extended, LayerLayout, Scores, Span, SparseAttentionBackend,
 };
 
-use crate::numbers::normal;
+use crate::numbers::{f64s, normal};
 use crate::{Cache, Error, Subject};
 
 /// One layer of an attention model and the inputs of one sequence to it: what the suite runs backends
@@ -18,6 +18,10 @@ pub struct World {
     pub spans: Vec<Span>,
     /// The cache type of each KV head, where it is not the backend's own; empty where all are.
     pub types: Vec<Option<CacheType>>,
+    /// The layer's softcap.
+    pub softcap: Option<f32>,
+    /// Whether the layer has learned [`sinks`](Self::sinks).
+    pub has_sinks: bool,
     /// Length of the sequence.
     pub tokens: usize,
     /// Other seeds give other inputs.
@@ -62,14 +66,9 @@ impl World {
         tokens: usize,
     ) -> Self {
         let spans = spans.iter().map(|&(sink, window)| Span::new(sink, window).unwrap()).collect();
-        Self {
-            heads: Heads { query, kv, dim },
-            spans,
-            types: Vec::new(),
-            tokens,
-            seed: 1,
-            poison: None,
-        }
+        let heads = Heads { query, kv, dim };
+        let (types, softcap, has_sinks) = (Vec::new(), None, false);
+        Self { heads, spans, types, softcap, has_sinks, tokens, seed: 1, poison: None }
     }
 
     /// The world with a poisoned row, of the token modulo the world's.
@@ -107,6 +106,21 @@ impl World {
         rows
     }
 
+    /// The layer's sinks, `[query_heads]`, whatever the seed: about as large as scores, and minus infinity
+    /// for some head.
+    pub fn sinks(&self) -> Vec<f32> {
+        let mut sinks = normal(self.heads.query, 0x51);
+        sinks.iter_mut().skip(2).step_by(5).for_each(|sink| *sink = f32::NEG_INFINITY);
+        sinks
+    }
+
+    /// The same world, whose heads go through the subject's types in turn, from one that the seed says.
+    pub(crate) fn of_types<S: Subject>(self, s: &S) -> Self {
+        let types: Vec<_> = s.cache_types().iter().copied().map(Some).chain([None]).collect();
+        let own = |head: usize| types[(self.seed as usize).wrapping_add(head) % types.len()];
+        Self { types: (0..self.heads.kv).map(own).collect(), ..self }
+    }
+
     /// The geometry of a cache for `capacity` tokens that can go back by `slack` more than one.
     ///
     /// # Panics
@@ -131,7 +145,13 @@ impl World {
     pub fn reference<S: Subject>(&self, s: &S) -> (Vec<f64>, Vec<f64>) {
         let (k, v) = (self.stored_keys(s), self.stored_values(s));
         let q: Vec<f64> = self.q().iter().map(|&x| f64::from(s.round_tensor(x))).collect();
-        reference::extend(self.heads, &q, &k, &v, &self.spans, f64::from(self.scale()))
+        let sinks = self.has_sinks.then(|| f64s(&self.sinks()));
+        let scores = reference::Scores {
+            scale: self.scale().into(),
+            softcap: self.softcap.map(f64::from),
+            sinks: sinks.as_deref(),
+        };
+        reference::extend(self.heads, &q, &k, &v, &self.spans, scores)
     }
 
     /// Keys as heads of their types hold them.
@@ -219,7 +239,7 @@ pub struct Entry<'a, S: Subject> {
     pub range: Range<usize>,
 }
 
-/// One call for several sequences of equal dimensions; outputs per sequence.
+/// One call for several sequences of one layer; outputs per sequence.
 ///
 /// # Errors
 /// The error of the backend's `extend`.
@@ -227,8 +247,9 @@ pub struct Entry<'a, S: Subject> {
 /// # Panics
 /// Panics if there is no entry, or if there are no log-sum-exps, which are asked for.
 pub fn batch<S: Subject>(s: &S, entries: &mut [Entry<'_, S>]) -> Result<Vec<Output>, Error<S>> {
-    let heads = entries[0].world.heads;
-    let scale = entries[0].world.scale();
+    let World { heads, softcap, has_sinks, .. } = *entries[0].world;
+    let sinks = has_sinks.then(|| s.lse(&entries[0].world.sinks(), &[heads.query]));
+    let scores = Scores { scale: entries[0].world.scale(), softcap, sinks: sinks.as_ref() };
     let tokens: Vec<usize> = entries.iter().map(|e| e.range.len()).collect();
     let total: usize = tokens.iter().sum();
     let pack = |all: fn(&World) -> Vec<f32>, heads_of: usize| {
@@ -239,7 +260,7 @@ pub fn batch<S: Subject>(s: &S, entries: &mut [Entry<'_, S>]) -> Result<Vec<Outp
     };
     let qkv = [pack(World::q, heads.query), pack(World::k, heads.kv), pack(World::v, heads.kv)];
     let caches = entries.iter_mut().map(|e| (&mut *e.cache, e.range.len()));
-    let Extended { out, lse } = extend(s, caches, qkv.each_ref(), scale, true)?;
+    let Extended { out, lse } = extend(s, caches, qkv.each_ref(), scores, true)?;
     let (out, lse) = (s.host(&out), s.host(&lse.expect("lse was asked for")));
     let mut first = 0;
     Ok(tokens
@@ -257,11 +278,11 @@ pub fn batch<S: Subject>(s: &S, entries: &mut [Entry<'_, S>]) -> Result<Vec<Outp
 ///
 /// # Errors
 /// The error of the backend's `extend`.
-pub fn extend<'a, S: Subject>(
+pub fn extend<'a, 'b, S: Subject>(
     s: &S,
     batch: impl IntoIterator<Item = (&'a mut Cache<S>, usize)>,
-    [q, k, v]: [&S::Tensor; 3],
-    scale: f32,
+    [q, k, v]: [&'b S::Tensor; 3],
+    scores: impl Into<Scores<'b, S::Tensor>>,
     lse: bool,
 ) -> Result<Extended<S::Tensor>, Error<S>>
 where
@@ -269,5 +290,5 @@ where
 {
     let batch = batch.into_iter().map(|(cache, tokens)| Append { cache, tokens });
     let mut batch: Vec<Append<'a, Cache<S>>> = batch.collect();
-    s.backend().extend(&mut batch, &ExtendInputs { q, k, v, scale, lse })
+    s.backend().extend(&mut batch, &ExtendInputs { lse, ..ExtendInputs::new(q, k, v, scores) })
 }

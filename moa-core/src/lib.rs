@@ -70,7 +70,8 @@ mod split_mix;
 
 pub use backend::{
     Append, AttentionShape, ExtendInputs, Extended, Gradients, InfluenceInputs, InfluenceOutput,
-    InfluenceSign, SparseAttentionBackend, check_batch, check_extend, check_influence,
+    InfluenceSign, Scores, SparseAttentionBackend, check_batch, check_extend, check_influence,
+    check_softcap,
 };
 pub use blocks::BlockType;
 pub use cache::{

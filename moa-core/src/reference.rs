@@ -24,12 +24,36 @@ impl Heads {
     }
 }
 
+/// What scores are, and what takes part in the softmax beside them. From an `f64`: plain scores of this factor.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scores<'a> {
+    /// A score is `scale * q.k` ...
+    pub scale: f64,
+    /// ... and with a softcap `c` it is `c * tanh(scale * q.k / c)`.
+    pub softcap: Option<f64>,
+    /// A logit of each query head that is in the denominator and has no value.
+    pub sinks: Option<&'a [f64]>,
+}
+
+impl From<f64> for Scores<'_> {
+    fn from(scale: f64) -> Self {
+        Self { scale, softcap: None, sinks: None }
+    }
+}
+
+impl Scores<'_> {
+    fn score(&self, product: f64) -> f64 {
+        let score = self.scale * product;
+        self.softcap.map_or(score, |cap| cap * (score / cap).tanh())
+    }
+}
+
 fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(x, y)| x * y).sum()
 }
 
 /// Attention probabilities of one query of one head over all keys up to its own, and the
-/// log-sum-exp of the scaled scores.
+/// log-sum-exp of the scores, the sink among them.
 fn probabilities(
     h: Heads,
     q: &[f64],
@@ -37,34 +61,36 @@ fn probabilities(
     span: Span,
     i: usize,
     head: usize,
-    scale: f64,
+    rule: Scores<'_>,
 ) -> (Vec<f64>, f64) {
     let scores: Vec<f64> = (0..=i)
         .map(|j| match span.attends(Position(i), Position(j)) {
-            true => scale * dot(h.row(q, h.query, i, head), h.row(k, h.kv, j, h.kv_of(head))),
+            true => rule.score(dot(h.row(q, h.query, i, head), h.row(k, h.kv, j, h.kv_of(head)))),
             false => f64::NEG_INFINITY,
         })
         .collect();
-    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+    let sink = rule.sinks.map_or(f64::NEG_INFINITY, |sinks| sinks[head]);
+    let max = scores.iter().copied().fold(sink, f64::max);
+    let sum: f64 = scores.iter().chain([&sink]).map(|s| (s - max).exp()).sum();
     (scores.iter().map(|s| (s - max).exp() / sum).collect(), max + sum.ln())
 }
 
 /// Attention outputs `[tokens, query heads, dim]` and log-sum-exps `[tokens, query heads]` of a
 /// whole sequence; `q` is `[tokens, query heads, dim]`, `k` and `v` are `[tokens, kv heads, dim]`.
-pub fn extend(
+pub fn extend<'a>(
     h: Heads,
     q: &[f64],
     k: &[f64],
     v: &[f64],
     spans: &[Span],
-    scale: f64,
+    scores: impl Into<Scores<'a>>,
 ) -> (Vec<f64>, Vec<f64>) {
+    let scores = scores.into();
     let tokens = q.len() / (h.query * h.dim);
     let (mut out, mut lses) = (Vec::new(), Vec::new());
     for i in 0..tokens {
         for head in 0..h.query {
-            let (p, lse) = probabilities(h, q, k, spans[h.kv_of(head)], i, head, scale);
+            let (p, lse) = probabilities(h, q, k, spans[h.kv_of(head)], i, head, scores);
             // What is hidden counts for nothing, whatever it holds: 0 times infinity is no number.
             let span = spans[h.kv_of(head)];
             let seen = (0..=i).filter(|&j| span.attends(Position(i), Position(j)));
@@ -93,7 +119,7 @@ pub fn influence(
     let tokens = q.len() / (h.query * h.dim);
     let mut e = vec![0.0; tokens * tokens];
     for i in 0..tokens {
-        let (p, _) = probabilities(h, q, k, span, i, head, scale);
+        let (p, _) = probabilities(h, q, k, span, i, head, scale.into());
         let seen = (0..=i).filter(|&j| span.attends(Position(i), Position(j)));
         let g = |j: usize| dot(h.row(d_out, h.query, i, head), h.row(v, h.kv, j, h.kv_of(head)));
         let g: Vec<(usize, f64)> = seen.map(|j| (j, g(j))).collect();

@@ -10,7 +10,7 @@
 use std::sync::Arc;
 
 use moa_core::{
-    Append, CacheState, ExtendInputs, Extended, HeadLayout, LayerLayout, Position, Result,
+    Append, CacheState, ExtendInputs, Extended, HeadLayout, LayerLayout, Position, Result, Scores,
     SparseAttentionBackend, check_extend,
 };
 
@@ -74,13 +74,14 @@ impl Cache {
     }
 
     /// Attention of one query at `position` over what its head sees: appends the output to `out`, and
-    /// returns the log-sum-exp of the scores.
+    /// returns the log-sum-exp of the scores. A sink of minus infinity is none.
     fn attend(
         &self,
         head: &HeadLayout,
         position: Position,
         q: &[f32],
-        scale: f32,
+        scores: &Scores<'_, Tensor>,
+        sink: f32,
         out: &mut Vec<f32>,
     ) -> f32 {
         let row = |codes: &[i8], slot: usize| -> Vec<f32> {
@@ -89,11 +90,13 @@ impl Cache {
         let seen = head.span().visible(position).into_iter().flatten();
         let slots: Vec<usize> = seen.map(|key| head.slot(Position(key)).0).collect();
         let score = |slot: &usize| -> f32 {
-            scale * q.iter().zip(row(&self.keys, *slot)).map(|(q, k)| q * k).sum::<f32>()
+            let products = q.iter().zip(row(&self.keys, *slot)).map(|(q, k)| q * k);
+            let score = scores.scale * products.sum::<f32>();
+            scores.softcap.map_or(score, |cap| cap * (score / cap).tanh())
         };
         let scores: Vec<f32> = slots.iter().map(score).collect();
-        let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f32 = scores.iter().map(|score| (score - max).exp()).sum();
+        let max = scores.iter().copied().fold(sink, f32::max);
+        let sum: f32 = scores.iter().chain([&sink]).map(|score| (score - max).exp()).sum();
         let mut mean = vec![0.0; q.len()];
         for (slot, score) in slots.iter().zip(&scores) {
             let weight = (score - max).exp() / sum;
@@ -141,7 +144,9 @@ impl SparseAttentionBackend for FixedPoint {
                 for query in 0..shape.query_heads {
                     let head = cache.state.layout().head(query / shape.group());
                     let q = inputs.q.row(token, query);
-                    lse.push(cache.attend(head, position, q, inputs.scale, &mut out));
+                    let sinks = inputs.scores.sinks;
+                    let sink = sinks.map_or(f32::NEG_INFINITY, |sinks| sinks.data[query]);
+                    lse.push(cache.attend(head, position, q, &inputs.scores, sink, &mut out));
                 }
                 token += 1;
             }

@@ -3,6 +3,7 @@
 mod keys;
 mod row;
 mod schedule;
+mod scores;
 mod stage;
 mod tile;
 
@@ -13,6 +14,7 @@ use moa_core::{
 
 use self::keys::{HeadRows, Source};
 use self::schedule::{Kind, Schedule, Task};
+use self::scores::Rule;
 use crate::cache::{Cache, with_store};
 use crate::pool::{self, SharedMut};
 use crate::{Result, Tensor, workspace};
@@ -37,7 +39,7 @@ pub(crate) fn extend(
         batch,
         shape: &shape,
         q: inputs.q.data(),
-        scale: inputs.scale,
+        rule: Rule::new(&inputs.scores),
         out: SharedMut::new(out.data_mut()),
         lse: lse.as_mut().map(|lse| SharedMut::new(lse.data_mut())),
     };
@@ -52,7 +54,7 @@ struct Call<'a> {
     first: Vec<usize>,
     shape: &'a AttentionShape,
     q: &'a [f32],
-    scale: f32,
+    rule: Rule<'a>,
     out: SharedMut<'a, f32>,
     lse: Option<SharedMut<'a, f32>>,
 }
@@ -138,7 +140,7 @@ impl Call<'_> {
                 q: self.q,
                 keys,
                 values,
-                scale: self.scale,
+                rule: self.rule,
                 out: &self.out,
                 lse: self.lse.as_ref(),
             }),
@@ -157,7 +159,7 @@ impl Call<'_> {
                     q_stride: query_heads * head_dim,
                     keys,
                     values,
-                    scale: self.scale,
+                    rule: self.rule,
                     // SAFETY: each split has a place of its own.
                     partial: unsafe { partials.slice(start, len) },
                 });
@@ -177,7 +179,8 @@ impl Call<'_> {
             // SAFETY: the tasks are done and nothing else is borrowed.
             let out = unsafe { self.out.slice(at * head_dim, head_dim) };
             let partials = &partials[row_head.start + row * row::partial_len(head_dim)..];
-            let lse = row::merge(partials, stride, row_head.splits, out);
+            let total = |max, sum| self.rule.total(at % query_heads, max, sum);
+            let lse = row::merge(partials, stride, row_head.splits, total, out);
             if rotates {
                 rotate(out);
                 out.iter_mut().for_each(|x| *x /= rotation(head_dim) as f32);
@@ -218,7 +221,7 @@ mod tests {
             }
             for tokens in [1, 2, 90, 1, 3, 1, 130, 1] {
                 let (q, kv) = (tensor(tokens, 6), tensor(tokens, 3));
-                let inputs = ExtendInputs { q: &q, k: &kv, v: &kv, scale: 0.4, lse: true };
+                let inputs = ExtendInputs { lse: true, ..ExtendInputs::new(&q, &kv, &kv, 0.4) };
                 let [a, b] = [&mut clean, &mut poisoned]
                     .map(|cache| backend.extend(&mut [Append { cache, tokens }], &inputs).unwrap());
                 assert!(a.out.data().iter().all(|x| x.is_finite()));
@@ -254,7 +257,7 @@ mod tests {
                         rows(k, 3, range.clone()),
                         rows(v, 3, range.clone()),
                     );
-                    let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: 0.4, lse: false };
+                    let inputs = ExtendInputs::new(&q, &k, &v, 0.4);
                     let batch = &mut [Append { cache: &mut cache, tokens: range.len() }];
                     out.extend(backend.extend(batch, &inputs).unwrap().out.into_data());
                 }
@@ -300,7 +303,7 @@ mod tests {
                 // Small enough to stay on this thread.
                 for tokens in [1, 2, 40, 1, 3, 20, 1] {
                     let (q, kv) = (tensor(tokens, 6, dim), tensor(tokens, 2, dim));
-                    let inputs = ExtendInputs { q: &q, k: &kv, v: &kv, scale: 0.4, lse: true };
+                    let inputs = ExtendInputs { lse: true, ..ExtendInputs::new(&q, &kv, &kv, 0.4) };
                     let batch = &mut [Append { cache: &mut cache, tokens }];
                     let Extended { out, lse } = backend.extend(batch, &inputs).unwrap();
                     all.extend([out.into_data(), lse.unwrap().into_data()].concat());

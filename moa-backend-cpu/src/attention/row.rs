@@ -8,6 +8,7 @@ use pulp::Simd;
 
 use super::keys::{Segment, Source, segments};
 use super::schedule::SPLIT_KEYS;
+use super::scores::{Rule, Total};
 use super::tile::NOTHING;
 use crate::simd::dot::Queries;
 use crate::simd::exp2::exp2;
@@ -28,7 +29,7 @@ pub(crate) struct RowTask<'a> {
     pub(crate) q_stride: usize,
     pub(crate) keys: Source<'a>,
     pub(crate) values: Source<'a>,
-    pub(crate) scale: f32,
+    pub(crate) rule: Rule<'a>,
     /// `[tokens, group]` partial results of [`partial_len`] elements: maximum, sum, output.
     pub(crate) partial: &'a mut [f32],
 }
@@ -72,6 +73,14 @@ impl workspace::Task for RowTask<'_> {
                 let part = self.keys.part(piece);
                 self.keys.rows.dots(part, queries, &mut scores[at..], SPLIT_KEYS);
             }
+            if self.rule.is_capped() {
+                let seen = pieces.last().map_or(0, |(at, piece)| at + piece.len);
+                let padded = seen.next_multiple_of(LANES);
+                for scores in scores.chunks_exact_mut(SPLIT_KEYS) {
+                    self.rule.cap(simd, &mut scores[..padded]);
+                    scores[seen..padded].fill(f32::NEG_INFINITY);
+                }
+            }
             let partial_len = partial_len(dim);
             let partial = &mut self.partial[token * group * partial_len..][..group * partial_len];
             for (scores, partial) in
@@ -110,11 +119,10 @@ impl RowTask<'_> {
         pieces
     }
 
-    /// Queries of one token, `[group, padded dim]`, scaled so that scores are logarithms to the
-    /// base 2.
+    /// Queries of one token, `[group, padded dim]`, times the factor of the rule.
     fn pack_queries(&self, token: usize, packed: &mut [f32]) {
         let dim = self.keys.dim;
-        let scale = self.scale * std::f32::consts::LOG2_E * self.keys.unrotated();
+        let scale = self.rule.factor * self.keys.unrotated();
         let from = &self.q[token * self.q_stride..][..self.group * dim];
         for (to, from) in packed.chunks_exact_mut(padded(dim)).zip(from.chunks_exact(dim)) {
             to.fill(0.0);
@@ -141,17 +149,24 @@ fn softmax<S: Simd>(simd: S, scores: &mut [f32]) -> (f32, f32) {
 }
 
 /// Merges the partial results of one row, in order, into its output; returns the log-sum-exp.
-/// `partial` holds the row's splits at a stride.
-pub(crate) fn merge(partial: &[f32], stride: usize, splits: usize, out: &mut [f32]) -> f32 {
+/// `partial` holds the row's splits at a stride, `total` is told the row's maximum and sum.
+pub(crate) fn merge(
+    partial: &[f32],
+    stride: usize,
+    splits: usize,
+    total: impl Fn(f32, f32) -> Total,
+    out: &mut [f32],
+) -> f32 {
     let max = (0..splits).map(|s| partial[s * stride]).fold(NOTHING, f32::max);
     let mut sum = 0.0;
     for split in 0..splits {
         sum += (partial[split * stride] - max).exp2() * partial[split * stride + 1];
     }
+    let Total { share, sum, lse } = total(max, sum);
     out.fill(0.0);
     for split in 0..splits {
-        let weight = (partial[split * stride] - max).exp2() / sum;
+        let weight = (partial[split * stride] - max).exp2() * share / sum;
         out.iter_mut().zip(&partial[split * stride + 2..]).for_each(|(o, x)| *o += weight * x);
     }
-    max * std::f32::consts::LN_2 + sum.ln()
+    lse
 }

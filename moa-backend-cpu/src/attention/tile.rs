@@ -6,6 +6,7 @@ use moa_core::{HeadLayout, rotate};
 use pulp::Simd;
 
 use super::keys::{Segment, Source, segments};
+use super::scores::Rule;
 use crate::pool::SharedMut;
 use crate::simd::exp2::exp2;
 use crate::simd::outer::{LANES, Outer, PANEL, pack_columns};
@@ -34,7 +35,7 @@ pub(crate) struct TileTask<'a> {
     pub(crate) q: &'a [f32],
     pub(crate) keys: Source<'a>,
     pub(crate) values: Source<'a>,
-    pub(crate) scale: f32,
+    pub(crate) rule: Rule<'a>,
     pub(crate) out: &'a SharedMut<'a, f32>,
     pub(crate) lse: Option<&'a SharedMut<'a, f32>>,
 }
@@ -110,6 +111,11 @@ impl workspace::Task for TileTask<'_> {
                     c: scores,
                     accumulate: false,
                 });
+                if self.rule.is_capped() {
+                    for scores in scores[..n * PANEL].chunks_exact_mut(PANEL) {
+                        self.rule.cap(simd, &mut scores[..width]);
+                    }
+                }
                 let padded = p * PANEL..p * PANEL + width;
                 if seen.partly {
                     mask(simd, &all_row_tokens[padded.clone()], &bounds[seen.keys.clone()], scores);
@@ -148,10 +154,10 @@ impl TileTask<'_> {
         (row / PANEL, row % PANEL)
     }
 
-    /// Queries as `[panel][dim][row]`, scaled so that scores are logarithms to the base 2.
+    /// Queries as `[panel][dim][row]`, times the factor of the rule.
     fn pack_queries(&self, packed: &mut [f32], row_token: &mut [f32], rotated: &mut [f32]) {
         let dim = self.keys.dim;
-        let scale = self.scale * std::f32::consts::LOG2_E * self.keys.unrotated();
+        let scale = self.rule.factor * self.keys.unrotated();
         let query = |row: usize| {
             let token = self.first + self.tokens.start + row / self.group;
             let head = self.query_head + row % self.group;
@@ -203,7 +209,9 @@ impl TileTask<'_> {
             let out = unsafe { self.out.slice(row * dim, self.group * dim) };
             for (head, out) in out.chunks_exact_mut(dim).enumerate() {
                 let (panel, column) = self.row(head, t);
-                let inverse = self.values.unrotated() / sum[panel * PANEL + column];
+                let at = panel * PANEL + column;
+                let total = self.rule.total(self.query_head + head, max[at], sum[at]);
+                let inverse = self.values.unrotated() * total.share / total.sum;
                 let o = &o[panel * dim * PANEL..][..dim * PANEL];
                 for (out, o) in out.iter_mut().zip(o.chunks_exact(PANEL)) {
                     *out = o[column] * inverse;
@@ -218,7 +226,7 @@ impl TileTask<'_> {
                 for (head, lse) in lse.iter_mut().enumerate() {
                     let (panel, column) = self.row(head, t);
                     let at = panel * PANEL + column;
-                    *lse = max[at] * std::f32::consts::LN_2 + sum[at].ln();
+                    *lse = self.rule.total(self.query_head + head, max[at], sum[at]).lse;
                 }
             }
         }

@@ -1,4 +1,4 @@
-use moa_core::{CacheState, check_batch};
+use moa_core::{CacheState, check_batch, check_softcap};
 
 use super::step::Batch;
 use crate::{Cache, Error, Result};
@@ -7,7 +7,7 @@ const OP: &str = "Step::prepare";
 
 /// Checks that the parts of a batch fit together; returns its first cache.
 pub(crate) fn check<'a>(batch: &Batch<'a>) -> Result<&'a Cache> {
-    let Batch { caches, tokens, query_heads, .. } = *batch;
+    let Batch { caches, tokens, query_heads, softcap, .. } = *batch;
     if caches.len() != tokens.len() {
         let expected = format_args!("{} entries, one per cache", caches.len()).to_string();
         return Err(Error::argument(OP, "tokens", expected, tokens.len()));
@@ -16,6 +16,7 @@ pub(crate) fn check<'a>(batch: &Batch<'a>) -> Result<&'a Cache> {
         return Err(Error::argument(OP, "batch", "fewer than 2^16 sequences", caches.len()));
     }
     let states = caches.iter().map(|cache| -> &CacheState { (*cache).as_ref() });
+    check_softcap(OP, softcap).map_err(moa_core::Error::from)?;
     check_batch(OP, states.zip(tokens.iter().copied()), query_heads)?;
     let first = caches[0];
     for cache in caches {

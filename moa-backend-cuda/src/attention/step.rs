@@ -24,6 +24,8 @@ pub struct Batch<'a> {
     /// Whether the step will be replayed while the sequences grow, in a CUDA graph: work lists are
     /// then made for the whole capacity.
     pub grows: bool,
+    /// Bounds the scores, as [`Scores::softcap`](moa_core::Scores::softcap).
+    pub softcap: Option<f32>,
 }
 
 /// Where a step's tensors lie; `[tokens, heads, head_dim]` of the caches' element type.
@@ -41,6 +43,8 @@ pub struct Tensors {
     pub lse: DevicePointer,
     /// Factor of the scores.
     pub scale: f32,
+    /// f32 `[query_heads]`, as [`Scores::sinks`](moa_core::Scores::sinks), or 0.
+    pub sinks: DevicePointer,
     /// Rotates queries and keys first; without it they come rotated.
     pub rope: Option<Rope>,
 }
@@ -80,6 +84,7 @@ struct Prepared {
     /// Largest number of new tokens among committed and other sequences.
     max_tokens: [usize; 2],
     tables: Tables,
+    softcap: Option<f32>,
 }
 
 /// Addresses of the tables.
@@ -137,7 +142,7 @@ impl Step {
         self.prepared = None;
         let first = check(batch)?;
         self.device.bind()?;
-        let kernels = self.device.kernels(first.variant())?;
+        let kernels = self.device.kernels_of(first.variant(), batch.softcap.is_some())?;
         let dims = Dims {
             query_heads: batch.query_heads,
             kv_heads: first.as_ref().layout().heads().len(),
@@ -173,7 +178,8 @@ impl Step {
         let longest = |places: &[usize]| places.iter().map(|&i| batch.tokens[i]).max().unwrap_or(0);
         let (committed, others) = self.schedule.order.split_at(self.schedule.committed());
         let max_tokens = [longest(committed), longest(others)];
-        self.prepared = Some(Prepared { kernels, dims, max_tokens, tables });
+        self.prepared =
+            Some(Prepared { kernels, dims, max_tokens, tables, softcap: batch.softcap });
         Ok(())
     }
 
@@ -316,7 +322,7 @@ impl Step {
     }
 
     fn extend_args(&self, tensors: &Tensors, places: Range<usize>) -> Result<ExtendArgs> {
-        let Prepared { dims, tables, .. } = self.prepared()?;
+        let Prepared { dims, tables, softcap, .. } = self.prepared()?;
         let at = tables.at(places.start as u64, dims.kv_heads as u64);
         Ok(ExtendArgs {
             q: tensors.q,
@@ -337,8 +343,11 @@ impl Step {
             finished: 0,
             splits: at.splits,
             tickets: 0,
+            sinks: tensors.sinks,
             num_items: 0,
             num_tiles: 0,
+            softcap: softcap.unwrap_or(0.0),
+            padding: 0,
         })
     }
 
@@ -351,7 +360,7 @@ impl Step {
         commit: bool,
         stream: RawStream,
     ) -> Result<()> {
-        let Prepared { kernels, dims, tables, max_tokens } = self.prepared()?;
+        let Prepared { kernels, dims, tables, max_tokens, .. } = self.prepared()?;
         if places.is_empty() {
             return Ok(());
         }

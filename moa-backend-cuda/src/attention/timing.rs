@@ -48,10 +48,17 @@ pub(crate) fn decode_seconds(
         out: out.packed(),
         lse: 0,
         scale: 1.0,
+        sinks: 0,
         rope: None,
     };
     let (mut step, mut workspace) = (Step::new(device), Workspace::new(device));
-    let batch = Batch { caches: &[&cache], tokens: &[1], query_heads: heads * group, grows: false };
+    let batch = Batch {
+        caches: &[&cache],
+        tokens: &[1],
+        query_heads: heads * group,
+        grows: false,
+        softcap: None,
+    };
     // SAFETY: everything is on the device's own stream, and no cache is freed before it is done.
     unsafe { step.prepare(&mut workspace, &batch, stream) }?;
     let mut events = Vec::with_capacity(RUNS + 2);

@@ -89,7 +89,7 @@ pub(crate) fn compile_anew(
     was_refused: bool,
 ) -> Result<Vec<u8>> {
     variant.check("compile")?;
-    let options = options(variant, architecture);
+    let options = options(source, variant, architecture);
     let name = format!("{}-{}-{}-{architecture}", source.name(), variant.dtype, variant.head_dim);
     let key = cubin_cache::Key::new(&name, &key_parts(source, &options));
     if was_refused {
@@ -109,7 +109,7 @@ pub(crate) fn compile_anew(
     Ok(cubin)
 }
 
-fn options(variant: Variant, architecture: Architecture) -> Vec<String> {
+fn options(source: Source, variant: Variant, architecture: Architecture) -> Vec<String> {
     vec![
         format!("--gpu-architecture={architecture}"),
         "--std=c++17".into(),
@@ -119,6 +119,7 @@ fn options(variant: Variant, architecture: Architecture) -> Vec<String> {
         "--extra-device-vectorization".into(),
         format!("-DHEAD_DIM={}", variant.head_dim),
         format!("-DMIN_SPLIT_KEYS={MIN_SPLIT_KEYS}"),
+        format!("-DSOFTCAP={}", u8::from(source.has_softcap())),
         match variant.dtype {
             Dtype::Bf16 => "-DDTYPE_BF16=1".into(),
             _ => "-DDTYPE_F16=1".into(),

@@ -56,12 +56,15 @@ struct Kernel {
 }
 
 impl Kernels {
-    pub(crate) fn load(device: &Device, variant: Variant) -> Result<Self> {
+    /// Of scores with a softcap or without.
+    pub(crate) fn load(device: &Device, variant: Variant, has_softcap: bool) -> Result<Self> {
         variant.check("Device::kernels")?;
         let architecture = device.architecture();
+        let of = |source: Source| if has_softcap { source.with_softcap() } else { source };
         let wanted: Vec<Source> = Source::ALL
             .into_iter()
-            .filter(|source| source.is_attention())
+            .filter(|source| source.is_attention() && of(*source) == *source)
+            .filter(|source| has_softcap || !source.has_softcap())
             .filter(|source| source.exists_for(variant.head_dim, architecture))
             .collect();
         // NVRTC takes seconds for some of them.
@@ -124,19 +127,19 @@ impl Kernels {
             append: always(kernel(Source::Append, "append", 256, 0), Source::Append)?,
             advance: always(kernel(Source::Append, "advance", 256, 0), Source::Append)?,
             split: always(
-                kernel(Source::Decode, "extend_split", 128, split_shared_bytes(dim)),
+                kernel(of(Source::Decode), "extend_split", 128, split_shared_bytes(dim)),
                 Source::Decode,
             )?,
             tile: always(
-                kernel(Source::Tile, "extend_tile", 128, tile_shared_bytes(dim)),
+                kernel(of(Source::Tile), "extend_tile", 128, tile_shared_bytes(dim)),
                 Source::Tile,
             )?,
             influence: always(
                 kernel(Source::Influence, "influence", 128, influence_shared_bytes(dim)),
                 Source::Influence,
             )?,
-            merge: kernel(Source::Wgmma, "merge_tiles", 256, 0)?,
-            wgmma: kernel(Source::Wgmma, "extend_wgmma", 384, wgmma_shared_bytes(dim))?,
+            merge: kernel(of(Source::Wgmma), "merge_tiles", 256, 0)?,
+            wgmma: kernel(of(Source::Wgmma), "extend_wgmma", 384, wgmma_shared_bytes(dim))?,
         })
     }
 

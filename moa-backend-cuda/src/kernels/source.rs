@@ -27,6 +27,12 @@ pub enum Source {
     E4m3,
     /// Weights in quantised blocks.
     Blocks,
+    /// [`Decode`](Self::Decode) with a softcap.
+    DecodeSoftcap,
+    /// [`Tile`](Self::Tile) with a softcap.
+    TileSoftcap,
+    /// [`Wgmma`](Self::Wgmma) with a softcap.
+    WgmmaSoftcap,
 }
 
 /// What `#include` may name.
@@ -39,7 +45,7 @@ pub(crate) const HEADERS: [(&str, &str); 4] = [
 
 impl Source {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 14] = [
         Self::Append,
         Self::Decode,
         Self::Tile,
@@ -51,9 +57,12 @@ impl Source {
         Self::Gemv,
         Self::E4m3,
         Self::Blocks,
+        Self::DecodeSoftcap,
+        Self::TileSoftcap,
+        Self::WgmmaSoftcap,
     ];
 
-    /// Name of the file.
+    /// Name of the file, and of what it is compiled for beside.
     pub fn name(self) -> &'static str {
         match self {
             Self::Append => "append.cu",
@@ -67,6 +76,9 @@ impl Source {
             Self::Gemv => "gemv.cu",
             Self::E4m3 => "e4m3.cu",
             Self::Blocks => "blocks.cu",
+            Self::DecodeSoftcap => "decode.cu-softcap",
+            Self::TileSoftcap => "tile.cu-softcap",
+            Self::WgmmaSoftcap => "wgmma.cu-softcap",
         }
     }
 
@@ -74,7 +86,9 @@ impl Source {
     /// depend on the head dimension are compiled under the first one.
     pub fn exists_for(self, head_dim: usize, architecture: Architecture) -> bool {
         match self {
-            Self::Wgmma => architecture.has_wgmma() && matches!(head_dim, 64 | 128),
+            Self::Wgmma | Self::WgmmaSoftcap => {
+                architecture.has_wgmma() && matches!(head_dim, 64 | 128)
+            }
             _ => self.is_attention() || head_dim == HEAD_DIMS[0],
         }
     }
@@ -82,14 +96,30 @@ impl Source {
     /// Whether it is part of attention, so one of [`Kernels`](crate::Kernels).
     pub(crate) fn is_attention(self) -> bool {
         matches!(self, Self::Append | Self::Decode | Self::Tile | Self::Wgmma | Self::Influence)
+            || self.has_softcap()
+    }
+
+    /// Whether it is compiled for scores with a softcap.
+    pub(crate) fn has_softcap(self) -> bool {
+        matches!(self, Self::DecodeSoftcap | Self::TileSoftcap | Self::WgmmaSoftcap)
+    }
+
+    /// The same for scores with a softcap; sources that compute no scores of `extend` are the same with and without.
+    pub(crate) fn with_softcap(self) -> Self {
+        match self {
+            Self::Decode => Self::DecodeSoftcap,
+            Self::Tile => Self::TileSoftcap,
+            Self::Wgmma => Self::WgmmaSoftcap,
+            other => other,
+        }
     }
 
     pub(crate) fn text(self) -> &'static str {
         match self {
             Self::Append => include_str!("../../kernels/append.cu"),
-            Self::Decode => include_str!("../../kernels/decode.cu"),
-            Self::Tile => include_str!("../../kernels/tile.cu"),
-            Self::Wgmma => include_str!("../../kernels/wgmma.cu"),
+            Self::Decode | Self::DecodeSoftcap => include_str!("../../kernels/decode.cu"),
+            Self::Tile | Self::TileSoftcap => include_str!("../../kernels/tile.cu"),
+            Self::Wgmma | Self::WgmmaSoftcap => include_str!("../../kernels/wgmma.cu"),
             Self::Influence => include_str!("../../kernels/influence.cu"),
             Self::Ops => include_str!("../../kernels/ops.cu"),
             Self::Backward => include_str!("../../kernels/backward.cu"),

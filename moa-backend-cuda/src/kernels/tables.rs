@@ -95,11 +95,17 @@ pub struct ExtendArgs {
     pub splits: DevicePointer,
     /// Warp-group kernel: i32 `[2]`, next tile and blocks that are done, 0 between launches.
     pub tickets: DevicePointer,
+    /// f32 `[query_heads]`: logits that are in the denominators alone, or 0.
+    pub sinks: DevicePointer,
     /// Items.
     pub num_items: i32,
     /// Tiles of the launch, each times the blocks that share it; the warp-group kernel's blocks take
     /// them in turn.
     pub num_tiles: i32,
+    /// Bound of the scores; read by kernels that were compiled for one.
+    pub softcap: f32,
+    /// Unused.
+    pub padding: i32,
 }
 
 /// Arguments of `append`.
@@ -175,7 +181,7 @@ const _: () = {
     assert!(size_of::<Packed>() == 24);
     assert!(size_of::<SequenceRow>() == 40);
     assert!(size_of::<HeadRow>() == 20);
-    assert!(size_of::<ExtendArgs>() == 200);
+    assert!(size_of::<ExtendArgs>() == 216);
     assert!(size_of::<AppendArgs>() == 176);
 };
 

@@ -73,7 +73,8 @@ fn fifty_repeats_are_bitwise_equal() -> Verdict {
             let mut repeat = || {
                 cache.reset();
                 let outputs = chunks.each_ref().map(|(tokens, q, k, v)| {
-                    let inputs = ExtendInputs { q, k, v, scale: world.scale(), lse: true };
+                    let inputs =
+                        ExtendInputs { lse: true, ..ExtendInputs::new(q, k, v, world.scale()) };
                     let batch = &mut [Append { cache: &mut cache, tokens: *tokens }];
                     cuda.0.extend(batch, &inputs).unwrap()
                 });
@@ -181,7 +182,7 @@ fn what_cannot_be_done_is_an_error_that_says_why() -> Verdict {
     let mut cache = backend.open(&layout, 64).unwrap();
     let mut extend = |dtype, tokens: usize, rows: usize| {
         let x = Tensor::zeros(device, &[rows, 1, 64], dtype).unwrap();
-        let inputs = ExtendInputs { q: &x, k: &x, v: &x, scale: 1.0, lse: false };
+        let inputs = ExtendInputs::new(&x, &x, &x, 1.0);
         backend.extend(&mut [Append { cache: &mut cache, tokens }], &inputs).map(drop)
     };
     assert!(matches!(
@@ -198,7 +199,7 @@ fn what_cannot_be_done_is_an_error_that_says_why() -> Verdict {
     ));
     extend(Dtype::F16, 4, 4).unwrap();
     let x = Tensor::zeros(device, &[1, 1, 64], Dtype::F16).unwrap();
-    let inputs = ExtendInputs { q: &x, k: &x, v: &x, scale: 1.0, lse: false };
+    let inputs = ExtendInputs::new(&x, &x, &x, 1.0);
     let none = backend.extend(&mut [], &inputs);
     assert!(matches!(none, Err(Error::Argument(ArgumentError { argument: "batch", .. }))));
     assert!(matches!(

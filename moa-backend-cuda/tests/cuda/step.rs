@@ -33,7 +33,7 @@ fn tensor(cuda: &Cuda, data: &[f32], heads: usize, dim: usize) -> Tensor {
 
 fn io(q: &Tensor, k: &Tensor, v: &Tensor, out: &Tensor, scale: f32) -> Tensors {
     let (q, k, v, out) = (q.packed(), k.packed(), v.packed(), out.packed());
-    Tensors { q, k, v, out, lse: 0, scale, rope: None }
+    Tensors { q, k, v, out, lse: 0, scale, sinks: 0, rope: None }
 }
 
 /// Rotates `[tokens, heads, dim]` on the host, positions from `first`.
@@ -94,7 +94,8 @@ fn rope_in_the_append_equals_rope_before_it() -> Verdict {
             let io = io(&inputs[0], &inputs[1], &v, &out, world.scale());
             let io = Tensors { rope: Some(rope), ..io };
             let caches: &[&Cache] = &[&fused];
-            let batch = Batch { caches, tokens: &[tokens], query_heads: 8, grows: false };
+            let batch =
+                Batch { caches, tokens: &[tokens], query_heads: 8, grows: false, softcap: None };
             device.synchronize().unwrap();
             // SAFETY: the streams are ordered by synchronisation, and everything outlives both.
             unsafe {
@@ -107,7 +108,7 @@ fn rope_in_the_append_equals_rope_before_it() -> Verdict {
             rotate(&mut q, 8, dim, at, interleaved);
             rotate(&mut k, 2, dim, at, interleaved);
             let (q, k) = (tensor(&cuda, &q, 8, dim), tensor(&cuda, &k, 2, dim));
-            let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: world.scale(), lse: false };
+            let inputs = ExtendInputs::new(&q, &k, &v, world.scale());
             let batch = &mut [Append { cache: &mut plain, tokens }];
             let expected = cuda.0.extend(batch, &inputs).unwrap().out;
             close(&out.to_f32().unwrap(), &expected.to_f32().unwrap(), cuda.same());
@@ -155,7 +156,13 @@ fn a_captured_step_replays_while_its_sequences_grow() -> Verdict {
         let raw = stream.cu_stream().cast();
         let (mut step, mut workspace) = (Step::new(device), Workspace::new(device));
         let caches = [&grown[0], &grown[1]];
-        let batch = Batch { caches: &caches, tokens: &[tokens; 2], query_heads: 8, grows: true };
+        let batch = Batch {
+            caches: &caches,
+            tokens: &[tokens; 2],
+            query_heads: 8,
+            grows: true,
+            softcap: None,
+        };
         let io = io(&q, &k, &v, &out, worlds[0].scale());
         device.synchronize().unwrap();
         // SAFETY: the streams are ordered by synchronisation, and everything outlives both.
@@ -186,7 +193,7 @@ fn a_captured_step_replays_while_its_sequences_grow() -> Verdict {
             graph.launch().unwrap();
             stream.synchronize().unwrap();
             let [q, k, v] = &fresh;
-            let inputs = ExtendInputs { q, k, v, scale: worlds[0].scale(), lse: false };
+            let inputs = ExtendInputs::new(q, k, v, worlds[0].scale());
             let batch = &mut expected.each_mut().map(|cache| Append { cache, tokens });
             let step_out = cuda.0.extend(batch, &inputs).unwrap().out;
             assert!(
@@ -223,9 +230,16 @@ fn strides_of_foreign_tensors_are_respected() -> Verdict {
             out: out.packed(),
             lse: 0,
             scale: world.scale(),
+            sinks: 0,
             rope: None,
         };
-        let batch = Batch { caches: &[&cache], tokens: &[tokens], query_heads: 4, grows: false };
+        let batch = Batch {
+            caches: &[&cache],
+            tokens: &[tokens],
+            query_heads: 4,
+            grows: false,
+            softcap: None,
+        };
         // SAFETY: all of it is on the device's own stream.
         unsafe {
             step.prepare(&mut workspace, &batch, device.stream()).unwrap();

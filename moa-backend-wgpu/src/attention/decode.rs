@@ -52,7 +52,8 @@ impl Decode {
         let (planes, native) = (lanes <= call.device.plane_units(), call.device.converts_f16());
         let sequences = bindings.clamp(1, MAX_SEQUENCES);
         let (own, native) = (call.own, native && call.own == CacheType::F16);
-        let shape = Shape { sequences, group, lanes, own, planes, native, partial: true };
+        let has_cap = call.has_cap();
+        let shape = Shape { sequences, group, lanes, own, planes, native, partial: true, has_cap };
         let units = DECODE_UNITS.max(JOIN_UNITS);
         (shape.shared_bytes() <= limits.shared_bytes && units <= limits.units)
             .then_some(Self { shape, vectors: head_dim / 4 })
@@ -125,6 +126,7 @@ impl Decode {
                 call.shape.kv_heads as u32,
                 self.vectors as u32,
                 call.scale(),
+                call.cap(),
                 fresh.scales,
             );
             // SAFETY: shapes were checked, caches are filled up to their lengths and have room for a

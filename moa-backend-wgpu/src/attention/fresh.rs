@@ -86,9 +86,18 @@ impl Call<'_> {
     /// The factor of scores: rotated queries and keys multiply them.
     pub(crate) fn scale(&self) -> f32 {
         match self.own.keys().rotates() {
-            true => self.inputs.scale / rotation(self.shape.head_dim) as f32,
-            false => self.inputs.scale,
+            true => self.inputs.scores.scale / rotation(self.shape.head_dim) as f32,
+            false => self.inputs.scores.scale,
         }
+    }
+
+    pub(crate) fn has_cap(&self) -> bool {
+        self.inputs.scores.softcap.is_some()
+    }
+
+    /// The softcap, or a number for kernels that do not read it.
+    pub(crate) fn cap(&self) -> f32 {
+        self.inputs.scores.softcap.unwrap_or(1.0)
     }
 
     /// Rotates what attention made of rotated values back, for the heads of the call's group and `tokens` tokens from

@@ -25,6 +25,7 @@ use crate::kernels::blocks::Blocks;
 use crate::kernels::codes::row_words;
 use crate::kernels::merge::merge;
 use crate::kernels::prefill::prefill;
+use crate::kernels::scores::{SINK_UNITS, add_sinks};
 use crate::kernels::words::{narrow, per_word};
 use crate::{Cache, Device, Error, MatrixUnits, Result, Tensor};
 
@@ -93,10 +94,39 @@ pub(crate) fn extend(
     for (call, schedule, sequences, first) in &jobs {
         call.run(&batch[sequences.clone()], schedule, *first);
     }
+    if let Some(sinks) = inputs.scores.sinks {
+        bring_sinks(device, &shape, &out, &lse, sinks);
+    }
     for Append { cache, tokens } in batch {
         cache.state_mut().append(*tokens)?;
     }
     Ok(Extended { out, lse: inputs.lse.then_some(lse) })
+}
+
+/// Queues the kernel that brings learned sinks to what all others of a call have made: they have no part in the sums
+/// over keys, and so no buffer in kernels that have few to spare.
+fn bring_sinks(
+    device: &Device,
+    shape: &AttentionShape,
+    out: &Tensor,
+    lse: &Tensor,
+    sinks: &Tensor,
+) {
+    let rows = shape.tokens * shape.query_heads;
+    // SAFETY: the output and its log-sum-exps have these rows, the sinks are one for each query head.
+    unsafe {
+        add_sinks::launch_unchecked(
+            device.client(),
+            grid(device, rows),
+            CubeDim::new_1d(SINK_UNITS as u32),
+            arg(out.handle()),
+            arg(lse.handle()),
+            arg(sinks.handle()),
+            rows as u32,
+            shape.query_heads as u32,
+            shape.head_dim as u32,
+        );
+    }
 }
 
 /// Everything about a call that can be wrong.
@@ -106,7 +136,9 @@ fn check(
     inputs: &ExtendInputs<'_, Tensor>,
 ) -> Result<AttentionShape> {
     let shape = check_extend(batch, inputs, Tensor::shape)?;
-    for (what, tensor) in [("q", inputs.q), ("k", inputs.k), ("v", inputs.v)] {
+    let sinks = inputs.scores.sinks.map(|sinks| ("sinks", sinks));
+    let tensors = [("q", inputs.q), ("k", inputs.k), ("v", inputs.v)];
+    for (what, tensor) in tensors.into_iter().chain(sinks) {
         if !tensor.device().is(device) {
             return Err(Error::argument(OP, what, "on the backend's device", "on another"));
         }
@@ -267,7 +299,8 @@ impl Call<'_> {
         let (group, store) = (&cache.groups()[self.group], cache.store(self.group));
         let columns = row.vectors.div_ceil(cut.tile.units_x);
         let (own, partial) = (self.own, cut.splits > 1);
-        let shape = Shape { tile: cut.tile, columns, own, partial };
+        let has_cap = self.has_cap();
+        let shape = Shape { tile: cut.tile, columns, own, partial, has_cap };
         // SAFETY: the tensors have `first + tokens` tokens of as many heads as is said, the cache
         // is filled up to its length, and the outputs have room as planned.
         unsafe {
@@ -292,6 +325,7 @@ impl Call<'_> {
                 self.shape.kv_heads as u32,
                 row.vectors as u32,
                 self.scale(),
+                self.cap(),
                 fresh.scales,
                 shape,
             );
@@ -327,8 +361,10 @@ impl Call<'_> {
                 cache.as_ref().len() as u32,
                 self.shape.query_heads as u32,
                 self.shape.kv_heads as u32,
-                self.inputs.scale,
+                self.inputs.scores.scale,
+                self.cap(),
                 blocks,
+                self.has_cap(),
             );
         }
     }

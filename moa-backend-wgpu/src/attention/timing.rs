@@ -31,7 +31,7 @@ pub(crate) fn decode_seconds(
     let zeros =
         |heads: usize| Tensor::new(device, &vec![0.0; heads * head_dim], &[1, heads, head_dim]);
     let (q, kv) = (zeros(HEADS * group)?, zeros(HEADS)?);
-    let inputs = ExtendInputs { q: &q, k: &kv, v: &kv, scale: 1.0, lse: false };
+    let inputs = ExtendInputs::new(&q, &kv, &kv, 1.0);
     let mut fastest = f64::INFINITY;
     for round in 0..=ROUNDS {
         let start = Instant::now();

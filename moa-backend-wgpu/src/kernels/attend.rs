@@ -4,6 +4,7 @@ use moa_core::{CacheType, RowType};
 use super::codes::{codes, scale as scale_in};
 use super::keys::{Head, attends, head, keys, position, slot, split_keys};
 use super::none::holds_none_of;
+use super::scores::capped;
 use super::tile::Tile;
 use super::words::widen;
 
@@ -17,6 +18,8 @@ pub(crate) struct Shape {
     pub(crate) own: CacheType,
     /// Whether several cubes share the keys of a tile and leave partial results.
     pub(crate) partial: bool,
+    /// Whether scores have a softcap.
+    pub(crate) has_cap: bool,
 }
 
 /// Set in the row number of a key that is not in the cache yet.
@@ -51,6 +54,7 @@ pub(crate) fn attend<N: Size, M: Size>(
     kv_heads: u32,
     vectors: u32,
     scale: f32,
+    cap: f32,
     scales: u32,
     #[comptime] shape: Shape,
 ) {
@@ -196,7 +200,8 @@ pub(crate) fn attend<N: Size, M: Size>(
             #[unroll]
             for i in 0..unit_rows {
                 let seen = (number < to) & attends(&head, queries[i], key);
-                let score = select(seen, scores[i * unit_keys + j] * scale, MASKED);
+                let score = capped(scores[i * unit_keys + j] * scale, cap, shape.has_cap);
+                let score = select(seen, score, MASKED);
                 scores[i * unit_keys + j] = score;
                 best[i] = best[i].max(score);
             }
@@ -346,7 +351,8 @@ pub(crate) fn attend<N: Size, M: Size>(
                             score *= scale_in(both, false);
                             step *= scale_in(both, true);
                         }
-                        let weight = step * (score * scale - maximum[i]).exp();
+                        let score = capped(score * scale, cap, shape.has_cap);
+                        let weight = step * (score - maximum[i]).exp();
                         #[unroll]
                         for c in 0..columns {
                             let column = (c * units_x + x).min(vectors - 1);

@@ -4,6 +4,7 @@ use moa_core::{CacheType, RowType};
 use super::codes::{component, elements, load_parts, scale, vector_of};
 use super::keys::{Head, Keys, head, keys, position, slot, split_keys};
 use super::lanes::{add, holder, number_of, round, scatter_add, word};
+use super::scores::capped;
 
 /// Units of a cube: few, so that many cubes hide each other's waits.
 pub(crate) const DECODE_UNITS: usize = 64;
@@ -36,6 +37,8 @@ pub(crate) struct Shape {
     pub(crate) native: bool,
     /// Whether several cubes share the keys of a head and leave partial results.
     pub(crate) partial: bool,
+    /// Whether scores have a softcap.
+    pub(crate) has_cap: bool,
 }
 
 impl Shape {
@@ -103,6 +106,8 @@ pub(crate) struct New {
     /// Vectors of four elements of a row.
     pub(crate) vectors: u32,
     pub(crate) scale: f32,
+    /// The softcap, where there is one.
+    pub(crate) cap: f32,
     /// Word of `k` where scales start.
     pub(crate) scales: u32,
 }
@@ -217,7 +222,7 @@ pub(crate) fn decode<K: Size, V: Size>(
                 }
             }
             if comptime!(shape.shared_softmax()) {
-                own.softmax(&mut scores, &mut output, base + row as u32, end, lane, shape);
+                own.softmax(&mut scores, &mut output, base + row as u32, end, lane, new.cap, shape);
             } else {
                 add(
                     &mut scores,
@@ -233,7 +238,8 @@ pub(crate) fn decode<K: Size, V: Size>(
                     #[unroll]
                     for a in 0..AHEAD {
                         let some = base + ((a * rows + row) as u32) < end;
-                        scores[g * AHEAD + a] = select(some, scores[g * AHEAD + a], MASKED);
+                        let score = capped(scores[g * AHEAD + a], new.cap, shape.has_cap);
+                        scores[g * AHEAD + a] = select(some, score, MASKED);
                         best = best.max(scores[g * AHEAD + a]);
                     }
                     let rescale = (maximum[g] - best).exp();
@@ -306,9 +312,10 @@ pub(crate) fn decode<K: Size, V: Size>(
             if row == 0 {
                 #[unroll]
                 for g in 0..group {
-                    let best = maximum[g].max(scores[g]);
+                    let score = capped(scores[g], new.cap, shape.has_cap);
+                    let best = maximum[g].max(score);
                     let rescale = (maximum[g] - best).exp();
-                    let mut weight = (scores[g] - best).exp();
+                    let mut weight = (score - best).exp();
                     maximum[g] = best;
                     sum[g] = sum[g] * rescale + weight;
                     if comptime!(shape.is_narrow()) {
@@ -401,6 +408,7 @@ impl Own {
         first: u32,
         end: u32,
         lane: usize,
+        cap: f32,
         #[comptime] shape: Shape,
     ) {
         let (count, lanes, parts) = comptime!((shape.scores(), shape.lanes, shape.parts()));
@@ -412,7 +420,7 @@ impl Own {
         for i in 0..held {
             let some = first + ((a + i) * comptime!(shape.rows())) as u32;
             let some = some < end;
-            scores[i] = select(some, scores[i], MASKED);
+            scores[i] = select(some, capped(scores[i], cap, shape.has_cap), MASKED);
             top = top.max(scores[i]);
         }
         #[unroll]

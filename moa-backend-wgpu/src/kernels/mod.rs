@@ -23,5 +23,6 @@ pub(crate) mod prefill;
 pub(crate) mod prepare;
 pub(crate) mod quants;
 pub(crate) mod rows;
+pub(crate) mod scores;
 pub(crate) mod tile;
 pub(crate) mod words;

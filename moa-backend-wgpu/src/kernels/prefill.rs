@@ -4,6 +4,7 @@ use super::blocks::{Blocks, CHUNK, PLANE, SIDE, Words, any, lane, pack, partner,
 use super::fragments::{Fragments, own};
 use super::keys::{Head, Keys, attends, head, keys, position, slot};
 use super::none::holds_none;
+use super::scores::capped;
 use super::words::widen_word;
 use crate::Dtype;
 
@@ -37,7 +38,9 @@ pub(crate) fn prefill(
     query_heads: u32,
     kv_heads: u32,
     scale: f32,
+    cap: f32,
     #[comptime] blocks: Blocks,
+    #[comptime] has_cap: bool,
 ) {
     let tile_keys = comptime!(blocks.keys as u32);
     let stride = comptime!(blocks.scratch_stride());
@@ -121,7 +124,8 @@ pub(crate) fn prefill(
             let bits = scratch[row + lane % 2 * comptime!(blocks.keys / 8) + i];
             #[unroll]
             for j in 0..4usize {
-                scores[comptime!(4 * i + j)] = f32::from_bits(bits.extract(j)) * scale;
+                let score = f32::from_bits(bits.extract(j)) * scale;
+                scores[comptime!(4 * i + j)] = capped(score, cap, has_cap);
             }
         }
         let last_key = position(&source.keys, (base + tile_keys - 1).min(source.keys.count - 1));
@@ -222,7 +226,8 @@ pub(crate) fn prefill(
                         for d in 0..comptime!(blocks.dim / 4) {
                             score += q[q_row + d].dot(source.four(k, cached_k, key, d, blocks));
                         }
-                        let weight = (score * scale - reference).exp();
+                        let score = capped(score * scale, cap, has_cap);
+                        let weight = (score - reference).exp();
                         let value = source.four(v, cached_v, key, column, blocks);
                         anew += value * Floats::new(weight);
                     }

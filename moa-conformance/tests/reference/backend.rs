@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use moa_conformance::{Subject, backward, f64s};
-use moa_core::reference::{self, Heads};
+use moa_core::reference::{self, Heads, Scores};
 use moa_core::{
     Append, AttentionShape, CacheState, CacheType, Dtype, Error, ExtendInputs, Extended, Gradients,
     InfluenceInputs, InfluenceOutput, InfluenceSign, LayerLayout, Result, Span,
@@ -43,6 +43,12 @@ pub(crate) enum Defect {
     MultipliesByZero,
     /// Scores that are no numbers weigh nothing.
     PassesOverNone,
+    /// Scores have no bound.
+    NoSoftcap,
+    /// Sinks take no part.
+    NoSinks,
+    /// Sinks are in the weights, but not in their log-sum-exp.
+    LseWithoutSinks,
     /// Influence leaves out the division by `1 - A`.
     InfluenceOfWeights,
     /// Influence is of signed values where absolute ones are asked for.
@@ -194,8 +200,17 @@ impl SparseAttentionBackend for Reference {
             if self.0 == Defect::PassesOverNone {
                 keys.iter_mut().filter(|x| !x.is_finite()).for_each(|x| *x = -1e3);
             }
-            let scale = f64::from(inputs.scale);
-            let (all, sums) = reference::extend(heads, &q, &keys, &values, &spans, scale);
+            let sinks = inputs.scores.sinks.map(|sinks| f64s(&sinks.data));
+            let scores = Scores {
+                scale: inputs.scores.scale.into(),
+                softcap: inputs
+                    .scores
+                    .softcap
+                    .filter(|_| self.0 != Defect::NoSoftcap)
+                    .map(f64::from),
+                sinks: sinks.as_deref().filter(|_| self.0 != Defect::NoSinks),
+            };
+            let (all, sums) = reference::extend(heads, &q, &keys, &values, &spans, scores);
             out.extend(all[len * heads.query * heads.dim..].iter().map(|x| match self.0 {
                 Defect::DependsOnTheBatch => x * (1.0 + 1e-6 * sequences as f64),
                 _ => *x,
@@ -203,6 +218,13 @@ impl SparseAttentionBackend for Reference {
             if self.0 == Defect::MultipliesByZero && values.iter().any(|x| !x.is_finite()) {
                 out.iter_mut().for_each(|x| *x = f64::NAN);
             }
+            let sums = match self.0 {
+                Defect::LseWithoutSinks => {
+                    let scores = Scores { sinks: None, ..scores };
+                    reference::extend(heads, &q, &keys, &values, &spans, scores).1
+                }
+                _ => sums,
+            };
             lse.extend_from_slice(&sums[len * heads.query..]);
             cache.write(&held[0], &held[1], tokens);
             cache.state.append(tokens)?;

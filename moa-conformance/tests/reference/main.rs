@@ -11,7 +11,7 @@ use backend::{Defect, Reference};
 use moa_conformance::{Trial, Verdict, part, run, suite};
 
 /// A defect, and checks that find it.
-const FOUND: [(Defect, &[&str]); 17] = [
+const FOUND: [(Defect, &[&str]); 20] = [
     (
         Defect::WindowBesideTheQuery,
         &["trap_01_window_counts_the_query_itself", "output_equals_the_reference"],
@@ -33,13 +33,30 @@ const FOUND: [(Defect, &[&str]); 17] = [
     (Defect::LengthOfTheLast, &["trap_11_every_row_of_a_batch_has_its_own_length"]),
     (Defect::DependsOnTheBatch, &["batch_composition_does_not_change_output"]),
     (Defect::ChecksTooLate, &["failed_call_leaves_state_unchanged"]),
-    (Defect::ChecksNothing, &["wrong_shapes_are_refused", "types_that_are_lacked_are_refused"]),
+    (
+        Defect::ChecksNothing,
+        &[
+            "wrong_shapes_are_refused",
+            "types_that_are_lacked_are_refused",
+            "wrong_softcaps_and_sinks_are_refused",
+        ],
+    ),
     (Defect::RoundsAfterItAttends, &["heads_of_other_types_equal_the_reference"]),
     (Defect::TypeOfTheFirst, &["heads_of_other_types_equal_the_reference"]),
     (
         Defect::CoarseScale,
         &["heads_of_other_types_equal_the_reference", "rounding_is_within_its_bound"],
     ),
+    (Defect::NoSoftcap, &["softcap_equals_the_reference", "softcap_and_sinks_equal_the_reference"]),
+    (
+        Defect::NoSinks,
+        &[
+            "sinks_equal_the_reference",
+            "softcap_and_sinks_equal_the_reference",
+            "sinks_at_the_ends",
+        ],
+    ),
+    (Defect::LseWithoutSinks, &["sinks_equal_the_reference", "sinks_at_the_ends"]),
     (
         Defect::MultipliesByZero,
         &[

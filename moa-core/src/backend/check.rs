@@ -1,6 +1,6 @@
 //! What can be wrong with a call, checked once for all backends before anything is computed.
 
-use super::{Append, ExtendInputs, InfluenceInputs};
+use super::{Append, ExtendInputs, InfluenceInputs, Scores};
 use crate::{ArgumentError, CacheState, Result};
 
 /// Dimensions of one layer's attention in a call whose arguments fit together.
@@ -59,8 +59,27 @@ pub fn check_extend<C: AsRef<CacheState>, T>(
     let of_kv = [tokens, kv_heads, head_dim];
     expect(OP, "k", shape(inputs.k), &of_kv)?;
     expect(OP, "v", shape(inputs.v), &of_kv)?;
+    if let Some(sinks) = inputs.scores.sinks {
+        expect(OP, "sinks", shape(sinks), &[query_heads])?;
+    }
+    check_softcap(OP, inputs.scores.softcap)?;
     room(batch)?;
     Ok(AttentionShape { tokens, query_heads, kv_heads, head_dim })
+}
+
+/// The part of [`check_extend`] that looks at the softcap, for engines that hand a backend addresses.
+///
+/// # Errors
+/// [`ArgumentError`] if it is outside of its domain.
+pub fn check_softcap(operation: &'static str, softcap: Option<f32>) -> Result<(), ArgumentError> {
+    let (least, most) = (Scores::<()>::LEAST_SOFTCAP, Scores::<()>::MOST_SOFTCAP);
+    match softcap {
+        Some(cap) if !(least..=most).contains(&cap) => {
+            let expected = format_args!("{least:e} to {most:e}, or none").to_string();
+            Err(ArgumentError::new(operation, "softcap", expected, cap))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The part of [`check_extend`] that needs no tensors, for engines that hand a backend addresses.

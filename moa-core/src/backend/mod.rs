@@ -4,8 +4,8 @@ mod check;
 mod extend;
 mod influence;
 
-pub use check::{AttentionShape, check_batch, check_extend, check_influence};
-pub use extend::{Append, ExtendInputs, Extended};
+pub use check::{AttentionShape, check_batch, check_extend, check_influence, check_softcap};
+pub use extend::{Append, ExtendInputs, Extended, Scores};
 pub use influence::{Gradients, InfluenceInputs, InfluenceOutput, InfluenceSign};
 
 use crate::{CacheState, CacheType, LayerLayout, Result};
@@ -31,7 +31,7 @@ use crate::{CacheState, CacheType, LayerLayout, Result};
 /// use std::ops::Range;
 /// use std::sync::Arc;
 ///
-/// use moa_core::reference::{self, Heads};
+/// use moa_core::reference::{self, Heads, Scores};
 /// use moa_core::{
 ///     Append, CacheState, Dtype, Error, ExtendInputs, Extended, LayerLayout, Result, Span,
 ///     SparseAttentionBackend, check_extend,
@@ -136,8 +136,14 @@ use crate::{CacheState, CacheType, LayerLayout, Result};
 ///             q.extend(inputs.q.data[part(inputs.q, heads.query)].iter().map(|x| f64::from(*x)));
 ///             let spans: Vec<Span> = cache.state.layout().heads().iter().map(|h| h.span()).collect();
 ///             let (keys, values) = (cache.rows(&cache.keys, k), cache.rows(&cache.values, v));
-///             let scale = f64::from(inputs.scale);
-///             let (all, sums) = reference::extend(heads, &q, &keys, &values, &spans, scale);
+///             let sinks: Option<Vec<f64>> =
+///                 inputs.scores.sinks.map(|sinks| sinks.data.iter().map(|x| f64::from(*x)).collect());
+///             let scores = Scores {
+///                 softcap: inputs.scores.softcap.map(f64::from),
+///                 sinks: sinks.as_deref(),
+///                 ..Scores::from(f64::from(inputs.scores.scale))
+///             };
+///             let (all, sums) = reference::extend(heads, &q, &keys, &values, &spans, scores);
 ///             out.extend(all[len * heads.query * heads.dim..].iter().map(|x| *x as f32));
 ///             lse.extend(sums[len * heads.query..].iter().map(|x| *x as f32));
 ///             cache.append(k, v, *tokens)?;
@@ -169,7 +175,7 @@ use crate::{CacheState, CacheType, LayerLayout, Result};
 /// let mut step = |values: &[f32]| -> Result<Vec<f32>> {
 ///     let (x, v) = (tensor(&vec![1.0; values.len()]), tensor(values));
 ///     let mut batch = [Append { cache: &mut cache, tokens: values.len() }];
-///     let inputs = ExtendInputs { q: &x, k: &x, v: &v, scale: 1.0, lse: false };
+///     let inputs = ExtendInputs::new(&x, &x, &v, 1.0);
 ///     Ok(Host.extend(&mut batch, &inputs)?.out.data)
 /// };
 /// assert_eq!(step(&[4.0, 0.0, 2.0, 6.0])?, [4.0, 2.0, 2.0, 3.0]);
@@ -211,8 +217,9 @@ pub trait SparseAttentionBackend {
     ///
     /// # Errors
     /// [`crate::Error::Argument`] if the arguments do not fit together ([`check_extend`] finds what
-    /// does not), [`crate::Error::CapacityExceeded`] if a cache has no room, and errors of the device.
-    /// No cache is changed then.
+    /// does not), [`crate::Error::CapacityExceeded`] if a cache has no room,
+    /// [`crate::Error::Unsupported`] if the backend lacks `softcap` or `sinks` and is asked for them,
+    /// and errors of the device. No cache is changed then.
     fn extend(
         &self,
         batch: &mut [Append<'_, Self::Cache>],
@@ -242,6 +249,8 @@ pub trait SparseAttentionBackend {
     /// them: see the division by `1 - A`. To first order, masking `A_ij` changes the objective by
     /// `E_ij = A_ij / (1 - A_ij) * (D_i - dO_i . V_j)` with `D_i = dO_i . O_i` (MoA, section 4.2,
     /// written with the output's gradient).
+    ///
+    /// Scores are plain: there is no softcap here, nor sinks, whose gradient would be asked for too.
     ///
     /// # Errors
     /// [`crate::Error::Unsupported`] unless the backend overrides it; then

@@ -93,7 +93,7 @@ impl<D: Math> Decoder<D> {
         lse: bool,
     ) -> Result<Extended<D::Tensor>> {
         let [q, k] = self.rotated(layer, q, k, rotations)?;
-        let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: self.scale(), lse };
+        let inputs = ExtendInputs { lse, ..ExtendInputs::new(&q, &k, &v, self.scale()) };
         attention.extend(batch, &inputs).map_err(Into::into)
     }
 
@@ -127,7 +127,7 @@ impl<D: Math> Decoder<D> {
             device.reshape(rows, &[tokens * heads, of, dim])
         };
         let (q, k, v) = (apart(q, group)?, apart(k, 1)?, apart(v, 1)?);
-        let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: self.scale(), lse: false };
+        let inputs = ExtendInputs::new(&q, &k, &v, self.scale());
         let out = device.attention().extend(batch, &inputs).map_err(Into::into)?.out;
         let rows = device.reshape(out, &[tokens * heads, group * dim])?;
         let mut back = vec![0; order.len()];

@@ -44,7 +44,7 @@ impl<D: Math> Decoder<D> {
             .map(|(cache, keys)| Append { cache, tokens: keys.len() })
             .collect();
         // Appending is what a cache can do on every device; what the keys attend to meanwhile is of no use.
-        let inputs = ExtendInputs { q: &k, k: &k, v: &v, scale: 1.0, lse: false };
+        let inputs = ExtendInputs::new(&k, &k, &v, 1.0);
         device.attention().extend(&mut batch, &inputs).map_err(Into::into)?;
         drop(batch);
         Ok(caches)

@@ -197,7 +197,7 @@ impl<D: Math> Decoder<D> {
     ) -> Result<Attended<D>> {
         let [q, k] = self.rotated(&self.layers[index], q, k, rotations)?;
         let tokens = self.device.shape(&q)[0];
-        let inputs = ExtendInputs { q: &q, k: &k, v: &v, scale: self.scale(), lse: true };
+        let inputs = ExtendInputs { lse: true, ..ExtendInputs::new(&q, &k, &v, self.scale()) };
         let mut batch = [Append { cache, tokens }];
         let extended = self.device.attention().extend(&mut batch, &inputs).map_err(Into::into)?;
         Ok(Attended { q, k, v, extended })

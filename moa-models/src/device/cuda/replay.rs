@@ -51,7 +51,7 @@ impl Recorded {
         let mut layers = Vec::with_capacity(batch.caches.len());
         for caches in &batch.caches {
             let query_heads = batch.query_heads;
-            let batch = Batch { caches, tokens: &tokens, query_heads, grows: true };
+            let batch = Batch { caches, tokens: &tokens, query_heads, grows: true, softcap: None };
             let mut step = Step::new(gpu);
             // SAFETY: everything of this device is on its own stream, which is not being captured.
             unsafe { step.prepare(&mut workspace, &batch, gpu.stream()) }?;
@@ -139,6 +139,7 @@ impl Replay<Cuda> for Recorded {
             out: out.packed(),
             lse: 0,
             scale: self.scale,
+            sinks: 0,
             rope: self.rotary[layer].then(rope),
         };
         // SAFETY: all of it is on the device's own stream, and of the shapes that were prepared; whoever
