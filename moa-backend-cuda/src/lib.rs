@@ -71,7 +71,7 @@ pub use arena::Arena;
 pub use attention::step::{Batch, Rope, Step, Tensors};
 pub use backend::CudaBackend;
 pub use cache::Cache;
-pub use device::{Device, RawStream};
+pub use device::{Device, RawStream, Watch};
 pub use error::{Error, Result};
 pub use graph::Graph;
 pub use kernels::compile::{Architecture, HEAD_DIMS, Variant, compile};
