@@ -27,6 +27,8 @@ pub enum Source {
     E4m3,
     /// Weights in quantised blocks.
     Blocks,
+    /// Sums over GPUs that read each other's memory.
+    AllReduce,
 }
 
 /// What `#include` may name.
@@ -39,7 +41,7 @@ pub(crate) const HEADERS: [(&str, &str); 4] = [
 
 impl Source {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Append,
         Self::Decode,
         Self::Tile,
@@ -51,6 +53,7 @@ impl Source {
         Self::Gemv,
         Self::E4m3,
         Self::Blocks,
+        Self::AllReduce,
     ];
 
     /// Name of the file.
@@ -67,6 +70,7 @@ impl Source {
             Self::Gemv => "gemv.cu",
             Self::E4m3 => "e4m3.cu",
             Self::Blocks => "blocks.cu",
+            Self::AllReduce => "all_reduce.cu",
         }
     }
 
@@ -97,6 +101,7 @@ impl Source {
             Self::Gemv => include_str!("../../kernels/gemv.cu"),
             Self::E4m3 => include_str!("../../kernels/e4m3.cu"),
             Self::Blocks => include_str!("../../kernels/blocks.cu"),
+            Self::AllReduce => include_str!("../../kernels/all_reduce.cu"),
         }
     }
 }

@@ -219,20 +219,33 @@ impl<D: Math> Decoder<D> {
         })
     }
 
-    /// The residual stream `x` with a branch's end added, that of all ranks.
+    /// The residual stream `x` with a branch's end added, that of all ranks; and its `norm`, if one is asked for and
+    /// comes with the sum over ranks.
     pub(crate) fn add_branch(
         &self,
         x: D::Tensor,
         y: &D::Tensor,
         end: &Linear<D>,
-    ) -> Result<D::Tensor> {
+        norm: Option<&D::Vector>,
+    ) -> Result<(D::Tensor, Option<D::Tensor>)> {
         let (device, weight) = (&self.device, &end.weight);
+        let bias = end.bias.as_ref();
+        let Some(shard) = &self.shard else {
+            return Ok((device.linear_add(x, y, weight, bias)?, None));
+        };
         // The stream counts once, so the others bring products alone.
-        let sum = match self.shard.as_ref().map_or(0, Shard::rank) {
-            0 => device.linear_add(x, y, weight, end.bias.as_ref())?,
+        let mut sum = match shard.rank() {
+            0 => device.linear_add(x, y, weight, bias)?,
             _ => device.logits(y, weight)?,
         };
-        self.summed(sum)
+        let normed = match norm {
+            Some(norm) => shard.communicator.all_reduce_norm(device, &mut sum, norm, self.eps())?,
+            None => {
+                shard.all_reduce(device, &mut sum)?;
+                None
+            }
+        };
+        Ok((sum, normed))
     }
 
     /// Logits `[rows, vocab]` of normed rows.
@@ -344,9 +357,11 @@ impl<D: Math> Decoder<D> {
         let Some(shard) = &self.shard else { return error };
         let reason = shard.communicator.reason();
         shard.communicator.fail();
-        match (error, reason) {
-            (Error::Backend(_), Some(reason)) => reason,
-            (error, _) => error,
+        match reason {
+            // That it failed itself is nothing new.
+            Some(Error::Rank { rank }) if rank == shard.rank() => error,
+            Some(reason) => reason,
+            None => error,
         }
     }
 

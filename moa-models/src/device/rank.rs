@@ -71,6 +71,23 @@ pub trait Communicator<D: Device>: Rank {
     /// time, where this waits for it; [`Error::Backend`] or [`Error::OutOfMemory`] if the device fails.
     fn all_reduce(&self, device: &D, x: &mut D::Tensor) -> Result<()>;
 
+    /// [`all_reduce`](Self::all_reduce), and the [norm](crate::Math::rms_norm) of the sum's rows where that comes with
+    /// it; `None` where it does not.
+    ///
+    /// # Errors
+    /// As [`all_reduce`](Self::all_reduce).
+    fn all_reduce_norm(
+        &self,
+        device: &D,
+        x: &mut D::Tensor,
+        norm: &D::Vector,
+        eps: f32,
+    ) -> Result<Option<D::Tensor>> {
+        let _ = (norm, eps);
+        self.all_reduce(device, x)?;
+        Ok(None)
+    }
+
     /// Says that a step of the model begins, captured or not: by these and by sums ranks know how far each is.
     fn begins(&self) {}
 
@@ -110,6 +127,16 @@ impl<R: Rank> Rank for Arc<R> {
 impl<D: Device, C: Communicator<D>> Communicator<D> for Arc<C> {
     fn all_reduce(&self, device: &D, x: &mut D::Tensor) -> Result<()> {
         (**self).all_reduce(device, x)
+    }
+
+    fn all_reduce_norm(
+        &self,
+        device: &D,
+        x: &mut D::Tensor,
+        norm: &D::Vector,
+        eps: f32,
+    ) -> Result<Option<D::Tensor>> {
+        (**self).all_reduce_norm(device, x, norm, eps)
     }
 
     fn begins(&self) {

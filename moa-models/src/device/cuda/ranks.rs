@@ -2,14 +2,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use moa_backend_cuda::{Nccl, NcclId, Tensor};
+use moa_backend_cuda::{Nccl, NcclId, PeerBuffer, PeerSums, Tensor};
 
 use super::Cuda;
 use crate::device::rank::{Brought, Communicator, PATIENCE, Rank, Wait};
 use crate::device::thread_rank::ThreadRank;
 use crate::{Error, Result};
 
-/// One of several GPUs that share a model and add up over NCCL, each worked with by a thread of its own.
+/// One of several GPUs that share a model and add up over NCCL, each worked with by a thread of its own. Where they read
+/// each other's memory, they add up small tensors by that ([`PeerSums`]): up to 2 MiB times the other GPUs, or as many
+/// bytes as the environment variable `MOA_PEER_BYTES` says, 0 for NCCL alone.
 ///
 /// A GPU that waits for another one's part of a sum would wait for ever if that rank is gone or hangs. So the host
 /// watches its waits: it gives up once a rank has failed, or once a rank is behind it and has not moved for longer
@@ -22,12 +24,40 @@ pub struct NcclRank {
     /// Ranks of this process: they wait for each other before NCCL does, which could not be told that
     /// one of them has failed by then.
     threads: Arc<ThreadRank>,
-    own: Mutex<Option<Arc<Nccl>>>,
+    own: Mutex<Option<Joined>>,
     /// Of all ranks of this process.
-    joined: Arc<Mutex<Vec<Arc<Nccl>>>>,
+    joined: Arc<Mutex<Vec<Joined>>>,
     progress: Arc<Progress>,
     /// The rank that this one gave up, and after how long.
     silent: Arc<Mutex<Option<(usize, f64)>>>,
+    peer_bytes: usize,
+}
+
+/// A rank that has joined its group.
+#[derive(Clone, Debug)]
+struct Joined {
+    nccl: Arc<Nccl>,
+    /// How it adds up small tensors.
+    peers: Option<Arc<PeerSums>>,
+}
+
+impl Joined {
+    /// Sums under way and later ones end with whatever numbers.
+    fn abort(&self) {
+        if let Some(peers) = &self.peers {
+            peers.abort();
+        }
+        self.nccl.abort();
+    }
+}
+
+/// Bytes that other GPUs read of a small sum at most: beyond that NCCL's algorithms move fewer.
+const PEER_BYTES: usize = 2 << 20;
+
+/// [`PEER_BYTES`], or what the environment says.
+fn peer_bytes() -> usize {
+    let said = std::env::var("MOA_PEER_BYTES").ok();
+    said.and_then(|bytes| bytes.parse().ok()).unwrap_or(PEER_BYTES)
 }
 
 /// How long a rank that fails leaves it to the others to give up their sums.
@@ -99,6 +129,7 @@ impl NcclRank {
             joined: Arc::clone(&joined),
             progress: Arc::clone(&progress),
             silent: Arc::default(),
+            peer_bytes: peer_bytes(),
         };
         Ok(threads.into_iter().map(rank).collect())
     }
@@ -115,7 +146,8 @@ impl NcclRank {
         let threads = Arc::new(ThreadRank::group(1)?.swap_remove(0));
         let (own, joined, silent) = (Mutex::default(), Arc::default(), Arc::default());
         let progress = Arc::new(Progress { begun: vec![AtomicU64::new(0)], patience: PATIENCE });
-        Ok(Self { id, rank, ranks, threads, own, joined, progress, silent })
+        let peer_bytes = peer_bytes();
+        Ok(Self { id, rank, ranks, threads, own, joined, progress, silent, peer_bytes })
     }
 
     /// Joins the group, once all ranks do: to be called before memory is measured, as NCCL takes some.
@@ -128,30 +160,60 @@ impl NcclRank {
         self.connected(device).map(drop)
     }
 
-    fn connected(&self, device: &Cuda) -> Result<Arc<Nccl>> {
+    fn connected(&self, device: &Cuda) -> Result<Joined> {
         // No other thread works with this rank.
-        let mut own = lock(&self.own);
-        if let Some(nccl) = &*own {
-            return Ok(Arc::clone(nccl));
+        if let Some(joined) = &*lock(&self.own) {
+            return Ok(joined.clone());
         }
         self.threads.gather(Arc::new(()), Wait::Step)?;
         let nccl = Arc::new(Nccl::new(device.gpu(), &self.id, self.rank, self.ranks)?);
-        lock(&self.joined).push(Arc::clone(&nccl));
+        let joined = Joined { peers: self.peers(device)?.map(Arc::new), nccl };
+        lock(&self.joined).push(joined.clone());
         // Who failed meanwhile has not seen it in the list.
         if let Some(rank) = self.failed() {
-            nccl.abort();
+            joined.abort();
             return Err(Error::Rank { rank });
         }
-        self.watch(&nccl);
-        Ok(Arc::clone(own.insert(nccl)))
+        self.watch(&joined);
+        Ok(lock(&self.own).insert(joined).clone())
+    }
+
+    /// Opens the memory of the other GPUs; `None` unless each can read that of all.
+    fn peers(&self, device: &Cuda) -> Result<Option<PeerSums>> {
+        if self.peer_bytes == 0 || self.ranks == 1 || self.threads.ranks() != self.ranks {
+            return Ok(None);
+        }
+        let gpu = device.gpu();
+        let own = Arc::new(PeerBuffer::new(gpu)?);
+        let all = self.threads.gather(own, Wait::Step)?;
+        let buffers = all.iter().map(|own| Arc::clone(own).downcast::<PeerBuffer>());
+        let buffers: Vec<_> = buffers.filter_map(std::result::Result::ok).collect();
+        // The host notices sooner, where it waits: this ends kernels that nobody waits for.
+        let deadline = 2 * self.progress.patience + Duration::from_secs(5);
+        let sums = PeerSums::new(gpu, device.dtype(), self.rank, &buffers, deadline);
+        let sums = sums.unwrap_or_else(|error| {
+            tracing::warn!(%error, "no sums over the memory of other GPUs, but over NCCL alone");
+            None
+        });
+        let can = self.threads.gather(Arc::new(sums.is_some()), Wait::Step)?;
+        let all_can = can.iter().all(|can| can.downcast_ref() == Some(&true));
+        Ok(sums.filter(|_| all_can))
+    }
+
+    /// How small tensors are added up, if this one is.
+    fn small<'a>(&self, joined: &'a Joined, x: &Tensor) -> Option<&'a PeerSums> {
+        let bytes = x.shape().iter().product::<usize>().saturating_mul(size_of::<f32>());
+        let read = bytes.saturating_mul(self.ranks - 1);
+        joined.peers.as_deref().filter(|peers| read <= self.peer_bytes && peers.fits(x))
     }
 
     /// Has the waits for the device watched, which holds what is watched: no more than it needs.
-    fn watch(&self, nccl: &Arc<Nccl>) {
+    fn watch(&self, joined: &Joined) {
         let (threads, progress) = (Arc::downgrade(&self.threads), Arc::clone(&self.progress));
         let (silent, behind) = (Arc::clone(&self.silent), Mutex::new(Behind::default()));
-        let own: Weak<Nccl> = Arc::downgrade(nccl);
-        nccl.device().set_watch(Some(Arc::new(move |waited| {
+        let own: Weak<Nccl> = Arc::downgrade(&joined.nccl);
+        let peers = joined.peers.as_ref().map(Arc::downgrade);
+        joined.nccl.device().set_watch(Some(Arc::new(move |waited| {
             let (Some(nccl), Some(threads)) = (own.upgrade(), threads.upgrade()) else {
                 return true;
             };
@@ -163,10 +225,19 @@ impl NcclRank {
             if !goes_on {
                 threads.fail();
                 // The sum that the device waits in ends by this.
-                nccl.abort();
+                let peers = peers.as_ref().and_then(Weak::upgrade);
+                Joined { nccl, peers }.abort();
             }
             goes_on
         })));
+    }
+
+    /// The rank that a kernel gave up.
+    fn missing(&self) -> Option<Error> {
+        let own = lock(&self.own);
+        let peers = own.as_ref()?.peers.as_ref()?;
+        let seconds = peers.deadline().as_secs_f64();
+        peers.missing().map(|rank| Error::RankSilent { rank, seconds })
     }
 
     /// Counts what the host begins: steps and sums.
@@ -193,14 +264,15 @@ impl Rank for NcclRank {
         if let Some(own) = &*lock(&self.own) {
             own.abort();
         }
+        let joined = lock(&self.joined).clone();
+        joined.iter().filter_map(|other| other.peers.as_ref()).for_each(|peers| peers.abort());
         // Kernels of the other GPUs wait for this one. Their own threads give them up where they watch a wait; for
         // those that wait elsewhere it is done here.
-        let joined = lock(&self.joined).clone();
         let begin = Instant::now();
-        while begin.elapsed() < GRACE && !joined.iter().all(|nccl| nccl.is_aborted()) {
+        while begin.elapsed() < GRACE && !joined.iter().all(|other| other.nccl.is_aborted()) {
             std::thread::sleep(Duration::from_millis(5));
         }
-        joined.iter().for_each(|nccl| nccl.abort_from_outside());
+        joined.iter().for_each(|other| other.nccl.abort_from_outside());
     }
 
     fn failed(&self) -> Option<usize> {
@@ -211,7 +283,7 @@ impl Rank for NcclRank {
     fn reason(&self) -> Option<Error> {
         match *lock(&self.silent) {
             Some((rank, seconds)) => Some(Error::RankSilent { rank, seconds }),
-            None => self.failed().map(|rank| Error::Rank { rank }),
+            None => self.missing().or(self.failed().map(|rank| Error::Rank { rank })),
         }
     }
 
@@ -226,9 +298,29 @@ impl Rank for NcclRank {
 
 impl Communicator<Cuda> for NcclRank {
     fn all_reduce(&self, device: &Cuda, x: &mut Tensor) -> Result<()> {
-        let nccl = self.connected(device)?;
+        let joined = self.connected(device)?;
         self.counts();
-        Ok(nccl.all_reduce(x)?)
+        Ok(match self.small(&joined, x) {
+            Some(peers) => peers.all_reduce(x)?,
+            None => joined.nccl.all_reduce(x)?,
+        })
+    }
+
+    fn all_reduce_norm(
+        &self,
+        device: &Cuda,
+        x: &mut Tensor,
+        norm: &Tensor,
+        eps: f32,
+    ) -> Result<Option<Tensor>> {
+        let joined = self.connected(device)?;
+        match self.small(&joined, x) {
+            Some(peers) => {
+                self.counts();
+                Ok(Some(peers.all_reduce_norm(x, norm, eps)?))
+            }
+            None => self.all_reduce(device, x).map(|()| None),
+        }
     }
 
     fn begins(&self) {
@@ -244,8 +336,8 @@ impl Drop for NcclRank {
     /// The list that all ranks share must not keep this one's communicator alive.
     fn drop(&mut self) {
         if let Some(own) = lock(&self.own).take() {
-            own.device().set_watch(None);
-            lock(&self.joined).retain(|nccl| !Arc::ptr_eq(nccl, &own));
+            own.nccl.device().set_watch(None);
+            lock(&self.joined).retain(|other| !Arc::ptr_eq(&other.nccl, &own.nccl));
         }
     }
 }
