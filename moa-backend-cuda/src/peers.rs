@@ -407,9 +407,14 @@ mod tests {
 
     #[test]
     fn every_order_of_steps_gives_the_sums_of_all_parts() {
-        for (ranks, blocks) in
-            [(2, &[1, 1, 1, 1][..]), (2, &[2, 1, 2]), (2, &[1, 2, 1, 2]), (3, &[1, 1, 1])]
-        {
+        for (ranks, blocks) in [
+            (2, &[1, 1, 1, 1][..]),
+            (2, &[2, 1, 2]),
+            (2, &[1, 2, 1, 2]),
+            (3, &[1, 1, 1]),
+            (3, &[2, 1, 2]),
+            (4, &[1, 1, 1]),
+        ] {
             let states = Model { ranks, blocks, slots: 2 }.explore().unwrap();
             assert!(states > 100, "{ranks} ranks, {blocks:?}: {states} states");
         }
