@@ -412,7 +412,7 @@ mod tests {
             (2, &[2, 1, 2]),
             (2, &[1, 2, 1, 2]),
             (3, &[1, 1, 1]),
-            (3, &[2, 1, 2]),
+            (3, &[1, 2, 1]),
             (4, &[1, 1, 1]),
         ] {
             let states = Model { ranks, blocks, slots: 2 }.explore().unwrap();

@@ -355,8 +355,8 @@ fn a_model_that_gpus_cannot_share_is_refused_before_they_are_opened() {
         &["generate", "--model", tiny, "--chat", "--save-state", "s", "--device", "cuda:0,1"],
         &["--save-state", "[0, 1]"],
     );
-    let validate = ["validate", "--model", tiny, "--plans", "plans", "--device", "cuda:0,1"];
-    refuses(root, &validate, &["one device"]);
+    let bench = ["bench", "--model", tiny, "--profile", "--device", "cuda:0,1"];
+    refuses(root, &bench, &["--profile", "one device"]);
     let profile = ["profile", "--model", tiny, "--device", "cuda:0,1,2", "--out", "p.safetensors"];
     refuses(root, &profile, &["--device", "1 to 2 (KV heads)"]);
     let bench = ["bench", "--model", "nowhere", "--device", "cuda:0,1"];
