@@ -1,6 +1,6 @@
 //! Sums of GPUs that read each other's memory: two ranks on one GPU, and on two where there are two.
 
-use std::sync::Arc;
+use std::sync::{Arc, Barrier, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use moa_backend_cuda::{Arena, Device, Dtype, Error, Operations, PeerBuffer, PeerSums, Tensor};
@@ -21,12 +21,15 @@ pub(crate) fn trials() -> Vec<Trial> {
 
 const LONG: Duration = Duration::from_secs(20);
 
-/// What `work` does as each rank of a group on these GPUs.
+/// What `work` does as each rank of a group on these GPUs. Calls of the driver that wait for a whole GPU would wait for a
+/// sum of the other rank there: what needs them comes before the first sum, and one trial runs at a time.
 fn on<T: Send>(
     ordinals: [usize; 2],
     deadline: Duration,
-    work: impl Fn(usize, &Device, &PeerSums) -> T + Sync,
+    work: impl Fn(usize, &Operations, &PeerSums) -> T + Sync,
 ) -> Result<Vec<T>, Stop> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     gpu::device()?;
     let open = |ordinal| match Device::open(ordinal) {
         Err(Error::NoDevice { .. }) => Err(Stop::ignored(format!("no GPU {ordinal}"))),
@@ -35,13 +38,15 @@ fn on<T: Send>(
     let devices = ordinals.map(open).into_iter().collect::<Result<Vec<Device>, Stop>>()?;
     let buffers = devices.iter().map(|device| Ok(Arc::new(PeerBuffer::new(device)?)));
     let buffers = buffers.collect::<Result<Vec<_>, Error>>()?;
-    let (buffers, work) = (&buffers, &work);
+    let (buffers, work, ready) = (&buffers, &work, &Barrier::new(2));
     std::thread::scope(|scope| {
         let ranks: Vec<_> = devices.iter().enumerate().collect();
         let run = |(rank, device): (usize, &'_ Device)| {
-            let sums = PeerSums::new(device, Dtype::Bf16, rank, buffers, deadline)?;
-            let sums = sums.ok_or_else(|| Stop::ignored("GPUs that cannot read each other"))?;
-            Ok::<_, Stop>(work(rank, device, &sums))
+            let sums = PeerSums::new(device, Dtype::Bf16, rank, buffers, deadline);
+            let operations = Operations::new(device, Dtype::Bf16);
+            ready.wait();
+            let sums = sums?.ok_or_else(|| Stop::ignored("GPUs that cannot read each other"))?;
+            Ok::<_, Stop>(work(rank, &operations?, &sums))
         };
         let threads: Vec<_> = ranks.into_iter().map(|own| scope.spawn(move || run(own))).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
@@ -62,8 +67,8 @@ const SHAPES: [[usize; 2]; 7] =
     [[1, 4096], [1, 64], [16, 1024], [5, 264], [150, 256], [1, 8192], [64, 4096]];
 
 fn add_up(ordinals: [usize; 2]) -> Verdict {
-    let all = on(ordinals, LONG, |rank, device, sums| {
-        let operations = Operations::new(device, Dtype::Bf16).unwrap();
+    let all = on(ordinals, LONG, |rank, operations, sums| {
+        let device = operations.device();
         let mut made = Vec::new();
         // The host does not wait in between: ranks may be apart as far as the protocol lets them.
         let inputs: Vec<Tensor> = (0..140)
@@ -113,7 +118,8 @@ fn two_gpus_add_up() -> Verdict {
 
 fn a_captured_sum_meets_each_time_it_is_launched() -> Verdict {
     let other = usize::from(Device::open(1).is_ok());
-    let got = on([0, other], LONG, |rank, device, sums| {
+    let got = on([0, other], LONG, |rank, operations, sums| {
+        let device = operations.device();
         let x = Tensor::from_f32(device, &[1.0 + rank as f32; 512], &[2, 256], Dtype::F32).unwrap();
         let weight = Tensor::from_f32(device, &[1.0; 256], &[256], Dtype::F32).unwrap();
         let work = || -> Result<(), Error> {
@@ -139,7 +145,8 @@ fn a_captured_sum_meets_each_time_it_is_launched() -> Verdict {
 
 fn a_rank_that_does_not_come_is_named_and_later_sums_do_not_wait() -> Verdict {
     let deadline = Duration::from_millis(400);
-    on([0, 0], deadline, |rank, device, sums| {
+    on([0, 0], deadline, |rank, operations, sums| {
+        let device = operations.device();
         let x = Tensor::zeros(device, &[4, 256], Dtype::F32).unwrap();
         sums.all_reduce(&x).unwrap();
         device.synchronize().unwrap();
@@ -161,7 +168,8 @@ fn a_rank_that_does_not_come_is_named_and_later_sums_do_not_wait() -> Verdict {
 }
 
 fn a_sum_that_is_given_up_ends() -> Verdict {
-    on([0, 0], LONG, |rank, device, sums| {
+    on([0, 0], LONG, |rank, operations, sums| {
+        let device = operations.device();
         if rank == 1 {
             std::thread::sleep(Duration::from_secs(2));
             return;
@@ -179,7 +187,8 @@ fn a_sum_that_is_given_up_ends() -> Verdict {
 }
 
 fn tensors_that_do_not_fit_are_refused() -> Verdict {
-    on([0, 0], LONG, |_, device, sums| {
+    on([0, 0], LONG, |_, operations, sums| {
+        let device = operations.device();
         for (shape, dtype) in
             [([1, 6], Dtype::F32), ([1 << 10, 1025], Dtype::F32), ([1, 8], Dtype::Bf16)]
         {
