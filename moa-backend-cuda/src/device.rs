@@ -1,6 +1,7 @@
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr};
@@ -14,6 +15,15 @@ use crate::{Error, Result, library};
 /// A `CUstream` of any library in this process; null is the default stream.
 pub type RawStream = *mut c_void;
 
+/// Asked about once a millisecond while the host waits for a device, with the time that the wait has taken so far;
+/// `false` ends it. So a device that waits for others which never come can be given up.
+pub type Watch = Arc<dyn Fn(Duration) -> bool + Send + Sync>;
+
+/// How often a wait is watched.
+const WATCHED: Duration = Duration::from_millis(1);
+/// Times that a wait asks for its end without a pause: most steps end within milliseconds.
+const EAGER: usize = 20_000;
+
 /// Device memory that the driver keeps for the next allocation instead of giving it back.
 const KEPT_BYTES: u64 = 256 << 20;
 
@@ -23,7 +33,6 @@ const KEPT_BYTES: u64 = 256 << 20;
 #[derive(Clone, Debug)]
 pub struct Device(Arc<Inner>);
 
-#[derive(Debug)]
 struct Inner {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
@@ -33,6 +42,13 @@ struct Inner {
     shared_bytes: usize,
     /// By variant, and whether scores have a softcap.
     kernels: Mutex<HashMap<(Variant, bool), Arc<Kernels>>>,
+    watch: Mutex<Option<Watch>>,
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} ({:?})", self.name, self.architecture)
+    }
 }
 
 impl Device {
@@ -75,6 +91,7 @@ impl Device {
                 Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
             )?,
             kernels: Mutex::default(),
+            watch: Mutex::default(),
             context,
         })))
     }
@@ -156,7 +173,54 @@ impl Device {
     /// # Errors
     /// [`Error::Driver`], also for what went wrong in an earlier kernel.
     pub fn synchronize(&self) -> Result<()> {
+        self.settle()?;
         self.0.stream.synchronize().map_err(Error::driver("cuStreamSynchronize"))
+    }
+
+    /// Has all waits of the host for this device's stream watched from now on, or none.
+    pub fn set_watch(&self, watch: Option<Watch>) {
+        *self.0.watch.lock().unwrap_or_else(PoisonError::into_inner) = watch;
+    }
+
+    /// Where waits are watched, waits for everything on [`stream`](Self::stream): before calls of the driver that
+    /// would wait for it themselves, unwatched.
+    ///
+    /// # Errors
+    /// [`Error::GivenUp`], [`Error::Driver`].
+    pub(crate) fn settle(&self) -> Result<()> {
+        let stream = self.0.stream.cu_stream();
+        // SAFETY: the stream is this device's.
+        self.watched("cuStreamQuery", || unsafe { sys::cuStreamQuery(stream) })
+    }
+
+    /// Where waits are watched, asks `query` until it is no longer [not ready](sys::CUresult::CUDA_ERROR_NOT_READY).
+    pub(crate) fn watched(
+        &self,
+        call: &'static str,
+        query: impl Fn() -> sys::CUresult,
+    ) -> Result<()> {
+        let watch = self.0.watch.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some(watch) = watch else { return Ok(()) };
+        self.bind()?;
+        let (begin, mut asked, mut rounds) = (Instant::now(), Duration::ZERO, 0);
+        loop {
+            match query() {
+                sys::CUresult::CUDA_ERROR_NOT_READY => {}
+                done => return done.result().map_err(Error::driver(call)),
+            }
+            rounds += 1;
+            match rounds < EAGER {
+                true => std::hint::spin_loop(),
+                false => std::thread::sleep(Duration::from_micros(20)),
+            }
+            let waited = begin.elapsed();
+            if waited >= asked + WATCHED {
+                asked = waited;
+                if !watch(waited) {
+                    return Err(Error::GivenUp);
+                }
+            }
+        }
     }
 
     /// The kernels of a variant, compiled (or read from the cache on disk) the first time.

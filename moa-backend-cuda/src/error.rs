@@ -95,6 +95,10 @@ pub enum Error {
         /// NCCL's text and number.
         status: String,
     },
+    /// The host no longer waits for the device: whoever watches the wait ([`Device::set_watch`](crate::Device::set_watch))
+    /// has ended it.
+    #[error("the wait for the device was given up: another GPU of its group failed or hangs")]
+    GivenUp,
     /// cuBLASLt refused a call.
     #[error("{call} failed{product}: {status}")]
     Blas {

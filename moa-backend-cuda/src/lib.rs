@@ -43,6 +43,7 @@
 //! # Several GPUs
 //! [`Nccl`] adds up tensors over the GPUs that share a model. It needs NCCL 2 (`libnccl2`, or the package
 //! `nvidia-nccl`), and nothing else does.
+//! [`PeerSums`] adds up small ones faster, where GPUs read each other's memory.
 //!
 //! # Inside another engine
 //! [`Step`] runs the same kernels on foreign memory and a foreign stream: it plans on the host and
@@ -64,6 +65,7 @@ mod linear;
 mod memory;
 mod nccl;
 mod ops;
+mod peers;
 mod pool;
 mod tensor;
 
@@ -71,7 +73,7 @@ pub use arena::Arena;
 pub use attention::step::{Batch, Rope, Step, Tensors};
 pub use backend::CudaBackend;
 pub use cache::Cache;
-pub use device::{Device, RawStream};
+pub use device::{Device, RawStream, Watch};
 pub use error::{Error, Result};
 pub use graph::Graph;
 pub use kernels::compile::{Architecture, HEAD_DIMS, Variant, compile};
@@ -82,6 +84,7 @@ pub use memory::Workspace;
 pub use moa_core::{BlockType, Dtype};
 pub use nccl::{Nccl, NcclId};
 pub use ops::{AttentionGradients, Draw, Indices, Lengths, Operations, Turns};
+pub use peers::{PeerBuffer, PeerSums};
 pub use tensor::Tensor;
 
 /// The README's example compiles.

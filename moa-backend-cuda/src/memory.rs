@@ -173,6 +173,9 @@ impl Staging {
         let slot = &mut self.slots[self.next];
         self.next = (self.next + 1) % SLOTS;
         if let Some((_, event)) = slot {
+            // SAFETY: the event is the slot's.
+            self.device
+                .watched("cuEventQuery", || unsafe { sys::cuEventQuery(event.cu_event()) })?;
             event.synchronize().map_err(Error::driver("cuEventSynchronize"))?;
         }
         if slot.as_ref().is_none_or(|(buffer, _)| buffer.len() < len) {

@@ -70,6 +70,9 @@ impl std::fmt::Debug for Nccl {
     }
 }
 
+/// `ncclInProgress`.
+const IN_PROGRESS: c_int = 7;
+
 /// `ncclFloat32` and `ncclSum`.
 const FLOAT32: c_int = 7;
 const SUM: c_int = 0;
@@ -99,6 +102,11 @@ impl Nccl {
         nccl.all_reduce(&Tensor::zeros(device, &[8], Dtype::F32)?)?;
         device.synchronize()?;
         Ok(nccl)
+    }
+
+    /// Its device.
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     /// Its number in the group.
@@ -145,10 +153,40 @@ impl Nccl {
         self.library.check("ncclAllReduce", status)
     }
 
+    /// Whether NCCL has noticed on its own that the group is broken, or the group was given up here.
+    pub fn has_failed(&self) -> bool {
+        let comm = self.comm.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(comm) = &*comm else { return true };
+        let mut status = 0;
+        // SAFETY: the communicator is alive; NCCL writes a status.
+        let asked = unsafe { (self.library.get_async_error)(comm.0, &raw mut status) };
+        // Work that is being set up is no error.
+        asked != 0 || !matches!(status, 0 | IN_PROGRESS)
+    }
+
+    /// Whether [`abort`](Self::abort) was called.
+    pub fn is_aborted(&self) -> bool {
+        // Whoever holds it calls NCCL.
+        self.comm.try_lock().is_ok_and(|comm| comm.is_none())
+    }
+
+    /// [`abort`](Self::abort) from another thread than the one that works with this rank, unless that one is in a
+    /// call of NCCL.
+    pub fn abort_from_outside(&self) {
+        if let Ok(mut comm) = self.comm.try_lock() {
+            self.end(comm.take());
+        }
+    }
+
     /// Gives up: sums under way on this GPU end, with whatever numbers, and later ones fail.
     pub fn abort(&self) {
-        let comm = self.comm.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(comm) = comm {
+        self.end(self.comm.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+
+    fn end(&self, comm: Option<Comm>) {
+        if let Some(comm) = comm
+            && self.device.bind().is_ok()
+        {
             // SAFETY: it was taken, so that nothing uses it any more. There is nothing to do about a
             // failure.
             let _ = unsafe { (self.library.comm_abort)(comm.0) };
@@ -182,6 +220,7 @@ struct Library {
         *mut c_void,
         RawStream,
     ) -> c_int,
+    get_async_error: unsafe extern "C" fn(*mut c_void, *mut c_int) -> c_int,
     comm_abort: unsafe extern "C" fn(*mut c_void) -> c_int,
     comm_destroy: unsafe extern "C" fn(*mut c_void) -> c_int,
     get_error_string: unsafe extern "C" fn(c_int) -> *const c_char,
@@ -203,6 +242,7 @@ impl Library {
                 get_unique_id: *library.get(b"ncclGetUniqueId").ok()?,
                 comm_init_rank: *library.get(b"ncclCommInitRank").ok()?,
                 all_reduce: *library.get(b"ncclAllReduce").ok()?,
+                get_async_error: *library.get(b"ncclCommGetAsyncError").ok()?,
                 comm_abort: *library.get(b"ncclCommAbort").ok()?,
                 comm_destroy: *library.get(b"ncclCommDestroy").ok()?,
                 get_error_string: *library.get(b"ncclGetErrorString").ok()?,

@@ -87,6 +87,7 @@ impl Tensor {
         }
         let tensor = Self::uninitialised(device, OP, shape, dtype)?;
         if !bytes.is_empty() {
+            device.settle()?;
             device.bind()?;
             // SAFETY: the tensor was made for these bytes, which the call has read when it returns.
             unsafe { result::memcpy_htod_async(tensor.pointer(), bytes, device.stream().cast()) }
@@ -174,6 +175,7 @@ impl Tensor {
         if to.is_empty() {
             return Ok(());
         }
+        self.device.settle()?;
         self.device.bind()?;
         // SAFETY: the callers' slices have the tensor's bytes, and live until the stream is done.
         unsafe { result::memcpy_dtoh_async(to, self.pointer(), self.device.stream().cast()) }

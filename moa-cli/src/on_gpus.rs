@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use moa_core::{Plan, Sharding};
 use moa_models::{Checkpoint, Cuda, ModelConfig, NcclRank, Rank, Shard, on_ranks};
@@ -11,6 +12,20 @@ use crate::error::{Error, Result};
 use crate::gpus::Gpus;
 use crate::model;
 use crate::output::Context;
+use crate::terminal::to_stderr;
+
+/// How long ranks are waited for once one has failed.
+const GRACE: Duration = Duration::from_secs(15);
+
+/// Ends the process after a while: a rank that hangs would keep it, though the others have failed.
+fn end_soon(error: &Error) {
+    let (text, code) = (format!("error: {error}"), error.exit_code());
+    std::thread::spawn(move || {
+        std::thread::sleep(GRACE);
+        to_stderr(format_args!("{text}\nerror: another GPU's thread hangs"));
+        std::process::exit(code.into());
+    });
+}
 
 impl Gpus {
     /// Runs `work` for each of them, on a thread of its own and with its part of the model; only the first
@@ -46,7 +61,8 @@ impl Gpus {
                 ));
             }
             let context = if number == 0 { *context } else { context.muted() };
-            work(device, Shard::new(&sharding, rank)?, &context)
+            let done = work(device, Shard::new(&sharding, rank)?, &context);
+            done.inspect_err(end_soon)
         });
         done.map(drop)
     }
@@ -62,7 +78,9 @@ impl Gpus {
         let folder = model::folder(&of.model, context)?;
         let config = ModelConfig::from_file(&folder)?;
         self.run(&config, plan, config.context_length(), context, |device, shard, context| {
-            work(model::options(of).open_shard(device, &folder, shard)?, context)
+            let checkpoint = model::options(of).open_shard(device, &folder, shard)?;
+            checkpoint.model.all_loaded()?;
+            work(checkpoint, context)
         })
     }
 }

@@ -386,6 +386,15 @@ pub enum Error {
         rank: usize,
     },
 
+    /// A device with another part of the model hangs, or is far behind.
+    #[error("rank {rank}, which has another part of the model, did not come within {seconds} s")]
+    RankSilent {
+        /// The rank, from 0.
+        rank: usize,
+        /// How long it was waited for.
+        seconds: f64,
+    },
+
     /// A step of several requests failed, of which this one was part.
     #[error("a step of the batch failed: {reason}")]
     Step {

@@ -85,7 +85,7 @@ pub use decoder::shard::Shard;
 pub use device::cpu::{Cpu, CpuMatrix, CpuRotations};
 #[cfg(feature = "cuda")]
 pub use device::cuda::{Cuda, CudaMatrix, Joined, NcclRank};
-pub use device::rank::{Communicator, Rank, on_ranks};
+pub use device::rank::{Brought, Communicator, PATIENCE, Rank, Wait, on_ranks};
 pub use device::replay::{Replay, ReplayBatch};
 pub use device::rope_table::RopeTable;
 pub use device::thread_rank::ThreadRank;

@@ -33,6 +33,8 @@ pub enum Source {
     TileSoftcap,
     /// [`Wgmma`](Self::Wgmma) with a softcap.
     WgmmaSoftcap,
+    /// Sums over GPUs that read each other's memory.
+    AllReduce,
 }
 
 /// What `#include` may name.
@@ -45,7 +47,7 @@ pub(crate) const HEADERS: [(&str, &str); 4] = [
 
 impl Source {
     /// All of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Append,
         Self::Decode,
         Self::Tile,
@@ -60,6 +62,7 @@ impl Source {
         Self::DecodeSoftcap,
         Self::TileSoftcap,
         Self::WgmmaSoftcap,
+        Self::AllReduce,
     ];
 
     /// Name of the file, and of what it is compiled for beside.
@@ -79,6 +82,7 @@ impl Source {
             Self::DecodeSoftcap => "decode.cu-softcap",
             Self::TileSoftcap => "tile.cu-softcap",
             Self::WgmmaSoftcap => "wgmma.cu-softcap",
+            Self::AllReduce => "all_reduce.cu",
         }
     }
 
@@ -127,6 +131,7 @@ impl Source {
             Self::Gemv => include_str!("../../kernels/gemv.cu"),
             Self::E4m3 => include_str!("../../kernels/e4m3.cu"),
             Self::Blocks => include_str!("../../kernels/blocks.cu"),
+            Self::AllReduce => include_str!("../../kernels/all_reduce.cu"),
         }
     }
 }

@@ -37,6 +37,7 @@ impl Indices {
     /// # Errors
     /// [`Error::Driver`], also for what went wrong in an earlier kernel.
     pub fn to_host(&self) -> Result<Vec<i32>> {
+        self.device.settle()?;
         let mut host = self
             .device
             .cuda_stream()

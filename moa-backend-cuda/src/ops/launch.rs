@@ -115,7 +115,10 @@ impl OpKernels {
         };
         let functions = names.iter().map(load).collect::<Result<_>>()?;
         let overlap = device.architecture().major >= 9
-            && matches!(source, Source::Ops | Source::Gemv | Source::E4m3 | Source::Blocks);
+            && matches!(
+                source,
+                Source::Ops | Source::Gemv | Source::E4m3 | Source::Blocks | Source::AllReduce
+            );
         Ok(Self { device: device.clone(), functions, overlap })
     }
 

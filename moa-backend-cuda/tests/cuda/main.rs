@@ -10,6 +10,7 @@ mod gradients;
 mod graph;
 mod hazards;
 mod ops;
+mod peers;
 mod sample;
 mod step;
 
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         graph::trials(),
         hazards::trials(),
         ops::trials(),
+        peers::trials(),
         sample::trials(),
         step::trials(),
     ];

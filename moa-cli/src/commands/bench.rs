@@ -157,6 +157,7 @@ fn with_ops<D: Backward>(
         Some(shard) => Decoder::load_shard(device, config, &*weights, shard)?,
         None => Decoder::load(device, config, &*weights)?,
     };
+    model.all_loaded()?;
     if args.profile {
         return profile(args, &model, context);
     }

@@ -73,24 +73,26 @@ pub(super) fn run<D: Math>(
         }
     };
     let capacity = session.capacity();
-    let is_terminal = io::stdin().is_terminal();
-    let prompt = || {
-        if is_terminal && !context.json {
-            ask("> ");
-        }
-    };
+    let asks = io::stdin().is_terminal() && !context.json;
     let (mut turns, mut ended) = (Vec::new(), Ok(()));
-    prompt();
-    for (number, line) in io::stdin().lock().lines().enumerate() {
-        let turn = line
-            .map_err(|source| Error::Stream { stream: "stdin", source })
-            .map(|line| line.trim_start_matches('\u{feff}').trim().to_owned())
-            .and_then(|line| match line.is_empty() {
-                true => Ok(None),
-                false => answer(&line, &mut session, model, conversation, context).map(Some),
-            })
-            .map_err(|error| error.at(format!("stdin, line {}", number + 1)));
-        match turn {
+    for number in 1.. {
+        // Where several GPUs share the model, one thread reads for all.
+        let line = model.model.agree(|| {
+            if asks {
+                ask("> ");
+            }
+            let line = io::stdin().lock().lines().next().transpose();
+            line.map_err(|source| Error::Stream { stream: "stdin", source })
+        });
+        let turn = match line {
+            Ok(None) => break,
+            Ok(Some(line)) => match line.trim_start_matches('\u{feff}').trim() {
+                "" => Ok(None),
+                line => answer(line, &mut session, model, conversation, context).map(Some),
+            },
+            Err(error) => Err(error),
+        };
+        match turn.map_err(|error| error.at(format!("stdin, line {number}"))) {
             Ok(turn) => turns.extend(turn),
             Err(error) if is_overflow(&error) && conversation.on_overflow == OnOverflow::Keep => {
                 context.note(format_args!("{error}; the conversation goes on without it"));
@@ -102,7 +104,6 @@ pub(super) fn run<D: Math>(
                 break;
             }
         }
-        prompt();
     }
     if let Some(path) = conversation.save {
         moa_core::write_atomic(path, &session.save()?)?;

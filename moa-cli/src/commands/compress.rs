@@ -16,7 +16,7 @@ use crate::calibration;
 use crate::compressed::Losses;
 use crate::error::Result;
 use crate::files::Files;
-use crate::model::{self, on_device};
+use crate::model::{self, on_model};
 use crate::output::{Context, shown};
 use crate::progress::Progress;
 use crate::style::StyleArgs;
@@ -98,11 +98,13 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let types = cache_types(context);
     let cache = if types == CacheTypes::Device { context.cache } else { CacheType::Bf16 };
     let context = &context.with_cache(cache);
-    on_device!(context, |device| {
-        let mut model = model::open(device, &args.model, context)?;
-        args.style.apply(&mut model)?;
-        with_model(args, (&data, profile), types, &model, context)
-    })
+    on_model!(context, &args.model, None, |model, context| with_model(
+        args,
+        (&data, profile.as_ref()),
+        types,
+        model,
+        context
+    ))
 }
 
 /// The types that heads of the plan have.
@@ -116,11 +118,13 @@ fn cache_types(context: &Context) -> CacheTypes {
 
 fn with_model<D: Backward>(
     args: &Args,
-    (data, profile): (&CalibrationData, Option<Profile>),
+    (data, profile): (&CalibrationData, Option<&Profile>),
     types: CacheTypes,
-    model: &Checkpoint<D>,
+    mut model: Checkpoint<D>,
     context: &Context,
 ) -> Result<()> {
+    args.style.apply(&mut model)?;
+    let model = &model;
     let options = CompressOptions {
         lengths: args.lengths.clone(),
         objective: args.objective.objective,
@@ -142,14 +146,16 @@ fn with_model<D: Backward>(
     options.validate()?;
     let mut bar = Progress::new(context, "calibrate", 1);
     let found = match profile {
-        Some(profile) => compress_profile(model, data, profile, &options, &mut bar)?,
+        Some(profile) => compress_profile(model, data, profile.clone(), &options, &mut bar)?,
         None => compress(model, data, &options, &mut bar)?,
     };
     drop(bar);
-    if let Some(path) = &args.save_profile {
-        found.profile.save(path)?;
+    if model.model.is_first() {
+        if let Some(path) = &args.save_profile {
+            found.profile.save(path)?;
+        }
+        found.plan.save(&args.out)?;
     }
-    found.plan.save(&args.out)?;
 
     let lengths = lengths_of(&found.plan);
     context.result(&Outcome {

@@ -118,11 +118,11 @@ impl SamplingArgs {
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let prompts = read_prompts(args)?;
-    if args.prompts.chat {
-        // Each rank would have to read the same lines.
-        context.check_one_device("--device with --chat")?;
+    if args.load_state.is_some() || args.save_state.is_some() {
+        // Each rank holds a part of the keys and values.
+        context.check_one_device("--device with --load-state or --save-state")?;
     }
-    on_model!(context, &args.model, args.plan, |model, context| with_model(
+    on_model!(context, &args.model, args.plan.plan.as_deref(), |model, context| with_model(
         args, &prompts, model, context
     ))
 }

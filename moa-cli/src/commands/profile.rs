@@ -12,7 +12,7 @@ use crate::args::{DataArg, ModelArg, ObjectiveArgs, parse_count};
 use crate::calibration;
 use crate::error::Result;
 use crate::files::Files;
-use crate::model::{self, on_device};
+use crate::model::{self, on_model};
 use crate::output::{Context, shown, table};
 use crate::progress::Progress;
 use crate::style::StyleArgs;
@@ -59,19 +59,17 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         .reads(&args.style.template)
         .writes("--out", &args.out)?;
     let data = calibration::load(&args.data.data)?;
-    on_device!(context, |device| {
-        let mut model = model::open(device, &args.model, context)?;
-        args.style.apply(&mut model)?;
-        with_model(args, &data, &model, context)
-    })
+    on_model!(context, &args.model, None, |model, context| with_model(args, &data, model, context))
 }
 
 fn with_model<D: Backward>(
     args: &Args,
     data: &CalibrationData,
-    model: &Checkpoint<D>,
+    mut model: Checkpoint<D>,
     context: &Context,
 ) -> Result<()> {
+    args.style.apply(&mut model)?;
+    let model = &model;
     let options = CalibrationOptions {
         lengths: args.lengths.clone(),
         samples: args.samples,
@@ -87,7 +85,9 @@ fn with_model<D: Backward>(
     let objective = WeightedObjective { objective, weight: token_weight };
     let profile = model.model.profile_all(&items, objective, args.block, &description, &mut bar)?;
     drop(bar);
-    profile.save(&args.out)?;
+    if model.model.is_first() {
+        profile.save(&args.out)?;
+    }
 
     let lengths = profile.lengths().into_iter().map(|length| ProfiledLength::new(&profile, length));
     context.result(&Outcome {

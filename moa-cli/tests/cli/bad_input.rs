@@ -352,13 +352,13 @@ fn a_model_that_gpus_cannot_share_is_refused_before_they_are_opened() {
     );
     refuses(
         root,
-        &["generate", "--model", tiny, "--chat", "--device", "cuda:0,1"],
-        &["--chat", "[0, 1]"],
+        &["generate", "--model", tiny, "--chat", "--save-state", "s", "--device", "cuda:0,1"],
+        &["--save-state", "[0, 1]"],
     );
-    let tasks = ["eval", "tasks", "--model", tiny, "--task", "passkey", "--device", "cuda:0,1"];
-    refuses(root, &[&tasks[..], &["--items", "items.jsonl"]].concat(), &["--items", "one device"]);
-    let profile = ["profile", "--model", tiny, "--device", "cuda:0,1", "--out", "p.safetensors"];
-    refuses(root, &profile, &["one device"]);
+    let bench = ["bench", "--model", tiny, "--profile", "--device", "cuda:0,1"];
+    refuses(root, &bench, &["--profile", "one device"]);
+    let profile = ["profile", "--model", tiny, "--device", "cuda:0,1,2", "--out", "p.safetensors"];
+    refuses(root, &profile, &["--device", "1 to 2 (KV heads)"]);
     let bench = ["bench", "--model", "nowhere", "--device", "cuda:0,1"];
     refuses(root, &bench, &["nowhere"]);
 }

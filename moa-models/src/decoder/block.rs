@@ -18,8 +18,12 @@ impl<D: Math> Decoder<D> {
         mut x: D::Tensor,
         mut attend: impl FnMut(usize, [D::Tensor; 3]) -> Result<D::Tensor>,
     ) -> Result<D::Tensor> {
+        let mut normed = None;
         for (index, layer) in self.layers.iter().enumerate() {
-            x = self.block(layer, x, |qkv| attend(index, qkv))?;
+            let out = attend(index, self.qkv_of(layer, &x, normed)?)?;
+            (x, normed) = self.after_attention_normed(layer, x, out, Some(&layer.mlp_norm))?;
+            let next = self.layers.get(index + 1).map(|next| &next.attention_norm);
+            (x, normed) = self.mlp_normed(layer, x, normed, next)?;
         }
         Ok(x)
     }
@@ -47,16 +51,35 @@ impl<D: Math> Decoder<D> {
 
     /// Queries, keys and values before rotation, `[tokens, heads, head_dim]`.
     pub(crate) fn qkv(&self, layer: &Layer<D>, x: &D::Tensor) -> Result<[D::Tensor; 3]> {
-        let [q, k, v] = self.projections(layer, x)?;
+        self.qkv_of(layer, x, None)
+    }
+
+    /// [`qkv`](Self::qkv) of a stream whose norm may be there already.
+    fn qkv_of(
+        &self,
+        layer: &Layer<D>,
+        x: &D::Tensor,
+        normed: Option<D::Tensor>,
+    ) -> Result<[D::Tensor; 3]> {
+        let [q, k, v] = self.projections_of(layer, x, normed)?;
         let [q, k] = self.normed_heads(layer, q, k)?;
         Ok([q, k, v])
     }
 
     /// Queries, keys and values as the linear layers give them, `[tokens, heads, head_dim]`.
     pub(crate) fn projections(&self, layer: &Layer<D>, x: &D::Tensor) -> Result<[D::Tensor; 3]> {
+        self.projections_of(layer, x, None)
+    }
+
+    fn projections_of(
+        &self,
+        layer: &Layer<D>,
+        x: &D::Tensor,
+        normed: Option<D::Tensor>,
+    ) -> Result<[D::Tensor; 3]> {
         let (device, dim) = (&self.device, self.config.head_dim);
         let tokens = device.shape(x)[0];
-        let h = device.rms_norm(x, &layer.attention_norm, self.eps())?;
+        let h = self.norm_of(x, &layer.attention_norm, normed)?;
         let [q, k, v] = parts(device.linears(&h, &layer.qkv)?)?;
         let heads = |y, heads| device.reshape(y, &[tokens, heads, dim]);
         let (query, kv) = (self.local.query_heads, self.local.kv_heads);
@@ -158,19 +181,52 @@ impl<D: Math> Decoder<D> {
         x: D::Tensor,
         out: D::Tensor,
     ) -> Result<D::Tensor> {
+        Ok(self.after_attention_normed(layer, x, out, None)?.0)
+    }
+
+    /// [`after_attention`](Self::after_attention), and the norm of it where that comes with a sum over ranks.
+    fn after_attention_normed(
+        &self,
+        layer: &Layer<D>,
+        x: D::Tensor,
+        out: D::Tensor,
+        norm: Option<&D::Vector>,
+    ) -> Result<(D::Tensor, Option<D::Tensor>)> {
         let rows = self.device.shape(&out)[0];
         let width = self.local.query_heads * self.config.head_dim;
         let flat = self.device.reshape(out, &[rows, width])?;
-        self.add_branch(x, &flat, &layer.o)
+        self.add_branch(x, &flat, &layer.o, norm)
     }
 
     /// `x + mlp(norm(x))`.
     pub(crate) fn mlp(&self, layer: &Layer<D>, x: D::Tensor) -> Result<D::Tensor> {
+        Ok(self.mlp_normed(layer, x, None, None)?.0)
+    }
+
+    /// [`mlp`](Self::mlp) of a stream whose norm may be there already, and the norm that is read `next` where that comes
+    /// with a sum over ranks.
+    fn mlp_normed(
+        &self,
+        layer: &Layer<D>,
+        x: D::Tensor,
+        normed: Option<D::Tensor>,
+        next: Option<&D::Vector>,
+    ) -> Result<(D::Tensor, Option<D::Tensor>)> {
         let device = &self.device;
-        let h = device.rms_norm(&x, &layer.mlp_norm, self.eps())?;
+        let h = self.norm_of(&x, &layer.mlp_norm, normed)?;
         let [gate, up] = parts(device.linears(&h, &layer.gate_up)?)?;
         let act = device.swiglu(gate, &up)?;
-        self.add_branch(x, &act, &layer.down)
+        self.add_branch(x, &act, &layer.down, next)
+    }
+
+    /// The norm of the stream, unless it is there already.
+    fn norm_of(
+        &self,
+        x: &D::Tensor,
+        weight: &D::Vector,
+        normed: Option<D::Tensor>,
+    ) -> Result<D::Tensor> {
+        normed.map_or_else(|| self.device.rms_norm(x, weight, self.eps()), Ok)
     }
 
     /// The residual stream of new tokens, divided by `residual_multiplier`, so that branches add to it as they

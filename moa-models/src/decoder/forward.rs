@@ -25,7 +25,7 @@ impl<D: Math> Decoder<D> {
         logits: LogitRows<'_>,
     ) -> Result<D::Tensor> {
         let hidden = self.hidden_states(batch, tokens, logits)?;
-        self.output(&hidden).inspect_err(|_| self.tell_failure())
+        self.output(&hidden).map_err(|error| self.failure(error))
     }
 
     /// Appends as [`forward`](Self::forward), and returns what the output matrix would be given: the hidden states
@@ -47,7 +47,8 @@ impl<D: Math> Decoder<D> {
         {
             return Err(Error::invalid("logit row", format!("below {total}"), row));
         }
-        self.append(batch, tokens, rows).inspect_err(|_| self.tell_failure())
+        self.begins();
+        self.append(batch, tokens, rows).map_err(|error| self.failure(error))
     }
 
     /// [`hidden_states`](Self::hidden_states) of what has been checked.

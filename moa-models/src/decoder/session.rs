@@ -103,7 +103,7 @@ impl<D: Math> Session<D> {
             let rows = logits.chunks(model.config.vocab_size);
             return rows.map(|row| check_logits(row).map(|()| likeliest(row).0)).collect();
         };
-        let chosen = replay.likeliest();
+        let chosen = replay.likeliest().map_err(|error| model.failure(error));
         model.check_ranks()?;
         chosen
     }
@@ -128,6 +128,7 @@ impl<D: Math> Session<D> {
     ) -> Result<Vec<u32>> {
         let logits = self.advance(model, tokens)?;
         let chosen = model.device.sample(&logits, &draw.into(), units);
+        let chosen = chosen.map_err(|error| model.failure(error));
         model.check_ranks()?;
         chosen
     }
@@ -142,7 +143,8 @@ impl<D: Math> Session<D> {
         let mut batch: Vec<_> = self.sequences.iter_mut().collect();
         model.check_step(&batch, &each)?;
         if self.replay.is_none() && self.can_replay && self.steps >= PLAIN_STEPS {
-            self.replay = model.prepare(&self.sequences).inspect_err(|_| model.tell_failure())?;
+            let replay = model.prepare(&self.sequences);
+            self.replay = replay.map_err(|error| model.failure(error))?;
             self.can_replay = self.replay.is_some();
             batch = self.sequences.iter_mut().collect();
         }
@@ -152,8 +154,7 @@ impl<D: Math> Session<D> {
                 Ok(logits) => logits,
                 Err(error) => {
                     self.replay = None;
-                    model.tell_failure();
-                    return Err(error);
+                    return Err(model.failure(error));
                 }
             },
         };
@@ -192,6 +193,7 @@ impl<D: Math> Decoder<D> {
     ) -> Result<D::Tensor> {
         let (device, config) = (&self.device, &self.config);
         batch.iter_mut().for_each(|sequence| sequence.broken = true);
+        self.begins();
         replay.run(device, tokens, &|step| {
             let x = step.embed(device, &self.embedding, self.embedding_factor())?;
             let x = self.blocks(x, |layer, qkv| step.attend(device, layer, qkv))?;

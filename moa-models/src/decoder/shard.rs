@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::ops::Range;
+use std::sync::Arc;
 
 use moa_core::{ModelShape, Plan, Sharding};
 
@@ -9,7 +10,7 @@ use crate::checkpoint::safetensors::Tensors;
 use crate::decoder::config::ModelConfig;
 use crate::decoder::layer::Linear;
 use crate::decoder::model::Decoder;
-use crate::device::rank::Communicator;
+use crate::device::rank::{Brought, Communicator, Wait};
 use crate::device::{Device, Load, Math};
 use crate::{Error, Result};
 
@@ -173,7 +174,7 @@ impl<D: Math> Decoder<D> {
     ///
     /// All ranks are then called alike, each on a thread (or in a process) of its own, with the same
     /// plans, tokens and options in the same order; they get the same logits. Plans are those of the
-    /// whole model, of which a rank opens caches for its own heads. Profiling needs a whole model.
+    /// whole model, of which a rank opens caches for its own heads.
     ///
     /// # Errors
     /// [`Error::Core`] with [`ShapeMismatch`](moa_core::Error::ShapeMismatch) if the sharding is
@@ -218,23 +219,33 @@ impl<D: Math> Decoder<D> {
         })
     }
 
-    /// The residual stream `x` with a branch's end added, that of all ranks.
+    /// The residual stream `x` with a branch's end added, that of all ranks; and its `norm`, if one is asked for and
+    /// comes with the sum over ranks.
     pub(crate) fn add_branch(
         &self,
         x: D::Tensor,
         y: &D::Tensor,
         end: &Linear<D>,
-    ) -> Result<D::Tensor> {
+        norm: Option<&D::Vector>,
+    ) -> Result<(D::Tensor, Option<D::Tensor>)> {
         let (device, weight) = (&self.device, &end.weight);
+        let bias = end.bias.as_ref();
+        let Some(shard) = &self.shard else {
+            return Ok((device.linear_add(x, y, weight, bias)?, None));
+        };
         // The stream counts once, so the others bring products alone.
-        let mut sum = match self.shard.as_ref().map_or(0, Shard::rank) {
-            0 => device.linear_add(x, y, weight, end.bias.as_ref())?,
+        let mut sum = match shard.rank() {
+            0 => device.linear_add(x, y, weight, bias)?,
             _ => device.logits(y, weight)?,
         };
-        if let Some(shard) = &self.shard {
-            shard.all_reduce(device, &mut sum)?;
-        }
-        Ok(sum)
+        let normed = match norm {
+            Some(norm) => shard.communicator.all_reduce_norm(device, &mut sum, norm, self.eps())?,
+            None => {
+                shard.all_reduce(device, &mut sum)?;
+                None
+            }
+        };
+        Ok((sum, normed))
     }
 
     /// Logits `[rows, vocab]` of normed rows.
@@ -245,17 +256,81 @@ impl<D: Math> Decoder<D> {
             return device.tensor(Vec::new(), &[0, self.config.vocab_size]);
         }
         let columns = shard.vocabulary(&self.config);
-        let mut logits = device.logits_within(h, matrix, columns, self.config.vocab_size)?;
+        let logits = device.logits_within(h, matrix, columns, self.config.vocab_size)?;
         // Numbers of one rank and zeros of the others: exact, whatever the order.
-        shard.all_reduce(device, &mut logits)?;
-        Ok(logits)
+        self.summed(logits)
     }
 
     /// A tensor's values, if no rank failed before they were complete.
     pub(crate) fn values(&self, x: D::Tensor) -> Result<Vec<f32>> {
-        let values = self.device.values(x)?;
+        let values = self.device.values(x).map_err(|error| self.failure(error))?;
         self.check_ranks()?;
         Ok(values)
+    }
+
+    /// What `decide` gives on rank 0, on all ranks: for what depends on time, on files or on a user. It runs on rank
+    /// 0 alone, for as long as it takes; the value is not copied but shared. Of a whole model it just runs.
+    ///
+    /// # Errors
+    /// That of `decide` on rank 0; [`Error::Rank`] on the others if rank 0 fails, and those of [`Rank::gather`](crate::Rank::gather).
+    pub fn agree<T, E>(&self, decide: impl FnOnce() -> Result<T, E>) -> Result<T, E>
+    where
+        T: Clone + Send + Sync + 'static,
+        E: From<Error>,
+    {
+        let Some(shard) = &self.shard else { return decide() };
+        let own: Brought = match shard.rank() {
+            0 => Arc::new(decide()?),
+            _ => Arc::new(()),
+        };
+        let all = shard.communicator.gather(own, Wait::First)?;
+        let decided = all.first().and_then(|first| first.downcast_ref::<T>());
+        let expected = "called alike on all ranks";
+        let decided = decided.ok_or_else(|| Error::invalid("agreement", expected, "another call"));
+        Ok(decided.inspect_err(|_| shard.communicator.fail())?.clone())
+    }
+
+    /// Waits until the ranks that share the model have loaded their parts too, which may take minutes. Without this
+    /// the first sum waits for them, and not for long.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] if a rank failed, and those of [`Rank::gather`](crate::Rank::gather).
+    pub fn all_loaded(&self) -> Result<()> {
+        let Some(shard) = &self.shard else { return Ok(()) };
+        shard.communicator.gather(Arc::new(()), Wait::Load).map(drop)
+    }
+
+    /// Whether files and messages are this rank's to write: that of rank 0, and of a whole model.
+    pub fn is_first(&self) -> bool {
+        self.shard.as_ref().is_none_or(|shard| shard.rank() == 0)
+    }
+
+    /// What each KV head of a layer has, in their order, from what the heads of this rank have: `len` numbers each.
+    pub(crate) fn all_heads(&self, layer: usize, own: Vec<f64>, len: usize) -> Result<Vec<f64>> {
+        let Some(shard) = &self.shard else { return Ok(own) };
+        let all = shard.communicator.gather(Arc::new(own), Wait::Step)?;
+        let heads = self.config.num_key_value_heads;
+        let mut whole = vec![f64::NAN; heads * len];
+        for (rank, part) in all.iter().enumerate() {
+            let places = shard.sharding.heads(layer, rank);
+            let part = part.downcast_ref::<Vec<f64>>().filter(|p| p.len() == places.len() * len);
+            let Some(part) = part else {
+                let expected = format!("{len} numbers of each of {} heads", places.len());
+                return Err(Error::invalid("numbers of a rank", expected, "others"));
+            };
+            for (head, numbers) in places.iter().zip(part.chunks(len.max(1))) {
+                whole[head * len..][..len].copy_from_slice(numbers);
+            }
+        }
+        Ok(whole)
+    }
+
+    /// Makes a part of a sum the sum of all ranks.
+    pub(crate) fn summed(&self, mut x: D::Tensor) -> Result<D::Tensor> {
+        if let Some(shard) = &self.shard {
+            shard.all_reduce(&self.device, &mut x)?;
+        }
+        Ok(x)
     }
 
     /// Checks that no rank has failed, so that what the device has computed so far is whole.
@@ -263,9 +338,9 @@ impl<D: Math> Decoder<D> {
     /// # Errors
     /// [`Error::Rank`] if a rank failed.
     pub(crate) fn check_ranks(&self) -> Result<()> {
-        match self.shard.as_ref().and_then(|shard| shard.communicator.failed()) {
+        match self.shard.as_ref().and_then(|shard| shard.communicator.reason()) {
             None => Ok(()),
-            Some(rank) => Err(Error::Rank { rank }),
+            Some(reason) => Err(reason),
         }
     }
 
@@ -273,6 +348,27 @@ impl<D: Math> Decoder<D> {
     pub(crate) fn tell_failure(&self) {
         if let Some(shard) = &self.shard {
             shard.communicator.fail();
+        }
+    }
+
+    /// Tells the other ranks that a step failed here, and what it failed of: a device that gives up a wait does not
+    /// know why.
+    pub(crate) fn failure(&self, error: Error) -> Error {
+        let Some(shard) = &self.shard else { return error };
+        let reason = shard.communicator.reason();
+        shard.communicator.fail();
+        match reason {
+            // That it failed itself is nothing new.
+            Some(Error::Rank { rank }) if rank == shard.rank() => error,
+            Some(reason) => reason,
+            None => error,
+        }
+    }
+
+    /// Tells other ranks that a step begins here.
+    pub(crate) fn begins(&self) {
+        if let Some(shard) = &self.shard {
+            shard.communicator.begins();
         }
     }
 

@@ -1,10 +1,33 @@
 //! Devices that share a model.
 
+use std::any::Any;
 use std::panic::resume_unwind;
 use std::sync::Arc;
+use std::time::Duration;
 
-use crate::Result;
 use crate::device::Device;
+use crate::{Error, Result};
+
+/// What a rank brings to a [meeting](Rank::gather): any value, shared by reference.
+pub type Brought = Arc<dyn Any + Send + Sync>;
+
+/// How long ranks wait for each other where nothing else is said. They do the same work, so that one comes seconds
+/// after another at most.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long ranks wait for others that load.
+pub(crate) const LOAD_PATIENCE: Duration = Duration::from_secs(900);
+
+/// How long the ranks of a [meeting](Rank::gather) wait for those that have not come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// As long as for a sum: [`PATIENCE`], or what the group was made with.
+    Step,
+    /// For minutes: until all have loaded their part of a model.
+    Load,
+    /// For rank 0 without end, which may be reading what a user types, and then for the others as in a step.
+    First,
+}
 
 /// One member of a group of devices that share a model; each has whole KV heads of every layer.
 pub trait Rank: Send + Sync {
@@ -20,6 +43,22 @@ pub trait Rank: Send + Sync {
 
     /// The first rank of this process that failed.
     fn failed(&self) -> Option<usize>;
+
+    /// What broke the group, if it is broken: another rank failed, or did not come in time.
+    fn reason(&self) -> Option<Error> {
+        self.failed().map(|rank| Error::Rank { rank })
+    }
+
+    /// What all ranks bring, in their order; all of them call this alike. Ranks of other processes cannot.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] if a rank failed or left, [`Error::RankSilent`] if one did not come in time,
+    /// [`Error::Invalid`] unless all ranks are of this process.
+    fn gather(&self, own: Brought, wait: Wait) -> Result<Arc<[Brought]>> {
+        let _ = (own, wait);
+        let got = format!("rank {} of {}", self.rank(), self.ranks());
+        Err(Error::invalid("ranks", "of one process, to tell each other values", got))
+    }
 }
 
 /// A [`Rank`] that can add up what all ranks have.
@@ -28,10 +67,29 @@ pub trait Communicator<D: Device>: Rank {
     /// and with the same shapes.
     ///
     /// # Errors
-    /// [`Error::Rank`](crate::Error::Rank) if another rank failed or, over the host, left;
-    /// [`Error::Backend`](crate::Error::Backend) or
-    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory) if the device fails.
+    /// [`Error::Rank`] if another rank failed or, over the host, left; [`Error::RankSilent`] if one did not come in
+    /// time, where this waits for it; [`Error::Backend`] or [`Error::OutOfMemory`] if the device fails.
     fn all_reduce(&self, device: &D, x: &mut D::Tensor) -> Result<()>;
+
+    /// [`all_reduce`](Self::all_reduce), and the [norm](crate::Math::rms_norm) of the sum's rows where that comes with
+    /// it; `None` where it does not.
+    ///
+    /// # Errors
+    /// As [`all_reduce`](Self::all_reduce).
+    fn all_reduce_norm(
+        &self,
+        device: &D,
+        x: &mut D::Tensor,
+        norm: &D::Vector,
+        eps: f32,
+    ) -> Result<Option<D::Tensor>> {
+        let _ = (norm, eps);
+        self.all_reduce(device, x)?;
+        Ok(None)
+    }
+
+    /// Says that a step of the model begins, captured or not: by these and by sums ranks know how far each is.
+    fn begins(&self) {}
 
     /// Whether [`all_reduce`](Self::all_reduce) only launches work that writes `x` in place, so that
     /// it can be captured and launched again.
@@ -56,11 +114,33 @@ impl<R: Rank> Rank for Arc<R> {
     fn failed(&self) -> Option<usize> {
         (**self).failed()
     }
+
+    fn reason(&self) -> Option<Error> {
+        (**self).reason()
+    }
+
+    fn gather(&self, own: Brought, wait: Wait) -> Result<Arc<[Brought]>> {
+        (**self).gather(own, wait)
+    }
 }
 
 impl<D: Device, C: Communicator<D>> Communicator<D> for Arc<C> {
     fn all_reduce(&self, device: &D, x: &mut D::Tensor) -> Result<()> {
         (**self).all_reduce(device, x)
+    }
+
+    fn all_reduce_norm(
+        &self,
+        device: &D,
+        x: &mut D::Tensor,
+        norm: &D::Vector,
+        eps: f32,
+    ) -> Result<Option<D::Tensor>> {
+        (**self).all_reduce_norm(device, x, norm, eps)
+    }
+
+    fn begins(&self) {
+        (**self).begins();
     }
 
     fn only_launches(&self) -> bool {

@@ -1,13 +1,15 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::device::Device;
-use crate::device::rank::{Communicator, Rank};
+use crate::device::rank::{Brought, Communicator, LOAD_PATIENCE, PATIENCE, Rank, Wait};
 use crate::{Error, Result};
 
 /// A rank that is a thread of one process and adds up over its memory: for tests, and for devices that have
 /// no faster way. Works on every device, at the price of a copy to the host and back.
 ///
-/// It leaves its group when it is dropped; who waits for it then fails.
+/// It leaves its group when it is dropped; who waits for it then fails, and so does who waits for longer than the
+/// group's patience.
 #[derive(Debug)]
 pub struct ThreadRank {
     group: Arc<ThreadGroup>,
@@ -18,16 +20,17 @@ pub struct ThreadRank {
 struct ThreadGroup {
     state: Mutex<State>,
     changed: Condvar,
+    patience: Duration,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// What each rank has brought to the sum under way.
-    parts: Vec<Option<Vec<f32>>>,
-    /// The last sum.
-    sum: Arc<Vec<f32>>,
-    /// Sums made so far.
-    sums: u64,
+    /// What each rank has brought to the meeting under way.
+    parts: Vec<Option<Brought>>,
+    /// What all have brought to the last one. Nobody brings a next part before it has this.
+    met: Option<Arc<[Brought]>>,
+    /// Meetings so far.
+    meetings: u64,
     failed: Option<usize>,
     left: Option<usize>,
 }
@@ -40,63 +43,47 @@ impl ThreadGroup {
 }
 
 impl ThreadRank {
-    /// All ranks of a group.
+    /// All ranks of a group, which wait for each other for [`PATIENCE`].
     ///
     /// # Errors
     /// [`Error::Invalid`] if `ranks` is 0.
     pub fn group(ranks: usize) -> Result<Vec<Self>> {
+        Self::group_with(ranks, PATIENCE)
+    }
+
+    /// All ranks of a group; who waits for another rank for longer than `patience` fails, and with it the group.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if `ranks` is 0.
+    pub fn group_with(ranks: usize, patience: Duration) -> Result<Vec<Self>> {
         if ranks == 0 {
             return Err(Error::invalid("ranks", "at least 1", ranks));
         }
         let state = State { parts: vec![None; ranks], ..State::default() };
-        let group = Arc::new(ThreadGroup { state: Mutex::new(state), changed: Condvar::new() });
+        let state = Mutex::new(state);
+        let group = Arc::new(ThreadGroup { state, changed: Condvar::new(), patience });
         Ok((0..ranks).map(|rank| Self { group: Arc::clone(&group), rank }).collect())
     }
 
-    /// Waits until all ranks do.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn wait(&self) -> Result<()> {
-        self.sum(Vec::new()).map(drop)
-    }
-
     /// The sum of what all ranks bring, in the order of ranks.
-    fn sum(&self, values: Vec<f32>) -> Result<Arc<Vec<f32>>> {
-        let mut state = self.group.state();
-        if let Some(rank) = state.failed.or(state.left) {
-            return Err(Error::Rank { rank });
-        }
-        let other = state.parts.iter().flatten().find(|part| part.len() != values.len());
-        if let Some(other) = other {
-            let (expected, got) =
-                (format!("{} values, as on another rank", other.len()), values.len());
-            drop(state);
-            self.fail();
-            return Err(Error::invalid("sum over ranks", expected, got));
-        }
-        state.parts[self.rank] = Some(values);
-        if state.parts.iter().all(Option::is_some) {
-            let mut parts = state.parts.iter_mut().filter_map(Option::take);
-            let mut sum = parts.next().unwrap_or_default();
-            for part in parts {
-                sum.iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
+    fn sum(&self, values: Vec<f32>) -> Result<Vec<f32>> {
+        let len = values.len();
+        let all = self.gather(Arc::new(values), Wait::Step)?;
+        let mut sum: Option<Vec<f32>> = None;
+        for part in &*all {
+            let part = part.downcast_ref::<Vec<f32>>();
+            let Some(part) = part.filter(|part| part.len() == len) else {
+                self.fail();
+                let got =
+                    part.map_or("something else".to_string(), |p| format!("{} values", p.len()));
+                return Err(Error::invalid("sum over ranks", format!("{len} values of each"), got));
+            };
+            match &mut sum {
+                None => sum = Some(part.clone()),
+                Some(sum) => sum.iter_mut().zip(part).for_each(|(sum, x)| *sum += x),
             }
-            // Nobody brings a next part before it has this sum: the one before is not needed.
-            state.sum = Arc::new(sum);
-            state.sums += 1;
-            self.group.changed.notify_all();
-            return Ok(Arc::clone(&state.sum));
         }
-        let before = state.sums;
-        loop {
-            // A sum that was made is good, whoever has left since.
-            if state.sums > before {
-                return Ok(Arc::clone(&state.sum));
-            }
-            if let Some(rank) = state.failed.or(state.left) {
-                return Err(Error::Rank { rank });
-            }
-            state = self.group.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
+        Ok(sum.unwrap_or_default())
     }
 }
 
@@ -117,6 +104,53 @@ impl Rank for ThreadRank {
     fn failed(&self) -> Option<usize> {
         self.group.state().failed
     }
+
+    fn gather(&self, own: Brought, wait: Wait) -> Result<Arc<[Brought]>> {
+        let mut state = self.group.state();
+        if let Some(rank) = state.failed.or(state.left) {
+            return Err(Error::Rank { rank });
+        }
+        state.parts[self.rank] = Some(own);
+        // Others begin to count when rank 0 is there.
+        self.group.changed.notify_all();
+        if state.parts.iter().all(Option::is_some) {
+            let met: Arc<[Brought]> = state.parts.iter_mut().filter_map(Option::take).collect();
+            state.met = Some(Arc::clone(&met));
+            state.meetings += 1;
+            return Ok(met);
+        }
+        let patience = match wait {
+            Wait::Load => LOAD_PATIENCE,
+            Wait::Step | Wait::First => self.group.patience,
+        };
+        let before = state.meetings;
+        let mut since = Instant::now();
+        loop {
+            // A meeting that took place is good, whoever has left since.
+            if state.meetings > before
+                && let Some(met) = &state.met
+            {
+                return Ok(Arc::clone(met));
+            }
+            if let Some(rank) = state.failed.or(state.left) {
+                return Err(Error::Rank { rank });
+            }
+            let changed = &self.group.changed;
+            if wait == Wait::First && state.parts[0].is_none() {
+                state = changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                since = Instant::now();
+                continue;
+            }
+            let left = patience.saturating_sub(since.elapsed());
+            if left.is_zero() {
+                let rank = state.parts.iter().position(Option::is_none).unwrap_or(self.rank);
+                state.failed = Some(self.rank);
+                changed.notify_all();
+                return Err(Error::RankSilent { rank, seconds: patience.as_secs_f64() });
+            }
+            (state, _) = changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
 }
 
 impl Drop for ThreadRank {
@@ -130,7 +164,7 @@ impl<D: Device> Communicator<D> for ThreadRank {
     fn all_reduce(&self, device: &D, x: &mut D::Tensor) -> Result<()> {
         let shape = device.shape(x);
         let sum = self.sum(device.values(x.clone())?)?;
-        *x = device.tensor(sum.to_vec(), &shape)?;
+        *x = device.tensor(sum, &shape)?;
         Ok(())
     }
 }

@@ -1,5 +1,6 @@
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use moa_core::Plan;
 use serde_json::{Map, Value, json};
@@ -165,7 +166,7 @@ impl<D: Math> Checkpoint<D> {
     }
 
     /// Asks all questions, but those that the file of items holds the answers of. Each answer is in that
-    /// file before the next question is asked.
+    /// file before the next question is asked. Where several devices share the model, rank 0 alone has the file.
     ///
     /// # Errors
     /// [`Error::Question`] naming the question that is wrong or too long, where possible before the first
@@ -188,9 +189,14 @@ impl<D: Math> Checkpoint<D> {
         }
         let (mut log, mut known) = (None, HashMap::new());
         if let Some(path) = evaluation.items {
-            let (opened, items) = ItemLog::open(path, &self.settings(evaluation))?;
-            known = items.into_iter().map(|i: RetrievalItem| ((i.size, i.case), i)).collect();
-            log = Some(opened);
+            // All ranks have to leave out the same questions.
+            let items = self.model.agree(|| {
+                let (opened, items) = ItemLog::open(path, &self.settings(evaluation))?;
+                log = Some(opened);
+                Ok::<_, Error>(Arc::new(items))
+            })?;
+            let items = items.iter().map(|i: &RetrievalItem| ((i.size, i.case), i.clone()));
+            known = items.collect();
         }
         let (mut items, mut score) = (Vec::with_capacity(questions.len()), 0.0);
         for asked in questions {
@@ -251,6 +257,9 @@ impl<D: Math> Checkpoint<D> {
             settings.insert("eviction".into(), of);
         }
         // Logs of before there was a choice say nothing.
+        if self.model.ranks() > 1 {
+            settings.insert("ranks".into(), json!(self.model.ranks()));
+        }
         if self.prompt_style() == PromptStyle::Raw {
             settings.insert("prompts".into(), json!("raw"));
         } else if let Some(template) = &self.own_template {

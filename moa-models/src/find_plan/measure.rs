@@ -278,6 +278,11 @@ impl<'a, D: Math> Measure<'a, D> {
         Ok(measure)
     }
 
+    /// The model that plans are measured on.
+    pub(super) fn model(&self) -> &'a Decoder<D> {
+        self.model
+    }
+
     /// Losses of a plan whose heads are of the device's own type.
     pub(super) fn measured_as_device(&mut self, plan: &Plan) -> Result<Measured> {
         let cache_type = self.cache_type.take();

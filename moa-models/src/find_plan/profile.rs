@@ -83,10 +83,9 @@ impl<D: Backward> Decoder<D> {
     /// [`Error::Core`] with [`ShapeMismatch`](moa_core::Error::ShapeMismatch) if `into` is for a
     /// model of other dimensions, or with [`Invalid`](moa_core::Error::Invalid) naming layer, head and position of
     /// an influence that is no number; [`Error::Invalid`] if the item is longer than `into` or has a token that is
-    /// not in the vocabulary, the model
-    /// is one rank's part, or its weights have 8 bits; [`Error::ContextExceeded`] if the item is
-    /// longer than the model's context; [`Error::OutOfMemory`] or [`Error::Backend`] if the device
-    /// fails.
+    /// not in the vocabulary, the model's weights have 8 bits, or its ranks are in several processes;
+    /// [`Error::ContextExceeded`] if the item is longer than the model's context; [`Error::OutOfMemory`] or
+    /// [`Error::Backend`] if the device fails, [`Error::Rank`] if another rank does.
     pub fn profile(
         &self,
         item: &Item,
@@ -120,7 +119,6 @@ impl<D: Backward> Decoder<D> {
         objective: WeightedObjective,
         into: &mut Influence,
     ) -> Result<(f64, f64)> {
-        self.check_whole("profiling")?;
         self.device.check_gradients()?;
         let tokens = item.inputs();
         self.check_tokens(item.tokens())?;
@@ -156,7 +154,9 @@ impl<D: Backward> Decoder<D> {
                 &rotations,
                 (objective.objective, into.block(), index > 0),
             )?;
-            into.add_layer(index, tokens.len().div_ceil(into.block()), &blocks, 1.0)?;
+            let side = tokens.len().div_ceil(into.block());
+            let blocks = self.all_heads(index, blocks, side * side)?;
+            into.add_layer(index, side, &blocks, 1.0)?;
             active = 0..tokens.len();
             match below {
                 Some(gradient) => d_x = gradient,
@@ -174,7 +174,7 @@ impl<D: Backward> Decoder<D> {
     ) -> Result<Vec<Saved<D::Tensor>>> {
         let n = tokens.len();
         let dense = Plan::full(self.shape())?;
-        let dense = self.config.windowed(&dense)?;
+        let dense = self.own_plan(&dense)?;
         let mut x = self.embed(tokens)?;
         let mut saved = Vec::with_capacity(self.layers.len());
         for (index, layer) in self.layers.iter().enumerate() {
@@ -215,9 +215,7 @@ impl<D: Backward> Decoder<D> {
         let y = self.residual(layer, top, &item.rows())?;
         let z = self.mlp(layer, y)?;
         let h = device.rms_norm(&z, &self.norm, eps)?;
-        let logits = device.logits(&h, self.output_matrix())?;
-        let shape = device.shape(&logits);
-        let mut values = device.values(logits)?;
+        let mut values = self.values(self.output(&h)?)?;
         let response = item.response();
         let vocab = self.config.vocab_size;
         let rows = values.chunks(vocab).zip(response);
@@ -229,8 +227,15 @@ impl<D: Backward> Decoder<D> {
             loss += objective.gradient(row, target as usize) * weight;
             row.iter_mut().for_each(|g| *g *= weight as f32);
         }
+        // Of the vocabulary that is here.
+        let columns = self.shard.as_ref().map_or(0..vocab, |shard| shard.vocabulary(&self.config));
+        let shape = [response.len(), columns.len()];
+        if columns.len() < vocab {
+            let own = values.chunks(vocab).flat_map(|row| &row[columns.clone()]);
+            values = own.copied().collect();
+        }
         let d_logits = device.tensor(values, &shape)?;
-        let d_h = device.linear_backward(&d_logits, self.output_matrix())?;
+        let d_h = self.summed(device.linear_backward(&d_logits, self.output_matrix())?)?;
         Ok(((loss, entropy), device.rms_norm_backward(&z, &self.norm, eps, &d_h)?))
     }
 
@@ -264,7 +269,7 @@ impl<D: Backward> Decoder<D> {
         let [gate, up] = parts(device.linears(&h, &layer.gate_up)?)?;
         let d_act = device.linear_backward(&d_z, &layer.down.weight)?;
         let (d_gate, d_up) = device.swiglu_backward(&gate, &up, &d_act)?;
-        let d_h = device.linears_backward(&[d_gate, d_up], &layer.gate_up)?;
+        let d_h = self.summed(device.linears_backward(&[d_gate, d_up], &layer.gate_up)?)?;
         device.add(d_z, &device.rms_norm_backward(&y, &layer.mlp_norm, self.eps(), &d_h)?)
     }
 
@@ -279,13 +284,14 @@ impl<D: Backward> Decoder<D> {
         (objective, block, gradients): (Objective, usize, bool),
     ) -> Result<(Vec<f64>, Option<D::Tensor>)> {
         let (device, c) = (&self.device, &self.config);
+        let heads = self.local.query_heads;
         let total = device.shape(&saved.x)[0];
         let [raw_q, raw_k, v] = self.projections(layer, &saved.x)?;
         let [q, k] = self.normed_heads(layer, raw_q.clone(), raw_k.clone())?;
         let [q, k] = self.rotated(layer, q, k, rotations)?;
         let d_out = device.linear_backward(&d_y, &layer.o.weight)?;
         let d_out = self.place(d_out, rows, total)?;
-        let d_out = device.reshape(d_out, &[total, c.num_attention_heads, c.head_dim])?;
+        let d_out = device.reshape(d_out, &[total, heads, c.head_dim])?;
         let inputs = InfluenceInputs {
             q: &q,
             k: &k,
@@ -313,7 +319,7 @@ impl<D: Backward> Decoder<D> {
             d_k = self.head_norm_backward(raw_k, key, d_k)?;
         }
         let d_qkv = [self.flatten(d_q)?, self.flatten(d_k)?, self.flatten(d_v)?];
-        let d_h = device.linears_backward(&d_qkv, &layer.qkv)?;
+        let d_h = self.summed(device.linears_backward(&d_qkv, &layer.qkv)?)?;
         let through =
             device.rms_norm_backward(&saved.x, &layer.attention_norm, self.eps(), &d_h)?;
         let d_x = device.add(through, &self.place(d_y, rows, total)?)?;

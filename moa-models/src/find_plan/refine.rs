@@ -191,13 +191,24 @@ fn swap<D: Math>(
     let (mut stalled, mut round) = (0, 0);
     while measure.left() >= kept + shape.total_kv_heads() && best.0 > enough && stalled < STALLED {
         table.probe(measure, &around)?;
-        let plans = match &limited {
+        let plans: Vec<Plan>;
+        match &limited {
             Some(uniform) => {
                 let slope = measure.probe_merit().weight();
-                balance.proposals(request, (shape, &lengths), &table, uniform, slope)?
+                let lengths = (shape, &lengths[..]);
+                let model = measure.model();
+                // Searches end by the clock: all ranks take what the first one found.
+                (balance, plans) = model.agree(|| {
+                    let plans = balance.proposals(request, lengths, &table, uniform, slope)?;
+                    Ok::<_, Error>((balance.clone(), plans))
+                })?;
             }
-            None => request.search(shape, &lengths, table.losses(balance.weight))?.plans,
-        };
+            None => {
+                let losses = || table.losses(balance.weight);
+                let search = || Ok::<_, Error>(request.search(shape, &lengths, losses())?.plans);
+                plans = measure.model().agree(search)?;
+            }
+        }
         let plans: Vec<Plan> =
             plans.into_iter().map(|p| p.with_fingerprint(fingerprint.clone())).collect();
         let Some(first) = plans.first().cloned() else { break };
@@ -221,7 +232,7 @@ fn swap<D: Math>(
 /// a constraint. The limit is what a uniform plan does to text. By the additive losses too, that plan's are the most
 /// that a proposal may have, so that their scale, which is wrong far from where they were measured, falls out; what
 /// is left of the error is learned from each proposal that is measured.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Balance {
     /// Nats of response loss for a nat of divergence.
     weight: f64,

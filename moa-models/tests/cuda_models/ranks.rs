@@ -2,13 +2,15 @@
 //! host, and NCCL has one rank.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use moa_backend_cuda::Error as CudaError;
 use moa_conformance::{Stop, Trial, Verdict, trials};
-use moa_core::{Plan, Sharding};
+use moa_core::{Influence, Plan, Sharding};
 use moa_models::{
     Communicator, Cuda, Decoder, Device, Dtype, Engine, EngineOptions, Error, GenerateOptions,
-    LogitRows, ModelConfig, NcclRank, Rank, SamplingOptions, Shard, ThreadRank, Weights, on_ranks,
+    Item, LogitRows, ModelConfig, NcclRank, Objective, Rank, SamplingOptions, Shard, ThreadRank,
+    Weights, on_ranks,
 };
 
 use crate::{alternating, close, cpu, moa_tiny, open, plans, prose, read, step};
@@ -20,6 +22,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         two_ranks_draw_the_same_tokens,
         a_rank_that_cannot_go_on_ends_the_other,
         a_group_of_one_over_nccl_is_the_whole_model,
+        two_gpus_over_nccl_write_one_text_and_one_profile,
+        a_gpu_that_hangs_or_fails_ends_the_other_within_seconds,
     ]
 }
 
@@ -193,6 +197,105 @@ fn a_group_of_one_over_nccl_is_the_whole_model() -> Verdict {
             let alone = step(&whole, &mut other, &[token]).concat();
             close("step", &expected, &alone, share);
             token = best;
+        }
+    }
+    Ok(())
+}
+
+/// The ranks of a group of two GPUs over NCCL.
+fn two_gpus(patience: Duration) -> Result<Vec<NcclRank>, Stop> {
+    open(Dtype::F16)?;
+    if let Err(error) = Cuda::new(1, Dtype::F16) {
+        return Err(Stop::ignored(format!("one GPU alone: {error}")));
+    }
+    NcclRank::group_with(2, patience).map_err(Stop::ignored)
+}
+
+/// moa-tiny's part of a rank, on the GPU of its number.
+fn part_of_gpu(plan: &Plan, rank: Arc<NcclRank>) -> Result<Arc<Model>, Error> {
+    let device = Cuda::new(rank.rank(), Dtype::F16)?;
+    rank.connect(&device)?;
+    let sharding = Sharding::balanced(plan, 500, 2)?;
+    let shard = Shard::new(&sharding, rank)?;
+    let config = ModelConfig::from_file(moa_tiny())?;
+    let part = Decoder::load_shard(device, config, &Weights::open(moa_tiny())?, shard)?;
+    part.all_loaded()?;
+    Ok(Arc::new(part))
+}
+
+fn two_gpus_over_nccl_write_one_text_and_one_profile() -> Verdict {
+    let ranks = two_gpus(Duration::from_secs(30))?;
+    let text = prose(300);
+    let [plan, _] = plans(cpu().model.shape());
+    let item = Item::new(&text[..180], &text[180..200]).unwrap();
+    let options = GenerateOptions {
+        max_new_tokens: 40,
+        eos_token_ids: Some(Vec::new()),
+        ..Default::default()
+    };
+    let work = |gpu: &Arc<Model>| {
+        let mut sequence = gpu.open(&plan, 400, 0)?;
+        let logits = read(gpu, &mut sequence, &text[..200], 90);
+        let mut engine = Engine::new(Arc::clone(gpu), EngineOptions::default());
+        for prompt in [&text[..70], &text[100..240]] {
+            engine.submit(prompt, &plan, options.clone());
+        }
+        let tokens: Vec<_> = engine.complete_all()?.into_iter().map(|made| made.tokens).collect();
+        let mut influence = Influence::new(gpu.shape(), 200, 16)?;
+        gpu.profile(&item, Objective::Margin, &mut influence)?;
+        let head: Vec<f32> = influence.head(0, 1).iter().map(|x| *x as f32).collect();
+        Ok::<_, Error>((logits, tokens, head))
+    };
+    let got = on_ranks(ranks, |rank: Arc<NcclRank>| work(&part_of_gpu(&plan, rank)?)).unwrap();
+    assert!(got[0] == got[1], "ranks do not agree");
+    let config = ModelConfig::from_file(moa_tiny()).unwrap();
+    let weights = Weights::open(moa_tiny()).unwrap();
+    let whole = Decoder::load(open(Dtype::F16)?, config, &weights).unwrap();
+    let expected = work(&Arc::new(whole)).unwrap();
+    close("two GPUs over NCCL", &got[0].0, &expected.0, 0.01);
+    close("a profile on two GPUs", &got[0].2, &expected.2, 0.05);
+    Ok(())
+}
+
+fn a_gpu_that_hangs_or_fails_ends_the_other_within_seconds() -> Verdict {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    let [plan, _] = plans(cpu().model.shape());
+    // Kernels are compiled the first time, which takes longer than this patience.
+    on_ranks(two_gpus(60 * PATIENCE)?, |rank: Arc<NcclRank>| {
+        let model = part_of_gpu(&plan, rank)?;
+        let mut session = model.session(vec![model.open(&plan, 100, 0)?])?;
+        (0..9).try_for_each(|_| session.step_greedy(&model, &[7]).map(drop))
+    })
+    .unwrap();
+    for hangs in [true, false] {
+        // In a prompt, after some single steps, and in captured ones.
+        for steps in [1, 3, 9] {
+            let ended = on_ranks(two_gpus(PATIENCE)?, |rank: Arc<NcclRank>| {
+                let number = rank.rank();
+                let model = part_of_gpu(&plan, rank)?;
+                let mut sequence = model.open(&plan, 100, 0)?;
+                model.prefill(&mut sequence, &[1, 2, 3], 100)?;
+                let mut session = model.session(vec![sequence])?;
+                for _ in 0..steps {
+                    session.step_greedy(&model, &[7])?;
+                }
+                let begin = Instant::now();
+                if number == 1 {
+                    if !hangs {
+                        return Err(Error::Cancelled);
+                    }
+                    std::thread::sleep(4 * PATIENCE);
+                }
+                let error = session.step_greedy(&model, &[7]).unwrap_err();
+                assert!(number == 1 || begin.elapsed() < 3 * PATIENCE, "{:?}", begin.elapsed());
+                Err::<(), _>(error)
+            });
+            let is_expected = match (&ended, hangs) {
+                (Err(Error::RankSilent { rank: 1, .. }), true) => true,
+                (Err(Error::Cancelled), false) => true,
+                _ => false,
+            };
+            assert!(is_expected, "hangs: {hangs}, {steps} steps: {ended:?}");
         }
     }
     Ok(())

@@ -17,6 +17,7 @@ mod serve;
 mod serve_more;
 mod shard;
 mod shard_failures;
+mod shard_plans;
 mod speculate;
 
 use std::path::{Path, PathBuf};

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use moa_core::{Influence, Plan, Sharding};
+use moa_core::{Plan, Sharding};
 use moa_models::{
-    Communicator, Cpu, Decoder, Error, Item, LogitRows, ModelConfig, Objective, Rank, Result,
-    Shard, ThreadRank, on_ranks,
+    Communicator, Cpu, Decoder, Error, LogitRows, ModelConfig, Rank, Result, Shard, ThreadRank,
+    on_ranks,
 };
 
 use crate::shard::{Model, biased, uneven};
@@ -163,19 +163,19 @@ fn impossible_splits_are_refused() -> Result<()> {
 }
 
 #[test]
-fn a_part_cannot_be_profiled_and_refuses_foreign_plans() -> Result<()> {
+fn a_part_refuses_foreign_plans_and_values_of_other_processes() -> Result<()> {
     let (folder, plan) = (biased(), uneven());
-    folder
-        .on(2, &plan, |model| {
-            let item = Item::new(&[1, 2, 3], &[4, 5])?;
-            let mut influence = Influence::new(model.shape(), 16, 4)?;
-            let error = model.profile(&item, Objective::CrossEntropy, &mut influence).unwrap_err();
-            assert!(matches!(error, Error::Invalid { what: "profiling", .. }), "{error}");
-            let foreign = Plan::full(tiny().shape())?;
-            let error = model.open(&foreign, 20, 0).unwrap_err();
-            let is_mismatch = matches!(error, Error::Core(moa_core::Error::ShapeMismatch { .. }));
-            assert!(is_mismatch, "{error}");
-            Ok(())
-        })
-        .map(drop)
+    folder.on(2, &plan, |model| {
+        let foreign = Plan::full(tiny().shape())?;
+        let error = model.open(&foreign, 20, 0).unwrap_err();
+        let is_mismatch = matches!(error, Error::Core(moa_core::Error::ShapeMismatch { .. }));
+        assert!(is_mismatch, "{error}");
+        Ok(())
+    })?;
+    // Such as a rank that is alone in its process.
+    let rank = ThreadRank::group(2)?.swap_remove(0);
+    let model = folder.part(&plan, Failing { rank: Arc::new(rank), left: 0.into() })?;
+    let error = model.agree(|| Ok::<_, Error>(())).unwrap_err();
+    assert!(matches!(error, Error::Invalid { what: "ranks", .. }), "{error}");
+    Ok(())
 }

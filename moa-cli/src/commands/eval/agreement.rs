@@ -72,7 +72,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         texts.push(("built-in essay".to_string(), HELD_OUT_TEXT.to_string()));
     }
     let data = args.data.as_deref().map(calibration::load).transpose()?;
-    on_model!(context, &args.model, args.plan, |model, context| with_model(
+    on_model!(context, &args.model, args.plan.plan.as_deref(), |model, context| with_model(
         args,
         (&texts, data.as_ref()),
         model,

@@ -62,12 +62,12 @@ struct Set<'a> {
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let inputs =
         Files::default().reads([&args.model.model]).reads(&args.plan.plan).reads(&args.data);
-    args.items.check(inputs.reads(&args.style.template), context)?;
+    args.items.check(inputs.reads(&args.style.template))?;
     if args.data.len() > 1 {
         args.items.check_unused("given with one file of --data")?;
     }
     let sets = args.data.iter().map(|path| load(args, path)).collect::<Result<Vec<_>>>()?;
-    on_model!(context, &args.model, args.plan, |model, context| with_model(
+    on_model!(context, &args.model, args.plan.plan.as_deref(), |model, context| with_model(
         args, &sets, model, context
     ))
 }

@@ -41,7 +41,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let mut lengths = args.lengths.clone();
     lengths.sort_unstable();
     lengths.dedup();
-    on_model!(context, &args.model, args.plan, |model, context| with_model(
+    on_model!(context, &args.model, args.plan.plan.as_deref(), |model, context| with_model(
         args,
         (&texts, &lengths),
         &model,

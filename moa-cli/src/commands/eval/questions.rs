@@ -24,11 +24,7 @@ pub(super) struct ItemArgs {
 
 impl ItemArgs {
     /// Checks that the file of items can be written and is none of the inputs, before any work.
-    pub(super) fn check(&self, inputs: Files<'_>, context: &Context) -> Result<()> {
-        if self.items.is_some() {
-            // Each rank would have to leave out the same questions.
-            context.check_one_device("--device with --items")?;
-        }
+    pub(super) fn check(&self, inputs: Files<'_>) -> Result<()> {
         inputs.may_write("--items", self.items.as_deref()).map(drop)
     }
 

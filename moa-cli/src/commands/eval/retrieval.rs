@@ -51,7 +51,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let inputs =
         Files::default().reads([&args.model.model]).reads(&args.plan.plan).reads([&args.data]);
-    args.items.check(inputs.reads(&args.style.template), context)?;
+    args.items.check(inputs.reads(&args.style.template))?;
     let mut cases = RetrievalCase::load(&args.data)?;
     cases.truncate(args.limit.unwrap_or(usize::MAX));
     let mut questions = Vec::new();
@@ -73,7 +73,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
             questions.push(SizedQuestion { size, case: index, question, place });
         }
     }
-    on_model!(context, &args.model, args.plan, |model, context| with_model(
+    on_model!(context, &args.model, args.plan.plan.as_deref(), |model, context| with_model(
         args, &questions, model, context
     ))
 }

@@ -33,7 +33,7 @@ pub(super) struct RivalArgs {
 }
 
 /// A cache that a set of tasks is asked of.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Cache {
     pub(super) name: String,
     pub(super) plan: Plan,

@@ -18,7 +18,7 @@ use super::sources::SourceArgs;
 use crate::args::{ModelArg, parse_count, parse_size, task_parser};
 use crate::error::{Error, Result};
 use crate::files::{Files, OutputFolder};
-use crate::model::{self, on_device};
+use crate::model::{self, on_model};
 use crate::output::{Context, bytes, percent, table};
 use crate::plans::PlanFile;
 use crate::progress::Progress;
@@ -134,11 +134,10 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         }
     }
     let inputs = Inputs { sources, text, plans };
-    on_device!(context, |device| {
-        let mut model = model::open(device, &args.model, context)?;
-        args.style.apply(&mut model)?;
-        with_model(args, inputs, &model, context)
-    })
+    let first = inputs.plans.first().map(|file| &*file.path);
+    on_model!(context, &args.model, first, |model, context| with_model(
+        args, &inputs, model, context
+    ))
 }
 
 /// What the command reads before it opens the model.
@@ -150,25 +149,29 @@ struct Inputs {
 
 fn with_model<D: Math>(
     args: &Args,
-    Inputs { sources, text, plans }: Inputs,
-    model: &Checkpoint<D>,
+    Inputs { sources, text, plans }: &Inputs,
+    mut model: Checkpoint<D>,
     context: &Context,
 ) -> Result<()> {
+    args.style.apply(&mut model)?;
+    let model = &model;
     let length = args.preset.length;
     let limit = model.model.config().context_length();
     if length > limit {
         let error = moa_models::Error::ContextExceeded { asked: length, limit };
         return Err(Error::from(error).at("--preset"));
     }
-    for file in &plans {
+    for file in plans {
         model::check_plan(&file.plan, model, args.any_weights)
             .map_err(|e| e.at(file.path.display().to_string()))?;
     }
     let shape = model.model.shape();
     let mut caches = vec![Cache::of_plan("dense".to_string(), Plan::full(shape)?)];
     let first = plans.first().map(|file| file.plan.clone());
-    caches.extend(plans.into_iter().map(|file| Cache::of_plan(file.label, file.plan)));
-    caches.extend(args.rivals.caches(shape, first.as_ref(), length, context)?);
+    caches.extend(plans.iter().map(|file| Cache::of_plan(file.label.clone(), file.plan.clone())));
+    // Searches end by the clock: several GPUs compare what one of them found.
+    let rivals = || args.rivals.caches(shape, first.as_ref(), length, context);
+    caches.extend(model.model.agree(rivals)?);
 
     let (tasks, missing) = args.tasks();
     if !missing.is_empty() {
@@ -176,11 +179,13 @@ fn with_model<D: Math>(
         let names = names.join(", ");
         context.note(format_args!("{names} left out: no --squad or --hotpotqa was given"));
     }
-    if let Some(folder) = &args.items {
+    if let Some(folder) = &args.items
+        && model.model.is_first()
+    {
         fs::create_dir_all(folder)
             .map_err(|source| Error::Output { path: folder.clone(), source })?;
     }
-    let asked = questions(args, &tasks, &sources, model, context)?;
+    let asked = questions(args, &tasks, sources, model, context)?;
     let mut possible = Vec::new();
     for cache in caches {
         match check_rival(&cache, &asked, model) {
@@ -191,7 +196,7 @@ fn with_model<D: Math>(
     }
     let caches = possible;
     let window = length.min(LONGEST_WINDOW);
-    let mut agreements = agreements(args, &text, &caches, window, model, context)?.into_iter();
+    let mut agreements = agreements(args, text, &caches, window, model, context)?.into_iter();
     let has_memory = model.model.device().memory()?.is_some();
     let mut rows = Vec::new();
     for Cache { name, plan, eviction } in &caches {

@@ -56,9 +56,9 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         .reads([&args.model.model])
         .reads(&args.plan.plan)
         .reads(args.sources.files());
-    args.items.check(inputs.reads(&args.style.template), context)?;
+    args.items.check(inputs.reads(&args.style.template))?;
     let sources = args.sources.load()?;
-    on_model!(context, &args.model, args.plan, |model, context| with_model(
+    on_model!(context, &args.model, args.plan.plan.as_deref(), |model, context| with_model(
         args, &sources, model, context
     ))
 }

@@ -100,10 +100,16 @@ pub fn compress_profile<D: Math>(
     let context = model.config().context_length();
     let mut request = options.request(context)?.with_windows(model.config().windows());
     if let Some(share) = options.decode_time {
-        bound_decode_time(&mut request, &model.device, model.shape(), share)?;
+        // Ranks measure different times, and searches end by the clock.
+        request = model.agree(|| {
+            bound_decode_time(&mut request, &model.device, model.shape(), share)?;
+            Ok::<_, Error>(request.clone())
+        })?;
     }
     progress.advance(Stage::Search, 0, 1)?;
-    let found = request.search_profile(&profile, &request.objective_lengths(&profile))?;
+    let lengths = request.objective_lengths(&profile);
+    let search = || Ok::<_, Error>(request.search_profile(&profile, &lengths)?);
+    let found = model.agree(search)?;
     tracing::debug!(plans = found.plans.len(), "searched");
     let uniform = uniform(&request, &profile)?;
     let starts: Vec<Plan> = found.plans.iter().chain(&uniform).cloned().collect();
