@@ -79,6 +79,7 @@ pub use decoder::logits::LogitRows;
 pub use decoder::model::Decoder;
 pub use decoder::names::TensorNames;
 pub use decoder::rope_scaling::RopeScaling;
+pub use decoder::saved_sequence::OffloadedSequence;
 pub use decoder::sequence::Sequence;
 pub use decoder::session::Session;
 pub use decoder::shard::Shard;
