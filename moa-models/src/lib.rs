@@ -66,6 +66,7 @@ pub use checkpoint::gguf::{Gguf, is_gguf, open_tensors};
 pub use checkpoint::hub::{download, fetch};
 pub use checkpoint::hub_id::HubId;
 pub use checkpoint::json::JsonObject;
+pub use checkpoint::known_texts::KnownTexts;
 pub use checkpoint::mapped::MappedTensor;
 pub use checkpoint::open_options::OpenOptions;
 pub use checkpoint::prompt_style::PromptStyle;

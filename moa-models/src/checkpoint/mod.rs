@@ -8,6 +8,7 @@ pub(crate) mod gguf;
 pub(crate) mod hub;
 pub(crate) mod hub_id;
 pub(crate) mod json;
+pub(crate) mod known_texts;
 pub(crate) mod mapped;
 pub(crate) mod open_options;
 pub(crate) mod packed;
