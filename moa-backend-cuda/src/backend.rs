@@ -1,8 +1,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use moa_core::{
-    Append, AttentionShape, CacheType, ExtendInputs, Extended, InfluenceInputs, InfluenceOutput,
-    LayerLayout, Scores, SparseAttentionBackend, check_extend,
+    Append, AttentionShape, CacheState, CacheType, ExtendInputs, Extended, InfluenceInputs,
+    InfluenceOutput, LayerLayout, Scores, SparseAttentionBackend, check_extend,
 };
 
 use crate::attention::step::{Batch, Step, Tensors};
@@ -69,6 +69,17 @@ impl CudaBackend {
     /// Element type of tensors and caches.
     pub fn dtype(&self) -> Dtype {
         self.dtype
+    }
+
+    /// A cache in this state, of the [bytes](Cache::to_bytes) of one of this backend's type.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there are more or fewer bytes than the state says, [`Error::Core`] if a head has a type
+    /// that this backend does not, [`Error::OutOfMemory`], [`Error::Driver`].
+    pub fn restore(&self, state: CacheState, bytes: &[u8]) -> Result<Cache> {
+        let mut cache = self.open(state.layout(), state.head_dim())?;
+        cache.load(state, bytes)?;
+        Ok(cache)
     }
 
     /// Compiles or loads the kernels now rather than in the first call.

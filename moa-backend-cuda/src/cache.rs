@@ -93,41 +93,90 @@ impl Cache {
     /// An independent copy, made on the device's stream.
     pub(crate) fn fork(&self) -> Result<Self> {
         let mut fork = Self::new(&self.device, Arc::clone(&self.geometry), self.variant)?;
-        let slot_bytes = (self.variant.head_dim * self.variant.dtype.bytes()) as u64;
         let stream = self.device.cuda_stream();
         self.device.bind()?;
-        for slots in self.written_slots() {
-            let (first, bytes) = (slots.start as u64 * slot_bytes, slots.len() as u64 * slot_bytes);
-            for (from, to) in [(self.keys(), fork.keys()), (self.values(), fork.values())] {
-                // SAFETY: both buffers have the same layout, which contains these slots.
-                unsafe {
-                    result::memcpy_dtod_async(
-                        to + first,
-                        from + first,
-                        bytes as usize,
-                        stream.cu_stream(),
-                    )
-                }
+        for Range { start, end } in self.written_bytes(&self.state) {
+            let (to, from, bytes) = (fork.keys() + start, self.keys() + start, end - start);
+            // SAFETY: both buffers have the same layout, which contains these bytes.
+            unsafe { result::memcpy_dtod_async(to, from, bytes as usize, stream.cu_stream()) }
                 .map_err(Error::driver("cuMemcpyDtoDAsync"))?;
-            }
         }
         fork.state = self.state.clone();
         Ok(fork)
     }
 
-    /// Slots that were written since the cache was empty, neighbours joined.
-    fn written_slots(&self) -> Vec<Range<usize>> {
-        let written = self.state.extent().high_water;
-        let mut runs: Vec<Range<usize>> = Vec::new();
-        for head in self.geometry.layout.heads() {
-            let first = head.offset().0;
-            let slots = first..first + head.slots().min(written);
-            match runs.last_mut() {
-                Some(last) if last.end == slots.start => last.end = slots.end,
-                _ if slots.is_empty() => {}
-                _ => runs.push(slots),
+    /// The bytes of all slots that were written since the cache was empty, keys before values, once the device has
+    /// computed them. [`CudaBackend::restore`](crate::CudaBackend::restore) makes the cache of them.
+    ///
+    /// # Errors
+    /// [`Error::Driver`], also for what went wrong in an earlier kernel.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let ranges = self.written_bytes(&self.state);
+        let mut bytes = vec![0u8; total(&ranges) as usize];
+        let (stream, mut rest) = (self.device.cuda_stream(), &mut bytes[..]);
+        self.device.bind()?;
+        let mut copied = Ok(());
+        for Range { start, end } in ranges {
+            let (own, others) = rest.split_at_mut((end - start) as usize);
+            // SAFETY: the buffer contains these bytes, and the host's outlive the copy, which is waited for below.
+            copied = copied.and(
+                unsafe { result::memcpy_dtoh_async(own, self.keys() + start, stream.cu_stream()) }
+                    .map_err(Error::driver("cuMemcpyDtoHAsync")),
+            );
+            rest = others;
+        }
+        self.device.synchronize()?;
+        copied.map(|()| bytes)
+    }
+
+    /// Takes the state and the [bytes](Self::to_bytes) of another cache of this layout.
+    pub(crate) fn load(&mut self, state: CacheState, bytes: &[u8]) -> Result<()> {
+        let ranges = self.written_bytes(&state);
+        let expected = total(&ranges);
+        if bytes.len() as u64 != expected {
+            let expected = format!("{expected} bytes");
+            return Err(Error::argument("restore", "bytes", expected, bytes.len()));
+        }
+        let (stream, mut rest) = (self.device.cuda_stream(), bytes);
+        self.device.bind()?;
+        let mut copied = Ok(());
+        for Range { start, end } in ranges {
+            let (own, others) = rest.split_at((end - start) as usize);
+            // SAFETY: as in `to_bytes`.
+            copied = copied.and(
+                unsafe { result::memcpy_htod_async(self.keys() + start, own, stream.cu_stream()) }
+                    .map_err(Error::driver("cuMemcpyHtoDAsync")),
+            );
+            rest = others;
+        }
+        self.device.synchronize()?;
+        copied?;
+        self.state = state;
+        Ok(())
+    }
+
+    /// Bytes of the buffer that hold what was written since a cache of this layout in that state was empty: of keys,
+    /// then of values, neighbours joined.
+    fn written_bytes(&self, state: &CacheState) -> Vec<Range<u64>> {
+        let written = state.extent().high_water;
+        let slot = (self.variant.head_dim * self.variant.dtype.bytes()) as u64;
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        for base in [0, self.bytes() / 2] {
+            for head in self.geometry.layout.heads() {
+                let first = head.offset().0;
+                let [start, end] = [first, first + head.slots().min(written)]
+                    .map(|slots| base + slots as u64 * slot);
+                match ranges.last_mut() {
+                    Some(last) if last.end == start => last.end = end,
+                    _ if start == end => {}
+                    _ => ranges.push(start..end),
+                }
             }
         }
-        runs
+        ranges
     }
+}
+
+fn total(ranges: &[Range<u64>]) -> u64 {
+    ranges.iter().map(|range| range.end - range.start).sum()
 }

@@ -1,6 +1,6 @@
 use moa_core::{
-    Append, CacheType, ExtendInputs, Extended, InfluenceInputs, InfluenceOutput, LayerLayout,
-    SparseAttentionBackend,
+    Append, CacheState, CacheType, ExtendInputs, Extended, InfluenceInputs, InfluenceOutput,
+    LayerLayout, SparseAttentionBackend,
 };
 
 use crate::attention::{self, timing};
@@ -43,6 +43,17 @@ impl WgpuBackend {
     /// The GPU.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// A cache in this state, of the [bytes](Cache::to_bytes) of one of this backend's type.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there are more or fewer bytes than the state says, [`Error::TooLarge`],
+    /// [`Error::Device`].
+    pub fn restore(&self, state: CacheState, bytes: &[u8]) -> Result<Cache> {
+        let mut cache = self.open(state.layout(), state.head_dim())?;
+        cache.load(state, bytes)?;
+        Ok(cache)
     }
 }
 

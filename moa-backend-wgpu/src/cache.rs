@@ -1,3 +1,4 @@
+use std::ops::Range;
 use std::sync::Arc;
 
 use cubecl::server::Handle;
@@ -190,20 +191,91 @@ impl Cache {
         &mut self.state
     }
 
+    /// The bytes of all slots that were written since the cache was empty, once the device has computed them: type by
+    /// type the rows of keys of each head, then their scales where the type has any, then the rows of values.
+    /// [`WgpuBackend::restore`](crate::WgpuBackend::restore) makes the cache of them.
+    ///
+    /// # Errors
+    /// [`Error::Device`], also for what went wrong in an earlier kernel.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        for (store, group) in self.stores.iter().zip(self.groups()) {
+            let [keys, values] = self.written_words(group, &self.state);
+            for (from, ranges) in [(&store.keys, keys), (&store.values, values)] {
+                let read = self.device.client().read_one(from.clone());
+                let read = read.map_err(Error::device("to_bytes"))?;
+                ranges.into_iter().for_each(|range| bytes.extend_from_slice(&read[range]));
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// Takes the state and the [bytes](Self::to_bytes) of another cache of this layout.
+    pub(crate) fn load(&mut self, state: CacheState, bytes: &[u8]) -> Result<()> {
+        let written: Vec<_> =
+            self.groups().iter().map(|group| self.written_words(group, &state)).collect();
+        let expected: usize = written.iter().flatten().flatten().map(Range::len).sum();
+        if bytes.len() != expected {
+            let expected = format_args!("{expected} bytes").to_string();
+            return Err(Error::argument("restore", "bytes", expected, bytes.len()));
+        }
+        let mut rest = bytes;
+        for ((store, group), [keys, values]) in self.stores.iter().zip(self.groups()).zip(written) {
+            let keys = (&store.keys, group.key_words, keys);
+            for (to, words, ranges) in [keys, (&store.values, group.value_words, values)] {
+                let mut all = vec![0u8; 4 * words];
+                for range in ranges {
+                    let (own, others) = rest.split_at(range.len());
+                    all[range].copy_from_slice(own);
+                    rest = others;
+                }
+                let from = self.device.client().create_from_slice(&all);
+                self.copy(&from, to, words);
+            }
+        }
+        self.state = state;
+        self.device.check("restore", &[])
+    }
+
+    /// Bytes of a group's keys and of its values that hold what was written since a cache of this layout in that
+    /// state was empty.
+    fn written_words(&self, group: &Group, state: &CacheState) -> [Vec<Range<usize>>; 2] {
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for head in &group.heads {
+            let slots = state.layout().head(head.number as usize).slots();
+            let written = slots.min(state.extent().high_water);
+            let rows = |own| {
+                let row = 4 * row_words(own, state.head_dim());
+                let first = head.offset as usize;
+                first * row..(first + written) * row
+            };
+            keys.push(rows(group.own.keys()));
+            values.push(rows(group.own.values()));
+            if group.own.keys().is_narrow() {
+                let first = head.scales as usize;
+                keys.push(4 * first..4 * (first + written));
+            }
+        }
+        [keys, values]
+    }
+
+    /// Copies words from one buffer to another.
+    fn copy(&self, from: &Handle, to: &Handle, words: usize) {
+        let (cubes, dim) = self.device.cubes(words);
+        // SAFETY: both buffers hold `words` words, and the kernel goes no further.
+        unsafe {
+            let client = self.device.client();
+            copy::launch_unchecked(client, cubes, dim, arg(from), arg(to), words as u32);
+        }
+    }
+
     /// An independent copy, made on the device.
     pub(crate) fn fork(&self) -> Result<Self> {
         let fork = Self::new(&self.device, Arc::clone(&self.geometry), self.state.clone())?;
         let stores = self.stores.iter().zip(&fork.stores).zip(self.groups());
         for ((from, to), group) in stores {
-            let keys = (&from.keys, &to.keys, group.key_words);
-            for (from, to, words) in [keys, (&from.values, &to.values, group.value_words)] {
-                let (cubes, dim) = self.device.cubes(words);
-                let client = self.device.client();
-                // SAFETY: both buffers hold `words` words, and the kernel goes no further.
-                unsafe {
-                    copy::launch_unchecked(client, cubes, dim, arg(from), arg(to), words as u32);
-                }
-            }
+            self.copy(&from.keys, &to.keys, group.key_words);
+            self.copy(&from.values, &to.values, group.value_words);
         }
         Ok(fork)
     }

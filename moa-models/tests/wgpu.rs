@@ -24,6 +24,7 @@ fn main() -> ExitCode {
         generation_and_logits_equal_those_of_the_cpu,
         heads_of_narrow_types_give_what_the_cpu_gives,
         cache_bytes_are_what_the_plan_promises,
+        saved_and_offloaded_sequences_go_on_bit_for_bit,
         influence_equals_that_of_the_cpu,
         families_give_what_the_cpu_gives,
         blocks_give_what_the_cpu_gives,
@@ -119,6 +120,35 @@ fn heads_of_narrow_types_give_what_the_cpu_gives() -> Verdict {
     let mean = pairs.map(|(a, b)| (a - b).abs()).sum::<f32>() / logits.len() as f32;
     println!("logits differ by {mean} on average");
     assert!(mean < 5e-3, "logits differ by {mean} on average");
+    Ok(())
+}
+
+/// Layers whose heads have several types, some with scales; rings that have wrapped, and slots never written.
+fn saved_and_offloaded_sequences_go_on_bit_for_bit() -> Verdict {
+    let (device, _alone) = device()?;
+    let gpu = Checkpoint::open(Wgpu::new(&device, Dtype::F16), moa_tiny()).unwrap();
+    let (model, text) = (&gpu.model, gpu.tokenizer.encode(TEXT, true).unwrap());
+    let plan = narrow(model.shape());
+    let types = [None, Some(CacheType::K8V4), Some(CacheType::Fp8), Some(CacheType::Int4)];
+    let types = (0..plan.rules().len()).map(|head| types[head % 4]).collect();
+    for (plan, held) in
+        [(plan.clone(), 60), (plan.clone(), 20), (plan.with_cache_types(types).unwrap(), 60)]
+    {
+        let mut sequence = model.open(&plan, 300, 4).unwrap();
+        model.prefill(&mut sequence, &text[..held], 64).unwrap();
+        let bytes = model.save_sequence(&sequence, &text[..held]).unwrap();
+        let (restored, tokens) = model.restore_sequence(&plan, &bytes).unwrap();
+        assert_eq!(tokens, &text[..held]);
+        let offloaded = model.offload(&sequence).unwrap();
+        let expected = model.prefill(&mut sequence, &text[held..held + 9], 64).unwrap();
+        for mut again in [restored, model.reload(&offloaded).unwrap()] {
+            assert_eq!(model.kv_bytes(&again), model.kv_bytes(&sequence));
+            assert!(offloaded.bytes() <= model.kv_bytes(&again));
+            assert_eq!(model.prefill(&mut again, &text[held..held + 9], 64).unwrap(), expected);
+        }
+        let cut = &bytes[..bytes.len() - 1];
+        assert!(model.restore_sequence(&plan, cut).is_err());
+    }
     Ok(())
 }
 

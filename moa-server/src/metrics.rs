@@ -17,6 +17,7 @@ pub(crate) struct Metrics {
     pub(crate) kv_bytes: AtomicU64,
     pub(crate) kv_bytes_dense: AtomicU64,
     pub(crate) prefix_bytes: AtomicU64,
+    pub(crate) prefix_host_bytes: AtomicU64,
     pub(crate) prefix_hits: AtomicU64,
     pub(crate) prefix_misses: AtomicU64,
     pub(crate) prefix_tokens: AtomicU64,
@@ -102,6 +103,11 @@ impl Metrics {
             ("moa_kv_bytes_dense", "What dense attention would take for them.", dense),
             ("moa_kv_bytes_saved", "The difference.", saved),
             ("moa_prefix_cache_bytes", "Keys and values kept.", self.prefix_bytes.load(Relaxed)),
+            (
+                "moa_prefix_host_bytes",
+                "Keys and values kept in host memory.",
+                self.prefix_host_bytes.load(Relaxed),
+            ),
         ] {
             number("gauge", name, help, value);
         }

@@ -18,6 +18,9 @@ pub struct ServerOptions {
     pub kv_memory: u64,
     /// Bytes of keys and values that are kept of ended requests, for others that begin alike; 0 for none.
     pub prefix_cache: u64,
+    /// Bytes of keys and values that are kept in host memory when they go from there; 0 for none. A second tier for
+    /// devices with memory of their own.
+    pub prefix_host: u64,
     /// Most sequences that run together.
     pub max_batch: usize,
     /// Most prompt tokens that one step reads.
@@ -61,6 +64,7 @@ impl Default for ServerOptions {
             cors_origins: Vec::new(),
             kv_memory: 1 << 30,
             prefix_cache: 256 << 20,
+            prefix_host: 0,
             max_batch: 64,
             prefill_chunk: 512,
             speculation: moa_models::Speculation::Off,

@@ -3,13 +3,18 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use moa_models::{ChatTemplate, Checkpoint, GenerationConfig, Math, PromptStyle, Tokenizer};
+use moa_models::{
+    ChatTemplate, Checkpoint, GenerationConfig, KnownTexts, Math, PromptStyle, Tokenizer,
+};
 use serde_json::{Value, json};
 
 use crate::grammar::Vocabulary;
 use crate::metrics::Metrics;
 use crate::options::ServerOptions;
 use crate::worker::Command;
+
+/// Bytes of conversations whose tokens are remembered.
+const KNOWN_BYTES: usize = 8 << 20;
 
 /// What handlers and the loop share. It knows nothing of the device.
 pub(crate) struct State {
@@ -40,6 +45,8 @@ pub(crate) struct ModelInfo {
 /// Texts to tokens and back.
 pub(crate) struct TextSide {
     pub(crate) tokenizer: Tokenizer,
+    /// Conversations of late, which their next turns begin with.
+    pub(crate) known: KnownTexts,
     /// `None` where the model has none, or texts are continued as they are.
     pub(crate) template: Option<ChatTemplate>,
     pub(crate) generation: GenerationConfig,
@@ -81,6 +88,7 @@ impl State {
             },
             text: TextSide {
                 tokenizer: checkpoint.tokenizer.clone(),
+                known: KnownTexts::new(&checkpoint.tokenizer, KNOWN_BYTES),
                 template,
                 generation: checkpoint.generation.clone(),
                 #[cfg(feature = "grammar")]

@@ -6,7 +6,7 @@ use moa_models::Checkpoint;
 use moa_server::{Server, ServerOptions};
 use serde_json::json;
 
-use crate::args::{ModelArg, PlanArgs, parse_count, parse_size};
+use crate::args::{Device, ModelArg, PlanArgs, parse_count, parse_size};
 use crate::error::{Error, Result};
 use crate::model::{self, Reopen, on_device};
 use crate::output::{Context, bytes};
@@ -24,6 +24,9 @@ pub(crate) struct Args {
     config: Option<PathBuf>,
     #[command(flatten)]
     model: ModelArg,
+    /// Seed of random weights in place of the folder's, which need not be there: for tests of load
+    #[arg(long, value_name = "SEED")]
+    random_weights: Option<u32>,
     #[command(flatten)]
     plan: PlanArgs,
     #[command(flatten)]
@@ -49,6 +52,9 @@ pub(crate) struct Args {
     /// Keys and values kept of ended requests, for others that begin alike; 0 for none [default: 256MiB]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     prefix_cache: Option<u64>,
+    /// The same in host memory, where it goes from there; 0 for none [default: four times as much on GPUs, none on the CPU]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    prefix_host: Option<u64>,
     /// Most sequences that run together [default: 64]
     #[arg(long, value_name = "N", value_parser = parse_count)]
     max_batch: Option<usize>,
@@ -89,11 +95,18 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    fn options(&self) -> ServerOptions {
+    fn options(&self, device: &Device) -> ServerOptions {
         tracing::debug!("configuration file: {:?}", self.config);
         let default = ServerOptions::default();
         let seconds = |given: Option<usize>, default: Duration| {
             given.map_or(default, |seconds| Duration::from_secs(seconds as u64))
+        };
+        let prefix_cache = self.prefix_cache.unwrap_or(default.prefix_cache);
+        let prefix_host = match device {
+            // The caches are in host memory already.
+            Device::Cpu => 0,
+            #[cfg(any(feature = "cuda", feature = "wgpu"))]
+            _ => prefix_cache.saturating_mul(4),
         };
         ServerOptions {
             address: SocketAddr::new(self.host, self.port),
@@ -101,7 +114,8 @@ impl Args {
             api_keys: self.api_key.clone(),
             cors_origins: self.cors.clone(),
             kv_memory: self.kv_memory.unwrap_or(default.kv_memory),
-            prefix_cache: self.prefix_cache.unwrap_or(default.prefix_cache),
+            prefix_cache,
+            prefix_host: self.prefix_host.unwrap_or(prefix_host),
             max_batch: self.max_batch.unwrap_or(default.max_batch),
             prefill_chunk: self.prefill_chunk.unwrap_or(default.prefill_chunk),
             speculation: self.speculate.speculation(),
@@ -121,7 +135,11 @@ impl Args {
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
-    on_device!(context, |device| serve(args, model::open(device, &args.model, context)?, context))
+    on_device!(context, |device| {
+        let options = model::options(&args.model).random_weights(args.random_weights);
+        let model = options.open(device, model::folder(&args.model.model, context)?)?;
+        serve(args, model, context)
+    })
 }
 
 fn serve<D: Reopen>(args: &Args, mut model: Checkpoint<D>, context: &Context) -> Result<()> {
@@ -129,7 +147,7 @@ fn serve<D: Reopen>(args: &Args, mut model: Checkpoint<D>, context: &Context) ->
     args.speculate.apply(&mut model, args.plan.any_weights, context)?;
     let chosen = model::choose_plan(&args.plan, &model)?;
     let limit = model.model.config().context_length();
-    let options = args.options();
+    let options = args.options(&context.device);
     let memory = options.kv_memory;
     let longest = options.max_context.map_or(limit, |most| most.min(limit));
     let server = Server::bind(model, chosen.plan, options)?;

@@ -8,6 +8,7 @@ pub(crate) mod gguf;
 pub(crate) mod hub;
 pub(crate) mod hub_id;
 pub(crate) mod json;
+pub(crate) mod known_texts;
 pub(crate) mod mapped;
 pub(crate) mod open_options;
 pub(crate) mod packed;
@@ -34,6 +35,7 @@ use crate::checkpoint::generation_config::GenerationConfig;
 use crate::checkpoint::gguf::{Gguf, is_gguf};
 use crate::checkpoint::open_options::OpenOptions;
 use crate::checkpoint::prompt_style::PromptStyle;
+use crate::checkpoint::random::RandomTensors;
 use crate::checkpoint::safetensors::Weights;
 use crate::checkpoint::template::{ChatTemplate, Message};
 use crate::checkpoint::tokenizer::Tokenizer;
@@ -143,14 +145,22 @@ impl<D: Math> Checkpoint<D> {
         tokenizer.check_vocab_size(config.vocab_size)?;
         let generation = GenerationConfig::from_dir(folder)?;
         let template = ChatTemplate::from_dir(folder)?;
-        let mut weights = Weights::open_with(folder, options.mmap)?;
-        weights.set_packing(quantised::packing(folder, &weights)?);
-        reads::own_output(&weights, &mut config)?;
-        reads::check(&weights, &config, options.ignore_extra_tensors)?;
-        let model = Arc::new(Decoder::load_part(device, config, &weights, shard)?);
+        let model = match options.random_weights {
+            Some(seed) => {
+                let weights = RandomTensors::new(&config, seed)?;
+                Decoder::load_part(device, config, &weights, shard)?
+            }
+            None => {
+                let mut weights = Weights::open_with(folder, options.mmap)?;
+                weights.set_packing(quantised::packing(folder, &weights)?);
+                reads::own_output(&weights, &mut config)?;
+                reads::check(&weights, &config, options.ignore_extra_tensors)?;
+                Decoder::load_part(device, config, &weights, shard)?
+            }
+        };
         let style = PromptStyle::of(template.as_ref());
         Ok(Self {
-            model,
+            model: Arc::new(model),
             tokenizer,
             generation,
             template,

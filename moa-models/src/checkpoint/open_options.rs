@@ -22,6 +22,7 @@ pub struct OpenOptions<'a> {
     pub(crate) families: &'a [&'a dyn Family],
     pub(crate) ignore_extra_tensors: bool,
     pub(crate) mmap: bool,
+    pub(crate) random_weights: Option<u32>,
 }
 
 impl std::fmt::Debug for OpenOptions<'_> {
@@ -31,13 +32,14 @@ impl std::fmt::Debug for OpenOptions<'_> {
             .field("families", &families)
             .field("ignore_extra_tensors", &self.ignore_extra_tensors)
             .field("mmap", &self.mmap)
+            .field("random_weights", &self.random_weights)
             .finish()
     }
 }
 
 impl Default for OpenOptions<'_> {
     fn default() -> Self {
-        Self { families: FAMILIES, ignore_extra_tensors: false, mmap: true }
+        Self { families: FAMILIES, ignore_extra_tensors: false, mmap: true, random_weights: None }
     }
 }
 
@@ -61,6 +63,13 @@ impl<'a> OpenOptions<'a> {
     #[must_use]
     pub fn mmap(self, mmap: bool) -> Self {
         Self { mmap, ..self }
+    }
+
+    /// Weights that are made up from a seed ([`RandomTensors`](crate::RandomTensors)), in place of the folder's, which
+    /// needs no files of them: for measurements. GGUF files, which are of one piece, keep theirs.
+    #[must_use]
+    pub fn random_weights(self, seed: Option<u32>) -> Self {
+        Self { random_weights: seed, ..self }
     }
 
     /// Opens the weights of a model folder, or of a GGUF file, alone.

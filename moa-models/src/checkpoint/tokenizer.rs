@@ -177,6 +177,20 @@ impl Tokenizer {
         self.token_id(token).filter(|_| is_special)
     }
 
+    /// Special tokens at which texts are cut whatever stands beside them, and their ids.
+    pub(crate) fn marks(&self) -> Vec<(String, u32)> {
+        let added = self.inner.get_added_tokens_decoder();
+        let mut marks: Vec<(String, u32)> = added
+            .iter()
+            .filter(|(_, t)| t.special && !(t.single_word || t.lstrip || t.rstrip || t.normalized))
+            .map(|(id, token)| (token.content.clone(), *id))
+            .collect();
+        // One that is a part of another is not always itself.
+        let is_part = |text: &str, of: &str| of != text && of.contains(text);
+        marks.retain(|(text, _)| !added.values().any(|other| is_part(text, &other.content)));
+        marks
+    }
+
     pub(crate) fn special_tokens(&self) -> &SpecialTokens {
         &self.special
     }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::fingerprint::fingerprint;
 use crate::decoder::model::Decoder;
-use crate::decoder::sequence::Sequence;
+use crate::decoder::sequence::{Sequence, can_forget};
 use crate::device::Math;
 use crate::{Error, Result};
 
@@ -43,6 +43,34 @@ pub(crate) struct Saved<S> {
     pub(crate) sequence: S,
     pub(crate) tokens: Vec<u32>,
     pub(crate) messages: Vec<(String, String)>,
+}
+
+/// A [`Sequence`] in host memory, for the model that [offloaded](Decoder::offload) it; a model has at least one layer.
+#[derive(Debug)]
+pub struct OffloadedSequence {
+    layers: Vec<CacheState>,
+    /// Bytes of each layer's cache.
+    caches: Vec<Vec<u8>>,
+    /// [`Decoder::id`] of that model.
+    model: u64,
+}
+
+impl OffloadedSequence {
+    /// Most tokens that it may hold.
+    pub fn capacity(&self) -> usize {
+        self.layers[0].capacity()
+    }
+
+    /// Bytes of keys and values.
+    pub fn bytes(&self) -> u64 {
+        self.caches.iter().map(|cache| cache.len() as u64).sum()
+    }
+
+    /// Whether [`Decoder::truncate`] can forget all tokens after the first `len`, once it is reloaded.
+    pub fn can_truncate(&self, len: usize) -> bool {
+        let back = self.layers[0].len().checked_sub(len);
+        back.is_some_and(|back| self.layers.iter().all(|state| can_forget(state, back)))
+    }
 }
 
 fn wrong(
@@ -91,18 +119,12 @@ impl<D: Math> Decoder<D> {
         tokens: &[u32],
         messages: Vec<(String, String)>,
     ) -> Result<Vec<u8>> {
-        self.check_owner(sequence)?;
         let cache = self.saved_type()?;
-        if sequence.broken || sequence.evicted.is_some() {
-            let expected = "one whose steps did not fail and whose keys were not evicted";
-            return Err(Error::invalid("sequence", expected, "another"));
-        }
         if tokens.len() != sequence.len() {
             let expected = format!("the {} that the sequence holds", sequence.len());
             return Err(Error::invalid("tokens", expected, tokens.len()));
         }
-        let caches = sequence.caches.iter().map(|cache| self.device.save_cache(cache));
-        let caches = caches.collect::<Result<Vec<_>>>()?;
+        let caches = self.offload(sequence)?.caches;
         let header = Header {
             model: self.fingerprint.clone(),
             cache,
@@ -154,29 +176,75 @@ impl<D: Math> Decoder<D> {
         }
         self.check_layers(plan, &header)?;
         self.check_tokens(&header.tokens)?;
-        let capacity = header.layers[0].capacity();
-        let slots = header
-            .layers
-            .iter()
-            .map(|state| state.layout().bytes(state.head_dim(), self.slot_bytes()))
-            .sum();
-        self.device.check_room("keys and values", slots)?;
         let mut caches = Vec::with_capacity(header.layers.len());
-        for (layer, (state, size)) in header.layers.into_iter().zip(header.bytes).enumerate() {
+        for (layer, size) in header.bytes.into_iter().enumerate() {
             let Some((own, rest)) =
                 usize::try_from(size).ok().and_then(|n| data.split_at_checked(n))
             else {
                 return Err(wrong(format!("layer {layer}"), format!("{size} bytes"), data.len()));
             };
             data = rest;
-            caches.push(self.device.restore_cache(state, own)?);
+            caches.push(own);
         }
         if !data.is_empty() {
             return Err(wrong("end", "no bytes after the last layer", data.len()));
         }
-        let (rope, model) = (self.rope(capacity)?, self.id);
-        let sequence = Sequence { caches, rope, model, broken: false, evicted: None };
+        let sequence = self.of_caches(&header.layers, &caches)?;
         Ok(Saved { sequence, tokens: header.tokens, messages: header.messages })
+    }
+
+    /// A copy of a sequence in host memory, where the device's own is wanted for others; it takes as many bytes as
+    /// slots that were used. [`reload`](Self::reload) makes a sequence of it that goes on bit for bit as this one.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if another model opened the sequence, an earlier step of it failed, keys of it were
+    /// evicted, several devices share the model, or the device does not give caches back; [`Error::Backend`] if it
+    /// fails.
+    pub fn offload(&self, sequence: &Sequence<D>) -> Result<OffloadedSequence> {
+        self.check_owner(sequence)?;
+        self.saved_type()?;
+        if sequence.broken || sequence.evicted.is_some() {
+            let expected = "one whose steps did not fail and whose keys were not evicted";
+            return Err(Error::invalid("sequence", expected, "another"));
+        }
+        let caches = sequence.caches.iter().map(|cache| self.device.save_cache(cache));
+        Ok(OffloadedSequence {
+            caches: caches.collect::<Result<_>>()?,
+            layers: sequence.caches.iter().map(|cache| cache.as_ref().clone()).collect(),
+            model: self.id,
+        })
+    }
+
+    /// The sequence that was [offloaded](Self::offload), on the device again.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if it is another model's, [`Error::OutOfMemory`] or [`Error::Backend`] if the device has no
+    /// room or fails.
+    pub fn reload(&self, sequence: &OffloadedSequence) -> Result<Sequence<D>> {
+        if sequence.model != self.id {
+            let expected = "one that this model offloaded";
+            return Err(Error::invalid("sequence", expected, "another model's"));
+        }
+        let caches: Vec<&[u8]> = sequence.caches.iter().map(Vec::as_slice).collect();
+        self.of_caches(&sequence.layers, &caches)
+    }
+
+    /// A sequence whose caches are in these states, of these bytes.
+    fn of_caches(&self, layers: &[CacheState], caches: &[&[u8]]) -> Result<Sequence<D>> {
+        let slots = layers
+            .iter()
+            .map(|state| state.layout().bytes(state.head_dim(), self.slot_bytes()))
+            .sum();
+        self.device.check_room("keys and values", slots)?;
+        let caches = layers.iter().zip(caches);
+        let caches = caches.map(|(state, own)| self.device.restore_cache(state.clone(), own));
+        Ok(Sequence {
+            caches: caches.collect::<Result<_>>()?,
+            rope: self.rope(layers[0].capacity())?,
+            model: self.id,
+            broken: false,
+            evicted: None,
+        })
     }
 
     /// The device's name for what it saves.

@@ -61,10 +61,9 @@ impl<D: Device> Sequence<D> {
     pub fn can_truncate(&self, len: usize) -> bool {
         let Some(back) = self.len().checked_sub(len) else { return false };
         // Layers differ in spans.
-        let can = |state: &CacheState| state.clone().truncate(state.len() - back).is_ok();
         !self.broken
             && self.evicted.is_none_or(|evicted| evicted.read <= len)
-            && self.caches.iter().all(|cache| can(cache.as_ref()))
+            && self.caches.iter().all(|cache| can_forget(cache.as_ref(), back))
     }
 
     /// Whether so many tokens after the next one can be appended with it and be forgotten again.
@@ -86,6 +85,11 @@ impl<D: Device> Sequence<D> {
     pub(crate) fn check_append(&self, tokens: usize) -> Result<()> {
         Ok(self.state().check_append(tokens)?)
     }
+}
+
+/// Whether the last so many tokens can be forgotten.
+pub(crate) fn can_forget(state: &CacheState, tokens: usize) -> bool {
+    state.clone().truncate(state.len() - tokens).is_ok()
 }
 
 impl<D: Math> Decoder<D> {

@@ -7,8 +7,8 @@ use std::ops::Range;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use moa_backend_wgpu::ops::{self as kernels, Layer};
-use moa_backend_wgpu::{Device as Gpu, Dtype, Matrix, Tensor, WgpuBackend};
-use moa_core::CacheType;
+use moa_backend_wgpu::{Cache, Device as Gpu, Dtype, Matrix, Tensor, WgpuBackend};
+use moa_core::{CacheState, CacheType};
 
 use crate::checkpoint::mapped::MappedTensor;
 use crate::device::rope_table::RopeTable;
@@ -78,6 +78,18 @@ impl Device for Wgpu {
 
     fn attention(&self) -> &WgpuBackend {
         &self.attention
+    }
+
+    fn saved_cache_type(&self) -> Option<String> {
+        Some(format!("wgpu {}", self.attention.cache_type()))
+    }
+
+    fn save_cache(&self, cache: &Cache) -> Result<Vec<u8>> {
+        Ok(cache.to_bytes()?)
+    }
+
+    fn restore_cache(&self, state: CacheState, bytes: &[u8]) -> Result<Cache> {
+        Ok(self.attention.restore(state, bytes)?)
     }
 
     fn shape(&self, x: &Tensor) -> Vec<usize> {

@@ -12,6 +12,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         chunking_does_not_change_output,
         a_ragged_batch_equals_each_sequence_alone,
         forks_and_rolled_back_sequences_go_on_as_if_nothing_had_been,
+        saved_and_offloaded_sequences_go_on_bit_for_bit,
         a_decoder_equals_single_steps,
         repeats_are_bitwise_equal,
         threads_share_a_model,
@@ -78,6 +79,31 @@ fn forks_and_rolled_back_sequences_go_on_as_if_nothing_had_been() -> Verdict {
             let expected = step(model, &mut straight, &tokens[150..180]);
             assert_eq!(step(model, &mut fork, &tokens[150..180]), expected);
             assert_eq!(model.kv_bytes(&fork), model.kv_bytes(&straight));
+        }
+    }
+    Ok(())
+}
+
+/// With slots that were never written, and with rings that have wrapped.
+fn saved_and_offloaded_sequences_go_on_bit_for_bit() -> Verdict {
+    for (checkpoint, _) in cuda()? {
+        let model = &checkpoint.model;
+        let tokens = prose(220);
+        for plan in &plans(model.shape()) {
+            for held in [20, 150] {
+                let mut sequence = model.open(plan, 300, 8).unwrap();
+                read(model, &mut sequence, &tokens[..held], 150);
+                let bytes = model.save_sequence(&sequence, &tokens[..held]).unwrap();
+                let (restored, known) = model.restore_sequence(plan, &bytes).unwrap();
+                assert_eq!(known, &tokens[..held]);
+                let offloaded = model.offload(&sequence).unwrap();
+                assert!(offloaded.bytes() <= model.kv_bytes(&sequence));
+                let expected = step(model, &mut sequence, &tokens[held..held + 30]);
+                for mut again in [restored, model.reload(&offloaded).unwrap()] {
+                    assert_eq!(model.kv_bytes(&again), model.kv_bytes(&sequence));
+                    assert_eq!(step(model, &mut again, &tokens[held..held + 30]), expected);
+                }
+            }
         }
     }
     Ok(())

@@ -29,6 +29,28 @@ fn a_restored_sequence_goes_on_bit_for_bit() -> Result<()> {
 }
 
 #[test]
+fn an_offloaded_sequence_goes_on_bit_for_bit() -> Result<()> {
+    let text = text(150);
+    let mut sequence = tiny().open(&narrow(), 200, 6)?;
+    read(&mut sequence, &text[..120], 64)?;
+    let offloaded = tiny().offload(&sequence)?;
+    let mut again = tiny().reload(&offloaded)?;
+    assert_eq!(offloaded.capacity(), sequence.capacity());
+    for len in 100..121 {
+        assert_eq!(offloaded.can_truncate(len), sequence.can_truncate(len), "{len}");
+    }
+    assert!(!offloaded.can_truncate(121));
+    tiny().truncate(&mut again, 116)?;
+    tiny().truncate(&mut sequence, 116)?;
+    for token in &text[120..130] {
+        assert_eq!(step(&mut again, &[*token])?, step(&mut sequence, &[*token])?);
+    }
+    let other = Checkpoint::open(Cpu::default(), moa_tiny())?.model;
+    assert!(matches!(other.reload(&offloaded), Err(Error::Invalid { what: "sequence", .. })));
+    Ok(())
+}
+
+#[test]
 fn what_does_not_fit_is_refused_by_its_place() -> Result<()> {
     let text = text(60);
     let mut sequence = tiny().open(&narrow(), 100, 0)?;

@@ -184,3 +184,19 @@ fn a_model_without_a_template_continues_texts() -> Result<(), Error> {
     }
     Ok(())
 }
+
+#[test]
+fn a_folder_without_weights_runs_with_random_ones() -> Result<(), Error> {
+    let dir = copy();
+    fs::remove_file(dir.path().join("model.safetensors")).unwrap();
+    let open = |seed| OpenOptions::default().random_weights(seed).open(Cpu::default(), dir.path());
+    assert!(matches!(open(None), Err(Error::NoWeights { .. })));
+    let answer = |seed| {
+        let checkpoint = open(Some(seed))?;
+        let dense = Plan::full(checkpoint.model.shape())?;
+        Ok::<_, Error>(checkpoint.complete(&dense, "Once upon a time", 4)?.tokens)
+    };
+    assert_eq!(answer(1)?, answer(1)?);
+    assert_ne!(answer(1)?, answer(2)?);
+    Ok(())
+}

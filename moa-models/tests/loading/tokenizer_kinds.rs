@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use moa_models::{Error, Tokenizer};
+use moa_models::{Error, KnownTexts, Tokenizer};
 use serde_json::Value;
 
 use crate::streamed::streamed;
@@ -22,6 +22,7 @@ fn tokens_and_texts_are_those_of_transformers() -> Result<(), Error> {
             fs::write(dir.path().join(file), kind[content].to_string()).unwrap();
         }
         let tokenizer = Tokenizer::from_dir(dir.path())?;
+        conversations_are_cut_as_a_whole(&tokenizer, kind)?;
         for case in kind["texts"].as_array().unwrap() {
             let text = case["text"].as_str().unwrap();
             let ids =
@@ -32,6 +33,32 @@ fn tokens_and_texts_are_those_of_transformers() -> Result<(), Error> {
             assert_eq!(decoded, case["decoded"], "{name}: {text:?}");
             assert_eq!(tokenizer.decode(&ids("ids"), false)?, case["whole"], "{name}: {text:?}");
             assert_eq!(streamed(&tokenizer, &ids("ids"))?, decoded, "{name}: {text:?}");
+        }
+    }
+    Ok(())
+}
+
+/// Texts joined by special tokens, longer and longer, with spaces and parts of tokens beside them.
+fn conversations_are_cut_as_a_whole(tokenizer: &Tokenizer, kind: &Value) -> Result<(), Error> {
+    let added = kind["tokenizer"]["added_tokens"].as_array().unwrap();
+    let marks: Vec<&str> = added.iter().map(|token| token["content"].as_str().unwrap()).collect();
+    for limit in [1 << 20, 600] {
+        let (known, mut text, mut at) = (KnownTexts::new(tokenizer, limit), String::new(), 0);
+        for case in kind["texts"].as_array().unwrap() {
+            for space in ["", " ", "\n"] {
+                text += case["text"].as_str().unwrap();
+                text += space;
+                text += marks.get(at % (marks.len() + 1)).unwrap_or(&"");
+                text += space;
+                at += 1;
+                // Twice: the second time more is known. Then another end.
+                for text in
+                    [text.clone(), text.clone(), format!("{text}one more"), text.clone() + "<"]
+                {
+                    let got = known.encode_within(&text, 1 << 20)?;
+                    assert_eq!(got, tokenizer.encode(&text, false)?, "{}: {text:?}", kind["name"]);
+                }
+            }
         }
     }
     Ok(())

@@ -85,7 +85,7 @@ impl ChatText {
         let tools = (!self.tools.is_empty()).then_some(&self.tools);
         let text = self.template.render_objects(&self.messages, tools, true)?;
         // The template writes the begin-of-sequence token itself.
-        state.text.tokenizer.encode_within(&text, false, state.model.context)
+        state.text.known.encode_within(&text, state.model.context)
     }
 }
 

@@ -61,11 +61,7 @@ impl<D: Math> Worker<D> {
             && self.prefix.takes(done, bytes)
             && !self.prefix.has(&job.prompt[..done], capacity)
         {
-            // A copy that cannot be had is not needed.
-            if let Ok(Some(copy)) = self.engine.snapshot(id) {
-                let bytes = self.checkpoint.model.kv_bytes(&copy);
-                self.prefix.insert(job.prompt[..done].to_vec(), copy, bytes);
-            }
+            self.copies.push((id, done));
         }
         for choice in 1..=followers {
             // The last token is read again, for its logits.
@@ -101,6 +97,20 @@ impl<D: Math> Worker<D> {
         }
     }
 
+    /// Copies the prompts that the last step has read, now that clients were told what it chose.
+    pub(super) fn keep_copies(&mut self) {
+        for (id, read) in std::mem::take(&mut self.copies) {
+            // A copy that cannot be had is not needed.
+            if let Some(active) = self.active.get(&id)
+                && let Ok(Some(copy)) = self.engine.snapshot(id)
+            {
+                let (tokens, model) = (active.job.prompt[..read].to_vec(), &self.checkpoint.model);
+                let bytes = model.kv_bytes(&copy);
+                self.prefix.insert(model, tokens, copy, bytes);
+            }
+        }
+    }
+
     /// Keeps the sequence of a turn, which the next one may begin with.
     fn keep_turn(&mut self, prompt: &[u32], answer: &[u32], sequence: Sequence<D>) {
         let len = sequence.len();
@@ -108,8 +118,9 @@ impl<D: Math> Worker<D> {
         // The last token need not be in the sequence.
         tokens.truncate(len);
         if tokens.len() == len {
-            let bytes = self.checkpoint.model.kv_bytes(&sequence);
-            self.prefix.insert(tokens, sequence, bytes);
+            let model = &self.checkpoint.model;
+            let bytes = model.kv_bytes(&sequence);
+            self.prefix.insert(model, tokens, sequence, bytes);
         }
     }
 }

@@ -36,6 +36,8 @@ pub(crate) struct Worker<D: Math> {
     queue: VecDeque<Queued>,
     active: HashMap<RequestId, Active>,
     prefix: PrefixCache<D>,
+    /// Prompts that the last step has read so far, for a copy.
+    copies: Vec<(RequestId, usize)>,
     /// Bytes of keys and values of the jobs that run, and what dense attention would take.
     bytes: u64,
     dense_bytes: u64,
@@ -79,7 +81,8 @@ impl<D: Math> Worker<D> {
             commands,
             queue: VecDeque::new(),
             active: HashMap::new(),
-            prefix: PrefixCache::new(state.options.prefix_cache),
+            prefix: PrefixCache::new(state.options.prefix_cache, state.options.prefix_host),
+            copies: Vec::new(),
             bytes: 0,
             dense_bytes: 0,
             stops_at: None,
@@ -141,6 +144,7 @@ impl<D: Math> Worker<D> {
             while let Some(event) = self.engine.poll() {
                 self.handle(event);
             }
+            self.keep_copies();
         }
         self.tell_gauges();
         Ok(())
@@ -184,6 +188,7 @@ impl<D: Math> Worker<D> {
         metrics.kv_bytes.store(self.bytes, Relaxed);
         metrics.kv_bytes_dense.store(self.dense_bytes, Relaxed);
         metrics.prefix_bytes.store(self.prefix.bytes(), Relaxed);
+        metrics.prefix_host_bytes.store(self.prefix.host_bytes(), Relaxed);
     }
 }
 

@@ -1,31 +1,116 @@
 //! Sequences of ended prompts and turns, for requests that begin alike.
 
-use moa_models::{Decoder, Math, Result, Sequence};
+use moa_models::{Decoder, Math, OffloadedSequence, Result, Sequence};
 
 /// Fewest tokens that are worth keeping, and worth a copy.
 const FEWEST: usize = 16;
 /// Prompts that are remembered beside those of kept sequences.
 const REMEMBERED: usize = 64;
 
-/// Kept sequences, of which the longest unused go where there are too many bytes.
+/// Kept sequences, of which the longest unused go where there are too many bytes: from the device to host memory, and
+/// from there for good.
 ///
 /// A ring cannot be cut, so that a sequence is of use where it is continued, or rolled back as far as its
 /// rings allow. It is of use only to sequences of its own capacity, on which the spans of a plan depend.
 pub(crate) struct PrefixCache<D: Math> {
-    limit: u64,
-    bytes: u64,
+    device: Tier<Sequence<D>>,
+    host: Tier<OffloadedSequence>,
     /// Counts uses.
     clock: u64,
-    entries: Vec<Entry<D>>,
     /// Prompts of late, whose sequences may be gone.
     remembered: std::collections::VecDeque<(usize, Vec<u32>)>,
 }
 
-struct Entry<D: Math> {
+/// What is kept in one memory.
+struct Tier<S> {
+    limit: u64,
+    bytes: u64,
+    entries: Vec<Entry<S>>,
+}
+
+struct Entry<S> {
     tokens: Vec<u32>,
-    sequence: Sequence<D>,
+    sequence: S,
     bytes: u64,
     used: u64,
+}
+
+/// A sequence in either memory.
+trait Kept {
+    fn capacity(&self) -> usize;
+    fn can_truncate(&self, len: usize) -> bool;
+}
+
+impl<D: Math> Kept for Sequence<D> {
+    fn capacity(&self) -> usize {
+        self.capacity()
+    }
+
+    fn can_truncate(&self, len: usize) -> bool {
+        self.can_truncate(len)
+    }
+}
+
+impl Kept for OffloadedSequence {
+    fn capacity(&self) -> usize {
+        self.capacity()
+    }
+
+    fn can_truncate(&self, len: usize) -> bool {
+        self.can_truncate(len)
+    }
+}
+
+impl<S: Kept> Tier<S> {
+    fn new(limit: u64) -> Self {
+        Self { limit, bytes: 0, entries: Vec::new() }
+    }
+
+    /// The entry that has most of a prompt's first `most` tokens and how many, and how many any entry has, though it
+    /// may not be cut there.
+    fn find(
+        &self,
+        prompt: &[u32],
+        most: usize,
+        capacity: usize,
+    ) -> (Option<(usize, usize)>, usize) {
+        let (mut best, mut parted) = (None, 0);
+        for (at, entry) in self.entries.iter().enumerate() {
+            if entry.sequence.capacity() != capacity {
+                continue;
+            }
+            let common = common(&entry.tokens, prompt).min(most);
+            parted = parted.max(common);
+            let better = best.is_none_or(|(_, len)| common > len);
+            if common >= FEWEST && better && entry.sequence.can_truncate(common) {
+                best = Some((at, common));
+            }
+        }
+        (best, parted)
+    }
+
+    fn has(&self, tokens: &[u32], capacity: usize) -> bool {
+        let is_same = |e: &Entry<S>| e.sequence.capacity() == capacity && e.tokens == tokens;
+        self.entries.iter().any(is_same)
+    }
+
+    /// Takes out the longest unused until so many bytes are free.
+    fn make_room(&mut self, bytes: u64) -> Vec<Entry<S>> {
+        let mut gone = Vec::new();
+        while self.bytes + bytes > self.limit {
+            let oldest = self.entries.iter().enumerate().min_by_key(|(_, entry)| entry.used);
+            let Some((at, _)) = oldest else { break };
+            let entry = self.entries.swap_remove(at);
+            self.bytes -= entry.bytes;
+            gone.push(entry);
+        }
+        gone
+    }
+
+    fn push(&mut self, entry: Entry<S>) {
+        self.bytes += entry.bytes;
+        self.entries.push(entry);
+    }
 }
 
 /// What is known of the beginning of a prompt.
@@ -37,19 +122,25 @@ pub(crate) struct Beginning<D: Math> {
 }
 
 impl<D: Math> PrefixCache<D> {
-    pub(crate) fn new(limit: u64) -> Self {
+    /// One that keeps so many bytes on the device, and so many in host memory.
+    pub(crate) fn new(device: u64, host: u64) -> Self {
         let remembered = std::collections::VecDeque::new();
-        Self { limit, bytes: 0, clock: 0, entries: Vec::new(), remembered }
+        Self { device: Tier::new(device), host: Tier::new(host), clock: 0, remembered }
     }
 
-    /// Bytes of keys and values.
+    /// Bytes of keys and values on the device.
     pub(crate) fn bytes(&self) -> u64 {
-        self.bytes
+        self.device.bytes
+    }
+
+    /// Bytes of keys and values in host memory.
+    pub(crate) fn host_bytes(&self) -> u64 {
+        self.host.bytes
     }
 
     /// Whether a sequence of so many tokens and bytes would be kept.
     pub(crate) fn takes(&self, tokens: usize, bytes: u64) -> bool {
-        tokens >= FEWEST && bytes <= self.limit
+        tokens >= FEWEST && bytes <= self.device.limit
     }
 
     /// The longest beginning of `prompt`, without its last token, that a sequence of this capacity has.
@@ -64,18 +155,9 @@ impl<D: Math> PrefixCache<D> {
     ) -> Result<Beginning<D>> {
         // At least one token must be read to have logits.
         let most = prompt.len().saturating_sub(1);
-        let (mut best, mut parted) = (None, 0);
-        for (at, entry) in self.entries.iter().enumerate() {
-            if entry.sequence.capacity() != capacity {
-                continue;
-            }
-            let common = common(&entry.tokens, prompt).min(most);
-            parted = parted.max(common);
-            let better = best.is_none_or(|(_, len)| common > len);
-            if common >= FEWEST && better && entry.sequence.can_truncate(common) {
-                best = Some((at, common));
-            }
-        }
+        let (own, parted) = self.device.find(prompt, most, capacity);
+        let (offloaded, parted_host) = self.host.find(prompt, most, capacity);
+        let mut parted = parted.max(parted_host);
         for (of, tokens) in &self.remembered {
             if *of == capacity {
                 parted = parted.max(common(tokens, prompt).min(most));
@@ -83,21 +165,30 @@ impl<D: Math> PrefixCache<D> {
         }
         // A step ends only where a whole stretch of the prompt is left.
         let parted = parted.min(prompt.len().saturating_sub(model.device().many_rows()));
-        let found = best.map_or(0, |(_, len)| len);
+        let len = |found: Option<(usize, usize)>| found.map_or(0, |(_, len)| len);
+        let (own_len, offloaded_len) = (len(own), len(offloaded));
+        let found = own_len.max(offloaded_len);
         let fork = (parted >= FEWEST.max(found + FEWEST)).then_some(parted);
-        let Some((at, len)) = best else { return Ok(Beginning { sequence: None, fork }) };
         self.clock += 1;
-        let entry = &mut self.entries[at];
-        entry.used = self.clock;
-        let mut sequence = model.fork(&entry.sequence)?;
-        model.truncate(&mut sequence, len)?;
+        let mut sequence = match (own, offloaded) {
+            (Some((at, _)), _) if own_len >= offloaded_len => {
+                self.device.entries[at].used = self.clock;
+                model.fork(&self.device.entries[at].sequence)?
+            }
+            (_, Some((at, _))) => {
+                self.host.entries[at].used = self.clock;
+                model.reload(&self.host.entries[at].sequence)?
+            }
+            _ => return Ok(Beginning { sequence: None, fork }),
+        };
+        model.truncate(&mut sequence, found)?;
         Ok(Beginning { sequence: Some(sequence), fork })
     }
 
     /// Notes a prompt, so that the next one knows where it parts from it.
     pub(crate) fn remember(&mut self, prompt: &[u32], capacity: usize) {
         let is_same = |(of, tokens): &(usize, Vec<u32>)| *of == capacity && tokens == prompt;
-        if self.limit > 0 && !self.remembered.iter().any(is_same) {
+        if self.device.limit > 0 && !self.remembered.iter().any(is_same) {
             self.remembered.push_back((capacity, prompt.to_vec()));
             self.remembered.drain(..self.remembered.len().saturating_sub(REMEMBERED));
         }
@@ -105,34 +196,45 @@ impl<D: Math> PrefixCache<D> {
 
     /// Whether a sequence of these tokens is kept.
     pub(crate) fn has(&self, tokens: &[u32], capacity: usize) -> bool {
-        let is_same = |e: &Entry<D>| e.sequence.capacity() == capacity && e.tokens == tokens;
-        self.entries.iter().any(is_same)
+        self.device.has(tokens, capacity) || self.host.has(tokens, capacity)
     }
 
     /// Keeps a sequence that holds these tokens.
-    pub(crate) fn insert(&mut self, tokens: Vec<u32>, sequence: Sequence<D>, bytes: u64) {
+    pub(crate) fn insert(
+        &mut self,
+        model: &Decoder<D>,
+        tokens: Vec<u32>,
+        sequence: Sequence<D>,
+        bytes: u64,
+    ) {
         if !self.takes(tokens.len(), bytes) || self.has(&tokens, sequence.capacity()) {
             return;
         }
-        self.make_room(bytes);
+        for entry in self.device.make_room(bytes) {
+            self.offload(model, entry);
+        }
         self.clock += 1;
-        self.bytes += bytes;
-        self.entries.push(Entry { tokens, sequence, bytes, used: self.clock });
+        self.device.push(Entry { tokens, sequence, bytes, used: self.clock });
     }
 
-    /// Drops the longest unused until so many bytes are free.
-    fn make_room(&mut self, bytes: u64) {
-        while self.bytes + bytes > self.limit {
-            let oldest = self.entries.iter().enumerate().min_by_key(|(_, entry)| entry.used);
-            let Some((at, _)) = oldest else { return };
-            self.bytes -= self.entries.swap_remove(at).bytes;
+    /// Keeps in host memory what has no room on the device.
+    fn offload(&mut self, model: &Decoder<D>, entry: Entry<Sequence<D>>) {
+        if self.host.limit == 0 {
+            return;
+        }
+        // What cannot be copied is not worth an error.
+        let Ok(sequence) = model.offload(&entry.sequence) else { return };
+        let bytes = sequence.bytes();
+        if bytes <= self.host.limit {
+            self.host.make_room(bytes);
+            self.host.push(Entry { tokens: entry.tokens, sequence, bytes, used: entry.used });
         }
     }
 
-    /// Drops all of them.
+    /// Drops all of them on the device.
     pub(crate) fn clear(&mut self) {
-        self.entries.clear();
-        self.bytes = 0;
+        self.device.entries.clear();
+        self.device.bytes = 0;
     }
 }
 
@@ -147,7 +249,7 @@ mod tests {
 
     #[test]
     fn a_prompt_is_remembered_once() {
-        let mut cache = PrefixCache::<Cpu>::new(1);
+        let mut cache = PrefixCache::<Cpu>::new(1, 0);
         for _ in 0..3 {
             cache.remember(&[1, 2, 3], 512);
         }

@@ -99,3 +99,20 @@ fn kept_sequences_stay_within_their_bytes() {
     assert!(converse(server.client, 1, "ropes")[0].1 > 0);
     assert_eq!(converse(server.client, 1, "maps")[0].1, 0);
 }
+
+#[test]
+fn what_has_no_room_on_the_device_is_kept_in_host_memory() {
+    let topics = ["maps", "clocks", "winds", "tides", "stars", "ropes"];
+    let (device, host) = (1 << 20, 2 << 20);
+    let options = ServerOptions { prefix_cache: device, ..ServerOptions::default() };
+    let server = Running::new(ServerOptions { prefix_host: host, ..options });
+    let cold = topics.map(|topic| converse(server.client, 1, topic));
+    for (topic, cold) in topics.iter().zip(cold).rev() {
+        let again = &converse(server.client, 1, topic)[0];
+        assert_eq!((&again.0, again.1), (&cold[0].0, again.2 - 1), "{topic}");
+    }
+    for (name, limit) in [("moa_prefix_cache_bytes", device), ("moa_prefix_host_bytes", host)] {
+        let bytes = server.client.metric(name);
+        assert!(bytes > 0.0 && bytes <= limit as f64, "{name} {bytes}");
+    }
+}

@@ -10,8 +10,10 @@ mod weights;
 use std::ops::Range;
 
 use moa_backend_cuda::{
-    BlockType, BlockWeight, CudaBackend, Device as Gpu, Dtype, Indices, Operations, Tensor, Turns,
+    BlockType, BlockWeight, Cache, CudaBackend, Device as Gpu, Dtype, Indices, Operations, Tensor,
+    Turns,
 };
+use moa_core::CacheState;
 
 use crate::checkpoint::mapped::MappedTensor;
 use crate::device::replay::{Replay, ReplayBatch};
@@ -113,6 +115,18 @@ impl Device for Cuda {
             true => Ok(()),
             false => Err(Error::OutOfMemory { what, bytes: Some(bytes), free: Some(free) }),
         }
+    }
+
+    fn saved_cache_type(&self) -> Option<String> {
+        Some(format!("cuda {}", self.dtype()))
+    }
+
+    fn save_cache(&self, cache: &Cache) -> Result<Vec<u8>> {
+        Ok(cache.to_bytes()?)
+    }
+
+    fn restore_cache(&self, state: CacheState, bytes: &[u8]) -> Result<Cache> {
+        Ok(self.attention.restore(state, bytes)?)
     }
 
     fn shape(&self, x: &Tensor) -> Vec<usize> {
