@@ -8,6 +8,7 @@ use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr};
 use crate::graph::current;
 use crate::kernels::Kernels;
 use crate::kernels::compile::{Architecture, Variant};
+use crate::kernels::narrow::NarrowKernels;
 use crate::pool::Pool;
 use crate::{Error, Result, library};
 
@@ -32,6 +33,7 @@ struct Inner {
     multiprocessors: usize,
     shared_bytes: usize,
     kernels: Mutex<HashMap<Variant, Arc<Kernels>>>,
+    narrow_kernels: Mutex<HashMap<Variant, Arc<NarrowKernels>>>,
 }
 
 impl Device {
@@ -74,6 +76,7 @@ impl Device {
                 Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
             )?,
             kernels: Mutex::default(),
+            narrow_kernels: Mutex::default(),
             context,
         })))
     }
@@ -163,14 +166,15 @@ impl Device {
     /// # Errors
     /// [`Error::Argument`], [`Error::NoNvrtc`], [`Error::Compile`], [`Error::Driver`].
     pub fn kernels(&self, variant: Variant) -> Result<Arc<Kernels>> {
-        // Held while compiling: two threads want the same kernels, not two compilations.
-        let mut all = self.0.kernels.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kernels) = all.get(&variant) {
-            return Ok(Arc::clone(kernels));
-        }
-        let kernels = Arc::new(Kernels::load(self, variant)?);
-        all.insert(variant, Arc::clone(&kernels));
-        Ok(kernels)
+        once(&self.0.kernels, variant, || Kernels::load(self, variant))
+    }
+
+    /// Those of narrow heads, which only caches that have such heads need.
+    ///
+    /// # Errors
+    /// As [`kernels`](Self::kernels).
+    pub(crate) fn narrow_kernels(&self, variant: Variant) -> Result<Arc<NarrowKernels>> {
+        once(&self.0.narrow_kernels, variant, || NarrowKernels::load(self, variant))
     }
 
     /// Makes the device's context the calling thread's, which calls below cudarc's need.
@@ -212,4 +216,20 @@ impl Device {
             }
         })
     }
+}
+
+/// Kernels of a variant, loaded the first time.
+fn once<K>(
+    all: &Mutex<HashMap<Variant, Arc<K>>>,
+    variant: Variant,
+    load: impl FnOnce() -> Result<K>,
+) -> Result<Arc<K>> {
+    // Held while compiling: two threads want the same kernels, not two compilations.
+    let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(kernels) = all.get(&variant) {
+        return Ok(Arc::clone(kernels));
+    }
+    let kernels = Arc::new(load()?);
+    all.insert(variant, Arc::clone(&kernels));
+    Ok(kernels)
 }

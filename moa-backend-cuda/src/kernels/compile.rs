@@ -5,7 +5,7 @@ use std::ffi::{CString, c_char, c_int};
 use cudarc::nvrtc::{result, sys};
 
 use super::cubin_cache;
-use crate::attention::schedule::MIN_SPLIT_KEYS;
+use crate::attention::schedule::{MIN_NARROW_SPLIT_KEYS, MIN_SPLIT_KEYS};
 use crate::kernels::source::{HEADERS, Source};
 use crate::{Error, Result, library};
 use moa_core::Dtype;
@@ -119,6 +119,7 @@ fn options(variant: Variant, architecture: Architecture) -> Vec<String> {
         "--extra-device-vectorization".into(),
         format!("-DHEAD_DIM={}", variant.head_dim),
         format!("-DMIN_SPLIT_KEYS={MIN_SPLIT_KEYS}"),
+        format!("-DMIN_NARROW_SPLIT_KEYS={MIN_NARROW_SPLIT_KEYS}"),
         match variant.dtype {
             Dtype::Bf16 => "-DDTYPE_BF16=1".into(),
             _ => "-DDTYPE_F16=1".into(),

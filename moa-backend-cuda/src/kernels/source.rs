@@ -9,6 +9,10 @@ pub enum Source {
     Append,
     /// Split-KV attention for few new tokens.
     Decode,
+    /// Cache append of narrow heads, and their copies in 16 bits.
+    Narrow,
+    /// Split-KV attention for few new tokens over narrow heads.
+    NarrowDecode,
     /// Tensor-core attention for chunks, sm_80 and later.
     Tile,
     /// Tensor-core attention for long chunks on sm_90.
@@ -30,18 +34,22 @@ pub enum Source {
 }
 
 /// What `#include` may name.
-pub(crate) const HEADERS: [(&str, &str); 4] = [
+pub(crate) const HEADERS: [(&str, &str); 6] = [
     ("common.cuh", include_str!("../../kernels/common.cuh")),
+    ("narrow.cuh", include_str!("../../kernels/narrow.cuh")),
     ("rows.cuh", include_str!("../../kernels/rows.cuh")),
+    ("split.cuh", include_str!("../../kernels/split.cuh")),
     ("tables.cuh", include_str!("../../kernels/tables.cuh")),
     ("wgmma.cuh", include_str!("../../kernels/wgmma.cuh")),
 ];
 
 impl Source {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 13] = [
         Self::Append,
         Self::Decode,
+        Self::Narrow,
+        Self::NarrowDecode,
         Self::Tile,
         Self::Wgmma,
         Self::Influence,
@@ -58,6 +66,8 @@ impl Source {
         match self {
             Self::Append => "append.cu",
             Self::Decode => "decode.cu",
+            Self::Narrow => "narrow.cu",
+            Self::NarrowDecode => "narrow_decode.cu",
             Self::Tile => "tile.cu",
             Self::Wgmma => "wgmma.cu",
             Self::Influence => "influence.cu",
@@ -75,7 +85,7 @@ impl Source {
     pub fn exists_for(self, head_dim: usize, architecture: Architecture) -> bool {
         match self {
             Self::Wgmma => architecture.has_wgmma() && matches!(head_dim, 64 | 128),
-            _ => self.is_attention() || head_dim == HEAD_DIMS[0],
+            _ => self.is_attention() || self.is_narrow() || head_dim == HEAD_DIMS[0],
         }
     }
 
@@ -84,10 +94,17 @@ impl Source {
         matches!(self, Self::Append | Self::Decode | Self::Tile | Self::Wgmma | Self::Influence)
     }
 
+    /// Whether it is part of attention over narrow heads.
+    pub(crate) fn is_narrow(self) -> bool {
+        matches!(self, Self::Narrow | Self::NarrowDecode)
+    }
+
     pub(crate) fn text(self) -> &'static str {
         match self {
             Self::Append => include_str!("../../kernels/append.cu"),
             Self::Decode => include_str!("../../kernels/decode.cu"),
+            Self::Narrow => include_str!("../../kernels/narrow.cu"),
+            Self::NarrowDecode => include_str!("../../kernels/narrow_decode.cu"),
             Self::Tile => include_str!("../../kernels/tile.cu"),
             Self::Wgmma => include_str!("../../kernels/wgmma.cu"),
             Self::Influence => include_str!("../../kernels/influence.cu"),
