@@ -112,14 +112,17 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
         if (straight) {
             const char* k_from = k_codes + (i64)low * S::K_BYTES + lane * 16;
             const char* v_from = v_codes + (i64)low * S::V_BYTES + lane * 16;
+            static_assert(KEYS * K_CHUNKS % 32 == 0, "keys are whole warps");
 #pragma unroll
             for (int i = 0; i < KEYS * K_CHUNKS / 32; i++) {
                 const int r = (i * 32 + lane) / K_CHUNKS, chunk = (i * 32 + lane) % K_CHUNKS;
                 copy16_async(stage + S::key_chunk(r, chunk), k_from + i * 512, first + r <= last);
             }
 #pragma unroll
-            for (int i = 0; i < KEYS * V_CHUNKS / 32; i++) {
+            for (int i = 0; i < (KEYS * V_CHUNKS + 31) / 32; i++) {
                 const int r = (i * 32 + lane) / V_CHUNKS, chunk = (i * 32 + lane) % V_CHUNKS;
+                // 16 rows of three chunks are no whole number of warps.
+                if (KEYS * V_CHUNKS % 32 != 0 && r >= KEYS) break;
                 copy16_async(stage + S::V_AT + r * S::V_STRIDE + chunk * 16, v_from + i * 512, first + r <= last);
             }
         } else {
@@ -175,17 +178,20 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
         }
     }
     __syncthreads();
-    u32 q[STEPS_OF_DIM][TILES][2];
-#pragma unroll
-    for (int i = 0; i < STEPS_OF_DIM; i++) {
+    // The lane's queries for a step of 16 elements: in registers, where there is room.
+    auto query = [&](int step, int n) {
         constexpr int PER_PIECE = K_UNIT / 4;
-        const int word = KEY == INT4 ? i / 2 : i;
-        const int at = (word / PER_PIECE * 4 + t) * K_UNIT + word % PER_PIECE * 4 + (KEY == INT4 ? i % 2 * HALF : 0);
+        const int word = KEY == INT4 ? step / 2 : step;
+        const int at = (word / PER_PIECE * 4 + t) * K_UNIT + word % PER_PIECE * 4 + (KEY == INT4 ? step % 2 * HALF : 0);
+        return *(const uint2*)&queries[n * 8 + g][at / 2];
+    };
+    constexpr bool HELD = HEAD_DIM * TILES <= 256;
+    uint2 q[HELD ? STEPS_OF_DIM : 1][TILES];
+    if (HELD) {
 #pragma unroll
-        for (int n = 0; n < TILES; n++) {
-            const uint2 pair = *(const uint2*)&queries[n * 8 + g][at / 2];
-            q[i][n][0] = pair.x;
-            q[i][n][1] = pair.y;
+        for (int i = 0; i < STEPS_OF_DIM; i++) {
+#pragma unroll
+            for (int n = 0; n < TILES; n++) q[i % (HELD ? STEPS_OF_DIM : 1)][n] = query(i, n);
         }
     }
     // A lane's scores are of its two query rows of each tile.
@@ -246,9 +252,11 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
                     for (int half = 0; half < (KEY == INT4 ? 2 : 1); half++) {
                         const int k = KEY == INT4 ? 2 * word + half : word;
 #pragma unroll
-                        for (int n = 0; n < TILES; n++)
+                        for (int n = 0; n < TILES; n++) {
+                            const uint2 own = HELD ? q[k % (HELD ? STEPS_OF_DIM : 1)][n] : query(k, n);
                             mma_halves(scores[m][n], x[0][2 * half], x[1][2 * half], x[0][2 * half + 1],
-                                       x[1][2 * half + 1], q[k][n][0], q[k][n][1]);
+                                       x[1][2 * half + 1], own.x, own.y);
+                        }
                     }
                 }
             }
