@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
     const int group = args.query_heads / args.kv_heads;
     const int rows = sequence.tokens * group;
     const KeyList list(head, len, len + sequence.tokens - 1);
-    const int keys_per_split = split_keys(list.count, MIN_SPLIT_KEYS);
+    const int keys_per_split = split_keys(list.count);
     const int begin = item.y * keys_per_split;
     // Work lists are made for the capacity: a shorter sequence leaves its last splits empty.
     if (begin >= list.count) return;

@@ -87,8 +87,9 @@ extern "C" __global__ void __launch_bounds__(256) append_narrow(const __grid_con
                 for (int i = 0; i < 4; i++) {
                     const float4 angle = angles[i];
                     const float2 x = unpack2(words[i]), y = unpack2(partner[i]);
-                    words[i] = lower ? pack2(x.x * angle.x - y.x * angle.y, x.y * angle.z - y.y * angle.w)
-                                     : pack2(x.x * angle.x + y.x * angle.y, x.y * angle.z + y.y * angle.w);
+                    // As `append` and `rope` do, to the bit.
+                    const float a = __fmul_rn(y.x, angle.y), b = __fmul_rn(y.y, angle.w);
+                    words[i] = pack2(__fmaf_rn(x.x, angle.x, lower ? -a : a), __fmaf_rn(x.y, angle.z, lower ? -b : b));
                 }
             }
         }
@@ -117,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(256) append_narrow(const __grid_con
     unpack8(x, words);
     rotate_if(rounded && rotates(type), 1, x, lane);
     const u32 scale = scale_of(largest(x), type);
-    const uint2 codes = codes_of(x, scale, type);
+    const uint2 codes = round_row(x, scale, type);
     const uint2 joined = join_halves(codes, lane);
     if (rounded && kept && (args.commit & 2)) {
         const int slot = slot_of(layout, position);
@@ -128,7 +129,6 @@ extern "C" __global__ void __launch_bounds__(256) append_narrow(const __grid_con
             *(u16*)((char*)sequence.k + narrow.scales + (i64)slot * 4 + (is_key ? 0 : 2)) = (u16)scale;
     }
     if (args.wide_k == 0) return;
-    widen_codes(x, codes, scale, type);
     rotate_if(rounded && rotates(type), 1.0f / ROTATION, x, lane);
     if (rounded) {
         const Head wide = args.wide_heads[at];

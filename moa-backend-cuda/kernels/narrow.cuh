@@ -46,12 +46,10 @@ __device__ __forceinline__ void rotate(float (&x)[8], int lane) {
     }
 #pragma unroll
     for (int step = 1; step < ROTATION / 8; step *= 2) {
-        const bool upper = lane & step;
+        const float sign = lane & step ? -1.0f : 1.0f;
+        // Exact but for the sum's one rounding.
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const float other = __shfl_xor_sync(~0u, x[i], step);
-            x[i] = upper ? __fsub_rn(other, x[i]) : __fadd_rn(x[i], other);
-        }
+        for (int i = 0; i < 8; i++) x[i] = __fmaf_rn(x[i], sign, __shfl_xor_sync(~0u, x[i], step));
     }
 }
 
@@ -70,8 +68,9 @@ __device__ __forceinline__ u32 scale_of(u32 most, int type) {
     if (most >= 0x7f800000u) return 0x7fc0;
     const float top = type == INT8 ? 127.0f : type == FP8 ? 448.0f : 8.0f;
     const float size = __uint_as_float(most);
-    u32 scale = __float_as_uint(__fdiv_rn(size, top)) >> 16;
-    scale -= scale > 0;
+    // Two steps below the quotient, which is cut and rounded as it may be, all is well.
+    const float inverse = type == INT8 ? 1.0f / 127 : type == FP8 ? 1.0f / 448 : 0.125f;
+    u32 scale = max(__float_as_uint(size * inverse) >> 16, 2u) - 2;
     while (__fmul_rn(__uint_as_float(scale << 16), top) < size) scale++;
     return scale < 0x80 ? 0 : scale;
 }
@@ -81,24 +80,9 @@ __device__ __forceinline__ float e4m3_size(u32 code) {
     return code < 8 ? (float)code * 0.001953125f : __uint_as_float((code << 20) + 0x3c000000u);
 }
 
-// The code of an element, given its row's scale and one over it. Decided by comparison with products that are exact.
-__device__ __forceinline__ u32 code_of(float x, float scale, float inverse, int type) {
-    if (type == INT4) {
-        float cell = floorf(__fmul_rn(x, inverse));
-        if (__fmul_rn(cell + 1, scale) <= x) cell += 1;
-        if (__fmul_rn(cell, scale) > x) cell -= 1;
-        return (u32)(int)fminf(fmaxf(cell + 8, 0), 15);
-    }
-    const float size = fabsf(x);
-    const float quotient = __fmul_rn(size, inverse);
-    if (type == INT8) {
-        float code = rintf(quotient);
-        const bool odd = (int)code & 1;
-        const float upper = __fmul_rn(code + 0.5f, scale), lower = __fmul_rn(code - 0.5f, scale);
-        if (size > upper || (size == upper && odd)) code += 1;
-        else if (size < lower || (size == lower && odd)) code -= 1;
-        return (u32)(int)(x < 0 ? -code : code) & 0xff;
-    }
+// A code of e4m3, given its row's scale and one over it. Decided by comparison with products that are exact.
+__device__ __forceinline__ u32 e4m3_of(float x, float scale, float inverse) {
+    const float size = fabsf(x), quotient = __fmul_rn(size, inverse);
     const u32 bits = __float_as_uint(quotient);
     // Below 2^-6 all steps are equal.
     u32 code = bits < 0x3c800000u ? (u32)(int)rintf(quotient * 512)
@@ -113,18 +97,69 @@ __device__ __forceinline__ u32 code_of(float x, float scale, float inverse, int 
     return code | (__float_as_uint(x) >> 24 & 0x80);
 }
 
-// Codes of a lane's eight elements, one in a byte, those of 4 bits in its low half.
-__device__ __forceinline__ uint2 codes_of(const float (&x)[8], u32 scale_bits, int type) {
-    u32 codes[2] = {0, 0};
+__device__ __forceinline__ float e4m3_value(u32 code) {
+    return __uint_as_float(__float_as_uint(e4m3_size(code & 0x7f)) | (code & 0x80) << 24);
+}
+
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Added to a small number it leaves the nearest whole number in the lowest bits.
+#define WHOLE 12582912.0f
+
+// Rounds a lane's eight elements to codes, one in a byte, those of 4 bits in its low half. The elements become what
+// the codes stand for. Quotients are not exact: what is near a boundary is decided by exact products.
+__device__ __forceinline__ uint2 round_row(float (&x)[8], u32 scale_bits, int type) {
+    const float scale = __uint_as_float(scale_bits << 16);
     // Of a scale that is 0 or no number, every code is that of 0.
     if (scale_bits == 0 || scale_bits >= 0x7f80) {
-        codes[0] = codes[1] = type == INT4 ? 0x08080808u : 0;
-    } else {
-        const float scale = __uint_as_float(scale_bits << 16), inverse = __frcp_rn(scale);
 #pragma unroll
-        for (int i = 0; i < 8; i++) codes[i / 4] |= code_of(x[i], scale, inverse, type) << (i % 4 * 8);
+        for (int i = 0; i < 8; i++) x[i] = type == INT4 ? 0.5f * scale : 0 * scale;
+        const u32 zero = type == INT4 ? 0x08080808u : 0;
+        return make_uint2(zero, zero);
     }
-    return make_uint2(codes[0], codes[1]);
+    u32 codes[8];
+    const float inverse = reciprocal(scale);
+    if (type == INT8) {
+        const float half = 0.5f * scale;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const float moved = __fadd_rn(__fmul_rn(x[i], inverse), WHOLE);
+            float whole = moved - WHOLE;
+            codes[i] = __float_as_uint(moved);
+            const float rest = __fmaf_rn(-whole, scale, x[i]);
+            if (fabsf(rest) >= half && (fabsf(rest) > half || (codes[i] & 1))) {
+                whole += rest > 0 ? 1 : -1;
+                codes[i] += rest > 0 ? 1 : -1;
+            }
+            x[i] = whole * scale;
+        }
+    } else if (type == INT4) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const float moved = __fadd_rn(__fmaf_rn(x[i], inverse, 7.5f), WHOLE);
+            const float cell = moved - (WHOLE + 8);
+            int code = __float_as_uint(moved) & 31;
+            if (x[i] < __fmul_rn(cell, scale)) code -= 1;
+            else if (x[i] >= __fmul_rn(cell + 1, scale)) code += 1;
+            code = min(code, 15);
+            codes[i] = code;
+            x[i] = ((float)code - 7.5f) * scale;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            codes[i] = e4m3_of(x[i], scale, inverse);
+            x[i] = e4m3_value(codes[i]) * scale;
+        }
+    }
+    auto join = [](u32 a, u32 b, u32 c, u32 d) {
+        return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+    };
+    return make_uint2(join(codes[0], codes[1], codes[2], codes[3]), join(codes[4], codes[5], codes[6], codes[7]));
 }
 
 // The numbers that such codes stand for.
@@ -133,14 +168,9 @@ __device__ __forceinline__ void widen_codes(float (&x)[8], uint2 codes, u32 scal
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         const u32 code = (i < 4 ? codes.x : codes.y) >> (i % 4 * 8) & 0xff;
-        float size;
-        if (type == INT8) {
-            size = (float)(int)(signed char)code;
-        } else if (type == INT4) {
-            size = (float)(int)code - 7.5f;
-        } else {
-            size = __uint_as_float(__float_as_uint(e4m3_size(code & 0x7f)) | (code & 0x80) << 24);
-        }
+        const float size = type == INT8   ? (float)(int)(signed char)code
+                           : type == INT4 ? (float)(int)code - 7.5f
+                                          : e4m3_value(code);
         x[i] = size * scale;
     }
 }
@@ -204,7 +234,7 @@ __device__ __forceinline__ u32 pack_halves(float low, float high) {
 // d[16 x 8] += a[16 x 16] b[16 x 8] in f16, whatever the type of tensors.
 __device__ __forceinline__ void mma_halves(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0,
                                            u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
                  "{%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));

@@ -42,25 +42,22 @@ struct Words {
     static constexpr int COUNT = UNIT < 4 ? 1 : UNIT / 4;
     u32 x[COUNT];
 
-    __device__ __forceinline__ void load(u32 address) {
-        if (UNIT == 16)
-            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(x[0]), "=r"(x[1 % COUNT]), "=r"(x[2 % COUNT]), "=r"(x[3 % COUNT])
-                         : "r"(address) : "memory");
-        else if (UNIT == 8)
-            asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x[0]), "=r"(x[1 % COUNT]) : "r"(address) : "memory");
-        else if (UNIT == 4)
-            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x[0]) : "r"(address) : "memory");
-        else
-            asm volatile("{.reg .u16 h; ld.shared.u16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(x[0]) : "r"(address) : "memory");
+    __device__ __forceinline__ void load(const unsigned char* from) {
+        if (UNIT == 16) {
+            const uint4 all = *(const uint4*)from;
+            x[0] = all.x;
+            x[1 % COUNT] = all.y;
+            x[2 % COUNT] = all.z;
+            x[3 % COUNT] = all.w;
+        } else if (UNIT == 8) {
+            const uint2 both = *(const uint2*)from;
+            x[0] = both.x;
+            x[1 % COUNT] = both.y;
+        } else {
+            x[0] = UNIT == 4 ? *(const u32*)from : *(const u16*)from;
+        }
     }
 };
-
-__device__ __forceinline__ u32 load_shared(u32 address) {
-    u32 x;
-    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
-    return x;
-}
 
 // 4 bytes; zeros if not `valid`.
 __device__ __forceinline__ void copy4_async(u32 to, const void* from, bool valid) {
@@ -223,18 +220,20 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
         commit_copies();
         wait_copies<STAGES - 1>();
         __syncwarp();
-        const u32 stage = stages + step % STAGES * S::STAGE_BYTES;
+        const unsigned char* stage = shared + (warp * STAGES + step % STAGES) * S::STAGE_BYTES;
         const int first = begin + (step * WARPS + warp) * KEYS;
         if (first >= end) break;
 
-        float scores[KEY_TILES][TILES][4] = {};
+        float scores[KEY_TILES][TILES][4];
 #pragma unroll
         for (int m = 0; m < KEY_TILES; m++) {
+            // Two sums, as each product waits for the one before it.
+            float parts[2][TILES][4] = {};
 #pragma unroll
             for (int i = 0; i < K_PIECES; i++) {
                 Words<K_UNIT> a, b;
                 const int byte = (i * 4 + t) * K_UNIT, row = m * 16 + g;
-                const u32 at = stage + S::key_chunk(row, byte / 16) + byte % 16;
+                const unsigned char* at = stage + S::key_chunk(row, byte / 16) + byte % 16;
                 a.load(at);
                 b.load(at + 8 * S::K_BYTES);
 #pragma unroll
@@ -254,11 +253,16 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
 #pragma unroll
                         for (int n = 0; n < TILES; n++) {
                             const uint2 own = HELD ? q[k % (HELD ? STEPS_OF_DIM : 1)][n] : query(k, n);
-                            mma_halves(scores[m][n], x[0][2 * half], x[1][2 * half], x[0][2 * half + 1],
+                            mma_halves(parts[k % 2][n], x[0][2 * half], x[1][2 * half], x[0][2 * half + 1],
                                        x[1][2 * half + 1], own.x, own.y);
                         }
                     }
                 }
+            }
+#pragma unroll
+            for (int n = 0; n < TILES; n++) {
+#pragma unroll
+                for (int c = 0; c < 4; c++) scores[m][n][c] = parts[0][n][c] + parts[1][n][c];
             }
         }
         float v_scale[KEY_TILES][2];
@@ -269,7 +273,7 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const int local = m * 16 + h * 8 + g, index = first + local;
-                const u32 pair = load_shared(stage + S::SCALES_AT + local * 4);
+                const u32 pair = *(const u32*)(stage + S::SCALES_AT + local * 4);
                 const float k_scale = __uint_as_float(pair << 16);
                 v_scale[m][h] = __uint_as_float(pair & 0xffff0000u);
                 grows |= pair >> 23 > most;
@@ -338,7 +342,7 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
 #pragma unroll
             for (int i = 0; i < V_PIECES; i++) {
                 Words<V_UNIT> v[4];
-                const u32 at = stage + S::V_AT + (m * 16 + t * 2) * S::V_STRIDE + (i * 8 + g) * V_UNIT;
+                const unsigned char* at = stage + S::V_AT + (m * 16 + t * 2) * S::V_STRIDE + (i * 8 + g) * V_UNIT;
                 v[0].load(at);
                 v[1].load(at + S::V_STRIDE);
                 v[2].load(at + 8 * S::V_STRIDE);
@@ -377,7 +381,7 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
     wait_copies<0>();
     __syncthreads();
     float* merged = (float*)shared;  // [WARPS][ROWS][HEAD_DIM]
-    const float unit = (VALUE == FP8 ? 256.0f : 1.0f) * exp2f((float)((int)most - 127 - WEIGHT_BITS));
+    const float unit = (VALUE == FP8 ? 256.0f : 1.0f) * __uint_as_float((most - WEIGHT_BITS) << 23);
 #pragma unroll
     for (int tile = 0; tile < OUT_TILES; tile++) {
         // The lane's two columns of a tile, as they came in a pair of bytes.
@@ -388,7 +392,9 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
         for (int n = 0; n < TILES; n++) {
 #pragma unroll
             for (int c = 0; c < 2; c++) {
-                float* to = merged + (warp * ROWS + n * 8 + t * 2 + c) * HEAD_DIM;
+                const int row = n * 8 + t * 2 + c;
+                if (row >= work.rows) continue;
+                float* to = merged + (warp * ROWS + row) * HEAD_DIM;
                 const float x = o[tile][n][c] * unit, y = o[tile][n][2 + c] * unit;
 #if HEAD_DIM == 96
                 to[column % 32 * 3 + column / 32] = x;
@@ -471,7 +477,7 @@ __device__ __forceinline__ void extend_narrow(const ExtendArgs& args) {
     work.len = len;
     work.group = group;
     work.rows = sequence.tokens * group;
-    const int count = work.list.count, keys_per_split = split_keys(count, MIN_NARROW_SPLIT_KEYS);
+    const int count = work.list.count, keys_per_split = split_keys(count);
     work.begin = item.y * keys_per_split;
     // Work lists are made for the capacity: a shorter sequence leaves its last splits empty.
     if (work.begin >= count) return;

@@ -51,17 +51,14 @@ struct Packed {
 //
 // Tile kernels: a sequence has ceil(tokens * group / TILE_ROWS) * kv_heads tiles, TILE_ROWS = 128
 // (wgmma.cu, each times the blocks that share it; any grid up to num_tiles blocks) or 64 (tile.cu, one block a tile). Split kernels: tokens * group <= 16; the keys that a (sequence, KV
-// head) sees are cut every split_keys(count, least) keys, whatever else is in the batch.
+// head) sees are cut every split_keys(count) keys, whatever else is in the batch.
 #define MAX_SPLITS 32
 #ifndef MIN_SPLIT_KEYS
 #define MIN_SPLIT_KEYS 512
 #endif
-#ifndef MIN_NARROW_SPLIT_KEYS
-#define MIN_NARROW_SPLIT_KEYS 512
-#endif
-__device__ __forceinline__ int split_keys(int count, int least) {
+__device__ __forceinline__ int split_keys(int count) {
     const int keys = (count + MAX_SPLITS * 64 - 1) / (MAX_SPLITS * 64) * 64;
-    return keys > least ? keys : least;
+    return keys > MIN_SPLIT_KEYS ? keys : MIN_SPLIT_KEYS;
 }
 
 struct ExtendArgs {

@@ -8,7 +8,7 @@ use crate::kernels::tables::Geometry;
 pub(crate) const MIN_SPLIT_KEYS: usize = 512;
 
 /// The same of narrow heads.
-pub(crate) const MIN_NARROW_SPLIT_KEYS: usize = 512;
+pub(crate) const MIN_NARROW_SPLIT_KEYS: usize = 1024;
 
 /// Most partial results of a head: longer heads have larger splits.
 pub(crate) const MAX_SPLITS: usize = 32;

@@ -89,7 +89,7 @@ pub(crate) fn compile_anew(
     was_refused: bool,
 ) -> Result<Vec<u8>> {
     variant.check("compile")?;
-    let options = options(variant, architecture);
+    let options = options(source, variant, architecture);
     let name = format!("{}-{}-{}-{architecture}", source.name(), variant.dtype, variant.head_dim);
     let key = cubin_cache::Key::new(&name, &key_parts(source, &options));
     if was_refused {
@@ -109,7 +109,8 @@ pub(crate) fn compile_anew(
     Ok(cubin)
 }
 
-fn options(variant: Variant, architecture: Architecture) -> Vec<String> {
+fn options(source: Source, variant: Variant, architecture: Architecture) -> Vec<String> {
+    let least = if source.is_narrow() { MIN_NARROW_SPLIT_KEYS } else { MIN_SPLIT_KEYS };
     vec![
         format!("--gpu-architecture={architecture}"),
         "--std=c++17".into(),
@@ -118,8 +119,7 @@ fn options(variant: Variant, architecture: Architecture) -> Vec<String> {
         "--generate-line-info".into(),
         "--extra-device-vectorization".into(),
         format!("-DHEAD_DIM={}", variant.head_dim),
-        format!("-DMIN_SPLIT_KEYS={MIN_SPLIT_KEYS}"),
-        format!("-DMIN_NARROW_SPLIT_KEYS={MIN_NARROW_SPLIT_KEYS}"),
+        format!("-DMIN_SPLIT_KEYS={least}"),
         match variant.dtype {
             Dtype::Bf16 => "-DDTYPE_BF16=1".into(),
             _ => "-DDTYPE_F16=1".into(),

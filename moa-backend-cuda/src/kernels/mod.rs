@@ -307,6 +307,10 @@ impl<'a> Modules<'a> {
                 .set_attribute(attribute, shared_bytes as i32)
                 .map_err(Error::driver("cuFuncSetAttribute"))?;
         }
+        if MANY_BLOCKS.contains(&symbol) {
+            let attribute = Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+            function.set_attribute(attribute, 100).map_err(Error::driver("cuFuncSetAttribute"))?;
+        }
         let overlaps = self.device.architecture().major >= 9 && OVERLAPPING.contains(&symbol);
         Ok(Some(Kernel { function, call: symbol, threads, shared_bytes, overlaps }))
     }
@@ -322,6 +326,9 @@ impl<'a> Modules<'a> {
             .ok_or_else(|| Error::argument("Device::kernels", source.name(), "compiled", "absent"))
     }
 }
+
+/// Kernels of which several blocks share a multiprocessor, if all of its memory is made shared memory.
+const MANY_BLOCKS: [&str; 2] = ["extend_narrow_8", "extend_narrow_16"];
 
 /// Kernels that wait for the one before them themselves.
 const OVERLAPPING: [&str; 5] =
