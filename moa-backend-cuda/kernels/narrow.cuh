@@ -142,7 +142,8 @@ __device__ __forceinline__ uint2 round_row(float (&x)[8], u32 scale_bits, int ty
         for (int i = 0; i < 8; i++) {
             const float moved = __fadd_rn(__fmaf_rn(x[i], inverse, 7.5f), WHOLE);
             const float cell = moved - (WHOLE + 8);
-            int code = __float_as_uint(moved) & 31;
+            // Of the smallest element perhaps -1.
+            int code = (int)(__float_as_uint(moved) - __float_as_uint(WHOLE));
             if (x[i] < __fmul_rn(cell, scale)) code -= 1;
             else if (x[i] >= __fmul_rn(cell + 1, scale)) code += 1;
             code = min(code, 15);
@@ -215,20 +216,29 @@ __device__ __forceinline__ void widen8(u32 word, u32& even, u32& odd) {
     }
 }
 
-// Four registers of f16 pairs from a word of 4-bit codes: of low halves, then of high halves of the bytes.
+// Four registers of f16 pairs from a word of 4-bit codes: of low halves, then of high halves of the bytes. They hold
+// 64 + code, which is BIAS4 more than what the code stands for: sums of products are put right, not each of them.
+#define BIAS4 71.5f
 __device__ __forceinline__ void widen4(u32 word, u32& low_even, u32& low_odd, u32& high_even,
                                        u32& high_odd) {
-    // 64 + code, less 71.5.
-    low_even = half2_subtract(mask_flip<0x00f000f0u, 0x54005400u>(word << 4), 0x54785478u);
-    low_odd = half2_subtract(mask_flip<0x00f000f0u, 0x54005400u>(word >> 4), 0x54785478u);
-    high_even = half2_subtract(mask_flip<0x00f000f0u, 0x54005400u>(word), 0x54785478u);
-    high_odd = half2_subtract(mask_flip<0x00f000f0u, 0x54005400u>(word >> 8), 0x54785478u);
+    low_even = mask_flip<0x00f000f0u, 0x54005400u>(word << 4);
+    low_odd = mask_flip<0x00f000f0u, 0x54005400u>(word >> 4);
+    high_even = mask_flip<0x00f000f0u, 0x54005400u>(word);
+    high_odd = mask_flip<0x00f000f0u, 0x54005400u>(word >> 8);
 }
 
 __device__ __forceinline__ u32 pack_halves(float low, float high) {
     u32 packed;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
     return packed;
+}
+
+__device__ __forceinline__ float2 unpack_halves(u32 packed) {
+    float2 pair;
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
+        : "=f"(pair.x), "=f"(pair.y)
+        : "r"(packed));
+    return pair;
 }
 
 // d[16 x 8] += a[16 x 16] b[16 x 8] in f16, whatever the type of tensors.

@@ -16,6 +16,7 @@
 #define SLACK 4.0f
 // Weights times 2^WEIGHT_BITS are below 2^(SLACK + 1 + WEIGHT_BITS) <= 2^15.
 #define WEIGHT_BITS 10
+// Words of a row of queries; after its elements lie what products of biased codes are less, and its own key.
 #define QUERY_WORDS (HEAD_DIM / 2 + 4)
 
 // How a stage of a warp's keys lies in shared memory.
@@ -23,14 +24,17 @@ template <int KEY, int VALUE>
 struct Shape {
     static constexpr int KEYS = KEY == INT4 ? 32 : 16;
     static constexpr int K_BYTES = ROW_BYTES<KEY>, V_BYTES = ROW_BYTES<VALUE>;
-    // Lanes of a quad read rows that are two apart: 16 bytes more put them into different banks.
-    static constexpr int V_STRIDE = V_BYTES + 16;
-    static constexpr int V_AT = KEYS * K_BYTES, SCALES_AT = V_AT + KEYS * V_STRIDE;
+    static constexpr int V_AT = KEYS * K_BYTES, SCALES_AT = V_AT + KEYS * V_BYTES;
     static constexpr int STAGE_BYTES = SCALES_AT + KEYS * 4;
 
     // Where 16 bytes of a key lie: two rows of 128 bytes and more would share banks.
     static __device__ __forceinline__ int key_chunk(int row, int chunk) {
         return row * K_BYTES + (K_BYTES % 128 == 0 ? chunk ^ (row & 1) << 2 : chunk) * 16;
+    }
+    // Of a value: lanes of a quad read rows that are two apart.
+    static __device__ __forceinline__ int value_chunk(int row, int chunk) {
+        const int swap = V_BYTES % 128 == 0 ? row & 6 : V_BYTES == 64 ? row >> 1 & 3 : 0;
+        return V_AT + row * V_BYTES + (chunk ^ swap) * 16;
     }
 };
 
@@ -120,7 +124,7 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
                 const int r = (i * 32 + lane) / V_CHUNKS, chunk = (i * 32 + lane) % V_CHUNKS;
                 // 16 rows of three chunks are no whole number of warps.
                 if (KEYS * V_CHUNKS % 32 != 0 && r >= KEYS) break;
-                copy16_async(stage + S::V_AT + r * S::V_STRIDE + chunk * 16, v_from + i * 512, first + r <= last);
+                copy16_async(stage + S::value_chunk(r, chunk), v_from + i * 512, first + r <= last);
             }
         } else {
 #pragma unroll 1
@@ -133,7 +137,7 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
             for (int i = lane; i < KEYS * V_CHUNKS; i += 32) {
                 const int r = i / V_CHUNKS, chunk = i % V_CHUNKS;
                 const i64 row = source.row(list.position(min(first + r, last)));
-                copy16_async(stage + S::V_AT + r * S::V_STRIDE + chunk * 16, v_codes + row * S::V_BYTES + chunk * 16,
+                copy16_async(stage + S::value_chunk(r, chunk), v_codes + row * S::V_BYTES + chunk * 16,
                              first + r <= last);
             }
         }
@@ -166,12 +170,31 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
         if (rotates(KEY)) rotate(x, part);
         const u32 exponent = min(max(largest(x) >> 23, 1u), 253u);
         const float factor = __uint_as_float((254 - exponent) << 23);
+        u32 packed[4] = {};
         if (row < 8 * TILES && part * 8 < HEAD_DIM) {
 #pragma unroll
             for (int i = 0; i < 8; i++) x[i] *= factor;
-            *(uint4*)&queries[row][part * 4] = make_uint4(pack_halves(x[0], x[2]), pack_halves(x[1], x[3]),
-                                                          pack_halves(x[4], x[6]), pack_halves(x[5], x[7]));
-            if (part == 0) factors[row] = __uint_as_float(exponent << 23);
+            packed[0] = pack_halves(x[0], x[2]);
+            packed[1] = pack_halves(x[1], x[3]);
+            packed[2] = pack_halves(x[4], x[6]);
+            packed[3] = pack_halves(x[5], x[7]);
+            *(uint4*)&queries[row][part * 4] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+            if (part == 0) {
+                factors[row] = __uint_as_float(exponent << 23);
+                // The list entry of the row's own key.
+                queries[row][HEAD_DIM / 2 + 1] = work.len + min(row, work.rows - 1) / work.group - list.gap;
+            }
+        }
+        if (KEY == INT4) {
+            float all = 0;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float2 pair = unpack_halves(packed[i]);
+                all += pair.x + pair.y;
+            }
+#pragma unroll
+            for (int d = 1; d < ROW_LANES; d *= 2) all += __shfl_xor_sync(~0u, all, d);
+            if (row < 8 * TILES && part == 0) queries[row][HEAD_DIM / 2] = __float_as_uint(-BIAS4 * all);
         }
     }
     __syncthreads();
@@ -193,7 +216,6 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
     }
     // A lane's scores are of its two query rows of each tile.
     float scale[TILES][2];
-    int own[TILES][2];
 #pragma unroll
     for (int n = 0; n < TILES; n++) {
 #pragma unroll
@@ -201,7 +223,6 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
             const int row = n * 8 + t * 2 + c;
             const float unit = (KEY == FP8 ? 256.0f : 1.0f) / (rotates(KEY) ? ROTATION : 1);
             scale[n][c] = factors[row] * (args.scale * LOG2E * unit);
-            own[n][c] = work.len + min(row, work.rows - 1) / work.group - list.gap;
         }
     }
     const int sinks = list.gap > 0 ? list.sinks : work.head.sink, window = work.head.window;
@@ -209,6 +230,8 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
     const int seen_end = min(end, list.count - work.sequence.tokens + 1), seen_begin = list.count - 1 - window;
 
     float o[OUT_TILES][TILES][4] = {};
+    // Sums of weights as products have them, of values whose codes are biased.
+    float weights[TILES][4] = {};
     float top[TILES][2], sum[TILES][2] = {};
 #pragma unroll
     for (int n = 0; n < TILES; n++) top[n][0] = top[n][1] = -1e30f;
@@ -229,6 +252,15 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
         for (int m = 0; m < KEY_TILES; m++) {
             // Two sums, as each product waits for the one before it.
             float parts[2][TILES][4] = {};
+            if (KEY == INT4) {
+#pragma unroll
+                for (int n = 0; n < TILES; n++) {
+#pragma unroll
+                    for (int c = 0; c < 2; c++)
+                        parts[0][n][c] = parts[0][n][2 + c] =
+                            __uint_as_float(queries[n * 8 + t * 2 + c][HEAD_DIM / 2]);
+                }
+            }
 #pragma unroll
             for (int i = 0; i < K_PIECES; i++) {
                 Words<K_UNIT> a, b;
@@ -284,8 +316,9 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
                         float& x = scores[m][n][2 * h + c];
                         x *= k_scale * scale[n][c];
                         if (!whole) {
-                            const bool sees = (index <= own[n][c]) & (index < end) &
-                                              ((index < sinks) | (index > own[n][c] - window));
+                            const int own = queries[n * 8 + t * 2 + c][HEAD_DIM / 2 + 1];
+                            const bool sees =
+                                (index <= own) & (index < end) & ((index < sinks) | (index > own - window));
                             x = sees ? x : NEG_INF;
                         }
                         grows |= x > top[n][c] + SLACK;
@@ -315,6 +348,7 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
                     const float decay = exp2_fast(top[n][c] - now);
                     top[n][c] = now;
                     sum[n][c] *= decay;
+                    weights[n][c] *= decay * shrink;
 #pragma unroll
                     for (int m = 0; m < OUT_TILES; m++) {
                         o[m][n][c] *= decay * shrink;
@@ -339,14 +373,21 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
                     p[n][h] = transpose_halves(pack_halves(x * weight, y * weight));
                 }
             }
+            if (VALUE == INT4) {
+                const u32 one = 0x3c003c00u;
+#pragma unroll
+                for (int n = 0; n < TILES; n++) mma_halves(weights[n], one, one, one, one, p[n][0], p[n][1]);
+            }
 #pragma unroll
             for (int i = 0; i < V_PIECES; i++) {
                 Words<V_UNIT> v[4];
-                const unsigned char* at = stage + S::V_AT + (m * 16 + t * 2) * S::V_STRIDE + (i * 8 + g) * V_UNIT;
+                // Neighbours and rows that are 8 apart have the same order of chunks.
+                const int byte = (i * 8 + g) * V_UNIT;
+                const unsigned char* at = stage + S::value_chunk(m * 16 + t * 2, byte / 16) + byte % 16;
                 v[0].load(at);
-                v[1].load(at + S::V_STRIDE);
-                v[2].load(at + 8 * S::V_STRIDE);
-                v[3].load(at + 9 * S::V_STRIDE);
+                v[1].load(at + S::V_BYTES);
+                v[2].load(at + 8 * S::V_BYTES);
+                v[3].load(at + 9 * S::V_BYTES);
 #pragma unroll
                 for (int j = 0; j < Words<V_UNIT>::COUNT; j++) {
 #pragma unroll
@@ -395,7 +436,8 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
                 const int row = n * 8 + t * 2 + c;
                 if (row >= work.rows) continue;
                 float* to = merged + (warp * ROWS + row) * HEAD_DIM;
-                const float x = o[tile][n][c] * unit, y = o[tile][n][2 + c] * unit;
+                const float less = VALUE == INT4 ? BIAS4 * weights[n][c] : 0;
+                const float x = (o[tile][n][c] - less) * unit, y = (o[tile][n][2 + c] - less) * unit;
 #if HEAD_DIM == 96
                 to[column % 32 * 3 + column / 32] = x;
                 to[(column + 1) % 32 * 3 + column / 32] = y;

@@ -94,12 +94,13 @@ fn own(
                         .collect()
                 }
             };
-            // In a launch for others' sake.
-            if counts.iter().any(|&count| count > 0) && counts[0] + counts.len() > 1 {
-                let is_empty = !launch.path.splits() && counts[0] == 0;
-                if !is_empty {
-                    parts.push((is_copy, launch.path, launch.shared, counts));
-                }
+            // A launch for its neighbours' sake has no work of it.
+            let has_work = match launch.path.splits() {
+                true => counts.iter().any(|&count| count > 0),
+                false => counts[0] > 0,
+            };
+            if has_work {
+                parts.push((is_copy, launch.path, launch.shared, counts));
             }
         }
     }

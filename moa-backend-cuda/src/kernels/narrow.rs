@@ -103,5 +103,5 @@ fn split_shared_bytes(kind: i32, head_dim: usize) -> usize {
         3 => (head_dim, head_dim / 2, 16),
         _ => (head_dim / 2, head_dim / 2, 32),
     };
-    4 * STAGES * keys * (k_bytes + v_bytes + 16 + 4)
+    4 * STAGES * keys * (k_bytes + v_bytes + 4)
 }

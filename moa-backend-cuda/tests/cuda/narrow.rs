@@ -35,7 +35,7 @@ fn rows(cuda: &Cuda, dim: usize, tokens: usize, seed: u64) -> Vec<f32> {
     let large = if cuda.0.dtype() == Dtype::F16 { 6e4 } else { 1e30 };
     let mut all = world.k();
     for (i, row) in all.chunks_mut(dim).enumerate() {
-        match i % 9 {
+        match i % 11 {
             1 => row[dim / 3] *= 40.0,
             2 => row.iter_mut().for_each(|x| *x *= 1e-4),
             3 => row.fill(0.0),
@@ -43,6 +43,9 @@ fn rows(cuda: &Cuda, dim: usize, tokens: usize, seed: u64) -> Vec<f32> {
             // Ties between codes.
             5 => row.iter_mut().enumerate().for_each(|(i, x)| *x = (i % 16) as f32 - 7.5),
             6 => row.iter_mut().for_each(|x| *x = -0.0),
+            // Rotated, all are as large as the largest, and half of them negative.
+            8 => row.iter_mut().enumerate().for_each(|(i, x)| *x = if i == 1 { -3.0 } else { 0.0 }),
+            9 => row.fill(-3.0),
             7 => row[1] = if i % 2 == 0 { f32::NAN } else { f32::INFINITY },
             _ => {}
         }
