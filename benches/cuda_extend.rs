@@ -44,8 +44,12 @@ fn main() -> Result<()> {
         }
     };
     let context = CudaContext::new(0)?;
+    let backend = CudaBackend::new(&device, options.dtype)?;
     let mut bench = Bench {
-        backend: CudaBackend::new(&device, options.dtype)?,
+        backend: match options.cache_type {
+            Some(own) => backend.with_cache_type(own)?,
+            None => backend,
+        },
         step: Step::new(&device),
         workspace: Workspace::new(&device),
         flush: Tensor::zeros(&device, &[FLUSH_BYTES / 4], Dtype::F32)?,
@@ -174,11 +178,8 @@ impl Bench {
         let ones = vec![1; batch];
         self.prepare(&shared, &ones)?;
         let ms = self.median_ms(|| self.run(&io))?;
-        let bytes: usize = spans.iter().map(|span| span.total().min(tokens)).sum::<usize>()
-            * batch
-            * head_dim
-            * 2
-            * self.options.dtype.bytes();
+        let keys = spans.iter().map(|span| span.total().min(tokens)).sum::<usize>() * batch;
+        let bytes = keys as u64 * self.backend.slot_bytes(head_dim);
 
         let graph = self.capture(&io, 1)?;
         let replayed_ms = self.median_ms(|| Ok(graph.launch()?))?;

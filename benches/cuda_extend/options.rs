@@ -1,5 +1,5 @@
 use moa_backend_cuda::Dtype;
-use moa_core::Span;
+use moa_core::{CacheType, Span};
 use serde_json::Value;
 
 use super::Result;
@@ -14,6 +14,8 @@ pub(crate) struct Options {
     pub(crate) kv_heads: usize,
     pub(crate) head_dim: usize,
     pub(crate) dtype: Dtype,
+    /// Of caches, if not that of tensors.
+    pub(crate) cache_type: Option<CacheType>,
     pub(crate) prefill: Vec<usize>,
     /// (batch, tokens held)
     pub(crate) decode: Vec<(usize, usize)>,
@@ -34,6 +36,7 @@ impl Options {
             kv_heads: 32,
             head_dim: 128,
             dtype: Dtype::Bf16,
+            cache_type: None,
             prefill: vec![4096, 8192, 16384, 32768],
             decode: vec![(1, 16384), (8, 16384), (32, 8192), (1, 65536)],
             history: 32768,
@@ -70,6 +73,7 @@ impl Options {
                 "--dtype" => {
                     options.dtype = if value == "float16" { Dtype::F16 } else { Dtype::Bf16 }
                 }
+                "--cache-dtype" => options.cache_type = Some(value.parse()?),
                 "--decode" => {
                     let parse = |item: &str| -> Result<(usize, usize)> {
                         let (batch, tokens) = item.split_once('x').ok_or("--decode is BxN,...")?;

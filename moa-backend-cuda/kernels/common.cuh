@@ -247,8 +247,8 @@ struct KeySource {
                                          const Head& head, int kv_head, int length,
                                          const KeyList& list) {
         i64 offset = (i64)head.offset * HEAD_DIM;
-        k_cache = (const u16*)sequence.k + offset;
-        v_cache = (const u16*)sequence.v + offset;
+        k_cache = (const u16*)((const char*)sequence.k + args.base) + offset;
+        v_cache = (const u16*)((const char*)sequence.v + args.base) + offset;
         k_new = (const u16*)args.k.data + sequence.first * args.k.token + kv_head * args.k.head;
         v_new = (const u16*)args.v.data + sequence.first * args.v.token + kv_head * args.v.head;
         k_stride = args.k.token;

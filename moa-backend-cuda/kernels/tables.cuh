@@ -29,6 +29,16 @@ struct Head {
     int window;
 };
 
+// Where one KV head of one sequence keeps codes and scales, [sequences, kv_heads], in bytes from Sequence::k. Plain
+// heads of caches that have narrow ones too lie first, as in other caches, with offsets among themselves.
+struct Narrow {
+    i64 k;       // codes of keys, [slots, bytes of a row]
+    i64 v;       // codes of values
+    i64 scales;  // bf16 pairs (key, value), [slots]
+    int kind;    // narrow.cuh; 0: a plain head
+    int padding;
+};
+
 // A packed tensor [tokens, heads, HEAD_DIM]; strides in elements, the innermost is 1.
 struct Packed {
     void* data;
@@ -40,7 +50,7 @@ struct Packed {
 // belongs to one KV head and reads its keys once for the whole group.
 //
 // Tile kernels: a sequence has ceil(tokens * group / TILE_ROWS) * kv_heads tiles, TILE_ROWS = 128
-// (wgmma.cu, each times the blocks that share it; any grid up to num_tiles blocks) or 64 (tile.cu, one block a tile). Split kernel: tokens * group <= 16; the keys that a (sequence, KV
+// (wgmma.cu, each times the blocks that share it; any grid up to num_tiles blocks) or 64 (tile.cu, one block a tile). Split kernels: tokens * group <= 16; the keys that a (sequence, KV
 // head) sees are cut every split_keys(count) keys, whatever else is in the batch.
 #define MAX_SPLITS 32
 #ifndef MIN_SPLIT_KEYS
@@ -81,6 +91,9 @@ struct ExtendArgs {
     int num_tiles;                // wgmma.cu: all tiles of the launch; blocks take them in turn
     float softcap;                // modules compiled with SOFTCAP: scores become softcap * tanh(score / softcap)
     int padding;
+    // Added to Sequence::k and v: where widened copies of narrow heads lie, or 0.
+    i64 base;
+    const Narrow* narrow;         // narrow_decode.cu, [sequences, kv_heads]
 };
 
 struct AppendArgs {
@@ -94,8 +107,27 @@ struct AppendArgs {
     int query_heads;
     int kv_heads;
     int interleaved;              // rotate pairs (2i, 2i + 1) instead of (i, i + HEAD_DIM / 2)
-    int commit;                   // 1: write k and v into the caches
+    int commit;                   // write k and v into the caches: 1 of plain heads, 2 of narrow ones
     int padding;
+    // narrow.cu: [sequences, kv_heads], and where narrow heads of the new tokens go in 16 bits, as `Widened` says.
+    const Narrow* narrow;
+    const Head* wide_heads;
+    i64 wide_k;
+    i64 wide_v;
+};
+
+// Copies of what the new tokens' queries see of narrow heads, rounded and of the tensors' type: a cache whose
+// rings are long enough for all of it.
+struct WidenArgs {
+    const Sequence* sequences;
+    const Head* heads;
+    const Narrow* narrow;
+    const Head* wide_heads;       // offset, sink_slots and ring of the copy
+    const int* lens;
+    i64 wide_k;                   // addresses, [slots, HEAD_DIM]
+    i64 wide_v;
+    int num_sequences;
+    int kv_heads;
 };
 
 // One sequence under full causal attention. Blocks are INFLUENCE_BLOCK tokens a side.

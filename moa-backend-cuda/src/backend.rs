@@ -14,12 +14,13 @@ use crate::{Cache, Device, Dtype, Error, Operations, Result, Tensor, influence};
 
 /// Attention on one GPU.
 ///
-/// Tensors and caches are f16 or bf16, one of them for the whole backend; arithmetic is f32. Calls
-/// return when their kernels are launched, and [`Tensor::to_f32`] waits for them.
+/// Tensors are f16 or bf16, one of them for the whole backend, and so are caches unless a narrower type is asked for;
+/// arithmetic is f32. Calls return when their kernels are launched, and [`Tensor::to_f32`] waits for them.
 #[derive(Debug)]
 pub struct CudaBackend {
     device: Device,
     dtype: Dtype,
+    cache_type: CacheType,
     /// Whether influence is always computed from q, k and v alone.
     exact: bool,
     /// For gradients; made when they are first asked for.
@@ -39,7 +40,8 @@ impl CudaBackend {
         check_half("CudaBackend::new", dtype)?;
         let scratch = Mutex::new((Step::new(device), Workspace::new(device)));
         let operations = Mutex::default();
-        Ok(Self { device: device.clone(), dtype, exact: false, operations, scratch })
+        let cache_type = dtype.into();
+        Ok(Self { device: device.clone(), dtype, cache_type, exact: false, operations, scratch })
     }
 
     /// One whose [`influence`](SparseAttentionBackend::influence) does not read the attention's
@@ -50,6 +52,20 @@ impl CudaBackend {
     /// [`Error::Argument`] unless `dtype` is f16 or bf16.
     pub fn exact(device: &Device, dtype: Dtype) -> Result<Self> {
         Ok(Self { exact: true, ..Self::new(device, dtype)? })
+    }
+
+    /// The same with caches of this type where a layout does not say another one.
+    ///
+    /// # Errors
+    /// [`moa_core::Error::CacheType`] if it is another wide type than that of the tensors.
+    pub fn with_cache_type(self, cache_type: CacheType) -> Result<Self> {
+        match self.has_cache_type(cache_type) {
+            true => Ok(Self { cache_type, ..self }),
+            false => {
+                let (backend, head) = (self.name(), None);
+                Err(moa_core::Error::CacheType { backend, cache_type, head }.into())
+            }
+        }
     }
 
     fn operations(&self) -> Result<Arc<Operations>> {
@@ -66,7 +82,7 @@ impl CudaBackend {
         &self.device
     }
 
-    /// Element type of tensors and caches.
+    /// Element type of tensors.
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }
@@ -82,12 +98,22 @@ impl CudaBackend {
         Ok(cache)
     }
 
+    /// How heads hold keys and values where a layout does not say it.
+    pub fn cache_type(&self) -> CacheType {
+        self.cache_type
+    }
+
     /// Compiles or loads the kernels now rather than in the first call.
     ///
     /// # Errors
     /// [`Error::Argument`], [`Error::NoNvrtc`], [`Error::Compile`], [`Error::Driver`].
     pub fn warm_up(&self, head_dim: usize) -> Result<()> {
-        self.device.kernels(Variant { head_dim, dtype: self.dtype }).map(drop)
+        let variant = Variant { head_dim, dtype: self.dtype };
+        self.device.kernels(variant)?;
+        match self.cache_type.dtype() {
+            Some(_) => Ok(()),
+            None => self.device.narrow_kernels(variant, false).map(drop),
+        }
     }
 }
 
@@ -128,16 +154,17 @@ impl SparseAttentionBackend for CudaBackend {
     }
 
     fn slot_bytes(&self, head_dim: usize) -> u64 {
-        self.dtype.slot_bytes(head_dim)
+        self.cache_type.slot_bytes(head_dim)
     }
 
     fn has_cache_type(&self, cache_type: CacheType) -> bool {
-        cache_type == self.dtype.into()
+        cache_type == self.dtype.into() || cache_type.dtype().is_none()
     }
 
     fn open(&self, layout: &LayerLayout, head_dim: usize) -> Result<Cache> {
         layout.check_cache_types(self.name(), |own| self.has_cache_type(own))?;
-        Cache::open(&self.device, layout.clone(), Variant { head_dim, dtype: self.dtype })
+        let variant = Variant { head_dim, dtype: self.dtype };
+        Cache::open(&self.device, layout.clone(), variant, self.cache_type)
     }
 
     fn extend(
@@ -210,6 +237,6 @@ impl SparseAttentionBackend for CudaBackend {
 
     fn decode_seconds(&self, span: usize, group: usize, head_dim: usize) -> Result<f64> {
         let variant = Variant { head_dim, dtype: self.dtype };
-        timing::decode_seconds(&self.device, variant, span, group)
+        timing::decode_seconds(&self.device, variant, self.cache_type, span, group)
     }
 }

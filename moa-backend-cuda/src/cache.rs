@@ -2,23 +2,24 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, result};
-use moa_core::{CacheState, Dtype, LayerLayout};
+use moa_core::{CacheState, CacheType, Dtype, LayerLayout};
 
 use crate::kernels::compile::Variant;
 use crate::kernels::tables::{DevicePointer, Geometry};
 use crate::memory::address;
 use crate::{Device, Error, Result};
 
-/// Keys and values of one sequence in one layer, in one piece of device memory: keys
-/// `[slots, head_dim]` as its [`LayerLayout`] says, then values.
+/// Keys and values of one sequence in one layer, in one piece of device memory: keys `[slots, head_dim]` of all
+/// heads of 16-bit rows, as the [`LayerLayout`] says, and their values; then, head after head, the codes of all keys of
+/// narrow heads, `[slots, bytes]`, the codes of all values, and bf16 pairs `[slots, 2]` of the scales of a slot's key and
+/// value.
 #[derive(Debug)]
 pub struct Cache {
     device: Device,
     geometry: Arc<Geometry>,
     variant: Variant,
     state: CacheState,
-    /// 16-bit elements.
-    data: CudaSlice<u16>,
+    data: CudaSlice<u8>,
 }
 
 impl AsRef<CacheState> for Cache {
@@ -28,20 +29,25 @@ impl AsRef<CacheState> for Cache {
 }
 
 impl Cache {
-    /// An empty one for sequences of this layout.
-    pub(crate) fn open(device: &Device, layout: LayerLayout, variant: Variant) -> Result<Self> {
-        Self::new(device, Arc::new(Geometry::new(layout)?), variant)
+    /// An empty one for sequences of this layout, whose heads have `own` where it does not say another type.
+    pub(crate) fn open(
+        device: &Device,
+        layout: LayerLayout,
+        variant: Variant,
+        own: CacheType,
+    ) -> Result<Self> {
+        variant.check("open")?;
+        Self::new(device, Arc::new(Geometry::new(layout, own, variant.head_dim)?), variant)
     }
 
     fn new(device: &Device, geometry: Arc<Geometry>, variant: Variant) -> Result<Self> {
-        variant.check("open")?;
-        let elements = geometry.layout.slots().checked_mul(2 * variant.head_dim);
-        let data = device.alloc("cached keys and values", elements.unwrap_or(usize::MAX))?;
+        let bytes = usize::try_from(geometry.bytes).unwrap_or(usize::MAX);
+        let data = device.alloc("cached keys and values", bytes)?;
         let state = CacheState::new(Arc::clone(&geometry.layout), variant.head_dim);
         Ok(Self { device: device.clone(), geometry, variant, state, data })
     }
 
-    /// Element type of keys and values.
+    /// Element type of tensors, and of keys and values of heads that are not narrow.
     pub fn dtype(&self) -> Dtype {
         self.variant.dtype
     }
@@ -53,17 +59,17 @@ impl Cache {
 
     /// Bytes of device memory.
     pub fn bytes(&self) -> u64 {
-        self.data.num_bytes() as u64
+        self.geometry.bytes
     }
 
-    /// Address of the keys, `[slots, head_dim]`.
+    /// Address of the memory, and so of the keys of heads of 16-bit rows, `[slots, head_dim]`.
     pub fn keys(&self) -> DevicePointer {
         address(&self.data)
     }
 
-    /// Address of the values, `[slots, head_dim]`.
+    /// Address of the values of heads of 16-bit rows, `[slots, head_dim]`.
     pub fn values(&self) -> DevicePointer {
-        self.keys() + self.bytes() / 2
+        self.keys() + self.geometry.plain_key_bytes
     }
 
     /// Records `tokens` tokens that a [`Step`](crate::Step) has appended, run or replayed.
@@ -95,23 +101,24 @@ impl Cache {
         let mut fork = Self::new(&self.device, Arc::clone(&self.geometry), self.variant)?;
         let stream = self.device.cuda_stream();
         self.device.bind()?;
-        for Range { start, end } in self.written_bytes(&self.state) {
-            let (to, from, bytes) = (fork.keys() + start, self.keys() + start, end - start);
-            // SAFETY: both buffers have the same layout, which contains these bytes.
-            unsafe { result::memcpy_dtod_async(to, from, bytes as usize, stream.cu_stream()) }
+        for bytes in self.geometry.written(self.state.extent().high_water) {
+            let (to, from) = (fork.keys() + bytes.start, self.keys() + bytes.start);
+            let len = (bytes.end - bytes.start) as usize;
+            // SAFETY: both pieces of memory have the same layout, which contains these bytes.
+            unsafe { result::memcpy_dtod_async(to, from, len, stream.cu_stream()) }
                 .map_err(Error::driver("cuMemcpyDtoDAsync"))?;
         }
         fork.state = self.state.clone();
         Ok(fork)
     }
 
-    /// The bytes of all slots that were written since the cache was empty, keys before values, once the device has
+    /// The bytes of all slots that were written since the cache was empty, as they lie in its memory, once the device has
     /// computed them. [`CudaBackend::restore`](crate::CudaBackend::restore) makes the cache of them.
     ///
     /// # Errors
     /// [`Error::Driver`], also for what went wrong in an earlier kernel.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        let ranges = self.written_bytes(&self.state);
+        let ranges = self.geometry.written(self.state.extent().high_water);
         let mut bytes = vec![0u8; total(&ranges) as usize];
         let (stream, mut rest) = (self.device.cuda_stream(), &mut bytes[..]);
         self.device.bind()?;
@@ -131,7 +138,7 @@ impl Cache {
 
     /// Takes the state and the [bytes](Self::to_bytes) of another cache of this layout.
     pub(crate) fn load(&mut self, state: CacheState, bytes: &[u8]) -> Result<()> {
-        let ranges = self.written_bytes(&state);
+        let ranges = self.geometry.written(state.extent().high_water);
         let expected = total(&ranges);
         if bytes.len() as u64 != expected {
             let expected = format!("{expected} bytes");
@@ -153,27 +160,6 @@ impl Cache {
         copied?;
         self.state = state;
         Ok(())
-    }
-
-    /// Bytes of the buffer that hold what was written since a cache of this layout in that state was empty: of keys,
-    /// then of values, neighbours joined.
-    fn written_bytes(&self, state: &CacheState) -> Vec<Range<u64>> {
-        let written = state.extent().high_water;
-        let slot = (self.variant.head_dim * self.variant.dtype.bytes()) as u64;
-        let mut ranges: Vec<Range<u64>> = Vec::new();
-        for base in [0, self.bytes() / 2] {
-            for head in self.geometry.layout.heads() {
-                let first = head.offset().0;
-                let [start, end] = [first, first + head.slots().min(written)]
-                    .map(|slots| base + slots as u64 * slot);
-                match ranges.last_mut() {
-                    Some(last) if last.end == start => last.end = end,
-                    _ if start == end => {}
-                    _ => ranges.push(start..end),
-                }
-            }
-        }
-        ranges
     }
 }
 

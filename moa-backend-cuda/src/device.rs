@@ -9,6 +9,7 @@ use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr};
 use crate::graph::current;
 use crate::kernels::Kernels;
 use crate::kernels::compile::{Architecture, Variant};
+use crate::kernels::narrow::NarrowKernels;
 use crate::pool::Pool;
 use crate::{Error, Result, library};
 
@@ -42,6 +43,7 @@ struct Inner {
     shared_bytes: usize,
     /// By variant, and whether scores have a softcap.
     kernels: Mutex<HashMap<(Variant, bool), Arc<Kernels>>>,
+    narrow_kernels: Mutex<HashMap<(Variant, bool), Arc<NarrowKernels>>>,
     watch: Mutex<Option<Watch>>,
 }
 
@@ -92,6 +94,7 @@ impl Device {
             )?,
             kernels: Mutex::default(),
             watch: Mutex::default(),
+            narrow_kernels: Mutex::default(),
             context,
         })))
     }
@@ -233,14 +236,21 @@ impl Device {
 
     /// The same of scores with a softcap or without.
     pub(crate) fn kernels_of(&self, variant: Variant, has_softcap: bool) -> Result<Arc<Kernels>> {
-        // Held while compiling: two threads want the same kernels, not two compilations.
-        let mut all = self.0.kernels.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kernels) = all.get(&(variant, has_softcap)) {
-            return Ok(Arc::clone(kernels));
-        }
-        let kernels = Arc::new(Kernels::load(self, variant, has_softcap)?);
-        all.insert((variant, has_softcap), Arc::clone(&kernels));
-        Ok(kernels)
+        let load = || Kernels::load(self, variant, has_softcap);
+        once(&self.0.kernels, (variant, has_softcap), load)
+    }
+
+    /// Those of narrow heads, which only caches that have such heads need.
+    ///
+    /// # Errors
+    /// As [`kernels`](Self::kernels).
+    pub(crate) fn narrow_kernels(
+        &self,
+        variant: Variant,
+        has_softcap: bool,
+    ) -> Result<Arc<NarrowKernels>> {
+        let load = || NarrowKernels::load(self, variant, has_softcap);
+        once(&self.0.narrow_kernels, (variant, has_softcap), load)
     }
 
     /// Makes the device's context the calling thread's, which calls below cudarc's need.
@@ -282,4 +292,20 @@ impl Device {
             }
         })
     }
+}
+
+/// Kernels of a variant, with a softcap or without, loaded the first time.
+fn once<K>(
+    all: &Mutex<HashMap<(Variant, bool), Arc<K>>>,
+    of: (Variant, bool),
+    load: impl FnOnce() -> Result<K>,
+) -> Result<Arc<K>> {
+    // Held while compiling: two threads want the same kernels, not two compilations.
+    let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(kernels) = all.get(&of) {
+        return Ok(Arc::clone(kernels));
+    }
+    let kernels = Arc::new(load()?);
+    all.insert(of, Arc::clone(&kernels));
+    Ok(kernels)
 }

@@ -49,6 +49,16 @@ pub struct Workspace {
     partial: Option<CudaSlice<f32>>,
     /// Tickets, then splits finished.
     counters: Option<CudaSlice<i32>>,
+    /// Copies of narrow heads, 16-bit elements.
+    copies: Option<CudaSlice<u16>>,
+}
+
+/// Addresses of a workspace's parts.
+pub(crate) struct Scratch {
+    pub(crate) partial: DevicePointer,
+    pub(crate) tickets: DevicePointer,
+    pub(crate) finished: DevicePointer,
+    pub(crate) copies: DevicePointer,
 }
 
 /// Counters before those of the splits.
@@ -57,13 +67,14 @@ const TICKETS: usize = 2;
 impl Workspace {
     /// An empty one.
     pub fn new(device: &Device) -> Self {
-        Self { device: device.clone(), partial: None, counters: None }
+        Self { device: device.clone(), partial: None, counters: None, copies: None }
     }
 
     /// Bytes of device memory held.
     pub fn bytes(&self) -> u64 {
         let partial = self.partial.as_ref().map_or(0, CudaSlice::num_bytes);
-        (partial + self.counters.as_ref().map_or(0, CudaSlice::num_bytes)) as u64
+        let copies = self.copies.as_ref().map_or(0, CudaSlice::num_bytes);
+        (partial + copies + self.counters.as_ref().map_or(0, CudaSlice::num_bytes)) as u64
     }
 
     /// Makes room for a schedule.
@@ -76,11 +87,14 @@ impl Workspace {
         head_dim: usize,
         stream: RawStream,
     ) -> Result<()> {
-        let [partial, counters] = needed(schedule, head_dim);
+        let [partial, counters, copies] = needed(schedule, head_dim);
         let device = &self.device;
         // SAFETY: as the caller promises; the memory is the buffer's.
         unsafe {
             grow(device, stream, "partial attention results", &mut self.partial, partial)?;
+            if copies > 0 {
+                grow(device, stream, "copies of narrow heads", &mut self.copies, copies)?;
+            }
             if grow(device, stream, "counters", &mut self.counters, counters)?
                 && let Some(counters) = &self.counters
             {
@@ -92,40 +106,43 @@ impl Workspace {
         Ok(())
     }
 
-    /// Addresses of partial results, tickets and splits finished.
+    /// Addresses of its parts.
     ///
     /// # Errors
     /// [`Error::Argument`] if there is no room for the schedule: another step's workspace.
-    pub(crate) fn addresses(
-        &self,
-        schedule: &Schedule,
-        head_dim: usize,
-    ) -> Result<[DevicePointer; 3]> {
+    pub(crate) fn addresses(&self, schedule: &Schedule, head_dim: usize) -> Result<Scratch> {
         let has = [
             self.partial.as_ref().map_or(0, CudaSlice::len),
             self.counters.as_ref().map_or(0, CudaSlice::len),
+            self.copies.as_ref().map_or(0, CudaSlice::len),
         ];
-        let [partial, counters] = needed(schedule, head_dim);
+        let needed = needed(schedule, head_dim);
         match (&self.partial, &self.counters) {
-            (Some(p), Some(c)) if has[0] >= partial && has[1] >= counters => {
-                Ok([address(p), address(c), address(c) + (TICKETS * size_of::<i32>()) as u64])
+            (Some(p), Some(c)) if has.iter().zip(&needed).all(|(has, needed)| has >= needed) => {
+                Ok(Scratch {
+                    partial: address(p),
+                    tickets: address(c),
+                    finished: address(c) + (TICKETS * size_of::<i32>()) as u64,
+                    copies: self.copies.as_ref().map_or(0, address),
+                })
             }
             _ => {
-                let expected = format!("at least {partial} and {counters} elements");
+                let expected = format!("at least {needed:?} elements");
                 Err(Error::argument("Step::run", "workspace", expected, format_args!("{has:?}")))
             }
         }
     }
 }
 
-/// Elements of partial results and counters.
-fn needed(schedule: &Schedule, head_dim: usize) -> [usize; 2] {
+/// Elements of partial results, counters and copies.
+fn needed(schedule: &Schedule, head_dim: usize) -> [usize; 3] {
     let rows = |launch: &Launch| match launch.shared {
         true => launch.blocks * launch.path.tile_rows(),
         false => launch.items.len() * launch.path.tile_rows(),
     };
-    let rows = schedule.launches.iter().map(rows).max().unwrap_or(0);
-    [rows * (head_dim + 2), TICKETS + schedule.splits.len()]
+    let rows = schedule.launches().map(rows).max().unwrap_or(0);
+    let slots = schedule.groups.iter().map(|group| group.slots).max().unwrap_or(0);
+    [rows * (head_dim + 2), TICKETS + schedule.cut.splits.len(), 2 * slots * head_dim]
 }
 
 /// Page-locked copies of tables on their way to the device: copies from ordinary memory would wait

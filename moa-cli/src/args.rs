@@ -29,7 +29,7 @@ pub(crate) struct Global {
     #[arg(long, global = true, default_value = "cpu", value_name = "DEVICE")]
     pub(crate) device: Device,
     /// Type of keys and values in KV caches, where a plan does not choose one for a head; with cuda of weights
-    /// and activations too. cuda has those of 16 bits, the CPU and wgpu all
+    /// and activations too, which are bf16 beside narrower caches. cuda has all but f32, the CPU and wgpu all
     #[arg(long, global = true, default_value = "bf16", value_name = "TYPE")]
     pub(crate) cache_dtype: CacheType,
     /// Type of linear layers' weights on an NVIDIA GPU, if not that of caches: fp8 halves the

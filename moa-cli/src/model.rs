@@ -52,10 +52,13 @@ macro_rules! on_model {
             $crate::args::Device::CudaGroup(gpus) => {
                 gpus.run_model($of, $plan, $context, |$model, $own| $body)
             }
-            _ => $crate::model::on_device!($context, |device| {
-                let ($model, $own) = ($crate::model::open(device, $of, $context)?, $context);
-                $body
-            }),
+            _ => {
+                let _ = $plan;
+                $crate::model::on_device!($context, |device| {
+                    let ($model, $own) = ($crate::model::open(device, $of, $context)?, $context);
+                    $body
+                })
+            }
         }
     };
 }
@@ -77,18 +80,15 @@ pub(crate) fn check_gradients(context: &Context) -> Result<()> {
     }
 }
 
-/// A GPU; activations have the type of the caches, and weights unless another one is asked for.
+/// A GPU; activations have the type of the caches, or bf16 where that is narrow, and weights unless another one is
+/// asked for.
 #[cfg(feature = "cuda")]
 pub(crate) fn cuda(ordinal: usize, context: &Context) -> Result<moa_models::Cuda> {
     use moa_models::{Cuda, Dtype};
-    let dtype = match context.cache.dtype() {
-        Some(dtype @ (Dtype::F16 | Dtype::Bf16)) => dtype,
-        _ => {
-            let got = context.cache;
-            return Err(Error::argument("--cache-dtype", "f16 or bf16 on an NVIDIA GPU", got));
-        }
-    };
-    let device = Cuda::new(ordinal, dtype)?;
+    if context.cache == Dtype::F32.into() {
+        return Err(Error::argument("--cache-dtype", "a type but f32 on an NVIDIA GPU", "f32"));
+    }
+    let device = Cuda::open(ordinal, context.cache)?;
     Ok(match context.weights {
         Some(WeightType::Fp8) => device.with_fp8_weights(),
         None => device,

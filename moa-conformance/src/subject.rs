@@ -57,6 +57,11 @@ pub trait Subject: Sized + 'static {
         x
     }
 
+    /// Most that the type of tensors changes an element of the output, as a share of it.
+    fn output_rounding(&self) -> f64 {
+        0.0
+    }
+
     /// Head dimensions to draw from.
     fn dims(&self) -> &'static [usize] {
         &[1, 7, 8, 20, 64, 72]

@@ -156,7 +156,7 @@ impl World {
 
     /// Keys as heads of their types hold them.
     pub fn stored_keys<S: Subject>(&self, s: &S) -> Vec<f64> {
-        self.stored(&self.k(), |own, row| match own {
+        self.stored(s, &self.k(), |own, row| match own {
             Some(own) => own.keys().round(row),
             None => s.round_key(row),
         })
@@ -164,15 +164,22 @@ impl World {
 
     /// Values as heads of their types hold them.
     pub fn stored_values<S: Subject>(&self, s: &S) -> Vec<f64> {
-        self.stored(&self.v(), |own, row| match own {
+        self.stored(s, &self.v(), |own, row| match own {
             Some(own) => own.values().round(row),
             None => s.round_value(row),
         })
     }
 
-    fn stored(&self, x: &[f32], round: impl Fn(Option<CacheType>, &[f32]) -> Vec<f64>) -> Vec<f64> {
-        let rows = x.chunks(self.heads.dim).enumerate();
+    fn stored<S: Subject>(
+        &self,
+        s: &S,
+        x: &[f32],
+        round: impl Fn(Option<CacheType>, &[f32]) -> Vec<f64>,
+    ) -> Vec<f64> {
         let own = |row: usize| self.types.get(row % self.heads.kv).copied().flatten();
+        // What a cache rounds comes in the type of tensors.
+        let x: Vec<f32> = x.iter().map(|&x| s.round_tensor(x)).collect();
+        let rows = x.chunks(self.heads.dim).enumerate();
         rows.flat_map(|(i, row)| round(own(i), row)).collect()
     }
 

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
 
-use moa_core::{Dtype, Plan};
+use moa_core::{CacheType, Plan};
 
 use crate::checkpoint::template::Message;
 use crate::checkpoint::tokenizer::Tokenizer;
@@ -126,12 +126,17 @@ impl Clone for AnyCheckpoint {
 }
 
 impl AnyCheckpoint {
-    /// [`Checkpoint::open`] on this device, with KV caches of this type: f32, f16 or bf16, on CUDA one of the last two.
+    /// [`Checkpoint::open`] on this device, with KV caches of this type, a [`Dtype`](crate::Dtype) or a
+    /// [`CacheType`]; CUDA has no f32.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a device that the build has no feature for; those of the device, and of
     /// [`Checkpoint::open`].
-    pub fn open(device: DeviceName, cache: Dtype, folder: impl AsRef<Path>) -> Result<Self> {
+    pub fn open(
+        device: DeviceName,
+        cache: impl Into<CacheType>,
+        folder: impl AsRef<Path>,
+    ) -> Result<Self> {
         Self::open_with(device, cache, folder, &OpenOptions::default())
     }
 
@@ -141,7 +146,7 @@ impl AnyCheckpoint {
     /// As [`open`](Self::open).
     pub fn open_with(
         device: DeviceName,
-        cache: Dtype,
+        cache: impl Into<CacheType>,
         folder: impl AsRef<Path>,
         options: &OpenOptions<'_>,
     ) -> Result<Self> {
@@ -149,7 +154,7 @@ impl AnyCheckpoint {
             DeviceName::Cpu => Ok(Self::Cpu(options.open(Cpu::new(cache), folder)?)),
             #[cfg(feature = "cuda")]
             DeviceName::Cuda(ordinal) => {
-                Ok(Self::Cuda(options.open(Cuda::new(ordinal, cache)?, folder)?))
+                Ok(Self::Cuda(options.open(Cuda::open(ordinal, cache)?, folder)?))
             }
             #[cfg(feature = "wgpu")]
             DeviceName::Wgpu(index) => {

@@ -7,17 +7,23 @@ use crate::kernels::tables::Geometry;
 /// Fewest keys per partial result of the split kernel, counted over the keys that the new tokens see.
 pub(crate) const MIN_SPLIT_KEYS: usize = 512;
 
+/// The same of narrow heads.
+pub(crate) const MIN_NARROW_SPLIT_KEYS: usize = 1024;
+
 /// Most partial results of a head: longer heads have larger splits.
 pub(crate) const MAX_SPLITS: usize = 32;
 
 /// Keys per partial result of a head that sees `keys`. Depends on nothing else, so that the rounding
 /// of a sequence's result never depends on the batch.
-fn split_keys(keys: usize) -> usize {
-    keys.div_ceil(MAX_SPLITS * 64).saturating_mul(64).max(MIN_SPLIT_KEYS)
+fn split_keys(keys: usize, least: usize) -> usize {
+    keys.div_ceil(MAX_SPLITS * 64).saturating_mul(64).max(least)
 }
 
 /// Most rows (new tokens x query heads per KV head) that the split kernel takes: one matrix fragment.
 pub(crate) const SPLIT_ROWS: usize = 16;
+
+/// Most rows of the kernel of narrow heads for few rows.
+const NARROW_ROWS: usize = 8;
 
 /// Most rows that are left to the smaller tile where the larger one would be half empty.
 const TILE_ROWS_MAX: usize = 64;
@@ -29,7 +35,7 @@ const MIN_PART_STEPS: usize = 8;
 const STEP_KEYS: usize = 128;
 
 /// Which kernel computes a sequence.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Path {
     /// All rows of a KV head over one split of its keys, merged by the last block of the head.
     Split,
@@ -37,6 +43,10 @@ pub(crate) enum Path {
     Tile,
     /// The same with warp-group matrix instructions.
     Wgmma,
+    /// As `Split`, over narrow heads, of at most 8 rows.
+    Narrow8,
+    /// Of more rows.
+    Narrow16,
 }
 
 impl Path {
@@ -52,10 +62,30 @@ impl Path {
         }
     }
 
+    /// Of narrow heads whose codes are read as they are.
+    fn of_codes(tokens: usize, dims: &Dims) -> Self {
+        match dims.rows(tokens) <= NARROW_ROWS {
+            true => Self::Narrow8,
+            false => Self::Narrow16,
+        }
+    }
+
+    /// Whether heads are cut into splits of their keys.
+    fn splits(self) -> bool {
+        matches!(self, Self::Split | Self::Narrow8 | Self::Narrow16)
+    }
+
+    fn least_keys(self) -> usize {
+        match self {
+            Self::Narrow8 | Self::Narrow16 => MIN_NARROW_SPLIT_KEYS,
+            _ => MIN_SPLIT_KEYS,
+        }
+    }
+
     /// Rows per block.
     pub(crate) fn tile_rows(self) -> usize {
         match self {
-            Self::Split => SPLIT_ROWS,
+            Self::Split | Self::Narrow8 | Self::Narrow16 => SPLIT_ROWS,
             Self::Tile => 64,
             Self::Wgmma => 128,
         }
@@ -79,6 +109,17 @@ impl Dims {
     }
 }
 
+/// What becomes of a sequence's narrow heads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Narrow {
+    /// There are none.
+    None,
+    /// Attention reads their codes, which hold the new tokens already.
+    Codes,
+    /// Attention reads copies in 16 bits of what the new tokens see.
+    Copies,
+}
+
 /// One sequence of a batch.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Entry<'a> {
@@ -90,6 +131,26 @@ pub(crate) struct Entry<'a> {
 }
 
 impl Entry<'_> {
+    pub(crate) fn narrow(&self, dims: &Dims) -> Narrow {
+        if self.geometry.narrow.is_empty() {
+            Narrow::None
+        } else if Path::of(self.tokens, dims) == Path::Split && self.commits_first() {
+            Narrow::Codes
+        } else {
+            Narrow::Copies
+        }
+    }
+
+    /// Slots of a head's copy: its sink, and a ring for all keys that new tokens see.
+    pub(crate) fn copy_slots(&self, head: &HeadLayout) -> [usize; 2] {
+        let end = match self.grows {
+            true => self.geometry.layout.capacity(),
+            false => self.len + self.tokens,
+        };
+        let sink = head.sink_slots().min(end);
+        [sink, head.span().window().saturating_add(self.tokens - 1).min(end - sink)]
+    }
+
     /// Whether the new tokens may be written before they are attended to: if none of them takes the
     /// slot of a key that another one still sees.
     pub(crate) fn commits_first(&self) -> bool {
@@ -111,12 +172,12 @@ impl Entry<'_> {
         span.visible_to(new).iter().map(Range::len).sum()
     }
 
-    fn splits(&self, head: &HeadLayout) -> usize {
-        let keys = self.keys(head);
+    fn splits(&self, head: &HeadLayout, path: Path) -> usize {
+        let (keys, least) = (self.keys(head), path.least_keys());
         match self.grows {
             // A shorter head may have more, smaller splits than the longest one.
-            true => keys.div_ceil(MIN_SPLIT_KEYS).min(MAX_SPLITS),
-            false => keys.div_ceil(split_keys(keys)),
+            true => keys.div_ceil(least).min(MAX_SPLITS),
+            false => keys.div_ceil(split_keys(keys, least)),
         }
     }
 }
@@ -130,13 +191,14 @@ struct Tiles {
 }
 
 impl Tiles {
-    fn new(entry: &Entry<'_>, path: Path, dims: &Dims) -> Self {
+    /// Of these heads of the sequence.
+    fn new(entry: &Entry<'_>, heads: &[i32], path: Path, dims: &Dims) -> Self {
         let tiles = dims.rows(entry.tokens).div_ceil(path.tile_rows());
         if path != Path::Wgmma {
             return Self { tiles, limit: None };
         }
-        let steps = |head| Self::steps(entry, head, dims);
-        let heads = entry.geometry.layout.heads();
+        let layout = &entry.geometry.layout;
+        let steps = |&head: &i32| Self::steps(entry, layout.head(head as usize), dims);
         let all: usize = heads.iter().map(|head| tiles * steps(head)).sum();
         let longest = heads.iter().map(steps).max().unwrap_or(0);
         // Sharing costs partial results and a merge, and needs idle multiprocessors to pay: with one
@@ -174,22 +236,19 @@ impl Tiles {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Launch {
     pub(crate) path: Path,
-    pub(crate) committed: bool,
     /// Whether tiles are shared between blocks, which leave partial results then.
     pub(crate) shared: bool,
     /// Places in [`Schedule::order`].
     pub(crate) places: Range<usize>,
-    /// Of the split kernel, in [`Schedule::items`].
+    /// Of the split kernels, in [`Cut::items`].
     pub(crate) items: Range<usize>,
-    /// Items of the split kernel, tiles of the others.
+    /// Items of the split kernels, tiles of the others.
     pub(crate) blocks: usize,
 }
 
-/// How a batch is cut. Buffers are kept from one call to the next.
+/// How some heads of sequences are cut.
 #[derive(Debug, Default)]
-pub(crate) struct Schedule {
-    /// The caller's sequence at each place of the tables.
-    pub(crate) order: Vec<usize>,
+pub(crate) struct Cut {
     pub(crate) launches: Vec<Launch>,
     /// Of the tile kernels: work items of the sequences before it in its launch, by place.
     pub(crate) first_items: Vec<usize>,
@@ -202,78 +261,221 @@ pub(crate) struct Schedule {
     pub(crate) heads: Vec<[i32; 2]>,
 }
 
-impl Schedule {
+/// Neighbouring sequences whose narrow heads are copied together, so that their copies do not take too much memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Group {
+    pub(crate) places: Range<usize>,
+    /// In [`Cut::launches`] of the copies.
+    pub(crate) launches: Range<usize>,
+    /// Slots of the copies.
+    pub(crate) slots: usize,
+    /// Most cached keys of a head that are copied.
+    pub(crate) max_keys: usize,
+}
+
+/// Most slots of copies of several sequences: 256 MiB of heads of 128 elements.
+const GROUP_SLOTS: usize = 1 << 19;
+
+/// Most owners (sequence and KV head) of a group: rows of a grid.
+const GROUP_OWNERS: usize = u16::MAX as usize;
+
+/// How a batch is cut. Buffers are kept from one call to the next.
+#[derive(Debug, Default)]
+pub(crate) struct Schedule {
+    /// The caller's sequence at each place of the tables.
+    pub(crate) order: Vec<usize>,
+    /// What becomes of the narrow heads of the sequence at each place.
+    pub(crate) narrow: Vec<Narrow>,
     /// Sequences whose new tokens are written before attention; they come first.
-    pub(crate) fn committed(&self) -> usize {
-        self.launches.iter().filter(|l| l.committed).map(|l| l.places.end).max().unwrap_or(0)
+    pub(crate) committed: usize,
+    /// Of heads as they lie in the caches.
+    pub(crate) cut: Cut,
+    /// Of copies of narrow heads.
+    pub(crate) copies: Cut,
+    pub(crate) groups: Vec<Group>,
+}
+
+/// Runs of equal keys among some places.
+fn runs<'k, K: PartialEq>(
+    places: Range<usize>,
+    key: impl Fn(usize) -> K + 'k,
+) -> impl Iterator<Item = Range<usize>> + 'k {
+    let mut next = places.start;
+    std::iter::from_fn(move || {
+        let first = next;
+        if first >= places.end {
+            return None;
+        }
+        let own = key(first);
+        next = (first..places.end).find(|&place| key(place) != own).unwrap_or(places.end);
+        Some(first..next)
+    })
+}
+
+impl Schedule {
+    /// Launches of attention.
+    pub(crate) fn launches(&self) -> impl Iterator<Item = &Launch> {
+        self.cut.launches.iter().chain(&self.copies.launches)
+    }
+
+    /// Places of sequences with narrow heads of a kind, among some places: they are neighbours.
+    pub(crate) fn places(&self, of: Narrow, among: Range<usize>) -> Range<usize> {
+        let first = self.narrow[among.clone()].partition_point(|own| *own < of);
+        let end = self.narrow[among.clone()].partition_point(|own| *own <= of);
+        among.start + first..among.start + end
     }
 
     /// Cuts a batch. What a sequence's result is summed from, and in which order, depends on
     /// nothing but that sequence.
     pub(crate) fn fill(&mut self, dims: &Dims, entries: &[Entry<'_>]) {
-        let Self { order, launches, first_items, items, splits, heads } = self;
+        let path = |index: usize| Path::of(entries[index].tokens, dims);
+        let shared = |index: usize, heads: &[i32]| {
+            Tiles::new(&entries[index], heads, path(index), dims).limit.is_some()
+        };
+        let of_plain = |index: usize| (path(index), shared(index, &entries[index].geometry.plain));
+        let of_copies =
+            |index: usize| (path(index), shared(index, &entries[index].geometry.narrow));
+        self.order.clear();
+        self.order.extend(0..entries.len());
+        self.order.sort_by_cached_key(|&index| {
+            let entry = &entries[index];
+            let narrow = entry.narrow(dims);
+            let codes = Path::of_codes(entry.tokens, dims);
+            let own = (!entry.commits_first(), narrow, of_plain(index));
+            (own, narrow == Narrow::Codes && codes == Path::Narrow16, of_copies(index))
+        });
+        let Self { order, narrow, committed, cut, copies, groups } = self;
+        narrow.clear();
+        narrow.extend(order.iter().map(|&index| entries[index].narrow(dims)));
+        *committed = order.iter().take_while(|&&index| entries[index].commits_first()).count();
+
+        let ordered: Vec<Entry<'_>> = order.iter().map(|&index| entries[index]).collect();
+        for cut in [&mut *cut, &mut *copies] {
+            cut.reset(ordered.len(), dims.kv_heads);
+        }
+        for part in [0..*committed, *committed..ordered.len()] {
+            let way = |place: usize| of_plain(order[place]);
+            for places in runs(part.clone(), way) {
+                let (path, shared) = way(places.start);
+                cut.push(path, shared, places, &ordered, |own| &own.plain, dims);
+            }
+            let codes = |place: usize| {
+                let own = Path::of_codes(ordered[place].tokens, dims);
+                (narrow[place] == Narrow::Codes).then_some(own)
+            };
+            for places in runs(part, codes) {
+                if let Some(path) = codes(places.start) {
+                    cut.push(path, false, places, &ordered, |own| &own.narrow, dims);
+                }
+            }
+        }
+
+        groups.clear();
+        let slots = |place: usize| -> usize {
+            let entry = &ordered[place];
+            let heads = entry.geometry.narrow.iter();
+            let slots =
+                heads.map(|&head| entry.copy_slots(entry.geometry.layout.head(head as usize)));
+            slots.map(|[sink, ring]| sink + ring).sum()
+        };
+        for part in [0..*committed, *committed..ordered.len()] {
+            for places in runs(part, |place| narrow[place] == Narrow::Copies) {
+                if narrow[places.start] != Narrow::Copies {
+                    continue;
+                }
+                let mut next = places.start;
+                while next < places.end {
+                    let (first, mut all) = (next, slots(next));
+                    next += 1;
+                    let owners = |end: usize| (end - first) * dims.kv_heads;
+                    while next < places.end
+                        && all.saturating_add(slots(next)) <= GROUP_SLOTS
+                        && owners(next + 1) <= GROUP_OWNERS
+                    {
+                        all += slots(next);
+                        next += 1;
+                    }
+                    let start = copies.launches.len();
+                    let way = |place: usize| of_copies(order[place]);
+                    for places in runs(first..next, way) {
+                        let (path, shared) = way(places.start);
+                        copies.push(path, shared, places, &ordered, |own| &own.narrow, dims);
+                    }
+                    let cached = |entry: &Entry<'_>| {
+                        let heads = entry.geometry.narrow.iter();
+                        let keys = heads.map(|&head| entry.geometry.layout.head(head as usize));
+                        keys.map(|head| entry.keys(head).saturating_sub(entry.tokens)).max()
+                    };
+                    groups.push(Group {
+                        places: first..next,
+                        launches: start..copies.launches.len(),
+                        slots: all,
+                        max_keys: ordered[first..next].iter().filter_map(cached).max().unwrap_or(0),
+                    });
+                }
+            }
+        }
+    }
+}
+
+impl Cut {
+    fn reset(&mut self, places: usize, kv_heads: usize) {
+        let Self { launches, first_items, items, splits, heads } = self;
         items.clear();
         launches.clear();
         first_items.clear();
-        first_items.resize(entries.len(), 0);
+        first_items.resize(places, 0);
         splits.clear();
-        splits.resize(entries.len() * dims.kv_heads, [0; 2]);
+        splits.resize(places * kv_heads, [0; 2]);
         heads.clear();
-        heads.resize(entries.len() * dims.kv_heads, [0, 1]);
-        order.clear();
-        order.extend(0..entries.len());
-        let way = |&index: &usize| {
-            let entry = &entries[index];
-            let path = Path::of(entry.tokens, dims);
-            let shared = Tiles::new(entry, path, dims).limit.is_some();
-            (!entry.commits_first(), path as usize, shared)
-        };
-        order.sort_by_cached_key(way);
+        heads.resize(places * kv_heads, [0, 1]);
+    }
 
-        let mut end = 0;
-        while let Some(&first) = order.get(end) {
-            let start = end;
-            let (written_after, _, shared) = way(&first);
-            let path = Path::of(entries[first].tokens, dims);
-            let same = order[start..].iter().take_while(|index| way(index) == way(&first));
-            end += same.count();
-            let mut launch = Launch {
-                path,
-                committed: !written_after,
-                shared,
-                places: start..end,
-                items: items.len()..items.len(),
-                blocks: 0,
-            };
-            if path == Path::Split {
-                // Widest heads of all sequences first.
-                for rank in 0..dims.kv_heads {
-                    for place in start..end {
-                        let entry = &entries[order[place]];
-                        let head = entry.geometry.widest_first[rank] as usize;
-                        let count = entry.splits(entry.geometry.layout.head(head));
-                        let owner = (place - start) * dims.kv_heads + head;
-                        splits[place * dims.kv_heads + head] =
-                            [(items.len() - launch.items.start) as i32, count as i32];
-                        items.extend((0..count as i32).map(|split| [owner as i32, split]));
-                    }
-                }
-                launch.items.end = items.len();
-                launch.blocks = launch.items.len();
-            } else {
-                for place in start..end {
-                    first_items[place] = launch.blocks;
-                    let entry = &entries[order[place]];
-                    let tiles = Tiles::new(entry, path, dims);
-                    for (rank, &head) in entry.geometry.widest_first.iter().enumerate() {
-                        let layout = entry.geometry.layout.head(head as usize);
-                        let parts = tiles.parts(entry, layout, dims);
-                        heads[place * dims.kv_heads + rank] = [head, parts as i32];
-                        launch.blocks += tiles.tiles * parts;
-                    }
+    /// One more launch, for these heads of the sequences at `places`; none if there are no such heads.
+    fn push(
+        &mut self,
+        path: Path,
+        shared: bool,
+        places: Range<usize>,
+        ordered: &[Entry<'_>],
+        heads_of: fn(&Geometry) -> &[i32],
+        dims: &Dims,
+    ) {
+        let start = places.start;
+        let items = self.items.len()..self.items.len();
+        let mut launch = Launch { path, shared, places, items, blocks: 0 };
+        if path.splits() {
+            // Widest heads of all sequences first.
+            for rank in 0..dims.kv_heads {
+                for place in launch.places.clone() {
+                    let entry = &ordered[place];
+                    let Some(&head) = heads_of(entry.geometry).get(rank) else { continue };
+                    let head = head as usize;
+                    let count = entry.splits(entry.geometry.layout.head(head), path);
+                    let owner = (place - start) * dims.kv_heads + head;
+                    self.splits[place * dims.kv_heads + head] =
+                        [(self.items.len() - launch.items.start) as i32, count as i32];
+                    self.items.extend((0..count as i32).map(|split| [owner as i32, split]));
                 }
             }
-            launches.push(launch);
+            launch.items.end = self.items.len();
+            launch.blocks = launch.items.len();
+        } else {
+            for place in launch.places.clone() {
+                self.first_items[place] = launch.blocks;
+                let entry = &ordered[place];
+                let own = heads_of(entry.geometry);
+                let tiles = Tiles::new(entry, own, path, dims);
+                for (rank, &head) in own.iter().enumerate() {
+                    let layout = entry.geometry.layout.head(head as usize);
+                    let parts = tiles.parts(entry, layout, dims);
+                    self.heads[place * dims.kv_heads + rank] = [head, parts as i32];
+                    launch.blocks += tiles.tiles * parts;
+                }
+            }
+        }
+        if launch.blocks > 0 {
+            self.launches.push(launch);
         }
     }
 }

@@ -1,10 +1,18 @@
-use moa_core::{LayerLayout, Position, Span};
+use moa_core::{CacheType, LayerLayout, Position, Span};
 use proptest::prelude::*;
 
 use super::*;
 
-/// (spans, capacity, slack, len, tokens)
-type OneSequence = (Vec<(usize, usize)>, usize, usize, usize, usize);
+/// (spans, capacity, slack, len, tokens, which heads are narrow as bits)
+type OneSequence = (Vec<(usize, usize)>, usize, usize, usize, usize, usize);
+
+/// Heads of 16 bits, or of 4 where a bit is set.
+fn geometry(spans: &[Span], capacity: usize, slack: usize, narrow: usize) -> Geometry {
+    let layout = LayerLayout::new(spans, capacity, slack).unwrap();
+    let own = |head| (narrow >> head & 1 == 1).then_some(CacheType::Int4);
+    let types: Vec<_> = (0..spans.len()).map(own).collect();
+    Geometry::new(layout.with_cache_types(&types).unwrap(), CacheType::F16, 64).unwrap()
+}
 
 #[derive(Clone, Debug)]
 struct Case {
@@ -14,12 +22,11 @@ struct Case {
 
 impl Case {
     fn geometries(&self) -> Vec<Geometry> {
-        let geometry =
-            |(spans, capacity, slack, ..): &(Vec<(usize, usize)>, usize, usize, _, _)| {
-                let spans: Vec<Span> =
-                    spans.iter().map(|&(sink, window)| Span::new(sink, window).unwrap()).collect();
-                Geometry::new(LayerLayout::new(&spans, *capacity, *slack).unwrap()).unwrap()
-            };
+        let geometry = |(spans, capacity, slack, _, _, narrow): &OneSequence| {
+            let spans: Vec<Span> =
+                spans.iter().map(|&(sink, window)| Span::new(sink, window).unwrap()).collect();
+            geometry(&spans, *capacity, *slack, *narrow)
+        };
         self.sequences.iter().map(geometry).collect()
     }
 
@@ -27,7 +34,7 @@ impl Case {
         self.sequences
             .iter()
             .zip(geometries)
-            .map(|(&(_, _, _, len, tokens), geometry)| Entry {
+            .map(|(&(_, _, _, len, tokens, _), geometry)| Entry {
                 geometry,
                 len,
                 tokens,
@@ -42,8 +49,11 @@ fn cases() -> impl Strategy<Value = Case> {
     (heads, any::<bool>()).prop_flat_map(|((kv_heads, group), wgmma)| {
         let spans = proptest::collection::vec((0usize..70, 1usize..3000), kv_heads);
         let tokens = prop_oneof![3 => 1usize..5, 1 => 5usize..300];
-        let sequence = (spans, 0usize..4000, 0usize..20, 0usize..3000, tokens).prop_map(
-            |(spans, spare, slack, len, tokens)| (spans, len + tokens + spare, slack, len, tokens),
+        let narrow = prop_oneof![Just(0usize), 0usize..8];
+        let sequence = (spans, 0usize..4000, 0usize..20, 0usize..3000, tokens, narrow).prop_map(
+            |(spans, spare, slack, len, tokens, narrow)| {
+                (spans, len + tokens + spare, slack, len, tokens, narrow)
+            },
         );
         let dims = Dims { query_heads: kv_heads * group, kv_heads, wgmma, multiprocessors: 132 };
         proptest::collection::vec(sequence, 1..6)
@@ -57,23 +67,42 @@ fn schedule(dims: &Dims, entries: &[Entry<'_>]) -> Schedule {
     made
 }
 
-/// What a schedule says about one sequence, free of its place: path, committed, splits per head or tiles.
-fn own(schedule: &Schedule, dims: &Dims, index: usize) -> (Path, bool, Vec<usize>) {
+/// A launch's part: whether it is of copies, the path, whether tiles are shared, and splits per head or tiles.
+type Part = (bool, Path, bool, Vec<usize>);
+
+/// What a schedule says about one sequence, free of its place: whether it is written first, and its part of each launch.
+fn own(schedule: &Schedule, dims: &Dims, index: usize) -> (bool, Vec<Part>) {
     let place = schedule.order.iter().position(|&i| i == index).unwrap();
-    let launch = schedule.launches.iter().find(|l| l.places.contains(&place)).unwrap();
-    let parts = match launch.path {
-        Path::Split => {
-            let splits = &schedule.splits[place * dims.kv_heads..][..dims.kv_heads];
-            splits.iter().map(|split| split[1] as usize).collect()
+    let mut parts = Vec::new();
+    for (is_copy, cut) in [(false, &schedule.cut), (true, &schedule.copies)] {
+        for launch in cut.launches.iter().filter(|launch| launch.places.contains(&place)) {
+            let counts: Vec<usize> = match launch.path.splits() {
+                true => {
+                    let items = &cut.items[launch.items.clone()];
+                    let owner = (place - launch.places.start) * dims.kv_heads;
+                    let of = |head| move |item: &&[i32; 2]| item[0] == (owner + head) as i32;
+                    (0..dims.kv_heads).map(|head| items.iter().filter(of(head)).count()).collect()
+                }
+                false => {
+                    let next = cut.first_items[place + 1..launch.places.end].first();
+                    let heads = &cut.heads[place * dims.kv_heads..][..dims.kv_heads];
+                    let items = next.copied().unwrap_or(launch.blocks) - cut.first_items[place];
+                    std::iter::once(items)
+                        .chain(heads.iter().map(|head| head[1] as usize))
+                        .collect()
+                }
+            };
+            // A launch for its neighbours' sake has no work of it.
+            let has_work = match launch.path.splits() {
+                true => counts.iter().any(|&count| count > 0),
+                false => counts[0] > 0,
+            };
+            if has_work {
+                parts.push((is_copy, launch.path, launch.shared, counts));
+            }
         }
-        _ => {
-            let next = schedule.first_items[place + 1..launch.places.end].first();
-            let heads = &schedule.heads[place * dims.kv_heads..][..dims.kv_heads];
-            let items = next.copied().unwrap_or(launch.blocks) - schedule.first_items[place];
-            std::iter::once(items).chain(heads.iter().map(|head| head[1] as usize)).collect()
-        }
-    };
-    (launch.path, launch.committed, parts)
+    }
+    (place < schedule.committed, parts)
 }
 
 proptest! {
@@ -105,51 +134,104 @@ proptest! {
         let mut order = schedule.order.clone();
         order.sort_unstable();
         prop_assert_eq!(order, (0..entries.len()).collect::<Vec<_>>());
-        let mut next = 0;
-        for launch in &schedule.launches {
-            prop_assert_eq!(launch.places.start, next);
-            next = launch.places.end;
-            let mut items = schedule.items[launch.items.clone()].to_vec();
-            items.sort_unstable();
-            let mut expected = Vec::new();
-            for (local, place) in launch.places.clone().enumerate() {
-                let entry = &entries[schedule.order[place]];
-                prop_assert_eq!(entry.commits_first(), launch.committed);
-                prop_assert_eq!(Path::of(entry.tokens, &case.dims), launch.path);
-                if launch.path != Path::Split {
-                    let (.., items) = own(&schedule, &case.dims, schedule.order[place]);
-                    let heads = &schedule.heads[place * case.dims.kv_heads..][..case.dims.kv_heads];
+        let kv_heads = case.dims.kv_heads;
+        // How often each head of each place is attended to.
+        let mut met = vec![0; entries.len() * kv_heads];
+        for (is_copy, cut) in [(false, &schedule.cut), (true, &schedule.copies)] {
+            for launch in &cut.launches {
+                let mut items = cut.items[launch.items.clone()].to_vec();
+                items.sort_unstable();
+                let mut expected = Vec::new();
+                for (local, place) in launch.places.clone().enumerate() {
+                    let entry = &entries[schedule.order[place]];
+                    prop_assert_eq!(entry.commits_first(), place < schedule.committed);
+                    let narrow = entry.narrow(&case.dims);
+                    prop_assert_eq!(narrow, schedule.narrow[place]);
+                    let of_codes = matches!(launch.path, Path::Narrow8 | Path::Narrow16);
+                    let heads = match is_copy || of_codes {
+                        true => &entry.geometry.narrow,
+                        false => &entry.geometry.plain,
+                    };
+                    heads.iter().for_each(|head| met[place * kv_heads + *head as usize] += 1);
                     let rows = case.dims.rows(entry.tokens);
-                    let tiles = rows.div_ceil(launch.path.tile_rows());
-                    let parts: usize = heads.iter().map(|head| head[1] as usize).sum();
-                    prop_assert_eq!(items[0], tiles * parts);
-                    prop_assert_eq!(launch.shared, heads.iter().any(|head| head[1] > 1));
-                    prop_assert!(launch.path == Path::Wgmma || !launch.shared);
-                    let mut heads: Vec<_> = heads.iter().map(|head| head[0]).collect();
-                    heads.sort_unstable();
-                    prop_assert_eq!(heads, (0..case.dims.kv_heads as i32).collect::<Vec<_>>());
-                    continue;
-                }
-                prop_assert!(case.dims.rows(entry.tokens) <= SPLIT_ROWS);
-                for (head, layout) in entry.geometry.layout.heads().iter().enumerate() {
-                    let owner = (local * case.dims.kv_heads + head) as i32;
-                    let [first, count] = schedule.splits[place * case.dims.kv_heads + head];
-                    for split in 0..count {
-                        let at = launch.items.start + (first + split) as usize;
-                        prop_assert_eq!(schedule.items[at], [owner, split]);
-                        expected.push([owner, split]);
+                    if of_codes {
+                        prop_assert_eq!((narrow, is_copy), (Narrow::Codes, false));
+                        prop_assert_eq!(launch.path == Path::Narrow8, rows <= 8);
+                    } else {
+                        prop_assert_eq!(Path::of(entry.tokens, &case.dims), launch.path);
+                        prop_assert!(!is_copy || narrow == Narrow::Copies);
                     }
-                    let keys = entry.keys(layout);
-                    let covered = count as usize * split_keys(keys);
-                    prop_assert!(covered >= keys && covered - keys < split_keys(keys));
+                    if !launch.path.splits() {
+                        let tiles = rows.div_ceil(launch.path.tile_rows());
+                        let own = &cut.heads[place * kv_heads..][..heads.len()];
+                        let parts: usize = own.iter().map(|head| head[1] as usize).sum();
+                        let next = cut.first_items[place + 1..launch.places.end].first();
+                        let end = next.copied().unwrap_or(launch.blocks);
+                        prop_assert_eq!(end - cut.first_items[place], tiles * parts);
+                        prop_assert!(launch.path == Path::Wgmma || !launch.shared);
+                        prop_assert!(launch.shared || own.iter().all(|head| head[1] == 1));
+                        let own: Vec<_> = own.iter().map(|head| head[0]).collect();
+                        prop_assert_eq!(&own, heads);
+                        continue;
+                    }
+                    prop_assert!(rows <= SPLIT_ROWS);
+                    for &head in heads {
+                        let layout = entry.geometry.layout.head(head as usize);
+                        let owner = (local * kv_heads) as i32 + head;
+                        let [first, count] = cut.splits[place * kv_heads + head as usize];
+                        for split in 0..count {
+                            let at = launch.items.start + (first + split) as usize;
+                            prop_assert_eq!(cut.items[at], [owner, split]);
+                            expected.push([owner, split]);
+                        }
+                        let keys = entry.keys(layout);
+                        let own = split_keys(keys, launch.path.least_keys());
+                        let covered = count as usize * own;
+                        prop_assert!(covered >= keys && covered - keys < own);
+                        let grows = Entry { grows: true, ..*entry };
+                        prop_assert!((count as usize) <= grows.splits(layout, launch.path));
+                    }
+                }
+                expected.sort_unstable();
+                prop_assert_eq!(items, expected);
+            }
+        }
+        prop_assert!(met.iter().all(|&times| times == 1), "{:?}", met);
+    }
+
+    #[test]
+    fn copies_have_room_for_all_that_new_tokens_see(case in cases()) {
+        let geometries = case.geometries();
+        let entries = case.entries(&geometries);
+        let schedule = schedule(&case.dims, &entries);
+        let copied = (0..entries.len()).filter(|&place| schedule.narrow[place] == Narrow::Copies);
+        let grouped = schedule.groups.iter().flat_map(|group| group.places.clone());
+        prop_assert_eq!(copied.collect::<Vec<_>>(), grouped.collect::<Vec<_>>());
+        for group in &schedule.groups {
+            let mut slots = 0;
+            for place in group.places.clone() {
+                let entry = &entries[schedule.order[place]];
+                for &head in &entry.geometry.narrow {
+                    let head = entry.geometry.layout.head(head as usize);
+                    let [sink, ring] = entry.copy_slots(head);
+                    slots += sink + ring;
+                    let end = entry.len + entry.tokens;
+                    prop_assert!(entry.keys(head) - entry.tokens <= group.max_keys);
+                    // No two keys that are seen share a slot.
+                    let mut taken = vec![false; sink + ring];
+                    for positions in head.span().visible_to(entry.len..end) {
+                        for p in positions {
+                            let slot = if p < sink { p } else { sink + (p - sink) % ring };
+                            prop_assert!(!std::mem::replace(&mut taken[slot], true));
+                        }
+                    }
                     let grows = Entry { grows: true, ..*entry };
-                    prop_assert!((count as usize) <= grows.splits(layout));
+                    prop_assert!(grows.copy_slots(head).iter().sum::<usize>() >= sink + ring);
                 }
             }
-            expected.sort_unstable();
-            prop_assert_eq!(items, expected);
+            prop_assert_eq!(slots, group.slots);
+            prop_assert!(slots <= GROUP_SLOTS || group.places.len() == 1);
         }
-        prop_assert_eq!(next, entries.len());
     }
 
     #[test]
@@ -184,42 +266,52 @@ proptest! {
 
 #[test]
 fn a_growing_head_never_has_more_splits_than_were_planned() {
-    for most in [1, 511, 512, 513, 5000, 16_384, 16_385, 20_000, 100_000] {
-        let geometry =
-            Geometry::new(LayerLayout::new(&[Span::full(most)], most, 0).unwrap()).unwrap();
-        let head = geometry.layout.head(0);
-        let entry = |len, grows| Entry { geometry: &geometry, len, tokens: 1, grows };
-        let planned = entry(0, true).splits(head);
-        assert!((0..most).all(|len| entry(len, false).splits(head) <= planned));
-        assert!(planned <= MAX_SPLITS);
+    for path in [Path::Split, Path::Narrow8] {
+        for most in [1, 511, 512, 513, 5000, 16_384, 16_385, 20_000, 100_000] {
+            let geometry = geometry(&[Span::full(most)], most, 0, 0);
+            let head = geometry.layout.head(0);
+            let entry = |len, grows| Entry { geometry: &geometry, len, tokens: 1, grows };
+            let planned = entry(0, true).splits(head, path);
+            assert!((0..most).all(|len| entry(len, false).splits(head, path) <= planned));
+            assert!(planned <= MAX_SPLITS);
+        }
     }
 }
 
 #[test]
 fn few_long_tiles_are_shared_and_many_are_not() {
     let spans = [Span::full(32_768), Span::new(64, 700).unwrap()];
-    let geometry = Geometry::new(LayerLayout::new(&spans, 32_768, 0).unwrap()).unwrap();
     let dims = Dims { query_heads: 8, kv_heads: 2, wgmma: true, multiprocessors: 132 };
-    let shared = |len, tokens| {
-        let schedule = schedule(&dims, &[Entry { geometry: &geometry, len, tokens, grows: false }]);
-        assert_eq!(schedule.launches[0].path, Path::Wgmma);
-        schedule.heads.iter().map(|head| head[1]).collect::<Vec<_>>()
-    };
-    // A chunk of 4 tiles a head after a long history: 256 steps against 8.
-    assert_eq!(shared(32_000, 128), [16, 1]);
-    assert_eq!(shared(0, 128), [1, 1]);
-    assert_eq!(shared(0, 32_768), [1, 1]);
+    for narrow in [0, 3] {
+        let geometry = geometry(&spans, 32_768, 0, narrow);
+        let shared = |len, tokens| {
+            let entry = Entry { geometry: &geometry, len, tokens, grows: false };
+            let schedule = schedule(&dims, &[entry]);
+            let cut = if narrow == 0 { &schedule.cut } else { &schedule.copies };
+            assert_eq!(cut.launches[0].path, Path::Wgmma);
+            cut.heads.iter().map(|head| head[1]).collect::<Vec<_>>()
+        };
+        // A chunk of 4 tiles a head after a long history: 256 steps against 8.
+        assert_eq!(shared(32_000, 128), [16, 1]);
+        assert_eq!(shared(0, 128), [1, 1]);
+        assert_eq!(shared(0, 32_768), [1, 1]);
+    }
 }
 
 #[test]
 fn decode_always_writes_first_and_splits() {
     let spans = [Span::full(5000), Span::new(64, 960).unwrap(), Span::new(0, 1).unwrap()];
-    let geometry = Geometry::new(LayerLayout::new(&spans, 5000, 0).unwrap()).unwrap();
     let dims = Dims { query_heads: 12, kv_heads: 3, wgmma: true, multiprocessors: 132 };
-    for len in [0, 1, 63, 64, 1023, 1024, 4999] {
-        let entry = Entry { geometry: &geometry, len, tokens: 1, grows: false };
-        let schedule = schedule(&dims, &[entry]);
-        assert_eq!(schedule.launches.len(), 1);
-        assert_eq!((schedule.launches[0].path, schedule.committed()), (Path::Split, 1));
+    for (narrow, paths) in
+        [(0, &[Path::Split][..]), (2, &[Path::Split, Path::Narrow8]), (7, &[Path::Narrow8])]
+    {
+        let geometry = geometry(&spans, 5000, 0, narrow);
+        for len in [0, 1, 63, 64, 1023, 1024, 4999] {
+            let entry = Entry { geometry: &geometry, len, tokens: 1, grows: false };
+            let schedule = schedule(&dims, &[entry]);
+            let found: Vec<Path> = schedule.launches().map(|launch| launch.path).collect();
+            assert_eq!((&found[..], schedule.committed), (paths, 1));
+            assert!(schedule.groups.is_empty());
+        }
     }
 }

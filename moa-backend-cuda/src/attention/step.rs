@@ -6,10 +6,13 @@ use cudarc::driver::CudaSlice;
 use moa_core::HeadRow;
 
 use super::check::check;
-use super::schedule::{Dims, Entry, Schedule};
+use super::schedule::{Dims, Entry, Group, Launch, Narrow, Path, Schedule};
 use crate::kernels::Kernels;
-use crate::kernels::tables::{AppendArgs, DevicePointer, ExtendArgs, Packed, SequenceRow};
-use crate::memory::{Staging, Workspace, address, grow};
+use crate::kernels::narrow::NarrowKernels;
+use crate::kernels::tables::{
+    AppendArgs, DevicePointer, ExtendArgs, NarrowRow, Packed, SequenceRow, WidenArgs,
+};
+use crate::memory::{Scratch, Staging, Workspace, address, grow};
 use crate::{Cache, Device, Error, RawStream, Result};
 
 /// Which sequences a step extends, and by how much.
@@ -80,11 +83,18 @@ pub struct Step {
 #[derive(Debug)]
 struct Prepared {
     kernels: Arc<Kernels>,
+    /// Where a sequence has narrow heads.
+    narrow: Option<Arc<NarrowKernels>>,
     dims: Dims,
-    /// Largest number of new tokens among committed and other sequences.
-    max_tokens: [usize; 2],
+    /// New tokens of the sequence at each place.
+    tokens: Vec<usize>,
+    /// Kinds of narrow heads, and whether sequences that have some have plain ones too.
+    kinds: Vec<i32>,
+    is_mixed: bool,
     tables: Tables,
     softcap: Option<f32>,
+    /// Of copies of narrow heads; the lengths are those of the others.
+    copies: Tables,
 }
 
 /// Addresses of the tables.
@@ -96,6 +106,19 @@ struct Tables {
     splits: DevicePointer,
     order: DevicePointer,
     lens: DevicePointer,
+    /// 0: no sequence has narrow heads.
+    narrow: DevicePointer,
+}
+
+/// What a launch of `append` does besides rotating.
+#[derive(Clone, Copy, Debug, Default)]
+struct Commit {
+    /// Writes plain heads into the caches.
+    plain: bool,
+    /// Writes narrow heads into the caches.
+    narrow: bool,
+    /// Table of copies' heads, and where copies of keys and values go, or 0.
+    wide: [DevicePointer; 3],
 }
 
 impl Tensors {
@@ -161,11 +184,30 @@ impl Step {
             })
             .collect();
         self.schedule.fill(&dims, &entries);
-        let most = self.schedule.launches.iter().map(|l| l.blocks.max(l.items.len())).max();
+        let geometries = || batch.caches.iter().map(|cache| cache.geometry());
+        let narrow = match geometries().any(|geometry| !geometry.narrow.is_empty()) {
+            true => Some(self.device.narrow_kernels(first.variant(), batch.softcap.is_some())?),
+            false => None,
+        };
+        let mut kinds: Vec<i32> =
+            geometries().flat_map(|own| &own.narrow_rows).map(|row| row.kind).collect();
+        kinds.sort_unstable();
+        kinds.dedup();
+        let is_mixed = geometries().any(|own| !own.narrow.is_empty() && !own.plain.is_empty());
+        let most = self.schedule.launches().map(|l| l.blocks.max(l.items.len())).max();
         if most.is_some_and(|most| i32::try_from(most).is_err()) {
             return Err(Error::argument("Step::prepare", "work items", "fewer than 2^31", "more"));
         }
-        let mut tables = self.fill_tables(batch, &entries);
+        let slots = self.schedule.groups.iter().map(|group| group.slots).max().unwrap_or(0);
+        if u32::try_from(slots).is_err() {
+            return Err(Error::argument(
+                "Step::prepare",
+                "visible slots",
+                "fewer than 2^32",
+                slots,
+            ));
+        }
+        let (mut tables, mut copies) = self.fill_tables(batch, &entries);
         // SAFETY: as the caller promises; the tables have room for what is uploaded.
         unsafe {
             let len = self.host.len();
@@ -173,13 +215,22 @@ impl Step {
             workspace.reserve(&self.schedule, first.as_ref().head_dim(), stream)?;
             let Some(base) = self.device_tables.as_ref().map(address) else { return Ok(()) };
             self.staging.upload(&self.host, base, stream)?;
-            tables.rebase(base);
+            tables.rebase(base, narrow.is_some());
+            copies.rebase(base, narrow.is_some());
         }
-        let longest = |places: &[usize]| places.iter().map(|&i| batch.tokens[i]).max().unwrap_or(0);
-        let (committed, others) = self.schedule.order.split_at(self.schedule.committed());
-        let max_tokens = [longest(committed), longest(others)];
-        self.prepared =
-            Some(Prepared { kernels, dims, max_tokens, tables, softcap: batch.softcap });
+        let tokens = self.schedule.order.iter().map(|&index| batch.tokens[index]).collect();
+        let softcap = batch.softcap;
+        self.prepared = Some(Prepared {
+            kernels,
+            narrow,
+            dims,
+            tokens,
+            kinds,
+            is_mixed,
+            tables,
+            softcap,
+            copies,
+        });
         Ok(())
     }
 
@@ -203,17 +254,33 @@ impl Step {
         tensors: &Tensors,
         stream: RawStream,
     ) -> Result<()> {
-        let (committed, all) = (self.schedule.committed(), self.schedule.order.len());
+        let (committed, all) = (self.schedule.committed, self.schedule.order.len());
+        let (before, after) = (0..committed, committed..all);
+        let rotates = tensors.rope.is_some();
+        let is_mixed = self.prepared()?.is_mixed;
+        let places = |of, among: &Range<usize>| self.schedule.places(of, among.clone());
+        let plain = Commit { plain: true, ..Commit::default() };
+        let both = Commit { narrow: true, ..plain };
         // SAFETY: as the caller promises.
         unsafe {
-            self.append(tensors, 0..committed, true, stream)?;
-            if tensors.rope.is_some() {
-                self.append(tensors, committed..all, false, stream)?;
+            self.append(tensors, places(Narrow::None, &before), plain, stream)?;
+            self.append(tensors, places(Narrow::Codes, &before), both, stream)?;
+            if rotates || is_mixed {
+                self.append(tensors, places(Narrow::Copies, &before), plain, stream)?;
+            }
+            if rotates {
+                for of in [Narrow::None, Narrow::Copies] {
+                    self.append(tensors, places(of, &after), Commit::default(), stream)?;
+                }
             }
             let rotated = tensors.rotated();
-            self.attend(workspace, &rotated, stream)?;
-            self.append(&rotated, committed..all, true, stream)
+            self.attend_and_commit(workspace, &rotated, true, stream)?;
+            self.append(&rotated, places(Narrow::None, &after), plain, stream)?;
+            if is_mixed {
+                self.append(&rotated, places(Narrow::Copies, &after), plain, stream)?;
+            }
         }
+        Ok(())
     }
 
     /// The attention of [`run`](Self::run) alone, on queries and keys that come rotated, without
@@ -232,23 +299,97 @@ impl Step {
         tensors: &Tensors,
         stream: RawStream,
     ) -> Result<()> {
-        let Prepared { kernels, .. } = self.prepared()?;
-        let scratch = workspace.addresses(&self.schedule, kernels.variant().head_dim)?;
-        for launch in &self.schedule.launches {
-            let mut args = self.extend_args(tensors, launch.places.clone())?;
-            args.items += launch.items.start as u64 * 8;
-            args.num_items = launch.items.len() as i32;
-            args.num_tiles = launch.blocks as i32;
-            [args.partial, args.tickets, args.finished] = scratch;
+        // SAFETY: as the caller promises.
+        unsafe { self.attend_and_commit(workspace, tensors, false, stream) }
+    }
+
+    /// Attention, and where narrow heads are copied the append of their new tokens, if they are to be kept.
+    ///
+    /// # Safety
+    /// As [`run`](Self::run).
+    unsafe fn attend_and_commit(
+        &self,
+        workspace: &Workspace,
+        tensors: &Tensors,
+        keeps: bool,
+        stream: RawStream,
+    ) -> Result<()> {
+        let Prepared { kernels, tables, copies, .. } = self.prepared()?;
+        let head_dim = kernels.variant().head_dim;
+        let scratch = workspace.addresses(&self.schedule, head_dim)?;
+        let Schedule { cut, copies: copied, groups, .. } = &self.schedule;
+        for launch in &cut.launches {
+            let args = self.extend_args(tensors, launch, tables, &scratch, 0)?;
             // SAFETY: as the caller promises.
-            unsafe {
-                kernels.extend(launch.path, stream, &args)?;
-                if launch.shared {
-                    kernels.merge_tiles(stream, &args)?;
-                }
+            unsafe { self.launch(launch, stream, &args) }?;
+        }
+        for group in groups {
+            // SAFETY: as the caller promises; the scratch has room for each group.
+            unsafe { self.copy(group, tensors, &scratch, keeps, stream) }?;
+            for launch in &copied.launches[group.launches.clone()] {
+                let args = self.extend_args(tensors, launch, copies, &scratch, scratch.copies)?;
+                // SAFETY: as the caller promises.
+                unsafe { self.launch(launch, stream, &args) }?;
             }
         }
         Ok(())
+    }
+
+    /// # Safety
+    /// As [`run`](Self::run).
+    unsafe fn launch(&self, launch: &Launch, stream: RawStream, args: &ExtendArgs) -> Result<()> {
+        let Prepared { kernels, narrow, kinds, .. } = self.prepared()?;
+        // SAFETY: as the caller promises.
+        unsafe {
+            match (launch.path, narrow) {
+                (path @ (Path::Narrow8 | Path::Narrow16), Some(narrow)) => {
+                    let is_wide = path == Path::Narrow16;
+                    narrow.extend_split(is_wide, kinds.iter().copied(), stream, args)?;
+                }
+                (path, _) => kernels.extend(path, stream, args)?,
+            }
+            if launch.shared {
+                kernels.merge_tiles(stream, args)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies what a group's narrow heads hold, and the new tokens, rounded.
+    ///
+    /// # Safety
+    /// As [`run`](Self::run); the scratch has room for the group.
+    unsafe fn copy(
+        &self,
+        group: &Group,
+        tensors: &Tensors,
+        scratch: &Scratch,
+        keeps: bool,
+        stream: RawStream,
+    ) -> Result<()> {
+        let Prepared { kernels, narrow, dims, tables, copies, .. } = self.prepared()?;
+        let Some(narrow) = narrow else { return Ok(()) };
+        let (first, kv_heads) = (group.places.start as u64, dims.kv_heads as u64);
+        let (at, wide) = (tables.at(first, kv_heads), copies.at(first, kv_heads));
+        let wide_v = scratch.copies + (group.slots * kernels.variant().head_dim * 2) as u64;
+        let args = WidenArgs {
+            sequences: at.sequences,
+            heads: at.heads,
+            narrow: at.narrow,
+            wide_heads: wide.heads,
+            lens: at.lens,
+            wide_k: scratch.copies,
+            wide_v,
+            num_sequences: group.places.len() as i32,
+            kv_heads: dims.kv_heads as i32,
+        };
+        let commit =
+            Commit { plain: false, narrow: keeps, wide: [wide.heads, scratch.copies, wide_v] };
+        // SAFETY: as the caller promises.
+        unsafe {
+            narrow.widen(stream, &args, group.max_keys)?;
+            self.append(tensors, group.places.clone(), commit, stream)
+        }
     }
 
     /// Adds the new tokens to the lengths on the device, for the next replay of a captured step.
@@ -274,13 +415,23 @@ impl Step {
         Ok(self.prepared()?.tables.lens)
     }
 
-    /// Kernels that `run` launches.
+    /// Kernels that `run` launches on queries and keys that come rotated.
     pub fn launches(&self) -> usize {
-        let committed = self.schedule.committed();
-        let appends =
-            usize::from(committed > 0) + usize::from(committed < self.schedule.order.len());
-        let merges = self.schedule.launches.iter().filter(|launch| launch.shared).count();
-        self.schedule.launches.len() + merges + appends
+        let Schedule { committed, order, groups, .. } = &self.schedule;
+        let (before, after) = (0..*committed, *committed..order.len());
+        let any = |of, among: &Range<usize>| !self.schedule.places(of, among.clone()).is_empty();
+        let is_mixed = self.prepared.as_ref().is_some_and(|prepared| prepared.is_mixed);
+        let appends = [
+            any(Narrow::None, &before),
+            any(Narrow::Codes, &before),
+            is_mixed && any(Narrow::Copies, &before),
+            any(Narrow::None, &after),
+            is_mixed && any(Narrow::Copies, &after),
+        ];
+        let appends = appends.into_iter().filter(|&launched| launched).count();
+        let copies = groups.iter().map(|group| 1 + usize::from(group.max_keys > 0)).sum::<usize>();
+        let attention = self.schedule.launches().map(|launch| 1 + usize::from(launch.shared));
+        attention.sum::<usize>() + appends + copies
     }
 
     fn prepared(&self) -> Result<&Prepared> {
@@ -288,7 +439,7 @@ impl Step {
         self.prepared.as_ref().ok_or_else(missing)
     }
 
-    fn fill_tables(&mut self, batch: &Batch<'_>, entries: &[Entry<'_>]) -> Tables {
+    fn fill_tables(&mut self, batch: &Batch<'_>, entries: &[Entry<'_>]) -> (Tables, Tables) {
         let firsts: Vec<usize> = batch
             .tokens
             .iter()
@@ -296,34 +447,89 @@ impl Step {
             .collect();
         let (schedule, host) = (&self.schedule, &mut self.host);
         host.clear();
+        let is_shared = |launches: &[Launch], place| {
+            i32::from(launches.iter().any(|l| l.shared && l.places.contains(&place)))
+        };
         let place = |(place, &index): (usize, &usize)| SequenceRow {
             k: batch.caches[index].keys(),
             v: batch.caches[index].values(),
             first: firsts[index] as i64,
             tokens: batch.tokens[index] as i32,
-            first_item: schedule.first_items[place] as i32,
-            committed: i32::from(place < schedule.committed()),
-            split: i32::from(
-                schedule.launches.iter().any(|l| l.shared && l.places.contains(&place)),
-            ),
+            first_item: schedule.cut.first_items[place] as i32,
+            committed: i32::from(place < schedule.committed),
+            split: is_shared(&schedule.cut.launches, place),
         };
         let sequences: Vec<SequenceRow> = schedule.order.iter().enumerate().map(place).collect();
         let in_order = || schedule.order.iter().map(|&index| &entries[index]);
         let heads: Vec<_> = in_order().flat_map(|entry| &entry.geometry.rows).copied().collect();
         let lens: Vec<i32> = in_order().map(|entry| entry.len as i32).collect();
-        Tables {
+        let tables = Tables {
             sequences: push(host, &sequences),
             heads: push(host, &heads),
-            items: push(host, &schedule.items),
-            splits: push(host, &schedule.splits),
-            order: push(host, &schedule.heads),
+            items: push(host, &schedule.cut.items),
+            splits: push(host, &schedule.cut.splits),
+            order: push(host, &schedule.cut.heads),
             lens: push(host, &lens),
+            narrow: 0,
+        };
+        if schedule.narrow.iter().all(|own| *own == Narrow::None) {
+            return (tables, Tables::default());
         }
+        let narrow_rows = in_order().flat_map(|entry| {
+            let none = entry.geometry.rows.len() - entry.geometry.narrow_rows.len();
+            let rows = entry.geometry.narrow_rows.iter().copied();
+            rows.chain(std::iter::repeat_n(NarrowRow::default(), none))
+        });
+        let narrow_rows: Vec<NarrowRow> = narrow_rows.collect();
+        let tables = Tables { narrow: push(host, &narrow_rows), ..tables };
+        if schedule.groups.is_empty() {
+            return (tables, Tables::default());
+        }
+        let mut heads = vec![[0; HeadRow::WORDS]; heads.len()];
+        let mut copied = sequences;
+        for group in &schedule.groups {
+            let mut offset = 0;
+            for place in group.places.clone() {
+                let entry = &entries[schedule.order[place]];
+                let geometry = entry.geometry;
+                let row = &mut copied[place];
+                // From where the copies of the running group begin.
+                row.k = 0;
+                row.v = (group.slots * geometry.head_dim * 2) as u64;
+                row.first_item = schedule.copies.first_items[place] as i32;
+                row.committed = 1;
+                row.split = is_shared(&schedule.copies.launches, place);
+                for &head in &geometry.narrow {
+                    let head = head as usize;
+                    let [sink, ring] = entry.copy_slots(geometry.layout.head(head));
+                    let [.., mask_sink, window] = geometry.rows[head];
+                    heads[place * geometry.rows.len() + head] =
+                        [offset, sink as u32, ring as u32, mask_sink, window];
+                    offset += (sink + ring) as u32;
+                }
+            }
+        }
+        let copies = Tables {
+            sequences: push(host, &copied),
+            heads: push(host, &heads),
+            items: push(host, &schedule.copies.items),
+            splits: push(host, &schedule.copies.splits),
+            order: push(host, &schedule.copies.heads),
+            ..tables
+        };
+        (tables, copies)
     }
 
-    fn extend_args(&self, tensors: &Tensors, places: Range<usize>) -> Result<ExtendArgs> {
-        let Prepared { dims, tables, softcap, .. } = self.prepared()?;
-        let at = tables.at(places.start as u64, dims.kv_heads as u64);
+    fn extend_args(
+        &self,
+        tensors: &Tensors,
+        launch: &Launch,
+        tables: &Tables,
+        scratch: &Scratch,
+        base: DevicePointer,
+    ) -> Result<ExtendArgs> {
+        let Prepared { dims, softcap, .. } = self.prepared()?;
+        let at = tables.at(launch.places.start as u64, dims.kv_heads as u64);
         Ok(ExtendArgs {
             q: tensors.q,
             k: tensors.k,
@@ -333,21 +539,23 @@ impl Step {
             sequences: at.sequences,
             heads: at.heads,
             lens: at.lens,
-            num_sequences: places.len() as i32,
+            num_sequences: launch.places.len() as i32,
             query_heads: dims.query_heads as i32,
             kv_heads: dims.kv_heads as i32,
             scale: tensors.scale,
             order: at.order,
-            items: at.items,
-            partial: 0,
-            finished: 0,
+            items: at.items + launch.items.start as u64 * 8,
+            partial: scratch.partial,
+            finished: scratch.finished,
             splits: at.splits,
-            tickets: 0,
+            tickets: scratch.tickets,
             sinks: tensors.sinks,
-            num_items: 0,
-            num_tiles: 0,
+            num_items: launch.items.len() as i32,
+            num_tiles: launch.blocks as i32,
             softcap: softcap.unwrap_or(0.0),
             padding: 0,
+            base,
+            narrow: at.narrow,
         })
     }
 
@@ -357,20 +565,18 @@ impl Step {
         &self,
         tensors: &Tensors,
         places: Range<usize>,
-        commit: bool,
+        commit: Commit,
         stream: RawStream,
     ) -> Result<()> {
-        let Prepared { kernels, dims, tables, max_tokens, .. } = self.prepared()?;
-        if places.is_empty() {
-            return Ok(());
-        }
-        let max_tokens = max_tokens[usize::from(places.start == self.schedule.committed())];
+        let Prepared { kernels, narrow, dims, tables, tokens, .. } = self.prepared()?;
+        let Some(max_tokens) = tokens[places.clone()].iter().copied().max() else { return Ok(()) };
         let at = tables.at(places.start as u64, dims.kv_heads as u64);
         // Without rotation queries stay where they are.
         let (query_heads, q) = match tensors.rope {
             Some(_) => (dims.query_heads, tensors.q),
             None => (0, Packed::NONE),
         };
+        let [wide_heads, wide_k, wide_v] = commit.wide;
         let args = AppendArgs {
             q,
             k: tensors.k,
@@ -385,19 +591,33 @@ impl Step {
             query_heads: query_heads as i32,
             kv_heads: dims.kv_heads as i32,
             interleaved: i32::from(tensors.rope.is_some_and(|rope| rope.interleaved)),
-            commit: i32::from(commit),
+            commit: i32::from(commit.plain) + 2 * i32::from(commit.narrow),
             padding: 0,
+            narrow: at.narrow,
+            wide_heads,
+            wide_k,
+            wide_v,
         };
+        // Sequences with narrow heads are no neighbours of others here.
+        let is_narrow = self.schedule.narrow[places.start] != Narrow::None;
         // SAFETY: as the caller promises.
-        unsafe { kernels.append(stream, &args, max_tokens) }
+        unsafe {
+            match narrow.as_ref().filter(|_| is_narrow) {
+                Some(narrow) => narrow.append(stream, &args, max_tokens),
+                None => kernels.append(stream, &args, max_tokens),
+            }
+        }
     }
 }
 
 impl Tables {
-    fn rebase(&mut self, base: DevicePointer) {
-        let Self { sequences, heads, items, splits, order, lens } = self;
+    fn rebase(&mut self, base: DevicePointer, has_narrow: bool) {
+        let Self { sequences, heads, items, splits, order, lens, narrow } = self;
         for offset in [sequences, heads, items, splits, order, lens] {
             *offset += base;
+        }
+        if has_narrow {
+            *narrow += base;
         }
     }
 
@@ -410,6 +630,10 @@ impl Tables {
             splits: self.splits + place * kv_heads * 8,
             order: self.order + place * kv_heads * 8,
             lens: self.lens + place * 4,
+            narrow: match self.narrow {
+                0 => 0,
+                narrow => narrow + place * kv_heads * size_of::<NarrowRow>() as u64,
+            },
         }
     }
 }

@@ -1,7 +1,7 @@
 //! How long a decode step takes, for searches whose budget is time.
 
 use cudarc::driver::{CudaEvent, result, sys};
-use moa_core::{LayerLayout, Span};
+use moa_core::{CacheType, LayerLayout, Span};
 
 use super::step::{Batch, Step, Tensors};
 use crate::kernels::compile::Variant;
@@ -21,6 +21,7 @@ const BYTES: usize = 2 << 30;
 pub(crate) fn decode_seconds(
     device: &Device,
     variant: Variant,
+    own: CacheType,
     span: usize,
     group: usize,
 ) -> Result<f64> {
@@ -29,10 +30,10 @@ pub(crate) fn decode_seconds(
     if group == 0 {
         return Err(Error::argument(OP, "group", "at least 1 query head", 0));
     }
-    let head_bytes = span.saturating_mul(2 * variant.head_dim * variant.dtype.bytes());
+    let head_bytes = span.saturating_mul(own.slot_bytes(variant.head_dim) as usize);
     let heads = (BYTES / head_bytes.max(1)).clamp(1, device.multiprocessors());
     let layout = LayerLayout::new(&vec![window; heads], span, 0)?;
-    let mut cache = Cache::open(device, layout, variant)?;
+    let mut cache = Cache::open(device, layout, variant, own)?;
     let stream = device.stream();
     // SAFETY: these are the cache's bytes, on the stream that it was allocated on.
     unsafe { result::memset_d8_async(cache.keys(), 0, cache.bytes() as usize, stream.cast()) }

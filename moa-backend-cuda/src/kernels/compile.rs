@@ -5,7 +5,7 @@ use std::ffi::{CString, c_char, c_int};
 use cudarc::nvrtc::{result, sys};
 
 use super::cubin_cache;
-use crate::attention::schedule::MIN_SPLIT_KEYS;
+use crate::attention::schedule::{MIN_NARROW_SPLIT_KEYS, MIN_SPLIT_KEYS};
 use crate::kernels::source::{HEADERS, Source};
 use crate::{Error, Result, library};
 use moa_core::Dtype;
@@ -110,6 +110,7 @@ pub(crate) fn compile_anew(
 }
 
 fn options(source: Source, variant: Variant, architecture: Architecture) -> Vec<String> {
+    let least = if source.is_narrow() { MIN_NARROW_SPLIT_KEYS } else { MIN_SPLIT_KEYS };
     vec![
         format!("--gpu-architecture={architecture}"),
         "--std=c++17".into(),
@@ -118,7 +119,7 @@ fn options(source: Source, variant: Variant, architecture: Architecture) -> Vec<
         "--generate-line-info".into(),
         "--extra-device-vectorization".into(),
         format!("-DHEAD_DIM={}", variant.head_dim),
-        format!("-DMIN_SPLIT_KEYS={MIN_SPLIT_KEYS}"),
+        format!("-DMIN_SPLIT_KEYS={least}"),
         format!("-DSOFTCAP={}", u8::from(source.has_softcap())),
         match variant.dtype {
             Dtype::Bf16 => "-DDTYPE_BF16=1".into(),

@@ -2,6 +2,7 @@
 
 pub(crate) mod compile;
 mod cubin_cache;
+pub(crate) mod narrow;
 pub(crate) mod source;
 pub mod tables;
 
@@ -12,7 +13,7 @@ use cudarc::driver::sys::{
     self, CUfunction_attribute as Attribute, CUlaunchAttribute, CUlaunchAttributeID,
     CUlaunchAttributeValue, CUlaunchConfig,
 };
-use cudarc::driver::{CudaContext, CudaFunction};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule};
 use cudarc::nvrtc::Ptx;
 
 use crate::attention::schedule::Path;
@@ -58,88 +59,26 @@ struct Kernel {
 impl Kernels {
     /// Of scores with a softcap or without.
     pub(crate) fn load(device: &Device, variant: Variant, has_softcap: bool) -> Result<Self> {
-        variant.check("Device::kernels")?;
-        let architecture = device.architecture();
         let of = |source: Source| if has_softcap { source.with_softcap() } else { source };
-        let wanted: Vec<Source> = Source::ALL
-            .into_iter()
-            .filter(|source| source.is_attention() && of(*source) == *source)
-            .filter(|source| has_softcap || !source.has_softcap())
-            .filter(|source| source.exists_for(variant.head_dim, architecture))
-            .collect();
-        // NVRTC takes seconds for some of them.
-        let compiled: Vec<Result<Vec<u8>>> = std::thread::scope(|scope| {
-            let threads: Vec<_> = wanted
-                .iter()
-                .map(|&source| scope.spawn(move || compile(source, variant, architecture)))
-                .collect();
-            let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
-                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            };
-            threads.into_iter().map(join).collect()
-        });
-        let mut modules = Vec::with_capacity(wanted.len());
-        for (source, cubin) in wanted.into_iter().zip(compiled) {
-            let load = |cubin| {
-                let module = device.context().load_module(Ptx::from_binary(cubin));
-                module.map_err(Error::driver("cuModuleLoadData"))
-            };
-            // A stored file that the driver does not take is made again, once.
-            let module = match load(cubin?) {
-                Ok(module) => module,
-                Err(_) => load(compile_anew(source, variant, architecture, true)?)?,
-            };
-            modules.push((source, module));
-        }
-        let kernel = |source, symbol: &'static str, threads, shared_bytes: usize| {
-            let Some((_, module)) = modules.iter().find(|(of, _)| *of == source) else {
-                return Ok(None);
-            };
-            let function =
-                module.load_function(symbol).map_err(Error::driver("cuModuleGetFunction"))?;
-            if shared_bytes > device.shared_bytes() {
-                let expected = format!(
-                    "one whose {symbol} needs at most the {} bytes of shared memory of {}",
-                    device.shared_bytes(),
-                    device.name()
-                );
-                return Err(Error::argument("open", "head_dim", expected, variant.head_dim));
-            }
-            if shared_bytes > STATIC_LIMIT_BYTES {
-                let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-                function
-                    .set_attribute(attribute, shared_bytes as i32)
-                    .map_err(Error::driver("cuFuncSetAttribute"))?;
-            }
-            let overlaps = architecture.major >= 9 && matches!(symbol, "append" | "extend_split");
-            Ok(Some(Kernel { function, call: symbol, threads, shared_bytes, overlaps }))
+        let wants = |source: Source| {
+            source.is_attention() && of(source) == source && (has_softcap || !source.has_softcap())
         };
-        let always = |kernel: Result<Option<Kernel>>, source: Source| {
-            kernel?.ok_or_else(|| {
-                Error::argument("Device::kernels", source.name(), "compiled", "absent")
-            })
+        let modules = Modules::load(device, variant, wants)?;
+        let kernel = |source, symbol, threads, shared_bytes| {
+            modules.kernel(of(source), symbol, threads, shared_bytes)
         };
         let dim = variant.head_dim;
         Ok(Self {
             context: Arc::clone(device.context()),
             variant,
             multiprocessors: device.multiprocessors(),
-            append: always(kernel(Source::Append, "append", 256, 0), Source::Append)?,
-            advance: always(kernel(Source::Append, "advance", 256, 0), Source::Append)?,
-            split: always(
-                kernel(of(Source::Decode), "extend_split", 128, split_shared_bytes(dim)),
-                Source::Decode,
-            )?,
-            tile: always(
-                kernel(of(Source::Tile), "extend_tile", 128, tile_shared_bytes(dim)),
-                Source::Tile,
-            )?,
-            influence: always(
-                kernel(Source::Influence, "influence", 128, influence_shared_bytes(dim)),
-                Source::Influence,
-            )?,
-            merge: kernel(of(Source::Wgmma), "merge_tiles", 256, 0)?,
-            wgmma: kernel(of(Source::Wgmma), "extend_wgmma", 384, wgmma_shared_bytes(dim))?,
+            append: kernel(Source::Append, "append", 256, 0)?,
+            advance: kernel(Source::Append, "advance", 256, 0)?,
+            split: kernel(Source::Decode, "extend_split", 128, split_shared_bytes(dim))?,
+            tile: kernel(Source::Tile, "extend_tile", 128, tile_shared_bytes(dim))?,
+            influence: kernel(Source::Influence, "influence", 128, influence_shared_bytes(dim))?,
+            merge: modules.find(of(Source::Wgmma), "merge_tiles", 256, 0)?,
+            wgmma: modules.find(of(Source::Wgmma), "extend_wgmma", 384, wgmma_shared_bytes(dim))?,
         })
     }
 
@@ -256,7 +195,7 @@ impl Kernels {
             [&raw const lens as _, &raw const sequences as _, &raw const count as _];
         let grid = [sequences_len.div_ceil(self.advance.threads as usize), 1];
         // SAFETY: the arguments are those of the kernel; the rest is as the caller promises.
-        unsafe { self.launch_raw(&self.advance, stream, grid, &mut arguments) }
+        unsafe { self.advance.launch_raw(&self.context, 0, stream, grid, &mut arguments) }
     }
 
     /// Sums of influence over blocks of 64 x 64 tokens.
@@ -284,6 +223,8 @@ impl Kernels {
                 Path::Split => self.extend_split(stream, args),
                 Path::Tile => self.extend_tile(stream, args),
                 Path::Wgmma => self.extend_wgmma(stream, args),
+                // Of these kernels none: `Step` sends narrow heads to the others.
+                Path::Narrow8 | Path::Narrow16 => Err(no_narrow()),
             }
         }
     }
@@ -295,15 +236,128 @@ impl Kernels {
         grid: [usize; 2],
         args: &A,
     ) -> Result<()> {
+        // SAFETY: as the caller promises.
+        unsafe { kernel.launch(&self.context, stream, grid, args) }
+    }
+}
+
+/// Compiled sources of a variant, loaded on a device.
+struct Modules<'a> {
+    device: &'a Device,
+    variant: Variant,
+    modules: Vec<(Source, Arc<CudaModule>)>,
+}
+
+impl<'a> Modules<'a> {
+    /// Of the sources that are wanted, those that exist for the variant.
+    fn load(device: &'a Device, variant: Variant, wants: impl Fn(Source) -> bool) -> Result<Self> {
+        variant.check("Device::kernels")?;
+        let architecture = device.architecture();
+        let wanted: Vec<Source> = Source::ALL
+            .into_iter()
+            .filter(|source| wants(*source))
+            .filter(|source| source.exists_for(variant.head_dim, architecture))
+            .collect();
+        // NVRTC takes seconds for some of them.
+        let compiled: Vec<Result<Vec<u8>>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = wanted
+                .iter()
+                .map(|&source| scope.spawn(move || compile(source, variant, architecture)))
+                .collect();
+            let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
+                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            threads.into_iter().map(join).collect()
+        });
+        let mut modules = Vec::with_capacity(wanted.len());
+        for (source, cubin) in wanted.into_iter().zip(compiled) {
+            let load = |cubin| {
+                let module = device.context().load_module(Ptx::from_binary(cubin));
+                module.map_err(Error::driver("cuModuleLoadData"))
+            };
+            // A stored file that the driver does not take is made again, once.
+            let module = match load(cubin?) {
+                Ok(module) => module,
+                Err(_) => load(compile_anew(source, variant, architecture, true)?)?,
+            };
+            modules.push((source, module));
+        }
+        Ok(Self { device, variant, modules })
+    }
+
+    /// A kernel, unless its source does not exist for the variant.
+    fn find(
+        &self,
+        source: Source,
+        symbol: &'static str,
+        threads: u32,
+        shared_bytes: usize,
+    ) -> Result<Option<Kernel>> {
+        let Some((_, module)) = self.modules.iter().find(|(of, _)| *of == source) else {
+            return Ok(None);
+        };
+        let function =
+            module.load_function(symbol).map_err(Error::driver("cuModuleGetFunction"))?;
+        if shared_bytes > self.device.shared_bytes() {
+            let expected = format!(
+                "one whose {symbol} needs at most the {} bytes of shared memory of {}",
+                self.device.shared_bytes(),
+                self.device.name()
+            );
+            return Err(Error::argument("open", "head_dim", expected, self.variant.head_dim));
+        }
+        if shared_bytes > STATIC_LIMIT_BYTES {
+            let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function
+                .set_attribute(attribute, shared_bytes as i32)
+                .map_err(Error::driver("cuFuncSetAttribute"))?;
+        }
+        if MANY_BLOCKS.contains(&symbol) {
+            let attribute = Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+            function.set_attribute(attribute, 100).map_err(Error::driver("cuFuncSetAttribute"))?;
+        }
+        let overlaps = self.device.architecture().major >= 9 && OVERLAPPING.contains(&symbol);
+        Ok(Some(Kernel { function, call: symbol, threads, shared_bytes, overlaps }))
+    }
+
+    fn kernel(
+        &self,
+        source: Source,
+        symbol: &'static str,
+        threads: u32,
+        shared_bytes: usize,
+    ) -> Result<Kernel> {
+        self.find(source, symbol, threads, shared_bytes)?
+            .ok_or_else(|| Error::argument("Device::kernels", source.name(), "compiled", "absent"))
+    }
+}
+
+/// Kernels of which several blocks share a multiprocessor, if all of its memory is made shared memory.
+const MANY_BLOCKS: [&str; 2] = ["extend_narrow_8", "extend_narrow_16"];
+
+/// Kernels that wait for the one before them themselves.
+const OVERLAPPING: [&str; 5] =
+    ["append", "append_narrow", "extend_narrow_8", "extend_narrow_16", "extend_split"];
+
+impl Kernel {
+    unsafe fn launch<A>(
+        &self,
+        context: &CudaContext,
+        stream: RawStream,
+        grid: [usize; 2],
+        args: &A,
+    ) -> Result<()> {
         // SAFETY: each of these kernels takes one argument, by value, which the launch copies.
         unsafe {
-            self.launch_raw(kernel, stream, grid, &mut [std::ptr::from_ref(args).cast_mut().cast()])
+            let arguments = &mut [std::ptr::from_ref(args).cast_mut().cast()];
+            self.launch_raw(context, self.shared_bytes, stream, grid, arguments)
         }
     }
 
     unsafe fn launch_raw(
         &self,
-        kernel: &Kernel,
+        context: &CudaContext,
+        shared_bytes: usize,
         stream: RawStream,
         [x, y]: [usize; 2],
         arguments: &mut [*mut c_void],
@@ -313,29 +367,29 @@ impl Kernels {
         }
         let (Ok(x), Ok(y)) = (i32::try_from(x), u16::try_from(y)) else {
             let got = format_args!("{x} x {y}").to_string();
-            return Err(Error::argument(kernel.call, "blocks", "fewer than 2^31 x 2^16", got));
+            return Err(Error::argument(self.call, "blocks", "fewer than 2^31 x 2^16", got));
         };
-        self.context.bind_to_thread().map_err(Error::driver("cuCtxSetCurrent"))?;
+        context.bind_to_thread().map_err(Error::driver("cuCtxSetCurrent"))?;
         let mut overlap = overlapping();
         let config = CUlaunchConfig {
             gridDimX: x as u32,
             gridDimY: u32::from(y),
             gridDimZ: 1,
-            blockDimX: kernel.threads,
+            blockDimX: self.threads,
             blockDimY: 1,
             blockDimZ: 1,
-            sharedMemBytes: kernel.shared_bytes as u32,
+            sharedMemBytes: shared_bytes as u32,
             hStream: stream.cast(),
             attrs: &raw mut overlap,
-            numAttrs: u32::from(kernel.overlaps),
+            numAttrs: u32::from(self.overlaps),
         };
-        let function = kernel.function.cu_function();
+        let function = self.function.cu_function();
         // SAFETY: the function is loaded; the arguments are as the caller promises.
         unsafe {
             sys::cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), std::ptr::null_mut())
         }
         .result()
-        .map_err(Error::driver(kernel.call))
+        .map_err(Error::driver(self.call))
     }
 }
 
@@ -350,6 +404,11 @@ pub(crate) fn overlapping() -> CUlaunchAttribute {
 
 fn no_wgmma() -> Error {
     let operation = "extend_wgmma on this architecture and head dimension";
+    moa_core::Error::Unsupported { backend: "cuda", operation }.into()
+}
+
+fn no_narrow() -> Error {
+    let operation = "kernels of narrow heads among the others";
     moa_core::Error::Unsupported { backend: "cuda", operation }.into()
 }
 

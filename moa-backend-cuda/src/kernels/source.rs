@@ -9,6 +9,10 @@ pub enum Source {
     Append,
     /// Split-KV attention for few new tokens.
     Decode,
+    /// Cache append of narrow heads, and their copies in 16 bits.
+    Narrow,
+    /// Split-KV attention for few new tokens over narrow heads.
+    NarrowDecode,
     /// Tensor-core attention for chunks, sm_80 and later.
     Tile,
     /// Tensor-core attention for long chunks on sm_90.
@@ -33,23 +37,29 @@ pub enum Source {
     TileSoftcap,
     /// [`Wgmma`](Self::Wgmma) with a softcap.
     WgmmaSoftcap,
+    /// [`NarrowDecode`](Self::NarrowDecode) with a softcap.
+    NarrowDecodeSoftcap,
     /// Sums over GPUs that read each other's memory.
     AllReduce,
 }
 
 /// What `#include` may name.
-pub(crate) const HEADERS: [(&str, &str); 4] = [
+pub(crate) const HEADERS: [(&str, &str); 6] = [
     ("common.cuh", include_str!("../../kernels/common.cuh")),
+    ("narrow.cuh", include_str!("../../kernels/narrow.cuh")),
     ("rows.cuh", include_str!("../../kernels/rows.cuh")),
+    ("split.cuh", include_str!("../../kernels/split.cuh")),
     ("tables.cuh", include_str!("../../kernels/tables.cuh")),
     ("wgmma.cuh", include_str!("../../kernels/wgmma.cuh")),
 ];
 
 impl Source {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 18] = [
         Self::Append,
         Self::Decode,
+        Self::Narrow,
+        Self::NarrowDecode,
         Self::Tile,
         Self::Wgmma,
         Self::Influence,
@@ -62,6 +72,7 @@ impl Source {
         Self::DecodeSoftcap,
         Self::TileSoftcap,
         Self::WgmmaSoftcap,
+        Self::NarrowDecodeSoftcap,
         Self::AllReduce,
     ];
 
@@ -70,6 +81,8 @@ impl Source {
         match self {
             Self::Append => "append.cu",
             Self::Decode => "decode.cu",
+            Self::Narrow => "narrow.cu",
+            Self::NarrowDecode => "narrow_decode.cu",
             Self::Tile => "tile.cu",
             Self::Wgmma => "wgmma.cu",
             Self::Influence => "influence.cu",
@@ -82,6 +95,7 @@ impl Source {
             Self::DecodeSoftcap => "decode.cu-softcap",
             Self::TileSoftcap => "tile.cu-softcap",
             Self::WgmmaSoftcap => "wgmma.cu-softcap",
+            Self::NarrowDecodeSoftcap => "narrow_decode.cu-softcap",
             Self::AllReduce => "all_reduce.cu",
         }
     }
@@ -93,19 +107,25 @@ impl Source {
             Self::Wgmma | Self::WgmmaSoftcap => {
                 architecture.has_wgmma() && matches!(head_dim, 64 | 128)
             }
-            _ => self.is_attention() || head_dim == HEAD_DIMS[0],
+            _ => self.is_attention() || self.is_narrow() || head_dim == HEAD_DIMS[0],
         }
     }
 
     /// Whether it is part of attention, so one of [`Kernels`](crate::Kernels).
     pub(crate) fn is_attention(self) -> bool {
         matches!(self, Self::Append | Self::Decode | Self::Tile | Self::Wgmma | Self::Influence)
-            || self.has_softcap()
+            || matches!(self, Self::DecodeSoftcap | Self::TileSoftcap | Self::WgmmaSoftcap)
     }
 
     /// Whether it is compiled for scores with a softcap.
     pub(crate) fn has_softcap(self) -> bool {
-        matches!(self, Self::DecodeSoftcap | Self::TileSoftcap | Self::WgmmaSoftcap)
+        matches!(
+            self,
+            Self::DecodeSoftcap
+                | Self::TileSoftcap
+                | Self::WgmmaSoftcap
+                | Self::NarrowDecodeSoftcap
+        )
     }
 
     /// The same for scores with a softcap; sources that compute no scores of `extend` are the same with and without.
@@ -114,14 +134,24 @@ impl Source {
             Self::Decode => Self::DecodeSoftcap,
             Self::Tile => Self::TileSoftcap,
             Self::Wgmma => Self::WgmmaSoftcap,
+            Self::NarrowDecode => Self::NarrowDecodeSoftcap,
             other => other,
         }
+    }
+
+    /// Whether it is part of attention over narrow heads.
+    pub(crate) fn is_narrow(self) -> bool {
+        matches!(self, Self::Narrow | Self::NarrowDecode | Self::NarrowDecodeSoftcap)
     }
 
     pub(crate) fn text(self) -> &'static str {
         match self {
             Self::Append => include_str!("../../kernels/append.cu"),
             Self::Decode | Self::DecodeSoftcap => include_str!("../../kernels/decode.cu"),
+            Self::Narrow => include_str!("../../kernels/narrow.cu"),
+            Self::NarrowDecode | Self::NarrowDecodeSoftcap => {
+                include_str!("../../kernels/narrow_decode.cu")
+            }
             Self::Tile | Self::TileSoftcap => include_str!("../../kernels/tile.cu"),
             Self::Wgmma | Self::WgmmaSoftcap => include_str!("../../kernels/wgmma.cu"),
             Self::Influence => include_str!("../../kernels/influence.cu"),

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
-use moa_core::{HeadRow, LayerLayout};
+use moa_core::{CacheType, HeadRow, LayerLayout, RowType};
+
+use crate::{Error, Result};
 
 /// Address of device memory, 0 for none.
 pub type DevicePointer = u64;
@@ -50,6 +52,22 @@ pub struct SequenceRow {
     pub committed: i32,
     /// Warp-group kernel, 1: some tiles are shared between blocks, and `merge_tiles` follows.
     pub split: i32,
+}
+
+/// Where one KV head of one sequence keeps codes and scales, in bytes from [`SequenceRow::k`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Zeroable, Pod)]
+pub struct NarrowRow {
+    /// Codes of keys, a row for each slot.
+    pub k: u64,
+    /// Codes of values.
+    pub v: u64,
+    /// bf16 pairs `[slots, 2]`: scales of a slot's key and value.
+    pub scales: u64,
+    /// 1: int8, 2: fp8, 3: k8v4, 4: int4, 0: a head of 16-bit rows.
+    pub kind: i32,
+    /// Unused.
+    pub padding: i32,
 }
 
 /// Arguments of the attention kernels.
@@ -106,6 +124,10 @@ pub struct ExtendArgs {
     pub softcap: f32,
     /// Unused.
     pub padding: i32,
+    /// Added to the addresses of cached keys and values: where copies of narrow heads lie, or 0.
+    pub base: DevicePointer,
+    /// Kernels of narrow heads: [`NarrowRow`]s, `[sequences, kv_heads]`.
+    pub narrow: DevicePointer,
 }
 
 /// Arguments of `append`.
@@ -138,10 +160,42 @@ pub struct AppendArgs {
     pub kv_heads: i32,
     /// 1: rotate pairs (2i, 2i + 1) instead of (i, i + head_dim / 2).
     pub interleaved: i32,
-    /// 1: write keys and values into the caches.
+    /// Write keys and values into the caches: 1 of plain heads, 2 of narrow ones.
     pub commit: i32,
     /// Unused.
     pub padding: i32,
+    /// `append_narrow`: [`NarrowRow`]s, `[sequences, kv_heads]`.
+    pub narrow: DevicePointer,
+    /// [`HeadRow`]s of copies in 16 bits, `[sequences, kv_heads]`.
+    pub wide_heads: DevicePointer,
+    /// Where copies of new keys of narrow heads go, `[slots, head_dim]`, or 0.
+    pub wide_k: DevicePointer,
+    /// Where copies of new values go.
+    pub wide_v: DevicePointer,
+}
+
+/// Arguments of `widen`: copies of what new tokens see of narrow heads.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct WidenArgs {
+    /// [`SequenceRow`]s.
+    pub sequences: DevicePointer,
+    /// [`HeadRow`]s, `[sequences, kv_heads]`.
+    pub heads: DevicePointer,
+    /// [`NarrowRow`]s, `[sequences, kv_heads]`.
+    pub narrow: DevicePointer,
+    /// [`HeadRow`]s of the copies, `[sequences, kv_heads]`.
+    pub wide_heads: DevicePointer,
+    /// i32 `[sequences]`: tokens cached before this call.
+    pub lens: DevicePointer,
+    /// Copies of keys, `[slots, head_dim]`.
+    pub wide_k: DevicePointer,
+    /// Copies of values.
+    pub wide_v: DevicePointer,
+    /// Sequences.
+    pub num_sequences: i32,
+    /// KV heads.
+    pub kv_heads: i32,
 }
 
 /// Arguments of `influence`: one sequence under causal attention.
@@ -181,24 +235,199 @@ const _: () = {
     assert!(size_of::<Packed>() == 24);
     assert!(size_of::<SequenceRow>() == 40);
     assert!(size_of::<HeadRow>() == 20);
-    assert!(size_of::<ExtendArgs>() == 216);
-    assert!(size_of::<AppendArgs>() == 176);
+    assert!(size_of::<NarrowRow>() == 32);
+    assert!(size_of::<ExtendArgs>() == 232);
+    assert!(size_of::<AppendArgs>() == 208);
+    assert!(size_of::<WidenArgs>() == 64);
 };
 
 /// A layout as the kernels read it, made once per cache; forks share it.
+///
+/// Memory holds keys of all plain heads, their values, then codes of keys of all narrow heads, of values, and their
+/// scales. Rows of codes are multiples of 16 bytes in all head dimensions that there are kernels for.
 #[derive(Debug)]
 pub(crate) struct Geometry {
     pub(crate) layout: Arc<LayerLayout>,
+    pub(crate) head_dim: usize,
+    /// Offsets of plain heads count slots of plain heads.
     pub(crate) rows: Vec<[u32; HeadRow::WORDS]>,
-    /// KV heads, those with the most slots first: they take longest.
-    pub(crate) widest_first: Vec<i32>,
+    /// Of each head, if one of them is narrow.
+    pub(crate) narrow_rows: Vec<NarrowRow>,
+    /// Heads of 16-bit rows, those with the most slots first: they take longest.
+    pub(crate) plain: Vec<i32>,
+    /// The other heads, in the same order.
+    pub(crate) narrow: Vec<i32>,
+    /// Bytes of plain heads' keys.
+    pub(crate) plain_key_bytes: u64,
+    /// Bytes of the whole.
+    pub(crate) bytes: u64,
+    /// Bytes of each head's slot: of keys, of values, and of scales.
+    pub(crate) slot_bytes: Vec<[u64; 3]>,
 }
 
 impl Geometry {
-    pub(crate) fn new(layout: LayerLayout) -> moa_core::Result<Self> {
-        let rows = layout.head_rows()?.iter().map(HeadRow::words).collect();
-        let mut widest_first: Vec<i32> = (0..layout.heads().len() as i32).collect();
-        widest_first.sort_by_key(|&head| std::cmp::Reverse(layout.head(head as usize).slots()));
-        Ok(Self { layout: Arc::new(layout), rows, widest_first })
+    /// Heads whose type the layout does not say have `own`.
+    pub(crate) fn new(layout: LayerLayout, own: CacheType, head_dim: usize) -> Result<Self> {
+        let kinds: Vec<i32> = layout
+            .heads()
+            .iter()
+            .map(|head| kind_of(head.cache_type().unwrap_or(own)))
+            .collect::<Result<_>>()?;
+        let slot_bytes: Vec<[u64; 3]> = layout
+            .heads()
+            .iter()
+            .map(|head| {
+                let own = head.cache_type().unwrap_or(own);
+                let codes = |row: RowType| row.code_bytes(head_dim) as u64;
+                let scales =
+                    if own.keys().is_narrow() { 2 * RowType::SCALE_BYTES as u64 } else { 0 };
+                [codes(own.keys()), codes(own.values()), scales]
+            })
+            .collect();
+        let mut rows: Vec<[u32; HeadRow::WORDS]> =
+            layout.head_rows()?.iter().map(HeadRow::words).collect();
+        let slots = |head: i32| layout.head(head as usize).slots() as u64;
+        let mut widest_first: Vec<i32> = (0..kinds.len() as i32).collect();
+        let (plain, narrow): (Vec<_>, Vec<_>) =
+            widest_first.iter().copied().partition(|&head| kinds[head as usize] == 0);
+        let mut next = 0;
+        for &head in &plain {
+            // No more slots than the layout has, which fit.
+            rows[head as usize][0] = next as u32;
+            next += slots(head);
+        }
+        let bytes =
+            |head: i32, part: usize| slots(head).saturating_mul(slot_bytes[head as usize][part]);
+        let sum = |heads: &[i32], part| {
+            heads.iter().fold(0u64, |n, &head| n.saturating_add(bytes(head, part)))
+        };
+        let plain_key_bytes = sum(&plain, 0);
+        let mut at = plain_key_bytes.saturating_mul(2);
+        let mut narrow_rows = match narrow.is_empty() {
+            true => Vec::new(),
+            false => vec![NarrowRow::default(); kinds.len()],
+        };
+        for part in 0..3 {
+            for &head in &narrow {
+                let row = &mut narrow_rows[head as usize];
+                row.kind = kinds[head as usize];
+                *[&mut row.k, &mut row.v, &mut row.scales][part] = at;
+                at = at.saturating_add(bytes(head, part));
+            }
+        }
+        let order =
+            |heads: &mut Vec<i32>| heads.sort_by_key(|&head| std::cmp::Reverse(slots(head)));
+        order(&mut widest_first);
+        let (plain, narrow) = widest_first.iter().partition(|&&head| kinds[head as usize] == 0);
+        Ok(Self {
+            head_dim,
+            rows,
+            narrow_rows,
+            plain,
+            narrow,
+            plain_key_bytes,
+            bytes: at,
+            slot_bytes,
+            layout: Arc::new(layout),
+        })
+    }
+
+    /// Bytes that hold the first `written` slots of each head, neighbours joined.
+    pub(crate) fn written(&self, written: usize) -> Vec<std::ops::Range<u64>> {
+        let mut ranges = Vec::new();
+        for (head, layout) in self.layout.heads().iter().enumerate() {
+            let slots = layout.slots().min(written) as u64;
+            let [keys, values, scales] = self.slot_bytes[head].map(|bytes| slots * bytes);
+            match self.narrow_rows.get(head).filter(|row| row.kind != 0) {
+                Some(row) => {
+                    ranges.extend([
+                        row.k..row.k + keys,
+                        row.v..row.v + values,
+                        row.scales..row.scales + scales,
+                    ]);
+                }
+                None => {
+                    let at = u64::from(self.rows[head][0]) * self.slot_bytes[head][0];
+                    let values_at = self.plain_key_bytes + at;
+                    ranges.extend([at..at + keys, values_at..values_at + values]);
+                }
+            }
+        }
+        ranges.retain(|range| !range.is_empty());
+        ranges.sort_by_key(|range| range.start);
+        ranges.dedup_by(|next, last| {
+            let joins = last.end == next.start;
+            if joins {
+                last.end = next.end;
+            }
+            joins
+        });
+        ranges
+    }
+}
+
+/// The kernels' number of a type.
+fn kind_of(own: CacheType) -> Result<i32> {
+    match own {
+        CacheType::F16 | CacheType::Bf16 => Ok(0),
+        CacheType::Int8 => Ok(1),
+        CacheType::Fp8 => Ok(2),
+        CacheType::K8V4 => Ok(3),
+        CacheType::Int4 => Ok(4),
+        cache_type => {
+            let error = moa_core::Error::CacheType { backend: "cuda", cache_type, head: None };
+            Err(Error::from(error))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use moa_core::Span;
+
+    use super::*;
+
+    /// Every byte belongs to one part of one head, and codes begin at multiples of 16.
+    #[test]
+    fn heads_of_all_types_fill_their_memory_without_gaps() {
+        let spans = [(0, 40), (3, 9), (4, 90), (0, 1), (0, 17), (64, 900)];
+        let spans = spans.map(|(sink, window)| Span::new(sink, window).unwrap());
+        let types = [
+            None,
+            Some(CacheType::Int8),
+            Some(CacheType::K8V4),
+            Some(CacheType::Bf16),
+            Some(CacheType::Int4),
+            Some(CacheType::Fp8),
+        ];
+        for own in [CacheType::Bf16, CacheType::Int4] {
+            for dim in crate::HEAD_DIMS {
+                let layout = LayerLayout::new(&spans, 100, 2).unwrap();
+                let layout = layout.with_cache_types(&types).unwrap();
+                let geometry = Geometry::new(layout.clone(), own, dim).unwrap();
+                assert_eq!(geometry.bytes, layout.bytes(dim, own.slot_bytes(dim)));
+                let all = 0..geometry.bytes;
+                assert_eq!(geometry.written(100), std::slice::from_ref(&all));
+                let parts = geometry.written(1);
+                let bytes = |own: CacheType| own.slot_bytes(dim);
+                let all = types.iter().map(|head| bytes(head.unwrap_or(own))).sum::<u64>();
+                assert_eq!(parts.iter().map(|part| part.end - part.start).sum::<u64>(), all);
+                for row in &geometry.narrow_rows {
+                    assert_eq!((row.k % 16, row.v % 16, row.scales % 4), (0, 0, 0));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_cache_of_one_type_is_keys_and_then_values() {
+        let spans = [Span::full(10), Span::new(0, 4).unwrap()];
+        let layout = LayerLayout::new(&spans, 10, 0).unwrap();
+        let geometry = Geometry::new(layout, CacheType::F16, 64).unwrap();
+        assert!(geometry.narrow_rows.is_empty() && geometry.narrow.is_empty());
+        assert_eq!((geometry.plain_key_bytes, geometry.bytes), (14 * 128, 14 * 256));
+        assert_eq!(geometry.rows.iter().map(|row| row[0]).collect::<Vec<_>>(), [0, 10]);
+        // Four slots of 128 bytes of each; the second head's keys are followed by the first one's values.
+        assert_eq!(geometry.written(4), [0..512, 1280..2304, 3072..3584]);
     }
 }

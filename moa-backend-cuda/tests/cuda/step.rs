@@ -7,7 +7,7 @@ use cudarc::driver::{CudaContext, CudaStream, result, sys};
 use moa_backend_cuda::tables::Packed;
 use moa_backend_cuda::{Batch, Cache, Dtype, Rope, Step, Tensor, Tensors, Workspace};
 use moa_conformance::{Subject, Trial, Verdict, World, close, trials};
-use moa_core::{Append, ExtendInputs, SparseAttentionBackend};
+use moa_core::{Append, CacheType, ExtendInputs, SparseAttentionBackend};
 
 use super::Cuda;
 
@@ -54,13 +54,22 @@ fn angle(position: usize, i: usize, dim: usize) -> f64 {
 }
 
 fn rope_in_the_append_equals_rope_before_it() -> Verdict {
-    for (dtype, dim, interleaved) in
-        [(Dtype::F16, 64, false), (Dtype::Bf16, 128, true), (Dtype::F16, 96, true)]
-    {
+    let (int8, k8v4) = (Some(CacheType::Int8), Some(CacheType::K8V4));
+    for (dtype, dim, interleaved, types) in [
+        (Dtype::F16, 64, false, vec![]),
+        (Dtype::Bf16, 128, true, vec![]),
+        (Dtype::F16, 96, true, vec![]),
+        (Dtype::F16, 64, false, vec![None, int8]),
+        (Dtype::F16, 128, true, vec![int8, k8v4]),
+        (Dtype::F16, 96, false, vec![k8v4, None]),
+    ] {
         let cuda = Cuda::new(dtype)?;
         let device = cuda.0.device();
         // Wrapped rings, so that some chunks are written before attention and some after.
-        let world = World::new(8, 2, dim, &[(0, 400), (4, 50)], 300);
+        let is_narrow = !types.is_empty();
+        let world = World { types, ..World::new(8, 2, dim, &[(0, 400), (4, 50)], 300) };
+        // A code may turn out one larger where what it rounds differs by its last bit.
+        let same = if is_narrow { 0.05 } else { cuda.same() };
         let rounded = |x: Vec<f32>| x.iter().map(|&x| cuda.round(x)).collect::<Vec<_>>();
         let (q, k, v) = (rounded(world.q()), rounded(world.k()), rounded(world.v()));
         let table: Vec<f32> = (0..300 * dim / 2)
@@ -111,7 +120,7 @@ fn rope_in_the_append_equals_rope_before_it() -> Verdict {
             let inputs = ExtendInputs::new(&q, &k, &v, world.scale());
             let batch = &mut [Append { cache: &mut plain, tokens }];
             let expected = cuda.0.extend(batch, &inputs).unwrap().out;
-            close(&out.to_f32().unwrap(), &expected.to_f32().unwrap(), cuda.same());
+            close(&out.to_f32().unwrap(), &expected.to_f32().unwrap(), same);
             close(&q_rotated.to_f32().unwrap(), &q.to_f32().unwrap(), cuda.same());
             at += tokens;
         }
@@ -120,7 +129,15 @@ fn rope_in_the_append_equals_rope_before_it() -> Verdict {
 }
 
 fn a_captured_step_replays_while_its_sequences_grow() -> Verdict {
-    for (dtype, tokens) in [(Dtype::F16, 1), (Dtype::Bf16, 2)] {
+    let narrow = [Some(CacheType::Int8), Some(CacheType::Int4)];
+    for (dtype, tokens, types) in [
+        (Dtype::F16, 1, vec![]),
+        (Dtype::Bf16, 2, vec![]),
+        (Dtype::F16, 1, narrow.to_vec()),
+        (Dtype::Bf16, 2, vec![Some(CacheType::Fp8), None]),
+        // Too many rows for codes: copies in 16 bits.
+        (Dtype::Bf16, 5, narrow.to_vec()),
+    ] {
         let cuda = Cuda::new(dtype)?;
         let device = cuda.0.device();
         // Two sequences that reach the next split, and wrap, while the step is replayed.
@@ -128,6 +145,7 @@ fn a_captured_step_replays_while_its_sequences_grow() -> Verdict {
         let replays = 30;
         let worlds = [1, 2].map(|seed| World {
             seed,
+            types: types.clone(),
             ..World::new(8, 2, 128, &[(0, 1000), (4, 505)], 500 + replays * tokens)
         });
         let open = || {

@@ -401,6 +401,7 @@ struct Own {
 impl Own {
     /// From a unit's shares of all scores to their weights, the output rescaled alike. `first` is the number of
     /// the row's first key.
+    #[allow(clippy::too_many_arguments)]
     fn softmax(
         &mut self,
         scores: &mut Array<f32>,

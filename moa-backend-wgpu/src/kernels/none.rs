@@ -17,6 +17,7 @@ pub(crate) fn holds_none<N: Size>(x: Vector<f32, N>) -> bool {
 
 /// Whether one of `count` vectors from `first` on does.
 #[cube]
+#[allow(clippy::assign_op_pattern)]
 pub(crate) fn holds_none_of<N: Size>(
     all: &Array<Vector<f32, N>>,
     #[comptime] first: usize,

@@ -255,6 +255,7 @@ struct Source {
 #[cube]
 impl Source {
     /// Four elements of the row at a position.
+    #[allow(clippy::manual_is_multiple_of)]
     fn four(
         &self,
         new: &[Words],

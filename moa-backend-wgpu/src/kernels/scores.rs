@@ -35,6 +35,7 @@ pub(crate) fn capped(score: f32, cap: f32, #[comptime] has_cap: bool) -> f32 {
 /// Brings each query head's sink to finished rows `[tokens, query_heads, dim]` and their log-sum-exps. A cube for each
 /// row.
 #[cube(launch_unchecked)]
+#[allow(clippy::manual_clamp)]
 pub(crate) fn add_sinks(
     out: &mut [f32],
     lse: &mut [f32],

@@ -12,6 +12,7 @@ mod file;
 mod fp8;
 mod laws;
 mod logits;
+mod narrow;
 mod profile;
 mod ranks;
 mod text;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
         fp8::trials(),
         laws::trials(),
         logits::trials(),
+        narrow::trials(),
         profile::trials(),
         ranks::trials(),
         text::trials(),

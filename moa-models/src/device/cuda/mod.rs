@@ -13,7 +13,7 @@ use moa_backend_cuda::{
     BlockType, BlockWeight, Cache, CudaBackend, Device as Gpu, Dtype, Indices, Operations, Tensor,
     Turns,
 };
-use moa_core::CacheState;
+use moa_core::{CacheState, CacheType};
 
 use crate::checkpoint::mapped::MappedTensor;
 use crate::device::replay::{Replay, ReplayBatch};
@@ -54,6 +54,25 @@ impl Cuda {
             operations: Operations::new(&device, dtype)?,
             fp8_weights: false,
         })
+    }
+
+    /// On device `ordinal` with KV caches of this type, a [`Dtype`] or a [`CacheType`]. Activations have it too, or are
+    /// bf16 where it is narrow.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn open(ordinal: usize, cache: impl Into<CacheType>) -> Result<Self> {
+        let cache = cache.into();
+        Self::new(ordinal, cache.dtype().unwrap_or(Dtype::Bf16))?.with_cache_type(cache)
+    }
+
+    /// With KV caches of this type where a plan does not choose one for a head.
+    ///
+    /// # Errors
+    /// [`Error::Core`] with [`CacheType`](moa_core::Error::CacheType) if it is another wide type than that of
+    /// activations.
+    pub fn with_cache_type(self, cache: CacheType) -> Result<Self> {
+        Ok(Self { attention: self.attention.with_cache_type(cache)?, ..self })
     }
 
     /// Rounds the weights of linear layers, but not the output matrix, to 8-bit floats (e4m3) with a
@@ -118,7 +137,7 @@ impl Device for Cuda {
     }
 
     fn saved_cache_type(&self) -> Option<String> {
-        Some(format!("cuda {}", self.dtype()))
+        Some(format!("cuda {}", self.attention.cache_type()))
     }
 
     fn save_cache(&self, cache: &Cache) -> Result<Vec<u8>> {
