@@ -13,13 +13,15 @@ pub(crate) fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
 #[inline(always)]
 pub(crate) fn tanh_half<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let one = simd.splat_f32s(1.0);
-    // 1 from there on. In this order a NaN stays a NaN on x86.
+    // A minimum loses a NaN where there is no SIMD.
+    let (is_number, of) = (simd.equal_f32s(x, x), x);
+    // 1 from there on.
     let x = simd.min_f32s(simd.splat_f32s(64.0), x);
     let Parts { slope, fraction, power } = Parts::new(simd, x);
     // Small numbers are not lost beside a 1: where the power is 1, nothing is added to them.
     let growth = simd.mul_f32s(slope, fraction);
     let t = simd.mul_add_e_f32s(power, growth, simd.sub_f32s(power, one));
-    simd.div_f32s(t, simd.add_f32s(t, simd.splat_f32s(2.0)))
+    simd.select_f32s(is_number, simd.div_f32s(t, simd.add_f32s(t, simd.splat_f32s(2.0))), of)
 }
 
 /// `2^x` as `power * (1 + slope * fraction)`.
