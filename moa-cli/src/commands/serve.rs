@@ -6,7 +6,7 @@ use moa_models::Checkpoint;
 use moa_server::{Server, ServerOptions};
 use serde_json::json;
 
-use crate::args::{Device, ModelArg, PlanArgs, parse_count, parse_size};
+use crate::args::{ModelArg, PlanArgs, parse_count, parse_size};
 use crate::error::{Error, Result};
 use crate::model::{self, Reopen, on_device};
 use crate::output::{Context, bytes};
@@ -52,7 +52,7 @@ pub(crate) struct Args {
     /// Keys and values kept of ended requests, for others that begin alike; 0 for none [default: 256MiB]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     prefix_cache: Option<u64>,
-    /// The same in host memory, where it goes from there; 0 for none [default: four times as much on GPUs, none on the CPU]
+    /// The same in host memory, where it goes from a GPU's: all requests wait for each copy [default: none]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     prefix_host: Option<u64>,
     /// Most sequences that run together [default: 64]
@@ -95,18 +95,11 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    fn options(&self, device: &Device) -> ServerOptions {
+    fn options(&self) -> ServerOptions {
         tracing::debug!("configuration file: {:?}", self.config);
         let default = ServerOptions::default();
         let seconds = |given: Option<usize>, default: Duration| {
             given.map_or(default, |seconds| Duration::from_secs(seconds as u64))
-        };
-        let prefix_cache = self.prefix_cache.unwrap_or(default.prefix_cache);
-        let prefix_host = match device {
-            // The caches are in host memory already.
-            Device::Cpu => 0,
-            #[cfg(any(feature = "cuda", feature = "wgpu"))]
-            _ => prefix_cache.saturating_mul(4),
         };
         ServerOptions {
             address: SocketAddr::new(self.host, self.port),
@@ -114,8 +107,8 @@ impl Args {
             api_keys: self.api_key.clone(),
             cors_origins: self.cors.clone(),
             kv_memory: self.kv_memory.unwrap_or(default.kv_memory),
-            prefix_cache,
-            prefix_host: self.prefix_host.unwrap_or(prefix_host),
+            prefix_cache: self.prefix_cache.unwrap_or(default.prefix_cache),
+            prefix_host: self.prefix_host.unwrap_or(default.prefix_host),
             max_batch: self.max_batch.unwrap_or(default.max_batch),
             prefill_chunk: self.prefill_chunk.unwrap_or(default.prefill_chunk),
             speculation: self.speculate.speculation(),
@@ -147,7 +140,7 @@ fn serve<D: Reopen>(args: &Args, mut model: Checkpoint<D>, context: &Context) ->
     args.speculate.apply(&mut model, args.plan.any_weights, context)?;
     let chosen = model::choose_plan(&args.plan, &model)?;
     let limit = model.model.config().context_length();
-    let options = args.options(&context.device);
+    let options = args.options();
     let memory = options.kv_memory;
     let longest = options.max_context.map_or(limit, |most| most.min(limit));
     let server = Server::bind(model, chosen.plan, options)?;
