@@ -84,7 +84,8 @@ extern "C" __global__ void __launch_bounds__(256)
             float p = 0, d = 0, influence = 0;
             if (j >= first_key && j <= query) {
                 const bool is_top = j == key;
-                const float e = is_top ? 1.0f : exp2_fast(scores[j] * scale - most);
+                // 1 of the largest, unless that is no number.
+                const float e = exp2_fast(scores[j] * scale - most);
                 const float lead = is_top ? top_lead : top_lead + (top_gain - gains[j]);
                 p = e * inverse;
                 d = -p * lead * args.scale;

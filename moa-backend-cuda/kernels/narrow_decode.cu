@@ -332,8 +332,13 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
         if (__any_sync(~0u, grows)) {
             u32 largest_scale = 0;
 #pragma unroll
-            for (int m = 0; m < KEY_TILES; m++)
-                largest_scale = max(largest_scale, max(__float_as_uint(v_scale[m][0]), __float_as_uint(v_scale[m][1])));
+            for (int m = 0; m < KEY_TILES; m++) {
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const u32 bits = magnitude(v_scale[m][h]);
+                    largest_scale = max(largest_scale, is_none(bits) ? 0 : bits);
+                }
+            }
             const u32 before = most;
             most = max(most, __reduce_max_sync(~0u, largest_scale) >> 23);
             const float shrink = exp2_fast((float)(int)(before - most));
@@ -373,7 +378,8 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
                     const float y = exp2_fast(scores[m][n][2 * h + 1] - top[n][1]);
                     sum[n][0] += x;
                     sum[n][1] += y;
-                    p[n][h] = transpose_halves(pack_halves(x * weight, y * weight));
+                    // A value that is hidden may be no number.
+                    p[n][h] = transpose_halves(pack_halves(x == 0 ? 0 : x * weight, y == 0 ? 0 : y * weight));
                 }
             }
             if (VALUE == INT4) {

@@ -27,7 +27,7 @@ pub(crate) fn softcap_and_sinks_equal_the_reference<S: Subject>(s: &S) -> Verdic
 fn equals_the_reference<S: Subject>(s: &S, capped: bool, has_sinks: bool) -> Verdict {
     offered(s, capped, has_sinks)?;
     let softcaps = proptest::sample::select(&SOFTCAPS);
-    check(24, (chunked_worlds(s), softcaps, any::<bool>()), |((world, chunks), cap, typed)| {
+    check(12, (chunked_worlds(s), softcaps, any::<bool>()), |((world, chunks), cap, typed)| {
         let world = World { softcap: capped.then_some(cap), has_sinks, ..world };
         let world = if typed { world.of_types(s) } else { world };
         let (most, same) = match s.typed_tolerance() {

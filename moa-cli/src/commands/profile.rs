@@ -59,7 +59,9 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         .reads(&args.style.template)
         .writes("--out", &args.out)?;
     let data = calibration::load(&args.data.data)?;
-    on_model!(context, &args.model, None, |model, context| with_model(args, &data, model, context))
+    on_model!(context, &args.model, None::<&str>, |model, context| with_model(
+        args, &data, model, context
+    ))
 }
 
 fn with_model<D: Backward>(

@@ -185,7 +185,7 @@ fn divergence_on_text_falls_as_spans_grow_and_bounds_the_search() -> Result<()> 
         let text_goal = TextGoal::Weight(1.0);
         let evidence =
             Evidence { items: &texts, texts: &texts, text_goal, held_out: &BTreeMap::new() };
-        Ok(refine(model, evidence, &[plan], &request, &profile, 0, &mut ())?.divergence)
+        Ok(refine(model, evidence, &[plan], &request, &profile, 0, &mut ())?.start_divergence)
     };
     let (narrow, wide, all) = (measured(24)?, measured(128)?, measured(LENGTH)?);
     assert!(narrow > wide && wide > 0.0 && all.abs() < 1e-9, "{narrow} {wide} {all}");
