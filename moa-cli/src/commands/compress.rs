@@ -98,7 +98,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let types = cache_types(context);
     let cache = if types == CacheTypes::Device { context.cache } else { CacheType::Bf16 };
     let context = &context.with_cache(cache);
-    on_model!(context, &args.model, None::<&str>, |model, context| with_model(
+    on_model!(context, &args.model, None::<&std::path::Path>, |model, context| with_model(
         args,
         (&data, profile.as_ref()),
         types,

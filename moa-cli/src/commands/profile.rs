@@ -59,7 +59,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         .reads(&args.style.template)
         .writes("--out", &args.out)?;
     let data = calibration::load(&args.data.data)?;
-    on_model!(context, &args.model, None::<&str>, |model, context| with_model(
+    on_model!(context, &args.model, None::<&std::path::Path>, |model, context| with_model(
         args, &data, model, context
     ))
 }

@@ -297,10 +297,11 @@ impl Communicator<Cuda> for NcclRank {
     fn all_reduce(&self, device: &Cuda, x: &mut Tensor) -> Result<()> {
         let joined = self.connected(device)?;
         self.counts();
-        Ok(match self.small(&joined, x) {
+        match self.small(&joined, x) {
             Some(peers) => peers.all_reduce(x)?,
             None => joined.nccl.all_reduce(x)?,
-        })
+        }
+        Ok(())
     }
 
     fn all_reduce_norm(
