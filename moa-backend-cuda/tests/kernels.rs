@@ -77,9 +77,9 @@ fn look(job: &Job, path: &Path) -> Found {
     // What does not fit into registers goes to the stack, in local memory. Heads of 256 and Blackwell
     // are for completeness, and may spill a few words outside the inner loops.
     let hot = variant.head_dim < 256 && architecture.major < 10;
-    // Products of blocks keep an address or two there, which a record reads back once.
+    // Products of blocks, and decode from narrow rows, keep an address or two there, which are read back once a record.
     let allowed = match (hot, source) {
-        (true, Source::Blocks) => 32,
+        (true, Source::Blocks | Source::NarrowDecode) => 32,
         // A softcap's tanh takes registers that plain scores leave free.
         (_, Source::WgmmaSoftcap | Source::NarrowDecodeSoftcap) => 128,
         // 16 rows of 256 elements fill all registers of a thread.
