@@ -290,11 +290,10 @@ fn a_gpu_that_hangs_or_fails_ends_the_other_within_seconds() -> Verdict {
                 assert!(number == 1 || begin.elapsed() < 3 * PATIENCE, "{:?}", begin.elapsed());
                 Err::<(), _>(error)
             });
-            let is_expected = match (&ended, hangs) {
-                (Err(Error::RankSilent { rank: 1, .. }), true) => true,
-                (Err(Error::Cancelled), false) => true,
-                _ => false,
-            };
+            let is_expected = matches!(
+                (&ended, hangs),
+                (Err(Error::RankSilent { rank: 1, .. }), true) | (Err(Error::Cancelled), false)
+            );
             assert!(is_expected, "hangs: {hangs}, {steps} steps: {ended:?}");
         }
     }
