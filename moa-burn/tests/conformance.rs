@@ -77,6 +77,7 @@ impl Subject for Burn {
     fn tensor(&self, data: &[f32], shape: &[usize]) -> DispatchTensor {
         let data = TensorData::new(data.to_vec(), shape.to_vec());
         match shape.len() {
+            1 => Tensor::<1>::from_data(data, &self.device).into_dispatch(),
             2 => Tensor::<2>::from_data(data, &self.device).into_dispatch(),
             _ => Tensor::<3>::from_data(data, &self.device).into_dispatch(),
         }

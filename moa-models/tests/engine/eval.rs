@@ -214,12 +214,14 @@ fn divergence_on_text_falls_as_spans_grow_and_bounds_the_search() -> Result<()> 
     assert_eq!((same.divergence, same.growth), (same.limit_divergence, same.limit_growth));
     let narrow = Plan::uniform(model.shape(), 4, ElasticRule::fixed(24))?;
     // Items without a far dependency: nothing but text speaks against the narrow plan.
-    let of = |evaluations| -> Result<_> {
+    let of = |evaluations, request: &PlanRequest| -> Result<_> {
         let starts = [narrow.clone()];
-        let found = refine(model, evidence, &starts, &request, &profile, evaluations, &mut ())?;
+        let found = refine(model, evidence, &starts, request, &profile, evaluations, &mut ())?;
         Ok(found.held_out.unwrap())
     };
-    let (before, after) = (of(0)?, of(24)?);
+    // A budget that is larger than the plan would stretch it before anything is measured.
+    let own = PlanRequest::density(narrow.density(LENGTH), &[LENGTH], 4, 20)?;
+    let (before, after) = (of(0, &own)?, of(24, &request)?);
     assert!(before.divergence > same.limit_divergence, "{before:?}");
     assert!(after.divergence < before.divergence, "{before:?} {after:?}");
     Ok(())
