@@ -1,6 +1,6 @@
 //! Prefill, decode and influence, with what the machine can do at most measured beside them.
 //!
-//! `cargo bench -p moa-backend-cpu --bench extend`; `RAYON_NUM_THREADS` sets the threads.
+//! `cargo bench -p moa-benches --bench extend`; `RAYON_NUM_THREADS` sets the threads.
 
 use criterion::{
     BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,

@@ -1,7 +1,7 @@
 //! Plan search at the sizes of 70B (80 x 8 KV heads), 7B (32 x 32) and 13B (40 x 40) models: 99
 //! rules, 3 lengths, 4 bounds. Prints gap and peak memory of each instance, then times it.
 //!
-//! `cargo bench -p moa-core --bench search` (append `-- --test` to run each instance once)
+//! `cargo bench -p moa-benches --bench search` (append `-- --test` to run each instance once)
 
 use std::hint::black_box;
 

@@ -62,7 +62,7 @@ const F16_CACHE: [&str; 5] = [
     "rows_that_hold_no_numbers_reach_no_query_that_does_not_see_them",
 ];
 
-const MATRIX_UNITS: [&str; 13] = [
+const MATRIX_UNITS: [&str; 14] = [
     "output_equals_the_reference",
     "chunking_does_not_change_output",
     "batch_composition_does_not_change_output",
@@ -76,14 +76,16 @@ const MATRIX_UNITS: [&str; 13] = [
     "trap_07_length_equal_to_window",
     "trap_12_result_does_not_depend_on_the_batch",
     "rows_that_hold_no_numbers_reach_no_query_that_does_not_see_them",
+    "softcap_and_sinks_equal_the_reference",
 ];
 
-const EMULATED: [&str; 5] = [
+const EMULATED: [&str; 6] = [
     "output_equals_the_reference",
     "chunking_does_not_change_output",
     "trap_01_window_counts_the_query_itself",
     "trap_02_chunk_sees_keys_that_it_pushes_out",
     "rows_that_hold_no_numbers_reach_no_query_that_does_not_see_them",
+    "softcap_and_sinks_equal_the_reference",
 ];
 
 const NARROW: [&str; 8] = [

@@ -1,8 +1,9 @@
 //! moa's attention on burn's tensors against the conformance suite and burn's own attention.
 //!
 //! Without a GPU trials are ignored; with `MOA_REQUIRE_WGPU=1` they fail then. A software Vulkan driver is a GPU.
+//! Built with the feature `cuda`, `MOA_BURN_CUDA=1` runs them on the first CUDA device.
 
-#[path = "../examples/llama/block.rs"]
+#[path = "../examples/llama_block/block.rs"]
 mod block;
 
 use std::process::ExitCode;
@@ -44,10 +45,7 @@ impl Burn {
     fn open() -> Result<Self, Stop> {
         static ALONE: Mutex<()> = Mutex::new(());
         let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-        // It says what is missing, where burn panics.
-        moa_backend_wgpu::Device::open()
-            .map_err(|error| Stop::unless_required("MOA_REQUIRE_WGPU", error))?;
-        let device = Device::wgpu(Default::default());
+        let device = device()?;
         let attention = SparseAttention::new(&device, DType::F32).unwrap();
         Ok(Self { attention, device, _alone })
     }
@@ -106,6 +104,17 @@ impl Subject for Burn {
             _ => None,
         }
     }
+}
+
+fn device() -> Result<Device, Stop> {
+    #[cfg(feature = "cuda")]
+    if std::env::var_os("MOA_BURN_CUDA").is_some() {
+        return Ok(Device::cuda(0));
+    }
+    // It says what is missing, where burn panics.
+    moa_backend_wgpu::Device::open()
+        .map_err(|error| Stop::unless_required("MOA_REQUIRE_WGPU", error))?;
+    Ok(Device::wgpu(Default::default()))
 }
 
 fn worst<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> f32 {

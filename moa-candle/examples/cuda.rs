@@ -2,7 +2,7 @@
 //! tensors in, nothing copied, all on candle's stream.
 //!
 //! ```sh
-//! cd moa-candle && CUDA_COMPUTE_CAP=90 cargo run --release --features cuda --example cuda
+//! CUDA_COMPUTE_CAP=90 cargo run --release -p moa-candle --features cuda --example cuda
 //! ```
 //!
 //! Needs a GPU, and the CUDA toolkit to build candle's kernels (`nvcc` on `PATH`).

@@ -150,13 +150,8 @@ impl Road {
                 let tensors = Tensors { q, k, v, out, lse: 0, scale, sinks, rope: None };
                 let counts = vec![tokens; caches.len()];
                 let shared: Vec<&moa_backend_cuda::Cache> = caches.iter().map(|c| &**c).collect();
-                let batch = Batch {
-                    caches: &shared,
-                    tokens: &counts,
-                    query_heads,
-                    grows: false,
-                    softcap,
-                };
+                let batch =
+                    Batch { caches: &shared, tokens: &counts, query_heads, grows: false, softcap };
                 let raw = stream.cu_stream().cast();
                 // SAFETY: all of this is on candle's stream, in order with candle's work. Caches were opened
                 // before a synchronisation, and they, the step and the workspace are freed after one.

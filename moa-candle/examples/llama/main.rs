@@ -2,7 +2,7 @@
 //! same weights: greedy tokens must be the same and logits agree, and seconds say what attention costs.
 //!
 //! ```sh
-//! cd moa-candle && cargo run --release --example llama -- ../assets/moa-tiny [PLAN.json] [TOKENS]
+//! cargo run --release -p moa-candle --example llama -- assets/moa-tiny [PLAN.json] [TOKENS]
 //! ```
 
 mod model;

@@ -2,7 +2,7 @@
 //! a plan of a quarter of the cache.
 //!
 //! ```sh
-//! cd moa-burn && cargo run --release --example llama -- [TOKENS]
+//! cargo run --release -p moa-burn --example llama_block -- [TOKENS]
 //! ```
 //!
 //! On any GPU, also Mesa's software driver.
