@@ -38,7 +38,7 @@ fn main() -> Result<()> {
     #[cfg(not(feature = "cuda"))]
     let device = Device::default();
     println!("{device:?}; microseconds of a call, the best of {ROUNDS} times {CALLS}");
-    for dtype in [FloatDType::F32, FloatDType::F16] {
+    for dtype in [FloatDType::F16, FloatDType::F32] {
         if !device.supports_dtype(dtype.into()) {
             println!("{dtype:?}: not on this device");
             continue;
@@ -68,29 +68,25 @@ fn row(device: &Device, dtype: FloatDType, tokens: usize) -> Result<()> {
         let options = AttentionModuleOptions { scale: None, softcap: None, is_causal };
         attention(q.clone(), all_k.clone(), all_v.clone(), None, None, options)
     };
-    let mut expected = None;
-    let burn_prompt = time(device, || {
-        expected = Some(burns(&q, true));
-        Ok(())
-    })?;
-    let burn_step = time(device, || {
-        drop(burns(&q1, false));
-        Ok(())
-    })?;
-    let expected = expected.ok_or("no call")?.cast(FloatDType::F32);
-
     println!("{dtype:?}, {tokens} tokens:");
-    println!("  burn            prompt {burn_prompt:>9.0}         step {burn_step:>7.0}");
     let caches = if dtype == FloatDType::F16 { DType::F16 } else { DType::F32 };
     let ours = SparseAttention::new(device, caches)?;
     let scale = 1. / (head_dim as f32).sqrt();
     let quarter = Plan::uniform(SHAPE, 64, ElasticRule::new(0.0, 0.25)?)?;
-    for (name, plan) in [("dense", Plan::full(SHAPE)?), ("quarter", quarter)] {
-        let mut cache = ours.open(&plan, tokens + (ROUNDS + 2) * CALLS)?.remove(0);
-        let mut out = None;
+    let mut times = Vec::new();
+    let mut outputs = Vec::new();
+    for (name, plan) in [("quarter", quarter), ("dense", Plan::full(SHAPE)?)] {
+        let mut cache = ours.open(&plan, tokens + (ROUNDS + 1) * CALLS)?.remove(0);
         let prompt = time(device, || {
             cache.reset();
-            out = Some(ours.forward(&mut [&mut cache], q.clone(), k.clone(), v.clone(), scale)?);
+            outputs.truncate(0);
+            outputs.push(ours.forward(
+                &mut [&mut cache],
+                q.clone(),
+                k.clone(),
+                v.clone(),
+                scale,
+            )?);
             Ok(())
         })?;
         let step = time(device, || {
@@ -98,19 +94,32 @@ fn row(device: &Device, dtype: FloatDType, tokens: usize) -> Result<()> {
             drop(ours.forward(&mut [&mut cache], q, k, v, scale)?);
             Ok(())
         })?;
-        let [faster, step_faster] = [burn_prompt / prompt, burn_step / step];
-        print!(
-            "  moa, {name:<10} prompt {prompt:>9.0} {faster:>6.2}x step {step:>7.0} {step_faster:>6.2}x"
-        );
-        if name == "dense" {
-            let out = out.ok_or("no call")?.cast(FloatDType::F32);
-            let difference = (out - expected.clone()).abs().max().into_scalar::<f32>();
-            print!("   difference {difference:.1e}");
-            if difference.is_nan() | (difference > 2e-2) {
-                return Err(format!("expected burn's output within 2e-2, got {difference}").into());
-            }
-        }
-        println!();
+        println!("  moa, {name:<8} prompt {prompt:>9.0}   step {step:>7.0}");
+        times.push([prompt, step]);
+    }
+    // The dense output, of which burn's is the measure.
+    let expected = outputs.pop().ok_or("no call")?;
+    let mut difference = f32::NAN;
+    let prompt = time(device, || {
+        outputs = vec![burns(&q, true)];
+        Ok(())
+    })?;
+    if let Some(out) = outputs.pop() {
+        let apart = out.cast(FloatDType::F32) - expected.cast(FloatDType::F32);
+        difference = apart.abs().max().into_scalar::<f32>();
+    }
+    let step = time(device, || {
+        drop(burns(&q1, false));
+        Ok(())
+    })?;
+    let [quarter, dense] = [0, 1].map(|i| [prompt / times[i][0], step / times[i][1]]);
+    println!(
+        "  burn          prompt {prompt:>9.0}   step {step:>7.0}   outputs apart by {difference:.1e}\n  \
+         times burn's speed, prompt: dense {:.2}x, quarter {:.2}x; step: {:.2}x, {:.2}x",
+        dense[0], quarter[0], dense[1], quarter[1]
+    );
+    if difference.is_nan() | (difference > 2e-2) {
+        return Err(format!("expected burn's output within 2e-2, got {difference}").into());
     }
     Ok(())
 }
