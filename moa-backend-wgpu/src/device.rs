@@ -4,6 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, OnceLock};
 
 use cubecl::client::Client;
+use cubecl::future::block_on;
 use cubecl::ir::features::Plane;
 use cubecl::ir::{ElemType, FloatKind};
 use cubecl::server::{Handle, ServerError};
@@ -226,15 +227,29 @@ impl Device {
         handle: &Handle,
     ) -> Result<impl Deref<Target = [u8]>> {
         self.alive(op)?;
-        let read = |handle| self.asked(|client| client.read_one(handle));
-        read(handle.clone()).map_err(|message| {
-            // A failure may be of one buffer. A device that does not give back what it was just given is lost, of
-            // which CubeCL knows only after wgpu has found the time to tell it.
-            if let Err(message) = read(self.client.create_from_slice(&[0; 4])) {
-                let _ = self.lost.set(message);
-            }
-            self.alive(op).err().unwrap_or(Error::Device { op, message })
-        })
+        let read = self.asked(|client| client.read_one(handle.clone()));
+        read.map_err(|message| self.failed(op, message))
+    }
+
+    /// Waits for all that was queued.
+    ///
+    /// # Errors
+    /// [`Error::Device`] and [`Error::Lost`].
+    pub fn synchronize(&self) -> Result<()> {
+        const OP: &str = "synchronize";
+        self.alive(OP)?;
+        let done = self.asked(|client| block_on(client.sync()));
+        done.map_err(|message| self.failed(OP, message))
+    }
+
+    /// A failure may be of one buffer. A device that does not give back what it was just given is lost, of which CubeCL
+    /// knows only after wgpu has found the time to tell it.
+    fn failed(&self, op: &'static str, message: String) -> Error {
+        let given = self.client.create_from_slice(&[0; 4]);
+        if let Err(message) = self.asked(|client| client.read_one(given)) {
+            let _ = self.lost.set(message);
+        }
+        self.alive(op).err().unwrap_or(Error::Device { op, message })
     }
 
     /// Asks CubeCL for what it waits for. Its own thread panics where wgpu refuses something, which a device that is

@@ -59,6 +59,7 @@ fn calls_on_a_lost_device(device: &Device, own: &wgpu::Device, told: bool) {
         Ok(attention.extend(&mut [Append { cache, tokens: 3 }], &inputs)?.out)
     };
     let out = extend(&mut cache).unwrap();
+    device.synchronize().unwrap();
     assert_eq!(out.to_vec().unwrap(), [0.5; 24]);
 
     own.destroy();
@@ -73,6 +74,7 @@ fn calls_on_a_lost_device(device: &Device, own: &wgpu::Device, told: bool) {
     };
     lost("the first call that waits", after.to_vec().map(drop));
     lost("to_vec", after.to_vec().map(drop));
+    lost("synchronize", device.synchronize());
     lost("to_bytes", cache.to_bytes().map(drop));
     lost("extend", extend(&mut cache).map(drop));
     assert_eq!(cache.as_ref().len(), len, "a refused call changes nothing");

@@ -178,7 +178,7 @@ mod tests {
         ] {
             let (matrix, expected) = read(name, packing)?;
             assert_eq!(matrix.blocks(), blocks, "{name}");
-            let found = matrix.to_f32();
+            let found = matrix.to_f32()?;
             let errors = found.iter().zip(&expected).map(|(a, b)| (a - b).abs());
             let error = errors.fold(0.0, f32::max);
             assert!(error <= most, "{name} {error}");

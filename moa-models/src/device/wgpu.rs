@@ -103,6 +103,10 @@ impl Device for Wgpu {
     fn values(&self, x: Tensor) -> Result<Vec<f32>> {
         Ok(x.to_vec()?)
     }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(self.gpu().synchronize()?)
+    }
 }
 
 impl Load for Wgpu {
