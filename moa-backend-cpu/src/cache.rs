@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use moa_core::{CacheState, CacheType, HeadLayout, LayerLayout};
 
 use crate::element::{Fp8, Int4, Int8, RowElement};
-use crate::zeroed::zeroed;
+use crate::zeroed::{refill, zeroed};
 use crate::{Error, Result};
 
 /// Keys and values of one sequence in one layer, laid out as its [`LayerLayout`] says.
@@ -53,13 +53,20 @@ impl<E: RowElement> Rows<E> {
         (size_of_val(&codes[..]) + size_of_val(&scales[..])) as u64
     }
 
+    /// Bytes of a row, its scale included.
+    pub(crate) fn row_bytes(&self, dim: usize) -> usize {
+        E::units(dim) * size_of::<E>() + scales::<E>(1) * size_of::<u16>()
+    }
+
     /// Room for so many staged rows.
-    pub(crate) fn stage(&mut self, tokens: usize, dim: usize) -> &mut Stretch<E> {
-        self.staged.codes.clear();
-        self.staged.codes.resize(tokens * E::units(dim), E::zeroed());
-        self.staged.scales.clear();
-        self.staged.scales.resize(scales::<E>(tokens), 0);
-        &mut self.staged
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]; what is cached stays.
+    pub(crate) fn stage(&mut self, tokens: usize, dim: usize) -> Result<&mut Stretch<E>> {
+        const WHAT: &str = "new keys and values";
+        refill(&mut self.staged.codes, tokens * E::units(dim), WHAT)?;
+        refill(&mut self.staged.scales, scales::<E>(tokens), WHAT)?;
+        Ok(&mut self.staged)
     }
 
     /// Copies staged rows, from this token on, to slots.

@@ -2,7 +2,7 @@
 
 use moa_core::{CacheState, CacheType, HeadLayout};
 
-use crate::cache::{Cache, Rows, with_store};
+use crate::cache::{Cache, Rows, Store, with_store};
 use crate::element::RowElement;
 use crate::{Error, Result};
 
@@ -10,7 +10,10 @@ impl Cache {
     /// The bytes of all slots that were written since the cache was empty: for each KV head its keys, then its
     /// values, each of them as elements or codes, then their scales where the type has any, in this machine's order
     /// of bytes. [`from_bytes`](Self::from_bytes) makes the cache of them.
-    pub fn to_bytes(&self) -> Vec<u8> {
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
         fn add<E: RowElement>(rows: &Rows<E>, slots: usize, dim: usize, bytes: &mut Vec<u8>) {
             let scales = slots.min(rows.cached.scales.len());
             bytes.extend_from_slice(bytemuck::cast_slice(
@@ -19,6 +22,14 @@ impl Cache {
             bytes.extend_from_slice(bytemuck::cast_slice(&rows.cached.scales[..scales]));
         }
         let (mut bytes, dim) = (Vec::new(), self.state.head_dim());
+        let written_bytes = |(kv_head, store): (usize, &Store)| {
+            let row =
+                with_store!(store, pair => pair.keys.row_bytes(dim) + pair.values.row_bytes(dim));
+            written(&self.state, kv_head) * row
+        };
+        let len: usize = self.heads.iter().enumerate().map(written_bytes).sum();
+        let shortage = |_| Error::OutOfMemory { what: "a saved cache", bytes: len as u64 };
+        bytes.try_reserve_exact(len).map_err(shortage)?;
         for (kv_head, store) in self.heads.iter().enumerate() {
             let slots = written(&self.state, kv_head);
             with_store!(store, pair => {
@@ -26,7 +37,7 @@ impl Cache {
                 add(&pair.values, slots, dim, &mut bytes);
             });
         }
-        bytes
+        Ok(bytes)
     }
 
     /// A cache in this state, of [these bytes](Self::to_bytes). Heads whose type the layout does not say have

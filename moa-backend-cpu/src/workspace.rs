@@ -2,7 +2,9 @@ use std::cell::RefCell;
 
 use pulp::{Simd, WithSimd};
 
+use crate::Result;
 use crate::simd::dispatch;
+use crate::zeroed::zeroed;
 
 /// Scratch memory of one thread, kept between calls. Parts are handed out once per task and hold
 /// whatever the last task left there.
@@ -66,16 +68,21 @@ impl Workspace {
     }
 
     /// Buffers of the given lengths, each of which begins with a line of near memory.
-    pub(crate) fn parts<const N: usize>(&mut self, lens: [usize; N]) -> [&mut [f32]; N] {
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    pub(crate) fn parts<const N: usize>(&mut self, lens: [usize; N]) -> Result<[&mut [f32]; N]> {
         let total = lens.iter().map(|len| len.div_ceil(LINE)).sum();
         if self.buffer.len() < total {
-            self.buffer.resize(total, Line::default());
+            // Nothing in it is worth a copy.
+            self.buffer = Vec::new();
+            self.buffer = zeroed(total, "scratch memory")?;
         }
         let mut rest = &mut self.buffer[..];
-        lens.map(|len| {
+        Ok(lens.map(|len| {
             let (part, tail) = std::mem::take(&mut rest).split_at_mut(len.div_ceil(LINE));
             rest = tail;
             &mut bytemuck::cast_slice_mut(part)[..len]
-        })
+        }))
     }
 }

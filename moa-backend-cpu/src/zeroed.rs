@@ -4,6 +4,22 @@ use bytemuck::Zeroable;
 
 use crate::{Error, Result};
 
+/// Makes a buffer so many zeros, in the memory that it has where that is enough.
+///
+/// # Errors
+/// [`Error::OutOfMemory`]; the buffer is empty then.
+pub(crate) fn refill<T: Zeroable + Copy>(
+    to: &mut Vec<T>,
+    len: usize,
+    what: &'static str,
+) -> Result<()> {
+    to.clear();
+    let bytes = (len as u64).saturating_mul(size_of::<T>() as u64);
+    to.try_reserve(len).map_err(|_| Error::OutOfMemory { what, bytes })?;
+    to.resize(len, T::zeroed());
+    Ok(())
+}
+
 /// `len` zeros, straight from the system so that pages nobody touches never become resident, and
 /// with an error instead of an abort when there is no memory.
 pub(crate) fn zeroed<T: Zeroable>(len: usize, what: &'static str) -> Result<Vec<T>> {

@@ -9,7 +9,8 @@ use crate::{Cache, Device, Error, MatrixUnits, Result, Tensor, influence};
 /// Attention on one GPU.
 ///
 /// Tensors and arithmetic are f32, caches what was asked for, or what a layout says for each head. Calls return when their kernels are queued, and
-/// [`Tensor::to_vec`] waits for them; what goes wrong on the device is reported there too.
+/// [`Tensor::to_vec`] waits for them; what goes wrong on the device is reported there too. A device that is lost is
+/// [`Error::Lost`] of the first call that waits for it, and of every call after that.
 #[derive(Clone, Debug)]
 pub struct WgpuBackend {
     device: Device,

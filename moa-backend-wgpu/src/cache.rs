@@ -196,14 +196,13 @@ impl Cache {
     /// [`WgpuBackend::restore`](crate::WgpuBackend::restore) makes the cache of them.
     ///
     /// # Errors
-    /// [`Error::Device`], also for what went wrong in an earlier kernel.
+    /// [`Error::Device`], also for what went wrong in an earlier kernel; [`Error::Lost`].
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
         for (store, group) in self.stores.iter().zip(self.groups()) {
             let [keys, values] = self.written_words(group, &self.state);
             for (from, ranges) in [(&store.keys, keys), (&store.values, values)] {
-                let read = self.device.client().read_one(from.clone());
-                let read = read.map_err(Error::device("to_bytes"))?;
+                let read = self.device.read("to_bytes", from)?;
                 ranges.into_iter().for_each(|range| bytes.extend_from_slice(&read[range]));
             }
         }
@@ -223,7 +222,11 @@ impl Cache {
         for ((store, group), [keys, values]) in self.stores.iter().zip(self.groups()).zip(written) {
             let keys = (&store.keys, group.key_words, keys);
             for (to, words, ranges) in [keys, (&store.values, group.value_words, values)] {
-                let mut all = vec![0u8; 4 * words];
+                let what = "saved keys and values";
+                let mut all: Vec<u8> = Vec::new();
+                all.try_reserve_exact(4 * words)
+                    .map_err(|_| Error::OutOfMemory { what, bytes: 4 * words as u64 })?;
+                all.resize(4 * words, 0);
                 for range in ranges {
                     let (own, others) = rest.split_at(range.len());
                     all[range].copy_from_slice(own);

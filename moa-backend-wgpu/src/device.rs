@@ -1,10 +1,13 @@
 use std::fmt;
-use std::sync::OnceLock;
+use std::ops::Deref;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, OnceLock};
 
 use cubecl::client::Client;
+use cubecl::future::block_on;
 use cubecl::ir::features::Plane;
 use cubecl::ir::{ElemType, FloatKind};
-use cubecl::server::Handle;
+use cubecl::server::{Handle, ServerError};
 use cubecl::wgpu::{
     AutoGraphicsApi, RuntimeOptions, WgpuDevice, WgpuInitError, WgpuRuntime, WgpuSetup,
     WgslCompiler, try_init_device, try_init_setup, wgpu::Features,
@@ -24,6 +27,8 @@ pub struct Device {
     converts_f16: bool,
     /// Whether cooperative matrices that CubeCL lists can be compiled and used.
     matrix_units: bool,
+    /// What was said when the device was found lost. All clones know of it.
+    lost: Arc<OnceLock<String>>,
 }
 
 /// Units of a cube in kernels without tiles.
@@ -129,7 +134,8 @@ impl Device {
         let f16 = ElemType::Float(FloatKind::F16);
         let converts_f16 =
             client.name() == "wgpu<spirv>" && features.supports_type(f16) && !refused;
-        Self { client, plane_units, converts_f16, matrix_units: !refused }
+        let lost = Arc::default();
+        Self { client, plane_units, converts_f16, matrix_units: !refused, lost }
     }
 
     /// An NVIDIA GPU, counted from 0, over CUDA in place of wgpu: for GPUs that `moa-backend-cuda` does not know.
@@ -188,8 +194,8 @@ impl Device {
         self.client.properties().memory.max_page_size.min(u64::from(u32::MAX))
     }
 
-    /// Room for `elements`, of unspecified content. Memory that cannot be had is reported by
-    /// [`Device::check`] or when something is read.
+    /// Room for `elements`, of unspecified content, on a device that is not known to be lost. Memory that cannot be
+    /// had is reported by [`Device::check`] or when something is read.
     pub(crate) fn alloc(
         &self,
         what: &'static str,
@@ -201,7 +207,61 @@ impl Device {
         if bytes > limit {
             return Err(Error::TooLarge { what, bytes, limit });
         }
+        self.alive(what)?;
         Ok(self.client.empty(bytes as usize))
+    }
+
+    /// Fails once the device is known to be lost. All that brings something to the device, or makes room on it, asks
+    /// first: what is queued on a lost device comes to nothing, and CubeCL does not say so.
+    pub(crate) fn alive(&self, op: &'static str) -> Result<()> {
+        match self.lost.get() {
+            Some(message) => Err(Error::Lost { op, message: message.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// What a buffer holds, once the device has computed it.
+    pub(crate) fn read(
+        &self,
+        op: &'static str,
+        handle: &Handle,
+    ) -> Result<impl Deref<Target = [u8]>> {
+        self.alive(op)?;
+        let read = self.asked(|client| client.read_one(handle.clone()));
+        read.map_err(|message| self.failed(op, message))
+    }
+
+    /// Waits for all that was queued.
+    ///
+    /// # Errors
+    /// [`Error::Device`] and [`Error::Lost`].
+    pub fn synchronize(&self) -> Result<()> {
+        const OP: &str = "synchronize";
+        self.alive(OP)?;
+        let done = self.asked(|client| block_on(client.sync()));
+        done.map_err(|message| self.failed(OP, message))
+    }
+
+    /// A failure may be of one buffer. A device that does not give back what it was just given is lost, of which CubeCL
+    /// knows only after wgpu has found the time to tell it.
+    fn failed(&self, op: &'static str, message: String) -> Error {
+        let given = self.client.create_from_slice(&[0; 4]);
+        if let Err(message) = self.asked(|client| client.read_one(given)) {
+            let _ = self.lost.set(message);
+        }
+        self.alive(op).err().unwrap_or(Error::Device { op, message })
+    }
+
+    /// Asks CubeCL for what it waits for. Its own thread panics where wgpu refuses something, which a device that is
+    /// lost does with all, and the panic comes out of the call that waits.
+    fn asked<T>(&self, call: impl FnOnce(&Client) -> Result<T, ServerError>) -> Result<T, String> {
+        match catch_unwind(AssertUnwindSafe(|| call(&self.client))) {
+            Ok(answer) => answer.map_err(|error| error.to_string()),
+            Err(panic) => Err(match panic.downcast::<String>() {
+                Ok(message) => *message,
+                Err(_) => "wgpu failed".to_string(),
+            }),
+        }
     }
 
     /// Allocates outside of CubeCL's pools, which look through all they hold for each later allocation.
@@ -245,7 +305,8 @@ impl Device {
 
     /// Whether buffers were allocated and what should have written them was launched.
     pub(crate) fn check(&self, op: &'static str, handles: &[&Handle]) -> Result<()> {
-        self.client.check(handles.iter().copied()).map_err(Error::device(op))
+        self.alive(op)?;
+        self.asked(|client| client.check(handles.iter().copied())).map_err(Error::device(op))
     }
 
     /// Cubes for a kernel of one unit per element.

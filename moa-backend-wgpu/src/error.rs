@@ -20,13 +20,30 @@ pub enum Error {
         /// The device's limit for one buffer.
         limit: u64,
     },
+    /// The memory could not be had on the host.
+    #[error("cannot allocate {bytes} bytes for {what}")]
+    OutOfMemory {
+        /// What the memory was for.
+        what: &'static str,
+        /// How much was asked for.
+        bytes: u64,
+    },
     /// There is no device, or it refused to be opened.
     #[error("no GPU: {message}")]
     NoDevice {
         /// What was found instead.
         message: String,
     },
-    /// The device failed: out of memory, a kernel refused, the device lost.
+    /// The device was lost: reset by its driver, unplugged, destroyed. Nothing on it can be had back, and every
+    /// later call says so too.
+    #[error("{op}: the device is lost: {message}")]
+    Lost {
+        /// What was attempted.
+        op: &'static str,
+        /// CubeCL's text when it was noticed.
+        message: String,
+    },
+    /// The device failed: out of memory, a kernel refused.
     #[error("{op}: the device failed: {message}")]
     Device {
         /// What was attempted; the failure may be of an earlier operation.

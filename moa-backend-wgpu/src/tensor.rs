@@ -17,7 +17,7 @@ impl Tensor {
     ///
     /// # Errors
     /// [`Error::Argument`] unless there are 1 to 3 axes whose product is `data.len()`;
-    /// [`Error::TooLarge`].
+    /// [`Error::TooLarge`], [`Error::Lost`].
     pub fn new(device: &Device, data: &[f32], shape: &[usize]) -> Result<Self> {
         const OP: &str = "Tensor::new";
         let (padded, len) = check(OP, shape)?;
@@ -31,6 +31,7 @@ impl Tensor {
         }
         // An empty buffer is none: one element stands for it.
         let data = if data.is_empty() { &[0.0] } else { data };
+        device.alive(OP)?;
         let handle = device.client().create_from_slice(bytemuck::cast_slice(data));
         Ok(Self { device: device.clone(), handle, shape: padded, axes: shape.len() })
     }
@@ -64,10 +65,9 @@ impl Tensor {
     /// All elements, copied to the host once the device has computed them.
     ///
     /// # Errors
-    /// [`Error::Device`], also for what went wrong in an earlier kernel.
+    /// [`Error::Device`], also for what went wrong in an earlier kernel; [`Error::Lost`].
     pub fn to_vec(&self) -> Result<Vec<f32>> {
-        let read = self.device.client().read_one(self.handle.clone());
-        let bytes = read.map_err(Error::device("Tensor::to_vec"))?;
+        let bytes = self.device.read("Tensor::to_vec", &self.handle)?;
         let elements = bytes.chunks_exact(4).take(self.len());
         Ok(elements.map(bytemuck::pod_read_unaligned).collect())
     }

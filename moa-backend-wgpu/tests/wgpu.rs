@@ -4,11 +4,13 @@
 //! is a GPU. Trials run one at a time: such a driver uses all cores itself.
 
 mod gpu;
+mod lost;
 
 use std::process::ExitCode;
 use std::sync::MutexGuard;
 
 use half::{bf16, f16};
+use lost::a_lost_device_is_an_error;
 use moa_backend_wgpu::{Dtype, Error, MAX_HEAD_DIM, MatrixUnits, Tensor, WgpuBackend};
 use moa_conformance::{
     Entry, Stop, Subject, Verdict, World, batch, close, error, part, run, suite, trials,
@@ -49,6 +51,7 @@ fn main() -> ExitCode {
             every_error_variant_says_what_came,
             reset_forgets_everything,
             decode_seconds_are_measured,
+            a_lost_device_is_an_error,
         ],
     ];
     run(suites.into_iter().flatten())

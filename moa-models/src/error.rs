@@ -464,8 +464,12 @@ impl From<moa_backend_cuda::Error> for Error {
 #[cfg(feature = "wgpu")]
 impl From<moa_backend_wgpu::Error> for Error {
     fn from(source: moa_backend_wgpu::Error) -> Self {
+        use moa_backend_wgpu::Error::{Core, OutOfMemory};
         match source {
-            moa_backend_wgpu::Error::Core(error) => error.into(),
+            Core(error) => error.into(),
+            OutOfMemory { what, bytes } => {
+                Self::OutOfMemory { what, bytes: Some(bytes), free: None }
+            }
             other => Self::Backend(Box::new(other)),
         }
     }

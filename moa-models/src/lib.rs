@@ -54,6 +54,7 @@ mod eval;
 mod evict;
 mod families;
 mod find_plan;
+mod memory;
 mod progress;
 
 pub use any::{AnyChatSession, AnyCheckpoint, AnyEngine, DeviceName};

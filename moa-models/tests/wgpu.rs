@@ -11,12 +11,14 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use moa_backend_wgpu::Device as Gpu;
+use moa_backend_wgpu::cubecl::future::block_on;
+use moa_backend_wgpu::cubecl::wgpu::{WgpuSetup, wgpu};
+use moa_backend_wgpu::{Device as Gpu, Error as WgpuError};
 use moa_conformance::{Stop, Verdict, trials};
 use moa_core::{CacheType, ElasticRule, HeadRule, Influence, ModelShape, Plan, Span};
 use moa_models::{
-    Backward, Checkpoint, Cpu, Decoder, Dtype, EngineOptions, GenerateOptions, Item, LogitRows,
-    Math, ModelConfig, Objective, Weights, Wgpu,
+    Backward, Checkpoint, Cpu, Decoder, Dtype, EngineOptions, Error, Event, GenerateOptions, Item,
+    LogitRows, Math, ModelConfig, Objective, Weights, Wgpu,
 };
 
 fn main() -> ExitCode {
@@ -28,6 +30,7 @@ fn main() -> ExitCode {
         influence_equals_that_of_the_cpu,
         families_give_what_the_cpu_gives,
         blocks_give_what_the_cpu_gives,
+        a_lost_gpu_fails_the_requests_that_run_and_all_later_ones,
     ])
 }
 
@@ -264,5 +267,60 @@ fn families_give_what_the_cpu_gives() -> Verdict {
             }
         }
     }
+    Ok(())
+}
+
+/// A GPU that nothing else uses, and wgpu's handle of it.
+fn own_device() -> Result<(Gpu, wgpu::Device), Stop> {
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
+    let adapter = block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default()))?;
+    let required_limits = adapter.limits();
+    let wanted = wgpu::DeviceDescriptor { required_limits, ..Default::default() };
+    let (device, queue) = block_on(adapter.request_device(&wanted))?;
+    let (backend, own) = (adapter.get_info().backend, device.clone());
+    Ok((Gpu::from_setup(WgpuSetup { instance, adapter, device, queue, backend })?, own))
+}
+
+fn is_lost(error: &Error) -> bool {
+    let Error::Backend(source) = error else { return false };
+    matches!(source.downcast_ref(), Some(WgpuError::Lost { .. }))
+}
+
+/// No step panics, hangs or chooses tokens from what was never computed.
+fn a_lost_gpu_fails_the_requests_that_run_and_all_later_ones() -> Verdict {
+    // For the lock, and for the reason if there is none.
+    let (_, _alone) = device()?;
+    let (gpu, own) = own_device()?;
+    let checkpoint = Checkpoint::open(Wgpu::new(&gpu, Dtype::F32), moa_tiny())?;
+    let model = &checkpoint.model;
+    let plan = Plan::full(model.shape())?;
+    let mut sequence = model.open(&plan, 64, 0)?;
+    // One token at a time: few kernels to compile.
+    model.forward(&mut [&mut sequence], &[&[5]], LogitRows::Last)?;
+    let eos_token_ids = Some(Vec::new());
+    let options = GenerateOptions { max_new_tokens: 40, eos_token_ids, ..Default::default() };
+    let mut engine = checkpoint.engine(EngineOptions::default());
+    let first = engine.submit(vec![5], &plan, options.clone());
+    while !matches!(engine.step()?, Some(Event::Text { .. })) {}
+
+    own.destroy();
+    let error = (0..40).find_map(|_| engine.step().err()).unwrap();
+    assert!(is_lost(&error), "{error}");
+    let failed = engine.step()?;
+    assert!(matches!(failed, Some(Event::Failed { id, error: Error::Step { .. } }) if id == first));
+    // One that comes later fails at once.
+    engine.submit(vec![6], &plan, options);
+    let error = match engine.step() {
+        Err(error) | Ok(Some(Event::Failed { error, .. })) => error,
+        other => panic!("{other:?}"),
+    };
+    assert!(is_lost(&error), "{error}");
+    let len = sequence.len();
+    for _ in 0..2 {
+        let error = model.forward(&mut [&mut sequence], &[&[8]], LogitRows::Last).err().unwrap();
+        assert!(is_lost(&error), "{error}");
+        assert_eq!(sequence.len(), len);
+    }
+    assert!(is_lost(&model.offload(&sequence).unwrap_err()) && model.fork(&sequence).is_err());
     Ok(())
 }

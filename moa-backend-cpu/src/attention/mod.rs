@@ -30,9 +30,9 @@ pub(crate) fn extend(
         true => Some(Tensor::zeros(&[shape.tokens, shape.query_heads])?),
         false => None,
     };
-    stage::stage(batch, &shape, inputs.k.data(), inputs.v.data());
+    stage::stage(batch, &shape, inputs.k.data(), inputs.v.data())?;
     let states = batch.iter().map(|append| (&append.cache.state, append.tokens));
-    let schedule = schedule::schedule(states, shape.group(), shape.head_dim);
+    let schedule = schedule::schedule(states, shape.group(), shape.head_dim)?;
     let tokens = batch.iter().map(|append| append.tokens);
     let call = Call {
         first: tokens.scan(0, |next, n| Some(std::mem::replace(next, *next + n))).collect(),
@@ -77,14 +77,14 @@ impl Call<'_> {
             crate::zeroed::zeroed(partial_len, "partial attention results")?;
         {
             let partials = SharedMut::new(&mut partials);
-            pool::for_each(schedule.tasks.len(), schedule.work, |i| {
+            pool::try_for_each(schedule.tasks.len(), schedule.work, |i| {
                 let task = &schedule.tasks[i];
                 let cache = &*self.batch[task.sequence].cache;
                 let store = &cache.heads[task.kv_head];
                 let sources: [&dyn HeadRows; 2] =
                     with_store!(store, pair => [&pair.keys, &pair.values]);
-                self.task(task, &cache.state, sources, &row_heads, &partials);
-            });
+                self.task(task, &cache.state, sources, &row_heads, &partials)
+            })?;
         }
         for row_head in &row_heads {
             self.merge(row_head, &partials);
@@ -120,8 +120,8 @@ impl Call<'_> {
         sources: [&dyn HeadRows; 2],
         row_heads: &[RowHead],
         partials: &SharedMut<'_, f32>,
-    ) {
-        let &Task { sequence, kv_head, ref kind } = task;
+    ) -> Result<()> {
+        let &Task { sequence, kv_head, ref kind, .. } = task;
         let AttentionShape { query_heads, head_dim, .. } = *self.shape;
         let group = self.shape.group();
         let head: &HeadLayout = state.layout().head(kv_head);
@@ -146,7 +146,7 @@ impl Call<'_> {
             }),
             Kind::Row { keys: split } => {
                 let same = |r: &&RowHead| r.sequence == sequence && r.kv_head == kv_head;
-                let Some(row_head) = row_heads.iter().find(same) else { return };
+                let Some(row_head) = row_heads.iter().find(same) else { return Ok(()) };
                 let len = self.split_len(sequence);
                 let start = row_head.start + split.start / schedule::SPLIT_KEYS * len;
                 workspace::run(row::RowTask {
@@ -162,7 +162,7 @@ impl Call<'_> {
                     rule: self.rule,
                     // SAFETY: each split has a place of its own.
                     partial: unsafe { partials.slice(start, len) },
-                });
+                })
             }
         }
     }

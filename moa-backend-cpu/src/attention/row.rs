@@ -10,6 +10,7 @@ use super::keys::{Segment, Source, segments};
 use super::schedule::SPLIT_KEYS;
 use super::scores::{Rule, Total};
 use super::tile::NOTHING;
+use crate::Result;
 use crate::simd::dot::Queries;
 use crate::simd::exp2::exp2;
 use crate::simd::outer::LANES;
@@ -45,16 +46,16 @@ fn padded(dim: usize) -> usize {
 }
 
 impl workspace::Task for RowTask<'_> {
-    type Output = ();
+    type Output = Result<()>;
 
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S, workspace: &mut Workspace) {
+    fn run<S: Simd>(self, simd: S, workspace: &mut Workspace) -> Result<()> {
         let (dim, wide, group) = (self.keys.dim, padded(self.keys.dim), self.group);
         let is_whole = whole::is_used(self.keys.rows.row_type(), dim);
         // Two codes of 16 bits to an f32, of an even head dimension.
         let codes = if is_whole { group * dim / 2 } else { 0 };
         let [q, scores, codes, steps, sums] =
-            workspace.parts([group * wide, group * SPLIT_KEYS, codes, group, group]);
+            workspace.parts([group * wide, group * SPLIT_KEYS, codes, group, group])?;
         let codes: &mut [i16] = bytemuck::cast_slice_mut(codes);
         let sums: &mut [i32] = bytemuck::cast_slice_mut(sums);
         for token in 0..self.tokens {
@@ -96,6 +97,7 @@ impl workspace::Task for RowTask<'_> {
                 self.values.rows.add_weighted(part, group, weights, out);
             }
         }
+        Ok(())
     }
 }
 

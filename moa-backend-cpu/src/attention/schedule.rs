@@ -1,8 +1,10 @@
+use std::cmp::Reverse;
 use std::ops::Range;
 
 use moa_core::{CacheState, HeadLayout};
 
 use crate::simd::outer::PANEL;
+use crate::{Error, Result};
 
 /// Tokens per task of the tile kernel, given the chunk's: as many as fill up to four register panels
 /// with the rows of the group's query heads. More panels read the same keys more often from near
@@ -35,6 +37,8 @@ pub(crate) struct Task {
     pub(crate) sequence: usize,
     pub(crate) kv_head: usize,
     pub(crate) kind: Kind,
+    /// Pairs of tokens and keys.
+    cost: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,6 +47,15 @@ pub(crate) enum Kind {
     Tile { tokens: Range<usize> },
     /// All new tokens, each over one split of its own keys, counted in ascending order of position.
     Row { keys: Range<usize> },
+}
+
+impl Kind {
+    /// The first token or key.
+    fn start(&self) -> usize {
+        match self {
+            Self::Tile { tokens: range } | Self::Row { keys: range } => range.start,
+        }
+    }
 }
 
 /// How a batch is cut, and its work in multiply-adds.
@@ -56,17 +69,27 @@ pub(crate) struct Schedule {
 ///
 /// The cut of a sequence depends on nothing but that sequence, which is what makes results bitwise
 /// independent of the batch and of the number of threads.
+///
+/// # Errors
+/// [`Error::OutOfMemory`].
 pub(crate) fn schedule<'a>(
     batch: impl Iterator<Item = (&'a CacheState, usize)>,
     group: usize,
     head_dim: usize,
-) -> Schedule {
-    let mut tasks = Vec::new();
-    for (index, (state, new)) in batch.enumerate() {
+) -> Result<Schedule> {
+    let mut tasks: Vec<Task> = Vec::new();
+    for (sequence, (state, new)) in batch.enumerate() {
         let len = state.len();
         for (kv_head, head) in state.layout().heads().iter().enumerate() {
+            let pieces = match uses_rows(new, group) {
+                true => count(head, len, new - 1..new).div_ceil(SPLIT_KEYS),
+                false => new.div_ceil(tile_tokens(new, group)),
+            };
+            let bytes = (size_of::<Task>() * pieces) as u64;
+            let shortage = |_| Error::OutOfMemory { what: "tasks of attention", bytes };
+            tasks.try_reserve(pieces).map_err(shortage)?;
             let mut push = |cost: usize, kind| {
-                tasks.push((cost as u64, Task { sequence: index, kv_head, kind }));
+                tasks.push(Task { sequence, kv_head, kind, cost: cost as u64 });
             };
             if uses_rows(new, group) {
                 let keys = count(head, len, new - 1..new);
@@ -84,13 +107,12 @@ pub(crate) fn schedule<'a>(
             }
         }
     }
-    let pairs: u64 = tasks.iter().map(|(cost, _)| cost).sum();
-    // Stable: rows of one head stay in the order in which their results are merged.
-    tasks.sort_by_key(|(cost, _)| std::cmp::Reverse(*cost));
-    Schedule {
-        tasks: tasks.into_iter().map(|(_, task)| task).collect(),
-        work: pairs * (2 * group * head_dim) as u64,
-    }
+    let pairs: u64 = tasks.iter().map(|task| task.cost).sum();
+    // Rows of one head stay in the order in which their results are merged. A stable sort would need memory.
+    tasks.sort_unstable_by_key(|task| {
+        (Reverse(task.cost), task.sequence, task.kv_head, task.kind.start())
+    });
+    Ok(Schedule { tasks, work: pairs * (2 * group * head_dim) as u64 })
 }
 
 /// Whether a sequence with `tokens` new tokens goes through the row kernel.
@@ -127,7 +149,8 @@ mod tests {
         let layout = LayerLayout::new(&spans, 5000, 0).unwrap();
         let shapes = [(0, 1), (4000, 1), (0, 200), (700, 3), (700, 5), (10, 64), (4999, 1)];
         let states = shapes.map(|(len, tokens)| (filled(&layout, len), tokens));
-        let schedule = schedule(states.iter().map(|(state, tokens)| (state, *tokens)), 2, 64);
+        let states = states.iter().map(|(state, tokens)| (state, *tokens));
+        let schedule = schedule(states, 2, 64).unwrap();
         for (s, &(len, tokens)) in shapes.iter().enumerate() {
             for h in 0..spans.len() {
                 let mine = schedule.tasks.iter().filter(|t| t.sequence == s && t.kv_head == h);
@@ -161,7 +184,8 @@ mod tests {
             let mine = tasks.into_iter().filter(|t| t.sequence == index);
             mine.map(|t| (t.kv_head, t.kind)).collect()
         };
-        let first = own(schedule([alone].into_iter(), 2, 64).tasks, 0);
-        assert_eq!(first, own(schedule([other, alone, other].into_iter(), 2, 64).tasks, 1));
+        let first = own(schedule([alone].into_iter(), 2, 64).unwrap().tasks, 0);
+        let batch = schedule([other, alone, other].into_iter(), 2, 64).unwrap();
+        assert_eq!(first, own(batch.tasks, 1));
     }
 }

@@ -13,33 +13,45 @@ const KEPT_BYTES: usize = 1 << 10;
 
 /// Rounds the new keys and values to what their heads hold. Attention reads them from there, so that a key is
 /// the same number whether a query sees it in its own chunk or later.
-pub(super) fn stage(batch: &mut [Append<'_, Cache>], shape: &AttentionShape, k: &[f32], v: &[f32]) {
+pub(super) fn stage(
+    batch: &mut [Append<'_, Cache>],
+    shape: &AttentionShape,
+    k: &[f32],
+    v: &[f32],
+) -> Result<()> {
     let mut row = 0;
     for Append { cache, tokens } in batch {
         let tokens = *tokens;
         let start = row * shape.kv_heads * shape.head_dim;
         let work = (tokens * shape.kv_heads * shape.head_dim) as u64;
         let heads = SharedMut::new(&mut cache.heads);
-        pool::for_each(shape.kv_heads, work, |head| {
+        pool::try_for_each(shape.kv_heads, work, |head| {
             // SAFETY: each task has a head of its own.
             let store = unsafe { &mut heads.slice(head, 1)[0] };
             let first = start + head * shape.head_dim;
             with_store!(store, pair => {
-                narrow(tokens, shape, &k[first..], &mut pair.keys);
-                narrow(tokens, shape, &v[first..], &mut pair.values);
+                narrow(tokens, shape, &k[first..], &mut pair.keys)?;
+                narrow(tokens, shape, &v[first..], &mut pair.values)?;
             });
-        });
+            Ok(())
+        })?;
         row += tokens;
     }
+    Ok(())
 }
 
-fn narrow<E: RowElement>(tokens: usize, shape: &AttentionShape, from: &[f32], to: &mut Rows<E>) {
+fn narrow<E: RowElement>(
+    tokens: usize,
+    shape: &AttentionShape,
+    from: &[f32],
+    to: &mut Rows<E>,
+) -> Result<()> {
     let &AttentionShape { kv_heads, head_dim, .. } = shape;
-    let staged = to.stage(tokens, head_dim);
+    let staged = to.stage(tokens, head_dim)?;
     let from = from.chunks(kv_heads * head_dim);
     let rows = staged.codes.chunks_exact_mut(E::units(head_dim)).zip(from).enumerate();
     Workspace::with(|workspace| {
-        let [row] = workspace.parts([head_dim]);
+        let [row] = workspace.parts([head_dim])?;
         for (i, (to, from)) in rows {
             row.copy_from_slice(&from[..head_dim]);
             let scale = E::narrow(row, to);
@@ -47,7 +59,8 @@ fn narrow<E: RowElement>(tokens: usize, shape: &AttentionShape, from: &[f32], to
                 *to = scale;
             }
         }
-    });
+        Ok(())
+    })
 }
 
 /// Appends what was staged to caches that have room for it.

@@ -7,6 +7,7 @@ use pulp::Simd;
 
 use super::keys::{Segment, Source, segments};
 use super::scores::Rule;
+use crate::Result;
 use crate::pool::SharedMut;
 use crate::simd::exp2::exp2;
 use crate::simd::outer::{LANES, Outer, PANEL, pack_columns};
@@ -41,10 +42,10 @@ pub(crate) struct TileTask<'a> {
 }
 
 impl workspace::Task for TileTask<'_> {
-    type Output = ();
+    type Output = Result<()>;
 
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S, workspace: &mut Workspace) {
+    fn run<S: Simd>(self, simd: S, workspace: &mut Workspace) -> Result<()> {
         let dim = self.keys.dim;
         let tokens = self.tokens.len();
         let rows = self.group * tokens;
@@ -60,7 +61,7 @@ impl workspace::Task for TileTask<'_> {
             panels * PANEL,
             panels * PANEL,
             rotated,
-        ]);
+        ])?;
         self.pack_queries(q, all_row_tokens, rotated);
         o.fill(0.0);
         max.fill(NOTHING);
@@ -143,6 +144,7 @@ impl workspace::Task for TileTask<'_> {
             }
         }
         self.write(o, max, sum);
+        Ok(())
     }
 }
 

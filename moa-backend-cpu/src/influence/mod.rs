@@ -17,6 +17,9 @@ use crate::{Result, Tensor, workspace};
 /// the gradients by keys and values. A fixed number, so that results do not depend on the machine.
 const GRADIENT_STRIPES: usize = 16;
 
+/// What sums of influence are called where there is no memory for them.
+const BLOCKS: &str = "sums of influence";
+
 /// Dimensions of one call, and how they are cut.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
@@ -105,7 +108,7 @@ pub(crate) fn influence(
         }
         None => None,
     };
-    Ok(InfluenceOutput { blocks: blocks(&shape, &sums, stripes), gradients })
+    Ok(InfluenceOutput { blocks: blocks(&shape, &sums, stripes)?, gradients })
 }
 
 /// `[tokens, kv_heads, dim]` as `[kv_heads, tokens, dim]`.
@@ -127,9 +130,9 @@ fn by_head(shape: &Shape, from: &Tensor) -> Result<Vec<f32>> {
 }
 
 /// Adds the tiles' block sums in a fixed order.
-fn blocks(shape: &Shape, sums: &[StripeSums], stripes: usize) -> Vec<f64> {
+fn blocks(shape: &Shape, sums: &[StripeSums], stripes: usize) -> Result<Vec<f64>> {
     let n = shape.blocks();
-    let mut blocks = vec![0.0; shape.kv_heads * n * n];
+    let mut blocks: Vec<f64> = zeroed(shape.kv_heads * n * n, BLOCKS)?;
     for (i, stripe) in sums.iter().enumerate() {
         let head = &mut blocks[i / stripes * n * n..][..n * n];
         for (first_row, rows) in &stripe.blocks {
@@ -137,7 +140,7 @@ fn blocks(shape: &Shape, sums: &[StripeSums], stripes: usize) -> Vec<f64> {
             to.iter_mut().zip(rows).for_each(|(to, x)| *to += x);
         }
     }
-    blocks
+    Ok(blocks)
 }
 
 /// Adds the stripes' gradients by keys or values and brings them to `[tokens, kv_heads, dim]`.

@@ -4,8 +4,8 @@ use std::ops::Range;
 use moa_core::InfluenceInputs;
 use pulp::Simd;
 
-use super::Shape;
 use super::sweep::{Sweep, sweep};
+use super::{BLOCKS, Shape};
 use crate::pool::SharedMut;
 use crate::simd::outer::{LANES, Outer, PANEL, pack_columns};
 use crate::workspace::{self, Workspace};
@@ -69,7 +69,7 @@ impl workspace::Task for Stripe<'_> {
         };
         let panel_len = 3 * dim * PANEL + 2 * rows_len + 2 * PANEL;
         let [scores, products, panels] =
-            workspace.parts([TILE_KEYS * PANEL, TILE_KEYS * PANEL, group * panel_len]);
+            workspace.parts([TILE_KEYS * PANEL, TILE_KEYS * PANEL, group * panel_len])?;
 
         for tile in self.tiles.clone() {
             let queries = tile * PANEL..tokens.min((tile + 1) * PANEL);
@@ -84,7 +84,7 @@ impl workspace::Task for Stripe<'_> {
             }
             let first_block = queries.start / self.shape.block;
             let query_blocks = (queries.end - 1) / self.shape.block + 1 - first_block;
-            let mut blocks = vec![0.0; query_blocks * self.shape.blocks()];
+            let mut blocks = zeroed(query_blocks * self.shape.blocks(), BLOCKS)?;
 
             // The first key that the first query sees.
             let first = (queries.start + 1).saturating_sub(self.shape.window);

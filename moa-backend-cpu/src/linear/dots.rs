@@ -5,11 +5,13 @@ use std::borrow::Cow;
 use pulp::{Simd, WithSimd};
 
 use super::{PANEL_ROWS, range};
+use crate::Result;
 use crate::element::Element;
 use crate::pool::{self, SharedMut};
 use crate::simd::dispatch;
 use crate::simd::dot::{Rows, streamed_dots};
 use crate::simd::outer::LANES;
+use crate::zeroed::zeroed;
 
 /// Weight rows per task.
 const DOT_BLOCK: usize = 32;
@@ -20,9 +22,9 @@ pub(super) fn forward<E: Element>(
     w: &[E],
     (m, n, k): (usize, usize, usize),
     out: &SharedMut<'_, f32>,
-) {
+) -> Result<()> {
     let wide = k.next_multiple_of(LANES);
-    let x = if wide == k { Cow::Borrowed(x) } else { Cow::Owned(padded(x, k, wide)) };
+    let x = if wide == k { Cow::Borrowed(x) } else { Cow::Owned(padded(x, k, wide)?) };
     pool::for_each(n.div_ceil(DOT_BLOCK), (m * n * k) as u64, |task| {
         let rows = range(task, DOT_BLOCK, n);
         let mut y = [0.0; PANEL_ROWS * DOT_BLOCK];
@@ -33,14 +35,15 @@ pub(super) fn forward<E: Element>(
             to.copy_from_slice(&y[..rows.len()]);
         }
     });
+    Ok(())
 }
 
-fn padded(x: &[f32], k: usize, wide: usize) -> Vec<f32> {
-    let mut padded = vec![0.0; x.len() / k.max(1) * wide];
+fn padded(x: &[f32], k: usize, wide: usize) -> Result<Vec<f32>> {
+    let mut padded: Vec<f32> = zeroed(x.len() / k.max(1) * wide, "padded activations")?;
     for (to, from) in padded.chunks_exact_mut(wide.max(1)).zip(x.chunks_exact(k.max(1))) {
         to[..k].copy_from_slice(from);
     }
-    padded
+    Ok(padded)
 }
 
 /// `y[i][j] = x[i] . w[j]`, `y` at a stride of [`DOT_BLOCK`].

@@ -101,7 +101,7 @@ impl<'a> WeightRef<'a> {
 /// `x . weight^T + bias`: `[tokens, in]` to `[tokens, out]`. Axes of `x` after the first count as one.
 ///
 /// # Errors
-/// [`Error::Argument`] if the shapes do not fit.
+/// [`Error::Argument`] if the shapes do not fit, [`Error::OutOfMemory`].
 pub fn linear(x: &Tensor, weight: WeightRef<'_>, bias: Option<&[f32]>) -> Result<Tensor> {
     check("linear", x, weight, bias)?;
     let (m, n, k) = (x.rows(), weight.rows, weight.cols);
@@ -109,19 +109,19 @@ pub fn linear(x: &Tensor, weight: WeightRef<'_>, bias: Option<&[f32]>) -> Result
     if m > 0 && n > 0 && k > 0 {
         let out = SharedMut::new(y.data_mut());
         match weight.data {
-            WeightData::F32(w) => forward(x.data(), w, (m, n, k), &out),
-            WeightData::F16(w) => forward(x.data(), w, (m, n, k), &out),
+            WeightData::F32(w) => forward(x.data(), w, (m, n, k), &out)?,
+            WeightData::F16(w) => forward(x.data(), w, (m, n, k), &out)?,
             WeightData::Bf16(w) => {
                 #[cfg(target_arch = "x86_64")]
                 if let Some(machine) = panels::pairs::Machine::here().filter(|_| weight.narrow) {
-                    panels::pairs::Activations::new(machine, x)?.product(w, k, &out);
+                    panels::pairs::Activations::new(machine, x)?.product(w, k, &out)?;
                     add_bias(&mut y, bias);
                     return Ok(y);
                 }
-                forward(x.data(), w, (m, n, k), &out);
+                forward(x.data(), w, (m, n, k), &out)?;
             }
             WeightData::Blocks(kind, bytes) => {
-                Blocks { kind, bytes }.forward(x.data(), (m, n, k), &out);
+                Blocks { kind, bytes }.forward(x.data(), (m, n, k), &out)?;
             }
         }
     }
@@ -137,7 +137,7 @@ fn output(m: usize, n: usize, k: usize) -> Result<Tensor> {
 /// [`linear`] of several layers of one input, as one call where that is faster.
 ///
 /// # Errors
-/// [`Error::Argument`] if the shapes do not fit.
+/// [`Error::Argument`] if the shapes do not fit, [`Error::OutOfMemory`].
 pub fn linears(x: &Tensor, layers: &[(WeightRef<'_>, Option<&[f32]>)]) -> Result<Vec<Tensor>> {
     let blocks: Option<Vec<Blocks<'_>>> =
         layers.iter().map(|(weight, _)| weight.blocks()).collect();
@@ -151,7 +151,7 @@ pub fn linears(x: &Tensor, layers: &[(WeightRef<'_>, Option<&[f32]>)]) -> Result
     let outs: Vec<_> = all.iter_mut().map(|y| SharedMut::new(y.data_mut())).collect();
     let parts = blocks.into_iter().zip(layers).zip(&outs);
     let parts: Vec<_> = parts.map(|((blocks, (w, _)), out)| (blocks, w.rows, out)).collect();
-    blocks::forward_all(x.data(), (m, k), &parts);
+    blocks::forward_all(x.data(), (m, k), &parts)?;
     for (y, (_, bias)) in all.iter_mut().zip(layers) {
         add_bias(y, *bias);
     }
@@ -183,7 +183,7 @@ fn forward<E: Element>(
     w: &[E],
     (m, n, k): (usize, usize, usize),
     out: &SharedMut<'_, f32>,
-) {
+) -> Result<()> {
     match m {
         0..PANEL_ROWS => dots::forward(x, w, (m, n, k), out),
         _ => panels::product(x, w, Side::Forward, (m, n, k), out),
@@ -193,7 +193,7 @@ fn forward<E: Element>(
 /// `dy . weight`: the gradient of [`linear`] by its input, `[tokens, out]` to `[tokens, in]`.
 ///
 /// # Errors
-/// [`Error::Argument`] if the shapes do not fit.
+/// [`Error::Argument`] if the shapes do not fit, [`Error::OutOfMemory`].
 pub fn linear_backward_input(dy: &Tensor, weight: WeightRef<'_>) -> Result<Tensor> {
     let (m, n, k) = (dy.rows(), weight.cols, weight.rows);
     if dy.row_len() != k {
@@ -208,11 +208,11 @@ pub fn linear_backward_input(dy: &Tensor, weight: WeightRef<'_>) -> Result<Tenso
     let out = SharedMut::new(dx.data_mut());
     let (dy, sizes) = (dy.data(), (m, n, k));
     match weight.data {
-        WeightData::F32(w) => panels::product(dy, w, Side::Backward, sizes, &out),
-        WeightData::F16(w) => panels::product(dy, w, Side::Backward, sizes, &out),
-        WeightData::Bf16(w) => panels::product(dy, w, Side::Backward, sizes, &out),
+        WeightData::F32(w) => panels::product(dy, w, Side::Backward, sizes, &out)?,
+        WeightData::F16(w) => panels::product(dy, w, Side::Backward, sizes, &out)?,
+        WeightData::Bf16(w) => panels::product(dy, w, Side::Backward, sizes, &out)?,
         WeightData::Blocks(kind, bytes) => {
-            panels::product(dy, Blocks { kind, bytes }, Side::Backward, sizes, &out);
+            panels::product(dy, Blocks { kind, bytes }, Side::Backward, sizes, &out)?;
         }
     }
     Ok(dx)

@@ -10,6 +10,7 @@ use pulp::Simd;
 
 use super::blocks::{Blocks, widen_blocks};
 use super::range;
+use crate::Result;
 use crate::element::Element;
 use crate::pool::{self, SharedMut};
 use crate::simd::outer::LANES;
@@ -135,10 +136,10 @@ pub(super) fn product<W: Source>(
     side: Side,
     (m, n, k): (usize, usize, usize),
     out: &SharedMut<'_, f32>,
-) {
+) -> Result<()> {
     let row = if side == Side::Forward { k } else { n };
     let product = Product { x, stride: k, lanes: Wide { w, side, row }, n, steps: k, out };
-    product.run(m, m * n * k, |block| workspace::run(block));
+    product.run(m, m * n * k, |block| workspace::run(block))
 }
 
 struct Product<'a, K> {
@@ -153,9 +154,14 @@ struct Product<'a, K> {
 
 impl<K: Lanes> Product<'_, K> {
     /// Cuts the outputs into blocks. Each output is summed in order of its steps, whatever the cut.
-    fn run(&self, m: usize, work: usize, body: impl Fn(Block<'_, K>) + Sync) {
+    fn run(
+        &self,
+        m: usize,
+        work: usize,
+        body: impl Fn(Block<'_, K>) -> Result<()> + Sync,
+    ) -> Result<()> {
         if m == 0 || self.n == 0 || self.steps == 0 {
-            return;
+            return Ok(());
         }
         let panels = self.n.div_ceil(COLS);
         // Some tasks for each thread, so that none waits long for the others.
@@ -163,13 +169,13 @@ impl<K: Lanes> Product<'_, K> {
         let parts = parts.min(m / LEAST_ROWS).max(1);
         let rows = m.div_ceil(parts).next_multiple_of(12);
         let parts = m.div_ceil(rows);
-        pool::for_each(panels * parts, work as u64, |task| {
+        pool::try_for_each(panels * parts, work as u64, |task| {
             body(Block {
                 product: self,
                 cols: range(task / parts, COLS, self.n),
                 rows: range(task % parts, rows, m),
-            });
-        });
+            })
+        })
     }
 }
 
@@ -181,12 +187,12 @@ struct Block<'a, K> {
 }
 
 impl<W: Source> workspace::Task for Block<'_, Wide<W>> {
-    type Output = ();
+    type Output = Result<()>;
 
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S, workspace: &mut Workspace) {
+    fn run<S: Simd>(self, simd: S, workspace: &mut Workspace) -> Result<()> {
         // SAFETY: the machine has the instructions of `S`, or there would be no value of that type.
-        unsafe { self.compute(simd, workspace) };
+        unsafe { self.compute(simd, workspace) }
     }
 }
 
@@ -194,13 +200,13 @@ impl<K: Lanes> Block<'_, K> {
     /// # Safety
     /// Needs the machine that `K` stands for.
     #[inline(always)]
-    unsafe fn compute<S: Simd>(self, simd: S, workspace: &mut Workspace)
+    unsafe fn compute<S: Simd>(self, simd: S, workspace: &mut Workspace) -> Result<()>
     where
         K: Multiply<S>,
     {
         let Product { x, stride, steps, .. } = *self.product;
         let sizes = [steps.next_multiple_of(LANES) * COLS, LANES * STEPS];
-        let [panel, lanes] = workspace.parts(sizes);
+        let [panel, lanes] = workspace.parts(sizes)?;
         self.lay_out(simd, panel, lanes);
         assert!(stride >= steps && x.len() >= self.rows.end * stride);
         let vectors = self.cols.len().next_multiple_of(LANES) / S::F32_LANES;
@@ -226,6 +232,7 @@ impl<K: Lanes> Block<'_, K> {
             columns!(2: 6 4 2 1);
         }
         columns!(1: 12 4 1);
+        Ok(())
     }
 
     /// `panel[step][COLS]`, with zeros for what is missing in a vector.

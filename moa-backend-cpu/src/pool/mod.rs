@@ -2,7 +2,10 @@
 
 mod crew;
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::Result;
 
 /// Multiply-adds below which handing work to other threads costs more than it saves: under a microsecond where
 /// they are awake, 2 to 18 where they sleep. A core does 2^20 multiply-adds in 25 to 40.
@@ -26,6 +29,26 @@ pub(crate) fn for_each(tasks: usize, work: u64, body: impl Fn(usize) + Sync) {
         body(task);
     };
     crew::together(threads.min(tasks) - 1, &worker);
+}
+
+/// [`for_each`] of tasks that can fail.
+///
+/// # Errors
+/// One of those of the tasks. Those that had not begun are left out.
+pub(crate) fn try_for_each(
+    tasks: usize,
+    work: u64,
+    body: impl Fn(usize) -> Result<()> + Sync,
+) -> Result<()> {
+    let failure = OnceLock::new();
+    for_each(tasks, work, |task| {
+        if failure.get().is_none()
+            && let Err(error) = body(task)
+        {
+            let _ = failure.set(error);
+        }
+    });
+    failure.into_inner().map_or(Ok(()), Err)
 }
 
 /// A buffer that several tasks write, each at places of its own.

@@ -1,6 +1,7 @@
 use pulp::Simd;
 
-/// `2^x` with a relative error below 2e-7; exactly 1 at 0 and exactly 0 below -126.5 (`-inf` too).
+/// `2^x` with a relative error below 2e-7; exactly 1 at 0, exactly 0 below -126.5 (`-inf` too), and no number of what
+/// is none: the weight of a score that is no number must not hide it.
 /// `x` must not exceed 127.
 #[inline(always)]
 pub(crate) fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
@@ -36,8 +37,13 @@ impl<S: Simd> Parts<S> {
     fn new(simd: S, x: S::f32s) -> Self {
         // Adding 1.5 * 2^23 rounds to an integer and leaves that integer in the low bits.
         let magic = simd.splat_f32s(12_582_912.0);
-        // In this order a NaN stays a NaN on x86.
-        let x = simd.max_f32s(simd.splat_f32s(-127.0), x);
+        let least = simd.splat_f32s(-127.0);
+        let x = match S::IS_SCALAR {
+            // A maximum loses a NaN where there is no SIMD.
+            true => simd.select_f32s(simd.less_than_f32s(x, least), least, x),
+            // In this order a NaN stays a NaN on x86.
+            false => simd.max_f32s(least, x),
+        };
         let shifted = simd.add_f32s(x, magic);
         let fraction = simd.sub_f32s(x, simd.sub_f32s(shifted, magic));
 
@@ -105,7 +111,10 @@ mod tests {
     fn exp2_is_exact_at_the_ends() {
         let x = [0.0, 1.0, -1.0, f32::NEG_INFINITY, -1e30, -127.0, -500.0, 100.0];
         let expected = [1.0, 2.0, 0.5, 0.0, 0.0, 0.0, 0.0, 100f32.exp2()];
-        on_every_arch(|| assert_eq!(run(&x), expected));
+        on_every_arch(|| {
+            assert_eq!(run(&x), expected);
+            assert!(run(&[f32::NAN])[0].is_nan());
+        });
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What goes wrong on GPUs: unwritten memory, races, large offsets; and every refusal.
 
-use moa_backend_cuda::{Cache, CudaBackend, Device, Dtype, Error, Tensor};
+use cudarc::driver::sys;
+use moa_backend_cuda::{Cache, CudaBackend, Device, Dtype, Error, Operations, Tensor};
 use moa_conformance::{Output, Stop, Subject, Trial, Verdict, World, trials};
 use moa_core::{Append, ArgumentError, ExtendInputs, LayerLayout, Span, SparseAttentionBackend};
 
@@ -15,6 +16,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         reset_forgets_everything,
         decode_seconds_are_measured_and_grow_with_the_span,
         what_cannot_be_done_is_an_error_that_says_why,
+        a_caller_that_fills_an_upload_sees_nothing_of_others,
     ]
 }
 
@@ -206,5 +208,41 @@ fn what_cannot_be_done_is_an_error_that_says_why() -> Verdict {
         backend.truncate(&mut cache, 5),
         Err(Error::Core(moa_core::Error::Invalid { .. }))
     ));
+    Ok(())
+}
+
+/// Page-locked memory that others have written and given back.
+fn a_caller_that_fills_an_upload_sees_nothing_of_others() -> Verdict {
+    const BYTES: usize = 1 << 16;
+    let operations = Operations::new(device()?, Dtype::Bf16)?;
+    // Makes the context this thread's.
+    operations.device().synchronize()?;
+    let mut recycled = 0;
+    let mut used = [std::ptr::null_mut(); 16];
+    for _ in 0..2 {
+        for place in &mut used {
+            // SAFETY: the memory is as large, and given back once, below.
+            let bytes = unsafe {
+                sys::cuMemHostAlloc(place, BYTES, 0).result()?;
+                std::slice::from_raw_parts_mut(place.cast::<u8>(), BYTES)
+            };
+            recycled += usize::from(bytes.contains(&0xa5));
+            bytes.fill(0xa5);
+        }
+        for place in used {
+            // SAFETY: see above; nobody uses it any more.
+            unsafe { sys::cuMemFreeHost(place) }.result()?;
+        }
+    }
+    eprintln!("{recycled} of 32 pieces of page-locked memory held what was there before");
+    for number in 1..=4u8 {
+        let tensor = operations.upload(&[BYTES / 4], Dtype::F32, |_, staged| {
+            assert_eq!(staged.len(), BYTES);
+            assert!(staged.iter().all(|byte| *byte == 0), "memory of others");
+            staged[..4].copy_from_slice(&f32::from(number).to_ne_bytes());
+        })?;
+        let values = tensor.to_f32()?;
+        assert!(values[0] == f32::from(number) && values[1..].iter().all(|x| *x == 0.0));
+    }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! Tokens drawn on the device, against the probabilities that they should have.
 
-use moa_backend_cuda::{Draw, Dtype, Error, Operations, Tensor};
+use moa_backend_cuda::{Device, Draw, Dtype, Error, Operations, Tensor};
 use moa_conformance::{Stop, Trial, Verdict, trials};
 
 use super::gpu::device;
@@ -10,6 +10,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         evenly_spread_numbers_draw_tokens_in_proportion,
         large_vocabularies_are_drawn_from_to_their_ends,
         what_cannot_be_drawn_from_is_told,
+        what_lies_on_another_device_is_refused,
     ]
 }
 
@@ -112,5 +113,27 @@ fn what_cannot_be_drawn_from_is_told() -> Verdict {
     }
     let refused = operations.sample(&logits, PLAIN, &[0.5], &into);
     assert!(matches!(refused, Err(Error::Argument(_))));
+    Ok(())
+}
+
+/// Two devices of one ordinal have streams of their own: what one frees or writes, the other may still read.
+fn what_lies_on_another_device_is_refused() -> Verdict {
+    let operations = operations()?;
+    let other = Operations::new(&Device::open(0)?, Dtype::Bf16)?;
+    let [own, foreign] = [&operations, &other].map(|of| {
+        let logits = Tensor::from_f32(of.device(), &[0.0, 1.0, 0.5], &[1, 3], Dtype::F32).unwrap();
+        (logits, of.indices([0].into_iter(), 1).unwrap())
+    });
+    for (logits, into) in [(&foreign.0, &own.1), (&own.0, &foreign.1), (&foreign.0, &foreign.1)] {
+        for result in
+            [operations.argmax(logits, into), operations.sample(logits, PLAIN, &[0.5], into)]
+        {
+            let Err(Error::Argument(error)) = result else { panic!("{result:?}") };
+            assert!(error.to_string().contains("another"), "{error}");
+        }
+    }
+    assert_eq!([own.1.to_host()?, foreign.1.to_host()?], [[0], [0]], "nothing was written");
+    operations.argmax(&own.0, &own.1)?;
+    assert_eq!(own.1.to_host()?, [1]);
     Ok(())
 }

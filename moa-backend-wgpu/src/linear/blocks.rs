@@ -44,6 +44,7 @@ impl Matrix {
         if bytes > limit {
             return Err(Error::TooLarge { what: "weight", bytes, limit });
         }
+        device.alive("weight")?;
         let words = device.long_lived(|client| client.create_from_slice(&words));
         Ok(Self::of(device, words, [rows, cols], Elements::Blocks(kind), steps))
     }

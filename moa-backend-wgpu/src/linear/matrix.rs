@@ -41,6 +41,7 @@ impl Matrix {
         if bytes_len > limit {
             return Err(Error::TooLarge { what: "weight", bytes: bytes_len, limit });
         }
+        device.alive("weight")?;
         let words = device.long_lived(|client| client.create_from_slice(bytes));
         Ok(Self::of(device, words, [rows, cols], Elements::Plain(dtype), 0))
     }

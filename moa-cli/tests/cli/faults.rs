@@ -375,3 +375,19 @@ fn refuses_usage(folder: &Path, args: &[&str]) {
     assert!(stderr.contains("2^31") || stderr.contains("must be"), "{args:?}\n{stderr}");
     assert!(!stderr.contains("panicked"), "{args:?}\n{stderr}");
 }
+
+/// A size that wraps is a wrong answer with exit code 0: tests find it in any crate, and what reads sizes from outside has
+/// the checks in releases too.
+#[test]
+fn overflows_are_checked_in_tests_and_in_releases() {
+    let wrapped = std::panic::catch_unwind(|| std::hint::black_box(usize::MAX) + 1);
+    assert!(wrapped.is_err(), "tests are built without overflow checks");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml");
+    let manifest = fs::read_to_string(path).unwrap();
+    let (_, release) = manifest.split_once("[profile.release.package]").unwrap();
+    let release = release.split("\n[").next().unwrap();
+    for name in ["moa-core", "moa-models", "moa-report", "moa-server", "moa-cli"] {
+        assert!(release.contains(&format!("\n{name}.overflow-checks = true\n")), "{name}");
+    }
+    assert!(!manifest.contains("overflow-checks = false"));
+}

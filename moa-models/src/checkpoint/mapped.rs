@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use memmap2::Mmap;
 use moa_core::{BlockType, Dtype};
 
-use crate::{Error, Result};
+use crate::{Error, Result, memory};
 
 /// A tensor that lies in a mapped file (or one that was read), row-major and little-endian, or a part of one.
 ///
@@ -182,10 +182,14 @@ impl MappedTensor {
 
     /// The elements as f32, copied.
     #[must_use]
-    pub fn to_f32(&self) -> Vec<f32> {
-        let mut values = Vec::new();
-        self.extend_f32(0..self.shape.iter().product(), &mut values);
-        values
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn to_f32(&self) -> Result<Vec<f32>> {
+        let len = self.shape.iter().product();
+        let mut values = memory::room(len, "a weight as f32")?;
+        self.extend_f32(0..len, &mut values);
+        Ok(values)
     }
 
     /// Appends some of the elements, counted through all rows, as f32.
@@ -205,9 +209,13 @@ impl MappedTensor {
     }
 
     /// The tensor with elements of this type, in memory of its own.
-    pub(crate) fn widened(&self, dtype: Dtype) -> Self {
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub(crate) fn widened(&self, dtype: Dtype) -> Result<Self> {
         let len: usize = self.shape.iter().product();
-        let mut words = vec![0u64; (len * dtype.bytes()).div_ceil(8)];
+        let mut words =
+            memory::filled((len * dtype.bytes()).div_ceil(8), 0u64, "a widened weight")?;
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut words);
         let mut values = Vec::new();
         for (start, to) in (0..len).step_by(PIECE).zip(bytes.chunks_mut(PIECE * dtype.bytes())) {
@@ -216,7 +224,7 @@ impl MappedTensor {
             narrow(&values, dtype, to);
         }
         let (memory, bytes) = (Memory::Words(Arc::new(words)), 0..len * dtype.bytes());
-        Self { memory, bytes, elements: Elements::Plain(dtype), shape: self.shape.clone() }
+        Ok(Self { memory, bytes, elements: Elements::Plain(dtype), shape: self.shape.clone() })
     }
 
     /// These entries of the first axis, in the order given: in the map where they are one piece, else
@@ -234,7 +242,7 @@ impl MappedTensor {
                 return Ok(self.clone());
             }
             // The rows of a vector are elements, which are no whole blocks.
-            return self.widened(Dtype::F32).rows(rows);
+            return self.widened(Dtype::F32)?.rows(rows);
         }
         let row_bytes = self.bytes.len() / count.max(1);
         let mut shape = self.shape.clone();
@@ -245,7 +253,7 @@ impl MappedTensor {
             return Ok(Self { bytes, shape, ..self.clone() });
         }
         let runs = pieces.iter().map(|piece| piece.start * row_bytes..piece.end * row_bytes);
-        Ok(self.gather(runs, shape))
+        self.gather(runs, shape)
     }
 
     /// These columns of `[rows, columns]`, in the order given; copied, unless they are all.
@@ -263,7 +271,7 @@ impl MappedTensor {
         let (unit, size) = self.elements.unit();
         if pieces.iter().any(|piece| piece.start % unit != 0 || piece.end % unit != 0) {
             // A part of a block is no block.
-            return self.widened(Dtype::F32).columns(columns);
+            return self.widened(Dtype::F32)?.columns(columns);
         }
         let pieces = &pieces;
         let runs = (0..rows).flat_map(|row| {
@@ -273,25 +281,28 @@ impl MappedTensor {
             })
         });
         let width = pieces.iter().map(Range::len).sum();
-        Ok(self.gather(runs, vec![rows, width]))
+        self.gather(runs, vec![rows, width])
     }
 
     /// The elements times `factor`, as f32.
-    pub(crate) fn scaled(&self, factor: f32) -> Self {
-        let values: Vec<f32> = self.to_f32().into_iter().map(|x| x * factor).collect();
-        let mut words = vec![0u64; values.len().div_ceil(2)];
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub(crate) fn scaled(&self, factor: f32) -> Result<Self> {
+        let values = self.to_f32()?;
+        let mut words = memory::filled(values.len().div_ceil(2), 0u64, "a scaled weight")?;
         let bytes = 0..4 * values.len();
         let to: &mut [f32] = bytemuck::cast_slice_mut(&mut words);
-        to[..values.len()].copy_from_slice(&values);
+        to.iter_mut().zip(values).for_each(|(to, x)| *to = x * factor);
         let memory = Memory::Words(Arc::new(words));
-        Self { memory, bytes, elements: Elements::Plain(Dtype::F32), shape: self.shape.clone() }
+        Ok(Self { memory, bytes, elements: Elements::Plain(Dtype::F32), shape: self.shape.clone() })
     }
 
     /// A copy of runs of bytes.
-    fn gather(&self, runs: impl Iterator<Item = Range<usize>>, shape: Vec<usize>) -> Self {
+    fn gather(&self, runs: impl Iterator<Item = Range<usize>>, shape: Vec<usize>) -> Result<Self> {
         let (unit, size) = self.elements.unit();
         let len = shape.iter().product::<usize>() / unit * size;
-        let mut words = vec![0u64; len.div_ceil(8)];
+        let mut words = memory::filled(len.div_ceil(8), 0u64, "a part of a weight")?;
         let mut rest: &mut [u8] = bytemuck::cast_slice_mut(&mut words);
         let from = self.bytes();
         for run in runs {
@@ -299,12 +310,12 @@ impl MappedTensor {
             to.copy_from_slice(&from[run]);
             rest = others;
         }
-        Self {
+        Ok(Self {
             memory: Memory::Words(Arc::new(words)),
             bytes: 0..len,
             elements: self.elements,
             shape,
-        }
+        })
     }
 }
 
@@ -401,12 +412,12 @@ mod tests {
         let mut words = vec![0u64; bytes.len().div_ceil(8)];
         bytemuck::cast_slice_mut::<u64, u8>(&mut words)[..bytes.len()].copy_from_slice(&bytes);
         let vector = MappedTensor::blocks_of_words(Arc::new(words), BlockType::Q8_0, &[64]);
-        let all = vector.to_f32();
-        assert_eq!(vector.rows(&[0..30, 30..64])?.to_f32(), all);
+        let all = vector.to_f32()?;
+        assert_eq!(vector.rows(&[0..30, 30..64])?.to_f32()?, all);
         let order: Vec<Range<usize>> = (0..64).rev().map(|row| row..row + 1).collect();
         let reversed: Vec<f32> = all.iter().rev().copied().collect();
-        assert_eq!(vector.rows(&order)?.to_f32(), reversed);
-        assert_eq!(vector.rows(std::slice::from_ref(&(3..40)))?.to_f32(), all[3..40]);
+        assert_eq!(vector.rows(&order)?.to_f32()?, reversed);
+        assert_eq!(vector.rows(std::slice::from_ref(&(3..40)))?.to_f32()?, all[3..40]);
         Ok(())
     }
 }

@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
+use bytemuck::Pod;
 use half::f16;
 use moa_backend_cpu::ops::BlockType;
 use moa_core::Dtype;
 use rayon::prelude::*;
 
 use crate::checkpoint::mapped::MappedTensor;
+use crate::{Result, memory};
 
 /// Elements of a block.
 const BLOCK: usize = 32;
@@ -68,7 +70,15 @@ impl Packing {
     /// groups.
     ///
     /// The caller has checked the sizes of the parts; `outputs` is a multiple of 8.
-    pub(crate) fn matrix(self, parts: &Parts<'_>, outputs: usize, inputs: usize) -> MappedTensor {
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    pub(crate) fn matrix(
+        self,
+        parts: &Parts<'_>,
+        outputs: usize,
+        inputs: usize,
+    ) -> Result<MappedTensor> {
         let groups = parts.scales.len() / 2 / outputs.max(1);
         let len = inputs.div_ceil(groups.max(1)).max(1);
         let group = |input: usize| match parts.groups {
@@ -84,42 +94,51 @@ impl Packing {
         let follow = (0..inputs).all(|input| group(input) == input / len);
         let shape = [outputs, inputs];
         if !follow || !inputs.is_multiple_of(BLOCK) || !len.is_multiple_of(BLOCK) {
-            let rows = (0..outputs).into_par_iter().flat_map_iter(|output| {
-                (0..inputs).flat_map(move |input| {
+            let words = rows(outputs, inputs, |output, row: &mut [[u8; 2]]| {
+                for (input, to) in row.iter_mut().enumerate() {
                     let group = group(input);
                     let code = self.code(parts.codes, outputs, (output, input));
                     let steps = f32::from(code) - f32::from(zero(output, group));
-                    f16::from_f32(scale(output, group).to_f32() * steps).to_le_bytes()
-                })
+                    *to = f16::from_f32(scale(output, group).to_f32() * steps).to_le_bytes();
+                }
             });
-            return MappedTensor::of_words(words(&rows.collect::<Vec<u8>>()), Dtype::F16, &shape);
+            return Ok(MappedTensor::of_words(words?, Dtype::F16, &shape));
         }
         let symmetric = (0..groups).all(|group| (0..outputs).all(|o| zero(o, group) == 8));
-        let rows = (0..outputs).into_par_iter().flat_map_iter(|output| {
-            (0..inputs / BLOCK).flat_map(move |block| {
+        let kind = if symmetric { BlockType::Q4_0 } else { BlockType::Q4_1 };
+        let size = kind.block_bytes();
+        let words = rows(outputs, inputs / BLOCK * size, |output, row: &mut [u8]| {
+            for (block, to) in row.chunks_exact_mut(size).enumerate() {
                 let group = group(block * BLOCK);
                 let scale = scale(output, group);
-                let mut bytes = scale.to_le_bytes().to_vec();
-                if !symmetric {
+                let (factors, codes) = to.split_at_mut(size - BLOCK / 2);
+                factors[..2].copy_from_slice(&scale.to_le_bytes());
+                if let Some(to) = factors.get_mut(2..4) {
                     let least = -scale.to_f32() * f32::from(zero(output, group));
-                    bytes.extend(f16::from_f32(least).to_le_bytes());
+                    to.copy_from_slice(&f16::from_f32(least).to_le_bytes());
                 }
                 let code = |i: usize| self.code(parts.codes, outputs, (output, block * BLOCK + i));
-                bytes.extend((0..BLOCK / 2).map(|i| code(i) | code(i + BLOCK / 2) << 4));
-                bytes
-            })
+                for (i, to) in codes.iter_mut().enumerate() {
+                    *to = code(i) | code(i + BLOCK / 2) << 4;
+                }
+            }
         });
-        let kind = if symmetric { BlockType::Q4_0 } else { BlockType::Q4_1 };
-        MappedTensor::blocks_of_words(words(&rows.collect::<Vec<u8>>()), kind, &shape)
+        Ok(MappedTensor::blocks_of_words(words?, kind, &shape))
     }
 }
 
-/// Bytes as aligned memory.
-fn words(bytes: &[u8]) -> Arc<Vec<u64>> {
-    let mut words = vec![0u64; bytes.len().div_ceil(8)];
-    let to: &mut [u8] = bytemuck::cast_slice_mut(&mut words);
-    to[..bytes.len()].copy_from_slice(bytes);
-    Arc::new(words)
+/// Aligned memory of `count` rows of `len` elements each, which are written side by side.
+fn rows<T: Pod + Send>(
+    count: usize,
+    len: usize,
+    write: impl Fn(usize, &mut [T]) + Sync,
+) -> Result<Arc<Vec<u64>>> {
+    let bytes = count * len * size_of::<T>();
+    let mut words = memory::filled(bytes.div_ceil(8), 0u64, "unpacked weights")?;
+    let all: &mut [T] =
+        bytemuck::cast_slice_mut(&mut bytemuck::cast_slice_mut::<u64, u8>(&mut words)[..bytes]);
+    all.par_chunks_exact_mut(len.max(1)).enumerate().for_each(|(row, to)| write(row, to));
+    Ok(Arc::new(words))
 }
 
 #[cfg(test)]
@@ -129,8 +148,8 @@ mod tests {
     use safetensors::tensor::{Dtype as Tensor, TensorView};
 
     use super::*;
+    use crate::Error;
     use crate::checkpoint::safetensors::Weights;
-    use crate::{Error, Result};
 
     /// A matrix of `tests/fixtures/packed/make.py`, and its numbers.
     fn read(name: &str, packing: Packing) -> Result<(MappedTensor, Vec<f32>)> {
@@ -142,7 +161,7 @@ mod tests {
         let mut weights = Weights::open(dir.path())?;
         weights.set_packing(Some(packing));
         let matrix = weights.tensor("m.weight", &[16, 64])?;
-        Ok((matrix, weights.tensor("m.expected", &[16, 64])?.to_f32()))
+        Ok((matrix, weights.tensor("m.expected", &[16, 64])?.to_f32()?))
     }
 
     #[test]
@@ -159,7 +178,7 @@ mod tests {
         ] {
             let (matrix, expected) = read(name, packing)?;
             assert_eq!(matrix.blocks(), blocks, "{name}");
-            let found = matrix.to_f32();
+            let found = matrix.to_f32()?;
             let errors = found.iter().zip(&expected).map(|(a, b)| (a - b).abs());
             let error = errors.fold(0.0, f32::max);
             assert!(error <= most, "{name} {error}");

@@ -7,7 +7,7 @@ use half::f16;
 use moa_core::{BlockType, SplitMix64};
 
 use crate::checkpoint::mapped::MappedTensor;
-use crate::{Error, Result};
+use crate::{Error, Result, memory};
 
 /// Random blocks, of which tensors are parts.
 pub(super) struct RandomBlocks {
@@ -23,7 +23,7 @@ const PERIOD: usize = 8191;
 
 impl RandomBlocks {
     /// So many blocks, whose elements are of variance `amplitude^2 / 3` or not far from it.
-    pub(super) fn new(kind: BlockType, count: usize, amplitude: f32, seed: u32) -> Self {
+    pub(super) fn new(kind: BlockType, count: usize, amplitude: f32, seed: u32) -> Result<Self> {
         let mut random = SplitMix64::new(seed.into());
         let size = kind.block_bytes();
         let mut period: Vec<u8> =
@@ -34,12 +34,12 @@ impl RandomBlocks {
             }
         }
         let bytes = count * size;
-        let mut words = vec![0u64; bytes.div_ceil(8)];
+        let mut words = memory::filled(bytes.div_ceil(8), 0u64, "made-up weights")?;
         for to in bytemuck::cast_slice_mut::<u64, u8>(&mut words)[..bytes].chunks_mut(period.len())
         {
             to.copy_from_slice(&period[..to.len()]);
         }
-        Self { kind, words: Arc::new(words), count, next: AtomicUsize::new(0) }
+        Ok(Self { kind, words: Arc::new(words), count, next: AtomicUsize::new(0) })
     }
 
     pub(super) fn kind(&self) -> BlockType {
@@ -88,10 +88,10 @@ mod tests {
     #[test]
     fn values_have_about_the_variance_that_was_asked_for() {
         for kind in BlockType::ALL {
-            let blocks = RandomBlocks::new(kind, 8192, 0.5, 3);
+            let blocks = RandomBlocks::new(kind, 8192, 0.5, 3).unwrap();
             let [a, b] = [(); 2].map(|()| blocks.tensor("a", &[100, 512]).unwrap());
             assert_ne!(a.bytes(), b.bytes());
-            let values = a.to_f32();
+            let values = a.to_f32().unwrap();
             let n = values.len() as f32;
             let mean = values.iter().sum::<f32>() / n;
             let variance = values.iter().map(|x| x * x).sum::<f32>() / n;

@@ -223,7 +223,7 @@ impl Weights {
                 "{cols} inputs of `{stem}` must be {groups} groups of one size"
             ));
         }
-        Ok(packing.matrix(&parts, rows, cols))
+        packing.matrix(&parts, rows, cols)
     }
 
     /// Whether all elements of a tensor are zeros.

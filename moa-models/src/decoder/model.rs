@@ -79,7 +79,7 @@ impl<D: Math> Decoder<D> {
         let norm = weights.tensor(&names.norm, &[config.hidden_size])?;
         let norm = device.vector(match config.logits_scaling {
             1.0 => norm,
-            scaling => norm.scaled(scaling.recip() as f32),
+            scaling => norm.scaled(scaling.recip() as f32)?,
         })?;
         let output = match config.tie_word_embeddings {
             true => embedding.clone(),

@@ -13,7 +13,7 @@ use crate::checkpoint::fingerprint::fingerprint;
 use crate::decoder::model::Decoder;
 use crate::decoder::sequence::{Sequence, can_forget};
 use crate::device::Math;
-use crate::{Error, Result};
+use crate::{Error, Result, memory};
 
 const MAGIC: &[u8; 8] = b"MOASEQ\r\n";
 const VERSION: u32 = 1;
@@ -135,9 +135,8 @@ impl<D: Math> Decoder<D> {
             bytes: caches.iter().map(|cache| cache.len() as u64).collect(),
         };
         let header = serde_json::to_vec(&header).map_err(|e| wrong("header", "JSON", e))?;
-        let mut bytes = Vec::with_capacity(
-            PREFIX + header.len() + caches.iter().map(Vec::len).sum::<usize>() + CHECKSUM,
-        );
+        let len = PREFIX + header.len() + caches.iter().map(Vec::len).sum::<usize>() + CHECKSUM;
+        let mut bytes: Vec<u8> = memory::room(len, "a saved sequence")?;
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&VERSION.to_le_bytes());
         bytes.extend_from_slice(&(header.len() as u64).to_le_bytes());

@@ -12,7 +12,7 @@ use crate::decoder::layer::Linear;
 use crate::decoder::model::Decoder;
 use crate::device::rank::{Brought, Communicator, Wait};
 use crate::device::{Device, Load, Math};
-use crate::{Error, Result};
+use crate::{Error, Result, memory};
 
 /// One rank's part of a model that several devices share: which KV heads it owns, and the
 /// communicator that sums over ranks.
@@ -310,7 +310,7 @@ impl<D: Math> Decoder<D> {
         let Some(shard) = &self.shard else { return Ok(own) };
         let all = shard.communicator.gather(Arc::new(own), Wait::Step)?;
         let heads = self.config.num_key_value_heads;
-        let mut whole = vec![f64::NAN; heads * len];
+        let mut whole = memory::filled(heads * len, f64::NAN, "numbers of all heads")?;
         for (rank, part) in all.iter().enumerate() {
             let places = shard.sharding.heads(layer, rank);
             let part = part.downcast_ref::<Vec<f64>>().filter(|p| p.len() == places.len() * len);

@@ -11,7 +11,7 @@ use moa_core::{CacheState, CacheType, Dtype};
 use crate::checkpoint::mapped::MappedTensor;
 use crate::device::rope_table::RopeTable;
 use crate::device::{Backward, Device, LinearWeights, Load, Math};
-use crate::{Error, Result};
+use crate::{Error, Result, memory};
 
 /// Runs a model on the CPU.
 #[derive(Clone, Debug, Default)]
@@ -151,7 +151,7 @@ impl Device for Cpu {
     }
 
     fn save_cache(&self, cache: &Cache) -> Result<Vec<u8>> {
-        Ok(cache.to_bytes())
+        Ok(cache.to_bytes()?)
     }
 
     fn restore_cache(&self, state: CacheState, bytes: &[u8]) -> Result<Cache> {
@@ -177,12 +177,12 @@ impl Load for Cpu {
     }
 
     fn vector(&self, tensor: MappedTensor) -> Result<Vec<f32>> {
-        Ok(tensor.to_f32())
+        tensor.to_f32()
     }
 
     fn join(&self, parts: Vec<LinearWeights>) -> Result<Self::Joined> {
         let load = |LinearWeights { weight, bias }| {
-            Ok((self.matrix(weight)?, bias.map(|bias| bias.to_f32())))
+            Ok((self.matrix(weight)?, bias.map(|bias| bias.to_f32()).transpose()?))
         };
         parts.into_iter().map(load).collect()
     }
@@ -242,7 +242,11 @@ impl Math for Cpu {
     }
 
     fn rotations(&self, sequences: &[(&RopeTable, Range<usize>)]) -> Result<CpuRotations> {
-        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        let pairs =
+            sequences.iter().map(|(table, positions)| table.inv_freq.len() * positions.len());
+        let pairs = pairs.sum();
+        let room = || memory::room(pairs, "rotary angles");
+        let (mut cos, mut sin) = (room()?, room()?);
         for (table, positions) in sequences {
             for (c, s) in positions.clone().flat_map(|position| table.cos_sin(position)) {
                 cos.push(c);
@@ -269,7 +273,8 @@ impl Math for Cpu {
         }
         let mut x = self.reshape(x, &[rows, width / head_dim, head_dim])?;
         // The tables already hold one row per packed token.
-        let positions: Vec<usize> = (0..rows).collect();
+        let mut positions = memory::room(rows, "positions")?;
+        positions.extend(0..rows);
         kernels::rope(&mut x, cos, sin, &positions, inverse)?;
         Ok(x)
     }

@@ -18,7 +18,7 @@ use moa_core::{BlockType, CacheState, SparseAttentionBackend};
 use crate::checkpoint::mapped::MappedTensor;
 use crate::device::replay::{Replay, ReplayBatch};
 use crate::device::rope_table::RopeTable;
-use crate::{Error, Result};
+use crate::{Error, Result, memory};
 
 /// A cache of a device's attention.
 type Cache<D> = <<D as Device>::Attention as SparseAttentionBackend>::Cache;
@@ -337,7 +337,7 @@ pub trait Math: Load {
             let expected = format!("{rows} x {} of {total} columns", columns.len());
             return Err(Error::invalid("part of logits", expected, part.len()));
         }
-        let mut all = vec![0.0; rows * total];
+        let mut all = memory::filled(rows * total, 0.0, "logits")?;
         for (to, from) in all.chunks_mut(total).zip(part.chunks(columns.len())) {
             to[columns.clone()].copy_from_slice(from);
         }

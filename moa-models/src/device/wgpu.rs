@@ -62,7 +62,7 @@ impl Wgpu {
             (Some(kind), &[rows, cols]) if Matrix::keeps(kind) => {
                 Ok(Matrix::in_blocks(self.gpu(), tensor.bytes(), rows, cols, kind)?)
             }
-            _ => self.matrix(tensor.widened(wide)),
+            _ => self.matrix(tensor.widened(wide)?),
         }
     }
 }
@@ -103,6 +103,10 @@ impl Device for Wgpu {
     fn values(&self, x: Tensor) -> Result<Vec<f32>> {
         Ok(x.to_vec()?)
     }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(self.gpu().synchronize()?)
+    }
 }
 
 impl Load for Wgpu {
@@ -130,7 +134,7 @@ impl Load for Wgpu {
     }
 
     fn vector(&self, tensor: MappedTensor) -> Result<Tensor> {
-        let values = tensor.to_f32();
+        let values = tensor.to_f32()?;
         let len = values.len();
         self.tensor(values, &[len])
     }

@@ -47,8 +47,9 @@ impl Default for EngineOptions {
 /// there are no callbacks, threads or lifetimes, so that an engine can live in the struct of a server.
 /// A step reads a stretch of new prompts, half of it of the oldest and half of the shortest, together
 /// with the last tokens of the requests that decode. Each request gets the tokens that it would get alone,
-/// with two exceptions. The last digits of logits may depend on the number of rows of a step, so that a token
-/// which is drawn, or two likeliest ones that are all but equal, may fall the other way in other company. And
+/// with two exceptions. The last digits of logits may depend on the number of rows of a step, in bf16 where activations
+/// are rounded to that, so that a token which is drawn, whatever the seed, or two likeliest ones that are all but equal,
+/// may fall the other way in other company; with a `max_batch` of 1 there is none. And
 /// the device itself draws tokens where all requests that run together draw by the same options; the host does
 /// otherwise.
 ///

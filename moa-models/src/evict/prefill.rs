@@ -10,7 +10,7 @@ use crate::decoder::block::Cache;
 use crate::decoder::model::Decoder;
 use crate::decoder::sequence::{Evicted, Sequence};
 use crate::device::{Device, Math};
-use crate::{Error, Result};
+use crate::{Error, Result, memory};
 
 /// Queries that score keys in SnapKV and Ada-KV, and whose own keys are kept.
 const WINDOW: usize = 32;
@@ -147,7 +147,9 @@ impl<D: Math> Decoder<D> {
             whole.push((attended.k, attended.v));
             Ok(())
         })?;
-        let mut scores = vec![vec![f32::NEG_INFINITY; len]; self.layers.len() * heads];
+        let none = || memory::filled(len, f32::NEG_INFINITY, "scores of keys");
+        let mut scores: Vec<Vec<f32>> =
+            (0..self.layers.len() * heads).map(|_| none()).collect::<Result<_>>()?;
         for repeat in repeats {
             self.check_tokens(&repeat.input)?;
             self.read_seeing(&mut dense, &repeat.input, |layer, attended| {

@@ -5,7 +5,7 @@ use std::ops::Range;
 use moa_backend_cpu::Tensor;
 use moa_backend_cpu::ops::{WeightData, WeightRef, linear};
 
-use crate::Result;
+use crate::{Result, memory};
 
 /// What neighbouring keys make of a key's score.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,7 +100,7 @@ impl Seen<'_> {
         let group = (self.q.heads / self.k.heads) as f32;
         let mut scores = Vec::with_capacity(self.k.heads);
         for head in 0..self.k.heads {
-            let mut sums = vec![0.0; keys];
+            let mut sums = memory::filled(keys, 0.0, "scores of keys")?;
             if keys > 0 {
                 self.scores(head, 0..keys, |row, lse| {
                     let attention = row.iter().map(|score| (score - lse).exp() / group);

@@ -6,9 +6,15 @@ use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
-use moa_core::Plan;
+use moa_backend_cpu::ops::{WeightData, WeightRef, linear, linear_backward_input, linears};
+use moa_backend_cpu::{Cache, CpuBackend, Tensor};
+use moa_core::{
+    Append, BlockType, CacheType, ExtendInputs, InfluenceInputs, InfluenceSign, LayerLayout, Plan,
+    Span, SparseAttentionBackend,
+};
 use moa_models::{Checkpoint, Cpu, Error, LogitRows};
 
 use crate::world::{Random, alone, checkpoint, write_model};
@@ -68,10 +74,12 @@ fn with_failure<T>(least: usize, number: u64, run: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Fails each allocation of `least` bytes in turn; returns how many failed, all with a typed error.
-fn each_fails<T>(what: &str, least: usize, run: impl Fn() -> Result<T, Error>) -> u64 {
+/// Fails each allocation of `least` bytes in turn; returns how many failed, all with a typed error. Each time on a thread
+/// that has kept no memory of earlier runs.
+fn each_fails<T: Send>(what: &str, least: usize, run: impl Fn() -> Result<T, Error> + Sync) -> u64 {
     for number in 1..1000 {
-        match with_failure(least, number, &run) {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+        match with_failure(least, number, || pool.install(&run)) {
             Ok(_) if COUNT.load(Relaxed) < number => return number - 1,
             Ok(_) => panic!("{what}: allocation {number} failed, and nobody said so"),
             Err(error) => {
@@ -100,6 +108,86 @@ fn large_allocations_that_fail_are_errors() {
     assert!(run >= 1, "{run}");
     let mut sequence = model.open(&plan, 100, 0).unwrap();
     model.forward(&mut [&mut sequence], &[&tokens[..100]], LogitRows::Last).unwrap();
+}
+
+/// What grows with the tokens of a step, or with a model, is an error however small the step: 4 KiB is what one token
+/// of a large model takes.
+#[test]
+fn every_allocation_of_a_step_is_an_error() {
+    const TOKENS: usize = 300;
+    let _alone = alone();
+    let tensor = |shape: &[usize]| {
+        let data = (0..shape.iter().product()).map(|i: usize| (i * 37 % 101) as f32 / 50.0 - 1.0);
+        Tensor::new(data.collect(), shape).unwrap()
+    };
+    let all = |what, run: &(dyn Fn() -> Result<(), moa_backend_cpu::Error> + Sync)| {
+        let failed = each_fails(what, 4096, || Ok(run()?));
+        println!("{what}: {failed} allocations failed");
+        assert!(failed >= 1, "{what}");
+    };
+
+    // Few and many rows of activations, in blocks and not.
+    let (rows, cols) = (64, 512);
+    let blocks = vec![0x31; rows * cols / 32 * 18];
+    let in_blocks =
+        WeightRef::new(WeightData::Blocks(BlockType::Q4_0, &blocks), rows, cols).unwrap();
+    let plain = vec![0.5; 600 * 510];
+    let plain = WeightRef::new(WeightData::F32(&plain), 600, 510).unwrap();
+    for tokens in [5, 100] {
+        let x = tensor(&[tokens, cols]);
+        all("blocks", &|| linear(&x, in_blocks, None).map(drop));
+        all("joined blocks", &|| linears(&x, &[(in_blocks, None); 2]).map(drop));
+        let x = tensor(&[tokens, 510]);
+        all("floats", &|| linear(&x, plain, None).map(drop));
+        let d_y = tensor(&[tokens, 600]);
+        all("gradients", &|| linear_backward_input(&d_y, plain).map(drop));
+    }
+
+    // Attention and what it appends to, which stays as it was.
+    let (q, kv) = (tensor(&[TOKENS, 4, 64]), tensor(&[TOKENS, 2, 64]));
+    let spans = [Span::full(2 * TOKENS), Span::new(4, 60).unwrap()];
+    let layout = LayerLayout::new(&spans, 2 * TOKENS, 0).unwrap();
+    for cache_type in CacheType::ALL {
+        let backend = CpuBackend::new(cache_type);
+        let cache = Mutex::new(backend.open(&layout, 64).unwrap());
+        let whole = |cache: &mut Cache| {
+            cache.reset();
+            let inputs = ExtendInputs::new(&q, &kv, &kv, 0.1);
+            let result = backend.extend(&mut [Append { cache, tokens: TOKENS }], &inputs);
+            let appended = if result.is_ok() { TOKENS } else { 0 };
+            assert_eq!(cache.as_ref().len(), appended, "{cache_type}");
+            Ok(result?.out.into_data())
+        };
+        let clean = whole(&mut cache.lock().unwrap()).unwrap();
+        all("prompt", &|| whole(&mut cache.lock().unwrap()).map(drop));
+        all("saved", &|| cache.lock().unwrap().to_bytes().map(drop));
+        assert_eq!(whole(&mut cache.lock().unwrap()).unwrap(), clean, "{cache_type}");
+    }
+
+    let lse = tensor(&[TOKENS, 4]);
+    let inputs = InfluenceInputs {
+        q: &q,
+        k: &kv,
+        v: &kv,
+        out: &q,
+        lse: &lse,
+        d_out: &q,
+        window: 100,
+        block: 8,
+        sign: InfluenceSign::Signed,
+        gradients: true,
+    };
+    let backend = CpuBackend::new(CacheType::F32);
+    all("influence", &|| backend.influence(&inputs, 0.1).map(drop));
+
+    let model = &checkpoint().model;
+    let plan = Plan::full(model.shape()).unwrap();
+    let tokens: Vec<u32> = (0..600).map(|i| 3 + i % 500).collect();
+    let forward = || {
+        let mut sequence = model.open(&plan, 600, 0)?;
+        model.forward(&mut [&mut sequence], &[&tokens], LogitRows::Last)
+    };
+    assert!(each_fails("model", 8192, forward) >= 4);
 }
 
 /// Exit code of a run that was told of a failure.

@@ -68,7 +68,7 @@ fn elements_of_the_three_types() -> Result<(), Error> {
         let tensor = weights.tensor(name, shape)?;
         assert_eq!((tensor.dtype(), tensor.shape()), (Some(dtype), shape));
         assert_eq!(tensor.bytes().len(), 2 * dtype.bytes());
-        assert_eq!(tensor.to_f32(), [1.5, -2.0]);
+        assert_eq!(tensor.to_f32().unwrap(), [1.5, -2.0]);
     }
     Ok(())
 }
@@ -218,7 +218,7 @@ fn a_tensor_outlives_its_weights() -> Result<(), Error> {
         let weights = Weights::open(moa_tiny())?;
         weights.tensor("model.norm.weight", &[256])?
     };
-    assert!(tensor.clone().to_f32().iter().all(|x| x.is_finite()));
+    assert!(tensor.clone().to_f32().unwrap().iter().all(|x| x.is_finite()));
     Ok(())
 }
 
@@ -261,13 +261,13 @@ proptest! {
         ];
         let weights = open(&file(&format!("{{{}}}", parts.join(",")), shift + len)).unwrap();
         let whole = weights.tensor("w", &[rows, cols]).unwrap();
-        let values: Vec<u32> = whole.to_f32().iter().map(|x| x.to_bits()).collect();
+        let values: Vec<u32> = whole.to_f32().unwrap().iter().map(|x| x.to_bits()).collect();
         let within = |count: usize| -> Vec<std::ops::Range<usize>> {
             let range = |(a, b): &(usize, usize)| a.min(b) % (count + 1)..a.max(b) % (count + 1);
             cuts.iter().map(range).filter(|range| range.start <= range.end).collect()
         };
         let of = |tensor: &moa_models::MappedTensor| -> Vec<u32> {
-            tensor.to_f32().iter().map(|x| x.to_bits()).collect()
+            tensor.to_f32().unwrap().iter().map(|x| x.to_bits()).collect()
         };
 
         let picked: Vec<usize> = within(rows).into_iter().flatten().collect();

@@ -3,7 +3,9 @@
 use super::Level;
 use super::formats::{Format, GROUP};
 use super::vector::Vector;
+use crate::Result;
 use crate::pool::{self, SharedMut};
+use crate::zeroed::zeroed;
 
 /// Rows that lie together, element by element, so that a product with 4 codes reads on.
 #[cfg(target_arch = "x86_64")]
@@ -33,7 +35,13 @@ pub(super) struct Activations {
 
 impl Activations {
     /// `x` is `[rows, groups * 32]`.
-    pub(super) fn new<F: Format>(level: Level, x: &[f32], groups: usize, side: usize) -> Self {
+    pub(super) fn new<F: Format>(
+        level: Level,
+        x: &[f32],
+        groups: usize,
+        side: usize,
+    ) -> Result<Self> {
+        const WHAT: &str = "rounded activations";
         let len = groups * GROUP;
         let rows = x.len() / len;
         let tiles = rows.div_ceil(side);
@@ -45,10 +53,10 @@ impl Activations {
             own(F::LEAST, groups * side),
             own(!F::LEAST, groups * if side == 1 { 8 } else { 2 * side }),
         ];
-        let mut codes = vec![0; tiles * sizes[0]];
-        let mut steps = vec![0.0; tiles * sizes[1]];
-        let mut sums = vec![0.0; tiles * sizes[2]];
-        let mut bias = vec![0; tiles * sizes[3]];
+        let mut codes: Vec<i8> = zeroed(tiles * sizes[0], WHAT)?;
+        let mut steps: Vec<f32> = zeroed(tiles * sizes[1], WHAT)?;
+        let mut sums: Vec<f32> = zeroed(tiles * sizes[2], WHAT)?;
+        let mut bias: Vec<i32> = zeroed(tiles * sizes[3], WHAT)?;
         {
             let codes = SharedMut::new(&mut codes);
             let steps = SharedMut::new(&mut steps);
@@ -69,7 +77,7 @@ impl Activations {
                 level.fill::<F>(rows, len, to);
             });
         }
-        Self { rows, groups, side, codes, steps, sums, bias }
+        Ok(Self { rows, groups, side, codes, steps, sums, bias })
     }
 }
 

@@ -15,6 +15,7 @@ use moa_core::BlockType;
 
 use super::panels::{self, Side};
 use super::range;
+use crate::Result;
 use crate::pool::{self, SharedMut};
 #[cfg(target_arch = "x86_64")]
 use crate::workspace::Workspace;
@@ -76,8 +77,8 @@ impl Blocks<'_> {
         x: &[f32],
         (m, n, k): (usize, usize, usize),
         out: &SharedMut<'_, f32>,
-    ) {
-        self.forward_with(Level::best(), x, (m, n, k), out);
+    ) -> Result<()> {
+        self.forward_with(Level::best(), x, (m, n, k), out)
     }
 
     fn forward_with(
@@ -86,7 +87,7 @@ impl Blocks<'_> {
         x: &[f32],
         (m, n, k): (usize, usize, usize),
         out: &SharedMut<'_, f32>,
-    ) {
+    ) -> Result<()> {
         match (m, level) {
             (0..MANY, _) => few_rows(level, x, (m, k), &[(self, n, out)]),
             #[cfg(target_arch = "x86_64")]
@@ -108,9 +109,9 @@ pub(super) fn forward_all(
     x: &[f32],
     (m, k): (usize, usize),
     layers: &[(Blocks<'_>, usize, &SharedMut<'_, f32>)],
-) {
+) -> Result<()> {
     if k == 0 {
-        return;
+        return Ok(());
     }
     let level = Level::best();
     if m < MANY {
@@ -118,16 +119,14 @@ pub(super) fn forward_all(
     }
     #[cfg(target_arch = "x86_64")]
     if level.unpacks() {
-        let rounded = round(level, x, k, activations::TILE, layers);
+        let rounded = round(level, x, k, activations::TILE, layers)?;
         for (Blocks { kind, bytes }, n, out) in layers {
             let (_, x) = &rounded[rounded.iter().position(|(own, _)| own == kind).unwrap_or(0)];
-            with_format!(*kind, F => many_rows::<F>(x, bytes, (m, *n, k), out));
+            with_format!(*kind, F => many_rows::<F>(x, bytes, (m, *n, k), out))?;
         }
-        return;
+        return Ok(());
     }
-    for (blocks, n, out) in layers {
-        blocks.forward_with(level, x, (m, *n, k), out);
-    }
+    layers.iter().try_for_each(|(blocks, n, out)| blocks.forward_with(level, x, (m, *n, k), out))
 }
 
 /// Rounded activations for each kind of blocks among some layers: what is added to codes and sums depends on
@@ -138,15 +137,15 @@ fn round(
     k: usize,
     side: usize,
     layers: &[(Blocks<'_>, usize, &SharedMut<'_, f32>)],
-) -> Vec<(BlockType, Activations)> {
+) -> Result<Vec<(BlockType, Activations)>> {
     let mut rounded: Vec<(BlockType, Activations)> = Vec::new();
     for (Blocks { kind, .. }, ..) in layers {
         if rounded.iter().all(|(known, _)| known != kind) {
-            let own = with_format!(*kind, F => Activations::new::<F>(level, x, k / GROUP, side));
+            let own = with_format!(*kind, F => Activations::new::<F>(level, x, k / GROUP, side))?;
             rounded.push((*kind, own));
         }
     }
-    rounded
+    Ok(rounded)
 }
 
 /// Tasks are stretches of weight rows.
@@ -155,18 +154,20 @@ fn few_rows(
     x: &[f32],
     (m, k): (usize, usize),
     layers: &[(Blocks<'_>, usize, &SharedMut<'_, f32>)],
-) {
+) -> Result<()> {
     if k == 0 || m == 0 {
-        return;
+        return Ok(());
     }
-    let rounded = round(level, x, k, 1, layers);
-    let tasks = layers.iter().enumerate().flat_map(|(layer, (_, n, _))| {
-        (0..n.div_ceil(few::STRETCH)).map(move |stretch| (layer, stretch))
-    });
-    let tasks: Vec<(usize, usize)> = tasks.collect();
+    let rounded = round(level, x, k, 1, layers)?;
+    let stretches = |(_, n, _): &(Blocks<'_>, usize, &SharedMut<'_, f32>)| n.div_ceil(few::STRETCH);
+    let tasks = layers.iter().map(stretches).sum();
     let outputs: usize = layers.iter().map(|(_, n, _)| n).sum();
-    pool::for_each(tasks.len(), (m * outputs * k) as u64, |task| {
-        let (layer, stretch) = tasks[task];
+    pool::for_each(tasks, (m * outputs * k) as u64, |task| {
+        let (mut layer, mut stretch) = (0, task);
+        while stretch >= stretches(&layers[layer]) {
+            stretch -= stretches(&layers[layer]);
+            layer += 1;
+        }
         let (Blocks { kind, bytes }, n, out) = layers[layer];
         let rows = range(stretch, few::STRETCH, n);
         let row_bytes = k / kind.block_len() * kind.block_bytes();
@@ -181,6 +182,7 @@ fn few_rows(
             to.copy_from_slice(&y[..rows.len()]);
         }
     });
+    Ok(())
 }
 
 /// Tasks are 16 weight rows and a stretch of activations. Needs a machine with VNNI.
@@ -190,20 +192,21 @@ fn many_rows<F: Format>(
     w: &[u8],
     (m, n, k): (usize, usize, usize),
     out: &SharedMut<'_, f32>,
-) {
+) -> Result<()> {
     assert!(Level::has_vnni());
     let row_bytes = k / F::LEN * F::BYTES;
     let stretches = m.div_ceil(STRETCH_ROWS);
-    pool::for_each(n.div_ceil(many::ROWS) * stretches, (m * n * k) as u64, |task| {
+    pool::try_for_each(n.div_ceil(many::ROWS) * stretches, (m * n * k) as u64, |task| {
         let cols = range(task / stretches, many::ROWS, n);
         let rows = range(task % stretches, STRETCH_ROWS, m);
         let w = &w[cols.start * row_bytes..cols.end * row_bytes];
         Workspace::with(|workspace| {
-            let scratch = workspace.parts(many::scratch(x.groups));
+            let scratch = workspace.parts(many::scratch(x.groups))?;
             // SAFETY: the machine was checked above, and each task has a block of its own.
             unsafe { many::many::<F>(x, w, scratch, rows, cols, n, out) };
-        });
-    });
+            Ok(())
+        })
+    })
 }
 
 /// What a machine has for products of 8-bit codes.

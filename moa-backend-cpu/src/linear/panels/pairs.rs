@@ -106,7 +106,12 @@ impl Activations {
     }
 
     /// Products with `w` `[n, k]`.
-    pub(in crate::linear) fn product(&self, w: &[bf16], k: usize, out: &SharedMut<'_, f32>) {
+    pub(in crate::linear) fn product(
+        &self,
+        w: &[bf16],
+        k: usize,
+        out: &SharedMut<'_, f32>,
+    ) -> Result<()> {
         let (m, stride) = (self.data.rows(), self.data.row_len());
         let n = w.len() / k.max(1);
         if m >= ROWS {
@@ -114,7 +119,7 @@ impl Activations {
             let product = Product { x, stride, lanes: Pairs { w, k }, n, steps, out };
             return product.run(m, m * n * steps, |block| {
                 // SAFETY: the machine is here.
-                Workspace::with(|workspace| unsafe { run(self.machine.0, block, workspace) });
+                Workspace::with(|workspace| unsafe { run(self.machine.0, block, workspace) })
             });
         }
         pool::for_each(n.div_ceil(STRETCH), (m * n * k) as u64, |task| {
@@ -129,6 +134,7 @@ impl Activations {
                 to.copy_from_slice(&y[..cols.len()]);
             }
         });
+        Ok(())
     }
 }
 
@@ -230,7 +236,7 @@ unsafe fn dots<const M: usize>(x: &[f32], stride: usize, w: &[bf16], k: usize, y
 /// # Safety
 /// Needs AVX-512 BF16.
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16")]
-unsafe fn run(simd: V4, block: Block<'_, Pairs<'_>>, workspace: &mut Workspace) {
+unsafe fn run(simd: V4, block: Block<'_, Pairs<'_>>, workspace: &mut Workspace) -> Result<()> {
     // SAFETY: promised by the caller.
-    unsafe { block.compute(simd, workspace) };
+    unsafe { block.compute(simd, workspace) }
 }

@@ -56,15 +56,19 @@ fn with_model<D: Math>(
     context: &Context,
 ) -> Result<()> {
     let chosen = model::choose_plan(&args.plan, model)?;
+    let longest = lengths.last().copied().unwrap_or(0);
+    // Before texts are cut into tokens, which takes long ones a while.
+    let limit = model.model.config().context_length();
+    if longest > limit {
+        return Err(moa_models::Error::ContextExceeded { asked: longest, limit }.into());
+    }
     let tokens = texts
         .iter()
         .map(|(name, text)| Ok((name, model.tokenizer.encode(text, false)?)))
         .collect::<Result<Vec<_>>>()?;
     let bos = model.model.config().bos_token_id;
-    let longest = lengths.last().copied().unwrap_or(0);
     for (name, tokens) in &tokens {
-        check(model, tokens.len() + usize::from(bos.is_some()), longest)
-            .map_err(|e| e.at(*name))?;
+        check(tokens.len() + usize::from(bos.is_some()), longest).map_err(|e| e.at(*name))?;
     }
     let total = lengths.len() * tokens.len() * args.windows;
     let bar = Progress::new(context, "windows", total);
@@ -153,11 +157,7 @@ impl fmt::Display for Outcome<'_> {
 }
 
 /// Checks that a text fills a window of the greatest length, before the shorter ones are measured.
-fn check<D: Math>(model: &Checkpoint<D>, tokens: usize, longest: usize) -> Result<()> {
-    let limit = model.model.config().context_length();
-    if longest > limit {
-        return Err(moa_models::Error::ContextExceeded { asked: longest, limit }.into());
-    }
+fn check(tokens: usize, longest: usize) -> Result<()> {
     match tokens < longest {
         true => Err(Error::argument("text", format!("at least {longest} tokens"), tokens)),
         false => Ok(()),

@@ -179,12 +179,9 @@ fn with_model<D: Math>(
         let names = names.join(", ");
         context.note(format_args!("{names} left out: no --squad or --hotpotqa was given"));
     }
-    if let Some(folder) = &args.items
-        && model.model.is_first()
-    {
-        fs::create_dir_all(folder)
-            .map_err(|source| Error::Output { path: folder.clone(), source })?;
-    }
+    let folder = args.items.as_ref().filter(|_| model.model.is_first());
+    // A run that ends before its first answer leaves no folder.
+    folder.map(|folder| OutputFolder::create(folder)).transpose()?;
     let asked = questions(args, &tasks, sources, model, context)?;
     let mut possible = Vec::new();
     for cache in caches {
@@ -197,6 +194,10 @@ fn with_model<D: Math>(
     let caches = possible;
     let window = length.min(LONGEST_WINDOW);
     let mut agreements = agreements(args, text, &caches, window, model, context)?.into_iter();
+    if let Some(folder) = folder {
+        fs::create_dir_all(folder)
+            .map_err(|source| Error::Output { path: folder.clone(), source })?;
+    }
     let has_memory = model.model.device().memory()?.is_some();
     let mut rows = Vec::new();
     for Cache { name, plan, eviction } in &caches {

@@ -178,7 +178,7 @@ impl Gguf {
     /// All published models have the same constants but for the factor, which is that of the longest wave.
     fn llama3_scaling(&self, head_dim: usize, context: usize) -> Result<Json> {
         let tensor = self.entry(FREQUENCIES)?;
-        let factors = self.mapped(tensor, &tensor.info.shape).to_f32();
+        let factors = self.mapped(tensor, &tensor.info.shape).to_f32()?;
         let factor = f64::from(factors.last().copied().unwrap_or(1.0));
         if factors.iter().all(|factor| *factor == 1.0) {
             return Ok(Json::Null);

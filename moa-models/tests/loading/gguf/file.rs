@@ -203,12 +203,12 @@ pub(crate) fn moa_tiny(folder: &Path, kind: u32) -> File {
 
     let weights = Weights::open(folder).unwrap();
     let vector = |name: &str| {
-        let values = weights.tensor(name, &[hidden as usize]).unwrap().to_f32();
+        let values = weights.tensor(name, &[hidden as usize]).unwrap().to_f32().unwrap();
         values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>()
     };
     let matrix = |name: &str, out: u32, input: u32, heads: Option<u32>| {
         let tensor = weights.tensor(name, &[out as usize, input as usize]).unwrap();
-        let values = tensor.to_f32();
+        let values = tensor.to_f32().unwrap();
         let rows: Vec<&[f32]> = values.chunks(input as usize).collect();
         let dim = (out / heads.unwrap_or(1)) as usize;
         // The two rows of a rotary pair lie side by side.
