@@ -421,7 +421,7 @@ impl Step {
     /// As [`run`](Self::run) for what lies there.
     pub unsafe fn read_lengths_at(&mut self, lengths: DevicePointer) -> Result<()> {
         self.prepared()?;
-        for prepared in &mut self.prepared {
+        if let Some(prepared) = &mut self.prepared {
             prepared.tables.lens = lengths;
             prepared.copies.lens = lengths;
         }
