@@ -84,7 +84,8 @@ impl<D: Math> Decoder<D> {
         let launches = self.shard.as_ref().is_none_or(|shard| shard.only_launches());
         // Nor can steps of sequences whose heads have caches of their own.
         let alike = |s: &Sequence<D>| s.rope.turns_like(&first.rope) && s.evicted.is_none();
-        let can_replay = launches && sequences.iter().all(alike);
+        let records = self.device.replayed_tokens(1) > 1;
+        let can_replay = records && launches && sequences.iter().all(alike);
         let wide = match can_replay {
             true => {
                 self.device.replayed_tokens(self.local.query_heads / self.local.kv_heads).max(1)
@@ -163,19 +164,21 @@ impl<D: Math> Session<D> {
         chosen
     }
 
-    /// Appends several tokens to each sequence, of which all but the first are guesses; the logits after each of
-    /// them, `[tokens, vocab]`.
-    pub(crate) fn check(&mut self, model: &Decoder<D>, parts: &[Vec<u32>]) -> Result<Vec<f32>> {
+    /// Appends several tokens to each sequence, of which all but the first may be guesses; the logits after each of
+    /// them, `[tokens, vocab]`. [`truncate`](Self::truncate) forgets those that were wrong.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn check(&mut self, model: &Decoder<D>, parts: &[Vec<u32>]) -> Result<Vec<f32>> {
         let logits = self.advance_by(model, parts)?;
         model.values(logits)
     }
 
     /// [`check`](Self::check), but only the likeliest token after each.
-    pub(crate) fn check_greedy(
-        &mut self,
-        model: &Decoder<D>,
-        parts: &[Vec<u32>],
-    ) -> Result<Vec<u32>> {
+    ///
+    /// # Errors
+    /// As [`step_greedy`](Self::step_greedy).
+    pub fn check_greedy(&mut self, model: &Decoder<D>, parts: &[Vec<u32>]) -> Result<Vec<u32>> {
         let logits = self.advance_by(model, parts)?;
         likeliest_of(model, logits, self.wide_replay.as_ref())
     }
@@ -193,14 +196,19 @@ impl<D: Math> Session<D> {
         chosen.map_err(|error| model.failure(error))
     }
 
-    /// Forgets all tokens of a sequence after the first `len`.
-    pub(crate) fn truncate(&mut self, model: &Decoder<D>, at: usize, len: usize) -> Result<()> {
-        model.truncate(&mut self.sequences[at], len)
+    /// Forgets all tokens of sequence `at` after the first `len`.
+    ///
+    /// # Errors
+    /// As [`Decoder::truncate`]; [`Error::Invalid`] if there is no such sequence.
+    pub fn truncate(&mut self, model: &Decoder<D>, at: usize, len: usize) -> Result<()> {
+        let all = self.sequences.len();
+        let missing = || Error::invalid("sequence", format!("below {all}"), at);
+        model.truncate(self.sequences.get_mut(at).ok_or_else(missing)?, len)
     }
 
-    /// Tokens that each sequence is given in recorded steps that check guesses, at most `most`; `None` where such
-    /// steps are not recorded, and have any number of tokens.
-    pub(crate) fn wide(&mut self, most: usize) -> Option<usize> {
+    /// Tokens that [`check`](Self::check) is to be given for each sequence, at most `most`, so that the device can record
+    /// its steps; `None` where it does not, and any number will do.
+    pub fn wide(&mut self, most: usize) -> Option<usize> {
         if self.wide_replay.is_none() {
             self.wide = self.wide.min(most);
         }

@@ -193,7 +193,8 @@ pub trait Device: Send + Sync {
     }
 
     /// Tokens of a sequence for which a step takes about as long as for one, where so many query heads share a KV
-    /// head: guesses are checked in [recorded](Self::replay) steps of as many tokens. 1 where no step is recorded.
+    /// head: guesses are checked in [recorded](Self::replay) steps of as many tokens. For a group of 1 it is more than 1 where
+    /// steps are recorded, and 1 where none is.
     fn replayed_tokens(&self, group: usize) -> usize {
         let _ = group;
         1

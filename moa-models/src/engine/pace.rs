@@ -136,6 +136,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn in_steps_of_one_width_further_guesses_are_free() {
+        let mut pace = Pace { wide: Some(4), ..Pace::default() };
+        pace.observe(2, 1.0);
+        pace.observe(8, 1.2);
+        assert_eq!((pace.cost(2, 0), pace.cost(2, 1), pace.cost(2, 6)), (1.0, 1.2, 1.2));
+        let [likely, unlikely] = [0.9, 0.3].map(|rate| Candidate { rate, most: 3 });
+        let (shares, speed) = pace.shares(&[likely, unlikely], 6, |_| 0.0);
+        assert_eq!(shares, [3, 3]);
+        assert!((2.0..2.5).contains(&speed), "{speed}");
+        assert_eq!(pace.shares(&[Candidate { rate: 0.1, most: 3 }; 2], 6, |_| 0.0).0, [0, 0]);
+    }
+
+    #[test]
     fn shares_follow_measured_times_and_the_room() {
         let mut pace = Pace::default();
         let [likely, unlikely, short] =
