@@ -117,7 +117,7 @@ fn measure<D: Math>(device: D, options: &Options) -> Result<()> {
         let (mut told, mut counts) = (None::<String>, vec![Usage::default(); modes.len()]);
         let mut others = 0;
         for _ in 0..options.rounds {
-            for (at, (mode, speculation)) in modes.iter().enumerate() {
+            for (at, (_, speculation)) in modes.iter().enumerate() {
                 let speculation = *speculation;
                 let mut engine =
                     checkpoint.engine(EngineOptions { speculation, ..EngineOptions::default() });
