@@ -203,15 +203,6 @@ extern "C" __global__ void __launch_bounds__(1024) argmax(const __grid_constant_
     if (threadIdx.x == 0) ((int*)args.out)[blockIdx.x] = bad || at == args.cols ? -1 : at;
 }
 
-// Adds 1 to the first `cols` numbers at each of `rows` addresses x: the lengths of a batch's sequences
-// in every layer.
-extern "C" __global__ void __launch_bounds__(256) grow(const __grid_constant__ OpArgs args) {
-    start();
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
-    const i64 row = blockIdx.y + (i64)blockIdx.z * gridDim.y;
-    if (i < args.cols && row < args.rows) ((int* const*)args.x)[row][i] += 1;
-}
-
 // ---- weights for measurements -----------------------------------------------------------------
 
 // out = uniform in [-eps, eps), by a counter hashed with flag (splitmix64's finaliser). Element, or

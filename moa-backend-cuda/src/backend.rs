@@ -5,6 +5,7 @@ use moa_core::{
     InfluenceOutput, LayerLayout, Scores, SparseAttentionBackend, check_extend,
 };
 
+use crate::attention::schedule::SPLIT_ROWS;
 use crate::attention::step::{Batch, Step, Tensors};
 use crate::attention::timing;
 use crate::kernels::compile::{Variant, check_half};
@@ -52,6 +53,16 @@ impl CudaBackend {
     /// [`Error::Argument`] unless `dtype` is f16 or bf16.
     pub fn exact(device: &Device, dtype: Dtype) -> Result<Self> {
         Ok(Self { exact: true, ..Self::new(device, dtype)? })
+    }
+
+    /// Most new tokens of a sequence that attention takes as fast as one, where so many query heads share a KV head:
+    /// more of them are read by fewer blocks.
+    #[must_use]
+    pub const fn few_tokens(group: usize) -> usize {
+        match SPLIT_ROWS.checked_div(group) {
+            None | Some(0) => 1,
+            Some(tokens) => tokens,
+        }
     }
 
     /// The same with caches of this type where a layout does not say another one.

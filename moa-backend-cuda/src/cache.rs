@@ -119,21 +119,10 @@ impl Cache {
     /// [`Error::Driver`], also for what went wrong in an earlier kernel.
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let ranges = self.geometry.written(self.state.extent().high_water);
-        let mut bytes = vec![0u8; total(&ranges) as usize];
-        let (stream, mut rest) = (self.device.cuda_stream(), &mut bytes[..]);
-        self.device.bind()?;
-        let mut copied = Ok(());
-        for Range { start, end } in ranges {
-            let (own, others) = rest.split_at_mut((end - start) as usize);
-            // SAFETY: the buffer contains these bytes, and the host's outlive the copy, which is waited for below.
-            copied = copied.and(
-                unsafe { result::memcpy_dtoh_async(own, self.keys() + start, stream.cu_stream()) }
-                    .map_err(Error::driver("cuMemcpyDtoHAsync")),
-            );
-            rest = others;
-        }
-        self.device.synchronize()?;
-        copied.map(|()| bytes)
+        let piece = |Range { start, end }| (self.keys() + start, (end - start) as usize);
+        let pieces: Vec<_> = ranges.into_iter().map(piece).collect();
+        // SAFETY: the memory contains these bytes, and whoever changes this cache has to wait for this borrow.
+        unsafe { self.device.download(&pieces) }
     }
 
     /// Takes the state and the [bytes](Self::to_bytes) of another cache of this layout.

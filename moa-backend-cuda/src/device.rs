@@ -10,6 +10,8 @@ use crate::graph::current;
 use crate::kernels::Kernels;
 use crate::kernels::compile::{Architecture, Variant};
 use crate::kernels::narrow::NarrowKernels;
+use crate::kernels::tables::DevicePointer;
+use crate::memory::Downloads;
 use crate::pool::Pool;
 use crate::{Error, Result, library};
 
@@ -45,6 +47,7 @@ struct Inner {
     kernels: Mutex<HashMap<(Variant, bool), Arc<Kernels>>>,
     narrow_kernels: Mutex<HashMap<(Variant, bool), Arc<NarrowKernels>>>,
     watch: Mutex<Option<Watch>>,
+    downloads: Mutex<Option<Downloads>>,
 }
 
 impl std::fmt::Debug for Inner {
@@ -94,6 +97,7 @@ impl Device {
             )?,
             kernels: Mutex::default(),
             watch: Mutex::default(),
+            downloads: Mutex::default(),
             narrow_kernels: Mutex::default(),
             context,
         })))
@@ -178,6 +182,26 @@ impl Device {
     pub fn synchronize(&self) -> Result<()> {
         self.settle()?;
         self.0.stream.synchronize().map_err(Error::driver("cuStreamSynchronize"))
+    }
+
+    /// Pieces of memory one after the other, as they are when all that was launched on [`stream`](Self::stream) is done:
+    /// what is launched there meanwhile does not wait for the copies.
+    ///
+    /// # Errors
+    /// [`Error::Driver`], also for what went wrong in an earlier kernel.
+    ///
+    /// # Safety
+    /// They are this device's memory, and nobody writes or frees them until this returns.
+    pub(crate) unsafe fn download(&self, pieces: &[(DevicePointer, usize)]) -> Result<Vec<u8>> {
+        self.settle()?;
+        self.bind()?;
+        let mut downloads = self.0.downloads.lock().unwrap_or_else(PoisonError::into_inner);
+        let downloads = match &mut *downloads {
+            Some(downloads) => downloads,
+            none => none.insert(Downloads::new(&self.0.context)?),
+        };
+        // SAFETY: as the caller promises.
+        unsafe { downloads.read(&self.0.stream, pieces) }
     }
 
     /// Has all waits of the host for this device's stream watched from now on, or none.

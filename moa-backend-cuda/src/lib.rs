@@ -83,7 +83,7 @@ pub use linear::{BlockWeight, E4m3Weight, Weight, e4m3};
 pub use memory::Workspace;
 pub use moa_core::{BlockType, Dtype};
 pub use nccl::{Nccl, NcclId};
-pub use ops::{AttentionGradients, Draw, Indices, Lengths, Operations, Turns};
+pub use ops::{AttentionGradients, Draw, Indices, Operations, Turns};
 pub use peers::{PeerBuffer, PeerSums};
 pub use tensor::Tensor;
 

@@ -1,6 +1,11 @@
 //! Buffers that are kept from call to call.
 
-use cudarc::driver::{CudaEvent, CudaSlice, DevicePtr, DeviceRepr, PinnedHostSlice, result, sys};
+use std::sync::Arc;
+
+use cudarc::driver::{
+    CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DeviceRepr, PinnedHostSlice, result,
+    sys,
+};
 
 use crate::attention::schedule::{Launch, Schedule};
 use crate::kernels::tables::DevicePointer;
@@ -227,5 +232,92 @@ impl Drop for Staging {
             // A failure here is the stream's, and whoever waits for that learns of it.
             let _ = event.synchronize();
         }
+    }
+}
+
+/// Copies of device memory in the host's, on a stream of their own: what is launched meanwhile does not wait for them,
+/// nor does a thread that launches it.
+#[derive(Debug)]
+pub(crate) struct Downloads {
+    stream: Arc<CudaStream>,
+    /// Page-locked, as the driver copies to other memory by a buffer of its own, while everybody waits.
+    slots: [(PinnedHostSlice<u8>, CudaEvent); 2],
+}
+
+/// Bytes of a page-locked buffer.
+const DOWNLOAD_BYTES: usize = 4 << 20;
+
+impl Downloads {
+    pub(crate) fn new(context: &Arc<CudaContext>) -> Result<Self> {
+        let slot = || {
+            // SAFETY: what is read of it was copied there before.
+            let buffer = unsafe { context.alloc_pinned_with_flags(DOWNLOAD_BYTES, 0) }
+                .map_err(Error::driver("cuMemHostAlloc"))?;
+            let event = context.new_event(None).map_err(Error::driver("cuEventCreate"))?;
+            Ok::<_, Error>((buffer, event))
+        };
+        let stream = context.new_stream().map_err(Error::driver("cuStreamCreate"))?;
+        Ok(Self { stream, slots: [slot()?, slot()?] })
+    }
+
+    /// Pieces of memory one after the other, as they are when `after` has come here.
+    ///
+    /// # Safety
+    /// They are memory of the context, and nobody writes or frees them until this returns.
+    pub(crate) unsafe fn read(
+        &mut self,
+        after: &CudaStream,
+        pieces: &[(DevicePointer, usize)],
+    ) -> Result<Vec<u8>> {
+        // SAFETY: as the caller promises.
+        let read = unsafe { self.copy(after, pieces) };
+        if read.is_err() {
+            // No copy may be on its way to a buffer that is used again.
+            let _ = self.stream.synchronize();
+        }
+        read
+    }
+
+    /// # Safety
+    /// As [`read`](Self::read).
+    unsafe fn copy(
+        &mut self,
+        after: &CudaStream,
+        pieces: &[(DevicePointer, usize)],
+    ) -> Result<Vec<u8>> {
+        self.stream.join(after).map_err(Error::driver("cuStreamWaitEvent"))?;
+        let mut bytes = Vec::with_capacity(pieces.iter().map(|(_, len)| len).sum());
+        let (mut filled, mut slot) = ([0; 2], 0);
+        for &(mut from, mut len) in pieces {
+            while len > 0 {
+                if filled[slot] == DOWNLOAD_BYTES {
+                    slot = 1 - slot;
+                    self.take(slot, &mut filled, &mut bytes)?;
+                }
+                let (buffer, event) = &mut self.slots[slot];
+                let all = buffer.as_mut_slice().map_err(Error::driver("cuEventSynchronize"))?;
+                let room = len.min(DOWNLOAD_BYTES - filled[slot]);
+                let to = &mut all[filled[slot]..][..room];
+                // SAFETY: as the caller promises; the buffer is not read before the event has passed.
+                unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) }
+                    .map_err(Error::driver("cuMemcpyDtoHAsync"))?;
+                event.record(&self.stream).map_err(Error::driver("cuEventRecord"))?;
+                filled[slot] += room;
+                from += room as DevicePointer;
+                len -= room;
+            }
+        }
+        self.take(1 - slot, &mut filled, &mut bytes)?;
+        self.take(slot, &mut filled, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Waits for a buffer and empties it.
+    fn take(&mut self, slot: usize, filled: &mut [usize; 2], bytes: &mut Vec<u8>) -> Result<()> {
+        let (buffer, event) = &self.slots[slot];
+        event.synchronize().map_err(Error::driver("cuEventSynchronize"))?;
+        let all = buffer.as_slice().map_err(Error::driver("cuEventSynchronize"))?;
+        bytes.extend_from_slice(&all[..std::mem::take(&mut filled[slot])]);
+        Ok(())
     }
 }

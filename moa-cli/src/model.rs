@@ -105,7 +105,7 @@ pub(crate) fn wgpu(index: Option<usize>, context: &Context) -> Result<moa_models
 }
 
 /// A device that the flags name, opened for a second model.
-pub(crate) trait Reopen: Math + Sized {
+pub(crate) trait Reopen: Math + Sized + 'static {
     fn reopen(context: &Context) -> Result<Self>;
 }
 

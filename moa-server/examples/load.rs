@@ -6,7 +6,9 @@
 //!
 //! Some clients leave in the middle (`--leave`), some send rubbish (`--rubbish`), some allow too little time
 //! (`--late`). The others ask greedily one of a few questions, so that each answer can be compared with the first one
-//! to its question: an answer that differs was mixed up with another's.
+//! to its question: an answer that differs was mixed up with another's. With `--random-tokens 4096` each asks something
+//! else, so many tokens below `--vocabulary`, and answers are not compared. Good is an answer whose first token comes
+//! within `--good-first` seconds and the others within `--good-each` on average.
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -30,6 +32,11 @@ struct Load {
     leave: f64,
     rubbish: f64,
     late: f64,
+    /// 0: prompts are questions in words.
+    random_tokens: usize,
+    vocabulary: u64,
+    good_first: f64,
+    good_each: f64,
 }
 
 /// What all requests came to.
@@ -45,6 +52,7 @@ struct Tally {
     tokens: usize,
     first: Vec<f64>,
     each: Vec<f64>,
+    good: usize,
     answers: HashMap<usize, String>,
 }
 
@@ -80,8 +88,9 @@ fn main() -> Result<()> {
         t.mixed
     );
     println!(
-        "{:.1} requests/s answered, {:.1} tokens/s",
+        "{:.2} requests/s answered, {:.2} good, {:.1} tokens/s",
         t.done as f64 / seconds,
+        t.good as f64 / seconds,
         t.tokens as f64 / seconds
     );
     for (name, times) in [("time to first token", &mut t.first), ("time per token", &mut t.each)] {
@@ -138,8 +147,16 @@ fn client(number: usize, kind: f64, cut: f64, load: &Load, tally: &Mutex<Tally>)
     let words = "the ship sailed on and the stars moved over it ".repeat(load.words.div_ceil(10));
     let late = kind > 1.0 - load.late;
     let timeout = if late { "0.02" } else { "600" };
+    let prompt = match load.random_tokens {
+        0 => format!("\"Story {question}: {words}\""),
+        tokens => {
+            let mut random = SplitMix64::new(number as u64);
+            let drawn = (0..tokens).map(|_| random.next_u64() % load.vocabulary);
+            format!("{:?}", drawn.collect::<Vec<_>>())
+        }
+    };
     let body = format!(
-        "{{\"prompt\": \"Story {question}: {words}\", \"max_tokens\": {}, \"temperature\": 0, \
+        "{{\"prompt\": {prompt}, \"max_tokens\": {}, \"temperature\": 0, \
          \"ignore_eos\": true, \"stream\": true, \"timeout\": {timeout}}}",
         load.tokens
     );
@@ -190,9 +207,13 @@ fn client(number: usize, kind: f64, cut: f64, load: &Load, tally: &Mutex<Tally>)
     note(&|t| {
         t.done += 1;
         t.tokens += load.tokens;
-        t.first.push((first - begin).as_secs_f64());
-        if load.tokens > 1 {
-            t.each.push((last - first).as_secs_f64() / (load.tokens - 1) as f64);
+        let until_first = (first - begin).as_secs_f64();
+        let each = (last - first).as_secs_f64() / load.tokens.saturating_sub(1).max(1) as f64;
+        t.first.push(until_first);
+        t.each.push(each);
+        t.good += usize::from(until_first <= load.good_first && each <= load.good_each);
+        if load.random_tokens > 0 {
+            return;
         }
         let known = t.answers.entry(question).or_insert_with(|| text.clone());
         if *known != text {
@@ -250,6 +271,10 @@ fn arguments() -> Result<Load> {
         leave: 0.1,
         rubbish: 0.1,
         late: 0.05,
+        random_tokens: 0,
+        vocabulary: 8192,
+        good_first: 2.0,
+        good_each: 0.05,
     };
     while let Some(name) = arguments.next() {
         let value = arguments.next().ok_or_else(|| format!("{name} lacks its value"))?;
@@ -264,6 +289,10 @@ fn arguments() -> Result<Load> {
             "--leave" => load.leave = number()?,
             "--rubbish" => load.rubbish = number()?,
             "--late" => load.late = number()?,
+            "--random-tokens" => load.random_tokens = count()?,
+            "--vocabulary" => load.vocabulary = value.parse::<u64>()?.max(1),
+            "--good-first" => load.good_first = number()?,
+            "--good-each" => load.good_each = number()?,
             other => return Err(format!("{other} is not known").into()),
         }
     }

@@ -77,7 +77,8 @@ impl Default for ServerOptions {
             max_connections: 900,
             request_timeout: Duration::from_secs(600),
             client_timeout: Duration::from_secs(15),
-            grace: Duration::from_secs(30),
+            // Docker kills 10 seconds after it has asked.
+            grace: Duration::from_secs(7),
             handle_signals: false,
         }
     }

@@ -44,7 +44,7 @@ impl ShutdownHandle {
     }
 }
 
-impl<D: Math> Server<D> {
+impl<D: Math + 'static> Server<D> {
     /// Listens for requests to a model that runs with the spans of a plan. Nothing is answered yet.
     ///
     /// # Errors

@@ -405,14 +405,27 @@ impl Step {
         unsafe { kernels.advance(stream, tables.lens, tables.sequences, self.schedule.order.len()) }
     }
 
-    /// Sequences of the batch that was planned last.
-    pub(crate) fn sequences(&self) -> usize {
-        self.schedule.order.len()
+    /// The caller's sequences in the order in which the step's tables have them.
+    pub fn order(&self) -> &[usize] {
+        &self.schedule.order
     }
 
-    /// Address of the lengths on the device, one i32 per sequence.
-    pub(crate) fn lens(&self) -> Result<DevicePointer> {
-        Ok(self.prepared()?.tables.lens)
+    /// Reads the lengths that sequences have before a step at this address from now on, one i32 for each in
+    /// [`order`](Self::order), in place of a table of its own: for steps that are replayed by somebody who brings
+    /// the lengths of all layers at once. Until it is prepared again.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if nothing is prepared.
+    ///
+    /// # Safety
+    /// As [`run`](Self::run) for what lies there.
+    pub unsafe fn read_lengths_at(&mut self, lengths: DevicePointer) -> Result<()> {
+        self.prepared()?;
+        if let Some(prepared) = &mut self.prepared {
+            prepared.tables.lens = lengths;
+            prepared.copies.lens = lengths;
+        }
+        Ok(())
     }
 
     /// Kernels that `run` launches on queries and keys that come rotated.

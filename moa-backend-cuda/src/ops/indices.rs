@@ -1,18 +1,22 @@
 //! Numbers of rows and tokens on the device.
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use cudarc::driver::CudaSlice;
 
 use super::launch::OpArgs;
 use super::{Operations, check_dtype, shaped};
 use crate::kernels::tables::DevicePointer;
 use crate::memory::address;
-use crate::{Device, Dtype, Error, Result, Step, Tensor};
+use crate::{Device, Dtype, Error, Result, Tensor};
 
-/// Indices of rows, i32, in device memory.
+/// Indices of rows, i32, in device memory, or a part of some.
 #[derive(Debug)]
 pub struct Indices {
     device: Device,
-    data: CudaSlice<i32>,
+    data: Arc<CudaSlice<i32>>,
+    start: usize,
     len: usize,
 }
 
@@ -29,7 +33,20 @@ impl Indices {
 
     /// Address of the first one.
     pub fn pointer(&self) -> DevicePointer {
-        address(&self.data)
+        address(&*self.data) + (self.start * size_of::<i32>()) as DevicePointer
+    }
+
+    /// Some of them, in the same memory.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there are not as many.
+    pub fn part(&self, range: Range<usize>) -> Result<Self> {
+        if range.start > range.end || range.end > self.len {
+            let expected = format_args!("within {}", self.len).to_string();
+            return Err(Error::argument("indices", "part", expected, format!("{range:?}")));
+        }
+        let (device, data) = (self.device.clone(), Arc::clone(&self.data));
+        Ok(Self { device, data, start: self.start + range.start, len: range.len() })
     }
 
     /// All of them, once the device has computed them; negative for none.
@@ -41,20 +58,12 @@ impl Indices {
         let mut host = self
             .device
             .cuda_stream()
-            .clone_dtoh(&self.data)
+            .clone_dtoh(&self.data.slice(self.start..self.start + self.len.max(1)))
             .map_err(Error::driver("cuMemcpyDtoHAsync"))?;
         self.device.synchronize()?;
         host.truncate(self.len);
         Ok(host)
     }
-}
-
-/// Where the lengths of a batch's sequences lie, layer by layer.
-#[derive(Debug)]
-pub struct Lengths {
-    data: CudaSlice<u64>,
-    layers: usize,
-    sequences: usize,
 }
 
 impl Operations {
@@ -70,7 +79,7 @@ impl Operations {
     ) -> Result<Indices> {
         let len = indices.len();
         let data = self.device.alloc::<i32>("indices", len)?;
-        let into = Indices { device: self.device.clone(), data, len };
+        let into = Indices { device: self.device.clone(), data: Arc::new(data), start: 0, len };
         self.set_indices(&into, indices, limit)?;
         Ok(into)
     }
@@ -132,42 +141,5 @@ impl Operations {
                 Err(Error::argument(op, "into", "on the device of the operations", "on another"))
             }
         }
-    }
-
-    /// The lengths of a batch in every layer, for [`grow`](Self::grow).
-    ///
-    /// # Errors
-    /// [`Error::Argument`] if a step is not prepared, or steps differ in their sequences;
-    /// [`Error::OutOfMemory`], [`Error::Driver`].
-    pub fn lengths(&self, steps: &[Step]) -> Result<Lengths> {
-        let sequences = steps.first().map_or(0, Step::sequences);
-        if let Some(other) = steps.iter().find(|step| step.sequences() != sequences) {
-            let (expected, got) = (sequences, other.sequences());
-            return Err(Error::argument("lengths", "sequences of a step", expected, got));
-        }
-        let addresses = steps.iter().map(Step::lens).collect::<Result<Vec<_>>>()?;
-        let data = self.device.alloc::<u64>("addresses", addresses.len())?;
-        let bytes: &[u8] = bytemuck::cast_slice(&addresses);
-        self.stage(bytes.len(), address(&data), |staged| staged.copy_from_slice(bytes))?;
-        Ok(Lengths { data, layers: steps.len(), sequences })
-    }
-
-    /// Records one new token of each sequence in every layer: for a batch that is replayed, in place
-    /// of a [`Step::advance`](crate::Step::advance) per layer.
-    ///
-    /// # Errors
-    /// [`Error::Driver`].
-    ///
-    /// # Safety
-    /// The steps of `lengths` are alive, and prepared as they were then.
-    pub unsafe fn grow(&self, lengths: &Lengths) -> Result<()> {
-        let args = OpArgs {
-            x: address(&lengths.data),
-            rows: lengths.layers as i32,
-            cols: lengths.sequences as i32,
-            ..OpArgs::default()
-        };
-        // SAFETY: as the caller promises; all of it is on the device's stream.
-        unsafe { self.kernels.by_elements("grow", 1, &args) }
     }
 }

@@ -35,7 +35,7 @@ pub(crate) struct OpArgs {
 const _: () = assert!(size_of::<OpArgs>() == 80);
 
 /// Names of the kernels of a forward pass.
-pub(crate) const FORWARD: [&str; 12] = [
+pub(crate) const FORWARD: [&str; 11] = [
     "rms_norm",
     "embed",
     "rows",
@@ -46,7 +46,6 @@ pub(crate) const FORWARD: [&str; 12] = [
     "rope",
     "turns",
     "argmax",
-    "grow",
     "randomise",
 ];
 

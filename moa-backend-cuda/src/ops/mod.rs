@@ -16,7 +16,7 @@ use crate::memory::Staging;
 use crate::{Device, Dtype, Error, Result, Tensor};
 pub use backward::AttentionGradients;
 pub use elementwise::Turns;
-pub use indices::{Indices, Lengths};
+pub use indices::Indices;
 use launch::{FORWARD, OpArgs, OpKernels};
 pub use sample::Draw;
 

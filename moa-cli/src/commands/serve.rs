@@ -52,7 +52,7 @@ pub(crate) struct Args {
     /// Keys and values kept of ended requests, for others that begin alike; 0 for none [default: 256MiB]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     prefix_cache: Option<u64>,
-    /// The same in host memory, where it goes from a GPU's: all requests wait for each copy [default: none]
+    /// The same in host memory, where it goes from a GPU's [default: none]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     prefix_host: Option<u64>,
     /// Most sequences that run together [default: 64]
@@ -89,7 +89,7 @@ pub(crate) struct Args {
     /// Most seconds that a client may take to send its request or to take in an answer [default: 15]
     #[arg(long, value_name = "SECONDS", value_parser = parse_count)]
     client_timeout: Option<usize>,
-    /// Seconds that requests have to end when the server is told to stop [default: 30]
+    /// Seconds that requests have to end when the server is told to stop [default: 7]
     #[arg(long, value_name = "SECONDS", value_parser = parse_size)]
     grace: Option<usize>,
 }

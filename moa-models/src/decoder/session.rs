@@ -1,5 +1,7 @@
 //! Decode steps of a batch that stays the same.
 
+use std::time::{Duration, Instant};
+
 use crate::decoder::logits::{LogitRows, check_logits, likeliest};
 use crate::decoder::model::Decoder;
 use crate::decoder::sequence::Sequence;
@@ -9,6 +11,8 @@ use crate::{Error, Result};
 
 /// Steps before a replay is worth its preparation: many answers are shorter.
 const PLAIN_STEPS: usize = 2;
+/// Runs of a replay that prepare it: a rehearsal and a recording.
+const FIRST_RUNS: usize = 2;
 
 /// Sequences that decode together, one token each per step, for as long as the batch stays the same.
 ///
@@ -31,8 +35,10 @@ const PLAIN_STEPS: usize = 2;
 /// # Ok::<(), Error>(())
 /// ```
 pub struct Session<D: Device> {
-    /// Dropped before the sequences, to whose caches it refers.
-    replay: Option<Box<dyn Replay<D>>>,
+    /// Of one token; dropped before the sequences, to whose caches it refers.
+    replay: Option<Recorded<D>>,
+    /// Of [`wide`](Self::wide) tokens a sequence, likewise.
+    wide_replay: Option<Recorded<D>>,
     sequences: Vec<Sequence<D>>,
     /// [`Decoder::id`] of the model whose weights a replay refers to.
     model: u64,
@@ -40,6 +46,20 @@ pub struct Session<D: Device> {
     /// Whether the device may be asked for a replay.
     can_replay: bool,
     can_sample: bool,
+    /// Tokens of a sequence in recorded steps that check guesses; 1 where none is recorded.
+    wide: usize,
+    /// Whether the last step took what all such steps take, and prepared nothing.
+    is_steady: bool,
+    /// What it took to prepare the replay of one token, its first runs included.
+    preparation: Option<Duration>,
+    /// Seconds that steps which check guesses would have saved so far, had they been recorded.
+    missed: f64,
+}
+
+/// A replay and how often it ran.
+struct Recorded<D: Device> {
+    replay: Box<dyn Replay<D>>,
+    runs: usize,
 }
 
 impl<D: Device> std::fmt::Debug for Session<D> {
@@ -64,9 +84,27 @@ impl<D: Math> Decoder<D> {
         let launches = self.shard.as_ref().is_none_or(|shard| shard.only_launches());
         // Nor can steps of sequences whose heads have caches of their own.
         let alike = |s: &Sequence<D>| s.rope.turns_like(&first.rope) && s.evicted.is_none();
-        let can_replay = launches && sequences.iter().all(alike);
-        let can_sample = self.device.can_sample();
-        Ok(Session { replay: None, sequences, model: self.id, steps: 0, can_replay, can_sample })
+        let records = self.device.replayed_tokens(1) > 1;
+        let can_replay = records && launches && sequences.iter().all(alike);
+        let wide = match can_replay {
+            true => {
+                self.device.replayed_tokens(self.local.query_heads / self.local.kv_heads).max(1)
+            }
+            false => 1,
+        };
+        Ok(Session {
+            replay: None,
+            wide_replay: None,
+            sequences,
+            model: self.id,
+            steps: 0,
+            can_replay,
+            can_sample: self.device.can_sample(),
+            wide,
+            is_steady: false,
+            preparation: None,
+            missed: 0.0,
+        })
     }
 }
 
@@ -98,14 +136,7 @@ impl<D: Math> Session<D> {
     /// As [`step`](Self::step), and [`Error::Logits`] if a logit is infinite or not a number.
     pub fn step_greedy(&mut self, model: &Decoder<D>, tokens: &[u32]) -> Result<Vec<u32>> {
         let logits = self.advance(model, tokens)?;
-        let Some(replay) = &self.replay else {
-            let logits = model.values(logits)?;
-            let rows = logits.chunks(model.config.vocab_size);
-            return rows.map(|row| check_logits(row).map(|()| likeliest(row).0)).collect();
-        };
-        let chosen = replay.likeliest().map_err(|error| model.failure(error));
-        model.check_ranks()?;
-        chosen
+        likeliest_of(model, logits, self.replay.as_ref())
     }
 
     /// Whether [`step_sampled`](Self::step_sampled) works: the device draws tokens itself.
@@ -133,42 +164,176 @@ impl<D: Math> Session<D> {
         chosen
     }
 
+    /// Appends several tokens to each sequence, of which all but the first may be guesses; the logits after each of
+    /// them, `[tokens, vocab]`. [`truncate`](Self::truncate) forgets those that were wrong.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn check(&mut self, model: &Decoder<D>, parts: &[Vec<u32>]) -> Result<Vec<f32>> {
+        let logits = self.advance_by(model, parts)?;
+        model.values(logits)
+    }
+
+    /// [`check`](Self::check), but only the likeliest token after each.
+    ///
+    /// # Errors
+    /// As [`step_greedy`](Self::step_greedy).
+    pub fn check_greedy(&mut self, model: &Decoder<D>, parts: &[Vec<u32>]) -> Result<Vec<u32>> {
+        let logits = self.advance_by(model, parts)?;
+        likeliest_of(model, logits, self.wide_replay.as_ref())
+    }
+
+    /// [`check`](Self::check), but only a token after each, drawn as by [`step_sampled`](Self::step_sampled).
+    pub(crate) fn check_sampled(
+        &mut self,
+        model: &Decoder<D>,
+        parts: &[Vec<u32>],
+        draw: impl Into<Draw>,
+        units: &[f64],
+    ) -> Result<Vec<u32>> {
+        let logits = self.advance_by(model, parts)?;
+        let chosen = model.device.sample(&logits, &draw.into(), units);
+        chosen.map_err(|error| model.failure(error))
+    }
+
+    /// Forgets all tokens of sequence `at` after the first `len`.
+    ///
+    /// # Errors
+    /// As [`Decoder::truncate`]; [`Error::Invalid`] if there is no such sequence.
+    pub fn truncate(&mut self, model: &Decoder<D>, at: usize, len: usize) -> Result<()> {
+        let all = self.sequences.len();
+        let missing = || Error::invalid("sequence", format!("below {all}"), at);
+        model.truncate(self.sequences.get_mut(at).ok_or_else(missing)?, len)
+    }
+
+    /// Tokens that [`check`](Self::check) is to be given for each sequence, at most `most`, so that the device can record
+    /// its steps; `None` where it does not, and any number will do.
+    pub fn wide(&mut self, most: usize) -> Option<usize> {
+        if self.wide_replay.is_none() {
+            self.wide = self.wide.min(most);
+        }
+        (self.wide > 1).then_some(self.wide)
+    }
+
+    /// Whether steps that check guesses are to be recorded, if they are not yet: where what was missed without
+    /// them, `gain` seconds by the next step, is what it took to record plain ones. So nobody pays for more
+    /// than a text has shown to be worth.
+    pub(crate) fn is_worth_recording(&mut self, gain: f64) -> bool {
+        if self.wide == 1 || self.wide_replay.is_some() {
+            return true;
+        }
+        self.missed += gain;
+        let is_recorded = self.replay.as_ref().is_some_and(|own| own.runs >= FIRST_RUNS);
+        let cost = self.preparation.filter(|_| is_recorded);
+        cost.is_some_and(|cost| self.missed >= cost.as_secs_f64())
+    }
+
+    /// Whether the last step took what all such steps take, and prepared nothing.
+    pub(crate) fn is_steady(&self) -> bool {
+        self.is_steady
+    }
+
     /// Appends tokens; logits on the device, which the next step may overwrite.
     fn advance(&mut self, model: &Decoder<D>, tokens: &[u32]) -> Result<D::Tensor> {
-        if model.id != self.model {
-            return Err(Error::invalid("model", "the one that made the session", "another"));
-        }
-        model.check_ranks()?;
         let each: Vec<&[u32]> = tokens.chunks(1).collect();
-        let mut batch: Vec<_> = self.sequences.iter_mut().collect();
-        model.check_step(&batch, &each)?;
+        self.check_step(model, &each)?;
+        let begin = Instant::now();
         if self.replay.is_none() && self.can_replay && self.steps >= PLAIN_STEPS {
-            let replay = model.prepare(&self.sequences);
-            self.replay = replay.map_err(|error| model.failure(error))?;
+            self.replay = model.record(&self.sequences, 1)?;
             self.can_replay = self.replay.is_some();
-            batch = self.sequences.iter_mut().collect();
+            self.preparation = self.can_replay.then(|| begin.elapsed());
         }
         let logits = match &mut self.replay {
-            None => model.forward(&mut batch, &each, LogitRows::Last)?,
-            Some(replay) => match model.replay(&mut **replay, &mut batch, tokens) {
-                Ok(logits) => logits,
-                Err(error) => {
-                    self.replay = None;
-                    return Err(model.failure(error));
+            None => {
+                self.is_steady = !self.can_replay;
+                let mut batch: Vec<_> = self.sequences.iter_mut().collect();
+                model.forward(&mut batch, &each, LogitRows::Last)?
+            }
+            Some(replay) => {
+                let begin = Instant::now();
+                self.is_steady = replay.runs >= FIRST_RUNS;
+                let logits = match model.replay(replay, &mut self.sequences, tokens) {
+                    Ok(logits) => logits,
+                    Err(error) => return Err(self.failure(model, error)),
+                };
+                if let (false, Some(preparation)) = (self.is_steady, &mut self.preparation) {
+                    *preparation += begin.elapsed();
                 }
-            },
+                logits
+            }
         };
         self.steps += 1;
         Ok(logits)
     }
+
+    /// Appends tokens to each sequence; logits of all on the device, which the next step may overwrite. Where steps are
+    /// recorded, each has [as many](Self::wide) tokens.
+    fn advance_by(&mut self, model: &Decoder<D>, parts: &[Vec<u32>]) -> Result<D::Tensor> {
+        let each: Vec<&[u32]> = parts.iter().map(Vec::as_slice).collect();
+        self.check_step(model, &each)?;
+        let is_wide = self.wide > 1 && each.iter().all(|part| part.len() == self.wide);
+        if self.wide_replay.is_none() && is_wide {
+            self.wide_replay = model.record(&self.sequences, self.wide)?;
+        }
+        let logits = match &mut self.wide_replay {
+            Some(replay) if is_wide => {
+                self.is_steady = replay.runs >= FIRST_RUNS;
+                match model.replay(replay, &mut self.sequences, &each.concat()) {
+                    Ok(logits) => logits,
+                    Err(error) => return Err(self.failure(model, error)),
+                }
+            }
+            _ => {
+                self.is_steady = true;
+                let rows: Vec<usize> = (0..each.iter().map(|part| part.len()).sum()).collect();
+                let mut batch: Vec<_> = self.sequences.iter_mut().collect();
+                model.forward(&mut batch, &each, LogitRows::Rows(&rows))?
+            }
+        };
+        self.steps += 1;
+        Ok(logits)
+    }
+
+    fn check_step(&mut self, model: &Decoder<D>, tokens: &[&[u32]]) -> Result<()> {
+        if model.id != self.model {
+            return Err(Error::invalid("model", "the one that made the session", "another"));
+        }
+        model.check_ranks()?;
+        let batch: Vec<_> = self.sequences.iter_mut().collect();
+        model.check_step(&batch, tokens)
+    }
+
+    /// A replay has failed: nothing recorded is launched again.
+    fn failure(&mut self, model: &Decoder<D>, error: Error) -> Error {
+        (self.replay, self.wide_replay) = (None, None);
+        model.failure(error)
+    }
+}
+
+/// The likeliest tokens by the logits of a step, which the device knows already if a replay ran it.
+fn likeliest_of<D: Math>(
+    model: &Decoder<D>,
+    logits: D::Tensor,
+    replay: Option<&Recorded<D>>,
+) -> Result<Vec<u32>> {
+    let Some(Recorded { replay, .. }) = replay else {
+        let logits = model.values(logits)?;
+        let rows = logits.chunks(model.config.vocab_size);
+        return rows.map(|row| check_logits(row).map(|()| likeliest(row).0)).collect();
+    };
+    let chosen = replay.likeliest().map_err(|error| model.failure(error));
+    model.check_ranks()?;
+    chosen
 }
 
 impl<D: Math> Decoder<D> {
-    fn prepare(&self, sequences: &[Sequence<D>]) -> Result<Option<Box<dyn Replay<D>>>> {
+    /// A replay of so many tokens for each sequence, if the device records steps.
+    fn record(&self, sequences: &[Sequence<D>], tokens: usize) -> Result<Option<Recorded<D>>> {
         let Some(first) = sequences.first() else { return Ok(None) };
         let of_layer = |layer| sequences.iter().map(|s| &s.caches[layer]).collect();
         let batch = ReplayBatch {
             caches: (0..self.layers.len()).map(of_layer).collect(),
+            tokens,
             query_heads: self.local.query_heads,
             head_dim: self.config.head_dim,
             scale: self.scale(),
@@ -177,24 +342,27 @@ impl<D: Math> Decoder<D> {
             capacity: sequences.iter().map(Sequence::capacity).max().unwrap_or(0),
             vocab_size: self.config.vocab_size,
         };
-        // SAFETY: a session owns the caches, in the `Vec`s of sequences that it neither moves out of nor
-        // lends for change while it has the replay. Weights are those of this model, whose id every
-        // step compares; each step is checked for room first. `replay` describes a step by
-        // operations on tensors that it drops.
-        unsafe { self.device.replay(&batch) }
+        // SAFETY: a session owns the caches, in the `Vec`s of sequences that it does not move out of while it has
+        // the replay. What it appends otherwise and forgets changes their lengths, which `replay` tells. Weights
+        // are those of this model, whose id every step compares; each step is checked for room first. `replay`
+        // describes a step by operations on tensors that it drops.
+        let replay = unsafe { self.device.replay(&batch) }.map_err(|error| self.failure(error))?;
+        Ok(replay.map(|replay| Recorded { replay, runs: 0 }))
     }
 
     /// A step of all sequences by `replay`: [`Decoder::forward`], described once.
     fn replay(
         &self,
-        replay: &mut dyn Replay<D>,
-        batch: &mut [&mut Sequence<D>],
+        recorded: &mut Recorded<D>,
+        batch: &mut [Sequence<D>],
         tokens: &[u32],
     ) -> Result<D::Tensor> {
         let (device, config) = (&self.device, &self.config);
+        let Recorded { replay, runs } = recorded;
+        let lens: Vec<usize> = batch.iter().map(Sequence::len).collect();
         batch.iter_mut().for_each(|sequence| sequence.broken = true);
         self.begins();
-        replay.run(device, tokens, &|step| {
+        replay.run(device, tokens, &lens, &|step| {
             let x = step.embed(device, &self.embedding, self.embedding_factor())?;
             let x = self.blocks(x, |layer, qkv| step.attend(device, layer, qkv))?;
             let h = device.rms_norm(&x, &self.norm, self.eps())?;
@@ -214,6 +382,7 @@ impl<D: Math> Decoder<D> {
             }
             sequence.broken = false;
         }
+        *runs += 1;
         Ok(replay.logits().clone())
     }
 }

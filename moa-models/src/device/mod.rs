@@ -182,14 +182,22 @@ pub trait Device: Send + Sync {
     ///
     /// # Safety
     /// For as long as the result is used: the caches of `batch` and all that the described step reads
-    /// live and stay where they are, nothing else changes the caches, and no sequence exceeds its
-    /// capacity. The description keeps what [`Replay::run`] says.
+    /// live and stay where they are, nothing else changes the caches while a step runs, each step is told their
+    /// lengths, and no sequence exceeds its capacity. The description keeps what [`Replay::run`] says.
     unsafe fn replay(&self, batch: &ReplayBatch<'_, Self>) -> Result<Option<Box<dyn Replay<Self>>>>
     where
         Self: Sized,
     {
         let _ = batch;
         Ok(None)
+    }
+
+    /// Tokens of a sequence for which a step takes about as long as for one, where so many query heads share a KV
+    /// head: guesses are checked in [recorded](Self::replay) steps of as many tokens. For a group of 1 it is more than 1 where
+    /// steps are recorded, and 1 where none is.
+    fn replayed_tokens(&self, group: usize) -> usize {
+        let _ = group;
+        1
     }
 
     /// Whether [`sample`](Self::sample) draws tokens on the device.

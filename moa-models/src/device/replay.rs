@@ -15,6 +15,8 @@ type Cache<D> = <<D as Device>::Attention as SparseAttentionBackend>::Cache;
 pub struct ReplayBatch<'a, D: Device> {
     /// The caches of every layer, one per sequence.
     pub caches: Vec<Vec<&'a Cache<D>>>,
+    /// New tokens of each sequence in a step.
+    pub tokens: usize,
     /// Query heads of a layer that the device has.
     pub query_heads: usize,
     /// Width of one head.
@@ -31,15 +33,16 @@ pub struct ReplayBatch<'a, D: Device> {
     pub vocab_size: usize,
 }
 
-/// A decode step of one batch, one token per sequence, that a device records once and launches again
-/// for every token.
+/// A decode step of one batch, as many tokens for each sequence, that a device records once and launches again
+/// and again.
 ///
 /// The decoder describes the step in terms of these operations and of [`Math`](crate::Math); the
 /// device decides when it runs that description and when it launches what it recorded of it. Steps are
 /// those of the sequences that it was prepared for: whoever holds this keeps them, their caches and the
-/// model where they are, and appends to them by nothing else.
+/// model where they are, and says with each step how long they are.
 pub trait Replay<D: Device>: Send {
-    /// Puts `tokens` in place, one of each sequence, and has `step` happen for them.
+    /// Puts `tokens` in place, those of a sequence one after the other, and has `step` happen for them;
+    /// the sequences hold `lens` tokens before it.
     ///
     /// `step` only calls operations that the device records, on this and on tensors that it makes
     /// itself or that live as long as this does.
@@ -50,17 +53,18 @@ pub trait Replay<D: Device>: Send {
         &mut self,
         device: &D,
         tokens: &[u32],
+        lens: &[usize],
         step: &dyn Fn(&dyn Replay<D>) -> Result<()>,
     ) -> Result<()>;
 
-    /// Rows of the embedding for the tokens in place times `factor`, `[sequences, hidden]`.
+    /// Rows of the embedding for the tokens in place times `factor`, `[tokens, hidden]`.
     ///
     /// # Errors
     /// [`Error::Backend`](crate::Error::Backend) if the device fails.
     fn embed(&self, device: &D, table: &D::Matrix, factor: f32) -> Result<D::Tensor>;
 
     /// Rotates queries and keys where `layer` does, appends keys and values to its caches, and attends:
-    /// `[sequences, heads, head_dim]` each.
+    /// `[tokens, heads, head_dim]` each.
     ///
     /// # Errors
     /// [`Error::Backend`](crate::Error::Backend) if the device fails.
@@ -79,23 +83,23 @@ pub trait Replay<D: Device>: Send {
         columns: Range<usize>,
     ) -> Result<()>;
 
-    /// Chooses the likeliest tokens, and makes the lengths ready for the next step.
+    /// Chooses the likeliest tokens.
     ///
     /// # Errors
     /// [`Error::Backend`](crate::Error::Backend) if the device fails.
     fn finish(&self, device: &D) -> Result<()>;
 
-    /// Logits of the last step, `[sequences, vocab]`, which the next one overwrites.
+    /// Logits of the last step, `[tokens, vocab]`, which the next one overwrites.
     fn logits(&self) -> &D::Tensor;
 
-    /// The likeliest token of each sequence after the last step, the lowest of equals.
+    /// The likeliest token after each token of the last step, the lowest of equals.
     ///
     /// # Errors
     /// [`Error::Logits`](crate::Error::Logits) if a logit is infinite or not a number,
     /// [`Error::Backend`](crate::Error::Backend) if the device fails.
     fn likeliest(&self) -> Result<Vec<u32>>;
 
-    /// Records in a cache the token that a step has appended.
+    /// Records in a cache the tokens that a step has appended.
     ///
     /// # Errors
     /// [`Error::Core`](crate::Error::Core) if the cache is full.

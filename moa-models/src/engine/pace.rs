@@ -1,7 +1,7 @@
 //! How many guesses a step checks, by measured times.
 
 /// Rows of a step beyond which times are not told apart.
-const ROWS: usize = 64;
+pub(crate) const ROWS: usize = 256;
 /// What a row adds to a step's time before it was measured, as a share.
 const FIRST_SLOPE: f64 = 0.25;
 
@@ -12,11 +12,13 @@ const FORGOTTEN: f64 = 0.005;
 #[derive(Clone, Debug)]
 pub(crate) struct Pace {
     seconds: [Option<f64>; ROWS],
+    /// Rows of each request in every step that checks guesses, where all have as many.
+    pub(crate) wide: Option<usize>,
 }
 
 impl Default for Pace {
     fn default() -> Self {
-        Self { seconds: [None; ROWS] }
+        Self { seconds: [None; ROWS], wide: None }
     }
 }
 
@@ -42,6 +44,10 @@ impl Pace {
 
     /// The time of a step with `more` rows than the `rows` of a plain one, as a multiple of that one's.
     pub(crate) fn cost(&self, rows: usize, more: usize) -> f64 {
+        let more = match self.wide {
+            Some(wide) if more > 0 => (wide - 1) * rows,
+            _ => more,
+        };
         let guess = 1.0 + FIRST_SLOPE * more as f64 / rows as f64;
         let at = |rows: usize| self.seconds(rows);
         let Some(plain) = at(rows) else { return guess };
@@ -128,6 +134,19 @@ pub(crate) const WORTH: f64 = 1.03;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn in_steps_of_one_width_further_guesses_are_free() {
+        let mut pace = Pace { wide: Some(4), ..Pace::default() };
+        pace.observe(2, 1.0);
+        pace.observe(8, 1.2);
+        assert_eq!((pace.cost(2, 0), pace.cost(2, 1), pace.cost(2, 6)), (1.0, 1.2, 1.2));
+        let [likely, unlikely] = [0.9, 0.3].map(|rate| Candidate { rate, most: 3 });
+        let (shares, speed) = pace.shares(&[likely, unlikely], 6, |_| 0.0);
+        assert_eq!(shares, [3, 3]);
+        assert!((2.0..2.5).contains(&speed), "{speed}");
+        assert_eq!(pace.shares(&[Candidate { rate: 0.1, most: 3 }; 2], 6, |_| 0.0).0, [0, 0]);
+    }
 
     #[test]
     fn shares_follow_measured_times_and_the_room() {

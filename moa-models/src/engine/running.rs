@@ -192,20 +192,19 @@ impl Running {
         }
     }
 
-    /// Takes in the last token and those guesses that are what is chosen from their rows of logits. Returns how
-    /// many guesses were right.
+    /// Takes in the last token and those guesses that are what `choose` chooses after each token. Returns how many
+    /// guesses were right.
     pub(crate) fn check(
         &mut self,
         draft: &Draft,
         checked: usize,
-        rows: &mut [f32],
+        mut choose: impl FnMut(&mut Self, usize, &mut VecDeque<Event>),
         events: &mut VecDeque<Event>,
     ) -> usize {
-        let vocab = rows.len() / (checked + 1);
         let mut right = 0;
-        for (at, row) in rows.chunks_mut(vocab.max(1)).enumerate() {
+        for at in 0..=checked {
             self.took_in(1, events);
-            self.choose(row, events);
+            choose(self, at, events);
             let guess = draft.tokens.get(at).filter(|_| at < checked);
             if guess.is_none() || self.has_ended() {
                 return right;

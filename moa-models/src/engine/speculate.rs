@@ -120,7 +120,7 @@ impl Drafter {
         let Some((last, before)) = history.split_last() else { return Draft::default() };
         let mut found = None;
         // A look through all tokens takes less than an index of them, even of long texts.
-        for at in (1..history.len()).rev().filter(|at| before[at - 1] == *last) {
+        for at in stood(before, *last) {
             let (here, end) = (history[..at].iter().rev(), history.iter().rev());
             let common = here.zip(end).take(NGRAMS[0]).take_while(|(a, b)| a == b).count();
             let Some(kind) = NGRAMS.iter().position(|n| *n <= common) else { continue };
@@ -150,6 +150,17 @@ impl Drafter {
     }
 }
 
+/// Places after those where a token stands, from the last on.
+fn stood(tokens: &[u32], token: u32) -> impl Iterator<Item = usize> {
+    // Whole stretches are compared at once.
+    const STRETCH: usize = 64;
+    let stretches = tokens.chunks(STRETCH).enumerate().rev();
+    stretches.filter(move |(_, own)| own.contains(&token)).flat_map(move |(at, own)| {
+        let is_it = move |i: &usize| own[*i] == token;
+        (0..own.len()).rev().filter(is_it).map(move |i| at * STRETCH + i + 1)
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -163,6 +174,12 @@ mod tests {
         // Of `3 4` the later one is nearer, but `1 2 3 4` is longer.
         assert_eq!(drafter.draft(&text, 3).tokens, [9, 8, 3]);
         assert_eq!(drafter.draft(&[&text[..], &[9, 3, 4]].concat(), 3).tokens, [9, 3, 4]);
+        // Over several stretches, and at their ends.
+        for at in [0, 62, 63, 64, 127, 128, 199] {
+            let mut text = vec![1; 200];
+            text.splice(at..at, [7, 8, 9]);
+            assert_eq!(drafter.draft(&[&text[..], &[7, 8]].concat(), 1).tokens, [9], "{at}");
+        }
         let fresh = Drafter::default();
         assert_eq!(fresh.draft(&[7, 7, 7], 5).tokens, [7; 5]);
         assert!(fresh.draft(&[7, 7, 7, 1], 0).tokens.is_empty());

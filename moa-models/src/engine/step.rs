@@ -1,3 +1,5 @@
+use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Instant;
 
 use crate::Result;
@@ -6,7 +8,8 @@ use crate::decoder::sequence::Sequence;
 use crate::device::Math;
 use crate::engine::choice::Choice;
 use crate::engine::draft_model::{Limits, Place};
-use crate::engine::pace::all_that_fit;
+use crate::engine::pace::{ROWS, all_that_fit};
+use crate::engine::request::Event;
 use crate::engine::running::Running;
 use crate::engine::serve::Engine;
 use crate::engine::speculate::{Draft, Speculation};
@@ -103,43 +106,70 @@ impl<D: Math> Engine<D> {
 
     /// A decode step in which guesses are checked, if that is expected to be faster.
     fn speculate(&mut self) -> Result<()> {
-        let device = self.model.device();
+        let model = Arc::clone(&self.model);
         let plain = self.running.len();
-        // Every token is to have the bits that a plain step gives it.
         let most = self.options.speculation.draft_tokens();
-        let most = most.min(device.few_rows(1).saturating_sub(1));
-        let room = device.few_rows(plain).saturating_sub(plain);
-        let room = room.min(most.saturating_mul(plain));
+        let wide = self.batch.session(&model)?.wide(most + 1);
+        self.pace.wide = wide;
+        let (most, room) = match wide {
+            Some(wide) => {
+                // All requests are given as many tokens.
+                let fits = |at| self.batch.can_check(at, wide - 1) == wide - 1;
+                let fits = plain * wide < ROWS && (0..plain).all(fits);
+                (wide - 1, if fits { plain * (wide - 1) } else { 0 })
+            }
+            None => {
+                // Every token is to have the bits that a plain step gives it.
+                let device = model.device();
+                let most = most.min(device.few_rows(1).saturating_sub(1));
+                let room = device.few_rows(plain).saturating_sub(plain);
+                (most, room.min(most.saturating_mul(plain)))
+            }
+        };
         let (drafts, shares) = match self.guesser.is_some() {
             true => self.ask(most, room)?,
-            false => self.look_up(most, room),
+            false => self.look_up(most, room)?,
         };
         let begin = Instant::now();
         let checked: usize = shares.iter().sum();
+        let rows = match wide {
+            _ if checked == 0 => plain,
+            Some(wide) => plain * wide,
+            None => plain + checked,
+        };
         if checked > 0 {
-            self.check(&drafts, &shares)?;
+            self.check(&drafts, &shares, wide)?;
         } else {
             self.decode()?;
             for (run, draft) in self.running.iter_mut().zip(&drafts) {
                 run.compare(draft);
             }
         }
-        self.pace.observe(plain + checked, begin.elapsed().as_secs_f64());
+        if self.batch.session(&model)?.is_steady() {
+            self.pace.observe(rows, begin.elapsed().as_secs_f64());
+        }
         Ok(())
     }
 
     /// Guesses from the requests' own tokens, and how many of them are checked.
-    fn look_up(&mut self, most: usize, room: usize) -> (Vec<Draft>, Vec<usize>) {
+    fn look_up(&mut self, most: usize, room: usize) -> Result<(Vec<Draft>, Vec<usize>)> {
         let mut drafts: Vec<Draft> = self.running.iter().map(|run| run.draft(most)).collect();
-        for (at, draft) in drafts.iter_mut().enumerate() {
-            draft.tokens.truncate(self.batch.can_check(at, draft.tokens.len()));
+        if self.pace.wide.is_none() {
+            for (at, draft) in drafts.iter_mut().enumerate() {
+                draft.tokens.truncate(self.batch.can_check(at, draft.tokens.len()));
+            }
         }
         let candidates: Vec<_> = drafts.iter().map(Draft::candidate).collect();
-        let shares = match self.options.speculation.is_adaptive() {
-            true => self.pace.shares(&candidates, room, |_| 0.0).0,
-            false => all_that_fit(&candidates, room),
-        };
-        (drafts, shares)
+        if !self.options.speculation.is_adaptive() {
+            return Ok((drafts, all_that_fit(&candidates, room)));
+        }
+        let (mut shares, speed) = self.pace.shares(&candidates, room, |_| 0.0);
+        let session = self.batch.session(&self.model)?;
+        let gain = (speed - 1.0) * self.pace.seconds(candidates.len()).unwrap_or(0.0);
+        if shares.iter().any(|share| *share > 0) && !session.is_worth_recording(gain) {
+            shares.fill(0);
+        }
+        Ok((drafts, shares))
     }
 
     /// Guesses of another model, all of which are checked.
@@ -179,33 +209,60 @@ impl<D: Math> Engine<D> {
         Ok((drafts, shares))
     }
 
-    /// A step of each request's last token and so many of its guesses.
-    fn check(&mut self, drafts: &[Draft], shares: &[usize]) -> Result<()> {
-        let vocab = self.model.config().vocab_size;
-        let guesses = drafts.iter().zip(shares).map(|(draft, share)| &draft.tokens[..*share]);
-        let parts = self.running.iter().zip(guesses);
-        let parts: Vec<Vec<u32>> =
-            parts.map(|(run, draft)| [run.part(0), draft].concat()).collect();
-        let tokens: Vec<&[u32]> = parts.iter().map(Vec::as_slice).collect();
-        let rows: Vec<usize> = (0..parts.iter().map(Vec::len).sum()).collect();
-        let sequences = self.batch.apart();
-        let lens: Vec<usize> = sequences.iter().map(Sequence::len).collect();
-        let mut batch: Vec<_> = sequences.iter_mut().collect();
-        let logits = self.model.forward(&mut batch, &tokens, LogitRows::Rows(&rows))?;
-        let mut logits = &mut self.model.values(logits)?[..];
-        let each = self.running.iter_mut().zip(batch).zip(drafts.iter().zip(shares)).zip(lens);
-        let guesser = &mut self.guesser;
-        for (((run, sequence), (draft, &share)), len) in each {
-            let known = run.history().len();
-            let (own, rest) = logits.split_at_mut((share + 1) * vocab);
-            logits = rest;
-            let right = run.check(draft, share, own, &mut self.events);
-            if right < share {
-                self.model.truncate(sequence, len + 1 + right)?;
+    /// A step of each request's last token and so many of its guesses, filled up to `wide` tokens.
+    fn check(&mut self, drafts: &[Draft], shares: &[usize], wide: Option<usize>) -> Result<()> {
+        let (model, events) = (&*self.model, &mut self.events);
+        let vocab = model.config().vocab_size;
+        let part = |((run, draft), share): ((&Running, &Draft), &usize)| {
+            let mut part = [run.part(0), &draft.tokens[..*share]].concat();
+            part.resize(wide.unwrap_or(part.len()), run.last());
+            part
+        };
+        let parts: Vec<Vec<u32>> = self.running.iter().zip(drafts).zip(shares).map(part).collect();
+        let session = self.batch.session(model)?;
+        let lens: Vec<usize> = session.sequences().iter().map(Sequence::len).collect();
+        let choice = match wide {
+            Some(_) => choice(&self.running, session.can_sample()),
+            None => Choice::Host,
+        };
+        let is_drawn = matches!(choice, Choice::Drawn(_));
+        let (mut logits, mut chosen) = (Vec::new(), Vec::new());
+        match choice {
+            Choice::Host => logits = session.check(model, &parts)?,
+            Choice::Likeliest => chosen = session.check_greedy(model, &parts)?,
+            Choice::Drawn(sampling) => {
+                // Those that are not used are drawn again.
+                let units = |(run, part): (&Running, &Vec<u32>)| {
+                    let mut sampler = run.sampler();
+                    part.iter().map(|_| sampler.unit()).collect::<Vec<f64>>()
+                };
+                let units: Vec<f64> = self.running.iter().zip(&parts).flat_map(units).collect();
+                chosen = session.check_sampled(model, &parts, sampling, &units)?;
             }
-            if let Some(guesser) = guesser {
+        }
+        let mut first = 0;
+        for (at, run) in self.running.iter_mut().enumerate() {
+            let known = run.history().len();
+            let choose = |run: &mut Running, row: usize, events: &mut VecDeque<Event>| match chosen
+                .get(first + row)
+            {
+                Some(token) => {
+                    if is_drawn {
+                        run.unit();
+                    }
+                    run.accept(*token, events);
+                }
+                None => run.choose(&mut logits[(first + row) * vocab..][..vocab], events),
+            };
+            let (share, part) = (shares[at], parts[at].len());
+            let right = run.check(&drafts[at], share, choose, events);
+            if 1 + right < part {
+                session.truncate(model, at, lens[at] + 1 + right)?;
+            }
+            if let Some(guesser) = &mut self.guesser {
                 guesser.settle(run.id, known, right, share);
             }
+            first += part;
             self.usage.decoded_tokens += 1 + right;
             self.usage.drafted_tokens += share;
             self.usage.accepted_tokens += right;
@@ -218,12 +275,7 @@ impl<D: Math> Engine<D> {
         let (model, events) = (&*self.model, &mut self.events);
         let tokens: Vec<u32> = self.running.iter().map(Running::last).collect();
         let session = self.batch.session(model)?;
-        let options = self.running.iter().map(Running::sampling);
-        let choice = match self.running.iter().any(Running::needs_logits) {
-            true => Choice::Host,
-            false => Choice::of(options, session.can_sample()),
-        };
-        match choice {
+        match choice(&self.running, session.can_sample()) {
             Choice::Host => {
                 let mut logits = session.step(model, &tokens)?;
                 let rows = logits.chunks_mut(model.config().vocab_size);
@@ -249,5 +301,13 @@ impl<D: Math> Engine<D> {
         }
         self.usage.decoded_tokens += tokens.len();
         Ok(())
+    }
+}
+
+/// Who chooses the next tokens of these requests.
+fn choice(running: &[Running], can_sample: bool) -> Choice<'_> {
+    match running.iter().any(Running::needs_logits) {
+        true => Choice::Host,
+        false => Choice::of(running.iter().map(Running::sampling), can_sample),
     }
 }

@@ -14,6 +14,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         forks_and_rolled_back_sequences_go_on_as_if_nothing_had_been,
         saved_and_offloaded_sequences_go_on_bit_for_bit,
         a_decoder_equals_single_steps,
+        guesses_are_checked_and_forgotten_in_recorded_steps,
         repeats_are_bitwise_equal,
         threads_share_a_model,
     ]
@@ -160,6 +161,53 @@ pub(crate) fn decoder_equals_steps(model: &Decoder<Cuda>) {
         let mut session = model.session(replayed).unwrap();
         assert!(session.step_greedy(model, &next).is_err(), "there is no room");
     }
+}
+
+/// Beside steps of one token, which are recorded too: neither may rest on how many tokens the other has appended.
+fn guesses_are_checked_and_forgotten_in_recorded_steps() -> Verdict {
+    for (checkpoint, _) in cuda()? {
+        let model = &checkpoint.model;
+        let tokens = prose(400);
+        for plan in &plans(model.shape()) {
+            let lens = [130, 3];
+            let open = || {
+                lens.map(|len| {
+                    let mut sequence = model.open(plan, len + 150, 8).unwrap();
+                    read(model, &mut sequence, &tokens[..len], 500);
+                    sequence
+                })
+            };
+            let mut plain = open();
+            let mut session = model.session(open().into()).unwrap();
+            let wide = session.wide(5).expect("the GPU records steps");
+            assert!((2..=5).contains(&wide));
+            for round in 0..30 {
+                let new = if round % 3 == 2 { 1 } else { wide };
+                let parts = [0, 1].map(|i| tokens[5 * round + 40 * i..][..new].to_vec());
+                let each = parts.each_ref().map(Vec::as_slice);
+                let rows: Vec<usize> = (0..2 * new).collect();
+                let before = plain.each_ref().map(|sequence| sequence.len());
+                let mut batch: Vec<_> = plain.iter_mut().collect();
+                let expected = model.forward(&mut batch, &each, LogitRows::Rows(&rows)).unwrap();
+                let expected = model.device().values(expected).unwrap();
+                let got = match new {
+                    1 => session.step(model, &parts.concat()).unwrap(),
+                    _ => session.check(model, &parts).unwrap(),
+                };
+                assert!(got == expected, "logits differ in round {round}");
+                for (i, sequence) in plain.iter_mut().enumerate() {
+                    let right = before[i] + 1 + (round + i) % new;
+                    model.truncate(sequence, right).unwrap();
+                    session.truncate(model, i, right).unwrap();
+                }
+            }
+            let parts = vec![tokens[..wide].to_vec(); 2];
+            let likeliest = session.check_greedy(model, &parts).unwrap();
+            assert_eq!(likeliest.len(), 2 * wide);
+            assert!(session.truncate(model, 2, 1).is_err());
+        }
+    }
+    Ok(())
 }
 
 fn repeats_are_bitwise_equal() -> Verdict {

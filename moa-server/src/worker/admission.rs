@@ -9,7 +9,7 @@ use super::queue::{MOST_OVERTAKEN, Queued};
 use super::{Active, Job, Update, Worker, tell};
 use crate::http::error::ApiError;
 
-impl<D: Math> Worker<D> {
+impl<D: Math + 'static> Worker<D> {
     /// Sequences that run or are about to.
     fn places(&self) -> usize {
         self.active.values().map(|active| 1 + active.followers).sum()

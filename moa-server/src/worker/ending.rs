@@ -10,7 +10,7 @@ use super::queue::Queued;
 use super::{Active, Update, Worker, tell};
 use crate::http::error::ApiError;
 
-impl<D: Math> Worker<D> {
+impl<D: Math + 'static> Worker<D> {
     /// Ends everything.
     pub(super) fn end_all(&mut self, error: &ApiError) {
         for queued in std::mem::take(&mut self.queue) {

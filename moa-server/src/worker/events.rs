@@ -9,7 +9,7 @@ use moa_models::{Event, Math, RequestId, Sequence};
 use super::{Active, Update, Worker, tell};
 use crate::http::error::ApiError;
 
-impl<D: Math> Worker<D> {
+impl<D: Math + 'static> Worker<D> {
     pub(super) fn handle(&mut self, event: Event) {
         let id = event.id();
         let Some(active) = self.active.get_mut(&id) else {

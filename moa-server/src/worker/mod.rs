@@ -62,7 +62,7 @@ struct Active {
     tokens: usize,
 }
 
-impl<D: Math> Worker<D> {
+impl<D: Math + 'static> Worker<D> {
     pub(crate) fn new(
         checkpoint: Checkpoint<D>,
         plan: Plan,
@@ -118,6 +118,7 @@ impl<D: Math> Worker<D> {
                 break;
             }
             self.drop_those_that_left();
+            self.prefix.collect(0);
             self.admit();
             self.tell_gauges();
             let stepped = self.engine.step();

@@ -1,5 +1,9 @@
 //! Sequences of ended prompts and turns, for requests that begin alike.
 
+use std::collections::VecDeque;
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+
 use moa_models::{Decoder, Math, OffloadedSequence, Result, Sequence};
 
 /// Fewest tokens that are worth keeping, and worth a copy.
@@ -15,10 +19,51 @@ const REMEMBERED: usize = 64;
 pub(crate) struct PrefixCache<D: Math> {
     device: Tier<Sequence<D>>,
     host: Tier<OffloadedSequence>,
+    /// Copies sequences to host memory, once there was one.
+    copier: Option<Copier<D>>,
+    /// Those that it has not copied yet, in their order.
+    copied: VecDeque<Entry<usize>>,
     /// Counts uses.
     clock: u64,
     /// Prompts of late, whose sequences may be gone.
-    remembered: std::collections::VecDeque<(usize, Vec<u32>)>,
+    remembered: VecDeque<(usize, Vec<u32>)>,
+}
+
+/// A thread that copies sequences to host memory, one after the other, while others run.
+struct Copier<D: Math> {
+    /// Dropped to end the thread.
+    sequences: Option<mpsc::Sender<Sequence<D>>>,
+    /// `None` for one that cannot be copied.
+    copies: mpsc::Receiver<Option<OffloadedSequence>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl<D: Math + 'static> Copier<D> {
+    /// `None` where there is no thread to be had.
+    fn new(model: Arc<Decoder<D>>) -> Option<Self> {
+        let (sequences, to_copy) = mpsc::channel::<Sequence<D>>();
+        let (done, copies) = mpsc::channel();
+        let run = move || {
+            for sequence in to_copy {
+                // What cannot be copied is not worth an error.
+                if done.send(model.offload(&sequence).ok()).is_err() {
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("moa copies".to_owned()).spawn(run).ok()?;
+        Some(Self { sequences: Some(sequences), copies, thread: Some(thread) })
+    }
+}
+
+impl<D: Math> Drop for Copier<D> {
+    fn drop(&mut self) {
+        self.sequences = None;
+        if let Some(thread) = self.thread.take() {
+            // If it panicked, that was told of already.
+            let _ = thread.join();
+        }
+    }
 }
 
 /// What is kept in one memory.
@@ -121,11 +166,17 @@ pub(crate) struct Beginning<D: Math> {
     pub(crate) fork: Option<usize>,
 }
 
-impl<D: Math> PrefixCache<D> {
+impl<D: Math + 'static> PrefixCache<D> {
     /// One that keeps so many bytes on the device, and so many in host memory.
     pub(crate) fn new(device: u64, host: u64) -> Self {
-        let remembered = std::collections::VecDeque::new();
-        Self { device: Tier::new(device), host: Tier::new(host), clock: 0, remembered }
+        Self {
+            device: Tier::new(device),
+            host: Tier::new(host),
+            copier: None,
+            copied: VecDeque::new(),
+            clock: 0,
+            remembered: VecDeque::new(),
+        }
     }
 
     /// Bytes of keys and values on the device.
@@ -156,6 +207,13 @@ impl<D: Math> PrefixCache<D> {
         // At least one token must be read to have logits.
         let most = prompt.len().saturating_sub(1);
         let (own, parted) = self.device.find(prompt, most, capacity);
+        let known = own.map_or(FEWEST, |(_, len)| len);
+        let is_wanted = |entry: &Entry<usize>| {
+            entry.sequence == capacity && common(&entry.tokens, prompt).min(most) > known
+        };
+        // Waiting for a copy takes less than reading the prompt.
+        let wanted = self.copied.iter().rposition(is_wanted);
+        self.collect(wanted.map_or(0, |at| at + 1));
         let (offloaded, parted_host) = self.host.find(prompt, most, capacity);
         let mut parted = parted.max(parted_host);
         for (of, tokens) in &self.remembered {
@@ -196,13 +254,16 @@ impl<D: Math> PrefixCache<D> {
 
     /// Whether a sequence of these tokens is kept.
     pub(crate) fn has(&self, tokens: &[u32], capacity: usize) -> bool {
-        self.device.has(tokens, capacity) || self.host.has(tokens, capacity)
+        let is_same = |e: &Entry<usize>| e.sequence == capacity && e.tokens == tokens;
+        self.device.has(tokens, capacity)
+            || self.host.has(tokens, capacity)
+            || self.copied.iter().any(is_same)
     }
 
     /// Keeps a sequence that holds these tokens.
     pub(crate) fn insert(
         &mut self,
-        model: &Decoder<D>,
+        model: &Arc<Decoder<D>>,
         tokens: Vec<u32>,
         sequence: Sequence<D>,
         bytes: u64,
@@ -217,24 +278,53 @@ impl<D: Math> PrefixCache<D> {
         self.device.push(Entry { tokens, sequence, bytes, used: self.clock });
     }
 
-    /// Keeps in host memory what has no room on the device.
-    fn offload(&mut self, model: &Decoder<D>, entry: Entry<Sequence<D>>) {
-        if self.host.limit == 0 {
+    /// Has what has no room on the device copied to host memory. Where copies fall behind, so that they would hold more
+    /// memory of the device than what is kept there, it is dropped.
+    fn offload(&mut self, model: &Arc<Decoder<D>>, entry: Entry<Sequence<D>>) {
+        self.collect(0);
+        let behind: u64 = self.copied.iter().map(|entry| entry.bytes).sum();
+        if self.host.limit == 0 || behind + entry.bytes > self.device.limit {
             return;
         }
-        // What cannot be copied is not worth an error.
-        let Ok(sequence) = model.offload(&entry.sequence) else { return };
-        let bytes = sequence.bytes();
-        if bytes <= self.host.limit {
-            self.host.make_room(bytes);
-            self.host.push(Entry { tokens: entry.tokens, sequence, bytes, used: entry.used });
+        if self.copier.is_none() {
+            self.copier = Copier::new(Arc::clone(model));
+        }
+        let Entry { tokens, sequence, bytes, used } = entry;
+        let capacity = sequence.capacity();
+        let sequences = self.copier.as_ref().and_then(|copier| copier.sequences.as_ref());
+        if sequences.is_some_and(|to| to.send(sequence).is_ok()) {
+            self.copied.push_back(Entry { tokens, sequence: capacity, bytes, used });
         }
     }
 
-    /// Drops all of them on the device.
+    /// Takes the copies that are made, and waits for the first so many.
+    pub(crate) fn collect(&mut self, mut waits: usize) {
+        let Some(copier) = &self.copier else { return };
+        while !self.copied.is_empty() {
+            let copy = match waits {
+                0 => match copier.copies.try_recv() {
+                    Err(mpsc::TryRecvError::Empty) => return,
+                    Err(mpsc::TryRecvError::Disconnected) => None,
+                    Ok(copy) => copy,
+                },
+                _ => copier.copies.recv().ok().flatten(),
+            };
+            waits = waits.saturating_sub(1);
+            let Some(entry) = self.copied.pop_front() else { return };
+            let Some(sequence) = copy else { continue };
+            let bytes = sequence.bytes();
+            if bytes <= self.host.limit {
+                self.host.make_room(bytes);
+                self.host.push(Entry { tokens: entry.tokens, sequence, bytes, used: entry.used });
+            }
+        }
+    }
+
+    /// Drops all of them on the device, once those that are being copied are copied.
     pub(crate) fn clear(&mut self) {
         self.device.entries.clear();
         self.device.bytes = 0;
+        self.collect(self.copied.len());
     }
 }
 

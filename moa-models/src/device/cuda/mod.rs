@@ -181,6 +181,10 @@ impl Device for Cuda {
         Ok(Some(Box::new(unsafe { Recorded::new(self, batch) }?)))
     }
 
+    fn replayed_tokens(&self, group: usize) -> usize {
+        CudaBackend::few_tokens(group)
+    }
+
     fn can_sample(&self) -> bool {
         true
     }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use moa_backend_cuda::{
-    Arena, Batch, Cache, Dtype, Graph, Indices, Lengths, Rope, Step, Tensor, Tensors, Workspace,
+    Arena, Batch, Cache, Dtype, Graph, Indices, Rope, Step, Tensor, Tensors, Workspace,
 };
 
 use super::{Cuda, CudaMatrix, tokens, turns};
@@ -13,8 +13,8 @@ use crate::{Error, Result};
 /// A decode step that was captured as one CUDA graph, with the tables it reads.
 ///
 /// Every layer's attention is planned for all lengths that its sequences can reach. The first step
-/// runs by these plans, and the next one is captured: from then on a token costs the host one upload of
-/// ids, one launch and one copy back.
+/// runs by these plans, and the next one is captured: from then on a step costs the host one upload of
+/// ids and lengths, one launch and one copy back.
 pub(super) struct Recorded {
     /// Dropped first: it refers to all the others.
     graph: Option<Graph>,
@@ -24,7 +24,14 @@ pub(super) struct Recorded {
     /// Whether a layer's queries and keys are rotated.
     rotary: Vec<bool>,
     workspace: Workspace,
-    lengths: Lengths,
+    /// New tokens of each sequence.
+    tokens: usize,
+    /// What a step brings: the ids of tokens, and for each layer the lengths of sequences in its own order.
+    inputs: Indices,
+    /// The sequences in the order of each layer.
+    order: Vec<usize>,
+    /// Most that an input may be, and 1.
+    limit: usize,
     /// Rotary angles of all positions, f32 `[positions, head_dim]`.
     table: Tensor,
     ids: Indices,
@@ -46,7 +53,8 @@ impl Recorded {
         };
         let kv_heads = first.first().map_or(0, |cache| cache.as_ref().layout().heads().len());
         let count = first.len();
-        let tokens = vec![1; count];
+        let tokens = vec![batch.tokens; count];
+        let rows = batch.tokens * count;
         let mut workspace = Workspace::new(gpu);
         let mut layers = Vec::with_capacity(batch.caches.len());
         for caches in &batch.caches {
@@ -57,16 +65,27 @@ impl Recorded {
             unsafe { step.prepare(&mut workspace, &batch, gpu.stream()) }?;
             layers.push(step);
         }
-        let none = || std::iter::repeat_n(0, count);
+        let zeros = |many| std::iter::repeat_n(0, many);
+        let order: Vec<usize> = layers.iter().flat_map(Step::order).copied().collect();
+        let inputs = operations.indices(zeros(rows + order.len()), 1)?;
+        for (index, layer) in layers.iter_mut().enumerate() {
+            let first = rows + index * count;
+            let lengths = inputs.part(first..first + count)?;
+            // SAFETY: the inputs live as long as the layers, and `run` puts the lengths there.
+            unsafe { layer.read_lengths_at(lengths.pointer()) }?;
+        }
         Ok(Self {
             graph: None,
             arena: Arena::new(),
             rehearsed: false,
-            lengths: operations.lengths(&layers)?,
+            tokens: batch.tokens,
+            ids: inputs.part(0..rows)?,
+            inputs,
+            order,
+            limit: batch.vocab_size.max(batch.capacity + 1),
             table: operations.turns(&[turns(batch.rope, 0..batch.capacity)])?,
-            ids: operations.indices(none(), batch.vocab_size)?,
-            logits: Tensor::empty(gpu, &[count, batch.vocab_size], Dtype::F32)?,
-            likeliest: operations.indices(none(), batch.vocab_size)?,
+            logits: Tensor::empty(gpu, &[rows, batch.vocab_size], Dtype::F32)?,
+            likeliest: operations.indices(zeros(rows), 1)?,
             layers,
             rotary: batch.rotary.clone(),
             workspace,
@@ -82,10 +101,13 @@ impl Replay<Cuda> for Recorded {
         &mut self,
         device: &Cuda,
         tokens: &[u32],
+        lens: &[usize],
         step: &dyn Fn(&dyn Replay<Cuda>) -> Result<()>,
     ) -> Result<()> {
-        let ids = tokens.iter().map(|id| *id as usize);
-        device.operations.set_indices(&self.ids, ids, self.logits.shape()[1])?;
+        let mut inputs = Vec::with_capacity(self.inputs.len());
+        inputs.extend(tokens.iter().map(|id| *id as usize));
+        inputs.extend(self.order.iter().filter_map(|sequence| lens.get(*sequence)));
+        device.operations.set_indices(&self.inputs, inputs.into_iter(), self.limit)?;
         if !self.rehearsed {
             self.arena.rehearse(|| step(self))?;
             self.rehearsed = true;
@@ -105,7 +127,7 @@ impl Replay<Cuda> for Recorded {
     }
 
     fn embed(&self, device: &Cuda, table: &CudaMatrix, factor: f32) -> Result<Tensor> {
-        // SAFETY: `run` has put tokens of the vocabulary there.
+        // SAFETY: `run` has put tokens there that its caller has checked.
         Ok(match table {
             CudaMatrix::Blocks(table) => {
                 unsafe { device.operations.embed_blocks_at(table, &self.ids, factor) }?
@@ -162,9 +184,7 @@ impl Replay<Cuda> for Recorded {
     }
 
     fn finish(&self, device: &Cuda) -> Result<()> {
-        device.operations.argmax(&self.logits, &self.likeliest)?;
-        // SAFETY: the steps are alive and were not prepared again.
-        Ok(unsafe { device.operations.grow(&self.lengths) }?)
+        Ok(device.operations.argmax(&self.logits, &self.likeliest)?)
     }
 
     fn logits(&self) -> &Tensor {
@@ -176,6 +196,6 @@ impl Replay<Cuda> for Recorded {
     }
 
     fn advance(&self, cache: &mut Cache) -> Result<()> {
-        Ok(cache.advance(1)?)
+        Ok(cache.advance(self.tokens)?)
     }
 }
