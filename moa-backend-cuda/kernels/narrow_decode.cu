@@ -230,8 +230,10 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
                 x[2 * i + 1] = pair.y;
             }
         }
-        if (rotates(KEY)) rotate(x, part);
-        const u32 most_of_row = largest(x), exponent = min(max(most_of_row >> 23, 1u), 253u);
+        // Of a warp without rows all are zeros.
+        const bool has_rows = row - threadIdx.x % 32 / ROW_LANES < work.rows;
+        if (has_rows && rotates(KEY)) rotate(x, part);
+        const u32 most_of_row = has_rows ? largest(x) : 0, exponent = min(max(most_of_row >> 23, 1u), 253u);
         const float factor = __uint_as_float((254 - exponent) << 23);
 #pragma unroll
         for (int i = 0; i < 8; i++) x[i] *= factor;
@@ -411,7 +413,7 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
             }
         }
         float v_scale[KEY_TILES][2];
-        bool grows = false;
+        u32 largest_pair = 0;
         const bool whole = first + KEYS <= seen_end && (first > seen_begin || first + KEYS <= sinks);
 #pragma unroll
         for (int m = 0; m < KEY_TILES; m++) {
@@ -420,7 +422,7 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
                 const u32 pair = *(const u32*)(warp_stages + reading + S::SCALES_AT + (m * 16 + h * 8 + g) * 4);
                 const float k_scale = __uint_as_float(pair << 16);
                 v_scale[m][h] = __uint_as_float(pair & 0xffff0000u);
-                grows |= pair >> 23 > most;
+                largest_pair = max(largest_pair, pair);
 #pragma unroll
                 for (int n = 0; n < TILES; n++) {
 #pragma unroll
@@ -430,7 +432,6 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
 #if SOFTCAP
                         x = args.softcap * LOG2E * tanh_fine(x / (args.softcap * LOG2E));
 #endif
-                        grows |= x > top[n][c] + SLACK;
                     }
                 }
             }
@@ -454,6 +455,19 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
                 }
             }
         }
+        bool grows = largest_pair > (most << 23 | 0x7fffffu);
+        float highest[TILES][2];
+#pragma unroll
+        for (int n = 0; n < TILES; n++) {
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                highest[n][c] = fmaxf(scores[0][n][c], scores[0][n][2 + c]);
+#pragma unroll
+                for (int m = 1; m < KEY_TILES; m++)
+                    highest[n][c] = fmaxf(highest[n][c], fmaxf(scores[m][n][c], scores[m][n][2 + c]));
+                grows |= highest[n][c] > top[n][c] + SLACK;
+            }
+        }
         if (__any_sync(~0u, grows)) {
             u32 largest_scale = 0;
 #pragma unroll
@@ -471,13 +485,11 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
             for (int n = 0; n < TILES; n++) {
 #pragma unroll
                 for (int c = 0; c < 2; c++) {
-                    float highest = NEG_INF;
+                    float most_of_all = highest[n][c];
 #pragma unroll
-                    for (int m = 0; m < KEY_TILES; m++)
-                        highest = fmaxf(highest, fmaxf(scores[m][n][c], scores[m][n][2 + c]));
-#pragma unroll
-                    for (int d = 4; d < 32; d *= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, d));
-                    const float now = highest > top[n][c] + SLACK ? highest : top[n][c];
+                    for (int d = 4; d < 32; d *= 2)
+                        most_of_all = fmaxf(most_of_all, __shfl_xor_sync(~0u, most_of_all, d));
+                    const float now = most_of_all > top[n][c] + SLACK ? most_of_all : top[n][c];
                     const float decay = exp2_fast(top[n][c] - now);
                     top[n][c] = now;
                     sum[n][c] *= decay;
