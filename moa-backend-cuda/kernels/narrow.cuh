@@ -187,13 +187,7 @@ __device__ __forceinline__ uint2 join_halves(uint2 codes, int lane) {
 }
 
 // ---- codes as pairs of f16 ---------------------------------------------------------------------
-// `even` takes bytes 0 and 2 of a word, `odd` bytes 1 and 3. Of e4m3 they give 2^-8 of the number.
 
-__device__ __forceinline__ u32 half2_subtract(u32 a, u32 b) {
-    u32 d;
-    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
 // (a & mask) ^ flip
 template <u32 MASK, u32 FLIP>
 __device__ __forceinline__ u32 mask_flip(u32 a) {
@@ -202,29 +196,11 @@ __device__ __forceinline__ u32 mask_flip(u32 a) {
     return d;
 }
 
-// Two registers of f16 pairs from a word of 8-bit codes.
-template <int TYPE>
-__device__ __forceinline__ void widen8(u32 word, u32& even, u32& odd) {
-    if (TYPE == INT8) {
-        // 1024 + (code + 128), less 1152.
-        even = half2_subtract(mask_flip<0x00ff00ffu, 0x64806480u>(word), 0x64806480u);
-        odd = half2_subtract(mask_flip<0x00ff00ffu, 0x64806480u>(word >> 8), 0x64806480u);
-    } else {
-        // The sign stays, exponent and mantissa move by one bit.
-        even = ((word << 8) & 0x80008000u) | ((word << 7) & 0x3f803f80u);
-        odd = (word & 0x80008000u) | ((word >> 1) & 0x3f803f80u);
-    }
-}
-
-// Four registers of f16 pairs from a word of 4-bit codes: of low halves, then of high halves of the bytes. They hold
-// 64 + code, which is BIAS4 more than what the code stands for: sums of products are put right, not each of them.
-#define BIAS4 71.5f
-__device__ __forceinline__ void widen4(u32 word, u32& low_even, u32& low_odd, u32& high_even,
-                                       u32& high_odd) {
-    low_even = mask_flip<0x00f000f0u, 0x54005400u>(word << 4);
-    low_odd = mask_flip<0x00f000f0u, 0x54005400u>(word >> 4);
-    high_even = mask_flip<0x00f000f0u, 0x54005400u>(word);
-    high_odd = mask_flip<0x00f000f0u, 0x54005400u>(word >> 8);
+// 2^-8 of what four codes of e4m3 stand for: bytes 0 and 2, and bytes 1 and 3. The sign stays, exponent and mantissa move
+// by one bit.
+__device__ __forceinline__ void widen_e4m3(u32 word, u32& even, u32& odd) {
+    even = ((word << 8) & 0x80008000u) | ((word << 7) & 0x3f803f80u);
+    odd = (word & 0x80008000u) | ((word >> 1) & 0x3f803f80u);
 }
 
 __device__ __forceinline__ u32 pack_halves(float low, float high) {

@@ -1,11 +1,14 @@
 // extend_narrow_8, extend_narrow_16: attention of a few new tokens (tokens * group <= 8 or 16 rows) over a long cache
 // of codes, by blocks, warps and splits as in decode.cu.
 //
-// Codes become f16 in registers, exactly. Scores are keys times queries, so that the 16 rows of a matrix product are
-// keys and its 8 columns queries, and the output is values times weights: nothing is multiplied for rows that are not
-// there. A product sums over keys, or elements, in any order: lanes read whole words of their own rows, and queries
-// and output are permuted to fit. A key's scale multiplies its scores. A value's scale multiplies its weights, as a
-// share of the largest one so far, rounded up to a power of two, so that they stay in the range of f16.
+// Scores are keys times queries, so that the 16 rows of a matrix product are keys and its 8 columns queries, and the
+// output is values times weights: nothing is multiplied for rows that are not there. A product sums over elements in any
+// order: lanes read whole words of their own rows, and queries are permuted to fit. Keys of int8 and int4 meet queries of
+// 16 bits in whole numbers, exactly; those of e4m3 become f16. Values become f16 in registers, by masks alone: a code in
+// the lowest bits of an f16 is a subnormal number, 2^-24 of what it counts. Codes without signs are more than they stand
+// for by the same number everywhere, which is taken off sums of products. A key's scale multiplies its scores. A value's
+// scale multiplies its weights, as a share of the largest one so far, rounded up to a power of two, so that they stay in
+// the range of f16.
 //
 // Dynamic shared memory: 4 warps * STAGES * STAGE_BYTES of the largest kind of head.
 #include "narrow.cuh"
@@ -16,7 +19,8 @@
 #define SLACK 4.0f
 // Weights times 2^WEIGHT_BITS are below 2^(SLACK + 1 + WEIGHT_BITS) <= 2^15.
 #define WEIGHT_BITS 10
-// Words of a row of queries; after its elements lie what products of biased codes are less, and its own key.
+// Words of a row of queries: f16, or the upper bytes of whole numbers and then the lower ones; after them lie what products
+// of codes without signs are less, and the row's own key.
 #define QUERY_WORDS (HEAD_DIM / 2 + 4)
 
 // How a stage of a warp's keys lies in shared memory.
@@ -31,19 +35,19 @@ struct Shape {
     static __device__ __forceinline__ int key_chunk(int row, int chunk) {
         return row * K_BYTES + (K_BYTES % 128 == 0 ? chunk ^ (row & 1) << 2 : chunk) * 16;
     }
-    // Of a value: lanes of a quad read rows that are two apart.
+    // Of a value: the same chunk of eight rows lies in all banks.
     static __device__ __forceinline__ int value_chunk(int row, int chunk) {
-        const int swap = V_BYTES % 128 == 0 ? row & 6 : V_BYTES == 64 ? row >> 1 & 3 : 0;
+        const int swap = V_BYTES % 128 == 0 ? row & 7 : V_BYTES == 64 ? row >> 1 & 3 : V_BYTES == 32 ? row >> 2 & 1 : 0;
         return V_AT + row * V_BYTES + (chunk ^ swap) * 16;
     }
 };
 
-// What a lane reads at once of its share of a row: as many of 16, 8, 4 or 2 bytes as make it up.
-constexpr int unit_of(int share) { return share % 16 == 0 ? 16 : share % 8 == 0 ? 8 : share % 4 == 0 ? 4 : 2; }
+// What a lane reads at once of its share of a key: as many of 16, 8 or 4 bytes as make it up.
+constexpr int unit_of(int share) { return share % 16 == 0 ? 16 : share % 8 == 0 ? 8 : 4; }
 
 template <int UNIT>
 struct Words {
-    static constexpr int COUNT = UNIT < 4 ? 1 : UNIT / 4;
+    static constexpr int COUNT = UNIT / 4;
     u32 x[COUNT];
 
     __device__ __forceinline__ void load(const unsigned char* from) {
@@ -58,10 +62,46 @@ struct Words {
             x[0] = both.x;
             x[1 % COUNT] = both.y;
         } else {
-            x[0] = UNIT == 4 ? *(const u32*)from : *(const u16*)from;
+            x[0] = *(const u32*)from;
         }
     }
 };
+
+// d[16 x 8] += a[16 x 32] b[32 x 8] in whole numbers: codes times the upper bytes of queries, and the lower ones.
+__device__ __forceinline__ void mma_upper(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma_lower(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// What is not computed again: that would cost more than its register, where there are registers.
+__device__ __forceinline__ const char* keep(const char* x) {
+    if (HEAD_DIM <= 128) asm volatile("" : "+l"(x));
+    return x;
+}
+__device__ __forceinline__ u32 keep(u32 x) {
+    if (HEAD_DIM <= 128) asm volatile("" : "+r"(x));
+    return x;
+}
+
+// 8 rows of 16 bytes, two such matrices, transposed in units of two bytes.
+__device__ __forceinline__ void load_two_transposed(u32& a, u32& b, u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(a), "=r"(b)
+                 : "r"(address)
+                 : "memory");
+}
+
+// Bytes `first` of two pairs of whole numbers.
+__device__ __forceinline__ u32 bytes_of(const int (&x)[8], int first, u32 select) {
+    const u32 low = __byte_perm(x[first], x[first + 1], select), high = __byte_perm(x[first + 2], x[first + 3], select);
+    return __byte_perm(low, high, 0x5410);
+}
 
 // 4 bytes; zeros if not `valid`.
 __device__ __forceinline__ void copy4_async(u32 to, const void* from, bool valid) {
@@ -84,9 +124,12 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
                                        float2 (&row_state)[WARPS][ROWS], int& is_last) {
     typedef Shape<KEY, VALUE> S;
     constexpr int KEYS = S::KEYS, KEY_TILES = KEYS / 16;
-    constexpr int STEPS_OF_DIM = HEAD_DIM / 16, OUT_TILES = HEAD_DIM / 16, HALF = HEAD_DIM / 2;
+    constexpr int OUT_TILES = HEAD_DIM / 16, HALF = HEAD_DIM / 2;
     constexpr int K_UNIT = unit_of(S::K_BYTES / 4), K_PIECES = S::K_BYTES / 4 / K_UNIT;
-    constexpr int V_UNIT = unit_of(S::V_BYTES / 8), V_PIECES = S::V_BYTES / 8 / V_UNIT;
+    constexpr int K_CHUNKS = S::K_BYTES / 16, V_CHUNKS = S::V_BYTES / 16;
+    // Products of 32 elements in whole numbers, of 16 in f16.
+    constexpr bool IS_WHOLE = KEY != FP8;
+    constexpr int STEPS_OF_DIM = HEAD_DIM / (IS_WHOLE ? 32 : 16);
     const KeyList& list = work.list;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const u32 stages = shared_address(shared) + warp * STAGES * S::STAGE_BYTES;
@@ -100,57 +143,77 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
     committed.committed = 1;
     const KeySource source(args, committed, work.head, work.kv_head, work.len, list);
 
-    auto load = [&](int step) {
-        const int first = begin + (step * WARPS + warp) * KEYS;
-        const int last = min(first + KEYS, end) - 1;
-        if (last < first) return;
-        const u32 stage = stages + step % STAGES * S::STAGE_BYTES;
-        const int low = source.row(list.position(first)), high = source.row(list.position(last));
-        const bool straight = high - low == last - first;
-        constexpr int K_CHUNKS = S::K_BYTES / 16, V_CHUNKS = S::V_BYTES / 16;
-        const int mine = first + lane, slot = straight ? low + lane : source.row(list.position(min(mine, last)));
-        if (lane < KEYS) copy4_async(stage + S::SCALES_AT + lane * 4, scale_pairs + (i64)slot * 4, mine <= last);
-        if (straight) {
-            const char* k_from = k_codes + (i64)low * S::K_BYTES + lane * 16;
-            const char* v_from = v_codes + (i64)low * S::V_BYTES + lane * 16;
-            static_assert(KEYS * K_CHUNKS % 32 == 0, "keys are whole warps");
-#pragma unroll
-            for (int i = 0; i < KEYS * K_CHUNKS / 32; i++) {
-                const int r = (i * 32 + lane) / K_CHUNKS, chunk = (i * 32 + lane) % K_CHUNKS;
-                copy16_async(stage + S::key_chunk(r, chunk), k_from + i * 512, first + r <= last);
-            }
-#pragma unroll
-            for (int i = 0; i < (KEYS * V_CHUNKS + 31) / 32; i++) {
-                const int r = (i * 32 + lane) / V_CHUNKS, chunk = (i * 32 + lane) % V_CHUNKS;
-                // 16 rows of three chunks are no whole number of warps.
-                if (KEYS * V_CHUNKS % 32 != 0 && r >= KEYS) break;
-                copy16_async(stage + S::value_chunk(r, chunk), v_from + i * 512, first + r <= last);
-            }
-        } else {
+    // List entries before `straight_end` that lie `straight_low` slots after their index.
+    int straight_end = 0, straight_low = 0;
+    const char* k_lane = keep(k_codes + lane * 16);
+    const char* v_lane = keep(v_codes + lane * 16);
+    const char* scale_lane = keep(scale_pairs + lane * 4);
+    const u32 k_to = keep(S::key_chunk(lane / K_CHUNKS, lane % K_CHUNKS));
+    const u32 v_to = keep(S::value_chunk(lane / V_CHUNKS, lane % V_CHUNKS) - S::V_AT);
+    auto load = [&](int first, u32 stage) {
+        if (first + KEYS > straight_end) {
+            if (first >= end) return;
+            straight_low = source.row(list.position(first)) - first;
+            straight_end = first + min(source.straight(list, first), end - first);
+            if (first + KEYS > straight_end) {
+                const int last = min(first + KEYS, end) - 1;
+                if (lane < KEYS) {
+                    const i64 row = source.row(list.position(min(first + lane, last)));
+                    copy4_async(stage + S::SCALES_AT + lane * 4, scale_pairs + row * 4, first + lane <= last);
+                }
 #pragma unroll 1
-            for (int i = lane; i < KEYS * K_CHUNKS; i += 32) {
-                const int r = i / K_CHUNKS, chunk = i % K_CHUNKS;
-                const i64 row = source.row(list.position(min(first + r, last)));
-                copy16_async(stage + S::key_chunk(r, chunk), k_codes + row * S::K_BYTES + chunk * 16, first + r <= last);
-            }
+                for (int i = lane; i < KEYS * K_CHUNKS; i += 32) {
+                    const int r = i / K_CHUNKS, chunk = i % K_CHUNKS;
+                    const i64 row = source.row(list.position(min(first + r, last)));
+                    copy16_async(stage + S::key_chunk(r, chunk), k_codes + row * S::K_BYTES + chunk * 16, first + r <= last);
+                }
 #pragma unroll 1
-            for (int i = lane; i < KEYS * V_CHUNKS; i += 32) {
-                const int r = i / V_CHUNKS, chunk = i % V_CHUNKS;
-                const i64 row = source.row(list.position(min(first + r, last)));
-                copy16_async(stage + S::value_chunk(r, chunk), v_codes + row * S::V_BYTES + chunk * 16,
-                             first + r <= last);
+                for (int i = lane; i < KEYS * V_CHUNKS; i += 32) {
+                    const int r = i / V_CHUNKS, chunk = i % V_CHUNKS;
+                    const i64 row = source.row(list.position(min(first + r, last)));
+                    copy16_async(stage + S::value_chunk(r, chunk), v_codes + row * S::V_BYTES + chunk * 16,
+                                 first + r <= last);
+                }
+                return;
             }
         }
+        const int slot = first + straight_low;
+        if (KEYS == 32 || lane < KEYS)
+            copy4_async(stage + S::SCALES_AT + lane * 4, scale_lane + (i64)slot * 4, true);
+        const char* k_from = k_lane + (i64)slot * S::K_BYTES;
+        const char* v_from = v_lane + (i64)slot * S::V_BYTES;
+        static_assert(KEYS * K_CHUNKS % 32 == 0, "keys are whole warps");
+#pragma unroll
+        for (int i = 0; i < KEYS * K_CHUNKS / 32; i++) {
+            // 32 chunks on lie as these do.
+            const int at = 32 % K_CHUNKS == 0 ? k_to + i * 512
+                                              : S::key_chunk((i * 32 + lane) / K_CHUNKS, (i * 32 + lane) % K_CHUNKS);
+            copy16_async(stage + at, k_from + i * 512, true);
+        }
+#pragma unroll
+        for (int i = 0; i < (KEYS * V_CHUNKS + 31) / 32; i++) {
+            const int r = (i * 32 + lane) / V_CHUNKS;
+            // 16 rows of three chunks are no whole number of warps.
+            if (KEYS * V_CHUNKS % 32 != 0 && r >= KEYS) break;
+            // So many rows on, other chunks have changed places.
+            constexpr int ROWS_ON = 32 / V_CHUNKS;
+            const u32 swap = S::V_BYTES % 128 == 0 ? (i * ROWS_ON & 7) * 16 : 0;
+            const int at = 32 % V_CHUNKS == 0 ? S::V_AT + i * 512 + (v_to ^ swap)
+                                              : S::value_chunk(r, (i * 32 + lane) % V_CHUNKS);
+            copy16_async(stage + at, v_from + i * 512, true);
+        }
     };
-    const int steps = (end - begin + WARPS * KEYS - 1) / (WARPS * KEYS);
+    // Of the warp's first keys, and from one of its steps to the next.
+    const int warp_begin = begin + warp * KEYS;
+    constexpr int STEP = WARPS * KEYS;
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
-        if (i < steps) load(i);
+        load(warp_begin + i * STEP, stages + i * S::STAGE_BYTES);
         commit_copies();
     }
 
-    // Queries, rotated as keys are, with a largest element of 1 to 2, as f16 pairs of elements (0, 2), (1, 3), and so
-    // on: those that a word of codes gives together.
+    // Queries, rotated as keys are, with a largest element of 1 to 2: as whole numbers of 2^-14, or as f16 pairs of
+    // elements (0, 2), (1, 3), and so on, which are those that a word of codes gives together.
     for (int row = threadIdx.x / ROW_LANES; row < max(8 * TILES, WARPS * 32 / ROW_LANES); row += WARPS * 32 / ROW_LANES) {
         const int part = threadIdx.x % ROW_LANES;
         float x[8] = {};
@@ -167,46 +230,62 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
                 x[2 * i + 1] = pair.y;
             }
         }
-        if (rotates(KEY)) rotate(x, part);
-        const u32 exponent = min(max(largest(x) >> 23, 1u), 253u);
+        // Of a warp without rows all are zeros.
+        const bool has_rows = row - threadIdx.x % 32 / ROW_LANES < work.rows;
+        if (has_rows && rotates(KEY)) rotate(x, part);
+        const u32 most_of_row = has_rows ? largest(x) : 0, exponent = min(max(most_of_row >> 23, 1u), 253u);
         const float factor = __uint_as_float((254 - exponent) << 23);
-        u32 packed[4] = {};
-        if (row < 8 * TILES && part * 8 < HEAD_DIM) {
 #pragma unroll
-            for (int i = 0; i < 8; i++) x[i] *= factor;
-            packed[0] = pack_halves(x[0], x[2]);
-            packed[1] = pack_halves(x[1], x[3]);
-            packed[2] = pack_halves(x[4], x[6]);
-            packed[3] = pack_halves(x[5], x[7]);
-            *(uint4*)&queries[row][part * 4] = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-            if (part == 0) {
-                factors[row] = __uint_as_float(exponent << 23);
-                // The list entry of the row's own key.
-                queries[row][HEAD_DIM / 2 + 1] = work.len + min(row, work.rows - 1) / work.group - list.gap;
-            }
-        }
-        if (KEY == INT4) {
-            float all = 0;
+        for (int i = 0; i < 8; i++) x[i] *= factor;
+        const bool is_own = row < 8 * TILES && part * 8 < HEAD_DIM;
+        if (IS_WHOLE) {
+            int whole[8], all = 0;
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float2 pair = unpack_halves(packed[i]);
-                all += pair.x + pair.y;
-            }
+            for (int i = 0; i < 8; i++) all += whole[i] = min(__float2int_rn(x[i] * 16384), 32767);
 #pragma unroll
             for (int d = 1; d < ROW_LANES; d *= 2) all += __shfl_xor_sync(~0u, all, d);
-            if (row < 8 * TILES && part == 0) queries[row][HEAD_DIM / 2] = __float_as_uint(-BIAS4 * all);
+            if (is_own) {
+                *(uint2*)&queries[row][part * 2] = make_uint2(bytes_of(whole, 0, 0x0051), bytes_of(whole, 4, 0x0051));
+                *(uint2*)&queries[row][HEAD_DIM / 4 + part * 2] =
+                    make_uint2(bytes_of(whole, 0, 0x0040), bytes_of(whole, 4, 0x0040));
+                // 7.5 of each; the half of a whole number does not count.
+                if (part == 0) queries[row][HEAD_DIM / 2] = KEY == INT4 ? -15 * all >> 1 : 0;
+            }
+        } else if (is_own) {
+            *(uint4*)&queries[row][part * 4] = make_uint4(pack_halves(x[0], x[2]), pack_halves(x[1], x[3]),
+                                                          pack_halves(x[4], x[6]), pack_halves(x[5], x[7]));
+        }
+        if (is_own && part == 0) {
+            // Whole numbers do not say that a query is none.
+            factors[row] = __uint_as_float(is_none(most_of_row) ? 0x7fc00000u : exponent << 23);
+            // The list entry of the row's own key.
+            queries[row][HEAD_DIM / 2 + 1] = work.len + min(row, work.rows - 1) / work.group - list.gap;
         }
     }
     __syncthreads();
-    // The lane's queries for a step of 16 elements: in registers, where there is room.
+    // The lane's queries for a step of 32 elements, upper bytes and lower ones, or of 16: in registers, where there is room.
+    struct Query {
+        uint2 x, y;
+    };
     auto query = [&](int step, int n) {
+        const u32* row = queries[n * 8 + g];
+        if (KEY == INT4) {
+            constexpr int PER_PIECE = K_UNIT / 4;
+            const int at = (step / PER_PIECE * 4 + t) * PER_PIECE + step % PER_PIECE;
+            return Query{make_uint2(row[at], row[at + HALF / 4]),
+                         make_uint2(row[at + HEAD_DIM / 4], row[at + HEAD_DIM / 4 + HALF / 4])};
+        }
+        if (KEY == INT8) {
+            constexpr int PER_PIECE = K_UNIT / 8;
+            const int at = (step / PER_PIECE * 4 + t) * (K_UNIT / 4) + step % PER_PIECE * 2;
+            return Query{*(const uint2*)&row[at], *(const uint2*)&row[at + HEAD_DIM / 4]};
+        }
         constexpr int PER_PIECE = K_UNIT / 4;
-        const int word = KEY == INT4 ? step / 2 : step;
-        const int at = (word / PER_PIECE * 4 + t) * K_UNIT + word % PER_PIECE * 4 + (KEY == INT4 ? step % 2 * HALF : 0);
-        return *(const uint2*)&queries[n * 8 + g][at / 2];
+        const int at = (step / PER_PIECE * 4 + t) * K_UNIT + step % PER_PIECE * 4;
+        return Query{*(const uint2*)&row[at / 2], make_uint2(0, 0)};
     };
     constexpr bool HELD = HEAD_DIM * TILES <= 256;
-    uint2 q[HELD ? STEPS_OF_DIM : 1][TILES];
+    Query q[HELD ? STEPS_OF_DIM : 1][TILES];
     if (HELD) {
 #pragma unroll
         for (int i = 0; i < STEPS_OF_DIM; i++) {
@@ -214,6 +293,7 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
             for (int n = 0; n < TILES; n++) q[i % (HELD ? STEPS_OF_DIM : 1)][n] = query(i, n);
         }
     }
+    auto held = [&](int step, int n) { return HELD ? q[step % (HELD ? STEPS_OF_DIM : 1)][n] : query(step, n); };
     // A lane's scores are of its two query rows of each tile.
     float scale[TILES][2];
 #pragma unroll
@@ -221,7 +301,7 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             const int row = n * 8 + t * 2 + c;
-            const float unit = (KEY == FP8 ? 256.0f : 1.0f) / (rotates(KEY) ? ROTATION : 1);
+            const float unit = KEY == FP8 ? 256.0f : 1.0f / (16384.0f * ROTATION);
             scale[n][c] = factors[row] * (args.scale * LOG2E * unit);
         }
     }
@@ -230,7 +310,7 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
     const int seen_end = min(end, list.count - work.sequence.tokens + 1), seen_begin = list.count - 1 - window;
 
     float o[OUT_TILES][TILES][4] = {};
-    // Sums of weights as products have them, of values whose codes are biased.
+    // Sums of weights as products have them, of values whose codes have no signs.
     float weights[TILES][4] = {};
     float top[TILES][2], sum[TILES][2] = {};
 #pragma unroll
@@ -238,77 +318,111 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
     // Exponent of the largest scale of a value so far, as an f32 has it.
     u32 most = 27;
 
-    for (int step = 0; step < steps; step++) {
-        if (step + STAGES - 1 < steps) load(step + STAGES - 1);
+    // Where a lane finds keys in a stage, and values: rows of 16, and of two chunks its own.
+    const u32 k_at = keep(S::key_chunk(g, t * K_UNIT / 16) + t * K_UNIT % 16);
+    const u32 v_at = keep(S::value_chunk(lane & 15, V_CHUNKS % 2 == 0 ? lane >> 4 : 0) - S::V_AT);
+    const unsigned char* const warp_stages = shared + keep(warp * STAGES * S::STAGE_BYTES);
+    int biases[TILES][2];
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) biases[n][c] = KEY == INT4 ? queries[n * 8 + t * 2 + c][HEAD_DIM / 2] : 0;
+    }
+    // Stages are taken in turn.
+    auto after = [](u32 stage) { return stage == (STAGES - 1) * S::STAGE_BYTES ? 0u : stage + S::STAGE_BYTES; };
+    u32 reading = 0, writing = (STAGES - 1) * S::STAGE_BYTES;
+    for (int first = warp_begin; first < end; first += STEP) {
+        load(first + (STAGES - 1) * STEP, stages + writing);
         commit_copies();
         wait_copies<STAGES - 1>();
         __syncwarp();
-        const unsigned char* stage = shared + (warp * STAGES + step % STAGES) * S::STAGE_BYTES;
-        const int first = begin + (step * WARPS + warp) * KEYS;
-        if (first >= end) break;
 
         float scores[KEY_TILES][TILES][4];
 #pragma unroll
         for (int m = 0; m < KEY_TILES; m++) {
-            // Two sums, as each product waits for the one before it.
-            float parts[2][TILES][4] = {};
-            if (KEY == INT4) {
+            const unsigned char* tile = warp_stages + reading + m * 16 * S::K_BYTES;
+            if (IS_WHOLE) {
+                int upper[TILES][4] = {}, lower[TILES][4];
 #pragma unroll
                 for (int n = 0; n < TILES; n++) {
 #pragma unroll
-                    for (int c = 0; c < 2; c++)
-                        parts[0][n][c] = parts[0][n][2 + c] =
-                            __uint_as_float(queries[n * 8 + t * 2 + c][HEAD_DIM / 2]);
+                    for (int c = 0; c < 2; c++) lower[n][c] = lower[n][2 + c] = biases[n][c];
                 }
-            }
 #pragma unroll
-            for (int i = 0; i < K_PIECES; i++) {
-                Words<K_UNIT> a, b;
-                const int byte = (i * 4 + t) * K_UNIT, row = m * 16 + g;
-                const unsigned char* at = stage + S::key_chunk(row, byte / 16) + byte % 16;
-                a.load(at);
-                b.load(at + 8 * S::K_BYTES);
+                for (int i = 0; i < K_PIECES; i++) {
+                    Words<K_UNIT> a, b;
+                    const u32 at = S::K_BYTES % 128 == 0 ? k_at ^ i * 4 * K_UNIT : k_at + i * 4 * K_UNIT;
+                    a.load(tile + at);
+                    b.load(tile + at + 8 * S::K_BYTES);
+                    constexpr int PER_PIECE = KEY == INT4 ? K_UNIT / 4 : K_UNIT / 8;
 #pragma unroll
-                for (int j = 0; j < K_UNIT / 4; j++) {
-                    const int word = i * (K_UNIT / 4) + j;
-                    u32 x[2][4];
-                    if (KEY == INT4) {
-                        widen4(a.x[j], x[0][0], x[0][1], x[0][2], x[0][3]);
-                        widen4(b.x[j], x[1][0], x[1][1], x[1][2], x[1][3]);
-                    } else {
-                        widen8<KEY>(a.x[j], x[0][0], x[0][1]);
-                        widen8<KEY>(b.x[j], x[1][0], x[1][1]);
-                    }
-#pragma unroll
-                    for (int half = 0; half < (KEY == INT4 ? 2 : 1); half++) {
-                        const int k = KEY == INT4 ? 2 * word + half : word;
+                    for (int j = 0; j < PER_PIECE; j++) {
+                        u32 x[4];
+                        if (KEY == INT4) {
+                            x[0] = a.x[j] & 0x0f0f0f0fu;
+                            x[1] = b.x[j] & 0x0f0f0f0fu;
+                            x[2] = a.x[j] >> 4 & 0x0f0f0f0fu;
+                            x[3] = b.x[j] >> 4 & 0x0f0f0f0fu;
+                        } else {
+                            constexpr int COUNT = Words<K_UNIT>::COUNT;
+                            x[0] = a.x[2 * j % COUNT];
+                            x[1] = b.x[2 * j % COUNT];
+                            x[2] = a.x[(2 * j + 1) % COUNT];
+                            x[3] = b.x[(2 * j + 1) % COUNT];
+                        }
 #pragma unroll
                         for (int n = 0; n < TILES; n++) {
-                            const uint2 own = HELD ? q[k % (HELD ? STEPS_OF_DIM : 1)][n] : query(k, n);
-                            mma_halves(parts[k % 2][n], x[0][2 * half], x[1][2 * half], x[0][2 * half + 1],
-                                       x[1][2 * half + 1], own.x, own.y);
+                            const Query own = held(i * PER_PIECE + j, n);
+                            mma_upper(upper[n], x[0], x[1], x[2], x[3], own.x.x, own.x.y);
+                            mma_lower(lower[n], x[0], x[1], x[2], x[3], own.y.x, own.y.y);
                         }
                     }
                 }
-            }
 #pragma unroll
-            for (int n = 0; n < TILES; n++) {
+                for (int n = 0; n < TILES; n++) {
 #pragma unroll
-                for (int c = 0; c < 4; c++) scores[m][n][c] = parts[0][n][c] + parts[1][n][c];
+                    for (int c = 0; c < 4; c++) scores[m][n][c] = (float)(upper[n][c] * 256 + lower[n][c]);
+                }
+            } else {
+                // Two sums, as each product waits for the one before it.
+                float parts[2][TILES][4] = {};
+#pragma unroll
+                for (int i = 0; i < K_PIECES; i++) {
+                    Words<K_UNIT> a, b;
+                    const u32 at = S::K_BYTES % 128 == 0 ? k_at ^ i * 4 * K_UNIT : k_at + i * 4 * K_UNIT;
+                    a.load(tile + at);
+                    b.load(tile + at + 8 * S::K_BYTES);
+#pragma unroll
+                    for (int j = 0; j < K_UNIT / 4; j++) {
+                        const int word = i * (K_UNIT / 4) + j;
+                        u32 x[4];
+                        widen_e4m3(a.x[j], x[0], x[2]);
+                        widen_e4m3(b.x[j], x[1], x[3]);
+#pragma unroll
+                        for (int n = 0; n < TILES; n++) {
+                            const Query own = held(word, n);
+                            mma_halves(parts[word % 2][n], x[0], x[1], x[2], x[3], own.x.x, own.x.y);
+                        }
+                    }
+                }
+#pragma unroll
+                for (int n = 0; n < TILES; n++) {
+#pragma unroll
+                    for (int c = 0; c < 4; c++) scores[m][n][c] = parts[0][n][c] + parts[1][n][c];
+                }
             }
         }
         float v_scale[KEY_TILES][2];
-        bool grows = false;
+        u32 largest_pair = 0;
         const bool whole = first + KEYS <= seen_end && (first > seen_begin || first + KEYS <= sinks);
 #pragma unroll
         for (int m = 0; m < KEY_TILES; m++) {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const int local = m * 16 + h * 8 + g, index = first + local;
-                const u32 pair = *(const u32*)(stage + S::SCALES_AT + local * 4);
+                const u32 pair = *(const u32*)(warp_stages + reading + S::SCALES_AT + (m * 16 + h * 8 + g) * 4);
                 const float k_scale = __uint_as_float(pair << 16);
                 v_scale[m][h] = __uint_as_float(pair & 0xffff0000u);
-                grows |= pair >> 23 > most;
+                largest_pair = max(largest_pair, pair);
 #pragma unroll
                 for (int n = 0; n < TILES; n++) {
 #pragma unroll
@@ -318,15 +432,40 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
 #if SOFTCAP
                         x = args.softcap * LOG2E * tanh_fine(x / (args.softcap * LOG2E));
 #endif
-                        if (!whole) {
+                    }
+                }
+            }
+        }
+        if (!whole) {
+#pragma unroll
+            for (int m = 0; m < KEY_TILES; m++) {
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const int index = first + m * 16 + h * 8 + g;
+#pragma unroll
+                    for (int n = 0; n < TILES; n++) {
+#pragma unroll
+                        for (int c = 0; c < 2; c++) {
                             const int own = queries[n * 8 + t * 2 + c][HEAD_DIM / 2 + 1];
                             const bool sees =
                                 (index <= own) & (index < end) & ((index < sinks) | (index > own - window));
-                            x = sees ? x : NEG_INF;
+                            if (!sees) scores[m][n][2 * h + c] = NEG_INF;
                         }
-                        grows |= x > top[n][c] + SLACK;
                     }
                 }
+            }
+        }
+        bool grows = largest_pair > (most << 23 | 0x7fffffu);
+        float highest[TILES][2];
+#pragma unroll
+        for (int n = 0; n < TILES; n++) {
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                highest[n][c] = fmaxf(scores[0][n][c], scores[0][n][2 + c]);
+#pragma unroll
+                for (int m = 1; m < KEY_TILES; m++)
+                    highest[n][c] = fmaxf(highest[n][c], fmaxf(scores[m][n][c], scores[m][n][2 + c]));
+                grows |= highest[n][c] > top[n][c] + SLACK;
             }
         }
         if (__any_sync(~0u, grows)) {
@@ -346,13 +485,11 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
             for (int n = 0; n < TILES; n++) {
 #pragma unroll
                 for (int c = 0; c < 2; c++) {
-                    float highest = NEG_INF;
+                    float most_of_all = highest[n][c];
 #pragma unroll
-                    for (int m = 0; m < KEY_TILES; m++)
-                        highest = fmaxf(highest, fmaxf(scores[m][n][c], scores[m][n][2 + c]));
-#pragma unroll
-                    for (int d = 4; d < 32; d *= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, d));
-                    const float now = highest > top[n][c] + SLACK ? highest : top[n][c];
+                    for (int d = 4; d < 32; d *= 2)
+                        most_of_all = fmaxf(most_of_all, __shfl_xor_sync(~0u, most_of_all, d));
+                    const float now = most_of_all > top[n][c] + SLACK ? most_of_all : top[n][c];
                     const float decay = exp2_fast(top[n][c] - now);
                     top[n][c] = now;
                     sum[n][c] *= decay;
@@ -368,76 +505,112 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
         const float share = __uint_as_float((254 + WEIGHT_BITS - most) << 23);
 #pragma unroll
         for (int m = 0; m < KEY_TILES; m++) {
-            u32 p[TILES][2];
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const float weight = v_scale[m][h] * share;
+                v_scale[m][h] *= share;
 #pragma unroll
                 for (int n = 0; n < TILES; n++) {
-                    const float x = exp2_fast(scores[m][n][2 * h] - top[n][0]);
-                    const float y = exp2_fast(scores[m][n][2 * h + 1] - top[n][1]);
-                    sum[n][0] += x;
-                    sum[n][1] += y;
-                    // A value that is hidden may be no number.
-                    p[n][h] = transpose_halves(pack_halves(x == 0 ? 0 : x * weight, y == 0 ? 0 : y * weight));
+#pragma unroll
+                    for (int c = 0; c < 2; c++) {
+                        float& x = scores[m][n][2 * h + c];
+                        x = exp2_fast(x - top[n][c]);
+                        sum[n][c] += x;
+                    }
                 }
             }
-            if (VALUE == INT4) {
+        }
+        if (!whole) {
+            // A value that is hidden may be no number. The barrier keeps this a branch.
+            __syncwarp();
+#pragma unroll
+            for (int m = 0; m < KEY_TILES; m++) {
+#pragma unroll
+                for (int i = 0; i < 2 * TILES; i++) {
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        float& x = scores[m][i / 2][2 * h + i % 2];
+                        x = x == 0 ? 0 : x * v_scale[m][h];
+                    }
+                }
+            }
+        } else {
+#pragma unroll
+            for (int m = 0; m < KEY_TILES; m++) {
+#pragma unroll
+                for (int i = 0; i < 2 * TILES; i++) {
+#pragma unroll
+                    for (int h = 0; h < 2; h++) scores[m][i / 2][2 * h + i % 2] *= v_scale[m][h];
+                }
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < KEY_TILES; m++) {
+            u32 p[TILES][2];
+#pragma unroll
+            for (int n = 0; n < TILES; n++) {
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+                    p[n][h] = transpose_halves(pack_halves(scores[m][n][2 * h], scores[m][n][2 * h + 1]));
+            }
+            if (VALUE != FP8) {
                 const u32 one = 0x3c003c00u;
 #pragma unroll
                 for (int n = 0; n < TILES; n++) mma_halves(weights[n], one, one, one, one, p[n][0], p[n][1]);
             }
+            constexpr int AT_ONCE = V_CHUNKS % 2 == 0 ? 2 : 1;
 #pragma unroll
-            for (int i = 0; i < V_PIECES; i++) {
-                Words<V_UNIT> v[4];
-                // Neighbours and rows that are 8 apart have the same order of chunks.
-                const int byte = (i * 8 + g) * V_UNIT;
-                const unsigned char* at = stage + S::value_chunk(m * 16 + t * 2, byte / 16) + byte % 16;
-                v[0].load(at);
-                v[1].load(at + S::V_BYTES);
-                v[2].load(at + 8 * S::V_BYTES);
-                v[3].load(at + 9 * S::V_BYTES);
+            for (int i = 0; i < V_CHUNKS; i += AT_ONCE) {
+                // Of each chunk its keys 0 to 7, and 8 to 15: two bytes of a key, and the same of the next one.
+                u32 v[4];
+                const u32 at = V_CHUNKS % 3 == 0 ? v_at + i * 16 : v_at ^ i * 16;
+                const u32 address = stages + reading + S::V_AT + m * 16 * S::V_BYTES + at;
+                if (AT_ONCE == 2) load_matrices_transposed(v, address);
+                else load_two_transposed(v[0], v[1], address);
 #pragma unroll
-                for (int j = 0; j < Words<V_UNIT>::COUNT; j++) {
+                for (int j = 0; j < AT_ONCE; j++) {
+                    u32 x[2][4];
 #pragma unroll
-                    for (int half = 0; half < (V_UNIT < 4 ? 1 : 2); half++) {
-                        const u32 select = half ? 0x7632 : 0x5410;
-                        const u32 ab = __byte_perm(v[0].x[j], v[1].x[j], select);
-                        const u32 cd = __byte_perm(v[2].x[j], v[3].x[j], select);
-                        const int pair = V_UNIT < 4 ? i : (i * Words<V_UNIT>::COUNT + j) * 2 + half;
-                        u32 x[2][4];
+                    for (int h = 0; h < 2; h++) {
+                        const u32 word = v[2 * j + h];
                         if (VALUE == INT4) {
-                            widen4(ab, x[0][0], x[0][1], x[0][2], x[0][3]);
-                            widen4(cd, x[1][0], x[1][1], x[1][2], x[1][3]);
+                            x[h][0] = word & 0x000f000fu;
+                            x[h][1] = word >> 8 & 0x000f000fu;
+                            x[h][2] = word & 0x00f000f0u;
+                            x[h][3] = word >> 8 & 0x00f000f0u;
+                        } else if (VALUE == INT8) {
+                            x[h][0] = mask_flip<0x00ff00ffu, 0x00800080u>(word);
+                            x[h][1] = mask_flip<0x00ff00ffu, 0x00800080u>(word >> 8);
                         } else {
-                            widen8<VALUE>(ab, x[0][0], x[0][1]);
-                            widen8<VALUE>(cd, x[1][0], x[1][1]);
+                            widen_e4m3(word, x[h][0], x[h][1]);
                         }
+                    }
 #pragma unroll
-                        for (int high = 0; high < (VALUE == INT4 ? 2 : 1); high++) {
-                            const int tile = VALUE == INT4 ? 2 * pair + high : pair;
+                    for (int high = 0; high < (VALUE == INT4 ? 2 : 1); high++) {
+                        const int tile = VALUE == INT4 ? 2 * (i + j) + high : i + j;
 #pragma unroll
-                            for (int n = 0; n < TILES; n++)
-                                mma_halves(o[tile][n], x[0][2 * high], x[0][2 * high + 1], x[1][2 * high],
-                                           x[1][2 * high + 1], p[n][0], p[n][1]);
-                        }
+                        for (int n = 0; n < TILES; n++)
+                            mma_halves(o[tile][n], x[0][2 * high], x[0][2 * high + 1], x[1][2 * high],
+                                       x[1][2 * high + 1], p[n][0], p[n][1]);
                     }
                 }
             }
         }
         __syncwarp();
+        reading = after(reading);
+        writing = after(writing);
     }
 
     wait_copies<0>();
     __syncthreads();
     float* merged = (float*)shared;  // [WARPS][ROWS][HEAD_DIM]
-    const float unit = (VALUE == FP8 ? 256.0f : 1.0f) * __uint_as_float((most - WEIGHT_BITS) << 23);
+    const float unit = __uint_as_float((most - WEIGHT_BITS) << 23);
 #pragma unroll
     for (int tile = 0; tile < OUT_TILES; tile++) {
         // The lane's two columns of a tile, as they came in a pair of bytes.
-        const int pair = VALUE == INT4 ? tile / 2 : tile;
-        constexpr int PAIRS = V_UNIT / 2;
-        const int column = (pair / PAIRS * 8 + g) * V_UNIT + pair % PAIRS * 2 + (VALUE == INT4 ? tile % 2 * HALF : 0);
+        const int column = (VALUE == INT4 ? tile / 2 * 16 + tile % 2 * HALF : tile * 16) + g * 2;
+        // What codes count for, and how much less they stand for.
+        const float count = VALUE == FP8 ? 0x1p8f : VALUE == INT4 && tile % 2 == 1 ? 0x1p20f : 0x1p24f;
+        const float bias = VALUE == FP8 ? 0 : VALUE == INT4 ? 7.5f : 128;
 #pragma unroll
         for (int n = 0; n < TILES; n++) {
 #pragma unroll
@@ -445,8 +618,8 @@ __device__ __forceinline__ void attend(const ExtendArgs& args, const Work& work,
                 const int row = n * 8 + t * 2 + c;
                 if (row >= work.rows) continue;
                 float* to = merged + (warp * ROWS + row) * HEAD_DIM;
-                const float less = VALUE == INT4 ? BIAS4 * weights[n][c] : 0;
-                const float x = (o[tile][n][c] - less) * unit, y = (o[tile][n][2 + c] - less) * unit;
+                const float less = bias * weights[n][c];
+                const float x = (o[tile][n][c] * count - less) * unit, y = (o[tile][n][2 + c] * count - less) * unit;
 #if HEAD_DIM == 96
                 to[column % 32 * 3 + column / 32] = x;
                 to[(column + 1) % 32 * 3 + column / 32] = y;

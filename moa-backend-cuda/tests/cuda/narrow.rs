@@ -15,6 +15,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         types_side_by_side_equal_the_reference,
         slots_that_nobody_wrote_are_never_read,
         repeats_are_bitwise_equal,
+        queries_that_are_no_numbers_say_so,
         other_wide_types_are_refused,
     ]
 }
@@ -212,6 +213,27 @@ fn repeats_are_bitwise_equal() -> Verdict {
     let first = world.run(&cuda, &CHUNKS);
     for at in 1..20 {
         assert!(first == world.run(&cuda, &CHUNKS), "repeat {at} differs: a race");
+    }
+    Ok(())
+}
+
+/// Also where queries become whole numbers, which have no such thing.
+fn queries_that_are_no_numbers_say_so() -> Verdict {
+    let (dim, tokens) = (64, 40);
+    for (own, wrong) in TYPES.into_iter().flat_map(|own| [(own, f32::NAN), (own, f32::INFINITY)]) {
+        let cuda = Cuda::of_type(Dtype::Bf16, own)?;
+        let world = World::new(2, 1, dim, &[(0, tokens + 1)], tokens);
+        let mut cache = world.open(&cuda, tokens + 1, 0);
+        world.extend(&cuda, &mut cache, 0..tokens).unwrap();
+        let mut q = vec![0.5; 2 * dim];
+        q[3] = wrong;
+        let q = cuda.tensor(&q, &[1, 2, dim]);
+        let [k, v] = [0.1, 0.2].map(|x| cuda.tensor(&vec![x; dim], &[1, 1, dim]));
+        let inputs = ExtendInputs::new(&q, &k, &v, 0.1);
+        let batch = &mut [Append { cache: &mut cache, tokens: 1 }];
+        let out = cuda.host(&cuda.0.extend(batch, &inputs).unwrap().out);
+        assert!(out[..dim].iter().all(|x| x.is_nan()), "{own}, {wrong}: {:?}", &out[..dim]);
+        assert!(out[dim..].iter().all(|x| x.is_finite()), "{own}: {:?}", &out[dim..]);
     }
     Ok(())
 }
