@@ -116,10 +116,11 @@ impl Cache {
     /// computed them. [`CudaBackend::restore`](crate::CudaBackend::restore) makes the cache of them.
     ///
     /// # Errors
-    /// [`Error::Driver`], also for what went wrong in an earlier kernel.
+    /// [`Error::Driver`], also for what went wrong in an earlier kernel; [`Error::HostMemory`].
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let ranges = self.geometry.written(self.state.extent().high_water);
-        let mut bytes = vec![0u8; total(&ranges) as usize];
+        let mut bytes: Vec<u8> =
+            Error::host_zeros("saved keys and values", total(&ranges) as usize)?;
         let (stream, mut rest) = (self.device.cuda_stream(), &mut bytes[..]);
         self.device.bind()?;
         let mut copied = Ok(());
