@@ -116,7 +116,7 @@ impl Cache {
     /// computed them. [`CudaBackend::restore`](crate::CudaBackend::restore) makes the cache of them.
     ///
     /// # Errors
-    /// [`Error::Driver`], also for what went wrong in an earlier kernel.
+    /// [`Error::Driver`], also for what went wrong in an earlier kernel; [`Error::HostMemory`].
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let ranges = self.geometry.written(self.state.extent().high_water);
         let piece = |Range { start, end }| (self.keys() + start, (end - start) as usize);

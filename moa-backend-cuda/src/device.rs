@@ -188,7 +188,7 @@ impl Device {
     /// what is launched there meanwhile does not wait for the copies.
     ///
     /// # Errors
-    /// [`Error::Driver`], also for what went wrong in an earlier kernel.
+    /// [`Error::Driver`], also for what went wrong in an earlier kernel; [`Error::HostMemory`].
     ///
     /// # Safety
     /// They are this device's memory, and nobody writes or frees them until this returns.

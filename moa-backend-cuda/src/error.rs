@@ -36,6 +36,14 @@ pub enum Error {
         /// How much the device had left.
         free: u64,
     },
+    /// The memory could not be had on the host.
+    #[error("cannot allocate {bytes} bytes of the host's memory for {what}")]
+    HostMemory {
+        /// What the memory was for.
+        what: &'static str,
+        /// How much was asked for.
+        bytes: u64,
+    },
     /// The NVIDIA driver's library is not on this machine.
     #[error("no CUDA driver: none of {searched:?} could be loaded")]
     NoDriver {
@@ -171,6 +179,18 @@ impl Error {
         got: impl std::fmt::Display,
     ) -> Self {
         ArgumentError::new(op, what, expected, got).into()
+    }
+
+    /// `len` zeros of the host's memory.
+    pub(crate) fn host_zeros<T: bytemuck::Zeroable + Clone>(
+        what: &'static str,
+        len: usize,
+    ) -> Result<Vec<T>> {
+        let mut all = Vec::new();
+        let bytes = (len as u64).saturating_mul(size_of::<T>() as u64);
+        all.try_reserve_exact(len).map_err(|_| Self::HostMemory { what, bytes })?;
+        all.resize(len, T::zeroed());
+        Ok(all)
     }
 
     /// The same of another row.

@@ -10,6 +10,9 @@ use crate::arena::Memory;
 use crate::kernels::tables::{DevicePointer, Packed};
 use crate::{Device, Dtype, Error, Result};
 
+/// What a tensor's copy is called where the host has no memory for it.
+const WHAT: &str = "a tensor's values";
+
 /// Row-major activations in device memory with one to three axes, the first of which packs the
 /// tokens of all sequences of a batch. Clones share memory; whoever writes in place takes a copy
 /// first.
@@ -56,12 +59,12 @@ impl Tensor {
         match dtype {
             Dtype::F32 => Self::from_bytes(device, bytemuck::cast_slice(data), shape, dtype),
             Dtype::F16 => {
-                let mut rounded = vec![f16::ZERO; data.len()];
+                let mut rounded: Vec<f16> = Error::host_zeros(WHAT, data.len())?;
                 rounded.convert_from_f32_slice(data);
                 Self::from_bytes(device, bytemuck::cast_slice(&rounded), shape, dtype)
             }
             Dtype::Bf16 => {
-                let mut rounded = vec![bf16::ZERO; data.len()];
+                let mut rounded: Vec<bf16> = Error::host_zeros(WHAT, data.len())?;
                 rounded.convert_from_f32_slice(data);
                 Self::from_bytes(device, bytemuck::cast_slice(&rounded), shape, dtype)
             }
@@ -147,21 +150,21 @@ impl Tensor {
     /// All elements, copied to the host once the device has computed them.
     ///
     /// # Errors
-    /// [`Error::Driver`], also for what went wrong in an earlier kernel.
+    /// [`Error::Driver`], also for what went wrong in an earlier kernel; [`Error::HostMemory`].
     pub fn to_f32(&self) -> Result<Vec<f32>> {
         if !self.is_contiguous() {
             return self.contiguous()?.to_f32();
         }
-        let mut values = vec![0f32; self.len()];
+        let mut values: Vec<f32> = Error::host_zeros(WHAT, self.len())?;
         match self.dtype {
             Dtype::F32 => self.read(&mut values)?,
             Dtype::F16 => {
-                let mut halves = vec![f16::ZERO; self.len()];
+                let mut halves: Vec<f16> = Error::host_zeros(WHAT, self.len())?;
                 self.read(&mut halves)?;
                 halves.convert_to_f32_slice(&mut values);
             }
             Dtype::Bf16 => {
-                let mut halves = vec![bf16::ZERO; self.len()];
+                let mut halves: Vec<bf16> = Error::host_zeros(WHAT, self.len())?;
                 self.read(&mut halves)?;
                 halves.convert_to_f32_slice(&mut values);
             }

@@ -50,7 +50,7 @@ impl WgpuBackend {
     ///
     /// # Errors
     /// [`Error::Argument`] if there are more or fewer bytes than the state says, [`Error::TooLarge`],
-    /// [`Error::Device`].
+    /// [`Error::OutOfMemory`], [`Error::Device`], [`Error::Lost`].
     pub fn restore(&self, state: CacheState, bytes: &[u8]) -> Result<Cache> {
         let mut cache = self.open(state.layout(), state.head_dim())?;
         cache.load(state, bytes)?;

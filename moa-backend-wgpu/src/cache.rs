@@ -196,11 +196,12 @@ impl Cache {
     /// [`WgpuBackend::restore`](crate::WgpuBackend::restore) makes the cache of them.
     ///
     /// # Errors
-    /// [`Error::Device`], also for what went wrong in an earlier kernel; [`Error::Lost`].
+    /// [`Error::Device`], also for what went wrong in an earlier kernel; [`Error::Lost`], [`Error::OutOfMemory`].
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        for (store, group) in self.stores.iter().zip(self.groups()) {
-            let [keys, values] = self.written_words(group, &self.state);
+        let written: Vec<_> =
+            self.groups().iter().map(|group| self.written_words(group, &self.state)).collect();
+        let mut bytes = room(written.iter().flatten().flatten().map(Range::len).sum())?;
+        for (store, [keys, values]) in self.stores.iter().zip(written) {
             for (from, ranges) in [(&store.keys, keys), (&store.values, values)] {
                 let read = self.device.read("to_bytes", from)?;
                 ranges.into_iter().for_each(|range| bytes.extend_from_slice(&read[range]));
@@ -222,10 +223,7 @@ impl Cache {
         for ((store, group), [keys, values]) in self.stores.iter().zip(self.groups()).zip(written) {
             let keys = (&store.keys, group.key_words, keys);
             for (to, words, ranges) in [keys, (&store.values, group.value_words, values)] {
-                let what = "saved keys and values";
-                let mut all: Vec<u8> = Vec::new();
-                all.try_reserve_exact(4 * words)
-                    .map_err(|_| Error::OutOfMemory { what, bytes: 4 * words as u64 })?;
+                let mut all = room(4 * words)?;
                 all.resize(4 * words, 0);
                 for range in ranges {
                     let (own, others) = rest.split_at(range.len());
@@ -282,4 +280,12 @@ impl Cache {
         }
         Ok(fork)
     }
+}
+
+/// Room for so many bytes of a cache on the host.
+fn room(bytes: usize) -> Result<Vec<u8>> {
+    let mut all = Vec::new();
+    let shortage = |_| Error::OutOfMemory { what: "saved keys and values", bytes: bytes as u64 };
+    all.try_reserve_exact(bytes).map_err(shortage)?;
+    Ok(all)
 }

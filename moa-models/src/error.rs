@@ -446,11 +446,14 @@ impl From<moa_backend_cpu::Error> for Error {
 #[cfg(feature = "cuda")]
 impl From<moa_backend_cuda::Error> for Error {
     fn from(source: moa_backend_cuda::Error) -> Self {
-        use moa_backend_cuda::Error::{Core, Driver, OutOfMemory};
+        use moa_backend_cuda::Error::{Core, Driver, HostMemory, OutOfMemory};
         match source {
             Core(error) => error.into(),
             OutOfMemory { what, bytes, free } => {
                 Self::OutOfMemory { what, bytes: Some(bytes), free: Some(free) }
+            }
+            HostMemory { what, bytes } => {
+                Self::OutOfMemory { what, bytes: Some(bytes), free: None }
             }
             // The driver's own number for it, where a graph or a module takes memory.
             Driver { call, code: 2, .. } => {

@@ -118,20 +118,21 @@ impl Call {
     /// The result, once the device's own stream has come to it.
     pub(crate) fn finish<T>(self) -> Result<InfluenceOutput<T>> {
         let side = self.dims[0].div_ceil(BLOCK);
-        let blocks = coarsen(&self.sums.to_f32()?, side, self.block / BLOCK);
+        let blocks = coarsen(&self.sums.to_f32()?, side, self.block / BLOCK)?;
         Ok(InfluenceOutput { blocks, gradients: None })
     }
 }
 
 /// Sums `factor` x `factor` blocks of `[heads, side, side]`.
-fn coarsen(fine: &[f32], side: usize, factor: usize) -> Vec<f64> {
+fn coarsen(fine: &[f32], side: usize, factor: usize) -> Result<Vec<f64>> {
     let coarse = side.div_ceil(factor);
-    let mut sums = vec![0.0; fine.len() / (side * side) * coarse * coarse];
+    let sums = fine.len() / (side * side) * coarse * coarse;
+    let mut sums: Vec<f64> = Error::host_zeros("sums of influence", sums)?;
     for (at, &x) in fine.iter().enumerate() {
         let (head, i, j) = (at / (side * side), at / side % side, at % side);
         sums[(head * coarse + i / factor) * coarse + j / factor] += f64::from(x);
     }
-    sums
+    Ok(sums)
 }
 
 fn check<T: Form>(dtype: Dtype, inputs: &InfluenceInputs<'_, T>) -> Result<AttentionShape> {
@@ -165,9 +166,9 @@ mod tests {
     #[test]
     fn coarse_blocks_are_sums_of_fine_ones() {
         let fine: Vec<f32> = (0..2 * 9).map(|x| x as f32).collect();
-        assert_eq!(coarsen(&fine, 3, 1), (0..18).map(f64::from).collect::<Vec<_>>());
+        assert_eq!(coarsen(&fine, 3, 1).unwrap(), (0..18).map(f64::from).collect::<Vec<_>>());
         // [0 1 2; 3 4 5; 6 7 8] in blocks of 2.
-        assert_eq!(coarsen(&fine, 3, 2)[..4], [8.0, 7.0, 13.0, 8.0]);
-        assert_eq!(coarsen(&fine, 3, 4), [36.0, 36.0 + 81.0]);
+        assert_eq!(coarsen(&fine, 3, 2).unwrap()[..4], [8.0, 7.0, 13.0, 8.0]);
+        assert_eq!(coarsen(&fine, 3, 4).unwrap(), [36.0, 36.0 + 81.0]);
     }
 }
