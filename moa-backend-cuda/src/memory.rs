@@ -286,8 +286,9 @@ impl Downloads {
         pieces: &[(DevicePointer, usize)],
     ) -> Result<Vec<u8>> {
         self.stream.join(after).map_err(Error::driver("cuStreamWaitEvent"))?;
-        let (mut bytes, len) = (Vec::new(), pieces.iter().map(|(_, len)| len).sum());
-        let shortage = |_| Error::HostMemory { what: "a copy of the device's memory", bytes: len as u64 };
+        let (mut bytes, len): (_, usize) = (Vec::new(), pieces.iter().map(|(_, len)| len).sum());
+        let shortage =
+            |_| Error::HostMemory { what: "a copy of the device's memory", bytes: len as u64 };
         bytes.try_reserve_exact(len).map_err(shortage)?;
         let (mut filled, mut slot) = ([0; 2], 0);
         for &(mut from, mut len) in pieces {
