@@ -106,7 +106,7 @@ fn hidden_states_times_the_output_matrix_are_the_logits() -> Result<()> {
     assert_eq!(sequences[0].len(), 40);
     let (hidden, logits) = (hidden.data().to_vec(), logits.data().to_vec());
     let matrix = Weights::open(moa_tiny())?.tensor("model.embed_tokens.weight", &[vocab, size])?;
-    let matrix = matrix.to_f32();
+    let matrix = matrix.to_f32()?;
     for (row, id) in [(0, 0), (0, 77), (1, 5), (1, vocab - 1)] {
         let (h, w) = (&hidden[row * size..][..size], &matrix[id * size..][..size]);
         let expected: f64 = h.iter().zip(w).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
