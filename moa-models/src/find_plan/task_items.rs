@@ -201,7 +201,13 @@ impl<D: Math> Checkpoint<D> {
                 {
                     end += 1;
                 }
-                items.push(Item::new(prompt, &response[..end])?);
+                let mut start = end - 1;
+                while start > 0
+                    && !task.is_answered_by(&self.tokenizer.decode(&response[start..end], true)?)
+                {
+                    start -= 1;
+                }
+                items.push(Item::new(prompt, &response[..end])?.with_answer(end - start)?);
             }
             of_contexts.push(items);
         }
