@@ -85,9 +85,10 @@ pub fn compress_profile<D: Math>(
     options: &CompressOptions,
     progress: &mut dyn Progress,
 ) -> Result<Compressed> {
-    let options = &CompressOptions { lengths: profile.lengths(), ..options.clone() };
-    options.validate()?;
     let model = &checkpoint.model;
+    let options = CompressOptions { lengths: profile.lengths(), ..options.clone() };
+    let options = &options.on_device(&model.device);
+    options.validate()?;
     check_types(&model.device, options.cache_types)?;
     if profile.shape() != model.shape() {
         let (expected, got) = (model.shape(), profile.shape());
