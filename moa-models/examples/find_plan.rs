@@ -17,7 +17,7 @@ fn main() -> Result<()> {
         density: 0.3,
         lengths: vec![512, 1024],
         samples: 2,
-        validation_samples: Some(2),
+        validation_samples: 2,
         evaluations: Some(30),
         ..CompressOptions::default()
     };

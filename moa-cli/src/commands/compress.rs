@@ -53,13 +53,13 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
     validation_length: Option<usize>,
     /// Contexts on which plans compete, half as many of the longer length; where all have several questions, half
-    /// of these numbers [default: 8, three times as many on CUDA]
-    #[arg(long, value_name = "N", value_parser = parse_count)]
-    validation_samples: Option<usize>,
+    /// of these numbers
+    #[arg(long, default_value_t = 8, value_name = "N", value_parser = parse_count)]
+    validation_samples: usize,
     /// Running texts of the shortest length whose predictions plans should leave as they are, and as many
-    /// tokens of other lengths; 0 leaves text out [default: 4, three times as many on CUDA]
-    #[arg(long, value_name = "N", value_parser = parse_size)]
-    text_samples: Option<usize>,
+    /// tokens of other lengths; 0 leaves text out
+    #[arg(long, default_value_t = 4, value_name = "N", value_parser = parse_size)]
+    text_samples: usize,
     /// How much the divergence on text counts, beside the loss of responses [default: as much as keeps it
     /// at that of a uniform window of the same size]
     #[arg(long, value_name = "WEIGHT")]

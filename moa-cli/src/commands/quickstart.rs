@@ -161,9 +161,9 @@ fn find_plan<D: Backward>(
         density: args.density,
         lengths: args.lengths.clone(),
         samples: args.samples,
-        validation_samples: Some(4),
+        validation_samples: 4,
         // What is shown is retrieval, in a minute.
-        text_samples: Some(0),
+        text_samples: 0,
         evaluations: Some(args.evaluations),
         seed: context.seed,
         ..CompressOptions::default()

@@ -103,7 +103,7 @@ fn with_model<D: Math>(
     let options = CompressOptions {
         lengths,
         validation_length: args.length,
-        validation_samples: Some(args.samples),
+        validation_samples: args.samples,
         max_response: args.max_response,
         seed: context.seed,
         ..CompressOptions::default()

@@ -101,12 +101,6 @@ pub trait Device: Send + Sync {
         usize::MAX
     }
 
-    /// How many times as many contexts and texts as on the CPU plans are measured on while one is sought, where
-    /// nobody says how many: plans are fitted to what decides.
-    fn evidence(&self) -> usize {
-        1
-    }
-
     /// The name of what [`save_cache`](Self::save_cache) saves, the caches' type of elements included; `None` if
     /// the device does not give caches back.
     fn saved_cache_type(&self) -> Option<String> {

@@ -236,10 +236,9 @@ impl<'a, D: Math> Measure<'a, D> {
         }
         let shortest = evidence.texts.keys().next().copied();
         for (&length, texts) in evidence.texts {
-            let probes = texts.len().div_ceil(2).max(TEXT_PROBE);
             for (at, text) in model.texts(texts, length)?.into_iter().enumerate() {
                 // What text needs lies near: the shortest ones tell heads apart.
-                let is_probe = Some(length) == shortest && at < probes;
+                let is_probe = Some(length) == shortest && at < TEXT_PROBE;
                 pieces.push(Piece { length, kind: Kind::Text(text), is_probe });
             }
         }
@@ -608,7 +607,7 @@ fn sums(
 /// length alone.
 const LEFT: usize = 4;
 
-/// Least texts that single heads and many plans are measured on, if there are as many.
+/// Texts that single heads and many plans are measured on.
 const TEXT_PROBE: usize = 2;
 
 /// Improvements of less than this, in nats, are none.

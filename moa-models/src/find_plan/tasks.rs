@@ -116,18 +116,7 @@ fn pass_key(rng: &mut SplitMix64, bytes: usize) -> TaskPrompt {
     one(text, vec![key])
 }
 
-/// What stands before a text and what is asked for behind it: a plan should not know the words of a prompt, nor
-/// where its text begins.
-const READ: [&str; 4] = [
-    "Read the following text carefully and keep what it says in mind. A question about it follows.\n\n",
-    "",
-    "I am going to show you a few pages. Somewhere between their sentences something is mentioned that has \
-     nothing to do with the rest, and I would like to know whether you have noticed it. Please take your time, \
-     read everything from the first word to the last one, and remember names and numbers. Here are the pages:\n\n",
-    "Text:\n",
-];
-const REPLY: [&str; 3] =
-    ["Answer in one short sentence.", "Give a short answer.", "Use only what the text says."];
+const READ: &str = "Read the following text carefully and keep what it says in mind. A question about it follows.\n\n";
 
 fn one_of(rng: &mut SplitMix64, bytes: usize, facts: &[Fact], questions: usize) -> Vec<TaskPrompt> {
     let text = excerpt(rng, bytes);
@@ -136,9 +125,8 @@ fn one_of(rng: &mut SplitMix64, bytes: usize, facts: &[Fact], questions: usize) 
     // Without a choice the question is about any of them.
     let first = if questions < facts.len() { rng.below(facts.len() + 1 - questions) } else { 0 };
     let asked = facts[first..].iter().take(questions);
-    let (read, reply) = (rng.pick(&READ), rng.pick(&REPLY));
     let ask = |fact: &Fact| {
-        let text = format!("{read}{text}\n\n{} {reply}", fact.question);
+        let text = format!("{READ}{text}\n\n{} Answer in one short sentence.", fact.question);
         one(text, vec![fact.answer.clone()])
     };
     asked.map(ask).collect()
@@ -148,9 +136,8 @@ fn two_answers(rng: &mut SplitMix64, bytes: usize) -> TaskPrompt {
     let facts = facts(rng, 2);
     let text = excerpt(rng, bytes);
     let text = scatter(rng, &text, &[&facts[0].statement, &facts[1].statement]);
-    let read = rng.pick(&READ);
     let text = format!(
-        "{read}{text}\n\nAnswer two questions, each in one short sentence. {} {}",
+        "{READ}{text}\n\nAnswer two questions, each in one short sentence. {} {}",
         facts[0].question, facts[1].question
     );
     one(text, facts.into_iter().map(|fact| fact.answer).collect())
@@ -162,9 +149,8 @@ fn quote(rng: &mut SplitMix64, bytes: usize) -> TaskPrompt {
     let text = scatter(rng, &text, &[&fact.statement]);
     let words: Vec<&str> = fact.statement.trim_end_matches('.').split(' ').collect();
     let beginning = words[..3].join(" ");
-    let read = rng.pick(&READ);
     let text = format!(
-        "{read}{text}\n\nOne sentence of the text begins with the words \"{beginning}\". Write the whole \
+        "{READ}{text}\n\nOne sentence of the text begins with the words \"{beginning}\". Write the whole \
          sentence again, word for word."
     );
     one(text, vec![words[3..].join(" ")])

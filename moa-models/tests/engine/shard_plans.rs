@@ -67,9 +67,9 @@ fn ranks_whose_searches_end_at_other_times_find_one_plan() -> Result<()> {
             lengths: vec![256],
             validation_length: Some(384),
             samples: 2,
-            validation_samples: Some(1),
+            validation_samples: 1,
             validation_questions: 2,
-            text_samples: Some(1),
+            text_samples: 1,
             evaluations: Some(24),
             ..CompressOptions::default()
         };

@@ -19,8 +19,8 @@ fn run(folder: &Path, seed: u64, resumes: bool) -> Result<()> {
         samples: 2,
         max_response: 4,
         validation_length: Some(96),
-        validation_samples: Some(1),
-        text_samples: Some(0),
+        validation_samples: 1,
+        text_samples: 0,
         evaluations: Some(0),
         seed,
         ..CompressOptions::default()

@@ -136,11 +136,6 @@ impl Device for Cuda {
         }
     }
 
-    /// A pass of a small model takes milliseconds here.
-    fn evidence(&self) -> usize {
-        3
-    }
-
     fn saved_cache_type(&self) -> Option<String> {
         Some(format!("cuda {}", self.attention.cache_type()))
     }

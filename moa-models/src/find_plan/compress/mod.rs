@@ -85,10 +85,9 @@ pub fn compress_profile<D: Math>(
     options: &CompressOptions,
     progress: &mut dyn Progress,
 ) -> Result<Compressed> {
-    let model = &checkpoint.model;
-    let options = CompressOptions { lengths: profile.lengths(), ..options.clone() };
-    let options = &options.on_device(&model.device);
+    let options = &CompressOptions { lengths: profile.lengths(), ..options.clone() };
     options.validate()?;
+    let model = &checkpoint.model;
     check_types(&model.device, options.cache_types)?;
     if profile.shape() != model.shape() {
         let (expected, got) = (model.shape(), profile.shape());

@@ -4,7 +4,6 @@ use moa_core::search::{Bound, Options as SolverOptions};
 use moa_core::{DEFAULT_SINK, ModelShape, PlanRequest, Space};
 
 use super::bounds::with_min_share;
-use crate::device::Device;
 use crate::find_plan::calibrate::{CalibrationOptions, Part};
 use crate::find_plan::objective::{Objective, TokenWeight};
 use crate::find_plan::precision::CacheTypes;
@@ -53,15 +52,13 @@ pub struct CompressOptions {
     /// the length itself where the model's context ends before that. A plan that is right at 1.5 times may
     /// stop growing there.
     pub validation_length: Option<usize>,
-    /// Contexts that plans compete on ([`CalibrationOptions::samples`]); `None` for 8, or as many times as many as
-    /// the device has time for ([`Device::evidence`](crate::Device::evidence)).
-    pub validation_samples: Option<usize>,
+    /// Contexts that plans compete on ([`CalibrationOptions::samples`]).
+    pub validation_samples: usize,
     /// Questions about each validation record ([`CalibrationOptions::questions`]).
     pub validation_questions: usize,
     /// Running texts at the shortest length, which plans should leave the model's predictions of as they
-    /// are; as many tokens at longer lengths. 0 leaves text out; `None` for 4, or as many times as many as the
-    /// device has time for.
-    pub text_samples: Option<usize>,
+    /// are; as many tokens at longer lengths. 0 leaves text out.
+    pub text_samples: usize,
     /// How much a nat of divergence on text counts, beside a nat of response loss; `None` for as much as
     /// keeps the divergence of the uniform plan of the same size ([`TextGoal`](crate::TextGoal)).
     pub text_weight: Option<f64>,
@@ -93,9 +90,9 @@ impl Default for CompressOptions {
             samples: 12,
             max_response: 48,
             validation_length: None,
-            validation_samples: None,
+            validation_samples: 8,
             validation_questions: 8,
-            text_samples: None,
+            text_samples: 4,
             text_weight: None,
             evaluations: None,
             solver: SolverOptions::default(),
@@ -113,22 +110,13 @@ impl CompressOptions {
         if self.lengths.is_empty() {
             return Err(Error::invalid("lengths", "at least one", "none"));
         }
-        if self.samples == 0 || self.validation_samples == Some(0) {
+        if self.samples == 0 || self.validation_samples == 0 {
             return Err(Error::invalid("samples", "at least 1", 0));
         }
         if let Some(weight) = self.text_weight.filter(|w| !(*w >= 0.0 && w.is_finite())) {
             return Err(Error::invalid("text weight", "a number from 0 up", weight));
         }
         self.request(1).map(|_| ())
-    }
-
-    /// The same options with as many contexts and texts as a device has time for, where none are given.
-    #[must_use]
-    pub fn on_device<D: Device>(self, device: &D) -> Self {
-        let times = device.evidence().max(1);
-        let validation_samples = self.validation_samples.or(Some(times * CONTEXTS));
-        let text_samples = self.text_samples.or(Some(times * TEXTS));
-        Self { validation_samples, text_samples, ..self }
     }
 
     /// Length at which plans compete, for a model of this context length.
@@ -185,7 +173,7 @@ impl CompressOptions {
         let seed = self.seed ^ 0x5eed_0000_0000;
         CalibrationOptions {
             lengths,
-            samples: self.validation_samples.unwrap_or(CONTEXTS),
+            samples: self.validation_samples,
             questions: self.validation_questions,
             max_response: self.max_response,
             part: Part::HeldOut,
@@ -198,10 +186,6 @@ impl CompressOptions {
         self.evaluations.unwrap_or(100 + 6 * shape.total_kv_heads())
     }
 }
-
-/// Contexts that plans compete on, and running texts of the shortest length, where a device has time for no more.
-const CONTEXTS: usize = 8;
-pub(super) const TEXTS: usize = 4;
 
 /// Every head pays for the sink, also where a small budget is better spent on the heads that see far.
 fn usual_sink(bounds: &[Bound]) -> usize {

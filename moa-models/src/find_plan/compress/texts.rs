@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use super::CompressOptions;
-use super::options::TEXTS;
 use crate::Result;
 use crate::checkpoint::Checkpoint;
 use crate::device::Math;
@@ -17,7 +16,7 @@ pub(super) fn texts_of<D: Math>(
     options: &CompressOptions,
     calibration: &CalibrationOptions,
 ) -> Result<BTreeMap<usize, Vec<Item>>> {
-    let samples = options.text_samples.unwrap_or(TEXTS);
+    let samples = options.text_samples;
     if samples == 0 || options.text_weight == Some(0.0) {
         return Ok(BTreeMap::new());
     }
