@@ -72,9 +72,9 @@ impl<'a> WeightRef<'a> {
         Ok(Self { data, rows, cols, narrow: false })
     }
 
-    /// Whether [`linear`] may round activations to bf16 where the weights are bf16. Machines that multiply pairs
-    /// of bf16 (AVX-512 BF16) do so, at twice the speed for many rows and by one instruction for 32 weights for
-    /// few. Nothing changes elsewhere, nor for other weights and gradients.
+    /// Whether [`linear`] may round activations, and [`linear_backward_input`] gradients, to bf16 where the weights
+    /// are bf16. Machines that multiply pairs of bf16 (AVX-512 BF16) do so, at twice the speed for many rows and by
+    /// one instruction for 32 weights for few. Nothing changes elsewhere, nor for other weights.
     #[must_use]
     pub fn narrow_activations(self, narrow: bool) -> Self {
         Self { narrow, ..self }
@@ -206,6 +206,14 @@ pub fn linear_backward_input(dy: &Tensor, weight: WeightRef<'_>) -> Result<Tenso
     }
     let mut dx = output(m, n, k)?;
     let out = SharedMut::new(dx.data_mut());
+    #[cfg(target_arch = "x86_64")]
+    if let WeightData::Bf16(w) = weight.data
+        && !w.is_empty()
+        && let Some(machine) = panels::pairs::Machine::here().filter(|_| weight.narrow)
+    {
+        panels::pairs::Activations::new(machine, dy)?.product_back(w, n, &out)?;
+        return Ok(dx);
+    }
     let (dy, sizes) = (dy.data(), (m, n, k));
     match weight.data {
         WeightData::F32(w) => panels::product(dy, w, Side::Backward, sizes, &out)?,

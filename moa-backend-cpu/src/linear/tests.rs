@@ -76,15 +76,18 @@ fn narrow_activations_are_rounded_and_nothing_else_is() -> Result<()> {
         let rounded = panels::pairs::Machine::here().is_some();
         #[cfg(not(target_arch = "x86_64"))]
         let rounded = false;
-        let taken = match rounded {
-            true => x.data().iter().map(rounds).collect(),
-            false => x.data().to_vec(),
+        let as_taken = |x: &Tensor| -> Vec<f32> {
+            x.data().iter().map(|x| if rounded { rounds(x) } else { *x }).collect()
         };
+        let taken = as_taken(&x);
         let y: Vec<f32> = y.data().iter().zip(bias.iter().cycle()).map(|(y, b)| y - b).collect();
         check(&y, &taken, |j, l| w[j * k + l].to_f32(), (m, n, k));
         let joined = linears(&x, &[(weight, Some(&bias[..])), (weight, None)])?;
         assert_eq!(joined[0], linear(&x, weight, Some(&bias))?);
         assert_eq!(joined[1], linear(&x, weight, None)?);
+        let d_y = Tensor::new(values(m * n, 3), &[m, n])?;
+        let d_x = linear_backward_input(&d_y, weight)?;
+        check(d_x.data(), &as_taken(&d_y), |l, j| w[j * k + l].to_f32(), (m, k, n));
     }
     Ok(())
 }

@@ -311,7 +311,7 @@ impl Backward for Cpu {
     }
 
     fn linear_backward(&self, d_y: &Tensor, weight: &CpuMatrix) -> Result<Tensor> {
-        Ok(kernels::linear_backward_input(d_y, weight.view()?)?)
+        Ok(kernels::linear_backward_input(d_y, self.weight(weight)?)?)
     }
 
     fn linears_backward(&self, d_y: &[Tensor], joined: &Self::Joined) -> Result<Tensor> {

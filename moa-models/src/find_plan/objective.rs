@@ -95,14 +95,15 @@ impl TokenWeight {
     /// Every weighting with its name on the command line.
     pub const ALL: [(Self, &'static str); 2] = [(Self::Uniform, "uniform"), (Self::Hard, "hard")];
 
-    /// Weights of tokens of these cross entropies; their sum is 1.
-    pub(crate) fn weights(self, cross_entropies: &[f64]) -> Vec<f64> {
+    /// Weights of tokens of these cross entropies, whose own weights ([`Item`](crate::Item)'s) are `own`; their sum
+    /// is 1.
+    pub(crate) fn weights(self, cross_entropies: &[f64], own: &[f64]) -> Vec<f64> {
         const LEAST: f64 = 0.01;
-        let weight = |c: &f64| match self {
-            Self::Uniform => 1.0,
-            Self::Hard => c.max(0.0) + LEAST,
+        let weight = |(c, own): (&f64, &f64)| match self {
+            Self::Uniform => *own,
+            Self::Hard => own * (c.max(0.0) + LEAST),
         };
-        let weights: Vec<f64> = cross_entropies.iter().map(weight).collect();
+        let weights: Vec<f64> = cross_entropies.iter().zip(own).map(weight).collect();
         let sum: f64 = weights.iter().sum();
         weights.into_iter().map(|w| w / sum).collect()
     }
@@ -288,13 +289,13 @@ mod tests {
 
     #[test]
     fn hard_tokens_weigh_more_and_certain_responses_evenly() {
-        let weights = TokenWeight::Hard.weights(&[0.0, 0.99, 0.0]);
+        let weights = TokenWeight::Hard.weights(&[0.0, 0.99, 0.0], &[1.0; 3]);
         assert!((weights.iter().sum::<f64>() - 1.0).abs() < 1e-12);
         assert!((weights[1] / weights[0] - 100.0).abs() < 1e-9);
         // Rounding makes a cross entropy of 0 slightly negative.
-        let weights = TokenWeight::Hard.weights(&[1e-9, 0.0, -1e-9]);
+        let weights = TokenWeight::Hard.weights(&[1e-9, 0.0, -1e-9], &[1.0; 3]);
         assert!(weights.iter().all(|w| (w - 1.0 / 3.0).abs() < 1e-6), "{weights:?}");
-        assert_eq!(TokenWeight::Uniform.weights(&[3.0, 0.0]), [0.5, 0.5]);
+        assert_eq!(TokenWeight::Uniform.weights(&[3.0, 0.0], &[0.25; 2]), [0.5, 0.5]);
     }
 
     #[test]

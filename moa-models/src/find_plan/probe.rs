@@ -4,6 +4,7 @@
 //! layers above it see from there: above the last head that sees far, these are few.
 
 use moa_core::{Append, Plan, SparseAttentionBackend};
+use rayon::prelude::*;
 
 use crate::decoder::model::Decoder;
 use crate::device::Math;
@@ -18,6 +19,8 @@ pub(crate) struct Text {
     item: Item,
     /// `[rows, vocab]`.
     dense_logits: Vec<f32>,
+    /// Logarithms of the rows' sums of exponentials.
+    dense_sums: Vec<f64>,
 }
 
 /// Positions of a text that predictions are compared at, spread over its second half: logits of many
@@ -110,7 +113,8 @@ fn finite(
 
 impl<D: Math> Decoder<D> {
     /// Mean cross entropy of items' responses, in nats per token, in sequences opened for
-    /// `capacity` tokens: the mean over items of each one's mean. Consecutive items that begin alike
+    /// `capacity` tokens: the mean over items of each one's mean, half of it by the tokens of its answer
+    /// ([`Item::with_answer`]). Consecutive items that begin alike
     /// are computed together.
     ///
     /// # Errors
@@ -140,15 +144,15 @@ impl<D: Math> Decoder<D> {
         let (mut base, mut losses) = (0.0, vec![0.0; variants.len()]);
         for group in groups(items) {
             let rows: Vec<_> = group.iter().map(|item| item.rows().collect()).collect();
+            let weights: Vec<f64> = group.iter().flat_map(Item::weights).collect();
             let pass = self.pass(group, &rows, plan, capacity)?;
             let loss = |logits: &[f32]| {
-                let mut rows = logits.chunks(vocab);
-                let losses = group.iter().map(|item| {
-                    let response = item.response();
-                    let loss = |(row, y): (&[f32], &u32)| cross_entropy(row, *y as usize);
-                    rows.by_ref().zip(response).map(loss).sum::<f64>() / response.len() as f64
-                });
-                losses.sum::<f64>()
+                let targets = group.iter().flat_map(Item::response).zip(&weights);
+                let rows: Vec<_> = logits.chunks(vocab).zip(targets).collect();
+                let loss = |(row, (y, weight)): &(&[f32], (&u32, &f64))| {
+                    *weight * cross_entropy(row, **y as usize)
+                };
+                rows.par_iter().map(loss).collect::<Vec<f64>>().iter().sum::<f64>()
             };
             base += self.with_variants(&pass, plan, variants, loss, &mut losses)?;
         }
@@ -169,7 +173,9 @@ impl<D: Math> Decoder<D> {
                 let tails = self.tails(&pass, &dense)?;
                 let x = self.embed_pass(&pass, tails[0])?;
                 let dense_logits = self.upwards(&pass, &dense, 0, x, &tails, None)?;
-                Ok(Text { item: item.clone(), dense_logits })
+                let rows = dense_logits.par_chunks(self.config.vocab_size);
+                let dense_sums = rows.map(log_sum_exp).collect();
+                Ok(Text { item: item.clone(), dense_logits, dense_sums })
             })
             .collect()
     }
@@ -189,16 +195,17 @@ impl<D: Math> Decoder<D> {
         }
         let vocab = self.config.vocab_size;
         let (mut base, mut all) = (0.0, vec![0.0; variants.len()]);
-        for Text { item, dense_logits } in texts {
+        for Text { item, dense_logits, dense_sums } in texts {
             let rows = text_rows(item);
             let count = rows.len() as f64;
             let pass = self.pass(std::slice::from_ref(item), &[rows], plan, capacity)?;
             let mean = |logits: &[f32]| {
-                let rows = dense_logits.chunks(vocab).zip(logits.chunks(vocab));
-                let one = |(dense, row): (&[f32], &[f32])| {
-                    divergence(dense, row, (log_sum_exp(dense), log_sum_exp(row)))
+                let dense = dense_logits.par_chunks(vocab).zip(dense_sums);
+                let one = |((dense, sum), row): ((&[f32], &f64), &[f32])| {
+                    divergence(dense, row, (*sum, log_sum_exp(row)))
                 };
-                rows.map(one).sum::<f64>() / count
+                let rows = dense.zip(logits.par_chunks(vocab));
+                rows.map(one).collect::<Vec<f64>>().iter().sum::<f64>() / count
             };
             base += self.with_variants(&pass, plan, variants, mean, &mut all)?;
         }

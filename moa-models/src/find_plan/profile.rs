@@ -25,6 +25,8 @@ pub struct Item {
     tokens: Vec<u32>,
     /// Tokens of the prompt.
     prompt_len: usize,
+    /// Tokens at the end of the response that hold the answer; all of it where that is not known.
+    answer_len: usize,
 }
 
 impl Item {
@@ -40,7 +42,31 @@ impl Item {
                 format!("{} and {} tokens", prompt.len(), response.len()),
             ));
         }
-        Ok(Self { tokens: [prompt, response].concat(), prompt_len: prompt.len() })
+        let (prompt_len, answer_len) = (prompt.len(), response.len());
+        Ok(Self { tokens: [prompt, response].concat(), prompt_len, answer_len })
+    }
+
+    /// The same item, whose answer is the last `tokens` tokens of the response. They count as much as all of it
+    /// once more: what is said around an answer depends on nothing far away, and longer sentences would
+    /// otherwise outweigh their answers.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the response does not have so many tokens, or the answer none.
+    pub fn with_answer(self, tokens: usize) -> Result<Self> {
+        let most = self.response().len();
+        if !(1..=most).contains(&tokens) {
+            return Err(Error::invalid("answer", format!("1 to {most} tokens"), tokens));
+        }
+        Ok(Self { answer_len: tokens, ..self })
+    }
+
+    /// How much each token of the response counts; the sum is 1.
+    pub(crate) fn weights(&self) -> Vec<f64> {
+        let (response, answer) = (self.response().len(), self.answer_len);
+        let share = |tokens: usize| 0.5 / tokens as f64;
+        let of =
+            |at: usize| share(response) + if at + answer >= response { share(answer) } else { 0.0 };
+        (0..response).map(of).collect()
     }
 
     /// Prompt and response.
@@ -56,6 +82,11 @@ impl Item {
     /// The response.
     pub fn response(&self) -> &[u32] {
         &self.tokens[self.prompt_len..]
+    }
+
+    /// The end of the response that holds the answer, or all of it ([`Item::with_answer`]).
+    pub fn answer(&self) -> &[u32] {
+        &self.tokens[self.tokens.len() - self.answer_len..]
     }
 
     /// Tokens the model reads to predict the whole response: all but the last.
@@ -220,8 +251,9 @@ impl<D: Backward> Decoder<D> {
         let vocab = self.config.vocab_size;
         let rows = values.chunks(vocab).zip(response);
         let certain: Vec<f64> = rows.map(|(row, y)| cross_entropy(row, *y as usize)).collect();
-        let weights = weight.weights(&certain);
-        let entropy = certain.iter().sum::<f64>() / certain.len() as f64;
+        let own = item.weights();
+        let weights = weight.weights(&certain, &own);
+        let entropy = certain.iter().zip(own).map(|(loss, weight)| loss * weight).sum::<f64>();
         let mut loss = 0.0;
         for ((row, &target), weight) in values.chunks_mut(vocab).zip(response).zip(weights) {
             loss += objective.gradient(row, target as usize) * weight;

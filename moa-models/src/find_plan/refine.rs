@@ -188,8 +188,9 @@ fn swap<D: Math>(
     let mut around = dense;
     // Most of the budget finds the heads that matter, the rest weighs spans against each other.
     let kept = measure.left() * 2 / 5;
-    let (mut stalled, mut round) = (0, 0);
-    while measure.left() >= kept + shape.total_kv_heads() && best.0 > enough && stalled < STALLED {
+    let (mut is_better, mut round) = (true, 0);
+    // A step of exchange finds more with as many measurements than another round after one that found nothing.
+    while measure.left() >= kept + shape.total_kv_heads() && best.0 > enough && is_better {
         table.probe(measure, &around)?;
         let plans: Vec<Plan>;
         match &limited {
@@ -218,7 +219,7 @@ fn swap<D: Math>(
         balance.learn(measure.probe_merit(), divergence);
         tracing::debug!(round, done = measure.done, ?loss, best = best.0, ?balance, "swaps");
         let loss = loss.unwrap_or(f64::INFINITY);
-        stalled = if loss < best.0 - 1e-4 { 0 } else { stalled + 1 };
+        is_better = loss < best.0 - 1e-4;
         if loss < best.0 {
             best = (loss, plan.clone());
         }
@@ -239,9 +240,6 @@ struct Balance {
     /// Additive loss of text that proposals may have, as a share of the uniform plan's.
     room: f64,
 }
-
-/// Rounds without a better plan after which spans are exchanged instead.
-const STALLED: usize = 2;
 
 /// Steps of halving the range of the weight, which spans 10 octaves.
 const HALVINGS: usize = 7;

@@ -1,6 +1,7 @@
 //! Calibration items of the built-in tasks: what the dense model answers of them.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::template::Message;
@@ -188,24 +189,43 @@ impl<D: Math> Checkpoint<D> {
         }
         let responses = self.dense_answers(&contexts, options.max_response)?;
         let mut of_contexts = Vec::with_capacity(asked.len());
-        for ((prompts, tasks), responses) in contexts.iter().zip(tasks).zip(responses) {
+        let answered = asked.iter().zip(&contexts).zip(tasks).zip(responses);
+        for ((((kind, _), prompts), tasks), responses) in answered {
             let mut items = Vec::with_capacity(prompts.len());
             for ((prompt, task), response) in prompts.iter().zip(tasks).zip(responses) {
-                if !task.is_answered_by(&self.tokenizer.decode(&response, true)?) {
-                    continue;
-                }
+                let Some(answer) = self.answer(&task, &response)? else { continue };
                 // What is said behind the answer depends on nothing far away.
-                let mut end = 1;
-                while end < response.len()
-                    && !task.is_answered_by(&self.tokenizer.decode(&response[..end], true)?)
-                {
-                    end += 1;
-                }
-                items.push(Item::new(prompt, &response[..end])?);
+                let item = Item::new(prompt, &response[..answer.end])?;
+                // A sentence about a fact must not make its one word count for less than the digits of a key. All
+                // records of a model are asked about in one wording.
+                items.push(match kind {
+                    Task::Record(_) => item,
+                    _ => item.with_answer(answer.len())?,
+                });
             }
             of_contexts.push(items);
         }
         Ok(of_contexts)
+    }
+
+    /// The first tokens of a response that hold the right answers; `None` if it is wrong.
+    fn answer(&self, task: &TaskPrompt, response: &[u32]) -> Result<Option<Range<usize>>> {
+        let is_in = |tokens: Range<usize>| {
+            let text = self.tokenizer.decode(&response[tokens], true)?;
+            Ok::<_, Error>(task.is_answered_by(&text))
+        };
+        if !is_in(0..response.len())? {
+            return Ok(None);
+        }
+        let mut end = 1;
+        while end < response.len() && !is_in(0..end)? {
+            end += 1;
+        }
+        let mut start = end - 1;
+        while start > 0 && !is_in(start..end)? {
+            start -= 1;
+        }
+        Ok(Some(start..end))
     }
 
     /// The largest prompts that `build` makes of a number of bytes, all of at most `room` tokens.
@@ -249,5 +269,28 @@ impl<D: Math> Checkpoint<D> {
             last.content = self.question_text(std::mem::take(&mut last.content));
         }
         self.prompt_tokens(&messages)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::cpu::Cpu;
+
+    #[test]
+    fn answers_are_found_in_their_sentences() -> Result<()> {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/moa-tiny");
+        let checkpoint = Checkpoint::open(Cpu::default(), folder)?;
+        let answers = vec!["4711".to_string(), "garden".to_string()];
+        let task = TaskPrompt { messages: Vec::new(), answers };
+        let of = |text: &str| -> Result<Option<String>> {
+            let response = checkpoint.tokenizer.encode(text, false)?;
+            let answer = checkpoint.answer(&task, &response)?;
+            answer.map(|answer| checkpoint.tokenizer.decode(&response[answer], true)).transpose()
+        };
+        let text = "There are 4712 sheep of 4711, in the garden of Martha, 4711 and garden.";
+        assert_eq!(of(text)?.as_deref().map(str::trim), Some("4711, in the garden"));
+        assert_eq!(of("There are 4711 sheep in the yard.")?, None);
+        Ok(())
     }
 }

@@ -235,6 +235,8 @@ fn calibration_says_what_was_tried_and_holds_out_every_third_item() -> Result<()
     let made = checkpoint().calibrate(&CalibrationData::Tasks, &options, &mut ())?;
     assert_eq!(made.items[&384].len(), 3);
     assert_eq!(made.data, "built-in tasks (records)");
+    // All have one wording.
+    assert!(made.items[&384].iter().all(|item| item.answer() == item.response()));
 
     let prompt = |index: usize| CalibrationPrompt::Question {
         messages: vec![Message::user(format!("{index} {}", "word ".repeat(250)))],

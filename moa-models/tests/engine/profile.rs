@@ -104,6 +104,27 @@ fn the_loss_is_that_of_dense_attention() -> Result<()> {
     Ok(())
 }
 
+// What is said around an answer does not outweigh it.
+#[test]
+fn answers_count_as_much_as_the_responses_that_hold_them() -> Result<()> {
+    let item = item();
+    let (prompt, response) = (item.prompt(), item.response());
+    let answer = Item::new(&item.tokens()[..item.tokens().len() - 6], &response[34..])?;
+    let both = item.clone().with_answer(6)?;
+    assert_eq!((both.answer(), item.answer()), (answer.response(), response));
+    assert_eq!((both.prompt(), both.response()), (prompt, response));
+    let loss = |item: &Item| tiny().response_loss(std::slice::from_ref(item), &full(), 160);
+    let expected = f64::midpoint(loss(&item)?, loss(&answer)?);
+    assert!((loss(&both)? - expected).abs() < 1e-4);
+    let mut influence = Influence::new(tiny().shape(), 160, 16)?;
+    let profiled = tiny().profile(&both, Objective::CrossEntropy, &mut influence)?;
+    assert!((profiled - expected).abs() < 1e-4);
+    for tokens in [0, 41] {
+        assert!(matches!(item.clone().with_answer(tokens), Err(Error::Invalid { .. })));
+    }
+    Ok(())
+}
+
 #[test]
 fn items_that_begin_alike_lose_what_each_loses_alone() -> Result<()> {
     let tokens = text(200);

@@ -6,7 +6,7 @@ use std::ops::Range;
 use half::bf16;
 use pulp::x86::V4;
 
-use super::{Block, Lanes, Multiply, Product};
+use super::{Block, Lanes, Multiply, Product, Side};
 use crate::linear::range;
 use crate::pool::{self, SharedMut};
 use crate::simd::outer::LANES;
@@ -39,22 +39,38 @@ impl Machine {
 #[derive(Clone, Copy)]
 struct Pairs<'a> {
     w: &'a [bf16],
-    k: usize,
+    side: Side,
+    /// Length of a row of `w`.
+    row: usize,
 }
 
 impl Lanes for Pairs<'_> {
     #[inline(always)]
     fn steps(&self, col: usize, first: usize, to: &mut [f32]) {
         let to: &mut [bf16] = bytemuck::cast_slice_mut(to);
-        let from = &self.w[col * self.k + 2 * first..(col + 1) * self.k];
+        let from = &self.w[col * self.row + 2 * first..(col + 1) * self.row];
         let count = to.len().min(from.len());
         to[..count].copy_from_slice(&from[..count]);
         to[count..].fill(bf16::ZERO);
     }
 
     #[inline(always)]
-    fn across(&self, _step: usize, _cols: Range<usize>, _to: &mut [f32]) -> bool {
-        false
+    fn across(&self, step: usize, cols: Range<usize>, to: &mut [f32]) -> bool {
+        if self.side == Side::Forward {
+            return false;
+        }
+        let from = 2 * step * self.row + cols.start;
+        let first = &self.w[from..from + cols.len()];
+        let to: &mut [u32] = bytemuck::cast_slice_mut(&mut to[..cols.len()]);
+        match self.w.get(from + self.row..from + self.row + cols.len()) {
+            Some(second) => {
+                for ((to, a), b) in to.iter_mut().zip(first).zip(second) {
+                    *to = u32::from(a.to_bits()) | u32::from(b.to_bits()) << 16;
+                }
+            }
+            None => to.iter_mut().zip(first).for_each(|(to, a)| *to = a.to_bits().into()),
+        }
+        true
     }
 }
 
@@ -105,6 +121,31 @@ impl Activations {
         Ok(Self { data, machine })
     }
 
+    /// Products with `w` `[k, n]`: rows of gradients.
+    pub(in crate::linear) fn product_back(
+        &self,
+        w: &[bf16],
+        n: usize,
+        out: &SharedMut<'_, f32>,
+    ) -> Result<()> {
+        let k = w.len() / n.max(1);
+        self.panels(Pairs { w, side: Side::Backward, row: n }, (n, k), out)
+    }
+
+    fn panels(
+        &self,
+        lanes: Pairs<'_>,
+        (n, k): (usize, usize),
+        out: &SharedMut<'_, f32>,
+    ) -> Result<()> {
+        let (m, stride, steps) = (self.data.rows(), self.data.row_len(), k.div_ceil(2));
+        let product = Product { x: self.data.data(), stride, lanes, n, steps, out };
+        product.run(m, m * n * steps, |block| {
+            // SAFETY: the machine is here.
+            Workspace::with(|workspace| unsafe { run(self.machine.0, block, workspace) })
+        })
+    }
+
     /// Products with `w` `[n, k]`.
     pub(in crate::linear) fn product(
         &self,
@@ -112,15 +153,10 @@ impl Activations {
         k: usize,
         out: &SharedMut<'_, f32>,
     ) -> Result<()> {
-        let (m, stride) = (self.data.rows(), self.data.row_len());
+        let m = self.data.rows();
         let n = w.len() / k.max(1);
         if m >= ROWS {
-            let (x, steps) = (self.data.data(), k.div_ceil(2));
-            let product = Product { x, stride, lanes: Pairs { w, k }, n, steps, out };
-            return product.run(m, m * n * steps, |block| {
-                // SAFETY: the machine is here.
-                Workspace::with(|workspace| unsafe { run(self.machine.0, block, workspace) })
-            });
+            return self.panels(Pairs { w, side: Side::Forward, row: k }, (n, k), out);
         }
         pool::for_each(n.div_ceil(STRETCH), (m * n * k) as u64, |task| {
             let cols = range(task, STRETCH, n);
