@@ -9,8 +9,8 @@
 
 use moa_core::{DEFAULT_SINK, ElasticRule, Plan, SplitMix64};
 use moa_models::{
-    Cpu, Dtype, EngineOptions, GenerateOptions, Math, Message, OpenOptions, Prompt, Result,
-    SamplingOptions, Speculation, Usage,
+    Cpu, Decoder, Dtype, EngineOptions, GenerateOptions, Math, Message, OpenOptions, Prompt,
+    Result, SamplingOptions, Speculation, Usage,
 };
 
 /// What is measured.
@@ -76,6 +76,45 @@ fn main() -> Result<()> {
     }
 }
 
+/// What a step that checks guesses takes, in plain steps, where a device records such steps.
+fn check_cost<D: Math>(model: &Decoder<D>, plan: &Plan) -> Result<()> {
+    const STEPS: usize = 40;
+    for held in [1024, 4096] {
+        let most = Speculation::ngram().draft_tokens();
+        let mut sequence = model.open(plan, held + 16 * STEPS, most)?;
+        let vocab = model.config().vocab_size as u64;
+        let mut random = SplitMix64::new(1);
+        let mut tokens = |n: usize| (0..n).map(|_| (random.next_u64() % vocab) as u32).collect();
+        let prompt: Vec<u32> = tokens(held);
+        model.prefill(&mut sequence, &prompt, 2048)?;
+        let mut session = model.session(vec![sequence])?;
+        let Some(wide) = session.wide(most + 1) else { return Ok(()) };
+        let mut seconds = [Vec::new(), Vec::new()];
+        for step in 0..STEPS {
+            let begin = std::time::Instant::now();
+            session.step_greedy(model, &tokens(1))?;
+            let plain = begin.elapsed().as_secs_f64();
+            let (begin, len) = (std::time::Instant::now(), session.sequences()[0].len());
+            session.check_greedy(model, &[tokens(wide)])?;
+            let checked = begin.elapsed().as_secs_f64();
+            session.truncate(model, 0, len + 1)?;
+            if step >= 8 {
+                seconds[0].push(plain);
+                seconds[1].push(checked);
+            }
+        }
+        let [plain, checked] = seconds.map(|mut all| {
+            all.sort_by(f64::total_cmp);
+            1e3 * all[all.len() / 2]
+        });
+        println!(
+            "after {held} tokens a step of {wide} takes {checked:.3} ms, of 1 {plain:.3} ms: {:.2}x",
+            checked / plain
+        );
+    }
+    Ok(())
+}
+
 fn measure<D: Math>(device: D, options: &Options) -> Result<()> {
     let open = OpenOptions::default().random_weights(options.random);
     let mut checkpoint = open.open(device, &options.folder)?;
@@ -89,6 +128,10 @@ fn measure<D: Math>(device: D, options: &Options) -> Result<()> {
         let itself = checkpoint.clone();
         checkpoint.set_draft(&itself, &Plan::load(path)?)?;
         modes.push(("plan", Speculation::draft()));
+    }
+    check_cost(&checkpoint.model, &dense)?;
+    if options.rounds == 0 {
+        return Ok(());
     }
     let prose = "The history of navigation is the history of people who trusted numbers more than the evidence of \
         their eyes. A pilot who could not see the coast still knew how fast the ship had sailed, for how many \

@@ -216,16 +216,16 @@ impl<D: Math> Session<D> {
     }
 
     /// Whether steps that check guesses are to be recorded, if they are not yet: where what was missed without
-    /// them, `gain` seconds by the next step, is what it took to record plain ones. So nobody pays for more
-    /// than a text has shown to be worth.
-    pub(crate) fn is_worth_recording(&mut self, gain: f64) -> bool {
+    /// them, `missed` seconds more by the next step, is what it took to record plain ones, and twice as much is
+    /// expected of the rest. So a text has shown that it is worth it, and mostly goes on for long enough.
+    pub(crate) fn is_worth_recording(&mut self, missed: f64, gain: f64) -> bool {
         if self.wide == 1 || self.wide_replay.is_some() {
             return true;
         }
-        self.missed += gain;
+        self.missed += missed;
         let is_recorded = self.replay.as_ref().is_some_and(|own| own.runs >= FIRST_RUNS);
-        let cost = self.preparation.filter(|_| is_recorded);
-        cost.is_some_and(|cost| self.missed >= cost.as_secs_f64())
+        let cost = self.preparation.filter(|_| is_recorded).map(|cost| cost.as_secs_f64());
+        cost.is_some_and(|cost| self.missed >= cost && gain >= 2.0 * cost)
     }
 
     /// Whether the last step took what all such steps take, and prepared nothing.

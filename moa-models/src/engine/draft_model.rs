@@ -16,7 +16,7 @@ use crate::decoder::sequence::Sequence;
 use crate::device::Math;
 use crate::engine::pace::{Candidate, Pace, WORTH, all_that_fit};
 use crate::engine::request::RequestId;
-use crate::engine::running::Running;
+use crate::engine::running::{Answers, Running};
 use crate::engine::sampling::Sampler;
 use crate::engine::speculate::{Draft, learned};
 
@@ -49,8 +49,6 @@ const FIRST_COST: f64 = 0.25;
 const NEAR: usize = 16;
 /// The part of the time that finding out again may take, where guesses do not pay.
 const TRIES: f64 = 0.01;
-/// The part of the tokens that a request may still get which it is expected to get, before any has ended.
-const EXPECTED: f64 = 0.5;
 
 /// The other model at work for the requests of an engine.
 pub(crate) struct Guesser<D: Math> {
@@ -64,8 +62,6 @@ pub(crate) struct Guesser<D: Math> {
     read_seconds: Option<f64>,
     /// Time that may be spent on finding out whether guesses pay again.
     credit: f64,
-    /// Tokens that requests got of late, on average.
-    answer: Option<f64>,
 }
 
 /// The other model's side of a request.
@@ -95,6 +91,7 @@ pub(crate) struct Limits<'a> {
     pub(crate) chunk: usize,
     /// Times of the steps that check, to leave out guesses that do not pay; `None` guesses always.
     pub(crate) pace: Option<&'a Pace>,
+    pub(crate) answers: Answers,
 }
 
 impl<D: Math> Guesser<D> {
@@ -106,15 +103,12 @@ impl<D: Math> Guesser<D> {
             pace: Pace::default(),
             read_seconds: None,
             credit: 0.0,
-            answer: None,
         }
     }
 
     /// Drops what belongs to a request that has ended.
     pub(crate) fn forget(&mut self, run: &Running) {
         self.beside.retain(|one| one.id != run.id);
-        let own = run.new_tokens() as f64;
-        self.answer = Some(self.answer.map_or(own, |mean| mean + (own - mean) / 4.0));
     }
 
     pub(crate) fn clear(&mut self) {
@@ -214,8 +208,7 @@ impl<D: Math> Guesser<D> {
         alone[at] = candidates[at];
         let cost = self.read_seconds.unwrap_or(0.0) * unread as f64;
         let (_, speed) = pace.shares(&alone, limits.room, self.cost(places.len(), pace));
-        let (left, done) = (places[at].run.left() as f64, places[at].run.new_tokens() as f64);
-        let steps = self.answer.map_or(EXPECTED * left, |mean| (mean - done).clamp(0.0, left));
+        let steps = limits.answers.left(places[at].run);
         let gained = if speed > WORTH { steps * plain * (1.0 - 1.0 / speed) } else { 0.0 };
         gained > cost || (self.read_seconds.is_some() && self.credit > cost)
     }

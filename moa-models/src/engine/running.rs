@@ -37,6 +37,30 @@ pub(crate) struct Running {
     drafter: Drafter,
 }
 
+/// How long answers are, by those that have ended.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Answers {
+    /// Tokens that requests got of late, on average.
+    mean: Option<f64>,
+}
+
+/// The part of the tokens that a request may still get which it is expected to get, before any has ended.
+const EXPECTED: f64 = 0.5;
+
+impl Answers {
+    /// A request has ended.
+    pub(crate) fn learn(&mut self, run: &Running) {
+        let own = run.new_tokens() as f64;
+        self.mean = Some(self.mean.map_or(own, |mean| mean + (own - mean) / 4.0));
+    }
+
+    /// Tokens that a request is expected to get yet.
+    pub(crate) fn left(&self, run: &Running) -> f64 {
+        let (left, done) = (run.left() as f64, run.new_tokens() as f64);
+        self.mean.map_or(EXPECTED * left, |mean| (mean - done).clamp(0.0, left))
+    }
+}
+
 /// Tokens as text that comes in pieces.
 #[derive(Debug)]
 struct Text {

@@ -16,7 +16,7 @@ use crate::engine::pace::Pace;
 use crate::engine::request::{
     Completion, Event, Finish, GenerateOptions, Prompt, RequestId, Usage,
 };
-use crate::engine::running::Running;
+use crate::engine::running::{Answers, Running};
 use crate::engine::speculate::Speculation;
 use crate::{Error, Result};
 
@@ -95,6 +95,8 @@ pub struct Engine<D: Math> {
     pub(super) usage: Usage,
     /// Times of steps, where tokens are guessed.
     pub(super) pace: Pace,
+    /// Lengths of answers, likewise.
+    pub(super) answers: Answers,
     /// Another model that guesses.
     pub(super) guesser: Option<Guesser<D>>,
 }
@@ -162,6 +164,7 @@ impl<D: Math> Engine<D> {
             },
             many_rows,
             pace: Pace::default(),
+            answers: Answers::default(),
             guesser,
             waiting: VecDeque::new(),
             is_full: false,
@@ -478,6 +481,7 @@ impl<D: Math> Engine<D> {
     fn leave(&mut self, at: usize) -> Running {
         self.is_full = false;
         let run = self.running.remove(at);
+        self.answers.learn(&run);
         if let Some(guesser) = &mut self.guesser {
             guesser.forget(&run);
         }

@@ -117,10 +117,10 @@ impl Drafter {
     /// A guess of at most so many tokens after `history`: what followed on the longest of its ends, the last time that
     /// it stood before.
     pub(crate) fn draft(&self, history: &[u32], most: usize) -> Draft {
-        let Some((last, before)) = history.split_last() else { return Draft::default() };
+        let [.., second, last] = history else { return Draft::default() };
         let mut found = None;
         // A look through all tokens takes less than an index of them, even of long texts.
-        for at in stood(before, *last) {
+        for at in stood(&history[..history.len() - 1], [*second, *last]) {
             let (here, end) = (history[..at].iter().rev(), history.iter().rev());
             let common = here.zip(end).take(NGRAMS[0]).take_while(|(a, b)| a == b).count();
             let Some(kind) = NGRAMS.iter().position(|n| *n <= common) else { continue };
@@ -150,15 +150,19 @@ impl Drafter {
     }
 }
 
-/// Places after those where a token stands, from the last on.
-fn stood(tokens: &[u32], token: u32) -> impl Iterator<Item = usize> {
-    // Whole stretches are compared at once.
+/// Places after those where two tokens stand, from the last on.
+fn stood(tokens: &[u32], pair: [u32; 2]) -> impl Iterator<Item = usize> {
     const STRETCH: usize = 64;
-    let stretches = tokens.chunks(STRETCH).enumerate().rev();
-    stretches.filter(move |(_, own)| own.contains(&token)).flat_map(move |(at, own)| {
-        let is_it = move |i: &usize| own[*i] == token;
-        (0..own.len()).rev().filter(is_it).map(move |i| at * STRETCH + i + 1)
-    })
+    let is_it = move |first: u32, second: u32| (first == pair[0]) & (second == pair[1]);
+    // Whole stretches are compared at once: in numbers, one token of two stands at every place.
+    let has = move |at: &usize| {
+        let own = &tokens[*at..tokens.len().min(at + STRETCH + 1)];
+        own.iter().zip(&own[1..]).fold(false, |any, (a, b)| any | is_it(*a, *b))
+    };
+    let firsts = (0..tokens.len()).step_by(STRETCH).rev().filter(has);
+    let places = move |first: usize| first..tokens.len().saturating_sub(1).min(first + STRETCH);
+    let found = firsts.flat_map(move |first| places(first).rev());
+    found.filter(move |at| is_it(tokens[*at], tokens[at + 1])).map(|at| at + 2)
 }
 
 #[cfg(test)]

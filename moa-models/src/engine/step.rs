@@ -165,9 +165,14 @@ impl<D: Math> Engine<D> {
         }
         let (mut shares, speed) = self.pace.shares(&candidates, room, |_| 0.0);
         let session = self.batch.session(&self.model)?;
-        let gain = (speed - 1.0) * self.pace.seconds(candidates.len()).unwrap_or(0.0);
-        if shares.iter().any(|share| *share > 0) && !session.is_worth_recording(gain) {
-            shares.fill(0);
+        if shares.iter().any(|share| *share > 0) {
+            let seconds = self.pace.seconds(candidates.len()).unwrap_or(0.0);
+            // The batch changes when the first request ends.
+            let steps = self.running.iter().map(|run| self.answers.left(run));
+            let gain = steps.fold(f64::INFINITY, f64::min) * seconds * (1.0 - 1.0 / speed);
+            if !session.is_worth_recording((speed - 1.0) * seconds, gain) {
+                shares.fill(0);
+            }
         }
         Ok((drafts, shares))
     }
@@ -197,6 +202,7 @@ impl<D: Math> Engine<D> {
             slack: speculation.draft_tokens(),
             chunk: self.options.prefill_chunk,
             pace: speculation.is_adaptive().then_some(&self.pace),
+            answers: self.answers,
         };
         let mut drafts = guesser.guess(&places, limits)?;
         let vocab = self.model.config().vocab_size;
