@@ -59,8 +59,9 @@ fn with_model<D: Math>(
     let longest = lengths.last().copied().unwrap_or(0);
     // Before texts are cut into tokens, which takes long ones a while.
     let limit = model.model.config().context_length();
-    if longest > limit {
-        return Err(moa_models::Error::ContextExceeded { asked: longest, limit }.into());
+    if let Some((name, _)) = texts.first().filter(|_| longest > limit) {
+        let error = moa_models::Error::ContextExceeded { asked: longest, limit };
+        return Err(Error::from(error).at(name));
     }
     let tokens = texts
         .iter()
