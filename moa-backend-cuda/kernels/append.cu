@@ -36,20 +36,18 @@ extern "C" __global__ void __launch_bounds__(256) append(const __grid_constant__
     if (args.rope != nullptr && (is_query || is_key)) {
         const float4* table = (const float4*)(args.rope + (i64)position * half + 4 * part);
         const float4 low = table[0], high = table[1];
-        auto turn = [](u32 pair, float cos, float sin) {
-            const float2 x = unpack2(pair);
-            return pack2(x.x * cos - x.y * sin, x.y * cos + x.x * sin);
-        };
         if (args.interleaved) {
-            a = make_uint2(turn(a.x, low.x, low.y), turn(a.y, low.z, low.w));
-            b = make_uint2(turn(b.x, high.x, high.y), turn(b.y, high.z, high.w));
+            // Two pairs' first elements, then their second ones.
+            auto turn = [](uint2& pairs, const float4& turns) {
+                u32 x = __byte_perm(pairs.x, pairs.y, 0x5410), y = __byte_perm(pairs.x, pairs.y, 0x7632);
+                turn2(x, y, turns);
+                pairs = make_uint2(__byte_perm(x, y, 0x5410), __byte_perm(x, y, 0x7632));
+            };
+            turn(a, low);
+            turn(b, high);
         } else {
-            const u32 y0 = turn(__byte_perm(a.x, b.x, 0x5410), low.x, low.y);
-            const u32 y1 = turn(__byte_perm(a.x, b.x, 0x7632), low.z, low.w);
-            const u32 y2 = turn(__byte_perm(a.y, b.y, 0x5410), high.x, high.y);
-            const u32 y3 = turn(__byte_perm(a.y, b.y, 0x7632), high.z, high.w);
-            a = make_uint2(__byte_perm(y0, y1, 0x5410), __byte_perm(y2, y3, 0x5410));
-            b = make_uint2(__byte_perm(y0, y1, 0x7632), __byte_perm(y2, y3, 0x7632));
+            turn2(a.x, b.x, low);
+            turn2(a.y, b.y, high);
         }
     }
     auto write = [&](u16* to) {

@@ -1,17 +1,9 @@
 // Weights in quantised blocks (moa-core, `BlockType`): out (+)= x . w^T for decode steps, where all that counts is
 // how fast the blocks come from memory, and the same weights as rows of elements.
 //
-// Blocks are packed again when they are loaded. 16 rows by 256 k make a record: first the codes as the left
-// fragments of the tensor cores want them, so that a warp copies what lies together and a lane reads back what
-// it multiplies, then the steps. A record has as many bytes as its blocks. Codes are integers, which 16 bits hold
-// exactly; sums over a step's elements are f32 and are multiplied by the step then. So a product has no rounding but
-// that of f32 sums.
-//
 // The 8 warps of a block take every eighth record of 16 rows; their sums are added in order at the end. What a token
 // gets depends neither on the others nor on their number.
-#include "rows.cuh"
-
-typedef unsigned char u8;
+#include "blocks.cuh"
 
 // Mirrored by `src/linear/block_weight.rs`.
 struct BlockArgs {
@@ -29,124 +21,6 @@ struct BlockArgs {
     int settled;    // 1: no kernel that may still run writes w
     int padding;
 };
-
-#define WARPS 8
-
-// As `BlockType::ALL` of moa-core counts them.
-enum Kind { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K };
-
-// Integers in the last places of elements.
-#if DTYPE_BF16
-#define ONE 0x3f803f80u
-#define BASE 0x43004300u // 128, whose last places are ones
-#define BASE_IS 128.0f
-#else
-#define ONE 0x3c003c00u
-#define BASE 0x64006400u
-#define BASE_IS 1024.0f
-#endif
-
-template <int KIND>
-struct Format {
-    static constexpr bool WIDE = KIND == Q8_0;       // codes of 8 bits, signed
-    static constexpr bool LONG = KIND >= Q4_K;       // blocks of 256
-    static constexpr bool HALVES = KIND == Q6_K;     // a step for 16 elements
-    static constexpr bool LEAST = KIND == Q4_1 || KIND == Q5_1 || KIND == Q4_K || KIND == Q5_K;
-    static constexpr int HIGH = KIND == Q6_K ? 2 : KIND == Q5_0 || KIND == Q5_1 || KIND == Q5_K;
-    static constexpr int OFFSET = KIND == Q4_0 ? 8 : KIND == Q5_0 ? 16 : KIND == Q6_K ? 32 : 0;
-    // Tokens times the base are taken off sums before, which costs fewer instructions than taking it off each code. 1024
-    // would cost digits.
-    static constexpr bool BASED = !WIDE && BASE_IS < 1000.0f;
-    static constexpr int BLOCK = KIND == Q4_0   ? 18
-                                 : KIND == Q4_1 ? 20
-                                 : KIND == Q5_0 ? 22
-                                 : KIND == Q5_1 ? 24
-                                 : KIND == Q8_0 ? 34
-                                 : KIND == Q4_K ? 144
-                                 : KIND == Q5_K ? 176
-                                                : 210;
-    static constexpr int RECORD = BLOCK * (LONG ? 16 : 128);
-    // Codes' low bits, then the high ones, then steps.
-    static constexpr int HIGH_AT = WIDE ? 4096 : 2048;
-    static constexpr int STEPS_AT = HIGH_AT + HIGH * 512;
-    // Of blocks of 256, 16 rows of steps and what goes with them, as f32.
-    static constexpr int FACTOR_ROW = 20;
-    static constexpr int FACTORS = LONG ? 16 * FACTOR_ROW * 4 : 0;
-    // A lane's eight elements of 32: where the second four begin, behind the first.
-    static constexpr int SECOND = HALVES ? 16 : 4;
-    static constexpr int FIRST = HALVES ? 4 : 8; // between lanes
-};
-
-__device__ __forceinline__ u32 add2(u32 a, u32 b) {
-    u32 sum;
-#if DTYPE_BF16
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(ONE), "r"(b));
-#else
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(ONE), "r"(b));
-#endif
-    return sum;
-}
-
-// One instruction, which the compiler does not make of two constants by itself: (a & b) | c and (a & b) ^ c.
-__device__ __forceinline__ u32 and_or(u32 a, u32 b, u32 c) {
-    u32 x;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(x) : "r"(a), "r"(b), "r"(c));
-    return x;
-}
-__device__ __forceinline__ u32 and_xor(u32 a, u32 b, u32 c) {
-    u32 x;
-    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(x) : "r"(a), "r"(b), "r"(c));
-    return x;
-}
-
-// Signed bytes in the lower halves of the halves; the others are ignored.
-__device__ __forceinline__ u32 signed_bytes(u32 halves) {
-#if DTYPE_BF16
-    // Seven bits hold 128 + x for x >= 0; else they hold 256 + x.
-    return add2(and_or(halves, 0x007f007fu, BASE), and_or(halves, 0x00800080u, 0xc300c300u));
-#else
-    return add2(and_xor(halves, 0x00ff00ffu, 0x64806480u), 0xe480e480u);
-#endif
-}
-
-__device__ __forceinline__ u32 shifted(u32 x, int right) {
-    return right >= 0 ? x >> right : x << -right;
-}
-
-// Two f16, whatever the element is.
-__device__ __forceinline__ float2 halves_of(u32 packed) {
-    float2 pair;
-    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
-        : "=f"(pair.x), "=f"(pair.y)
-        : "r"(packed));
-    return pair;
-}
-
-__device__ __forceinline__ float half_at(const u8* p) {
-    return halves_of(p[0] | p[1] << 8).x;
-}
-
-// Steps and least elements of 8 groups, 6 bits each in three words: those of four groups, as bytes.
-__device__ __forceinline__ void six_bits(const u32 (&words)[4], int half, u32& steps, u32& least) {
-    const u32 a = words[1], b = words[2], c = words[3];
-    steps = half ? (c & 0x0f0f0f0fu) | (a >> 2 & 0x30303030u) : a & 0x3f3f3f3fu;
-    least = half ? (c >> 4 & 0x0f0f0f0fu) | (b >> 2 & 0x30303030u) : b & 0x3f3f3f3fu;
-}
-
-__device__ __forceinline__ float byte_of(u32 word, int i) {
-    return (float)(word >> 8 * i & 0xff);
-}
-__device__ __forceinline__ float signed_byte_of(u32 word, int i) {
-    return (float)(signed char)(word >> 8 * i & 0xff);
-}
-
-__device__ __forceinline__ void words_of(const u8* p, u32 (&words)[4]) {
-    const uint4 v = *(const uint4*)p;
-    words[0] = v.x;
-    words[1] = v.y;
-    words[2] = v.z;
-    words[3] = v.w;
-}
 
 // ---- products -----------------------------------------------------------------------------------
 
@@ -186,25 +60,17 @@ __device__ __forceinline__ void product(const BlockArgs& args) {
         // The last token again where there is no other.
         x[i] = (u32)min(token + i * 8 + g, args.rows - 1) * (u32)args.x_stride + t * F::FIRST;
 
-    // What tokens are summed with, opaque so that the compiler does not make it again for each product.
     u32 by[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        asm volatile("mov.b32 %0, %1;"
-                     : "=r"(by[i])
-                     : "n"(F::BASED ? (BASE | 0x80008000u) + F::OFFSET * 0x10001u : ONE));
+    make_summing<KIND>(by);
 
     float sums[GROUPS][4] = {};
     int slot = 0;
     for (int record = warp; record < args.records; record += WARPS) {
         // Groups whose tokens are in registers at once.
         constexpr int BATCH = (F::LEAST && GROUPS == 1 ? 2 : 4) / GROUPS;
-        // What least elements are multiplied with.
-        constexpr float TIMES = F::BASED ? -1.0f / (BASE_IS + F::OFFSET) : 1.0f;
-        u32 high[F::HIGH * 4 + 1];
-        float4 pairs[2];
-        const u8* const codes = own + slot * F::RECORD;
-        const u8* const scales = codes + F::STEPS_AT;
+        Record<KIND> from;
+        from.codes = own + slot * F::RECORD;
+        from.factors = factors;
 #pragma unroll
         for (int batch = 0; batch < 8 / BATCH; batch++) {
             u32 tokens[BATCH][GROUPS][4];
@@ -212,14 +78,14 @@ __device__ __forceinline__ void product(const BlockArgs& args) {
             for (int b = 0; b < BATCH; b++)
 #pragma unroll
                 for (int i = 0; i < GROUPS; i++) {
-                    const u16* const from = args.x + (x[i] + record * 256) + (batch * BATCH + b) * 32;
+                    const u16* const at = args.x + (x[i] + record * 256) + (batch * BATCH + b) * 32;
                     uint2 first = {0, 0}, second = {0, 0};
                     if (F::LONG || record * 256 + (batch * BATCH + b) * 32 < args.k) {
                         if (F::HALVES) {
-                            first = *(const uint2*)from;
-                            second = *(const uint2*)(from + F::SECOND);
+                            first = *(const uint2*)at;
+                            second = *(const uint2*)(at + F::SECOND);
                         } else {
-                            const uint4 both = *(const uint4*)from;
+                            const uint4 both = *(const uint4*)at;
                             first = make_uint2(both.x, both.y);
                             second = make_uint2(both.z, both.w);
                         }
@@ -232,116 +98,17 @@ __device__ __forceinline__ void product(const BlockArgs& args) {
             if (batch == 0) {
                 wait_copies<STAGES - 1>();
                 __syncwarp();
-#pragma unroll
-                for (int i = 0; i < F::HIGH; i++) {
-                    u32 words[4];
-                    words_of(codes + F::HIGH_AT + i * 512 + lane * 16, words);
-#pragma unroll
-                    for (int n = 0; n < 4; n++) high[i * 4 + n] = words[n];
-                }
-                if (F::LONG) {
-                    // Half a row's numbers a lane.
-                    const int r = lane / 2, half = lane % 2;
-                    u32 words[4];
-                    words_of(scales + r * 16, words);
-                    float made[8];
-                    if (F::HALVES) {
-                        const float by_all = halves_of(*(const u16*)(scales + 256 + r * 2)).x;
-#pragma unroll
-                        for (int n = 0; n < 8; n++)
-                            made[n] = by_all * signed_byte_of(half ? words[2 + n / 4] : words[n / 4], n % 4);
-                    } else {
-                        u32 six_steps, six_least;
-                        six_bits(words, half, six_steps, six_least);
-                        const float2 by_all = halves_of(words[0]);
-#pragma unroll
-                        for (int n = 0; n < 4; n++) {
-                            made[2 * n] = by_all.x * byte_of(six_steps, n);
-                            made[2 * n + 1] = -TIMES * by_all.y * byte_of(six_least, n);
-                        }
-                    }
-                    float4* const to = (float4*)(factors + r * F::FACTOR_ROW + half * 8);
-                    to[0] = make_float4(made[0], made[1], made[2], made[3]);
-                    to[1] = make_float4(made[4], made[5], made[6], made[7]);
-                    __syncwarp();
-                }
+                from.begin(lane);
             }
-            u32 low[4];
 #pragma unroll
             for (int b = 0; b < BATCH; b++) {
-                const int j = batch * BATCH + b;
-                u32 a[2][4];
-                if (F::WIDE) {
-                    words_of(codes + j * 512 + lane * 16, low);
-#pragma unroll
-                    for (int h = 0; h < 2; h++) {
-                        a[h][0] = signed_bytes(low[h]);
-                        a[h][1] = signed_bytes(low[2 + h]);
-                        a[h][2] = signed_bytes(low[h] >> 8);
-                        a[h][3] = signed_bytes(low[2 + h] >> 8);
-                    }
-                } else {
-                    if (j % 2 == 0) words_of(codes + j / 2 * 512 + lane * 16, low);
-#pragma unroll
-                    for (int r = 0; r < 2; r++)
-#pragma unroll
-                        for (int i = 0; i < 4; i++) {
-                            u32 bits = and_or(low[j % 2 * 2 + r] >> 4 * i, 0x000f000fu, BASE);
-                            if (F::HIGH == 1)
-                                bits = and_or(shifted(high[j / 2], (j % 2 * 2 + r) * 4 + i - 4),
-                                              0x00100010u, bits);
-                            if (F::HIGH == 2)
-                                bits = and_or(shifted(high[j], (r * 4 + i) * 2 - 4), 0x00300030u, bits);
-                            a[i / 2][i % 2 * 2 + r] =
-                                F::BASED ? bits
-                                         : add2(bits, (BASE | 0x80008000u) + F::OFFSET * 0x10001u);
-                        }
-                }
-                float step[2], second[2];
-                if (F::LONG) {
-#pragma unroll
-                    for (int r = 0; r < 2; r++) {
-                        if (j % 2 == 0)
-                            pairs[r] = *(const float4*)(factors + (g + r * 8) * F::FACTOR_ROW + j * 2);
-                        step[r] = j % 2 ? pairs[r].z : pairs[r].x;
-                        second[r] = j % 2 ? pairs[r].w : pairs[r].y;
-                    }
-                } else {
-                    const float2 both = halves_of(*(const u32*)(scales + g * 32 + j * 4));
-                    step[0] = both.x;
-                    step[1] = both.y;
-                    if (F::LEAST) {
-                        const float2 least = halves_of(*(const u32*)(scales + 256 + g * 32 + j * 4));
-                        second[0] = least.x * TIMES;
-                        second[1] = least.y * TIMES;
-                    }
-                }
+                Group group;
+                from.group(lane, batch * BATCH + b, group);
 #pragma unroll
                 for (int i = 0; i < GROUPS; i++) {
-                    const u32(&of)[4] = tokens[b][i];
-                    float sum[4] = {}, after[4] = {}, all[4] = {};
-                    if (F::BASED || F::LEAST) {
-                        mma(all, by, of[0], of[1]);
-                        if (F::HALVES)
-                            mma(after, by, of[2], of[3]);
-                        else
-                            mma(all, by, of[2], of[3]);
-                    }
-#pragma unroll
-                    for (int c = 0; c < 4; c++) {
-                        if (F::LEAST) sums[i][c] = fmaf(second[c / 2], all[c], sums[i][c]);
-                        if (F::BASED) sum[c] = all[c];
-                    }
-                    mma(sum, a[0], of[0], of[1]);
-                    if (F::HALVES)
-                        mma(after, a[1], of[2], of[3]);
-                    else
-                        mma(sum, a[1], of[2], of[3]);
-#pragma unroll
-                    for (int c = 0; c < 4; c++) {
-                        sums[i][c] = fmaf(step[c / 2], sum[c], sums[i][c]);
-                        if (F::HALVES) sums[i][c] = fmaf(second[c / 2], after[c], sums[i][c]);
-                    }
+                    float all[4], after[4];
+                    sum_tokens<KIND>(by, tokens[b][i], all, after);
+                    add_group<KIND, 1>(group, tokens[b][i], all, after, sums[i]);
                 }
             }
         }

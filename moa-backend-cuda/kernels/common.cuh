@@ -31,6 +31,13 @@ __device__ __forceinline__ float2 unpack2(u32 packed) {
     return pair;
 }
 
+// Pairs (x, y) of two neighbouring elements each, turned by (cos, sin) in the halves of `turns`.
+__device__ __forceinline__ void turn2(u32& x, u32& y, const float4& turns) {
+    const float2 a = unpack2(x), b = unpack2(y);
+    x = pack2(fmaf(a.x, turns.x, -(b.x * turns.y)), fmaf(a.y, turns.z, -(b.y * turns.w)));
+    y = pack2(fmaf(b.x, turns.x, a.x * turns.y), fmaf(b.y, turns.z, a.y * turns.w));
+}
+
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

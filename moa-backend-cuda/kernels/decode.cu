@@ -5,7 +5,13 @@
 // synchronises the block. The block that finishes a head last merges its splits, in order: the
 // result does not depend on the order in which blocks ran, nor on the rest of the batch.
 //
+// Tables and all keys but the new ones are read while the kernel before this still makes the queries, where nothing
+// may still write them. Where the step is one token a sequence, the block of a head's last split may do what `append`
+// does, and each block rotates its queries.
+//
 // Dynamic shared memory: 4 warps * STAGES * 2 * 16 * HEAD_DIM * 2 bytes.
+// More would cost the other head dimensions blocks of a multiprocessor.
+#define MERGED (HEAD_DIM == 128 ? 32 : 16)
 #include "split.cuh"
 
 #define STAGES (HEAD_DIM > 128 ? 2 : HEAD_DIM > 64 ? 3 : 4)
@@ -13,13 +19,40 @@
 #define TILE_BYTES (WARP_KEYS * HEAD_DIM * 2)
 #define STAGE_BYTES (2 * TILE_BYTES)
 #define COLUMNS (HEAD_DIM / 8)
+
+// Rotates the key of a sequence's one new token and writes it and the value into the cache, by the threads of a block.
+__device__ __forceinline__ void append_one(const ExtendArgs& args, const Sequence& sequence,
+                                           const Head& head, int kv_head, int len) {
+    constexpr int PARTS = HEAD_DIM / 8; // as in append.cu
+    const bool is_key = threadIdx.x < PARTS;
+    const int part = threadIdx.x % PARTS;
+    if (threadIdx.x < 2 * PARTS) {
+        const Packed& in = is_key ? args.k : args.v;
+        const u16* const from = (const u16*)in.data + sequence.first * in.token + kv_head * in.head + part * 4;
+        uint2 a = *(const uint2*)from, b = *(const uint2*)(from + HEAD_DIM / 2);
+        if (is_key && args.rope != nullptr) {
+            const float4* const turns =
+                (const float4*)(args.rope + (i64)len * (HEAD_DIM / 2) + part * 4);
+            turn2(a.x, b.x, turns[0]);
+            turn2(a.y, b.y, turns[1]);
+        }
+        const int slot = len < head.sink_slots ? len : head.sink_slots + (len - head.sink_slots) % head.ring;
+        u16* const to =
+            (u16*)(is_key ? sequence.k : sequence.v) + ((i64)head.offset + slot) * HEAD_DIM + part * 4;
+        *(uint2*)to = a;
+        *(uint2*)(to + HEAD_DIM / 2) = b;
+    }
+    __syncthreads();
+}
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
     extend_split(const __grid_constant__ ExtendArgs args) {
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ float2 row_state[WARPS][ROWS];
     __shared__ int is_last;
 
-    start();
+    let_next_kernel_start();
+    if (!args.settled) wait_for_previous_kernel();
     const int2 item = args.items[blockIdx.x];
     const int s = item.x / args.kv_heads, kv_head = item.x % args.kv_heads;
     const Sequence sequence = args.sequences[s];
@@ -67,10 +100,21 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
     };
 
     const int steps = (end - begin + WARPS * WARP_KEYS - 1) / (WARPS * WARP_KEYS);
+    auto load_first = [&] {
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) {
-        if (i < steps) load(i);
-        commit_copies();
+        for (int i = 0; i < STAGES - 1; i++) {
+            if (i < steps) load(i);
+            commit_copies();
+        }
+    };
+    const bool has_new = end > list.count - sequence.tokens;
+    if (!has_new) load_first();
+    if (args.settled && args.appends && args.rope != nullptr && threadIdx.x * 16 < HEAD_DIM / 2)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(args.rope + (i64)len * (HEAD_DIM / 2) + threadIdx.x * 16));
+    if (args.settled) wait_for_previous_kernel();
+    if (has_new) {
+        if (args.appends && end == list.count) append_one(args, sequence, head, kv_head, len);
+        load_first();
     }
 
     // Queries as matrix fragments: lane holds rows lane / 4 and lane / 4 + 8.
@@ -89,6 +133,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
         q[k][1] = q_1[k * 8];
         q[k][2] = q_0[k * 8 + 4];
         q[k][3] = q_1[k * 8 + 4];
+    }
+    if (args.appends && args.rope != nullptr) {
+        const float4* const turns = (const float4*)(args.rope + (i64)len * (HEAD_DIM / 2)) + lane % 4;
+#pragma unroll
+        for (int k = 0; k < HEAD_DIM / 32; k++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                turn2(q[k][i], q[k + HEAD_DIM / 32][i], turns[k * 8 + i / 2 * 4]);
     }
     RowMask mask_0(head, list, len + min(row_0, rows - 1) / group);
     RowMask mask_1(head, list, len + min(row_1, rows - 1) / group);

@@ -4,6 +4,10 @@
 
 #define WARPS 4
 #define ROWS 16
+// Splits of a row that are read at once when they are merged.
+#ifndef MERGED
+#define MERGED 16
+#endif
 // Neighbouring floats that a lane holds of one row, so that a warp holds the row.
 #define LANE_COLUMNS (HEAD_DIM / 32)
 
@@ -77,7 +81,7 @@ __device__ __forceinline__ void merge_splits(const ExtendArgs& args, const int2 
     const i64 first = (i64)args.splits[item.x].x * ROWS;
     // Few rows: the warps share the splits of each row. Many rows: each warp takes its own.
     const bool share = rows < WARPS;
-    constexpr int AT_ONCE = HEAD_DIM > 128 ? 8 : 16;
+    constexpr int AT_ONCE = HEAD_DIM > 128 ? 8 : MERGED;
     for (int row = share ? 0 : warp; row < rows; row += share ? 1 : WARPS) {
         float maximum = NEG_INF, sum = 0;
         LaneRow o = {};

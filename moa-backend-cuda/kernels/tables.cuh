@@ -90,10 +90,15 @@ struct ExtendArgs {
     int num_items;
     int num_tiles;                // wgmma.cu: all tiles of the launch; blocks take them in turn
     float softcap;                // modules compiled with SOFTCAP: scores become softcap * tanh(score / softcap)
-    int padding;
+    // decode.cu, 1: no kernel that may still run writes tables, lengths, or keys and values before the new tokens'.
+    int settled;
     // Added to Sequence::k and v: where widened copies of narrow heads lie, or 0.
     i64 base;
     const Narrow* narrow;         // narrow_decode.cu, [sequences, kv_heads]
+    // decode.cu, of one token a sequence, 1: q and k come as they are before `append`, which is not launched.
+    int appends;
+    int padding;
+    const float2* rope;           // with it, as AppendArgs::rope, pairs (i, i + HEAD_DIM / 2)
 };
 
 struct AppendArgs {

@@ -59,7 +59,7 @@ impl Device {
     ///
     /// # Safety
     /// `work` neither waits for the device nor copies from or to the host, and writes no weight of a matrix
-    /// product: these are read ahead. It drops every tensor that
+    /// product or a norm, and no length or cache of a step of attention before that step: these are read ahead. It drops every tensor that
     /// it makes and none that was made before. Everything else that the captured kernels read and write
     /// lives as long as the graph is launched, and no other graph of this arena is.
     pub unsafe fn capture<E: From<Error>>(

@@ -7,6 +7,7 @@ use moa_core::HeadRow;
 
 use super::check::check;
 use super::schedule::{Dims, Entry, Group, Launch, Narrow, Path, Schedule};
+use crate::graph::is_capturing;
 use crate::kernels::Kernels;
 use crate::kernels::narrow::NarrowKernels;
 use crate::kernels::tables::{
@@ -63,6 +64,9 @@ pub struct Rope {
     pub q: Packed,
     /// Where rotated keys go; may be the place of the keys.
     pub k: Packed,
+    /// Whether nobody reads these two places afterwards: steps of one token a sequence then rotate in registers, and
+    /// may leave the places as they are.
+    pub scratch: bool,
 }
 
 /// One layer's attention of a batch, planned on the host and run as often as wanted: `prepare`
@@ -119,6 +123,17 @@ struct Commit {
     narrow: bool,
     /// Table of copies' heads, and where copies of keys and values go, or 0.
     wide: [DevicePointer; 3],
+}
+
+/// Which new tokens attention writes into the caches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Keeps {
+    /// None.
+    None,
+    /// Those of heads that it copies.
+    Copied,
+    /// All, of which each sequence has one; they come before rotation.
+    All,
 }
 
 impl Tensors {
@@ -257,6 +272,10 @@ impl Step {
         let (committed, all) = (self.schedule.committed, self.schedule.order.len());
         let (before, after) = (0..committed, committed..all);
         let rotates = tensors.rope.is_some();
+        if self.appends_in_attention(tensors)? {
+            // SAFETY: as the caller promises.
+            return unsafe { self.attend_and_commit(workspace, tensors, Keeps::All, stream) };
+        }
         let is_mixed = self.prepared()?.is_mixed;
         let places = |of, among: &Range<usize>| self.schedule.places(of, among.clone());
         let plain = Commit { plain: true, ..Commit::default() };
@@ -274,13 +293,30 @@ impl Step {
                 }
             }
             let rotated = tensors.rotated();
-            self.attend_and_commit(workspace, &rotated, true, stream)?;
+            self.attend_and_commit(workspace, &rotated, Keeps::Copied, stream)?;
             self.append(&rotated, places(Narrow::None, &after), plain, stream)?;
             if is_mixed {
                 self.append(&rotated, places(Narrow::Copies, &after), plain, stream)?;
             }
         }
         Ok(())
+    }
+
+    /// Whether the kernels of attention write the new tokens into the caches, and rotate: where each sequence has one,
+    /// all heads are plain, and nobody wants what is rotated.
+    fn appends_in_attention(&self, tensors: &Tensors) -> Result<bool> {
+        let rotates = tensors.rope.is_none_or(|rope| rope.scratch && !rope.interleaved);
+        Ok(rotates && self.are_plain_tokens()? && tensors.k.data != 0)
+    }
+
+    /// Whether each sequence has one new token and all heads are plain.
+    fn are_plain_tokens(&self) -> Result<bool> {
+        let Schedule { committed, order, narrow, cut, .. } = &self.schedule;
+        let tokens = &self.prepared()?.tokens;
+        Ok(*committed == order.len()
+            && tokens.iter().all(|&tokens| tokens == 1)
+            && narrow.iter().all(|own| *own == Narrow::None)
+            && cut.launches.iter().all(|launch| launch.path == Path::Split))
     }
 
     /// The attention of [`run`](Self::run) alone, on queries and keys that come rotated, without
@@ -300,10 +336,10 @@ impl Step {
         stream: RawStream,
     ) -> Result<()> {
         // SAFETY: as the caller promises.
-        unsafe { self.attend_and_commit(workspace, tensors, false, stream) }
+        unsafe { self.attend_and_commit(workspace, tensors, Keeps::None, stream) }
     }
 
-    /// Attention, and where narrow heads are copied the append of their new tokens, if they are to be kept.
+    /// Attention, and the append of the new tokens that it is to keep.
     ///
     /// # Safety
     /// As [`run`](Self::run).
@@ -311,7 +347,7 @@ impl Step {
         &self,
         workspace: &Workspace,
         tensors: &Tensors,
-        keeps: bool,
+        keeps: Keeps,
         stream: RawStream,
     ) -> Result<()> {
         let Prepared { kernels, tables, copies, .. } = self.prepared()?;
@@ -320,12 +356,17 @@ impl Step {
         let Schedule { cut, copies: copied, groups, .. } = &self.schedule;
         for launch in &cut.launches {
             let args = self.extend_args(tensors, launch, tables, &scratch, 0)?;
+            let args = ExtendArgs {
+                appends: i32::from(keeps == Keeps::All),
+                rope: tensors.rope.map_or(0, |rope| rope.table),
+                ..args
+            };
             // SAFETY: as the caller promises.
             unsafe { self.launch(launch, stream, &args) }?;
         }
         for group in groups {
             // SAFETY: as the caller promises; the scratch has room for each group.
-            unsafe { self.copy(group, tensors, &scratch, keeps, stream) }?;
+            unsafe { self.copy(group, tensors, &scratch, keeps != Keeps::None, stream) }?;
             for launch in &copied.launches[group.launches.clone()] {
                 let args = self.extend_args(tensors, launch, copies, &scratch, scratch.copies)?;
                 // SAFETY: as the caller promises.
@@ -435,7 +476,7 @@ impl Step {
         let any = |of, among: &Range<usize>| !self.schedule.places(of, among.clone()).is_empty();
         let is_mixed = self.prepared.as_ref().is_some_and(|prepared| prepared.is_mixed);
         let appends = [
-            any(Narrow::None, &before),
+            any(Narrow::None, &before) && !self.are_plain_tokens().unwrap_or(false),
             any(Narrow::Codes, &before),
             is_mixed && any(Narrow::Copies, &before),
             any(Narrow::None, &after),
@@ -566,9 +607,12 @@ impl Step {
             num_items: launch.items.len() as i32,
             num_tiles: launch.blocks as i32,
             softcap: softcap.unwrap_or(0.0),
-            padding: 0,
+            settled: i32::from(is_capturing()),
             base,
             narrow: at.narrow,
+            appends: 0,
+            padding: 0,
+            rope: 0,
         })
     }
 

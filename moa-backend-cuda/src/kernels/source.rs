@@ -31,6 +31,8 @@ pub enum Source {
     E4m3,
     /// Weights in quantised blocks.
     Blocks,
+    /// Products of one row with weights in quantised blocks.
+    BlocksRow,
     /// [`Decode`](Self::Decode) with a softcap.
     DecodeSoftcap,
     /// [`Tile`](Self::Tile) with a softcap.
@@ -44,7 +46,8 @@ pub enum Source {
 }
 
 /// What `#include` may name.
-pub(crate) const HEADERS: [(&str, &str); 6] = [
+pub(crate) const HEADERS: [(&str, &str); 7] = [
+    ("blocks.cuh", include_str!("../../kernels/blocks.cuh")),
     ("common.cuh", include_str!("../../kernels/common.cuh")),
     ("narrow.cuh", include_str!("../../kernels/narrow.cuh")),
     ("rows.cuh", include_str!("../../kernels/rows.cuh")),
@@ -55,7 +58,7 @@ pub(crate) const HEADERS: [(&str, &str); 6] = [
 
 impl Source {
     /// All of them.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::Append,
         Self::Decode,
         Self::Narrow,
@@ -69,6 +72,7 @@ impl Source {
         Self::Gemv,
         Self::E4m3,
         Self::Blocks,
+        Self::BlocksRow,
         Self::DecodeSoftcap,
         Self::TileSoftcap,
         Self::WgmmaSoftcap,
@@ -92,6 +96,7 @@ impl Source {
             Self::Gemv => "gemv.cu",
             Self::E4m3 => "e4m3.cu",
             Self::Blocks => "blocks.cu",
+            Self::BlocksRow => "blocks_row.cu",
             Self::DecodeSoftcap => "decode.cu-softcap",
             Self::TileSoftcap => "tile.cu-softcap",
             Self::WgmmaSoftcap => "wgmma.cu-softcap",
@@ -161,6 +166,7 @@ impl Source {
             Self::Gemv => include_str!("../../kernels/gemv.cu"),
             Self::E4m3 => include_str!("../../kernels/e4m3.cu"),
             Self::Blocks => include_str!("../../kernels/blocks.cu"),
+            Self::BlocksRow => include_str!("../../kernels/blocks_row.cu"),
             Self::AllReduce => include_str!("../../kernels/all_reduce.cu"),
         }
     }

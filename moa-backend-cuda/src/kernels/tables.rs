@@ -122,12 +122,19 @@ pub struct ExtendArgs {
     pub num_tiles: i32,
     /// Bound of the scores; read by kernels that were compiled for one.
     pub softcap: f32,
-    /// Unused.
-    pub padding: i32,
+    /// Split kernel, 1: no kernel that may still run writes tables, lengths, or keys and values before the new tokens'.
+    pub settled: i32,
     /// Added to the addresses of cached keys and values: where copies of narrow heads lie, or 0.
     pub base: DevicePointer,
     /// Kernels of narrow heads: [`NarrowRow`]s, `[sequences, kv_heads]`.
     pub narrow: DevicePointer,
+    /// Split kernel, of one token a sequence, 1: queries and keys come as they are before `append`, which is not
+    /// launched.
+    pub appends: i32,
+    /// Unused.
+    pub padding: i32,
+    /// With it, as [`AppendArgs::rope`]; pairs are (i, i + head_dim / 2).
+    pub rope: DevicePointer,
 }
 
 /// Arguments of `append`.
@@ -236,7 +243,7 @@ const _: () = {
     assert!(size_of::<SequenceRow>() == 40);
     assert!(size_of::<HeadRow>() == 20);
     assert!(size_of::<NarrowRow>() == 32);
-    assert!(size_of::<ExtendArgs>() == 232);
+    assert!(size_of::<ExtendArgs>() == 248);
     assert!(size_of::<AppendArgs>() == 208);
     assert!(size_of::<WidenArgs>() == 64);
 };

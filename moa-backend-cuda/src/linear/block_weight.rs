@@ -6,6 +6,7 @@ use std::sync::Arc;
 use moa_core::BlockType;
 
 use super::blas::Product;
+use super::block_row::Row;
 use crate::arena::Memory;
 use crate::graph::is_capturing;
 use crate::kernels::source::Source;
@@ -29,9 +30,9 @@ pub struct BlockWeight {
 }
 
 /// Rows and columns of a record.
-const RECORD: [usize; 2] = [16, 256];
+pub(super) const RECORD: [usize; 2] = [16, 256];
 
-const fn record_bytes(kind: BlockType) -> usize {
+pub(super) const fn record_bytes(kind: BlockType) -> usize {
     RECORD[0] * RECORD[1] / kind.block_len() * kind.block_bytes()
 }
 
@@ -60,8 +61,12 @@ impl BlockWeight {
         &self.device
     }
 
+    pub(super) fn address(&self) -> DevicePointer {
+        self.bytes.address()
+    }
+
     /// Records of 16 rows.
-    fn records(&self) -> usize {
+    pub(super) fn records(&self) -> usize {
         self.shape[1].div_ceil(RECORD[1])
     }
 
@@ -72,7 +77,7 @@ impl BlockWeight {
 }
 
 /// The place among all, by which kernels know a kind.
-fn number(kind: BlockType) -> usize {
+pub(super) fn number(kind: BlockType) -> usize {
     BlockType::ALL.iter().position(|other| *other == kind).unwrap_or(0)
 }
 
@@ -261,6 +266,9 @@ impl Operations {
         accumulate: bool,
     ) -> Result<()> {
         let (rows, number) = (x.shape()[0], number(weight.kind));
+        if self.has_row_product(rows, weight) {
+            return self.row_product(Row::Plain(x), weight, d, accumulate, false);
+        }
         let [n, k] = weight.shape;
         let shared_bytes = shared_bytes(weight.kind);
         let tiles = n.div_ceil(RECORD[0]);

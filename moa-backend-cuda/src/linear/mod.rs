@@ -1,6 +1,7 @@
 //! Matrix products with weights.
 
 pub(crate) mod blas;
+mod block_row;
 mod block_weight;
 pub mod e4m3;
 mod e4m3_weight;

@@ -78,6 +78,11 @@ pub(crate) const WIDEN_BLOCKS: &str = "widen_blocks";
 pub(crate) const EMBED_BLOCKS: &str = "embed_blocks";
 pub(crate) const PACK_BLOCKS: &str = "pack_blocks";
 
+/// Names of the kernels of products of one row with weights in blocks.
+#[rustfmt::skip]
+pub(crate) const BLOCKS_ROW: [&str; 8] =
+    ["q4_0_1", "q4_1_1", "q5_0_1", "q5_1_1", "q8_0_1", "q4_k_1", "q5_k_1", "q6_k_1"];
+
 /// Names of the kernels of sampling.
 pub(crate) const SAMPLE: [&str; 1] = ["sample"];
 
@@ -102,11 +107,20 @@ impl OpKernels {
         let load = |&name| {
             let function = module.load_function(name);
             let function = function.map_err(Error::driver("cuModuleGetFunction"))?;
-            if matches!(source, Source::E4m3 | Source::Blocks) {
+            if matches!(source, Source::E4m3 | Source::Blocks | Source::BlocksRow) {
                 function
                     .set_attribute(
                         Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                         device.shared_bytes() as i32,
+                    )
+                    .map_err(Error::driver("cuFuncSetAttribute"))?;
+            }
+            if source == Source::BlocksRow {
+                // Kernels after each other share a multiprocessor only if it is divided alike for both.
+                function
+                    .set_attribute(
+                        Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
+                        100,
                     )
                     .map_err(Error::driver("cuFuncSetAttribute"))?;
             }
@@ -116,7 +130,12 @@ impl OpKernels {
         let overlap = device.architecture().major >= 9
             && matches!(
                 source,
-                Source::Ops | Source::Gemv | Source::E4m3 | Source::Blocks | Source::AllReduce
+                Source::Ops
+                    | Source::Gemv
+                    | Source::E4m3
+                    | Source::Blocks
+                    | Source::BlocksRow
+                    | Source::AllReduce
             );
         Ok(Self { device: device.clone(), functions, overlap })
     }

@@ -38,6 +38,7 @@ pub struct Operations {
     pub(crate) gemv: Lazy,
     pub(crate) e4m3: Lazy,
     pub(crate) blocks: Lazy,
+    pub(crate) blocks_row: Lazy,
     pub(crate) blas: Blas,
     pub(crate) staging: Mutex<Staging>,
 }
@@ -65,6 +66,7 @@ impl Operations {
             gemv: Lazy::default(),
             e4m3: Lazy::default(),
             blocks: Lazy::default(),
+            blocks_row: Lazy::default(),
             blas: Blas::new(device)?,
             staging: Mutex::new(Staging::new(device)),
         })

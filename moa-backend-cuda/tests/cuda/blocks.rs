@@ -17,6 +17,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     let own = trials![
         widened_weights_are_the_elements_rounded,
         a_row_does_not_depend_on_the_others_nor_on_how_many_there_are,
+        norm_and_gate_around_a_row_give_the_bits_of_operations_apart,
         kinds_may_differ_among_layers_of_one_input,
         sums_and_biases_are_added,
         columns_of_others_are_taken,
@@ -111,6 +112,37 @@ fn a_row_does_not_depend_on_the_others_nor_on_how_many_there_are() -> Verdict {
             for rows in [0..1, 1..3, 5..13, 2..12, 60..64, 0..31, 3..50] {
                 let part = product(&x.rows(rows.clone()).unwrap());
                 assert!(part == all[rows.start * n..rows.end * n], "{kind} {rows:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// One row takes kernels that norm and gate; two rows take one operation after the other.
+fn norm_and_gate_around_a_row_give_the_bits_of_operations_apart() -> Verdict {
+    for ops in Ops::all()? {
+        let operations = &ops.operations;
+        let values = |x: Tensor| x.to_f32().unwrap();
+        for (kind, k) in BlockType::ALL.into_iter().flat_map(|kind| [(kind, 256), (kind, 2304)]) {
+            let (x, _) = ops.random(&[2, k], Dtype::F32, 1);
+            let (norm, _) = ops.random(&[k], Dtype::F32, 2);
+            let (bias, _) = ops.random(&[352], Dtype::F32, 3);
+            let norm = (&norm, 1e-5);
+            let row = x.rows(0..1).unwrap();
+            // Halves of whole tiles of 16 rows, and others; more tiles than a GPU has multiprocessors.
+            for n in [352, 48, if k == 256 { 5408 } else { 32 }] {
+                let (w, _) = weight(&ops, kind, [n, k], 4);
+                let (weights, biases) = ([Weight::from(&w)], (n == 352).then_some(&bias));
+                let normed = operations.rms_norm(&x, norm.0, norm.1).unwrap();
+                for output in [ops.dtype(), Dtype::F32] {
+                    let all =
+                        values(operations.linears(&normed, &weights, biases, output).unwrap());
+                    let one = operations.normed_linears(&row, norm, &weights, biases, output);
+                    assert!(values(one.unwrap()) == all[..n], "{kind} {n} {k}");
+                }
+                let all = values(operations.normed_swiglu(&x, norm, &weights, None).unwrap());
+                let one = values(operations.normed_swiglu(&row, norm, &weights, None).unwrap());
+                assert!(one == all[..n / 2], "{kind} {n} {k}");
             }
         }
     }

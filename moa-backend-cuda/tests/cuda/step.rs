@@ -99,6 +99,7 @@ fn rope_in_the_append_equals_rope_before_it() -> Verdict {
                 interleaved,
                 q: q_rotated.packed(),
                 k: k_rotated.packed(),
+                scratch: at > 200,
             };
             let io = io(&inputs[0], &inputs[1], &v, &out, world.scale());
             let io = Tensors { rope: Some(rope), ..io };
@@ -121,7 +122,9 @@ fn rope_in_the_append_equals_rope_before_it() -> Verdict {
             let batch = &mut [Append { cache: &mut plain, tokens }];
             let expected = cuda.0.extend(batch, &inputs).unwrap().out;
             close(&out.to_f32().unwrap(), &expected.to_f32().unwrap(), same);
-            close(&q_rotated.to_f32().unwrap(), &q.to_f32().unwrap(), cuda.same());
+            if !rope.scratch {
+                close(&q_rotated.to_f32().unwrap(), &q.to_f32().unwrap(), cuda.same());
+            }
             at += tokens;
         }
     }

@@ -79,8 +79,11 @@ impl<D: Math> Decoder<D> {
     ) -> Result<[D::Tensor; 3]> {
         let (device, dim) = (&self.device, self.config.head_dim);
         let tokens = device.shape(x)[0];
-        let h = self.norm_of(x, &layer.attention_norm, normed)?;
-        let [q, k, v] = parts(device.linears(&h, &layer.qkv)?)?;
+        let qkv = match normed {
+            Some(h) => device.linears(&h, &layer.qkv)?,
+            None => device.normed_linears(x, &layer.attention_norm, self.eps(), &layer.qkv)?,
+        };
+        let [q, k, v] = parts(qkv)?;
         let heads = |y, heads| device.reshape(y, &[tokens, heads, dim]);
         let (query, kv) = (self.local.query_heads, self.local.kv_heads);
         Ok([heads(q, query)?, heads(k, kv)?, heads(v, kv)?])
@@ -213,20 +216,14 @@ impl<D: Math> Decoder<D> {
         next: Option<&D::Vector>,
     ) -> Result<(D::Tensor, Option<D::Tensor>)> {
         let device = &self.device;
-        let h = self.norm_of(&x, &layer.mlp_norm, normed)?;
-        let [gate, up] = parts(device.linears(&h, &layer.gate_up)?)?;
-        let act = device.swiglu(gate, &up)?;
+        let act = match normed {
+            Some(h) => {
+                let [gate, up] = parts(device.linears(&h, &layer.gate_up)?)?;
+                device.swiglu(gate, &up)?
+            }
+            None => device.normed_swiglu(&x, &layer.mlp_norm, self.eps(), &layer.gate_up)?,
+        };
         self.add_branch(x, &act, &layer.down, next)
-    }
-
-    /// The norm of the stream, unless it is there already.
-    fn norm_of(
-        &self,
-        x: &D::Tensor,
-        weight: &D::Vector,
-        normed: Option<D::Tensor>,
-    ) -> Result<D::Tensor> {
-        normed.map_or_else(|| self.device.rms_norm(x, weight, self.eps()), Ok)
     }
 
     /// The residual stream of new tokens, divided by `residual_multiplier`, so that branches add to it as they

@@ -16,6 +16,7 @@ use std::ops::Range;
 use moa_core::{BlockType, CacheState, SparseAttentionBackend};
 
 use crate::checkpoint::mapped::MappedTensor;
+use crate::decoder::block::parts;
 use crate::device::replay::{Replay, ReplayBatch};
 use crate::device::rope_table::RopeTable;
 use crate::{Error, Result, memory};
@@ -303,6 +304,38 @@ pub trait Math: Load {
     /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
     /// [every operation](Math#errors-of-every-operation).
     fn linears(&self, x: &Self::Tensor, joined: &Self::Joined) -> Result<Vec<Self::Tensor>>;
+
+    /// [`linears`](Self::linears) of [`rms_norm`](Self::rms_norm), which a device may compute as one.
+    ///
+    /// # Errors
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
+    fn normed_linears(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Vector,
+        eps: f32,
+        joined: &Self::Joined,
+    ) -> Result<Vec<Self::Tensor>> {
+        self.linears(&self.rms_norm(x, weight, eps)?, joined)
+    }
+
+    /// [`swiglu`](Self::swiglu) of the two layers of [`normed_linears`](Self::normed_linears), which a device may compute as
+    /// one.
+    ///
+    /// # Errors
+    /// [`Error::Backend`], [`Error::Invalid`] or [`Error::OutOfMemory`], as
+    /// [every operation](Math#errors-of-every-operation).
+    fn normed_swiglu(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Vector,
+        eps: f32,
+        gate_up: &Self::Joined,
+    ) -> Result<Self::Tensor> {
+        let [gate, up] = parts(self.normed_linears(x, weight, eps, gate_up)?)?;
+        self.swiglu(gate, &up)
+    }
 
     /// `x + y . weight^T + bias`: the end of a residual branch.
     ///

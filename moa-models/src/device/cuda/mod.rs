@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use moa_backend_cuda::{
     BlockType, BlockWeight, Cache, CudaBackend, Device as Gpu, Dtype, Indices, Operations, Tensor,
-    Turns,
+    Turns, Weight,
 };
 use moa_core::{CacheState, CacheType};
 
@@ -101,6 +101,19 @@ pub struct Joined {
     bias: Option<Tensor>,
     /// Where each layer's outputs end.
     ends: Vec<usize>,
+}
+
+impl Joined {
+    fn weights(&self) -> Vec<Weight<'_>> {
+        self.weights.iter().map(|(weight, _)| weight.into()).collect()
+    }
+
+    /// Outputs of all layers, apart.
+    fn parts_of(&self, y: Tensor) -> Result<Vec<Tensor>> {
+        let mut start = 0;
+        let part = |&end: &usize| y.columns(std::mem::replace(&mut start, end)..end);
+        Ok(self.ends.iter().map(part).collect::<Result<_, _>>()?)
+    }
 }
 
 impl Cuda {
@@ -277,11 +290,32 @@ impl Math for Cuda {
     }
 
     fn linears(&self, x: &Tensor, joined: &Joined) -> Result<Vec<Tensor>> {
-        let weights: Vec<_> = joined.weights.iter().map(|(weight, _)| weight.into()).collect();
-        let y = self.operations.linears(x, &weights, joined.bias.as_ref(), self.dtype())?;
-        let mut start = 0;
-        let part = |&end: &usize| y.columns(std::mem::replace(&mut start, end)..end);
-        Ok(joined.ends.iter().map(part).collect::<Result<_, _>>()?)
+        let bias = joined.bias.as_ref();
+        joined.parts_of(self.operations.linears(x, &joined.weights(), bias, self.dtype())?)
+    }
+
+    fn normed_linears(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        eps: f32,
+        joined: &Joined,
+    ) -> Result<Vec<Tensor>> {
+        let (x, norm, bias) = (self.widened(x)?, (weight, eps), joined.bias.as_ref());
+        let weights = joined.weights();
+        let y = self.operations.normed_linears(&x, norm, &weights, bias, self.dtype())?;
+        joined.parts_of(y)
+    }
+
+    fn normed_swiglu(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        eps: f32,
+        gate_up: &Joined,
+    ) -> Result<Tensor> {
+        let (x, norm, bias) = (self.widened(x)?, (weight, eps), gate_up.bias.as_ref());
+        Ok(self.operations.normed_swiglu(&x, norm, &gate_up.weights(), bias)?)
     }
 
     fn linear_add(

@@ -153,7 +153,7 @@ impl Replay<Cuda> for Recorded {
         let [q, k, v] = qkv;
         let out = Tensor::empty(device.gpu(), q.shape(), device.dtype())?;
         let (q, k) = (q.packed(), k.packed());
-        let rope = || Rope { table: self.table.pointer(), interleaved: false, q, k };
+        let rope = || Rope { table: self.table.pointer(), interleaved: false, q, k, scratch: true };
         let tensors = Tensors {
             q,
             k,
