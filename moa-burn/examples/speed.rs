@@ -39,7 +39,7 @@ fn main() -> Result<()> {
     let device = Device::default();
     println!("{device:?}; microseconds of a call, the best of {ROUNDS} times {CALLS}");
     for dtype in [FloatDType::F16, FloatDType::F32] {
-        if !device.supports_dtype(dtype.into()) {
+        if !device.supports_dtype(dtype) {
             println!("{dtype:?}: not on this device");
             continue;
         }
