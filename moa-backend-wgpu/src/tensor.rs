@@ -65,11 +65,15 @@ impl Tensor {
     /// All elements, copied to the host once the device has computed them.
     ///
     /// # Errors
-    /// [`Error::Device`], also for what went wrong in an earlier kernel; [`Error::Lost`].
+    /// [`Error::Device`], also for what went wrong in an earlier kernel; [`Error::Lost`]; [`Error::OutOfMemory`].
     pub fn to_vec(&self) -> Result<Vec<f32>> {
         let bytes = self.device.read("Tensor::to_vec", &self.handle)?;
+        let (mut values, size) = (Vec::new(), 4 * self.len() as u64);
+        let shortage = |_| Error::OutOfMemory { what: "a copy of a tensor", bytes: size };
+        values.try_reserve_exact(self.len()).map_err(shortage)?;
         let elements = bytes.chunks_exact(4).take(self.len());
-        Ok(elements.map(bytemuck::pod_read_unaligned).collect())
+        values.extend(elements.map(bytemuck::pod_read_unaligned::<f32>));
+        Ok(values)
     }
 
     /// The same elements under another shape.

@@ -10,7 +10,7 @@ use crate::output::Context;
 /// Where guesses of the next tokens come from.
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct SpeculateArgs {
-    /// Guess tokens and check several in one step; the answers stay the same [default: off]
+    /// Guess tokens and check several in one step; the answers stay the same, on a GPU up to rounding [default: off]
     #[arg(long, value_enum, value_name = "HOW", conflicts_with_all = ["draft_model", "draft_plan"])]
     speculate: Option<Speculate>,
     /// Folder or GGUF file of a smaller model of the same tokens, which guesses those that --model checks; left

@@ -181,7 +181,6 @@ impl MappedTensor {
     }
 
     /// The elements as f32, copied.
-    #[must_use]
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].

@@ -180,7 +180,12 @@ impl<D: Math> Session<D> {
     /// As [`step_greedy`](Self::step_greedy).
     pub fn check_greedy(&mut self, model: &Decoder<D>, parts: &[Vec<u32>]) -> Result<Vec<u32>> {
         let logits = self.advance_by(model, parts)?;
-        likeliest_of(model, logits, self.wide_replay.as_ref())
+        let recorded = self.wide_replay.as_ref();
+        likeliest_of(
+            model,
+            logits,
+            recorded.filter(|_| parts.iter().all(|part| part.len() == self.wide)),
+        )
     }
 
     /// [`check`](Self::check), but only a token after each, drawn as by [`step_sampled`](Self::step_sampled).
@@ -207,7 +212,7 @@ impl<D: Math> Session<D> {
     }
 
     /// Tokens that [`check`](Self::check) is to be given for each sequence, at most `most`, so that the device can record
-    /// its steps; `None` where it does not, and any number will do.
+    /// its steps (or as many as recorded ones have); `None` where it does not, and any number will do.
     pub fn wide(&mut self, most: usize) -> Option<usize> {
         if self.wide_replay.is_none() {
             self.wide = self.wide.min(most);
@@ -273,7 +278,14 @@ impl<D: Math> Session<D> {
         self.check_step(model, &each)?;
         let is_wide = self.wide > 1 && each.iter().all(|part| part.len() == self.wide);
         if self.wide_replay.is_none() && is_wide {
-            self.wide_replay = model.record(&self.sequences, self.wide)?;
+            self.wide_replay = match model.record(&self.sequences, self.wide) {
+                // A recorded step saves time alone.
+                Err(Error::OutOfMemory { .. }) => {
+                    self.wide = 1;
+                    None
+                }
+                recorded => recorded?,
+            };
         }
         let logits = match &mut self.wide_replay {
             Some(replay) if is_wide => {

@@ -13,7 +13,7 @@ use moa_core::{CacheState, CacheType};
 use crate::checkpoint::mapped::MappedTensor;
 use crate::device::rope_table::RopeTable;
 use crate::device::{Backward, Device, LinearWeights, Load, Math};
-use crate::{Error, Result};
+use crate::{Error, Result, memory};
 
 /// Runs a model on a GPU over Vulkan, Metal, DX12 or WebGPU.
 ///
@@ -123,7 +123,7 @@ impl Load for Wgpu {
     fn linear_matrix(&self, tensor: MappedTensor) -> Result<Matrix> {
         if let (Dtype::F16, Some(Dtype::Bf16), &[rows, cols]) =
             (self.inner, tensor.dtype(), tensor.shape())
-            && let Some(bytes) = narrowed(tensor.bytes())
+            && let Some(bytes) = narrowed(tensor.bytes())?
         {
             return Ok(Matrix::new(self.gpu(), &bytes, rows, cols, Dtype::F16)?);
         }
@@ -224,9 +224,9 @@ impl Math for Wgpu {
 }
 
 /// bf16 elements as f16; `None` if one is too large for that.
-fn narrowed(bytes: &[u8]) -> Option<Vec<u8>> {
+fn narrowed(bytes: &[u8]) -> Result<Option<Vec<u8>>> {
     const BLOCK: usize = 4096;
-    let mut out = Vec::with_capacity(bytes.len());
+    let mut out = memory::room(bytes.len(), "a weight in f16")?;
     let (mut wide, mut narrow) = ([0.0f32; BLOCK], [f16::ZERO; BLOCK]);
     for block in bytes.chunks(2 * BLOCK) {
         let len = block.len() / 2;
@@ -236,11 +236,11 @@ fn narrowed(bytes: &[u8]) -> Option<Vec<u8>> {
         narrow[..len].convert_from_f32_slice(&wide[..len]);
         let too_large = |(n, w): (&f16, &f32)| n.is_infinite() && w.is_finite();
         if narrow[..len].iter().zip(&wide).any(too_large) {
-            return None;
+            return Ok(None);
         }
         out.extend(narrow[..len].iter().flat_map(|x| x.to_le_bytes()));
     }
-    Some(out)
+    Ok(Some(out))
 }
 
 impl Backward for Wgpu {
@@ -298,7 +298,7 @@ mod tests {
         let bytes = |weights: &[f32]| -> Vec<u8> {
             weights.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect()
         };
-        let narrow = narrowed(&bytes(&weights)).unwrap();
+        let narrow = narrowed(&bytes(&weights)).unwrap().unwrap();
         for (got, &weight) in narrow.chunks_exact(2).zip(&weights) {
             let got = f16::from_le_bytes([got[0], got[1]]);
             assert_eq!(got.to_f32(), bf16::from_f32(weight).to_f32());
@@ -306,9 +306,9 @@ mod tests {
         // Below f16's normal numbers they are rounded.
         for weight in [1e-6, 1e-9] {
             let rounded = f16::from_f32(bf16::from_f32(weight).to_f32());
-            assert_eq!(narrowed(&bytes(&[weight])), Some(rounded.to_le_bytes().to_vec()));
+            assert_eq!(narrowed(&bytes(&[weight])).unwrap(), Some(rounded.to_le_bytes().to_vec()));
         }
-        assert_eq!(narrowed(&bytes(&[1.0, 7e4])), None);
-        assert!(narrowed(&bytes(&[f32::INFINITY])).is_some());
+        assert_eq!(narrowed(&bytes(&[1.0, 7e4])).unwrap(), None);
+        assert!(narrowed(&bytes(&[f32::INFINITY])).unwrap().is_some());
     }
 }

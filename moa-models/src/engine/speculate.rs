@@ -1,7 +1,8 @@
 //! Speculative decoding: tokens are guessed, and a step checks all guesses at once.
 //!
 //! A guess is kept where it is the token that the request's own sampler chooses from the logits of the step, so
-//! that a request gets the tokens that it would get without guesses, drawn ones included.
+//! that a request gets the tokens that it would get without guesses, drawn ones included; on a GPU up to rounding, as
+//! several rows are summed in another order than one.
 
 use serde::{Deserialize, Serialize};
 

@@ -33,8 +33,8 @@ pub(crate) struct PrefixCache<D: Math> {
 struct Copier<D: Math> {
     /// Dropped to end the thread.
     sequences: Option<mpsc::Sender<Sequence<D>>>,
-    /// `None` for one that cannot be copied.
-    copies: mpsc::Receiver<Option<OffloadedSequence>>,
+    /// `None` for one that cannot be copied. Dropped to end the thread before all are copied.
+    copies: Option<mpsc::Receiver<Option<OffloadedSequence>>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -46,19 +46,24 @@ impl<D: Math + 'static> Copier<D> {
         let run = move || {
             for sequence in to_copy {
                 // What cannot be copied is not worth an error.
-                if done.send(model.offload(&sequence).ok()).is_err() {
+                let copy = model.offload(&sequence).ok();
+                // Whoever waits for the copy may need the memory.
+                drop(sequence);
+                if done.send(copy).is_err() {
                     return;
                 }
             }
         };
         let thread = std::thread::Builder::new().name("moa copies".to_owned()).spawn(run).ok()?;
-        Some(Self { sequences: Some(sequences), copies, thread: Some(thread) })
+        Some(Self { sequences: Some(sequences), copies: Some(copies), thread: Some(thread) })
     }
 }
 
 impl<D: Math> Drop for Copier<D> {
     fn drop(&mut self) {
         self.sequences = None;
+        // The thread ends with the copy in hand: nobody takes the rest.
+        self.copies = None;
         if let Some(thread) = self.thread.take() {
             // If it panicked, that was told of already.
             let _ = thread.join();
@@ -299,15 +304,16 @@ impl<D: Math + 'static> PrefixCache<D> {
 
     /// Takes the copies that are made, and waits for the first so many.
     pub(crate) fn collect(&mut self, mut waits: usize) {
-        let Some(copier) = &self.copier else { return };
+        let copies = self.copier.as_ref().and_then(|copier| copier.copies.as_ref());
+        let Some(copies) = copies else { return };
         while !self.copied.is_empty() {
             let copy = match waits {
-                0 => match copier.copies.try_recv() {
+                0 => match copies.try_recv() {
                     Err(mpsc::TryRecvError::Empty) => return,
                     Err(mpsc::TryRecvError::Disconnected) => None,
                     Ok(copy) => copy,
                 },
-                _ => copier.copies.recv().ok().flatten(),
+                _ => copies.recv().ok().flatten(),
             };
             waits = waits.saturating_sub(1);
             let Some(entry) = self.copied.pop_front() else { return };
