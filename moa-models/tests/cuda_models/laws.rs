@@ -204,6 +204,9 @@ fn guesses_are_checked_and_forgotten_in_recorded_steps() -> Verdict {
             let parts = vec![tokens[..wide].to_vec(); 2];
             let likeliest = session.check_greedy(model, &parts).unwrap();
             assert_eq!(likeliest.len(), 2 * wide);
+            // A step of another width is not a recorded one.
+            let short = vec![tokens[..1].to_vec(); 2];
+            assert_eq!(session.check_greedy(model, &short).unwrap().len(), 2);
             assert!(session.truncate(model, 2, 1).is_err());
         }
     }
