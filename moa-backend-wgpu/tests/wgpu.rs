@@ -4,6 +4,7 @@
 //! is a GPU. Trials run one at a time: such a driver uses all cores itself.
 
 mod gpu;
+#[path = "gpu/lost.rs"]
 mod lost;
 
 use std::process::ExitCode;

@@ -306,7 +306,7 @@ impl Step {
     /// all heads are plain, and nobody wants what is rotated.
     fn appends_in_attention(&self, tensors: &Tensors) -> Result<bool> {
         let rotates = tensors.rope.is_none_or(|rope| rope.scratch && !rope.interleaved);
-        Ok(rotates && self.are_plain_tokens()? && tensors.k.data != 0)
+        Ok(rotates && self.are_plain_tokens()? && tensors.k.data != 0 && tensors.v.data != 0)
     }
 
     /// Whether each sequence has one new token and all heads are plain.
@@ -607,7 +607,8 @@ impl Step {
             num_items: launch.items.len() as i32,
             num_tiles: launch.blocks as i32,
             softcap: softcap.unwrap_or(0.0),
-            settled: i32::from(is_capturing()),
+            // Copies of narrow heads are made in the step itself.
+            settled: i32::from(base == 0 && is_capturing()),
             base,
             narrow: at.narrow,
             appends: 0,

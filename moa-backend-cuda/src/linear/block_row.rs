@@ -179,6 +179,9 @@ impl Operations {
             Weight::Blocks(weight) if self.has_row_product(x.shape()[0], weight) => Some(weight),
             _ => None,
         };
+        if weights.is_empty() {
+            return None;
+        }
         weights.iter().map(of).collect()
     }
 

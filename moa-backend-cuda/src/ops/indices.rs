@@ -54,14 +54,16 @@ impl Indices {
     /// # Errors
     /// [`Error::Driver`], also for what went wrong in an earlier kernel.
     pub fn to_host(&self) -> Result<Vec<i32>> {
+        if self.len == 0 {
+            return Ok(Vec::new());
+        }
         self.device.settle()?;
-        let mut host = self
+        let host = self
             .device
             .cuda_stream()
-            .clone_dtoh(&self.data.slice(self.start..self.start + self.len.max(1)))
+            .clone_dtoh(&self.data.slice(self.start..self.start + self.len))
             .map_err(Error::driver("cuMemcpyDtoHAsync"))?;
         self.device.synchronize()?;
-        host.truncate(self.len);
         Ok(host)
     }
 }

@@ -198,7 +198,9 @@ impl<D: Math> Session<D> {
     ) -> Result<Vec<u32>> {
         let logits = self.advance_by(model, parts)?;
         let chosen = model.device.sample(&logits, &draw.into(), units);
-        chosen.map_err(|error| model.failure(error))
+        let chosen = chosen.map_err(|error| model.failure(error));
+        model.check_ranks()?;
+        chosen
     }
 
     /// Forgets all tokens of sequence `at` after the first `len`.

@@ -49,7 +49,7 @@ impl Default for EngineOptions {
 /// with the last tokens of the requests that decode. Each request gets the tokens that it would get alone,
 /// with two exceptions. The last digits of logits may depend on the number of rows of a step, in bf16 where activations
 /// are rounded to that, so that a token which is drawn, whatever the seed, or two likeliest ones that are all but equal,
-/// may fall the other way in other company; with a `max_batch` of 1 there is none. And
+/// may fall the other way in other company; with a `max_batch` of 1 and without guesses there is none. And
 /// the device itself draws tokens where all requests that run together draw by the same options; the host does
 /// otherwise.
 ///

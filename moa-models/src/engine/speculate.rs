@@ -19,7 +19,8 @@ pub enum Speculation {
     /// lookup"). It pays where answers quote their prompt, and is left off where measured times and guesses
     /// that were right say that it does not.
     Ngram {
-        /// Most tokens that are guessed for one step. A device may allow fewer ([`Device::few_rows`](crate::Device::few_rows)).
+        /// Most tokens that are guessed for one step. A device may allow fewer
+        /// ([`Device::few_rows`](crate::Device::few_rows), [`Device::replayed_tokens`](crate::Device::replayed_tokens)).
         draft_tokens: usize,
         /// Leave guesses out of steps that they do not make faster, by measured times; else all are checked.
         adaptive: bool,
