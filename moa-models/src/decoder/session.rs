@@ -158,10 +158,7 @@ impl<D: Math> Session<D> {
         units: &[f64],
     ) -> Result<Vec<u32>> {
         let logits = self.advance(model, tokens)?;
-        let chosen = model.device.sample(&logits, &draw.into(), units);
-        let chosen = chosen.map_err(|error| model.failure(error));
-        model.check_ranks()?;
-        chosen
+        drawn_of(model, &logits, &draw.into(), units)
     }
 
     /// Appends several tokens to each sequence, of which all but the first may be guesses; the logits after each of
@@ -180,12 +177,7 @@ impl<D: Math> Session<D> {
     /// As [`step_greedy`](Self::step_greedy).
     pub fn check_greedy(&mut self, model: &Decoder<D>, parts: &[Vec<u32>]) -> Result<Vec<u32>> {
         let logits = self.advance_by(model, parts)?;
-        let recorded = self.wide_replay.as_ref();
-        likeliest_of(
-            model,
-            logits,
-            recorded.filter(|_| parts.iter().all(|part| part.len() == self.wide)),
-        )
+        likeliest_of(model, logits, self.wide_replay.as_ref().filter(|_| self.is_wide(parts)))
     }
 
     /// [`check`](Self::check), but only a token after each, drawn as by [`step_sampled`](Self::step_sampled).
@@ -197,10 +189,7 @@ impl<D: Math> Session<D> {
         units: &[f64],
     ) -> Result<Vec<u32>> {
         let logits = self.advance_by(model, parts)?;
-        let chosen = model.device.sample(&logits, &draw.into(), units);
-        let chosen = chosen.map_err(|error| model.failure(error));
-        model.check_ranks()?;
-        chosen
+        drawn_of(model, &logits, &draw.into(), units)
     }
 
     /// Forgets all tokens of sequence `at` after the first `len`.
@@ -278,7 +267,7 @@ impl<D: Math> Session<D> {
     fn advance_by(&mut self, model: &Decoder<D>, parts: &[Vec<u32>]) -> Result<D::Tensor> {
         let each: Vec<&[u32]> = parts.iter().map(Vec::as_slice).collect();
         self.check_step(model, &each)?;
-        let is_wide = self.wide > 1 && each.iter().all(|part| part.len() == self.wide);
+        let is_wide = self.is_wide(parts);
         if self.wide_replay.is_none() && is_wide {
             self.wide_replay = match model.record(&self.sequences, self.wide) {
                 // A recorded step saves time alone.
@@ -308,6 +297,11 @@ impl<D: Math> Session<D> {
         Ok(logits)
     }
 
+    /// Whether a step of these tokens is one that is recorded.
+    fn is_wide(&self, parts: &[Vec<u32>]) -> bool {
+        self.wide > 1 && parts.iter().all(|part| part.len() == self.wide)
+    }
+
     fn check_step(&mut self, model: &Decoder<D>, tokens: &[&[u32]]) -> Result<()> {
         if model.id != self.model {
             return Err(Error::invalid("model", "the one that made the session", "another"));
@@ -322,6 +316,18 @@ impl<D: Math> Session<D> {
         (self.replay, self.wide_replay) = (None, None);
         model.failure(error)
     }
+}
+
+/// Tokens that the device draws by the logits of a step.
+fn drawn_of<D: Math>(
+    model: &Decoder<D>,
+    logits: &D::Tensor,
+    draw: &Draw,
+    units: &[f64],
+) -> Result<Vec<u32>> {
+    let chosen = model.device.sample(logits, draw, units).map_err(|error| model.failure(error));
+    model.check_ranks()?;
+    chosen
 }
 
 /// The likeliest tokens by the logits of a step, which the device knows already if a replay ran it.
