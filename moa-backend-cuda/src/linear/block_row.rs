@@ -3,7 +3,7 @@
 use moa_core::BlockType;
 
 use super::Weight;
-use super::block_weight::{BlockWeight, RECORD, number, record_bytes};
+use super::block_weight::{BlockWeight, RECORD, WARPS, number, records_bytes};
 use crate::graph::is_capturing;
 use crate::kernels::source::Source;
 use crate::kernels::tables::DevicePointer;
@@ -31,9 +31,6 @@ struct RowArgs {
 
 const _: () = assert!(size_of::<RowArgs>() == 64);
 
-/// Warps of a block, each with records of its own.
-const WARPS: usize = 8;
-
 /// Records that a warp has in memory, by the kind's number.
 const STAGES: [usize; 8] = [4, 4, 4, 3, 2, 4, 3, 3];
 
@@ -42,13 +39,9 @@ const CHUNK: usize = 16;
 
 /// Shared memory of a product with rows of so many records.
 fn shared_bytes(kind: BlockType, records: usize) -> usize {
-    let factors = if kind.block_len() == 256 { 16 * 20 * 4 } else { 0 };
     let sums = if kind == BlockType::Q6K { 2 } else { 1 } * 16;
     let row = records * (RECORD[1] * 2 + RECORD[1] / 32 * sums);
-    WARPS * (STAGES[number(kind)] * record_bytes(kind) + factors)
-        + row
-        + 32 * 4
-        + CHUNK * WARPS * 16 * 4
+    records_bytes(kind, STAGES[number(kind)]) + row + 32 * 4 + CHUNK * WARPS * 16 * 4
 }
 
 /// What a row is before it is multiplied.

@@ -103,15 +103,19 @@ struct BlockArgs {
 const _: () = assert!(size_of::<BlockArgs>() == 72);
 
 /// Warps of a block, each with records of its own.
-const WARPS: usize = 8;
+pub(crate) const WARPS: usize = 8;
 
 /// Records that a warp has in memory, by the kind's number.
 const STAGES: [usize; 8] = [3, 3, 3, 2, 2, 3, 2, 2];
 
-/// Shared memory of a product: records, and steps of blocks of 256 as f32.
-fn shared_bytes(kind: BlockType) -> usize {
+/// Shared memory of a product whose warps have so many records each: these, and steps of blocks of 256 as f32.
+pub(crate) fn records_bytes(kind: BlockType, stages: usize) -> usize {
     let factors = if kind.block_len() == 256 { 16 * 20 * 4 } else { 0 };
-    WARPS * (STAGES[number(kind)] * record_bytes(kind) + factors)
+    WARPS * (stages * record_bytes(kind) + factors)
+}
+
+fn shared_bytes(kind: BlockType) -> usize {
+    records_bytes(kind, STAGES[number(kind)])
 }
 
 /// Tokens that a kernel takes, of those of each kind.
