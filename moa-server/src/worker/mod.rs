@@ -2,6 +2,7 @@
 
 mod admission;
 mod capacity;
+mod copier;
 mod ending;
 mod events;
 pub(crate) mod job;
@@ -118,7 +119,7 @@ impl<D: Math + 'static> Worker<D> {
                 break;
             }
             self.drop_those_that_left();
-            self.prefix.collect(0);
+            self.prefix.collect(false);
             self.admit();
             self.tell_gauges();
             let stepped = self.engine.step();
