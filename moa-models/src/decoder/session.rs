@@ -432,7 +432,6 @@ impl<D: Math> Decoder<D> {
         let (device, config) = (&self.device, &self.config);
         let Recorded { replay, runs } = recorded;
         let lens: Vec<usize> = batch.iter().map(Sequence::len).collect();
-        let was_broken: Vec<bool> = batch.iter().map(|sequence| sequence.broken).collect();
         batch.iter_mut().for_each(|sequence| sequence.broken = true);
         self.begins();
         let ran = replay.run(device, tokens, &lens, &|step| {
@@ -452,8 +451,8 @@ impl<D: Math> Decoder<D> {
         if let Err(error @ Error::OutOfMemory { .. }) = ran {
             // The same step can be run in another way, which writes the same slots.
             let count = tokens.len() / batch.len().max(1);
-            for (sequence, was_broken) in batch.iter_mut().zip(was_broken) {
-                sequence.broken = was_broken || !sequence.can_append_again(count);
+            for sequence in batch {
+                sequence.broken = !sequence.can_append_again(count);
             }
             return Err(error);
         }

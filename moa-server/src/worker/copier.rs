@@ -43,7 +43,7 @@ impl<D: Math + 'static> Copier<D> {
                 drop(gone);
                 // What cannot be copied is not worth an error.
                 let copy = model.offload(&sequence).ok();
-                // Whoever waits for the copy may need the memory.
+                // Whoever takes the copy gives the memory back, as the last that holds it.
                 drop(sequence);
                 if done.send(copy).is_err() {
                     return;
