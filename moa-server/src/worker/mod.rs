@@ -122,7 +122,9 @@ impl<D: Math + 'static> Worker<D> {
             self.prefix.collect(false);
             self.admit();
             self.tell_gauges();
+            let begin = Instant::now();
             let stepped = self.engine.step();
+            self.state.metrics.step.observe(begin.elapsed());
             match stepped {
                 Ok(Some(event)) => {
                     // A step that only reads prompts says nothing of one that decodes.
