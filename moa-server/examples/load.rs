@@ -6,9 +6,10 @@
 //!
 //! Some clients leave in the middle (`--leave`), some send rubbish (`--rubbish`), some allow too little time
 //! (`--late`). The others ask greedily one of a few questions, so that each answer can be compared with the first one
-//! to its question: an answer that differs was mixed up with another's. With `--random-tokens 4096` questions are so many
-//! tokens below `--vocabulary`, each another one unless `--questions` are said, and answers are not compared. Good is an answer whose first token comes
-//! within `--good-first` seconds and the others within `--good-each` on average.
+//! to its question: an answer that differs was mixed up with another's. With `--random-tokens 4096` questions are so
+//! many tokens below `--vocabulary`, each another one unless `--questions` are said, and answers are not compared.
+//! Good is an answer whose first token comes within `--good-first` seconds and the others within `--good-each` on
+//! average.
 
 use std::collections::HashMap;
 use std::error::Error;

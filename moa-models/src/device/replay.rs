@@ -48,8 +48,8 @@ pub trait Replay<D: Device>: Send {
     /// itself or that live as long as this does.
     ///
     /// # Errors
-    /// The error of `step`; [`Error::OutOfMemory`](crate::Error::OutOfMemory), after which the step can be run in another
-    /// way; [`Error::Backend`](crate::Error::Backend) if the device fails.
+    /// The error of `step`; [`Error::OutOfMemory`](crate::Error::OutOfMemory), after which the step can be run in
+    /// another way; [`Error::Backend`](crate::Error::Backend) if the device fails.
     fn run(
         &mut self,
         device: &D,

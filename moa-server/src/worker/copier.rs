@@ -74,7 +74,8 @@ impl<D: Math + 'static> Copier<D> {
         self.copying.iter().map(|one| &one.entry)
     }
 
-    /// The next copy that is made, or where it is waited for, that will be; with no sequence if that could not be copied.
+    /// The next copy that is made, or where it is waited for, that will be; with no sequence if that could not be
+    /// copied.
     pub(super) fn take(&mut self, waits: bool) -> Option<(Copying<D>, Option<OffloadedSequence>)> {
         if self.copying.is_empty() {
             return None;

@@ -250,9 +250,9 @@ impl<D: Math + 'static> PrefixCache<D> {
         self.device.entries.push(Entry { tokens, sequence, bytes, used });
     }
 
-    /// Has what has no room on the device copied to host memory, for which there is room before it is made. It is dropped
-    /// where copies that fall behind would hold more memory of the device than what is kept there, or more of the host's
-    /// than there may be.
+    /// Has what has no room on the device copied to host memory, for which there is room before it is made. It is
+    /// dropped where copies that fall behind would hold more memory of the device than what is kept there, or more of
+    /// the host's than there may be.
     fn offload(&mut self, model: &Arc<Decoder<D>>, entry: Entry<Sequence<D>>) {
         self.collect(false);
         let host_bytes = model.offloaded_bytes(&entry.sequence);
