@@ -1,6 +1,6 @@
 //! A cache as bytes and back, whatever the types of its heads.
 
-use moa_core::{CacheState, CacheType, HeadLayout};
+use moa_core::{CacheState, CacheType};
 
 use crate::cache::{Cache, Rows, Store, with_store};
 use crate::element::RowElement;
@@ -59,11 +59,7 @@ impl Cache {
             }
         }
         let dim = state.head_dim();
-        let own = |(kv_head, head): (usize, &HeadLayout)| {
-            let slot = head.cache_type().unwrap_or(cache_type).slot_bytes(dim);
-            written(&state, kv_head) as u64 * slot
-        };
-        let expected: u64 = state.layout().heads().iter().enumerate().map(own).sum();
+        let expected = state.written_bytes(cache_type.slot_bytes(dim));
         // Before any memory is asked for.
         if bytes.len() as u64 != expected {
             let expected = format!("{expected} bytes");

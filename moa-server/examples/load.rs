@@ -6,9 +6,10 @@
 //!
 //! Some clients leave in the middle (`--leave`), some send rubbish (`--rubbish`), some allow too little time
 //! (`--late`). The others ask greedily one of a few questions, so that each answer can be compared with the first one
-//! to its question: an answer that differs was mixed up with another's. With `--random-tokens 4096` each asks something
-//! else, so many tokens below `--vocabulary`, and answers are not compared. Good is an answer whose first token comes
-//! within `--good-first` seconds and the others within `--good-each` on average.
+//! to its question: an answer that differs was mixed up with another's. With `--random-tokens 4096` questions are so
+//! many tokens below `--vocabulary`, each another one unless `--questions` are said, and answers are not compared.
+//! Good is an answer whose first token comes within `--good-first` seconds and the others within `--good-each` on
+//! average.
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -150,7 +151,7 @@ fn client(number: usize, kind: f64, cut: f64, load: &Load, tally: &Mutex<Tally>)
     let prompt = match load.random_tokens {
         0 => format!("\"Story {question}: {words}\""),
         tokens => {
-            let mut random = SplitMix64::new(number as u64);
+            let mut random = SplitMix64::new(question as u64);
             let drawn = (0..tokens).map(|_| random.next_u64() % load.vocabulary);
             format!("{:?}", drawn.collect::<Vec<_>>())
         }
@@ -261,6 +262,7 @@ fn unit(random: &mut SplitMix64) -> f64 {
 
 fn arguments() -> Result<Load> {
     let mut arguments = std::env::args().skip(1);
+    let mut questions = None;
     let mut load = Load {
         address: arguments.next().ok_or("the server's address is missing")?,
         requests: 1000,
@@ -283,7 +285,7 @@ fn arguments() -> Result<Load> {
         match name.as_str() {
             "--requests" => load.requests = count()?,
             "--rate" => load.rate = number()?,
-            "--questions" => load.questions = count()?.max(1),
+            "--questions" => questions = Some(count()?.max(1)),
             "--words" => load.words = count()?,
             "--tokens" => load.tokens = count()?.max(1),
             "--leave" => load.leave = number()?,
@@ -296,5 +298,9 @@ fn arguments() -> Result<Load> {
             other => return Err(format!("{other} is not known").into()),
         }
     }
+    if load.random_tokens > 0 {
+        load.questions = usize::MAX;
+    }
+    load.questions = questions.unwrap_or(load.questions);
     Ok(load)
 }

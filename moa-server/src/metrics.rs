@@ -26,6 +26,7 @@ pub(crate) struct Metrics {
     pub(crate) connections: AtomicU64,
     pub(crate) first_token: Histogram,
     pub(crate) per_token: Histogram,
+    pub(crate) step: Histogram,
 }
 
 /// Upper ends of the buckets, in microseconds.
@@ -141,6 +142,8 @@ impl Metrics {
         self.first_token.write(&mut out, "moa_time_to_first_token_seconds", help);
         let help = "Between two tokens of a request.";
         self.per_token.write(&mut out, "moa_time_per_output_token_seconds", help);
+        let help = "Steps of the model, without what the loop does between them.";
+        self.step.write(&mut out, "moa_step_seconds", help);
         out
     }
 }
@@ -179,6 +182,7 @@ mod tests {
             "moa_time_to_first_token_seconds_bucket{le=\"120\"} 3",
             "moa_time_to_first_token_seconds_bucket{le=\"+Inf\"} 4",
             "moa_time_to_first_token_seconds_count 4",
+            "moa_step_seconds_count 0",
             "moa_requests_running 0",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} in\n{text}");

@@ -248,7 +248,13 @@ impl LayerLayout {
     /// [type](Self::with_cache_types) is not said takes `slot_bytes` for each slot:
     /// [`SparseAttentionBackend::slot_bytes`](crate::SparseAttentionBackend::slot_bytes).
     pub fn bytes(&self, head_dim: usize, slot_bytes: u64) -> u64 {
+        self.first_bytes(usize::MAX, head_dim, slot_bytes)
+    }
+
+    /// [`bytes`](Self::bytes) of at most `most` slots of each head.
+    pub(crate) fn first_bytes(&self, most: usize, head_dim: usize, slot_bytes: u64) -> u64 {
         let slot = |own: Option<CacheType>| own.map_or(slot_bytes, |own| own.slot_bytes(head_dim));
-        self.heads.iter().map(|head| head.slots() as u64 * slot(head.cache_type)).sum()
+        let bytes = |head: &HeadLayout| head.slots().min(most) as u64 * slot(head.cache_type);
+        self.heads.iter().map(bytes).sum()
     }
 }

@@ -81,6 +81,13 @@ impl CacheState {
         self.extent
     }
 
+    /// Bytes of keys and values in slots that were written since the cache was last empty: what a copy has to copy.
+    /// A head whose [type](LayerLayout::with_cache_types) is not said takes `slot_bytes` for each slot, as in
+    /// [`LayerLayout::bytes`].
+    pub fn written_bytes(&self, slot_bytes: u64) -> u64 {
+        self.layout.first_bytes(self.extent.high_water, self.head_dim, slot_bytes)
+    }
+
     /// Checks that `tokens` more fit.
     ///
     /// # Errors

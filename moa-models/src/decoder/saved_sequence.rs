@@ -214,6 +214,12 @@ impl<D: Math> Decoder<D> {
         })
     }
 
+    /// Bytes that a copy of a sequence takes which is [offloaded](Self::offload).
+    pub fn offloaded_bytes(&self, sequence: &Sequence<D>) -> u64 {
+        let caches = sequence.caches.iter().map(|cache| cache.as_ref());
+        caches.map(|state| state.written_bytes(self.slot_bytes())).sum()
+    }
+
     /// The sequence that was [offloaded](Self::offload), on the device again.
     ///
     /// # Errors

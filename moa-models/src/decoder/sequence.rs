@@ -68,10 +68,20 @@ impl<D: Device> Sequence<D> {
 
     /// Whether so many tokens after the next one can be appended with it and be forgotten again.
     pub(crate) fn can_check(&self, tokens: usize) -> bool {
+        self.can_forget_after(1, tokens)
+    }
+
+    /// Whether so many tokens can be appended once more, where a step that appended them failed.
+    pub(crate) fn can_append_again(&self, tokens: usize) -> bool {
+        self.can_forget_after(0, tokens)
+    }
+
+    /// Whether `forgotten` tokens that follow `kept` new ones can be forgotten.
+    fn can_forget_after(&self, kept: usize, forgotten: usize) -> bool {
         let can = |cache: &Cache<D>| {
             let mut state = cache.as_ref().clone();
-            let len = state.len() + 1;
-            state.append(1 + tokens).and_then(|()| state.truncate(len)).is_ok()
+            let len = state.len() + kept;
+            state.append(kept + forgotten).and_then(|()| state.truncate(len)).is_ok()
         };
         self.caches.iter().all(can)
     }

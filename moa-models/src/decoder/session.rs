@@ -46,7 +46,9 @@ pub struct Session<D: Device> {
     /// Whether the device may be asked for a replay.
     can_replay: bool,
     can_sample: bool,
-    /// Tokens of a sequence in recorded steps that check guesses; 1 where none is recorded.
+    /// Most tokens of a sequence in recorded steps that check guesses; 1 where none is recorded.
+    widest: usize,
+    /// Tokens of a sequence in this session's.
     wide: usize,
     /// Whether the last step took what all such steps take, and prepared nothing.
     is_steady: bool,
@@ -86,7 +88,7 @@ impl<D: Math> Decoder<D> {
         let alike = |s: &Sequence<D>| s.rope.turns_like(&first.rope) && s.evicted.is_none();
         let records = self.device.replayed_tokens(1) > 1;
         let can_replay = records && launches && sequences.iter().all(alike);
-        let wide = match can_replay {
+        let widest = match can_replay {
             true => {
                 self.device.replayed_tokens(self.local.query_heads / self.local.kv_heads).max(1)
             }
@@ -100,7 +102,8 @@ impl<D: Math> Decoder<D> {
             steps: 0,
             can_replay,
             can_sample: self.device.can_sample(),
-            wide,
+            widest,
+            wide: widest,
             is_steady: false,
             preparation: None,
             missed: 0.0,
@@ -135,6 +138,15 @@ impl<D: Math> Session<D> {
     /// # Errors
     /// As [`step`](Self::step), and [`Error::Logits`] if a logit is infinite or not a number.
     pub fn step_greedy(&mut self, model: &Decoder<D>, tokens: &[u32]) -> Result<Vec<u32>> {
+        all(self.likeliest(model, tokens)?)
+    }
+
+    /// [`step_greedy`](Self::step_greedy), with `None` for a sequence whose logits are infinite or not numbers.
+    pub(crate) fn likeliest(
+        &mut self,
+        model: &Decoder<D>,
+        tokens: &[u32],
+    ) -> Result<Vec<Option<u32>>> {
         let logits = self.advance(model, tokens)?;
         likeliest_of(model, logits, self.replay.as_ref())
     }
@@ -157,6 +169,17 @@ impl<D: Math> Session<D> {
         draw: impl Into<Draw>,
         units: &[f64],
     ) -> Result<Vec<u32>> {
+        all(self.drawn(model, tokens, draw, units)?)
+    }
+
+    /// [`step_sampled`](Self::step_sampled), with `None` as in [`likeliest`](Self::likeliest).
+    pub(crate) fn drawn(
+        &mut self,
+        model: &Decoder<D>,
+        tokens: &[u32],
+        draw: impl Into<Draw>,
+        units: &[f64],
+    ) -> Result<Vec<Option<u32>>> {
         let logits = self.advance(model, tokens)?;
         drawn_of(model, &logits, &draw.into(), units)
     }
@@ -171,23 +194,28 @@ impl<D: Math> Session<D> {
         model.values(logits)
     }
 
-    /// [`check`](Self::check), but only the likeliest token after each.
+    /// [`check`](Self::check), but only the likeliest token after each; `None` where a logit is infinite or not a
+    /// number, which does not matter after a guess that was wrong.
     ///
     /// # Errors
-    /// As [`step_greedy`](Self::step_greedy).
-    pub fn check_greedy(&mut self, model: &Decoder<D>, parts: &[Vec<u32>]) -> Result<Vec<u32>> {
+    /// As [`step`](Self::step).
+    pub fn check_greedy(
+        &mut self,
+        model: &Decoder<D>,
+        parts: &[Vec<u32>],
+    ) -> Result<Vec<Option<u32>>> {
         let logits = self.advance_by(model, parts)?;
         likeliest_of(model, logits, self.wide_replay.as_ref().filter(|_| self.is_wide(parts)))
     }
 
-    /// [`check`](Self::check), but only a token after each, drawn as by [`step_sampled`](Self::step_sampled).
+    /// [`check_greedy`](Self::check_greedy), but tokens are drawn as by [`step_sampled`](Self::step_sampled).
     pub(crate) fn check_sampled(
         &mut self,
         model: &Decoder<D>,
         parts: &[Vec<u32>],
         draw: impl Into<Draw>,
         units: &[f64],
-    ) -> Result<Vec<u32>> {
+    ) -> Result<Vec<Option<u32>>> {
         let logits = self.advance_by(model, parts)?;
         drawn_of(model, &logits, &draw.into(), units)
     }
@@ -206,7 +234,7 @@ impl<D: Math> Session<D> {
     /// its steps (or as many as recorded ones have); `None` where it does not, and any number will do.
     pub fn wide(&mut self, most: usize) -> Option<usize> {
         if self.wide_replay.is_none() {
-            self.wide = self.wide.min(most);
+            self.wide = self.widest.min(most);
         }
         (self.wide > 1).then_some(self.wide)
     }
@@ -215,7 +243,7 @@ impl<D: Math> Session<D> {
     /// them, `missed` seconds more by the next step, is what it took to record plain ones, and twice as much is
     /// expected of the rest. So a text has shown that it is worth it, and mostly goes on for long enough.
     pub(crate) fn is_worth_recording(&mut self, missed: f64, gain: f64) -> bool {
-        if self.wide == 1 || self.wide_replay.is_some() {
+        if self.wide <= 1 || self.wide_replay.is_some() {
             return true;
         }
         self.missed += missed;
@@ -235,27 +263,31 @@ impl<D: Math> Session<D> {
         self.check_step(model, &each)?;
         let begin = Instant::now();
         if self.replay.is_none() && self.can_replay && self.steps >= PLAIN_STEPS {
-            self.replay = model.record(&self.sequences, 1)?;
+            self.replay = model.unless_short(model.record(&self.sequences, 1))?.flatten();
             self.can_replay = self.replay.is_some();
             self.preparation = self.can_replay.then(|| begin.elapsed());
         }
-        let logits = match &mut self.replay {
+        let mut logits = None;
+        if let Some(replay) = &mut self.replay {
+            let begin = Instant::now();
+            self.is_steady = replay.runs >= FIRST_RUNS;
+            logits = match model.unless_short(model.replay(replay, &mut self.sequences, tokens)) {
+                Ok(logits) => logits,
+                Err(error) => return Err(self.failure(model, error)),
+            };
+            if let (false, Some(preparation)) = (self.is_steady, &mut self.preparation) {
+                *preparation += begin.elapsed();
+            }
+        }
+        let logits = match logits {
+            Some(logits) => logits,
             None => {
+                if self.replay.take().is_some() {
+                    self.can_replay = false;
+                }
                 self.is_steady = !self.can_replay;
                 let mut batch: Vec<_> = self.sequences.iter_mut().collect();
                 model.forward(&mut batch, &each, LogitRows::Last)?
-            }
-            Some(replay) => {
-                let begin = Instant::now();
-                self.is_steady = replay.runs >= FIRST_RUNS;
-                let logits = match model.replay(replay, &mut self.sequences, tokens) {
-                    Ok(logits) => logits,
-                    Err(error) => return Err(self.failure(model, error)),
-                };
-                if let (false, Some(preparation)) = (self.is_steady, &mut self.preparation) {
-                    *preparation += begin.elapsed();
-                }
-                logits
             }
         };
         self.steps += 1;
@@ -269,24 +301,28 @@ impl<D: Math> Session<D> {
         self.check_step(model, &each)?;
         let is_wide = self.is_wide(parts);
         if self.wide_replay.is_none() && is_wide {
-            self.wide_replay = match model.record(&self.sequences, self.wide) {
-                // A recorded step saves time alone.
-                Err(Error::OutOfMemory { .. }) => {
-                    self.wide = 1;
-                    None
-                }
-                recorded => recorded?,
-            };
-        }
-        let logits = match &mut self.wide_replay {
-            Some(replay) if is_wide => {
-                self.is_steady = replay.runs >= FIRST_RUNS;
-                match model.replay(replay, &mut self.sequences, &each.concat()) {
-                    Ok(logits) => logits,
-                    Err(error) => return Err(self.failure(model, error)),
-                }
+            self.wide_replay =
+                model.unless_short(model.record(&self.sequences, self.wide))?.flatten();
+            if self.wide_replay.is_none() {
+                (self.widest, self.wide) = (1, 1);
             }
-            _ => {
+        }
+        let mut logits = None;
+        if let Some(replay) = self.wide_replay.as_mut().filter(|_| is_wide) {
+            self.is_steady = replay.runs >= FIRST_RUNS;
+            let tokens = each.concat();
+            logits = match model.unless_short(model.replay(replay, &mut self.sequences, &tokens)) {
+                Ok(logits) => logits,
+                Err(error) => return Err(self.failure(model, error)),
+            };
+            if logits.is_none() {
+                self.wide_replay = None;
+                (self.widest, self.wide) = (1, 1);
+            }
+        }
+        let logits = match logits {
+            Some(logits) => logits,
+            None => {
                 self.is_steady = true;
                 let rows: Vec<usize> = (0..each.iter().map(|part| part.len()).sum()).collect();
                 let mut batch: Vec<_> = self.sequences.iter_mut().collect();
@@ -318,13 +354,21 @@ impl<D: Math> Session<D> {
     }
 }
 
+/// The tokens of all sequences, where all have one.
+fn all(chosen: Vec<Option<u32>>) -> Result<Vec<u32>> {
+    let token = |(row, token): (usize, Option<u32>)| {
+        token.ok_or_else(|| Error::Logits { got: format!("a NaN or infinity, sequence {row}") })
+    };
+    chosen.into_iter().enumerate().map(token).collect()
+}
+
 /// Tokens that the device draws by the logits of a step.
 fn drawn_of<D: Math>(
     model: &Decoder<D>,
     logits: &D::Tensor,
     draw: &Draw,
     units: &[f64],
-) -> Result<Vec<u32>> {
+) -> Result<Vec<Option<u32>>> {
     let chosen = model.device.sample(logits, draw, units).map_err(|error| model.failure(error));
     model.check_ranks()?;
     chosen
@@ -335,11 +379,11 @@ fn likeliest_of<D: Math>(
     model: &Decoder<D>,
     logits: D::Tensor,
     replay: Option<&Recorded<D>>,
-) -> Result<Vec<u32>> {
+) -> Result<Vec<Option<u32>>> {
     let Some(Recorded { replay, .. }) = replay else {
         let logits = model.values(logits)?;
         let rows = logits.chunks(model.config.vocab_size);
-        return rows.map(|row| check_logits(row).map(|()| likeliest(row).0)).collect();
+        return Ok(rows.map(|row| check_logits(row).ok().map(|()| likeliest(row).0)).collect());
     };
     let chosen = replay.likeliest().map_err(|error| model.failure(error));
     model.check_ranks()?;
@@ -370,6 +414,14 @@ impl<D: Math> Decoder<D> {
         Ok(replay.map(|replay| Recorded { replay, runs: 0 }))
     }
 
+    /// `None` where memory was short: a recorded step saves time alone. Ranks have to agree on what they run.
+    fn unless_short<T>(&self, recorded: Result<T>) -> Result<Option<T>> {
+        match recorded {
+            Err(Error::OutOfMemory { .. }) if self.shard.is_none() => Ok(None),
+            recorded => recorded.map(Some),
+        }
+    }
+
     /// A step of all sequences by `replay`: [`Decoder::forward`], described once.
     fn replay(
         &self,
@@ -382,7 +434,7 @@ impl<D: Math> Decoder<D> {
         let lens: Vec<usize> = batch.iter().map(Sequence::len).collect();
         batch.iter_mut().for_each(|sequence| sequence.broken = true);
         self.begins();
-        replay.run(device, tokens, &lens, &|step| {
+        let ran = replay.run(device, tokens, &lens, &|step| {
             let x = step.embed(device, &self.embedding, self.embedding_factor())?;
             let x = self.blocks(x, |layer, qkv| step.attend(device, layer, qkv))?;
             let h = device.rms_norm(&x, &self.norm, self.eps())?;
@@ -395,7 +447,16 @@ impl<D: Math> Decoder<D> {
                 shard.all_reduce(device, &mut step.logits().clone())?;
             }
             step.finish(device)
-        })?;
+        });
+        if let Err(error @ Error::OutOfMemory { .. }) = ran {
+            // The same step can be run in another way, which writes the same slots.
+            let count = tokens.len() / batch.len().max(1);
+            for sequence in batch {
+                sequence.broken = !sequence.can_append_again(count);
+            }
+            return Err(error);
+        }
+        ran?;
         for sequence in batch {
             for cache in &mut sequence.caches {
                 replay.advance(cache)?;

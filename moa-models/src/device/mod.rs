@@ -208,12 +208,16 @@ pub trait Device: Send + Sync {
 
     /// A token for each row of logits `[rows, vocab]`, drawn with a uniform number in [0, 1) for each.
     /// A device need not choose as another does with the same numbers, but equal inputs give equal
-    /// tokens.
+    /// tokens. `None` for a row with a logit that is infinite or not a number.
     ///
     /// # Errors
-    /// [`Error::Logits`] if a logit is infinite or not a number, [`Error::Invalid`] where
-    /// [`can_sample`](Self::can_sample) is false, [`Error::Backend`] if the device fails.
-    fn sample(&self, logits: &Self::Tensor, draw: &Draw, units: &[f64]) -> Result<Vec<u32>> {
+    /// [`Error::Invalid`] where [`can_sample`](Self::can_sample) is false, [`Error::Backend`] if the device fails.
+    fn sample(
+        &self,
+        logits: &Self::Tensor,
+        draw: &Draw,
+        units: &[f64],
+    ) -> Result<Vec<Option<u32>>> {
         let _ = (logits, draw, units);
         Err(Error::invalid("device", "one that can sample", "one that cannot"))
     }

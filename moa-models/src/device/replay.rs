@@ -48,7 +48,8 @@ pub trait Replay<D: Device>: Send {
     /// itself or that live as long as this does.
     ///
     /// # Errors
-    /// The error of `step`; [`Error::Backend`](crate::Error::Backend) if the device fails.
+    /// The error of `step`; [`Error::OutOfMemory`](crate::Error::OutOfMemory), after which the step can be run in
+    /// another way; [`Error::Backend`](crate::Error::Backend) if the device fails.
     fn run(
         &mut self,
         device: &D,
@@ -92,12 +93,12 @@ pub trait Replay<D: Device>: Send {
     /// Logits of the last step, `[tokens, vocab]`, which the next one overwrites.
     fn logits(&self) -> &D::Tensor;
 
-    /// The likeliest token after each token of the last step, the lowest of equals.
+    /// The likeliest token after each token of the last step, the lowest of equals; `None` for one with a logit that is
+    /// infinite or not a number.
     ///
     /// # Errors
-    /// [`Error::Logits`](crate::Error::Logits) if a logit is infinite or not a number,
     /// [`Error::Backend`](crate::Error::Backend) if the device fails.
-    fn likeliest(&self) -> Result<Vec<u32>>;
+    fn likeliest(&self) -> Result<Vec<Option<u32>>>;
 
     /// Records in a cache the tokens that a step has appended.
     ///

@@ -288,9 +288,12 @@ impl Running {
         }
     }
 
-    /// Takes the next token, which may end the request.
-    pub(crate) fn accept(&mut self, token: u32, events: &mut VecDeque<Event>) {
-        self.take(token, None, events);
+    /// Takes the next token, which may end the request; none could be chosen where a logit was no number.
+    pub(crate) fn accept(&mut self, token: Option<u32>, events: &mut VecDeque<Event>) {
+        match token {
+            Some(token) => self.take(token, None, events),
+            None => self.ended = Some(Err(Error::Logits { got: "a NaN or infinity".to_owned() })),
+        }
     }
 
     fn take(&mut self, token: u32, logprobs: Option<TokenLogprobs>, events: &mut VecDeque<Event>) {

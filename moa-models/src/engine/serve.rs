@@ -278,11 +278,10 @@ impl<D: Math> Engine<D> {
     /// What happened next; runs steps until something did. `None` if no request is left.
     ///
     /// # Errors
-    /// [`Error::Backend`] or [`Error::OutOfMemory`] if the device failed in a step,
-    /// [`Error::Logits`] if its logits cannot be chosen from there, [`Error::Rank`] if another rank
-    /// failed. The requests that ran have ended then, each of which gets an [`Event::Failed`] with
-    /// [`Error::Step`] by the next calls; those that wait, and new ones, go on. A model that
-    /// several devices share is of no use after that.
+    /// [`Error::Backend`] or [`Error::OutOfMemory`] if the device failed in a step, [`Error::Rank`] if another rank
+    /// failed. (Logits that are no numbers end the request alone that they are of.) The requests that ran have ended
+    /// then, each of which gets an [`Event::Failed`] with [`Error::Step`] by the next calls; those that wait, and new
+    /// ones, go on. A model that several devices share is of no use after that.
     pub fn step(&mut self) -> Result<Option<Event>> {
         while self.events.is_empty() && !self.is_idle() {
             self.admit()?;
@@ -325,8 +324,8 @@ impl<D: Math> Engine<D> {
     /// yet, in the order in which they were added.
     ///
     /// # Errors
-    /// [`Error::Backend`], [`Error::OutOfMemory`], [`Error::Logits`] or [`Error::Rank`] as
-    /// [`step`](Self::step), and the error of the first [`Event::Failed`]; the other requests stay.
+    /// [`Error::Backend`], [`Error::OutOfMemory`] or [`Error::Rank`] as [`step`](Self::step), and the error of the
+    /// first [`Event::Failed`]; the other requests stay.
     pub fn complete_all(&mut self) -> Result<Vec<Completion>> {
         let mut completions = BTreeMap::new();
         while let Some(event) = self.step()? {

@@ -295,9 +295,9 @@ impl<D: Math> Engine<D> {
                     Choice::Drawn(sampling) => {
                         let sampling = sampling.clone();
                         let units: Vec<f64> = self.running.iter_mut().map(Running::unit).collect();
-                        session.step_sampled(model, &tokens, &sampling, &units)?
+                        session.drawn(model, &tokens, &sampling, &units)?
                     }
-                    _ => session.step_greedy(model, &tokens)?,
+                    _ => session.likeliest(model, &tokens)?,
                 };
                 for (run, token) in self.running.iter_mut().zip(chosen) {
                     run.took_in(1, events);

@@ -11,6 +11,7 @@ mod faults;
 mod generate;
 mod laws;
 mod profile;
+mod recorded;
 mod rounded;
 mod saved;
 mod serve;

@@ -2,6 +2,7 @@
 
 mod admission;
 mod capacity;
+mod copier;
 mod ending;
 mod events;
 pub(crate) mod job;
@@ -118,10 +119,12 @@ impl<D: Math + 'static> Worker<D> {
                 break;
             }
             self.drop_those_that_left();
-            self.prefix.collect(0);
+            self.prefix.collect(false);
             self.admit();
             self.tell_gauges();
+            let begin = Instant::now();
             let stepped = self.engine.step();
+            self.state.metrics.step.observe(begin.elapsed());
             match stepped {
                 Ok(Some(event)) => {
                     // A step that only reads prompts says nothing of one that decodes.

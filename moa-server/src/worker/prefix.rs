@@ -1,10 +1,12 @@
 //! Sequences of ended prompts and turns, for requests that begin alike.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
-use std::sync::{Arc, mpsc};
-use std::thread::JoinHandle;
+use std::sync::Arc;
 
 use moa_models::{Decoder, Math, OffloadedSequence, Result, Sequence};
+
+use super::copier::{Copier, Copying};
 
 /// Fewest tokens that are worth keeping, and worth a copy.
 const FEWEST: usize = 16;
@@ -18,71 +20,32 @@ const REMEMBERED: usize = 64;
 /// rings allow. It is of use only to sequences of its own capacity, on which the spans of a plan depend.
 pub(crate) struct PrefixCache<D: Math> {
     device: Tier<Sequence<D>>,
+    /// Its bytes are also those of copies that are not made yet.
     host: Tier<OffloadedSequence>,
     /// Copies sequences to host memory, once there was one.
     copier: Option<Copier<D>>,
-    /// Those that it has not copied yet, in their order.
-    copied: VecDeque<Entry<usize>>,
     /// Counts uses.
     clock: u64,
     /// Prompts of late, whose sequences may be gone.
     remembered: VecDeque<(usize, Vec<u32>)>,
 }
 
-/// A thread that copies sequences to host memory, one after the other, while others run.
-struct Copier<D: Math> {
-    /// Dropped to end the thread.
-    sequences: Option<mpsc::Sender<Sequence<D>>>,
-    /// `None` for one that cannot be copied. Dropped to end the thread before all are copied.
-    copies: Option<mpsc::Receiver<Option<OffloadedSequence>>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl<D: Math + 'static> Copier<D> {
-    /// `None` where there is no thread to be had.
-    fn new(model: Arc<Decoder<D>>) -> Option<Self> {
-        let (sequences, to_copy) = mpsc::channel::<Sequence<D>>();
-        let (done, copies) = mpsc::channel();
-        let run = move || {
-            for sequence in to_copy {
-                // What cannot be copied is not worth an error.
-                let copy = model.offload(&sequence).ok();
-                // Whoever waits for the copy may need the memory.
-                drop(sequence);
-                if done.send(copy).is_err() {
-                    return;
-                }
-            }
-        };
-        let thread = std::thread::Builder::new().name("moa copies".to_owned()).spawn(run).ok()?;
-        Some(Self { sequences: Some(sequences), copies: Some(copies), thread: Some(thread) })
-    }
-}
-
-impl<D: Math> Drop for Copier<D> {
-    fn drop(&mut self) {
-        self.sequences = None;
-        // The thread ends with the copy in hand: nobody takes the rest.
-        self.copies = None;
-        if let Some(thread) = self.thread.take() {
-            // If it panicked, that was told of already.
-            let _ = thread.join();
-        }
-    }
-}
-
 /// What is kept in one memory.
 struct Tier<S> {
     limit: u64,
+    /// Of all entries, and what room was made for.
     bytes: u64,
     entries: Vec<Entry<S>>,
 }
 
-struct Entry<S> {
+/// A sequence that is kept.
+pub(super) struct Entry<S> {
+    /// What it holds.
     tokens: Vec<u32>,
-    sequence: S,
+    pub(super) sequence: S,
     bytes: u64,
-    used: u64,
+    /// When it was last of use.
+    used: Cell<u64>,
 }
 
 /// A sequence in either memory.
@@ -101,6 +64,16 @@ impl<D: Math> Kept for Sequence<D> {
     }
 }
 
+impl<D: Math> Kept for Arc<Sequence<D>> {
+    fn capacity(&self) -> usize {
+        self.as_ref().capacity()
+    }
+
+    fn can_truncate(&self, len: usize) -> bool {
+        self.as_ref().can_truncate(len)
+    }
+}
+
 impl Kept for OffloadedSequence {
     fn capacity(&self) -> usize {
         self.capacity()
@@ -116,39 +89,12 @@ impl<S: Kept> Tier<S> {
         Self { limit, bytes: 0, entries: Vec::new() }
     }
 
-    /// The entry that has most of a prompt's first `most` tokens and how many, and how many any entry has, though it
-    /// may not be cut there.
-    fn find(
-        &self,
-        prompt: &[u32],
-        most: usize,
-        capacity: usize,
-    ) -> (Option<(usize, usize)>, usize) {
-        let (mut best, mut parted) = (None, 0);
-        for (at, entry) in self.entries.iter().enumerate() {
-            if entry.sequence.capacity() != capacity {
-                continue;
-            }
-            let common = common(&entry.tokens, prompt).min(most);
-            parted = parted.max(common);
-            let better = best.is_none_or(|(_, len)| common > len);
-            if common >= FEWEST && better && entry.sequence.can_truncate(common) {
-                best = Some((at, common));
-            }
-        }
-        (best, parted)
-    }
-
-    fn has(&self, tokens: &[u32], capacity: usize) -> bool {
-        let is_same = |e: &Entry<S>| e.sequence.capacity() == capacity && e.tokens == tokens;
-        self.entries.iter().any(is_same)
-    }
-
-    /// Takes out the longest unused until so many bytes are free.
+    /// Takes so many bytes for an entry to come, and the longest unused entries out where they have to go for it.
     fn make_room(&mut self, bytes: u64) -> Vec<Entry<S>> {
+        self.bytes += bytes;
         let mut gone = Vec::new();
-        while self.bytes + bytes > self.limit {
-            let oldest = self.entries.iter().enumerate().min_by_key(|(_, entry)| entry.used);
+        while self.bytes > self.limit {
+            let oldest = self.entries.iter().enumerate().min_by_key(|(_, entry)| entry.used.get());
             let Some((at, _)) = oldest else { break };
             let entry = self.entries.swap_remove(at);
             self.bytes -= entry.bytes;
@@ -156,11 +102,34 @@ impl<S: Kept> Tier<S> {
         }
         gone
     }
+}
 
-    fn push(&mut self, entry: Entry<S>) {
-        self.bytes += entry.bytes;
-        self.entries.push(entry);
+/// The entry that has most of a prompt's first `most` tokens and how many, and how many any has, though it may not be
+/// cut there.
+fn find<'a, S: Kept + 'a>(
+    entries: impl Iterator<Item = &'a Entry<S>>,
+    prompt: &[u32],
+    most: usize,
+    capacity: usize,
+) -> (Option<(&'a Entry<S>, usize)>, usize) {
+    let (mut best, mut parted) = (None, 0);
+    for entry in entries.filter(|entry| entry.sequence.capacity() == capacity) {
+        let common = common(&entry.tokens, prompt).min(most);
+        parted = parted.max(common);
+        let better = best.is_none_or(|(_, len)| common > len);
+        if common >= FEWEST && better && entry.sequence.can_truncate(common) {
+            best = Some((entry, common));
+        }
     }
+    (best, parted)
+}
+
+fn has<'a, S: Kept + 'a>(
+    mut entries: impl Iterator<Item = &'a Entry<S>>,
+    tokens: &[u32],
+    capacity: usize,
+) -> bool {
+    entries.any(|entry| entry.sequence.capacity() == capacity && entry.tokens == tokens)
 }
 
 /// What is known of the beginning of a prompt.
@@ -178,7 +147,6 @@ impl<D: Math + 'static> PrefixCache<D> {
             device: Tier::new(device),
             host: Tier::new(host),
             copier: None,
-            copied: VecDeque::new(),
             clock: 0,
             remembered: VecDeque::new(),
         }
@@ -189,7 +157,7 @@ impl<D: Math + 'static> PrefixCache<D> {
         self.device.bytes
     }
 
-    /// Bytes of keys and values in host memory.
+    /// Bytes of keys and values in host memory, those that are being copied there included.
     pub(crate) fn host_bytes(&self) -> u64 {
         self.host.bytes
     }
@@ -211,16 +179,12 @@ impl<D: Math + 'static> PrefixCache<D> {
     ) -> Result<Beginning<D>> {
         // At least one token must be read to have logits.
         let most = prompt.len().saturating_sub(1);
-        let (own, parted) = self.device.find(prompt, most, capacity);
-        let known = own.map_or(FEWEST, |(_, len)| len);
-        let is_wanted = |entry: &Entry<usize>| {
-            entry.sequence == capacity && common(&entry.tokens, prompt).min(most) > known
-        };
-        // Waiting for a copy takes less than reading the prompt.
-        let wanted = self.copied.iter().rposition(is_wanted);
-        self.collect(wanted.map_or(0, |at| at + 1));
-        let (offloaded, parted_host) = self.host.find(prompt, most, capacity);
-        let mut parted = parted.max(parted_host);
+        let (own, mut parted) = find(self.device.entries.iter(), prompt, most, capacity);
+        // What is being copied is on the device still, so that nobody waits for a copy.
+        let entries = self.copier.iter().flat_map(Copier::entries);
+        let (copying, parted_copying) = find(entries, prompt, most, capacity);
+        let (offloaded, parted_host) = find(self.host.entries.iter(), prompt, most, capacity);
+        parted = parted.max(parted_copying).max(parted_host);
         for (of, tokens) in &self.remembered {
             if *of == capacity {
                 parted = parted.max(common(tokens, prompt).min(most));
@@ -228,19 +192,22 @@ impl<D: Math + 'static> PrefixCache<D> {
         }
         // A step ends only where a whole stretch of the prompt is left.
         let parted = parted.min(prompt.len().saturating_sub(model.device().many_rows()));
-        let len = |found: Option<(usize, usize)>| found.map_or(0, |(_, len)| len);
-        let (own_len, offloaded_len) = (len(own), len(offloaded));
-        let found = own_len.max(offloaded_len);
+        let lens = [own.map(|at| at.1), copying.map(|at| at.1), offloaded.map(|at| at.1)];
+        let found = lens.into_iter().flatten().max().unwrap_or(0);
         let fork = (parted >= FEWEST.max(found + FEWEST)).then_some(parted);
         self.clock += 1;
-        let mut sequence = match (own, offloaded) {
-            (Some((at, _)), _) if own_len >= offloaded_len => {
-                self.device.entries[at].used = self.clock;
-                model.fork(&self.device.entries[at].sequence)?
+        let mut sequence = match (own, copying, offloaded) {
+            (Some((entry, len)), ..) if len == found => {
+                entry.used.set(self.clock);
+                model.fork(&entry.sequence)?
             }
-            (_, Some((at, _))) => {
-                self.host.entries[at].used = self.clock;
-                model.reload(&self.host.entries[at].sequence)?
+            (_, Some((entry, len)), _) if len == found => {
+                entry.used.set(self.clock);
+                model.fork(&entry.sequence)?
+            }
+            (.., Some((entry, _))) => {
+                entry.used.set(self.clock);
+                model.reload(&entry.sequence)?
             }
             _ => return Ok(Beginning { sequence: None, fork }),
         };
@@ -259,10 +226,9 @@ impl<D: Math + 'static> PrefixCache<D> {
 
     /// Whether a sequence of these tokens is kept.
     pub(crate) fn has(&self, tokens: &[u32], capacity: usize) -> bool {
-        let is_same = |e: &Entry<usize>| e.sequence == capacity && e.tokens == tokens;
-        self.device.has(tokens, capacity)
-            || self.host.has(tokens, capacity)
-            || self.copied.iter().any(is_same)
+        has(self.device.entries.iter(), tokens, capacity)
+            || has(self.copier.iter().flat_map(Copier::entries), tokens, capacity)
+            || has(self.host.entries.iter(), tokens, capacity)
     }
 
     /// Keeps a sequence that holds these tokens.
@@ -280,48 +246,41 @@ impl<D: Math + 'static> PrefixCache<D> {
             self.offload(model, entry);
         }
         self.clock += 1;
-        self.device.push(Entry { tokens, sequence, bytes, used: self.clock });
+        let used = Cell::new(self.clock);
+        self.device.entries.push(Entry { tokens, sequence, bytes, used });
     }
 
-    /// Has what has no room on the device copied to host memory. Where copies fall behind, so that they would hold more
-    /// memory of the device than what is kept there, it is dropped.
+    /// Has what has no room on the device copied to host memory, for which there is room before it is made. It is
+    /// dropped where copies that fall behind would hold more memory of the device than what is kept there, or more of
+    /// the host's than there may be.
     fn offload(&mut self, model: &Arc<Decoder<D>>, entry: Entry<Sequence<D>>) {
-        self.collect(0);
-        let behind: u64 = self.copied.iter().map(|entry| entry.bytes).sum();
-        if self.host.limit == 0 || behind + entry.bytes > self.device.limit {
+        self.collect(false);
+        let host_bytes = model.offloaded_bytes(&entry.sequence);
+        let behind: u64 = self.copier.iter().flat_map(Copier::entries).map(|own| own.bytes).sum();
+        let kept: u64 = self.host.entries.iter().map(|own| own.bytes).sum();
+        let coming = self.host.bytes - kept;
+        if coming + host_bytes > self.host.limit || behind + entry.bytes > self.device.limit {
             return;
         }
         if self.copier.is_none() {
             self.copier = Copier::new(Arc::clone(model));
         }
+        let Some(copier) = &mut self.copier else { return };
+        let gone = self.host.make_room(host_bytes).into_iter().map(|own| own.sequence).collect();
         let Entry { tokens, sequence, bytes, used } = entry;
-        let capacity = sequence.capacity();
-        let sequences = self.copier.as_ref().and_then(|copier| copier.sequences.as_ref());
-        if sequences.is_some_and(|to| to.send(sequence).is_ok()) {
-            self.copied.push_back(Entry { tokens, sequence: capacity, bytes, used });
+        let entry = Entry { tokens, sequence: Arc::new(sequence), bytes, used };
+        if !copier.copy(Copying { entry, host_bytes }, gone) {
+            self.host.bytes -= host_bytes;
         }
     }
 
-    /// Takes the copies that are made, and waits for the first so many.
-    pub(crate) fn collect(&mut self, mut waits: usize) {
-        let copies = self.copier.as_ref().and_then(|copier| copier.copies.as_ref());
-        let Some(copies) = copies else { return };
-        while !self.copied.is_empty() {
-            let copy = match waits {
-                0 => match copies.try_recv() {
-                    Err(mpsc::TryRecvError::Empty) => return,
-                    Err(mpsc::TryRecvError::Disconnected) => None,
-                    Ok(copy) => copy,
-                },
-                _ => copies.recv().ok().flatten(),
-            };
-            waits = waits.saturating_sub(1);
-            let Some(entry) = self.copied.pop_front() else { return };
-            let Some(sequence) = copy else { continue };
-            let bytes = sequence.bytes();
-            if bytes <= self.host.limit {
-                self.host.make_room(bytes);
-                self.host.push(Entry { tokens: entry.tokens, sequence, bytes, used: entry.used });
+    /// Takes the copies that are made, or where they are waited for, all.
+    pub(crate) fn collect(&mut self, waits: bool) {
+        while let Some((copied, copy)) = self.copier.as_mut().and_then(|one| one.take(waits)) {
+            let Copying { entry: Entry { tokens, used, .. }, host_bytes: bytes } = copied;
+            match copy {
+                Some(sequence) => self.host.entries.push(Entry { tokens, sequence, bytes, used }),
+                None => self.host.bytes -= bytes,
             }
         }
     }
@@ -330,7 +289,7 @@ impl<D: Math + 'static> PrefixCache<D> {
     pub(crate) fn clear(&mut self) {
         self.device.entries.clear();
         self.device.bytes = 0;
-        self.collect(self.copied.len());
+        self.collect(true);
     }
 }
 
@@ -341,7 +300,95 @@ fn common(a: &[u32], b: &[u32]) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use moa_models::Cpu;
+    use moa_core::{ElasticRule, Plan};
+    use moa_models::{Checkpoint, Cpu, Device as _, Dtype, LogitRows};
+
+    /// A model, and sequences of it whose rings have wrapped, each of another text.
+    struct Texts {
+        model: Arc<Decoder<Cpu>>,
+        plan: Plan,
+    }
+
+    impl Texts {
+        const CAPACITY: usize = 512;
+
+        fn new() -> Self {
+            let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/moa-tiny");
+            let model = Checkpoint::open(Cpu::new(Dtype::F32), folder).unwrap().model;
+            let plan = Plan::uniform(model.shape(), 8, ElasticRule::fixed(48)).unwrap();
+            Self { model, plan }
+        }
+
+        fn tokens(number: u32) -> Vec<u32> {
+            (0..150).map(|at| 100 + 200 * number + at % 91).collect()
+        }
+
+        fn read(&self, tokens: &[u32]) -> Sequence<Cpu> {
+            let mut sequence = self.model.open(&self.plan, Self::CAPACITY, 0).unwrap();
+            self.model.prefill(&mut sequence, tokens, 512).unwrap();
+            sequence
+        }
+
+        /// Puts the text of this number into a cache.
+        fn insert(&self, cache: &mut PrefixCache<Cpu>, number: u32) {
+            let sequence = self.read(&Self::tokens(number));
+            let bytes = self.model.kv_bytes(&sequence);
+            cache.insert(&self.model, Self::tokens(number), sequence, bytes);
+        }
+
+        /// Bytes of a sequence, and of its copy.
+        fn bytes(&self) -> (u64, u64) {
+            let sequence = self.read(&Self::tokens(0));
+            let copy = self.model.offload(&sequence).unwrap();
+            assert_eq!(self.model.offloaded_bytes(&sequence), copy.bytes());
+            (self.model.kv_bytes(&sequence), copy.bytes())
+        }
+    }
+
+    #[test]
+    fn copies_take_their_room_before_they_are_made() {
+        let texts = Texts::new();
+        let (device, host) = texts.bytes();
+        let mut cache = PrefixCache::new(device, 2 * host);
+        for number in 0..8 {
+            texts.insert(&mut cache, number);
+            let sequences = u64::from(number).min(2);
+            assert_eq!(cache.host_bytes(), sequences * host, "after {number}");
+            // So that none is dropped because copies fall behind.
+            cache.collect(true);
+            let all = cache.host.entries.iter().map(|own| own.sequence.bytes()).sum::<u64>();
+            assert_eq!(cache.host_bytes(), all, "after {number}");
+        }
+        assert!(cache.has(&Texts::tokens(6), Texts::CAPACITY));
+        assert!(!cache.has(&Texts::tokens(4), Texts::CAPACITY));
+    }
+
+    #[test]
+    fn what_is_being_copied_is_gone_on_from_without_its_copy() {
+        let texts = Texts::new();
+        let (device, host) = texts.bytes();
+        let mut cache = PrefixCache::new(device, 8 * host);
+        let (copier, _ends) = Copier::idle();
+        cache.copier = Some(copier);
+        texts.insert(&mut cache, 0);
+        texts.insert(&mut cache, 1);
+        let (model, tokens) = (&texts.model, Texts::tokens(0));
+        let go_on = |cache: &mut PrefixCache<Cpu>, prompt: &[u32]| {
+            cache.find(model, prompt, Texts::CAPACITY).unwrap().sequence
+        };
+        let mut found = go_on(&mut cache, &[&tokens[..], &[7]].concat()).expect("it is kept");
+        let logits = |sequence: &mut Sequence<Cpu>| {
+            let logits = model.forward(&mut [sequence], &[&[7]], LogitRows::Last).unwrap();
+            model.device().values(logits).unwrap()
+        };
+        assert_eq!(logits(&mut found), logits(&mut texts.read(&tokens)));
+        // Its rings cannot be cut there, so that no copy would be of use.
+        assert!(go_on(&mut cache, &tokens[..100]).is_none());
+        // Copies that fall behind do not hold more of the device than what is kept there.
+        texts.insert(&mut cache, 2);
+        assert!(!cache.has(&Texts::tokens(1), Texts::CAPACITY));
+        assert_eq!(cache.host_bytes(), host);
+    }
 
     #[test]
     fn a_prompt_is_remembered_once() {

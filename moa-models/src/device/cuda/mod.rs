@@ -202,7 +202,7 @@ impl Device for Cuda {
         true
     }
 
-    fn sample(&self, logits: &Tensor, draw: &Draw, units: &[f64]) -> Result<Vec<u32>> {
+    fn sample(&self, logits: &Tensor, draw: &Draw, units: &[f64]) -> Result<Vec<Option<u32>>> {
         let &Draw { temperature, top_k, top_p, min_p } = draw;
         let draw = moa_backend_cuda::Draw { temperature, top_k, top_p, min_p };
         let chosen = self.operations.indices(std::iter::repeat_n(0, units.len()), 1)?;
@@ -381,13 +381,9 @@ impl Math for Cuda {
     }
 }
 
-/// Tokens that the device has chosen.
-fn tokens(chosen: &Indices) -> Result<Vec<u32>> {
-    let token = |(row, id): (usize, &i32)| {
-        let got = || format!("a NaN or infinity, sequence {row}");
-        u32::try_from(*id).map_err(|_| Error::Logits { got: got() })
-    };
-    chosen.to_host()?.iter().enumerate().map(token).collect()
+/// Tokens that the device has chosen; a negative one stands for none.
+fn tokens(chosen: &Indices) -> Result<Vec<Option<u32>>> {
+    Ok(chosen.to_host()?.iter().map(|id| u32::try_from(*id).ok()).collect())
 }
 
 fn turns(table: &RopeTable, positions: Range<usize>) -> Turns<'_> {

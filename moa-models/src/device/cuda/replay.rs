@@ -191,7 +191,7 @@ impl Replay<Cuda> for Recorded {
         &self.logits
     }
 
-    fn likeliest(&self) -> Result<Vec<u32>> {
+    fn likeliest(&self) -> Result<Vec<Option<u32>>> {
         tokens(&self.likeliest)
     }
 

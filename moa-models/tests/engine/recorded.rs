@@ -1,0 +1,285 @@
+//! Steps that a device records until its memory is short, and logits that are no numbers: nobody else is to notice.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::SeqCst};
+
+use moa_models::{
+    Checkpoint, Cpu, Decoder, Device, Engine, EngineOptions, Error, Event, LinearWeights, Load,
+    LogitRows, MappedTensor, Math, Replay, ReplayBatch, Result, RopeTable,
+};
+
+use crate::{full, greedy, moa_tiny, narrow, text};
+
+type Tensor = <Cpu as Device>::Tensor;
+type Matrix = <Cpu as Device>::Matrix;
+type Vector = <Cpu as Device>::Vector;
+type Joined = <Cpu as Device>::Joined;
+type Rotations = <Cpu as Device>::Rotations;
+type Cache = <<Cpu as Device>::Attention as moa_core::SparseAttentionBackend>::Cache;
+
+/// A CPU that offers to record steps.
+struct Recorder {
+    cpu: Cpu,
+    /// Recorded steps that there is memory to prepare; all that are run lack some.
+    room: AtomicUsize,
+    /// How often it was asked for one.
+    asked: AtomicUsize,
+    /// A token whose embedding is no number.
+    poison: AtomicU32,
+}
+
+impl Recorder {
+    fn model(room: usize) -> Arc<Decoder<Self>> {
+        let (room, asked, poison) = (room.into(), 0.into(), u32::MAX.into());
+        let device = Self { cpu: Cpu::default(), room, asked, poison };
+        Checkpoint::open(device, moa_tiny()).unwrap().model
+    }
+}
+
+fn short<T>() -> Result<T> {
+    Err(Error::OutOfMemory { what: "a recorded step", bytes: None, free: None })
+}
+
+/// A step whose memory ends behind its first layer.
+struct Half {
+    tokens: Vec<u32>,
+    layers: AtomicUsize,
+    logits: Tensor,
+}
+
+impl Replay<Recorder> for Half {
+    fn run(
+        &mut self,
+        _: &Recorder,
+        tokens: &[u32],
+        _: &[usize],
+        step: &dyn Fn(&dyn Replay<Recorder>) -> Result<()>,
+    ) -> Result<()> {
+        self.tokens = tokens.to_vec();
+        step(self)
+    }
+
+    fn embed(&self, device: &Recorder, table: &Matrix, factor: f32) -> Result<Tensor> {
+        device.embed(table, &self.tokens, factor)
+    }
+
+    fn attend(&self, _: &Recorder, _: usize, [q, ..]: [Tensor; 3]) -> Result<Tensor> {
+        if self.layers.fetch_add(1, SeqCst) == 0 { Ok(q) } else { short() }
+    }
+
+    fn write_logits(&self, _: &Recorder, _: &Tensor, _: &Matrix, _: Range<usize>) -> Result<()> {
+        unreachable!("the second layer fails")
+    }
+
+    fn finish(&self, _: &Recorder) -> Result<()> {
+        unreachable!("the second layer fails")
+    }
+
+    fn logits(&self) -> &Tensor {
+        &self.logits
+    }
+
+    fn likeliest(&self) -> Result<Vec<Option<u32>>> {
+        unreachable!("no step was run")
+    }
+
+    fn advance(&self, _: &mut Cache) -> Result<()> {
+        unreachable!("no step was run")
+    }
+}
+
+impl Device for Recorder {
+    type Tensor = Tensor;
+    type Matrix = Matrix;
+    type Vector = Vector;
+    type Joined = Joined;
+    type Rotations = Rotations;
+    type Attention = <Cpu as Device>::Attention;
+
+    fn attention(&self) -> &Self::Attention {
+        self.cpu.attention()
+    }
+
+    fn shape(&self, x: &Tensor) -> Vec<usize> {
+        self.cpu.shape(x)
+    }
+
+    fn tensor(&self, values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {
+        self.cpu.tensor(values, shape)
+    }
+
+    fn values(&self, x: Tensor) -> Result<Vec<f32>> {
+        self.cpu.values(x)
+    }
+
+    fn replayed_tokens(&self, _: usize) -> usize {
+        4
+    }
+
+    unsafe fn replay(&self, _: &ReplayBatch<'_, Self>) -> Result<Option<Box<dyn Replay<Self>>>> {
+        self.asked.fetch_add(1, SeqCst);
+        match self.room.fetch_update(SeqCst, SeqCst, |room| room.checked_sub(1)) {
+            Ok(_) => Ok(Some(Box::new(Half {
+                tokens: Vec::new(),
+                layers: 0.into(),
+                logits: self.tensor(vec![0.0], &[1, 1])?,
+            }))),
+            Err(_) => short(),
+        }
+    }
+}
+
+impl Load for Recorder {
+    fn matrix(&self, tensor: MappedTensor) -> Result<Matrix> {
+        self.cpu.matrix(tensor)
+    }
+
+    fn vector(&self, tensor: MappedTensor) -> Result<Vector> {
+        self.cpu.vector(tensor)
+    }
+
+    fn join(&self, parts: Vec<LinearWeights>) -> Result<Joined> {
+        self.cpu.join(parts)
+    }
+}
+
+impl Math for Recorder {
+    fn embed(&self, table: &Matrix, ids: &[u32], factor: f32) -> Result<Tensor> {
+        let rows = self.cpu.embed(table, ids, factor)?;
+        let (shape, mut values) = (self.shape(&rows), self.values(rows)?);
+        for (row, id) in values.chunks_mut(shape[1]).zip(ids) {
+            if *id == self.poison.load(SeqCst) {
+                row.fill(f32::NAN);
+            }
+        }
+        self.tensor(values, &shape)
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Vector, eps: f32) -> Result<Tensor> {
+        self.cpu.rms_norm(x, weight, eps)
+    }
+
+    fn linears(&self, x: &Tensor, joined: &Joined) -> Result<Vec<Tensor>> {
+        self.cpu.linears(x, joined)
+    }
+
+    fn linear_add(
+        &self,
+        x: Tensor,
+        y: &Tensor,
+        weight: &Matrix,
+        bias: Option<&Vector>,
+    ) -> Result<Tensor> {
+        self.cpu.linear_add(x, y, weight, bias)
+    }
+
+    fn logits(&self, x: &Tensor, weight: &Matrix) -> Result<Tensor> {
+        self.cpu.logits(x, weight)
+    }
+
+    fn rotations(&self, sequences: &[(&RopeTable, Range<usize>)]) -> Result<Rotations> {
+        self.cpu.rotations(sequences)
+    }
+
+    fn rope(&self, x: Tensor, head_dim: usize, by: &Rotations, inverse: bool) -> Result<Tensor> {
+        self.cpu.rope(x, head_dim, by, inverse)
+    }
+
+    fn reshape(&self, x: Tensor, shape: &[usize]) -> Result<Tensor> {
+        self.cpu.reshape(x, shape)
+    }
+
+    fn swiglu(&self, gate: Tensor, up: &Tensor) -> Result<Tensor> {
+        self.cpu.swiglu(gate, up)
+    }
+
+    fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
+        self.cpu.add(x, y)
+    }
+
+    fn rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
+        self.cpu.rows(x, rows)
+    }
+}
+
+#[test]
+fn a_step_that_memory_is_short_to_record_is_run_without() {
+    let tokens = text(200);
+    for plan in [full(), narrow()] {
+        // None is prepared; or all are, and fail half-way.
+        for room in [0, 8] {
+            let model = Recorder::model(room);
+            let open = || {
+                let mut sequence = model.open(&plan, 200, 8).unwrap();
+                model.prefill(&mut sequence, &tokens[..100], 200).unwrap();
+                sequence
+            };
+            let (mut plain, mut session) = (open(), model.session(vec![open()]).unwrap());
+            assert_eq!(session.wide(7), Some(4));
+            let mut at = 100;
+            for new in [1, 1, 1, 1, 4, 4, 1, 1] {
+                let part = &tokens[at..at + new];
+                at += new;
+                let rows: Vec<usize> = (0..new).collect();
+                let expected = model.forward(&mut [&mut plain], &[part], LogitRows::Rows(&rows));
+                let got = match new {
+                    1 => session.step(&model, part),
+                    _ => session.check(&model, &[part.to_vec()]),
+                };
+                assert_eq!(got.unwrap(), model.device().values(expected.unwrap()).unwrap(), "{at}");
+            }
+            // Neither is tried again.
+            assert_eq!(model.device().asked.load(SeqCst), 2);
+            assert_eq!(session.wide(7), None);
+        }
+    }
+}
+
+#[test]
+fn a_session_that_was_asked_for_few_tokens_has_more_later() {
+    let model = Recorder::model(0);
+    let mut session = model.session(vec![model.open(&full(), 50, 0).unwrap()]).unwrap();
+    assert_eq!(
+        [1, 3, 0, 9, 2].map(|most| session.wide(most)),
+        [None, Some(3), None, Some(4), Some(2)]
+    );
+}
+
+#[test]
+fn logits_that_are_no_numbers_end_the_request_that_they_are_of() {
+    let model = Recorder::model(0);
+    let options = EngineOptions::default();
+    let run = |prompts: &[&[u32]]| {
+        let mut engine = Engine::new(Arc::clone(&model), options);
+        let submit = |prompt: &&[u32]| engine.submit(*prompt, &full(), greedy(12));
+        let ids: Vec<_> = prompts.iter().map(submit).collect();
+        let (mut texts, mut failures) = (vec![Vec::new(); prompts.len()], Vec::new());
+        while let Some(event) = engine.step().unwrap() {
+            let number = ids.iter().position(|id| *id == event.id()).unwrap();
+            match event {
+                Event::Done { completion, .. } => texts[number] = completion.tokens,
+                Event::Failed { error, .. } => failures.push((number, error)),
+                _ => {}
+            }
+        }
+        (texts, failures)
+    };
+    let words = text(120);
+    let prompts = [&words[..40], &words[70..120]];
+    let (texts, failures) = run(&prompts);
+    assert!(failures.is_empty(), "{failures:?}");
+    let is_own = |token: &&u32| !texts[1].contains(token) && !words.contains(token);
+    let poison = *texts[0][..10].iter().find(is_own).expect("a token that the other has not");
+    model.device().poison.store(poison, SeqCst);
+    let (others, failures) = run(&prompts);
+    assert_eq!(others, [Vec::new(), texts[1].clone()]);
+    assert!(matches!(&failures[..], [(0, Error::Logits { .. })]), "{failures:?}");
+    // A guess that is wrong is nothing to anybody.
+    let mut sequence = model.open(&full(), 100, 8).unwrap();
+    let logits = model.prefill(&mut sequence, prompts[1], 100).unwrap();
+    let mut session = model.session(vec![sequence]).unwrap();
+    let next = crate::likeliest(&logits);
+    let chosen = session.check_greedy(&model, &[vec![next, poison, 1]]).unwrap();
+    assert_eq!(chosen, [Some(texts[1][1]), None, None]);
+}
