@@ -107,10 +107,12 @@ struct Sum {
 
     __device__ __forceinline__ Control* control() const { return (Control*)args.peers[args.rank]; }
 
-    // Where `to` finds what `from` has sent it, from element `at` on.
+    // Where `to` finds what `from` has sent it of elements `at` and the N - 1 behind it: the first pair of them, and 32
+    // pairs behind it the next. What a warp writes at once lies side by side then, as NVLink wants it.
+    template <int N>
     __device__ __forceinline__ Pair* place(int to, int from, i64 at) const {
-        const i64 part = (i64)(number & 1) * args.ranks + from;
-        return (Pair*)(args.peers[to] + SLOTS) + part * args.capacity + at / 2;
+        const i64 part = (i64)(number & 1) * args.ranks + from, run = at / N;
+        return (Pair*)(args.peers[to] + SLOTS) + part * args.capacity + run / 32 * (16 * N) + run % 32;
     }
 
     // Elements `at` and behind it, to all others.
@@ -118,9 +120,9 @@ struct Sum {
     __device__ __forceinline__ void send(i64 at, const float (&x)[N]) const {
         for (int peer = 0; peer < args.ranks; peer++) {
             if (peer == args.rank) continue;
-            Pair* to = place(peer, args.rank, at);
+            Pair* to = place<N>(peer, args.rank, at);
 #pragma unroll
-            for (int i = 0; i < N / 2; i++) store_pair(to + i, x[2 * i], x[2 * i + 1], number);
+            for (int i = 0; i < N / 2; i++) store_pair(to + 32 * i, x[2 * i], x[2 * i + 1], number);
         }
     }
 
@@ -161,13 +163,13 @@ struct Sum {
 
     template <int N>
     __device__ __forceinline__ void wait_for(int peer, i64 at, float (&part)[N]) {
-        const Pair* from = place(args.rank, peer, at);
+        const Pair* from = place<N>(args.rank, peer, at);
         u64 since = 0;
         for (u32 tries = 1;; tries++) {
             bool here = true;
 #pragma unroll
             for (int i = 0; i < N / 2; i++) {
-                const Pair pair = load_pair(from + i);
+                const Pair pair = load_pair(from + 32 * i);
                 part[2 * i] = pair.x[0];
                 part[2 * i + 1] = pair.x[1];
                 here = here && pair.sum >= number;

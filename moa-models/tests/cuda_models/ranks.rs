@@ -244,7 +244,7 @@ fn two_gpus_write_one_text_and_one_profile() -> Verdict {
             engine.submit(prompt, &plan, options.clone());
         }
         let tokens: Vec<_> = engine.complete_all()?.into_iter().map(|made| made.tokens).collect();
-        let mut influence = Influence::new(gpu.shape(), 200, 16)?;
+        let mut influence = Influence::new(gpu.shape(), 200, 64)?;
         gpu.profile(&item, Objective::Margin, &mut influence)?;
         let head: Vec<f32> = influence.head(0, 1).iter().map(|x| *x as f32).collect();
         Ok::<_, Error>((logits, tokens, head))
@@ -266,6 +266,9 @@ fn two_gpus_write_one_text_and_one_profile() -> Verdict {
 
 fn a_gpu_that_hangs_or_fails_ends_the_other_within_seconds() -> Verdict {
     const PATIENCE: Duration = Duration::from_secs(1);
+    // A rank that gives another one up leaves it 2 s to end its own sums.
+    const ENDS: Duration = Duration::from_secs(5);
+    const SLEEP: Duration = Duration::from_secs(7);
     let [plan, _] = plans(cpu().model.shape());
     // Kernels are compiled the first time, which takes longer than this patience.
     on_ranks(two_gpus(60 * PATIENCE, usize::MAX)?, |rank: Arc<NcclRank>| {
@@ -293,10 +296,11 @@ fn a_gpu_that_hangs_or_fails_ends_the_other_within_seconds() -> Verdict {
                 if !hangs {
                     return Err(Error::Cancelled);
                 }
-                std::thread::sleep(4 * PATIENCE);
+                std::thread::sleep(SLEEP);
             }
             let error = session.step_greedy(&model, &[7]).unwrap_err();
-            assert!(number == 1 || begin.elapsed() < 3 * PATIENCE, "{:?}", begin.elapsed());
+            println!("rank {number}, {steps} steps, {peer_bytes} bytes: {:?}", begin.elapsed());
+            assert!(number == 1 || begin.elapsed() < ENDS, "{:?}", begin.elapsed());
             Err::<(), _>(error)
         });
         let is_expected = matches!(
