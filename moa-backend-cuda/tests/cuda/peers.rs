@@ -45,7 +45,8 @@ fn on<T: Send>(
             let sums = PeerSums::new(device, Dtype::Bf16, rank, buffers, deadline);
             let operations = Operations::new(device, Dtype::Bf16);
             ready.wait();
-            let sums = sums?.ok_or_else(|| Stop::ignored("GPUs that cannot write into each other's memory"))?;
+            let sums = sums?
+                .ok_or_else(|| Stop::ignored("GPUs that cannot write into each other's memory"))?;
             Ok::<_, Stop>(work(rank, &operations?, &sums))
         };
         let threads: Vec<_> = ranks.into_iter().map(|own| scope.spawn(move || run(own))).collect();

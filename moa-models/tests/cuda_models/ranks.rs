@@ -279,7 +279,9 @@ fn a_gpu_that_hangs_or_fails_ends_the_other_within_seconds() -> Verdict {
     .unwrap();
     // In a prompt, after some single steps, and in captured ones.
     let cases = PEER_BYTES.into_iter().flat_map(|bytes| {
-        [true, false].into_iter().flat_map(move |hangs| [1, 3, 9].map(|steps| (bytes, hangs, steps)))
+        [true, false]
+            .into_iter()
+            .flat_map(move |hangs| [1, 3, 9].map(|steps| (bytes, hangs, steps)))
     });
     for (peer_bytes, hangs, steps) in cases {
         let ended = on_ranks(two_gpus(PATIENCE, peer_bytes)?, |rank: Arc<NcclRank>| {
