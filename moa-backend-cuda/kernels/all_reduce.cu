@@ -1,29 +1,26 @@
-// Sums of small tensors over the GPUs that share a model, with the norm behind them: each GPU reads the parts of all
-// others from their memory (peer access over NVLink or PCIe) and adds them up in the order of ranks, so that all have
-// the same bits. One launch a sum, and one meeting of the GPUs in it; can be captured.
+// Sums of small tensors over the GPUs that share a model, with the norm behind them: each GPU writes its part into the
+// memory of all others (peer access over NVLink) and adds up what has come, in the order of ranks, so that all have the
+// same bits. One launch a sum, and one way over NVLink in it; can be captured.
 //
-// The protocol. Each rank has a buffer that all can read and write: two slots for parts, and for every block of a launch
-// and every rank a flag, which holds the number of the last sum that this rank has begun. In sum e a block
-//   1. copies its share of its own part into its own slot e % 2,
-//   2. writes e into its flag in every rank's buffer, by a release of the whole system,
-//   3. waits until its flags in its own buffer, by which the others told it, are e or more, by acquires,
-//   4. reads the same share from slot e % 2 of all ranks, and adds.
-// Step 3 sees the parts that the other ranks wrote in step 1: the barrier of the block orders the writes of all of its
-// threads before the release, the acquire comes after it, and the second barrier before the reads.
-// One meeting is enough. A rank writes slot e % 2 again in sum e + 2, after its own launch of sum e + 1 has ended. That
-// needed a flag e + 1 of every rank, from whichever block; a rank writes those once its launch of e has ended (launches of
-// one stream follow each other), so after it has read slot e % 2 of all. That sums have different numbers of blocks does
-// not matter to this. Flags only grow, and have 64 bits, which no run exhausts: a block that took no part in the last
-// sums has an old flag, never a newer one. `peers.rs` tries all interleavings of a model of this.
+// The protocol. Each rank has a buffer that all can write: two slots, in each a place for the part of every rank. In
+// sum e a block
+//   1. writes its share of its own part into slot e % 2 of all other ranks, two elements at a time, with e beside them,
+//   2. reads the same share of all other parts from slot e % 2 of its own buffer, again and again until e stands there,
+//      and adds.
+// Two elements and e are one access of 128 bits, which PTX makes as a whole: whoever sees e has the elements, without a
+// fence and without a flag that would have to follow them.
+// Two slots are enough. A rank writes slot e % 2 again in sum e + 2, after its own launch of sum e + 1 has ended. That
+// needed a part e + 1 of every rank, and a rank writes those once its launch of e has ended (launches of one stream
+// follow each other), so after it has read slot e % 2. That sums have different numbers of blocks, or lengths, does not
+// matter to this. Numbers of sums only grow, and have 64 bits, which no run exhausts: what no part of the last sums
+// reached has an old number, never a newer one. `peers.rs` tries all interleavings of a model of this.
 //
 // A wait ends after `deadline` nanoseconds, or when the host says so, and then for good: numbers are wrong from
-// there on, later sums do not wait, and the host is told which rank was missing.
+// there on, later sums hardly wait, and the host is told which rank was missing.
 #include "rows.cuh"
 
 #define MOST_RANKS 8
-#define MOST_BLOCKS 128
-#define FLAGS 256  // bytes before the flags
-#define SLOTS (FLAGS + MOST_BLOCKS * MOST_RANKS * 8)
+#define SLOTS 256  // bytes before the slots
 
 // Mirrored by `src/peers.rs`.
 struct ReduceArgs {
@@ -36,28 +33,45 @@ struct ReduceArgs {
     u64 deadline;      // nanoseconds
     i64 x_stride;      // elements between rows
     i64 out_stride;
-    i64 capacity;      // elements of a slot
+    i64 capacity;      // pairs of a part
     int rows;
     int cols;
     int rank;
     int ranks;
     float eps;
-    int padding;
+    int apart;         // 1: each rank has a GPU of its own
 };
 
 // The beginning of a buffer.
 struct Control {
-    u64 sums;      // that are done
-    u32 finished;  // blocks of the sum under way that are done
-    u32 broken;    // 1 once a wait was given up
+    u64 sums;     // that have begun
+    u32 began;    // blocks of the sum under way that know its number
+    u32 broken;   // 1 once a wait was given up
 };
 
-__device__ __forceinline__ u64* flag_of(char* buffer, int rank) {
-    return (u64*)(buffer + FLAGS) + blockIdx.x * MOST_RANKS + rank;
+// Two elements of a part, and of which sum they are.
+struct Pair {
+    float x[2];
+    u64 sum;
+};
+
+__device__ __forceinline__ void store_pair(Pair* p, float a, float b, u64 sum) {
+    const u64 both = (u64)__float_as_uint(b) << 32 | __float_as_uint(a);
+    asm volatile("{\n\t.reg .b128 pair;\n\tmov.b128 pair, {%1, %2};\n\t"
+                 "st.relaxed.sys.global.b128 [%0], pair;\n\t}"
+                 :
+                 : "l"(p), "l"(both), "l"(sum)
+                 : "memory");
 }
 
-__device__ __forceinline__ float* slot_of(const ReduceArgs& args, int rank, u64 sum) {
-    return (float*)(args.peers[rank] + SLOTS) + (sum & 1 ? args.capacity : 0);
+__device__ __forceinline__ Pair load_pair(const Pair* p) {
+    u64 both, sum;
+    asm volatile("{\n\t.reg .b128 pair;\n\tld.relaxed.sys.global.b128 pair, [%2];\n\t"
+                 "mov.b128 {%0, %1}, pair;\n\t}"
+                 : "=l"(both), "=l"(sum)
+                 : "l"(p)
+                 : "memory");
+    return {{__uint_as_float((u32)both), __uint_as_float((u32)(both >> 32))}, sum};
 }
 
 __device__ __forceinline__ u64 nanoseconds() {
@@ -66,127 +80,157 @@ __device__ __forceinline__ u64 nanoseconds() {
     return now;
 }
 
-__device__ __forceinline__ u64 acquire(const u64* flag) {
-    u64 value;
-    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(flag) : "memory");
-    return value;
+// Since when a wait for a rank goes on, or 0 if it does not. `since` is 0 at first.
+__device__ __noinline__ u64 waits_since(const ReduceArgs& args, int peer, u64 since, u32 tries) {
+    volatile Control* own = (Control*)args.peers[args.rank];
+    if (own->broken != 0) return 0;
+    const u64 now = nanoseconds();
+    if (since == 0) since = now;
+    const bool late = now - since > args.deadline;
+    if (late) *(volatile u32*)args.missing = 1 + peer;
+    if (late || (tries % 1024 == 0 && *(volatile const u32*)args.abort != 0)) own->broken = 1;
+    return own->broken != 0 ? 0 : since;
 }
 
-// Past every cache that does not know of other GPUs' writes.
-__device__ __forceinline__ float4 load_fresh(const float* p) {
-    float4 v;
-    asm volatile("ld.volatile.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "l"(p)
-                 : "memory");
-    return v;
-}
+// One block's share of a sum.
+struct Sum {
+    const ReduceArgs& args;
+    u64 number;
+    bool all_came;
 
-__device__ __forceinline__ u64 begin(const ReduceArgs& args) {
-    wait_for_previous_kernel();
-    return ((volatile Control*)args.peers[args.rank])->sums + 1;
-}
+    __device__ __forceinline__ explicit Sum(const ReduceArgs& args) : args(args), all_came(true) {
+        // Kernels that start wait on the multiprocessors, which another rank of this GPU may need.
+        if (args.apart) let_next_kernel_start();
+        wait_for_previous_kernel();
+        number = ((volatile Control*)control())->sums + 1;
+    }
 
-// Waits for one rank; whether it came.
-__device__ __forceinline__ bool came(const ReduceArgs& args, int peer, u64 sum) {
-    Control* own = (Control*)args.peers[args.rank];
-    const u64* flag = flag_of(args.peers[args.rank], peer);
-    const bool broken = ((volatile Control*)own)->broken != 0;
-    const u64 since = nanoseconds();
-    for (u32 tries = 1;; tries++) {
-        if (acquire(flag) >= sum) return true;
-        if (broken) return false;
-        if (tries % 64 != 0) continue;
-        const bool late = nanoseconds() - since > args.deadline;
-        if (late) *(volatile u32*)args.missing = 1 + peer;
-        if (late || (tries % 1024 == 0 && *(volatile const u32*)args.abort != 0)) {
-            ((volatile Control*)own)->broken = 1;
-            return false;
+    __device__ __forceinline__ Control* control() const { return (Control*)args.peers[args.rank]; }
+
+    // Where `to` finds what `from` has sent it of elements `at` and the N - 1 behind it: the first pair of them, and 32
+    // pairs behind it the next. What a warp writes at once lies side by side then, as NVLink wants it.
+    template <int N>
+    __device__ __forceinline__ Pair* place(int to, int from, i64 at) const {
+        const i64 part = (i64)(number & 1) * args.ranks + from, run = at / N;
+        return (Pair*)(args.peers[to] + SLOTS) + part * args.capacity + run / 32 * (16 * N) + run % 32;
+    }
+
+    // Elements `at` and behind it, to all others.
+    template <int N>
+    __device__ __forceinline__ void send(i64 at, const float (&x)[N]) const {
+        for (int peer = 0; peer < args.ranks; peer++) {
+            if (peer == args.rank) continue;
+            Pair* to = place<N>(peer, args.rank, at);
+#pragma unroll
+            for (int i = 0; i < N / 2; i++) store_pair(to + 32 * i, x[2 * i], x[2 * i + 1], number);
         }
     }
-}
 
-// Steps 2 and 3; whether all came.
-__device__ __forceinline__ bool meet(const ReduceArgs& args, u64 sum) {
-    __syncthreads();
-    bool here = true;
-    if (threadIdx.x < args.ranks) {
-        const int peer = threadIdx.x;
-        __threadfence_system();
-        asm volatile("st.release.sys.global.u64 [%0], %1;"
-                     :
-                     : "l"(flag_of(args.peers[peer], args.rank)), "l"(sum)
-                     : "memory");
-        here = came(args, peer, sum);
-    }
-    const bool all = __syncthreads_and(here);
-    // Not before: those that start wait on the multiprocessors, which another rank of this GPU may need.
-    let_next_kernel_start();
-    return all;
-}
-
-__device__ __forceinline__ float4 total(const ReduceArgs& args, u64 sum, i64 at) {
-    float4 all = load_fresh(slot_of(args, 0, sum) + at);
-#pragma unroll 4
-    for (int rank = 1; rank < args.ranks; rank++) {
-        const float4 part = load_fresh(slot_of(args, rank, sum) + at);
-        all.x += part.x;
-        all.y += part.y;
-        all.z += part.z;
-        all.w += part.w;
-    }
-    return all;
-}
-
-// The last block counts the sum as done.
-__device__ __forceinline__ void finish(const ReduceArgs& args, u64 sum) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        Control* own = (Control*)args.peers[args.rank];
-        __threadfence();
-        if (atomicAdd(&own->finished, 1) == gridDim.x - 1) {
-            own->finished = 0;
-            own->sums = sum;
+    // Once the block has sent all: the last block that knows the number counts the sum.
+    __device__ __forceinline__ void sent() const {
+        __syncthreads();
+        if (threadIdx.x != 0) return;
+        Control* own = control();
+        if (gridDim.x == 1) {
+            own->sums = number;
+        } else if (atomicAdd(&own->began, 1) == gridDim.x - 1) {
+            own->began = 0;
+            own->sums = number;
         }
     }
-}
+
+    // Adds up elements `at` and behind it of all ranks, of which `x` are the own ones.
+    template <int N>
+    __device__ __forceinline__ void receive(i64 at, float (&x)[N]) {
+        float all[N];
+#pragma unroll
+        for (int i = 0; i < N; i++) all[i] = 0;
+        for (int peer = 0; peer < args.ranks; peer++) {
+            float part[N];
+            if (peer == args.rank) {
+#pragma unroll
+                for (int i = 0; i < N; i++) part[i] = x[i];
+            } else {
+                wait_for(peer, at, part);
+            }
+            // The first part as it is: -0 + 0 would be 0.
+#pragma unroll
+            for (int i = 0; i < N; i++) all[i] = peer == 0 ? part[i] : all[i] + part[i];
+        }
+#pragma unroll
+        for (int i = 0; i < N; i++) x[i] = all[i];
+    }
+
+    template <int N>
+    __device__ __forceinline__ void wait_for(int peer, i64 at, float (&part)[N]) {
+        const Pair* from = place<N>(args.rank, peer, at);
+        u64 since = 0;
+        for (u32 tries = 1;; tries++) {
+            bool here = true;
+#pragma unroll
+            for (int i = 0; i < N / 2; i++) {
+                const Pair pair = load_pair(from + 32 * i);
+                part[2 * i] = pair.x[0];
+                part[2 * i + 1] = pair.x[1];
+                here = here && pair.sum >= number;
+            }
+            if (here) return;
+            if (tries % 64 != 0) continue;
+            since = waits_since(args, peer, since, tries);
+            if (since == 0) {
+                all_came = false;
+                return;
+            }
+        }
+    }
+};
 
 // x = the sum of all ranks' x, `cols` elements in all, a multiple of 4; the blocks share them evenly.
-extern "C" __global__ void __launch_bounds__(1024, 1)
-    all_reduce(const __grid_constant__ ReduceArgs args) {
-    const u64 sum = begin(args);
+extern "C" __global__ void __launch_bounds__(512) all_reduce(const __grid_constant__ ReduceArgs args) {
+    Sum sum(args);
     const int quads = args.cols / 4, share = (quads + gridDim.x - 1) / gridDim.x;
     const int from = blockIdx.x * share, to = min(from + share, quads);
     float4* x = (float4*)args.x;
-    float4* own = (float4*)slot_of(args, args.rank, sum);
-    for (int i = from + threadIdx.x; i < to; i += blockDim.x) own[i] = x[i];
-    if (meet(args, sum)) {
-        for (int i = from + threadIdx.x; i < to; i += blockDim.x) x[i] = total(args, sum, (i64)i * 4);
+    auto load = [&](int i, float (&part)[4]) {
+        const float4 v = x[i];
+        part[0] = v.x, part[1] = v.y, part[2] = v.z, part[3] = v.w;
+    };
+    for (int i = from + threadIdx.x; i < to; i += blockDim.x) {
+        float part[4];
+        load(i, part);
+        sum.send((i64)i * 4, part);
     }
-    finish(args, sum);
+    sum.sent();
+    for (int i = from + threadIdx.x; i < to && sum.all_came; i += blockDim.x) {
+        float part[4];
+        load(i, part);
+        sum.receive((i64)i * 4, part);
+        x[i] = make_float4(part[0], part[1], part[2], part[3]);
+    }
 }
 
 // The same of rows of a multiple of 8 elements, a row for each block, and then the next. out = x / sqrt(mean(x^2) + eps) * w,
 // bit for bit as `rms_norm` gives it.
 extern "C" __global__ void __launch_bounds__(1024, 1)
     all_reduce_norm(const __grid_constant__ ReduceArgs args) {
-    const u64 sum = begin(args);
+    Sum sum(args);
     const int first = threadIdx.x * 8, step = blockDim.x * 8;
-    float* own = slot_of(args, args.rank, sum);
     for (int row = blockIdx.x; row < args.rows; row += gridDim.x) {
         const float* x = args.x + row * args.x_stride;
         for (int i = first; i < args.cols; i += step) {
-            store8(own + (i64)row * args.cols + i, load8(x + i));
+            sum.send((i64)row * args.cols + i, load8(x + i).x);
         }
     }
-    const bool all = meet(args, sum);
-    for (int row = blockIdx.x; all && row < args.rows; row += gridDim.x) {
+    sum.sent();
+    Eight weight = {};
+    if (first < args.cols) weight = load8(args.w + first);
+    for (int row = blockIdx.x; row < args.rows; row += gridDim.x) {
         float* x = args.x + row * args.x_stride;
         float squares = 0;
+        Eight v = {};
         for (int i = first; i < args.cols; i += step) {
-            const i64 at = (i64)row * args.cols + i;
-            const float4 a = total(args, sum, at), b = total(args, sum, at + 4);
-            const Eight v = {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+            v = load8(x + i);
+            sum.receive((i64)row * args.cols + i, v.x);
             store8(x + i, v);
 #pragma unroll
             for (int n = 0; n < 8; n++) squares += v.x[n] * v.x[n];
@@ -194,8 +238,10 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
         const float scale = rsqrtf(block_sum(squares) / (float)args.cols + args.eps);
         u16* out = args.out + row * args.out_stride;
         for (int i = first; i < args.cols; i += step) {
-            Eight v = load8(x + i);
-            const Eight weight = load8(args.w + i);
+            if (step < args.cols) {
+                v = load8(x + i);
+                weight = load8(args.w + i);
+            }
 #pragma unroll
             for (int n = 0; n < 8; n++) v.x[n] = v.x[n] * scale * weight.x[n];
             store8(out + i, v);
@@ -203,5 +249,4 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
         // The sums of warps are the next row's.
         __syncthreads();
     }
-    finish(args, sum);
 }

@@ -43,7 +43,7 @@
 //! # Several GPUs
 //! [`Nccl`] adds up tensors over the GPUs that share a model. It needs NCCL 2 (`libnccl2`, or the package
 //! `nvidia-nccl`), and nothing else does.
-//! [`PeerSums`] adds up small ones faster, where GPUs read each other's memory.
+//! [`PeerSums`] adds up small ones faster, where GPUs write each other's memory over NVLink.
 //!
 //! # Inside another engine
 //! [`Step`] runs the same kernels on foreign memory and a foreign stream: it plans on the host and

@@ -1,5 +1,6 @@
-//! Sums of small tensors over GPUs that read each other's memory, by `kernels/all_reduce.cu`.
+//! Sums of small tensors over GPUs that write into each other's memory, by `kernels/all_reduce.cu`.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,36 +15,37 @@ use crate::{Device, Dtype, Error, Result, Tensor};
 const MOST_RANKS: usize = 8;
 /// Most blocks of a launch; all of them run at once on any GPU that has peers.
 const MOST_BLOCKS: usize = 96;
-/// Blocks that have flags, as in the kernel.
-const FLAGGED_BLOCKS: usize = 128;
-/// Bytes of a buffer before its slots.
-const SLOTS: usize = 256 + FLAGGED_BLOCKS * MOST_RANKS * 8;
-/// Elements of a slot: of a sum at most.
-const CAPACITY: usize = 1 << 20;
+/// Bytes of a buffer before its slots, as in the kernel.
+const SLOTS: usize = 256;
+/// Elements of a sum at most.
+const CAPACITY: usize = 1 << 18;
+/// Bytes of two elements and the number of their sum.
+const PAIR: usize = 16;
 /// Elements of a sum that a block has at least.
 const SHARE: usize = 4096;
 
 /// Names of the kernels.
 const KERNELS: [&str; 2] = ["all_reduce", "all_reduce_norm"];
 
-/// The memory in which a GPU offers its parts of sums to the others of its group ([`PeerSums`]), 8 MiB.
+/// The memory into which the GPUs of a group write their parts of sums for one of them ([`PeerSums`]), 4 MiB for each.
 #[derive(Debug)]
 pub struct PeerBuffer {
     device: Device,
+    ranks: usize,
     address: DevicePointer,
 }
 
 impl PeerBuffer {
-    /// One on a device.
+    /// That of a device in a group of so many ranks.
     ///
     /// # Errors
     /// [`Error::Driver`].
-    pub fn new(device: &Device) -> Result<Self> {
+    pub fn new(device: &Device, ranks: usize) -> Result<Self> {
         device.bind()?;
-        let bytes = SLOTS + 2 * CAPACITY * size_of::<f32>();
-        // Not of the stream's pool, which peers may not read. SAFETY: the context is the thread's.
+        let bytes = SLOTS + 2 * ranks * CAPACITY / 2 * PAIR;
+        // Not of the stream's pool, where peers may not write. SAFETY: the context is the thread's.
         let address = unsafe { result::malloc_sync(bytes) }.map_err(Error::driver("cuMemAlloc"))?;
-        let buffer = Self { device: device.clone(), address };
+        let buffer = Self { device: device.clone(), ranks, address };
         // SAFETY: these are its bytes.
         unsafe { result::memset_d8_sync(address, 0, bytes) }
             .map_err(Error::driver("cuMemsetD8"))?;
@@ -57,7 +59,7 @@ impl PeerBuffer {
 impl Drop for PeerBuffer {
     fn drop(&mut self) {
         if self.device.bind().is_ok() {
-            // SAFETY: whoever reads it holds it. There is nothing to do about a failure.
+            // SAFETY: whoever writes there holds it. There is nothing to do about a failure.
             let _ = unsafe { result::free_sync(self.address) };
         }
     }
@@ -92,7 +94,7 @@ impl Drop for Words {
     }
 }
 
-/// One rank of a group of GPUs of one process that add up small tensors by reading each other's memory.
+/// One rank of a group of GPUs of one process that add up small tensors by writing into each other's memory.
 ///
 /// All ranks launch the same sums in the same order. A sum waits for the other ranks on the device, for a while.
 #[derive(Debug)]
@@ -104,6 +106,8 @@ pub struct PeerSums {
     words: Words,
     deadline: Duration,
     dtype: Dtype,
+    /// Whether each rank has a GPU of its own.
+    apart: bool,
 }
 
 /// Arguments of the kernels, field by field as in `kernels/all_reduce.cu`.
@@ -125,19 +129,19 @@ struct ReduceArgs {
     rank: i32,
     ranks: i32,
     eps: f32,
-    padding: i32,
+    apart: i32,
 }
 
 const _: () = assert!(size_of::<ReduceArgs>() == 160);
 
 impl PeerSums {
-    /// Rank `rank` of the GPUs whose buffers these are, in the order of ranks; `None` if its device cannot read the
-    /// memory of one of them, or they are too many. Normed rows are of `dtype`. A device waits for the others for
-    /// `deadline` at most.
+    /// Rank `rank` of the GPUs whose buffers these are, in the order of ranks; `None` if its device cannot write into the
+    /// memory of one of them as into its own, which takes NVLink, or they are too many. Normed rows are of `dtype`. A
+    /// device waits for the others for `deadline` at most.
     ///
     /// # Errors
-    /// [`Error::Argument`] if the buffer of that number is not on `device`; [`Error::NoNvrtc`], [`Error::Compile`],
-    /// [`Error::Driver`].
+    /// [`Error::Argument`] if the buffer of that number is not on `device`, or one is of a group of another size;
+    /// [`Error::NoNvrtc`], [`Error::Compile`], [`Error::Driver`].
     pub fn new(
         device: &Device,
         dtype: Dtype,
@@ -150,6 +154,10 @@ impl PeerSums {
             let expected = "the one of its number on its device";
             return Err(Error::argument("PeerSums::new", "buffers", expected, rank));
         }
+        if let Some(other) = buffers.iter().find(|buffer| buffer.ranks != buffers.len()) {
+            let expected = format_args!("of {} ranks", buffers.len()).to_string();
+            return Err(Error::argument("PeerSums::new", "buffers", expected, other.ranks));
+        }
         if buffers.len() > MOST_RANKS {
             return Ok(None);
         }
@@ -160,11 +168,14 @@ impl PeerSums {
         }
         let kernels = OpKernels::load(device, dtype, Source::AllReduce, &KERNELS)?;
         let words = Words::new(device)?;
+        // Two devices may be the same GPU, whose context they share then.
+        let gpus: HashSet<_> = buffers.iter().map(|own| own.device.context().cu_ctx()).collect();
+        let apart = gpus.len() == buffers.len();
         let (device, buffers) = (device.clone(), buffers.to_vec());
-        Ok(Some(Self { device, rank, buffers, kernels, words, deadline, dtype }))
+        Ok(Some(Self { device, rank, buffers, kernels, words, deadline, dtype, apart }))
     }
 
-    /// Whether it can add up this tensor: f32 without gaps, of at most 2^20 elements and a multiple of 4.
+    /// Whether it can add up this tensor: f32 without gaps, of at most 2^18 elements and a multiple of 4.
     pub fn fits(&self, x: &Tensor) -> bool {
         let len: usize = x.shape().iter().product();
         x.dtype() == Dtype::F32
@@ -229,7 +240,7 @@ impl PeerSums {
 
     fn check(&self, op: &'static str, x: &Tensor) -> Result<()> {
         if !self.fits(x) || !x.device().is_same(&self.device) {
-            let expected = "f32 on this device, without gaps, of at most 2^20 elements";
+            let expected = "f32 on this device, without gaps, of at most 2^18 elements";
             return Err(Error::shape(op, "tensor", expected, x.shape()));
         }
         Ok(())
@@ -248,14 +259,15 @@ impl PeerSums {
             abort: words,
             missing: words + size_of::<u32>() as u64,
             deadline: u64::try_from(self.deadline.as_nanos()).unwrap_or(u64::MAX),
-            capacity: CAPACITY as i64,
+            capacity: (CAPACITY / 2) as i64,
             rank: self.rank as i32,
             ranks: self.buffers.len() as i32,
+            apart: i32::from(self.apart),
             ..ReduceArgs::default()
         }
     }
 
-    /// Gives up: sums under way on this GPU end, with whatever numbers, and later ones do not wait.
+    /// Gives up: sums under way on this GPU end, with whatever numbers, and later ones hardly wait.
     pub fn abort(&self) {
         // SAFETY: the word is there; kernels read it as a whole.
         unsafe { self.words.0.write_volatile(1) };
@@ -276,24 +288,30 @@ impl PeerSums {
 
 impl Drop for PeerSums {
     fn drop(&mut self) {
-        // What runs here reads the others' memory, which may go with this. A failure is the stream's.
+        // What runs here writes into the others' memory, which may go with this. A failure is the stream's.
         let _ = self.device.synchronize();
     }
 }
 
-/// Whether kernels of `device` can now read and write memory of `peer`.
+/// Whether kernels of `device` can now write memory of `peer`, in accesses that the memory model of PTX holds for: those
+/// of GPUs that have each other's atomics.
 fn opened(device: &Device, peer: &Device) -> Result<bool> {
     let (own, other) = (device.context(), peer.context());
     if own.cu_ctx() == other.cu_ctx() {
         return Ok(true);
     }
-    let mut can = 0;
-    // SAFETY: both devices are open; the driver writes a number.
-    unsafe { sys::cuDeviceCanAccessPeer(&raw mut can, own.cu_device(), other.cu_device()) }
-        .result()
-        .map_err(Error::driver("cuDeviceCanAccessPeer"))?;
-    if can == 0 {
-        return Ok(false);
+    for attribute in [
+        sys::CUdevice_P2PAttribute::CU_DEVICE_P2P_ATTRIBUTE_ACCESS_SUPPORTED,
+        sys::CUdevice_P2PAttribute::CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED,
+    ] {
+        let (mut can, own, other) = (0, own.cu_device(), other.cu_device());
+        // SAFETY: both devices are open; the driver writes a number.
+        unsafe { sys::cuDeviceGetP2PAttribute(&raw mut can, attribute, own, other) }
+            .result()
+            .map_err(Error::driver("cuDeviceGetP2PAttribute"))?;
+        if can == 0 {
+            return Ok(false);
+        }
     }
     device.bind()?;
     // SAFETY: both contexts are alive: devices hold them.
@@ -311,8 +329,7 @@ mod tests {
 
     use std::collections::HashSet;
 
-    /// What one block of a launch has done: its part, then a flag for each rank, then all flags seen, then the reads of
-    /// each rank's part.
+    /// What one block of a launch has done: its part for each rank, then the parts of each rank.
     type Done = u8;
 
     #[derive(Clone, PartialEq, Eq, Hash)]
@@ -325,10 +342,8 @@ mod tests {
     #[derive(Clone, PartialEq, Eq, Hash)]
     struct State {
         ranks: Vec<Rank>,
-        /// `[rank][slot][block]`: of which sum the part is.
-        parts: Vec<Vec<Vec<u8>>>,
-        /// `[rank][block][peer]`: what the peer has told the rank.
-        flags: Vec<Vec<Vec<u8>>>,
+        /// `[rank][slot][block][peer]`: of which sum the part is that the peer has written there.
+        parts: Vec<Vec<Vec<Vec<u8>>>>,
     }
 
     /// Blocks of each sum, which all ranks launch alike, in so many slots.
@@ -343,37 +358,35 @@ mod tests {
             let most = self.blocks.iter().copied().max().unwrap_or(0);
             State {
                 ranks: vec![Rank { sums: 0, blocks: vec![0; self.blocks[0]] }; self.ranks],
-                parts: vec![vec![vec![0; most]; self.slots]; self.ranks],
-                flags: vec![vec![vec![0; self.ranks]; most]; self.ranks],
+                parts: vec![vec![vec![vec![0; self.ranks]; most]; self.slots]; self.ranks],
             }
         }
 
-        /// The state after the next step of a block, if it can take one; an error if it read a wrong part.
+        /// The state after the next step of a block, if it can take one; an error if it reads a wrong part.
         fn step(&self, state: &State, rank: usize, block: usize) -> Result<Option<State>, String> {
             let n = self.ranks as u8;
             let (sum, done) = (state.ranks[rank].sums + 1, state.ranks[rank].blocks[block]);
             let slot = usize::from(sum) % self.slots;
             let mut next = state.clone();
             match done {
-                0 => next.parts[rank][slot][block] = sum,
-                told if told <= n => next.flags[usize::from(told) - 1][block][rank] = sum,
-                waits if waits == n + 1 => {
-                    if state.flags[rank][block].iter().any(|told| *told < sum) {
-                        return Ok(None);
-                    }
-                }
-                reads if reads <= 2 * n + 1 => {
-                    let of = usize::from(reads - n - 2);
-                    let part = state.parts[of][slot][block];
-                    if part != sum {
-                        return Err(format!("rank {rank} reads part {part} of {of} in sum {sum}"));
+                to if to < n => next.parts[usize::from(to)][slot][block][rank] = sum,
+                reads if reads < 2 * n => {
+                    let of = usize::from(reads - n);
+                    match state.parts[rank][slot][block][of] {
+                        part if part < sum => return Ok(None),
+                        part if part > sum => {
+                            return Err(format!(
+                                "rank {rank} reads part {part} of {of} in sum {sum}"
+                            ));
+                        }
+                        _ => {}
                     }
                 }
                 _ => return Ok(None),
             }
             next.ranks[rank].blocks[block] += 1;
             // The next launch begins once all blocks have ended.
-            if next.ranks[rank].blocks.iter().all(|done| *done == 2 * n + 2) {
+            if next.ranks[rank].blocks.iter().all(|done| *done == 2 * n) {
                 next.ranks[rank].sums = sum;
                 let blocks = self.blocks.get(usize::from(sum)).copied().unwrap_or(0);
                 next.ranks[rank].blocks = vec![0; blocks];

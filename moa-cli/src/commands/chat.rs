@@ -3,6 +3,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use clap::ValueEnum;
+use moa_core::Plan;
 use moa_models::{ChatSession, Checkpoint, EngineOptions, Event, GenerateOptions, Math, Message};
 use serde_json::{Value, json};
 
@@ -109,9 +110,11 @@ pub(super) fn run<D: Math>(
         moa_core::write_atomic(path, &session.save()?)?;
     }
     let slot_bytes = context.cache.slot_bytes(chosen.plan.shape().head_dim);
-    let plan = model.model.config().windowed(&chosen.plan)?;
-    let kv_bytes = plan.kv_bytes(capacity, slot_bytes);
-    let dense = model.model.dense_bytes(capacity)?;
+    // Of all GPUs that share the model.
+    let bytes_of = |plan: &Plan| -> Result<u64> {
+        Ok(model.model.config().windowed(plan)?.kv_bytes(capacity, slot_bytes))
+    };
+    let (kv_bytes, dense) = (bytes_of(&chosen.plan)?, bytes_of(&Plan::full(chosen.plan.shape())?)?);
     context.note(format_args!(
         "{}: KV cache for {capacity} tokens {} of {} dense ({}); {} tokens held",
         chosen.name,

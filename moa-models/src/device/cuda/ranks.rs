@@ -9,9 +9,9 @@ use crate::device::rank::{Brought, Communicator, PATIENCE, Rank, Wait};
 use crate::device::thread_rank::ThreadRank;
 use crate::{Error, Result};
 
-/// One of several GPUs that share a model and add up over NCCL, each worked with by a thread of its own. Where they read
-/// each other's memory and the environment variable `MOA_PEER_BYTES` says up to how many bytes, they add up small tensors
-/// by that ([`PeerSums`]). Without it NCCL adds up all: the other way has not run on several GPUs yet.
+/// One of several GPUs that share a model and add up over NCCL, each worked with by a thread of its own. Where they write
+/// into each other's memory, they add up small tensors by that ([`PeerSums`]): those of which the others get at most 256 KiB
+/// together, or as many bytes as the environment variable `MOA_PEER_BYTES` says, or [`with_peer_bytes`](Self::with_peer_bytes).
 ///
 /// A GPU that waits for another one's part of a sum would wait for ever if that rank is gone or hangs. So the host
 /// watches its waits: it gives up once a rank has failed, or once a rank is behind it and has not moved for longer
@@ -51,10 +51,13 @@ impl Joined {
     }
 }
 
-/// Bytes that other GPUs read of a small sum at most, as the environment says, or 0.
+/// Bytes that a GPU sends of a small sum at most, where nothing else is said: up to there it is faster than NCCL and a norm.
+const PEER_BYTES: usize = 1 << 18;
+
+/// Those that the environment says, or [`PEER_BYTES`].
 fn peer_bytes() -> usize {
     let said = std::env::var("MOA_PEER_BYTES").ok();
-    said.and_then(|bytes| bytes.parse().ok()).unwrap_or(0)
+    said.and_then(|bytes| bytes.parse().ok()).unwrap_or(PEER_BYTES)
 }
 
 /// How long a rank that fails leaves it to the others to give up their sums.
@@ -147,6 +150,14 @@ impl NcclRank {
         Ok(Self { id, rank, ranks, threads, own, joined, progress, silent, peer_bytes })
     }
 
+    /// Adds up tensors without NCCL of which a GPU sends at most so many bytes to all others; 0 for none. The same on all
+    /// ranks.
+    #[must_use]
+    pub fn with_peer_bytes(mut self, bytes: usize) -> Self {
+        self.peer_bytes = bytes;
+        self
+    }
+
     /// Joins the group, once all ranks do: to be called before memory is measured, as NCCL takes some.
     /// The first sum calls it otherwise. The waits for the device are watched from then on.
     ///
@@ -181,7 +192,7 @@ impl NcclRank {
             return Ok(None);
         }
         let gpu = device.gpu();
-        let own = Arc::new(PeerBuffer::new(gpu)?);
+        let own = Arc::new(PeerBuffer::new(gpu, self.ranks)?);
         let all = self.threads.gather(own, Wait::Step)?;
         let buffers = all.iter().map(|own| Arc::clone(own).downcast::<PeerBuffer>());
         let buffers: Vec<_> = buffers.filter_map(std::result::Result::ok).collect();
@@ -200,8 +211,8 @@ impl NcclRank {
     /// How small tensors are added up, if this one is.
     fn small<'a>(&self, joined: &'a Joined, x: &Tensor) -> Option<&'a PeerSums> {
         let bytes = x.shape().iter().product::<usize>().saturating_mul(size_of::<f32>());
-        let read = bytes.saturating_mul(self.ranks - 1);
-        joined.peers.as_deref().filter(|peers| read <= self.peer_bytes && peers.fits(x))
+        let sent = bytes.saturating_mul(self.ranks - 1);
+        joined.peers.as_deref().filter(|peers| sent <= self.peer_bytes && peers.fits(x))
     }
 
     /// Has the waits for the device watched, which holds what is watched: no more than it needs.
