@@ -108,7 +108,8 @@ impl<D: Math> Decoder<D> {
     }
 
     /// Rotates queries and keys, appends keys ([less their mean](crate::decoder::key_means) where the cache has
-    /// keys of 4 bits) and values to each cache of `batch`, and attends as `layer` does; with `lse` also the log-sum-exp of each row of scores.
+    /// keys of 4 bits) and values to each cache of `batch`, and attends as `layer` does; with `lse` also the
+    /// log-sum-exp of each row of scores.
     pub(crate) fn extend(
         &self,
         layer: &Layer<D>,

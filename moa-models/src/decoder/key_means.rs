@@ -20,7 +20,7 @@ use crate::decoder::layer::Layer;
 use crate::decoder::model::Decoder;
 use crate::device::{Device, Math};
 
-/// Tokens of which the mean is taken: as good as that of four times as many.
+/// Tokens of which the mean is taken.
 const TOKENS: usize = 256;
 
 /// What is added to rotated keys before they go into caches.
@@ -132,7 +132,11 @@ impl<D: Math> Decoder<D> {
             }
             let count = tokens.saturating_sub(1).max(1) as f64;
             let mut shifts = vec![0.0; 2 * width];
-            shifts[width..].iter_mut().zip(&mean).for_each(|(to, sum)| *to = (-sum / count) as f32);
+            for (to, sum) in shifts[width..].iter_mut().zip(&mean) {
+                let shift = (-sum / count) as f32;
+                // What overflows for random tokens need not do so for text.
+                *to = if shift.is_finite() { shift } else { 0.0 };
+            }
             all.extend(shifts[width..].iter().flat_map(|x| x.to_le_bytes()));
             layers.push(device.tensor(shifts, &[2, heads, dim])?);
             let layout = plan.layout(index, tokens, 0)?.with_cache_types(&vec![wide; heads])?;
