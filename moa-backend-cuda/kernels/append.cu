@@ -49,6 +49,11 @@ extern "C" __global__ void __launch_bounds__(256) append(const __grid_constant__
             turn2(a.x, b.x, low);
             turn2(a.y, b.y, high);
         }
+        if (is_key && args.key_shift != nullptr) {
+            const float* const shift = args.key_shift + head * HEAD_DIM;
+            add4(a, *(const float4*)(shift + first));
+            add4(b, *(const float4*)(shift + second));
+        }
     }
     auto write = [&](u16* to) {
         *(uint2*)(to + first) = a;

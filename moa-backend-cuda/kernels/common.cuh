@@ -38,6 +38,12 @@ __device__ __forceinline__ void turn2(u32& x, u32& y, const float4& turns) {
     y = pack2(fmaf(b.x, turns.x, a.x * turns.y), fmaf(b.y, turns.z, a.y * turns.w));
 }
 
+// Adds to four neighbouring elements.
+__device__ __forceinline__ void add4(uint2& x, const float4& y) {
+    const float2 a = unpack2(x.x), b = unpack2(x.y);
+    x = make_uint2(pack2(a.x + y.x, a.y + y.y), pack2(b.x + y.z, b.y + y.w));
+}
+
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -92,6 +92,16 @@ extern "C" __global__ void __launch_bounds__(256) append_narrow(const __grid_con
                     words[i] = pack2(__fmaf_rn(x.x, angle.x, lower ? -a : a), __fmaf_rn(x.y, angle.z, lower ? -b : b));
                 }
             }
+            if (is_key && args.key_shift != nullptr) {
+                const float4* const shift = (const float4*)(args.key_shift + head * HEAD_DIM + lane * 8);
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    uint2 four = make_uint2(words[2 * i], words[2 * i + 1]);
+                    add4(four, shift[i]);
+                    words[2 * i] = four.x;
+                    words[2 * i + 1] = four.y;
+                }
+            }
         }
     }
     const uint4 all = make_uint4(words[0], words[1], words[2], words[3]);

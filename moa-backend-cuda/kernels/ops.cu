@@ -77,6 +77,22 @@ extern "C" __global__ void __launch_bounds__(256) add(const __grid_constant__ Op
     store8((float*)args.out + row * args.out_stride + i, x);
 }
 
+// out += x[ids]; x f32, out f32 (flag) or element.
+extern "C" __global__ void __launch_bounds__(256) add_rows(const __grid_constant__ OpArgs args) {
+    start();
+    FOR_EIGHT(i)
+    const Eight y = load8((const float*)args.x + args.ids[row] * args.x_stride + i);
+    const i64 at = row * args.out_stride + i;
+    Eight x = args.flag ? load8((const float*)args.out + at) : load8((const u16*)args.out + at);
+#pragma unroll
+    for (int n = 0; n < 8; n++) x.x[n] += y.x[n];
+    if (args.flag) {
+        store8((float*)args.out + at, x);
+    } else {
+        store8((u16*)args.out + at, x);
+    }
+}
+
 // out += w, one bias per column; out f32 (flag) or element.
 extern "C" __global__ void __launch_bounds__(256) add_bias(const __grid_constant__ OpArgs args) {
     start();

@@ -119,6 +119,7 @@ struct AppendArgs {
     const Head* wide_heads;
     i64 wide_k;
     i64 wide_v;
+    const float* key_shift;       // [kv_heads, HEAD_DIM], added to keys that were rotated; or null
 };
 
 // Copies of what the new tokens' queries see of narrow heads, rounded and of the tensors' type: a cache whose

@@ -67,6 +67,9 @@ pub struct Rope {
     /// Whether nobody reads these two places afterwards: steps of one token a sequence then rotate in registers, and
     /// may leave the places as they are.
     pub scratch: bool,
+    /// f32 `[kv_heads, head_dim]` that is added to rotated keys, as softmax does not see a vector that all keys of a
+    /// head have in common; or 0.
+    pub key_shift: DevicePointer,
 }
 
 /// One layer's attention of a batch, planned on the host and run as often as wanted: `prepare`
@@ -305,7 +308,9 @@ impl Step {
     /// Whether the kernels of attention write the new tokens into the caches, and rotate: where each sequence has one,
     /// all heads are plain, and nobody wants what is rotated.
     fn appends_in_attention(&self, tensors: &Tensors) -> Result<bool> {
-        let rotates = tensors.rope.is_none_or(|rope| rope.scratch && !rope.interleaved);
+        let rotates = tensors
+            .rope
+            .is_none_or(|rope| rope.scratch && !rope.interleaved && rope.key_shift == 0);
         Ok(rotates && self.are_plain_tokens()? && tensors.k.data != 0 && tensors.v.data != 0)
     }
 
@@ -655,6 +660,7 @@ impl Step {
             wide_heads,
             wide_k,
             wide_v,
+            key_shift: tensors.rope.map_or(0, |rope| rope.key_shift),
         };
         // Sequences with narrow heads are no neighbours of others here.
         let is_narrow = self.schedule.narrow[places.start] != Narrow::None;

@@ -179,6 +179,8 @@ pub struct AppendArgs {
     pub wide_k: DevicePointer,
     /// Where copies of new values go.
     pub wide_v: DevicePointer,
+    /// f32 `[kv_heads, head_dim]` that is added to rotated keys, or 0.
+    pub key_shift: DevicePointer,
 }
 
 /// Arguments of `widen`: copies of what new tokens see of narrow heads.
@@ -244,7 +246,7 @@ const _: () = {
     assert!(size_of::<HeadRow>() == 20);
     assert!(size_of::<NarrowRow>() == 32);
     assert!(size_of::<ExtendArgs>() == 248);
-    assert!(size_of::<AppendArgs>() == 208);
+    assert!(size_of::<AppendArgs>() == 216);
     assert!(size_of::<WidenArgs>() == 64);
 };
 

@@ -120,6 +120,27 @@ impl Operations {
         Ok(x)
     }
 
+    /// `x[row] + table[places[row]]` for each row of `x`; `table` is f32, its rows have as many elements.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if a shape does not fit or a place does not exist, [`Error::OutOfMemory`],
+    /// [`Error::Driver`].
+    pub fn add_rows(&self, x: Tensor, table: &Tensor, places: &[usize]) -> Result<Tensor> {
+        const OP: &str = "add_rows";
+        self.check_rows(OP, "x", &x)?;
+        self.check_rows(OP, "table", table)?;
+        check_dtype(OP, "table", table, Dtype::F32)?;
+        let expected = [&[places.len()], &table.shape()[1..]].concat();
+        check_shape(OP, "x", &x, &expected)?;
+        let places = self.indices(places.iter().copied(), table.shape()[0])?;
+        let x = x.into_unique()?;
+        let flag = i32::from(x.dtype() == Dtype::F32);
+        let args = OpArgs { ids: places.pointer(), flag, ..shaped(&x).with_x(table) };
+        // SAFETY: the shapes are checked, every place exists; all of it is on the device's stream.
+        unsafe { self.kernels.by_elements("add_rows", 8, &args) }?;
+        Ok(x)
+    }
+
     /// Rotates each head of `[tokens, heads, head_dim]` (half-split layout); `turns` holds a pair
     /// (cos, sin) for each token and dimension pair, f32 `[tokens, head_dim]`. `inverse` rotates
     /// back, which is also the gradient.

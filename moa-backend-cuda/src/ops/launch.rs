@@ -35,12 +35,13 @@ pub(crate) struct OpArgs {
 const _: () = assert!(size_of::<OpArgs>() == 80);
 
 /// Names of the kernels of a forward pass.
-pub(crate) const FORWARD: [&str; 11] = [
+pub(crate) const FORWARD: [&str; 12] = [
     "rms_norm",
     "embed",
     "rows",
     "swiglu",
     "add",
+    "add_rows",
     "add_bias",
     "cast",
     "rope",

@@ -100,6 +100,7 @@ fn rope_in_the_append_equals_rope_before_it() -> Verdict {
                 q: q_rotated.packed(),
                 k: k_rotated.packed(),
                 scratch: at > 200,
+                key_shift: 0,
             };
             let io = io(&inputs[0], &inputs[1], &v, &out, world.scale());
             let io = Tensors { rope: Some(rope), ..io };

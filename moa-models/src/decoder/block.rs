@@ -107,8 +107,9 @@ impl<D: Math> Decoder<D> {
         }
     }
 
-    /// Rotates queries and keys, appends keys and values to each cache of `batch`, and attends as `layer` does;
-    /// with `lse` also the log-sum-exp of each row of scores.
+    /// Rotates queries and keys, appends keys ([less their mean](crate::decoder::key_means) where the cache has
+    /// keys of 4 bits) and values to each cache of `batch`, and attends as `layer` does; with `lse` also the
+    /// log-sum-exp of each row of scores.
     pub(crate) fn extend(
         &self,
         layer: &Layer<D>,
@@ -119,6 +120,8 @@ impl<D: Math> Decoder<D> {
         lse: bool,
     ) -> Result<Extended<D::Tensor>> {
         let [q, k] = self.rotated(layer, q, k, rotations)?;
+        // Log-sum-exps are those of the keys as they are.
+        let k = if lse { k } else { self.centred(layer, batch, k)? };
         let inputs = ExtendInputs { lse, ..ExtendInputs::new(&q, &k, &v, self.scale()) };
         attention.extend(batch, &inputs).map_err(Into::into)
     }

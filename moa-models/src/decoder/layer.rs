@@ -14,6 +14,8 @@ pub(crate) struct Linear<D: Device> {
 
 /// The weights of one layer, or of one device's part of it.
 pub(crate) struct Layer<D: Device> {
+    /// How many layers come before it.
+    pub(crate) index: usize,
     pub(crate) kind: LayerKind,
     pub(crate) attention_norm: D::Vector,
     /// Queries, keys, values.
@@ -71,6 +73,7 @@ impl<D: Load> Layer<D> {
             Rows::of([(&names.query, q), (&names.key, kv), (&names.value, kv)]);
         let [gate, up] = Rows::of([(&names.gate, inner), (&names.up, inner)]);
         Ok(Self {
+            index,
             kind: c.layer_kind(index),
             attention_norm: device.vector(norm(&names.attention_norm, hidden)?)?,
             qkv: device.join(vec![

@@ -5,6 +5,7 @@ mod block_savings;
 pub(crate) mod config;
 pub(crate) mod forward;
 pub(crate) mod frequencies;
+pub(crate) mod key_means;
 pub(crate) mod layer;
 pub(crate) mod logits;
 pub(crate) mod model;

@@ -1,4 +1,5 @@
 use std::cell::Cell;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use moa_core::{BlockType, ModelShape};
@@ -8,6 +9,7 @@ use crate::checkpoint::mapped::MappedTensor;
 use crate::checkpoint::safetensors::Tensors;
 use crate::decoder::block_savings::BlockSavings;
 use crate::decoder::config::ModelConfig;
+use crate::decoder::key_means::KeyMeans;
 use crate::decoder::layer::{Layer, LayerPart};
 use crate::decoder::shard::Shard;
 use crate::device::{Device, Math};
@@ -33,6 +35,8 @@ pub struct Decoder<D: Device> {
     pub(crate) shard: Option<Shard<D>>,
     /// Dimensions of what is here.
     pub(crate) local: ModelShape,
+    /// Once a sequence has needed them.
+    pub(crate) key_means: OnceLock<KeyMeans<D>>,
 }
 
 impl<D: Device> std::fmt::Debug for Decoder<D> {
@@ -108,6 +112,7 @@ impl<D: Math> Decoder<D> {
             block_savings,
             shard,
             local,
+            key_means: OnceLock::new(),
         })
     }
 

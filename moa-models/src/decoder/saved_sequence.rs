@@ -34,6 +34,9 @@ struct Header {
     /// Roles and contents of a conversation, where it is one.
     messages: Vec<(String, String)>,
     layers: Vec<CacheState>,
+    /// Fingerprint of the mean keys that keys of 4 bits are less.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    key_means: Option<String>,
     /// Bytes of each layer's cache.
     bytes: Vec<u64>,
 }
@@ -132,6 +135,7 @@ impl<D: Math> Decoder<D> {
             tokens: tokens.to_vec(),
             messages,
             layers: sequence.caches.iter().map(|cache| cache.as_ref().clone()).collect(),
+            key_means: self.key_means_of(sequence.caches.iter().map(|cache| cache.as_ref()))?,
             bytes: caches.iter().map(|cache| cache.len() as u64).collect(),
         };
         let header = serde_json::to_vec(&header).map_err(|e| wrong("header", "JSON", e))?;
@@ -174,6 +178,11 @@ impl<D: Math> Decoder<D> {
             return Err(wrong("little_endian", little, header.little_endian));
         }
         self.check_layers(plan, &header)?;
+        let means = self.key_means_of(header.layers.iter())?;
+        if header.key_means != means {
+            let text = |means: Option<String>| means.unwrap_or_else(|| "none".to_owned());
+            return Err(wrong("key_means", text(means), text(header.key_means)));
+        }
         self.check_tokens(&header.tokens)?;
         let mut caches = Vec::with_capacity(header.layers.len());
         for (layer, size) in header.bytes.into_iter().enumerate() {

@@ -394,6 +394,16 @@ impl<D: Math> Decoder<D> {
     /// A replay of so many tokens for each sequence, if the device records steps.
     fn record(&self, sequences: &[Sequence<D>], tokens: usize) -> Result<Option<Recorded<D>>> {
         let Some(first) = sequences.first() else { return Ok(None) };
+        let mut key_shifts = Vec::with_capacity(self.layers.len());
+        for (index, layer) in self.layers.iter().enumerate() {
+            let caches = sequences.iter().map(|sequence| &sequence.caches[index]);
+            key_shifts.push(match self.key_shifts(index, caches)? {
+                None => None,
+                // Keys of some sequences are less their mean and those of others are not.
+                Some((_, places)) if !layer.kind.rotary || places.contains(&0) => return Ok(None),
+                Some((table, _)) => Some(table),
+            });
+        }
         let of_layer = |layer| sequences.iter().map(|s| &s.caches[layer]).collect();
         let batch = ReplayBatch {
             caches: (0..self.layers.len()).map(of_layer).collect(),
@@ -403,6 +413,7 @@ impl<D: Math> Decoder<D> {
             scale: self.scale(),
             rope: &first.rope,
             rotary: self.layers.iter().map(|layer| layer.kind.rotary).collect(),
+            key_shifts,
             capacity: sequences.iter().map(Sequence::capacity).max().unwrap_or(0),
             vocab_size: self.config.vocab_size,
         };

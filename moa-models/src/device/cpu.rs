@@ -146,6 +146,10 @@ impl Device for Cpu {
         }
     }
 
+    fn centring_cache_type(&self) -> Option<CacheType> {
+        Some(self.attention.cache_type())
+    }
+
     fn saved_cache_type(&self) -> Option<String> {
         Some(format!("cpu {}", self.attention.cache_type()))
     }

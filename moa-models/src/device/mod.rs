@@ -13,7 +13,7 @@ pub(crate) mod wgpu;
 
 use std::ops::Range;
 
-use moa_core::{BlockType, CacheState, SparseAttentionBackend};
+use moa_core::{BlockType, CacheState, CacheType, SparseAttentionBackend};
 
 use crate::checkpoint::mapped::MappedTensor;
 use crate::decoder::block::parts;
@@ -75,6 +75,12 @@ pub trait Device: Send + Sync {
 
     /// The device's attention backend.
     fn attention(&self) -> &Self::Attention;
+
+    /// The cache type of KV heads whose plan says none, on a device on which keys of 4 bits are stored less their mean;
+    /// `None` on others.
+    fn centring_cache_type(&self) -> Option<CacheType> {
+        None
+    }
 
     /// Checks that the device has `bytes` more, before they are taken piece by piece for `what`.
     ///
@@ -409,6 +415,21 @@ pub trait Math: Load {
         rotations: &Self::Rotations,
         inverse: bool,
     ) -> Result<Self::Tensor>;
+
+    /// `x[row] + table[places[row]]` for each row of keys `[tokens, heads, head_dim]`; `table` is a
+    /// [`tensor`](Device::tensor) of rows of as many elements.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] or [`Error::Backend`] with the place that `table` does not have; those of
+    /// [every operation](Math#errors-of-every-operation).
+    fn add_rows(
+        &self,
+        x: Self::Tensor,
+        table: &Self::Tensor,
+        places: &[usize],
+    ) -> Result<Self::Tensor> {
+        self.add(x, &self.rows(table, places)?)
+    }
 
     /// The same values under another shape.
     ///

@@ -27,6 +27,9 @@ pub struct ReplayBatch<'a, D: Device> {
     pub rope: &'a RopeTable,
     /// Whether queries and keys of a layer are rotated, for each layer.
     pub rotary: Vec<bool>,
+    /// What is added to rotated keys of a layer, the second row of a table `[2, kv_heads, head_dim]`; for each layer, all
+    /// of whose sequences then have it. Only layers that rotate have one.
+    pub key_shifts: Vec<Option<&'a D::Tensor>>,
     /// Most tokens that a sequence may hold.
     pub capacity: usize,
     /// Tokens of the vocabulary.

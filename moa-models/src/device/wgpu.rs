@@ -80,6 +80,10 @@ impl Device for Wgpu {
         &self.attention
     }
 
+    fn centring_cache_type(&self) -> Option<CacheType> {
+        Some(self.attention.cache_type())
+    }
+
     fn saved_cache_type(&self) -> Option<String> {
         Some(format!("wgpu {}", self.attention.cache_type()))
     }

@@ -47,7 +47,12 @@ fn heads_of_narrow_types_give_what_the_cpu_gives() -> Verdict {
 }
 
 fn replayed_steps_are_single_steps() -> Verdict {
-    for (wide, own) in [(Dtype::F16, CacheType::K8V4), (Dtype::Bf16, CacheType::Int8)] {
+    for (wide, own) in [
+        (Dtype::F16, CacheType::K8V4),
+        (Dtype::Bf16, CacheType::Int8),
+        (Dtype::Bf16, CacheType::Int4),
+        (Dtype::F16, CacheType::Int4),
+    ] {
         let gpu = Checkpoint::open(open(wide)?.with_cache_type(own)?, moa_tiny())?;
         decoder_equals_steps(&gpu.model);
     }

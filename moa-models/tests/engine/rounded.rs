@@ -5,8 +5,8 @@ use std::sync::{Arc, LazyLock};
 
 use moa_core::{CacheType, Plan};
 use moa_models::{
-    Checkpoint, Cpu, Decoder, Engine, EngineOptions, Event, GenerateOptions, RequestId, Result,
-    SamplingOptions, Speculation,
+    Checkpoint, Cpu, Decoder, Engine, EngineOptions, Event, GenerateOptions, LogitRows, RequestId,
+    Result, SamplingOptions, Speculation,
 };
 
 use crate::{full, greedy, moa_tiny, narrow, text};
@@ -88,5 +88,33 @@ fn guesses_change_no_bit() -> Result<()> {
         }
     }
     assert!(checked > 30, "{checked}");
+    Ok(())
+}
+
+/// Mean KL divergence of the next token's distribution after each of these tokens from that of f32 caches.
+fn divergence(model: &Decoder<Cpu>, tokens: &[u32]) -> Result<f64> {
+    let own = Checkpoint::open(Cpu::new(CacheType::F32), moa_tiny())?.model;
+    let rows: Vec<usize> = (0..tokens.len()).collect();
+    let log_probabilities = |model: &Decoder<Cpu>| {
+        let mut sequence = model.open(&full(), tokens.len(), 0)?;
+        let logits = model.forward(&mut [&mut sequence], &[tokens], LogitRows::Rows(&rows))?;
+        let row = |row: &[f32]| {
+            let sum: f64 = row.iter().map(|x| f64::from(*x).exp()).sum();
+            row.iter().map(|x| f64::from(*x) - sum.ln()).collect::<Vec<_>>()
+        };
+        let vocab_size = model.config().vocab_size;
+        Ok::<_, moa_models::Error>(logits.into_data().chunks(vocab_size).flat_map(row).collect())
+    };
+    let (exact, rounded): (Vec<f64>, Vec<f64>) =
+        (log_probabilities(&own)?, log_probabilities(model)?);
+    let sum: f64 = exact.iter().zip(&rounded).map(|(p, q)| p.exp() * (p - q)).sum();
+    Ok(sum / tokens.len() as f64)
+}
+
+#[test]
+fn keys_of_4_bits_are_stored_less_their_mean() -> Result<()> {
+    let model = Checkpoint::open(Cpu::new(CacheType::Int4), moa_tiny())?.model;
+    let lost = divergence(&model, &text(100))?;
+    assert!(lost < 0.014, "{lost}");
     Ok(())
 }

@@ -3,6 +3,7 @@
 use moa_core::{CacheType, Dtype, Plan};
 use moa_models::{
     ChatSession, Checkpoint, Cpu, Decoder, EngineOptions, Error, LogitRows, Result, Sequence,
+    fingerprint,
 };
 
 use crate::{checkpoint, full, greedy, moa_tiny, narrow, read, step, text, tiny};
@@ -164,5 +165,26 @@ fn a_plan_of_other_types_is_refused() -> Result<()> {
         told.sort();
         assert_eq!(told, ["f32", "the device's cache type"]);
     }
+    Ok(())
+}
+
+#[test]
+fn keys_less_another_mean_are_refused() -> Result<()> {
+    let model = Checkpoint::open(Cpu::new(CacheType::Int4), moa_tiny())?.model;
+    let text = text(20);
+    let mut sequence = model.open(&narrow(), 100, 0)?;
+    model.prefill(&mut sequence, &text, 64)?;
+    let mut bytes = model.save_sequence(&sequence, &text)?;
+    let name = b"\"key_means\":\"";
+    let found = bytes.windows(name.len()).position(|part| part == name);
+    let digit = &mut bytes[found.expect("keys of 4 bits have a mean") + name.len()];
+    *digit = if *digit == b'0' { b'1' } else { b'0' };
+    let data = bytes.len() - 16;
+    let checksum = fingerprint(&bytes[..data]);
+    bytes[data..].copy_from_slice(checksum.as_bytes());
+    let Err(Error::SavedSequence { place, .. }) = model.restore_sequence(&narrow(), &bytes) else {
+        panic!("it was taken");
+    };
+    assert_eq!(place, "key_means");
     Ok(())
 }

@@ -149,6 +149,10 @@ impl Device for Cuda {
         }
     }
 
+    fn centring_cache_type(&self) -> Option<CacheType> {
+        Some(self.attention.cache_type())
+    }
+
     fn saved_cache_type(&self) -> Option<String> {
         Some(format!("cuda {}", self.attention.cache_type()))
     }
@@ -374,6 +378,10 @@ impl Math for Cuda {
 
     fn add(&self, x: Tensor, y: &Tensor) -> Result<Tensor> {
         Ok(self.operations.add(x, y)?)
+    }
+
+    fn add_rows(&self, x: Tensor, table: &Tensor, places: &[usize]) -> Result<Tensor> {
+        Ok(self.operations.add_rows(x, table, places)?)
     }
 
     fn rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {

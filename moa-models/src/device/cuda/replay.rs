@@ -23,6 +23,8 @@ pub(super) struct Recorded {
     layers: Vec<Step>,
     /// Whether a layer's queries and keys are rotated.
     rotary: Vec<bool>,
+    /// Where what is added to a layer's rotated keys lies, or 0.
+    key_shifts: Vec<u64>,
     workspace: Workspace,
     /// New tokens of each sequence.
     tokens: usize,
@@ -74,6 +76,11 @@ impl Recorded {
             // SAFETY: the inputs live as long as the layers, and `run` puts the lengths there.
             unsafe { layer.read_lengths_at(lengths.pointer()) }?;
         }
+        // The second row of a table.
+        let shift = |table: &Tensor| {
+            let row = table.shape()[1..].iter().product::<usize>();
+            table.pointer() + (row * size_of::<f32>()) as u64
+        };
         Ok(Self {
             graph: None,
             arena: Arena::new(),
@@ -88,6 +95,7 @@ impl Recorded {
             likeliest: operations.indices(zeros(rows), 1)?,
             layers,
             rotary: batch.rotary.clone(),
+            key_shifts: batch.key_shifts.iter().map(|table| table.map_or(0, shift)).collect(),
             workspace,
             heads: [batch.query_heads, kv_heads, kv_heads],
             head_dim: batch.head_dim,
@@ -153,7 +161,8 @@ impl Replay<Cuda> for Recorded {
         let [q, k, v] = qkv;
         let out = Tensor::empty(device.gpu(), q.shape(), device.dtype())?;
         let (q, k) = (q.packed(), k.packed());
-        let rope = || Rope { table: self.table.pointer(), interleaved: false, q, k, scratch: true };
+        let (table, key_shift) = (self.table.pointer(), self.key_shifts[layer]);
+        let rope = || Rope { table, interleaved: false, q, k, scratch: true, key_shift };
         let tensors = Tensors {
             q,
             k,
