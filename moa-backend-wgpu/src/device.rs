@@ -130,12 +130,12 @@ impl Device {
             true => client.properties().hardware.plane_size_min as usize,
             false => 0,
         };
-        // WGSL has no way from a word to two halves.
+        // WGSL has no way from a word to two halves, and CUDA C++ takes no words for a matrix of halves.
+        let spirv = client.name() == "wgpu<spirv>" && !refused;
         let f16 = ElemType::Float(FloatKind::F16);
-        let converts_f16 =
-            client.name() == "wgpu<spirv>" && features.supports_type(f16) && !refused;
+        let converts_f16 = spirv && features.supports_type(f16);
         let lost = Arc::default();
-        Self { client, plane_units, converts_f16, matrix_units: !refused, lost }
+        Self { client, plane_units, converts_f16, matrix_units: spirv, lost }
     }
 
     /// An NVIDIA GPU, counted from 0, over CUDA in place of wgpu: for GPUs that `moa-backend-cuda` does not know.

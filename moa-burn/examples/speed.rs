@@ -1,11 +1,12 @@
 //! moa's attention beside burn's own in one run: whole prompts, and steps of one token, by the wall clock.
 //!
 //! ```sh
-//! cargo run --release -p moa-burn --features burn/autotune --example speed -- [TOKENS..]
+//! cargo run --release -p moa-burn --features burn/autotune --example speed -- [DEVICE] [TOKENS..]
 //! ```
 //!
-//! `burn/autotune` lets burn choose its best kernel. With `cuda` or `cuda-cpp` among the features it is the first CUDA
-//! device. burn knows no grouped queries: it is given KV heads that are repeated already, in place of a cache.
+//! `burn/autotune` lets burn choose its best kernel. DEVICE is `wgpu`, or `cuda` with `cuda` or `cuda-cpp` among the
+//! features; burn's default one without. burn knows no grouped queries: it is given KV heads that are repeated
+//! already, in place of a cache.
 
 use std::error::Error;
 use std::time::Instant;
@@ -26,17 +27,19 @@ const ROUNDS: usize = 5;
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 fn main() -> Result<()> {
-    let mut lengths = Vec::new();
-    for length in std::env::args().skip(1) {
-        lengths.push(length.parse::<usize>()?);
+    let (mut lengths, mut device) = (Vec::new(), None);
+    for argument in std::env::args().skip(1) {
+        match &*argument {
+            "wgpu" => device = Some(Device::wgpu(Default::default())),
+            #[cfg(feature = "cuda")]
+            "cuda" => device = Some(Device::cuda(0)),
+            tokens => lengths.push(tokens.parse::<usize>()?),
+        }
     }
     if lengths.is_empty() {
         lengths = vec![1024, 2048, 4096, 8192];
     }
-    #[cfg(feature = "cuda")]
-    let device = Device::cuda(0);
-    #[cfg(not(feature = "cuda"))]
-    let device = Device::default();
+    let device = device.unwrap_or_default();
     println!("{device:?}; microseconds of a call, the best of {ROUNDS} times {CALLS}");
     for dtype in [FloatDType::F16, FloatDType::F32] {
         if !device.supports_dtype(dtype) {

@@ -58,8 +58,12 @@ impl Burn {
 
     /// Queries, keys and values that burn has queued and not computed, one of them with strides.
     fn inputs(&self, batch: usize) -> [Tensor<4>; 3] {
+        self.inputs_of(SHAPE, batch)
+    }
+
+    fn inputs_of(&self, shape: ModelShape, batch: usize) -> [Tensor<4>; 3] {
         let [q, k, v] = [(6, 31), (2, 37), (2, 41)]
-            .map(|(heads, by)| self.numbers([batch, TOKENS, heads, 16], by) * 2. + 0.1);
+            .map(|(heads, by)| self.numbers([batch, TOKENS, heads, shape.head_dim], by) * 2. + 0.1);
         [q.swap_dims(1, 2), k.swap_dims(1, 2), v.swap_dims(1, 2)]
     }
 }
@@ -106,9 +110,13 @@ impl Subject for Burn {
     }
 }
 
+fn is_cuda() -> bool {
+    cfg!(feature = "cuda") && std::env::var_os("MOA_BURN_CUDA").is_some()
+}
+
 fn device() -> Result<Device, Stop> {
     #[cfg(feature = "cuda")]
-    if std::env::var_os("MOA_BURN_CUDA").is_some() {
+    if is_cuda() {
         return Ok(Device::cuda(0));
     }
     // It says what is missing, where burn panics.
@@ -121,7 +129,7 @@ fn worst<const D: usize>(a: Tensor<D>, b: Tensor<D>) -> f32 {
     (a - b).abs().max().into_scalar()
 }
 
-/// burn's softmax with the plan's mask added to the scores.
+/// burn's softmax with the plan's mask added to the scores. Sums of products, as burn's matmul rounds f32 on tensor cores.
 fn masked(t: &Burn, plan: &Plan, layer: usize, [q, k, v]: [Tensor<4>; 3]) -> Tensor<4> {
     let [batch, heads, tokens, dim] = q.dims();
     let mask = plan.additive_mask(layer, TOKENS, 0..tokens).unwrap();
@@ -130,11 +138,14 @@ fn masked(t: &Burn, plan: &Plan, layer: usize, [q, k, v]: [Tensor<4>; 3]) -> Ten
     let mask = Tensor::<5>::from_data(mask, &t.device).repeat_dim(2, SHAPE.group());
     let repeat = |x: Tensor<4>| {
         let x = x.reshape([batch, SHAPE.kv_heads, 1, tokens, dim]).repeat_dim(2, SHAPE.group());
-        x.reshape([batch, heads, tokens, dim])
+        x.reshape([batch, heads, 1, tokens, dim])
     };
-    let scores = q.matmul(repeat(k).swap_dims(2, 3)) * 0.25;
+    let scores = (q.reshape([batch, heads, tokens, 1, dim]) * repeat(k)).sum_dim(4) * 0.25;
+    let scores = scores.reshape([batch, heads, tokens, tokens]);
     let scores = scores + mask.reshape([1, heads, tokens, tokens]);
-    burn::tensor::activation::softmax(scores, 3).matmul(repeat(v))
+    let weights = burn::tensor::activation::softmax(scores, 3);
+    let sums = (weights.reshape([batch, heads, tokens, tokens, 1]) * repeat(v)).sum_dim(3);
+    sums.reshape([batch, heads, tokens, dim])
 }
 
 /// Chunks after the first depend on nothing that burn sees: its queue must not put them in another order.
@@ -178,7 +189,8 @@ fn a_llama_block_with_a_dense_plan_is_burns_own() -> Verdict {
         worst(Tensor::cat(outputs, 1), expected.clone())
     };
     let (dense, quarter) = (with(&Plan::full(shape).unwrap()), with(&quarter));
-    assert!(dense < 1e-4, "{dense}");
+    // burn's own attention and linear layers round f32 on tensor cores.
+    assert!(dense < if is_cuda() { 5e-3 } else { 1e-4 }, "{dense}");
     assert!(quarter > 10. * dense.max(1e-6), "{quarter}");
     Ok(())
 }
@@ -189,14 +201,19 @@ fn sixteen_bits_come_and_go() -> Verdict {
         return Err(Stop::ignored("this device has no f16"));
     }
     let attention = SparseAttention::new(&t.device, DType::F16).unwrap();
-    let plan = Plan::retrieval_heads(SHAPE, 3, 17, &[(0, 1)]).unwrap();
-    let inputs = t.inputs(1);
-    let [q, k, v] = inputs.clone().map(|x| x.cast(FloatDType::F16));
-    let mut caches = attention.open(&plan, TOKENS).unwrap();
-    let out = attention.forward(&mut [&mut caches[0]], q, k, v, 0.25).unwrap();
-    assert_eq!(out.dtype(), DType::F16);
-    let worst = worst(out.cast(FloatDType::F32), masked(&t, &plan, 0, inputs));
-    assert!(worst < 0.05, "{worst}");
+    // Matrix units, which software drivers lack and take a minute to do without, are for 64.
+    let head_dims = if is_cuda() { vec![16, 64] } else { vec![16] };
+    for head_dim in head_dims {
+        let shape = ModelShape { head_dim, ..SHAPE };
+        let plan = Plan::retrieval_heads(shape, 3, 17, &[(0, 1)]).unwrap();
+        let inputs = t.inputs_of(shape, 1);
+        let [q, k, v] = inputs.clone().map(|x| x.cast(FloatDType::F16));
+        let mut caches = attention.open(&plan, TOKENS).unwrap();
+        let out = attention.forward(&mut [&mut caches[0]], q, k, v, 0.25).unwrap();
+        assert_eq!(out.dtype(), DType::F16);
+        let worst = worst(out.cast(FloatDType::F32), masked(&t, &plan, 0, inputs));
+        assert!(worst < 0.05, "{head_dim}: {worst}");
+    }
     Ok(())
 }
 

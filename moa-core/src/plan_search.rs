@@ -236,32 +236,7 @@ impl PlanRequest {
         lengths: &[usize],
         losses: Vec<f64>,
     ) -> Result<FoundPlans> {
-        let mut sizes = density_sizes(&self.candidates, &self.bounds, self.min_span);
-        let mut bounds = self.bounds.clone();
-        if let Some(CostBound { share, curve }) = &self.decode_time {
-            for Bound { length, .. } in &self.bounds {
-                let cost = |rule: &ElasticRule| curve.at(rule.span(*length, self.min_span));
-                sizes.extend(self.candidates.iter().map(|r| cost(r) / curve.at(*length)));
-                bounds.push(Bound { length: *length, max: *share, min: None });
-            }
-        }
-        // Windows make heads of different sizes, so that no number of them fills the bound.
-        if self.space == Space::Duo && self.windows.iter().all(Option::is_none) {
-            fill(&mut bounds, &sizes, shape.total_kv_heads());
-        }
-        let problem = Problem::new(
-            shape.layers,
-            shape.kv_heads,
-            self.candidates.clone(),
-            lengths.to_vec(),
-            losses,
-            bounds,
-            sizes,
-        )?;
-        let problem = match self.windows.is_empty() {
-            true => problem,
-            false => problem.with_layer_sizes(self.layer_sizes(shape.layers)?)?,
-        };
+        let problem = self.problem(shape, lengths, losses)?;
         let set = solve(&problem, &self.solver)?;
         let bounded = self.bounds.iter().map(|bound| bound.length);
         let shortest = lengths.iter().copied().chain(bounded).min().unwrap_or(0);
@@ -289,6 +264,46 @@ impl PlanRequest {
             Ok(plan)
         });
         Ok(FoundPlans { plans: plans.collect::<Result<_>>()?, set })
+    }
+
+    /// Checks that each bound can be met by itself, for which nothing has to be profiled: what is too small for
+    /// the smallest spans of a model of this shape, or larger than what rules reach, is known before.
+    ///
+    /// # Errors
+    /// [`Error::Infeasible`] with what rules reach; [`Error::Invalid`] if there is not one window for each layer.
+    pub fn reachable(&self, shape: ModelShape) -> Result<()> {
+        let losses = vec![0.0; shape.total_kv_heads() * self.candidates.len()];
+        self.problem(shape, &[1], losses)?.reachable()
+    }
+
+    /// What [`search`](Self::search) solves.
+    fn problem(&self, shape: ModelShape, lengths: &[usize], losses: Vec<f64>) -> Result<Problem> {
+        let mut sizes = density_sizes(&self.candidates, &self.bounds, self.min_span);
+        let mut bounds = self.bounds.clone();
+        if let Some(CostBound { share, curve }) = &self.decode_time {
+            for Bound { length, .. } in &self.bounds {
+                let cost = |rule: &ElasticRule| curve.at(rule.span(*length, self.min_span));
+                sizes.extend(self.candidates.iter().map(|r| cost(r) / curve.at(*length)));
+                bounds.push(Bound { length: *length, max: *share, min: None });
+            }
+        }
+        // Windows make heads of different sizes, so that no number of them fills the bound.
+        if self.space == Space::Duo && self.windows.iter().all(Option::is_none) {
+            fill(&mut bounds, &sizes, shape.total_kv_heads());
+        }
+        let problem = Problem::new(
+            shape.layers,
+            shape.kv_heads,
+            self.candidates.clone(),
+            lengths.to_vec(),
+            losses,
+            bounds,
+            sizes,
+        )?;
+        match self.windows.is_empty() {
+            true => Ok(problem),
+            false => problem.with_layer_sizes(self.layer_sizes(shape.layers)?),
+        }
     }
 
     /// Sizes of the bounds on density, then of those on decode time, `[bound][layer][candidate]`.

@@ -206,3 +206,28 @@ fn heads_are_charged_no_more_than_their_layers_window() -> Result<(), Error> {
     assert!(matches!(wrong, Err(Error::Invalid { .. })), "{wrong:?}");
     Ok(())
 }
+
+#[test]
+fn what_cannot_be_reached_is_known_without_a_profile() {
+    let request = |max: f64, windows: Vec<Option<usize>>| {
+        let bounds = vec![Bound { length: 4 * LENGTH, max: 1.0, min: None }, at_most(max)];
+        PlanRequest::bounded(bounds, 16, 32).unwrap().with_windows(windows)
+    };
+    let least = 32.0 / LENGTH as f64;
+    request(least, Vec::new()).reachable(SHAPE).unwrap();
+    let below = request(least * 0.99, Vec::new());
+    let error = below.reachable(SHAPE).unwrap_err();
+    assert!(matches!(error, Error::Infeasible { length: LENGTH, .. }), "{error}");
+    let searched = below.search_profile(&profile(&[1.0; 6]), &[LENGTH]).unwrap_err();
+    assert_eq!(searched.to_string(), error.to_string());
+
+    // A window of the model's is smaller than the smallest span, and a floor may be above all windows.
+    let narrow = vec![Some(16), None, None];
+    request(least * 0.99, narrow.clone()).reachable(SHAPE).unwrap();
+    let mut floor = request(1.0, narrow.clone());
+    floor.bounds[1].min = Some(0.7);
+    let error = floor.reachable(SHAPE).unwrap_err();
+    assert!(error.to_string().contains("0.7"), "{error}");
+    let error = request(1.0, narrow[1..].to_vec()).reachable(SHAPE).unwrap_err();
+    assert!(matches!(error, Error::Invalid { .. }), "{error}");
+}

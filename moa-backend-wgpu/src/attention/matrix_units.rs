@@ -10,7 +10,7 @@ use crate::kernels::blocks::{Blocks, CHUNK, PLANE, SIDE};
 /// weights in f16 and sum in f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub enum MatrixUnits {
-    /// Where the device has them and CubeCL reaches them: over Vulkan with the feature `vulkan`, and over CUDA.
+    /// Where the device has them and the kernel compiles for them: over Vulkan with the feature `vulkan`.
     #[default]
     WhereOffered,
     /// Nowhere: queries and weights stay in f32.

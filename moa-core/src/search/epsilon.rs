@@ -23,7 +23,7 @@ const AUGMENTATION: f64 = 1e-3;
 pub fn solve(problem: &Problem, options: &Options) -> Result<ParetoSet> {
     let begin = Instant::now();
     options.validate()?;
-    reachable(problem)?;
+    problem.reachable()?;
     let core = Core::new(problem, options);
     let front = Front::new(&core, options, begin);
 
@@ -176,33 +176,6 @@ impl<'a> Front<'a> {
         };
         cells.iter().filter_map(solution).collect()
     }
-}
-
-/// Whether each bound can be met by itself.
-fn reachable(problem: &Problem) -> Result<()> {
-    for (b, bound) in problem.bounds().iter().enumerate() {
-        let sizes = problem.sizes_at(b);
-        let layers = || sizes.chunks(problem.candidates().len());
-        let mean = |of: fn(f64, f64) -> f64, from: f64| {
-            let each = layers().map(|sizes| sizes.iter().copied().fold(from, of));
-            each.sum::<f64>() / problem.layers() as f64
-        };
-        let (least, most) = (mean(f64::min, f64::INFINITY), mean(f64::max, f64::NEG_INFINITY));
-        let reason = if least > bound.max {
-            format!(
-                "the smallest mean size that the candidates reach is {least}, at most {} is allowed",
-                bound.max
-            )
-        } else if let Some(min) = bound.min.filter(|&min| most < min) {
-            format!(
-                "the largest mean size that the candidates reach is {most}, at least {min} is asked for"
-            )
-        } else {
-            continue;
-        };
-        return Err(Error::Infeasible { length: bound.length, reason });
-    }
-    Ok(())
 }
 
 /// The error when bounds that can be met one by one cannot be met together.

@@ -128,6 +128,36 @@ impl Problem {
         Ok(self)
     }
 
+    /// Whether each bound can be met by itself, which losses have no part in.
+    ///
+    /// # Errors
+    /// [`Error::Infeasible`] with what candidates reach.
+    pub fn reachable(&self) -> Result<()> {
+        for (b, bound) in self.bounds.iter().enumerate() {
+            let sizes = self.sizes_at(b);
+            let layers = || sizes.chunks(self.candidates.len());
+            let mean = |of: fn(f64, f64) -> f64, from: f64| {
+                let each = layers().map(|sizes| sizes.iter().copied().fold(from, of));
+                each.sum::<f64>() / self.layers as f64
+            };
+            let (least, most) = (mean(f64::min, f64::INFINITY), mean(f64::max, f64::NEG_INFINITY));
+            let reason = if least > bound.max {
+                format!(
+                    "the smallest mean size that the candidates reach is {least}, at most {} is allowed",
+                    bound.max
+                )
+            } else if let Some(min) = bound.min.filter(|&min| most < min) {
+                format!(
+                    "the largest mean size that the candidates reach is {most}, at least {min} is asked for"
+                )
+            } else {
+                continue;
+            };
+            return Err(Error::Infeasible { length: bound.length, reason });
+        }
+        Ok(())
+    }
+
     /// Layers.
     pub fn layers(&self) -> usize {
         self.layers

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 
 use moa_core::{ElasticRule, Influence, Plan, Span};
 use moa_models::{
-    Checkpoint, Cpu, Dtype, Error, Item, LogitRows, Objective, Result, measured_losses,
+    CalibrationData, Checkpoint, CompressOptions, Cpu, Dtype, Error, Item, LogitRows, Objective,
+    Result, Stage, compress, measured_losses,
 };
 
-use crate::{full, moa_tiny, narrow, text, tiny};
+use crate::{checkpoint, full, moa_tiny, narrow, text, tiny};
 
 fn item() -> Item {
     let tokens = text(160);
@@ -264,4 +265,19 @@ fn items_that_do_not_fit_are_refused() -> Result<()> {
     assert!(matches!(Item::new(&[], &[1]), Err(Error::Invalid { .. })));
     assert!(matches!(Item::new(&[1], &[]), Err(Error::Invalid { .. })));
     Ok(())
+}
+
+#[test]
+fn budgets_below_the_smallest_spans_are_refused_before_anything_runs() {
+    let mut nothing = |stage: Stage, _, _| panic!("{stage:?}");
+    for (density, min_density) in [(1e-300, None), (0.01, None), (0.012, Some(0.011))] {
+        let options = CompressOptions { density, min_density, ..CompressOptions::default() };
+        let data = CalibrationData::Records;
+        match compress(checkpoint(), &data, &options, &mut nothing).unwrap_err() {
+            Error::Core(moa_core::Error::Infeasible { length: 1024, reason }) => {
+                assert!(reason.contains(&density.to_string()), "{reason}");
+            }
+            other => panic!("{other}"),
+        }
+    }
 }

@@ -61,7 +61,8 @@ pub fn compress<D: Backward>(
     let model = &checkpoint.model;
     check_types(&model.device, options.cache_types)?;
     // What cannot be met is said before the work of profiling.
-    options.request(model.config().context_length())?;
+    let request = options.request(model.config().context_length())?;
+    request.with_windows(model.config().windows()).reachable(model.shape())?;
     let calibration = options.profile_calibration();
     let Calibration { items, data: name } = checkpoint.calibrate(data, &calibration, progress)?;
     let description = format!("{name}, seed {}", options.seed);
