@@ -14,10 +14,14 @@ pub(super) fn warnings_of(refined: &Refined, request: &PlanRequest) -> Result<Ve
     let mut warnings = Vec::new();
     let growth = refined.loss - refined.dense_loss;
     if growth > WORSE {
-        warnings.push(format!(
+        let mut warning = format!(
             "the plan's responses lose {growth:.3} nats per token against the dense model's: expect \
              wrong answers. A larger density, more calibration items or more evaluations may help"
-        ));
+        );
+        if refined.plan.cache_types().is_empty() {
+            warning += "; as many bytes hold nearly twice the keys in int8 (--kv-bytes with --cache-dtype int8)";
+        }
+        warnings.push(warning);
     }
     if let Some(of) = refined.held_out.filter(|of| of.excess() > 1.0) {
         warnings.push(format!(
@@ -70,4 +74,39 @@ pub fn profile_warnings(profile: &Profile) -> Result<Vec<String>> {
         }
     }
     Ok(warnings)
+}
+
+#[cfg(test)]
+mod tests {
+    use moa_core::{CacheType, ElasticRule, ModelShape, Plan};
+
+    use super::*;
+    use crate::find_plan::precision::typed;
+
+    // Half of the keys in 8 bits lose less than a quarter of them in 16.
+    #[test]
+    fn plans_that_lose_answers_are_told_of_narrow_types_unless_they_have_them() -> Result<()> {
+        let shape = ModelShape { layers: 1, query_heads: 1, kv_heads: 1, head_dim: 64 };
+        let rule = ElasticRule::new(0.0, 0.25)?;
+        let request = PlanRequest::density(0.25, &[1000], 4, 20)?;
+        let warning = |cache_type, loss| {
+            let refined = Refined {
+                plan: typed(&Plan::new(shape, 4, 20, vec![rule.into()])?, cache_type)?,
+                loss,
+                divergence: 0.0,
+                start_loss: loss,
+                start_divergence: 0.0,
+                dense_loss: 0.25,
+                held_out: None,
+                evaluations: 0,
+                seconds: 0.0,
+            };
+            Ok::<_, crate::Error>(warnings_of(&refined, &request)?.concat())
+        };
+        assert!(warning(None, 0.5)?.contains("--cache-dtype int8"));
+        let narrow = warning(Some(CacheType::Int8), 0.5)?;
+        assert!(narrow.contains("wrong answers") && !narrow.contains("int8"), "{narrow}");
+        assert!(!warning(None, 0.3)?.contains("wrong answers"));
+        Ok(())
+    }
 }
