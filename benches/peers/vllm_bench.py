@@ -1,4 +1,5 @@
-"""vLLM on a Llama of random weights: tokens per second of decode at the largest batch that its cache holds.
+"""vLLM on a Llama of random weights: tokens per second of decode at the largest batch that its cache holds, of 1,024 sequences at
+most.
 
 Takes rows of prompt + new tokens, and is measured as `moa bench --steps N --batches max` is, in the middle of the new
 tokens, where the bytes of a step are their average:
@@ -31,7 +32,7 @@ import torch
 import vllm
 from vllm import LLM, SamplingParams
 
-MOST_SEQUENCES = 256
+MOST_SEQUENCES = 1024
 CHUNK = 8192
 WARM_UP = 8
 

@@ -140,6 +140,13 @@ impl Tokenizer {
         guarded(|| self.inner.decode(ids, skip_special)).map_err(|e| self.fail(e))
     }
 
+    /// Whether [`decode`](Self::decode) drops a token before anything else, as it is special or none that is known.
+    fn is_left_out(&self, id: u32) -> bool {
+        let added = self.inner.get_added_vocabulary();
+        let token = added.simple_id_to_token(id).or_else(|| self.inner.id_to_token(id));
+        token.is_none_or(|token| added.is_special_token(&token))
+    }
+
     /// A decoder that takes token by token and leaves out special tokens.
     #[must_use]
     pub fn stream(&self) -> TokenStream {
@@ -320,6 +327,10 @@ impl TokenStream {
     /// # Errors
     /// [`Error::Tokenizer`] when the tokenizer refuses the id.
     pub fn push(&mut self, id: u32) -> Result<Option<String>> {
+        // They have no influence on other tokens' text, and would stay in the window until one has some.
+        if self.tokenizer.is_left_out(id) {
+            return Ok(None);
+        }
         self.window.push(id);
         let text = self.tokenizer.decode(&self.window, true)?;
         // No character has more than 4 bytes and no token fewer than one, so a longer wait is for
@@ -357,5 +368,38 @@ impl TokenStream {
         let same = text.chars().zip(self.shown.chars()).take_while(|(a, b)| a == b);
         let len: usize = same.map(|(a, _)| a.len_utf8()).sum();
         &text[len..]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    // They once stayed in the window until a token had text, so that each cost as much as all before it.
+    #[test]
+    fn tokens_without_text_are_not_kept() -> Result<()> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/moa-tiny");
+        let tokenizer = Tokenizer::from_dir(folder)?;
+        let Some(begin) = tokenizer.bos else { panic!("no begin token") };
+        let word = tokenizer.encode(" word", false)?;
+        let mut stream = tokenizer.stream();
+        let (mut ids, mut text) = (Vec::new(), String::new());
+        for without in [begin, 1 << 20] {
+            for id in std::iter::repeat_n(without, 1000).chain(word.iter().copied()) {
+                ids.push(id);
+                text.push_str(&stream.push(id)?.unwrap_or_default());
+                assert!(
+                    stream.window.len() <= 2 * word.len(),
+                    "{} of {}",
+                    stream.window.len(),
+                    ids.len()
+                );
+            }
+        }
+        text.push_str(&stream.finish()?.unwrap_or_default());
+        assert_eq!(text, tokenizer.decode(&ids, true)?);
+        Ok(())
     }
 }

@@ -262,9 +262,12 @@ impl<D: Math> Session<D> {
         let each: Vec<&[u32]> = tokens.chunks(1).collect();
         self.check_step(model, &each)?;
         let begin = Instant::now();
+        // Whether this step has prepared a recorded one in vain.
+        let mut in_vain = false;
         if self.replay.is_none() && self.can_replay && self.steps >= PLAIN_STEPS {
             self.replay = model.unless_short(model.record(&self.sequences, 1))?.flatten();
             self.can_replay = self.replay.is_some();
+            in_vain = !self.can_replay;
             self.preparation = self.can_replay.then(|| begin.elapsed());
         }
         let mut logits = None;
@@ -283,9 +286,9 @@ impl<D: Math> Session<D> {
             Some(logits) => logits,
             None => {
                 if self.replay.take().is_some() {
-                    self.can_replay = false;
+                    (self.can_replay, in_vain) = (false, true);
                 }
-                self.is_steady = !self.can_replay;
+                self.is_steady = !self.can_replay && !in_vain;
                 let mut batch: Vec<_> = self.sequences.iter_mut().collect();
                 model.forward(&mut batch, &each, LogitRows::Last)?
             }
@@ -303,9 +306,6 @@ impl<D: Math> Session<D> {
         if self.wide_replay.is_none() && is_wide {
             self.wide_replay =
                 model.unless_short(model.record(&self.sequences, self.wide))?.flatten();
-            if self.wide_replay.is_none() {
-                (self.widest, self.wide) = (1, 1);
-            }
         }
         let mut logits = None;
         if let Some(replay) = self.wide_replay.as_mut().filter(|_| is_wide) {
@@ -315,15 +315,15 @@ impl<D: Math> Session<D> {
                 Ok(logits) => logits,
                 Err(error) => return Err(self.failure(model, error)),
             };
-            if logits.is_none() {
-                self.wide_replay = None;
-                (self.widest, self.wide) = (1, 1);
-            }
         }
         let logits = match logits {
             Some(logits) => logits,
             None => {
-                self.is_steady = true;
+                if is_wide {
+                    self.wide_replay = None;
+                    (self.widest, self.wide) = (1, 1);
+                }
+                self.is_steady = !is_wide;
                 let rows: Vec<usize> = (0..each.iter().map(|part| part.len()).sum()).collect();
                 let mut batch: Vec<_> = self.sequences.iter_mut().collect();
                 model.forward(&mut batch, &each, LogitRows::Rows(&rows))?

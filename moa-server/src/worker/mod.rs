@@ -123,10 +123,9 @@ impl<D: Math + 'static> Worker<D> {
             self.admit();
             self.tell_gauges();
             let begin = Instant::now();
-            let stepped = self.engine.step();
-            self.state.metrics.step.observe(begin.elapsed());
-            match stepped {
+            match self.engine.step() {
                 Ok(Some(event)) => {
+                    self.state.metrics.step.observe(begin.elapsed());
                     // A step that only reads prompts says nothing of one that decodes.
                     if matches!(event, Event::Token { .. }) {
                         failures = 0;

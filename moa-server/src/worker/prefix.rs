@@ -152,7 +152,7 @@ impl<D: Math + 'static> PrefixCache<D> {
         }
     }
 
-    /// Bytes of keys and values on the device.
+    /// Bytes of keys and values that are kept on the device, those that are being copied away left out.
     pub(crate) fn bytes(&self) -> u64 {
         self.device.bytes
     }
@@ -271,6 +271,9 @@ impl<D: Math + 'static> PrefixCache<D> {
         let entry = Entry { tokens, sequence: Arc::new(sequence), bytes, used };
         if !copier.copy(Copying { entry, host_bytes }, gone) {
             self.host.bytes -= host_bytes;
+            // Its thread is gone, and what it has not copied is given up. The next copy gets another.
+            self.collect(true);
+            self.copier = None;
         }
     }
 
@@ -387,6 +390,23 @@ mod tests {
         // Copies that fall behind do not hold more of the device than what is kept there.
         texts.insert(&mut cache, 2);
         assert!(!cache.has(&Texts::tokens(1), Texts::CAPACITY));
+        assert_eq!(cache.host_bytes(), host);
+    }
+
+    #[test]
+    fn a_copier_that_is_gone_is_followed_by_another() {
+        let texts = Texts::new();
+        let (device, host) = texts.bytes();
+        let mut cache = PrefixCache::new(device, 8 * host);
+        let (copier, ends) = Copier::idle();
+        drop(ends);
+        cache.copier = Some(copier);
+        texts.insert(&mut cache, 0);
+        texts.insert(&mut cache, 1);
+        assert_eq!(cache.host_bytes(), 0, "it could not be copied");
+        texts.insert(&mut cache, 2);
+        cache.collect(true);
+        assert!(cache.has(&Texts::tokens(1), Texts::CAPACITY));
         assert_eq!(cache.host_bytes(), host);
     }
 

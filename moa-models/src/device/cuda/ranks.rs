@@ -54,10 +54,15 @@ impl Joined {
 /// Bytes that a GPU sends of a small sum at most, where nothing else is said: up to there it is faster than NCCL and a norm.
 const PEER_BYTES: usize = 1 << 18;
 
-/// Those that the environment says, or [`PEER_BYTES`].
+/// Those that the environment says, or [`PEER_BYTES`]; none if it says what is no number.
 fn peer_bytes() -> usize {
-    let said = std::env::var("MOA_PEER_BYTES").ok();
-    said.and_then(|bytes| bytes.parse().ok()).unwrap_or(PEER_BYTES)
+    let Ok(said) = std::env::var("MOA_PEER_BYTES") else { return PEER_BYTES };
+    said.parse().unwrap_or_else(|_| {
+        tracing::warn!(
+            "MOA_PEER_BYTES: expected a number of bytes, got {said:?}: NCCL adds up all"
+        );
+        0
+    })
 }
 
 /// How long a rank that fails leaves it to the others to give up their sums.
@@ -186,7 +191,7 @@ impl NcclRank {
         Ok(lock(&self.own).insert(joined).clone())
     }
 
-    /// Opens the memory of the other GPUs; `None` unless each can read that of all.
+    /// Opens the memory of the other GPUs; `None` unless each can write into that of all.
     fn peers(&self, device: &Cuda) -> Result<Option<PeerSums>> {
         if self.peer_bytes == 0 || self.ranks == 1 || self.threads.ranks() != self.ranks {
             return Ok(None);

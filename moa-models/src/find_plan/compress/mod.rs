@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use moa_core::{ElasticRule, FoundPlans, Plan, PlanRequest, Profile, SparseAttentionBackend};
 
 use crate::checkpoint::Checkpoint;
-use crate::device::{Backward, Math};
+use crate::device::{Backward, Device as _, Math};
 use crate::find_plan::calibrate::{Calibration, CalibrationData, CalibrationOptions, Part};
 use crate::find_plan::exchange::is_elastic;
 use crate::find_plan::measure::{Evidence, TextGoal};
@@ -147,7 +147,7 @@ pub fn compress_profile<D: Math>(
         refine_types(model, evidence, &starts, bounds, &profile, evaluations, progress)?;
     refined.plan.provenance.method = Some("moa compress".to_string());
     let plan = refined.plan.clone();
-    warnings.extend(warnings_of(&refined, &request)?);
+    warnings.extend(warnings_of(&refined, &request, model.device.centring_cache_type())?);
     Ok(Compressed { plan, profile, found, refined, warnings })
 }
 

@@ -1,6 +1,6 @@
 //! What is wrong with what plans were found on, or with what was found.
 
-use moa_core::{PlanRequest, Profile};
+use moa_core::{CacheType, PlanRequest, Profile};
 
 use crate::Result;
 use crate::find_plan::precision;
@@ -9,8 +9,12 @@ use crate::find_plan::refine::Refined;
 /// A response loss this far above the dense model's, in nats per token, changes answers.
 const WORSE: f64 = 0.1;
 
-/// What is wrong with a plan that was found.
-pub(super) fn warnings_of(refined: &Refined, request: &PlanRequest) -> Result<Vec<String>> {
+/// What is wrong with a plan that was found, on a device whose caches are of type `device` where a plan says none.
+pub(super) fn warnings_of(
+    refined: &Refined,
+    request: &PlanRequest,
+    device: Option<CacheType>,
+) -> Result<Vec<String>> {
     let mut warnings = Vec::new();
     let growth = refined.loss - refined.dense_loss;
     if growth > WORSE {
@@ -18,7 +22,8 @@ pub(super) fn warnings_of(refined: &Refined, request: &PlanRequest) -> Result<Ve
             "the plan's responses lose {growth:.3} nats per token against the dense model's: expect \
              wrong answers. A larger density, more calibration items or more evaluations may help"
         );
-        if refined.plan.cache_types().is_empty() {
+        let has_16_bits = matches!(device, Some(CacheType::F16 | CacheType::Bf16));
+        if has_16_bits && refined.plan.cache_types().is_empty() {
             warning += "; as many bytes hold nearly twice the keys in int8 (--kv-bytes with --cache-dtype int8)";
         }
         warnings.push(warning);
@@ -78,7 +83,7 @@ pub fn profile_warnings(profile: &Profile) -> Result<Vec<String>> {
 
 #[cfg(test)]
 mod tests {
-    use moa_core::{CacheType, ElasticRule, ModelShape, Plan};
+    use moa_core::{ElasticRule, ModelShape, Plan};
 
     use super::*;
     use crate::find_plan::precision::typed;
@@ -89,7 +94,7 @@ mod tests {
         let shape = ModelShape { layers: 1, query_heads: 1, kv_heads: 1, head_dim: 64 };
         let rule = ElasticRule::new(0.0, 0.25)?;
         let request = PlanRequest::density(0.25, &[1000], 4, 20)?;
-        let warning = |cache_type, loss| {
+        let warning = |cache_type, device, loss| {
             let refined = Refined {
                 plan: typed(&Plan::new(shape, 4, 20, vec![rule.into()])?, cache_type)?,
                 loss,
@@ -101,12 +106,15 @@ mod tests {
                 evaluations: 0,
                 seconds: 0.0,
             };
-            Ok::<_, crate::Error>(warnings_of(&refined, &request)?.concat())
+            Ok::<_, crate::Error>(warnings_of(&refined, &request, Some(device))?.concat())
         };
-        assert!(warning(None, 0.5)?.contains("--cache-dtype int8"));
-        let narrow = warning(Some(CacheType::Int8), 0.5)?;
-        assert!(narrow.contains("wrong answers") && !narrow.contains("int8"), "{narrow}");
-        assert!(!warning(None, 0.3)?.contains("wrong answers"));
+        let wide = CacheType::Bf16;
+        assert!(warning(None, wide, 0.5)?.contains("--cache-dtype int8"));
+        for (own, device) in [(Some(CacheType::Int8), wide), (None, CacheType::Int8)] {
+            let narrow = warning(own, device, 0.5)?;
+            assert!(narrow.contains("wrong answers") && !narrow.contains("int8"), "{narrow}");
+        }
+        assert!(!warning(None, wide, 0.3)?.contains("wrong answers"));
         Ok(())
     }
 }
