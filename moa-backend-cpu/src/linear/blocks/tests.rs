@@ -209,7 +209,8 @@ fn what_is_no_number_stays_none_in_its_row() -> Result<(), Error> {
                 let weight = WeightRef::new(WeightData::Blocks(kind, &bytes), n, k)?;
                 let y = linear(&Tensor::new(x, &[m, k])?, weight, None)?;
                 for (row, y) in y.data().chunks(n).enumerate() {
-                    assert!(y.iter().all(|y| y.is_nan() == (row == 1)), "{kind:?} {m} {row}");
+                    // An infinity may stay one: where weights are widened, and not rounded activations.
+                    assert!(y.iter().all(|y| y.is_finite() != (row == 1)), "{kind:?} {m} {row}");
                 }
             }
         }

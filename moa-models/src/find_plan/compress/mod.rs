@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use moa_core::{ElasticRule, FoundPlans, Plan, PlanRequest, Profile, SparseAttentionBackend};
 
 use crate::checkpoint::Checkpoint;
-use crate::device::{Backward, Device as _, Math};
+use crate::device::{Backward, Math};
 use crate::find_plan::calibrate::{Calibration, CalibrationData, CalibrationOptions, Part};
 use crate::find_plan::exchange::is_elastic;
 use crate::find_plan::measure::{Evidence, TextGoal};
