@@ -209,8 +209,10 @@ fn what_is_no_number_stays_none_in_its_row() -> Result<(), Error> {
                 let weight = WeightRef::new(WeightData::Blocks(kind, &bytes), n, k)?;
                 let y = linear(&Tensor::new(x, &[m, k])?, weight, None)?;
                 for (row, y) in y.data().chunks(n).enumerate() {
-                    // An infinity may stay one: where weights are widened, and not rounded activations.
-                    assert!(y.iter().all(|y| y.is_finite() != (row == 1)), "{kind:?} {m} {row}");
+                    // An infinity stays one where weights are widened, and no activations rounded.
+                    let widens = m >= MANY && !Level::best().unpacks();
+                    let is_none = |y: &f32| y.is_nan() || (widens && y.is_infinite());
+                    assert!(y.iter().all(|y| is_none(y) == (row == 1)), "{kind:?} {m} {row}");
                 }
             }
         }
