@@ -225,6 +225,8 @@ fn a_budget_of_bytes_is_one_of_keys_in_int8_that_every_command_takes_from_the_pl
     for row in &rows[2..] {
         assert!((bytes(&rows[1]) / bytes(row) - 1.0).abs() < 0.03, "{board}");
     }
+    let export = moa_in(root, &["plan", "export", "plan.json", "--out", "published.json"]);
+    assert!(String::from_utf8_lossy(&export.stderr).contains("cache types"), "{export:?}");
     let auto = [&["eval", "tasks"][..], &with_plan, &["--cache-dtype", "auto"]].concat();
     refuses(root, &[&auto[..], &["--task", "passkey"]].concat(), &["--cache-dtype", "auto"]);
 }
