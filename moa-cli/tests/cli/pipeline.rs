@@ -207,7 +207,8 @@ fn a_budget_of_bytes_is_one_of_keys_in_int8_that_every_command_takes_from_the_pl
     let with_plan = [&model[..], &["--plan", "plan.json"]].concat();
     let generate = ["--prompt", "Hello", "--max-new-tokens", "2"];
     ok(root, &[&["generate"][..], &with_plan, &generate].concat());
-    let tasks = ["--task", "passkey", "--lengths", "512", "--samples", "1", "--max-new-tokens", "4"];
+    let tasks =
+        ["--task", "passkey", "--lengths", "512", "--samples", "1", "--max-new-tokens", "4"];
     let answered = json_of(root, &[&["eval", "tasks"][..], &with_plan, &tasks].concat());
     let agreement = ["--lengths", "512", "--windows", "1"];
     let agreed = json_of(root, &[&["eval", "agreement"][..], &with_plan, &agreement].concat());

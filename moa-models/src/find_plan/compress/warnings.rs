@@ -113,7 +113,9 @@ mod tests {
             Ok::<_, crate::Error>(warnings_of(&refined, &request, Some(device))?.concat())
         };
         let wide = CacheType::Bf16;
-        assert!(warning(None, wide, 0.5)?.contains("in int8 (--kv-bytes 25.0% without --cache-dtype)"));
+        assert!(
+            warning(None, wide, 0.5)?.contains("in int8 (--kv-bytes 25.0% without --cache-dtype)")
+        );
         for (own, device) in [(Some(CacheType::Int8), wide), (None, CacheType::Int8)] {
             let narrow = warning(own, device, 0.5)?;
             assert!(narrow.contains("wrong answers") && !narrow.contains("int8"), "{narrow}");
