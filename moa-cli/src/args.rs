@@ -30,8 +30,9 @@ pub(crate) struct Global {
     pub(crate) device: Device,
     /// Type of keys and values in KV caches, where a plan does not choose one for a head; with cuda of weights
     /// and activations too, which are bf16 beside narrower caches. cuda has all but f32, the CPU and wgpu all
-    #[arg(long, global = true, default_value = "bf16", value_name = "TYPE")]
-    pub(crate) cache_dtype: CacheType,
+    /// [default: bf16; of plans within --kv-bytes int8]
+    #[arg(long, global = true, value_name = "TYPE")]
+    pub(crate) cache_dtype: Option<CacheType>,
     /// Type of linear layers' weights on an NVIDIA GPU, if not that of caches: fp8 halves the
     /// model's memory, but cannot be profiled
     #[arg(long, global = true, value_name = "TYPE")]

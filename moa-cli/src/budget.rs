@@ -1,8 +1,8 @@
 use moa_core::ModelShape;
 use moa_core::search::Bound;
-use moa_models::{CacheTypes, CompressOptions};
+use moa_models::{CacheType, CacheTypes, CompressOptions};
 
-use crate::args::{parse_count, parse_density};
+use crate::args::{self, parse_count, parse_density};
 use crate::error::{Error, Result};
 use crate::output::Context;
 
@@ -24,7 +24,8 @@ pub(crate) struct BudgetArgs {
     #[arg(long, value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]
     bound_lengths: Vec<usize>,
     /// Most bytes of keys and values in place of --density: a share of those of a dense cache of 16 bits, such as
-    /// 12%, at every bound length, or those of one sequence of a length, such as 8192:64MiB
+    /// 12%, at every bound length, or those of one sequence of a length, such as 8192:64MiB. Plans hold keys and
+    /// values in int8 then, unless --cache-dtype says another type: nearly twice as many fit
     #[arg(long, value_delimiter = ',', value_name = "PERCENT%|TOKENS:BYTES,..", value_parser = parse_kv_bytes,
           conflicts_with_all = ["density", "min_density"])]
     kv_bytes: Vec<KvBytes>,
@@ -44,6 +45,17 @@ enum KvBytes {
 }
 
 impl BudgetArgs {
+    /// The types that heads of plans have: within bytes int8, if nothing else is said, as more keys in 8 bits lose
+    /// less than fewer in 16.
+    pub(crate) fn cache_types(&self, context: &Context) -> CacheTypes {
+        match context.cache_dtype {
+            None if !self.kv_bytes.is_empty() => CacheTypes::All(CacheType::Int8),
+            Some(args::CacheType::Auto) => CacheTypes::PerHead,
+            _ if context.cache.dtype().is_some() => CacheTypes::Device,
+            _ => CacheTypes::All(context.cache),
+        }
+    }
+
     /// The same as options for a model of this shape, whose heads hold keys and values in these types.
     pub(crate) fn options(
         &self,

@@ -118,7 +118,8 @@ fn run(cli: &Cli) -> Result<()> {
 
 fn dispatch(cli: &Cli) -> Result<()> {
     let context = Context::new(&cli.global);
-    if context.is_cache_auto && !matches!(cli.command, Command::Compress(_)) {
+    let is_auto = context.cache_dtype == Some(args::CacheType::Auto);
+    if is_auto && !matches!(cli.command, Command::Compress(_)) {
         let expected = "a type but in compress: a plan says itself what it chose";
         return Err(Error::argument("--cache-dtype", expected, "auto"));
     }

@@ -8,7 +8,7 @@ pub(crate) use moa_report::{bytes, percent, table};
 use serde::{Serialize, Serializer};
 use serde_json::Value;
 
-use crate::args::{Device, Global, WeightType};
+use crate::args::{self, Device, Global, WeightType};
 use crate::error::{Error, Result};
 use crate::terminal::{plain, to_stderr};
 
@@ -19,9 +19,10 @@ pub(crate) struct Context {
     pub(crate) quiet: bool,
     pub(crate) seed: u64,
     pub(crate) device: Device,
+    /// Type of caches where a plan says none.
     pub(crate) cache: CacheType,
-    /// Whether each head has the type that a search chooses.
-    pub(crate) is_cache_auto: bool,
+    /// What was said of it.
+    pub(crate) cache_dtype: Option<args::CacheType>,
     pub(crate) weights: Option<WeightType>,
     /// Threads of the search; 0 for all.
     pub(crate) threads: usize,
@@ -36,8 +37,8 @@ impl Context {
             quiet: global.quiet,
             seed: global.seed,
             device: global.device,
-            cache: global.cache_dtype.into(),
-            is_cache_auto: global.cache_dtype == crate::args::CacheType::Auto,
+            cache: global.cache_dtype.unwrap_or(args::CacheType::Bf16).into(),
+            cache_dtype: global.cache_dtype,
             weights: global.weights,
             threads: global.threads.unwrap_or(0),
             muted: false,

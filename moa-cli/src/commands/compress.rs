@@ -24,7 +24,7 @@ use crate::style::StyleArgs;
 /// Find a plan in one step: profile, search, validate and refine
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  moa compress --model assets/moa-tiny --density 0.25 --out plan.json\n  moa compress --model assets/moa-tiny --kv-bytes 4096:3MiB --out plan.json\n  moa compress --model assets/moa-tiny --kv-bytes 9% --cache-dtype int8 --out plan.json\n  moa compress --model assets/moa-tiny --kv-bytes 6% --cache-dtype auto --out plan.json"
+    after_help = "Examples:\n  moa compress --model assets/moa-tiny --kv-bytes 25% --out plan.json\n  moa compress --model assets/moa-tiny --kv-bytes 4096:3MiB --out plan.json\n  moa compress --model assets/moa-tiny --density 0.25 --out plan.json\n  moa compress --model assets/moa-tiny --kv-bytes 6% --cache-dtype auto --out plan.json"
 )]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -95,7 +95,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let data = calibration::load(&args.data.data)?;
     let profile = args.profile.as_ref().map(Profile::load).transpose()?;
     // Narrow types belong to the plan: what it loses is measured against a dense cache of 16 bits.
-    let types = cache_types(context);
+    let types = args.budget.cache_types(context);
     let cache = if types == CacheTypes::Device { context.cache } else { CacheType::Bf16 };
     let context = &context.with_cache(cache);
     on_model!(context, &args.model, None::<&std::path::Path>, |model, context| with_model(
@@ -105,15 +105,6 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         model,
         context
     ))
-}
-
-/// The types that heads of the plan have.
-fn cache_types(context: &Context) -> CacheTypes {
-    match context.cache {
-        _ if context.is_cache_auto => CacheTypes::PerHead,
-        wide if wide.dtype().is_some() => CacheTypes::Device,
-        narrow => CacheTypes::All(narrow),
-    }
 }
 
 fn with_model<D: Backward>(

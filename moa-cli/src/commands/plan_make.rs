@@ -268,6 +268,12 @@ pub(super) fn export(args: &ExportArgs, context: &Context) -> Result<()> {
         ExportFormat::Tsv => plan.to_head_scores(at).into_bytes(),
     };
     write_atomic(&args.out, &bytes)?;
+    if !plan.cache_types().is_empty() {
+        context.note(
+            "the file says spans alone: the plan's bytes are those of its cache types, which another engine has to \
+             bring itself",
+        );
+    }
     context.result(&Exported { plan: &args.plan, out: &args.out })
 }
 

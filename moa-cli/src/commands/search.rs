@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use moa_core::search::{Options, Solution};
 use moa_core::{AtLength, Plan, Profile, Space};
-use moa_models::{CacheTypes, CompressOptions, bound_decode_time, profile_warnings};
+use moa_models::{CompressOptions, bound_decode_time, profile_warnings};
 use serde::Serialize;
 
 use crate::args::{SpanArgs, parse_count, space_parser};
@@ -111,13 +111,14 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     for &length in &lengths {
         profile.at(length).map_err(|e| Error::from(e).at(args.profile.display().to_string()))?;
     }
+    let types = args.budget.cache_types(context);
     let options = CompressOptions {
         lengths: lengths.clone(),
         sink: args.span.sink,
         min_span: args.span.min_span,
         space: args.solver.space,
         solver: args.solver.options(context),
-        ..args.budget.options(profile.shape(), CacheTypes::All(context.cache), context)?
+        ..args.budget.options(profile.shape(), types, context)?
     };
     // A profile does not say how long the model's context is; a bound beyond it does no harm.
     let mut request = options.request(usize::MAX)?;
@@ -144,6 +145,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     };
     let mut found = request.search_profile(&profile, &objectives)?;
     for plan in &mut found.plans {
+        *plan = types.first_of(plan)?;
         plan.provenance.method = Some("moa search".to_string());
     }
     let mut files = Vec::new();

@@ -178,6 +178,60 @@ fn compress_reads_calibration_prompts_of_a_file() {
     );
 }
 
+// Spans alone lose answers where as many bytes in int8 do not.
+#[test]
+fn a_budget_of_bytes_is_one_of_keys_in_int8_that_every_command_takes_from_the_plan() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let model = ["--model", tiny.to_str().unwrap()];
+    let prompt = "The sea was calm and the ship went on. ".repeat(40);
+    let line = |i: usize| {
+        let prompt = format!("{i} {prompt}");
+        format!("{}\n", serde_json::json!({ "prompt": prompt, "answer": "It was calm." }))
+    };
+    fs::write(root.join("data.jsonl"), (0..3).map(line).collect::<String>()).unwrap();
+    let data = ["--data", "data.jsonl", "--lengths", "256", "--samples", "2"];
+    let few = ["--validation-samples", "1", "--evaluations", "0", "--text-samples", "0"];
+    let compress = [&["compress"][..], &model, &data, &few, &["--kv-bytes", "30%"]].concat();
+    let found = json_of(root, &[&compress[..], &["--out", "plan.json"]].concat());
+    assert_eq!(found["plan"]["cache_types"], serde_json::json!(["int8"; 12]));
+    let at = |found: &serde_json::Value, field: &str| found["plan"]["at"][0][field].as_f64();
+    let share = |found: &serde_json::Value| at(found, "kv_bytes").zip(at(found, "kv_bytes_dense"));
+    let (kept, dense) = share(&found).unwrap();
+    assert!(kept <= 0.3 * dense && at(&found, "density").unwrap() > 0.45, "{}", found["plan"]);
+    let wide = [&compress[..], &["--cache-dtype", "bf16", "--out", "wide.json"]].concat();
+    let wide = json_of(root, &wide);
+    assert!(wide["plan"]["cache_types"].is_null() && at(&wide, "density").unwrap() <= 0.3);
+
+    let with_plan = [&model[..], &["--plan", "plan.json"]].concat();
+    let generate = ["--prompt", "Hello", "--max-new-tokens", "2"];
+    ok(root, &[&["generate"][..], &with_plan, &generate].concat());
+    let tasks =
+        ["--task", "passkey", "--lengths", "512", "--samples", "1", "--max-new-tokens", "4"];
+    let answered = json_of(root, &[&["eval", "tasks"][..], &with_plan, &tasks].concat());
+    let agreement = ["--lengths", "512", "--windows", "1"];
+    let agreed = json_of(root, &[&["eval", "agreement"][..], &with_plan, &agreement].concat());
+    for row in [&answered, &agreed["rows"][0]] {
+        let bytes = |field: &str| row[field].as_f64().unwrap();
+        assert!(bytes("kv_bytes") <= 0.31 * bytes("kv_bytes_dense"), "{row}");
+    }
+    // Rivals have the plan's bytes: windows in its type, keys that are evicted in the device's.
+    let suite = ["--preset", "recall-1k", "--samples", "1", "--tasks", "passkey", "--windows", "0"];
+    let suite = [&suite[..], &["--rivals", "uniform,snapkv"]].concat();
+    let board = json_of(root, &[&["eval", "suite"][..], &with_plan, &suite].concat());
+    let rows = board["rows"].as_array().unwrap();
+    assert!(rows[2]["cache"].as_str().unwrap().ends_with(" int8"), "{board}");
+    let bytes = |row: &serde_json::Value| row["kv_bytes"].as_f64().unwrap();
+    for row in &rows[2..] {
+        assert!((bytes(&rows[1]) / bytes(row) - 1.0).abs() < 0.03, "{board}");
+    }
+    let export = moa_in(root, &["plan", "export", "plan.json", "--out", "published.json"]);
+    assert!(String::from_utf8_lossy(&export.stderr).contains("cache types"), "{export:?}");
+    let auto = [&["eval", "tasks"][..], &with_plan, &["--cache-dtype", "auto"]].concat();
+    refuses(root, &[&auto[..], &["--task", "passkey"]].concat(), &["--cache-dtype", "auto"]);
+}
+
 #[test]
 fn quickstart_writes_its_four_files() {
     let dir = tempfile::tempdir().unwrap();

@@ -60,9 +60,24 @@ fn every_space_gives_plans_of_its_kind_under_one_bound() {
         &["per-head", "per-layer"],
     );
     // A dense cache of 256 tokens takes 768 KiB.
-    ok(root, &[&search[..], &["--kv-bytes", "256:384KiB", "--out", "bytes"]].concat());
+    let bytes = [&search[..], &["--kv-bytes", "256:384KiB", "--out", "bytes"]].concat();
+    ok(root, &[&bytes[..], &["--cache-dtype", "bf16"]].concat());
     let shown = json_of(root, &["plan", "show", "bytes/plan-00.json", "--at", "256"]);
     assert_eq!(shown["provenance"]["density_bounds"], json!([{ "length": 256, "value": 0.5 }]));
+    assert!(shown["at"][0]["kv_bytes"].as_u64().unwrap() <= 384 << 10);
+    // By itself a budget of bytes is one of keys and values in int8: 132 bytes a slot of 256.
+    ok(root, &bytes);
+    let shown = json_of(root, &["plan", "show", "bytes/plan-00.json", "--at", "256"]);
+    let bound = shown["provenance"]["density_bounds"][0]["value"].as_f64().unwrap();
+    assert!((bound - 0.5 * 256.0 / 132.0).abs() < 1e-9, "{bound}");
+    assert_eq!(shown["cache_types"], json!(["int8"; 12]));
+    let kept = shown["at"][0]["kv_bytes"].as_u64().unwrap();
+    assert!(kept <= 384 << 10 && kept > 300 << 10, "{kept}");
+    // Plans that are validated and refined stay in their type.
+    let validate = ["validate", "--model", tiny, "--plans", "bytes", "--profile", "p.safetensors"];
+    ok(root, &[&validate[..], &options, &["--out", "narrow.json"]].concat());
+    let shown = json_of(root, &["plan", "show", "narrow.json", "--at", "256"]);
+    assert_eq!(shown["cache_types"], json!(["int8"; 12]));
     assert!(shown["at"][0]["kv_bytes"].as_u64().unwrap() <= 384 << 10);
     let both = ["--density", "0.5", "--min-density", "0.45", "--bound-lengths", "256"];
     ok(root, &[&search[..], &both, &["--out", "both"]].concat());

@@ -57,6 +57,28 @@ impl CacheTypes {
         Ok((share * dense / slot).min(1.0))
     }
 
+    /// A plan with all heads in [`first`](Self::first), unless it says types of its own.
+    ///
+    /// # Errors
+    /// None: there is one type for each head.
+    pub fn first_of(self, plan: &Plan) -> Result<Plan> {
+        typed(plan, self.first())
+    }
+
+    /// The type that all heads of a plan have, or the device's where it says none.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if heads differ.
+    pub fn of(plan: &Plan) -> Result<Self> {
+        match plan.cache_types() {
+            [] => Ok(Self::Device),
+            [Some(first), others @ ..] if others.iter().all(|own| *own == Some(*first)) => {
+                Ok(Self::All(*first))
+            }
+            _ => Err(Error::invalid("cache types of a plan", "one for all heads", "several")),
+        }
+    }
+
     /// All the types that heads may come to have.
     pub(super) fn all(self) -> Vec<CacheType> {
         match self {
@@ -135,7 +157,23 @@ pub(super) fn choose<D: Math>(
 
 #[cfg(test)]
 mod tests {
+    use moa_core::ModelShape;
+
     use super::*;
+
+    #[test]
+    fn plans_say_the_type_that_all_heads_have() {
+        let shape = ModelShape { layers: 1, query_heads: 2, kv_heads: 2, head_dim: 64 };
+        let wide = Plan::full(shape).unwrap();
+        let int8 = CacheTypes::All(CacheType::Int8);
+        let narrow = int8.first_of(&wide).unwrap();
+        assert_eq!(CacheTypes::of(&wide).unwrap(), CacheTypes::Device);
+        assert_eq!(CacheTypes::of(&narrow).unwrap(), int8);
+        // A plan's own types stay.
+        assert_eq!(CacheTypes::All(CacheType::Int4).first_of(&narrow).unwrap(), narrow);
+        let mixed = wide.with_cache_types(vec![Some(CacheType::Int8), None]).unwrap();
+        assert!(CacheTypes::of(&mixed).unwrap_err().to_string().contains("one for all heads"));
+    }
 
     #[test]
     fn a_share_of_bytes_is_a_density_with_scales_counted() {

@@ -48,9 +48,11 @@ pub struct Refined {
 /// Improves on `starts` (never returns a plan with a higher measured loss than the best of them),
 /// with at most `evaluations` measurements beside those of `starts`: of plans, and of single heads on a
 /// part of the evidence. A plan's loss is its response loss and, weighted, its divergence on running text.
+/// Where `starts` say a cache type, all plans have it.
 ///
 /// # Errors
-/// As [`Decoder::response_loss`] and [`PlanRequest::search`]; [`Error::Cancelled`].
+/// As [`Decoder::response_loss`] and [`PlanRequest::search`]; [`Error::Cancelled`]; [`Error::Invalid`] if the heads
+/// of `starts` have several cache types.
 pub fn refine<D: Math>(
     model: &Decoder<D>,
     evidence: Evidence<'_>,
@@ -60,7 +62,12 @@ pub fn refine<D: Math>(
     evaluations: usize,
     progress: &mut dyn Progress,
 ) -> Result<Refined> {
-    let types = CacheTypes::Device;
+    let types = starts.first().map_or(Ok(CacheTypes::Device), CacheTypes::of)?;
+    for plan in starts {
+        if CacheTypes::of(plan)? != types {
+            return Err(Error::invalid("cache types of plans", "the same in all", "several"));
+        }
+    }
     refine_types(model, evidence, starts, (request, types), profile, evaluations, progress)
 }
 

@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use moa_core::search::{Bound, Options};
 use moa_core::{DEFAULT_SINK, ModelShape, Plan, PlanRequest, Profile, Space};
-use moa_models::{Eviction, EvictionKind};
+use moa_models::{CacheTypes, Eviction, EvictionKind};
 
 use super::evicting;
 
@@ -20,7 +20,8 @@ pub(super) struct RivalArgs {
     /// and kvzip, which evict keys after a dense prefill [default: all that can be had]
     #[arg(long, value_delimiter = ',', value_enum, value_name = "KIND,..")]
     rivals: Option<Vec<Rival>>,
-    /// Density of the rivals at the length that is asked at [default: that of the first plan]
+    /// Density of the rivals at the length that is asked at [default: as many bytes as the first plan has, in its
+    /// type where all of its heads have one; snapkv, adakv and kvzip in the type of the dense cache]
     #[arg(long, value_name = "DENSITY", value_parser = parse_density)]
     density: Option<f64>,
     /// Profile that rivals are searched on
@@ -75,6 +76,30 @@ impl Rival {
     }
 }
 
+/// How many keys rivals hold, and in which type, so that they have the bytes of a plan.
+struct Size {
+    density: f64,
+    types: CacheTypes,
+    /// Density of those that evict: of caches in the device's type.
+    evicting: f64,
+}
+
+impl Size {
+    /// As many keys, in the device's type.
+    fn of_keys(density: f64) -> Self {
+        Self { density, types: CacheTypes::Device, evicting: density }
+    }
+
+    fn of(plan: &Plan, length: usize, slot_bytes: u64) -> Self {
+        let dense = plan.shape().kv_bytes(length, slot_bytes);
+        let share = (plan.kv_bytes(length, slot_bytes) as f64 / dense as f64).min(1.0);
+        match CacheTypes::of(plan) {
+            Ok(types) => Self { density: plan.density(length), types, evicting: share },
+            Err(_) => Self::of_keys(share),
+        }
+    }
+}
+
 impl RivalArgs {
     /// Whether rivals were asked for by name.
     pub(super) fn is_given(&self) -> bool {
@@ -89,8 +114,10 @@ impl RivalArgs {
         length: usize,
         context: &Context,
     ) -> Result<Vec<Cache>> {
-        let own = plan.map(|plan| plan.density(length));
-        let Some(density) = self.density.or(own) else {
+        let slot_bytes = context.cache.slot_bytes(shape.head_dim);
+        let own = plan.map(|plan| Size::of(plan, length, slot_bytes));
+        let given = self.density.map(Size::of_keys);
+        let Some(Size { density, types, evicting }) = given.or(own) else {
             return match self.rivals {
                 None => Ok(Vec::new()),
                 Some(_) => {
@@ -106,20 +133,24 @@ impl RivalArgs {
         usual.extend([Rival::SnapKv, Rival::AdaKv, Rival::KvZip]);
         let sink = plan.map_or(DEFAULT_SINK, Plan::sink);
         let min_span = plan.map_or(DEFAULT_SINK + 16, Plan::min_span);
+        let name = |kind: &str| match types.first() {
+            Some(own) => format!("{kind} {density:.3} {own}"),
+            None => format!("{kind} {density:.3}"),
+        };
         let mut rivals = Vec::new();
         for rival in self.rivals.as_ref().unwrap_or(&usual) {
             if let Some(kind) = rival.eviction() {
                 let before_question = self.before_question;
-                let eviction = Eviction { kind, density, before_question };
-                let name = evicting::name(&eviction, &format!("{density:.3}"));
+                let eviction = Eviction { kind, density: evicting, before_question };
+                let name = evicting::name(&eviction, &format!("{evicting:.3}"));
                 let plan = Plan::full(shape)?;
                 rivals.push(Cache { name, plan, eviction: Some(eviction) });
                 continue;
             }
             let space = match rival {
                 Rival::Uniform => {
-                    let name = format!("uniform {density:.3}");
-                    rivals.push(Cache::of_plan(name, model::uniform(shape, sink, density)?));
+                    let plan = types.first_of(&model::uniform(shape, sink, density)?)?;
+                    rivals.push(Cache::of_plan(name("uniform"), plan));
                     continue;
                 }
                 Rival::Fixed => Space::Fixed,
@@ -142,7 +173,7 @@ impl RivalArgs {
             let best = found.plans.into_iter().next();
             let best =
                 best.ok_or_else(|| Error::argument("--profile", "one with plans", "none"))?;
-            rivals.push(Cache::of_plan(format!("{} {density:.3}", space.name()), best));
+            rivals.push(Cache::of_plan(name(space.name()), types.first_of(&best)?));
         }
         Ok(rivals)
     }

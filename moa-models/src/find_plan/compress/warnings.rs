@@ -24,7 +24,11 @@ pub(super) fn warnings_of(
         );
         let has_16_bits = matches!(device, Some(CacheType::F16 | CacheType::Bf16));
         if has_16_bits && refined.plan.cache_types().is_empty() {
-            warning += "; as many bytes hold nearly twice the keys in int8 (--kv-bytes with --cache-dtype int8)";
+            let share = request.bounds.iter().map(|bound| bound.max).fold(1.0, f64::min);
+            warning += &format!(
+                "; as many bytes hold nearly twice the keys in int8 (--kv-bytes {:.1}% without --cache-dtype)",
+                100.0 * share
+            );
         }
         warnings.push(warning);
     }
@@ -109,7 +113,9 @@ mod tests {
             Ok::<_, crate::Error>(warnings_of(&refined, &request, Some(device))?.concat())
         };
         let wide = CacheType::Bf16;
-        assert!(warning(None, wide, 0.5)?.contains("--cache-dtype int8"));
+        assert!(
+            warning(None, wide, 0.5)?.contains("in int8 (--kv-bytes 25.0% without --cache-dtype)")
+        );
         for (own, device) in [(Some(CacheType::Int8), wide), (None, CacheType::Int8)] {
             let narrow = warning(own, device, 0.5)?;
             assert!(narrow.contains("wrong answers") && !narrow.contains("int8"), "{narrow}");
