@@ -8,15 +8,14 @@ a Llama in bf16 does not need: other libraries of kernels, and in vLLM's wheel F
 """
 
 import argparse
+import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 import zipfile
-from email.parser import Parser
-
-from pip._vendor.packaging.requirements import Requirement
-from pip._vendor.packaging.utils import canonicalize_name
 
 VLLM = "vllm==0.20.2"
 # Kernels and tools of other models, hardware and servers; vLLM asks for them when it uses them.
@@ -25,8 +24,10 @@ LEFT_OUT = """
     quack-kernels supervisor tilelang torch torchaudio torchvision triton
 """.split()
 UNUSED = ["vllm/vllm_flash_attn/_vllm_fa2_C.*", "vllm/third_party/deep_gemm", "vllm/_deep_gemm*"]
-PLATFORMS = ["manylinux_2_35_x86_64", "manylinux_2_34_x86_64", "manylinux_2_28_x86_64", "manylinux2014_x86_64", "linux_x86_64"]
-PART_BYTES = "45M"
+# Wheels name the oldest system that they run on, and pip asks for each by name.
+PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(39, 4, -1)]
+PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
+PART_BYTES = "39M"
 
 
 def parse():
@@ -37,50 +38,30 @@ def parse():
     return parser.parse_args()
 
 
-def download(requirement, wheels, python):
-    platforms = [option for platform in PLATFORMS for option in ("--platform", platform)]
-    before = set(wheels.iterdir())
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    command += ["--python-version", python, *platforms, "--dest", str(wheels), requirement]
-    subprocess.run(command, check=True)
-    return (set(wheels.iterdir()) - before).pop()
+def canonical(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def requirements(wheel, python, extras):
-    """What a wheel requires on the machine."""
-    with zipfile.ZipFile(wheel) as archive:
-        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        fields = Parser().parsestr(archive.read(name).decode())
-    machine = {
-        "python_version": python,
-        "python_full_version": f"{python}.0",
-        "platform_machine": "x86_64",
-        "platform_system": "Linux",
-        "sys_platform": "linux",
-        "os_name": "posix",
-        "implementation_name": "cpython",
-        "platform_python_implementation": "CPython",
-    }
-    for text in fields.get_all("Requires-Dist", []):
-        requirement = Requirement(text)
-        marker = requirement.marker
-        if marker is None or any(marker.evaluate({**machine, "extra": extra}) for extra in ["", *extras]):
-            yield requirement
+def resolve(out, python):
+    """Name and address of each wheel that pip would install on the machine: versions that go together."""
+    report = out / "report.json"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
+    command += ["--only-binary", ":all:", "--python-version", python, "--target", str(out / "none")]
+    command += [option for platform in PLATFORMS for option in ("--platform", platform)]
+    subprocess.run([*command, "--report", str(report), VLLM], check=True)
+    with open(report) as file:
+        chosen = json.load(file)["install"]
+    return [(wheel["metadata"]["name"], wheel["download_info"]["url"]) for wheel in chosen]
 
 
-def collect(present, wheels, python):
+def collect(present, out, wheels, python):
     """Downloads vLLM and all that it requires and the machine lacks."""
-    seen = present | set(LEFT_OUT)
-    wanted = [Requirement(VLLM)]
-    while wanted:
-        requirement = wanted.pop(0)
-        name = canonicalize_name(requirement.name)
-        if name in seen:
+    for name, url in resolve(out, python):
+        if canonical(name) in present | set(LEFT_OUT):
             continue
-        seen.add(name)
-        wheel = download(f"{requirement.name}{requirement.specifier}", wheels, python)
+        wheel = wheels / url.split("/")[-1].split("#")[0]
+        urllib.request.urlretrieve(url, wheel)
         print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB", flush=True)
-        wanted += requirements(wheel, python, requirement.extras)
 
 
 def main():
@@ -90,8 +71,8 @@ def main():
     shutil.rmtree(out, ignore_errors=True)
     wheels.mkdir(parents=True)
     with open(args.present) as file:
-        present = {canonicalize_name(line.split("==")[0].split(" @ ")[0].strip()) for line in file if line.strip()}
-    collect(present, wheels, args.python)
+        present = {canonical(line.split("==")[0].split(" @ ")[0].strip()) for line in file if line.strip()}
+    collect(present, out, wheels, args.python)
     for wheel in wheels.iterdir():
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(packages)

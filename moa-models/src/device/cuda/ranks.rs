@@ -10,7 +10,7 @@ use crate::device::thread_rank::ThreadRank;
 use crate::{Error, Result};
 
 /// One of several GPUs that share a model and add up over NCCL, each worked with by a thread of its own. Where they write
-/// into each other's memory, they add up small tensors by that ([`PeerSums`]): those of which the others get at most 256 KiB
+/// into each other's memory, they add up small tensors by that ([`PeerSums`]): those of which the others get at most 1 MiB
 /// together, or as many bytes as the environment variable `MOA_PEER_BYTES` says, or [`with_peer_bytes`](Self::with_peer_bytes).
 ///
 /// A GPU that waits for another one's part of a sum would wait for ever if that rank is gone or hangs. So the host
@@ -52,7 +52,7 @@ impl Joined {
 }
 
 /// Bytes that a GPU sends of a small sum at most, where nothing else is said: up to there it is faster than NCCL and a norm.
-const PEER_BYTES: usize = 1 << 18;
+const PEER_BYTES: usize = 1 << 20;
 
 /// Those that the environment says, or [`PEER_BYTES`]; none if it says what is no number.
 fn peer_bytes() -> usize {
