@@ -1,10 +1,10 @@
 //! moa's attention beside burn's own in one run: whole prompts, and steps of one token, by the wall clock.
 //!
 //! ```sh
-//! cargo run --release -p moa-burn --features burn/autotune --example speed -- [DEVICE] [f16|f32] [TOKENS..]
+//! cargo run --release -p moa-burn --features autotune --example speed -- [DEVICE] [f16|f32] [TOKENS..]
 //! ```
 //!
-//! `burn/autotune` lets burn choose its best kernel. DEVICE is `wgpu`, or `cuda` with `cuda` or `cuda-cpp` among the
+//! `autotune` lets burn choose its best kernel. DEVICE is `wgpu`, or `cuda` with `cuda` or `cuda-cpp` among the
 //! features; burn's default one without. burn knows no grouped queries: it is given KV heads that are repeated
 //! already, in place of a cache.
 
