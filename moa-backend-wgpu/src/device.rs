@@ -134,7 +134,8 @@ impl Device {
             false => 0,
         };
         // WGSL has no way from a word to two halves; what CubeCL's LLVM makes of kernels has not been seen.
-        let compiles = client.name() == SPIRV || cfg!(feature = "cuda-cpp") && client.name() == "cuda";
+        let compiles =
+            client.name() == SPIRV || cfg!(feature = "cuda-cpp") && client.name() == "cuda";
         let matrix_units = compiles && !refused;
         let f16 = ElemType::Float(FloatKind::F16);
         let converts_f16 = matrix_units && features.supports_type(f16);
