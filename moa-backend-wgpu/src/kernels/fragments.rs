@@ -6,7 +6,7 @@ use cubecl::prelude::*;
 use half::f16;
 
 use super::blocks::{Blocks, CHUNK, SIDE, Words, lane, sync};
-use super::elements::{elements, elements_mut};
+use super::cast::{elements, elements_mut};
 use super::words::widen_f16;
 
 /// A plane's queries, `[16, dim]`, and output, alike. Of the two sequences in each, one is empty.

@@ -7,10 +7,10 @@
 pub(crate) mod append;
 pub(crate) mod attend;
 pub(crate) mod blocks;
+pub(crate) mod cast;
 pub(crate) mod codes;
 pub(crate) mod copy;
 pub(crate) mod decode;
-pub(crate) mod elements;
 pub(crate) mod few_rows;
 pub(crate) mod fragments;
 pub(crate) mod influence;
