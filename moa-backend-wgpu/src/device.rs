@@ -31,6 +31,9 @@ pub struct Device {
     lost: Arc<OnceLock<String>>,
 }
 
+/// CubeCL's name for kernels that reach Vulkan as SPIR-V.
+const SPIRV: &str = "wgpu<spirv>";
+
 /// Units of a cube in kernels without tiles.
 const UNITS: u32 = 256;
 
@@ -130,12 +133,14 @@ impl Device {
             true => client.properties().hardware.plane_size_min as usize,
             false => 0,
         };
-        // WGSL has no way from a word to two halves, and CUDA C++ takes no words for a matrix of halves.
-        let spirv = client.name() == "wgpu<spirv>" && !refused;
+        // WGSL has no way from a word to two halves; what CubeCL's LLVM makes of kernels has not been seen.
+        let compiles =
+            client.name() == SPIRV || cfg!(feature = "cuda-cpp") && client.name() == "cuda";
+        let matrix_units = compiles && !refused;
         let f16 = ElemType::Float(FloatKind::F16);
-        let converts_f16 = spirv && features.supports_type(f16);
+        let converts_f16 = matrix_units && features.supports_type(f16);
         let lost = Arc::default();
-        Self { client, plane_units, converts_f16, matrix_units: spirv, lost }
+        Self { client, plane_units, converts_f16, matrix_units, lost }
     }
 
     /// An NVIDIA GPU, counted from 0, over CUDA in place of wgpu: for GPUs that `moa-backend-cuda` does not know.
@@ -176,12 +181,18 @@ impl Device {
     pub fn multiplies(&self, inner: Dtype) -> bool {
         cfg!(feature = "vulkan")
             && inner == Dtype::F16
+            && self.loads_matrices_from_words()
             && crate::attention::matrix_units::offered(self)
     }
 
     /// Whether cooperative matrices that CubeCL lists may be used.
     pub(crate) fn has_matrix_units(&self) -> bool {
         self.matrix_units
+    }
+
+    /// Whether matrices of any type can be loaded from words of 32 bits, as in SPIR-V.
+    pub(crate) fn loads_matrices_from_words(&self) -> bool {
+        self.client.name() == SPIRV
     }
 
     /// Whether both are one device.

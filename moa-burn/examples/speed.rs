@@ -1,10 +1,10 @@
 //! moa's attention beside burn's own in one run: whole prompts, and steps of one token, by the wall clock.
 //!
 //! ```sh
-//! cargo run --release -p moa-burn --features burn/autotune --example speed -- [DEVICE] [TOKENS..]
+//! cargo run --release -p moa-burn --features autotune --example speed -- [DEVICE] [f16|f32] [TOKENS..]
 //! ```
 //!
-//! `burn/autotune` lets burn choose its best kernel. DEVICE is `wgpu`, or `cuda` with `cuda` or `cuda-cpp` among the
+//! `autotune` lets burn choose its best kernel. DEVICE is `wgpu`, or `cuda` with `cuda` or `cuda-cpp` among the
 //! features; burn's default one without. burn knows no grouped queries: it is given KV heads that are repeated
 //! already, in place of a cache.
 
@@ -28,11 +28,14 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 fn main() -> Result<()> {
     let (mut lengths, mut device) = (Vec::new(), None);
+    let mut dtypes = vec![FloatDType::F16, FloatDType::F32];
     for argument in std::env::args().skip(1) {
         match &*argument {
             "wgpu" => device = Some(Device::wgpu(Default::default())),
             #[cfg(feature = "cuda")]
             "cuda" => device = Some(Device::cuda(0)),
+            "f16" => dtypes = vec![FloatDType::F16],
+            "f32" => dtypes = vec![FloatDType::F32],
             tokens => lengths.push(tokens.parse::<usize>()?),
         }
     }
@@ -41,7 +44,7 @@ fn main() -> Result<()> {
     }
     let device = device.unwrap_or_default();
     println!("{device:?}; microseconds of a call, the best of {ROUNDS} times {CALLS}");
-    for dtype in [FloatDType::F16, FloatDType::F32] {
+    for dtype in dtypes {
         if !device.supports_dtype(dtype) {
             println!("{dtype:?}: not on this device");
             continue;

@@ -1,23 +1,24 @@
 use candle_core::{CpuStorage, DType, Device, Error, Layout, Result, Storage, Tensor};
 use moa_backend_cpu::CpuBackend;
-use moa_core::{Append, ExtendInputs, Scores, SparseAttentionBackend};
+use moa_core::{Append, ExtendInputs, Extended, Scores, SparseAttentionBackend};
 
 #[cfg(feature = "cuda")]
 use crate::elsewhere;
-use crate::{Dims, LayerCache, Store};
+use crate::{LayerCache, Store};
 
-/// See [`crate::SparseAttention::forward`].
-pub(crate) fn forward(
+/// See [`crate::SparseAttention::extend`]; `q`, `k` and `v` are `[batch, heads, tokens, head_dim]`, and hold the tokens of
+/// all sequences in this order.
+pub(crate) fn extend(
     backend: &CpuBackend,
-    caches: &mut [&mut LayerCache],
+    batch: &mut [Append<'_, LayerCache>],
     [q, k, v]: [&Tensor; 3],
     scores: Scores<'_, Tensor>,
-    dims: Dims,
-) -> Result<Tensor> {
-    let mut batch = Vec::with_capacity(caches.len());
-    for cache in caches {
+    lse: bool,
+) -> Result<Extended<Tensor>> {
+    let mut own = Vec::with_capacity(batch.len());
+    for Append { cache, tokens } in batch {
         match &mut cache.0 {
-            Store::Cpu(cache) => batch.push(Append { cache, tokens: dims.tokens }),
+            Store::Cpu(cache) => own.push(Append { cache, tokens: *tokens }),
             #[cfg(feature = "cuda")]
             Store::Cuda(_) => return Err(elsewhere()),
         }
@@ -27,11 +28,15 @@ pub(crate) fn forward(
     let sinks = scores.sinks.map(sinks).transpose()?;
     let Scores { scale, softcap, .. } = scores;
     let scores = Scores { scale, softcap, sinks: sinks.as_ref() };
-    let inputs = ExtendInputs::new(&q, &k, &v, scores);
-    let out = backend.extend(&mut batch, &inputs).map_err(Error::wrap)?.out.into_data();
-    let shape = (dims.batch, dims.tokens, dims.query_heads, dims.head_dim);
-    let out = Tensor::from_vec(out, shape, &Device::Cpu)?.transpose(1, 2)?;
-    if dtype == DType::F32 { Ok(out) } else { out.to_dtype(dtype) }
+    let inputs = ExtendInputs { lse, ..ExtendInputs::new(&q, &k, &v, scores) };
+    let Extended { out, lse } = backend.extend(&mut own, &inputs).map_err(Error::wrap)?;
+    let lifted = |x: moa_backend_cpu::Tensor| {
+        let shape = x.shape().to_vec();
+        Tensor::from_vec(x.into_data(), shape, &Device::Cpu)
+    };
+    let out = lifted(out)?;
+    let out = if dtype == DType::F32 { out } else { out.to_dtype(dtype)? };
+    Ok(Extended { out, lse: lse.map(lifted).transpose()? })
 }
 
 /// `[batch, heads, tokens, head_dim]` in the order of moa's kernels, `[batch * tokens, heads, head_dim]`: the

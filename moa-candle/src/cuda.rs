@@ -7,13 +7,13 @@ use candle_core::cuda::cudarc::driver::{
 };
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CudaDevice, CudaStorage, DType, DeviceLocation, Error, Layout, Result, Storage, Tensor,
+    CudaDevice, CudaStorage, DType, DeviceLocation, Error, Layout, Result, Shape, Storage, Tensor,
 };
 use moa_backend_cuda::tables::Packed;
 use moa_backend_cuda::{Batch, CudaBackend, Step, Tensors, Workspace};
-use moa_core::{CacheState, Dtype, LayerLayout, Scores, SparseAttentionBackend};
+use moa_core::{Append, CacheState, Dtype, Extended, LayerLayout, Scores, SparseAttentionBackend};
 
-use crate::{Dims, LayerCache, Store, elsewhere};
+use crate::{LayerCache, Store, elsewhere};
 
 /// moa's kernels on candle's stream.
 #[derive(Debug)]
@@ -82,18 +82,19 @@ impl Road {
         self.backend.truncate(&mut cache.cache, len).map_err(Error::wrap)
     }
 
-    /// See [`crate::SparseAttention::forward`].
-    pub(crate) fn forward(
+    /// See [`crate::SparseAttention::extend`]; `q`, `k` and `v` are `[batch, heads, tokens, head_dim]`, and hold the
+    /// tokens of all sequences in this order.
+    pub(crate) fn extend(
         &self,
-        caches: &mut [&mut LayerCache],
+        batch: &mut [Append<'_, LayerCache>],
         inputs: [&Tensor; 3],
         scores: Scores<'_, Tensor>,
-        dims: Dims,
-    ) -> Result<Tensor> {
-        let mut own = Vec::with_capacity(caches.len());
-        for cache in caches {
+        lse: bool,
+    ) -> Result<Extended<Tensor>> {
+        let mut own = Vec::with_capacity(batch.len());
+        for Append { cache, tokens } in batch {
             match &mut cache.0 {
-                Store::Cuda(cache) => own.push(&mut cache.cache),
+                Store::Cuda(cache) => own.push(Append { cache: &mut cache.cache, tokens: *tokens }),
                 Store::Cpu(_) => return Err(elsewhere()),
             }
         }
@@ -105,22 +106,26 @@ impl Road {
             );
         }
         match dtype {
-            DType::F16 => self.extend::<half::f16>(&mut own, inputs, scores, dims),
-            _ => self.extend::<half::bf16>(&mut own, inputs, scores, dims),
+            DType::F16 => self.launch::<half::f16>(&mut own, inputs, scores, lse),
+            _ => self.launch::<half::bf16>(&mut own, inputs, scores, lse),
         }
     }
 
-    fn extend<T: CudaDType + DeviceRepr>(
+    fn launch<T: CudaDType + DeviceRepr>(
         &self,
-        caches: &mut [&mut moa_backend_cuda::Cache],
+        own: &mut [Append<'_, moa_backend_cuda::Cache>],
         inputs: [&Tensor; 3],
         scores: Scores<'_, Tensor>,
-        dims: Dims,
-    ) -> Result<Tensor> {
-        let Dims { batch, tokens, query_heads, head_dim } = dims;
+        lse: bool,
+    ) -> Result<Extended<Tensor>> {
+        let (of_tensor, query_heads, tokens, head_dim) = inputs[0].dims4()?;
+        let (rows, row) = (of_tensor * tokens, query_heads * head_dim);
         let stream = self.candle.cuda_stream();
         // SAFETY: the calls below write every element.
-        let mut out = unsafe { self.candle.alloc::<T>(batch * tokens * query_heads * head_dim) }?;
+        let mut out = unsafe { self.candle.alloc::<T>(rows * row) }?;
+        // SAFETY: likewise, where it is asked for.
+        let mut sums =
+            unsafe { self.candle.alloc::<f32>(if lse { rows * query_heads } else { 1 }) }?;
         {
             let [q, k, v] = inputs.map(Tensor::storage_and_layout);
             // The guards tell cudarc, when dropped, that the stream has used this memory.
@@ -137,21 +142,32 @@ impl Road {
             };
             let sinks = sinks.as_ref().map_or(0, |(address, _)| *address);
             let (out, _out) = out.device_ptr_mut(&stream);
+            let (sums, _sums) = sums.device_ptr_mut(&stream);
             let mut launch = self.launch.lock().unwrap_or_else(PoisonError::into_inner);
             let (step, workspace) = &mut *launch;
-            // Sequences of one token are rows one stride apart; longer ones are a call each.
-            let together = if tokens == 1 { batch } else { 1 };
-            for (call, caches) in caches.chunks_mut(together).enumerate() {
-                let place = |x: &Strided| x.packed(call * together, tokens == 1);
-                let row = query_heads * head_dim;
-                let out = out + (call * together * tokens * row * size_of::<T>()) as u64;
+            // Rows that lie one stride apart are one call; other sequences are a call each.
+            let strides: Option<Vec<usize>> =
+                [&q, &k, &v].iter().map(|x| x.row(of_tensor, tokens)).collect();
+            let together = if strides.is_some() { own.len() } else { 1 };
+            let strides = strides.unwrap_or_else(|| vec![q.token, k.token, v.token]);
+            for (call, own) in own.chunks_mut(together).enumerate() {
+                let first = call * together * tokens;
+                let place = |i: usize, x: &Strided| Packed {
+                    data: x.data + (call * together * x.sequence * x.bytes) as u64,
+                    token: strides[i] as i64,
+                    head: x.head as i64,
+                };
+                let (q, k, v) = (place(0, &q), place(1, &k), place(2, &v));
+                let out = out + (first * row * size_of::<T>()) as u64;
                 let out = Packed::contiguous(out, query_heads, head_dim);
-                let [q, k, v] = [&q, &k, &v].map(place);
-                let tensors = Tensors { q, k, v, out, lse: 0, scale, sinks, rope: None };
-                let counts = vec![tokens; caches.len()];
-                let shared: Vec<&moa_backend_cuda::Cache> = caches.iter().map(|c| &**c).collect();
+                let sums = sums + (first * query_heads * size_of::<f32>()) as u64;
+                let lse = if lse { sums } else { 0 };
+                let tensors = Tensors { q, k, v, out, lse, scale, sinks, rope: None };
+                let counts: Vec<usize> = own.iter().map(|append| append.tokens).collect();
+                let caches: Vec<&moa_backend_cuda::Cache> =
+                    own.iter().map(|append| &*append.cache).collect();
                 let batch =
-                    Batch { caches: &shared, tokens: &counts, query_heads, grows: false, softcap };
+                    Batch { caches: &caches, tokens: &counts, query_heads, grows: false, softcap };
                 let raw = stream.cu_stream().cast();
                 // SAFETY: all of this is on candle's stream, in order with candle's work. Caches were opened
                 // before a synchronisation, and they, the step and the workspace are freed after one.
@@ -159,14 +175,19 @@ impl Road {
                     step.prepare(workspace, &batch, raw).map_err(Error::wrap)?;
                     step.run(workspace, &tensors, raw).map_err(Error::wrap)?;
                 }
-                for cache in caches {
-                    cache.advance(tokens).map_err(Error::wrap)?;
+                for Append { cache, tokens } in own {
+                    cache.advance(*tokens).map_err(Error::wrap)?;
                 }
             }
         }
-        let out = Storage::Cuda(CudaStorage::wrap_cuda_slice(out, self.candle.clone()));
-        let shape = (batch, tokens, query_heads, head_dim);
-        Tensor::from_storage(out, shape, BackpropOp::none(), false).transpose(1, 2)
+        let lifted = |storage, shape| {
+            let storage = Storage::Cuda(storage);
+            Tensor::from_storage(storage, shape, BackpropOp::none(), false)
+        };
+        let out = CudaStorage::wrap_cuda_slice(out, self.candle.clone());
+        let out = lifted(out, Shape::from((rows, query_heads, head_dim)));
+        let sums = CudaStorage::wrap_cuda_slice(sums, self.candle.clone());
+        Ok(Extended { out, lse: lse.then(|| lifted(sums, Shape::from((rows, query_heads)))) })
     }
 }
 
@@ -193,11 +214,13 @@ impl Strided {
         Ok((Self { data, sequence, head, token, bytes: size_of::<T>() }, guard))
     }
 
-    /// The tokens of a sequence, or the one token of each from this sequence on.
-    fn packed(&self, sequence: usize, one_each: bool) -> Packed {
-        let token = if one_each { self.sequence } else { self.token };
-        let data = self.data + (sequence * self.sequence * self.bytes) as u64;
-        Packed { data, token: token as i64, head: self.head as i64 }
+    /// Elements from one row to the next, if that is the same within and between sequences.
+    fn row(&self, sequences: usize, tokens: usize) -> Option<usize> {
+        match (sequences, tokens) {
+            (1, _) => Some(self.token),
+            (_, 1) => Some(self.sequence),
+            _ => (self.sequence == tokens * self.token).then_some(self.token),
+        }
     }
 }
 

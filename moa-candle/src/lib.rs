@@ -41,7 +41,10 @@ mod cuda;
 
 use candle_core::{DType, Device, Error, Result, Tensor};
 use moa_backend_cpu::CpuBackend;
-use moa_core::{CacheState, Dtype, LayerLayout, Plan, Scores, SparseAttentionBackend};
+use moa_core::{
+    Append, CacheState, Dtype, ExtendInputs, Extended, LayerLayout, Plan, Scores,
+    SparseAttentionBackend, check_batch, check_extend,
+};
 
 /// Attention of one model on one device. Clones share what they hold on the device.
 #[derive(Clone, Debug)]
@@ -63,15 +66,6 @@ enum Store {
     Cpu(moa_backend_cpu::Cache),
     #[cfg(feature = "cuda")]
     Cuda(cuda::Cache),
-}
-
-/// Dimensions of a call whose tensors fit together.
-#[derive(Clone, Copy)]
-struct Dims {
-    batch: usize,
-    tokens: usize,
-    query_heads: usize,
-    head_dim: usize,
 }
 
 impl SparseAttention {
@@ -140,25 +134,6 @@ impl SparseAttention {
         v: &Tensor,
         scores: impl Into<Scores<'a, Tensor>>,
     ) -> Result<Tensor> {
-        let scores = scores.into();
-        let dims = self.check(caches, [q, k, v])?;
-        if let Some(sinks) = scores.sinks {
-            if sinks.dims() != [dims.query_heads] {
-                let (expected, got) = (dims.query_heads, sinks.shape());
-                candle_core::bail!("sinks: expected [{expected}], got {got:?}");
-            }
-            if sinks.track_op() {
-                candle_core::bail!("sinks: expected a tensor without gradients, got a tracked one");
-            }
-        }
-        match &self.0 {
-            Road::Cpu(backend) => cpu::forward(backend, caches, [q, k, v], scores, dims),
-            #[cfg(feature = "cuda")]
-            Road::Cuda(road) => road.forward(caches, [q, k, v], scores, dims),
-        }
-    }
-
-    fn check(&self, caches: &[&mut LayerCache], [q, k, v]: [&Tensor; 3]) -> Result<Dims> {
         let (batch, query_heads, tokens, head_dim) = q.dims4()?;
         if batch != caches.len() || tokens == 0 || batch == 0 {
             let (expected, got) = (caches.len(), q.shape());
@@ -170,15 +145,52 @@ impl SparseAttention {
             let got = (k.shape(), v.shape());
             candle_core::bail!("k and v: expected {of_kv:?} as q and the caches, got {got:?}");
         }
-        if [q, k, v].iter().any(|x| x.track_op()) {
+        let scores = scores.into();
+        if let Some(sinks) = scores.sinks.filter(|sinks| sinks.dims() != [query_heads]) {
+            candle_core::bail!("sinks: expected [{query_heads}], got {:?}", sinks.shape());
+        }
+        let states = caches.iter().map(|cache| (cache.state(), tokens));
+        check_batch("forward", states, query_heads).map_err(Error::wrap)?;
+        let mut own: Vec<_> =
+            caches.iter_mut().map(|cache| Append { cache: &mut **cache, tokens }).collect();
+        let out = self.run(&mut own, [q, k, v], scores, false)?.out;
+        out.reshape((batch, tokens, query_heads, head_dim))?.transpose(1, 2)
+    }
+
+    /// [`forward`](Self::forward) for sequences of unequal numbers of new tokens, packed one after the other:
+    /// `[tokens, heads, head_dim]`, as a linear layer writes it. The output is packed likewise, and the log-sum-exp comes with
+    /// it where it is asked for.
+    ///
+    /// # Errors
+    /// Those of [`forward`](Self::forward).
+    pub fn extend(
+        &self,
+        batch: &mut [Append<'_, LayerCache>],
+        inputs: &ExtendInputs<'_, Tensor>,
+    ) -> Result<Extended<Tensor>> {
+        check_extend(batch, inputs, |x| x.dims()).map_err(Error::wrap)?;
+        let ExtendInputs { q, k, v, scores, lse } = *inputs;
+        let as_one = |x: &Tensor| x.unsqueeze(0)?.transpose(1, 2);
+        self.run(batch, [&as_one(q)?, &as_one(k)?, &as_one(v)?], scores, lse)
+    }
+
+    fn run(
+        &self,
+        batch: &mut [Append<'_, LayerCache>],
+        qkv: [&Tensor; 3],
+        scores: Scores<'_, Tensor>,
+        lse: bool,
+    ) -> Result<Extended<Tensor>> {
+        if qkv.into_iter().chain(scores.sinks).any(|x| x.track_op()) {
             candle_core::bail!(
-                "q, k, v: expected tensors without gradients (`detach`), got tracked ones"
+                "q, k, v, sinks: expected tensors without gradients (`detach`), got tracked ones"
             );
         }
-        for cache in caches {
-            cache.state().check_append(tokens).map_err(Error::wrap)?;
+        match &self.0 {
+            Road::Cpu(backend) => cpu::extend(backend, batch, qkv, scores, lse),
+            #[cfg(feature = "cuda")]
+            Road::Cuda(road) => road.extend(batch, qkv, scores, lse),
         }
-        Ok(Dims { batch, tokens, query_heads, head_dim })
     }
 
     /// An independent copy of a sequence's cache, for shared prefixes.
@@ -230,6 +242,12 @@ impl LayerCache {
             #[cfg(feature = "cuda")]
             Store::Cuda(cache) => cache.state(),
         }
+    }
+}
+
+impl AsRef<CacheState> for LayerCache {
+    fn as_ref(&self) -> &CacheState {
+        self.state()
     }
 }
 

@@ -10,7 +10,8 @@ use crate::kernels::blocks::{Blocks, CHUNK, PLANE, SIDE};
 /// weights in f16 and sum in f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub enum MatrixUnits {
-    /// Where the device has them and the kernel compiles for them: over Vulkan with the feature `vulkan`.
+    /// Where the device has them and the kernel compiles for them: over Vulkan with the feature `vulkan`, over CUDA with
+    /// `cuda-cpp`.
     #[default]
     WhereOffered,
     /// Nowhere: queries and weights stay in f32.
@@ -46,7 +47,8 @@ impl MatrixUnits {
         {
             return None;
         }
-        let blocks = |planes| Blocks { planes, keys: KEYS, dim: head_dim, matrix_units };
+        let words = device.loads_matrices_from_words();
+        let blocks = |planes| Blocks { planes, keys: KEYS, dim: head_dim, matrix_units, words };
         let fits =
             |b: &Blocks| b.shared_bytes() <= limits.shared_bytes && b.units() <= limits.units;
         PLANES.into_iter().map(blocks).find(fits)

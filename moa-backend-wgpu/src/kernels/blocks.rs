@@ -29,6 +29,8 @@ pub(crate) struct Blocks {
     pub(crate) dim: usize,
     /// Whether the device multiplies matrices, or its units do.
     pub(crate) matrix_units: bool,
+    /// Whether the device loads matrices from words of 32 bits, or from elements of their own type alone.
+    pub(crate) words: bool,
 }
 
 impl Blocks {

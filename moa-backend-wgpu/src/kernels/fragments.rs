@@ -6,6 +6,7 @@ use cubecl::prelude::*;
 use half::f16;
 
 use super::blocks::{Blocks, CHUNK, SIDE, Words, lane, sync};
+use super::cast::{elements, elements_mut};
 use super::words::widen_f16;
 
 /// A plane's queries, `[16, dim]`, and output, alike. Of the two sequences in each, one is empty.
@@ -67,6 +68,7 @@ impl Fragments {
                     stride,
                     MatrixIdent::A,
                     MatrixLayout::RowMajor,
+                    blocks,
                 ));
             }
         } else {
@@ -114,10 +116,11 @@ impl Fragments {
                         key_stride,
                         MatrixIdent::B,
                         MatrixLayout::ColMajor,
+                        blocks,
                     );
                     cmma::execute(self.queries.index(d), &key, &scores, &scores);
                 }
-                store(scratch, at + comptime!(n * SIDE / 4), stride, &scores);
+                store(scratch, at + comptime!(n * SIDE / 4), stride, &scores, blocks);
             }
         } else {
             let half = comptime!(blocks.keys / 2);
@@ -164,6 +167,7 @@ impl Fragments {
                     stride,
                     MatrixIdent::A,
                     MatrixLayout::RowMajor,
+                    blocks,
                 );
                 #[unroll]
                 for c in 0..comptime!(blocks.dim / SIDE) {
@@ -173,6 +177,7 @@ impl Fragments {
                         key_stride,
                         MatrixIdent::B,
                         MatrixLayout::RowMajor,
+                        blocks,
                     );
                     let output = self.output.index(c);
                     cmma::execute(&weights, &value, output, output);
@@ -220,7 +225,7 @@ impl Fragments {
             #[unroll]
             for i in 0..comptime!(CHUNK / SIDE) {
                 let output = self.output.index(comptime!(chunk * CHUNK / SIDE + i));
-                store(scratch, at + comptime!(i * SIDE / 4), stride, output);
+                store(scratch, at + comptime!(i * SIDE / 4), stride, output, blocks);
             }
         } else {
             let sums = self.sums.index(0);
@@ -250,12 +255,13 @@ impl Fragments {
             for i in 0..comptime!(CHUNK / SIDE) {
                 let output = self.output.index_mut(comptime!(chunk * CHUNK / SIDE + i));
                 let from = at + comptime!(i * SIDE / 4);
-                cmma::load_with_layout(
-                    output,
-                    &scratch[from..scratch.len()],
-                    stride,
-                    MatrixLayout::RowMajor,
-                );
+                let words = &scratch[from..scratch.len()];
+                if comptime!(blocks.words) {
+                    cmma::load_with_layout(output, words, stride, MatrixLayout::RowMajor);
+                } else {
+                    let floats = elements::<f32>(words);
+                    cmma::load_with_layout(output, floats, stride, MatrixLayout::RowMajor);
+                }
             }
         } else {
             let sums = self.sums.index_mut(0);
@@ -314,16 +320,34 @@ fn operand(
     #[comptime] stride: usize,
     #[comptime] ident: MatrixIdent,
     #[comptime] layout: MatrixLayout,
+    #[comptime] blocks: Blocks,
 ) -> Matrix<f16> {
     // SAFETY: it is loaded before it is used.
     let mut matrix = unsafe { Matrix::<f16>::uninitialized(ident, SIDE, SIDE, SIDE, layout) };
-    // Strides are counted in elements of the vectors.
-    cmma::load(&mut matrix, &words[at..words.len()], comptime!(4 * stride as u32));
+    let words = &words[at..words.len()];
+    // Strides are counted in elements: those of the vectors, or halves.
+    if comptime!(blocks.words) {
+        cmma::load(&mut matrix, words, comptime!(4 * stride as u32));
+    } else {
+        cmma::load(&mut matrix, elements::<f16>(words), comptime!(8 * stride as u32));
+    }
     matrix
 }
 
 #[cube]
-fn store(words: &mut Shared<[Words]>, at: usize, #[comptime] stride: usize, matrix: &Matrix<f32>) {
+fn store(
+    words: &mut Shared<[Words]>,
+    at: usize,
+    #[comptime] stride: usize,
+    matrix: &Matrix<f32>,
+    #[comptime] blocks: Blocks,
+) {
     let end = words.len();
-    cmma::store(&mut words[at..end], matrix, comptime!(4 * stride as u32), MatrixLayout::RowMajor);
+    let words = &mut words[at..end];
+    let stride = comptime!(4 * stride as u32);
+    if comptime!(blocks.words) {
+        cmma::store(words, matrix, stride, MatrixLayout::RowMajor);
+    } else {
+        cmma::store(elements_mut::<f32>(words), matrix, stride, MatrixLayout::RowMajor);
+    }
 }

@@ -7,6 +7,7 @@
 pub(crate) mod append;
 pub(crate) mod attend;
 pub(crate) mod blocks;
+pub(crate) mod cast;
 pub(crate) mod codes;
 pub(crate) mod copy;
 pub(crate) mod decode;
