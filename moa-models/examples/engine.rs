@@ -6,7 +6,7 @@
 //! ```
 //! `--requests 128` of `--prompt 64` random tokens get `--tokens 448` each, at most `--batch 64` together; `--uniform 0.25`
 //! sees a share of the context, `--random` makes weights up, `--cuda` runs on a GPU (feature `cuda`). Requests are run
-//! as tokens alone, as text, and as text where each of them draws by options of its own.
+//! as tokens alone and as text; with `--drawn` also where all draw alike, and where each draws by options of its own.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,7 +24,19 @@ struct Options {
     batch: usize,
     density: Option<f64>,
     random: Option<u32>,
+    drawn: bool,
     folder: String,
+}
+
+/// What requests are.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Tokens,
+    Text,
+    /// Drawn by the same options.
+    Alike,
+    /// Each by its own.
+    Mixed,
 }
 
 /// Steps after which a batch that has changed is recorded, where a device records steps.
@@ -56,6 +68,7 @@ fn main() -> Result<()> {
         batch: 64,
         density: None,
         random: None,
+        drawn: false,
         folder: "assets/moa-tiny".into(),
     };
     let mut on_gpu = false;
@@ -64,6 +77,7 @@ fn main() -> Result<()> {
         let count = |number: Option<f64>, default| number.map_or(default, |number| number as usize);
         match argument.as_str() {
             "--cuda" => on_gpu = true,
+            "--drawn" => options.drawn = true,
             "--random" => options.random = Some(0),
             "--uniform" => options.density = number(),
             "--requests" => options.requests = count(number(), options.requests),
@@ -106,12 +120,13 @@ fn measure<D: Math>(device: D, options: &Options) -> Result<()> {
         1e3 * bench.step_seconds
     );
     let engine = EngineOptions { max_batch: options.batch, ..EngineOptions::default() };
-    for kind in ["tokens", "text", "text, drawn by other options each"] {
+    let kinds = [Kind::Tokens, Kind::Text, Kind::Alike, Kind::Mixed];
+    for kind in &kinds[..if options.drawn { 4 } else { 2 }] {
         let engine = match kind {
-            "tokens" => Engine::new(Arc::clone(&checkpoint.model), engine),
+            Kind::Tokens => Engine::new(Arc::clone(&checkpoint.model), engine),
             _ => checkpoint.engine(engine),
         };
-        let rate = run(&checkpoint, engine, &plan, kind, options)?;
+        let rate = run(&checkpoint, engine, &plan, *kind, options)?;
         println!("  {:.2} of the session", rate / bench.decode_tokens_per_second);
     }
     Ok(())
@@ -122,21 +137,27 @@ fn run<D: Math>(
     checkpoint: &Checkpoint<D>,
     mut engine: Engine<D>,
     plan: &Plan,
-    kind: &str,
+    kind: Kind,
     options: &Options,
 ) -> Result<f64> {
     let vocab = checkpoint.model.config().vocab_size;
     let mut random = SplitMix64::new(1);
     for request in 0..options.requests {
         let prompt: Vec<u32> = (0..options.prompt).map(|_| random.below(vocab) as u32).collect();
-        let sampling = match kind.contains("drawn") {
-            false => SamplingOptions::default(),
-            true => SamplingOptions {
+        let warm = SamplingOptions {
+            temperature: 0.8,
+            top_p: 0.95,
+            seed: request as u64,
+            ..SamplingOptions::default()
+        };
+        let sampling = match kind {
+            Kind::Tokens | Kind::Text => SamplingOptions::default(),
+            Kind::Alike => warm,
+            Kind::Mixed => SamplingOptions {
                 temperature: [0.0, 0.7, 1.0][request % 3],
                 top_k: (request % 2 == 1).then_some(40),
                 top_p: 0.9 + 0.02 * (request % 5) as f32,
-                seed: request as u64,
-                ..SamplingOptions::default()
+                ..warm
             },
         };
         let how = GenerateOptions {
@@ -167,16 +188,16 @@ fn run<D: Math>(
                 _ => {}
             }
         }
-        let kind = match (reads, since_change < CHANGED) {
+        let steps = match (reads, since_change < CHANGED) {
             (true, _) => &mut reading,
             (false, true) => &mut changed,
             (false, false) => &mut steady,
         };
-        kind.push(time);
+        steps.push(time);
         since_change = if reads || ends { 0 } else { since_change + 1 };
     }
     let rate = tokens as f64 / begin.elapsed().as_secs_f64();
-    println!("{kind}: {rate:.0} tokens/s with prompts");
+    println!("{kind:?}: {rate:.0} tokens/s with prompts");
     println!("  steps that read       {}", reading.told());
     println!("  first after a change  {}", changed.told());
     println!("  others                {}", steady.told());

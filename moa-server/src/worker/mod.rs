@@ -34,11 +34,13 @@ pub(crate) struct Worker<D: Math> {
     plan: Plan,
     state: Arc<State>,
     commands: mpsc::Receiver<Command>,
+    /// Those that came while a step was waited for.
+    arrived: VecDeque<Command>,
     queue: VecDeque<Queued>,
     active: HashMap<RequestId, Active>,
     prefix: PrefixCache<D>,
-    /// Prompts that the last step has read so far, for a copy.
-    copies: Vec<(RequestId, usize)>,
+    /// Prompts that the last step has read so far, for a copy, which may be a mark.
+    copies: Vec<(RequestId, usize, bool)>,
     /// Bytes of keys and values of the jobs that run, and what dense attention would take.
     bytes: u64,
     dense_bytes: u64,
@@ -57,8 +59,10 @@ struct Active {
     dense_bytes: u64,
     /// Choices that begin when the prompt is read.
     followers: usize,
-    /// Where the prompt is to be copied.
+    /// Where the prompt is to be copied, as another one parts from it there.
     fork: Option<usize>,
+    /// Where else.
+    marks: Vec<usize>,
     last_token: Instant,
     tokens: usize,
 }
@@ -80,6 +84,7 @@ impl<D: Math + 'static> Worker<D> {
             checkpoint,
             plan,
             commands,
+            arrived: VecDeque::new(),
             queue: VecDeque::new(),
             active: HashMap::new(),
             prefix: PrefixCache::new(state.options.prefix_cache, state.options.prefix_host),
@@ -123,7 +128,14 @@ impl<D: Math + 'static> Worker<D> {
             self.admit();
             self.tell_gauges();
             let begin = Instant::now();
-            match self.engine.step() {
+            let is_full = self.places() >= self.state.options.max_batch;
+            let (commands, arrived) = (&self.commands, &mut self.arrived);
+            // What comes may join the next step, where there is a place.
+            let goes_on = || {
+                arrived.extend(commands.try_iter());
+                is_full || arrived.is_empty()
+            };
+            match self.engine.step_ahead(goes_on) {
                 Ok(Some(event)) => {
                     self.state.metrics.step.observe(begin.elapsed());
                     // A step that only reads prompts says nothing of one that decodes.
@@ -162,13 +174,15 @@ impl<D: Math + 'static> Worker<D> {
                 true => {
                     // So that the numbers are right while nothing happens.
                     self.tell_gauges();
-                    self.commands.recv().ok()
+                    self.arrived.pop_front().or_else(|| self.commands.recv().ok())
                 }
-                false => match self.commands.try_recv() {
-                    Ok(command) => Some(command),
-                    Err(mpsc::TryRecvError::Empty) => break,
-                    Err(mpsc::TryRecvError::Disconnected) => None,
-                },
+                false => {
+                    match self.arrived.pop_front().map_or_else(|| self.commands.try_recv(), Ok) {
+                        Ok(command) => Some(command),
+                        Err(mpsc::TryRecvError::Empty) => break,
+                        Err(mpsc::TryRecvError::Disconnected) => None,
+                    }
+                }
             };
             match command {
                 Some(Command::Job(job)) => enqueue(&mut self.queue, Queued { job, overtaken: 0 }),
