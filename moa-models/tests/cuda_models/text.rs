@@ -180,7 +180,7 @@ fn steps_that_are_begun_ahead_change_no_event() -> Verdict {
             steps.flatten().map(|event| format!("{event:?}")).collect()
         };
         let plain = run(&|_| false);
-        for goes_on in [&|_| true, &(|step| step % 7 != 6) as &dyn Fn(usize) -> bool] {
+        for goes_on in [&|_| true, &(|step: usize| step % 7 != 6) as &dyn Fn(usize) -> bool] {
             let ahead = run(goes_on);
             for (at, (plain, ahead)) in plain.iter().zip(&ahead).enumerate() {
                 assert_eq!(plain, ahead, "event {at}");

@@ -9,13 +9,16 @@ pub(crate) mod job;
 mod prefix;
 mod queue;
 
+use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
 use moa_core::Plan;
-use moa_models::{Checkpoint, Engine, EngineOptions, Error, Event, Math, RequestId};
+use moa_models::{
+    Checkpoint, Engine, EngineOptions, Error, Event, GenerateOptions, Math, RequestId,
+};
 
 use crate::http::error::ApiError;
 use crate::state::State;
@@ -44,6 +47,8 @@ pub(crate) struct Worker<D: Math> {
     /// Bytes of keys and values of the jobs that run, and what dense attention would take.
     bytes: u64,
     dense_bytes: u64,
+    /// Such bytes of a sequence, by its capacity.
+    sizes: RefCell<HashMap<usize, (u64, u64)>>,
     /// When those that are left have to end.
     stops_at: Option<Instant>,
 }
@@ -91,6 +96,7 @@ impl<D: Math + 'static> Worker<D> {
             copies: Vec::new(),
             bytes: 0,
             dense_bytes: 0,
+            sizes: RefCell::default(),
             stops_at: None,
             state,
         }
@@ -109,8 +115,34 @@ impl<D: Math + 'static> Worker<D> {
     /// Bytes of keys and values of a sequence of this length, and of one with dense attention.
     pub(crate) fn bytes_of(&self, length: usize) -> Result<(u64, u64), Error> {
         let (checkpoint, capacity) = (&self.checkpoint, self.capacity(length));
+        if let Some(sizes) = self.sizes.borrow().get(&capacity) {
+            return Ok(*sizes);
+        }
         let own = checkpoint.request_bytes(&self.plan, capacity, self.state.options.speculation)?;
-        Ok((own, checkpoint.model.dense_bytes(capacity)?))
+        let sizes = (own, checkpoint.model.dense_bytes(capacity)?);
+        self.sizes.borrow_mut().insert(capacity, sizes);
+        Ok(sizes)
+    }
+
+    /// Runs a short request, so that the first one that comes need not wait for what a GPU loads when it first needs it.
+    fn warm_up(&mut self) {
+        const TOKENS: usize = 64;
+        let model = &self.checkpoint.model;
+        if model.device().replayed_tokens(1) <= 1 || self.state.model.context < 2 * TOKENS {
+            return;
+        }
+        let options = GenerateOptions {
+            max_new_tokens: 8,
+            eos_token_ids: Some(Vec::new()),
+            ..GenerateOptions::default()
+        };
+        for _ in 0..2 {
+            self.engine.submit(vec![0; TOKENS], &self.plan, options.clone());
+        }
+        // What fails here fails again, where it is told.
+        if let Err(error) = self.engine.complete_all() {
+            tracing::warn!("the first steps failed: {error}");
+        }
     }
 
     /// Runs jobs until it is told to stop and none is left.
@@ -118,6 +150,7 @@ impl<D: Math + 'static> Worker<D> {
     /// # Errors
     /// That of the device, if it fails again and again.
     pub(crate) fn run(&mut self) -> Result<(), Error> {
+        self.warm_up();
         let mut failures = 0;
         loop {
             if !self.take_commands() {
