@@ -107,13 +107,17 @@ fn marks_serve_the_second_prompt_and_give_what_a_cold_run_gives() {
     for server in [&warm, &without] {
         assert_eq!(ask(server, first), (0, ask(&cold, first).1));
     }
-    for end in ["Second, their light was split.", "Third, nobody looked through a glass."] {
-        let (held, answer) = ask(&warm, end);
-        assert!(held >= 64 && held % 64 == 0, "{held}");
-        // Likelihoods too, to the last digit.
-        assert_eq!(answer, ask(&cold, end).1);
-    }
-    assert_eq!(ask(&without, "Second, their light was split.").0, 0);
+    let [second, third] =
+        ["Second, their light was split.", "Third, nobody looked through a glass."];
+    let (held, answer) = ask(&warm, second);
+    assert!(held >= 64 && held % 64 == 0, "{held}");
+    // Likelihoods too, to the last digit.
+    assert_eq!(answer, ask(&cold, second).1);
+    // That one was copied where it parted from the first one.
+    let (further, answer) = ask(&warm, third);
+    assert!(further >= held, "{further}");
+    assert_eq!(answer, ask(&cold, third).1);
+    assert_eq!(ask(&without, second).0, 0);
 }
 
 #[test]
