@@ -3,17 +3,21 @@
 // threads run in.
 #include "common.cuh"
 
-// Mirrored by `src/ops/sample.rs`.
-struct SampleArgs {
-    const float* logits;  // [rows, stride]
-    const int* units;     // uniform random numbers in [0, 2^31), one a row
-    int* out;             // token, or -1 where a logit is infinite or not a number
-    i64 stride;
-    int vocab;
-    float temperature;    // above 0
+// How a row's token is chosen. Mirrored by `src/ops/sample.rs`, as the next one.
+struct SampleRow {
+    int unit;             // uniform random number in [0, 2^31)
+    float temperature;    // 0 takes the likeliest token, the lowest of equals
     int top_k;            // tokens to keep; 0 keeps all
     float top_p;          // share of probability to keep; 1 keeps all
     float min_p;          // share of the likeliest token's probability; 0 keeps all
+};
+
+struct SampleArgs {
+    const float* logits;  // [rows, stride]
+    const SampleRow* rows;
+    int* out;             // token, or -1 where a logit is infinite or not a number
+    i64 stride;
+    int vocab;
     int padding;
 };
 
@@ -87,10 +91,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __shared__ u64 bins[THREADS];
     __shared__ float largest[32];
     __shared__ int chosen;
+    const SampleRow how = args.rows[blockIdx.x];
     Row row;
     row.logits = args.logits + blockIdx.x * args.stride;
     row.vocab = args.vocab;
-    row.scale = LOG2E / args.temperature;
+    row.scale = LOG2E / how.temperature;
 
     float most = NEG_INF;
     int bad = 0;
@@ -103,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int offset = 16; offset > 0; offset /= 2)
         most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, offset));
     if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = most;
-    if (threadIdx.x == 0) chosen = -1;
+    if (threadIdx.x == 0) chosen = how.temperature == 0 ? args.vocab : -1;
     bad = __syncthreads_or(bad);
     most = largest[threadIdx.x % 32];
 #pragma unroll
@@ -113,14 +118,25 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if (threadIdx.x == 0) args.out[blockIdx.x] = -1;
         return;
     }
+    if (how.temperature == 0) {
+        for (int i = threadIdx.x; i < args.vocab; i += THREADS) {
+            if (row.logits[i] == most) {
+                atomicMin(&chosen, i);
+                break;
+            }
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) args.out[blockIdx.x] = chosen;
+        return;
+    }
     row.most = most * row.scale;
     // Nearly 1: the product above is rounded.
     const u32 likeliest =
         __float_as_uint(fminf(exp2_fast(fmaf(most, row.scale, -row.most)), 1.0f));
 
     u32 least = 0;
-    if (args.top_k > 0 && args.top_k < args.vocab)
-        least = threshold(row, 0, args.top_k, bins, [](float) { return 1ull; });
+    if (how.top_k > 0 && how.top_k < args.vocab)
+        least = threshold(row, 0, how.top_k, bins, [](float) { return 1ull; });
     auto total_from = [&](u32 bits) {
         u64 sum = 0;
         for (int i = threadIdx.x; i < args.vocab; i += THREADS) {
@@ -129,12 +145,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
         return block_total(sum, bins);
     };
-    if (args.top_p < 1) {
+    if (how.top_p < 1) {
         // Rounded down, and 1 at least: the likeliest token always counts.
-        const u64 wanted = (u64)((double)total_from(least) * (double)args.top_p);
+        const u64 wanted = (u64)((double)total_from(least) * (double)how.top_p);
         least = max(least, threshold(row, least, wanted > 0 ? wanted : 1, bins, mass));
     }
-    least = min(max(least, __float_as_uint(args.min_p)), likeliest);
+    least = min(max(least, __float_as_uint(how.min_p)), likeliest);
 
     // The token at whose weight the sum, in the order of ids, exceeds the drawn share of the total.
     const int each = (args.vocab + THREADS - 1) / THREADS;
@@ -154,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         __syncthreads();
     }
     const u64 total = bins[THREADS - 1];
-    const u64 drawn = __umul64hi(total, (u64)(u32)args.units[blockIdx.x] << 33);
+    const u64 drawn = __umul64hi(total, (u64)(u32)how.unit << 33);
     u64 sum = bins[threadIdx.x] - own;
     if (sum <= drawn && drawn < sum + own) {
         for (int i = first; i < end; i++) {

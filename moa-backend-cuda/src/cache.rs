@@ -101,7 +101,7 @@ impl Cache {
         let mut fork = Self::new(&self.device, Arc::clone(&self.geometry), self.variant)?;
         let stream = self.device.cuda_stream();
         self.device.bind()?;
-        for bytes in self.geometry.written(self.state.extent().high_water) {
+        for bytes in joined(self.geometry.written(self.state.extent().high_water)) {
             let (to, from) = (fork.keys() + bytes.start, self.keys() + bytes.start);
             let len = (bytes.end - bytes.start) as usize;
             // SAFETY: both pieces of memory have the same layout, which contains these bytes.
@@ -152,6 +152,42 @@ impl Cache {
     }
 }
 
+/// Bytes between two pieces that are copied with them: the device copies as many in the time that the host takes to ask
+/// for one more copy.
+const GAP: u64 = 4 << 20;
+
+/// Neighbours among pieces of memory as one piece.
+fn joined(pieces: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    let mut joined: Vec<Range<u64>> = Vec::new();
+    for piece in pieces {
+        match joined.last_mut() {
+            Some(last) if (last.end..=last.end + GAP).contains(&piece.start) => {
+                last.end = piece.end;
+            }
+            _ => joined.push(piece),
+        }
+    }
+    joined
+}
+
 fn total(ranges: &[Range<u64>]) -> u64 {
     ranges.iter().map(|range| range.end - range.start).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_are_copied_at_once_and_all_pieces_are() {
+        assert!(joined(Vec::new()).is_empty());
+        assert_eq!(joined(vec![0..5, 9..10, 10..12]), [0..12]);
+        assert_eq!(joined(vec![0..5, 5 + GAP..6 + GAP]), [0..6 + GAP]);
+        assert_eq!(
+            joined(vec![0..5, 6 + GAP..7 + GAP, 8 + GAP..9 + GAP]),
+            [0..5, 6 + GAP..9 + GAP]
+        );
+        // Never backwards.
+        assert_eq!(joined(vec![50..60, 0..5]), [50..60, 0..5]);
+    }
 }

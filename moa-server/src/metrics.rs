@@ -142,7 +142,7 @@ impl Metrics {
         self.first_token.write(&mut out, "moa_time_to_first_token_seconds", help);
         let help = "Between two tokens of a request.";
         self.per_token.write(&mut out, "moa_time_per_output_token_seconds", help);
-        let help = "Steps of the model, without what the loop does between them.";
+        let help = "What the loop waits for steps of the model, which may begin before it waits.";
         self.step.write(&mut out, "moa_step_seconds", help);
         out
     }

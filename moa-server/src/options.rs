@@ -18,6 +18,9 @@ pub struct ServerOptions {
     pub kv_memory: u64,
     /// Bytes of keys and values that are kept of ended requests, for others that begin alike; 0 for none.
     pub prefix_cache: u64,
+    /// A plan's rings cannot be cut where another prompt parts from one that was read. So the sequences of prompts are
+    /// also kept after every so many tokens, in at most a quarter of [`prefix_cache`](Self::prefix_cache); 0 for not.
+    pub prefix_every: usize,
     /// Bytes of keys and values that are kept in host memory when they go from there; 0 for none. A second tier for
     /// devices with memory of their own.
     pub prefix_host: u64,
@@ -64,6 +67,7 @@ impl Default for ServerOptions {
             cors_origins: Vec::new(),
             kv_memory: 1 << 30,
             prefix_cache: 256 << 20,
+            prefix_every: 2048,
             prefix_host: 0,
             max_batch: 64,
             prefill_chunk: 512,

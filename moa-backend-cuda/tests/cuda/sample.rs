@@ -2,6 +2,7 @@
 
 use moa_backend_cuda::{Device, Draw, Dtype, Error, Operations, Tensor};
 use moa_conformance::{Stop, Trial, Verdict, trials};
+use moa_core::SplitMix64;
 
 use super::gpu::device;
 
@@ -9,6 +10,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials![
         evenly_spread_numbers_draw_tokens_in_proportion,
         large_vocabularies_are_drawn_from_to_their_ends,
+        rows_that_are_drawn_in_other_ways_get_what_they_get_alone,
         what_cannot_be_drawn_from_is_told,
         what_lies_on_another_device_is_refused,
     ]
@@ -22,7 +24,7 @@ fn draw(operations: &Operations, logits: &[f32], draw: Draw, units: &[f64]) -> V
     let shape = [units.len(), logits.len()];
     let rows = Tensor::from_f32(operations.device(), &rows, &shape, Dtype::F32).unwrap();
     let into = operations.indices(units.iter().map(|_| 0), 1).unwrap();
-    operations.sample(&rows, draw, units, &into).unwrap();
+    operations.sample(&rows, &vec![draw; units.len()], units, &into).unwrap();
     into.to_host().unwrap()
 }
 
@@ -94,6 +96,50 @@ fn large_vocabularies_are_drawn_from_to_their_ends() -> Verdict {
     Ok(())
 }
 
+fn rows_that_are_drawn_in_other_ways_get_what_they_get_alone() -> Verdict {
+    let operations = operations()?;
+    let vocab = 32_000;
+    let mut random = SplitMix64::new(3);
+    let mut noise = |n: usize| -> Vec<f32> {
+        (0..n).map(|_| (random.next_u64() >> 40) as f32 / (1 << 21) as f32).collect()
+    };
+    let ways = [
+        PLAIN,
+        Draw { temperature: 0.0, ..PLAIN },
+        Draw { temperature: 0.6, top_k: 40, ..PLAIN },
+        Draw { temperature: 0.0, top_k: 3, top_p: 0.1, min_p: 1.0 },
+        Draw { temperature: 1.3, top_p: 0.9, ..PLAIN },
+        Draw { min_p: 0.05, ..PLAIN },
+        Draw { temperature: 0.9, top_k: 1000, top_p: 0.5, min_p: 0.01 },
+    ];
+    let draws: Vec<Draw> = (0..64).map(|row| ways[row % ways.len()]).collect();
+    let units = units(64);
+    let mut logits = noise(64 * vocab);
+    // The likeliest of row 1 twice: the lower one is taken.
+    (logits[vocab + 77], logits[vocab + 31_999]) = (99.0, 99.0);
+    // A row that cannot be drawn from is its own affair.
+    logits[3 * vocab] = f32::NAN;
+    let tensor = |values: &[f32], rows| {
+        Tensor::from_f32(operations.device(), values, &[rows, vocab], Dtype::F32)
+    };
+    let into = operations.indices(draws.iter().map(|_| 0), 1)?;
+    operations.sample(&tensor(&logits, 64)?, &draws, &units, &into)?;
+    let together = into.to_host()?;
+    assert_eq!((together[1], together[3]), (77, -1));
+    for (row, logits) in logits.chunks(vocab).enumerate() {
+        let (one, alone) = (tensor(logits, 1)?, operations.indices([0].into_iter(), 1)?);
+        operations.sample(&one, &draws[row..=row], &units[row..=row], &alone)?;
+        let alone = alone.to_host()?[0];
+        assert_eq!(together[row], alone, "row {row}, {:?}", draws[row]);
+        if draws[row].temperature == 0.0 {
+            let likeliest = operations.indices([0].into_iter(), 1)?;
+            operations.argmax(&one, &likeliest)?;
+            assert_eq!(likeliest.to_host()?, [alone], "row {row}");
+        }
+    }
+    Ok(())
+}
+
 fn what_cannot_be_drawn_from_is_told() -> Verdict {
     let operations = operations()?;
     for bad in [f32::NAN, f32::INFINITY] {
@@ -103,16 +149,21 @@ fn what_cannot_be_drawn_from_is_told() -> Verdict {
     let logits = Tensor::zeros(operations.device(), &[2, 8], Dtype::F32).unwrap();
     let into = operations.indices([0, 0].into_iter(), 1).unwrap();
     for (how, units) in [
-        (Draw { temperature: 0.0, ..PLAIN }, [0.5; 2]),
+        (Draw { temperature: -0.1, ..PLAIN }, [0.5; 2]),
+        (Draw { temperature: f32::INFINITY, ..PLAIN }, [0.5; 2]),
         (Draw { top_p: 0.0, ..PLAIN }, [0.5; 2]),
         (Draw { min_p: -0.1, ..PLAIN }, [0.5; 2]),
         (PLAIN, [0.5, 1.0]),
     ] {
-        let refused = operations.sample(&logits, how, &units, &into);
-        assert!(matches!(refused, Err(Error::Argument(_))), "{how:?}");
+        for draws in [[how, PLAIN], [PLAIN, how]] {
+            let refused = operations.sample(&logits, &draws, &units, &into);
+            assert!(matches!(refused, Err(Error::Argument(_))), "{draws:?}");
+        }
     }
-    let refused = operations.sample(&logits, PLAIN, &[0.5], &into);
-    assert!(matches!(refused, Err(Error::Argument(_))));
+    for (draws, units) in [(2, 1), (1, 2)] {
+        let refused = operations.sample(&logits, &vec![PLAIN; draws], &vec![0.5; units], &into);
+        assert!(matches!(refused, Err(Error::Argument(_))));
+    }
     Ok(())
 }
 
@@ -126,7 +177,7 @@ fn what_lies_on_another_device_is_refused() -> Verdict {
     });
     for (logits, into) in [(&foreign.0, &own.1), (&own.0, &foreign.1), (&foreign.0, &foreign.1)] {
         for result in
-            [operations.argmax(logits, into), operations.sample(logits, PLAIN, &[0.5], into)]
+            [operations.argmax(logits, into), operations.sample(logits, &[PLAIN], &[0.5], into)]
         {
             let Err(Error::Argument(error)) = result else { panic!("{result:?}") };
             assert!(error.to_string().contains("another"), "{error}");

@@ -52,7 +52,10 @@ pub(crate) struct Args {
     /// Keys and values kept of ended requests, for others that begin alike; 0 for none [default: 256MiB]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     prefix_cache: Option<u64>,
-    /// The same in host memory, where it goes from a GPU's [default: none]
+    /// With a plan, keep prompts also after every so many tokens, in a quarter of that; 0 for not [default: 2048]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_size)]
+    prefix_every: Option<usize>,
+    /// Keys and values kept in host memory, where they go from a GPU's [default: none]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     prefix_host: Option<u64>,
     /// Most sequences that run together [default: 64]
@@ -108,6 +111,7 @@ impl Args {
             cors_origins: self.cors.clone(),
             kv_memory: self.kv_memory.unwrap_or(default.kv_memory),
             prefix_cache: self.prefix_cache.unwrap_or(default.prefix_cache),
+            prefix_every: self.prefix_every.unwrap_or(default.prefix_every),
             prefix_host: self.prefix_host.unwrap_or(default.prefix_host),
             max_batch: self.max_batch.unwrap_or(default.max_batch),
             prefill_chunk: self.prefill_chunk.unwrap_or(default.prefill_chunk),

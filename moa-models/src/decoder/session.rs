@@ -56,6 +56,8 @@ pub struct Session<D: Device> {
     preparation: Option<Duration>,
     /// Seconds that steps which check guesses would have saved so far, had they been recorded.
     missed: f64,
+    /// What [`begin`](Self::begin) had chosen where no recorded step does it.
+    chosen: Option<Vec<Option<u32>>>,
 }
 
 /// A replay and how often it ran.
@@ -107,6 +109,7 @@ impl<D: Math> Decoder<D> {
             is_steady: false,
             preparation: None,
             missed: 0.0,
+            chosen: None,
         })
     }
 }
@@ -169,19 +172,46 @@ impl<D: Math> Session<D> {
         draw: impl Into<Draw>,
         units: &[f64],
     ) -> Result<Vec<u32>> {
-        all(self.drawn(model, tokens, draw, units)?)
+        let draws = vec![draw.into(); tokens.len()];
+        self.begin(model, tokens, &draws, units)?;
+        all(self.fetch(model)?)
     }
 
-    /// [`step_sampled`](Self::step_sampled), with `None` as in [`likeliest`](Self::likeliest).
-    pub(crate) fn drawn(
+    /// Appends one token to each sequence and has the next ones chosen on the device, which [`fetch`](Self::fetch) waits
+    /// for where a recorded step [runs](Self::is_recorded); the logits, which the next step may overwrite.
+    pub(crate) fn begin(
         &mut self,
         model: &Decoder<D>,
         tokens: &[u32],
-        draw: impl Into<Draw>,
+        draws: &[Draw],
         units: &[f64],
-    ) -> Result<Vec<Option<u32>>> {
+    ) -> Result<D::Tensor> {
+        self.chosen = None;
         let logits = self.advance(model, tokens)?;
-        drawn_of(model, &logits, &draw.into(), units)
+        match &self.replay {
+            Some(Recorded { replay, .. }) => {
+                if draws.iter().any(|draw| draw.temperature != 0.0) {
+                    let asked = replay.sample(&model.device, draws, units);
+                    asked.map_err(|error| model.failure(error))?;
+                }
+            }
+            None => self.chosen = Some(drawn_of(model, &logits, draws, units)?),
+        }
+        Ok(logits)
+    }
+
+    /// The tokens of the step that [began](Self::begin), with `None` as in [`likeliest`](Self::likeliest).
+    pub(crate) fn fetch(&mut self, model: &Decoder<D>) -> Result<Vec<Option<u32>>> {
+        match (self.chosen.take(), &self.replay) {
+            (Some(chosen), _) => Ok(chosen),
+            (None, Some(replay)) => chosen_of(model, replay),
+            (None, None) => Err(Error::Cancelled),
+        }
+    }
+
+    /// Whether steps of one token are recorded, which only [`fetch`](Self::fetch) waits for.
+    pub(crate) fn is_recorded(&self) -> bool {
+        self.replay.is_some()
     }
 
     /// Appends several tokens to each sequence, of which all but the first may be guesses; the logits after each of
@@ -208,16 +238,23 @@ impl<D: Math> Session<D> {
         likeliest_of(model, logits, self.wide_replay.as_ref().filter(|_| self.is_wide(parts)))
     }
 
-    /// [`check_greedy`](Self::check_greedy), but tokens are drawn as by [`step_sampled`](Self::step_sampled).
-    pub(crate) fn check_sampled(
+    /// [`check`](Self::check) with tokens that the device chooses, with `None` as in
+    /// [`check_greedy`](Self::check_greedy); the logits too, which the next step may overwrite.
+    pub(crate) fn check_chosen(
         &mut self,
         model: &Decoder<D>,
         parts: &[Vec<u32>],
-        draw: impl Into<Draw>,
+        draws: &[Draw],
         units: &[f64],
-    ) -> Result<Vec<Option<u32>>> {
+    ) -> Result<(D::Tensor, Vec<Option<u32>>)> {
         let logits = self.advance_by(model, parts)?;
-        drawn_of(model, &logits, &draw.into(), units)
+        let chosen = match self.wide_replay.as_ref().filter(|_| self.is_wide(parts)) {
+            Some(replay) if draws.iter().all(|draw| draw.temperature == 0.0) => {
+                chosen_of(model, replay)
+            }
+            _ => drawn_of(model, &logits, draws, units),
+        };
+        Ok((logits, chosen?))
     }
 
     /// Forgets all tokens of sequence `at` after the first `len`.
@@ -362,14 +399,21 @@ fn all(chosen: Vec<Option<u32>>) -> Result<Vec<u32>> {
     chosen.into_iter().enumerate().map(token).collect()
 }
 
-/// Tokens that the device draws by the logits of a step.
-fn drawn_of<D: Math>(
+/// Tokens that the device chooses by the logits of a step.
+pub(crate) fn drawn_of<D: Math>(
     model: &Decoder<D>,
     logits: &D::Tensor,
-    draw: &Draw,
+    draws: &[Draw],
     units: &[f64],
 ) -> Result<Vec<Option<u32>>> {
-    let chosen = model.device.sample(logits, draw, units).map_err(|error| model.failure(error));
+    let chosen = model.device.sample(logits, draws, units).map_err(|error| model.failure(error));
+    model.check_ranks()?;
+    chosen
+}
+
+/// Tokens that a recorded step has chosen, which is waited for.
+fn chosen_of<D: Math>(model: &Decoder<D>, replay: &Recorded<D>) -> Result<Vec<Option<u32>>> {
+    let chosen = replay.replay.chosen().map_err(|error| model.failure(error));
     model.check_ranks()?;
     chosen
 }
@@ -380,14 +424,12 @@ fn likeliest_of<D: Math>(
     logits: D::Tensor,
     replay: Option<&Recorded<D>>,
 ) -> Result<Vec<Option<u32>>> {
-    let Some(Recorded { replay, .. }) = replay else {
-        let logits = model.values(logits)?;
-        let rows = logits.chunks(model.config.vocab_size);
-        return Ok(rows.map(|row| check_logits(row).ok().map(|()| likeliest(row).0)).collect());
-    };
-    let chosen = replay.likeliest().map_err(|error| model.failure(error));
-    model.check_ranks()?;
-    chosen
+    if let Some(replay) = replay {
+        return chosen_of(model, replay);
+    }
+    let logits = model.values(logits)?;
+    let rows = logits.chunks(model.config.vocab_size);
+    Ok(rows.map(|row| check_logits(row).ok().map(|()| likeliest(row).0)).collect())
 }
 
 impl<D: Math> Decoder<D> {

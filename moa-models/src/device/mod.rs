@@ -42,10 +42,10 @@ pub struct Memory {
     pub available_bytes: u64,
 }
 
-/// How a device draws a token from logits: each restriction applies to what the one before left.
+/// How a device chooses a token from logits: each restriction applies to what the one before left.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Draw {
-    /// Divides the logits; above 0.
+    /// Divides the logits; 0 takes the likeliest token, the lowest of equals, whatever the rest says.
     pub temperature: f32,
     /// Likeliest tokens to keep; 0 keeps all.
     pub top_k: usize,
@@ -207,24 +207,25 @@ pub trait Device: Send + Sync {
         1
     }
 
-    /// Whether [`sample`](Self::sample) draws tokens on the device.
+    /// Whether [`sample`](Self::sample) chooses tokens on the device.
     fn can_sample(&self) -> bool {
         false
     }
 
-    /// A token for each row of logits `[rows, vocab]`, drawn with a uniform number in [0, 1) for each.
-    /// A device need not choose as another does with the same numbers, but equal inputs give equal
-    /// tokens. `None` for a row with a logit that is infinite or not a number.
+    /// A token for each row of logits `[rows, vocab]`, chosen in its own way with a uniform number in [0, 1) of its
+    /// own. A device need not choose as another does with the same numbers, but equal inputs give equal
+    /// tokens, whatever the other rows are. `None` for a row with a logit that is infinite or not a number.
     ///
     /// # Errors
-    /// [`Error::Invalid`] where [`can_sample`](Self::can_sample) is false, [`Error::Backend`] if the device fails.
+    /// [`Error::Invalid`] where [`can_sample`](Self::can_sample) is false, [`Error::Backend`] if there are not as many
+    /// draws and numbers as rows or the device fails.
     fn sample(
         &self,
         logits: &Self::Tensor,
-        draw: &Draw,
+        draws: &[Draw],
         units: &[f64],
     ) -> Result<Vec<Option<u32>>> {
-        let _ = (logits, draw, units);
+        let _ = (logits, draws, units);
         Err(Error::invalid("device", "one that can sample", "one that cannot"))
     }
 }

@@ -5,8 +5,8 @@ use std::ops::Range;
 use moa_core::SparseAttentionBackend;
 
 use crate::Result;
-use crate::device::Device;
 use crate::device::rope_table::RopeTable;
+use crate::device::{Device, Draw};
 
 type Cache<D> = <<D as Device>::Attention as SparseAttentionBackend>::Cache;
 
@@ -93,15 +93,21 @@ pub trait Replay<D: Device>: Send {
     /// [`Error::Backend`](crate::Error::Backend) if the device fails.
     fn finish(&self, device: &D) -> Result<()>;
 
+    /// Has other tokens chosen by the logits of the step that was run last, as [`Device::sample`] does.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`](crate::Error::Invalid) or [`Error::Backend`](crate::Error::Backend) as [`Device::sample`].
+    fn sample(&self, device: &D, draws: &[Draw], units: &[f64]) -> Result<()>;
+
     /// Logits of the last step, `[tokens, vocab]`, which the next one overwrites.
     fn logits(&self) -> &D::Tensor;
 
-    /// The likeliest token after each token of the last step, the lowest of equals; `None` for one with a logit that is
-    /// infinite or not a number.
+    /// Waits for the last step: the token that was chosen after each of its tokens, the likeliest one and the lowest of
+    /// equals unless others were [asked for](Self::sample); `None` for one with a logit that is infinite or not a number.
     ///
     /// # Errors
     /// [`Error::Backend`](crate::Error::Backend) if the device fails.
-    fn likeliest(&self) -> Result<Vec<Option<u32>>>;
+    fn chosen(&self) -> Result<Vec<Option<u32>>>;
 
     /// Records in a cache the tokens that a step has appended.
     ///

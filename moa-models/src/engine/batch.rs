@@ -53,6 +53,12 @@ impl<D: Math> Batch<D> {
         Ok(self.session.insert(session))
     }
 
+    /// Whether the device has recorded a step of them, and waits for it only to
+    /// [fetch](Session::fetch) what it chose.
+    pub(crate) fn is_recorded(&self) -> bool {
+        self.session.as_ref().is_some_and(Session::is_recorded)
+    }
+
     /// Drops all sequences.
     pub(crate) fn clear(&mut self) {
         *self = Self::new();

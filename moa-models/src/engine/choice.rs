@@ -1,88 +1,150 @@
-use crate::engine::sampling::SamplingOptions;
+use crate::Result;
+use crate::decoder::model::Decoder;
+use crate::decoder::session::drawn_of;
+use crate::device::{Draw, Math};
+use crate::engine::request::Event;
+use crate::engine::running::Running;
+use std::collections::VecDeque;
 
-/// Who chooses the tokens of requests that decode together.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Choice<'a> {
-    /// The device: the likeliest token of each.
-    Likeliest,
-    /// The device draws each token by these options, with a random number of each request's own.
-    Drawn(&'a SamplingOptions),
-    /// The host, from the logits of all.
-    Host,
+/// How a device chooses tokens from rows of logits, each as its request asks for, and which rows it leaves to the host.
+#[derive(Debug, Default)]
+pub(crate) struct Choices {
+    /// One a row.
+    pub(crate) draws: Vec<Draw>,
+    /// Random numbers, likewise.
+    pub(crate) units: Vec<f64>,
+    /// Rows of requests that look at the logits themselves.
+    by_host: Vec<usize>,
 }
 
-impl<'a> Choice<'a> {
-    /// The fastest choice that gives each request what its own options ask for: a device chooses for
-    /// a whole batch in one way, and knows no tokens of the past, which a penalty asks for.
-    pub(crate) fn of<I>(requests: I, can_sample: bool) -> Self
-    where
-        I: IntoIterator<Item = &'a SamplingOptions>,
-    {
-        let mut requests = requests.into_iter();
-        let Some(first) = requests.next() else { return Self::Host };
-        let is_alike = |options: &SamplingOptions| match first.temperature == 0.0 {
-            true => options.temperature == 0.0,
-            false => draws(first) == draws(options),
+/// What stands for a row that the host chooses from.
+const LIKELIEST: Draw = Draw { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
+
+impl Choices {
+    /// A row for each of some requests, which take their next random numbers for it.
+    pub(crate) fn of<'a>(running: impl IntoIterator<Item = &'a mut Running>) -> Self {
+        let mut choices = Self::default();
+        for run in running {
+            let draw = run.draw();
+            choices.push(draw, || run.unit());
+        }
+        choices
+    }
+
+    /// A row that is drawn from so, or by the host.
+    pub(crate) fn push(&mut self, draw: Option<Draw>, unit: impl FnOnce() -> f64) {
+        let is_drawn = draw.is_some_and(|draw| draw.temperature != 0.0);
+        if draw.is_none() {
+            self.by_host.push(self.draws.len());
+        }
+        self.draws.push(draw.unwrap_or(LIKELIEST));
+        self.units.push(if is_drawn { unit() } else { 0.0 });
+    }
+
+    /// The tokens that a device has chosen, with the logits of the other rows.
+    pub(crate) fn with<D: Math>(
+        self,
+        model: &Decoder<D>,
+        logits: D::Tensor,
+        tokens: Vec<Option<u32>>,
+    ) -> Result<Chosen> {
+        let by_host = self.by_host;
+        let logits = match by_host.len() {
+            0 => Vec::new(),
+            all if all == self.draws.len() => model.values(logits)?,
+            _ => {
+                let rows = model.device().rows(&logits, &by_host);
+                model.values(rows.map_err(|error| model.failure(error))?)?
+            }
         };
-        if !first.is_plain() || !requests.all(|other| other.is_plain() && is_alike(other)) {
-            return Self::Host;
-        }
-        match (first.temperature == 0.0, can_sample) {
-            (true, _) => Self::Likeliest,
-            (false, true) => Self::Drawn(first),
-            (false, false) => Self::Host,
-        }
+        Ok(Chosen { tokens, by_host, logits, vocab: model.config().vocab_size })
     }
 }
 
-/// What decides a draw beside the random number.
-fn draws(options: &SamplingOptions) -> (f32, usize, f32, f32) {
-    let SamplingOptions { temperature, top_k, top_p, min_p, .. } = *options;
-    (temperature, top_k.unwrap_or(0), top_p, min_p)
+/// Tokens after rows of logits, or what the host chooses them from.
+#[derive(Debug)]
+pub(crate) struct Chosen {
+    tokens: Vec<Option<u32>>,
+    by_host: Vec<usize>,
+    /// Of the host's rows.
+    logits: Vec<f32>,
+    vocab: usize,
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn warm(temperature: f32, seed: u64) -> SamplingOptions {
-        SamplingOptions { temperature, seed, ..SamplingOptions::default() }
+impl Chosen {
+    /// Tokens that a device has chosen, all of them.
+    pub(crate) fn by_device(tokens: Vec<Option<u32>>) -> Self {
+        Self { tokens, by_host: Vec::new(), logits: Vec::new(), vocab: 0 }
     }
 
-    #[test]
-    fn the_device_chooses_where_all_requests_agree() {
-        let greedy = SamplingOptions::default();
-        // What only a draw looks at does not keep a greedy request from the others.
-        let also_greedy = SamplingOptions { top_k: Some(3), seed: 9, ..greedy.clone() };
-        for can_sample in [false, true] {
-            assert_eq!(Choice::of([&greedy, &also_greedy], can_sample), Choice::Likeliest);
+    /// Chooses after all rows of logits, on the device if it can.
+    pub(crate) fn from_logits<'a, D: Math>(
+        model: &Decoder<D>,
+        logits: D::Tensor,
+        running: impl IntoIterator<Item = &'a mut Running>,
+    ) -> Result<Self> {
+        if model.device().can_sample() {
+            let choices = Choices::of(running);
+            let tokens = drawn_of(model, &logits, &choices.draws, &choices.units)?;
+            return choices.with(model, logits, tokens);
         }
-        let (one, other) = (warm(0.7, 1), SamplingOptions { top_k: Some(0), ..warm(0.7, 2) });
-        assert_eq!(Choice::of([&one, &other], true), Choice::Drawn(&one));
-        assert_eq!(Choice::of([&one, &other], false), Choice::Host);
+        Ok(Self::by_host(model, model.values(logits)?))
     }
 
-    #[test]
-    fn the_host_chooses_where_they_differ_or_look_back() {
-        let (greedy, warm) = (SamplingOptions::default(), warm(0.7, 1));
-        let penalty = SamplingOptions { repetition_penalty: 1.1, ..greedy.clone() };
-        let others = [
-            SamplingOptions { temperature: 0.8, ..warm.clone() },
-            SamplingOptions { top_k: Some(5), ..warm.clone() },
-            SamplingOptions { top_p: 0.9, ..warm.clone() },
-            SamplingOptions { min_p: 0.1, ..warm.clone() },
-            SamplingOptions { repetition_penalty: 1.1, ..warm.clone() },
-            SamplingOptions { presence_penalty: 0.1, ..warm.clone() },
-            SamplingOptions { frequency_penalty: 0.1, ..warm.clone() },
-            SamplingOptions { logit_bias: vec![(0, 1.0)], ..warm.clone() },
-            greedy.clone(),
-        ];
-        for other in &others {
-            assert_eq!(Choice::of([&warm, other], true), Choice::Host, "{other:?}");
-            assert_eq!(Choice::of([other, &warm], true), Choice::Host, "{other:?}");
+    /// Logits from which the host chooses after all rows.
+    pub(crate) fn by_host<D: Math>(model: &Decoder<D>, logits: Vec<f32>) -> Self {
+        let vocab = model.config().vocab_size;
+        let rows = logits.len().checked_div(vocab).unwrap_or(0);
+        Self { tokens: Vec::new(), by_host: (0..rows).collect(), logits, vocab }
+    }
+
+    /// Whether the device has chosen after this row.
+    pub(crate) fn is_by_device(&self, row: usize) -> bool {
+        self.by_host.binary_search(&row).is_err()
+    }
+
+    /// Tells a request its token after a row.
+    pub(crate) fn tell(&mut self, row: usize, run: &mut Running, events: &mut VecDeque<Event>) {
+        match self.by_host.binary_search(&row) {
+            Ok(at) => run.choose(&mut self.logits[at * self.vocab..][..self.vocab], events),
+            Err(_) => run.accept(self.tokens[row], events),
         }
-        assert_eq!(Choice::of([&penalty], true), Choice::Host);
-        assert_eq!(Choice::of([&greedy, &penalty], true), Choice::Host);
-        assert_eq!(Choice::of([], true), Choice::Host);
+    }
+
+    /// Tells requests the tokens after their rows; what they say of it may come [later](Told::say).
+    pub(crate) fn note(mut self, running: &mut [Running]) -> Told {
+        let mut said = Vec::new();
+        for (row, run) in running.iter_mut().enumerate() {
+            match self.tokens.get(row) {
+                Some(token) if !run.has_stops() && self.is_by_device(row) => run.note(*token),
+                // They say it now, as it may end them.
+                _ => {
+                    let mut events = VecDeque::new();
+                    self.tell(row, run, &mut events);
+                    said.push((row, events));
+                }
+            }
+        }
+        Told { said }
+    }
+}
+
+/// Tokens that requests know of.
+#[derive(Debug)]
+pub(crate) struct Told {
+    /// What some have said already.
+    said: Vec<(usize, VecDeque<Event>)>,
+}
+
+impl Told {
+    /// What all say, one after the other.
+    pub(crate) fn say(self, running: &mut [Running], events: &mut VecDeque<Event>) {
+        let mut said = self.said.into_iter().peekable();
+        for (row, run) in running.iter_mut().enumerate() {
+            match said.next_if(|(of, _)| *of == row) {
+                Some((_, mut own)) => events.append(&mut own),
+                None => run.tell(events),
+            }
+        }
     }
 }

@@ -71,7 +71,7 @@ pub struct GenerateOptions {
     /// Tokens that end the request; `None` for those of the model, an empty list for none.
     pub eos_token_ids: Option<Vec<u32>>,
     /// Tell with each token how likely it was, and so many of the likeliest in its place; the host then
-    /// chooses the tokens of all requests that run together.
+    /// chooses the request's tokens.
     pub logprobs: Option<usize>,
     /// Whether the text follows on that of a prompt of tokens, whose first space it then keeps; `None`
     /// where the model has no chat template.

@@ -1,10 +1,11 @@
 use std::collections::VecDeque;
 
 use crate::checkpoint::tokenizer::{TokenStream, Tokenizer};
+use crate::device::Draw;
 use crate::engine::constraint::Constraint;
 use crate::engine::logprobs::{Logprobs, TokenLogprobs};
 use crate::engine::request::{Completion, Event, Finish, GenerateOptions, RequestId};
-use crate::engine::sampling::{Sampler, SamplingOptions};
+use crate::engine::sampling::Sampler;
 use crate::engine::speculate::{Draft, Drafter};
 use crate::engine::stop::StopStrings;
 use crate::{Error, Result};
@@ -34,7 +35,16 @@ pub(crate) struct Running {
     /// Tokens of the sequence before the prompt, which nobody told.
     pub(crate) before: usize,
     ended: Option<Result<Finish>>,
+    untold: Option<Untold>,
     drafter: Drafter,
+}
+
+/// What was taken and not told yet.
+#[derive(Debug)]
+enum Untold {
+    Token(u32, Option<TokenLogprobs>),
+    /// Text that a stop token leaves.
+    Rest,
 }
 
 /// How long answers are, by those that have ended.
@@ -112,6 +122,7 @@ impl Running {
             room: 0,
             before: 0,
             ended: None,
+            untold: None,
             drafter: Drafter::default(),
         })
     }
@@ -129,8 +140,11 @@ impl Running {
         self.ended.is_some()
     }
 
-    pub(crate) fn sampling(&self) -> &SamplingOptions {
-        self.sampler.options()
+    /// How a device chooses its tokens; `None` where the host must see the logits.
+    pub(crate) fn draw(&self) -> Option<Draw> {
+        let options = self.sampler.options();
+        let sees = self.logprobs.is_some() || self.constraint.is_some() || !options.is_plain();
+        (!sees).then(|| options.into())
     }
 
     /// The next random number of this request's own.
@@ -250,11 +264,6 @@ impl Running {
         self.prompt_len - self.read.min(self.prompt_len)
     }
 
-    /// Whether the host must see the logits of this request.
-    pub(crate) fn needs_logits(&self) -> bool {
-        self.logprobs.is_some() || self.constraint.is_some()
-    }
-
     /// What the next step takes in: `tokens` tokens of an unread prompt, else the last token.
     pub(crate) fn part(&self, tokens: usize) -> &[u32] {
         match self.is_reading() {
@@ -283,34 +292,47 @@ impl Running {
         let restricted = self.constraint.as_mut().map_or(Ok(()), |one| one.restrict(logits));
         let (sampler, history) = (&mut self.sampler, &self.history);
         match restricted.and_then(|()| sampler.sample_after(logits, history, self.prompt_len)) {
-            Ok(token) => self.take(token, logprobs.map(|all| all.of_choice(token)), events),
+            Ok(token) => {
+                self.take(token, logprobs.map(|all| all.of_choice(token)));
+                self.tell(events);
+            }
             Err(error) => self.ended = Some(Err(error)),
         }
     }
 
     /// Takes the next token, which may end the request; none could be chosen where a logit was no number.
     pub(crate) fn accept(&mut self, token: Option<u32>, events: &mut VecDeque<Event>) {
+        self.note(token);
+        self.tell(events);
+    }
+
+    /// Takes the next token as [`accept`](Self::accept) does, but for what its text may end, and leaves it to
+    /// [`tell`](Self::tell).
+    pub(crate) fn note(&mut self, token: Option<u32>) {
         match token {
-            Some(token) => self.take(token, None, events),
+            _ if self.max_new_tokens == 0 => self.ended = Some(Ok(Finish::Length)),
+            Some(token) => self.take(token, None),
             None => self.ended = Some(Err(Error::Logits { got: "a NaN or infinity".to_owned() })),
         }
     }
 
-    fn take(&mut self, token: u32, logprobs: Option<TokenLogprobs>, events: &mut VecDeque<Event>) {
+    /// Whether its text may end it.
+    pub(crate) fn has_stops(&self) -> bool {
+        self.text.as_ref().is_some_and(|text| !text.stops.is_empty())
+    }
+
+    fn take(&mut self, token: u32, logprobs: Option<TokenLogprobs>) {
         if self.eos_token_ids.contains(&token) {
             self.ended = Some(Ok(Finish::Eos));
             return;
         }
         if self.stop_token_ids.contains(&token) {
-            let rest = self.text.as_mut().map_or(Ok(String::new()), Text::finish);
-            self.ended = Some(rest.map(|rest| {
-                tell(self.id, rest, events);
-                Finish::Stopped
-            }));
+            self.ended = Some(Ok(Finish::Stopped));
+            self.untold = Some(Untold::Rest);
             return;
         }
         self.history.push(token);
-        events.push_back(Event::Token { id: self.id, token, logprobs });
+        self.untold = Some(Untold::Token(token, logprobs));
         if self.room == 0 || self.history.len() - self.prompt_len >= self.max_new_tokens {
             self.ended = Some(Ok(Finish::Length));
         }
@@ -319,6 +341,24 @@ impl Running {
             Ok(false) => {}
             Err(error) => self.ended = Some(Err(error)),
         }
+    }
+
+    /// Tells of the token that was taken, and of its text.
+    pub(crate) fn tell(&mut self, events: &mut VecDeque<Event>) {
+        let token = match self.untold.take() {
+            Some(Untold::Token(token, logprobs)) => {
+                events.push_back(Event::Token { id: self.id, token, logprobs });
+                token
+            }
+            Some(Untold::Rest) => {
+                match self.text.as_mut().map_or(Ok(String::new()), Text::finish) {
+                    Ok(rest) => tell(self.id, rest, events),
+                    Err(error) => self.ended = Some(Err(error)),
+                }
+                return;
+            }
+            None => return,
+        };
         let Some(text) = &mut self.text else { return };
         match text.push(token) {
             Ok((piece, stopped)) => {

@@ -18,6 +18,7 @@ use crate::engine::request::{
 };
 use crate::engine::running::{Answers, Running};
 use crate::engine::speculate::Speculation;
+use crate::engine::step::Ahead;
 use crate::{Error, Result};
 
 /// The limits of one step of an [`Engine`]; no option changes the answer to a request.
@@ -47,11 +48,9 @@ impl Default for EngineOptions {
 /// there are no callbacks, threads or lifetimes, so that an engine can live in the struct of a server.
 /// A step reads a stretch of new prompts, half of it of the oldest and half of the shortest, together
 /// with the last tokens of the requests that decode. Each request gets the tokens that it would get alone,
-/// with two exceptions. The last digits of logits may depend on the number of rows of a step, in bf16 where activations
+/// with one exception. The last digits of logits may depend on the number of rows of a step, in bf16 where activations
 /// are rounded to that, so that a token which is drawn, whatever the seed, or two likeliest ones that are all but equal,
-/// may fall the other way in other company; with a `max_batch` of 1 and without guesses there is none. And
-/// the device itself draws tokens where all requests that run together draw by the same options; the host does
-/// otherwise.
+/// may fall the other way in other company; with a `max_batch` of 1 and without guesses there is none.
 ///
 /// Where several devices share a model, each rank has an engine, and all are called alike.
 ///
@@ -99,6 +98,7 @@ pub struct Engine<D: Math> {
     pub(super) answers: Answers,
     /// Another model that guesses.
     pub(super) guesser: Option<Guesser<D>>,
+    pub(super) ahead: Option<Ahead>,
 }
 
 /// A request that does not run yet.
@@ -174,6 +174,7 @@ impl<D: Math> Engine<D> {
             ended: HashMap::new(),
             next_id: 0,
             usage: Usage::default(),
+            ahead: None,
         }
     }
 
@@ -247,9 +248,8 @@ impl<D: Math> Engine<D> {
         id
     }
 
-    /// Restricts what a request that waits, such as one that was just added, is continued with. The
-    /// host then chooses the tokens of all requests that run together. Returns whether the request
-    /// waits.
+    /// Restricts what a request that waits, such as one that was just added, is continued with; the host then chooses
+    /// its tokens. Returns whether the request waits.
     pub fn constrain(&mut self, id: RequestId, constraint: Box<dyn Constraint>) -> bool {
         let Some(waiting) = self.waiting.iter_mut().find(|waiting| waiting.run.id == id) else {
             return false;
@@ -283,9 +283,24 @@ impl<D: Math> Engine<D> {
     /// then, each of which gets an [`Event::Failed`] with [`Error::Step`] by the next calls; those that wait, and new
     /// ones, go on. A model that several devices share is of no use after that.
     pub fn step(&mut self) -> Result<Option<Event>> {
+        self.step_ahead(|| false)
+    }
+
+    /// [`step`](Self::step) that does not let the device wait for the caller: where the next step is one of the same
+    /// requests that the device has recorded, and `goes_on` says that nothing else is to come before it, the device
+    /// begins it before this returns. So what the caller does with events takes no time of the device's.
+    ///
+    /// A request that is [cancelled](Self::cancel), and a [`snapshot`](Self::snapshot), may then hold one token more than
+    /// after `step`: the last one that was told. Where several devices share a model, this is `step`.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn step_ahead(&mut self, mut goes_on: impl FnMut() -> bool) -> Result<Option<Event>> {
         while self.events.is_empty() && !self.is_idle() {
-            self.admit()?;
-            self.advance()?;
+            if self.ahead.is_none() {
+                self.admit()?;
+            }
+            self.advance(&mut goes_on)?;
             self.retire();
         }
         Ok(self.events.pop_front())
@@ -421,7 +436,7 @@ impl<D: Math> Engine<D> {
     /// Lets requests begin that there is a place for.
     fn admit(&mut self) -> Result<()> {
         let slack = self.options.speculation.draft_tokens();
-        while !self.is_full && self.running.len() < self.options.max_batch {
+        while self.may_admit() {
             let Some(Waiting { run, place }) = self.waiting.pop_front() else { return Ok(()) };
             let opened = match place {
                 Place::Resume(sequence) => Ok(sequence),
@@ -460,6 +475,12 @@ impl<D: Math> Engine<D> {
         Ok(())
     }
 
+    /// Whether a request that waits is to be tried.
+    pub(super) fn may_admit(&self) -> bool {
+        let has_place = !self.is_full && self.running.len() < self.options.max_batch;
+        has_place && !self.waiting.is_empty()
+    }
+
     /// Whether a request may wait for memory: ranks, which have their own, would not agree on it.
     fn may_wait(&self) -> bool {
         !self.running.is_empty() && self.model.ranks() == 1
@@ -479,7 +500,14 @@ impl<D: Math> Engine<D> {
     /// Takes a running request out of the batch.
     fn leave(&mut self, at: usize) -> Running {
         self.is_full = false;
+        self.settle();
+        if let Some(Ahead::Ended(Ok(tokens))) = &mut self.ahead {
+            tokens.remove(at);
+        }
         let run = self.running.remove(at);
+        if self.running.is_empty() {
+            self.ahead = None;
+        }
         self.answers.learn(&run);
         if let Some(guesser) = &mut self.guesser {
             guesser.forget(&run);
@@ -494,6 +522,7 @@ impl<D: Math> Engine<D> {
     /// Ends all running requests, whose sequences are of no use after a step that failed.
     pub(super) fn fail(&mut self, error: &Error) {
         self.is_full = false;
+        self.ahead = None;
         self.batch.clear();
         if let Some(guesser) = &mut self.guesser {
             guesser.clear();

@@ -6,7 +6,7 @@ use crate::Result;
 use crate::decoder::logits::LogitRows;
 use crate::decoder::sequence::Sequence;
 use crate::device::Math;
-use crate::engine::choice::Choice;
+use crate::engine::choice::{Choices, Chosen};
 use crate::engine::draft_model::{Limits, Place};
 use crate::engine::pace::{ROWS, all_that_fit};
 use crate::engine::request::Event;
@@ -15,8 +15,9 @@ use crate::engine::serve::Engine;
 use crate::engine::speculate::{Draft, Speculation};
 
 impl<D: Math> Engine<D> {
-    /// One step of the running requests: the whole loop of generation.
-    pub(super) fn advance(&mut self) -> Result<()> {
+    /// One step of the running requests: the whole loop of generation. Where the batch stays as it is and `goes_on` says
+    /// so, the device has begun the next one when this returns.
+    pub(super) fn advance(&mut self, goes_on: impl FnOnce() -> bool) -> Result<()> {
         if self.running.is_empty() {
             return Ok(());
         }
@@ -26,7 +27,7 @@ impl<D: Math> Engine<D> {
         let step = match (reads, speculates) {
             (true, _) => self.read(),
             (false, true) => self.speculate(),
-            (false, false) => self.decode(),
+            (false, false) => self.decode(goes_on),
         };
         if let Err(error) = step {
             self.fail(&error);
@@ -83,22 +84,25 @@ impl<D: Math> Engine<D> {
             }
         }
         let logits = self.model.forward(&mut batch, &tokens, LogitRows::Rows(&rows))?;
+        let mut took_part: Vec<_> =
+            self.running.iter_mut().zip(&parts).filter(|(_, part)| !part.is_empty()).collect();
         // Without rows the device need not be waited for.
-        let mut logits = match rows.is_empty() {
-            true => Vec::new(),
-            false => self.model.values(logits)?,
+        let mut chosen = match rows.is_empty() {
+            true => Chosen::by_device(Vec::new()),
+            false => {
+                let choose = took_part.iter_mut().filter(|own| own.0.is_read_after(own.1.len()));
+                Chosen::from_logits(&self.model, logits, choose.map(|own| &mut *own.0))?
+            }
         };
-        let mut rows = logits.chunks_mut(self.model.config().vocab_size);
-        let took_part = self.running.iter_mut().zip(&parts).filter(|(_, part)| !part.is_empty());
+        let mut row = 0;
         for (run, part) in took_part {
             if run.is_reading() {
                 self.usage.prompt_tokens += part.len();
             }
             run.took_in(part.len(), &mut self.events);
-            if !run.is_reading()
-                && let Some(row) = rows.next()
-            {
-                run.choose(row, &mut self.events);
+            if !run.is_reading() {
+                chosen.tell(row, run, &mut self.events);
+                row += 1;
             }
         }
         Ok(())
@@ -140,7 +144,7 @@ impl<D: Math> Engine<D> {
         if checked > 0 {
             self.check(&drafts, &shares, wide)?;
         } else {
-            self.decode()?;
+            self.decode(|| false)?;
             for (run, draft) in self.running.iter_mut().zip(&drafts) {
                 run.compare(draft);
             }
@@ -218,7 +222,6 @@ impl<D: Math> Engine<D> {
     /// A step of each request's last token and so many of its guesses, filled up to `wide` tokens.
     fn check(&mut self, drafts: &[Draft], shares: &[usize], wide: Option<usize>) -> Result<()> {
         let (model, events) = (&*self.model, &mut self.events);
-        let vocab = model.config().vocab_size;
         let part = |((run, draft), share): ((&Running, &Draft), &usize)| {
             let mut part = [run.part(0), &draft.tokens[..*share]].concat();
             part.resize(wide.unwrap_or(part.len()), run.last());
@@ -227,38 +230,30 @@ impl<D: Math> Engine<D> {
         let parts: Vec<Vec<u32>> = self.running.iter().zip(drafts).zip(shares).map(part).collect();
         let session = self.batch.session(model)?;
         let lens: Vec<usize> = session.sequences().iter().map(Sequence::len).collect();
-        let choice = match wide {
-            Some(_) => choice(&self.running, session.can_sample()),
-            None => Choice::Host,
-        };
-        let is_drawn = matches!(choice, Choice::Drawn(_));
-        let (mut logits, mut chosen) = (Vec::new(), Vec::new());
-        match choice {
-            Choice::Host => logits = session.check(model, &parts)?,
-            Choice::Likeliest => chosen = session.check_greedy(model, &parts)?,
-            Choice::Drawn(sampling) => {
-                // Those that are not used are drawn again.
-                let units = |(run, part): (&Running, &Vec<u32>)| {
+        let mut chosen = match session.can_sample() {
+            true => {
+                let mut choices = Choices::default();
+                for (run, part) in self.running.iter().zip(&parts) {
+                    // Those that are not used are drawn again.
                     let mut sampler = run.sampler();
-                    part.iter().map(|_| sampler.unit()).collect::<Vec<f64>>()
-                };
-                let units: Vec<f64> = self.running.iter().zip(&parts).flat_map(units).collect();
-                chosen = session.check_sampled(model, &parts, sampling, &units)?;
+                    part.iter().for_each(|_| choices.push(run.draw(), || sampler.unit()));
+                }
+                let (logits, tokens) =
+                    session.check_chosen(model, &parts, &choices.draws, &choices.units)?;
+                choices.with(model, logits, tokens)?
             }
-        }
+            false => Chosen::by_host(model, session.check(model, &parts)?),
+        };
         let mut first = 0;
         for (at, run) in self.running.iter_mut().enumerate() {
             let known = run.history().len();
-            let choose = |run: &mut Running, row: usize, events: &mut VecDeque<Event>| match chosen
-                .get(first + row)
-            {
-                Some(token) => {
-                    if is_drawn {
-                        run.unit();
-                    }
-                    run.accept(*token, events);
+            let choose = |run: &mut Running, row: usize, events: &mut VecDeque<Event>| {
+                let row = first + row;
+                if chosen.is_by_device(row) && run.draw().is_some_and(|own| own.temperature != 0.0)
+                {
+                    run.unit();
                 }
-                None => run.choose(&mut logits[(first + row) * vocab..][..vocab], events),
+                chosen.tell(row, run, events);
             };
             let (share, part) = (shares[at], parts[at].len());
             let right = run.check(&drafts[at], share, choose, events);
@@ -276,44 +271,68 @@ impl<D: Math> Engine<D> {
         Ok(())
     }
 
-    /// A token for every request, chosen where it is done fastest.
-    fn decode(&mut self) -> Result<()> {
-        let (model, events) = (&*self.model, &mut self.events);
+    /// A token for every request.
+    fn decode(&mut self, goes_on: impl FnOnce() -> bool) -> Result<()> {
+        let chosen = match self.ahead.take() {
+            Some(Ahead::Runs) => {
+                Chosen::by_device(self.batch.session(&self.model)?.fetch(&self.model)?)
+            }
+            Some(Ahead::Ended(tokens)) => Chosen::by_device(tokens?),
+            None if self.model.device().can_sample() => {
+                let (choices, logits) = self.begin()?;
+                let tokens = self.batch.session(&self.model)?.fetch(&self.model)?;
+                choices.with(&self.model, logits, tokens)?
+            }
+            None => {
+                let tokens: Vec<u32> = self.running.iter().map(Running::last).collect();
+                let logits = self.batch.session(&self.model)?.step(&self.model, &tokens)?;
+                Chosen::by_host(&self.model, logits)
+            }
+        };
+        self.usage.decoded_tokens += self.running.len();
+        self.running.iter_mut().for_each(|run| run.took_in(1, &mut self.events));
+        let told = chosen.note(&mut self.running);
+        let begun = match self.may_go_ahead() && goes_on() {
+            true => self.begin().map(|_| self.ahead = Some(Ahead::Runs)),
+            false => Ok(()),
+        };
+        told.say(&mut self.running, &mut self.events);
+        begun
+    }
+
+    /// Has the device decode each request's last token and choose the next one.
+    fn begin(&mut self) -> Result<(Choices, D::Tensor)> {
         let tokens: Vec<u32> = self.running.iter().map(Running::last).collect();
-        let session = self.batch.session(model)?;
-        match choice(&self.running, session.can_sample()) {
-            Choice::Host => {
-                let mut logits = session.step(model, &tokens)?;
-                let rows = logits.chunks_mut(model.config().vocab_size);
-                for (run, row) in self.running.iter_mut().zip(rows) {
-                    run.took_in(1, events);
-                    run.choose(row, events);
-                }
-            }
-            choice => {
-                let chosen = match choice {
-                    Choice::Drawn(sampling) => {
-                        let sampling = sampling.clone();
-                        let units: Vec<f64> = self.running.iter_mut().map(Running::unit).collect();
-                        session.drawn(model, &tokens, &sampling, &units)?
-                    }
-                    _ => session.likeliest(model, &tokens)?,
-                };
-                for (run, token) in self.running.iter_mut().zip(chosen) {
-                    run.took_in(1, events);
-                    run.accept(token, events);
-                }
-            }
+        let choices = Choices::of(&mut self.running);
+        let session = self.batch.session(&self.model)?;
+        let logits = session.begin(&self.model, &tokens, &choices.draws, &choices.units)?;
+        Ok((choices, logits))
+    }
+
+    /// Whether the next step is known before the tokens of the last one are told: it is recorded, of the same
+    /// requests, and none of them looks at logits or waits for guesses.
+    fn may_go_ahead(&self) -> bool {
+        let is_alike = |run: &Running| !run.has_ended() && run.draw().is_some();
+        self.options.speculation == Speculation::Off
+            && self.model.ranks() == 1
+            && !self.may_admit()
+            && self.batch.is_recorded()
+            && self.running.iter().all(is_alike)
+    }
+
+    /// Waits for the step that the device has begun, if it has; its tokens are told by the next call.
+    pub(super) fn settle(&mut self) {
+        if let Some(Ahead::Runs) = self.ahead {
+            let session = self.batch.session(&self.model);
+            self.ahead = Some(Ahead::Ended(session.and_then(|own| own.fetch(&self.model))));
         }
-        self.usage.decoded_tokens += tokens.len();
-        Ok(())
     }
 }
 
-/// Who chooses the next tokens of these requests.
-fn choice(running: &[Running], can_sample: bool) -> Choice<'_> {
-    match running.iter().any(Running::needs_logits) {
-        true => Choice::Host,
-        false => Choice::of(running.iter().map(Running::sampling), can_sample),
-    }
+/// A step that the device began before the tokens of the last one were told.
+#[derive(Debug)]
+pub(super) enum Ahead {
+    Runs,
+    /// Its tokens, one for each request that runs.
+    Ended(Result<Vec<Option<u32>>>),
 }

@@ -32,6 +32,11 @@ impl StopStrings {
         Ok(Self { stops: stops.to_vec(), held: String::new(), stopped: false })
     }
 
+    /// Whether there is none to look for.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.stops.is_empty()
+    }
+
     /// Takes the next piece of text. Returns the text that is certain to come before any stop
     /// string, and whether a stop string was completed. Text after that is dropped.
     pub fn push(&mut self, text: &str) -> (String, bool) {

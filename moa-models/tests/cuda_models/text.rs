@@ -14,6 +14,8 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials![
         greedy_text_is_the_cpus_or_parts_at_a_near_tie,
         sampled_text_repeats_with_its_seed_and_stays_among_the_likeliest,
+        requests_that_choose_in_other_ways_get_what_they_get_among_their_like,
+        steps_that_are_begun_ahead_change_no_event,
         requests_that_come_and_go_get_what_they_get_alone_but_for_ties,
         records_are_retrieved_as_on_the_cpu,
     ]
@@ -110,6 +112,118 @@ fn sampled_text_repeats_with_its_seed_and_stays_among_the_likeliest() -> Verdict
         assert_eq!(run(one), run(SamplingOptions::default()), "the likeliest one is greedy");
         let penalised = SamplingOptions { repetition_penalty: 1.3, ..Default::default() };
         assert_ne!(run(penalised), run(SamplingOptions::default()), "chosen on the host");
+    }
+    Ok(())
+}
+
+/// Each of some requests asks for its tokens in another way, some of which only the host knows.
+fn ways() -> Vec<GenerateOptions> {
+    let warm = SamplingOptions { temperature: 0.9, ..Default::default() };
+    let plain = [
+        SamplingOptions::default(),
+        warm.clone(),
+        SamplingOptions { top_k: Some(20), ..warm.clone() },
+        SamplingOptions { temperature: 1.2, top_p: 0.8, ..warm.clone() },
+        SamplingOptions { min_p: 0.1, ..warm.clone() },
+        SamplingOptions { repetition_penalty: 1.2, ..warm },
+    ];
+    let seeded = (20..).zip(plain).map(|(seed, own)| SamplingOptions { seed, ..own });
+    let mut ways: Vec<GenerateOptions> = seeded.map(options).collect();
+    ways.push(GenerateOptions { logprobs: Some(2), ..options(SamplingOptions::default()) });
+    ways
+}
+
+/// Batches of one size have logits of one kind: what a request gets depends on its own options alone.
+fn requests_that_choose_in_other_ways_get_what_they_get_among_their_like() -> Verdict {
+    let text = prose(400);
+    let ways = ways();
+    for (checkpoint, _) in cuda()? {
+        let model = &checkpoint.model;
+        let [dense, _] = plans(model.shape());
+        let run = |of: &dyn Fn(usize) -> usize| -> Vec<Vec<u32>> {
+            let mut engine = Engine::new(Arc::clone(model), EngineOptions::default());
+            for at in 0..ways.len() {
+                engine.submit(&text[at * 20..at * 20 + 60], &dense, ways[of(at)].clone());
+            }
+            engine.complete_all().unwrap().into_iter().map(|made| made.tokens).collect()
+        };
+        let mixed = run(&|at| at);
+        for way in 0..ways.len() {
+            assert_eq!(mixed[way], run(&|_| way)[way], "{:?}", ways[way].sampling);
+        }
+        assert_eq!(mixed[0], run(&|_| ways.len() - 1)[0], "likelihoods do not change the choice");
+    }
+    Ok(())
+}
+
+/// The device begins steps before what it chose is told; requests end, are cancelled and come meanwhile.
+fn steps_that_are_begun_ahead_change_no_event() -> Verdict {
+    let text = prose(600);
+    for (checkpoint, _) in cuda()? {
+        let [dense, _] = plans(checkpoint.model.shape());
+        let submit = |engine: &mut Engine<Cuda>, at: usize| {
+            let temperature = if at % 2 == 0 { 0.0 } else { 0.8 };
+            let sampling =
+                SamplingOptions { temperature, seed: at as u64, ..SamplingOptions::default() };
+            let stop = if at == 2 { vec![" the".to_owned()] } else { Vec::new() };
+            let how = GenerateOptions { max_new_tokens: 20 + 4 * at, stop, ..options(sampling) };
+            engine.submit(&text[at * 20..at * 20 + 60], &dense, how)
+        };
+        let all = |engine: &mut Engine<Cuda>, goes_on: bool| -> Option<Vec<Event>> {
+            let first = engine.step_ahead(|| goes_on).unwrap()?;
+            Some(std::iter::once(first).chain(std::iter::from_fn(|| engine.poll())).collect())
+        };
+        let run = |goes_on: &dyn Fn(usize) -> bool| -> Vec<String> {
+            let mut engine = checkpoint.engine(EngineOptions::default());
+            (0..6).for_each(|at| drop(submit(&mut engine, at)));
+            let steps = (0..).map_while(|step| all(&mut engine, goes_on(step)));
+            steps.flatten().map(|event| format!("{event:?}")).collect()
+        };
+        let plain = run(&|_| false);
+        for goes_on in [&|_| true, &(|step: usize| step % 7 != 6) as &dyn Fn(usize) -> bool] {
+            let ahead = run(goes_on);
+            for (at, (plain, ahead)) in plain.iter().zip(&ahead).enumerate() {
+                assert_eq!(plain, ahead, "event {at}");
+            }
+            assert_eq!(plain.len(), ahead.len());
+        }
+
+        let mut engine = checkpoint.engine(EngineOptions::default());
+        let mut ids: Vec<_> = (0..6).map(|at| submit(&mut engine, at)).collect();
+        let (mut tokens, mut ends) = (BTreeMap::<_, usize>::new(), BTreeMap::new());
+        for step in 0.. {
+            let Some(events) = all(&mut engine, true) else { break };
+            for event in events {
+                match event {
+                    Event::Token { id, .. } => *tokens.entry(id).or_default() += 1,
+                    Event::Done { id, completion } => drop(ends.insert(id, completion)),
+                    Event::Failed { error, .. } => panic!("{error}"),
+                    _ => {}
+                }
+            }
+            if step == 9 || step == 13 {
+                let id = ids[step - 9];
+                let cut = engine.cancel(id).unwrap();
+                assert_eq!(cut.tokens.len(), tokens[&id], "what was told");
+                ends.insert(id, cut);
+            }
+            if step == 13 {
+                ids.push(submit(&mut engine, 6));
+            }
+        }
+        assert!(engine.is_idle());
+        for (at, id) in ids.iter().enumerate() {
+            assert_eq!(ends[id].tokens.len(), tokens[id], "request {at}");
+            if ![0, 2, 4].contains(&at) {
+                assert_eq!(tokens[id], 20 + 4 * at, "request {at}");
+            }
+        }
+
+        // One that is dropped while a step runs waits for it.
+        let mut engine = checkpoint.engine(EngineOptions::default());
+        submit(&mut engine, 0);
+        (0..12).for_each(|_| drop(all(&mut engine, true)));
+        drop(engine);
     }
     Ok(())
 }

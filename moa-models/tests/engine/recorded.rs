@@ -1,12 +1,14 @@
-//! Steps that a device records until its memory is short, and logits that are no numbers: nobody else is to notice.
+//! Steps that a device records until its memory is short, tokens that it draws itself, and logits that are no numbers:
+//! nobody else is to notice.
 
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::SeqCst};
 
 use moa_models::{
-    Checkpoint, Cpu, Decoder, Device, Engine, EngineOptions, Error, Event, LinearWeights, Load,
-    LogitRows, MappedTensor, Math, Replay, ReplayBatch, Result, RopeTable,
+    Checkpoint, Cpu, Decoder, Device, Draw, Engine, EngineOptions, Error, Event, GenerateOptions,
+    LinearWeights, Load, LogitRows, MappedTensor, Math, Replay, ReplayBatch, Result, RopeTable,
+    SamplingOptions,
 };
 
 use crate::{full, greedy, moa_tiny, narrow, text};
@@ -27,12 +29,20 @@ struct Recorder {
     asked: AtomicUsize,
     /// A token whose embedding is no number.
     poison: AtomicU32,
+    /// Whether it draws tokens.
+    samples: bool,
+    /// Numbers that were brought to the host.
+    brought: AtomicUsize,
 }
 
 impl Recorder {
     fn model(room: usize) -> Arc<Decoder<Self>> {
+        Self::open(room, false)
+    }
+
+    fn open(room: usize, samples: bool) -> Arc<Decoder<Self>> {
         let (room, asked, poison) = (room.into(), 0.into(), u32::MAX.into());
-        let device = Self { cpu: Cpu::default(), room, asked, poison };
+        let device = Self { cpu: Cpu::default(), room, asked, poison, samples, brought: 0.into() };
         Checkpoint::open(device, moa_tiny()).unwrap().model
     }
 }
@@ -80,7 +90,11 @@ impl Replay<Recorder> for Half {
         &self.logits
     }
 
-    fn likeliest(&self) -> Result<Vec<Option<u32>>> {
+    fn sample(&self, _: &Recorder, _: &[Draw], _: &[f64]) -> Result<()> {
+        unreachable!("no step was run")
+    }
+
+    fn chosen(&self) -> Result<Vec<Option<u32>>> {
         unreachable!("no step was run")
     }
 
@@ -110,7 +124,28 @@ impl Device for Recorder {
     }
 
     fn values(&self, x: Tensor) -> Result<Vec<f32>> {
-        self.cpu.values(x)
+        let values = self.cpu.values(x)?;
+        self.brought.fetch_add(values.len(), SeqCst);
+        Ok(values)
+    }
+
+    fn can_sample(&self) -> bool {
+        self.samples
+    }
+
+    /// One of the likeliest by its number, as good as any other.
+    fn sample(&self, logits: &Tensor, draws: &[Draw], units: &[f64]) -> Result<Vec<Option<u32>>> {
+        let (vocab, values) = (self.shape(logits)[1], self.cpu.values(logits.clone())?);
+        assert_eq!(values.len(), vocab * draws.len());
+        let choose = |((row, draw), unit): ((&[f32], &Draw), &f64)| {
+            let mut order: Vec<u32> = (0..vocab as u32).collect();
+            let most = if draw.top_k == 0 { 50 } else { draw.top_k };
+            let at = if draw.temperature == 0.0 { 0.0 } else { unit * most as f64 };
+            let by_logit =
+                |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
+            Some(*order.select_nth_unstable_by(at as usize, by_logit).1)
+        };
+        Ok(values.chunks(vocab).zip(draws).zip(units).map(choose).collect())
     }
 
     fn replayed_tokens(&self, _: usize) -> usize {
@@ -147,7 +182,7 @@ impl Load for Recorder {
 impl Math for Recorder {
     fn embed(&self, table: &Matrix, ids: &[u32], factor: f32) -> Result<Tensor> {
         let rows = self.cpu.embed(table, ids, factor)?;
-        let (shape, mut values) = (self.shape(&rows), self.values(rows)?);
+        let (shape, mut values) = (self.shape(&rows), self.cpu.values(rows)?);
         for (row, id) in values.chunks_mut(shape[1]).zip(ids) {
             if *id == self.poison.load(SeqCst) {
                 row.fill(f32::NAN);
@@ -244,6 +279,54 @@ fn a_session_that_was_asked_for_few_tokens_has_more_later() {
         [1, 3, 0, 9, 2].map(|most| session.wide(most)),
         [None, Some(3), None, Some(4), Some(2)]
     );
+}
+
+/// Mixed requests get what they get alone, and the host sees the logits of those alone that look at them.
+#[test]
+fn each_request_is_drawn_by_its_own_options() {
+    let words = text(200);
+    let warm = SamplingOptions { temperature: 0.8, ..Default::default() };
+    let by_device = [
+        SamplingOptions::default(),
+        warm.clone(),
+        SamplingOptions { top_k: Some(5), ..warm.clone() },
+        SamplingOptions { temperature: 1.5, top_k: Some(9), ..warm.clone() },
+    ];
+    let with = |(seed, sampling): (u64, SamplingOptions)| {
+        let sampling = SamplingOptions { seed, ..sampling };
+        GenerateOptions { sampling, ..greedy(16) }
+    };
+    let mut ways: Vec<GenerateOptions> = (3..).zip(by_device).map(with).collect();
+    let drawn = ways.len();
+    ways.push(with((7, SamplingOptions { repetition_penalty: 1.2, ..warm })));
+    ways.push(GenerateOptions { logprobs: Some(2), ..greedy(16) });
+    for speculation in [moa_models::Speculation::Off, moa_models::Speculation::ngram()] {
+        let model = Recorder::open(0, true);
+        let brought = |ways: &[usize], all: &[GenerateOptions]| {
+            let options = EngineOptions { speculation, ..EngineOptions::default() };
+            let mut engine = Engine::new(Arc::clone(&model), options);
+            for way in ways {
+                let prompt = &words[way * 20..way * 20 + 40];
+                engine.submit(prompt, &full(), all[*way].clone());
+            }
+            model.device().brought.store(0, SeqCst);
+            let texts: Vec<_> =
+                engine.complete_all().unwrap().into_iter().map(|made| made.tokens).collect();
+            (texts, model.device().brought.load(SeqCst))
+        };
+        let all: Vec<usize> = (0..ways.len()).collect();
+        let (mixed, seen) = brought(&all, &ways);
+        let (_, unseen) = brought(&all[..drawn], &ways);
+        assert_eq!(unseen, 0, "nobody looks at these");
+        let vocab = model.config().vocab_size;
+        assert_eq!(seen % vocab, 0);
+        if speculation == moa_models::Speculation::Off {
+            assert_eq!(seen, 16 * 2 * vocab, "two rows a step, and no others");
+        }
+        for way in all {
+            assert_eq!(mixed[way], brought(&[way], &ways).0[0], "{way} with {speculation:?}");
+        }
+    }
 }
 
 #[test]

@@ -11,7 +11,7 @@ use crate::http::error::ApiError;
 
 impl<D: Math + 'static> Worker<D> {
     /// Sequences that run or are about to.
-    fn places(&self) -> usize {
+    pub(super) fn places(&self) -> usize {
         self.active.values().map(|active| 1 + active.followers).sum()
     }
 
@@ -117,6 +117,14 @@ impl<D: Math + 'static> Worker<D> {
         let sequences = job.choices as u64;
         self.bytes += bytes * sequences;
         self.dense_bytes += dense_bytes * sequences;
+        // Without rings a sequence can be cut anywhere.
+        let marks = match bytes < dense_bytes {
+            true => {
+                let every = self.state.options.prefix_every;
+                self.prefix.marks(cached, job.prompt.len(), every, bytes)
+            }
+            false => Vec::new(),
+        };
         let active = Active {
             choice: 0,
             capacity,
@@ -124,6 +132,7 @@ impl<D: Math + 'static> Worker<D> {
             dense_bytes,
             followers: job.choices - 1,
             fork,
+            marks,
             last_token: job.came,
             tokens: 0,
             job: Arc::from(job),
@@ -137,7 +146,8 @@ impl<D: Math + 'static> Worker<D> {
         let job = Arc::clone(&active.job);
         let mut options: GenerateOptions = job.options.clone();
         options.sampling.seed = options.sampling.seed.wrapping_add(active.choice as u64);
-        options.prefill_stops = active.fork.into_iter().collect();
+        options.prefill_stops =
+            active.fork.into_iter().chain(active.marks.iter().copied()).collect();
         let id = self.engine.submit_in(sequence, job.prompt.clone(), options);
         self.active.insert(id, active);
         if let Some(grammar) = &job.grammar {

@@ -54,14 +54,14 @@ impl<D: Math + 'static> Worker<D> {
         let Some(active) = self.active.get_mut(&id) else { return };
         let (job, capacity) = (Arc::clone(&active.job), active.capacity);
         let (bytes, dense_bytes) = (active.bytes, active.dense_bytes);
-        let at_fork = active.fork == Some(done);
+        let (at_fork, at_mark) = (active.fork == Some(done), active.marks.contains(&done));
         let is_first_end = done == total && active.choice == 0;
         let followers = if is_first_end { std::mem::take(&mut active.followers) } else { 0 };
-        if (at_fork || is_first_end)
+        if (at_fork || at_mark || is_first_end)
             && self.prefix.takes(done, bytes)
             && !self.prefix.has(&job.prompt[..done], capacity)
         {
-            self.copies.push((id, done));
+            self.copies.push((id, done, !at_fork && !is_first_end));
         }
         for choice in 1..=followers {
             // The last token is read again, for its logits.
@@ -82,6 +82,7 @@ impl<D: Math + 'static> Worker<D> {
                         dense_bytes,
                         followers: 0,
                         fork: None,
+                        marks: Vec::new(),
                         last_token: job.came,
                         tokens: 0,
                     };
@@ -99,14 +100,17 @@ impl<D: Math + 'static> Worker<D> {
 
     /// Copies the prompts that the last step has read, now that clients were told what it chose.
     pub(super) fn keep_copies(&mut self) {
-        for (id, read) in std::mem::take(&mut self.copies) {
+        for (id, read, is_mark) in std::mem::take(&mut self.copies) {
             // A copy that cannot be had is not needed.
             if let Some(active) = self.active.get(&id)
                 && let Ok(Some(copy)) = self.engine.snapshot(id)
             {
                 let (tokens, model) = (active.job.prompt[..read].to_vec(), &self.checkpoint.model);
                 let bytes = model.kv_bytes(&copy);
-                self.prefix.insert(model, tokens, copy, bytes);
+                match is_mark {
+                    true => self.prefix.mark(model, tokens, copy, bytes),
+                    false => self.prefix.insert(model, tokens, copy, bytes),
+                }
             }
         }
     }

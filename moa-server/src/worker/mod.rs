@@ -9,13 +9,16 @@ pub(crate) mod job;
 mod prefix;
 mod queue;
 
+use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
 use moa_core::Plan;
-use moa_models::{Checkpoint, Engine, EngineOptions, Error, Event, Math, RequestId};
+use moa_models::{
+    Checkpoint, Engine, EngineOptions, Error, Event, GenerateOptions, Math, RequestId,
+};
 
 use crate::http::error::ApiError;
 use crate::state::State;
@@ -34,14 +37,18 @@ pub(crate) struct Worker<D: Math> {
     plan: Plan,
     state: Arc<State>,
     commands: mpsc::Receiver<Command>,
+    /// Those that came while a step was waited for.
+    arrived: VecDeque<Command>,
     queue: VecDeque<Queued>,
     active: HashMap<RequestId, Active>,
     prefix: PrefixCache<D>,
-    /// Prompts that the last step has read so far, for a copy.
-    copies: Vec<(RequestId, usize)>,
+    /// Prompts that the last step has read so far, for a copy, which may be a mark.
+    copies: Vec<(RequestId, usize, bool)>,
     /// Bytes of keys and values of the jobs that run, and what dense attention would take.
     bytes: u64,
     dense_bytes: u64,
+    /// Such bytes of a sequence, by its capacity.
+    sizes: RefCell<HashMap<usize, (u64, u64)>>,
     /// When those that are left have to end.
     stops_at: Option<Instant>,
 }
@@ -57,8 +64,10 @@ struct Active {
     dense_bytes: u64,
     /// Choices that begin when the prompt is read.
     followers: usize,
-    /// Where the prompt is to be copied.
+    /// Where the prompt is to be copied, as another one parts from it there.
     fork: Option<usize>,
+    /// Where else.
+    marks: Vec<usize>,
     last_token: Instant,
     tokens: usize,
 }
@@ -80,12 +89,14 @@ impl<D: Math + 'static> Worker<D> {
             checkpoint,
             plan,
             commands,
+            arrived: VecDeque::new(),
             queue: VecDeque::new(),
             active: HashMap::new(),
             prefix: PrefixCache::new(state.options.prefix_cache, state.options.prefix_host),
             copies: Vec::new(),
             bytes: 0,
             dense_bytes: 0,
+            sizes: RefCell::default(),
             stops_at: None,
             state,
         }
@@ -104,8 +115,34 @@ impl<D: Math + 'static> Worker<D> {
     /// Bytes of keys and values of a sequence of this length, and of one with dense attention.
     pub(crate) fn bytes_of(&self, length: usize) -> Result<(u64, u64), Error> {
         let (checkpoint, capacity) = (&self.checkpoint, self.capacity(length));
+        if let Some(sizes) = self.sizes.borrow().get(&capacity) {
+            return Ok(*sizes);
+        }
         let own = checkpoint.request_bytes(&self.plan, capacity, self.state.options.speculation)?;
-        Ok((own, checkpoint.model.dense_bytes(capacity)?))
+        let sizes = (own, checkpoint.model.dense_bytes(capacity)?);
+        self.sizes.borrow_mut().insert(capacity, sizes);
+        Ok(sizes)
+    }
+
+    /// Runs a short request, so that the first one that comes need not wait for what a GPU loads when it first needs it.
+    fn warm_up(&mut self) {
+        const TOKENS: usize = 64;
+        let model = &self.checkpoint.model;
+        if model.device().replayed_tokens(1) <= 1 || self.state.model.context < 2 * TOKENS {
+            return;
+        }
+        let options = GenerateOptions {
+            max_new_tokens: 8,
+            eos_token_ids: Some(Vec::new()),
+            ..GenerateOptions::default()
+        };
+        for _ in 0..2 {
+            self.engine.submit(vec![0; TOKENS], &self.plan, options.clone());
+        }
+        // What fails here fails again, where it is told.
+        if let Err(error) = self.engine.complete_all() {
+            tracing::warn!("the first steps failed: {error}");
+        }
     }
 
     /// Runs jobs until it is told to stop and none is left.
@@ -113,6 +150,7 @@ impl<D: Math + 'static> Worker<D> {
     /// # Errors
     /// That of the device, if it fails again and again.
     pub(crate) fn run(&mut self) -> Result<(), Error> {
+        self.warm_up();
         let mut failures = 0;
         loop {
             if !self.take_commands() {
@@ -123,7 +161,14 @@ impl<D: Math + 'static> Worker<D> {
             self.admit();
             self.tell_gauges();
             let begin = Instant::now();
-            match self.engine.step() {
+            let is_full = self.places() >= self.state.options.max_batch;
+            let (commands, arrived) = (&self.commands, &mut self.arrived);
+            // What comes may join the next step, where there is a place.
+            let goes_on = || {
+                arrived.extend(commands.try_iter());
+                is_full || arrived.is_empty()
+            };
+            match self.engine.step_ahead(goes_on) {
                 Ok(Some(event)) => {
                     self.state.metrics.step.observe(begin.elapsed());
                     // A step that only reads prompts says nothing of one that decodes.
@@ -162,13 +207,15 @@ impl<D: Math + 'static> Worker<D> {
                 true => {
                     // So that the numbers are right while nothing happens.
                     self.tell_gauges();
-                    self.commands.recv().ok()
+                    self.arrived.pop_front().or_else(|| self.commands.recv().ok())
                 }
-                false => match self.commands.try_recv() {
-                    Ok(command) => Some(command),
-                    Err(mpsc::TryRecvError::Empty) => break,
-                    Err(mpsc::TryRecvError::Disconnected) => None,
-                },
+                false => {
+                    match self.arrived.pop_front().map_or_else(|| self.commands.try_recv(), Ok) {
+                        Ok(command) => Some(command),
+                        Err(mpsc::TryRecvError::Empty) => break,
+                        Err(mpsc::TryRecvError::Disconnected) => None,
+                    }
+                }
             };
             match command {
                 Some(Command::Job(job)) => enqueue(&mut self.queue, Queued { job, overtaken: 0 }),

@@ -12,6 +12,8 @@ use super::copier::{Copier, Copying};
 const FEWEST: usize = 16;
 /// Prompts that are remembered beside those of kept sequences.
 const REMEMBERED: usize = 64;
+/// The part of the bytes on the device that marks may take.
+const MARKS: u64 = 4;
 
 /// Kept sequences, of which the longest unused go where there are too many bytes: from the device to host memory, and
 /// from there for good.
@@ -46,6 +48,8 @@ pub(super) struct Entry<S> {
     bytes: u64,
     /// When it was last of use.
     used: Cell<u64>,
+    /// It lies in the middle of a prompt, and nobody is known to go on from there.
+    is_mark: bool,
 }
 
 /// A sequence in either memory.
@@ -94,13 +98,19 @@ impl<S: Kept> Tier<S> {
         self.bytes += bytes;
         let mut gone = Vec::new();
         while self.bytes > self.limit {
-            let oldest = self.entries.iter().enumerate().min_by_key(|(_, entry)| entry.used.get());
-            let Some((at, _)) = oldest else { break };
-            let entry = self.entries.swap_remove(at);
-            self.bytes -= entry.bytes;
+            let Some(entry) = self.take_oldest(|_| true) else { break };
             gone.push(entry);
         }
         gone
+    }
+
+    /// Takes the longest unused of some entries out.
+    fn take_oldest(&mut self, of: impl Fn(&Entry<S>) -> bool) -> Option<Entry<S>> {
+        let some = self.entries.iter().enumerate().filter(|(_, entry)| of(entry));
+        let (at, _) = some.min_by_key(|(_, entry)| entry.used.get())?;
+        let entry = self.entries.swap_remove(at);
+        self.bytes -= entry.bytes;
+        Some(entry)
     }
 }
 
@@ -165,6 +175,20 @@ impl<D: Math + 'static> PrefixCache<D> {
     /// Whether a sequence of so many tokens and bytes would be kept.
     pub(crate) fn takes(&self, tokens: usize, bytes: u64) -> bool {
         tokens >= FEWEST && bytes <= self.device.limit
+    }
+
+    /// Where a prompt is to be marked: at multiples of `every` tokens after the first `held` and before its end, or of
+    /// as many times that as leave room for all marks of `bytes` each.
+    pub(crate) fn marks(&self, held: usize, len: usize, every: usize, bytes: u64) -> Vec<usize> {
+        let room = usize::try_from(self.device.limit / MARKS / bytes.max(1)).unwrap_or(usize::MAX);
+        let multiples = |len: usize| len.checked_div(every).unwrap_or(0);
+        let all = multiples(len.saturating_sub(1)).saturating_sub(multiples(held));
+        if all == 0 || room == 0 {
+            return Vec::new();
+        }
+        let step = every.saturating_mul(all.div_ceil(room));
+        let first = (held / step + 1).saturating_mul(step);
+        (first..len).step_by(step).collect()
     }
 
     /// The longest beginning of `prompt`, without its last token, that a sequence of this capacity has.
@@ -239,15 +263,47 @@ impl<D: Math + 'static> PrefixCache<D> {
         sequence: Sequence<D>,
         bytes: u64,
     ) {
+        self.keep(model, tokens, sequence, bytes, false);
+    }
+
+    /// Keeps a sequence that holds these tokens, the beginning of a longer prompt, as long as no later ones need its
+    /// room.
+    pub(crate) fn mark(
+        &mut self,
+        model: &Arc<Decoder<D>>,
+        tokens: Vec<u32>,
+        sequence: Sequence<D>,
+        bytes: u64,
+    ) {
+        self.keep(model, tokens, sequence, bytes, true);
+    }
+
+    fn keep(
+        &mut self,
+        model: &Arc<Decoder<D>>,
+        tokens: Vec<u32>,
+        sequence: Sequence<D>,
+        bytes: u64,
+        is_mark: bool,
+    ) {
         if !self.takes(tokens.len(), bytes) || self.has(&tokens, sequence.capacity()) {
             return;
+        }
+        if is_mark {
+            let marks = self.device.entries.iter().filter(|entry| entry.is_mark);
+            let mut all = bytes + marks.map(|entry| entry.bytes).sum::<u64>();
+            while all > self.device.limit / MARKS {
+                let Some(entry) = self.device.take_oldest(|entry| entry.is_mark) else { return };
+                all -= entry.bytes;
+                self.offload(model, entry);
+            }
         }
         for entry in self.device.make_room(bytes) {
             self.offload(model, entry);
         }
         self.clock += 1;
         let used = Cell::new(self.clock);
-        self.device.entries.push(Entry { tokens, sequence, bytes, used });
+        self.device.entries.push(Entry { tokens, sequence, bytes, used, is_mark });
     }
 
     /// Has what has no room on the device copied to host memory, for which there is room before it is made. It is
@@ -267,8 +323,8 @@ impl<D: Math + 'static> PrefixCache<D> {
         }
         let Some(copier) = &mut self.copier else { return };
         let gone = self.host.make_room(host_bytes).into_iter().map(|own| own.sequence).collect();
-        let Entry { tokens, sequence, bytes, used } = entry;
-        let entry = Entry { tokens, sequence: Arc::new(sequence), bytes, used };
+        let Entry { tokens, sequence, bytes, used, is_mark } = entry;
+        let entry = Entry { tokens, sequence: Arc::new(sequence), bytes, used, is_mark };
         if !copier.copy(Copying { entry, host_bytes }, gone) {
             self.host.bytes -= host_bytes;
             // Its thread is gone, and what it has not copied is given up. The next copy gets another.
@@ -280,9 +336,11 @@ impl<D: Math + 'static> PrefixCache<D> {
     /// Takes the copies that are made, or where they are waited for, all.
     pub(crate) fn collect(&mut self, waits: bool) {
         while let Some((copied, copy)) = self.copier.as_mut().and_then(|one| one.take(waits)) {
-            let Copying { entry: Entry { tokens, used, .. }, host_bytes: bytes } = copied;
+            let Copying { entry: Entry { tokens, used, is_mark, .. }, host_bytes: bytes } = copied;
             match copy {
-                Some(sequence) => self.host.entries.push(Entry { tokens, sequence, bytes, used }),
+                Some(sequence) => {
+                    self.host.entries.push(Entry { tokens, sequence, bytes, used, is_mark });
+                }
                 None => self.host.bytes -= bytes,
             }
         }
@@ -408,6 +466,28 @@ mod tests {
         cache.collect(true);
         assert!(cache.has(&Texts::tokens(1), Texts::CAPACITY));
         assert_eq!(cache.host_bytes(), host);
+    }
+
+    #[test]
+    fn marks_take_a_quarter_of_the_bytes_and_none_of_the_others_room() {
+        let texts = Texts::new();
+        let (device, _) = texts.bytes();
+        let mut cache = PrefixCache::new(8 * device, 0);
+        assert_eq!(cache.marks(0, 500, 100, device / 2), [100, 200, 300, 400]);
+        assert_eq!(cache.marks(0, 501, 100, device / 2), [200, 400], "five have no room");
+        assert_eq!(cache.marks(250, 500, 100, device), [300, 400]);
+        assert_eq!(cache.marks(299, 401, 100, device), [300, 400]);
+        assert!(cache.marks(250, 300, 100, device).is_empty());
+        assert!(cache.marks(0, 500, 0, device).is_empty());
+        assert!(cache.marks(0, 500, 100, 3 * device).is_empty());
+        texts.insert(&mut cache, 0);
+        for number in 1..6 {
+            let sequence = texts.read(&Texts::tokens(number));
+            cache.mark(&texts.model, Texts::tokens(number), sequence, device);
+        }
+        let kept = (0..6).filter(|n| cache.has(&Texts::tokens(*n), Texts::CAPACITY));
+        assert_eq!(kept.collect::<Vec<_>>(), [0, 4, 5]);
+        assert_eq!(cache.bytes(), 3 * device);
     }
 
     #[test]

@@ -86,6 +86,40 @@ fn a_beginning_that_requests_share_is_copied_where_they_part() {
     assert_eq!(cold.client.ask("/v1/completions", &body)["choices"][0]["text"], third.1);
 }
 
+/// A prompt was read before that has the same beginning, which ends where nobody parted before.
+#[test]
+fn marks_serve_the_second_prompt_and_give_what_a_cold_run_gives() {
+    let options = ServerOptions { prefill_chunk: 100, ..ServerOptions::default() };
+    let marked = ServerOptions { prefix_every: 64, ..options.clone() };
+    let (warm, without) =
+        (Running::new(marked), ServerOptions { prefix_every: 0, ..options.clone() });
+    let cold = Running::new(ServerOptions { prefix_cache: 0, ..options });
+    let without = Running::new(without);
+    let shared = long_text("astronomy");
+    let ask = |server: &Running, end: &str| {
+        let body = json!({
+            "prompt": format!("{shared}{end}"), "max_tokens": 24, "temperature": 0, "logprobs": 3,
+        });
+        let answer = server.client.ask("/v1/completions", &body);
+        (cached(&answer), answer["choices"][0].clone())
+    };
+    let first = "First, the stars were counted one by one.";
+    for server in [&warm, &without] {
+        assert_eq!(ask(server, first), (0, ask(&cold, first).1));
+    }
+    let [second, third] =
+        ["Second, their light was split.", "Third, nobody looked through a glass."];
+    let (held, answer) = ask(&warm, second);
+    assert!(held >= 64 && held % 64 == 0, "{held}");
+    // Likelihoods too, to the last digit.
+    assert_eq!(answer, ask(&cold, second).1);
+    // That one was copied where it parted from the first one.
+    let (further, answer) = ask(&warm, third);
+    assert!(further >= held, "{further}");
+    assert_eq!(answer, ask(&cold, third).1);
+    assert_eq!(ask(&without, second).0, 0);
+}
+
 #[test]
 fn kept_sequences_stay_within_their_bytes() {
     let limit = 1 << 20;

@@ -206,11 +206,9 @@ impl Device for Cuda {
         true
     }
 
-    fn sample(&self, logits: &Tensor, draw: &Draw, units: &[f64]) -> Result<Vec<Option<u32>>> {
-        let &Draw { temperature, top_k, top_p, min_p } = draw;
-        let draw = moa_backend_cuda::Draw { temperature, top_k, top_p, min_p };
+    fn sample(&self, logits: &Tensor, draws: &[Draw], units: &[f64]) -> Result<Vec<Option<u32>>> {
         let chosen = self.operations.indices(std::iter::repeat_n(0, units.len()), 1)?;
-        self.operations.sample(logits, draw, units, &chosen)?;
+        self.sample_into(logits, draws, units, &chosen)?;
         tokens(&chosen)
     }
 }
@@ -399,6 +397,24 @@ fn turns(table: &RopeTable, positions: Range<usize>) -> Turns<'_> {
 }
 
 impl Cuda {
+    /// [`Device::sample`], whose tokens come `into` a place on the device.
+    fn sample_into(
+        &self,
+        logits: &Tensor,
+        draws: &[Draw],
+        units: &[f64],
+        into: &Indices,
+    ) -> Result<()> {
+        let own = |&Draw { temperature, top_k, top_p, min_p }: &Draw| moa_backend_cuda::Draw {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+        };
+        let draws: Vec<_> = draws.iter().map(own).collect();
+        Ok(self.operations.sample(logits, &draws, units, into)?)
+    }
+
     /// Logits of a part of the vocabulary as columns of `logits`, and zeros for the others.
     fn logits_into(
         &self,

@@ -1,12 +1,15 @@
 //! Decode steps as one CUDA graph, launched again for every token.
 
+use std::cell::Cell;
 use std::ops::Range;
 
 use moa_backend_cuda::{
-    Arena, Batch, Cache, Dtype, Graph, Indices, Rope, Step, Tensor, Tensors, Workspace,
+    Arena, Batch, Cache, Device as Gpu, Dtype, Graph, Indices, Rope, Step, Tensor, Tensors,
+    Workspace,
 };
 
 use super::{Cuda, CudaMatrix, tokens, turns};
+use crate::device::Draw;
 use crate::device::replay::{Replay, ReplayBatch};
 use crate::{Error, Result};
 
@@ -18,6 +21,9 @@ use crate::{Error, Result};
 pub(super) struct Recorded {
     /// Dropped first: it refers to all the others.
     graph: Option<Graph>,
+    gpu: Gpu,
+    /// Whether a step may still run.
+    runs: Cell<bool>,
     arena: Arena,
     rehearsed: bool,
     layers: Vec<Step>,
@@ -38,7 +44,7 @@ pub(super) struct Recorded {
     table: Tensor,
     ids: Indices,
     logits: Tensor,
-    likeliest: Indices,
+    chosen: Indices,
     /// Heads of queries, keys and values, and their width.
     heads: [usize; 3],
     head_dim: usize,
@@ -83,6 +89,8 @@ impl Recorded {
         };
         Ok(Self {
             graph: None,
+            gpu: gpu.clone(),
+            runs: Cell::new(false),
             arena: Arena::new(),
             rehearsed: false,
             tokens: batch.tokens,
@@ -92,7 +100,7 @@ impl Recorded {
             limit: batch.vocab_size.max(batch.capacity + 1),
             table: operations.turns(&[turns(batch.rope, 0..batch.capacity)])?,
             logits: Tensor::empty(gpu, &[rows, batch.vocab_size], Dtype::F32)?,
-            likeliest: operations.indices(zeros(rows), 1)?,
+            chosen: operations.indices(zeros(rows), 1)?,
             layers,
             rotary: batch.rotary.clone(),
             key_shifts: batch.key_shifts.iter().map(|table| table.map_or(0, shift)).collect(),
@@ -101,6 +109,15 @@ impl Recorded {
             head_dim: batch.head_dim,
             scale: batch.scale,
         })
+    }
+}
+
+impl Drop for Recorded {
+    fn drop(&mut self) {
+        if self.runs.get() {
+            // A failure here is the stream's, and whoever waits for that learns of it.
+            let _ = self.gpu.synchronize();
+        }
     }
 }
 
@@ -116,6 +133,7 @@ impl Replay<Cuda> for Recorded {
         inputs.extend(tokens.iter().map(|id| *id as usize));
         inputs.extend(self.order.iter().filter_map(|sequence| lens.get(*sequence)));
         device.operations.set_indices(&self.inputs, inputs.into_iter(), self.limit)?;
+        self.runs.set(true);
         if !self.rehearsed {
             self.arena.rehearse(|| step(self))?;
             self.rehearsed = true;
@@ -193,15 +211,21 @@ impl Replay<Cuda> for Recorded {
     }
 
     fn finish(&self, device: &Cuda) -> Result<()> {
-        Ok(device.operations.argmax(&self.logits, &self.likeliest)?)
+        Ok(device.operations.argmax(&self.logits, &self.chosen)?)
+    }
+
+    fn sample(&self, device: &Cuda, draws: &[Draw], units: &[f64]) -> Result<()> {
+        device.sample_into(&self.logits, draws, units, &self.chosen)
     }
 
     fn logits(&self) -> &Tensor {
         &self.logits
     }
 
-    fn likeliest(&self) -> Result<Vec<Option<u32>>> {
-        tokens(&self.likeliest)
+    fn chosen(&self) -> Result<Vec<Option<u32>>> {
+        let chosen = tokens(&self.chosen)?;
+        self.runs.set(false);
+        Ok(chosen)
     }
 
     fn advance(&self, cache: &mut Cache) -> Result<()> {
