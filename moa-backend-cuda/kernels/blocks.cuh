@@ -52,6 +52,8 @@ struct Format {
     // Of blocks of 256, 16 rows of steps and what goes with them, as f32.
     static constexpr int FACTOR_ROW = 20;
     static constexpr int FACTORS = LONG ? 16 * FACTOR_ROW * 4 : 0;
+    // Of a record that is held, of any kind.
+    static constexpr int HELD_FACTORS = LONG ? FACTORS : LEAST ? 1024 : 512;
     // A lane's eight elements of 32: where the second four begin, behind the first.
     static constexpr int SECOND = HALVES ? 16 : 4;
     static constexpr int FIRST = HALVES ? 4 : 8; // between lanes
@@ -120,7 +122,7 @@ __device__ __forceinline__ float signed_byte_of(u32 word, int i) {
     return (float)(signed char)(word >> 8 * i & 0xff);
 }
 
-__device__ __forceinline__ void words_of(const u8* p, u32 (&words)[4]) {
+__device__ __forceinline__ void words_of(const u8* p, u32* words) {
     const uint4 v = *(const uint4*)p;
     words[0] = v.x;
     words[1] = v.y;
@@ -138,16 +140,18 @@ struct Group {
     float second[2];
 };
 
-// What a warp has read of one record in shared memory; `factors` is the warp's, for FACTORS bytes.
-template <int KIND>
+// What a warp has read of one record in shared memory; `factors` is the warp's, for FACTORS bytes. One that is HELD leaves
+// steps and least elements as f32 in HELD_FACTORS bytes when it begins, and reads the codes by halves.
+template <int KIND, bool HELD = false>
 struct Record {
     using F = Format<KIND>;
+    static constexpr bool STEPS = HELD && !F::LONG;
     // What least elements are multiplied with.
     static constexpr float TIMES = F::BASED ? -1.0f / (BASE_IS + F::OFFSET) : 1.0f;
     const u8* codes;
     float* factors;
     u32 high[F::HIGH * 4 + 1];
-    u32 low[4];
+    u32 low[HELD ? (F::WIDE ? 16 : 8) : 4];
     float4 pairs[2];
 
     __device__ __forceinline__ const u8* scales() const { return codes + F::STEPS_AT; }
@@ -155,11 +159,18 @@ struct Record {
     // Once the record is there, for all lanes.
     __device__ __forceinline__ void begin(int lane) {
 #pragma unroll
-        for (int i = 0; i < F::HIGH; i++) {
-            u32 words[4];
-            words_of(codes + F::HIGH_AT + i * 512 + lane * 16, words);
-#pragma unroll
-            for (int n = 0; n < 4; n++) high[i * 4 + n] = words[n];
+        for (int i = 0; i < F::HIGH; i++) words_of(codes + F::HIGH_AT + i * 512 + lane * 16, high + i * 4);
+        if (STEPS) {
+            // Of two groups and rows g and g + 8 each.
+            auto widen = [&](int from, int to) {
+                const uint2 two = *(const uint2*)(scales() + from + lane * 8);
+                const float2 a = halves_of(two.x), b = halves_of(two.y);
+                const float times = to > 0 ? TIMES : 1.0f;
+                ((float4*)factors)[to + lane] = make_float4(a.x * times, a.y * times, b.x * times, b.y * times);
+            };
+            widen(0, 0);
+            if (F::LEAST) widen(256, 32);
+            __syncwarp();
         }
         if (!F::LONG) return;
         // Half a row's numbers a lane.
@@ -188,25 +199,33 @@ struct Record {
         __syncwarp();
     }
 
+    // The codes of four groups of a held record.
+    __device__ __forceinline__ void hold(int lane, int half) {
+        constexpr int WORDS = F::WIDE ? 4 : 2;
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) words_of(codes + (half * WORDS + i) * 512 + lane * 16, low + i * 4);
+    }
+
     // Group `j` of 8, in order.
     __device__ __forceinline__ void group(int lane, int j, Group& to) {
         const int g = lane / 4;
+        const int own = F::WIDE ? j : j / 2;
+        if (!HELD && (F::WIDE || j % 2 == 0)) words_of(codes + own * 512 + lane * 16, low);
+        const u32* const words = HELD ? low + own % (F::WIDE ? 4 : 2) * 4 : low;
         if (F::WIDE) {
-            words_of(codes + j * 512 + lane * 16, low);
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                to.a[h][0] = signed_bytes(low[h]);
-                to.a[h][1] = signed_bytes(low[2 + h]);
-                to.a[h][2] = signed_bytes(low[h] >> 8);
-                to.a[h][3] = signed_bytes(low[2 + h] >> 8);
+                to.a[h][0] = signed_bytes(words[h]);
+                to.a[h][1] = signed_bytes(words[2 + h]);
+                to.a[h][2] = signed_bytes(words[h] >> 8);
+                to.a[h][3] = signed_bytes(words[2 + h] >> 8);
             }
         } else {
-            if (j % 2 == 0) words_of(codes + j / 2 * 512 + lane * 16, low);
 #pragma unroll
             for (int r = 0; r < 2; r++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    u32 bits = and_or(low[j % 2 * 2 + r] >> 4 * i, 0x000f000fu, BASE);
+                    u32 bits = and_or(words[j % 2 * 2 + r] >> 4 * i, 0x000f000fu, BASE);
                     if (F::HIGH == 1)
                         bits = and_or(shifted(high[j / 2], (j % 2 * 2 + r) * 4 + i - 4), 0x00100010u,
                                       bits);
@@ -224,12 +243,23 @@ struct Record {
                 to.step[r] = j % 2 ? pairs[r].z : pairs[r].x;
                 to.second[r] = j % 2 ? pairs[r].w : pairs[r].y;
             }
+        } else if (STEPS) {
+            const float4* const at = (const float4*)factors + g * 4 + j / 2;
+            if (j % 2 == 0) pairs[0] = at[0];
+            to.step[0] = j % 2 ? pairs[0].z : pairs[0].x;
+            to.step[1] = j % 2 ? pairs[0].w : pairs[0].y;
+            if (F::LEAST) {
+                if (j % 2 == 0) pairs[1] = at[32];
+                to.second[0] = j % 2 ? pairs[1].z : pairs[1].x;
+                to.second[1] = j % 2 ? pairs[1].w : pairs[1].y;
+            }
         } else {
-            const float2 both = halves_of(*(const u32*)(scales() + g * 32 + j * 4));
+            const u8* const at = scales() + g * 32 + j * 4;
+            const float2 both = halves_of(*(const u32*)at);
             to.step[0] = both.x;
             to.step[1] = both.y;
             if (F::LEAST) {
-                const float2 least = halves_of(*(const u32*)(scales() + 256 + g * 32 + j * 4));
+                const float2 least = halves_of(*(const u32*)(at + 256));
                 to.second[0] = least.x * TIMES;
                 to.second[1] = least.y * TIMES;
             }

@@ -1,9 +1,11 @@
 // Weights in quantised blocks (moa-core, `BlockType`): products with one row, the decode steps of one sequence, and
 // what stands before and after them in a layer: the norm of the row, the gate of two halves.
 //
-// One block of threads a multiprocessor streams one tile of 16 rows after the other through its shared memory, and asks
-// for its first records before the kernel before this has ended. The sums are those of `blocks.cu`, `rms_norm` and
-// `swiglu`, in the same order: a row gets the same bits here and there.
+// One block of threads a multiprocessor streams tiles of 16 rows through its shared memory, one or two at a time, and asks
+// for its first records before the kernel before this has ended. A warp takes a record into registers before it
+// multiplies, so that the next one is on its way meanwhile; two tiles beside each other have twice as many instructions
+// that need not wait for each other, and read the row once. The sums are those of `blocks.cu`, `rms_norm` and `swiglu`,
+// in the same order: a row gets the same bits here and there.
 #include "blocks.cuh"
 
 // Mirrored by `src/linear/block_row.rs`.
@@ -28,25 +30,32 @@ struct RowArgs {
 // Records of a warp whose part of a row that is normed stays in registers.
 #define HELD 4
 
-// STAGES of records in memory.
-template <int KIND, int STAGES>
+template <int N>
+struct Number {
+    static constexpr int value = N;
+};
+
+// STAGES in memory of a record of each of PAIR tiles.
+template <int KIND, int STAGES, int PAIR>
 __device__ __forceinline__ void product_of_row(const RowArgs& args) {
     using F = Format<KIND>;
     constexpr bool SUMMED = F::BASED || F::LEAST;
     constexpr int THREADS = WARPS * 32;
-    constexpr int OWN = STAGES * F::RECORD + F::FACTORS;
+    constexpr int STAGE = PAIR * F::RECORD;
+    constexpr int OWN = STAGES * STAGE + PAIR * F::HELD_FACTORS;
     let_next_kernel_start();
     if (!args.settled) wait_for_previous_kernel();
     extern __shared__ __align__(16) u8 memory[];
     const int lane = threadIdx.x % 32, column = threadIdx.x / 32, t = lane % 4;
     u8* const own = memory + column * OWN;
-    float* const factors = (float*)(own + STAGES * F::RECORD);
+    float* const factors = (float*)(own + STAGES * STAGE);
     // Sums of the row's groups, four times each, as products begin with them.
     float4* const alls = (float4*)(memory + WARPS * OWN);
     const int groups = args.records * 8;
     u16* const xs = (u16*)(alls + (SUMMED ? (F::HALVES ? 2 : 1) * groups : 0));
     float* const norm_sums = (float*)(xs + args.records * 256);  // 32
     float* const partial = norm_sums + 32;                       // [CHUNK][WARPS][16]
+    float* const before = partial + CHUNK * WARPS * 16;          // [CHUNK][16]
 
     // Tiles of the block: a gated one follows its gate.
     const int tiles = (args.n + 15) / 16, of = args.gated ? tiles / 2 : tiles;
@@ -61,22 +70,28 @@ __device__ __forceinline__ void product_of_row(const RowArgs& args) {
         return (u32)(tile_at(i) * args.records + record) * (F::RECORD / 16);
     };
 
-    // What is copied next: the tile's number and the record.
+    // From a tile to the one beside it, which is the same way for all where tiles are taken by two.
+    const u32 beside = (u32)((args.gated ? of : (int)gridDim.x) * args.records) * (F::RECORD / 16);
+    // What is copied next: the first tile's number and the record.
     int next = column < args.records ? 0 : count, next_record = column;
     u32 source = record_at(next, column) + lane;
     const u32 to = shared_address(own) + lane * 16;
     auto load = [&](int slot) {
         if (next < count) {
-            const u8* const from = args.w + (i64)source * 16;
+            auto copy = [&](u32 at, u32 place) {
+                const u8* const from = args.w + (i64)at * 16;
 #pragma unroll
-            for (int at = 0; at < F::RECORD; at += 512)
-                if (at + 512 <= F::RECORD || at + lane * 16 < F::RECORD)
-                    copy16_async(to + slot * F::RECORD + at, from + at, true);
+                for (int i = 0; i < F::RECORD; i += 512)
+                    if (i + 512 <= F::RECORD || i + lane * 16 < F::RECORD)
+                        copy16_async(place + i, from + i, true);
+            };
+            copy(source, to + slot * STAGE);
+            if (PAIR == 2 && next + 1 < count) copy(source + beside, to + slot * STAGE + F::RECORD);
             next_record += WARPS;
             source += WARPS * (F::RECORD / 16);
             if (next_record >= args.records) {
                 next_record = column;
-                next++;
+                next += PAIR;
                 source = record_at(next, column) + lane;
             }
         }
@@ -94,15 +109,14 @@ __device__ __forceinline__ void product_of_row(const RowArgs& args) {
     // The weights come while the kernel before this still makes x.
     if (args.settled) wait_for_previous_kernel();
 
-    // The element of out that this thread ends first.
+    // The element of out that a thread ends.
     auto place_of = [&](int first, int at) {
         const int i = args.gated ? first + at / 16 * 2 : first + at / 16;
         return tile_at(i) * 16 + at % 16;
     };
-    float before = 0;
     if (args.accumulate && (int)threadIdx.x < min(count, CHUNK) * 16) {
         const int n = place_of(0, threadIdx.x);
-        if (n < args.n) before = args.wide ? ((float*)args.out)[n] : unpack2(((u16*)args.out)[n]).x;
+        if (n < args.n) before[threadIdx.x] = args.wide ? ((float*)args.out)[n] : unpack2(((u16*)args.out)[n]).x;
     }
 
     // Each warp makes the parts of the row that it multiplies.
@@ -212,53 +226,76 @@ __device__ __forceinline__ void product_of_row(const RowArgs& args) {
 
     int slot = 0;
 #pragma unroll 1
-    for (int first = 0; first < count; first += CHUNK) {
-        // Warps do not wait for each other before the end of all these tiles.
-        const int last = min(first + CHUNK, count);
-#pragma unroll 1
-        for (int i = first; i < last; i++) {
-            float sums[4] = {};
-#pragma unroll 1
-            for (int record = column; record < args.records; record += WARPS) {
-                wait_copies<STAGES - 1>();
-                __syncwarp();
-                Record<KIND> from;
-                from.codes = own + slot * F::RECORD;
-                from.factors = factors;
-                from.begin(lane);
+    for (int i = 0; i < count; i += PAIR) {
+        float sums[PAIR][4] = {};
+        auto multiply = [&](auto tiles, int record) {
+            constexpr int TILES = decltype(tiles)::value;
+            Record<KIND, true> from[TILES];
 #pragma unroll
-                for (int j = 0; j < 8; j++) {
-                    Group group;
-                    from.group(lane, j, group);
-                    u32 tokens[4];
-                    tokens_of(record * 8 + j, tokens);
-                    float all[4] = {}, after[4] = {};
-                    if (SUMMED) {
-                        const float4 a = alls[record * 8 + j];
-                        all[0] = a.x, all[1] = a.y, all[2] = a.z, all[3] = a.w;
-                        if (F::HALVES) {
-                            const float4 b = alls[groups + record * 8 + j];
-                            after[0] = b.x, after[1] = b.y, after[2] = b.z, after[3] = b.w;
-                        }
-                    }
-                    add_group<KIND, 2>(group, tokens, all, after, sums);
-                }
-                // All lanes are done with the slot that is filled next.
-                __syncwarp();
-                load(slot);
-                slot = slot + 1 == STAGES ? 0 : slot + 1;
+            for (int p = 0; p < TILES; p++) {
+                from[p].codes = own + slot * STAGE + p * F::RECORD;
+                from[p].factors = factors + p * (F::HELD_FACTORS / 4);
+                from[p].begin(lane);
             }
-            if (t == 0) {
-                float* const sum = partial + ((i - first) * WARPS + column) * 16;
-                sum[lane / 4] = sums[0];
-                sum[lane / 4 + 8] = sums[2];
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                if (j % 4 == 0) {
+#pragma unroll
+                    for (int p = 0; p < TILES; p++) from[p].hold(lane, j / 4);
+                }
+                if (j == 4) {
+                    // All lanes are done with the slot, which is filled again.
+                    __syncwarp();
+                    load(slot);
+                }
+                u32 tokens[4];
+                tokens_of(record * 8 + j, tokens);
+                float all[4] = {}, other[4] = {};
+                if (SUMMED) {
+                    const float4 a = alls[record * 8 + j];
+                    all[0] = a.x, all[1] = a.y, all[2] = a.z, all[3] = a.w;
+                    if (F::HALVES) {
+                        const float4 b = alls[groups + record * 8 + j];
+                        other[0] = b.x, other[1] = b.y, other[2] = b.z, other[3] = b.w;
+                    }
+                }
+#pragma unroll
+                for (int p = 0; p < TILES; p++) {
+                    Group group;
+                    from[p].group(lane, j, group);
+                    float after[4] = {other[0], other[1], other[2], other[3]};
+                    add_group<KIND, 2>(group, tokens, all, after, sums[p]);
+                }
+            }
+        };
+        const bool whole = i + PAIR <= count;
+#pragma unroll 1
+        for (int record = column; record < args.records; record += WARPS) {
+            wait_copies<STAGES - 1>();
+            __syncwarp();
+            if (whole)
+                multiply(Number<PAIR>(), record);
+            else
+                multiply(Number<1>(), record);
+            slot = slot + 1 == STAGES ? 0 : slot + 1;
+        }
+        if (t == 0) {
+#pragma unroll
+            for (int p = 0; p < PAIR; p++) {
+                if (i + p >= count) break;
+                float* const sum = partial + ((i % CHUNK + p) * WARPS + column) * 16;
+                sum[lane / 4] = sums[p][0];
+                sum[lane / 4 + 8] = sums[p][2];
             }
         }
+        // Warps do not wait for each other before the end of all these tiles.
+        const int last = min(i + PAIR, count), first = i - i % CHUNK;
+        if (last < count && last - first < CHUNK) continue;
         __syncthreads();
-        auto sum_of = [&](int i, int row) {
+        auto sum_of = [&](int tile, int row) {
             float sum = 0;
 #pragma unroll
-            for (int other = 0; other < WARPS; other++) sum += partial[(i * WARPS + other) * 16 + row];
+            for (int other = 0; other < WARPS; other++) sum += partial[(tile * WARPS + other) * 16 + row];
             return sum;
         };
         const int wanted = (last - first) * (args.gated ? 8 : 16);
@@ -274,9 +311,9 @@ __device__ __forceinline__ void product_of_row(const RowArgs& args) {
             } else if (n < args.n) {
                 float sum = sum_of(at / 16, at % 16);
                 if (args.accumulate) {
-                    if (first + at > (int)threadIdx.x)
-                        before = args.wide ? ((float*)args.out)[n] : unpack2(((u16*)args.out)[n]).x;
-                    sum = before + sum;
+                    if (first > 0)
+                        before[at] = args.wide ? ((float*)args.out)[n] : unpack2(((u16*)args.out)[n]).x;
+                    sum = before[at] + sum;
                 }
                 if (args.wide)
                     ((float*)args.out)[n] = sum;
@@ -288,17 +325,20 @@ __device__ __forceinline__ void product_of_row(const RowArgs& args) {
     }
 }
 
-// Records that each warp has in memory.
-#define PRODUCT(NAME, KIND, STAGES)                                           \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)               \
+// Blocks of a multiprocessor, of which one starts while the one before it still runs where kernels overlap.
+#define BLOCKS (__CUDA_ARCH__ < 900 ? 1 : 2)
+
+// Stages that each warp has in memory, and tiles at a time.
+#define PRODUCT(NAME, KIND, STAGES, PAIR)                                     \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)          \
         NAME##_1(const __grid_constant__ RowArgs args) {                      \
-        product_of_row<KIND, STAGES>(args);                                   \
+        product_of_row<KIND, STAGES, PAIR>(args);                             \
     }
-PRODUCT(q4_0, Q4_0, 4)
-PRODUCT(q4_1, Q4_1, 4)
-PRODUCT(q5_0, Q5_0, 4)
-PRODUCT(q5_1, Q5_1, 3)
-PRODUCT(q8_0, Q8_0, 2)
-PRODUCT(q4_k, Q4_K, 4)
-PRODUCT(q5_k, Q5_K, 3)
-PRODUCT(q6_k, Q6_K, 3)
+PRODUCT(q4_0, Q4_0, 2, 2)
+PRODUCT(q4_1, Q4_1, 4, 1)
+PRODUCT(q5_0, Q5_0, 4, 1)
+PRODUCT(q5_1, Q5_1, 3, 1)
+PRODUCT(q8_0, Q8_0, 2, 1)
+PRODUCT(q4_k, Q4_K, 4, 1)
+PRODUCT(q5_k, Q5_K, 3, 1)
+PRODUCT(q6_k, Q6_K, 3, 1)

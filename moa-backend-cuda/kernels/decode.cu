@@ -100,21 +100,22 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
     };
 
     const int steps = (end - begin + WARPS * WARP_KEYS - 1) / (WARPS * WARP_KEYS);
-    auto load_first = [&] {
-#pragma unroll
-        for (int i = 0; i < STAGES - 1; i++) {
-            if (i < steps) load(i);
-            commit_copies();
-        }
+    // Whether some of a step's keys are new.
+    auto is_new = [&](int step) {
+        return begin + (step * WARPS + warp + 1) * WARP_KEYS > list.count - sequence.tokens;
     };
-    const bool has_new = end > list.count - sequence.tokens;
-    if (!has_new) load_first();
+    // The others do not wait for the kernel before this.
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; i++)
+        if (i < steps && !is_new(i)) load(i);
     if (args.settled && args.appends && args.rope != nullptr && threadIdx.x * 16 < HEAD_DIM / 2)
         asm volatile("prefetch.global.L2 [%0];" ::"l"(args.rope + (i64)len * (HEAD_DIM / 2) + threadIdx.x * 16));
     if (args.settled) wait_for_previous_kernel();
-    if (has_new) {
-        if (args.appends && end == list.count) append_one(args, sequence, head, kv_head, len);
-        load_first();
+    if (args.appends && end == list.count) append_one(args, sequence, head, kv_head, len);
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; i++) {
+        if (i < steps && is_new(i)) load(i);
+        commit_copies();
     }
 
     // Queries as matrix fragments: lane holds rows lane / 4 and lane / 4 + 8.
@@ -238,8 +239,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, HEAD_DIM > 128 ? 1 : 2)
 #pragma unroll
     for (int n = 0; n < COLUMNS; n++) {
         const int column = n * 8 + lane % 4 * 2;
-        *(float2*)&merged[(warp * ROWS + row_0) * HEAD_DIM + column] = make_float2(o[n][0], o[n][1]);
-        *(float2*)&merged[(warp * ROWS + row_1) * HEAD_DIM + column] = make_float2(o[n][2], o[n][3]);
+        // Rows that are not there would take as long as the others, which meet in the same banks.
+        if (row_0 < rows)
+            *(float2*)&merged[(warp * ROWS + row_0) * HEAD_DIM + column] = make_float2(o[n][0], o[n][1]);
+        if (row_1 < rows)
+            *(float2*)&merged[(warp * ROWS + row_1) * HEAD_DIM + column] = make_float2(o[n][2], o[n][3]);
     }
     if (lane % 4 == 0) {
         row_state[warp][row_0] = make_float2(max_0, sum_0);

@@ -168,55 +168,86 @@ extern "C" __global__ void __launch_bounds__(256) turns(const __grid_constant__ 
 
 // ---- choice of tokens -------------------------------------------------------------------------
 
-// out = index of the largest of each f32 row, the lowest of equals; -1 where one is not a number or
-// infinite, or none is finite.
-extern "C" __global__ void __launch_bounds__(1024) argmax(const __grid_constant__ OpArgs args) {
+// The largest element of a row or of a part of it, the first of equals, by a block of up to 1024 threads: its first
+// thread gets it.
+struct Largest {
+    float value = NEG_INF;
+    int at = 0x7fffffff;  // this for none
+    bool bad = false;     // one is infinite or not a number
+
+    __device__ __forceinline__ void take(float z, int i) {
+        if (z > value || (z == value && i < at)) {
+            value = z;
+            at = i;
+        }
+    }
+    __device__ __forceinline__ void of_warp() {
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2)
+            take(__shfl_xor_sync(0xffffffff, value, offset), __shfl_xor_sync(0xffffffff, at, offset));
+    }
+    __device__ __forceinline__ void of_block() {
+        __shared__ float values[32];
+        __shared__ int places[32];
+        of_warp();
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        if (lane == 0) {
+            values[warp] = value;
+            places[warp] = at;
+        }
+        bad = __syncthreads_or(bad);
+        const bool is_warp = lane < blockDim.x / 32;
+        value = is_warp ? values[lane] : NEG_INF;
+        at = is_warp ? places[lane] : 0x7fffffff;
+        of_warp();
+    }
+};
+
+// out = (largest element, its index or -1 if one is bad) of each f32 row's parts: grid (rows, parts). One block would
+// take ten times as long for a whole vocabulary.
+#define PART 4096
+extern "C" __global__ void __launch_bounds__(256) argmax_parts(const __grid_constant__ OpArgs args) {
     start();
     const float* x = (const float*)args.x + blockIdx.x * args.x_stride;
-    float best = NEG_INF;
-    int at = args.cols;
-    int bad = 0;
-    // One block reads a whole vocabulary, so many loads have to be on their way at once.
-    for (int first = threadIdx.x; first < args.cols; first += 8 * blockDim.x) {
-        float z[8];
+    constexpr int EACH = PART / 256;
+    // All loads are on their way at once.
+    float z[EACH];
 #pragma unroll
-        for (int n = 0; n < 8; n++) {
-            const int i = first + n * blockDim.x;
-            z[n] = i < args.cols ? x[i] : NEG_INF;
-        }
+    for (int n = 0; n < EACH; n++) {
+        const int i = blockIdx.y * PART + n * 256 + threadIdx.x;
+        z[n] = i < args.cols ? x[i] : NEG_INF;
+    }
+    Largest own;
 #pragma unroll
-        for (int n = 0; n < 8; n++) {
-            bad |= !(z[n] < -NEG_INF);
-            if (z[n] > best) {
-                best = z[n];
-                at = first + n * blockDim.x;
-            }
+    for (int n = 0; n < EACH; n++) {
+        own.bad |= !(z[n] < -NEG_INF);
+        // Those after it are further right.
+        if (z[n] > own.value) {
+            own.value = z[n];
+            own.at = blockIdx.y * PART + n * 256 + threadIdx.x;
         }
     }
-    __shared__ float values[32];
-    __shared__ int places[32];
-    auto reduce = [&] {
-#pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2) {
-            const float z = __shfl_xor_sync(0xffffffff, best, offset);
-            const int i = __shfl_xor_sync(0xffffffff, at, offset);
-            if (z > best || (z == best && i < at)) {
-                best = z;
-                at = i;
-            }
-        }
-    };
-    reduce();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (lane == 0) {
-        values[warp] = best;
-        places[warp] = at;
+    own.of_block();
+    if (threadIdx.x == 0)
+        ((float2*)args.out)[(i64)blockIdx.x * gridDim.y + blockIdx.y] =
+            make_float2(own.value, __int_as_float(own.bad ? -1 : own.at));
+}
+
+// out = index of the largest of each f32 row, the lowest of equals; -1 where one is not a number or
+// infinite, or none is finite. x: the row's parts, cols of them.
+extern "C" __global__ void __launch_bounds__(32) argmax(const __grid_constant__ OpArgs args) {
+    start();
+    const float2* x = (const float2*)args.x + (i64)blockIdx.x * args.cols;
+    Largest own;
+    for (int i = threadIdx.x; i < args.cols; i += 32) {
+        const float2 part = x[i];
+        const int at = __float_as_int(part.y);
+        own.bad |= at < 0;
+        own.take(part.x, at);
     }
-    bad = __syncthreads_or(bad);
-    best = lane < blockDim.x / 32 ? values[lane] : NEG_INF;
-    at = lane < blockDim.x / 32 ? places[lane] : args.cols;
-    reduce();
-    if (threadIdx.x == 0) ((int*)args.out)[blockIdx.x] = bad || at == args.cols ? -1 : at;
+    own.of_warp();
+    const bool bad = __any_sync(0xffffffff, own.bad);
+    if (threadIdx.x == 0) ((int*)args.out)[blockIdx.x] = bad || own.value == NEG_INF ? -1 : own.at;
 }
 
 // ---- weights for measurements -----------------------------------------------------------------

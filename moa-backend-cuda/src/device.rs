@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr, PinnedHostSlice, result};
 
 use crate::graph::current;
 use crate::kernels::Kernels;
@@ -48,6 +48,8 @@ struct Inner {
     narrow_kernels: Mutex<HashMap<(Variant, bool), Arc<NarrowKernels>>>,
     watch: Mutex<Option<Watch>>,
     downloads: Mutex<Option<Downloads>>,
+    /// Where [`Device::read`] has the driver copy to: for other memory it has a buffer of its own, which takes longer.
+    read: Mutex<Option<PinnedHostSlice<i32>>>,
 }
 
 impl std::fmt::Debug for Inner {
@@ -98,6 +100,7 @@ impl Device {
             kernels: Mutex::default(),
             watch: Mutex::default(),
             downloads: Mutex::default(),
+            read: Mutex::default(),
             narrow_kernels: Mutex::default(),
             context,
         })))
@@ -202,6 +205,35 @@ impl Device {
         };
         // SAFETY: as the caller promises.
         unsafe { downloads.read(&self.0.stream, pieces) }
+    }
+
+    /// Numbers as they are when all that was launched on [`stream`](Self::stream) is done.
+    ///
+    /// # Errors
+    /// [`Error::Driver`], also for what went wrong in an earlier kernel.
+    ///
+    /// # Safety
+    /// They are this device's memory.
+    pub(crate) unsafe fn read(&self, from: DevicePointer, len: usize) -> Result<Vec<i32>> {
+        self.settle()?;
+        self.bind()?;
+        let mut place = self.0.read.lock().unwrap_or_else(PoisonError::into_inner);
+        if place.as_ref().is_none_or(|place| place.len() < len) {
+            let room = len.next_power_of_two().max(1024);
+            // SAFETY: what is read of it was copied there before.
+            let new = unsafe { self.0.context.alloc_pinned_with_flags(room, 0) };
+            let mut new = new.map_err(Error::driver("cuMemHostAlloc"))?;
+            new.as_mut_slice().map_err(Error::driver("cuEventSynchronize"))?.fill(0);
+            *place = Some(new);
+        }
+        let Some(place) = &mut *place else { return Ok(Vec::new()) };
+        let all = place.as_mut_slice().map_err(Error::driver("cuEventSynchronize"))?;
+        let to = &mut all[..len];
+        // SAFETY: as the caller promises; whether it succeeds or not, the copy is over before the lock is.
+        unsafe { result::memcpy_dtoh_async(to, from, self.0.stream.cu_stream()) }
+            .map_err(Error::driver("cuMemcpyDtoHAsync"))?;
+        self.synchronize()?;
+        Ok(to.to_vec())
     }
 
     /// Has all waits of the host for this device's stream watched from now on, or none.

@@ -3,7 +3,7 @@
 use moa_core::BlockType;
 
 use super::Weight;
-use super::block_weight::{BlockWeight, RECORD, WARPS, number, records_bytes};
+use super::block_weight::{BlockWeight, RECORD, WARPS, factors_bytes, number, record_bytes};
 use crate::graph::is_capturing;
 use crate::kernels::source::Source;
 use crate::kernels::tables::DevicePointer;
@@ -31,17 +31,33 @@ struct RowArgs {
 
 const _: () = assert!(size_of::<RowArgs>() == 64);
 
-/// Records that a warp has in memory, by the kind's number.
-const STAGES: [usize; 8] = [4, 4, 4, 3, 2, 4, 3, 3];
+/// Stages that a warp has in memory, and tiles of which each holds a record, by the kind's number.
+const STAGES: [[usize; 2]; 8] = [[2, 2], [4, 1], [4, 1], [3, 1], [2, 1], [4, 1], [3, 1], [3, 1]];
 
 /// Tiles whose sums wait in shared memory until all warps have theirs.
 const CHUNK: usize = 16;
+
+/// Tiles of a block from which on a multiprocessor takes two blocks, which hide each other's waits: of fewer, one with
+/// two would still be at work when the others are done.
+const MANY_TILES: usize = 16;
 
 /// Shared memory of a product with rows of so many records.
 fn shared_bytes(kind: BlockType, records: usize) -> usize {
     let sums = if kind == BlockType::Q6K { 2 } else { 1 } * 16;
     let row = records * (RECORD[1] * 2 + RECORD[1] / 32 * sums);
-    records_bytes(kind, STAGES[number(kind)]) + row + 32 * 4 + CHUNK * WARPS * 16 * 4
+    let [stages, pair] = STAGES[number(kind)];
+    let factors = match (kind.block_len(), has_least(kind)) {
+        (256, _) => factors_bytes(kind),
+        (_, true) => 1024,
+        (_, false) => 512,
+    };
+    let records = WARPS * pair * (stages * record_bytes(kind) + factors);
+    records + row + 32 * 4 + CHUNK * (WARPS + 1) * 16 * 4
+}
+
+/// Whether its blocks have least elements.
+fn has_least(kind: BlockType) -> bool {
+    matches!(kind, BlockType::Q4_1 | BlockType::Q5_1 | BlockType::Q4K | BlockType::Q5K)
 }
 
 /// What a row is before it is multiplied.
@@ -90,8 +106,10 @@ impl Operations {
         };
         let kind = weight.kind();
         let tiles = n.div_ceil(RECORD[0]) / if gated { 2 } else { 1 };
-        let grid = [tiles.min(self.device.multiprocessors()), 1, 1];
         let mut shared = shared_bytes(kind, weight.records());
+        let multiprocessors = self.device.multiprocessors();
+        let blocks = if tiles >= 2 * MANY_TILES * multiprocessors { 2 } else { 1 };
+        let grid = [tiles.min(blocks * multiprocessors), 1, 1];
         if accumulate {
             // So much that a multiprocessor does not take two blocks: where one becomes free first, it would, and
             // others would have none. Other products start beside what they follow, with room for one block each.
@@ -212,7 +230,7 @@ mod tests {
             let fields = kernels.iter().find(|fields| fields[0] == kind.name()).unwrap();
             let at = number(kind);
             assert_eq!(fields[1].to_lowercase(), kind.name());
-            assert_eq!(fields[2].parse(), Ok(STAGES[at]));
+            assert_eq!([fields[2].parse(), fields[3].parse()], STAGES[at].map(Ok));
             assert_eq!(BLOCKS_ROW[at], format!("{}_1", kind.name()));
             // Two kernels after each other share a multiprocessor of Hopper, at the width of Llama-3-8B.
             assert!(2 * (shared_bytes(kind, 16) + 1024) <= 228 << 10, "{kind}");

@@ -108,14 +108,14 @@ pub(crate) const WARPS: usize = 8;
 /// Records that a warp has in memory, by the kind's number.
 const STAGES: [usize; 8] = [3, 3, 3, 2, 2, 3, 2, 2];
 
-/// Shared memory of a product whose warps have so many records each: these, and steps of blocks of 256 as f32.
-pub(crate) fn records_bytes(kind: BlockType, stages: usize) -> usize {
-    let factors = if kind.block_len() == 256 { 16 * 20 * 4 } else { 0 };
-    WARPS * (stages * record_bytes(kind) + factors)
+/// Steps of a record of blocks of 256, as f32.
+pub(crate) fn factors_bytes(kind: BlockType) -> usize {
+    if kind.block_len() == 256 { 16 * 20 * 4 } else { 0 }
 }
 
+/// Shared memory of a product whose warps have so many records each.
 fn shared_bytes(kind: BlockType) -> usize {
-    records_bytes(kind, STAGES[number(kind)])
+    WARPS * (STAGES[number(kind)] * record_bytes(kind) + factors_bytes(kind))
 }
 
 /// Tokens that a kernel takes, of those of each kind.

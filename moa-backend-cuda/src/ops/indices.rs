@@ -11,6 +11,9 @@ use crate::kernels::tables::DevicePointer;
 use crate::memory::address;
 use crate::{Device, Dtype, Error, Result, Tensor};
 
+/// Elements of a row that a block looks at, as `PART` in `kernels/ops.cu`.
+const ARGMAX_PART: usize = 4096;
+
 /// Indices of rows, i32, in device memory, or a part of some.
 #[derive(Debug)]
 pub struct Indices {
@@ -57,14 +60,8 @@ impl Indices {
         if self.len == 0 {
             return Ok(Vec::new());
         }
-        self.device.settle()?;
-        let host = self
-            .device
-            .cuda_stream()
-            .clone_dtoh(&self.data.slice(self.start..self.start + self.len))
-            .map_err(Error::driver("cuMemcpyDtoHAsync"))?;
-        self.device.synchronize()?;
-        Ok(host)
+        // SAFETY: these are its numbers.
+        unsafe { self.device.read(self.pointer(), self.len) }
     }
 }
 
@@ -130,9 +127,19 @@ impl Operations {
             let expected = format_args!("{} rows", into.len).to_string();
             return Err(Error::shape(OP, "x", expected, x.shape()));
         }
-        let args = OpArgs { out: into.pointer(), ..shaped(x).with_x(x) };
+        let [rows, parts] = [into.len, x.row_len().div_ceil(ARGMAX_PART)];
+        let largest = Tensor::uninitialised(&self.device, OP, &[rows, 2 * parts], Dtype::F32)?;
+        let args = OpArgs { out: largest.pointer(), ..shaped(x).with_x(x) };
         // SAFETY: the shapes are checked; all of it is on the device's stream.
-        unsafe { self.kernels.by_rows("argmax", &args) }
+        unsafe { self.kernels.launch("argmax_parts", [rows, parts, 1], 256, &args) }?;
+        let args = OpArgs {
+            x: largest.pointer(),
+            out: into.pointer(),
+            cols: parts as i32,
+            ..OpArgs::default()
+        };
+        // SAFETY: as above.
+        unsafe { self.kernels.launch("argmax", [rows, 1, 1], 32, &args) }
     }
 
     /// That they lie on this device.

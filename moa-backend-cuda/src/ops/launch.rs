@@ -35,7 +35,7 @@ pub(crate) struct OpArgs {
 const _: () = assert!(size_of::<OpArgs>() == 80);
 
 /// Names of the kernels of a forward pass.
-pub(crate) const FORWARD: [&str; 12] = [
+pub(crate) const FORWARD: [&str; 13] = [
     "rms_norm",
     "embed",
     "rows",
@@ -46,6 +46,7 @@ pub(crate) const FORWARD: [&str; 12] = [
     "cast",
     "rope",
     "turns",
+    "argmax_parts",
     "argmax",
     "randomise",
 ];
