@@ -195,7 +195,7 @@ fn a_budget_of_bytes_is_one_of_keys_in_int8_that_every_command_takes_from_the_pl
     let few = ["--validation-samples", "1", "--evaluations", "0", "--text-samples", "0"];
     let compress = [&["compress"][..], &model, &data, &few, &["--kv-bytes", "30%"]].concat();
     let found = json_of(root, &[&compress[..], &["--out", "plan.json"]].concat());
-    assert_eq!(found["plan"]["cache_types"], serde_json::json!(["int8"; 12]));
+    assert_eq!(found["plan"]["cache_types"], serde_json::json!(vec!["int8"; 12]));
     let at = |found: &serde_json::Value, field: &str| found["plan"]["at"][0][field].as_f64();
     let share = |found: &serde_json::Value| at(found, "kv_bytes").zip(at(found, "kv_bytes_dense"));
     let (kept, dense) = share(&found).unwrap();
