@@ -181,8 +181,10 @@ mod tests {
     #[test]
     fn neighbours_are_copied_at_once_and_all_pieces_are() {
         assert!(joined(Vec::new()).is_empty());
-        assert_eq!(joined(vec![0..5, 9..10, 10..12]), [0..12]);
-        assert_eq!(joined(vec![0..5, 5 + GAP..6 + GAP]), [0..6 + GAP]);
+        let one: Range<u64> = 0..12;
+        assert_eq!(joined(vec![0..5, 9..10, 10..12]), std::slice::from_ref(&one));
+        let near: Range<u64> = 0..6 + GAP;
+        assert_eq!(joined(vec![0..5, 5 + GAP..6 + GAP]), std::slice::from_ref(&near));
         assert_eq!(
             joined(vec![0..5, 6 + GAP..7 + GAP, 8 + GAP..9 + GAP]),
             [0..5, 6 + GAP..9 + GAP]

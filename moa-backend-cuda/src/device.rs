@@ -213,7 +213,7 @@ impl Device {
     /// [`Error::Driver`], also for what went wrong in an earlier kernel.
     ///
     /// # Safety
-    /// They are this device's memory.
+    /// There are `len` of them, in this device's memory, until this returns.
     pub(crate) unsafe fn read(&self, from: DevicePointer, len: usize) -> Result<Vec<i32>> {
         self.settle()?;
         self.bind()?;
@@ -229,7 +229,7 @@ impl Device {
         let Some(place) = &mut *place else { return Ok(Vec::new()) };
         let all = place.as_mut_slice().map_err(Error::driver("cuEventSynchronize"))?;
         let to = &mut all[..len];
-        // SAFETY: as the caller promises; whether it succeeds or not, the copy is over before the lock is.
+        // SAFETY: as the caller promises; all copies to this place are on one stream, which was settled before.
         unsafe { result::memcpy_dtoh_async(to, from, self.0.stream.cu_stream()) }
             .map_err(Error::driver("cuMemcpyDtoHAsync"))?;
         self.synchronize()?;

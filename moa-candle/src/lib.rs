@@ -150,7 +150,10 @@ impl SparseAttention {
             candle_core::bail!("sinks: expected [{query_heads}], got {:?}", sinks.shape());
         }
         let states = caches.iter().map(|cache| (cache.state(), tokens));
-        check_batch("forward", states, query_heads).map_err(Error::wrap)?;
+        let shape = check_batch("forward", states, query_heads).map_err(Error::wrap)?;
+        if shape.head_dim != head_dim {
+            candle_core::bail!("q: expected heads of {}, got {:?}", shape.head_dim, q.shape());
+        }
         let mut own: Vec<_> =
             caches.iter_mut().map(|cache| Append { cache: &mut **cache, tokens }).collect();
         let out = self.run(&mut own, [q, k, v], scores, false)?.out;

@@ -30,7 +30,7 @@ pub(crate) struct Global {
     pub(crate) device: Device,
     /// Type of keys and values in KV caches, where a plan does not choose one for a head; with cuda of weights
     /// and activations too, which are bf16 beside narrower caches. cuda has all but f32, the CPU and wgpu all
-    /// [default: bf16; of plans within --kv-bytes int8]
+    /// [default: bf16; int8 in plans that compress and search find within --kv-bytes]
     #[arg(long, global = true, value_name = "TYPE")]
     pub(crate) cache_dtype: Option<CacheType>,
     /// Type of linear layers' weights on an NVIDIA GPU, if not that of caches: fp8 halves the

@@ -25,7 +25,8 @@ pub(crate) struct BudgetArgs {
     bound_lengths: Vec<usize>,
     /// Most bytes of keys and values in place of --density: a share of those of a dense cache of 16 bits, such as
     /// 12%, at every bound length, or those of one sequence of a length, such as 8192:64MiB. Plans hold keys and
-    /// values in int8 then, unless --cache-dtype says another type: nearly twice as many fit
+    /// values in int8 then, unless --cache-dtype says another type: nearly twice as many fit, and from about half
+    /// of the bytes on all
     #[arg(long, value_delimiter = ',', value_name = "PERCENT%|TOKENS:BYTES,..", value_parser = parse_kv_bytes,
           conflicts_with_all = ["density", "min_density"])]
     kv_bytes: Vec<KvBytes>,

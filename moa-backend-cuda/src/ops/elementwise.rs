@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use cudarc::driver::result;
+
 use super::launch::OpArgs;
 use super::{Indices, Operations, check_dtype, check_shape, shaped};
 use crate::memory::address;
@@ -56,6 +58,9 @@ impl Operations {
     /// [`Error::Driver`].
     pub fn rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
         const OP: &str = "rows";
+        if !x.row_len().is_multiple_of(8) || !x.stride().is_multiple_of(8) {
+            return self.rows_one_by_one(x, rows);
+        }
         self.check_rows(OP, "x", x)?;
         let places = self.indices(rows.iter().copied(), x.shape()[0])?;
         let shape = [&[rows.len()], &x.shape()[1..]].concat();
@@ -64,6 +69,30 @@ impl Operations {
         let args = OpArgs { ids: places.pointer(), flag, ..shaped(&out).with_x(x) };
         // SAFETY: every row exists; all of it is on the device's stream.
         unsafe { self.kernels.by_elements("rows", 8, &args) }?;
+        Ok(out)
+    }
+
+    /// [`rows`](Self::rows) of a width that the kernel cannot take, as logits of some vocabularies have: a copy for each.
+    fn rows_one_by_one(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
+        const OP: &str = "rows";
+        self.check_place(OP, "x", x)?;
+        let len = x.shape()[0];
+        if let Some(row) = rows.iter().find(|row| **row >= len) {
+            return Err(Error::argument(OP, "index", format_args!("below {len}").to_string(), row));
+        }
+        let shape = [&[rows.len()], &x.shape()[1..]].concat();
+        let out = Tensor::uninitialised(&self.device, OP, &shape, x.dtype())?;
+        let element = x.dtype().bytes();
+        let [bytes, stride] = [x.row_len() * element, x.stride() * element];
+        let stream = self.device.cuda_stream();
+        self.device.bind()?;
+        for (at, row) in rows.iter().enumerate().filter(|_| bytes > 0) {
+            let to = out.pointer() + (at * bytes) as u64;
+            let from = x.pointer() + (row * stride) as u64;
+            // SAFETY: both rows exist; all of it is on the device's stream.
+            unsafe { result::memcpy_dtod_async(to, from, bytes, stream.cu_stream()) }
+                .map_err(Error::driver("cuMemcpyDtoDAsync"))?;
+        }
         Ok(out)
     }
 

@@ -117,7 +117,7 @@ impl Operations {
     ///
     /// # Errors
     /// [`Error::Argument`] unless `x` is f32 and `into` has an entry for each row,
-    /// [`Error::Driver`].
+    /// [`Error::OutOfMemory`], [`Error::Driver`].
     pub fn argmax(&self, x: &Tensor, into: &Indices) -> Result<()> {
         const OP: &str = "argmax";
         self.check_place(OP, "x", x)?;
@@ -150,5 +150,16 @@ impl Operations {
                 Err(Error::argument(op, "into", "on the device of the operations", "on another"))
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::ARGMAX_PART;
+
+    #[test]
+    fn parts_of_rows_are_those_of_the_kernel() {
+        let kernels = include_str!("../../kernels/ops.cu");
+        assert!(kernels.contains(&format!("#define PART {ARGMAX_PART}\n")));
     }
 }

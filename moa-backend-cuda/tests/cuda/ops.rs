@@ -149,6 +149,15 @@ fn embedding_and_rows_copy() -> Verdict {
         assert_eq!(picked.shape(), [4, 5, 8]);
         assert_eq!(f64s(&picked.to_f32().unwrap()), expected);
         assert_eq!(ops.operations.rows(&heads, &[]).unwrap().shape(), [0, 5, 8]);
+        // Logits of a vocabulary of any size.
+        let (logits, values) = ops.random(&[100, 41], Dtype::F32, 2);
+        let expected: Vec<f64> =
+            ids.iter().flat_map(|id| values[id * 41..][..41].to_vec()).collect();
+        let picked = ops.operations.rows(&logits, &ids).unwrap();
+        assert_eq!((picked.shape(), picked.dtype()), (&[4, 41][..], Dtype::F32));
+        assert_eq!(f64s(&picked.to_f32().unwrap()), expected);
+        assert_eq!(ops.operations.rows(&logits, &[]).unwrap().shape(), [0, 41]);
+        assert!(matches!(ops.operations.rows(&logits, &[3, 100]), Err(Error::Argument(_))));
     }
     Ok(())
 }

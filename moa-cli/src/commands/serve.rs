@@ -52,7 +52,7 @@ pub(crate) struct Args {
     /// Keys and values kept of ended requests, for others that begin alike; 0 for none [default: 256MiB]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     prefix_cache: Option<u64>,
-    /// With a plan, keep prompts also after every so many tokens, in a quarter of that; 0 for not [default: 2048]
+    /// With a plan, keep prompts also after every so many tokens, in at most a quarter of --prefix-cache; 0 for not [default: 2048]
     #[arg(long, value_name = "TOKENS", value_parser = parse_size)]
     prefix_every: Option<usize>,
     /// Keys and values kept in host memory, where they go from a GPU's [default: none]

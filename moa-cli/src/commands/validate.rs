@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use moa_core::{AtLength, Plan, PlanRequest, Profile};
 use moa_models::{
-    CalibrationData, CalibrationOptions, Checkpoint, CompressOptions, Evidence, Item, Math,
-    Refined, TextGoal, bound_decode_time, measured_losses, refine,
+    CacheTypes, CalibrationData, CalibrationOptions, Checkpoint, CompressOptions, Evidence, Item,
+    Math, Refined, TextGoal, bound_decode_time, measured_losses, refine,
 };
 use moa_report::at_lengths;
 use serde::Serialize;
@@ -98,6 +98,18 @@ fn with_model<D: Math>(
     for file in &files {
         model::check_plan(&file.plan, model, args.any_weights)
             .map_err(|e| e.at(file.path.display().to_string()))?;
+        if args.refine.is_some() {
+            let place = |e: moa_models::Error| Error::from(e).at(file.path.display().to_string());
+            let (own, first) = (CacheTypes::of(&file.plan).map_err(place)?, &files[0].plan);
+            if own != CacheTypes::of(first).map_err(place)? {
+                return Err(place(moa_models::Error::Invalid {
+                    what: "cache types",
+                    expected: "those of the first plan, as all that are refined have the same"
+                        .into(),
+                    got: "others".into(),
+                }));
+            }
+        }
     }
     let limit = model.model.config().context_length();
     let options = CompressOptions {

@@ -90,13 +90,14 @@ pub trait Replay<D: Device>: Send {
     /// Chooses the likeliest tokens.
     ///
     /// # Errors
-    /// [`Error::Backend`](crate::Error::Backend) if the device fails.
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory), [`Error::Backend`](crate::Error::Backend) if the device fails.
     fn finish(&self, device: &D) -> Result<()>;
 
     /// Has other tokens chosen by the logits of the step that was run last, as [`Device::sample`] does.
     ///
     /// # Errors
-    /// [`Error::Invalid`](crate::Error::Invalid) or [`Error::Backend`](crate::Error::Backend) as [`Device::sample`].
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory); [`Error::Invalid`](crate::Error::Invalid) or
+    /// [`Error::Backend`](crate::Error::Backend) as [`Device::sample`].
     fn sample(&self, device: &D, draws: &[Draw], units: &[f64]) -> Result<()>;
 
     /// Logits of the last step, `[tokens, vocab]`, which the next one overwrites.

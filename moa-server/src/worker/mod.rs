@@ -125,7 +125,7 @@ impl<D: Math + 'static> Worker<D> {
     }
 
     /// Runs a short request, so that the first one that comes need not wait for what a GPU loads when it first needs it.
-    fn warm_up(&mut self) {
+    fn warm_up(&self) {
         const TOKENS: usize = 64;
         let model = &self.checkpoint.model;
         if model.device().replayed_tokens(1) <= 1 || self.state.model.context < 2 * TOKENS {
@@ -136,11 +136,13 @@ impl<D: Math + 'static> Worker<D> {
             eos_token_ids: Some(Vec::new()),
             ..GenerateOptions::default()
         };
+        // An engine of its own: what is learned of answers' lengths and what fails stay there.
+        let mut engine = self.checkpoint.engine(EngineOptions::default());
         for _ in 0..2 {
-            self.engine.submit(vec![0; TOKENS], &self.plan, options.clone());
+            engine.submit(vec![0; TOKENS], &self.plan, options.clone());
         }
         // What fails here fails again, where it is told.
-        if let Err(error) = self.engine.complete_all() {
+        if let Err(error) = engine.complete_all() {
             tracing::warn!("the first steps failed: {error}");
         }
     }

@@ -48,7 +48,7 @@ pub(super) struct Entry<S> {
     bytes: u64,
     /// When it was last of use.
     used: Cell<u64>,
-    /// It lies in the middle of a prompt, and nobody is known to go on from there.
+    /// It was kept in the middle of a prompt, whether anybody goes on from there or not.
     is_mark: bool,
 }
 
@@ -290,6 +290,9 @@ impl<D: Math + 'static> PrefixCache<D> {
             return;
         }
         if is_mark {
+            if bytes > self.device.limit / MARKS {
+                return;
+            }
             let marks = self.device.entries.iter().filter(|entry| entry.is_mark);
             let mut all = bytes + marks.map(|entry| entry.bytes).sum::<u64>();
             while all > self.device.limit / MARKS {
