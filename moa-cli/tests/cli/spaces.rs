@@ -82,12 +82,12 @@ fn every_space_gives_plans_of_its_kind_under_one_bound() {
     ok(root, &[&search[..], &both, &["--out", "both"]].concat());
     // Plans of several types are not refined together, which is told of the file that differs.
     fs::create_dir(root.join("mixed")).unwrap();
-    for (from, to) in [("bytes", "a.json"), ("both", "b.json")] {
+    for (from, to) in [("bytes", "plan-00.json"), ("both", "plan-01.json")] {
         fs::copy(root.join(from).join("plan-00.json"), root.join("mixed").join(to)).unwrap();
     }
     let validate = ["validate", "--model", tiny, "--plans", "mixed", "--profile", "p.safetensors"];
     let mixed = [&validate[..], &options, &["--out", "x.json"]].concat();
-    refuses(root, &mixed, &["b.json", "cache types", "those of the first plan"]);
+    refuses(root, &mixed, &["plan-01.json", "cache types", "those of the first plan"]);
     let kept = spans(root, "both/plan-00.json", "256").concat();
     let mean = kept.iter().sum::<u64>() as f64 / (12.0 * 256.0);
     assert!((0.45..=0.5 + 1e-9).contains(&mean), "{kept:?}");
