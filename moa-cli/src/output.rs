@@ -3,7 +3,7 @@ use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 
-use moa_models::CacheType;
+use moa_models::{CacheType, CacheTypes};
 pub(crate) use moa_report::{bytes, percent, table};
 use serde::{Serialize, Serializer};
 use serde_json::Value;
@@ -51,8 +51,10 @@ impl Context {
         Self { json: false, quiet: true, muted: true, ..*self }
     }
 
-    /// The same with caches of another type.
-    pub(crate) fn with_cache(&self, cache: CacheType) -> Self {
+    /// The same for plans whose heads have these types: narrow types belong to the plan, and what it loses is measured
+    /// against a dense cache of 16 bits.
+    pub(crate) fn for_types(&self, types: CacheTypes) -> Self {
+        let cache = if types == CacheTypes::Device { self.cache } else { CacheType::Bf16 };
         Self { cache, ..*self }
     }
 

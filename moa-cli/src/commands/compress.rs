@@ -3,8 +3,7 @@ use std::path::{Path, PathBuf};
 
 use moa_core::Profile;
 use moa_models::{
-    Backward, CacheType, CacheTypes, CalibrationData, Checkpoint, CompressOptions, compress,
-    compress_profile,
+    Backward, CacheTypes, CalibrationData, Checkpoint, CompressOptions, compress, compress_profile,
 };
 use moa_report::{PlanSummary, lengths_of};
 use serde::Serialize;
@@ -94,10 +93,8 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         .may_write("--save-profile", args.save_profile.as_deref())?;
     let data = calibration::load(&args.data.data)?;
     let profile = args.profile.as_ref().map(Profile::load).transpose()?;
-    // Narrow types belong to the plan: what it loses is measured against a dense cache of 16 bits.
     let types = args.budget.cache_types(context);
-    let cache = if types == CacheTypes::Device { context.cache } else { CacheType::Bf16 };
-    let context = &context.with_cache(cache);
+    let context = &context.for_types(types);
     on_model!(context, &args.model, None::<&std::path::Path>, |model, context| with_model(
         args,
         (&data, profile.as_ref()),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use moa_core::search::{Options, Solution};
 use moa_core::{AtLength, Plan, Profile, Space};
-use moa_models::{CacheType, CacheTypes, CompressOptions, bound_decode_time, profile_warnings};
+use moa_models::{CompressOptions, bound_decode_time, profile_warnings};
 use serde::Serialize;
 
 use crate::args::{SpanArgs, parse_count, space_parser};
@@ -122,9 +122,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     };
     // A profile does not say how long the model's context is; a bound beyond it does no harm.
     let mut request = options.request(usize::MAX)?;
-    // As in `compress`: narrow types belong to the plans.
-    let cache = if types == CacheTypes::Device { context.cache } else { CacheType::Bf16 };
-    let context = &context.with_cache(cache);
+    let context = &context.for_types(types);
     if let Some(share) = options.decode_time {
         on_device!(context, |device| bound_decode_time(
             &mut request,

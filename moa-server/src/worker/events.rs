@@ -107,10 +107,7 @@ impl<D: Math + 'static> Worker<D> {
             {
                 let (tokens, model) = (active.job.prompt[..read].to_vec(), &self.checkpoint.model);
                 let bytes = model.kv_bytes(&copy);
-                match is_mark {
-                    true => self.prefix.mark(model, tokens, copy, bytes),
-                    false => self.prefix.insert(model, tokens, copy, bytes),
-                }
+                self.prefix.insert(model, tokens, copy, bytes, is_mark);
             }
         }
     }
@@ -124,7 +121,7 @@ impl<D: Math + 'static> Worker<D> {
         if tokens.len() == len {
             let model = &self.checkpoint.model;
             let bytes = model.kv_bytes(&sequence);
-            self.prefix.insert(model, tokens, sequence, bytes);
+            self.prefix.insert(model, tokens, sequence, bytes, false);
         }
     }
 }

@@ -255,30 +255,9 @@ impl<D: Math + 'static> PrefixCache<D> {
             || has(self.host.entries.iter(), tokens, capacity)
     }
 
-    /// Keeps a sequence that holds these tokens.
+    /// Keeps a sequence that holds these tokens; as a mark in the middle of a prompt, it takes the room of other marks alone
+    /// where there are many.
     pub(crate) fn insert(
-        &mut self,
-        model: &Arc<Decoder<D>>,
-        tokens: Vec<u32>,
-        sequence: Sequence<D>,
-        bytes: u64,
-    ) {
-        self.keep(model, tokens, sequence, bytes, false);
-    }
-
-    /// Keeps a sequence that holds these tokens, the beginning of a longer prompt, as long as no later ones need its
-    /// room.
-    pub(crate) fn mark(
-        &mut self,
-        model: &Arc<Decoder<D>>,
-        tokens: Vec<u32>,
-        sequence: Sequence<D>,
-        bytes: u64,
-    ) {
-        self.keep(model, tokens, sequence, bytes, true);
-    }
-
-    fn keep(
         &mut self,
         model: &Arc<Decoder<D>>,
         tokens: Vec<u32>,
@@ -397,7 +376,7 @@ mod tests {
         fn insert(&self, cache: &mut PrefixCache<Cpu>, number: u32) {
             let sequence = self.read(&Self::tokens(number));
             let bytes = self.model.kv_bytes(&sequence);
-            cache.insert(&self.model, Self::tokens(number), sequence, bytes);
+            cache.insert(&self.model, Self::tokens(number), sequence, bytes, false);
         }
 
         /// Bytes of a sequence, and of its copy.
@@ -486,7 +465,7 @@ mod tests {
         texts.insert(&mut cache, 0);
         for number in 1..6 {
             let sequence = texts.read(&Texts::tokens(number));
-            cache.mark(&texts.model, Texts::tokens(number), sequence, device);
+            cache.insert(&texts.model, Texts::tokens(number), sequence, device, true);
         }
         let kept = (0..6).filter(|n| cache.has(&Texts::tokens(*n), Texts::CAPACITY));
         assert_eq!(kept.collect::<Vec<_>>(), [0, 4, 5]);
