@@ -4,8 +4,9 @@ mod api;
 mod client;
 mod limits;
 mod prefix;
+mod ranks;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 use std::thread::JoinHandle;
 
@@ -15,10 +16,13 @@ use moa_server::{Server, ServerOptions, ShutdownHandle};
 
 use client::Client;
 
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/moa-tiny")
+}
+
 fn checkpoint() -> Checkpoint<Cpu> {
     static TINY: LazyLock<Checkpoint<Cpu>> = LazyLock::new(|| {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/moa-tiny");
-        Checkpoint::open(Cpu::new(Dtype::F32), folder).expect("moa-tiny")
+        Checkpoint::open(Cpu::new(Dtype::F32), folder()).expect("moa-tiny")
     });
     TINY.clone()
 }
