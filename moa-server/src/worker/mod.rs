@@ -20,6 +20,7 @@ use std::time::Instant;
 use moa_core::Plan;
 use moa_models::{
     Checkpoint, Engine, EngineOptions, Error, Event, GenerateOptions, Math, RequestId,
+    SamplingOptions,
 };
 
 use crate::http::error::ApiError;
@@ -98,13 +99,8 @@ impl<D: Math + 'static> Worker<D> {
         metrics: Arc<Metrics>,
         commands: mpsc::Receiver<Command>,
     ) -> Self {
-        let engine = EngineOptions {
-            prefill_chunk: options.prefill_chunk,
-            max_batch: options.max_batch,
-            speculation: options.speculation,
-        };
         Self {
-            engine: checkpoint.engine(engine),
+            engine: checkpoint.engine(engine_options(&options)),
             checkpoint,
             plan,
             metrics,
@@ -162,27 +158,43 @@ impl<D: Math + 'static> Worker<D> {
         }
     }
 
-    /// Runs a short request, so that the first one that comes need not wait for what a GPU loads when it first needs it.
-    fn warm_up(&self) {
+    /// Runs short requests, so that the first ones that come need not wait for what a GPU loads when it first needs it, which
+    /// depends on the rows of a step: as many at once as may run, and one with as long a prompt as a step reads.
+    fn warm_up(&self) -> Result<(), Error> {
         const TOKENS: usize = 64;
+        const NEW_TOKENS: usize = 8;
         let model = &self.checkpoint.model;
-        if model.device().replayed_tokens(1) <= 1 || self.options.context(model) < 2 * TOKENS {
-            return;
+        let context = self.options.context(model);
+        if model.device().replayed_tokens(1) <= 1 || context < 2 * TOKENS {
+            return Ok(());
         }
-        let options = GenerateOptions {
-            max_new_tokens: 8,
-            eos_token_ids: Some(Vec::new()),
-            ..GenerateOptions::default()
-        };
+        let bytes = model.cache_bytes(&self.plan, TOKENS + NEW_TOKENS, self.slack())?;
+        let room = usize::try_from(self.options.kv_memory / bytes.max(1)).unwrap_or(usize::MAX);
+        let longest = self.options.prefill_chunk.min(context - NEW_TOKENS);
         // An engine of its own: what is learned of answers' lengths and what fails stay there.
-        let mut engine = self.checkpoint.engine(EngineOptions::default());
-        for _ in 0..2 {
-            engine.submit(vec![0; TOKENS], &self.plan, options.clone());
+        let mut engine = self.checkpoint.engine(engine_options(&self.options));
+        for (requests, tokens) in [(self.options.max_batch.min(room), TOKENS), (1, longest)] {
+            for at in 0..requests {
+                let sampling = SamplingOptions {
+                    // Some are drawn and some are not.
+                    temperature: (at % 2) as f32,
+                    top_p: 0.9,
+                    ..SamplingOptions::default()
+                };
+                let options = GenerateOptions {
+                    max_new_tokens: NEW_TOKENS,
+                    sampling,
+                    eos_token_ids: Some(Vec::new()),
+                    ..GenerateOptions::default()
+                };
+                engine.submit(vec![0; tokens], &self.plan, options);
+            }
+            // What fails here fails again, where it is told.
+            if let Err(error) = engine.complete_all() {
+                tracing::warn!("the first steps failed: {error}");
+            }
         }
-        // What fails here fails again, where it is told.
-        if let Err(error) = engine.complete_all() {
-            tracing::warn!("the first steps failed: {error}");
-        }
+        Ok(())
     }
 
     /// Runs jobs until it is told to stop and none is left.
@@ -190,8 +202,7 @@ impl<D: Math + 'static> Worker<D> {
     /// # Errors
     /// That of the device, if it fails again and again; of devices that share the model, the first one.
     pub(crate) fn run(&mut self) -> Result<(), Error> {
-        self.warm_up();
-        let ran = self.run_turns();
+        let ran = self.warm_up().and_then(|()| self.run_turns());
         if ran.is_err() {
             self.end_all(&ApiError::stopping());
         }
@@ -259,6 +270,14 @@ impl<D: Math + 'static> Worker<D> {
         metrics.kv_bytes_dense.store(self.dense_bytes, Relaxed);
         metrics.prefix_bytes.store(self.prefix.bytes(), Relaxed);
         metrics.prefix_host_bytes.store(self.prefix.host_bytes(), Relaxed);
+    }
+}
+
+fn engine_options(options: &ServerOptions) -> EngineOptions {
+    EngineOptions {
+        prefill_chunk: options.prefill_chunk,
+        max_batch: options.max_batch,
+        speculation: options.speculation,
     }
 }
 
