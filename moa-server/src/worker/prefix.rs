@@ -481,6 +481,24 @@ mod tests {
     }
 
     #[test]
+    fn a_mark_that_a_request_goes_on_from_is_kept_as_other_prompts_are() {
+        let texts = Texts::new();
+        let (device, _) = texts.bytes();
+        let mut cache = PrefixCache::new(8 * device, 0);
+        let mark = |cache: &mut PrefixCache<Cpu>, number: u32| {
+            let sequence = texts.read(&Texts::tokens(number));
+            cache.insert(&texts.model, Texts::tokens(number), sequence, device, true);
+        };
+        mark(&mut cache, 1);
+        let prompt = [&Texts::tokens(1)[..], &[7]].concat();
+        let found = cache.find(&texts.model, &prompt, Texts::CAPACITY).unwrap();
+        assert_eq!(found.sequence.map(|own| own.len()), Some(150));
+        (2..7).for_each(|number| mark(&mut cache, number));
+        let kept = (1..7).filter(|n| cache.has(&Texts::tokens(*n), Texts::CAPACITY));
+        assert_eq!(kept.collect::<Vec<_>>(), [1, 5, 6], "two marks have room beside it");
+    }
+
+    #[test]
     fn a_prompt_is_remembered_once() {
         let mut cache = PrefixCache::<Cpu>::new(1, 0);
         for _ in 0..3 {
