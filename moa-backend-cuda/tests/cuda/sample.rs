@@ -97,15 +97,15 @@ fn large_vocabularies_are_drawn_from_to_their_ends() -> Verdict {
     Ok(())
 }
 
-/// The token that a share of the kept weights reaches, by sums in f64; with the shares at which it begins and ends.
+/// The shares of all kept weights, in the order of ids, at which each token begins and ends, by sums in f64.
 fn expected(logits: &[f32], how: Draw) -> Vec<(f64, f64)> {
     let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weight = |z: &f32| ((f64::from(*z) - f64::from(most)) / f64::from(how.temperature)).exp();
     let weights: Vec<f64> = logits.iter().map(weight).collect();
     let mut sorted = weights.clone();
     sorted.sort_by(|a, b| b.total_cmp(a));
-    if how.top_k > 0 {
-        sorted.truncate(how.top_k);
+    if let Some(last) = how.top_k.checked_sub(1).and_then(|last| sorted.get(last).copied()) {
+        sorted.retain(|w| *w >= last);
     }
     let wanted = f64::from(how.top_p) * sorted.iter().sum::<f64>();
     let mut sum = 0.0;
@@ -150,8 +150,8 @@ fn draws_are_those_of_sums_in_double_precision() -> Verdict {
             let units = units(200);
             for (unit, token) in units.iter().zip(draw(&operations, &logits, how, &units)) {
                 let (begin, end) = shares[usize::try_from(token).unwrap()];
-                // Weights are those of an exponential of 22 bits, and sums of those kept may end at one weight more.
-                let is_near = begin - 2e-5 <= *unit && *unit <= end + 2e-5;
+                // Weights are those of an exponential of 22 bits, and those kept may end one weight earlier or later.
+                let is_near = begin - 2e-4 <= *unit && *unit <= end + 2e-4;
                 assert!(is_near, "{vocab} {how:?}: {token} of {begin} to {end} at {unit}");
             }
         }
