@@ -56,7 +56,7 @@ impl Gpus {
             rank.connect(&device)?;
             if number == 0 {
                 context.note(format_args!(
-                    "{} GPUs; bytes are those of the first",
+                    "{} GPUs; bytes are those of one",
                     self.ordinals().len()
                 ));
             }

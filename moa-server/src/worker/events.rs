@@ -128,7 +128,7 @@ impl<D: Math + 'static> Worker<D> {
     /// Keeps the sequence of a turn, which the next one may begin with.
     fn keep_turn(&mut self, active: &Active, answer: &[u32], sequence: Sequence<D>) {
         let len = sequence.len();
-        let mut tokens = [&active.job.prompt, answer].concat();
+        let mut tokens = [&active.job.prompt[..], answer].concat();
         // The last token need not be in the sequence.
         tokens.truncate(len);
         if tokens.len() == len {

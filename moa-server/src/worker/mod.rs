@@ -145,16 +145,14 @@ impl<D: Math + 'static> Worker<D> {
         Ok(sizes)
     }
 
-    /// Whether the loop can go on after an error of one request: not with a model that several devices share if it is one of
-    /// theirs, since they no longer do the same.
+    /// Whether the loop can go on after an error of one request: devices that share the model no longer do the same after one
+    /// of theirs.
     fn go_on_after(&self, error: Error) -> Result<(), Error> {
+        use Error::{ContextExceeded, Core, Invalid, OutOfMemory};
         match error {
-            Error::Rank { .. } | Error::RankSilent { .. } | Error::Backend(_)
-                if self.checkpoint.model.ranks() > 1 =>
-            {
-                Err(error)
-            }
-            _ => Ok(()),
+            Invalid { .. } | ContextExceeded { .. } | Core(_) | OutOfMemory { .. } => Ok(()),
+            _ if self.checkpoint.model.ranks() == 1 => Ok(()),
+            error => Err(error),
         }
     }
 
