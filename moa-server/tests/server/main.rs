@@ -1,6 +1,7 @@
 //! The server over real sockets, on the model that comes with the repository.
 
 mod api;
+mod bodies;
 mod client;
 mod limits;
 mod prefix;
