@@ -16,7 +16,8 @@ pub struct ServerOptions {
     pub api_keys: Vec<String>,
     /// Origins whose pages may use the server from a browser; `*` stands for all.
     pub cors_origins: Vec<String>,
-    /// Bytes of keys and values of all requests that run together.
+    /// Bytes of keys and values of all requests that run together; where several devices share the model, on the one that
+    /// has most of them, here and below.
     pub kv_memory: u64,
     /// Bytes of keys and values that are kept of ended requests, for others that begin alike; 0 for none.
     pub prefix_cache: u64,
@@ -24,7 +25,7 @@ pub struct ServerOptions {
     /// also kept after every so many tokens, in at most a quarter of [`prefix_cache`](Self::prefix_cache); 0 for not.
     pub prefix_every: usize,
     /// Bytes of keys and values that are kept in host memory when they go from there; 0 for none. A second tier for
-    /// devices with memory of their own.
+    /// devices with memory of their own, of which one has the model.
     pub prefix_host: u64,
     /// Most sequences that run together.
     pub max_batch: usize,

@@ -32,7 +32,8 @@ pub struct EngineOptions {
     /// values.
     pub max_batch: usize,
     /// Where guesses of the next tokens come from, several of which one step checks. Sequences that are
-    /// [submitted](Engine::submit) get the slack for it; others are [opened](Decoder::open) with it.
+    /// [submitted](Engine::submit) get the slack for it; others are [opened](Decoder::open) with it. No other model guesses for
+    /// one that several devices share.
     pub speculation: Speculation,
 }
 
