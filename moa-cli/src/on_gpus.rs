@@ -55,10 +55,8 @@ impl Gpus {
             let device = model::cuda(self.ordinals()[number].into(), context)?;
             rank.connect(&device)?;
             if number == 0 {
-                context.note(format_args!(
-                    "{} GPUs; bytes are those of one",
-                    self.ordinals().len()
-                ));
+                context
+                    .note(format_args!("{} GPUs; bytes are those of one", self.ordinals().len()));
             }
             let context = if number == 0 { *context } else { context.muted() };
             let done = work(device, Shard::new(&sharding, rank)?, &context);

@@ -130,11 +130,12 @@ fn draws_are_those_of_sums_in_double_precision() -> Verdict {
     let mut random = SplitMix64::new(11);
     let mut uniform = || (random.next_u64() >> 40) as f32 / (1 << 24) as f32;
     // Few and many exponents, many equal weights, none at all, and rows that no number of threads or reads divides.
-    let texts: [(usize, Box<dyn Fn(f32) -> f32>); 4] = [
-        (128_256, Box::new(|x: f32| 2.0 * x)),
-        (50_257, Box::new(|x: f32| -30.0 * x * x)),
-        (9_001, Box::new(|x: f32| (8.0 * x).floor())),
-        (8_200, Box::new(|x: f32| if x < 0.6 { f32::NEG_INFINITY } else { 9.0 * x })),
+    type Logit = fn(f32) -> f32;
+    let kinds: [(usize, Logit); 4] = [
+        (128_256, |x| 2.0 * x),
+        (50_257, |x| -30.0 * x * x),
+        (9_001, |x| (8.0 * x).floor()),
+        (8_200, |x| if x < 0.6 { f32::NEG_INFINITY } else { 9.0 * x }),
     ];
     let ways = [
         PLAIN,
@@ -143,8 +144,8 @@ fn draws_are_those_of_sums_in_double_precision() -> Verdict {
         Draw { top_k: 1000, top_p: 0.5, ..PLAIN },
         Draw { min_p: 0.2, temperature: 1.7, ..PLAIN },
     ];
-    for (vocab, logit) in &texts {
-        let logits: Vec<f32> = (0..*vocab).map(|_| logit(uniform())).collect();
+    for (vocab, logit) in kinds {
+        let logits: Vec<f32> = (0..vocab).map(|_| logit(uniform())).collect();
         for how in ways {
             let shares = expected(&logits, how);
             let units = units(200);

@@ -137,7 +137,8 @@ impl<D: Math> Decoder<D> {
         capacity: usize,
         slack: usize,
     ) -> Result<Vec<LayerLayout>> {
-        self.layouts_of(&self.own_plan(plan)?, capacity, slack)
+        let own = self.own_plan(plan)?;
+        self.layouts_of(&own, capacity, slack)
     }
 
     /// Layouts of the heads that `plan` is about, which are those of one rank.
@@ -161,7 +162,8 @@ impl<D: Math> Decoder<D> {
     pub fn cache_bytes(&self, plan: &Plan, capacity: usize, slack: usize) -> Result<u64> {
         let mut most = 0;
         for rank in 0..self.ranks() {
-            let layouts = self.layouts_of(&*self.plan_of(plan, rank)?, capacity, slack)?;
+            let own = self.plan_of(plan, rank)?;
+            let layouts = self.layouts_of(&own, capacity, slack)?;
             let (head_dim, slot_bytes) = (self.config.head_dim, self.slot_bytes());
             most = most.max(layouts.iter().map(|own| own.bytes(head_dim, slot_bytes)).sum());
         }
@@ -175,7 +177,8 @@ impl<D: Math> Decoder<D> {
     /// As [`cache_bytes`](Self::cache_bytes).
     pub fn has_rings(&self, plan: &Plan, capacity: usize, slack: usize) -> Result<bool> {
         for rank in 0..self.ranks() {
-            let layouts = self.layouts_of(&*self.plan_of(plan, rank)?, capacity, slack)?;
+            let own = self.plan_of(plan, rank)?;
+            let layouts = self.layouts_of(&own, capacity, slack)?;
             if layouts.iter().any(LayerLayout::has_rings) {
                 return Ok(true);
             }

@@ -283,7 +283,9 @@ impl<D: Math + 'static> PrefixCache<D> {
             let marks = self.device.entries.iter().filter(|entry| entry.is_mark.get());
             let mut all = bytes + marks.map(|entry| entry.bytes).sum::<u64>();
             while all > self.device.limit / MARKS {
-                let Some(entry) = self.device.take_oldest(|entry| entry.is_mark.get()) else { return };
+                let Some(entry) = self.device.take_oldest(|entry| entry.is_mark.get()) else {
+                    return;
+                };
                 all -= entry.bytes;
                 self.offload(model, entry);
             }

@@ -22,9 +22,8 @@ fn folder() -> PathBuf {
 }
 
 fn checkpoint() -> Checkpoint<Cpu> {
-    static TINY: LazyLock<Checkpoint<Cpu>> = LazyLock::new(|| {
-        Checkpoint::open(Cpu::new(Dtype::F32), folder()).expect("moa-tiny")
-    });
+    static TINY: LazyLock<Checkpoint<Cpu>> =
+        LazyLock::new(|| Checkpoint::open(Cpu::new(Dtype::F32), folder()).expect("moa-tiny"));
     TINY.clone()
 }
 

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use moa_core::{ElasticRule, Plan, Sharding};
 use moa_models::{
-    Brought, Checkpoint, Communicator, Cpu, Device, Dtype, Rank, Shard, Speculation, ThreadRank, Wait,
-    on_ranks,
+    Brought, Checkpoint, Communicator, Cpu, Device, Dtype, Rank, Shard, Speculation, ThreadRank,
+    Wait, on_ranks,
 };
 use moa_server::{Error, Server, ServerOptions, ShutdownHandle, follow};
 use serde_json::{Value, json};
@@ -158,8 +158,11 @@ fn talk(client: Client) -> Vec<Value> {
 
 #[test]
 fn two_ranks_serve_the_texts_of_one() {
-    let speculations =
-        [Speculation::Off, Speculation::Ngram { draft_tokens: 4, adaptive: false }, Speculation::ngram()];
+    let speculations = [
+        Speculation::Off,
+        Speculation::Ngram { draft_tokens: 4, adaptive: false },
+        Speculation::ngram(),
+    ];
     for speculation in speculations {
         let options = ServerOptions { speculation, prefix_every: 64, ..ServerOptions::default() };
         let one = talk(Running::new(options.clone()).client);
@@ -199,7 +202,8 @@ fn sequences_are_cut_only_where_the_rings_of_all_ranks_allow_it() {
 fn clients_of_ranks_that_leave_or_wait_too_long_end_their_requests_everywhere() {
     let ranks = Ranks::new(narrow(), ServerOptions { max_batch: 2, ..ServerOptions::default() });
     let client = ranks.client;
-    let endless = json!({ "prompt": "The sea", "max_tokens": 6000, "ignore_eos": true, "stream": true });
+    let endless =
+        json!({ "prompt": "The sea", "max_tokens": 6000, "ignore_eos": true, "stream": true });
     let send = || client.send("POST", "/v1/completions", "", endless.to_string().as_bytes());
     let sockets = [send(), send(), send()];
     client.wait_for("moa_requests_running", |running| running == 2.0);
