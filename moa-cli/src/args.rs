@@ -25,7 +25,7 @@ pub(crate) struct Global {
     #[arg(long, global = true, default_value_t = 0, value_name = "N")]
     pub(crate) seed: u64,
     /// Where the model runs: cpu, or where this build has the features `cuda` and `wgpu`, cuda:N and
-    /// wgpu:N for GPU N; several GPUs, cuda:0,1,.., share a model in generate, eval, bench, profile and compress
+    /// wgpu:N for GPU N; several GPUs, cuda:0,1,.., share a model in generate, eval, bench, serve, profile and compress
     #[arg(long, global = true, default_value = "cpu", value_name = "DEVICE")]
     pub(crate) device: Device,
     /// Type of keys and values in KV caches, where a plan does not choose one for a head; with cuda of weights

@@ -46,16 +46,21 @@ pub(crate) use on_device;
 /// Evaluates an expression with the model of a [`ModelArg`] on the device that `--device` names, or with its
 /// parts on several, each with a context of its own. Heads are dealt to several for a plan's file, if one is given.
 macro_rules! on_model {
-    ($context:expr, $of:expr, $plan:expr, |$model:ident, $own:ident| $body:expr) => {
+    ($context:expr, $of:expr, $plan:expr, |$model:ident, $own:ident| $body:expr) => {{
+        let options = $crate::model::options($of);
+        $crate::model::on_model!($context, $of, options, $plan, |$model, $own| $body)
+    }};
+    ($context:expr, $of:expr, $options:expr, $plan:expr, |$model:ident, $own:ident| $body:expr) => {
         match $context.device {
             #[cfg(feature = "cuda")]
             $crate::args::Device::CudaGroup(gpus) => {
-                gpus.run_model($of, $plan, $context, |$model, $own| $body)
+                gpus.run_model($of, &$options, $plan, $context, |$model, $own| $body)
             }
             _ => {
                 let _ = $plan;
                 $crate::model::on_device!($context, |device| {
-                    let ($model, $own) = ($crate::model::open(device, $of, $context)?, $context);
+                    let folder = $crate::model::folder(&$of.model, $context)?;
+                    let ($model, $own) = ($options.open(device, folder)?, $context);
                     $body
                 })
             }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use moa_core::{Plan, Sharding};
-use moa_models::{Checkpoint, Cuda, ModelConfig, NcclRank, Rank, Shard, on_ranks};
+use moa_models::{Checkpoint, Cuda, ModelConfig, NcclRank, OpenOptions, Rank, Shard, on_ranks};
 
 use crate::args::ModelArg;
 use crate::error::{Error, Result};
@@ -55,10 +55,8 @@ impl Gpus {
             let device = model::cuda(self.ordinals()[number].into(), context)?;
             rank.connect(&device)?;
             if number == 0 {
-                context.note(format_args!(
-                    "{} GPUs; bytes are those of the first",
-                    self.ordinals().len()
-                ));
+                context
+                    .note(format_args!("{} GPUs; bytes are those of one", self.ordinals().len()));
             }
             let context = if number == 0 { *context } else { context.muted() };
             let done = work(device, Shard::new(&sharding, rank)?, &context);
@@ -67,10 +65,11 @@ impl Gpus {
         done.map(drop)
     }
 
-    /// [`run`](Self::run) with a model folder.
+    /// [`run`](Self::run) with a model folder, opened with these options.
     pub(crate) fn run_model(
         &self,
         of: &ModelArg,
+        options: &OpenOptions<'_>,
         plan: Option<&Path>,
         context: &Context,
         work: impl Fn(Checkpoint<Cuda>, &Context) -> Result<()> + Sync,
@@ -78,7 +77,7 @@ impl Gpus {
         let folder = model::folder(&of.model, context)?;
         let config = ModelConfig::from_file(&folder)?;
         self.run(&config, plan, config.context_length(), context, |device, shard, context| {
-            let checkpoint = model::options(of).open_shard(device, &folder, shard)?;
+            let checkpoint = options.open_shard(device, &folder, shard)?;
             checkpoint.model.all_loaded()?;
             work(checkpoint, context)
         })

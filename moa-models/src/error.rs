@@ -511,6 +511,11 @@ impl Error {
         }
     }
 
+    /// Whether it is about what was asked for, and so comes on every device that shares a model.
+    pub(crate) fn is_of_request(&self) -> bool {
+        matches!(self, Self::Invalid { .. } | Self::ContextExceeded { .. } | Self::Core(_))
+    }
+
     /// An [`Error::Invalid`]: `what` must be `expected`, but is `got`.
     pub(crate) fn invalid(
         what: &'static str,

@@ -20,6 +20,9 @@
 //! Handlers of HTTP requests run on threads of their own, turn texts into tokens, and talk to the loop
 //! over channels. A handler that goes away, because its client has, ends its request within one step.
 //!
+//! Where several devices share the model, each has such a thread: the first one serves, and those of the others [`follow`] it
+//! step by step.
+//!
 //! A request is admitted when its keys and values fit [`ServerOptions::kv_memory`]: the plan says exactly
 //! how many bytes they take at the request's length. Others wait in a queue of bounded length.
 
@@ -35,4 +38,4 @@ mod worker;
 
 pub use error::{Error, Result};
 pub use options::ServerOptions;
-pub use server::{Server, ShutdownHandle};
+pub use server::{Server, ShutdownHandle, follow};

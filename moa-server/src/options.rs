@@ -1,6 +1,8 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
+use moa_models::{Decoder, Math, Speculation};
+
 use crate::error::{Error, Result};
 
 /// The limits of a server and what it lets in. The default serves this machine alone, without a key.
@@ -14,7 +16,8 @@ pub struct ServerOptions {
     pub api_keys: Vec<String>,
     /// Origins whose pages may use the server from a browser; `*` stands for all.
     pub cors_origins: Vec<String>,
-    /// Bytes of keys and values of all requests that run together.
+    /// Bytes of keys and values of all requests that run together; where several devices share the model, on the one that
+    /// has most of them, here and below.
     pub kv_memory: u64,
     /// Bytes of keys and values that are kept of ended requests, for others that begin alike; 0 for none.
     pub prefix_cache: u64,
@@ -22,7 +25,7 @@ pub struct ServerOptions {
     /// also kept after every so many tokens, in at most a quarter of [`prefix_cache`](Self::prefix_cache); 0 for not.
     pub prefix_every: usize,
     /// Bytes of keys and values that are kept in host memory when they go from there; 0 for none. A second tier for
-    /// devices with memory of their own.
+    /// devices with memory of their own, of which one has the model.
     pub prefix_host: u64,
     /// Most sequences that run together.
     pub max_batch: usize,
@@ -30,7 +33,7 @@ pub struct ServerOptions {
     pub prefill_chunk: usize,
     /// Where guesses of the next tokens come from, several of which one step checks. The model of
     /// [`Draft`](moa_models::Speculation::Draft) is the checkpoint's.
-    pub speculation: moa_models::Speculation,
+    pub speculation: Speculation,
     /// Most requests that wait; others get 503.
     pub max_queue: usize,
     /// Most choices of one request: `n` times its prompts.
@@ -71,7 +74,7 @@ impl Default for ServerOptions {
             prefix_host: 0,
             max_batch: 64,
             prefill_chunk: 512,
-            speculation: moa_models::Speculation::Off,
+            speculation: Speculation::Off,
             max_queue: 256,
             max_choices: 16,
             default_max_tokens: None,
@@ -89,6 +92,28 @@ impl Default for ServerOptions {
 }
 
 impl ServerOptions {
+    /// Longest prompt and answer together.
+    pub(crate) fn context<D: Math>(&self, model: &Decoder<D>) -> usize {
+        let own = model.config().context_length();
+        self.max_context.map_or(own, |most| most.min(own))
+    }
+
+    /// Checks what a model that several devices share cannot do.
+    pub(crate) fn check_ranks(&self, ranks: usize) -> Result<()> {
+        match self.speculation {
+            Speculation::Draft { .. } if ranks > 1 => {
+                let expected = "none or one of n-grams where several devices share the model";
+                Err(Error::option("speculation", expected, "another model's"))
+            }
+            // Which copies are made in time would differ.
+            _ if ranks > 1 && self.prefix_host > 0 => {
+                let expected = "0 where several devices share the model";
+                Err(Error::option("prefix_host", expected, self.prefix_host))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Checks that every limit lets something through.
     pub(crate) fn validate(&self) -> Result<()> {
         let at_least_1 = [

@@ -47,14 +47,19 @@ impl ShutdownHandle {
 impl<D: Math + 'static> Server<D> {
     /// Listens for requests to a model that runs with the spans of a plan. Nothing is answered yet.
     ///
+    /// Where several devices share the model, this is for the first one, and the others [`follow`] it.
+    ///
     /// # Errors
-    /// [`Error::Option`] if a limit lets nothing through or a key is empty, [`Error::Core`] with
+    /// [`Error::Option`] if a limit lets nothing through or a key is empty, or if several devices share the model and
+    /// [`prefix_host`](ServerOptions::prefix_host) or a model that guesses is asked for; [`Error::Core`] with
     /// [`ShapeMismatch`](moa_core::Error::ShapeMismatch) if the plan is for a model of other
     /// dimensions, [`Error::Bind`] if the address cannot be listened on, [`Error::Runtime`] if there
     /// are no threads.
     pub fn bind(checkpoint: Checkpoint<D>, plan: Plan, options: ServerOptions) -> Result<Self> {
-        options.validate()?;
-        plan.check_shape(&checkpoint.model.shape())?;
+        check(&checkpoint, &plan, &options)?;
+        if !checkpoint.model.is_first() {
+            return Err(Error::option("model", "the first device's part", "another one's"));
+        }
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             // They turn texts into tokens.
@@ -87,7 +92,8 @@ impl<D: Math + 'static> Server<D> {
         });
         let fingerprint = moa_models::fingerprint(told.to_string().as_bytes());
         let state = Arc::new(State::new(&checkpoint, told, &fingerprint, options, commands));
-        let worker = Worker::new(checkpoint, plan, Arc::clone(&state), jobs);
+        let (own, metrics) = (state.options.clone(), Arc::clone(&state.metrics));
+        let worker = Worker::new(checkpoint, plan, own, metrics, jobs);
         Ok(Self { worker, state, runtime, listener, address, stop: Arc::new(stop) })
     }
 
@@ -107,9 +113,9 @@ impl<D: Math + 'static> Server<D> {
     /// # Errors
     /// [`Error::Model`] if the length is 0 or beyond the model's context.
     pub fn fitting(&self, length: usize) -> Result<(u64, u64)> {
-        let (own, dense) = self.worker.bytes_of(length)?;
+        let sizes = self.worker.sizes(length)?;
         let memory = self.state.options.kv_memory;
-        Ok((memory / own.max(1), memory / dense.max(1)))
+        Ok((memory / sizes.bytes.max(1), memory / sizes.dense_bytes.max(1)))
     }
 
     /// Stops this server from another thread.
@@ -140,6 +146,33 @@ impl<D: Math + 'static> Server<D> {
         runtime.shutdown_timeout(std::time::Duration::from_millis(100));
         Ok(ran?)
     }
+}
+
+/// The part in a [`Server`] of another device than the first of those that share a model: does what the first one does, and
+/// returns when that does. All are given the same plan and options.
+///
+/// # Errors
+/// Those of [`Server::bind`] but [`Error::Bind`], and [`Error::Option`] for the first device or a whole model;
+/// [`Error::Model`] if a device fails.
+pub fn follow<D: Math + 'static>(
+    checkpoint: Checkpoint<D>,
+    plan: Plan,
+    options: ServerOptions,
+) -> Result<()> {
+    check(&checkpoint, &plan, &options)?;
+    if checkpoint.model.is_first() {
+        return Err(Error::option("model", "a part that is not the first device's", "the first"));
+    }
+    // Commands come with what the first one decides.
+    let (_, commands) = mpsc::channel();
+    Ok(Worker::new(checkpoint, plan, options, Arc::default(), commands).run()?)
+}
+
+/// What is so on all devices that share a model.
+fn check<D: Math>(checkpoint: &Checkpoint<D>, plan: &Plan, options: &ServerOptions) -> Result<()> {
+    options.validate()?;
+    options.check_ranks(checkpoint.model.ranks())?;
+    Ok(plan.check_shape(&checkpoint.model.shape())?)
 }
 
 /// Lengths at which the page shows the plan.

@@ -64,8 +64,7 @@ impl State {
         options: ServerOptions,
         commands: mpsc::Sender<Command>,
     ) -> Self {
-        let own = checkpoint.model.config().context_length();
-        let context = options.max_context.map_or(own, |most| most.min(own));
+        let context = options.context(&checkpoint.model);
         let said = checkpoint.generation.max_new_tokens;
         let default_max_tokens =
             options.default_max_tokens.or(said.filter(|n| *n > 0)).unwrap_or(1024);

@@ -10,6 +10,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials![
         evenly_spread_numbers_draw_tokens_in_proportion,
         large_vocabularies_are_drawn_from_to_their_ends,
+        draws_are_those_of_sums_in_double_precision,
         rows_that_are_drawn_in_other_ways_get_what_they_get_alone,
         what_cannot_be_drawn_from_is_told,
         what_lies_on_another_device_is_refused,
@@ -92,6 +93,69 @@ fn large_vocabularies_are_drawn_from_to_their_ends() -> Verdict {
     for _ in 0..5 {
         let draw_again = Draw { top_p: 0.9, temperature: 30.0, ..PLAIN };
         assert_eq!(draw(&operations, &peak, draw_again, &units(64)), again);
+    }
+    Ok(())
+}
+
+/// The shares of all kept weights, in the order of ids, at which each token begins and ends, by sums in f64.
+fn expected(logits: &[f32], how: Draw) -> Vec<(f64, f64)> {
+    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weight = |z: &f32| ((f64::from(*z) - f64::from(most)) / f64::from(how.temperature)).exp();
+    let weights: Vec<f64> = logits.iter().map(weight).collect();
+    let mut sorted = weights.clone();
+    sorted.sort_by(|a, b| b.total_cmp(a));
+    if let Some(last) = how.top_k.checked_sub(1).and_then(|last| sorted.get(last).copied()) {
+        sorted.retain(|w| *w >= last);
+    }
+    let wanted = f64::from(how.top_p) * sorted.iter().sum::<f64>();
+    let mut sum = 0.0;
+    let last = sorted.iter().find(|w| {
+        sum += *w;
+        sum >= wanted
+    });
+    let least = last.or(sorted.last()).copied().unwrap_or(0.0).max(f64::from(how.min_p));
+    let kept = |w: f64| if w >= least { w } else { 0.0 };
+    let total: f64 = weights.iter().map(|w| kept(*w)).sum();
+    let mut sum = 0.0;
+    let share = |w: &f64| {
+        let begin = sum / total;
+        sum += kept(*w);
+        (begin, sum / total)
+    };
+    weights.iter().map(share).collect()
+}
+
+fn draws_are_those_of_sums_in_double_precision() -> Verdict {
+    let operations = operations()?;
+    let mut random = SplitMix64::new(11);
+    let mut uniform = || (random.next_u64() >> 40) as f32 / (1 << 24) as f32;
+    // Few and many exponents, many equal weights, none at all, and rows that no number of threads or reads divides.
+    type Logit = fn(f32) -> f32;
+    let kinds: [(usize, Logit); 4] = [
+        (128_256, |x| 2.0 * x),
+        (50_257, |x| -30.0 * x * x),
+        (9_001, |x| (8.0 * x).floor()),
+        (8_200, |x| if x < 0.6 { f32::NEG_INFINITY } else { 9.0 * x }),
+    ];
+    let ways = [
+        PLAIN,
+        Draw { top_p: 0.95, temperature: 0.8, ..PLAIN },
+        Draw { top_k: 40, ..PLAIN },
+        Draw { top_k: 1000, top_p: 0.5, ..PLAIN },
+        Draw { min_p: 0.2, temperature: 1.7, ..PLAIN },
+    ];
+    for (vocab, logit) in kinds {
+        let logits: Vec<f32> = (0..vocab).map(|_| logit(uniform())).collect();
+        for how in ways {
+            let shares = expected(&logits, how);
+            let units = units(200);
+            for (unit, token) in units.iter().zip(draw(&operations, &logits, how, &units)) {
+                let (begin, end) = shares[usize::try_from(token).unwrap()];
+                // Weights are those of an exponential of 22 bits, and those kept may end one weight earlier or later.
+                let is_near = begin - 2e-4 <= *unit && *unit <= end + 2e-4;
+                assert!(is_near, "{vocab} {how:?}: {token} of {begin} to {end} at {unit}");
+            }
+        }
     }
     Ok(())
 }

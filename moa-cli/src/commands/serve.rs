@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::args::{ModelArg, PlanArgs, parse_count, parse_size};
 use crate::error::{Error, Result};
-use crate::model::{self, Reopen, on_device};
+use crate::model::{self, Reopen, on_model};
 use crate::output::{Context, bytes};
 use crate::speculate::SpeculateArgs;
 use crate::style::StyleArgs;
@@ -46,7 +46,7 @@ pub(crate) struct Args {
     /// Origin whose pages may use the server from a browser, * for all; can be given several times
     #[arg(long, value_name = "ORIGIN")]
     cors: Vec<String>,
-    /// Keys and values of all requests that run together, such as 4GiB [default: 1GiB]
+    /// Keys and values of all requests that run together, such as 4GiB; on each of several GPUs [default: 1GiB]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     kv_memory: Option<u64>,
     /// Keys and values kept of ended requests, for others that begin alike; 0 for none [default: 256MiB]
@@ -132,11 +132,9 @@ impl Args {
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
-    on_device!(context, |device| {
-        let options = model::options(&args.model).random_weights(args.random_weights);
-        let model = options.open(device, model::folder(&args.model.model, context)?)?;
-        serve(args, model, context)
-    })
+    let options = model::options(&args.model).random_weights(args.random_weights);
+    let plan = args.plan.plan.as_deref();
+    on_model!(context, &args.model, options, plan, |model, own| serve(args, model, own))
 }
 
 fn serve<D: Reopen>(args: &Args, mut model: Checkpoint<D>, context: &Context) -> Result<()> {
@@ -147,6 +145,10 @@ fn serve<D: Reopen>(args: &Args, mut model: Checkpoint<D>, context: &Context) ->
     let options = args.options();
     let memory = options.kv_memory;
     let longest = options.max_context.map_or(limit, |most| most.min(limit));
+    if !model.model.is_first() {
+        return Ok(moa_server::follow(model, chosen.plan, options)?);
+    }
+    let ranks = model.model.ranks();
     let server = Server::bind(model, chosen.plan, options)?;
     let mut fitting: Vec<(usize, u64, u64)> = Vec::new();
     for length in [1024, 4096, 16384, longest] {
@@ -157,8 +159,9 @@ fn serve<D: Reopen>(args: &Args, mut model: Checkpoint<D>, context: &Context) ->
     }
     for (length, own, dense) in &fitting {
         context.note(format_args!(
-            "{} of keys and values: {own} requests of {length} tokens with {}, {dense} dense",
+            "{} of keys and values{}: {own} requests of {length} tokens with {}, {dense} dense",
             bytes(memory),
+            if ranks > 1 { " on each GPU" } else { "" },
             chosen.name,
         ));
     }
@@ -168,6 +171,7 @@ fn serve<D: Reopen>(args: &Args, mut model: Checkpoint<D>, context: &Context) ->
         "model": name,
         "address": address.to_string(),
         "plan": chosen.name,
+        "devices": ranks,
         "kv_memory": memory,
         "fitting": fitting.iter().map(|(length, own, dense)| json!({
             "length": length, "requests": own, "requests_dense": dense,

@@ -244,6 +244,11 @@ impl LayerLayout {
         self.capacity
     }
 
+    /// Whether a head forgets keys in a sequence of all tokens, and so can be rolled back only as far as its ring reaches.
+    pub fn has_rings(&self) -> bool {
+        self.heads.iter().any(|head| head.slots() < self.capacity)
+    }
+
     /// Bytes of keys and values together, of heads of `head_dim` elements. A head whose
     /// [type](Self::with_cache_types) is not said takes `slot_bytes` for each slot:
     /// [`SparseAttentionBackend::slot_bytes`](crate::SparseAttentionBackend::slot_bytes).

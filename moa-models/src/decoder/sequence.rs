@@ -137,7 +137,12 @@ impl<D: Math> Decoder<D> {
         capacity: usize,
         slack: usize,
     ) -> Result<Vec<LayerLayout>> {
-        let plan = self.own_plan(plan)?;
+        let own = self.own_plan(plan)?;
+        self.layouts_of(&own, capacity, slack)
+    }
+
+    /// Layouts of the heads that `plan` is about, which are those of one rank.
+    fn layouts_of(&self, plan: &Plan, capacity: usize, slack: usize) -> Result<Vec<LayerLayout>> {
         self.config.check_context(capacity)?;
         let (attention, mut layouts) = (self.device.attention(), Vec::new());
         for layer in 0..self.layers.len() {
@@ -149,13 +154,36 @@ impl<D: Math> Decoder<D> {
     }
 
     /// Bytes of keys and values that a sequence takes which is [opened](Self::open) with these arguments,
-    /// without opening it.
+    /// without opening it. Where several devices share the model, those of the device that has most of them: the same
+    /// number on all ranks.
     ///
     /// # Errors
     /// [`Error::Core`], [`Error::ContextExceeded`] and [`Error::Invalid`] as [`open`](Self::open).
     pub fn cache_bytes(&self, plan: &Plan, capacity: usize, slack: usize) -> Result<u64> {
-        let layouts = self.layouts(plan, capacity, slack)?;
-        Ok(layouts.iter().map(|layout| layout.bytes(self.config.head_dim, self.slot_bytes())).sum())
+        let mut most = 0;
+        for rank in 0..self.ranks() {
+            let own = self.plan_of(plan, rank)?;
+            let layouts = self.layouts_of(&own, capacity, slack)?;
+            let (head_dim, slot_bytes) = (self.config.head_dim, self.slot_bytes());
+            most = most.max(layouts.iter().map(|own| own.bytes(head_dim, slot_bytes)).sum());
+        }
+        Ok(most)
+    }
+
+    /// Whether a sequence that is opened with these arguments forgets keys, so that it can be cut only where its rings
+    /// still hold what the tokens before see: the same on all ranks.
+    ///
+    /// # Errors
+    /// As [`cache_bytes`](Self::cache_bytes).
+    pub fn has_rings(&self, plan: &Plan, capacity: usize, slack: usize) -> Result<bool> {
+        for rank in 0..self.ranks() {
+            let own = self.plan_of(plan, rank)?;
+            let layouts = self.layouts_of(&own, capacity, slack)?;
+            if layouts.iter().any(LayerLayout::has_rings) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Bytes of one slot of a cache, key and value together.

@@ -82,6 +82,9 @@ impl WeightCounts {
     }
 }
 
+/// What a rank's memory was too short for: the fields of [`Error::OutOfMemory`].
+type Shortage = (&'static str, Option<u64>, Option<u64>);
+
 /// Elements of a row that kernels read at once: parts of the vocabulary begin at their multiples.
 const ALIGNED: usize = 8;
 
@@ -212,10 +215,15 @@ impl<D: Math> Decoder<D> {
     /// [`Error::Core`] with [`ShapeMismatch`](moa_core::Error::ShapeMismatch) if the plan is for a
     /// model of other dimensions.
     pub(crate) fn own_plan<'a>(&self, plan: &'a Plan) -> Result<Cow<'a, Plan>> {
+        self.plan_of(plan, self.shard.as_ref().map_or(0, Shard::rank))
+    }
+
+    /// The part of a plan that is about the heads of any rank.
+    pub(crate) fn plan_of<'a>(&self, plan: &'a Plan, rank: usize) -> Result<Cow<'a, Plan>> {
         let plan = self.config.windowed(plan)?;
         Ok(match &self.shard {
             None => plan,
-            Some(shard) => Cow::Owned(shard.sharding.plan(&plan, shard.rank())?),
+            Some(shard) => Cow::Owned(shard.sharding.plan(&plan, rank)?),
         })
     }
 
@@ -288,6 +296,49 @@ impl<D: Math> Decoder<D> {
         let expected = "called alike on all ranks";
         let decided = decided.ok_or_else(|| Error::invalid("agreement", expected, "another call"));
         Ok(decided.inspect_err(|_| shard.communicator.fail())?.clone())
+    }
+
+    /// What `work` gives here, where it can be done on all ranks: if the memory of one is too short for it, it is so for
+    /// all, and what the others got is given back. Of a whole model it just runs.
+    ///
+    /// # Errors
+    /// That of `work`; [`Error::OutOfMemory`] of the first rank without memory, and those of
+    /// [`Rank::gather`](crate::Rank::gather).
+    pub fn together<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let Some(shard) = &self.shard else { return work() };
+        let own = work();
+        let shortage: Option<Shortage> = match &own {
+            Err(Error::OutOfMemory { what, bytes, free }) => Some((*what, *bytes, *free)),
+            Err(error) if !error.is_of_request() => {
+                return own.map_err(|error| self.failure(error));
+            }
+            // What is wrong with a request is so on all ranks.
+            _ => None,
+        };
+        let all = shard.communicator.gather(Arc::new(shortage), Wait::Step)?;
+        match all.iter().find_map(|one| *one.downcast_ref::<Option<Shortage>>()?) {
+            None => own,
+            Some((what, bytes, free)) => Err(Error::OutOfMemory { what, bytes, free }),
+        }
+    }
+
+    /// Those of several things that are so on all ranks, each of which has as many. Of a whole model they are as they are.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if another rank has more or fewer, and those of [`Rank::gather`](crate::Rank::gather).
+    pub fn on_all_ranks(&self, own: Vec<bool>) -> Result<Vec<bool>> {
+        let Some(shard) = &self.shard else { return Ok(own) };
+        let mut so = own.clone();
+        for part in &*shard.communicator.gather(Arc::new(own), Wait::Step)? {
+            let part = part.downcast_ref::<Vec<bool>>().filter(|part| part.len() == so.len());
+            let Some(part) = part else {
+                shard.communicator.fail();
+                let expected = format!("{} of each", so.len());
+                return Err(Error::invalid("what ranks agree on", expected, "something else"));
+            };
+            so.iter_mut().zip(part).for_each(|(so, own)| *so &= own);
+        }
+        Ok(so)
     }
 
     /// Waits until the ranks that share the model have loaded their parts too, which may take minutes. Without this

@@ -18,7 +18,7 @@ use crate::engine::request::{
 };
 use crate::engine::running::{Answers, Running};
 use crate::engine::speculate::Speculation;
-use crate::engine::step::Ahead;
+use crate::engine::step::{Ahead, GoesOn};
 use crate::{Error, Result};
 
 /// The limits of one step of an [`Engine`]; no option changes the answer to a request.
@@ -32,7 +32,8 @@ pub struct EngineOptions {
     /// values.
     pub max_batch: usize,
     /// Where guesses of the next tokens come from, several of which one step checks. Sequences that are
-    /// [submitted](Engine::submit) get the slack for it; others are [opened](Decoder::open) with it.
+    /// [submitted](Engine::submit) get the slack for it; others are [opened](Decoder::open) with it. No other model guesses for
+    /// one that several devices share.
     pub speculation: Speculation,
 }
 
@@ -142,10 +143,10 @@ impl<D: Math> Engine<D> {
         options: EngineOptions,
     ) -> Self {
         let many_rows = model.device().many_rows().max(1);
-        // Ranks measure different times.
-        let speculation = match model.ranks() {
-            1 => options.speculation,
-            _ => Speculation::Off,
+        // A model that guesses is whole on one device.
+        let speculation = match options.speculation {
+            Speculation::Draft { .. } if model.ranks() > 1 => Speculation::Off,
+            speculation => speculation,
         };
         let draft = checkpoint.as_ref().and_then(|checkpoint| checkpoint.draft.clone());
         let guesser = match speculation {
@@ -283,7 +284,7 @@ impl<D: Math> Engine<D> {
     /// then, each of which gets an [`Event::Failed`] with [`Error::Step`] by the next calls; those that wait, and new
     /// ones, go on. A model that several devices share is of no use after that.
     pub fn step(&mut self) -> Result<Option<Event>> {
-        self.step_ahead(|| false)
+        self.step_with(None)
     }
 
     /// [`step`](Self::step) that does not let the device wait for the caller: where the next step is one of the same
@@ -291,16 +292,26 @@ impl<D: Math> Engine<D> {
     /// begins it before this returns. So what the caller does with events takes no time of the device's.
     ///
     /// A request that is [cancelled](Self::cancel), and a [`snapshot`](Self::snapshot), may then hold one token more than
-    /// after `step`: the last one that was told. Where several devices share a model, this is `step`.
+    /// after `step`: the last one that was told. Where several devices share a model, all call this, and the `goes_on` of
+    /// rank 0 alone is asked.
     ///
     /// # Errors
     /// As [`step`](Self::step).
     pub fn step_ahead(&mut self, mut goes_on: impl FnMut() -> bool) -> Result<Option<Event>> {
+        self.step_with(Some(&mut goes_on))
+    }
+
+    fn step_with(&mut self, mut goes_on: GoesOn<'_>) -> Result<Option<Event>> {
         while self.events.is_empty() && !self.is_idle() {
             if self.ahead.is_none() {
                 self.admit()?;
             }
-            self.advance(&mut goes_on)?;
+            // A step may be one of several before something happens.
+            let goes_on: GoesOn<'_> = match &mut goes_on {
+                Some(asked) => Some(&mut **asked),
+                None => None,
+            };
+            self.advance(goes_on)?;
             self.retire();
         }
         Ok(self.events.pop_front())
@@ -458,11 +469,7 @@ impl<D: Math> Engine<D> {
                 }
                 Err(error) => {
                     // What is wrong with a request is so on all ranks; a device's failure is not.
-                    let is_own = matches!(
-                        error,
-                        Error::Invalid { .. } | Error::ContextExceeded { .. } | Error::Core(_)
-                    );
-                    if self.model.ranks() > 1 && !is_own {
+                    if self.model.ranks() > 1 && !error.is_of_request() {
                         self.model.tell_failure();
                         self.running.push(run);
                         self.fail(&error);

@@ -8,7 +8,7 @@ use crate::decoder::sequence::Sequence;
 use crate::device::Math;
 use crate::engine::choice::{Choices, Chosen};
 use crate::engine::draft_model::{Limits, Place};
-use crate::engine::pace::{ROWS, all_that_fit};
+use crate::engine::pace::{Candidate, ROWS, all_that_fit};
 use crate::engine::request::Event;
 use crate::engine::running::Running;
 use crate::engine::serve::Engine;
@@ -17,7 +17,7 @@ use crate::engine::speculate::{Draft, Speculation};
 impl<D: Math> Engine<D> {
     /// One step of the running requests: the whole loop of generation. Where the batch stays as it is and `goes_on` says
     /// so, the device has begun the next one when this returns.
-    pub(super) fn advance(&mut self, goes_on: impl FnOnce() -> bool) -> Result<()> {
+    pub(super) fn advance(&mut self, goes_on: GoesOn<'_>) -> Result<()> {
         if self.running.is_empty() {
             return Ok(());
         }
@@ -144,7 +144,7 @@ impl<D: Math> Engine<D> {
         if checked > 0 {
             self.check(&drafts, &shares, wide)?;
         } else {
-            self.decode(|| false)?;
+            self.decode(None)?;
             for (run, draft) in self.running.iter_mut().zip(&drafts) {
                 run.compare(draft);
             }
@@ -167,7 +167,15 @@ impl<D: Math> Engine<D> {
         if !self.options.speculation.is_adaptive() {
             return Ok((drafts, all_that_fit(&candidates, room)));
         }
-        let (mut shares, speed) = self.pace.shares(&candidates, room, |_| 0.0);
+        // Ranks measure different times.
+        let model = Arc::clone(&self.model);
+        let shares = model.agree(|| self.shares_that_pay(&candidates, room))?;
+        Ok((drafts, shares))
+    }
+
+    /// How many guesses of each request to check, by measured times.
+    fn shares_that_pay(&mut self, candidates: &[Candidate], room: usize) -> Result<Vec<usize>> {
+        let (mut shares, speed) = self.pace.shares(candidates, room, |_| 0.0);
         let session = self.batch.session(&self.model)?;
         if shares.iter().any(|share| *share > 0) {
             let seconds = self.pace.seconds(candidates.len()).unwrap_or(0.0);
@@ -178,7 +186,7 @@ impl<D: Math> Engine<D> {
                 shares.fill(0);
             }
         }
-        Ok((drafts, shares))
+        Ok(shares)
     }
 
     /// Guesses of another model, all of which are checked.
@@ -272,7 +280,7 @@ impl<D: Math> Engine<D> {
     }
 
     /// A token for every request.
-    fn decode(&mut self, goes_on: impl FnOnce() -> bool) -> Result<()> {
+    fn decode(&mut self, goes_on: GoesOn<'_>) -> Result<()> {
         let chosen = match self.ahead.take() {
             Some(Ahead::Runs) => {
                 Chosen::by_device(self.batch.session(&self.model)?.fetch(&self.model)?)
@@ -292,9 +300,9 @@ impl<D: Math> Engine<D> {
         self.usage.decoded_tokens += self.running.len();
         self.running.iter_mut().for_each(|run| run.took_in(1, &mut self.events));
         let told = chosen.note(&mut self.running);
-        let begun = match self.may_go_ahead() && goes_on() {
-            true => self.begin().map(|_| self.ahead = Some(Ahead::Runs)),
-            false => Ok(()),
+        let begun = match self.goes_ahead(goes_on) {
+            Ok(true) => self.begin().map(|_| self.ahead = Some(Ahead::Runs)),
+            other => other.map(drop),
         };
         told.say(&mut self.running, &mut self.events);
         begun
@@ -309,12 +317,20 @@ impl<D: Math> Engine<D> {
         Ok((choices, logits))
     }
 
+    /// Whether the next step begins before the tokens of the last one are told. Clients of ranks come to the first one, which
+    /// says it to all.
+    fn goes_ahead(&self, goes_on: GoesOn<'_>) -> Result<bool> {
+        match goes_on {
+            Some(goes_on) => self.model.agree(|| Ok(self.may_go_ahead() && goes_on())),
+            None => Ok(false),
+        }
+    }
+
     /// Whether the next step is known before the tokens of the last one are told: it is recorded, of the same
     /// requests, and none of them looks at logits or waits for guesses.
     fn may_go_ahead(&self) -> bool {
         let is_alike = |run: &Running| !run.has_ended() && run.draw().is_some();
         self.options.speculation == Speculation::Off
-            && self.model.ranks() == 1
             && !self.may_admit()
             && self.batch.is_recorded()
             && self.running.iter().all(is_alike)
@@ -328,6 +344,9 @@ impl<D: Math> Engine<D> {
         }
     }
 }
+
+/// Asked, where somebody is to be, whether nothing else is to come before the next step.
+pub(super) type GoesOn<'a> = Option<&'a mut dyn FnMut() -> bool>;
 
 /// A step that the device began before the tokens of the last one were told.
 #[derive(Debug)]

@@ -8,9 +8,9 @@ use moa_backend_cuda::Error as CudaError;
 use moa_conformance::{Stop, Trial, Verdict, trials};
 use moa_core::{Influence, Plan, Sharding};
 use moa_models::{
-    Communicator, Cuda, Decoder, Device, Dtype, Engine, EngineOptions, Error, GenerateOptions,
-    Item, LogitRows, ModelConfig, NcclRank, Objective, Rank, SamplingOptions, Shard, ThreadRank,
-    Weights, on_ranks,
+    Communicator, Cuda, Decoder, Device, Dtype, Engine, EngineOptions, Error, Event,
+    GenerateOptions, Item, LogitRows, ModelConfig, NcclRank, Objective, Rank, SamplingOptions,
+    Shard, Speculation, ThreadRank, Weights, on_ranks,
 };
 
 use crate::{alternating, close, cpu, moa_tiny, open, plans, prose, read, step};
@@ -237,6 +237,7 @@ fn two_gpus_write_one_text_and_one_profile() -> Verdict {
         ..Default::default()
     };
     let work = |gpu: &Arc<Model>| {
+        let mut all = Vec::new();
         let mut sequence = gpu.open(&plan, 400, 0)?;
         let logits = read(gpu, &mut sequence, &text[..200], 90);
         let mut engine = Engine::new(Arc::clone(gpu), EngineOptions::default());
@@ -244,10 +245,33 @@ fn two_gpus_write_one_text_and_one_profile() -> Verdict {
             engine.submit(prompt, &plan, options.clone());
         }
         let tokens: Vec<_> = engine.complete_all()?.into_iter().map(|made| made.tokens).collect();
+        // Steps that begin before the last one is told, where the first rank says so; and guesses, of a text that repeats
+        // itself.
+        for id in 0..2 {
+            let speculation = if id == 0 { Speculation::Off } else { Speculation::ngram() };
+            let mut engine =
+                Engine::new(Arc::clone(gpu), EngineOptions { speculation, ..Default::default() });
+            let repeated = text[..60].repeat(3);
+            engine.submit(if id == 0 { &text[..70] } else { &repeated }, &plan, options.clone());
+            let (mut made, mut asked) = (Vec::new(), 0);
+            let mut goes_on = || {
+                asked += 1;
+                asked % 4 != 0
+            };
+            while let Some(event) = engine.step_ahead(&mut goes_on)? {
+                if let Event::Token { token, .. } = event {
+                    made.push(token);
+                }
+            }
+            assert_eq!(asked > 20, gpu.is_first() && id == 0, "asked {asked} times");
+            assert!(id == 1 || made == tokens[0], "{made:?} {tokens:?}");
+            all.push(made);
+        }
         let mut influence = Influence::new(gpu.shape(), 200, 64)?;
         gpu.profile(&item, Objective::Margin, &mut influence)?;
         let head: Vec<f32> = influence.head(0, 1).iter().map(|x| *x as f32).collect();
-        Ok::<_, Error>((logits, tokens, head))
+        all.extend(tokens);
+        Ok::<_, Error>((logits, all, head))
     };
     let config = ModelConfig::from_file(moa_tiny()).unwrap();
     let weights = Weights::open(moa_tiny()).unwrap();

@@ -5,8 +5,9 @@ use std::sync::{Arc, LazyLock};
 
 use moa_core::{ElasticRule, HeadRule, Plan, Sharding};
 use moa_models::{
-    Communicator, Cpu, Decoder, Engine, EngineOptions, Event, GenerateOptions, Item, LogitRows,
-    ModelConfig, RandomTensors, Result, SamplingOptions, Shard, ThreadRank, Weights, on_ranks,
+    Communicator, Cpu, Decoder, Engine, EngineOptions, Error, Event, GenerateOptions, Item,
+    LogitRows, ModelConfig, RandomTensors, Result, SamplingOptions, Shard, Speculation, ThreadRank,
+    Weights, on_ranks,
 };
 
 use crate::{alternating, greedy, largest_difference, moa_tiny, text, tiny};
@@ -250,6 +251,77 @@ fn requests_that_come_and_go_get_the_tokens_of_one_rank() -> Result<()> {
     let expected = serve(tiny())?;
     assert_eq!([0, 1, 2, 3].map(|id| expected[id].len()), [4, 3, 10, 13]);
     assert_eq!(folder.on(2, &plan, serve)?, [expected.clone(), expected]);
+    Ok(())
+}
+
+#[test]
+fn ranks_look_guesses_up_and_check_what_pays_on_the_first_one() -> Result<()> {
+    let folder = tiny_folder();
+    let plan = alternating(folder.config.shape(), 8, 24, 48);
+    let source = text(60);
+    // Texts that repeat themselves are guessed.
+    let prompts = [source.repeat(2), source[7..40].repeat(3)];
+    for adaptive in [false, true] {
+        let speculation = Speculation::Ngram { draft_tokens: 4, adaptive };
+        let generate = |model: &Arc<Model>| {
+            let options = EngineOptions { speculation, ..EngineOptions::default() };
+            let mut engine = Engine::new(Arc::clone(model), options);
+            for prompt in &prompts {
+                engine.submit(prompt.as_slice(), &plan, greedy(40));
+            }
+            let texts = engine.complete_all()?;
+            Ok((texts, engine.take_usage()))
+        };
+        let (expected, alone) = generate(tiny())?;
+        let both = folder.on(2, &plan, generate)?;
+        let usage = both.iter().map(|(_, usage)| (usage.drafted_tokens, usage.accepted_tokens));
+        let usage: Vec<_> = usage.collect();
+        assert_eq!(usage[0], usage[1]);
+        if !adaptive {
+            assert_eq!(usage[0], (alone.drafted_tokens, alone.accepted_tokens));
+            assert!(usage[0].1 > 10, "{usage:?}");
+        }
+        assert!(both.iter().all(|(texts, _)| *texts == expected), "adaptive: {adaptive}");
+    }
+    Ok(())
+}
+
+#[test]
+fn what_one_rank_has_no_memory_for_no_rank_has() -> Result<()> {
+    let (folder, plan) = (biased(), uneven());
+    let sizes = folder.on(3, &plan, |model| {
+        let short = |is_short: bool| match is_short {
+            true => Err(Error::OutOfMemory { what: "a test", bytes: Some(7), free: None }),
+            false => Ok(model.is_first()),
+        };
+        let rank = model.open(&plan, 200, 0).map(|own| model.kv_bytes(&own))?;
+        let is_first = model.is_first();
+        let refused = model.together(|| short(!is_first));
+        let is_told = matches!(
+            refused,
+            Err(Error::OutOfMemory { what: "a test", bytes: Some(7), free: None })
+        );
+        assert!(is_told, "{refused:?}");
+        assert_eq!(model.together(|| short(false))?, is_first);
+        // What is wrong with a request ends nobody.
+        let wrong = model.together(|| model.open(&plan, 0, 0).map(drop));
+        assert!(matches!(wrong, Err(Error::Invalid { .. } | Error::Core(_))), "{wrong:?}");
+        assert_eq!(model.on_all_ranks(vec![true, is_first, false])?, [true, false, false]);
+        Ok((rank, model.cache_bytes(&plan, 200, 0)?, model.has_rings(&plan, 200, 0)?))
+    })?;
+    let most = sizes.iter().map(|(own, ..)| *own).max().unwrap();
+    assert!(sizes.iter().all(|(_, told, rings)| *told == most && *rings), "{sizes:?}");
+    let dense = Plan::full(folder.config.shape())?;
+    let whole = folder.whole()?;
+    assert!(!whole.has_rings(&dense, 200, 0)?);
+    // One head of one rank forgets keys: the others know it too. With slack for the rest it forgets none.
+    let mut rules = dense.rules().to_vec();
+    rules[13] = ElasticRule::fixed(150).into();
+    let one = Plan::new(dense.shape(), 4, 5, rules)?;
+    for (slack, forgets) in [(0, true), (49, true), (50, false)] {
+        let told = folder.on(4, &dense, |model| model.has_rings(&one, 200, slack))?;
+        assert_eq!(told, [forgets; 4], "{slack}");
+    }
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use moa_models::{Error, GenerateOptions, Math, Sequence};
 
 use super::queue::{MOST_OVERTAKEN, Queued};
-use super::{Active, Job, Update, Worker, tell};
+use super::{Active, Job, Sizes, Update, Worker, tell};
 use crate::http::error::ApiError;
 
 impl<D: Math + 'static> Worker<D> {
@@ -16,18 +16,21 @@ impl<D: Math + 'static> Worker<D> {
     }
 
     /// Lets jobs begin that there is memory for, in their order but for small ones that may overtake.
-    pub(super) fn admit(&mut self) {
+    ///
+    /// # Errors
+    /// That of another rank, where several share the model.
+    pub(super) fn admit(&mut self) -> Result<(), Error> {
         let mut at = 0;
-        while at < self.queue.len() && self.places() < self.state.options.max_batch {
+        while at < self.queue.len() && self.places() < self.options.max_batch {
             let job = &self.queue[at].job;
             let length = job.prompt.len().saturating_add(job.options.max_new_tokens);
             let capacity = self.capacity(length);
             let choices = job.choices as u64;
-            let limit = self.state.options.kv_memory;
-            let sizes = self.bytes_of(capacity).map_err(|error| ApiError::of_model(&error));
-            let fits = sizes.and_then(|(bytes, dense)| match bytes.saturating_mul(choices) {
-                _ if job.choices > self.state.options.max_batch => {
-                    let most = format!("at most {}", self.state.options.max_batch);
+            let limit = self.options.kv_memory;
+            let sizes = self.sizes(capacity).map_err(|error| ApiError::of_model(&error));
+            let fits = sizes.and_then(|sizes| match sizes.bytes.saturating_mul(choices) {
+                _ if job.choices > self.options.max_batch => {
+                    let most = format!("at most {}", self.options.max_batch);
                     Err(ApiError::field("n", most, job.choices))
                 }
                 all if all > limit => {
@@ -36,36 +39,37 @@ impl<D: Math + 'static> Worker<D> {
                     );
                     Err(ApiError { code: Some("kv_memory"), ..ApiError::invalid(message) })
                 }
-                all => Ok((bytes, dense, self.bytes + all <= limit)),
+                all => Ok((sizes, self.bytes + all <= limit)),
             });
-            let has_place = self.places() + job.choices <= self.state.options.max_batch;
+            let has_place = self.places() + job.choices <= self.options.max_batch;
             match fits {
-                Ok((bytes, dense, true)) if has_place => {
-                    let Some(queued) = self.queue.remove(at) else { return };
-                    match self.begin(queued.job, capacity, bytes, dense) {
-                        Ok(()) => {
-                            self.state.metrics.queued.fetch_sub(1, Relaxed);
+                Ok((sizes, true)) if has_place => {
+                    let Some(queued) = self.queue.remove(at) else { return Ok(()) };
+                    match self.begin(queued.job, capacity, sizes)? {
+                        None => {
+                            self.metrics.queued.fetch_sub(1, Relaxed);
                             let before = self.queue.iter_mut().take(at);
                             before.for_each(|queued| queued.overtaken += 1);
                         }
-                        Err(job) => {
+                        Some(job) => {
                             // Those that run will free some memory.
                             self.queue.insert(at, Queued { job, overtaken: queued.overtaken });
-                            return;
+                            return Ok(());
                         }
                     }
                 }
-                Ok(_) if self.queue[at].overtaken >= MOST_OVERTAKEN => return,
+                Ok(_) if self.queue[at].overtaken >= MOST_OVERTAKEN => return Ok(()),
                 Ok(_) => at += 1,
                 Err(error) => {
                     if let Some(queued) = self.queue.remove(at) {
-                        self.state.metrics.queued.fetch_sub(1, Relaxed);
-                        self.state.metrics.failed.fetch_add(1, Relaxed);
+                        self.metrics.queued.fetch_sub(1, Relaxed);
+                        self.metrics.failed.fetch_add(1, Relaxed);
                         tell(&queued.job, Update::Failed(error));
                     }
                 }
             }
         }
+        Ok(())
     }
 
     /// A sequence for a prompt, with what is known of its beginning, and where it is to be copied.
@@ -74,23 +78,24 @@ impl<D: Math + 'static> Worker<D> {
         prompt: &[u32],
         capacity: usize,
     ) -> Result<(Sequence<D>, Option<usize>), Error> {
-        let model = &self.checkpoint.model;
-        let beginning = self.prefix.find(model, prompt, capacity)?;
-        let sequence = match beginning.sequence {
-            Some(sequence) => sequence,
-            None => model.open(&self.plan, capacity, self.slack())?,
-        };
-        Ok((sequence, beginning.fork))
+        let (model, slack) = (&self.checkpoint.model, self.slack());
+        model.together(|| {
+            let beginning = self.prefix.find(model, prompt, capacity)?;
+            let sequence = match beginning.sequence {
+                Some(sequence) => sequence,
+                None => model.open(&self.plan, capacity, slack)?,
+            };
+            Ok((sequence, beginning.fork))
+        })
     }
 
     /// Begins a job; gives it back where it has to wait for memory.
     fn begin(
         &mut self,
-        job: Box<Job>,
+        job: Arc<Job>,
         capacity: usize,
-        bytes: u64,
-        dense_bytes: u64,
-    ) -> Result<(), Box<Job>> {
+        sizes: Sizes,
+    ) -> Result<Option<Arc<Job>>, Error> {
         let mut opened = self.open(&job.prompt, capacity);
         if matches!(opened, Err(Error::OutOfMemory { .. })) {
             // What is kept for others is not worth a request.
@@ -99,46 +104,45 @@ impl<D: Math + 'static> Worker<D> {
         }
         let (sequence, fork) = match opened {
             Ok(opened) => opened,
-            Err(Error::OutOfMemory { .. }) if !self.active.is_empty() => return Err(job),
+            Err(Error::OutOfMemory { .. }) if !self.active.is_empty() => return Ok(Some(job)),
             Err(error) => {
-                self.state.metrics.failed.fetch_add(1, Relaxed);
+                self.metrics.failed.fetch_add(1, Relaxed);
                 tell(&job, Update::Failed(ApiError::of_model(&error)));
-                return Ok(());
+                return self.go_on_after(error).map(|()| None);
             }
         };
         // It was tried twice where memory was short, and begins once.
         self.prefix.remember(&job.prompt, capacity);
-        let (cached, metrics) = (sequence.len(), &self.state.metrics);
+        let (cached, metrics) = (sequence.len(), Arc::clone(&self.metrics));
         let counter = if cached > 0 { &metrics.prefix_hits } else { &metrics.prefix_misses };
         counter.fetch_add(1, Relaxed);
         metrics.prefix_tokens.fetch_add(cached as u64, Relaxed);
         metrics.prompt_tokens.fetch_add((job.prompt.len() - cached) as u64, Relaxed);
         tell(&job, Update::Begun { cached_tokens: cached });
         let sequences = job.choices as u64;
-        self.bytes += bytes * sequences;
-        self.dense_bytes += dense_bytes * sequences;
+        self.bytes += sizes.bytes * sequences;
+        self.dense_bytes += sizes.dense_bytes * sequences;
         // Without rings a sequence can be cut anywhere.
-        let marks = match bytes < dense_bytes {
+        let marks = match sizes.has_rings {
             true => {
-                let every = self.state.options.prefix_every;
-                self.prefix.marks(cached, job.prompt.len(), every, bytes)
+                let every = self.options.prefix_every;
+                self.prefix.marks(cached, job.prompt.len(), every, sizes.kept_bytes)
             }
             false => Vec::new(),
         };
         let active = Active {
             choice: 0,
             capacity,
-            bytes,
-            dense_bytes,
+            sizes,
             followers: job.choices - 1,
             fork,
             marks,
             last_token: job.came,
             tokens: 0,
-            job: Arc::from(job),
+            job,
         };
         self.start(sequence, active);
-        Ok(())
+        Ok(None)
     }
 
     /// Gives a choice to the engine.

@@ -1,12 +1,12 @@
 //! Jobs that end before their answers do.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Instant;
 
 use moa_models::{Math, RequestId};
 
+use super::job::Gone;
 use super::queue::Queued;
+use super::turn::Turn;
 use super::{Active, Update, Worker, tell};
 use crate::http::error::ApiError;
 
@@ -14,7 +14,7 @@ impl<D: Math + 'static> Worker<D> {
     /// Ends everything.
     pub(super) fn end_all(&mut self, error: &ApiError) {
         for queued in std::mem::take(&mut self.queue) {
-            self.state.metrics.queued.fetch_sub(1, Relaxed);
+            self.metrics.queued.fetch_sub(1, Relaxed);
             tell(&queued.job, Update::Failed(error.clone()));
         }
         let ids: Vec<RequestId> = self.active.keys().copied().collect();
@@ -24,30 +24,21 @@ impl<D: Math + 'static> Worker<D> {
     }
 
     /// Ends what nobody waits for any more, or not any longer.
-    pub(super) fn drop_those_that_left(&mut self) {
-        let (now, metrics) = (Instant::now(), Arc::clone(&self.state.metrics));
-        self.queue.retain(|Queued { job, .. }| {
-            let has_left = job.out.is_closed();
-            let is_late = now >= job.deadline;
-            if is_late {
-                tell(job, Update::Failed(ApiError::timeout("the request waited too long")));
+    pub(super) fn drop_those_that_left(&mut self, turn: &Turn) {
+        // From the last place on, so that the others stay what they are.
+        for (at, gone) in turn.waiting_gone.iter().rev() {
+            let Some(Queued { job, .. }) = self.queue.remove(*at) else { continue };
+            if *gone == Gone::Late {
+                tell(&job, Update::Failed(ApiError::timeout("the request waited too long")));
             }
-            if has_left || is_late {
-                let counter = if has_left { &metrics.cancelled } else { &metrics.failed };
-                counter.fetch_add(1, Relaxed);
-                metrics.queued.fetch_sub(1, Relaxed);
-            }
-            !has_left && !is_late
-        });
-        let ended: Vec<(RequestId, bool)> = self
-            .active
-            .iter()
-            .filter(|(_, active)| active.job.out.is_closed() || now >= active.job.deadline)
-            .map(|(id, active)| (*id, active.job.out.is_closed()))
-            .collect();
-        for (id, has_left) in ended {
+            let metrics = &self.metrics;
+            let counter = if *gone == Gone::Left { &metrics.cancelled } else { &metrics.failed };
+            counter.fetch_add(1, Relaxed);
+            metrics.queued.fetch_sub(1, Relaxed);
+        }
+        for (id, gone) in &turn.running_gone {
             let late = || ApiError::timeout("the request took longer than it may");
-            self.end(id, (!has_left).then(late));
+            self.end(*id, (*gone == Gone::Late).then(late));
         }
     }
 
@@ -57,7 +48,7 @@ impl<D: Math + 'static> Worker<D> {
         // Its memory is free with it.
         drop(self.engine.reclaim(id));
         let Some(active) = self.leave(id) else { return };
-        let metrics = &self.state.metrics;
+        let metrics = &self.metrics;
         let counter = if error.is_some() { &metrics.failed } else { &metrics.cancelled };
         counter.fetch_add(1, Relaxed);
         if let Some(error) = error {
@@ -68,8 +59,8 @@ impl<D: Math + 'static> Worker<D> {
     pub(super) fn leave(&mut self, id: RequestId) -> Option<Active> {
         let active = self.active.remove(&id)?;
         let sequences = 1 + active.followers as u64;
-        self.bytes -= active.bytes * sequences;
-        self.dense_bytes -= active.dense_bytes * sequences;
+        self.bytes -= active.sizes.bytes * sequences;
+        self.dense_bytes -= active.sizes.dense_bytes * sequences;
         Some(active)
     }
 }

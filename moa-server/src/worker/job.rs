@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use moa_models::{Finish, GenerateOptions, TokenLogprobs};
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
 use crate::grammar::Grammar;
 use crate::http::error::ApiError;
@@ -18,6 +18,7 @@ pub(crate) enum Command {
 }
 
 /// One prompt and how it is to be continued.
+#[derive(Clone)]
 pub(crate) struct Job {
     pub(crate) prompt: Vec<u32>,
     /// Number of its first choice in the request; others follow.
@@ -32,6 +33,30 @@ pub(crate) struct Job {
     pub(crate) deadline: Instant,
     /// Closed when the client has gone.
     pub(crate) out: UnboundedSender<Update>,
+}
+
+impl Job {
+    /// The same for a rank that no client listens to.
+    pub(super) fn unheard(&self) -> Self {
+        Self { out: unbounded_channel().0, ..self.clone() }
+    }
+
+    /// Why nobody waits for it any more.
+    pub(super) fn gone(&self, now: Instant) -> Option<Gone> {
+        match self.out.is_closed() {
+            true => Some(Gone::Left),
+            false => (now >= self.deadline).then_some(Gone::Late),
+        }
+    }
+}
+
+/// Why nobody waits for a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Gone {
+    /// Its client has left.
+    Left,
+    /// Its time is over.
+    Late,
 }
 
 /// What became of a job since the last one.

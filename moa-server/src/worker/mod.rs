@@ -1,4 +1,5 @@
-//! The loop: one thread owns the model, and jobs come and go between its steps.
+//! The loop: one thread owns the model, and jobs come and go between its steps. Of a model that several devices share each
+//! has such a thread, and all do the same.
 
 mod admission;
 mod capacity;
@@ -8,6 +9,7 @@ mod events;
 pub(crate) mod job;
 mod prefix;
 mod queue;
+mod turn;
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
@@ -18,14 +20,17 @@ use std::time::Instant;
 use moa_core::Plan;
 use moa_models::{
     Checkpoint, Engine, EngineOptions, Error, Event, GenerateOptions, Math, RequestId,
+    SamplingOptions,
 };
 
 use crate::http::error::ApiError;
-use crate::state::State;
+use crate::metrics::Metrics;
+use crate::options::ServerOptions;
 use capacity::rounded;
 pub(crate) use job::{Command, Job, Update};
 use prefix::PrefixCache;
-use queue::{Queued, enqueue};
+use queue::Queued;
+use turn::End;
 
 /// Failures of the device in a row after which the server gives up.
 const MOST_FAILURES: usize = 8;
@@ -35,7 +40,8 @@ pub(crate) struct Worker<D: Math> {
     checkpoint: Checkpoint<D>,
     engine: Engine<D>,
     plan: Plan,
-    state: Arc<State>,
+    options: ServerOptions,
+    metrics: Arc<Metrics>,
     commands: mpsc::Receiver<Command>,
     /// Those that came while a step was waited for.
     arrived: VecDeque<Command>,
@@ -47,10 +53,24 @@ pub(crate) struct Worker<D: Math> {
     /// Bytes of keys and values of the jobs that run, and what dense attention would take.
     bytes: u64,
     dense_bytes: u64,
-    /// Such bytes of a sequence, by its capacity.
-    sizes: RefCell<HashMap<usize, (u64, u64)>>,
+    /// By the capacity of a sequence.
+    sizes: RefCell<HashMap<usize, Sizes>>,
     /// When those that are left have to end.
     stops_at: Option<Instant>,
+}
+
+/// What a sequence takes. Where several devices share the model, bytes are those of the one that has most of them, so that
+/// all go by the same.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sizes {
+    /// Bytes of keys and values of a request, those of a model that guesses included.
+    pub(crate) bytes: u64,
+    /// Without those: of a sequence that is kept.
+    kept_bytes: u64,
+    /// What dense attention would take.
+    pub(crate) dense_bytes: u64,
+    /// Some heads forget keys.
+    has_rings: bool,
 }
 
 /// A sequence that runs.
@@ -60,8 +80,7 @@ struct Active {
     choice: usize,
     /// Tokens that its sequence has room for.
     capacity: usize,
-    bytes: u64,
-    dense_bytes: u64,
+    sizes: Sizes,
     /// Choices that begin when the prompt is read.
     followers: usize,
     /// Where the prompt is to be copied, as another one parts from it there.
@@ -76,171 +95,187 @@ impl<D: Math + 'static> Worker<D> {
     pub(crate) fn new(
         checkpoint: Checkpoint<D>,
         plan: Plan,
-        state: Arc<State>,
+        options: ServerOptions,
+        metrics: Arc<Metrics>,
         commands: mpsc::Receiver<Command>,
     ) -> Self {
-        let options = EngineOptions {
-            prefill_chunk: state.options.prefill_chunk,
-            max_batch: state.options.max_batch,
-            speculation: state.options.speculation,
-        };
         Self {
-            engine: checkpoint.engine(options),
+            engine: checkpoint.engine(engine_options(&options)),
             checkpoint,
             plan,
+            metrics,
             commands,
             arrived: VecDeque::new(),
             queue: VecDeque::new(),
             active: HashMap::new(),
-            prefix: PrefixCache::new(state.options.prefix_cache, state.options.prefix_host),
+            prefix: PrefixCache::new(options.prefix_cache, options.prefix_host),
             copies: Vec::new(),
             bytes: 0,
             dense_bytes: 0,
             sizes: RefCell::default(),
             stops_at: None,
-            state,
+            options,
         }
     }
 
     /// Tokens that a sequence for so many has room for.
     fn capacity(&self, length: usize) -> usize {
-        rounded(length.max(self.state.options.min_context), self.state.model.context)
+        rounded(length.max(self.options.min_context), self.options.context(&self.checkpoint.model))
     }
 
     /// Slots of rings by which guesses are forgotten again.
     fn slack(&self) -> usize {
-        self.state.options.speculation.draft_tokens()
+        self.options.speculation.draft_tokens()
     }
 
-    /// Bytes of keys and values of a sequence of this length, and of one with dense attention.
-    pub(crate) fn bytes_of(&self, length: usize) -> Result<(u64, u64), Error> {
+    /// What a sequence of this length takes.
+    pub(crate) fn sizes(&self, length: usize) -> Result<Sizes, Error> {
         let (checkpoint, capacity) = (&self.checkpoint, self.capacity(length));
         if let Some(sizes) = self.sizes.borrow().get(&capacity) {
             return Ok(*sizes);
         }
-        let own = checkpoint.request_bytes(&self.plan, capacity, self.state.options.speculation)?;
-        let sizes = (own, checkpoint.model.dense_bytes(capacity)?);
+        let (model, plan, slack) = (&checkpoint.model, &self.plan, self.slack());
+        let sizes = Sizes {
+            bytes: checkpoint.request_bytes(plan, capacity, self.options.speculation)?,
+            kept_bytes: model.cache_bytes(plan, capacity, slack)?,
+            dense_bytes: model.cache_bytes(&Plan::full(model.shape())?, capacity, 0)?,
+            has_rings: model.has_rings(plan, capacity, slack)?,
+        };
         self.sizes.borrow_mut().insert(capacity, sizes);
         Ok(sizes)
     }
 
-    /// Runs a short request, so that the first one that comes need not wait for what a GPU loads when it first needs it.
-    fn warm_up(&self) {
+    /// Whether the loop can go on after an error of one request: devices that share the model no longer do the same after one
+    /// of theirs.
+    fn go_on_after(&self, error: Error) -> Result<(), Error> {
+        use Error::{ContextExceeded, Core, Invalid, OutOfMemory};
+        match error {
+            Invalid { .. } | ContextExceeded { .. } | Core(_) | OutOfMemory { .. } => Ok(()),
+            _ if self.checkpoint.model.ranks() == 1 => Ok(()),
+            error => Err(error),
+        }
+    }
+
+    /// Runs short requests, so that the first ones that come need not wait for what a GPU loads when it first needs it, which
+    /// depends on the rows of a step: as many at once as may run, and one with as long a prompt as a step reads.
+    fn warm_up(&self) -> Result<(), Error> {
         const TOKENS: usize = 64;
+        const NEW_TOKENS: usize = 8;
         let model = &self.checkpoint.model;
-        if model.device().replayed_tokens(1) <= 1 || self.state.model.context < 2 * TOKENS {
-            return;
+        let context = self.options.context(model);
+        if model.device().replayed_tokens(1) <= 1 || context < 2 * TOKENS {
+            return Ok(());
         }
-        let options = GenerateOptions {
-            max_new_tokens: 8,
-            eos_token_ids: Some(Vec::new()),
-            ..GenerateOptions::default()
-        };
+        let bytes = model.cache_bytes(&self.plan, TOKENS + NEW_TOKENS, self.slack())?;
+        let room = usize::try_from(self.options.kv_memory / bytes.max(1)).unwrap_or(usize::MAX);
+        let longest = self.options.prefill_chunk.min(context - NEW_TOKENS);
         // An engine of its own: what is learned of answers' lengths and what fails stay there.
-        let mut engine = self.checkpoint.engine(EngineOptions::default());
-        for _ in 0..2 {
-            engine.submit(vec![0; TOKENS], &self.plan, options.clone());
+        let mut engine = self.checkpoint.engine(engine_options(&self.options));
+        for (requests, tokens) in [(self.options.max_batch.min(room), TOKENS), (1, longest)] {
+            for at in 0..requests {
+                let sampling = SamplingOptions {
+                    // Some are drawn and some are not.
+                    temperature: (at % 2) as f32,
+                    top_p: 0.9,
+                    ..SamplingOptions::default()
+                };
+                let options = GenerateOptions {
+                    max_new_tokens: NEW_TOKENS,
+                    sampling,
+                    eos_token_ids: Some(Vec::new()),
+                    ..GenerateOptions::default()
+                };
+                engine.submit(vec![0; tokens], &self.plan, options);
+            }
+            // What fails here fails again, where it is told.
+            if let Err(error) = engine.complete_all() {
+                tracing::warn!("the first steps failed: {error}");
+            }
         }
-        // What fails here fails again, where it is told.
-        if let Err(error) = engine.complete_all() {
-            tracing::warn!("the first steps failed: {error}");
-        }
+        Ok(())
     }
 
     /// Runs jobs until it is told to stop and none is left.
     ///
     /// # Errors
-    /// That of the device, if it fails again and again.
+    /// That of the device, if it fails again and again; of devices that share the model, the first one.
     pub(crate) fn run(&mut self) -> Result<(), Error> {
-        self.warm_up();
+        let ran = self.warm_up().and_then(|()| self.run_turns());
+        if ran.is_err() {
+            self.end_all(&ApiError::stopping());
+        }
+        self.tell_gauges();
+        ran
+    }
+
+    fn run_turns(&mut self) -> Result<(), Error> {
         let mut failures = 0;
         loop {
-            if !self.take_commands() {
-                break;
+            let turn = self.next_turn()?;
+            self.drop_those_that_left(&turn);
+            self.take_in(&turn);
+            match turn.end {
+                End::NotYet => {}
+                End::Idle => return Ok(()),
+                End::Late => {
+                    self.end_all(&ApiError::stopping());
+                    return Ok(());
+                }
             }
-            self.drop_those_that_left();
             self.prefix.collect(false);
-            self.admit();
+            self.admit()?;
             self.tell_gauges();
             let begin = Instant::now();
-            let is_full = self.places() >= self.state.options.max_batch;
+            let is_full = self.places() >= self.options.max_batch;
             let (commands, arrived) = (&self.commands, &mut self.arrived);
             // What comes may join the next step, where there is a place.
             let goes_on = || {
                 arrived.extend(commands.try_iter());
                 is_full || arrived.is_empty()
             };
+            let mut ended = Ok(());
             match self.engine.step_ahead(goes_on) {
                 Ok(Some(event)) => {
-                    self.state.metrics.step.observe(begin.elapsed());
+                    self.metrics.step.observe(begin.elapsed());
                     // A step that only reads prompts says nothing of one that decodes.
                     if matches!(event, Event::Token { .. }) {
                         failures = 0;
                     }
-                    self.handle(event);
+                    self.handle(event)?;
                 }
                 Ok(None) => {}
                 Err(error) => {
                     tracing::error!("a step failed: {error}");
                     failures += 1;
                     self.prefix.clear();
-                    if failures >= MOST_FAILURES {
-                        self.end_all(&ApiError::stopping());
-                        self.tell_gauges();
-                        return Err(error);
+                    if failures >= MOST_FAILURES || self.checkpoint.model.ranks() > 1 {
+                        ended = Err(error);
                     }
                 }
             }
             while let Some(event) = self.engine.poll() {
-                self.handle(event);
+                self.handle(event)?;
             }
-            self.keep_copies();
+            ended?;
+            self.keep_copies()?;
         }
-        self.tell_gauges();
-        Ok(())
-    }
-
-    /// Takes what has come, and waits where nothing else is to be done. `false` when all is over.
-    fn take_commands(&mut self) -> bool {
-        loop {
-            let is_idle = self.queue.is_empty() && self.active.is_empty();
-            let command = match is_idle {
-                true if self.stops_at.is_some() => return false,
-                true => {
-                    // So that the numbers are right while nothing happens.
-                    self.tell_gauges();
-                    self.arrived.pop_front().or_else(|| self.commands.recv().ok())
-                }
-                false => {
-                    match self.arrived.pop_front().map_or_else(|| self.commands.try_recv(), Ok) {
-                        Ok(command) => Some(command),
-                        Err(mpsc::TryRecvError::Empty) => break,
-                        Err(mpsc::TryRecvError::Disconnected) => None,
-                    }
-                }
-            };
-            match command {
-                Some(Command::Job(job)) => enqueue(&mut self.queue, Queued { job, overtaken: 0 }),
-                Some(Command::Stop) | None => {
-                    let ends = Instant::now() + self.state.options.grace;
-                    self.stops_at.get_or_insert(ends);
-                }
-            }
-        }
-        if self.stops_at.is_some_and(|at| Instant::now() >= at) {
-            self.end_all(&ApiError::stopping());
-            return false;
-        }
-        true
     }
 
     fn tell_gauges(&self) {
-        let metrics = &self.state.metrics;
+        let metrics = &self.metrics;
         metrics.running.store(self.active.len() as u64, Relaxed);
         metrics.kv_bytes.store(self.bytes, Relaxed);
         metrics.kv_bytes_dense.store(self.dense_bytes, Relaxed);
         metrics.prefix_bytes.store(self.prefix.bytes(), Relaxed);
         metrics.prefix_host_bytes.store(self.prefix.host_bytes(), Relaxed);
+    }
+}
+
+fn engine_options(options: &ServerOptions) -> EngineOptions {
+    EngineOptions {
+        prefill_chunk: options.prefill_chunk,
+        max_batch: options.max_batch,
+        speculation: options.speculation,
     }
 }
 

@@ -48,8 +48,16 @@ pub(super) struct Entry<S> {
     bytes: u64,
     /// When it was last of use.
     used: Cell<u64>,
-    /// It was kept in the middle of a prompt, whether anybody goes on from there or not.
-    is_mark: bool,
+    /// It was kept in the middle of a prompt, and nobody has gone on from there yet.
+    is_mark: Cell<bool>,
+}
+
+impl<S> Entry<S> {
+    /// A request goes on from it.
+    fn is_of_use(&self, clock: u64) {
+        self.used.set(clock);
+        self.is_mark.set(false);
+    }
 }
 
 /// A sequence in either memory.
@@ -114,24 +122,20 @@ impl<S: Kept> Tier<S> {
     }
 }
 
-/// The entry that has most of a prompt's first `most` tokens and how many, and how many any has, though it may not be
-/// cut there.
-fn find<'a, S: Kept + 'a>(
+/// How many of a prompt's tokens each entry begins with, none where it is of another capacity, and whether it can be cut
+/// there and is worth it.
+fn commons<'a, S: Kept + 'a>(
     entries: impl Iterator<Item = &'a Entry<S>>,
     prompt: &[u32],
-    most: usize,
     capacity: usize,
-) -> (Option<(&'a Entry<S>, usize)>, usize) {
-    let (mut best, mut parted) = (None, 0);
-    for entry in entries.filter(|entry| entry.sequence.capacity() == capacity) {
-        let common = common(&entry.tokens, prompt).min(most);
-        parted = parted.max(common);
-        let better = best.is_none_or(|(_, len)| common > len);
-        if common >= FEWEST && better && entry.sequence.can_truncate(common) {
-            best = Some((entry, common));
+) -> impl Iterator<Item = (usize, bool)> {
+    entries.map(move |entry| {
+        if entry.sequence.capacity() != capacity {
+            return (0, false);
         }
-    }
-    (best, parted)
+        let common = common(&entry.tokens, prompt);
+        (common, common >= FEWEST && entry.sequence.can_truncate(common))
+    })
 }
 
 fn has<'a, S: Kept + 'a>(
@@ -194,7 +198,7 @@ impl<D: Math + 'static> PrefixCache<D> {
     /// The longest beginning of `prompt`, without its last token, that a sequence of this capacity has.
     ///
     /// # Errors
-    /// As [`Decoder::fork`].
+    /// As [`Decoder::fork`], and those of [`Decoder::on_all_ranks`].
     pub(crate) fn find(
         &mut self,
         model: &Decoder<D>,
@@ -202,38 +206,42 @@ impl<D: Math + 'static> PrefixCache<D> {
         capacity: usize,
     ) -> Result<Beginning<D>> {
         // At least one token must be read to have logits.
-        let most = prompt.len().saturating_sub(1);
-        let (own, mut parted) = find(self.device.entries.iter(), prompt, most, capacity);
+        let beginning = &prompt[..prompt.len().saturating_sub(1)];
         // What is being copied is on the device still, so that nobody waits for a copy.
-        let entries = self.copier.iter().flat_map(Copier::entries);
-        let (copying, parted_copying) = find(entries, prompt, most, capacity);
-        let (offloaded, parted_host) = find(self.host.entries.iter(), prompt, most, capacity);
-        parted = parted.max(parted_copying).max(parted_host);
-        for (of, tokens) in &self.remembered {
-            if *of == capacity {
-                parted = parted.max(common(tokens, prompt).min(most));
-            }
-        }
+        let copying = || self.copier.iter().flat_map(Copier::entries);
+        let commons: Vec<(usize, bool)> = commons(self.device.entries.iter(), beginning, capacity)
+            .chain(commons(copying(), beginning, capacity))
+            .chain(commons(self.host.entries.iter(), beginning, capacity))
+            .collect();
+        let remembered = self.remembered.iter().filter(|(of, _)| *of == capacity);
+        let parted = remembered.map(|(_, tokens)| common(tokens, beginning));
+        let parted = parted.chain(commons.iter().map(|own| own.0)).max().unwrap_or(0);
         // A step ends only where a whole stretch of the prompt is left.
         let parted = parted.min(prompt.len().saturating_sub(model.device().many_rows()));
-        let lens = [own.map(|at| at.1), copying.map(|at| at.1), offloaded.map(|at| at.1)];
-        let found = lens.into_iter().flatten().max().unwrap_or(0);
+        // Ranks have rings of their own, of which those of all must reach back so far.
+        let can_cut = model.on_all_ranks(commons.iter().map(|own| own.1).collect())?;
+        let fitting = (0..commons.len()).rev().filter(|at| can_cut[*at]);
+        let best = fitting.max_by_key(|at| commons[*at].0);
+        let found = best.map_or(0, |at| commons[at].0);
         let fork = (parted >= FEWEST.max(found + FEWEST)).then_some(parted);
         self.clock += 1;
-        let mut sequence = match (own, copying, offloaded) {
-            (Some((entry, len)), ..) if len == found => {
-                entry.used.set(self.clock);
+        let Some(at) = best else { return Ok(Beginning { sequence: None, fork }) };
+        let after = at.checked_sub(self.device.entries.len());
+        let mut sequence = match (after, after.and_then(|at| copying().nth(at))) {
+            (None, _) => {
+                let entry = &self.device.entries[at];
+                entry.is_of_use(self.clock);
                 model.fork(&entry.sequence)?
             }
-            (_, Some((entry, len)), _) if len == found => {
-                entry.used.set(self.clock);
+            (Some(_), Some(entry)) => {
+                entry.is_of_use(self.clock);
                 model.fork(&entry.sequence)?
             }
-            (.., Some((entry, _))) => {
-                entry.used.set(self.clock);
+            (Some(after), None) => {
+                let entry = &self.host.entries[after - copying().count()];
+                entry.is_of_use(self.clock);
                 model.reload(&entry.sequence)?
             }
-            _ => return Ok(Beginning { sequence: None, fork }),
         };
         model.truncate(&mut sequence, found)?;
         Ok(Beginning { sequence: Some(sequence), fork })
@@ -272,10 +280,12 @@ impl<D: Math + 'static> PrefixCache<D> {
             if bytes > self.device.limit / MARKS {
                 return;
             }
-            let marks = self.device.entries.iter().filter(|entry| entry.is_mark);
+            let marks = self.device.entries.iter().filter(|entry| entry.is_mark.get());
             let mut all = bytes + marks.map(|entry| entry.bytes).sum::<u64>();
             while all > self.device.limit / MARKS {
-                let Some(entry) = self.device.take_oldest(|entry| entry.is_mark) else { return };
+                let Some(entry) = self.device.take_oldest(|entry| entry.is_mark.get()) else {
+                    return;
+                };
                 all -= entry.bytes;
                 self.offload(model, entry);
             }
@@ -284,7 +294,7 @@ impl<D: Math + 'static> PrefixCache<D> {
             self.offload(model, entry);
         }
         self.clock += 1;
-        let used = Cell::new(self.clock);
+        let (used, is_mark) = (Cell::new(self.clock), Cell::new(is_mark));
         self.device.entries.push(Entry { tokens, sequence, bytes, used, is_mark });
     }
 
@@ -470,6 +480,24 @@ mod tests {
         let kept = (0..6).filter(|n| cache.has(&Texts::tokens(*n), Texts::CAPACITY));
         assert_eq!(kept.collect::<Vec<_>>(), [0, 4, 5]);
         assert_eq!(cache.bytes(), 3 * device);
+    }
+
+    #[test]
+    fn a_mark_that_a_request_goes_on_from_is_kept_as_other_prompts_are() {
+        let texts = Texts::new();
+        let (device, _) = texts.bytes();
+        let mut cache = PrefixCache::new(8 * device, 0);
+        let mark = |cache: &mut PrefixCache<Cpu>, number: u32| {
+            let sequence = texts.read(&Texts::tokens(number));
+            cache.insert(&texts.model, Texts::tokens(number), sequence, device, true);
+        };
+        mark(&mut cache, 1);
+        let prompt = [&Texts::tokens(1)[..], &[7]].concat();
+        let found = cache.find(&texts.model, &prompt, Texts::CAPACITY).unwrap();
+        assert_eq!(found.sequence.map(|own| own.len()), Some(150));
+        (2..7).for_each(|number| mark(&mut cache, number));
+        let kept = (1..7).filter(|n| cache.has(&Texts::tokens(*n), Texts::CAPACITY));
+        assert_eq!(kept.collect::<Vec<_>>(), [1, 5, 6], "two marks have room beside it");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Jobs that wait, by priority.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use super::Job;
 
@@ -9,7 +10,7 @@ pub(super) const MOST_OVERTAKEN: usize = 32;
 
 /// A job that does not run yet.
 pub(super) struct Queued {
-    pub(super) job: Box<Job>,
+    pub(super) job: Arc<Job>,
     /// Times that a later job began before it.
     pub(super) overtaken: usize,
 }

@@ -1,11 +1,13 @@
 //! The server over real sockets, on the model that comes with the repository.
 
 mod api;
+mod bodies;
 mod client;
 mod limits;
 mod prefix;
+mod ranks;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 use std::thread::JoinHandle;
 
@@ -15,11 +17,13 @@ use moa_server::{Server, ServerOptions, ShutdownHandle};
 
 use client::Client;
 
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/moa-tiny")
+}
+
 fn checkpoint() -> Checkpoint<Cpu> {
-    static TINY: LazyLock<Checkpoint<Cpu>> = LazyLock::new(|| {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/moa-tiny");
-        Checkpoint::open(Cpu::new(Dtype::F32), folder).expect("moa-tiny")
-    });
+    static TINY: LazyLock<Checkpoint<Cpu>> =
+        LazyLock::new(|| Checkpoint::open(Cpu::new(Dtype::F32), folder()).expect("moa-tiny"));
     TINY.clone()
 }
 
