@@ -128,6 +128,10 @@ extern "C" __global__ void __launch_bounds__(256) append_narrow(const __grid_con
     unpack8(x, words);
     rotate_if(rounded && rotates(type), 1, x, lane);
     const u32 scale = scale_of(largest(x), type);
+    if (args.key_feedback != nullptr) {
+        const bool fed = rounded && is_key && type == INT4;
+        feed_back(x, scale, fed, args.key_feedback + (fed ? (i64)head * HEAD_DIM * HEAD_DIM : 0), lane);
+    }
     const uint2 codes = round_row(x, scale, type);
     const uint2 joined = join_halves(codes, lane);
     if (rounded && kept && (args.commit & 2)) {

@@ -110,6 +110,42 @@ __device__ __forceinline__ float reciprocal(float x) {
 // Added to a small number it leaves the nearest whole number in the lowest bits.
 #define WHOLE 12582912.0f
 
+// The code of 4 bits of an element, given its row's scale and one over it.
+__device__ __forceinline__ int int4_of(float x, float scale, float inverse) {
+    // Elements that feedback was added to may lie outside of all cells.
+    const float quotient = fminf(fmaxf(__fmaf_rn(x, inverse, 7.5f), -1.0f), 16.0f);
+    const float moved = __fadd_rn(quotient, WHOLE);
+    const float cell = moved - (WHOLE + 8);
+    int code = (int)(__float_as_uint(moved) - __float_as_uint(WHOLE));
+    if (x < __fmul_rn(cell, scale)) code -= 1;
+    else if (x >= __fmul_rn(cell + 1, scale)) code += 1;
+    return min(max(code, 0), 15);
+}
+
+// Gives what is left of each element of rows that are `fed`, once it has its code, to those before it:
+// `moa_core::key_feedback`. All lanes of a warp come here; a product of 12 bits by 12 is exact.
+__device__ __forceinline__ void feed_back(float (&x)[8], u32 scale_bits, bool fed, const float* feedback, int lane) {
+    // From 2^-60 to 2^60.
+    fed = fed && scale_bits >= 0x2180 && scale_bits <= 0x5d80;
+    if (!__any_sync(~0u, fed)) return;
+    const float scale = __uint_as_float(scale_bits << 16), inverse = reciprocal(scale);
+    for (int last = HEAD_DIM / 8 - 1; last >= 0; last--) {
+#pragma unroll
+        for (int i = 7; i >= 0; i--) {
+            const float value = ((float)int4_of(x[i], scale, inverse) - 7.5f) * scale;
+            float left = __uint_as_float(__float_as_uint(__fsub_rn(x[i], value)) & 0xfffff000u);
+            left = __shfl_sync(~0u, left, last, ROW_LANES);
+            if (!fed || lane > last) continue;
+            const float4* const row = (const float4*)(feedback + (last * 8 + i) * HEAD_DIM + lane * 8);
+            const float4 low = row[0], high = row[1];
+            const float shares[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+            // Those of elements that have their codes are 0.
+#pragma unroll
+            for (int j = 0; j < 8; j++) x[j] = __fmaf_rn(shares[j], left, x[j]);
+        }
+    }
+}
+
 // Rounds a lane's eight elements to codes, one in a byte, those of 4 bits in its low half. The elements become what
 // the codes stand for. Quotients are not exact: what is near a boundary is decided by exact products.
 __device__ __forceinline__ uint2 round_row(float (&x)[8], u32 scale_bits, int type) {
@@ -140,15 +176,8 @@ __device__ __forceinline__ uint2 round_row(float (&x)[8], u32 scale_bits, int ty
     } else if (type == INT4) {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            const float moved = __fadd_rn(__fmaf_rn(x[i], inverse, 7.5f), WHOLE);
-            const float cell = moved - (WHOLE + 8);
-            // Of the smallest element perhaps -1.
-            int code = (int)(__float_as_uint(moved) - __float_as_uint(WHOLE));
-            if (x[i] < __fmul_rn(cell, scale)) code -= 1;
-            else if (x[i] >= __fmul_rn(cell + 1, scale)) code += 1;
-            code = min(code, 15);
-            codes[i] = code;
-            x[i] = ((float)code - 7.5f) * scale;
+            codes[i] = int4_of(x[i], scale, inverse);
+            x[i] = ((float)(int)codes[i] - 7.5f) * scale;
         }
     } else {
 #pragma unroll
