@@ -110,16 +110,14 @@ __device__ __forceinline__ float reciprocal(float x) {
 // Added to a small number it leaves the nearest whole number in the lowest bits.
 #define WHOLE 12582912.0f
 
-// The code of 4 bits of an element, given its row's scale and one over it.
-__device__ __forceinline__ int int4_of(float x, float scale, float inverse) {
+// The cell of 4 bits, from -8 to 7, that an element lies in, given its row's scale and one over it.
+__device__ __forceinline__ float cell_of(float x, float scale, float inverse) {
     // Elements that feedback was added to may lie outside of all cells.
-    const float quotient = fminf(fmaxf(__fmaf_rn(x, inverse, 7.5f), -1.0f), 16.0f);
-    const float moved = __fadd_rn(quotient, WHOLE);
-    const float cell = moved - (WHOLE + 8);
-    int code = (int)(__float_as_uint(moved) - __float_as_uint(WHOLE));
-    if (x < __fmul_rn(cell, scale)) code -= 1;
-    else if (x >= __fmul_rn(cell + 1, scale)) code += 1;
-    return min(max(code, 0), 15);
+    const float quotient = fminf(fmaxf(__fmul_rn(x, inverse), -9.0f), 9.0f);
+    float cell = __fadd_rn(__fadd_rn(quotient, -0.5f), WHOLE) - WHOLE;
+    if (x < __fmul_rn(cell, scale)) cell -= 1;
+    else if (x >= __fmul_rn(cell + 1, scale)) cell += 1;
+    return fminf(fmaxf(cell, -8.0f), 7.0f);
 }
 
 // Gives what is left of each element of rows that are `fed`, once it has its code, to those before it:
@@ -132,7 +130,7 @@ __device__ __forceinline__ void feed_back(float (&x)[8], u32 scale_bits, bool fe
     for (int last = HEAD_DIM / 8 - 1; last >= 0; last--) {
 #pragma unroll
         for (int i = 7; i >= 0; i--) {
-            const float value = ((float)int4_of(x[i], scale, inverse) - 7.5f) * scale;
+            const float value = (cell_of(x[i], scale, inverse) + 0.5f) * scale;
             float left = __uint_as_float(__float_as_uint(__fsub_rn(x[i], value)) & 0xfffff000u);
             left = __shfl_sync(~0u, left, last, ROW_LANES);
             if (!fed || lane > last) continue;
@@ -176,8 +174,9 @@ __device__ __forceinline__ uint2 round_row(float (&x)[8], u32 scale_bits, int ty
     } else if (type == INT4) {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            codes[i] = int4_of(x[i], scale, inverse);
-            x[i] = ((float)(int)codes[i] - 7.5f) * scale;
+            const float cell = cell_of(x[i], scale, inverse);
+            codes[i] = __float_as_uint(cell + (WHOLE + 8)) - __float_as_uint(WHOLE);
+            x[i] = (cell + 0.5f) * scale;
         }
     } else {
 #pragma unroll

@@ -89,12 +89,7 @@ impl RowType {
     /// # Panics
     /// If there are not [`code_bytes`](Self::code_bytes) codes, or not as many numbers of the feedback as the square of
     /// the row's.
-    pub fn narrow_with(
-        self,
-        feedback: Option<&[f32]>,
-        row: &mut [f32],
-        codes: &mut [u8],
-    ) -> u16 {
+    pub fn narrow_with(self, feedback: Option<&[f32]>, row: &mut [f32], codes: &mut [u8]) -> u16 {
         assert_eq!(codes.len(), self.code_bytes(row.len()));
         if self.rotates() {
             rotate(row);
