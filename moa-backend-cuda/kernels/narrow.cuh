@@ -121,25 +121,40 @@ __device__ __forceinline__ float cell_of(float x, float scale, float inverse) {
 }
 
 // Gives what is left of each element of rows that are `fed`, once it has its code, to those before it:
-// `moa_core::key_feedback`. All lanes of a warp come here; a product of 12 bits by 12 is exact.
+// `moa_core::key_feedback`. All lanes of a warp come here; a product of 12 bits by 12 is exact. A lane chooses its eight codes
+// by itself, and those before it learn then what is left.
 __device__ __forceinline__ void feed_back(float (&x)[8], u32 scale_bits, bool fed, const float* feedback, int lane) {
     // From 2^-60 to 2^60.
     fed = fed && scale_bits >= 0x2180 && scale_bits <= 0x5d80;
     if (!__any_sync(~0u, fed)) return;
     const float scale = __uint_as_float(scale_bits << 16), inverse = reciprocal(scale);
     for (int last = HEAD_DIM / 8 - 1; last >= 0; last--) {
+        // Eight rows at once: what is chosen does not wait for each.
+        float shares[8][8] = {};
+        if (fed && lane <= last) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const float4* const row = (const float4*)(feedback + (last * 8 + i) * HEAD_DIM + lane * 8);
+                const float4 low = row[0], high = row[1];
+                shares[i][0] = low.x, shares[i][1] = low.y, shares[i][2] = low.z, shares[i][3] = low.w;
+                shares[i][4] = high.x, shares[i][5] = high.y, shares[i][6] = high.z, shares[i][7] = high.w;
+            }
+        }
+        float left[8];
 #pragma unroll
         for (int i = 7; i >= 0; i--) {
-            const float value = (cell_of(x[i], scale, inverse) + 0.5f) * scale;
-            float left = __uint_as_float(__float_as_uint(__fsub_rn(x[i], value)) & 0xfffff000u);
-            left = __shfl_sync(~0u, left, last, ROW_LANES);
-            if (!fed || lane > last) continue;
-            const float4* const row = (const float4*)(feedback + (last * 8 + i) * HEAD_DIM + lane * 8);
-            const float4 low = row[0], high = row[1];
-            const float shares[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-            // Those of elements that have their codes are 0.
+            left[i] = x[i];
 #pragma unroll
-            for (int j = 0; j < 8; j++) x[j] = __fmaf_rn(shares[j], left, x[j]);
+            for (int j = 7; j > i; j--) left[i] = __fmaf_rn(shares[j][i], left[j], left[i]);
+            const float value = (cell_of(left[i], scale, inverse) + 0.5f) * scale;
+            if (fed && lane == last) x[i] = left[i];
+            left[i] = __uint_as_float(__float_as_uint(__fsub_rn(left[i], value)) & 0xfffff000u);
+        }
+#pragma unroll
+        for (int i = 7; i >= 0; i--) {
+            const float given = __shfl_sync(~0u, left[i], last, ROW_LANES);
+#pragma unroll
+            for (int j = 0; j < 8; j++) x[j] = fed && lane < last ? __fmaf_rn(shares[i][j], given, x[j]) : x[j];
         }
     }
 }

@@ -181,7 +181,7 @@ pub struct AppendArgs {
     pub wide_v: DevicePointer,
     /// f32 `[kv_heads, head_dim]` that is added to rotated keys, or 0.
     pub key_shift: DevicePointer,
-    /// `append_narrow`: f32 `[kv_heads, head_dim, head_dim]` of [`moa_core::key_feedback`], or 0.
+    /// `append_narrow_fed`: f32 `[kv_heads, head_dim, head_dim]` of [`moa_core::key_feedback`], or 0.
     pub key_feedback: DevicePointer,
 }
 

@@ -8,8 +8,11 @@
 //!
 //! Both are those of [`TOKENS`] tokens of running text, [`Decoder::set_sample`], of which the first is left out, as it is
 //! unlike the others; of tokens that are drawn at random where a model has none. They are found when a sequence first needs
-//! them, by one step of the model. Log-sum-exps of rows would be off by `q . m`, so that who asks for them gets keys as
-//! they are.
+//! them, by one step of the model. Its queries and keys are turned as if they stood at [places](spread) all over the model's
+//! context: those of the first thousand positions tell little of what later ones have in common. Log-sum-exps of rows
+//! would be off by `q . m`, so that who asks for them gets keys as they are.
+
+use std::ops::Range;
 
 use moa_core::{
     Append, CacheState, CacheType, ExtendInputs, LayerLayout, Plan, RowType,
@@ -25,6 +28,9 @@ use crate::device::{Device, Math};
 
 /// Tokens that are looked at.
 pub(crate) const TOKENS: usize = 1024;
+
+/// Tokens that stay together where they are [spread].
+const STRETCH: usize = 16;
 
 /// What becomes of rotated keys before they go into caches, and as they do.
 pub(crate) struct NarrowKeys<D: Device> {
@@ -116,14 +122,19 @@ impl<D: Math> Decoder<D> {
         let (heads, dim) = (self.local.kv_heads, c.head_dim);
         let table = self.rope(tokens)?;
         let rotations = device.rotations(&[(&table, 0..tokens)])?;
+        let far = self.rope(c.context_length())?;
+        let places: Vec<_> =
+            spread(tokens, c.context_length()).map(|place| (&far, place)).collect();
+        let places = device.rotations(&places)?;
         // The first token is left out, if it is not the only one.
         let left_out = usize::from(tokens > 1);
         let mut all = Vec::new();
         let mut layers = Vec::with_capacity(self.layers.len());
         self.blocks(self.embed(ids)?, |index, [q, k, v]| {
-            let [q, k] = self.rotated(&self.layers[index], q, k, &rotations)?;
-            let [queries, keys] = [&q, &k].map(|x| device.values(x.clone()));
-            let (queries, keys) = (queries?, keys?);
+            let layer = &self.layers[index];
+            let [queries, keys] = self.rotated(layer, q.clone(), k.clone(), &places)?;
+            let (queries, keys) = (device.values(queries)?, device.values(keys)?);
+            let [q, k] = self.rotated(layer, q, k, &rotations)?;
             let width = queries.len() / tokens;
             let shifts = shifts_of(&keys[left_out * heads * dim..], heads * dim);
             let feedback: Vec<f32> = (0..heads)
@@ -148,6 +159,17 @@ impl<D: Math> Decoder<D> {
         })?;
         Ok(NarrowKeys { layers, fingerprint: fingerprint(&all) })
     }
+}
+
+/// Places of so many tokens in a context, in stretches: by the square, so that all orders of length count.
+fn spread(tokens: usize, context: usize) -> impl Iterator<Item = Range<usize>> {
+    let stretches = tokens.div_ceil(STRETCH);
+    (0..stretches).map(move |stretch| {
+        let len = STRETCH.min(tokens - stretch * STRETCH);
+        let share = stretch as f64 / stretches as f64;
+        let start = ((share * share * context as f64) as usize).min(context - len);
+        start..start + len
+    })
 }
 
 /// Zeros, and the negatives of the rows' mean.
@@ -185,4 +207,29 @@ fn moments<'a>(rows: impl Iterator<Item = &'a [f32]>, dim: usize) -> Vec<f64> {
 fn random_tokens(count: usize, vocab_size: usize) -> Vec<u32> {
     let mut random = SplitMix64::new(0);
     (0..count).map(|_| random.below(vocab_size) as u32).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_spread_over_all_of_the_context() {
+        for (tokens, context) in [(1, 1), (16, 16), (100, 128), (1024, 1024), (1024, 131_072)] {
+            let places: Vec<Range<usize>> = spread(tokens, context).collect();
+            assert_eq!(places.iter().map(Range::len).sum::<usize>(), tokens);
+            assert!(places.is_sorted_by_key(|place| place.start));
+            assert_eq!(places[0].start, 0);
+            assert!(places.iter().all(|place| place.end <= context));
+            let last = &places[places.len() - 1];
+            assert!(tokens < 1024 || last.end > context / 10 * 9);
+        }
+    }
+
+    #[test]
+    fn moments_are_sums_of_products() {
+        let rows = [[1.0, 2.0], [3.0, -1.0]];
+        let found = moments(rows.iter().map(|row| &row[..]), 2);
+        assert_eq!(found, [10.0, -1.0, -1.0, 5.0]);
+    }
 }
