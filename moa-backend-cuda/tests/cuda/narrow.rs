@@ -59,8 +59,9 @@ fn rows(cuda: &Cuda, dim: usize, tokens: usize, seed: u64) -> Vec<f32> {
 fn caches_hold_the_bits_of_the_specification() -> Verdict {
     let tokens = 200;
     let types = TYPES.map(|own| (own, false)).into_iter().chain([(CacheType::Int4, true)]);
-    for (dtype, (own, is_fed)) in
-        [Dtype::F16, Dtype::Bf16].into_iter().flat_map(|dtype| types.clone().map(move |of| (dtype, of)))
+    for (dtype, (own, is_fed)) in [Dtype::F16, Dtype::Bf16]
+        .into_iter()
+        .flat_map(|dtype| types.clone().map(move |of| (dtype, of)))
     {
         let cuda = Cuda::of_type(dtype, own)?;
         for dim in HEAD_DIMS {

@@ -9,8 +9,8 @@ use crate::checkpoint::mapped::MappedTensor;
 use crate::checkpoint::safetensors::Tensors;
 use crate::decoder::block_savings::BlockSavings;
 use crate::decoder::config::ModelConfig;
-use crate::decoder::narrow_keys::NarrowKeys;
 use crate::decoder::layer::{Layer, LayerPart};
+use crate::decoder::narrow_keys::NarrowKeys;
 use crate::decoder::shard::Shard;
 use crate::device::{Device, Math};
 

@@ -106,7 +106,11 @@ impl Recorded {
             layers,
             rotary: batch.rotary.clone(),
             key_shifts: batch.key_shifts.iter().map(|table| table.map_or(0, shift)).collect(),
-            key_feedback: batch.key_feedback.iter().map(|own| own.map_or(0, Tensor::pointer)).collect(),
+            key_feedback: batch
+                .key_feedback
+                .iter()
+                .map(|own| own.map_or(0, Tensor::pointer))
+                .collect(),
             workspace,
             heads: [batch.query_heads, kv_heads, kv_heads],
             head_dim: batch.head_dim,
