@@ -161,13 +161,14 @@ impl<D: Math> Decoder<D> {
     }
 }
 
-/// Places of so many tokens in a context, in stretches: by the square, so that all orders of length count.
+/// Places of so many tokens in a context, in stretches: by the cube of their number, so that short sequences count as
+/// well as long ones.
 fn spread(tokens: usize, context: usize) -> impl Iterator<Item = Range<usize>> {
     let stretches = tokens.div_ceil(STRETCH);
     (0..stretches).map(move |stretch| {
         let len = STRETCH.min(tokens - stretch * STRETCH);
         let share = stretch as f64 / stretches as f64;
-        let start = ((share * share * context as f64) as usize).min(context - len);
+        let start = ((share.powi(3) * context as f64) as usize).min(context - len);
         start..start + len
     })
 }
