@@ -168,7 +168,7 @@ fn spread(tokens: usize, context: usize) -> impl Iterator<Item = Range<usize>> {
     (0..stretches).map(move |stretch| {
         let len = STRETCH.min(tokens - stretch * STRETCH);
         let share = stretch as f64 / stretches as f64;
-        let start = ((share.powi(3) * context as f64) as usize).min(context - len);
+        let start = ((share * share * share * context as f64) as usize).min(context - len);
         start..start + len
     })
 }
