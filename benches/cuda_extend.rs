@@ -363,6 +363,6 @@ impl Inputs {
         };
         let scale = 1.0 / (head_dim as f32).sqrt();
         let [q, k, v, out] = [&self.q, &self.k, &self.v, &self.out].map(at);
-        Tensors { q, k, v, out, lse: 0, scale, sinks: 0, rope: None }
+        Tensors { q, k, v, out, lse: 0, scale, sinks: 0, key_feedback: 0, rope: None }
     }
 }

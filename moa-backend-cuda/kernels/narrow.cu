@@ -1,4 +1,4 @@
-// append_narrow: `append` for caches with narrow heads, whose rows it rounds to codes and scales.
+// append_narrow, append_narrow_fed: `append` for caches with narrow heads, whose rows it rounds to codes and scales.
 // widen: 16-bit copies of what a narrow head's cache holds, for the kernels of long chunks.
 //
 // A row has ROW_LANES threads of eight neighbouring elements, all in one warp, which keeps together: grids
@@ -39,7 +39,8 @@ __device__ __forceinline__ void rotate_if(bool wanted, float factor, float (&x)[
     for (int i = 0; i < 8; i++) x[i] = wanted ? y[i] * factor : x[i];
 }
 
-extern "C" __global__ void __launch_bounds__(256) append_narrow(const __grid_constant__ AppendArgs args) {
+template <bool FED>
+__device__ __forceinline__ void append_rows(const AppendArgs& args) {
     start();
     const Sequence sequence = args.sequences[blockIdx.y];
     const int heads = args.query_heads + 2 * args.kv_heads;
@@ -128,6 +129,10 @@ extern "C" __global__ void __launch_bounds__(256) append_narrow(const __grid_con
     unpack8(x, words);
     rotate_if(rounded && rotates(type), 1, x, lane);
     const u32 scale = scale_of(largest(x), type);
+    if constexpr (FED) {
+        const bool fed = rounded && is_key && type == INT4;
+        feed_back(x, scale, fed, args.key_feedback + (fed ? (i64)head * HEAD_DIM * HEAD_DIM : 0), lane);
+    }
     const uint2 codes = round_row(x, scale, type);
     const uint2 joined = join_halves(codes, lane);
     if (rounded && kept && (args.commit & 2)) {
@@ -144,6 +149,14 @@ extern "C" __global__ void __launch_bounds__(256) append_narrow(const __grid_con
         const Head wide = args.wide_heads[at];
         store_row(is_key ? args.wide_k : args.wide_v, wide.offset + (i64)slot_of(wide, position), lane, x);
     }
+}
+
+extern "C" __global__ void __launch_bounds__(256) append_narrow(const __grid_constant__ AppendArgs args) {
+    append_rows<false>(args);
+}
+// With feedback, which takes three times the registers.
+extern "C" __global__ void __launch_bounds__(256) append_narrow_fed(const __grid_constant__ AppendArgs args) {
+    append_rows<true>(args);
 }
 
 // A lane's codes of a row, one in a byte.

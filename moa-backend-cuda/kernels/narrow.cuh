@@ -110,6 +110,55 @@ __device__ __forceinline__ float reciprocal(float x) {
 // Added to a small number it leaves the nearest whole number in the lowest bits.
 #define WHOLE 12582912.0f
 
+// The cell of 4 bits, from -8 to 7, that an element lies in, given its row's scale and one over it.
+__device__ __forceinline__ float cell_of(float x, float scale, float inverse) {
+    // Elements that feedback was added to may lie outside of all cells.
+    const float quotient = fminf(fmaxf(__fmul_rn(x, inverse), -9.0f), 9.0f);
+    float cell = __fadd_rn(__fadd_rn(quotient, -0.5f), WHOLE) - WHOLE;
+    if (x < __fmul_rn(cell, scale)) cell -= 1;
+    else if (x >= __fmul_rn(cell + 1, scale)) cell += 1;
+    return fminf(fmaxf(cell, -8.0f), 7.0f);
+}
+
+// Gives what is left of each element of rows that are `fed`, once it has its code, to those before it:
+// `moa_core::key_feedback`. All lanes of a warp come here; a product of 12 bits by 12 is exact. A lane chooses its eight codes
+// by itself, and those before it learn then what is left.
+__device__ __forceinline__ void feed_back(float (&x)[8], u32 scale_bits, bool fed, const float* feedback, int lane) {
+    // From 2^-60 to 2^60.
+    fed = fed && scale_bits >= 0x2180 && scale_bits <= 0x5d80;
+    if (!__any_sync(~0u, fed)) return;
+    const float scale = __uint_as_float(scale_bits << 16), inverse = reciprocal(scale);
+    for (int last = HEAD_DIM / 8 - 1; last >= 0; last--) {
+        // Eight rows at once: what is chosen does not wait for each.
+        float shares[8][8] = {};
+        if (fed && lane <= last) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const float4* const row = (const float4*)(feedback + (last * 8 + i) * HEAD_DIM + lane * 8);
+                const float4 low = row[0], high = row[1];
+                shares[i][0] = low.x, shares[i][1] = low.y, shares[i][2] = low.z, shares[i][3] = low.w;
+                shares[i][4] = high.x, shares[i][5] = high.y, shares[i][6] = high.z, shares[i][7] = high.w;
+            }
+        }
+        float left[8];
+#pragma unroll
+        for (int i = 7; i >= 0; i--) {
+            left[i] = x[i];
+#pragma unroll
+            for (int j = 7; j > i; j--) left[i] = __fmaf_rn(shares[j][i], left[j], left[i]);
+            const float value = (cell_of(left[i], scale, inverse) + 0.5f) * scale;
+            if (fed && lane == last) x[i] = left[i];
+            left[i] = __uint_as_float(__float_as_uint(__fsub_rn(left[i], value)) & 0xfffff000u);
+        }
+#pragma unroll
+        for (int i = 7; i >= 0; i--) {
+            const float given = __shfl_sync(~0u, left[i], last, ROW_LANES);
+#pragma unroll
+            for (int j = 0; j < 8; j++) x[j] = fed && lane < last ? __fmaf_rn(shares[i][j], given, x[j]) : x[j];
+        }
+    }
+}
+
 // Rounds a lane's eight elements to codes, one in a byte, those of 4 bits in its low half. The elements become what
 // the codes stand for. Quotients are not exact: what is near a boundary is decided by exact products.
 __device__ __forceinline__ uint2 round_row(float (&x)[8], u32 scale_bits, int type) {
@@ -140,15 +189,9 @@ __device__ __forceinline__ uint2 round_row(float (&x)[8], u32 scale_bits, int ty
     } else if (type == INT4) {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            const float moved = __fadd_rn(__fmaf_rn(x[i], inverse, 7.5f), WHOLE);
-            const float cell = moved - (WHOLE + 8);
-            // Of the smallest element perhaps -1.
-            int code = (int)(__float_as_uint(moved) - __float_as_uint(WHOLE));
-            if (x[i] < __fmul_rn(cell, scale)) code -= 1;
-            else if (x[i] >= __fmul_rn(cell + 1, scale)) code += 1;
-            code = min(code, 15);
-            codes[i] = code;
-            x[i] = ((float)code - 7.5f) * scale;
+            const float cell = cell_of(x[i], scale, inverse);
+            codes[i] = __float_as_uint(cell + (WHOLE + 8)) - __float_as_uint(WHOLE);
+            x[i] = (cell + 0.5f) * scale;
         }
     } else {
 #pragma unroll

@@ -120,6 +120,7 @@ struct AppendArgs {
     i64 wide_k;
     i64 wide_v;
     const float* key_shift;       // [kv_heads, HEAD_DIM], added to keys that were rotated; or null
+    const float* key_feedback;    // append_narrow_fed: [kv_heads, HEAD_DIM, HEAD_DIM] of `moa_core::key_feedback`, or null
 };
 
 // Copies of what the new tokens' queries see of narrow heads, rounded and of the tensors' type: a cache whose

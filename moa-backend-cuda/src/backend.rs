@@ -138,8 +138,9 @@ pub(crate) fn check<T: Form>(
     let first = &*batch[0].cache;
     let own = first.dtype();
     let sinks = inputs.scores.sinks.map(|sinks| ("sinks", sinks, Dtype::F32));
+    let feedback = inputs.key_feedback.map(|feedback| ("key_feedback", feedback, Dtype::F32));
     let tensors = [("q", inputs.q, own), ("k", inputs.k, own), ("v", inputs.v, own)];
-    for (what, tensor, dtype) in tensors.into_iter().chain(sinks) {
+    for (what, tensor, dtype) in tensors.into_iter().chain(sinks).chain(feedback) {
         if tensor.dtype() != dtype {
             return Err(Error::argument(OP, what, dtype, tensor.dtype()));
         }
@@ -184,9 +185,13 @@ impl SparseAttentionBackend for CudaBackend {
         inputs: &ExtendInputs<'_, Tensor>,
     ) -> Result<Extended<Tensor>> {
         let AttentionShape { query_heads, .. } = check(&self.device, batch, inputs)?;
-        let ExtendInputs { q, k, v, scores: Scores { scale, softcap, sinks }, lse } = *inputs;
-        let of_sinks = sinks.map(|sinks| ("sinks", sinks));
-        for (what, tensor) in [("q", q), ("k", k), ("v", v)].into_iter().chain(of_sinks) {
+        let ExtendInputs { q, k, v, scores, lse, key_feedback } = *inputs;
+        let Scores { scale, softcap, sinks } = scores;
+        let sinks_and_feedback = sinks
+            .map(|sinks| ("sinks", sinks))
+            .into_iter()
+            .chain(key_feedback.map(|feedback| ("key_feedback", feedback)));
+        for (what, tensor) in [("q", q), ("k", k), ("v", v)].into_iter().chain(sinks_and_feedback) {
             if !tensor.device().is_same(&self.device) {
                 return Err(Error::argument(OP, what, "on the backend's device", "on another"));
             }
@@ -206,6 +211,7 @@ impl SparseAttentionBackend for CudaBackend {
             lse: lse.as_ref().map_or(0, Tensor::pointer),
             scale,
             sinks: sinks.map_or(0, Tensor::pointer),
+            key_feedback: key_feedback.map_or(0, Tensor::pointer),
             rope: None,
         };
         let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);

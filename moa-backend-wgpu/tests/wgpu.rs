@@ -41,6 +41,7 @@ fn main() -> ExitCode {
         part("bf16_cache", &BF16_CACHE, || Wgpu::new(Dtype::Bf16)),
         // Codes with scales: all that differs is how rows are rounded, read and written.
         part("int8_cache", &NARROW, || Wgpu::new(CacheType::Int8)),
+        part("int4_cache", &FEEDBACK, || Wgpu::new(CacheType::Int4)),
         trials![
             decode_of_f32_equals_the_reference,
             decode_of_f16_equals_the_reference,
@@ -102,6 +103,8 @@ const NARROW: [&str; 8] = [
     "types_that_are_lacked_are_refused",
     "rows_that_hold_no_numbers_reach_no_query_that_does_not_see_them",
 ];
+
+const FEEDBACK: [&str; 1] = ["keys_with_feedback_equal_the_reference"];
 
 const BF16_CACHE: [&str; 10] = [
     "output_equals_the_reference",

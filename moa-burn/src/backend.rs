@@ -41,15 +41,18 @@ impl SparseAttentionBackend for SparseAttention {
         batch: &mut [Append<'_, LayerCache>],
         inputs: &ExtendInputs<'_, DispatchTensor>,
     ) -> Result<Extended<DispatchTensor>> {
-        let ExtendInputs { q, k, v, scores: Scores { scale, softcap, sinks }, lse } = *inputs;
+        let ExtendInputs { q, k, v, scores, lse, key_feedback } = *inputs;
+        let Scores { scale, softcap, sinks } = scores;
         let (q, k, v) = (lower("q", q)?, lower("k", k)?, lower("v", v)?);
         let sinks = sinks.map(|sinks| lower("sinks", sinks)).transpose()?;
+        let feedback = key_feedback.map(|own| lower("key_feedback", own)).transpose()?;
         let mut batch: Vec<_> = batch
             .iter_mut()
             .map(|append| Append { cache: &mut append.cache.0, tokens: append.tokens })
             .collect();
         let scores = Scores { scale, softcap, sinks: sinks.as_ref() };
-        let inputs = ExtendInputs { lse, ..ExtendInputs::new(&q, &k, &v, scores) };
+        let key_feedback = feedback.as_ref();
+        let inputs = ExtendInputs { lse, key_feedback, ..ExtendInputs::new(&q, &k, &v, scores) };
         let Extended { out, lse } = self.kernels.extend(&mut batch, &inputs)?;
         let lse = lse.map(|lse| lift(lse, &self.device));
         Ok(Extended { out: lift(out, &self.device), lse })

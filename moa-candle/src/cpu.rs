@@ -14,6 +14,7 @@ pub(crate) fn extend(
     [q, k, v]: [&Tensor; 3],
     scores: Scores<'_, Tensor>,
     lse: bool,
+    key_feedback: Option<&Tensor>,
 ) -> Result<Extended<Tensor>> {
     let mut own = Vec::with_capacity(batch.len());
     for Append { cache, tokens } in batch {
@@ -25,10 +26,12 @@ pub(crate) fn extend(
     }
     let dtype = q.dtype();
     let (q, k, v) = (packed(q)?, packed(k)?, packed(v)?);
-    let sinks = scores.sinks.map(sinks).transpose()?;
+    let sinks = scores.sinks.map(whole).transpose()?;
+    let feedback = key_feedback.map(whole).transpose()?;
     let Scores { scale, softcap, .. } = scores;
     let scores = Scores { scale, softcap, sinks: sinks.as_ref() };
-    let inputs = ExtendInputs { lse, ..ExtendInputs::new(&q, &k, &v, scores) };
+    let key_feedback = feedback.as_ref();
+    let inputs = ExtendInputs { lse, key_feedback, ..ExtendInputs::new(&q, &k, &v, scores) };
     let Extended { out, lse } = backend.extend(&mut own, &inputs).map_err(Error::wrap)?;
     let lifted = |x: moa_backend_cpu::Tensor| {
         let shape = x.shape().to_vec();
@@ -64,10 +67,10 @@ fn packed(tensor: &Tensor) -> Result<moa_backend_cpu::Tensor> {
     moa_backend_cpu::Tensor::new(out, &[batch * tokens, heads, dim]).map_err(Error::wrap)
 }
 
-/// Learned sinks, `[query_heads]`.
-fn sinks(sinks: &Tensor) -> Result<moa_backend_cpu::Tensor> {
-    let data = sinks.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-    moa_backend_cpu::Tensor::new(data, sinks.dims()).map_err(Error::wrap)
+/// Learned sinks or feedback, in f32.
+fn whole(tensor: &Tensor) -> Result<moa_backend_cpu::Tensor> {
+    let data = tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+    moa_backend_cpu::Tensor::new(data, tensor.dims()).map_err(Error::wrap)
 }
 
 /// Calls `each` with the index of every row's first element, heads innermost.

@@ -1,4 +1,4 @@
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLockReadGuard};
 
 use candle_core::backend::BackendDevice;
 use candle_core::cuda::CudaDType;
@@ -90,6 +90,7 @@ impl Road {
         inputs: [&Tensor; 3],
         scores: Scores<'_, Tensor>,
         lse: bool,
+        key_feedback: Option<&Tensor>,
     ) -> Result<Extended<Tensor>> {
         let mut own = Vec::with_capacity(batch.len());
         for Append { cache, tokens } in batch {
@@ -106,8 +107,8 @@ impl Road {
             );
         }
         match dtype {
-            DType::F16 => self.launch::<half::f16>(&mut own, inputs, scores, lse),
-            _ => self.launch::<half::bf16>(&mut own, inputs, scores, lse),
+            DType::F16 => self.launch::<half::f16>(&mut own, inputs, scores, lse, key_feedback),
+            _ => self.launch::<half::bf16>(&mut own, inputs, scores, lse, key_feedback),
         }
     }
 
@@ -117,6 +118,7 @@ impl Road {
         inputs: [&Tensor; 3],
         scores: Scores<'_, Tensor>,
         lse: bool,
+        key_feedback: Option<&Tensor>,
     ) -> Result<Extended<Tensor>> {
         let (of_tensor, query_heads, tokens, head_dim) = inputs[0].dims4()?;
         let (rows, row) = (of_tensor * tokens, query_heads * head_dim);
@@ -134,13 +136,13 @@ impl Road {
             let (v, _v) = Strided::new::<T>(&v.0, v.1, &stream)?;
             let Scores { scale, softcap, sinks } = scores;
             // Of candle's own type, and without gaps.
-            let sinks = sinks.map(|x| x.to_dtype(DType::F32)?.contiguous()).transpose()?;
-            let sinks = sinks.as_ref().map(Tensor::storage_and_layout);
-            let sinks = match &sinks {
-                Some((storage, layout)) => Some(address::<f32>(storage, layout, &stream)?),
-                None => None,
-            };
-            let sinks = sinks.as_ref().map_or(0, |(address, _)| *address);
+            let whole = |x: &Tensor| x.to_dtype(DType::F32)?.contiguous();
+            let [sinks, feedback] = [sinks, key_feedback].map(|x| x.map(whole).transpose());
+            let (sinks, feedback) = (sinks?, feedback?);
+            let [sinks, feedback] =
+                [&sinks, &feedback].map(|x| x.as_ref().map(Tensor::storage_and_layout));
+            let (sinks, _sinks) = address_if_some(&sinks, &stream)?;
+            let (key_feedback, _feedback) = address_if_some(&feedback, &stream)?;
             let (out, _out) = out.device_ptr_mut(&stream);
             let (sums, _sums) = sums.device_ptr_mut(&stream);
             let mut launch = self.launch.lock().unwrap_or_else(PoisonError::into_inner);
@@ -162,7 +164,7 @@ impl Road {
                 let out = Packed::contiguous(out, query_heads, head_dim);
                 let sums = sums + (first * query_heads * size_of::<f32>()) as u64;
                 let lse = if lse { sums } else { 0 };
-                let tensors = Tensors { q, k, v, out, lse, scale, sinks, rope: None };
+                let tensors = Tensors { q, k, v, out, lse, scale, sinks, key_feedback, rope: None };
                 let counts: Vec<usize> = own.iter().map(|append| append.tokens).collect();
                 let caches: Vec<&moa_backend_cuda::Cache> =
                     own.iter().map(|append| &*append.cache).collect();
@@ -235,4 +237,14 @@ fn address<'a, T: CudaDType + DeviceRepr + 'a>(
     };
     let (address, guard) = storage.as_cuda_slice::<T>()?.device_ptr(stream);
     Ok((address + (layout.start_offset() * size_of::<T>()) as u64, guard))
+}
+
+/// Of a tensor of f32, or 0.
+fn address_if_some<'a>(
+    tensor: &'a Option<(RwLockReadGuard<'_, Storage>, &Layout)>,
+    stream: &'a CudaStream,
+) -> Result<(u64, Option<SyncOnDrop<'a>>)> {
+    let Some((storage, layout)) = tensor else { return Ok((0, None)) };
+    let (address, guard) = address::<f32>(storage, layout, stream)?;
+    Ok((address, Some(guard)))
 }

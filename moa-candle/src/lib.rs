@@ -156,7 +156,7 @@ impl SparseAttention {
         }
         let mut own: Vec<_> =
             caches.iter_mut().map(|cache| Append { cache: &mut **cache, tokens }).collect();
-        let out = self.run(&mut own, [q, k, v], scores, false)?.out;
+        let out = self.run(&mut own, [q, k, v], scores, false, None)?.out;
         out.reshape((batch, tokens, query_heads, head_dim))?.transpose(1, 2)
     }
 
@@ -172,9 +172,9 @@ impl SparseAttention {
         inputs: &ExtendInputs<'_, Tensor>,
     ) -> Result<Extended<Tensor>> {
         check_extend(batch, inputs, |x| x.dims()).map_err(Error::wrap)?;
-        let ExtendInputs { q, k, v, scores, lse } = *inputs;
+        let ExtendInputs { q, k, v, scores, lse, key_feedback } = *inputs;
         let as_one = |x: &Tensor| x.unsqueeze(0)?.transpose(1, 2);
-        self.run(batch, [&as_one(q)?, &as_one(k)?, &as_one(v)?], scores, lse)
+        self.run(batch, [&as_one(q)?, &as_one(k)?, &as_one(v)?], scores, lse, key_feedback)
     }
 
     fn run(
@@ -183,16 +183,17 @@ impl SparseAttention {
         qkv: [&Tensor; 3],
         scores: Scores<'_, Tensor>,
         lse: bool,
+        key_feedback: Option<&Tensor>,
     ) -> Result<Extended<Tensor>> {
-        if qkv.into_iter().chain(scores.sinks).any(|x| x.track_op()) {
+        if qkv.into_iter().chain(scores.sinks).chain(key_feedback).any(|x| x.track_op()) {
             candle_core::bail!(
-                "q, k, v, sinks: expected tensors without gradients (`detach`), got tracked ones"
+                "q, k, v, sinks, key_feedback: expected tensors without gradients (`detach`), got tracked ones"
             );
         }
         match &self.0 {
-            Road::Cpu(backend) => cpu::extend(backend, batch, qkv, scores, lse),
+            Road::Cpu(backend) => cpu::extend(backend, batch, qkv, scores, lse, key_feedback),
             #[cfg(feature = "cuda")]
-            Road::Cuda(road) => road.extend(batch, qkv, scores, lse),
+            Road::Cuda(road) => road.extend(batch, qkv, scores, lse, key_feedback),
         }
     }
 

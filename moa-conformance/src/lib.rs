@@ -43,6 +43,7 @@ mod backward;
 mod blocks;
 mod cases;
 mod errors;
+mod feedback;
 mod influence;
 mod laws;
 mod numbers;

@@ -22,7 +22,7 @@ pub trait Subject: Sized + 'static {
     /// A tensor of this shape, row-major.
     fn tensor(&self, data: &[f32], shape: &[usize]) -> Self::Tensor;
 
-    /// A tensor that holds log-sum-exps or sinks, where these are of another type than others.
+    /// A tensor that holds log-sum-exps, sinks or feedback, where these are of another type than others.
     fn lse(&self, data: &[f32], shape: &[usize]) -> Self::Tensor {
         self.tensor(data, shape)
     }

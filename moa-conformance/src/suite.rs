@@ -1,4 +1,6 @@
-use crate::{IntoVerdict, Stop, Subject, Trial, Verdict, errors, influence, laws, scores, traps};
+use crate::{
+    IntoVerdict, Stop, Subject, Trial, Verdict, errors, feedback, influence, laws, scores, traps,
+};
 
 /// A check of the suite, by its name.
 type Check<S> = (&'static str, fn(&S) -> Verdict);
@@ -9,7 +11,7 @@ macro_rules! checks {
     };
 }
 
-/// Everything that a backend must do: 37 trials, named `{name}::{check}`.
+/// Everything that a backend must do: 39 trials, named `{name}::{check}`.
 ///
 /// `open` makes the backend anew for each trial; where it cannot, it says [why](Stop::ignored).
 pub fn suite<S: Subject>(
@@ -45,7 +47,7 @@ fn trial<S: Subject>(
     Trial::new(format!("{name}::{check}"), move || run(&open()?))
 }
 
-fn all<S: Subject>() -> [Check<S>; 37] {
+fn all<S: Subject>() -> [Check<S>; 39] {
     checks! {
         laws:
             output_equals_the_reference
@@ -77,6 +79,9 @@ fn all<S: Subject>() -> [Check<S>; 37] {
             softcap_and_sinks_equal_the_reference
             sinks_at_the_ends
             wrong_softcaps_and_sinks_are_refused;
+        feedback:
+            keys_with_feedback_equal_the_reference
+            wrong_feedback_is_refused;
         influence:
             influence_equals_the_reference
             gradients_equal_the_reference

@@ -3,6 +3,7 @@ use std::ops::Range;
 use moa_core::reference::{self, Heads};
 use moa_core::{
     Append, CacheType, ExtendInputs, Extended, LayerLayout, Scores, Span, SparseAttentionBackend,
+    key_feedback,
 };
 
 use crate::numbers::{f64s, normal};
@@ -22,6 +23,8 @@ pub struct World {
     pub softcap: Option<f32>,
     /// Whether the layer has learned [`sinks`](Self::sinks).
     pub has_sinks: bool,
+    /// Whether keys of 4 bits have [`feedback`](Self::feedback).
+    pub has_feedback: bool,
     /// Length of the sequence.
     pub tokens: usize,
     /// Other seeds give other inputs.
@@ -67,8 +70,17 @@ impl World {
     ) -> Self {
         let spans = spans.iter().map(|&(sink, window)| Span::new(sink, window).unwrap()).collect();
         let heads = Heads { query, kv, dim };
-        let (types, softcap, has_sinks) = (Vec::new(), None, false);
-        Self { heads, spans, types, softcap, has_sinks, tokens, seed: 1, poison: None }
+        Self {
+            heads,
+            spans,
+            types: Vec::new(),
+            softcap: None,
+            has_sinks: false,
+            has_feedback: false,
+            tokens,
+            seed: 1,
+            poison: None,
+        }
     }
 
     /// The world with a poisoned row, of the token modulo the world's.
@@ -114,6 +126,22 @@ impl World {
         sinks
     }
 
+    /// Feedback of each KV head, `[kv_heads, head_dim, head_dim]`, whatever the seed: that of queries which a few
+    /// directions make up for the most part.
+    pub fn feedback(&self) -> Vec<f32> {
+        let dim = self.heads.dim;
+        let of_head = |head: usize| {
+            let mut moments = vec![0.0; dim * dim];
+            for direction in f64s(&normal((dim / 4 + 1) * dim, 0xfeed + head as u64)).chunks(dim) {
+                for (row, x) in moments.chunks_mut(dim).zip(direction) {
+                    row.iter_mut().zip(direction).for_each(|(sum, y)| *sum += x * y);
+                }
+            }
+            key_feedback(&moments, dim)
+        };
+        (0..self.heads.kv).flat_map(of_head).collect()
+    }
+
     /// The same world, whose heads go through the subject's types in turn, from one that the seed says.
     pub(crate) fn of_types<S: Subject>(self, s: &S) -> Self {
         let types: Vec<_> = s.cache_types().iter().copied().map(Some).chain([None]).collect();
@@ -156,15 +184,20 @@ impl World {
 
     /// Keys as heads of their types hold them.
     pub fn stored_keys<S: Subject>(&self, s: &S) -> Vec<f64> {
-        self.stored(s, &self.k(), |own, row| match own {
-            Some(own) => own.keys().round(row),
+        let feedback = self.has_feedback.then(|| self.feedback());
+        let square = self.heads.dim * self.heads.dim;
+        self.stored(s, &self.k(), |own, head, row| match own {
+            Some(own) => {
+                let feedback = feedback.as_ref().map(|all| &all[head * square..][..square]);
+                own.keys().round_with(feedback, row)
+            }
             None => s.round_key(row),
         })
     }
 
     /// Values as heads of their types hold them.
     pub fn stored_values<S: Subject>(&self, s: &S) -> Vec<f64> {
-        self.stored(s, &self.v(), |own, row| match own {
+        self.stored(s, &self.v(), |own, _, row| match own {
             Some(own) => own.values().round(row),
             None => s.round_value(row),
         })
@@ -174,13 +207,16 @@ impl World {
         &self,
         s: &S,
         x: &[f32],
-        round: impl Fn(Option<CacheType>, &[f32]) -> Vec<f64>,
+        round: impl Fn(Option<CacheType>, usize, &[f32]) -> Vec<f64>,
     ) -> Vec<f64> {
-        let own = |row: usize| self.types.get(row % self.heads.kv).copied().flatten();
         // What a cache rounds comes in the type of tensors.
         let x: Vec<f32> = x.iter().map(|&x| s.round_tensor(x)).collect();
         let rows = x.chunks(self.heads.dim).enumerate();
-        rows.flat_map(|(i, row)| round(own(i), row)).collect()
+        rows.flat_map(|(i, row)| {
+            let head = i % self.heads.kv;
+            round(self.types.get(head).copied().flatten(), head, row)
+        })
+        .collect()
     }
 
     /// Appends this world's tokens `range` to a cache.
@@ -254,9 +290,12 @@ pub struct Entry<'a, S: Subject> {
 /// # Panics
 /// Panics if there is no entry, or if there are no log-sum-exps, which are asked for.
 pub fn batch<S: Subject>(s: &S, entries: &mut [Entry<'_, S>]) -> Result<Vec<Output>, Error<S>> {
-    let World { heads, softcap, has_sinks, .. } = *entries[0].world;
-    let sinks = has_sinks.then(|| s.lse(&entries[0].world.sinks(), &[heads.query]));
-    let scores = Scores { scale: entries[0].world.scale(), softcap, sinks: sinks.as_ref() };
+    let World { heads, softcap, has_sinks, has_feedback, .. } = *entries[0].world;
+    let first = entries[0].world;
+    let sinks = has_sinks.then(|| s.lse(&first.sinks(), &[heads.query]));
+    let feedback =
+        has_feedback.then(|| s.lse(&first.feedback(), &[heads.kv, heads.dim, heads.dim]));
+    let scores = Scores { scale: first.scale(), softcap, sinks: sinks.as_ref() };
     let tokens: Vec<usize> = entries.iter().map(|e| e.range.len()).collect();
     let total: usize = tokens.iter().sum();
     let pack = |all: fn(&World) -> Vec<f32>, heads_of: usize| {
@@ -266,8 +305,11 @@ pub fn batch<S: Subject>(s: &S, entries: &mut [Entry<'_, S>]) -> Result<Vec<Outp
         s.tensor(&parts.collect::<Vec<_>>().concat(), &[total, heads_of, heads.dim])
     };
     let qkv = [pack(World::q, heads.query), pack(World::k, heads.kv), pack(World::v, heads.kv)];
-    let caches = entries.iter_mut().map(|e| (&mut *e.cache, e.range.len()));
-    let Extended { out, lse } = extend(s, caches, qkv.each_ref(), scores, true)?;
+    let caches = entries.iter_mut().map(|e| Append { cache: &mut *e.cache, tokens: e.range.len() });
+    let [q, k, v] = &qkv;
+    let key_feedback = feedback.as_ref();
+    let inputs = ExtendInputs { lse: true, key_feedback, ..ExtendInputs::new(q, k, v, scores) };
+    let Extended { out, lse } = s.backend().extend(&mut caches.collect::<Vec<_>>(), &inputs)?;
     let (out, lse) = (s.host(&out), s.host(&lse.expect("lse was asked for")));
     let mut first = 0;
     Ok(tokens

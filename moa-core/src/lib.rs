@@ -76,7 +76,7 @@ pub use backend::{
 pub use blocks::BlockType;
 pub use cache::{
     CacheState, CacheType, Extent, HeadLayout, HeadRow, LayerLayout, RowType, Run, Slot,
-    e4m3_to_f32, rotate, rotation, widen_scale,
+    e4m3_to_f32, key_feedback, rotate, rotation, widen_scale,
 };
 pub use cost::{CostBound, CostCurve};
 pub use dtype::Dtype;

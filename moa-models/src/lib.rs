@@ -44,6 +44,7 @@
 //! `hub` adds `fetch`, the folder of a model of the Hugging Face hub by its [`HubId`], and `download`.
 
 mod any;
+mod book;
 mod checkpoint;
 mod date;
 mod decoder;

@@ -30,7 +30,7 @@ pub(crate) fn extend(
         true => Some(Tensor::zeros(&[shape.tokens, shape.query_heads])?),
         false => None,
     };
-    stage::stage(batch, &shape, inputs.k.data(), inputs.v.data())?;
+    stage::stage(batch, &shape, inputs)?;
     let states = batch.iter().map(|append| (&append.cache.state, append.tokens));
     let schedule = schedule::schedule(states, shape.group(), shape.head_dim)?;
     let tokens = batch.iter().map(|append| append.tokens);

@@ -1,12 +1,12 @@
 //! New keys and values on their way into the cache.
 
-use moa_core::{Append, AttentionShape};
+use moa_core::{Append, AttentionShape, ExtendInputs};
 
-use crate::Result;
 use crate::cache::{Cache, Rows, with_store};
 use crate::element::RowElement;
 use crate::pool::{self, SharedMut};
 use crate::workspace::Workspace;
+use crate::{Result, Tensor};
 
 /// Bytes that a head may keep for staging between calls, so that decoding does not allocate.
 const KEPT_BYTES: usize = 1 << 10;
@@ -16,9 +16,10 @@ const KEPT_BYTES: usize = 1 << 10;
 pub(super) fn stage(
     batch: &mut [Append<'_, Cache>],
     shape: &AttentionShape,
-    k: &[f32],
-    v: &[f32],
+    inputs: &ExtendInputs<'_, Tensor>,
 ) -> Result<()> {
+    let (k, v) = (inputs.k.data(), inputs.v.data());
+    let square = shape.head_dim * shape.head_dim;
     let mut row = 0;
     for Append { cache, tokens } in batch {
         let tokens = *tokens;
@@ -29,9 +30,10 @@ pub(super) fn stage(
             // SAFETY: each task has a head of its own.
             let store = unsafe { &mut heads.slice(head, 1)[0] };
             let first = start + head * shape.head_dim;
+            let feedback = inputs.key_feedback.map(|all| &all.data()[head * square..][..square]);
             with_store!(store, pair => {
-                narrow(tokens, shape, &k[first..], &mut pair.keys)?;
-                narrow(tokens, shape, &v[first..], &mut pair.values)?;
+                narrow(tokens, shape, &k[first..], feedback, &mut pair.keys)?;
+                narrow(tokens, shape, &v[first..], None, &mut pair.values)?;
             });
             Ok(())
         })?;
@@ -44,6 +46,7 @@ fn narrow<E: RowElement>(
     tokens: usize,
     shape: &AttentionShape,
     from: &[f32],
+    feedback: Option<&[f32]>,
     to: &mut Rows<E>,
 ) -> Result<()> {
     let &AttentionShape { kv_heads, head_dim, .. } = shape;
@@ -54,7 +57,7 @@ fn narrow<E: RowElement>(
         let [row] = workspace.parts([head_dim])?;
         for (i, (to, from)) in rows {
             row.copy_from_slice(&from[..head_dim]);
-            let scale = E::narrow(row, to);
+            let scale = E::narrow(feedback, row, to);
             if let Some(to) = staged.scales.get_mut(i) {
                 *to = scale;
             }

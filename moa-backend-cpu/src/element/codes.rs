@@ -146,8 +146,8 @@ macro_rules! bytes {
                 $value(row[at].0)
             }
 
-            fn narrow(row: &mut [f32], to: &mut [Self]) -> u16 {
-                Self::TYPE.narrow(row, bytemuck::cast_slice_mut(to))
+            fn narrow(feedback: Option<&[f32]>, row: &mut [f32], to: &mut [Self]) -> u16 {
+                Self::TYPE.narrow_with(feedback, row, bytemuck::cast_slice_mut(to))
             }
 
             $($more)*
@@ -219,8 +219,8 @@ impl RowElement for Int4 {
         f32::from(code) - 7.5
     }
 
-    fn narrow(row: &mut [f32], to: &mut [Self]) -> u16 {
-        Self::TYPE.narrow(row, bytemuck::cast_slice_mut(to))
+    fn narrow(feedback: Option<&[f32]>, row: &mut [f32], to: &mut [Self]) -> u16 {
+        Self::TYPE.narrow_with(feedback, row, bytemuck::cast_slice_mut(to))
     }
 
     fn dots(dots: Dots<'_, Self>) {

@@ -62,8 +62,8 @@ pub(crate) trait RowElement: Pod + Send + Sync {
     /// A row's element, as it is loaded.
     fn element(row: &[Self], dim: usize, at: usize) -> f32;
 
-    /// Rounds a row, which is spoilt, and returns its scale.
-    fn narrow(row: &mut [f32], to: &mut [Self]) -> u16;
+    /// Rounds a row, which is spoilt, with its head's feedback where it is a key's, and returns its scale.
+    fn narrow(feedback: Option<&[f32]>, row: &mut [f32], to: &mut [Self]) -> u16;
 
     /// The elements themselves, if they are f32 already.
     fn plain(_from: &[Self]) -> Option<&[f32]> {
@@ -96,7 +96,7 @@ impl<E: Element> RowElement for E {
         row[at].widen()
     }
 
-    fn narrow(row: &mut [f32], to: &mut [Self]) -> u16 {
+    fn narrow(_: Option<&[f32]>, row: &mut [f32], to: &mut [Self]) -> u16 {
         E::narrow_slice(row, to);
         0
     }

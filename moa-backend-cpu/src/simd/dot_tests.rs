@@ -24,7 +24,7 @@ fn made<E: RowElement>(dim: usize) -> Made<E> {
     let mut made = Made { codes: Vec::new(), scales: Vec::new(), values: Vec::new() };
     for row in noise(ROWS * dim, 1).chunks_exact_mut(dim) {
         let mut codes = vec![E::zeroed(); E::units(dim)];
-        let scale = E::narrow(row, &mut codes);
+        let scale = E::narrow(None, row, &mut codes);
         let mut values = vec![0.0; dim];
         match E::TYPE {
             RowType::Plain(_) => {

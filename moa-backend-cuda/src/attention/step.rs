@@ -49,6 +49,8 @@ pub struct Tensors {
     pub scale: f32,
     /// f32 `[query_heads]`, as [`Scores::sinks`](moa_core::Scores::sinks), or 0.
     pub sinks: DevicePointer,
+    /// f32 `[kv_heads, head_dim, head_dim]`, as [`ExtendInputs::key_feedback`](moa_core::ExtendInputs::key_feedback), or 0.
+    pub key_feedback: DevicePointer,
     /// Rotates queries and keys first; without it they come rotated.
     pub rope: Option<Rope>,
 }
@@ -661,6 +663,7 @@ impl Step {
             wide_k,
             wide_v,
             key_shift: tensors.rope.map_or(0, |rope| rope.key_shift),
+            key_feedback: tensors.key_feedback,
         };
         // Sequences with narrow heads are no neighbours of others here.
         let is_narrow = self.schedule.narrow[places.start] != Narrow::None;

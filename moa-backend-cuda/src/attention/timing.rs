@@ -50,6 +50,7 @@ pub(crate) fn decode_seconds(
         lse: 0,
         scale: 1.0,
         sinks: 0,
+        key_feedback: 0,
         rope: None,
     };
     let (mut step, mut workspace) = (Step::new(device), Workspace::new(device));

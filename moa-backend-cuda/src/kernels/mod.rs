@@ -336,8 +336,14 @@ impl<'a> Modules<'a> {
 const MANY_BLOCKS: [&str; 2] = ["extend_narrow_8", "extend_narrow_16"];
 
 /// Kernels that wait for the one before them themselves.
-const OVERLAPPING: [&str; 5] =
-    ["append", "append_narrow", "extend_narrow_8", "extend_narrow_16", "extend_split"];
+const OVERLAPPING: [&str; 6] = [
+    "append",
+    "append_narrow",
+    "append_narrow_fed",
+    "extend_narrow_8",
+    "extend_narrow_16",
+    "extend_split",
+];
 
 impl Kernel {
     unsafe fn launch<A>(

@@ -16,7 +16,8 @@ use crate::{Device, RawStream, Result};
 pub(crate) struct NarrowKernels {
     context: Arc<CudaContext>,
     head_dim: usize,
-    append: Kernel,
+    /// Without feedback, and with it.
+    append: [Kernel; 2],
     widen: Kernel,
     /// For at most 8 and at most 16 rows.
     split: [Kernel; 2],
@@ -33,17 +34,18 @@ impl NarrowKernels {
         let modules = Modules::load(device, variant, wants)?;
         let dim = variant.head_dim;
         let shared = (1..=4).map(|kind| split_shared_bytes(kind, dim)).max().unwrap_or(0);
+        let append = |symbol| modules.kernel(Source::Narrow, symbol, 256, 0);
         let split = |symbol| modules.kernel(decode, symbol, 128, shared);
         Ok(Self {
             context: Arc::clone(device.context()),
             head_dim: dim,
-            append: modules.kernel(Source::Narrow, "append_narrow", 256, 0)?,
+            append: [append("append_narrow")?, append("append_narrow_fed")?],
             widen: modules.kernel(Source::Narrow, "widen", 256, 0)?,
             split: [split("extend_narrow_8")?, split("extend_narrow_16")?],
         })
     }
 
-    /// Rows of a block of `append_narrow` and `widen`.
+    /// Rows of a block of `append` and `widen`.
     fn rows(&self) -> usize {
         256 / (self.head_dim / 8).next_power_of_two()
     }
@@ -61,8 +63,9 @@ impl NarrowKernels {
     ) -> Result<()> {
         let heads = (args.query_heads + 2 * args.kv_heads) as usize;
         let grid = [(max_tokens * heads).div_ceil(self.rows()), args.num_sequences as usize];
+        let append = &self.append[usize::from(args.key_feedback != 0)];
         // SAFETY: as the caller promises.
-        unsafe { self.append.launch(&self.context, stream, grid, args) }
+        unsafe { append.launch(&self.context, stream, grid, args) }
     }
 
     /// Copies what narrow heads hold for the new tokens' queries, at most `max_keys` keys of a head, as 16-bit rows.

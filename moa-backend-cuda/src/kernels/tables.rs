@@ -181,6 +181,8 @@ pub struct AppendArgs {
     pub wide_v: DevicePointer,
     /// f32 `[kv_heads, head_dim]` that is added to rotated keys, or 0.
     pub key_shift: DevicePointer,
+    /// `append_narrow_fed`: f32 `[kv_heads, head_dim, head_dim]` of [`moa_core::key_feedback`], or 0.
+    pub key_feedback: DevicePointer,
 }
 
 /// Arguments of `widen`: copies of what new tokens see of narrow heads.
@@ -246,7 +248,7 @@ const _: () = {
     assert!(size_of::<HeadRow>() == 20);
     assert!(size_of::<NarrowRow>() == 32);
     assert!(size_of::<ExtendArgs>() == 248);
-    assert!(size_of::<AppendArgs>() == 216);
+    assert!(size_of::<AppendArgs>() == 224);
     assert!(size_of::<WidenArgs>() == 64);
 };
 

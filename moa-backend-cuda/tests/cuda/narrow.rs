@@ -55,13 +55,19 @@ fn rows(cuda: &Cuda, dim: usize, tokens: usize, seed: u64) -> Vec<f32> {
     all
 }
 
-/// By every way into a cache: with copies for a long chunk, and without.
+/// By every way into a cache: with copies for a long chunk, and without; keys of 4 bits also with feedback.
 fn caches_hold_the_bits_of_the_specification() -> Verdict {
     let tokens = 200;
-    for (dtype, own) in [Dtype::F16, Dtype::Bf16].into_iter().flat_map(|d| TYPES.map(|t| (d, t))) {
+    let types = TYPES.map(|own| (own, false)).into_iter().chain([(CacheType::Int4, true)]);
+    for (dtype, (own, is_fed)) in [Dtype::F16, Dtype::Bf16]
+        .into_iter()
+        .flat_map(|dtype| types.clone().map(move |of| (dtype, of)))
+    {
         let cuda = Cuda::of_type(dtype, own)?;
         for dim in HEAD_DIMS {
             let world = World::new(2, 1, dim, &[(0, tokens)], tokens);
+            let feedback = is_fed.then(|| world.feedback());
+            let fed = feedback.as_ref().map(|own| cuda.lse(own, &[1, dim, dim]));
             let mut cache = world.open(&cuda, tokens, 0);
             assert_eq!(cache.bytes(), tokens as u64 * own.slot_bytes(dim));
             let (k, v) = (rows(&cuda, dim, tokens, 3), rows(&cuda, dim, tokens, 4));
@@ -71,7 +77,8 @@ fn caches_hold_the_bits_of_the_specification() -> Verdict {
                     |x: &[f32]| cuda.tensor(&x[at * dim..(at + chunk) * dim], &[chunk, 1, dim]);
                 let q = cuda.tensor(&vec![0.5; 2 * chunk * dim], &[chunk, 2, dim]);
                 let (k, v) = (part(&k), part(&v));
-                let inputs = ExtendInputs::new(&q, &k, &v, 0.1);
+                let key_feedback = fed.as_ref();
+                let inputs = ExtendInputs { key_feedback, ..ExtendInputs::new(&q, &k, &v, 0.1) };
                 let batch = &mut [Append { cache: &mut cache, tokens: chunk }];
                 cuda.0.extend(batch, &inputs).unwrap();
                 at += chunk;
@@ -85,7 +92,8 @@ fn caches_hold_the_bits_of_the_specification() -> Verdict {
             {
                 let width = kind.code_bytes(dim);
                 for (slot, row) in rows.chunks(dim).enumerate() {
-                    let (expected, scale) = narrow(kind, row);
+                    let feedback = feedback.as_deref().filter(|_| what == "key");
+                    let (expected, scale) = narrow(kind, feedback, row);
                     let found = &codes[slot * width..(slot + 1) * width];
                     let bytes = &scales[slot * 4 + half..][..2];
                     let found_scale = u16::from_le_bytes([bytes[0], bytes[1]]);
@@ -98,9 +106,9 @@ fn caches_hold_the_bits_of_the_specification() -> Verdict {
     Ok(())
 }
 
-fn narrow(kind: RowType, row: &[f32]) -> (Vec<u8>, u16) {
+fn narrow(kind: RowType, feedback: Option<&[f32]>, row: &[f32]) -> (Vec<u8>, u16) {
     let mut codes = vec![0; kind.code_bytes(row.len())];
-    let scale = kind.narrow(&mut row.to_vec(), &mut codes);
+    let scale = kind.narrow_with(feedback, &mut row.to_vec(), &mut codes);
     (codes, scale)
 }
 

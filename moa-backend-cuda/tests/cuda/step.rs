@@ -33,7 +33,7 @@ fn tensor(cuda: &Cuda, data: &[f32], heads: usize, dim: usize) -> Tensor {
 
 fn io(q: &Tensor, k: &Tensor, v: &Tensor, out: &Tensor, scale: f32) -> Tensors {
     let (q, k, v, out) = (q.packed(), k.packed(), v.packed(), out.packed());
-    Tensors { q, k, v, out, lse: 0, scale, sinks: 0, rope: None }
+    Tensors { q, k, v, out, lse: 0, scale, sinks: 0, key_feedback: 0, rope: None }
 }
 
 /// Rotates `[tokens, heads, dim]` on the host, positions from `first`.
@@ -253,6 +253,7 @@ fn strides_of_foreign_tensors_are_respected() -> Verdict {
             lse: 0,
             scale: world.scale(),
             sinks: 0,
+            key_feedback: 0,
             rope: None,
         };
         let batch = Batch {

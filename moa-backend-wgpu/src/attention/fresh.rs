@@ -2,7 +2,7 @@
 
 use cubecl::CubeDim;
 use cubecl::server::Handle;
-use moa_core::{CacheType, rotation};
+use moa_core::{CacheType, RowType, rotation};
 
 use super::{Call, arg, grid, words};
 use crate::Result;
@@ -56,6 +56,9 @@ impl Fresh {
         let raw = Self::raw(call);
         let mut next = || buffers.next().unwrap_or_else(|| raw.q.clone());
         let (k, v, rotated) = (next(), next(), next());
+        // Without feedback the kernel has no place for it.
+        let feedback = call.inputs.key_feedback.filter(|_| own.keys() == RowType::Int4);
+        let fed = feedback.map_or(&raw.q, |feedback| feedback.handle());
         // SAFETY: the tensors and the buffers have so many rows, and rows are whole words.
         unsafe {
             prepare::launch_unchecked(
@@ -65,16 +68,19 @@ impl Fresh {
                 arg(&raw.q),
                 arg(&raw.k),
                 arg(&raw.v),
+                arg(fed),
                 arg(&rotated),
                 arg(&k),
                 arg(&v),
                 rows as u32,
                 query_rows as u32,
+                call.shape.kv_heads as u32,
                 dim as u32,
                 rotation(dim) as u32,
                 key_words as u32,
                 value_words as u32,
                 own,
+                feedback.is_some(),
             );
         }
         let q = if rotates { rotated } else { raw.q };

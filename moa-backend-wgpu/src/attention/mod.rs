@@ -137,8 +137,9 @@ fn check(
 ) -> Result<AttentionShape> {
     let shape = check_extend(batch, inputs, Tensor::shape)?;
     let sinks = inputs.scores.sinks.map(|sinks| ("sinks", sinks));
+    let feedback = inputs.key_feedback.map(|feedback| ("key_feedback", feedback));
     let tensors = [("q", inputs.q), ("k", inputs.k), ("v", inputs.v)];
-    for (what, tensor) in tensors.into_iter().chain(sinks) {
+    for (what, tensor) in tensors.into_iter().chain(sinks).chain(feedback) {
         if !tensor.device().is(device) {
             return Err(Error::argument(OP, what, "on the backend's device", "on another"));
         }

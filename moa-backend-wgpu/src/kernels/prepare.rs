@@ -14,23 +14,26 @@ pub(crate) const ROW_UNITS: usize = 64;
 /// Rounds `rows` new keys and values to codes, and rotates `query_rows` queries. Cubes: the rows, then the queries.
 ///
 /// `keys` and `values` are rows of words; after the keys comes a word of scales for each row. `block` is
-/// [`moa_core::rotation`] of `dim`.
+/// [`moa_core::rotation`] of `dim`. `feedback` is [`moa_core::key_feedback`] of each KV head, where keys have it.
 #[allow(clippy::too_many_arguments)]
 #[cube(launch_unchecked)]
 pub(crate) fn prepare(
     q: &[f32],
     k: &[f32],
     v: &[f32],
+    feedback: &[f32],
     rotated: &mut [f32],
     keys: &mut [u32],
     values: &mut [u32],
     rows: u32,
     query_rows: u32,
+    kv_heads: u32,
     dim: u32,
     block: u32,
     key_words: u32,
     value_words: u32,
     #[comptime] own: CacheType,
+    #[comptime] has_feedback: bool,
 ) {
     let mut staged = Shared::<[f32]>::new_slice(MAX_HEAD_DIM);
     let mut sizes = Shared::<[u32]>::new_slice(ROW_UNITS);
@@ -46,24 +49,30 @@ pub(crate) fn prepare(
         let key = narrow_row(
             &mut staged,
             &mut sizes,
+            feedback,
+            row % kv_heads as usize * dim * dim,
             keys,
             row * key_words,
             key_words,
             dim,
             block,
             comptime!(own.keys()),
+            has_feedback,
         );
         sync_cube();
         stage(v, row, &mut staged, dim);
         let value = narrow_row(
             &mut staged,
             &mut sizes,
+            feedback,
+            0usize.runtime(),
             values,
             row * value_words,
             value_words,
             dim,
             block,
             comptime!(own.values()),
+            false,
         );
         if UNIT_POS == 0 {
             keys[rows as usize * key_words + row] = key | (value << 16);
@@ -143,19 +152,23 @@ fn rotate(staged: &mut [f32], dim: usize, block: usize) {
     }
 }
 
-/// [`RowType::narrow`] of the staged row, whose words start at `first`; returns the bits of its scale.
+/// [`RowType::narrow_with`] of the staged row, whose words start at `first` and whose feedback starts at `square`; returns
+/// the bits of its scale.
 // Kernels have no iterators.
 #[allow(clippy::too_many_arguments, clippy::needless_range_loop)]
 #[cube]
 fn narrow_row(
     staged: &mut [f32],
     sizes: &mut [u32],
+    feedback: &[f32],
+    square: usize,
     to: &mut [u32],
     first: usize,
     words: usize,
     dim: usize,
     block: usize,
     #[comptime] own: RowType,
+    #[comptime] has_feedback: bool,
 ) -> u32 {
     if comptime!(own.rotates()) {
         rotate(staged, dim, block);
@@ -174,6 +187,9 @@ fn narrow_row(
         most = most.max(sizes[other]);
     }
     let scale = scale_of(most, own);
+    if comptime!(has_feedback) {
+        feed_back(staged, scale, feedback, square, dim);
+    }
     let mut at = unit;
     while at < words {
         let mut word = 0u32.runtime();
@@ -190,4 +206,26 @@ fn narrow_row(
         at += ROW_UNITS;
     }
     scale
+}
+
+/// What rounding each element leaves over, given to those before it: [`moa_core::key_feedback`].
+#[cube]
+fn feed_back(staged: &mut [f32], scale: u32, feedback: &[f32], square: usize, dim: usize) {
+    // From 2^-60 to 2^60, as bits of a bf16. Units that wait for one another must not do so in a branch.
+    let is_fed = (scale >= 0x2180) & (scale <= 0x5d80);
+    let wide = f32::from_bits(scale << 16);
+    let mut after = dim;
+    while after > 1 {
+        let j = after - 1;
+        let code = code_of(staged[j], scale, comptime!(RowType::Int4));
+        let left = staged[j] - (code as f32 - 7.5) * wide;
+        let left = select(is_fed, f32::from_bits(left.to_bits() & 0xffff_f000), 0.0f32);
+        let mut at = UNIT_POS as usize;
+        while at < j {
+            staged[at] += feedback[square + j * dim + at] * left;
+            at += ROW_UNITS;
+        }
+        after -= 1;
+        sync_cube();
+    }
 }

@@ -62,6 +62,9 @@ pub fn check_extend<C: AsRef<CacheState>, T>(
     if let Some(sinks) = inputs.scores.sinks {
         expect(OP, "sinks", shape(sinks), &[query_heads])?;
     }
+    if let Some(feedback) = inputs.key_feedback {
+        expect(OP, "key_feedback", shape(feedback), &[kv_heads, head_dim, head_dim])?;
+    }
     check_softcap(OP, inputs.scores.softcap)?;
     room(batch)?;
     Ok(AttentionShape { tokens, query_heads, kv_heads, head_dim })

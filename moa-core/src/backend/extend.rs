@@ -23,10 +23,13 @@ pub struct ExtendInputs<'a, T> {
     pub scores: Scores<'a, T>,
     /// Whether the log-sum-exp of each row of scores is wanted too.
     pub lse: bool,
+    /// [Feedback](crate::key_feedback) of each KV head, `[kv_heads, head_dim, head_dim]`, by which keys of heads in 4 bits get
+    /// their codes; others pass over it. f32 on every device. As the numbers lie on the device, nothing checks them.
+    pub key_feedback: Option<&'a T>,
 }
 
 impl<'a, T> ExtendInputs<'a, T> {
-    /// Inputs of which no log-sum-exp is wanted. Plain attention has a factor in place of the scores:
+    /// Inputs without feedback, of which no log-sum-exp is wanted. Plain attention has a factor in place of the scores:
     ///
     /// ```
     /// # use moa_core::{ExtendInputs, Scores};
@@ -36,7 +39,7 @@ impl<'a, T> ExtendInputs<'a, T> {
     /// let capped = ExtendInputs { lse: true, ..ExtendInputs::new(&q, &k, &v, scores) };
     /// ```
     pub fn new(q: &'a T, k: &'a T, v: &'a T, scores: impl Into<Scores<'a, T>>) -> Self {
-        Self { q, k, v, scores: scores.into(), lse: false }
+        Self { q, k, v, scores: scores.into(), lse: false, key_feedback: None }
     }
 }
 

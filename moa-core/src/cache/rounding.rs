@@ -1,5 +1,6 @@
 //! How a row of a key or a value becomes what a cache holds, and back: the specification for every device.
 
+use super::feedback::feed_back;
 use crate::Dtype;
 use crate::blocks::{f16_to_f32, f32_to_f16};
 
@@ -16,6 +17,8 @@ use crate::blocks::{f16_to_f32, f32_to_f16};
 ///
 /// `s * TOP`, `s` times a code, and `s` times the middle of two codes have at most 24 bits, so that a
 /// device whose division is not exact decides by comparison with them.
+///
+/// Keys of 4 bits may have [feedback](crate::key_feedback), which changes `y` on the way.
 ///
 /// A query that meets rotated keys is rotated too, which multiplies scores by [`rotation`]; what attention makes
 /// of rotated values is rotated back, which does the same to the output.
@@ -77,11 +80,24 @@ impl RowType {
     /// # Panics
     /// If there are not [`code_bytes`](Self::code_bytes) codes.
     pub fn narrow(self, row: &mut [f32], codes: &mut [u8]) -> u16 {
+        self.narrow_with(None, row, codes)
+    }
+
+    /// [`narrow`](Self::narrow) of a key, with its head's [feedback](crate::key_feedback) where there is one, which
+    /// types of other than 4 bits pass over. What the row holds afterwards means nothing then.
+    ///
+    /// # Panics
+    /// If there are not [`code_bytes`](Self::code_bytes) codes, or not as many numbers of the feedback as the square of
+    /// the row's.
+    pub fn narrow_with(self, feedback: Option<&[f32]>, row: &mut [f32], codes: &mut [u8]) -> u16 {
         assert_eq!(codes.len(), self.code_bytes(row.len()));
         if self.rotates() {
             rotate(row);
         }
         let scale = scale_of(row, self.top());
+        if let (Self::Int4, Some(feedback)) = (self, feedback) {
+            feed_back(row, widen_scale(scale), feedback);
+        }
         let wide = f64::from(widen_scale(scale));
         // Of a scale that is 0 or no number, every code is that of 0.
         let of = |x: &f32| if wide > 0.0 { f64::from(*x) / wide } else { 0.0 };
@@ -135,6 +151,14 @@ impl RowType {
 
     /// What attention sees of a row once it is in a cache: rounded, and rotated back.
     pub fn round(self, row: &[f32]) -> Vec<f64> {
+        self.round_with(None, row)
+    }
+
+    /// [`round`](Self::round) of a key, with its head's [feedback](crate::key_feedback) where there is one.
+    ///
+    /// # Panics
+    /// As [`narrow_with`](Self::narrow_with).
+    pub fn round_with(self, feedback: Option<&[f32]>, row: &[f32]) -> Vec<f64> {
         let mut row = row.to_vec();
         match self {
             Self::Plain(dtype) => {
@@ -143,7 +167,7 @@ impl RowType {
             }
             _ => {
                 let mut codes = vec![0; self.code_bytes(row.len())];
-                let scale = self.narrow(&mut row, &mut codes);
+                let scale = self.narrow_with(feedback, &mut row, &mut codes);
                 self.widen(&codes, scale, &mut row);
                 let mut wide: Vec<f64> = row.into_iter().map(f64::from).collect();
                 if self.rotates() {

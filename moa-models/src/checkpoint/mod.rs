@@ -31,6 +31,7 @@ use std::sync::Arc;
 
 use moa_core::Plan;
 
+use crate::book::BOOK;
 use crate::checkpoint::generation_config::GenerationConfig;
 use crate::checkpoint::gguf::{Gguf, is_gguf};
 use crate::checkpoint::open_options::OpenOptions;
@@ -41,6 +42,7 @@ use crate::checkpoint::template::{ChatTemplate, Message};
 use crate::checkpoint::tokenizer::Tokenizer;
 use crate::decoder::config::ModelConfig;
 use crate::decoder::model::Decoder;
+use crate::decoder::narrow_keys;
 use crate::decoder::shard::Shard;
 use crate::device::Math;
 use crate::engine::draft_model::DraftModel;
@@ -95,6 +97,15 @@ impl<D: Math> Clone for Checkpoint<D> {
             draft: self.draft.clone(),
         }
     }
+}
+
+/// The model, which is told some running text in its own tokens. Where the tokenizer refuses any, the model does without.
+fn shown<D: Math>(mut model: Decoder<D>, tokenizer: &Tokenizer) -> Arc<Decoder<D>> {
+    // Tokens that are longer on average are rare.
+    let mut sample = tokenizer.encode(&BOOK[..8 * narrow_keys::TOKENS], false).unwrap_or_default();
+    sample.truncate(narrow_keys::TOKENS);
+    model.set_sample(sample);
+    Arc::new(model)
 }
 
 impl<D: Math> Checkpoint<D> {
@@ -160,7 +171,7 @@ impl<D: Math> Checkpoint<D> {
         };
         let style = PromptStyle::of(template.as_ref());
         Ok(Self {
-            model: Arc::new(model),
+            model: shown(model, &tokenizer),
             tokenizer,
             generation,
             template,
@@ -181,7 +192,7 @@ impl<D: Math> Checkpoint<D> {
         let (config, tokenizer) = (file.config(options.families)?, file.tokenizer()?);
         tokenizer.check_vocab_size(config.vocab_size)?;
         let template = file.template()?;
-        let model = Arc::new(Decoder::load_part(device, config, &file, shard)?);
+        let model = shown(Decoder::load_part(device, config, &file, shard)?, &tokenizer);
         let style = PromptStyle::of(template.as_ref());
         Ok(Self {
             model,

@@ -107,8 +107,8 @@ impl<D: Math> Decoder<D> {
         }
     }
 
-    /// Rotates queries and keys, appends keys ([less their mean](crate::decoder::key_means) where the cache has
-    /// keys of 4 bits) and values to each cache of `batch`, and attends as `layer` does; with `lse` also the
+    /// Rotates queries and keys, appends keys ([less their mean and with feedback](crate::decoder::narrow_keys) where the
+    /// cache has keys of 4 bits) and values to each cache of `batch`, and attends as `layer` does; with `lse` also the
     /// log-sum-exp of each row of scores.
     pub(crate) fn extend(
         &self,
@@ -121,8 +121,22 @@ impl<D: Math> Decoder<D> {
     ) -> Result<Extended<D::Tensor>> {
         let [q, k] = self.rotated(layer, q, k, rotations)?;
         // Log-sum-exps are those of the keys as they are.
-        let k = if lse { k } else { self.centred(layer, batch, k)? };
-        let inputs = ExtendInputs { lse, ..ExtendInputs::new(&q, &k, &v, self.scale()) };
+        let keys = match lse {
+            true => None,
+            false => self.narrow_keys(layer.index, batch.iter().map(|append| &*append.cache))?,
+        };
+        let (k, key_feedback) = match keys {
+            None => (k, None),
+            Some((keys, places)) => {
+                let own = batch.iter().zip(places);
+                let rows =
+                    own.flat_map(|(append, place)| std::iter::repeat_n(place, append.tokens));
+                let rows: Vec<usize> = rows.collect();
+                (self.device.add_rows(k, &keys.shifts, &rows)?, Some(&keys.feedback))
+            }
+        };
+        let inputs =
+            ExtendInputs { lse, key_feedback, ..ExtendInputs::new(&q, &k, &v, self.scale()) };
         attention.extend(batch, &inputs).map_err(Into::into)
     }
 

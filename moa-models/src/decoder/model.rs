@@ -9,8 +9,8 @@ use crate::checkpoint::mapped::MappedTensor;
 use crate::checkpoint::safetensors::Tensors;
 use crate::decoder::block_savings::BlockSavings;
 use crate::decoder::config::ModelConfig;
-use crate::decoder::key_means::KeyMeans;
 use crate::decoder::layer::{Layer, LayerPart};
+use crate::decoder::narrow_keys::NarrowKeys;
 use crate::decoder::shard::Shard;
 use crate::device::{Device, Math};
 
@@ -35,8 +35,10 @@ pub struct Decoder<D: Device> {
     pub(crate) shard: Option<Shard<D>>,
     /// Dimensions of what is here.
     pub(crate) local: ModelShape,
+    /// Tokens of running text, if it is known how to write any.
+    pub(crate) sample: Vec<u32>,
     /// Once a sequence has needed them.
-    pub(crate) key_means: OnceLock<KeyMeans<D>>,
+    pub(crate) narrow_keys: OnceLock<NarrowKeys<D>>,
 }
 
 impl<D: Device> std::fmt::Debug for Decoder<D> {
@@ -112,7 +114,8 @@ impl<D: Math> Decoder<D> {
             block_savings,
             shard,
             local,
-            key_means: OnceLock::new(),
+            sample: Vec::new(),
+            narrow_keys: OnceLock::new(),
         })
     }
 

@@ -34,7 +34,7 @@ struct Header {
     /// Roles and contents of a conversation, where it is one.
     messages: Vec<(String, String)>,
     layers: Vec<CacheState>,
-    /// Fingerprint of the mean keys that keys of 4 bits are less.
+    /// Fingerprint of the mean keys that keys of 4 bits are less, and of their feedback.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     key_means: Option<String>,
     /// Bytes of each layer's cache.
@@ -135,7 +135,7 @@ impl<D: Math> Decoder<D> {
             tokens: tokens.to_vec(),
             messages,
             layers: sequence.caches.iter().map(|cache| cache.as_ref().clone()).collect(),
-            key_means: self.key_means_of(sequence.caches.iter().map(|cache| cache.as_ref()))?,
+            key_means: self.narrow_keys_of(sequence.caches.iter().map(|cache| cache.as_ref()))?,
             bytes: caches.iter().map(|cache| cache.len() as u64).collect(),
         };
         let header = serde_json::to_vec(&header).map_err(|e| wrong("header", "JSON", e))?;
@@ -178,7 +178,7 @@ impl<D: Math> Decoder<D> {
             return Err(wrong("little_endian", little, header.little_endian));
         }
         self.check_layers(plan, &header)?;
-        let means = self.key_means_of(header.layers.iter())?;
+        let means = self.narrow_keys_of(header.layers.iter())?;
         if header.key_means != means {
             let text = |means: Option<String>| means.unwrap_or_else(|| "none".to_owned());
             return Err(wrong("key_means", text(means), text(header.key_means)));

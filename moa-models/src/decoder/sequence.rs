@@ -124,7 +124,7 @@ impl<D: Math> Decoder<D> {
             .map(|layout| layout.bytes(self.config.head_dim, self.slot_bytes()))
             .sum();
         self.device.check_room("keys and values", bytes)?;
-        self.prepare_key_means(&layouts)?;
+        self.prepare_narrow_keys(&layouts)?;
         let open = |layout| self.open_cache(layout);
         let caches = layouts.iter().map(open).collect::<Result<_>>()?;
         let (rope, model) = (self.rope(capacity)?, self.id);

@@ -436,15 +436,17 @@ impl<D: Math> Decoder<D> {
     /// A replay of so many tokens for each sequence, if the device records steps.
     fn record(&self, sequences: &[Sequence<D>], tokens: usize) -> Result<Option<Recorded<D>>> {
         let Some(first) = sequences.first() else { return Ok(None) };
-        let mut key_shifts = Vec::with_capacity(self.layers.len());
+        let (mut key_shifts, mut key_feedback) = (Vec::new(), Vec::new());
         for (index, layer) in self.layers.iter().enumerate() {
             let caches = sequences.iter().map(|sequence| &sequence.caches[index]);
-            key_shifts.push(match self.key_shifts(index, caches)? {
+            let keys = match self.narrow_keys(index, caches)? {
                 None => None,
                 // Keys of some sequences are less their mean and those of others are not.
                 Some((_, places)) if !layer.kind.rotary || places.contains(&0) => return Ok(None),
-                Some((table, _)) => Some(table),
-            });
+                Some((keys, _)) => Some(keys),
+            };
+            key_shifts.push(keys.map(|keys| &keys.shifts));
+            key_feedback.push(keys.map(|keys| &keys.feedback));
         }
         let of_layer = |layer| sequences.iter().map(|s| &s.caches[layer]).collect();
         let batch = ReplayBatch {
@@ -456,6 +458,7 @@ impl<D: Math> Decoder<D> {
             rope: &first.rope,
             rotary: self.layers.iter().map(|layer| layer.kind.rotary).collect(),
             key_shifts,
+            key_feedback,
             capacity: sequences.iter().map(Sequence::capacity).max().unwrap_or(0),
             vocab_size: self.config.vocab_size,
         };

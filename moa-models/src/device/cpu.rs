@@ -146,7 +146,7 @@ impl Device for Cpu {
         }
     }
 
-    fn centring_cache_type(&self) -> Option<CacheType> {
+    fn default_cache_type(&self) -> Option<CacheType> {
         Some(self.attention.cache_type())
     }
 

@@ -76,9 +76,9 @@ pub trait Device: Send + Sync {
     /// The device's attention backend.
     fn attention(&self) -> &Self::Attention;
 
-    /// The cache type of KV heads whose plan says none, on a device on which keys of 4 bits are stored less their mean;
-    /// `None` on others.
-    fn centring_cache_type(&self) -> Option<CacheType> {
+    /// The cache type of KV heads whose plan says none; `None` on a device that does not tell, where keys of 4 bits are
+    /// stored as they are.
+    fn default_cache_type(&self) -> Option<CacheType> {
         None
     }
 

@@ -30,6 +30,8 @@ pub struct ReplayBatch<'a, D: Device> {
     /// What is added to rotated keys of a layer, the second row of a table `[2, kv_heads, head_dim]`; for each layer, all
     /// of whose sequences then have it. Only layers that rotate have one.
     pub key_shifts: Vec<Option<&'a D::Tensor>>,
+    /// Feedback of a layer's keys, as [`ExtendInputs::key_feedback`](moa_core::ExtendInputs::key_feedback), for each layer.
+    pub key_feedback: Vec<Option<&'a D::Tensor>>,
     /// Most tokens that a sequence may hold.
     pub capacity: usize,
     /// Tokens of the vocabulary.

@@ -80,7 +80,7 @@ impl Device for Wgpu {
         &self.attention
     }
 
-    fn centring_cache_type(&self) -> Option<CacheType> {
+    fn default_cache_type(&self) -> Option<CacheType> {
         Some(self.attention.cache_type())
     }
 

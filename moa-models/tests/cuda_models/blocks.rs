@@ -166,7 +166,7 @@ fn blocks_are_profiled_as_on_the_cpu() -> Verdict {
 
 /// Of the GGUF file that `MOA_TEST_GGUF` names: 16 tokens at a time multiply blocks, 512 at a time widen them first.
 fn perplexity_of_a_real_file_is_that_of_widened_weights() -> Verdict {
-    const TEXT: &str = include_str!("../../src/find_plan/text/erewhon.txt");
+    const TEXT: &str = include_str!("../../src/erewhon.txt");
     let Some(path) = std::env::var_os("MOA_TEST_GGUF") else {
         return Err(Stop::ignored("MOA_TEST_GGUF does not name a GGUF file"));
     };

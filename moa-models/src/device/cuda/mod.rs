@@ -149,7 +149,7 @@ impl Device for Cuda {
         }
     }
 
-    fn centring_cache_type(&self) -> Option<CacheType> {
+    fn default_cache_type(&self) -> Option<CacheType> {
         Some(self.attention.cache_type())
     }
 

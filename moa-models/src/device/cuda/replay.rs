@@ -31,6 +31,8 @@ pub(super) struct Recorded {
     rotary: Vec<bool>,
     /// Where what is added to a layer's rotated keys lies, or 0.
     key_shifts: Vec<u64>,
+    /// Where the feedback of a layer's keys lies, or 0.
+    key_feedback: Vec<u64>,
     workspace: Workspace,
     /// New tokens of each sequence.
     tokens: usize,
@@ -104,6 +106,11 @@ impl Recorded {
             layers,
             rotary: batch.rotary.clone(),
             key_shifts: batch.key_shifts.iter().map(|table| table.map_or(0, shift)).collect(),
+            key_feedback: batch
+                .key_feedback
+                .iter()
+                .map(|own| own.map_or(0, Tensor::pointer))
+                .collect(),
             workspace,
             heads: [batch.query_heads, kv_heads, kv_heads],
             head_dim: batch.head_dim,
@@ -189,6 +196,7 @@ impl Replay<Cuda> for Recorded {
             lse: 0,
             scale: self.scale,
             sinks: 0,
+            key_feedback: self.key_feedback[layer],
             rope: self.rotary[layer].then(rope),
         };
         // SAFETY: all of it is on the device's own stream, and of the shapes that were prepared; whoever

@@ -147,7 +147,7 @@ pub fn compress_profile<D: Math>(
         refine_types(model, evidence, &starts, bounds, &profile, evaluations, progress)?;
     refined.plan.provenance.method = Some("moa compress".to_string());
     let plan = refined.plan.clone();
-    warnings.extend(warnings_of(&refined, &request, model.device.centring_cache_type())?);
+    warnings.extend(warnings_of(&refined, &request, model.device.default_cache_type())?);
     Ok(Compressed { plan, profile, found, refined, warnings })
 }
 

@@ -2,11 +2,8 @@
 
 use moa_core::SplitMix64;
 
+use crate::book::BOOK;
 use crate::find_plan::calibrate::Part;
-
-/// The first chapters of "Erewhon" by Samuel Butler (1872), without their headings; a line is a
-/// paragraph. The book is in the public domain.
-const TEXT: &str = include_str!("erewhon.txt");
 
 /// At least `len` bytes of text from a sentence on that is drawn with `rng`, up to the end of a
 /// sentence. Behind the last paragraph the text goes on with the first.
@@ -16,7 +13,7 @@ pub(crate) fn excerpt(rng: &mut SplitMix64, len: usize) -> String {
 
 /// The same of a part of the text: its last third, which is held out, or the rest.
 pub(crate) fn excerpt_of(rng: &mut SplitMix64, len: usize, part: Part) -> String {
-    let mut sentences: Vec<&str> = TEXT.split_inclusive(['.', '!', '?', '\n']).collect();
+    let mut sentences: Vec<&str> = BOOK.split_inclusive(['.', '!', '?', '\n']).collect();
     let middle = sentences.len() * 2 / 3;
     match part {
         Part::All => {}
@@ -41,7 +38,7 @@ mod tests {
 
     #[test]
     fn excerpts_repeat_with_their_seed_have_their_length_and_may_be_longer_than_the_book() {
-        for len in [1, 100, 5_000, 2 * TEXT.len()] {
+        for len in [1, 100, 5_000, 2 * BOOK.len()] {
             let text = excerpt(&mut SplitMix64::new(7), len);
             assert_eq!(text, excerpt(&mut SplitMix64::new(7), len));
             assert!(text.len() + 2 >= len && text.len() < len + 2_000, "{len}: {}", text.len());
