@@ -210,6 +210,8 @@ fn narrow_row(
 
 /// What rounding each element leaves over, given to those before it: [`moa_core::key_feedback`].
 #[cube]
+// Kernels have no ranges with `contains`.
+#[allow(clippy::manual_range_contains)]
 fn feed_back(staged: &mut [f32], scale: u32, feedback: &[f32], square: usize, dim: usize) {
     // From 2^-60 to 2^60, as bits of a bf16. Units that wait for one another must not do so in a branch.
     let is_fed = (scale >= 0x2180) & (scale <= 0x5d80);
