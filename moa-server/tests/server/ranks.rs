@@ -57,14 +57,14 @@ impl Communicator<Cpu> for Breaking {
             match self.how {
                 Breaks::Fails => return Err(moa_models::Error::Cancelled),
                 // Longer than the others wait.
-                Breaks::Hangs => std::thread::sleep(4 * PATIENCE),
+                Breaks::Hangs => std::thread::sleep(2 * SHORT),
             }
         }
         self.rank.all_reduce(device, x)
     }
 }
 
-const PATIENCE: Duration = Duration::from_secs(2);
+const SHORT: Duration = Duration::from_secs(3);
 
 /// A server of two ranks on a thread of its own, which ends with this.
 struct Ranks {
@@ -75,12 +75,13 @@ struct Ranks {
 
 impl Ranks {
     fn new(plan: Plan, options: ServerOptions) -> Self {
-        Self::bind(plan, options, |rank| rank).expect("a server")
+        Self::bind(plan, options, Duration::from_secs(60), |rank| rank).expect("a server")
     }
 
     fn bind<C: Communicator<Cpu> + 'static>(
         plan: Plan,
         mut options: ServerOptions,
+        patience: Duration,
         wrap: impl Fn(Arc<ThreadRank>) -> C + Send + Sync + 'static,
     ) -> Result<Self, Error> {
         options.address.set_port(0);
@@ -97,7 +98,7 @@ impl Ranks {
                 let _ = told.send((server.address(), server.shutdown_handle()));
                 server.run()
             };
-            on_ranks(ThreadRank::group_with(2, PATIENCE)?, work).map(drop)
+            on_ranks(ThreadRank::group_with(2, patience)?, work).map(drop)
         });
         match address.recv() {
             Ok((address, stop)) => Ok(Self { client: Client(address), stop, thread: Some(thread) }),
@@ -225,7 +226,7 @@ fn a_rank_that_fails_or_hangs_ends_all_requests() {
         let breaks: &'static AtomicBool = Box::leak(Box::new(AtomicBool::new(false)));
         let wrap = move |rank| Breaking { rank, breaks, how };
         let options = ServerOptions { max_batch: 2, ..ServerOptions::default() };
-        let mut ranks = Ranks::bind(narrow(), options, wrap).expect("a server");
+        let mut ranks = Ranks::bind(narrow(), options, SHORT, wrap).expect("a server");
         let client = ranks.client;
         let endless = json!({ "prompt": "The sea", "max_tokens": 6000, "ignore_eos": true });
         let send = || client.send("POST", "/v1/completions", "", endless.to_string().as_bytes());
@@ -252,7 +253,7 @@ fn a_rank_that_fails_or_hangs_ends_all_requests() {
 #[test]
 fn what_ranks_cannot_do_is_refused_at_the_start() {
     let refused = |options: ServerOptions| {
-        Ranks::bind(narrow(), options, |rank| rank).map(drop).unwrap_err().to_string()
+        Ranks::bind(narrow(), options, SHORT, |rank| rank).map(drop).unwrap_err().to_string()
     };
     let draft = ServerOptions { speculation: Speculation::draft(), ..ServerOptions::default() };
     assert!(refused(draft).contains("speculation must be"));
