@@ -3,7 +3,7 @@
 use pulp::{Simd, WithSimd};
 
 use super::outer::LANES;
-use super::whole;
+use super::{prefetch, whole};
 use crate::element::RowElement;
 
 /// Rows of `dim` elements at a stride of codes, in memory that other code owns.
@@ -87,6 +87,7 @@ impl<E: RowElement> WithSimd for Dots<'_, E> {
         assert!(count == 0 || scores.len() >= (count - 1) * score_stride + keys_count);
         by_rows!(count, r, R => {
             for j in (0..keys_count).step_by(KEYS) {
+                prefetch(keys[j * units..].as_ptr(), KEYS * units * size_of::<E>());
                 // Keys after the last are the last again.
                 let mut rows = [&keys[..0]; KEYS];
                 for (k, row) in rows.iter_mut().enumerate() {
@@ -305,6 +306,9 @@ unsafe fn sum_block<S: Simd, E: RowElement, const R: usize, const P: usize>(
         }
     }
     for (j, value) in values.chunks_exact(E::units(dim)).enumerate() {
+        if pair == 0 {
+            prefetch(value.as_ptr(), size_of_val(value));
+        }
         let mut vectors = [[simd.splat_f32s(0.0); 2]; P];
         for (p, vectors) in vectors.iter_mut().enumerate() {
             // SAFETY: promised by the caller.
@@ -413,6 +417,7 @@ unsafe fn streamed_dot<S: Simd, E: RowElement, const R: usize, const U: usize>(
     let (x, w) = (rows.data.as_ptr(), unsafe { weights.data.as_ptr().add(j * weights.stride) });
     let mut at = 0;
     while dim - at >= U * lanes {
+        prefetch(w.wrapping_add(at), U * lanes * size_of::<E>());
         for (u, sums) in sums.iter_mut().enumerate() {
             // SAFETY: whole vectors before `dim`.
             let weight = unsafe { E::load(simd, w, dim, at + u * lanes) };
