@@ -121,3 +121,27 @@ impl<'a, T> SharedMut<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(self.pointer.add(start), len) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_is_done_once_by_any_number_of_threads() {
+        for threads in [1, 2, 3, 8] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            for tasks in [0, 1, 2, 5, 97] {
+                let counts: Vec<AtomicUsize> =
+                    (0..2 * tasks).map(|_| AtomicUsize::new(0)).collect();
+                let count = |task: usize| {
+                    counts[task].fetch_add(1, Ordering::Relaxed);
+                };
+                pool.install(|| {
+                    for_each(tasks, u64::MAX, count);
+                    for_each_in_runs(tasks, u64::MAX, |task| count(tasks + task));
+                });
+                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+            }
+        }
+    }
+}

@@ -141,16 +141,17 @@ fn dot_block<S: Simd, E: RowElement, const R: usize>(
     for pair in 0..pairs {
         let places = E::places(dim, lanes, pair);
         let mut vectors = [[simd.splat_f32s(0.0); 2]; KEYS];
-        for (vectors, key) in vectors.iter_mut().zip(keys) {
+        for k in 0..KEYS {
             // SAFETY: a pair of the row's.
-            *vectors = unsafe { E::load_pair(simd, key.as_ptr(), dim, pair) };
+            vectors[k] = unsafe { E::load_pair(simd, keys[k].as_ptr(), dim, pair) };
         }
+        // By number, as in `panels`.
         for (r, sums) in sums.iter_mut().enumerate() {
             for (v, at) in places.into_iter().enumerate() {
                 // SAFETY: whole vectors before `dim`.
                 let row = unsafe { f32::load(simd, rows.add(r * stride), dim, at) };
-                for (sum, key) in sums.iter_mut().zip(vectors) {
-                    *sum = simd.mul_add_e_f32s(row, key[v], *sum);
+                for k in 0..KEYS {
+                    sums[k] = simd.mul_add_e_f32s(row, vectors[k][v], sums[k]);
                 }
             }
         }
@@ -317,9 +318,11 @@ unsafe fn sum_block<S: Simd, E: RowElement, const R: usize, const P: usize>(
         for (r, sums) in sums.iter_mut().enumerate() {
             // SAFETY: promised by the caller.
             let weight = simd.splat_f32s(unsafe { *weights.get_unchecked(r * weight_stride + j) });
-            let both = sums.as_flattened_mut().iter_mut().zip(vectors.as_flattened());
-            for (sum, value) in both {
-                *sum = simd.mul_add_e_f32s(*value, weight, *sum);
+            for p in 0..P {
+                let (sums, values) = (&mut sums[p], vectors[p]);
+                for v in 0..2 {
+                    sums[v] = simd.mul_add_e_f32s(values[v], weight, sums[v]);
+                }
             }
         }
     }
