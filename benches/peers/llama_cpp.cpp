@@ -5,13 +5,17 @@
 //     g++ -O2 -I include -I ggml/include llama_cpp.cpp -L build/bin -lllama -lggml -lggml-base -o llama_cpp
 //     LD_LIBRARY_PATH=build/bin ./llama_cpp MODEL.gguf THREADS NEW_TOKENS REPEATS 512,2048
 //     LD_LIBRARY_PATH=build/bin ./llama_cpp MODEL.gguf THREADS NEW_TOKENS "the text to go on with"
+//     LD_LIBRARY_PATH=build/bin ./llama_cpp MODEL.gguf THREADS
 //
 // Flash attention and 16-bit caches. Prefill is all tokens in calls of 512, decode greedy steps behind them;
-// medians of the repeats. With a text it prints the tokens and the greedy answer instead.
+// medians of the repeats. With a text it prints the tokens and the greedy answer instead. With neither it does what
+// turns.py asks: "prefill LENGTH - SEED" reads a prompt that it keeps, "decode LENGTH - STEPS" goes on with it; it prints
+// the seconds of the prompt, or of one step.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -33,8 +37,8 @@ static void feed(llama_context *context, llama_token *tokens, int count) {
 }
 
 int main(int argc, char **argv) {
-    if (argc < 5) return 1;
-    const int threads = atoi(argv[2]), steps = atoi(argv[3]);
+    if (argc != 3 && argc < 5) return 1;
+    const int threads = atoi(argv[2]), steps = argc > 3 ? atoi(argv[3]) : 0;
     llama_log_set([](ggml_log_level level, const char *text, void *) {
         if (level == GGML_LOG_LEVEL_ERROR) fputs(text, stderr);
     }, nullptr);
@@ -51,6 +55,33 @@ int main(int argc, char **argv) {
         p.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
         return llama_init_from_model(model, p);
     };
+    if (argc == 3) {
+        struct Kept { llama_context *context; llama_token token; };
+        std::map<int, Kept> kept;
+        char what[16], unused[16];
+        for (int length, number; scanf("%15s %d %15s %d", what, &length, unused, &number) == 4; fflush(stdout)) {
+            if (what[0] == 'p') {
+                if (kept.count(length)) llama_free(kept[length].context);
+                llama_context *context = open(length + 96);
+                std::vector<llama_token> tokens(length);
+                for (int i = 0; i < length; i++) tokens[i] = 100 + (i * 7919LL + number) % (count - 100);
+                const double begin = now();
+                feed(context, tokens.data(), length);
+                kept[length] = {context, best(context, count)};
+                printf("%f\n", now() - begin);
+                continue;
+            }
+            Kept &own = kept[length];
+            double begin = 0;
+            for (int i = -2; i < number; i++) {
+                if (i == 0) begin = now();
+                feed(own.context, &own.token, 1);
+                own.token = best(own.context, count);
+            }
+            printf("%f\n", (now() - begin) / number);
+        }
+        return 0;
+    }
     if (argc == 5) {
         const std::string text = argv[4];
         std::vector<llama_token> tokens(text.size() + 8);

@@ -53,11 +53,6 @@ impl<E: RowElement> Rows<E> {
         (size_of_val(&codes[..]) + size_of_val(&scales[..])) as u64
     }
 
-    /// Bytes of a row, its scale included.
-    pub(crate) fn row_bytes(&self, dim: usize) -> usize {
-        E::units(dim) * size_of::<E>() + scales::<E>(1) * size_of::<u16>()
-    }
-
     /// Room for so many staged rows.
     ///
     /// # Errors

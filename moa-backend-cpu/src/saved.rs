@@ -2,7 +2,7 @@
 
 use moa_core::{CacheState, CacheType};
 
-use crate::cache::{Cache, Rows, Store, with_store};
+use crate::cache::{Cache, Rows, Stretch, with_store};
 use crate::element::RowElement;
 use crate::{Error, Result};
 
@@ -14,29 +14,22 @@ impl Cache {
     /// # Errors
     /// [`Error::OutOfMemory`].
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
-        fn add<E: RowElement>(rows: &Rows<E>, slots: usize, dim: usize, bytes: &mut Vec<u8>) {
-            let scales = slots.min(rows.cached.scales.len());
-            bytes.extend_from_slice(bytemuck::cast_slice(
-                &rows.cached.codes[..slots * E::units(dim)],
-            ));
-            bytes.extend_from_slice(bytemuck::cast_slice(&rows.cached.scales[..scales]));
+        fn parts<E: RowElement>(rows: &Rows<E>, slots: usize, dim: usize) -> [&[u8]; 2] {
+            let Stretch { codes, scales } = &rows.cached;
+            let codes = bytemuck::cast_slice(&codes[..slots * E::units(dim)]);
+            [codes, bytemuck::cast_slice(&scales[..slots.min(scales.len())])]
         }
-        let (mut bytes, dim) = (Vec::new(), self.state.head_dim());
-        let written_bytes = |(kv_head, store): (usize, &Store)| {
-            let row =
-                with_store!(store, pair => pair.keys.row_bytes(dim) + pair.values.row_bytes(dim));
-            written(&self.state, kv_head) * row
-        };
-        let len: usize = self.heads.iter().enumerate().map(written_bytes).sum();
-        let shortage = |_| Error::OutOfMemory { what: "a saved cache", bytes: len as u64 };
-        bytes.try_reserve_exact(len).map_err(shortage)?;
-        for (kv_head, store) in self.heads.iter().enumerate() {
+        let dim = self.state.head_dim();
+        let heads = self.heads.iter().enumerate().flat_map(|(kv_head, store)| {
             let slots = written(&self.state, kv_head);
-            with_store!(store, pair => {
-                add(&pair.keys, slots, dim, &mut bytes);
-                add(&pair.values, slots, dim, &mut bytes);
-            });
-        }
+            with_store!(store, pair => [parts(&pair.keys, slots, dim), parts(&pair.values, slots, dim)])
+        });
+        let parts: Vec<&[u8]> = heads.flatten().collect();
+        let len: usize = parts.iter().map(|part| part.len()).sum();
+        let shortage = |_| Error::OutOfMemory { what: "a saved cache", bytes: len as u64 };
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(len).map_err(shortage)?;
+        parts.iter().for_each(|part| bytes.extend_from_slice(part));
         Ok(bytes)
     }
 

@@ -1,14 +1,15 @@
 //! Products with weights that stay in their storage type.
 
 mod blocks;
-mod dots;
+mod numbers;
 mod panels;
+mod stretches;
 
 use half::{bf16, f16};
 
-use self::blocks::Blocks;
+use self::blocks::{Blocks, Level};
+use self::numbers::Numbers;
 use self::panels::Side;
-use crate::element::Element;
 use crate::pool::SharedMut;
 use crate::{Error, Result, Tensor};
 pub use moa_core::BlockType;
@@ -80,13 +81,6 @@ impl<'a> WeightRef<'a> {
         Self { narrow, ..self }
     }
 
-    fn blocks(&self) -> Option<Blocks<'a>> {
-        match self.data {
-            WeightData::Blocks(kind, bytes) => Some(Blocks { kind, bytes }),
-            _ => None,
-        }
-    }
-
     /// Outputs.
     pub fn rows(&self) -> usize {
         self.rows
@@ -103,30 +97,7 @@ impl<'a> WeightRef<'a> {
 /// # Errors
 /// [`Error::Argument`] if the shapes do not fit, [`Error::OutOfMemory`].
 pub fn linear(x: &Tensor, weight: WeightRef<'_>, bias: Option<&[f32]>) -> Result<Tensor> {
-    check("linear", x, weight, bias)?;
-    let (m, n, k) = (x.rows(), weight.rows, weight.cols);
-    let mut y = output(m, n, k)?;
-    if m > 0 && n > 0 && k > 0 {
-        let out = SharedMut::new(y.data_mut());
-        match weight.data {
-            WeightData::F32(w) => forward(x.data(), w, (m, n, k), &out)?,
-            WeightData::F16(w) => forward(x.data(), w, (m, n, k), &out)?,
-            WeightData::Bf16(w) => {
-                #[cfg(target_arch = "x86_64")]
-                if let Some(machine) = panels::pairs::Machine::here().filter(|_| weight.narrow) {
-                    panels::pairs::Activations::new(machine, x)?.product(w, k, &out)?;
-                    add_bias(&mut y, bias);
-                    return Ok(y);
-                }
-                forward(x.data(), w, (m, n, k), &out)?;
-            }
-            WeightData::Blocks(kind, bytes) => {
-                Blocks { kind, bytes }.forward(x.data(), (m, n, k), &out)?;
-            }
-        }
-    }
-    add_bias(&mut y, bias);
-    Ok(y)
+    Ok(products("linear", x, &[(weight, bias)])?.swap_remove(0))
 }
 
 /// A tensor whose every element is going to be a sum of `k` products.
@@ -139,19 +110,30 @@ fn output(m: usize, n: usize, k: usize) -> Result<Tensor> {
 /// # Errors
 /// [`Error::Argument`] if the shapes do not fit, [`Error::OutOfMemory`].
 pub fn linears(x: &Tensor, layers: &[(WeightRef<'_>, Option<&[f32]>)]) -> Result<Vec<Tensor>> {
-    let blocks: Option<Vec<Blocks<'_>>> =
-        layers.iter().map(|(weight, _)| weight.blocks()).collect();
+    products("linears", x, layers)
+}
+
+fn products(
+    op: &'static str,
+    x: &Tensor,
+    layers: &[(WeightRef<'_>, Option<&[f32]>)],
+) -> Result<Vec<Tensor>> {
+    layers.iter().try_for_each(|(weight, bias)| check(op, x, *weight, *bias))?;
     let (m, k) = (x.rows(), x.row_len());
-    let Some(blocks) = blocks.filter(|_| blocks::join(m)) else {
-        return layers.iter().map(|(weight, bias)| linear(x, *weight, *bias)).collect();
-    };
-    layers.iter().try_for_each(|(weight, bias)| check("linears", x, *weight, *bias))?;
     let outputs = layers.iter().map(|(weight, _)| output(m, weight.rows, k));
     let mut all = outputs.collect::<Result<Vec<_>>>()?;
-    let outs: Vec<_> = all.iter_mut().map(|y| SharedMut::new(y.data_mut())).collect();
-    let parts = blocks.into_iter().zip(layers).zip(&outs);
-    let parts: Vec<_> = parts.map(|((blocks, (w, _)), out)| (blocks, w.rows, out)).collect();
-    blocks::forward_all(x.data(), (m, k), &parts)?;
+    {
+        let outs: Vec<_> = all.iter_mut().map(|y| SharedMut::new(y.data_mut())).collect();
+        let (mut blocks, mut numbers) = (Vec::new(), Vec::new());
+        for ((weight, _), out) in layers.iter().zip(&outs) {
+            match Numbers::new(weight) {
+                Ok(own) => numbers.push((own, weight.rows, out)),
+                Err(own) => blocks.push((own, weight.rows, out)),
+            }
+        }
+        numbers::forward_all(x, &numbers)?;
+        blocks::forward_all(Level::best(), x.data(), (m, k), &blocks)?;
+    }
     for (y, (_, bias)) in all.iter_mut().zip(layers) {
         add_bias(y, *bias);
     }
@@ -176,18 +158,6 @@ fn add_bias(y: &mut Tensor, bias: Option<&[f32]>) {
             row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
         }
     });
-}
-
-fn forward<E: Element>(
-    x: &[f32],
-    w: &[E],
-    (m, n, k): (usize, usize, usize),
-    out: &SharedMut<'_, f32>,
-) -> Result<()> {
-    match m {
-        0..PANEL_ROWS => dots::forward(x, w, (m, n, k), out),
-        _ => panels::product(x, w, Side::Forward, (m, n, k), out),
-    }
 }
 
 /// `dy . weight`: the gradient of [`linear`] by its input, `[tokens, out]` to `[tokens, in]`.

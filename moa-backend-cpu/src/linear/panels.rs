@@ -293,10 +293,12 @@ impl<K: Lanes> Block<'_, K> {
                 for (v, own) in own.iter_mut().enumerate() {
                     *own = K::load(w.add(v * S::F32_LANES));
                 }
-                for (x, sums) in x.iter().zip(&mut sums) {
-                    let x = K::splat(simd, x.add(step));
-                    for (sum, w) in sums.iter_mut().zip(own) {
-                        *sum = K::add(simd, *sum, x, w);
+                // By number: what an iterator over two arrays calls may stay a call, for which all sums leave
+                // their registers.
+                for i in 0..M {
+                    let (x, sums) = (K::splat(simd, x[i].add(step)), &mut sums[i]);
+                    for v in 0..V {
+                        sums[v] = K::add(simd, sums[v], x, own[v]);
                     }
                 }
                 w = w.wrapping_add(COLS);

@@ -114,3 +114,31 @@ fn threads_and_rows_beside_it_change_no_bit_of_a_row() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn joined_layers_of_several_types_are_the_layers() -> Result<()> {
+    let k = 96;
+    let w = values(70 * k, 2);
+    let halves: Vec<f16> = w.iter().map(|w| f16::from_f32(*w)).collect();
+    let narrow: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
+    let mut blocks = Vec::new();
+    BlockType::Q8_0.narrow(&w[..33 * k], &mut blocks);
+    let bias = values(70, 3);
+    let pairs = WeightRef::new(WeightData::Bf16(&narrow), 70, k)?.narrow_activations(true);
+    let layers = [
+        (pairs, Some(&bias[..])),
+        (WeightRef::new(WeightData::Blocks(BlockType::Q8_0, &blocks), 33, k)?, None),
+        (WeightRef::new(WeightData::F32(&w), 70, k)?, None),
+        (WeightRef::new(WeightData::F16(&halves[..k]), 1, k)?, Some(&bias[..1])),
+        (WeightRef::new(WeightData::Bf16(&narrow[..0]), 0, k)?, None),
+        (WeightRef::new(WeightData::Bf16(&narrow), 70, k)?, None),
+    ];
+    for m in [0, 1, 5, 9, 15, 16, 40] {
+        let x = Tensor::new(values(m * k, 1), &[m, k])?;
+        let alone = layers.iter().map(|(weight, bias)| linear(&x, *weight, *bias));
+        assert_eq!(linears(&x, &layers)?, alone.collect::<Result<Vec<_>>>()?, "{m}");
+    }
+    let x = Tensor::zeros(&[1, k - 1])?;
+    assert!(matches!(linears(&x, &layers), Err(Error::Argument(_))));
+    Ok(())
+}

@@ -16,19 +16,58 @@ const INLINE_WORK: u64 = 1 << 16;
 /// `work` is an estimate of all tasks together in multiply-adds. Tasks that are pulled one by one
 /// need no better estimate of their own: put the long ones first.
 pub(crate) fn for_each(tasks: usize, work: u64, body: impl Fn(usize) + Sync) {
-    let threads = if tasks < 2 || work < INLINE_WORK { 1 } else { rayon::current_num_threads() };
+    let threads = threads_for(tasks, work);
     if threads < 2 {
         return (0..tasks).for_each(body);
     }
-    let next = AtomicUsize::new(0);
-    let worker = || loop {
-        let task = next.fetch_add(1, Ordering::Relaxed);
-        if task >= tasks {
-            return;
-        }
-        body(task);
+    let run = Run { next: AtomicUsize::new(0), end: tasks };
+    crew::together(threads - 1, &|| run.work(&body));
+}
+
+/// [`for_each`] of tasks that lie one after the other in memory: each thread begins with a run of them, and takes
+/// those of other threads when its own are done.
+pub(crate) fn for_each_in_runs(tasks: usize, work: u64, body: impl Fn(usize) + Sync) {
+    let threads = threads_for(tasks, work);
+    if threads < 2 {
+        return (0..tasks).for_each(body);
+    }
+    let longest = tasks.div_ceil(threads);
+    let run = |thread: usize| Run {
+        next: AtomicUsize::new(thread * longest),
+        end: tasks.min((thread + 1) * longest),
     };
-    crew::together(threads.min(tasks) - 1, &worker);
+    let (runs, joined): (Vec<Run>, _) = ((0..threads).map(run).collect(), AtomicUsize::new(0));
+    let worker = || {
+        let own = joined.fetch_add(1, Ordering::Relaxed);
+        for run in runs.iter().cycle().skip(own % threads).take(threads) {
+            run.work(&body);
+        }
+    };
+    crew::together(threads - 1, &worker);
+}
+
+/// Tasks that follow each other. A line of memory of its own, as another thread counts in the next one.
+#[repr(align(64))]
+struct Run {
+    next: AtomicUsize,
+    end: usize,
+}
+
+impl Run {
+    fn work(&self, body: impl Fn(usize)) {
+        loop {
+            let task = self.next.fetch_add(1, Ordering::Relaxed);
+            if task >= self.end {
+                return;
+            }
+            body(task);
+        }
+    }
+}
+
+/// Threads that share so many tasks.
+fn threads_for(tasks: usize, work: u64) -> usize {
+    if tasks < 2 || work < INLINE_WORK { 1 } else { rayon::current_num_threads().min(tasks) }
 }
 
 /// [`for_each`] of tasks that can fail.
@@ -80,5 +119,29 @@ impl<'a, T> SharedMut<'a, T> {
         assert!(start <= self.len && len <= self.len - start);
         // SAFETY: inside the buffer by the assertion, exclusive by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.pointer.add(start), len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_is_done_once_by_any_number_of_threads() {
+        for threads in [1, 2, 3, 8] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            for tasks in [0, 1, 2, 5, 97] {
+                let counts: Vec<AtomicUsize> =
+                    (0..2 * tasks).map(|_| AtomicUsize::new(0)).collect();
+                let count = |task: usize| {
+                    counts[task].fetch_add(1, Ordering::Relaxed);
+                };
+                pool.install(|| {
+                    for_each(tasks, u64::MAX, count);
+                    for_each_in_runs(tasks, u64::MAX, |task| count(tasks + task));
+                });
+                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+            }
+        }
     }
 }

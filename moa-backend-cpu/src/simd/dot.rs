@@ -3,7 +3,7 @@
 use pulp::{Simd, WithSimd};
 
 use super::outer::LANES;
-use super::whole;
+use super::{prefetch, whole};
 use crate::element::RowElement;
 
 /// Rows of `dim` elements at a stride of codes, in memory that other code owns.
@@ -87,6 +87,7 @@ impl<E: RowElement> WithSimd for Dots<'_, E> {
         assert!(count == 0 || scores.len() >= (count - 1) * score_stride + keys_count);
         by_rows!(count, r, R => {
             for j in (0..keys_count).step_by(KEYS) {
+                prefetch(keys[j * units..].as_ptr(), KEYS * units * size_of::<E>());
                 // Keys after the last are the last again.
                 let mut rows = [&keys[..0]; KEYS];
                 for (k, row) in rows.iter_mut().enumerate() {
@@ -140,16 +141,17 @@ fn dot_block<S: Simd, E: RowElement, const R: usize>(
     for pair in 0..pairs {
         let places = E::places(dim, lanes, pair);
         let mut vectors = [[simd.splat_f32s(0.0); 2]; KEYS];
-        for (vectors, key) in vectors.iter_mut().zip(keys) {
+        for k in 0..KEYS {
             // SAFETY: a pair of the row's.
-            *vectors = unsafe { E::load_pair(simd, key.as_ptr(), dim, pair) };
+            vectors[k] = unsafe { E::load_pair(simd, keys[k].as_ptr(), dim, pair) };
         }
+        // By number, as in `panels`.
         for (r, sums) in sums.iter_mut().enumerate() {
             for (v, at) in places.into_iter().enumerate() {
                 // SAFETY: whole vectors before `dim`.
                 let row = unsafe { f32::load(simd, rows.add(r * stride), dim, at) };
-                for (sum, key) in sums.iter_mut().zip(vectors) {
-                    *sum = simd.mul_add_e_f32s(row, key[v], *sum);
+                for k in 0..KEYS {
+                    sums[k] = simd.mul_add_e_f32s(row, vectors[k][v], sums[k]);
                 }
             }
         }
@@ -305,6 +307,9 @@ unsafe fn sum_block<S: Simd, E: RowElement, const R: usize, const P: usize>(
         }
     }
     for (j, value) in values.chunks_exact(E::units(dim)).enumerate() {
+        if pair == 0 {
+            prefetch(value.as_ptr(), size_of_val(value));
+        }
         let mut vectors = [[simd.splat_f32s(0.0); 2]; P];
         for (p, vectors) in vectors.iter_mut().enumerate() {
             // SAFETY: promised by the caller.
@@ -313,9 +318,11 @@ unsafe fn sum_block<S: Simd, E: RowElement, const R: usize, const P: usize>(
         for (r, sums) in sums.iter_mut().enumerate() {
             // SAFETY: promised by the caller.
             let weight = simd.splat_f32s(unsafe { *weights.get_unchecked(r * weight_stride + j) });
-            let both = sums.as_flattened_mut().iter_mut().zip(vectors.as_flattened());
-            for (sum, value) in both {
-                *sum = simd.mul_add_e_f32s(*value, weight, *sum);
+            for p in 0..P {
+                let (sums, values) = (&mut sums[p], vectors[p]);
+                for v in 0..2 {
+                    sums[v] = simd.mul_add_e_f32s(values[v], weight, sums[v]);
+                }
             }
         }
     }
@@ -413,6 +420,7 @@ unsafe fn streamed_dot<S: Simd, E: RowElement, const R: usize, const U: usize>(
     let (x, w) = (rows.data.as_ptr(), unsafe { weights.data.as_ptr().add(j * weights.stride) });
     let mut at = 0;
     while dim - at >= U * lanes {
+        prefetch(w.wrapping_add(at), U * lanes * size_of::<E>());
         for (u, sums) in sums.iter_mut().enumerate() {
             // SAFETY: whole vectors before `dim`.
             let weight = unsafe { E::load(simd, w, dim, at + u * lanes) };

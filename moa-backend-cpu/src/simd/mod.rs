@@ -7,6 +7,11 @@ pub(crate) mod outer;
 pub(crate) mod transpose;
 pub(crate) mod whole;
 
+#[cfg(target_arch = "x86_64")]
+use std::ffi::OsString;
+#[cfg(target_arch = "x86_64")]
+use std::sync::OnceLock;
+
 /// Runs an operation with the best instruction set of this machine.
 pub(crate) fn dispatch<O: pulp::WithSimd>(op: O) -> O::Output {
     arch().dispatch(op)
@@ -27,10 +32,44 @@ pub(crate) fn has_avx512() -> bool {
     false
 }
 
-#[cfg(not(test))]
-fn arch() -> pulp::Arch {
+/// Bytes between what a kernel reads and what it asks memory for. A processor that looks ahead by itself stops at the
+/// end of a page and begins anew.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 4096;
+
+/// Asks for the lines of so many bytes, some way ahead of where weights, keys or values are read in one stream.
+#[inline(always)]
+pub(crate) fn prefetch<T>(read: *const T, bytes: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..bytes).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: every x86-64 has it, and where there is no memory it does nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(read.cast::<i8>().wrapping_add(AHEAD + line)) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (read, bytes);
+}
+
+/// The best instruction set of this machine that may be used.
+fn best() -> pulp::Arch {
+    #[cfg(target_arch = "x86_64")]
+    if !allows_avx512() {
+        return pulp::x86::V3::try_new().map_or(pulp::Arch::Scalar, pulp::Arch::V3);
+    }
     pulp::Arch::new()
 }
+
+/// Whether AVX-512 may be used where the machine has it: it may not where the variable `MOA_NO_AVX512` is set, to
+/// anything but 0 or nothing.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn allows_avx512() -> bool {
+    static ALLOWS: OnceLock<bool> = OnceLock::new();
+    let is_no = |said: OsString| said.is_empty() || said == "0";
+    *ALLOWS.get_or_init(|| std::env::var_os("MOA_NO_AVX512").is_none_or(is_no))
+}
+
+#[cfg(not(test))]
+use best as arch;
 
 #[cfg(test)]
 pub(crate) use tests::arch;
@@ -42,7 +81,7 @@ pub(crate) mod tests {
     use pulp::Arch;
 
     thread_local! {
-        static ARCH: Cell<Arch> = Cell::new(Arch::new());
+        static ARCH: Cell<Arch> = Cell::new(super::best());
     }
 
     pub(crate) fn arch() -> Arch {
@@ -69,7 +108,7 @@ pub(crate) mod tests {
             run()
         });
         let results = results.collect();
-        ARCH.set(Arch::new());
+        ARCH.set(super::best());
         results
     }
 }

@@ -104,8 +104,9 @@ unsafe fn micro<S: Simd, const M: usize, const N: usize>(
         for (j, sums) in sums.iter_mut().enumerate() {
             // SAFETY: promised by the caller.
             let factor = simd.splat_f32s(unsafe { *b.add(j * b_row) });
-            for (sum, x) in sums.iter_mut().zip(row) {
-                *sum = simd.mul_add_e_f32s(x, factor, *sum);
+            // By number, as in `panels`.
+            for m in 0..M {
+                sums[m] = simd.mul_add_e_f32s(row[m], factor, sums[m]);
             }
         }
         a = a.wrapping_add(PANEL);

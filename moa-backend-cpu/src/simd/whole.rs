@@ -137,9 +137,9 @@ mod by_avx512 {
                         // SAFETY: a vector of the query's.
                         let query =
                             unsafe { _mm512_loadu_si512(queries.codes.as_ptr().add(at).cast()) };
-                        for (sum, words) in sums.iter_mut().zip(words) {
-                            let products = _mm512_madd_epi16(words[v], query);
-                            *sum = _mm512_add_epi32(*sum, products);
+                        for k in 0..KEYS {
+                            let products = _mm512_madd_epi16(words[k][v], query);
+                            sums[k] = _mm512_add_epi32(sums[k], products);
                         }
                     }
                 }

@@ -3,9 +3,8 @@
 use super::activations::Activations;
 use super::formats::{Format, GROUP};
 use super::vector::Vector;
-
-/// Weight rows per task, a stride of what a task computes.
-pub(super) const STRETCH: usize = 64;
+use crate::linear::stretches::STRETCH;
+use crate::simd::prefetch;
 
 /// `y[i][j] = x[i] . w[j]` for all rows of `x`, which stand alone; `y` at a stride of [`STRETCH`].
 ///
@@ -51,6 +50,7 @@ unsafe fn dots<V: Vector, F: Format, const M: usize>(
             let mut least = [0.0f32; M];
             for b in 0..blocks {
                 let block = row.as_ptr().add(b * F::BYTES);
+                prefetch(block, F::BYTES);
                 let scales = F::scales::<V>(block);
                 for g in 0..F::GROUPS {
                     let codes = F::codes::<V>(block, g);

@@ -14,9 +14,15 @@ use self::vector::{Scalar, Vector};
 use moa_core::BlockType;
 
 use super::panels::{self, Side};
+#[cfg(target_arch = "x86_64")]
 use super::range;
+use super::stretches::for_each_stretch;
 use crate::Result;
-use crate::pool::{self, SharedMut};
+#[cfg(target_arch = "x86_64")]
+use crate::pool;
+use crate::pool::SharedMut;
+#[cfg(target_arch = "x86_64")]
+use crate::simd::allows_avx512;
 #[cfg(target_arch = "x86_64")]
 use crate::workspace::Workspace;
 
@@ -70,50 +76,17 @@ pub(super) struct Blocks<'a> {
     pub(super) bytes: &'a [u8],
 }
 
-impl Blocks<'_> {
-    /// `x . w^T` of `[m, k]` and `[n, k]`.
-    pub(super) fn forward(
-        self,
-        x: &[f32],
-        (m, n, k): (usize, usize, usize),
-        out: &SharedMut<'_, f32>,
-    ) -> Result<()> {
-        self.forward_with(Level::best(), x, (m, n, k), out)
-    }
-
-    fn forward_with(
-        self,
-        level: Level,
-        x: &[f32],
-        (m, n, k): (usize, usize, usize),
-        out: &SharedMut<'_, f32>,
-    ) -> Result<()> {
-        match (m, level) {
-            (0..MANY, _) => few_rows(level, x, (m, k), &[(self, n, out)]),
-            #[cfg(target_arch = "x86_64")]
-            (_, Level::Vnni) => forward_all(x, (m, k), &[(self, n, out)]),
-            // Elsewhere products of floats are faster than two of bytes.
-            _ => panels::product(x, self, Side::Forward, (m, n, k), out),
-        }
-    }
-}
-
-/// Whether products of so many rows of activations with several matrices have work in common.
-pub(super) fn join(rows: usize) -> bool {
-    rows < MANY || Level::best().unpacks()
-}
-
 /// Products with several matrices `[n, k]`. Activations are rounded once, and threads are handed a few rows'
 /// work once.
 pub(super) fn forward_all(
+    level: Level,
     x: &[f32],
     (m, k): (usize, usize),
     layers: &[(Blocks<'_>, usize, &SharedMut<'_, f32>)],
 ) -> Result<()> {
-    if k == 0 {
+    if m * k == 0 || layers.is_empty() {
         return Ok(());
     }
-    let level = Level::best();
     if m < MANY {
         return few_rows(level, x, (m, k), layers);
     }
@@ -126,7 +99,11 @@ pub(super) fn forward_all(
         }
         return Ok(());
     }
-    layers.iter().try_for_each(|(blocks, n, out)| blocks.forward_with(level, x, (m, *n, k), out))
+    // Elsewhere products of floats are faster than two of bytes.
+    let product = |(blocks, n, out): &(_, usize, &SharedMut<'_, f32>)| {
+        panels::product(x, *blocks, Side::Forward, (m, *n, k), out)
+    };
+    layers.iter().try_for_each(product)
 }
 
 /// Rounded activations for each kind of blocks among some layers: what is added to codes and sums depends on
@@ -148,38 +125,20 @@ fn round(
     Ok(rounded)
 }
 
-/// Tasks are stretches of weight rows.
 fn few_rows(
     level: Level,
     x: &[f32],
     (m, k): (usize, usize),
     layers: &[(Blocks<'_>, usize, &SharedMut<'_, f32>)],
 ) -> Result<()> {
-    if k == 0 || m == 0 {
-        return Ok(());
-    }
     let rounded = round(level, x, k, 1, layers)?;
-    let stretches = |(_, n, _): &(Blocks<'_>, usize, &SharedMut<'_, f32>)| n.div_ceil(few::STRETCH);
-    let tasks = layers.iter().map(stretches).sum();
-    let outputs: usize = layers.iter().map(|(_, n, _)| n).sum();
-    pool::for_each(tasks, (m * outputs * k) as u64, |task| {
-        let (mut layer, mut stretch) = (0, task);
-        while stretch >= stretches(&layers[layer]) {
-            stretch -= stretches(&layers[layer]);
-            layer += 1;
-        }
-        let (Blocks { kind, bytes }, n, out) = layers[layer];
-        let rows = range(stretch, few::STRETCH, n);
+    let outputs: Vec<_> = layers.iter().map(|(_, n, out)| (*n, *out)).collect();
+    for_each_stretch((m, k), &outputs, |layer, outputs, y| {
+        let (Blocks { kind, bytes }, ..) = layers[layer];
         let row_bytes = k / kind.block_len() * kind.block_bytes();
-        let w = &bytes[rows.start * row_bytes..rows.end * row_bytes];
-        let mut y = [0.0; MANY * few::STRETCH];
+        let w = &bytes[outputs.start * row_bytes..outputs.end * row_bytes];
         for (_, x) in rounded.iter().filter(|(known, _)| *known == kind) {
-            with_format!(kind, F => level.few::<F>(x, w, &mut y));
-        }
-        for (i, y) in y.chunks_exact(few::STRETCH).take(m).enumerate() {
-            // SAFETY: each task has columns of its own.
-            let to = unsafe { out.slice(i * n + rows.start, rows.len()) };
-            to.copy_from_slice(&y[..rows.len()]);
+            with_format!(kind, F => level.few::<F>(x, w, y));
         }
     });
     Ok(())
@@ -211,7 +170,7 @@ fn many_rows<F: Format>(
 
 /// What a machine has for products of 8-bit codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Level {
+pub(super) enum Level {
     Scalar,
     #[cfg(target_arch = "x86_64")]
     Avx2,
@@ -250,7 +209,7 @@ macro_rules! at_level {
 
 impl Level {
     /// The best of this machine.
-    fn best() -> Self {
+    pub(super) fn best() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
             if Self::has_vnni() {
@@ -273,6 +232,7 @@ impl Level {
     #[cfg(target_arch = "x86_64")]
     fn has_vnni() -> bool {
         Self::has_avx2()
+            && allows_avx512()
             && is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vl")

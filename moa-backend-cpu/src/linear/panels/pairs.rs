@@ -7,19 +7,12 @@ use half::bf16;
 use pulp::x86::V4;
 
 use super::{Block, Lanes, Multiply, Product, Side};
-use crate::linear::range;
-use crate::pool::{self, SharedMut};
+use crate::linear::stretches::STRETCH;
+use crate::pool::SharedMut;
 use crate::simd::outer::LANES;
+use crate::simd::{allows_avx512, prefetch};
 use crate::workspace::Workspace;
 use crate::{Result, Tensor};
-
-/// Rows from which weights are laid side by side.
-const ROWS: usize = 16;
-
-const _: () = assert!(crate::FEW_ROWS < ROWS && ROWS <= crate::MANY_ROWS);
-
-/// Weight rows per task of few rows.
-const STRETCH: usize = 32;
 
 /// A machine that multiplies pairs of bf16.
 #[derive(Clone, Copy)]
@@ -28,7 +21,7 @@ pub(in crate::linear) struct Machine(pub(in crate::linear) V4);
 impl Machine {
     /// This one, if it does.
     pub(in crate::linear) fn here() -> Option<Self> {
-        if !is_x86_feature_detected!("avx512bf16") {
+        if !(allows_avx512() && is_x86_feature_detected!("avx512bf16")) {
             return None;
         }
         V4::try_new().map(Self)
@@ -146,31 +139,21 @@ impl Activations {
         })
     }
 
-    /// Products with `w` `[n, k]`.
+    /// Products of many rows with `w` `[n, k]`.
     pub(in crate::linear) fn product(
         &self,
         w: &[bf16],
         k: usize,
         out: &SharedMut<'_, f32>,
     ) -> Result<()> {
-        let m = self.data.rows();
         let n = w.len() / k.max(1);
-        if m >= ROWS {
-            return self.panels(Pairs { w, side: Side::Forward, row: k }, (n, k), out);
-        }
-        pool::for_each(n.div_ceil(STRETCH), (m * n * k) as u64, |task| {
-            let cols = range(task, STRETCH, n);
-            let w = &w[cols.start * k..cols.end * k];
-            let mut y = [0.0; ROWS * STRETCH];
-            // SAFETY: the machine is here.
-            unsafe { few(self.data.data(), m, w, k, &mut y) };
-            for (i, y) in y.chunks_exact(STRETCH).take(m).enumerate() {
-                // SAFETY: each task has columns of its own.
-                let to = unsafe { out.slice(i * n + cols.start, cols.len()) };
-                to.copy_from_slice(&y[..cols.len()]);
-            }
-        });
-        Ok(())
+        self.panels(Pairs { w, side: Side::Forward, row: k }, (n, k), out)
+    }
+
+    /// Products of few rows with `w` `[outputs, k]`, at a stride of [`STRETCH`].
+    pub(in crate::linear) fn few(&self, w: &[bf16], k: usize, y: &mut [f32]) {
+        // SAFETY: the machine is here.
+        unsafe { few(self.data.data(), self.data.rows(), w, k, y) };
     }
 }
 
@@ -240,6 +223,7 @@ unsafe fn dots<const M: usize>(x: &[f32], stride: usize, w: &[bf16], k: usize, y
                 std::mem::transmute::<__m512, __m512bh>(_mm512_loadu_ps(x))
             };
             while k - at >= TOGETHER * 2 * LANES {
+                prefetch(w.as_ptr().wrapping_add(at), TOGETHER * 4 * LANES);
                 for (u, sums) in sums.iter_mut().enumerate() {
                     let at = at + u * 2 * LANES;
                     let w = _mm512_loadu_si512(w.as_ptr().add(at).cast());
@@ -251,6 +235,7 @@ unsafe fn dots<const M: usize>(x: &[f32], stride: usize, w: &[bf16], k: usize, y
                 at += TOGETHER * 2 * LANES;
             }
             while at < k {
+                prefetch(w.as_ptr().wrapping_add(at), 4 * LANES);
                 let mask = u32::MAX >> (2 * LANES).saturating_sub(k - at);
                 let w = _mm512_maskz_loadu_epi16(mask, w.as_ptr().add(at).cast());
                 let w = std::mem::transmute::<__m512i, __m512bh>(w);

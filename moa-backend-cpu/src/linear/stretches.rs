@@ -1,0 +1,42 @@
+//! Few rows of activations: outputs of several layers in stretches, which threads share.
+
+use std::ops::Range;
+
+use super::{PANEL_ROWS, range};
+use crate::pool::{self, SharedMut};
+
+/// Most outputs of a task, the stride of what a task computes.
+pub(super) const STRETCH: usize = 32;
+
+/// Weights of a task: at the end of a call a thread waits for another one's last task.
+const TASK: usize = 1 << 13;
+
+/// What stretches of all layers are computed by: `dots(layer, outputs, y)` writes those of `m` rows, at a stride of
+/// [`STRETCH`], `k` being above 0. A layer is the number of its outputs, and where they go. Threads are handed the work of all layers
+/// once, and read what lies one after the other.
+pub(super) fn for_each_stretch(
+    (m, k): (usize, usize),
+    layers: &[(usize, &SharedMut<'_, f32>)],
+    dots: impl Fn(usize, Range<usize>, &mut [f32]) + Sync,
+) {
+    let each = (TASK / k).clamp(4, STRETCH);
+    let stretches = |(n, _): &(usize, &SharedMut<'_, f32>)| n.div_ceil(each);
+    let tasks = layers.iter().map(stretches).sum();
+    let outputs: usize = layers.iter().map(|(n, _)| n).sum();
+    pool::for_each_in_runs(tasks, (m * outputs * k) as u64, |task| {
+        let (mut layer, mut stretch) = (0, task);
+        while stretch >= stretches(&layers[layer]) {
+            stretch -= stretches(&layers[layer]);
+            layer += 1;
+        }
+        let (n, out) = layers[layer];
+        let own = range(stretch, each, n);
+        let mut y = [0.0; PANEL_ROWS * STRETCH];
+        dots(layer, own.clone(), &mut y);
+        for (i, y) in y.chunks_exact(STRETCH).take(m).enumerate() {
+            // SAFETY: each task has columns of its own.
+            let to = unsafe { out.slice(i * n + own.start, own.len()) };
+            to.copy_from_slice(&y[..own.len()]);
+        }
+    });
+}
