@@ -132,7 +132,7 @@ mod by_avx512 {
                     *words = unsafe { E::words(_mm256_loadu_si256(row.add(step * LANES).cast())) };
                 }
                 for (i, sums) in sums.iter_mut().enumerate() {
-                    // By number, as `simd::dot` says.
+                    // By number, as in `panels`.
                     #[allow(clippy::needless_range_loop)]
                     for v in 0..E::VECTORS {
                         let at = (r + i) * dim + v * units + step * LANES;
