@@ -110,25 +110,22 @@ impl SparseAttention {
         v: Tensor<4>,
         scores: impl Into<Scores<'a, Tensor<1>>>,
     ) -> Result<Tensor<4>> {
-        let [batch, query_heads, tokens, head_dim] = q.dims();
-        if batch != caches.len() || batch == 0 || tokens == 0 {
-            let expected = format!("{} sequences of at least 1 token", caches.len());
-            return Err(ArgumentError::shape(OP, "q", expected, &q.dims()).into());
-        }
-        let heads = caches.first().map_or(0, |cache| cache.state().layout().heads().len());
-        for (argument, tensor) in [("k", &k), ("v", &v)] {
-            if tensor.dims() != [batch, heads, tokens, head_dim] {
-                let expected = format!("{:?}", [batch, heads, tokens, head_dim]);
-                return Err(ArgumentError::shape(OP, argument, expected, &tensor.dims()).into());
+        let (batch, [_, query_heads, tokens, head_dim]) = (caches.len(), q.dims());
+        for (argument, tensor) in [("q", &q), ("k", &k), ("v", &v)] {
+            let dims = tensor.dims();
+            if [dims[0], dims[2]] != [batch, tokens] || dims.contains(&0) {
+                let expected = format!("[{batch}, heads, {tokens}, head_dim] and not empty");
+                return Err(ArgumentError::shape(OP, argument, expected, &dims).into());
             }
         }
         for (argument, tensor) in [("q", &q), ("k", &k), ("v", &v)] {
             plain(argument, &tensor.clone().into_dispatch())?;
         }
-        let packed = |tensor: Tensor<4>, heads| {
-            tensor.swap_dims(1, 2).reshape([batch * tokens, heads, head_dim])
+        let packed = |tensor: Tensor<4>| {
+            let [_, heads, _, dim] = tensor.dims();
+            tensor.swap_dims(1, 2).reshape([batch * tokens, heads, dim])
         };
-        let (q, k, v) = (packed(q, query_heads), packed(k, heads), packed(v, heads));
+        let (q, k, v) = (packed(q), packed(k), packed(v));
         let mut batch_of: Vec<_> =
             caches.iter_mut().map(|cache| Append { cache: &mut **cache, tokens }).collect();
         let out = self.forward_packed(&mut batch_of, q, k, v, scores)?;

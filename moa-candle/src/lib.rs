@@ -42,8 +42,8 @@ mod cuda;
 use candle_core::{DType, Device, Error, Result, Tensor};
 use moa_backend_cpu::CpuBackend;
 use moa_core::{
-    Append, CacheState, Dtype, ExtendInputs, Extended, LayerLayout, Plan, Scores,
-    SparseAttentionBackend, check_batch, check_extend,
+    Append, ArgumentError, CacheState, Dtype, ExtendInputs, Extended, LayerLayout, Plan, Scores,
+    SparseAttentionBackend, check_extend,
 };
 
 /// Attention of one model on one device. Clones share what they hold on the device.
@@ -134,28 +134,27 @@ impl SparseAttention {
         v: &Tensor,
         scores: impl Into<Scores<'a, Tensor>>,
     ) -> Result<Tensor> {
-        let (batch, query_heads, tokens, head_dim) = q.dims4()?;
-        if batch != caches.len() || tokens == 0 || batch == 0 {
-            let (expected, got) = (caches.len(), q.shape());
-            candle_core::bail!("q: expected {expected} sequences of at least 1 token, got {got:?}");
-        }
-        let heads = caches.first().map_or(0, |cache| cache.state().layout().heads().len());
-        let of_kv = [batch, heads, tokens, head_dim];
-        if k.dims() != of_kv || v.dims() != of_kv {
-            let got = (k.shape(), v.shape());
-            candle_core::bail!("k and v: expected {of_kv:?} as q and the caches, got {got:?}");
-        }
-        let scores = scores.into();
-        if let Some(sinks) = scores.sinks.filter(|sinks| sinks.dims() != [query_heads]) {
-            candle_core::bail!("sinks: expected [{query_heads}], got {:?}", sinks.shape());
-        }
-        let states = caches.iter().map(|cache| (cache.state(), tokens));
-        let shape = check_batch("forward", states, query_heads).map_err(Error::wrap)?;
-        if shape.head_dim != head_dim {
-            candle_core::bail!("q: expected heads of {}, got {:?}", shape.head_dim, q.shape());
-        }
+        let (_, query_heads, tokens, head_dim) = q.dims4()?;
+        let batch = caches.len();
+        // What `check_extend` reads of a tensor that holds as many tokens of each sequence.
+        let packed = |argument, x: &Tensor| match *x.dims() {
+            [sequences, heads, each, dim] if [sequences, each] == [batch, tokens] => {
+                Ok([batch * tokens, heads, dim])
+            }
+            ref other => {
+                let expected = format!("[{batch}, heads, {tokens}, head_dim]");
+                Err(Error::wrap(ArgumentError::shape("forward", argument, expected, other)))
+            }
+        };
+        let shapes = [packed("q", q)?, packed("k", k)?, packed("v", v)?];
+        let [of_q, of_k, of_v] = shapes.each_ref().map(|shape| &shape[..]);
+        let scores @ Scores { scale, softcap, sinks } = scores.into();
+        let of_sinks = sinks.map(Tensor::dims);
+        let of_scores = Scores { scale, softcap, sinks: of_sinks.as_ref() };
         let mut own: Vec<_> =
             caches.iter_mut().map(|cache| Append { cache: &mut **cache, tokens }).collect();
+        check_extend(&own, &ExtendInputs::new(&of_q, &of_k, &of_v, of_scores), |shape| *shape)
+            .map_err(Error::wrap)?;
         let out = self.run(&mut own, [q, k, v], scores, false, None)?.out;
         out.reshape((batch, tokens, query_heads, head_dim))?.transpose(1, 2)
     }

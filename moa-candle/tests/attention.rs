@@ -124,9 +124,11 @@ fn what_does_not_fit_is_refused_and_changes_nothing() -> Result<()> {
         assert!(error.contains(words), "{error}");
         assert_eq!(cache.state().len(), 0);
     };
-    refused(&q, &k.narrow(2, 0, 9)?, &v, "k and v");
-    refused(&q.narrow(1, 0, 5)?, &k, &v, "q");
-    refused(&q.narrow(2, 0, 0)?, &k, &v, "at least 1 token");
+    refused(&q, &k.narrow(2, 0, 9)?, &v, "forward: k: expected [1, heads, 90, head_dim]");
+    refused(&q.narrow(1, 0, 5)?, &k, &v, "q: expected [90, a multiple of 2, 16]");
+    let none = [&q, &k, &v].map(|x| x.narrow(2, 0, 0));
+    let [none_q, none_k, none_v] = none;
+    refused(&none_q?, &none_k?, &none_v?, "at least 1 per sequence");
     let tracked = Var::from_tensor(&q.contiguous()?)?;
     refused(&tracked, &k, &v, "without gradients");
     let long = Tensor::cat(&[&q, &q], 2)?;

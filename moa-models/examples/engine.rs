@@ -8,13 +8,16 @@
 //! sees a share of the context, `--random` makes weights up, `--cuda` runs on a GPU (feature `cuda`). Requests are run
 //! as tokens alone and as text; with `--drawn` also where all draw alike, and where each draws by options of its own.
 
+mod measured;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use moa_core::{DEFAULT_SINK, ElasticRule, Plan, SplitMix64};
+use measured::{Measure, Model};
+use moa_core::{Plan, SplitMix64};
 use moa_models::{
-    BenchOptions, Checkpoint, Cpu, Dtype, Engine, EngineOptions, Event, GenerateOptions, Math,
-    OpenOptions, Result, SamplingOptions,
+    BenchOptions, Checkpoint, Engine, EngineOptions, Event, GenerateOptions, Math, Result,
+    SamplingOptions,
 };
 
 struct Options {
@@ -22,8 +25,7 @@ struct Options {
     prompt: usize,
     tokens: usize,
     batch: usize,
-    density: Option<f64>,
-    random: Option<u32>,
+    model: Model,
     drawn: bool,
     folder: String,
 }
@@ -66,45 +68,34 @@ fn main() -> Result<()> {
         prompt: 64,
         tokens: 448,
         batch: 64,
-        density: None,
-        random: None,
+        model: Model::default(),
         drawn: false,
         folder: "assets/moa-tiny".into(),
     };
-    let mut on_gpu = false;
     while let Some(argument) = arguments.next() {
         let mut number = || arguments.next().and_then(|number| number.parse::<f64>().ok());
         let count = |number: Option<f64>, default| number.map_or(default, |number| number as usize);
         match argument.as_str() {
-            "--cuda" => on_gpu = true,
             "--drawn" => options.drawn = true,
-            "--random" => options.random = Some(0),
-            "--uniform" => options.density = number(),
             "--requests" => options.requests = count(number(), options.requests),
             "--prompt" => options.prompt = count(number(), options.prompt),
             "--tokens" => options.tokens = count(number(), options.tokens),
             "--batch" => options.batch = count(number(), options.batch),
+            _ if options.model.takes(&argument, &mut number) => {}
             _ => options.folder = argument,
         }
     }
-    match on_gpu {
-        // As the command runs it.
-        false => measure(Cpu::new(Dtype::Bf16).narrow_activations(true), &options),
-        #[cfg(feature = "cuda")]
-        true => measure(moa_models::Cuda::new(0, Dtype::Bf16)?, &options),
-        #[cfg(not(feature = "cuda"))]
-        true => panic!("this build has no GPU"),
+    options.model.measure(&options.folder, &options)
+}
+
+impl Measure for Options {
+    fn measure<D: Math>(&self, checkpoint: Checkpoint<D>) -> Result<()> {
+        measure(&checkpoint, self)
     }
 }
 
-fn measure<D: Math>(device: D, options: &Options) -> Result<()> {
-    let open = OpenOptions::default().random_weights(options.random);
-    let checkpoint = open.open(device, &options.folder)?;
-    let shape = checkpoint.model.shape();
-    let plan = match options.density {
-        Some(density) => Plan::uniform(shape, DEFAULT_SINK, ElasticRule::new(0.0, density)?)?,
-        None => Plan::full(shape)?,
-    };
+fn measure<D: Math>(checkpoint: &Checkpoint<D>, options: &Options) -> Result<()> {
+    let plan = options.model.plan(checkpoint.model.shape())?;
     let bench = checkpoint.model.bench(
         &plan,
         &BenchOptions {
@@ -126,7 +117,7 @@ fn measure<D: Math>(device: D, options: &Options) -> Result<()> {
             Kind::Tokens => Engine::new(Arc::clone(&checkpoint.model), engine),
             _ => checkpoint.engine(engine),
         };
-        let rate = run(&checkpoint, engine, &plan, *kind, options)?;
+        let rate = run(checkpoint, engine, &plan, *kind, options)?;
         println!("  {:.2} of the session", rate / bench.decode_tokens_per_second);
     }
     Ok(())

@@ -7,18 +7,19 @@
 //! With a plan the model also guesses for itself, dense attention checking what the plan guesses. `--cuda` runs on a GPU
 //! (feature `cuda`), `--random` makes weights up, `--uniform 0.25` sees a share of the context, `--rounds 9` says how often.
 
-use moa_core::{DEFAULT_SINK, ElasticRule, Plan, SplitMix64};
+mod measured;
+
+use measured::{Measure, Model};
+use moa_core::{Plan, SplitMix64};
 use moa_models::{
-    Cpu, Decoder, Dtype, EngineOptions, GenerateOptions, Math, Message, OpenOptions, Prompt,
-    Result, SamplingOptions, Speculation, Usage,
+    Checkpoint, Decoder, EngineOptions, GenerateOptions, Math, Message, Prompt, Result,
+    SamplingOptions, Speculation, Usage,
 };
 
 /// What is measured.
 struct Options {
     rounds: usize,
-    random: Option<u32>,
-    density: Option<f64>,
-    folder: String,
+    model: Model,
     plan: Option<String>,
 }
 
@@ -50,29 +51,25 @@ fn record(lines: usize, seed: u64) -> String {
 
 fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
-    let (mut on_gpu, mut named) = (false, Vec::new());
-    let folder = "assets/moa-tiny".into();
-    let mut options = Options { rounds: 9, random: None, density: None, folder, plan: None };
+    let mut options = Options { rounds: 9, model: Model::default(), plan: None };
+    let mut named = Vec::new();
     while let Some(argument) = arguments.next() {
         let mut number = || arguments.next().and_then(|number| number.parse::<f64>().ok());
         match argument.as_str() {
-            "--cuda" => on_gpu = true,
-            "--random" => options.random = Some(0),
             "--rounds" => options.rounds = number().unwrap_or(9.0) as usize,
-            "--uniform" => options.density = number(),
+            _ if options.model.takes(&argument, &mut number) => {}
             _ => named.push(argument),
         }
     }
     let mut named = named.into_iter();
-    options.folder = named.next().unwrap_or(options.folder);
+    let folder = named.next().unwrap_or("assets/moa-tiny".into());
     options.plan = named.next();
-    match on_gpu {
-        // As the command runs it.
-        false => measure(Cpu::new(Dtype::Bf16).narrow_activations(true), &options),
-        #[cfg(feature = "cuda")]
-        true => measure(moa_models::Cuda::new(0, Dtype::Bf16)?, &options),
-        #[cfg(not(feature = "cuda"))]
-        true => panic!("this build has no GPU"),
+    options.model.measure(&folder, &options)
+}
+
+impl Measure for Options {
+    fn measure<D: Math>(&self, checkpoint: Checkpoint<D>) -> Result<()> {
+        measure(checkpoint, self)
     }
 }
 
@@ -115,14 +112,8 @@ fn check_cost<D: Math>(model: &Decoder<D>, plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-fn measure<D: Math>(device: D, options: &Options) -> Result<()> {
-    let open = OpenOptions::default().random_weights(options.random);
-    let mut checkpoint = open.open(device, &options.folder)?;
-    let shape = checkpoint.model.shape();
-    let dense = match options.density {
-        Some(density) => Plan::uniform(shape, DEFAULT_SINK, ElasticRule::new(0.0, density)?)?,
-        None => Plan::full(shape)?,
-    };
+fn measure<D: Math>(mut checkpoint: Checkpoint<D>, options: &Options) -> Result<()> {
+    let dense = options.model.plan(checkpoint.model.shape())?;
     let mut modes = vec![("off", Speculation::Off), ("ngram", Speculation::ngram())];
     if let Some(path) = &options.plan {
         let itself = checkpoint.clone();

@@ -3,7 +3,7 @@ use moa_core::{CacheType, RowType};
 
 use super::codes::{component, elements, load_parts, scale, vector_of};
 use super::keys::{Head, Keys, head, keys, position, slot, split_keys};
-use super::lanes::{add, holder, number_of, round, scatter_add, word};
+use super::lanes::{add, dot_onto, holder, number_of, round, scatter_add, word};
 use super::scores::capped;
 
 /// Units of a cube: few, so that many cubes hide each other's waits.
@@ -122,6 +122,9 @@ pub(crate) struct New {
 /// sum), the sum 0 where a split has no key.
 ///
 /// The token's slot is one that its own query does not see: the append needs no order.
+///
+/// Products are fused with their sums by name. A kernel is compiled for each number of sequences, and where a compiler may fuse,
+/// it may do so otherwise in each: of the sum of two products it rounds the first, or the second.
 #[cube(launch_unchecked)]
 pub(crate) fn decode<K: Size, V: Size>(
     new: &mut New,
@@ -210,7 +213,8 @@ pub(crate) fn decode<K: Size, V: Size>(
                     let key = elements::<K>(held_k[a], p, key_rows, shape.native);
                     #[unroll]
                     for g in 0..group {
-                        scores[g * AHEAD + a] += query[g * parts + p].dot(key);
+                        scores[g * AHEAD + a] =
+                            dot_onto(scores[g * AHEAD + a], query[g * parts + p], key);
                     }
                 }
                 if comptime!(shape.is_narrow()) {
@@ -244,18 +248,19 @@ pub(crate) fn decode<K: Size, V: Size>(
                     }
                     let rescale = (maximum[g] - best).exp();
                     maximum[g] = best;
-                    sum[g] *= rescale;
                     #[unroll]
                     for p in 0..parts {
                         output[g * parts + p] *= Vector::new(rescale);
                     }
+                    let mut total = 0.0f32;
                     #[unroll]
                     for a in 0..AHEAD {
                         let score = scores[g * AHEAD + a];
                         let weight = select(score == MASKED, 0.0, (score - best).exp());
-                        sum[g] += weight;
+                        total += weight;
                         scores[g * AHEAD + a] = weight;
                     }
+                    sum[g] = fma(sum[g], rescale, total);
                 }
             }
             #[unroll]
@@ -272,7 +277,8 @@ pub(crate) fn decode<K: Size, V: Size>(
                     let value = elements::<V>(held_v[a], p, value_rows, shape.native);
                     #[unroll]
                     for g in 0..group {
-                        output[g * parts + p] += value * Vector::new(scores[g * AHEAD + a]);
+                        let weight = Vector::new(scores[g * AHEAD + a]);
+                        output[g * parts + p] = fma(value, weight, output[g * parts + p]);
                     }
                 }
             }
@@ -302,7 +308,7 @@ pub(crate) fn decode<K: Size, V: Size>(
                 #[unroll]
                 for p in 0..parts {
                     let key = elements::<K>(key, p, key_rows, shape.native);
-                    scores[g] += query[g * parts + p].dot(key);
+                    scores[g] = dot_onto(scores[g], query[g * parts + p], key);
                 }
                 if comptime!(shape.is_narrow()) {
                     scores[g] *= scale(scales, false);
@@ -317,7 +323,7 @@ pub(crate) fn decode<K: Size, V: Size>(
                     let rescale = (maximum[g] - best).exp();
                     let mut weight = (score - best).exp();
                     maximum[g] = best;
-                    sum[g] = sum[g] * rescale + weight;
+                    sum[g] = fma(sum[g], rescale, weight);
                     if comptime!(shape.is_narrow()) {
                         weight *= scale(scales, true);
                     }
@@ -325,7 +331,7 @@ pub(crate) fn decode<K: Size, V: Size>(
                     for p in 0..parts {
                         let before = output[g * parts + p] * Vector::new(rescale);
                         let value = elements::<V>(value, p, value_rows, shape.native);
-                        output[g * parts + p] = before + value * Vector::new(weight);
+                        output[g * parts + p] = fma(value, Vector::new(weight), before);
                     }
                 }
                 if lane < columns {
@@ -366,8 +372,9 @@ pub(crate) fn decode<K: Size, V: Size>(
             }
             for other in 0..rows {
                 let factor = (stats[2 * other] - largest).exp();
-                total += stats[2 * other + 1] * factor;
-                joined += outputs[other * comptime!(lanes * parts) + from] * Vector::new(factor);
+                total = fma(stats[2 * other + 1], factor, total);
+                let held = outputs[other * comptime!(lanes * parts) + from];
+                joined = fma(held, Vector::new(factor), joined);
             }
             let query_head = kv_head * comptime!(group as u32) + g as u32;
             if comptime!(shape.partial) {
@@ -432,13 +439,14 @@ impl Own {
         let rescale = (self.maximum - top).exp();
         let grown = plane_any(top > self.maximum);
         self.maximum = top;
-        self.sum *= rescale;
+        let mut total = 0.0f32;
         #[unroll]
         for i in 0..held {
             let weight = select(scores[i] == MASKED, 0.0, (scores[i] - top).exp());
-            self.sum += weight;
+            total += weight;
             scores[i] = weight;
         }
+        self.sum = fma(self.sum, rescale, total);
         let row = UNIT_POS_PLANE - lane as u32;
         if grown {
             #[unroll]

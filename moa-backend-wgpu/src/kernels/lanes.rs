@@ -97,6 +97,17 @@ pub(crate) fn holder(number: usize, count: usize, lanes: usize) -> usize {
     (0..count.min(lanes).ilog2()).map(|step| (number / (count >> (step + 1)) % 2) << step).sum()
 }
 
+/// `sum` and the product of two vectors, element by element and each rounded once.
+#[cube]
+pub(crate) fn dot_onto(sum: f32, a: Floats, b: Floats) -> f32 {
+    let mut sum = sum;
+    #[unroll]
+    for i in 0..4usize {
+        sum = fma(a.extract(i), b.extract(i), sum);
+    }
+    sum
+}
+
 /// Four of a load's elements.
 #[cube]
 pub(crate) fn part<W: Size>(
