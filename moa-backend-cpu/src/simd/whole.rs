@@ -140,7 +140,8 @@ mod by_avx512 {
                         let query =
                             unsafe { _mm512_loadu_si512(queries.codes.as_ptr().add(at).cast()) };
                         for k in 0..KEYS {
-                            let products = _mm512_madd_epi16(words[k][v], query);
+                            let words = words[k];
+                            let products = _mm512_madd_epi16(words[v], query);
                             sums[k] = _mm512_add_epi32(sums[k], products);
                         }
                     }

@@ -102,7 +102,12 @@ pub(super) unsafe fn fill<V: Vector, F: Format>(rows: &[f32], len: usize, to: Ti
             let (step, own) = quantise(x);
             let at = group * side + row;
             steps[at] = step;
-            let parts = [own.map(high), own.map(low)];
+            // By number: `map` of an array may stay a call for each element.
+            let (mut highs, mut lows) = ([0; GROUP], [0; GROUP]);
+            for i in 0..GROUP {
+                (highs[i], lows[i]) = (high(own[i]), low(own[i]));
+            }
+            let parts = [highs, lows];
             if side == 1 {
                 let to = &mut codes[group * 2 * GROUP..(group + 1) * 2 * GROUP];
                 to.copy_from_slice(parts.as_flattened());
@@ -158,7 +163,10 @@ pub(super) fn quantise(x: &[f32; GROUP]) -> (f32, [i16; GROUP]) {
     // Where the largest is so small that its inverse overflows, all are 0.
     let inverse = if inverse.is_finite() { inverse } else { 0.0 };
     // Adding 1.5 * 2^23 rounds to an integer and leaves that integer in the low bits.
-    let codes = x.map(|x| (x * inverse + 12_582_912.0).to_bits() as i16);
+    let mut codes = [0; GROUP];
+    for i in 0..GROUP {
+        codes[i] = (x[i] * inverse + 12_582_912.0).to_bits() as i16;
+    }
     (most / MOST + poison, codes)
 }
 
