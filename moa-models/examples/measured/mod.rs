@@ -18,11 +18,7 @@ pub(crate) trait Measure {
 
 impl Model {
     /// Whether the argument was one of these. `number` is the one after it.
-    pub(crate) fn takes(
-        &mut self,
-        argument: &str,
-        number: impl FnOnce() -> Option<f64>,
-    ) -> bool {
+    pub(crate) fn takes(&mut self, argument: &str, number: impl FnOnce() -> Option<f64>) -> bool {
         match argument {
             "--cuda" => self.on_gpu = true,
             "--random" => self.random = Some(0),
