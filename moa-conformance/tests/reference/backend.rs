@@ -39,6 +39,8 @@ pub(crate) enum Defect {
     TypeOfTheFirst,
     /// Values are rounded in steps twice as wide.
     CoarseScale,
+    /// Keys of 4 bits are rounded without feedback.
+    NoFeedback,
     /// What is hidden is multiplied by 0.
     MultipliesByZero,
     /// Scores that are no numbers weigh nothing.
@@ -172,7 +174,12 @@ impl SparseAttentionBackend for Reference {
                 first * row..(first + tokens) * row
             };
             let (k, v) = (&inputs.k.data[part(heads.kv)], &inputs.v.data[part(heads.kv)]);
-            let held = [self.rounded(&cache.state, k, false), self.rounded(&cache.state, v, true)];
+            let feedback = inputs.key_feedback.filter(|_| self.0 != Defect::NoFeedback);
+            let feedback = feedback.map(|tensor| &tensor.data[..]);
+            let held = [
+                self.rounded(&cache.state, k, false, feedback),
+                self.rounded(&cache.state, v, true, None),
+            ];
             let (k, v) = match self.0 {
                 Defect::RoundsAfterItAttends => (k, v),
                 _ => (&held[0][..], &held[1][..]),
@@ -312,20 +319,28 @@ const TYPES: &[CacheType] =
     &[CacheType::F16, CacheType::Bf16, CacheType::Int8, CacheType::Fp8, CacheType::Int4];
 
 impl Reference {
-    /// Keys or values as their heads hold them.
-    fn rounded(&self, state: &CacheState, x: &[f32], values: bool) -> Vec<f32> {
+    /// Keys or values as their heads hold them; keys with their heads' feedback, where there is one.
+    fn rounded(
+        &self,
+        state: &CacheState,
+        x: &[f32],
+        values: bool,
+        feedback: Option<&[f32]>,
+    ) -> Vec<f32> {
         let heads = state.layout().heads();
+        let square = state.head_dim() * state.head_dim();
         let rows = x.chunks(state.head_dim()).enumerate();
         rows.flat_map(|(i, row)| {
             let head = if self.0 == Defect::TypeOfTheFirst { 0 } else { i % heads.len() };
             let Some(own) = heads[head].cache_type() else { return row.to_vec() };
             let rows = if values { own.values() } else { own.keys() };
             let exact = row.iter().map(|x| f64::from(*x));
-            let stored =
-                rows.round(row).into_iter().zip(exact).map(|(stored, exact)| match self.0 {
-                    Defect::CoarseScale if values => exact + 3.0 * (stored - exact),
-                    _ => stored,
-                });
+            let feedback = feedback.map(|all| &all[i % heads.len() * square..][..square]);
+            let stored = rows.round_with(feedback, row).into_iter().zip(exact);
+            let stored = stored.map(|(stored, exact)| match self.0 {
+                Defect::CoarseScale if values => exact + 3.0 * (stored - exact),
+                _ => stored,
+            });
             stored.map(|x| x as f32).collect()
         })
         .collect()

@@ -47,6 +47,7 @@ const FOUND: [(Defect, &[&str]); 20] = [
         Defect::CoarseScale,
         &["heads_of_other_types_equal_the_reference", "rounding_is_within_its_bound"],
     ),
+    (Defect::NoFeedback, &["keys_with_feedback_equal_the_reference"]),
     (Defect::NoSoftcap, &["softcap_equals_the_reference", "softcap_and_sinks_equal_the_reference"]),
     (
         Defect::NoSinks,
