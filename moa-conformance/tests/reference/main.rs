@@ -11,7 +11,7 @@ use backend::{Defect, Reference};
 use moa_conformance::{Trial, Verdict, part, run, suite};
 
 /// A defect, and checks that find it.
-const FOUND: [(Defect, &[&str]); 20] = [
+const FOUND: [(Defect, &[&str]); 21] = [
     (
         Defect::WindowBesideTheQuery,
         &["trap_01_window_counts_the_query_itself", "output_equals_the_reference"],
