@@ -1,4 +1,5 @@
-use std::sync::{Arc, Mutex, PoisonError, RwLockReadGuard};
+use std::ops::Deref;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::backend::BackendDevice;
 use candle_core::cuda::CudaDType;
@@ -241,7 +242,7 @@ fn address<'a, T: CudaDType + DeviceRepr + 'a>(
 
 /// Of a tensor of f32, or 0.
 fn address_if_some<'a>(
-    tensor: &'a Option<(RwLockReadGuard<'_, Storage>, &Layout)>,
+    tensor: &'a Option<(impl Deref<Target = Storage>, &Layout)>,
     stream: &'a CudaStream,
 ) -> Result<(u64, Option<SyncOnDrop<'a>>)> {
     let Some((storage, layout)) = tensor else { return Ok((0, None)) };

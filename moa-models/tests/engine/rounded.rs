@@ -116,10 +116,10 @@ fn divergence(model: &Decoder<Cpu>, tokens: &[u32]) -> Result<f64> {
 fn keys_of_4_bits_lose_little() -> Result<()> {
     let model = Checkpoint::open(Cpu::new(CacheType::Int4), moa_tiny())?.model;
     let lost = divergence(&model, &text(100))?;
-    assert!(lost < 0.010, "{lost}");
+    assert!(lost < 0.012, "{lost}");
     let (config, weights) = (ModelConfig::from_file(moa_tiny())?, Weights::open(moa_tiny())?);
     let model = Decoder::load(Cpu::new(CacheType::Int4), config, &weights)?;
     let lost = divergence(&model, &text(100))?;
-    assert!(lost < 0.013, "{lost}");
+    assert!(lost < 0.014, "{lost}");
     Ok(())
 }
