@@ -3,6 +3,8 @@
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
+use crate::numbers::{close, error};
+use crate::world::{Entry, batch};
 use crate::{Poison, Poisoned, Subject, World};
 
 /// Worlds around the edges of tiles and spans.
@@ -68,4 +70,31 @@ pub(crate) fn check<S: Strategy>(cases: u32, strategy: S, property: impl Fn(S::V
             Ok(())
         })
         .unwrap_or_else(|failure| panic!("{failure}"));
+}
+
+/// Holds what a world gives in these chunks to the reference, within `most`; what it gives in one to that, within
+/// `same`; and what it gives beside another sequence to the latter, bitwise.
+pub(crate) fn is_right_in_any_cut_and_company<S: Subject>(
+    s: &S,
+    world: &World,
+    chunks: &[usize],
+    most: f64,
+    same: f64,
+) {
+    let (out, lse) = world.reference(s);
+    let cut = world.run(s, chunks);
+    let (d_out, d_lse) = (error(&cut.out, &out), error(&cut.lse, &lse));
+    let of = (world.softcap, &world.types);
+    assert!(d_out <= most && d_lse <= most, "{of:?}: out {d_out:e}, lse {d_lse:e}");
+    let whole = world.run(s, &[world.tokens]);
+    close(&whole.out, &cut.out, same);
+    close(&whole.lse, &cut.lse, same);
+
+    let other = World { seed: world.seed ^ 0xb, ..world.clone() };
+    let (mut first, mut second) = (other.open(s, other.tokens, 0), world.open(s, world.tokens, 0));
+    let mut entries = [
+        Entry { world: &other, cache: &mut first, range: 0..other.tokens / 2 + 1 },
+        Entry { world, cache: &mut second, range: 0..world.tokens },
+    ];
+    assert!(batch(s, &mut entries).unwrap()[1] == whole, "the batch changes a bit");
 }

@@ -2,9 +2,8 @@
 
 use moa_core::{Append, CacheType, ExtendInputs, SparseAttentionBackend};
 
-use crate::cases::{check, chunked_worlds};
-use crate::numbers::{close, error};
-use crate::world::{Entry, batch};
+use crate::cases::{check, chunked_worlds, is_right_in_any_cut_and_company};
+use crate::numbers::error;
 use crate::{Stop, Subject, Verdict, World};
 
 /// Also where a query sees two keys alone, so that one code that differs is seen, and bitwise in a batch with others.
@@ -16,22 +15,7 @@ pub(crate) fn keys_with_feedback_equal_the_reference<S: Subject>(s: &S) -> Verdi
     };
     check(24, chunked_worlds(s), |(world, chunks)| {
         let world = of_4_bits(s, world);
-        let (out, lse) = world.reference(s);
-        let cut = world.run(s, &chunks);
-        let (d_out, d_lse) = (error(&cut.out, &out), error(&cut.lse, &lse));
-        assert!(d_out <= most && d_lse <= most, "{:?}: {d_out:e} {d_lse:e}", world.types);
-        let whole = world.run(s, &[world.tokens]);
-        close(&whole.out, &cut.out, same);
-        close(&whole.lse, &cut.lse, same);
-
-        let other = World { seed: world.seed ^ 0xb, ..world.clone() };
-        let (mut first, mut second) =
-            (other.open(s, other.tokens, 0), world.open(s, world.tokens, 0));
-        let mut entries = [
-            Entry { world: &other, cache: &mut first, range: 0..other.tokens / 2 + 1 },
-            Entry { world: &world, cache: &mut second, range: 0..world.tokens },
-        ];
-        assert!(batch(s, &mut entries).unwrap()[1] == whole, "the batch changes a bit");
+        is_right_in_any_cut_and_company(s, &world, &chunks, most, same);
     });
     let dims = s.dims().iter().filter(|dim| **dim >= 16);
     for &dim in dims {

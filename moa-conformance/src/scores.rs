@@ -3,9 +3,9 @@
 use moa_core::{Append, ExtendInputs, Scores, SparseAttentionBackend};
 use proptest::prelude::*;
 
-use crate::cases::{check, chunked_worlds};
+use crate::cases::{check, chunked_worlds, is_right_in_any_cut_and_company};
 use crate::numbers::{close, error};
-use crate::world::{Entry, Output, batch};
+use crate::world::Output;
 use crate::{Stop, Subject, Verdict, World};
 
 /// From ones that bound nearly every score to one that bounds none.
@@ -34,23 +34,7 @@ fn equals_the_reference<S: Subject>(s: &S, capped: bool, has_sinks: bool) -> Ver
             Some(most) if typed => (most, most),
             _ => (s.tolerance(), s.same()),
         };
-        let (out, lse) = world.reference(s);
-        let cut = world.run(s, &chunks);
-        let (d_out, d_lse) = (error(&cut.out, &out), error(&cut.lse, &lse));
-        let of = (world.softcap, &world.types);
-        assert!(d_out <= most && d_lse <= most, "{of:?}: out {d_out:e}, lse {d_lse:e}");
-        let whole = world.run(s, &[world.tokens]);
-        close(&whole.out, &cut.out, same);
-        close(&whole.lse, &cut.lse, same);
-
-        let other = World { seed: world.seed ^ 0xb, ..world.clone() };
-        let (mut first, mut second) =
-            (other.open(s, other.tokens, 0), world.open(s, world.tokens, 0));
-        let mut entries = [
-            Entry { world: &other, cache: &mut first, range: 0..other.tokens / 2 + 1 },
-            Entry { world: &world, cache: &mut second, range: 0..world.tokens },
-        ];
-        assert!(batch(s, &mut entries).unwrap()[1] == whole, "the batch changes a bit");
+        is_right_in_any_cut_and_company(s, &world, &chunks, most, same);
     });
     // A history that is long enough for several splits.
     let world = World::new(4, 2, s.dim(16), &[(0, 4000), (4, 700)], 2003);
