@@ -56,11 +56,13 @@ impl<D: Math + 'static> Worker<D> {
         }
     }
 
+    /// Counts a sequence out. Its client is told afterwards, who then reads numbers without it.
     pub(super) fn leave(&mut self, id: RequestId) -> Option<Active> {
         let active = self.active.remove(&id)?;
         let sequences = 1 + active.followers as u64;
         self.bytes -= active.sizes.bytes * sequences;
         self.dense_bytes -= active.sizes.dense_bytes * sequences;
+        self.tell_gauges();
         Some(active)
     }
 }
