@@ -1,7 +1,8 @@
 //! What the server has done, as Prometheus reads it.
 
 use std::fmt::Write as _;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Acquire, Relaxed};
 use std::time::Duration;
 
 /// Numbers that any thread may change.
@@ -98,7 +99,7 @@ impl Metrics {
         let saved = dense.saturating_sub(self.kv_bytes.load(Relaxed));
         for (name, help, value) in [
             ("moa_requests_queued", "Requests that wait.", self.queued.load(Relaxed)),
-            ("moa_requests_running", "Sequences that run.", self.running.load(Relaxed)),
+            ("moa_requests_running", "Sequences that run.", self.running.load(Acquire)),
             ("moa_connections", "Open connections.", self.connections.load(Relaxed)),
             ("moa_kv_bytes", "Keys and values of running sequences.", self.kv_bytes.load(Relaxed)),
             ("moa_kv_bytes_dense", "What dense attention would take for them.", dense),

@@ -28,13 +28,13 @@ impl<D: Math + 'static> Worker<D> {
         // From the last place on, so that the others stay what they are.
         for (at, gone) in turn.waiting_gone.iter().rev() {
             let Some(Queued { job, .. }) = self.queue.remove(*at) else { continue };
-            if *gone == Gone::Late {
-                tell(&job, Update::Failed(ApiError::timeout("the request waited too long")));
-            }
             let metrics = &self.metrics;
             let counter = if *gone == Gone::Left { &metrics.cancelled } else { &metrics.failed };
             counter.fetch_add(1, Relaxed);
             metrics.queued.fetch_sub(1, Relaxed);
+            if *gone == Gone::Late {
+                tell(&job, Update::Failed(ApiError::timeout("the request waited too long")));
+            }
         }
         for (id, gone) in &turn.running_gone {
             let late = || ApiError::timeout("the request took longer than it may");
@@ -51,18 +51,17 @@ impl<D: Math + 'static> Worker<D> {
         let metrics = &self.metrics;
         let counter = if error.is_some() { &metrics.failed } else { &metrics.cancelled };
         counter.fetch_add(1, Relaxed);
+        self.tell_gauges();
         if let Some(error) = error {
             tell(&active.job, Update::Failed(error));
         }
     }
 
-    /// Counts a sequence out. Its client is told afterwards, who then reads numbers without it.
     pub(super) fn leave(&mut self, id: RequestId) -> Option<Active> {
         let active = self.active.remove(&id)?;
         let sequences = 1 + active.followers as u64;
         self.bytes -= active.sizes.bytes * sequences;
         self.dense_bytes -= active.sizes.dense_bytes * sequences;
-        self.tell_gauges();
         Some(active)
     }
 }

@@ -40,6 +40,7 @@ impl<D: Math + 'static> Worker<D> {
                 let sequence = self.engine.reclaim(id);
                 let Some(active) = self.leave(id) else { return Ok(()) };
                 self.metrics.completed.fetch_add(1, Relaxed);
+                self.tell_gauges();
                 let (finish, tokens) = (completion.finish, completion.tokens.len());
                 tell(&active.job, Update::Done { choice, finish, tokens });
                 if let Some(sequence) = sequence

@@ -13,7 +13,7 @@ mod turn;
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Relaxed, Release};
 use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
@@ -261,13 +261,15 @@ impl<D: Math + 'static> Worker<D> {
         }
     }
 
+    /// Numbers of this moment. They are told before a client hears that its request has ended, so that it reads them without
+    /// it, and that of the sequences that run last: who waits for it finds all others.
     fn tell_gauges(&self) {
         let metrics = &self.metrics;
-        metrics.running.store(self.active.len() as u64, Relaxed);
         metrics.kv_bytes.store(self.bytes, Relaxed);
         metrics.kv_bytes_dense.store(self.dense_bytes, Relaxed);
         metrics.prefix_bytes.store(self.prefix.bytes(), Relaxed);
         metrics.prefix_host_bytes.store(self.prefix.host_bytes(), Relaxed);
+        metrics.running.store(self.active.len() as u64, Release);
     }
 }
 
