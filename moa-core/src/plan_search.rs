@@ -101,7 +101,11 @@ impl PlanRequest {
         // Plans of before there was a choice say nothing.
         let space = from.space.as_deref().map_or(Ok(Space::default()), str::parse)?;
         let request = Self::bounded(bounds, plan.sink(), plan.min_span())?.with_space(space);
-        let request = request.with_windows(plan.windows().to_vec());
+        let mut request = request.with_windows(plan.windows().to_vec());
+        if let Some(most) = from.max_rules_per_layer {
+            request.solver.max_rules_per_layer = Some(most);
+            request.solver.validate()?;
+        }
         request.with_min_share(from.min_share.unwrap_or(0.0)).map(Some)
     }
 
@@ -145,11 +149,15 @@ impl PlanRequest {
         }
     }
 
-    /// Whether a plan is within the bounds on density.
+    /// Whether a plan is within the bounds on density, and has no more distinct rules in a layer than the solver may
+    /// choose ([`Options::max_rules_per_layer`]).
     ///
     /// # Errors
     /// As [`density_of`](Self::density_of).
     pub fn allows(&self, plan: &Plan) -> Result<bool> {
+        if !self.allows_rules(plan) {
+            return Ok(false);
+        }
         for bound in &self.bounds {
             let density = self.density_of(plan, bound.length)?;
             if density > bound.max + 1e-9 || bound.min.is_some_and(|min| density < min) {
@@ -157,6 +165,15 @@ impl PlanRequest {
             }
         }
         Ok(true)
+    }
+
+    /// The part of [`allows`](Self::allows) that does not count keys: distinct rules in each layer.
+    pub fn allows_rules(&self, plan: &Plan) -> bool {
+        let Some(most) = self.solver.max_rules_per_layer else { return true };
+        plan.rules().chunks(plan.shape().kv_heads).all(|layer| {
+            let is_new = |(at, rule): &(usize, &HeadRule)| !layer[..*at].contains(rule);
+            layer.iter().enumerate().filter(is_new).count() <= most
+        })
     }
 
     /// The same request for plans whose heads keep at least `share` of the context at the lengths of
@@ -257,6 +274,7 @@ impl PlanRequest {
                 decode_time: self.decode_time.as_ref().map(|bound| bound.share),
                 density_floors: values(&|b| b.min),
                 min_share: Some(self.min_share).filter(|share| *share > 0.0),
+                max_rules_per_layer: self.solver.max_rules_per_layer,
                 predicted_losses: at(lengths, &solution.losses),
                 profile_lengths: lengths.to_vec(),
                 ..Provenance::default()

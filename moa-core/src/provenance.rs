@@ -37,6 +37,9 @@ pub struct Provenance {
     /// Smallest share of the context that any head was to keep.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub min_share: Option<f64>,
+    /// Most distinct rules in one layer, where the search limited them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_rules_per_layer: Option<usize>,
     /// Bound on decode time the search obeyed, as a share of dense attention's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub decode_time: Option<f64>,

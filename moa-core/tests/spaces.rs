@@ -231,3 +231,23 @@ fn what_cannot_be_reached_is_known_without_a_profile() {
     let error = request(1.0, narrow[1..].to_vec()).reachable(SHAPE).unwrap_err();
     assert!(matches!(error, Error::Invalid { .. }), "{error}");
 }
+
+#[test]
+fn plans_keep_to_a_limit_of_rules_in_a_layer() {
+    let profile = profile(&[1.0, 0.01, 0.3, 0.02, 0.5, 0.001]);
+    let mut request = PlanRequest::density(0.4, &[LENGTH], 16, 32).unwrap();
+    let free = request.search_profile(&profile, &[LENGTH]).unwrap().plans.remove(0);
+    assert_ne!(free.rules()[0], free.rules()[1]);
+    request.solver.max_rules_per_layer = Some(1);
+    assert!(!request.allows(&free).unwrap());
+    let one = request.search_profile(&profile, &[LENGTH]).unwrap().plans.remove(0);
+    assert!(request.allows(&one).unwrap());
+    // A plan says so of itself, for those who search from it.
+    let from = PlanRequest::from_plan(&one).unwrap().unwrap();
+    assert_eq!(from.solver.max_rules_per_layer, Some(1));
+    assert!(!from.allows(&free).unwrap());
+    let mut bad = one;
+    bad.provenance.max_rules_per_layer = Some(0);
+    let refused = PlanRequest::from_plan(&bad);
+    assert!(matches!(refused, Err(Error::Invalid { .. })), "{refused:?}");
+}

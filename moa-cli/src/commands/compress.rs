@@ -63,8 +63,9 @@ pub(crate) struct Args {
     /// at that of a uniform window of the same size]
     #[arg(long, value_name = "WEIGHT")]
     text_weight: Option<f64>,
-    /// Plans to measure while refining, single heads included; 0 takes the best searched plan [default:
-    /// 100 and six for each KV head]
+    /// Plans to measure while refining, single heads included; 0 takes the best searched plan. Up to half as many
+    /// more are measured where held-out text suffers more than it may, and all of that twice with `--cache-dtype
+    /// auto` [default: 100 and six for each KV head]
     #[arg(long, value_name = "N", value_parser = parse_size)]
     evaluations: Option<usize>,
     #[command(flatten)]

@@ -51,7 +51,7 @@ pub(crate) struct SolverArgs {
     /// Fixed spans are best bounded at one length
     #[arg(long, default_value = "elastic", value_name = "KIND", value_parser = space_parser())]
     pub(crate) space: Space,
-    /// At most this many distinct rules in one layer
+    /// At most this many distinct rules in one layer; `moa compress` then exchanges no spans of single heads
     #[arg(long, value_name = "K", value_parser = parse_count)]
     pub(crate) max_rules_per_layer: Option<usize>,
     /// Most plans to keep

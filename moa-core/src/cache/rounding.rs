@@ -105,7 +105,7 @@ impl RowType {
             Self::Plain(_) => {}
             Self::Int8 => {
                 for (code, x) in codes.iter_mut().zip(&*row) {
-                    *code = of(x).round_ties_even() as i8 as u8;
+                    *code = (of(x) + WHOLE).to_bits() as u8;
                 }
             }
             Self::Fp8 => {
@@ -114,7 +114,11 @@ impl RowType {
                 }
             }
             Self::Int4 => {
-                let cell = |x: &f32| (of(x).floor() + 8.0).min(15.0) as u8;
+                let cell = |x: &f32| {
+                    let (x, near) = (of(x), of(x) + WHOLE - WHOLE);
+                    let floor = if near > x { near - 1.0 } else { near };
+                    (floor + 8.0).min(15.0) as u8
+                };
                 let (low, high) = row.split_at(codes.len());
                 for (i, (code, x)) in codes.iter_mut().zip(low).enumerate() {
                     *code = cell(x) | high.get(i).map_or(0, cell) << 4;
@@ -258,6 +262,10 @@ fn scale_of(row: &[f32], top: f32) -> u16 {
     }
     if widen_scale(scale) < f32::MIN_POSITIVE { 0 } else { scale }
 }
+
+/// Added to a number of at most 2^51 by size it leaves the nearest whole number, of two the even one, in the sum's
+/// lowest bits in two's complement. `round_ties_even` and `floor` are calls where a target has no instruction for them.
+const WHOLE: f64 = 6_755_399_441_055_744.0;
 
 /// The nearest e4m3 of a number of at most 448 by size, of two the even one.
 fn e4m3(x: f64) -> u8 {

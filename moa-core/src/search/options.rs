@@ -35,7 +35,7 @@ impl Default for Options {
 }
 
 impl Options {
-    pub(super) fn validate(&self) -> Result<()> {
+    pub(crate) fn validate(&self) -> Result<()> {
         for (what, n) in [
             ("max_rules_per_layer", self.max_rules_per_layer.unwrap_or(1)),
             ("intervals", self.intervals),

@@ -139,7 +139,8 @@ pub(super) fn exchange<D: Math>(
     mut best: (f64, Plan),
     budget: Budget,
 ) -> Result<(f64, Plan)> {
-    if !is_elastic(request) {
+    // A head that changes alone has a rule of its own.
+    if !is_elastic(request) || request.solver.max_rules_per_layer.is_some() {
         return Ok(best);
     }
     // A search chooses from few spans for each head and leaves some of the budget.

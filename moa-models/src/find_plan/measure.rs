@@ -188,7 +188,7 @@ pub(super) struct Measure<'a, D: Math> {
     pub(super) trials: Vec<Trial>,
     /// Plans measured, on all pieces or on some.
     pub(super) done: usize,
-    pub(super) budget: usize,
+    budget: usize,
     /// The plan that says what text may suffer.
     limit: Option<&'a Plan>,
     held_out: &'a BTreeMap<usize, Vec<Item>>,
@@ -343,6 +343,12 @@ impl<'a, D: Math> Measure<'a, D> {
         let mut lengths: Vec<usize> = of_kind.map(|p| p.length).collect();
         lengths.dedup();
         lengths
+    }
+
+    /// Sets the measurements that may be made from here on.
+    pub(super) fn allow(&mut self, measurements: usize) {
+        self.budget = self.done + measurements;
+        self.expected = self.expected.max(self.budget);
     }
 
     pub(super) fn left(&self) -> usize {

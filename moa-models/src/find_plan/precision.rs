@@ -110,8 +110,11 @@ pub(super) fn density(request: &PlanRequest, plan: &Plan, length: usize) -> Resu
     Ok(bytes as f64 / first as f64 / slots)
 }
 
-/// Whether a plan keeps to the budget, in bytes.
+/// Whether a plan keeps to the budget, in bytes, and to the limit of rules in a layer.
 pub(super) fn fits(request: &PlanRequest, plan: &Plan) -> Result<bool> {
+    if !request.allows_rules(plan) {
+        return Ok(false);
+    }
     for bound in &request.bounds {
         if density(request, plan, bound.length)? > bound.max + 1e-9 {
             return Ok(false);

@@ -47,7 +47,8 @@ pub struct Refined {
 
 /// Improves on `starts` (never returns a plan with a higher measured loss than the best of them),
 /// with at most `evaluations` measurements beside those of `starts`: of plans, and of single heads on a
-/// part of the evidence. A plan's loss is its response loss and, weighted, its divergence on running text.
+/// part of the evidence. Where held-out text suffers more than it may, a quarter as many again are made, twice at most.
+/// A plan's loss is its response loss and, weighted, its divergence on running text.
 /// Where `starts` say a cache type, all plans have it.
 ///
 /// # Errors
@@ -96,7 +97,7 @@ pub(super) fn refine_types<D: Math>(
     let mut best = (measure.loss(&start.plan)?, start.plan);
     let start = measure.measured(&best.1, Scope::All)?;
     tracing::debug!(done = measure.done, best = best.0, dense_loss, "starts");
-    measure.budget = measure.done + evaluations;
+    measure.allow(evaluations);
     if best.0 > dense_loss + CLOSE {
         let mut request = request.clone();
         // Heights are measured to a few percent at best: a few proposals are enough.
@@ -112,7 +113,7 @@ pub(super) fn refine_types<D: Math>(
     let mut held_out = hold(&mut measure, request, &mut best, evaluations)?;
     best.1 = typed(&best.1, types.first())?;
     if types == CacheTypes::PerHead && best.0 > dense_loss + CLOSE {
-        measure.budget = measure.done + evaluations;
+        measure.allow(evaluations);
         let chosen = choose(&mut measure, request, best.clone())?;
         let of_chosen = measure.held_out(&chosen.1)?;
         let excess = |of: Option<HeldOut>| of.map_or(1.0, |of| of.excess());
@@ -161,7 +162,7 @@ fn hold<D: Math>(
         }
         measure.tighten(1.0 / excess.min(2.0));
         best.0 = measure.loss(&best.1)?;
-        measure.budget = measure.done + evaluations / 4;
+        measure.allow(evaluations / 4);
         let mut plans = Vec::new();
         for share in [0.1, 0.2, 0.4] {
             plans.extend(mixed(request, &best.1, uniform, share)?);

@@ -5,9 +5,10 @@ use std::ops::ControlFlow;
 
 use moa_core::{ElasticRule, FarLosses, Influence, Plan, PlanRequest, Profile, ProfileInfo};
 use moa_models::{
-    CalibrationData, CalibrationOptions, CalibrationPrompt, Error, Evaluation, Evidence, Item,
-    Message, Objective, PHRASINGS, Part, Prompting, Question, RecordPrompt, Reference, Result,
-    RetrievalItem, Scoring, SizedQuestion, Stage, Task, TextGoal, refine,
+    CacheTypes, CalibrationData, CalibrationOptions, CalibrationPrompt, CompressOptions, Error,
+    Evaluation, Evidence, Item, Message, Objective, PER_HEAD, PHRASINGS, Part, Prompting, Question,
+    RecordPrompt, Reference, Result, RetrievalItem, Scoring, SizedQuestion, Stage, Task, TextGoal,
+    compress, refine,
 };
 
 use crate::{checkpoint, full, narrow, text, tiny};
@@ -206,6 +207,12 @@ fn divergence_on_text_falls_as_spans_grow_and_bounds_the_search() -> Result<()> 
     assert!(better.0 > 0.0 || better.1 > 0.0, "{better:?}");
     assert_eq!(found.held_out, None);
 
+    // No head gets a rule of its own where a layer may have one.
+    let mut one = request.clone();
+    one.solver.max_rules_per_layer = Some(1);
+    let found = refine(model, evidence, &starts, &one, &profile, 30, &mut ())?;
+    assert!(one.allows(&found.plan)?, "{:?}", found.plan.rules());
+
     // On held-out text a plan of narrow heads is found to be worse, the uniform plan to be what it is, and the
     // search goes on until the text suffers less.
     let held_out = BTreeMap::from([(LENGTH, vec![texts[&LENGTH][0].continued(LENGTH / 2)?])]);
@@ -216,7 +223,18 @@ fn divergence_on_text_falls_as_spans_grow_and_bounds_the_search() -> Result<()> 
     // Items without a far dependency: nothing but text speaks against the narrow plan.
     let of = |evaluations, request: &PlanRequest| -> Result<_> {
         let starts = [narrow.clone()];
-        let found = refine(model, evidence, &starts, request, &profile, evaluations, &mut ())?;
+        let mut told = Vec::new();
+        let mut listener = |_, _, total| {
+            told.push(total);
+            ControlFlow::Continue(())
+        };
+        let found =
+            refine(model, evidence, &starts, request, &profile, evaluations, &mut listener)?;
+        // The start, dense attention, the limit, and the held-out text three times come on top.
+        assert!(found.evaluations <= evaluations + 2 * (evaluations / 4) + 6);
+        // A listener is told of more where the search goes on.
+        let last = told.last().copied().unwrap_or(0);
+        assert!(told.is_sorted() && last + 6 >= found.evaluations, "{told:?}");
         Ok(found.held_out.unwrap())
     };
     // A budget that is larger than the plan would stretch it before anything is measured.
@@ -224,6 +242,38 @@ fn divergence_on_text_falls_as_spans_grow_and_bounds_the_search() -> Result<()> 
     let (before, after) = (of(0, &own)?, of(24, &request)?);
     assert!(before.divergence > same.limit_divergence, "{before:?}");
     assert!(after.divergence < before.divergence, "{before:?} {after:?}");
+    Ok(())
+}
+
+// Types are chosen from the plan in the first one on, so that the choice is never worse than it.
+#[test]
+fn heads_that_choose_their_types_lose_no_more_than_in_the_first_one() -> Result<()> {
+    let of = |cache_types| {
+        let options = CompressOptions {
+            cache_types,
+            density: 0.14,
+            lengths: vec![384],
+            validation_length: Some(384),
+            samples: 2,
+            validation_samples: 1,
+            validation_questions: 2,
+            text_samples: 0,
+            evaluations: Some(16),
+            ..CompressOptions::default()
+        };
+        Ok::<_, Error>(
+            compress(checkpoint(), &CalibrationData::Records, &options, &mut ())?.refined,
+        )
+    };
+    let (int8, chosen) = (of(CacheTypes::All(PER_HEAD[0]))?, of(CacheTypes::PerHead)?);
+    assert!(chosen.loss <= int8.loss, "{} {}", chosen.loss, int8.loss);
+    assert!(chosen.evaluations > int8.evaluations);
+    let bytes = |plan: &Plan| plan.kv_bytes(384, PER_HEAD[0].slot_bytes(tiny().shape().head_dim));
+    let most = 0.14 * bytes(&full()) as f64;
+    assert!(bytes(&chosen.plan) as f64 <= most + 1.0, "{} {most}", bytes(&chosen.plan));
+    let types = chosen.plan.cache_types();
+    let is_known = |own: &Option<_>| own.is_some_and(|own| PER_HEAD.contains(&own));
+    assert!(types.len() == tiny().shape().total_kv_heads() && types.iter().all(is_known));
     Ok(())
 }
 

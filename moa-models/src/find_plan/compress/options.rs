@@ -63,7 +63,8 @@ pub struct CompressOptions {
     /// keeps the divergence of the uniform plan of the same size ([`TextGoal`](crate::TextGoal)).
     pub text_weight: Option<f64>,
     /// Most plans to measure in refinement, on all or on some items, beside those that it starts from; 0 for
-    /// none, `None` for 100 and six for each KV head.
+    /// none, `None` for 100 and six for each KV head. Up to half as many again where held-out text suffers more than
+    /// it may, and all of that twice where heads choose their types.
     pub evaluations: Option<usize>,
     /// Limits and accuracy of the search.
     pub solver: SolverOptions,
