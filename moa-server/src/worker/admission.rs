@@ -39,7 +39,8 @@ impl<D: Math + 'static> Worker<D> {
                     );
                     Err(ApiError { code: Some("kv_memory"), ..ApiError::invalid(message) })
                 }
-                all => Ok((sizes, self.bytes + all <= limit)),
+                // One that is alone may have what there is.
+                all => Ok((sizes, self.bytes + all <= self.room || self.active.is_empty())),
             });
             let has_place = self.places() + job.choices <= self.options.max_batch;
             match fits {
