@@ -91,7 +91,10 @@ impl<D: Math + 'static> Server<D> {
             })).collect::<Vec<_>>(),
         });
         let fingerprint = moa_models::fingerprint(told.to_string().as_bytes());
-        let state = Arc::new(State::new(&checkpoint, told, &fingerprint, options, commands));
+        let slack = options.speculation.draft_tokens();
+        let has_rings = checkpoint.model.has_rings(&plan, context, slack)?;
+        let state = State::new(&checkpoint, told, &fingerprint, has_rings, options, commands);
+        let state = Arc::new(state);
         let (own, metrics) = (state.options.clone(), Arc::clone(&state.metrics));
         let worker = Worker::new(checkpoint, plan, own, metrics, jobs);
         Ok(Self { worker, state, runtime, listener, address, stop: Arc::new(stop) })

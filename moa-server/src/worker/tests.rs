@@ -72,6 +72,7 @@ impl Loop {
         let (came, options) = (Instant::now(), GenerateOptions::default());
         let job = Job {
             prompt: (5..25).collect(),
+            shared: None,
             first_choice: 0,
             choices: 1,
             options: GenerateOptions {
