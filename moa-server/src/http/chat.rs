@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use axum::response::Response;
 use moa_models::{ChatTemplate, Error};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::answer::{Answer, Kind};
 use super::error::ApiError;
@@ -40,6 +40,7 @@ pub(crate) async fn complete(state: Arc<State>, body: &[u8]) -> Result<Response,
     let choice = fields.value("tool_choice");
     let parallel = fields.get("parallel_tool_calls", "true or false")?.unwrap_or(true);
     let format = fields.value("response_format");
+    let variables = fields.get("chat_template_kwargs", "an object")?.unwrap_or_default();
     let template = state.text.template.clone().ok_or_else(|| {
         ApiError::invalid(
             "the model has no chat template: start the server with one (--template), or use \
@@ -68,7 +69,7 @@ pub(crate) async fn complete(state: Arc<State>, body: &[u8]) -> Result<Response,
         let names = plan.tools.iter().filter_map(|tool| tool["function"]["name"].as_str());
         Callable { names: names.map(str::to_owned).collect(), parallel }
     });
-    let text = ChatText { template, messages, tools: plan.tools };
+    let text = ChatText { template, messages, tools: plan.tools, variables };
     submit(state, params, came, vec![Prompt::Chat(Box::new(text))], grammar, answer).await
 }
 
@@ -77,6 +78,8 @@ pub(crate) struct ChatText {
     template: ChatTemplate,
     messages: Vec<Value>,
     tools: Vec<Value>,
+    /// What else the template is told.
+    variables: Map<String, Value>,
 }
 
 impl ChatText {
@@ -98,7 +101,7 @@ impl ChatText {
 
     fn render(&self, messages: &[Value]) -> Result<String, Error> {
         let tools = (!self.tools.is_empty()).then_some(&self.tools);
-        self.template.render_objects(messages, tools, true)
+        self.template.render_with(messages, tools, &self.variables, true)
     }
 
     /// The beginning of the conversation's `text` that is the same whatever follows the messages of the system.

@@ -1,9 +1,10 @@
 //! The shapes of OpenAI's API, and that the tokens are those of the engine.
 
-use moa_models::{EngineOptions, GenerateOptions, Message, Prompt};
+use moa_models::{ChatTemplate, EngineOptions, GenerateOptions, Message, Prompt};
+use moa_server::ServerOptions;
 use serde_json::{Value, json};
 
-use crate::{checkpoint, narrow, shared};
+use crate::{Running, checkpoint, narrow, shared};
 
 /// What the engine says to a prompt.
 fn expected(prompt: impl Into<Prompt>, max_new_tokens: usize) -> String {
@@ -82,6 +83,34 @@ fn streams_join_to_the_whole() {
             .push_str(choice["text"].as_str().unwrap());
     }
     assert_eq!(texts, [expected("One", 4), expected("Two", 4)]);
+}
+
+#[test]
+fn the_template_is_told_what_a_request_tells_it() {
+    let mut own = checkpoint();
+    let source = "{{ bos_token }}{{ messages[0].content }}{{ more | default(' waited') }}";
+    own.set_template(ChatTemplate::new(source, "<s>", "</s>"));
+    let server = Running::of(own, narrow(), ServerOptions::default());
+    let ask = |variables: Value| {
+        let messages = json!([{ "role": "user", "content": "The ship" }]);
+        let body = json!({
+            "messages": messages, "max_tokens": 12, "temperature": 0,
+            "chat_template_kwargs": variables,
+        });
+        content(&server.client.ask("/v1/chat/completions", &body)).to_owned()
+    };
+    for (variables, text) in [
+        (json!(null), "The ship waited"),
+        (json!({}), "The ship waited"),
+        (json!({ "more": " sailed" }), "The ship sailed"),
+        (json!({ "messages": [{ "content": "No" }], "more": " sank" }), "The ship sank"),
+    ] {
+        assert_eq!(
+            ask(variables.clone()).trim_start(),
+            expected(text, 12).trim_start(),
+            "{variables}"
+        );
+    }
 }
 
 #[test]
@@ -208,6 +237,7 @@ fn bad_bodies() -> Vec<(&'static str, Value, &'static str)> {
         ("response_format", json!({ "type": "xml" }), "response_format.type"),
         ("functions", json!([{}]), "functions"),
         ("stream_options", json!(1), "stream_options"),
+        ("chat_template_kwargs", json!([1]), "chat_template_kwargs"),
     ] {
         let (path, body) = chat(field, value);
         all.push((path, body, param));

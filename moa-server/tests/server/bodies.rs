@@ -20,7 +20,8 @@ fn bases() -> [(&'static str, Value); 4] {
         "max_completion_tokens": 3, "temperature": 0.5, "top_p": 0.9, "n": 2, "stream": true,
         "stream_options": { "include_usage": true }, "stop": ["x"], "seed": 1, "logprobs": true,
         "top_logprobs": 2, "logit_bias": { "5": 1 }, "tools": [tool], "tool_choice": "auto",
-        "response_format": { "type": "text" }, "priority": 3, "timeout": 5, "user": "me" });
+        "response_format": { "type": "text" }, "priority": 3, "timeout": 5, "user": "me",
+        "chat_template_kwargs": { "enable_thinking": false } });
     let completion = json!({
         "prompt": ["Hi", "Ho"], "max_tokens": 3, "temperature": 1.0, "top_k": 4, "min_p": 0.1,
         "repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.5, "echo": false,
