@@ -1,9 +1,12 @@
 //! The shapes of OpenAI's API, and that the tokens are those of the engine.
 
+use std::collections::BTreeSet;
+
 use moa_models::{ChatTemplate, EngineOptions, GenerateOptions, Message, Prompt};
 use moa_server::ServerOptions;
 use serde_json::{Value, json};
 
+use crate::client::Client;
 use crate::{Running, checkpoint, narrow, shared};
 
 /// What the engine says to a prompt.
@@ -154,9 +157,14 @@ fn options_change_what_they_are_about() {
     with_text.push(whole["tokens"][with_text.len()].clone());
     let banned = with_text.last().unwrap().to_string();
     assert_ne!(ask(json!({ "logit_bias": { banned: -100 } }))["text"], text);
-    // The strongest penalty allows no token twice.
+    // The strongest penalties keep those twelve tokens apart, two of which are one without.
+    let distinct = |choice: &Value| {
+        let tokens = choice["logprobs"]["tokens"].as_array().unwrap().iter();
+        tokens.map(|token| token.as_str().unwrap().to_owned()).collect::<BTreeSet<_>>().len()
+    };
     let fresh = ask(json!({ "frequency_penalty": 2, "presence_penalty": 2, "logprobs": 0 }));
-    assert_eq!(fresh["logprobs"]["tokens"].as_array().unwrap().len(), 12);
+    assert!(distinct(&plain) < 12, "{plain}");
+    assert_eq!(distinct(&fresh), 12, "{fresh}");
     assert_eq!(ask(json!({ "echo": true }))["text"], format!("The ship sailed{text}"));
     let chat = json!({
         "messages": [{ "role": "user", "content": "Hello" }],
@@ -179,6 +187,14 @@ fn the_server_tells_of_itself() {
     assert_eq!(client.get("/health").json()["status"], "ok");
     assert!(client.get("/").body.starts_with("<!doctype html>"));
     assert_eq!(client.get("/plan").json()["layers"], 6);
+    let odd = Running::new(ServerOptions { max_context: Some(5000), ..ServerOptions::default() });
+    let labels = |client: Client| {
+        let plan = client.get("/plan").json();
+        let lengths = plan["lengths"].as_array().unwrap().iter();
+        lengths.map(|own| own["label"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(labels(client), ["1k tokens", "4k tokens", "8k tokens"]);
+    assert_eq!(labels(odd.client), ["1k tokens", "4k tokens", "5000 tokens"]);
     let tokens = client.ask("/tokenize", &json!({ "prompt": "Once upon" }))["tokens"].clone();
     let text = client.ask("/detokenize", &json!({ "tokens": tokens }))["prompt"].clone();
     assert!(text.as_str().unwrap().ends_with("Once upon"), "{text}");
