@@ -400,6 +400,8 @@ pub enum Error {
     Step {
         /// The error of the step.
         reason: String,
+        /// It was [`Error::OutOfMemory`]: a smaller step, or one of fewer requests, may have the memory that it needs.
+        out_of_memory: bool,
     },
 
     /// The device has not enough memory: less of it may be asked for.

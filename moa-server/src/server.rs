@@ -75,7 +75,7 @@ impl<D: Math + 'static> Server<D> {
         let (stop, _) = watch::channel(false);
         let own = checkpoint.model.config().windowed(&plan)?.into_owned();
         let shape = own.shape();
-        let context = checkpoint.model.config().context_length();
+        let context = options.context(&checkpoint.model);
         let mut lengths: Vec<usize> = LENGTHS.into_iter().filter(|n| *n < context).collect();
         lengths.push(context);
         let told = json!({
@@ -85,13 +85,17 @@ impl<D: Math + 'static> Server<D> {
             "sink": own.sink(),
             "lengths": lengths.iter().map(|&length| json!({
                 "length": length,
+                "label": label(length),
                 "spans": own.spans(length).iter().map(|span| span.total().min(length))
                     .collect::<Vec<_>>(),
                 "density": own.density(length),
             })).collect::<Vec<_>>(),
         });
         let fingerprint = moa_models::fingerprint(told.to_string().as_bytes());
-        let state = Arc::new(State::new(&checkpoint, told, &fingerprint, options, commands));
+        let slack = options.speculation.draft_tokens();
+        let has_rings = checkpoint.model.has_rings(&plan, context, slack)?;
+        let state = State::new(&checkpoint, told, &fingerprint, has_rings, options, commands);
+        let state = Arc::new(state);
         let (own, metrics) = (state.options.clone(), Arc::clone(&state.metrics));
         let worker = Worker::new(checkpoint, plan, own, metrics, jobs);
         Ok(Self { worker, state, runtime, listener, address, stop: Arc::new(stop) })
@@ -108,10 +112,11 @@ impl<D: Math + 'static> Server<D> {
     }
 
     /// How many requests of this length, prompt and answer together, run at once in
-    /// [`ServerOptions::kv_memory`]: with the plan, and with dense attention.
+    /// [`ServerOptions::kv_memory`]: with the plan, and with dense attention. A shorter one than
+    /// [`ServerOptions::min_context`] counts as that, a longer one than the context as the context.
     ///
     /// # Errors
-    /// [`Error::Model`] if the length is 0 or beyond the model's context.
+    /// [`Error::Model`] if the model cannot follow the plan.
     pub fn fitting(&self, length: usize) -> Result<(u64, u64)> {
         let sizes = self.worker.sizes(length)?;
         let memory = self.state.options.kv_memory;
@@ -177,6 +182,14 @@ fn check<D: Math>(checkpoint: &Checkpoint<D>, plan: &Plan, options: &ServerOptio
 
 /// Lengths at which the page shows the plan.
 const LENGTHS: [usize; 4] = [1024, 4096, 16384, 65536];
+
+/// A length for a reader: in units of 1,024 where there is no rest.
+fn label(length: usize) -> String {
+    match length % 1024 {
+        0 => format!("{}k tokens", length / 1024),
+        _ => format!("{length} tokens"),
+    }
+}
 
 async fn wait_for_stop(state: Arc<State>, mut stop: watch::Receiver<bool>) {
     let _ = stop.wait_for(|stop| *stop).await;

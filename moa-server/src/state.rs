@@ -35,6 +35,8 @@ pub(crate) struct ModelInfo {
     /// Longest prompt and answer together.
     pub(crate) context: usize,
     pub(crate) vocab_size: usize,
+    /// Some heads forget keys in a sequence of that length.
+    pub(crate) has_rings: bool,
     pub(crate) default_max_tokens: usize,
     /// Tells one model and plan from others.
     pub(crate) fingerprint: String,
@@ -61,6 +63,7 @@ impl State {
         checkpoint: &Checkpoint<D>,
         plan: Value,
         plan_fingerprint: &str,
+        has_rings: bool,
         options: ServerOptions,
         commands: mpsc::Sender<Command>,
     ) -> Self {
@@ -81,6 +84,7 @@ impl State {
                 created: now.as_secs(),
                 context,
                 vocab_size: checkpoint.model.config().vocab_size,
+                has_rings,
                 default_max_tokens,
                 fingerprint: format!("{}-{plan_fingerprint}", checkpoint.model.fingerprint()),
                 plan,

@@ -534,8 +534,9 @@ impl<D: Math> Engine<D> {
         if let Some(guesser) = &mut self.guesser {
             guesser.clear();
         }
+        let out_of_memory = matches!(error, Error::OutOfMemory { .. });
         for run in self.running.drain(..) {
-            let error = Error::Step { reason: error.to_string() };
+            let error = Error::Step { reason: error.to_string(), out_of_memory };
             self.events.push_back(Event::Failed { id: run.id, error });
         }
     }

@@ -214,8 +214,8 @@ fn stop_strings_end_requests_that_came_late() -> Result<()> {
     Ok(())
 }
 
-/// The only rank of a model, whose `n`th sum fails.
-struct FailsOnce(AtomicUsize);
+/// The only rank of a model, whose `n`th sum fails, for want of memory or not.
+struct FailsOnce(AtomicUsize, bool);
 
 impl Rank for FailsOnce {
     fn rank(&self) -> usize {
@@ -236,6 +236,7 @@ impl Rank for FailsOnce {
 impl Communicator<Cpu> for FailsOnce {
     fn all_reduce(&self, _: &Cpu, _: &mut moa_backend_cpu::Tensor) -> Result<()> {
         match self.0.fetch_sub(1, Ordering::Relaxed) {
+            0 if self.1 => Err(Error::OutOfMemory { what: "sum", bytes: Some(8), free: None }),
             0 => Err(Error::Rank { rank: 0 }),
             _ => Ok(()),
         }
@@ -246,8 +247,8 @@ impl Communicator<Cpu> for FailsOnce {
 fn a_step_that_fails_ends_those_that_ran_and_nobody_else() -> Result<()> {
     let plan = uneven();
     // Seven sums a step: in the first step, which reads prompts, and in a later one, which decodes.
-    for at in [3, 3 + 7 * 3] {
-        let model = biased().part(&plan, FailsOnce(AtomicUsize::new(at)))?;
+    for (at, memory) in [(3, false), (3 + 7 * 3, false), (3, true), (3 + 7 * 3, true)] {
+        let model = biased().part(&plan, FailsOnce(AtomicUsize::new(at), memory))?;
         let options = EngineOptions { max_batch: 2, ..EngineOptions::default() };
         let mut engine = Engine::new(Arc::new(model), options);
         let ids: Vec<_> = (0..3).map(|_| engine.submit(vec![1, 2, 3], &plan, greedy(6))).collect();
@@ -257,11 +258,17 @@ fn a_step_that_fails_ends_those_that_ran_and_nobody_else() -> Result<()> {
                 Err(error) => break error,
             }
         };
-        assert!(matches!(error, Error::Rank { rank: 0 }), "{error}");
+        let is_told = match memory {
+            true => matches!(error, Error::OutOfMemory { bytes: Some(8), .. }),
+            false => matches!(error, Error::Rank { rank: 0 }),
+        };
+        assert!(is_told, "{error}");
         assert_eq!((engine.running(), engine.waiting()), (0, 1));
         for id in &ids[..2] {
             match engine.step()? {
-                Some(Event::Failed { id: of, error: Error::Step { .. } }) => assert_eq!(of, *id),
+                Some(Event::Failed { id: of, error: Error::Step { out_of_memory, .. } }) => {
+                    assert_eq!((of, out_of_memory), (*id, memory));
+                }
                 other => panic!("{other:?}"),
             }
         }

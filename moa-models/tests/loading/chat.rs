@@ -1,6 +1,7 @@
 use std::fs;
 
 use moa_models::{ChatTemplate, Error, Message, Tokenizer};
+use serde_json::json;
 
 use crate::moa_tiny;
 
@@ -123,6 +124,24 @@ fn blocks_methods_and_functions_of_transformers() -> Result<(), Error> {
     assert_eq!(dated.clone().with_date(2025, 2, 3)?.render(&[], false)?, "2025-02-03");
     assert!(dated.render(&[], false)?.starts_with("20"), "today");
     assert!(matches!(dated.with_date(2025, 2, 30), Err(Error::Invalid { what: "date", .. })));
+    Ok(())
+}
+
+#[test]
+fn variables_stand_before_special_tokens_and_not_before_what_is_asked_for() -> Result<(), Error> {
+    let source = "{{ bos_token }}{{ messages[0].content }}{{ add_generation_prompt }}\
+                  {{ tools is none }}{{ documents is none }}{{ thinks | default('-') }}";
+    let template = ChatTemplate::new(source, "<s>", "</s>");
+    let with = |variables: serde_json::Value| {
+        template.render_with(&[Message::user("Hi")], None::<&()>, &variables, true)
+    };
+    let none = "<s>HiTrueTrueTrue-";
+    assert_eq!(template.render_objects(&[Message::user("Hi")], None::<&()>, true)?, none);
+    assert_eq!(with(json!({}))?, none);
+    let asked = json!({ "messages": [], "add_generation_prompt": false, "tools": [1] });
+    assert_eq!(with(asked)?, none);
+    let told = json!({ "thinks": false, "bos_token": "<b>", "documents": ["a"] });
+    assert_eq!(with(told)?, "<b>HiTrueTrueFalseFalse");
     Ok(())
 }
 

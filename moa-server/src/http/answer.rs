@@ -15,7 +15,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::error::{ApiError, json_response, text_response};
 use super::logprobs::{ChoiceLogprobs, TokenText};
-use super::tools::{self, Callable};
+use super::tools::{Callable, Held};
 use crate::state::State;
 use crate::worker::Update;
 
@@ -48,7 +48,10 @@ pub(crate) struct Answer {
 struct Choice {
     /// What of the prompt comes before the text.
     echo: String,
+    /// What is not told yet; without a stream, all.
     text: String,
+    /// What of that may be a call.
+    held: Held,
     /// Tokens whose text was not told yet; without a stream, all tokens.
     logprobs: ChoiceLogprobs,
     /// Characters of the tokens whose probabilities were told.
@@ -180,25 +183,23 @@ impl Answer {
     }
 
     fn whole_choice(&self, index: usize, mut choice: Choice) -> Value {
-        let calls = self.calls(&choice.text);
+        let (text, calls) = self.said(&mut choice);
         let mut finish = finish_reason(choice.finish);
         let logprobs = self.logprobs_value(choice.logprobs, &mut choice.offset);
         match self.kind {
             Kind::Text => json!({
                 "index": index,
-                "text": choice.echo + &choice.text,
+                "text": choice.echo + &text,
                 "logprobs": logprobs,
                 "finish_reason": finish,
             }),
             Kind::Chat => {
-                let mut message = json!({
-                    "role": "assistant",
-                    "content": choice.text,
-                    "refusal": null,
-                });
-                if let Some(calls) = calls {
-                    message["content"] = calls.text.map_or(Value::Null, Value::from);
-                    message["tool_calls"] = calls.calls.into();
+                let mut message = json!({ "role": "assistant", "content": text, "refusal": null });
+                if !calls.is_empty() {
+                    if text.is_empty() {
+                        message["content"] = Value::Null;
+                    }
+                    message["tool_calls"] = calls.into();
                     finish = "tool_calls";
                 }
                 json!({
@@ -211,9 +212,18 @@ impl Answer {
         }
     }
 
-    /// The calls in what a choice says.
-    fn calls(&self, text: &str) -> Option<tools::Found> {
-        self.tools.as_ref().and_then(|tools| tools::parse(text, self.state.unique(), tools))
+    /// What a choice has said that is no call, and at its end the calls.
+    fn said(&self, choice: &mut Choice) -> (String, Vec<Value>) {
+        let text = std::mem::take(&mut choice.text);
+        let Some(tools) = &self.tools else { return (text, Vec::new()) };
+        let mut said = choice.held.push(&text, tools);
+        if choice.finish.is_none() {
+            return (said, Vec::new());
+        }
+        let held = std::mem::take(&mut choice.held);
+        let (rest, calls) = held.finish(self.state.unique(), tools);
+        said.push_str(&rest);
+        (said, calls)
     }
 
     fn logprobs_value(&self, logprobs: ChoiceLogprobs, offset: &mut usize) -> Value {
@@ -246,24 +256,14 @@ impl Answer {
     /// What an update adds to a stream.
     fn push(&mut self, update: Update, out: &mut VecDeque<Bytes>) {
         let Some(index) = self.take(update) else { return };
-        let (is_done, is_chat) = (self.choices[index].finish.is_some(), self.kind == Kind::Chat);
-        // Text that may be a tool call is told when it is whole.
-        if self.tools.is_some() && !is_done {
-            return;
-        }
-        let text = std::mem::take(&mut self.choices[index].text);
-        let logprobs = std::mem::take(&mut self.choices[index].logprobs);
-        let calls = self.calls(&text);
-        let has_calls = calls.is_some();
-        let (text, calls) = match calls {
-            Some(found) => (found.text.unwrap_or_default(), found.calls),
-            None => (text, Vec::new()),
-        };
-        if !text.is_empty() || !logprobs.is_empty() {
+        let mut choice = std::mem::take(&mut self.choices[index]);
+        let (is_done, is_chat) = (choice.finish.is_some(), self.kind == Kind::Chat);
+        let (text, calls) = self.said(&mut choice);
+        let has_calls = !calls.is_empty();
+        if !text.is_empty() || is_done && !choice.logprobs.is_empty() {
             let content = if is_chat { json!({ "content": text }) } else { text.into() };
-            let mut offset = self.choices[index].offset;
-            let logprobs = self.logprobs_value(logprobs, &mut offset);
-            self.choices[index].offset = offset;
+            let logprobs = std::mem::take(&mut choice.logprobs);
+            let logprobs = self.logprobs_value(logprobs, &mut choice.offset);
             out.push_back(self.chunk(index, content, logprobs, None));
         }
         for (at, mut call) in calls.into_iter().enumerate() {
@@ -274,10 +274,11 @@ impl Answer {
             let content = if is_chat { json!({}) } else { "".into() };
             let finish = match has_calls {
                 true => "tool_calls",
-                false => finish_reason(self.choices[index].finish),
+                false => finish_reason(choice.finish),
             };
             out.push_back(self.chunk(index, content, Value::Null, Some(finish)));
         }
+        self.choices[index] = choice;
         if self.choices.iter().all(|choice| choice.finish.is_some()) {
             if self.include_usage {
                 let mut object = self.envelope(true);

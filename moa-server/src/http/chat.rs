@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use axum::response::Response;
-use moa_models::ChatTemplate;
-use serde_json::{Value, json};
+use moa_models::{ChatTemplate, Error};
+use serde_json::{Map, Value, json};
 
 use super::answer::{Answer, Kind};
 use super::error::ApiError;
@@ -40,6 +40,7 @@ pub(crate) async fn complete(state: Arc<State>, body: &[u8]) -> Result<Response,
     let choice = fields.value("tool_choice");
     let parallel = fields.get("parallel_tool_calls", "true or false")?.unwrap_or(true);
     let format = fields.value("response_format");
+    let variables = fields.get("chat_template_kwargs", "an object")?.unwrap_or_default();
     let template = state.text.template.clone().ok_or_else(|| {
         ApiError::invalid(
             "the model has no chat template: start the server with one (--template), or use \
@@ -68,7 +69,7 @@ pub(crate) async fn complete(state: Arc<State>, body: &[u8]) -> Result<Response,
         let names = plan.tools.iter().filter_map(|tool| tool["function"]["name"].as_str());
         Callable { names: names.map(str::to_owned).collect(), parallel }
     });
-    let text = ChatText { template, messages, tools: plan.tools };
+    let text = ChatText { template, messages, tools: plan.tools, variables };
     submit(state, params, came, vec![Prompt::Chat(Box::new(text))], grammar, answer).await
 }
 
@@ -77,15 +78,45 @@ pub(crate) struct ChatText {
     template: ChatTemplate,
     messages: Vec<Value>,
     tools: Vec<Value>,
+    /// What else the template is told.
+    variables: Map<String, Value>,
 }
 
 impl ChatText {
-    /// Its tokens.
-    pub(crate) fn tokens(&self, state: &State) -> Result<Vec<u32>, moa_models::Error> {
-        let tools = (!self.tools.is_empty()).then_some(&self.tools);
-        let text = self.template.render_objects(&self.messages, tools, true)?;
+    /// Its tokens, and how many of them are those of the messages of the system that it begins with: any other
+    /// conversation with these begins with those tokens.
+    pub(crate) fn tokens(&self, state: &State) -> Result<(Vec<u32>, Option<usize>), Error> {
+        let text = self.render(&self.messages)?;
         // The template writes the begin-of-sequence token itself.
-        state.text.known.encode_within(&text, state.model.context)
+        let encode = |text: &str| state.text.known.encode_within(text, state.model.context);
+        // First, so that its tokens are known when the whole is cut into tokens.
+        // Without rings what is kept can be cut there.
+        let is_kept = state.model.has_rings && state.options.prefix_cache > 0;
+        let system = is_kept.then(|| self.system(&text)).flatten().map(encode).transpose()?;
+        let tokens = encode(&text)?;
+        let shared =
+            system.map(|system| system.iter().zip(&tokens).take_while(|(a, b)| a == b).count());
+        Ok((tokens, shared))
+    }
+
+    fn render(&self, messages: &[Value]) -> Result<String, Error> {
+        let tools = (!self.tools.is_empty()).then_some(&self.tools);
+        self.template.render_with(messages, tools, &self.variables, true)
+    }
+
+    /// The beginning of the conversation's `text` that is the same whatever follows the messages of the system.
+    fn system<'t>(&self, text: &'t str) -> Option<&'t str> {
+        let end = self.messages.iter().position(|message| message["role"] != "system")?;
+        if end == 0 {
+            return None;
+        }
+        // As another conversation would be: what it has in common with this one does not depend on what they say.
+        let mut other = self.messages[..=end].to_vec();
+        let said = other[end]["content"].as_str().unwrap_or_default();
+        other[end]["content"] = if said.trim_start().starts_with('a') { "b" } else { "a" }.into();
+        let other = self.render(&other).ok()?;
+        let same = text.bytes().zip(other.bytes()).take_while(|(a, b)| a == b).count();
+        (0..=same).rev().find_map(|len| text.get(..len))
     }
 }
 

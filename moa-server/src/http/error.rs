@@ -69,7 +69,9 @@ impl ApiError {
                 Self::invalid(error.to_string())
             }
             E::ContextExceeded { asked, limit } => Self::too_long(*asked, *limit),
-            E::OutOfMemory { .. } => Self::busy(error.to_string()),
+            E::OutOfMemory { .. } | E::Step { out_of_memory: true, .. } => {
+                Self::busy(error.to_string())
+            }
             _ => Self::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
         }
     }

@@ -178,7 +178,9 @@ fn authorise(state: &State, request: &Request<Body>, allowed: bool) -> Result<()
         return Ok(());
     }
     let given = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let key = given.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default().trim();
+    let scheme_and_key = given.and_then(|value| value.split_once(' '));
+    let key = scheme_and_key.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
+    let key = key.map_or("", |(_, key)| key.trim());
     // All keys are compared, and all bytes of each, so that the time tells nothing.
     let matches = state.options.api_keys.iter().fold(false, |found, own| found | same(own, key));
     match matches {

@@ -37,16 +37,17 @@ pub(crate) async fn submit(
         grammar.prepare(&state).await?;
     }
     answer.include_usage = params.include_usage;
-    answer.prompt_tokens = prompts.iter().map(Vec::len).sum();
+    answer.prompt_tokens = prompts.iter().map(|(prompt, _)| prompt.len()).sum();
     let (out, updates) = unbounded_channel();
     let mut jobs = Vec::with_capacity(prompts.len());
-    for (at, prompt) in prompts.into_iter().enumerate() {
+    for (at, (prompt, shared)) in prompts.into_iter().enumerate() {
         let mut options = params.for_prompt(prompt.len(), &state)?;
         options.continues_prompt = Some(answer.kind == Kind::Text);
         // Prompts of one request draw alike only where their texts are alike.
         options.sampling.seed = options.sampling.seed.wrapping_add((at * params.choices) as u64);
         jobs.push(Job {
             prompt,
+            shared,
             first_choice: at * params.choices,
             choices: params.choices,
             options,
@@ -83,22 +84,26 @@ fn check_room(state: &State) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// The tokens of prompts, made where they keep no connection waiting.
-async fn tokens(state: &Arc<State>, prompts: Vec<Prompt>) -> Result<Vec<Vec<u32>>, ApiError> {
+/// The tokens of prompts, made where they keep no connection waiting, each with how many of them other prompts are
+/// likely to begin with, where that is known.
+async fn tokens(
+    state: &Arc<State>,
+    prompts: Vec<Prompt>,
+) -> Result<Vec<(Vec<u32>, Option<usize>)>, ApiError> {
     let state = Arc::clone(state);
     let work = move || {
         let vocab_size = state.model.vocab_size;
         let one = |prompt: &Prompt| match prompt {
             Prompt::Text(text) => {
                 let tokens = state.text.tokenizer.encode_within(text, true, state.model.context);
-                tokens.map_err(|error| ApiError::of_model(&error))
+                tokens.map(|own| (own, None)).map_err(|error| ApiError::of_model(&error))
             }
             Prompt::Chat(text) => text.tokens(&state).map_err(|error| ApiError::of_model(&error)),
             Prompt::Tokens(tokens) => match tokens.iter().find(|t| **t as usize >= vocab_size) {
                 Some(token) => {
                     Err(ApiError::field("prompt", format!("ids below {vocab_size}"), token))
                 }
-                None => Ok(tokens.clone()),
+                None => Ok((tokens.clone(), None)),
             },
         };
         prompts.iter().map(one).collect()

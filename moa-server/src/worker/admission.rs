@@ -39,7 +39,8 @@ impl<D: Math + 'static> Worker<D> {
                     );
                     Err(ApiError { code: Some("kv_memory"), ..ApiError::invalid(message) })
                 }
-                all => Ok((sizes, self.bytes + all <= limit)),
+                // One that is alone may have what there is.
+                all => Ok((sizes, self.bytes + all <= self.room || self.active.is_empty())),
             });
             let has_place = self.places() + job.choices <= self.options.max_batch;
             match fits {
@@ -125,8 +126,11 @@ impl<D: Math + 'static> Worker<D> {
         // Without rings a sequence can be cut anywhere.
         let marks = match sizes.has_rings {
             true => {
-                let every = self.options.prefix_every;
-                self.prefix.marks(cached, job.prompt.len(), every, sizes.kept_bytes)
+                let (every, len) = (self.options.prefix_every, job.prompt.len());
+                // A step ends only where a whole stretch of the prompt is left.
+                let last = len.saturating_sub(self.checkpoint.model.device().many_rows());
+                let shared = job.shared.map(|shared| shared.min(last));
+                self.prefix.marks(cached, len, every, shared, sizes.kept_bytes)
             }
             false => Vec::new(),
         };

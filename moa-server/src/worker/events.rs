@@ -40,6 +40,9 @@ impl<D: Math + 'static> Worker<D> {
                 let sequence = self.engine.reclaim(id);
                 let Some(active) = self.leave(id) else { return Ok(()) };
                 self.metrics.completed.fetch_add(1, Relaxed);
+                // As many bytes again may run beside those that do, up to what there was before a step had no memory.
+                let room = self.room.saturating_add(active.sizes.bytes);
+                self.room = room.min(self.options.kv_memory);
                 self.tell_gauges();
                 let (finish, tokens) = (completion.finish, completion.tokens.len());
                 tell(&active.job, Update::Done { choice, finish, tokens });

@@ -21,6 +21,8 @@ pub(crate) enum Command {
 #[derive(Clone)]
 pub(crate) struct Job {
     pub(crate) prompt: Vec<u32>,
+    /// Tokens of it that other prompts are likely to begin with.
+    pub(crate) shared: Option<usize>,
     /// Number of its first choice in the request; others follow.
     pub(crate) first_choice: usize,
     /// Choices, each with a seed of its own.

@@ -9,6 +9,8 @@ mod events;
 pub(crate) mod job;
 mod prefix;
 mod queue;
+#[cfg(test)]
+mod tests;
 mod turn;
 
 use std::cell::RefCell;
@@ -53,6 +55,10 @@ pub(crate) struct Worker<D: Math> {
     /// Bytes of keys and values of the jobs that run, and what dense attention would take.
     bytes: u64,
     dense_bytes: u64,
+    /// Bytes of keys and values that may run: those of the options, but for a while after a step that had no memory.
+    room: u64,
+    /// Steps in a row that failed.
+    failures: usize,
     /// By the capacity of a sequence.
     sizes: RefCell<HashMap<usize, Sizes>>,
     /// When those that are left have to end.
@@ -112,6 +118,8 @@ impl<D: Math + 'static> Worker<D> {
             copies: Vec::new(),
             bytes: 0,
             dense_bytes: 0,
+            room: options.kv_memory,
+            failures: 0,
             sizes: RefCell::default(),
             stops_at: None,
             options,
@@ -209,56 +217,67 @@ impl<D: Math + 'static> Worker<D> {
     }
 
     fn run_turns(&mut self) -> Result<(), Error> {
-        let mut failures = 0;
-        loop {
-            let turn = self.next_turn()?;
-            self.drop_those_that_left(&turn);
-            self.take_in(&turn);
-            match turn.end {
-                End::NotYet => {}
-                End::Idle => return Ok(()),
-                End::Late => {
-                    self.end_all(&ApiError::stopping());
-                    return Ok(());
-                }
+        while self.run_turn()? {}
+        Ok(())
+    }
+
+    /// Runs a step, and what comes before and after it. Returns whether another one follows.
+    fn run_turn(&mut self) -> Result<bool, Error> {
+        let turn = self.next_turn()?;
+        self.drop_those_that_left(&turn);
+        self.take_in(&turn);
+        match turn.end {
+            End::NotYet => {}
+            End::Idle => return Ok(false),
+            End::Late => {
+                self.end_all(&ApiError::stopping());
+                return Ok(false);
             }
-            self.prefix.collect(false);
-            self.admit()?;
-            self.tell_gauges();
-            let begin = Instant::now();
-            let is_full = self.places() >= self.options.max_batch;
-            let (commands, arrived) = (&self.commands, &mut self.arrived);
-            // What comes may join the next step, where there is a place.
-            let goes_on = || {
-                arrived.extend(commands.try_iter());
-                is_full || arrived.is_empty()
-            };
-            let mut ended = Ok(());
-            match self.engine.step_ahead(goes_on) {
-                Ok(Some(event)) => {
-                    self.metrics.step.observe(begin.elapsed());
-                    // A step that only reads prompts says nothing of one that decodes.
-                    if matches!(event, Event::Token { .. }) {
-                        failures = 0;
-                    }
-                    self.handle(event)?;
-                }
-                Ok(None) => {}
-                Err(error) => {
-                    tracing::error!("a step failed: {error}");
-                    failures += 1;
-                    self.prefix.clear();
-                    if failures >= MOST_FAILURES || self.checkpoint.model.ranks() > 1 {
-                        ended = Err(error);
-                    }
-                }
-            }
-            while let Some(event) = self.engine.poll() {
-                self.handle(event)?;
-            }
-            ended?;
-            self.keep_copies()?;
         }
+        self.prefix.collect(false);
+        self.admit()?;
+        self.tell_gauges();
+        let begin = Instant::now();
+        let is_full = self.places() >= self.options.max_batch;
+        let (commands, arrived) = (&self.commands, &mut self.arrived);
+        // What comes may join the next step, where there is a place.
+        let goes_on = || {
+            arrived.extend(commands.try_iter());
+            is_full || arrived.is_empty()
+        };
+        let (mut event, failed) = match self.engine.step_ahead(goes_on) {
+            Ok(event) => (event, None),
+            Err(error) => (self.engine.poll(), Some(error)),
+        };
+        match &failed {
+            None if event.is_some() => self.metrics.step.observe(begin.elapsed()),
+            None => {}
+            Some(error) => {
+                tracing::error!("a step failed: {error}");
+                self.prefix.clear();
+                if matches!(error, Error::OutOfMemory { .. }) {
+                    self.room = self.bytes / 2;
+                }
+            }
+        }
+        while let Some(one) = event {
+            // A step that only reads prompts says nothing of one that decodes.
+            if matches!(one, Event::Token { .. } | Event::Done { .. }) {
+                self.failures = 0;
+            }
+            self.handle(one)?;
+            event = self.engine.poll();
+        }
+        if let Some(error) = failed {
+            let is_whole = self.checkpoint.model.ranks() == 1;
+            // The device is well where fewer requests have the memory that they need.
+            self.failures += usize::from(!matches!(error, Error::OutOfMemory { .. }));
+            if !is_whole || self.failures >= MOST_FAILURES {
+                return Err(error);
+            }
+        }
+        self.keep_copies()?;
+        Ok(true)
     }
 
     /// Numbers of this moment. They are told before a client hears that its request has ended, so that it reads them without

@@ -181,18 +181,28 @@ impl<D: Math + 'static> PrefixCache<D> {
         tokens >= FEWEST && bytes <= self.device.limit
     }
 
-    /// Where a prompt is to be marked: at multiples of `every` tokens after the first `held` and before its end, or of
-    /// as many times that as leave room for all marks of `bytes` each.
-    pub(crate) fn marks(&self, held: usize, len: usize, every: usize, bytes: u64) -> Vec<usize> {
+    /// Where a prompt is to be marked after the first `held` tokens and before its end: at `shared`, if one is given, and at
+    /// multiples of `every` tokens, or of as many times that as leave room for all marks of `bytes` each.
+    pub(crate) fn marks(
+        &self,
+        held: usize,
+        len: usize,
+        every: usize,
+        shared: Option<usize>,
+        bytes: u64,
+    ) -> Vec<usize> {
         let room = usize::try_from(self.device.limit / MARKS / bytes.max(1)).unwrap_or(usize::MAX);
+        let shared = shared.filter(|at| room > 0 && *at > held && (FEWEST..len).contains(at));
+        let room = room - shared.iter().len();
         let multiples = |len: usize| len.checked_div(every).unwrap_or(0);
         let all = multiples(len.saturating_sub(1)).saturating_sub(multiples(held));
-        if all == 0 || room == 0 {
-            return Vec::new();
+        let mut marks = Vec::from_iter(shared);
+        if all > 0 && room > 0 {
+            let step = every.saturating_mul(all.div_ceil(room));
+            let first = (held / step + 1).saturating_mul(step);
+            marks.extend((first..len).step_by(step));
         }
-        let step = every.saturating_mul(all.div_ceil(room));
-        let first = (held / step + 1).saturating_mul(step);
-        (first..len).step_by(step).collect()
+        marks
     }
 
     /// The longest beginning of `prompt`, without its last token, that a sequence of this capacity has.
@@ -465,13 +475,20 @@ mod tests {
         let texts = Texts::new();
         let (device, _) = texts.bytes();
         let mut cache = PrefixCache::new(8 * device, 0);
-        assert_eq!(cache.marks(0, 500, 100, device / 2), [100, 200, 300, 400]);
-        assert_eq!(cache.marks(0, 501, 100, device / 2), [200, 400], "five have no room");
-        assert_eq!(cache.marks(250, 500, 100, device), [300, 400]);
-        assert_eq!(cache.marks(299, 401, 100, device), [300, 400]);
-        assert!(cache.marks(250, 300, 100, device).is_empty());
-        assert!(cache.marks(0, 500, 0, device).is_empty());
-        assert!(cache.marks(0, 500, 100, 3 * device).is_empty());
+        assert_eq!(cache.marks(0, 500, 100, None, device / 2), [100, 200, 300, 400]);
+        assert_eq!(cache.marks(0, 501, 100, None, device / 2), [200, 400], "five have no room");
+        assert_eq!(cache.marks(250, 500, 100, None, device), [300, 400]);
+        assert_eq!(cache.marks(299, 401, 100, None, device), [300, 400]);
+        assert!(cache.marks(250, 300, 100, None, device).is_empty());
+        assert!(cache.marks(0, 500, 0, None, device).is_empty());
+        assert!(cache.marks(0, 500, 100, None, 3 * device).is_empty());
+        // What prompts share goes first.
+        assert_eq!(cache.marks(0, 500, 100, Some(130), device / 2), [130, 200, 400]);
+        assert_eq!(cache.marks(0, 500, 0, Some(130), 2 * device), [130]);
+        assert!(cache.marks(130, 500, 0, Some(130), device).is_empty());
+        assert!(cache.marks(0, 130, 0, Some(130), device).is_empty());
+        assert!(cache.marks(0, 500, 0, Some(FEWEST - 1), device).is_empty());
+        assert!(cache.marks(0, 500, 0, Some(130), 3 * device).is_empty());
         texts.insert(&mut cache, 0);
         for number in 1..6 {
             let sequence = texts.read(&Texts::tokens(number));

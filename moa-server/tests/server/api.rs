@@ -1,9 +1,13 @@
 //! The shapes of OpenAI's API, and that the tokens are those of the engine.
 
-use moa_models::{EngineOptions, GenerateOptions, Message, Prompt};
+use std::collections::BTreeSet;
+
+use moa_models::{ChatTemplate, EngineOptions, GenerateOptions, Message, Prompt};
+use moa_server::ServerOptions;
 use serde_json::{Value, json};
 
-use crate::{checkpoint, narrow, shared};
+use crate::client::Client;
+use crate::{Running, checkpoint, narrow, shared};
 
 /// What the engine says to a prompt.
 fn expected(prompt: impl Into<Prompt>, max_new_tokens: usize) -> String {
@@ -85,6 +89,34 @@ fn streams_join_to_the_whole() {
 }
 
 #[test]
+fn the_template_is_told_what_a_request_tells_it() {
+    let mut own = checkpoint();
+    let source = "{{ bos_token }}{{ messages[0].content }}{{ more | default(' waited') }}";
+    own.set_template(ChatTemplate::new(source, "<s>", "</s>"));
+    let server = Running::of(own, narrow(), ServerOptions::default());
+    let ask = |variables: Value| {
+        let messages = json!([{ "role": "user", "content": "The ship" }]);
+        let body = json!({
+            "messages": messages, "max_tokens": 12, "temperature": 0,
+            "chat_template_kwargs": variables,
+        });
+        content(&server.client.ask("/v1/chat/completions", &body)).to_owned()
+    };
+    for (variables, text) in [
+        (json!(null), "The ship waited"),
+        (json!({}), "The ship waited"),
+        (json!({ "more": " sailed" }), "The ship sailed"),
+        (json!({ "messages": [{ "content": "No" }], "more": " sank" }), "The ship sank"),
+    ] {
+        assert_eq!(
+            ask(variables.clone()).trim_start(),
+            expected(text, 12).trim_start(),
+            "{variables}"
+        );
+    }
+}
+
+#[test]
 fn options_change_what_they_are_about() {
     let client = shared();
     let ask = |more: Value| {
@@ -125,9 +157,14 @@ fn options_change_what_they_are_about() {
     with_text.push(whole["tokens"][with_text.len()].clone());
     let banned = with_text.last().unwrap().to_string();
     assert_ne!(ask(json!({ "logit_bias": { banned: -100 } }))["text"], text);
-    // The strongest penalty allows no token twice.
+    // The strongest penalties keep those twelve tokens apart, two of which are one without.
+    let distinct = |choice: &Value| {
+        let tokens = choice["logprobs"]["tokens"].as_array().unwrap().iter();
+        tokens.map(|token| token.as_str().unwrap().to_owned()).collect::<BTreeSet<_>>().len()
+    };
     let fresh = ask(json!({ "frequency_penalty": 2, "presence_penalty": 2, "logprobs": 0 }));
-    assert_eq!(fresh["logprobs"]["tokens"].as_array().unwrap().len(), 12);
+    assert!(distinct(&plain) < 12, "{plain}");
+    assert_eq!(distinct(&fresh), 12, "{fresh}");
     assert_eq!(ask(json!({ "echo": true }))["text"], format!("The ship sailed{text}"));
     let chat = json!({
         "messages": [{ "role": "user", "content": "Hello" }],
@@ -150,6 +187,14 @@ fn the_server_tells_of_itself() {
     assert_eq!(client.get("/health").json()["status"], "ok");
     assert!(client.get("/").body.starts_with("<!doctype html>"));
     assert_eq!(client.get("/plan").json()["layers"], 6);
+    let odd = Running::new(ServerOptions { max_context: Some(5000), ..ServerOptions::default() });
+    let labels = |client: Client| {
+        let plan = client.get("/plan").json();
+        let lengths = plan["lengths"].as_array().unwrap().iter();
+        lengths.map(|own| own["label"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(labels(client), ["1k tokens", "4k tokens", "8k tokens"]);
+    assert_eq!(labels(odd.client), ["1k tokens", "4k tokens", "5000 tokens"]);
     let tokens = client.ask("/tokenize", &json!({ "prompt": "Once upon" }))["tokens"].clone();
     let text = client.ask("/detokenize", &json!({ "tokens": tokens }))["prompt"].clone();
     assert!(text.as_str().unwrap().ends_with("Once upon"), "{text}");
@@ -208,6 +253,7 @@ fn bad_bodies() -> Vec<(&'static str, Value, &'static str)> {
         ("response_format", json!({ "type": "xml" }), "response_format.type"),
         ("functions", json!([{}]), "functions"),
         ("stream_options", json!(1), "stream_options"),
+        ("chat_template_kwargs", json!([1]), "chat_template_kwargs"),
     ] {
         let (path, body) = chat(field, value);
         all.push((path, body, param));

@@ -20,7 +20,8 @@ fn bases() -> [(&'static str, Value); 4] {
         "max_completion_tokens": 3, "temperature": 0.5, "top_p": 0.9, "n": 2, "stream": true,
         "stream_options": { "include_usage": true }, "stop": ["x"], "seed": 1, "logprobs": true,
         "top_logprobs": 2, "logit_bias": { "5": 1 }, "tools": [tool], "tool_choice": "auto",
-        "response_format": { "type": "text" }, "priority": 3, "timeout": 5, "user": "me" });
+        "response_format": { "type": "text" }, "priority": 3, "timeout": 5, "user": "me",
+        "chat_template_kwargs": { "enable_thinking": false } });
     let completion = json!({
         "prompt": ["Hi", "Ho"], "max_tokens": 3, "temperature": 1.0, "top_k": 4, "min_p": 0.1,
         "repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.5, "echo": false,
@@ -134,7 +135,12 @@ fn any_body_is_answered() {
         let answer = read(client.send("POST", path, "", &body));
         match answer.status {
             200 if answer.header("content-type") == Some("text/event-stream") => {
-                drop(answer.events());
+                // What is 504 where nothing has been said: a body may ask for a tenth of a second.
+                let last = answer.body.trim_end().rsplit("data: ").next().unwrap_or_default();
+                let last: Value = serde_json::from_str(last).unwrap_or_default();
+                if last["error"]["code"] != "timeout" {
+                    drop(answer.events());
+                }
             }
             200 => drop(answer.json()),
             400 | 404 | 504 => {

@@ -3,11 +3,11 @@
 use std::io::{Read, Write};
 use std::time::Duration;
 
-use moa_server::ServerOptions;
+use moa_server::{Server, ServerOptions};
 use serde_json::{Value, json};
 
-use crate::Running;
 use crate::client::read;
+use crate::{Running, checkpoint, narrow};
 
 fn options() -> ServerOptions {
     ServerOptions::default()
@@ -82,6 +82,26 @@ fn requests_wait_for_memory_and_what_never_fits_is_refused() {
 }
 
 #[test]
+fn as_many_requests_run_at_once_as_the_server_says() {
+    let mut bound = ServerOptions { kv_memory: 8 << 20, ..options() };
+    bound.address.set_port(0);
+    let server = Server::bind(checkpoint(), narrow(), bound.clone()).expect("a free port");
+    let (fitting, dense) = server.fitting(600).unwrap();
+    assert!(0 < dense && dense < fitting && fitting < 64, "{dense} {fitting}");
+    drop(server);
+    let server = Running::new(bound);
+    let client = server.client;
+    let tokens = client.ask("/tokenize", &json!({ "prompt": endless(1)["prompt"] }));
+    let length = tokens["tokens"].as_array().unwrap().len();
+    let body = endless(600 - length).to_string();
+    let send = |_| client.send("POST", "/v1/completions", "", body.as_bytes());
+    let sockets: Vec<_> = (0..fitting + 2).map(send).collect();
+    client.wait_for("moa_requests_running", |running| running == fitting as f64);
+    client.wait_for("moa_requests_queued", |queued| queued == 2.0);
+    drop(sockets);
+}
+
+#[test]
 fn a_request_of_lower_priority_number_goes_first() {
     let server = Running::new(ServerOptions { max_batch: 1, ..options() });
     let client = server.client;
@@ -111,7 +131,12 @@ fn keys_and_origins_are_checked() {
     let client = server.client;
     let body = json!({ "prompt": "Hi", "max_tokens": 1 }).to_string();
     let post = |lines: &str| client.request("POST", "/v1/completions", lines, body.as_bytes());
-    for lines in ["", "authorization: Bearer wrong\r\n", "authorization: secret\r\n"] {
+    for lines in [
+        "",
+        "authorization: Bearer wrong\r\n",
+        "authorization: secret\r\n",
+        "authorization: Basic secret\r\n",
+    ] {
         let answer = post(lines);
         assert_eq!(
             (answer.status, &answer.json()["error"]["code"]),
@@ -122,6 +147,9 @@ fn keys_and_origins_are_checked() {
     assert_eq!(client.get("/health").status, 200);
     let key = "authorization: Bearer other\r\n";
     assert_eq!(post(key).status, 200);
+    for scheme in ["bearer", "BEARER"] {
+        assert_eq!(post(&format!("authorization: {scheme} other\r\n")).status, 200);
+    }
     let stranger = post(&format!("{key}origin: https://stranger.example\r\n"));
     assert_eq!((stranger.status, stranger.header("access-control-allow-origin")), (403, None));
     let friend = post(&format!("{key}origin: https://friend.example\r\n"));

@@ -6,6 +6,8 @@ mod client;
 mod limits;
 mod prefix;
 mod ranks;
+mod scripted;
+mod tools;
 
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
@@ -47,9 +49,13 @@ impl Running {
         Self::with_plan(narrow(), options)
     }
 
-    fn with_plan(plan: Plan, mut options: ServerOptions) -> Self {
+    fn with_plan(plan: Plan, options: ServerOptions) -> Self {
+        Self::of(checkpoint(), plan, options)
+    }
+
+    fn of(checkpoint: Checkpoint<Cpu>, plan: Plan, mut options: ServerOptions) -> Self {
         options.address.set_port(0);
-        let server = Server::bind(checkpoint(), plan, options).expect("a free port");
+        let server = Server::bind(checkpoint, plan, options).expect("a free port");
         let (client, stop) = (Client(server.address()), server.shutdown_handle());
         let thread = std::thread::spawn(move || server.run().expect("a run"));
         Self { client, stop, thread: Some(thread) }

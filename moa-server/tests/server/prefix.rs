@@ -2,6 +2,7 @@
 //! into steps changes its attention by the rounding of f32 sums, here as elsewhere.)
 
 use moa_core::{ElasticRule, Plan};
+use moa_models::ChatTemplate;
 use moa_server::ServerOptions;
 use serde_json::{Value, json};
 
@@ -118,6 +119,54 @@ fn marks_serve_the_second_prompt_and_give_what_a_cold_run_gives() {
     assert!(further >= held, "{further}");
     assert_eq!(answer, ask(&cold, third).1);
     assert_eq!(ask(&without, second).0, 0);
+}
+
+/// Nobody has parted from the first conversation yet, and there are no other marks.
+#[test]
+fn the_second_conversation_with_the_same_system_message_is_read_on_from_its_end() {
+    let source = "{{ bos_token }}{% for one in messages %}[{{ one.role }}] {{ one.content }}\n\
+        {% endfor %}[assistant]";
+    let serve = |prefix_cache: u64| {
+        let mut own = checkpoint();
+        own.set_template(ChatTemplate::new(source, "<s>", "</s>"));
+        let options = ServerOptions { prefix_cache, prefix_every: 0, ..ServerOptions::default() };
+        Running::of(own, narrow(), ServerOptions { prefill_chunk: 100, ..options })
+    };
+    let (warm, cold) = (serve(256 << 20), serve(0));
+    let ask = |server: &Running, system: &str, question: &str| {
+        let messages = json!([
+            { "role": "system", "content": system }, { "role": "developer", "content": "Be brief." },
+            { "role": "user", "content": question },
+        ]);
+        let answer = server.client.ask(
+            "/v1/chat/completions",
+            &json!({
+                "messages": messages, "max_tokens": 24, "temperature": 0, "logprobs": true,
+                "top_logprobs": 3,
+            }),
+        );
+        (cached(&answer), answer["choices"][0].clone())
+    };
+    let tokens = |system: &str, question: &str| {
+        let text =
+            format!("<s>[system] {system}\n[system] Be brief.\n[user] {question}\n[assistant]");
+        checkpoint().tokenizer.encode(&text, false).expect("a text")
+    };
+    let common = |system: &str, a: &str, b: &str| {
+        let (a, b) = (tokens(system, a), tokens(system, b));
+        (a.iter().zip(&b).take_while(|(a, b)| a == b).count() as u64, a.len() as u64)
+    };
+    let long = "How did they find their way when neither sun nor stars were seen for many days?";
+    let other = "Who drew the first map that showed every coast as it really is, and for whom?";
+    for (topic, first, second) in [("stars", long, other), ("winds", "Why?", "Who?")] {
+        let system = long_text(topic);
+        let (shared, len) = common(&system, first, second);
+        assert_eq!(ask(&warm, &system, first).0, 0);
+        let (held, answer) = ask(&warm, &system, second);
+        // A step ends only where 16 tokens of the prompt are left.
+        assert_eq!(held, shared.min(len - 16), "{topic}");
+        assert_eq!(answer, ask(&cold, &system, second).1, "{topic}");
+    }
 }
 
 #[test]

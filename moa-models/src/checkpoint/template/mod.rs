@@ -200,7 +200,8 @@ impl ChatTemplate {
         let turn =
             |m: &Message| context! { role => m.role.as_str(), content => m.content.as_str() };
         let turns = messages.iter().map(turn).collect();
-        self.render_values(turns, Value::from(()), len, add_generation_prompt)
+        let none = Value::from(());
+        self.render_values(turns, none.clone(), none, len, add_generation_prompt)
     }
 
     /// [`render`](Self::render) of messages that have more than a role and a content, such as calls of
@@ -218,13 +219,36 @@ impl ChatTemplate {
         M: serde::Serialize,
         T: serde::Serialize,
     {
-        let json = serde_json::to_vec(&(messages, tools)).map_err(|error| Error::Template {
+        self.render_with(messages, tools, &(), add_generation_prompt)
+    }
+
+    /// [`render_objects`](Self::render_objects) with further variables for the template, such as `enable_thinking`: an
+    /// object of them by name. They stand before texts of special tokens, and not before messages, tools and
+    /// `add_generation_prompt`.
+    ///
+    /// # Errors
+    /// As [`render`](Self::render).
+    pub fn render_with<M, T, V>(
+        &self,
+        messages: &[M],
+        tools: Option<&T>,
+        variables: &V,
+        add_generation_prompt: bool,
+    ) -> Result<String>
+    where
+        M: serde::Serialize,
+        T: serde::Serialize,
+        V: serde::Serialize,
+    {
+        let json = serde_json::to_vec(&(messages, tools, variables));
+        let json = json.map_err(|error| Error::Template {
             reason: format!("messages that are not JSON: {error}"),
             out_of_fuel: false,
         })?;
         let turns = messages.iter().map(|one| Value::from(Serde(one))).collect();
         let tools = tools.map_or(Value::from(()), |tools| Value::from(Serde(tools)));
-        self.render_values(turns, tools, json.len(), add_generation_prompt)
+        let variables = Value::from(Serde(variables));
+        self.render_values(turns, tools, variables, json.len(), add_generation_prompt)
     }
 
     /// Whether the template tells the model of tools.
@@ -237,6 +261,7 @@ impl ChatTemplate {
         &self,
         turns: Vec<Value>,
         tools: Value,
+        variables: Value,
         len: usize,
         add_generation_prompt: bool,
     ) -> Result<String> {
@@ -252,8 +277,7 @@ impl ChatTemplate {
                 add_generation_prompt,
                 // transformers passes both even when there are none.
                 tools,
-                documents => Value::from(()),
-                ..tokens
+                ..context! { ..variables, ..context! { documents => Value::from(()) }, ..tokens }
             };
             environment.get_template(NAME).and_then(|t| t.render(context)).map_err(fault)
         };
