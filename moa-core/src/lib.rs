@@ -93,3 +93,8 @@ pub use rule::{ElasticRule, HeadRule};
 pub use sharding::Sharding;
 pub use space::Space;
 pub use split_mix::SplitMix64;
+
+/// The README's example compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

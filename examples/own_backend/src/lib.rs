@@ -169,3 +169,8 @@ impl SparseAttentionBackend for FixedPoint {
         (cache.keys.len() + cache.values.len()) as u64
     }
 }
+
+/// The examples of the guide for engines compile.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/embedding.md")]
+struct Guide;
