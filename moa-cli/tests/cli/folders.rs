@@ -7,11 +7,7 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::common::{edit, edit_header, json_of, moa_in, model_copy, ok, refuses, tiny};
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
+use crate::common::{edit, edit_header, json_of, moa_in, model_copy, ok, refuses, text, tiny};
 
 /// A model without a chat template.
 fn base_model(root: &Path) -> std::path::PathBuf {

@@ -6,6 +6,8 @@ pub(crate) mod generation_config;
 pub(crate) mod gguf;
 #[cfg(feature = "hub")]
 pub(crate) mod hub;
+#[cfg(feature = "hub")]
+mod hub_gguf;
 pub(crate) mod hub_id;
 pub(crate) mod json;
 pub(crate) mod known_texts;
