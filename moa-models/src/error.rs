@@ -205,7 +205,7 @@ pub enum Error {
         listed(names)
     )]
     TensorsUnread {
-        /// The model folder.
+        /// The model folder, or the GGUF file.
         path: PathBuf,
         /// All of them.
         names: Vec<String>,

@@ -93,6 +93,20 @@ fn tensors_that_the_configuration_does_not_know_are_refused_by_name() {
     refuses(root, &generate, &["GPTQ or AWQ", "16 bits"]);
 }
 
+// It once was one, of models in GPTQ and AWQ too.
+#[test]
+fn a_configuration_of_how_weights_were_quantised_is_no_warning() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = model_copy(dir.path(), "model");
+    edit(&model.join("config.json"), |config| {
+        config["quantization_config"] = json!({"quant_method": "gptq", "bits": 4});
+    });
+    let args = ["generate", "--model", text(&model), "--prompt", "Hello", "--max-new-tokens", "1"];
+    let output = moa_in(dir.path(), &args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && !stderr.contains("warning"), "{stderr}");
+}
+
 #[test]
 fn what_is_no_folder_says_what_it_is() {
     let dir = tempfile::tempdir().unwrap();

@@ -4,6 +4,7 @@ use serde_json::{Map, Value as Json, json};
 
 use super::{Gguf, Value, llama3_factor};
 use crate::checkpoint::json::JsonObject;
+use crate::checkpoint::reads;
 use crate::decoder::config::ModelConfig;
 use crate::decoder::names::TensorNames;
 use crate::families::{self, Family};
@@ -36,9 +37,7 @@ impl Gguf {
     /// The model's configuration, as one of these families reads it.
     pub(crate) fn config(&self, families: &[&dyn Family]) -> Result<ModelConfig> {
         let config = families::read(&self.config_object()?, families)?;
-        let config = ModelConfig { tensor_names: names(), ..config };
-        self.check_all_are_read(&config)?;
-        Ok(config)
+        Ok(ModelConfig { tensor_names: names(), ..config })
     }
 
     /// Query or KV heads, if `name` is a tensor whose rows are ordered by rotary pair.
@@ -225,20 +224,14 @@ impl Gguf {
         Ok(ids)
     }
 
-    /// Checks that the model reads every tensor: one that it leaves out would change the text.
-    fn check_all_are_read(&self, c: &ModelConfig) -> Result<()> {
+    /// Checks that the model reads every tensor: one that it leaves out would change the text. With `ignore`, says which it
+    /// leaves out.
+    pub(crate) fn check_all_are_read(&self, c: &ModelConfig, ignore: bool) -> Result<()> {
         let asked = c.tensor_names.all(c);
         // Angles that every model computes itself.
         let is_angles = |name: &str| name == FREQUENCIES || name.ends_with(".attn_rot_embd.weight");
-        let read = |name: &str| asked.contains(name) || is_angles(name);
-        match self.names().find(|name| !read(name)) {
-            None => Ok(()),
-            Some(name) => {
-                let place = format!("tensor `{name}`");
-                let expected = format!("one that the architecture {} reads", self.architecture()?);
-                Err(Error::gguf(&self.path, &place, &expected, "one that it does not"))
-            }
-        }
+        let is_read = |name: &&str| asked.contains(*name) || is_angles(name);
+        reads::unread(&self.path, self.names().filter(|name| !is_read(name)), ignore)
     }
 }
 
