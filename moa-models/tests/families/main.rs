@@ -1,6 +1,7 @@
 //! Each family against transformers: small random checkpoints with what `fixtures/families/make.py` computed of
 //! them, dense and with a plan of short spans.
 
+mod compress;
 mod fields;
 
 use std::fs;
