@@ -5,7 +5,8 @@
 //
 // Options are those of `moa bench`, which is to be run before and after: ratios of one machine in one hour.
 // Prefill is one call of all random tokens, decode greedy steps behind them; medians of `--repeats` runs. With
-// `--text FILE` it prints the greedy answer to a prompt instead, and the prompt's tokens.
+// `--text FILE` it prints the greedy answer to a prompt instead, and the prompt's tokens; with `--tokens 5,6,7` the
+// probabilities of all tokens after each of those.
 import { readFileSync } from "node:fs";
 import { getLlama } from "node-llama-cpp";
 
@@ -20,6 +21,16 @@ const model = await llama.loadModel({ modelPath: options.model });
 async function open(size) {
     const context = await model.createContext({ contextSize: size + 8, batchSize: 512, threads, flashAttention });
     return { context, sequence: context.getSequence() };
+}
+
+if (options.tokens) {
+    const tokens = options.tokens.split(",").map(Number);
+    const { context, sequence } = await open(tokens.length);
+    const ask = { generateNext: { probabilities: true, options: { temperature: 0 } } };
+    const rows = await sequence.controlledEvaluate(tokens.map((token) => [token, ask]));
+    console.log(JSON.stringify(rows.map((row) => Object.fromEntries(row.next.probabilities))));
+    await context.dispose();
+    process.exit(0);
 }
 
 if (options.text) {

@@ -143,7 +143,7 @@ pub(crate) enum WeightType {
 pub(crate) struct ModelArg {
     /// Model folder (config.json, *.safetensors, tokenizer.json), or a GGUF file; in builds with the
     /// feature `hub` also a model of the Hugging Face hub
-    #[arg(long, value_name = "DIR|FILE.gguf|OWNER/NAME[@REVISION]")]
+    #[arg(long, value_name = "DIR|FILE.gguf|OWNER/NAME[/FILE.gguf][@REVISION]")]
     pub(crate) model: PathBuf,
     /// Go on where the folder has tensors that its configuration does not ask for
     #[arg(long)]

@@ -201,14 +201,6 @@ mod tests {
     }
 
     #[test]
-    fn the_example_of_the_documentation_is_read() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/serve.toml");
-        // The documentation is not in the package.
-        let Ok(text) = fs::read_to_string(path) else { return };
-        assert!(read(&text, &[]).unwrap().len() > 5);
-    }
-
-    #[test]
     fn faults_name_file_line_and_key() {
         for (text, line, told) in [
             ("port = 1\nports = 2", 2, "no such flag"),

@@ -205,7 +205,7 @@ pub enum Error {
         listed(names)
     )]
     TensorsUnread {
-        /// The model folder.
+        /// The model folder, or the GGUF file.
         path: PathBuf,
         /// All of them.
         names: Vec<String>,
@@ -429,6 +429,25 @@ pub enum Error {
         file: String,
         /// What the hub or the network says.
         reason: String,
+    },
+
+    /// Which of a repository's GGUF files a model of the hub is, its name does not say.
+    #[cfg(feature = "hub")]
+    #[error(
+        "{id}: {}",
+        match (&files[..], several) {
+            ([], _) => "there is no GGUF file".to_owned(),
+            (_, true) => format!("that may be several GGUF files; name one, as owner/name/FILE: {}", files.join(", ")),
+            (_, false) => format!("there is no such GGUF file; there is {}", files.join(", ")),
+        }
+    )]
+    HubFile {
+        /// The model that was asked for.
+        id: String,
+        /// Whether several files may be meant, or else none.
+        several: bool,
+        /// The GGUF files that there are; of a model in several the first.
+        files: Vec<String>,
     },
 }
 

@@ -41,7 +41,7 @@
 //! # Devices
 //! [`Cpu`] needs nothing. `Cuda` (feature `cuda`) needs nothing to build, and to run a driver, NVRTC and
 //! cuBLASLt. `Wgpu` (feature `wgpu`) runs on any GPU with a driver for Vulkan, Metal or DX12. The feature
-//! `hub` adds `fetch`, the folder of a model of the Hugging Face hub by its [`HubId`], and `download`.
+//! `hub` adds `fetch`, the folder or GGUF file of a model of the Hugging Face hub by its [`HubId`], and `download`.
 
 mod any;
 mod book;

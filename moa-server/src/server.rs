@@ -1,3 +1,4 @@
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
@@ -6,7 +7,7 @@ use std::sync::mpsc;
 use moa_core::Plan;
 use moa_models::{Checkpoint, Math};
 use serde_json::json;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
 
@@ -69,7 +70,7 @@ impl<D: Math + 'static> Server<D> {
             .build()
             .map_err(Error::Runtime)?;
         let bind = |source| Error::Bind { address: options.address, source };
-        let listener = runtime.block_on(TcpListener::bind(options.address)).map_err(bind)?;
+        let listener = runtime.block_on(async { listen(options.address) }).map_err(bind)?;
         let address = listener.local_addr().map_err(bind)?;
         let (commands, jobs) = mpsc::channel();
         let (stop, _) = watch::channel(false);
@@ -218,4 +219,20 @@ async fn signals(stop: Arc<watch::Sender<bool>>) {
     // A second one does not wait for anybody.
     let _ = tokio::signal::ctrl_c().await;
     std::process::exit(130);
+}
+
+/// Connections that may wait to be taken. One beyond them is tried again by its client after a second.
+const BACKLOG: u32 = 1024;
+
+/// Listens as [`TcpListener::bind`] does, but with room for more than 128 connections that come at once.
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    // Elsewhere it lets two programs have one address.
+    #[cfg(unix)]
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }

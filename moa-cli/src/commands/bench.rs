@@ -71,7 +71,7 @@ struct SourceArgs {
     /// Model folder (config.json and *.safetensors), a GGUF file, or a model of the hub
     #[arg(
         long,
-        value_name = "DIR|FILE.gguf|OWNER/NAME[@REVISION]",
+        value_name = "DIR|FILE.gguf|OWNER/NAME[/FILE.gguf][@REVISION]",
         conflicts_with = "random_weights"
     )]
     model: Option<PathBuf>,

@@ -19,7 +19,7 @@ use crate::output::{Context, shown};
 #[group(required = true, multiple = false)]
 pub(crate) struct ShapeArgs {
     /// Model folder, a GGUF file, or a model of the hub
-    #[arg(long, value_name = "DIR|FILE.gguf|OWNER/NAME[@REVISION]")]
+    #[arg(long, value_name = "DIR|FILE.gguf|OWNER/NAME[/FILE.gguf][@REVISION]")]
     model: Option<PathBuf>,
     /// The model's config.json, where its weights are not at hand
     #[arg(long, value_name = "FILE")]

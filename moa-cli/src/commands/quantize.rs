@@ -22,7 +22,7 @@ use crate::progress::Progress;
 )]
 pub(crate) struct Args {
     /// Model folder (config.json and *.safetensors), a GGUF file, or a model of the hub
-    #[arg(long, value_name = "DIR|FILE.gguf|OWNER/NAME[@REVISION]")]
+    #[arg(long, value_name = "DIR|FILE.gguf|OWNER/NAME[/FILE.gguf][@REVISION]")]
     model: PathBuf,
     /// Type of the blocks: 8.5 bits for each weight, 4.5, or 4.5 and better, where rows are multiples of 256
     #[arg(long = "type", value_name = "TYPE")]

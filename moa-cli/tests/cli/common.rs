@@ -11,6 +11,10 @@ pub(crate) fn tiny() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/moa-tiny")
 }
 
+pub(crate) fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
 /// Runs `moa` with arguments, in `folder`.
 pub(crate) fn moa_in(folder: &Path, args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_moa")).args(args).current_dir(folder).output().unwrap()

@@ -7,11 +7,7 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::common::{edit, edit_header, json_of, moa_in, model_copy, ok, refuses, tiny};
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
+use crate::common::{edit, edit_header, json_of, moa_in, model_copy, ok, refuses, text, tiny};
 
 /// A model without a chat template.
 fn base_model(root: &Path) -> std::path::PathBuf {
@@ -95,6 +91,20 @@ fn tensors_that_the_configuration_does_not_know_are_refused_by_name() {
     });
     let generate = ["generate", "--model", text(&model), "--prompt", "Hello"];
     refuses(root, &generate, &["GPTQ or AWQ", "16 bits"]);
+}
+
+// It once was one, of models in GPTQ and AWQ too.
+#[test]
+fn a_configuration_of_how_weights_were_quantised_is_no_warning() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = model_copy(dir.path(), "model");
+    edit(&model.join("config.json"), |config| {
+        config["quantization_config"] = json!({"quant_method": "gptq", "bits": 4});
+    });
+    let args = ["generate", "--model", text(&model), "--prompt", "Hello", "--max-new-tokens", "1"];
+    let output = moa_in(dir.path(), &args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && !stderr.contains("warning"), "{stderr}");
 }
 
 #[test]

@@ -11,4 +11,6 @@ mod hub;
 mod pipeline;
 mod quantize;
 mod report;
+#[cfg(feature = "serve")]
+mod serve;
 mod spaces;

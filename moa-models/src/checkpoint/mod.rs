@@ -6,6 +6,8 @@ pub(crate) mod generation_config;
 pub(crate) mod gguf;
 #[cfg(feature = "hub")]
 pub(crate) mod hub;
+#[cfg(feature = "hub")]
+mod hub_gguf;
 pub(crate) mod hub_id;
 pub(crate) mod json;
 pub(crate) mod known_texts;
@@ -189,7 +191,9 @@ impl<D: Math> Checkpoint<D> {
         shard: Option<Shard<D>>,
     ) -> Result<Self> {
         let file = Gguf::open_with(path, options.mmap)?;
-        let (config, tokenizer) = (file.config(options.families)?, file.tokenizer()?);
+        let config = file.config(options.families)?;
+        file.check_all_are_read(&config, options.ignore_extra_tensors)?;
+        let tokenizer = file.tokenizer()?;
         tokenizer.check_vocab_size(config.vocab_size)?;
         let template = file.template()?;
         let model = shown(Decoder::load_part(device, config, &file, shard)?, &tokenizer);

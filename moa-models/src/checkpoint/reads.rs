@@ -1,6 +1,7 @@
-//! Whether a decoder reads every tensor of a folder.
+//! Whether a decoder reads every tensor of a checkpoint.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use crate::checkpoint::safetensors::Weights;
 use crate::decoder::config::ModelConfig;
@@ -56,12 +57,20 @@ pub(crate) fn check(weights: &Weights, config: &ModelConfig, ignore: bool) -> Re
             // Tools that pack weights give every matrix a bias.
             || name.ends_with(".bias") && weights.is_zero(name)
     };
-    let names: Vec<String> =
-        weights.names().filter(|name| !is_read(name)).map(str::to_owned).collect();
+    unread(weights.dir(), weights.names().filter(|name| !is_read(name)), ignore)
+}
+
+/// Refuses a model with tensors that nobody reads, if there are some; with `ignore`, says which they are.
+pub(crate) fn unread<'n>(
+    path: &Path,
+    names: impl Iterator<Item = &'n str>,
+    ignore: bool,
+) -> Result<()> {
+    let names: Vec<String> = names.map(str::to_owned).collect();
     if names.is_empty() {
         return Ok(());
     }
-    let error = Error::TensorsUnread { path: weights.dir().to_owned(), names };
+    let error = Error::TensorsUnread { path: path.to_owned(), names };
     if ignore {
         tracing::warn!("{error}");
         return Ok(());

@@ -12,7 +12,7 @@ use crate::checkpoint::packed::{Packing, Parts};
 use crate::checkpoint::text::{LFS, is_file};
 use crate::error::{Error, Result};
 
-const SINGLE: &str = "model.safetensors";
+pub(crate) const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 /// Where a decoder's weights come from.
@@ -382,15 +382,19 @@ pub(crate) fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
         let Some(shard) = shard.as_str() else {
             return Err(map.invalid(name, "a file name", shard));
         };
-        // A path could reach outside the model folder; backslashes are paths elsewhere.
-        let plain = !matches!(shard, "" | "." | "..") && !shard.contains(['/', '\\', ':', '\0']);
-        if !plain {
+        if !is_name(shard) {
             let shard = shard.to_owned();
             return Err(Error::ShardName { index: index.to_owned(), shard });
         }
         files.insert(name.to_owned(), shard.to_owned());
     }
     Ok(files)
+}
+
+/// Whether a name is that of a file and no path, which could reach outside the model folder; backslashes are paths
+/// elsewhere.
+pub(crate) fn is_name(name: &str) -> bool {
+    !matches!(name, "" | "." | "..") && !name.contains(['/', '\\', ':', '\0'])
 }
 
 /// What else in `dir` looks like weights, for the error that says that ours are missing.

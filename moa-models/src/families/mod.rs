@@ -120,12 +120,6 @@ pub(crate) fn read(file: &JsonObject, families: &[&dyn Family]) -> Result<ModelC
         let known: Vec<&str> = families.iter().flat_map(|f| f.model_types()).copied().collect();
         return Err(file.invalid("model_type", &known.join(", "), wanted));
     };
-    if file.get("quantization_config").is_some() {
-        tracing::warn!(
-            "the configuration has a `quantization_config`; \
-             only F32, F16 and BF16 weights can be loaded"
-        );
-    }
     let config = family.config(file)?;
     match config.fault() {
         None => Ok(config),

@@ -1,7 +1,9 @@
 //! Each family against transformers: small random checkpoints with what `fixtures/families/make.py` computed of
 //! them, dense and with a plan of short spans.
 
+mod compress;
 mod fields;
+mod gguf;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -97,13 +99,19 @@ impl Case {
 
     #[track_caller]
     fn close(&self, got: &[f32], expected: &[Vec<f32>]) {
-        let vocab = self.config.vocab_size;
-        assert_eq!(got.len(), expected.len() * vocab, "{}", self.name);
-        for (at, (got, expected)) in got.iter().zip(expected.iter().flatten()).enumerate() {
-            let error = (got - expected).abs();
-            let (row, token) = (at / vocab, at % vocab);
-            assert!(error < 2e-4, "{}: row {row}, token {token}: {got}, not {expected}", self.name);
-        }
+        close(self.name, got, expected);
+    }
+}
+
+/// Whether logits are those that are expected, row by row.
+#[track_caller]
+fn close(name: &str, got: &[f32], expected: &[Vec<f32>]) {
+    let vocab = expected[0].len();
+    assert_eq!(got.len(), expected.len() * vocab, "{name}");
+    for (at, (got, expected)) in got.iter().zip(expected.iter().flatten()).enumerate() {
+        let error = (got - expected).abs();
+        let (row, token) = (at / vocab, at % vocab);
+        assert!(error < 2e-4, "{name}: row {row}, token {token}: {got}, not {expected}");
     }
 }
 

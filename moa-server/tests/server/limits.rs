@@ -1,6 +1,7 @@
 //! Too much, too slow, too late, and nobody there any more.
 
 use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::time::Duration;
 
 use moa_server::{Server, ServerOptions};
@@ -39,6 +40,19 @@ fn a_client_that_leaves_ends_its_request() {
     }
     assert_eq!(client.metric("moa_requests_cancelled_total"), 2.0);
     assert_eq!(client.metric("moa_kv_bytes"), 0.0);
+}
+
+// A client whose connection found no room tries again after a second.
+#[test]
+#[cfg(target_os = "linux")]
+fn connections_that_come_at_once_find_room() {
+    let mut options = options();
+    options.address.set_port(0);
+    // Bound but not run: it takes none of them.
+    let server = Server::bind(checkpoint(), narrow(), options).unwrap();
+    let connect = |_| TcpStream::connect_timeout(&server.address(), Duration::from_millis(800));
+    let connected: Vec<_> = (0..300).map(connect).collect::<Result<_, _>>().unwrap();
+    assert_eq!(connected.len(), 300);
 }
 
 #[test]

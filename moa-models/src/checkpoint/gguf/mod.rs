@@ -274,7 +274,7 @@ impl Tensors for Gguf {
 }
 
 /// How the name of a file of several ends.
-fn part_name(number: u64, count: u64) -> String {
+pub(crate) fn part_name(number: u64, count: u64) -> String {
     format!("-{number:05}-of-{count:05}.gguf")
 }
 

@@ -160,6 +160,41 @@ fn llama3_scaling_is_known_by_its_factors() -> Result<(), Error> {
 }
 
 #[test]
+fn keys_of_other_architectures_are_read_or_refused() -> Result<(), Error> {
+    // Scores have the usual factor where Granite's file has none.
+    let mut file = small("granite");
+    file.key("granite.logit_scale", Value::F32(8.0));
+    let c = config(&file)?;
+    assert_eq!((c.attention_multiplier, c.logits_scaling), (Some(32f64.powf(-0.5)), 8.0));
+    assert_eq!((c.embedding_multiplier, c.residual_multiplier), (1.0, 1.0));
+    let refused = |file: &File, key: &str| {
+        let error = config(file).unwrap_err();
+        assert!(matches!(&error, Error::Gguf { place, .. } if place.contains(key)), "{error}");
+    };
+    file.key("granite.rope.scaling.finetuned", Value::Bool(false));
+    refused(&file, "rope.scaling.finetuned");
+
+    let mut file = small("mistral3");
+    assert!(config(&file)?.windows().is_empty());
+    file.key("mistral3.rope.scaling.type", "yarn")
+        .key("mistral3.rope.scaling.factor", Value::F32(4.0))
+        .key("mistral3.rope.scaling.attn_factor", Value::F32(0.5));
+    let RopeScaling::Yarn { attention_factor, .. } = config(&file)?.rope_scaling else { panic!() };
+    assert_eq!(attention_factor, Some(0.5 * (0.1 * 4f64.ln() + 1.0)));
+    file.key("mistral3.attention.temperature_scale", Value::F32(0.1));
+    refused(&file, "attention.temperature_scale");
+
+    let mut file = small("phi3");
+    file.key("phi3.attention.sliding_window", Value::U32(0))
+        .key("phi3.rope.dimension_count", Value::U32(24));
+    let c = config(&file)?;
+    assert_eq!((c.windows(), c.rotated_dims()), (Vec::new(), 24));
+    file.set("phi3.rope.dimension_count", Value::U32(34));
+    refused(&file, "rope.dimension_count");
+    Ok(())
+}
+
+#[test]
 fn several_files_are_one_model() -> Result<(), Error> {
     let whole = file::moa_tiny(&moa_tiny(), Q8_0);
     let dir = tempfile::tempdir().unwrap();

@@ -182,6 +182,33 @@ fn families_are_written_with_their_order_of_rows() -> Result<(), Error> {
 }
 
 #[test]
+fn a_file_has_the_tensors_and_the_configuration_that_llama_cpp_gives_it() -> Result<(), Error> {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gguf");
+    for name in ["qwen2", "qwen3", "mistral"] {
+        // llama.cpp's converter leaves windows out.
+        let dir = family(name, |config| {
+            config["use_sliding_window"] = false.into();
+            config["sliding_window"] = serde_json::Value::Null;
+            config["layer_types"] = serde_json::Value::Null;
+        });
+        let own = dir.path().join("model.gguf");
+        quantize(dir.path(), BlockType::Q8_0, &own, &mut ())?;
+        let theirs = fixtures.join(format!("{name}.gguf"));
+        let names = |path: &Path| {
+            Ok::<_, Error>(Gguf::open(path)?.names().map(str::to_owned).collect::<Vec<_>>())
+        };
+        assert_eq!(names(&own)?, names(&theirs)?, "{name}");
+        // The vocabularies are not of one tokenizer.
+        let config = |path: &Path| {
+            let config = ModelConfig::from_file(path)?;
+            Ok::<_, Error>(ModelConfig { bos_token_id: None, eos_token_ids: Vec::new(), ..config })
+        };
+        assert_eq!(config(&own)?, config(&theirs)?, "{name}");
+    }
+    Ok(())
+}
+
+#[test]
 fn what_gguf_has_no_word_for_is_refused_and_leaves_no_file() {
     let refused = |dir: &TempDir, expected: &str| {
         let path = dir.path().join("model.gguf");

@@ -90,18 +90,24 @@ pub(super) fn write(
             keys.text(&of("rope.scaling.type"), "linear");
             keys.f32(&of("rope.scaling.factor"), factor);
         }
-        RopeScaling::Yarn { factor, beta_fast, beta_slow, original, attention_factor, .. } => {
+        // GGUF has no attention factor of one's own, only a factor of the usual one.
+        RopeScaling::Yarn {
+            factor,
+            beta_fast,
+            beta_slow,
+            original,
+            attention_factor: None,
+            ..
+        } => {
             keys.text(&of("rope.scaling.type"), "yarn");
             keys.f32(&of("rope.scaling.factor"), factor);
             keys.u32(&of("rope.scaling.original_context_length"), original as u32);
             keys.f32(&of("rope.scaling.yarn_beta_fast"), beta_fast);
             keys.f32(&of("rope.scaling.yarn_beta_slow"), beta_slow);
-            if let Some(factor) = attention_factor {
-                keys.f32(&of("rope.scaling.attn_factor"), factor);
-            }
         }
         _ => {
-            let expected = "none, linear, yarn or llama3, to be written as GGUF";
+            let expected =
+                "none, linear, llama3, or yarn without attention_factor, to be written as GGUF";
             let path = folder.join("config.json");
             return Err(Error::gguf(&path, "rope_scaling", expected, "another one"));
         }
