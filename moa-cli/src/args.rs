@@ -15,7 +15,7 @@ pub(crate) struct Global {
     /// Print one JSON object on stdout and nothing else there
     #[arg(long, global = true)]
     pub(crate) json: bool,
-    /// No progress bars, notes or warnings on stderr
+    /// No progress, notes or warnings on stderr
     #[arg(long, global = true)]
     pub(crate) quiet: bool,
     /// More on stderr of what the libraries do; twice for all of it

@@ -132,7 +132,7 @@ fn with_model<D: Backward>(
         ..args.budget.options(model.model.shape(), types, context)?
     };
     options.validate()?;
-    let mut bar = Progress::new(context, "calibrate", 1);
+    let mut bar = Progress::of_stages(context);
     let found = match profile {
         Some(profile) => compress_profile(model, data, profile.clone(), &options, &mut bar)?,
         None => compress(model, data, &options, &mut bar)?,

@@ -81,7 +81,7 @@ fn with_model<D: Backward>(
         seed: context.seed,
     };
     let Calibration { items, data } = calibration::items(model, data, &options, context)?;
-    let mut bar = Progress::new(context, "profile", 1);
+    let mut bar = Progress::of_stages(context);
     let description = format!("{data}, seed {}", context.seed);
     let ObjectiveArgs { objective, token_weight } = args.objective;
     let objective = WeightedObjective { objective, weight: token_weight };

@@ -10,5 +10,6 @@ mod folders;
 mod hub;
 mod pipeline;
 mod quantize;
+mod progress;
 mod report;
 mod spaces;

@@ -104,7 +104,7 @@ impl<D: Math> Checkpoint<D> {
     /// are used that the dense model answers, and of their questions only those that it answers
     /// right: a wrong answer shows no dependency.
     ///
-    /// `progress` hears of each context or prompt, of as many as are asked for.
+    /// `progress` hears of the beginning and of each context or prompt, of as many as are asked for.
     ///
     /// # Errors
     /// [`Error::ContextExceeded`] if a length is beyond the model's context; [`Error::Invalid`] if

@@ -112,6 +112,7 @@ impl<D: Math> Checkpoint<D> {
         lengths.dedup();
         let most = lengths.last().copied().unwrap_or(0);
         let wanted = lengths.iter().map(|length| options.samples_at(*length)).sum();
+        progress.advance(Stage::Calibrate, 0, wanted)?;
         let items = lengths.iter().map(|length| (*length, Vec::new())).collect();
         let mut chosen = Chosen { options, items, made: 0, cut: 0, without_answer: 0 };
         let mut longer: Vec<(Sized, usize)> = Vec::new();

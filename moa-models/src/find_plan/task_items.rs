@@ -30,9 +30,10 @@ impl<D: Math> Checkpoint<D> {
         options: &CalibrationOptions,
         progress: &mut dyn Progress,
     ) -> Result<Calibration> {
+        let total = options.lengths.iter().map(|length| options.samples_at(*length)).sum();
+        progress.advance(Stage::Calibrate, 0, total)?;
         let (tasks, tried) = self.answered_tasks(others, options)?;
         let questions = tasks.iter().map(|(_, of_right)| *of_right).max().unwrap_or(1).min(PROBES);
-        let total = options.lengths.iter().map(|length| options.samples_at(*length)).sum();
         let mut done = 0;
         let mut items = BTreeMap::new();
         for &length in &options.lengths {
