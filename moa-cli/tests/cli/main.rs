@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod bench;
+mod calibration;
 mod common;
 mod eval;
 mod faults;
@@ -9,7 +10,7 @@ mod folders;
 #[cfg(feature = "hub")]
 mod hub;
 mod pipeline;
-mod quantize;
 mod progress;
+mod quantize;
 mod report;
 mod spaces;

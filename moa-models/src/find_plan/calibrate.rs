@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 
-use moa_core::Plan;
+use moa_core::{FarLosses, Plan};
 
 use crate::checkpoint::Checkpoint;
 use crate::decoder::logits::LogitRows;
@@ -82,6 +82,12 @@ impl CalibrationOptions {
     pub(super) fn samples_at(&self, length: usize) -> usize {
         let is_shortest = self.lengths.iter().all(|other| length <= *other);
         if is_shortest { self.samples } else { self.samples.div_ceil(2) }
+    }
+
+    /// Fewer items of a length than this are told: of the items that are asked for, and however few those are, of as
+    /// many as show whether they differ by chance.
+    pub(super) fn least_at(&self, length: usize) -> usize {
+        self.samples_at(length).clamp(FarLosses::FEWEST, FEW)
     }
 }
 
@@ -179,5 +185,5 @@ impl<D: Math> Checkpoint<D> {
     }
 }
 
-/// Fewer items of a length than this are told.
+/// Fewer items of a length than this are told, if as many are asked for.
 pub(super) const FEW: usize = 4;

@@ -220,9 +220,9 @@ impl Chosen<'_> {
             );
         }
         for (length, own) in &items {
-            if own.len() < FEW.min(options.samples_at(*length)) {
+            if own.len() < options.least_at(*length) {
                 tracing::warn!(
-                    "only {} calibration items have about {length} tokens; the plan may depend on chance",
+                    "calibration items of about {length} tokens: {}, so few that the plan may depend on chance",
                     own.len()
                 );
             }
