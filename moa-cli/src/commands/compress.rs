@@ -70,7 +70,8 @@ pub(crate) struct Args {
     #[command(flatten)]
     solver: SolverArgs,
     /// A profile of `moa compress --save-profile` or `moa profile` to start from, at its lengths
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["lengths", "save_profile"])]
+    #[arg(long, value_name = "FILE",
+          conflicts_with_all = ["lengths", "samples", "objective", "token_weight", "save_profile"])]
     profile: Option<PathBuf>,
     /// Profile to write as well
     #[arg(long, value_name = "FILE")]

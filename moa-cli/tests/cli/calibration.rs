@@ -98,6 +98,22 @@ fn a_model_that_answers_nothing_is_told_what_it_was_asked() {
 }
 
 #[test]
+fn what_has_no_effect_beside_a_profile_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let tiny = tiny();
+    let args = ["compress", "--model", tiny.to_str().unwrap(), "--profile", "p", "--out", "o.json"];
+    for (flag, value) in [
+        ("--samples", "12"),
+        ("--objective", "margin"),
+        ("--token-weight", "hard"),
+        ("--lengths", "256"),
+        ("--save-profile", "q"),
+    ] {
+        refuses(dir.path(), &[&args[..], &[flag, value]].concat(), &["--profile", flag]);
+    }
+}
+
+#[test]
 fn plans_that_are_validated_are_warned_of_as_those_of_compress() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path();

@@ -244,6 +244,20 @@ fn a_suite_gives_a_row_for_each_cache() {
     let duo = [&suite[..], &["--rivals", "duo", "--density", "0.5"]].concat();
     refuses(root, &duo, &["--rivals", "--profile"]);
     // Too few bytes for the answer alone: an error where the rival was asked for, else a row less.
+    // What has no effect.
+    for (wrong, parts) in [
+        (&["--rivals", "none,uniform"][..], ["--rivals", "none alone"]),
+        (&["--rivals", "uniform", "--before-question"], ["--before-question", "snapkv"]),
+        (&["--rivals", "uniform", "--profile", "p"], ["--profile", "per-layer"]),
+        (&["--rivals", "none", "--before-question"], ["--before-question", "kvzip"]),
+    ] {
+        refuses(root, &[&suite[..], &["--density", "0.5"], wrong].concat(), &parts);
+    }
+    refuses(
+        root,
+        &[&suite[..], &["--rivals", "none", "--density", "0.5"]].concat(),
+        &["--density"],
+    );
     let few = [&suite[..], &["--windows", "0", "--density", "0.04"]].concat();
     refuses(root, &[&few[..], &["--rivals", "adakv"]].concat(), &["adakv", "at least 0.0"]);
     let board = json_of(root, &few);

@@ -116,6 +116,7 @@ impl Args {
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    args.rivals.check(!args.plan.is_empty())?;
     let sources = args.sources.load()?;
     let text = match &args.text {
         Some(path) => moa_core::read_text_file(path)
