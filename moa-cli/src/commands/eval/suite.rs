@@ -411,7 +411,7 @@ impl Row {
             cells.extend([
                 cell(|of| percent(of.equal_greedy)),
                 cell(|of| format!("{:.4}", of.kl_mean)),
-                cell(|of| format!("{:.3}", of.kl_p99)),
+                cell(|of| format!("{:.3}", of.kl_worst)),
                 cell(|of| format!("{:.4}", of.perplexity_ratio)),
             ]);
         }
