@@ -114,6 +114,35 @@ fn what_has_no_effect_beside_a_profile_is_refused() {
 }
 
 #[test]
+fn a_plan_is_compared_with_dense_attention_on_held_out_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let model = ["--model", tiny.to_str().unwrap()];
+    let profile = ["--lengths", "256", "--samples", "3", "--out", "p"];
+    ok(root, &[&["profile"][..], &model, &profile].concat());
+    let few = ["--profile", "p", "--validation-samples", "2", "--evaluations", "0"];
+    let few = [&few[..], &["--max-plans", "1"]].concat();
+    let compress = [&["compress"][..], &model, &few, &["--density", "0.2", "--out", "plan.json"]];
+    let compress = compress.concat();
+    let found = json_of(root, &compress);
+    let text = &found["text"][0];
+    assert_eq!((text["length"].as_u64(), found["text"].as_array().unwrap().len()), (Some(256), 1));
+    let number = |field: &str| text[field].as_f64().unwrap();
+    assert!(number("equal_greedy") > 0.3 && number("equal_greedy") < 1.0, "{text}");
+    let growth = number("plan_perplexity") / number("dense_perplexity");
+    assert!((number("perplexity_ratio") - growth).abs() < 1e-6 * growth, "{text}");
+    // The same text as the plan was held to.
+    let held_out = &found["losses"]["held_out"];
+    assert!((held_out["divergence"].as_f64().unwrap() - number("kl_mean")).abs() < 1e-9, "{found}");
+    assert!(number("kl_worst") >= number("kl_p99") && number("kl_p99") > number("kl_mean"));
+    let told = ok(root, &compress);
+    assert!(told.contains("dense ppl") && told.contains("equal greedy"), "{told}");
+    let without = json_of(root, &[&compress[..], &["--text-samples", "0"]].concat());
+    assert_eq!(without["text"], json!([]));
+}
+
+#[test]
 fn plans_that_are_validated_are_warned_of_as_those_of_compress() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path();
