@@ -228,7 +228,7 @@ fn divergence_on_text_falls_as_spans_grow_and_bounds_the_search() -> Result<()> 
 }
 
 #[test]
-fn calibration_says_what_was_tried_and_holds_out_every_third_item() -> Result<()> {
+fn calibration_names_the_tasks_that_are_answered_and_holds_out_every_third_item() -> Result<()> {
     // Sentences of the built-in tasks are beyond this model: its records remain.
     let options =
         CalibrationOptions { lengths: vec![384], samples: 3, ..CalibrationOptions::default() };
