@@ -15,7 +15,7 @@ pub(crate) struct Global {
     /// Print one JSON object on stdout and nothing else there
     #[arg(long, global = true)]
     pub(crate) json: bool,
-    /// No progress bars, notes or warnings on stderr
+    /// No progress, notes or warnings on stderr
     #[arg(long, global = true)]
     pub(crate) quiet: bool,
     /// More on stderr of what the libraries do; twice for all of it
@@ -172,7 +172,8 @@ pub(crate) struct PlanArgs {
 pub(crate) struct DataArg {
     /// `tasks` for built-in questions of graded difficulty, of which those are used that the model
     /// answers; `records` for the long lists among them alone; or a file: lines of {"prompt", "answer"?},
-    /// {"messages"} or {"text"}, or a text (.txt, .md)
+    /// {"messages"} or {"text"}, or a text (.txt, .md). Every third item of a file and a half of a single text are
+    /// held out: plans are judged by them, and nothing is profiled on them
     #[arg(long, default_value = "tasks", value_name = "tasks|records|FILE")]
     pub(crate) data: String,
 }

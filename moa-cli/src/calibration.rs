@@ -22,8 +22,7 @@ pub(crate) fn items<D: Math>(
     options: &CalibrationOptions,
     context: &Context,
 ) -> Result<Calibration> {
-    let total = options.lengths.len() * options.samples;
-    let mut bar = Progress::new(context, "calibrate", total);
+    let mut bar = Progress::of_stages(context);
     Ok(model.calibrate(data, options, &mut bar)?)
 }
 

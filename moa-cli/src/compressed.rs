@@ -51,17 +51,21 @@ impl fmt::Display for Losses {
             percent(self.worst_gap),
             self.evaluations,
         )?;
-        match self.held_out {
+        match &self.held_out {
             None => Ok(()),
-            Some(of) => write!(
-                f,
-                "\nHeld-out text: divergence {:.4}, perplexity {:+.1} % over dense; one window of the same size for \
-                 all heads {:.4}, {:+.1} %",
-                of.divergence,
-                100.0 * of.growth.exp_m1(),
-                of.limit_divergence,
-                100.0 * of.limit_growth.exp_m1(),
-            ),
+            Some(of) => write!(f, "\n{}", held_out(of)),
         }
     }
+}
+
+/// What a plan does to held-out text, in a line.
+pub(crate) fn held_out(of: &HeldOut) -> String {
+    format!(
+        "Held-out text: divergence {:.4}, perplexity {:+.1} % over dense; one window of the same size for all heads \
+         {:.4}, {:+.1} %",
+        of.divergence,
+        100.0 * of.growth.exp_m1(),
+        of.limit_divergence,
+        100.0 * of.limit_growth.exp_m1(),
+    )
 }

@@ -177,7 +177,7 @@ pub(crate) fn folder(model: &Path, context: &Context) -> Result<PathBuf> {
 
 #[cfg(feature = "hub")]
 fn from_hub(id: &HubId, context: &Context) -> Result<PathBuf> {
-    let mut bar = crate::progress::Progress::new(context, "download", 1);
+    let mut bar = crate::progress::Progress::of_stages(context);
     Ok(moa_models::fetch(id, &mut bar)?)
 }
 

@@ -19,7 +19,7 @@ impl FarLosses {
     pub const LEAST: f64 = 0.15;
     /// Samples below which nothing is said: of those that need far context, a quarter or more may
     /// happen to find it near.
-    const FEWEST: usize = 3;
+    pub const FEWEST: usize = 3;
 
     /// Checks that a file can hold all numbers.
     pub(crate) fn check_finite(&self) -> Result<()> {
@@ -51,11 +51,11 @@ impl FarLosses {
         self.0.iter().sum::<f64>() / self.0.len().max(1) as f64
     }
 
-    /// Standard error of the mean; 0 for fewer than two samples.
-    pub fn standard_error(&self) -> f64 {
+    /// Standard error of the mean; `None` for fewer than two samples, which do not show it.
+    pub fn standard_error(&self) -> Option<f64> {
         let (n, mean) = (self.0.len() as f64, self.mean());
         let squares: f64 = self.0.iter().map(|x| (x - mean).powi(2)).sum();
-        if self.0.len() < 2 { 0.0 } else { (squares / (n - 1.0) / n).sqrt() }
+        (self.0.len() >= 2).then(|| (squares / (n - 1.0) / n).sqrt())
     }
 
     /// Whether the far context was measured on three samples or more and made no difference: the mean is below
@@ -66,7 +66,8 @@ impl FarLosses {
     /// does not count against the data.
     pub fn is_noise(&self) -> bool {
         let mean = self.mean();
-        self.samples() >= Self::FEWEST && (mean < Self::LEAST || mean < self.standard_error())
+        self.samples() >= Self::FEWEST
+            && (mean < Self::LEAST || self.standard_error().is_some_and(|error| mean < error))
     }
 }
 
@@ -82,7 +83,8 @@ mod tests {
     fn small_or_scattered_growth_is_noise() {
         let losses = of(&[1.0, 2.0, 3.0]);
         assert_eq!((losses.samples(), losses.mean()), (3, 2.0));
-        assert!((losses.standard_error() - 1.0 / 3.0f64.sqrt()).abs() < 1e-12);
+        assert!((losses.standard_error().unwrap() - 1.0 / 3.0f64.sqrt()).abs() < 1e-12);
+        assert_eq!((of(&[]).standard_error(), of(&[0.5]).standard_error()), (None, None));
         assert!(!losses.is_noise() && !of(&[0.5]).is_noise());
         // Sure, but small.
         assert!(of(&[0.02, 0.021, 0.02]).is_noise());

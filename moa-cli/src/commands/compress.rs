@@ -3,7 +3,8 @@ use std::path::{Path, PathBuf};
 
 use moa_core::Profile;
 use moa_models::{
-    Backward, CacheTypes, CalibrationData, Checkpoint, CompressOptions, compress, compress_profile,
+    Agreement, Backward, CacheTypes, CalibrationData, Checkpoint, CompressOptions, compress,
+    compress_profile,
 };
 use moa_report::{PlanSummary, lengths_of};
 use serde::Serialize;
@@ -16,7 +17,7 @@ use crate::compressed::Losses;
 use crate::error::Result;
 use crate::files::Files;
 use crate::model::{self, on_model};
-use crate::output::{Context, shown};
+use crate::output::{Context, percent, shown, table};
 use crate::progress::Progress;
 use crate::style::StyleArgs;
 
@@ -71,7 +72,8 @@ pub(crate) struct Args {
     #[command(flatten)]
     solver: SolverArgs,
     /// A profile of `moa compress --save-profile` or `moa profile` to start from, at its lengths
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["lengths", "save_profile"])]
+    #[arg(long, value_name = "FILE",
+          conflicts_with_all = ["lengths", "samples", "objective", "token_weight", "save_profile"])]
     profile: Option<PathBuf>,
     /// Profile to write as well
     #[arg(long, value_name = "FILE")]
@@ -133,11 +135,18 @@ fn with_model<D: Backward>(
         ..args.budget.options(model.model.shape(), types, context)?
     };
     options.validate()?;
-    let mut bar = Progress::new(context, "calibrate", 1);
+    let mut bar = Progress::of_stages(context);
     let found = match profile {
         Some(profile) => compress_profile(model, data, profile.clone(), &options, &mut bar)?,
         None => compress(model, data, &options, &mut bar)?,
     };
+    // A profile that was given has lengths of its own.
+    let options = CompressOptions { lengths: found.profile.lengths(), ..options };
+    let mut text = Vec::new();
+    for (length, items) in options.held_out_texts(model, data)? {
+        let agreement = model.model.agreement(&items, &found.plan, length, &mut bar)?;
+        text.push(OfText { length, agreement });
+    }
     drop(bar);
     if model.model.is_first() {
         if let Some(path) = &args.save_profile {
@@ -150,6 +159,7 @@ fn with_model<D: Backward>(
     context.result(&Outcome {
         out: &args.out,
         losses: Losses::from(&found),
+        text,
         plan: PlanSummary::new(
             &found.plan,
             &lengths,
@@ -165,12 +175,53 @@ struct Outcome<'a> {
     #[serde(serialize_with = "shown")]
     out: &'a Path,
     losses: Losses,
+    text: Vec<OfText>,
     plan: PlanSummary,
     warnings: Vec<String>,
 }
 
+/// Predictions of held-out text of a length, under dense attention and under the plan.
+#[derive(Debug, Serialize)]
+struct OfText {
+    length: usize,
+    #[serde(flatten)]
+    agreement: Agreement,
+}
+
+impl OfText {
+    const HEAD: [&str; 8] = [
+        "held-out text of",
+        "tokens",
+        "dense ppl",
+        "plan ppl",
+        "ratio",
+        "KL mean",
+        "KL worst 1 %",
+        "equal greedy",
+    ];
+
+    fn row(&self) -> Vec<String> {
+        let of = &self.agreement;
+        vec![
+            self.length.to_string(),
+            of.tokens.to_string(),
+            format!("{:.4}", of.dense_perplexity),
+            format!("{:.4}", of.plan_perplexity),
+            format!("{:.4}", of.perplexity_ratio),
+            format!("{:.5}", of.kl_mean),
+            format!("{:.4}", of.kl_worst),
+            percent(of.equal_greedy),
+        ]
+    }
+}
+
 impl fmt::Display for Outcome<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}\n\n{}\nPlan: {}", self.plan, self.losses, self.out.display())
+        writeln!(f, "{}\n\n{}", self.plan, self.losses)?;
+        if !self.text.is_empty() {
+            let rows: Vec<_> = self.text.iter().map(OfText::row).collect();
+            writeln!(f, "\n{}\n", table(&OfText::HEAD, &rows))?;
+        }
+        write!(f, "Plan: {}", self.out.display())
     }
 }

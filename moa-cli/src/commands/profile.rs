@@ -77,11 +77,11 @@ fn with_model<D: Backward>(
         samples: args.samples,
         questions: 1,
         max_response: args.max_response,
-        part: Part::All,
+        part: Part::Profiled,
         seed: context.seed,
     };
     let Calibration { items, data } = calibration::items(model, data, &options, context)?;
-    let mut bar = Progress::new(context, "profile", 1);
+    let mut bar = Progress::of_stages(context);
     let description = format!("{data}, seed {}", context.seed);
     let ObjectiveArgs { objective, token_weight } = args.objective;
     let objective = WeightedObjective { objective, weight: token_weight };
@@ -117,7 +117,8 @@ struct ProfiledLength {
     length: usize,
     samples: u64,
     far_loss: f64,
-    far_loss_standard_error: f64,
+    /// Two samples or more show it.
+    far_loss_standard_error: Option<f64>,
     heads: Vec<RankedHead>,
 }
 
@@ -148,7 +149,10 @@ impl ProfiledLength {
         vec![
             self.length.to_string(),
             self.samples.to_string(),
-            format!("{:.3} +- {:.3}", self.far_loss, self.far_loss_standard_error),
+            match self.far_loss_standard_error {
+                Some(error) => format!("{:.3} +- {error:.3}", self.far_loss),
+                None => format!("{:.3}", self.far_loss),
+            },
             names.join(" "),
         ]
     }

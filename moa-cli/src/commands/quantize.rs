@@ -63,7 +63,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     }
     check_file(&args.out)?;
     let folder = model::folder(&args.model, context)?;
-    let mut bar = Progress::new(context, "quantize", 1);
+    let mut bar = Progress::of_stages(context);
     let quantized = moa_models::quantize(&folder, args.kind.into(), &args.out, &mut bar)?;
     drop(bar);
     context.result(&Written { file: args.out.clone(), quantized })

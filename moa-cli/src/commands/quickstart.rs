@@ -174,7 +174,7 @@ fn find_plan<D: Backward>(
         args.density,
         options.validation_length(model.model.config().context_length()),
     ))?;
-    let mut bar = Progress::new(context, "calibrate", 1);
+    let mut bar = Progress::of_stages(context);
     Ok(compress(model, &CalibrationData::Records, &options, &mut bar)?)
 }
 

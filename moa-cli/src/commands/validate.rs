@@ -4,14 +4,15 @@ use std::path::{Path, PathBuf};
 
 use moa_core::{AtLength, Plan, PlanRequest, Profile};
 use moa_models::{
-    CacheTypes, CalibrationData, CalibrationOptions, Checkpoint, CompressOptions, Evidence, Item,
-    Math, Refined, TextGoal, bound_decode_time, measured_losses, refine,
+    CacheTypes, CalibrationData, Checkpoint, CompressOptions, Evidence, HeldOut, Item, Math,
+    Refined, TextGoal, bound_decode_time, measured_losses, profile_warnings, refine,
 };
 use moa_report::at_lengths;
 use serde::Serialize;
 
 use crate::args::{DataArg, ModelArg, parse_count};
 use crate::calibration;
+use crate::compressed;
 use crate::error::{Error, Result};
 use crate::files::Files;
 use crate::model::{self, on_device};
@@ -42,7 +43,8 @@ pub(crate) struct Args {
     /// Contexts to measure on; where all have several questions, half as many
     #[arg(long, default_value_t = 8, value_name = "N", value_parser = parse_count)]
     samples: usize,
-    /// Improve on the best plan with about this many measurements
+    /// Improve on the best plan with about this many measurements, as `moa compress` does: text suffers no more than
+    /// under a uniform window of the same size, in what the plan is refined on and in held-out text
     #[arg(long, value_name = "N", requires = "profile", value_parser = parse_count)]
     refine: Option<usize>,
     /// The profile that the plans were searched on, for --refine
@@ -131,20 +133,39 @@ fn with_model<D: Math>(
     let dense = loss_at(model, &items, &Plan::full(model.model.shape())?, length)?;
     let best = (0..files.len()).min_by(|a, b| losses[*a].total_cmp(&losses[*b])).unwrap_or(0);
     let mut plan = files[best].plan.clone();
-    let mut refined = None;
+    let (mut refined, mut warnings) = (None, Vec::new());
     if let (Some(evaluations), Some(profile)) = (args.refine, &profile) {
-        let mut bar = Progress::new(context, "measure", evaluations);
+        let mut bar = Progress::of_stages(context);
         let starts: Vec<Plan> = files.iter().map(|f| f.plan.clone()).collect();
         let request = request(&files[best], model)?;
-        let texts = model.text_items(&data, &CalibrationOptions { samples: 2, ..calibration })?;
-        let text_goal = TextGoal::Weight(1.0);
-        let held_out = &BTreeMap::new();
-        let evidence = Evidence { items: &items, texts: &texts, text_goal, held_out };
+        let texts = options.texts(model, &data)?;
+        let text_limit = options.text_limit(&request, profile)?;
+        let (text_goal, held_out) = match &text_limit {
+            Some(plan) => (TextGoal::NoWorseThan(plan), options.held_out_texts(model, &data)?),
+            None => (TextGoal::Weight(1.0), BTreeMap::new()),
+        };
+        let evidence = Evidence { items: &items, texts: &texts, text_goal, held_out: &held_out };
         let found =
             refine(&model.model, evidence, &starts, &request, profile, evaluations, &mut bar)?;
         plan = found.plan.clone();
+        warnings = profile_warnings(profile)?;
         refined = Some(found);
     }
+    let judged = refined.clone().unwrap_or_else(|| Refined {
+        plan: plan.clone(),
+        loss: losses[best],
+        divergence: 0.0,
+        start_loss: losses[best],
+        start_divergence: 0.0,
+        dense_loss: dense,
+        held_out: None,
+        evaluations: 0,
+        seconds: 0.0,
+    });
+    let request = PlanRequest::from_plan(&plan)
+        .map_err(|e| Error::from(e).at(files[best].path.display().to_string()))?;
+    let device = model.model.device().default_cache_type();
+    warnings.extend(judged.warnings(request.as_ref(), device)?);
     plan.provenance.measured_losses = measured_losses(&model.model, &items, &plan)?;
     let measured = files.iter().zip(&losses);
     plan.provenance
@@ -167,7 +188,9 @@ fn with_model<D: Math>(
         dense_loss: dense,
         refined_from: refined.as_ref().map(|r| r.start_loss),
         refined_to: refined.as_ref().map(|r| r.loss),
+        held_out: refined.as_ref().and_then(|r| r.held_out),
         measured_losses: &plan.provenance.measured_losses,
+        warnings: calibration::tell(warnings, context),
         refined,
     })
 }
@@ -184,7 +207,9 @@ struct Outcome<'a> {
     dense_loss: f64,
     refined_from: Option<f64>,
     refined_to: Option<f64>,
+    held_out: Option<HeldOut>,
     measured_losses: &'a [AtLength],
+    warnings: Vec<String>,
     #[serde(skip)]
     refined: Option<Refined>,
 }
@@ -212,6 +237,9 @@ impl fmt::Display for Outcome<'_> {
                 f,
                 "Refined: mean loss {start_loss:.4} -> {loss:.4} in {evaluations} measurements"
             )?;
+        }
+        if let Some(held_out) = &self.held_out {
+            writeln!(f, "{}", compressed::held_out(held_out))?;
         }
         let losses = at_lengths(self.measured_losses);
         write!(f, "Plan: {} (loss {losses})", self.out.display())

@@ -184,6 +184,7 @@ fn agreement_is_given_for_texts_and_for_answers() {
         assert_eq!((row["length"].as_u64(), row["items"].as_u64()), (Some(192), Some(1)));
         let number = |field: &str| row[field].as_f64().unwrap();
         assert!(number("kl_mean") > 0.0 && number("kl_p99") >= number("kl_mean"), "{row}");
+        assert!(number("kl_worst") >= number("kl_p99"), "{row}");
         assert!((0.0..=1.0).contains(&number("equal_greedy")), "{row}");
         assert!(number("kv_bytes") * 2.0 <= number("kv_bytes_dense"), "{row}");
     }
@@ -243,6 +244,20 @@ fn a_suite_gives_a_row_for_each_cache() {
     refuses(root, &[&suite[..], &["--rivals", "duo"]].concat(), &["--rivals", "--density"]);
     let duo = [&suite[..], &["--rivals", "duo", "--density", "0.5"]].concat();
     refuses(root, &duo, &["--rivals", "--profile"]);
+    // What has no effect.
+    for (wrong, parts) in [
+        (&["--rivals", "none,uniform"][..], ["--rivals", "none alone"]),
+        (&["--rivals", "uniform", "--before-question"], ["--before-question", "snapkv"]),
+        (&["--rivals", "uniform", "--profile", "p"], ["--profile", "per-layer"]),
+        (&["--rivals", "none", "--before-question"], ["--before-question", "kvzip"]),
+    ] {
+        refuses(root, &[&suite[..], &["--density", "0.5"], wrong].concat(), &parts);
+    }
+    refuses(
+        root,
+        &[&suite[..], &["--rivals", "none", "--density", "0.5"]].concat(),
+        &["--density"],
+    );
     // Too few bytes for the answer alone: an error where the rival was asked for, else a row less.
     let few = [&suite[..], &["--windows", "0", "--density", "0.04"]].concat();
     refuses(root, &[&few[..], &["--rivals", "adakv"]].concat(), &["adakv", "at least 0.0"]);

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod bench;
+mod calibration;
 mod common;
 mod eval;
 mod faults;
@@ -9,6 +10,7 @@ mod folders;
 #[cfg(feature = "hub")]
 mod hub;
 mod pipeline;
+mod progress;
 mod quantize;
 mod report;
 #[cfg(feature = "serve")]

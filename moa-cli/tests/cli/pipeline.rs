@@ -20,7 +20,13 @@ fn profile_search_validate_generate_eval() {
     assert_eq!(profile["lengths"][0]["length"], 256);
     assert_eq!(profile["lengths"][1]["samples"], 1);
     assert_eq!(profile["lengths"][1]["heads"].as_array().unwrap().len(), 12);
-    assert_eq!(profile["warnings"], serde_json::json!([]), "{profile}");
+    let warnings = profile["warnings"].as_array().unwrap();
+    for (warning, length) in warnings.iter().zip([256, 512]) {
+        let few = format!("few calibration items at {length} tokens (1)");
+        assert!(warning.as_str().unwrap().contains(&few), "{profile}");
+    }
+    assert_eq!(warnings.len(), 2, "{profile}");
+    assert!(profile["lengths"][0]["far_loss_standard_error"].is_null(), "{profile}");
 
     refuses(
         root,

@@ -25,8 +25,10 @@ pub struct Agreement {
     pub equal_greedy: f64,
     /// Mean over tokens of the Kullback-Leibler divergence `KL(dense || plan)`, in nats.
     pub kl_mean: f64,
-    /// The divergence that the worst 1 % of tokens reach or exceed, in nats.
+    /// The divergence that the worst 1 % of tokens reach or exceed, in nats: its 99th percentile.
     pub kl_p99: f64,
+    /// Mean divergence of these worst 1 % of tokens, in nats; of fewer than 100 tokens, that of the worst.
+    pub kl_worst: f64,
     /// Perplexity under dense attention.
     pub dense_perplexity: f64,
     /// Perplexity under the plan.
@@ -276,13 +278,15 @@ impl Tally {
         self.divergences.sort_unstable_by(f32::total_cmp);
         // Where there are fewer than 100 tokens, the worst one.
         let worst = tokens - (tokens / 100).max(1);
+        let sum = |of: &[f32]| of.iter().map(|kl| f64::from(*kl)).sum::<f64>();
         let mean = |sum: f64| sum / tokens as f64;
         let (dense, plan) = (mean(self.dense), mean(self.plan));
         Agreement {
             tokens,
             equal_greedy: mean(self.equal as f64),
-            kl_mean: mean(self.divergences.iter().map(|kl| f64::from(*kl)).sum()),
+            kl_mean: mean(sum(&self.divergences)),
             kl_p99: f64::from(self.divergences[worst]),
+            kl_worst: sum(&self.divergences[worst..]) / (tokens - worst) as f64,
             dense_perplexity: dense.exp(),
             plan_perplexity: plan.exp(),
             perplexity_ratio: (plan - dense).exp(),
@@ -324,11 +328,18 @@ mod tests {
     }
 
     #[test]
-    fn the_worst_hundredth_is_reached_by_one_token_in_a_hundred() {
-        for (tokens, expected) in [(1, 0.0), (99, 98.0), (100, 99.0), (200, 198.0), (250, 248.0)] {
+    fn the_worst_hundredth_has_a_least_and_a_mean() {
+        for (tokens, reached, mean) in [
+            (1, 0.0, 0.0),
+            (99, 98.0, 98.0),
+            (100, 99.0, 99.0),
+            (200, 198.0, 198.5),
+            (250, 248.0, 248.5),
+            (300, 297.0, 298.0),
+        ] {
             let divergences = (0..tokens).map(|kl| kl as f32).rev().collect();
-            let tally = Tally { divergences, ..Tally::default() };
-            assert_eq!(tally.report(1.0, 0).kl_p99, expected, "{tokens}");
+            let report = Tally { divergences, ..Tally::default() }.report(1.0, 0);
+            assert_eq!((report.kl_p99, report.kl_worst), (reached, mean), "{tokens}");
         }
     }
 }

@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 
-use moa_core::Plan;
+use moa_core::{FarLosses, Plan};
 
 use crate::checkpoint::Checkpoint;
 use crate::decoder::logits::LogitRows;
@@ -83,6 +83,12 @@ impl CalibrationOptions {
         let is_shortest = self.lengths.iter().all(|other| length <= *other);
         if is_shortest { self.samples } else { self.samples.div_ceil(2) }
     }
+
+    /// Fewer items of a length than this are told: of the items that are asked for, and however few those are, of as
+    /// many as show whether they differ by chance.
+    pub(super) fn least_at(&self, length: usize) -> usize {
+        self.samples_at(length).clamp(FarLosses::FEWEST, FEW)
+    }
 }
 
 impl Default for CalibrationOptions {
@@ -104,7 +110,7 @@ impl<D: Math> Checkpoint<D> {
     /// are used that the dense model answers, and of their questions only those that it answers
     /// right: a wrong answer shows no dependency.
     ///
-    /// `progress` hears of each context or prompt, of as many as are asked for.
+    /// `progress` hears of the beginning and of each context or prompt, of as many as are asked for.
     ///
     /// # Errors
     /// [`Error::ContextExceeded`] if a length is beyond the model's context; [`Error::Invalid`] if
@@ -179,5 +185,5 @@ impl<D: Math> Checkpoint<D> {
     }
 }
 
-/// Fewer items of a length than this are told.
+/// Fewer items of a length than this are told, if as many are asked for.
 pub(super) const FEW: usize = 4;

@@ -38,6 +38,7 @@ impl<D: Backward> Decoder<D> {
         };
         let mut profile = Profile::new(self.shape(), info);
         let (mut done, total) = (0, items.values().map(Vec::len).sum());
+        progress.advance(Stage::Profile, done, total)?;
         for (&length, items) in items {
             let mut influence = Influence::new(self.shape(), length, block)?;
             for item in items {

@@ -112,6 +112,7 @@ impl<D: Math> Checkpoint<D> {
         lengths.dedup();
         let most = lengths.last().copied().unwrap_or(0);
         let wanted = lengths.iter().map(|length| options.samples_at(*length)).sum();
+        progress.advance(Stage::Calibrate, 0, wanted)?;
         let items = lengths.iter().map(|length| (*length, Vec::new())).collect();
         let mut chosen = Chosen { options, items, made: 0, cut: 0, without_answer: 0 };
         let mut longer: Vec<(Sized, usize)> = Vec::new();
@@ -219,9 +220,9 @@ impl Chosen<'_> {
             );
         }
         for (length, own) in &items {
-            if own.len() < FEW.min(options.samples_at(*length)) {
+            if own.len() < options.least_at(*length) {
                 tracing::warn!(
-                    "only {} calibration items have about {length} tokens; the plan may depend on chance",
+                    "calibration items of about {length} tokens: {}, so few that the plan may depend on chance",
                     own.len()
                 );
             }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::template::Message;
 use crate::device::Math;
-use crate::find_plan::calibrate::{Calibration, CalibrationOptions, FEW};
+use crate::find_plan::calibrate::{Calibration, CalibrationOptions};
 use crate::find_plan::profile::Item;
 use crate::find_plan::tasks::{Task, TaskPrompt};
 use crate::progress::{Progress, Stage};
@@ -30,9 +30,10 @@ impl<D: Math> Checkpoint<D> {
         options: &CalibrationOptions,
         progress: &mut dyn Progress,
     ) -> Result<Calibration> {
+        let total = options.lengths.iter().map(|length| options.samples_at(*length)).sum();
+        progress.advance(Stage::Calibrate, 0, total)?;
         let (tasks, tried) = self.answered_tasks(others, options)?;
         let questions = tasks.iter().map(|(_, of_right)| *of_right).max().unwrap_or(1).min(PROBES);
-        let total = options.lengths.iter().map(|length| options.samples_at(*length)).sum();
         let mut done = 0;
         let mut items = BTreeMap::new();
         for &length in &options.lengths {
@@ -94,11 +95,11 @@ impl<D: Math> Checkpoint<D> {
                     format!("the dense model answered none of the built-in tasks ({tried})");
                 return Err(Error::NoCalibration { length, reason });
             }
-            if own.len() < FEW.min(samples) {
+            if own.len() < options.least_at(length) {
                 tracing::warn!(
-                    length,
-                    items = own.len(),
-                    "the dense model answers few of the built-in tasks ({tried}); the plan may depend on chance"
+                    "calibration items of about {length} tokens: {} of {samples} asked for, so few that the plan may \
+                     depend on chance (the dense model answers, of short questions: {tried})",
+                    own.len()
                 );
             }
             items.insert(length, own);

@@ -19,7 +19,7 @@ use crate::style::StyleArgs;
 ///
 /// Dense attention and the plan read the same tokens: those of texts, and with --data the answers
 /// to prompts. Given are the share of tokens whose likeliest successor is the same, the mean of
-/// KL(dense || plan) in nats and what its worst 1 % of tokens reach, and the perplexity of both.
+/// KL(dense || plan) in nats, its 99th percentile and its mean over the worst 1 % of tokens, and the perplexity of both.
 /// Rivals that evict keys do so once the first part of a window, or the prompt of an answer, is read,
 /// and are compared on what follows; give --continuation for a plan on the same tokens.
 #[derive(Debug, clap::Args)]
@@ -161,6 +161,7 @@ impl fmt::Display for Outcome<'_> {
             "tokens",
             "equal greedy",
             "KL mean",
+            "KL 99th pct",
             "KL worst 1 %",
             "dense ppl",
             "plan ppl",
@@ -178,6 +179,7 @@ impl fmt::Display for Outcome<'_> {
                 percent(of.equal_greedy),
                 format!("{:.5}", of.kl_mean),
                 format!("{:.4}", of.kl_p99),
+                format!("{:.4}", of.kl_worst),
                 format!("{:.4}", of.dense_perplexity),
                 format!("{:.4}", of.plan_perplexity),
                 format!("{:.4}", of.perplexity_ratio),

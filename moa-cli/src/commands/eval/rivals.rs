@@ -65,6 +65,11 @@ enum Rival {
 }
 
 impl Rival {
+    /// Whether the rival is searched on a profile.
+    fn is_searched(self) -> bool {
+        matches!(self, Self::Fixed | Self::PerLayer | Self::Duo)
+    }
+
     /// What the rival evicts by, if it has no plan.
     fn eviction(self) -> Option<EvictionKind> {
         match self {
@@ -104,6 +109,32 @@ impl RivalArgs {
     /// Whether rivals were asked for by name.
     pub(super) fn is_given(&self) -> bool {
         self.rivals.is_some()
+    }
+
+    /// Checks that no option is without effect.
+    pub(super) fn check(&self, has_plan: bool) -> Result<()> {
+        let given = self.rivals.as_deref();
+        if given.is_some_and(|own| own.len() > 1 && own.contains(&Rival::None)) {
+            return Err(Error::argument("--rivals", "none alone, or other kinds", "both"));
+        }
+        let has_size = has_plan || self.density.is_some();
+        let has = |of: fn(Rival) -> bool| match given {
+            Some(own) => own.iter().any(|rival| of(*rival)),
+            None => has_size,
+        };
+        let (evicting, searched) = (|rival: Rival| rival.eviction().is_some(), Rival::is_searched);
+        if self.before_question && !has(evicting) {
+            let expected = "given with snapkv, adakv or kvzip among the rivals";
+            return Err(Error::argument("--before-question", expected, "none of them"));
+        }
+        if self.profile.is_some() && !has(searched) {
+            let expected = "given with fixed, per-layer or duo among the rivals";
+            return Err(Error::argument("--profile", expected, "none of them"));
+        }
+        if self.density.is_some() && !has(|rival| rival != Rival::None) {
+            return Err(Error::argument("--density", "given with rivals", "none"));
+        }
+        Ok(())
     }
 
     /// The rivals; none where neither a plan nor a density says how many bytes they have.

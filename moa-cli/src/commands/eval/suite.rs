@@ -116,6 +116,7 @@ impl Args {
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    args.rivals.check(!args.plan.is_empty())?;
     let sources = args.sources.load()?;
     let text = match &args.text {
         Some(path) => moa_core::read_text_file(path)
@@ -410,7 +411,7 @@ impl Row {
             cells.extend([
                 cell(|of| percent(of.equal_greedy)),
                 cell(|of| format!("{:.4}", of.kl_mean)),
-                cell(|of| format!("{:.3}", of.kl_p99)),
+                cell(|of| format!("{:.3}", of.kl_worst)),
                 cell(|of| format!("{:.4}", of.perplexity_ratio)),
             ]);
         }

@@ -2,12 +2,56 @@
 
 use std::collections::BTreeMap;
 
-use super::CompressOptions;
+use moa_core::{Plan, PlanRequest, Profile};
+
+use super::{CompressOptions, uniform};
 use crate::Result;
 use crate::checkpoint::Checkpoint;
 use crate::device::Math;
 use crate::find_plan::calibrate::{CalibrationData, CalibrationOptions, Part};
 use crate::find_plan::profile::Item;
+
+impl CompressOptions {
+    /// Running texts at the lengths of [`validation_calibration`](Self::validation_calibration), on which plans are
+    /// refined; none where text is left out.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::text_items`].
+    pub fn texts<D: Math>(
+        &self,
+        checkpoint: &Checkpoint<D>,
+        data: &CalibrationData,
+    ) -> Result<BTreeMap<usize, Vec<Item>>> {
+        let validation = self.validation_calibration(checkpoint.model.config().context_length());
+        let profiled = CalibrationOptions { part: Part::Profiled, ..validation };
+        texts_of(checkpoint, data, self, &profiled)
+    }
+
+    /// Other running texts, at the profile lengths, which a plan is held to: the first half of each is read, the
+    /// second is predicted. None where text is left out.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::text_items`].
+    pub fn held_out_texts<D: Math>(
+        &self,
+        checkpoint: &Checkpoint<D>,
+        data: &CalibrationData,
+    ) -> Result<BTreeMap<usize, Vec<Item>>> {
+        held_out_of(checkpoint, data, self)
+    }
+
+    /// The plan that says what text may suffer: one rule for all heads, of the largest size that `request` allows.
+    /// `None` where text is left out or has a weight, and for requests of other plans than elastic ones.
+    ///
+    /// # Errors
+    /// As [`PlanRequest::allows`].
+    pub fn text_limit(&self, request: &PlanRequest, profile: &Profile) -> Result<Option<Plan>> {
+        match self.text_weight {
+            None if self.text_samples > 0 => uniform(request, profile),
+            _ => Ok(None),
+        }
+    }
+}
 
 /// Running texts at the lengths of a calibration, with about as many tokens at each.
 pub(super) fn texts_of<D: Math>(

@@ -1,6 +1,6 @@
 //! What is wrong with what plans were found on, or with what was found.
 
-use moa_core::{CacheType, PlanRequest, Profile};
+use moa_core::{CacheType, FarLosses, PlanRequest, Profile};
 
 use crate::Result;
 use crate::find_plan::precision;
@@ -9,57 +9,75 @@ use crate::find_plan::refine::Refined;
 /// A response loss this far above the dense model's, in nats per token, changes answers.
 const WORSE: f64 = 0.1;
 
-/// What is wrong with a plan that was found, on a device whose caches are of type `device` where a plan says none.
 pub(super) fn warnings_of(
     refined: &Refined,
     request: &PlanRequest,
     device: Option<CacheType>,
 ) -> Result<Vec<String>> {
-    let mut warnings = Vec::new();
-    let growth = refined.loss - refined.dense_loss;
-    if growth > WORSE {
-        let mut warning = format!(
-            "the plan's responses lose {growth:.3} nats per token against the dense model's: expect \
-             wrong answers. A larger density, more calibration items or more evaluations may help"
-        );
-        let has_16_bits = matches!(device, Some(CacheType::F16 | CacheType::Bf16));
-        if has_16_bits && refined.plan.cache_types().is_empty() {
-            let share = request.bounds.iter().map(|bound| bound.max).fold(1.0, f64::min);
-            warning += &format!(
-                "; as many bytes hold nearly twice the keys in int8 (--kv-bytes {:.1}% without --cache-dtype)",
-                100.0 * share
+    refined.warnings(Some(request), device)
+}
+
+impl Refined {
+    /// What is wrong with the plan, a sentence each: responses or held-out text that it loses, and more keys than
+    /// `request` bounds below its lengths. `device` is the type of the device's caches where a plan says none.
+    ///
+    /// # Errors
+    /// [`Error::Core`](crate::Error::Core) if the plan is for a model of other dimensions than the request.
+    pub fn warnings(
+        &self,
+        request: Option<&PlanRequest>,
+        device: Option<CacheType>,
+    ) -> Result<Vec<String>> {
+        let mut warnings = Vec::new();
+        let growth = self.loss - self.dense_loss;
+        if growth > WORSE {
+            let mut warning = format!(
+                "the plan's responses lose {growth:.3} nats per token against the dense model's: expect \
+                 wrong answers. A larger density, more calibration items or more evaluations may help"
             );
+            let has_16_bits = matches!(device, Some(CacheType::F16 | CacheType::Bf16));
+            if let Some(request) =
+                request.filter(|_| has_16_bits && self.plan.cache_types().is_empty())
+            {
+                let share = request.bounds.iter().map(|bound| bound.max).fold(1.0, f64::min);
+                warning += &format!(
+                    "; as many bytes hold nearly twice the keys in int8 (--kv-bytes {:.1}% without --cache-dtype)",
+                    100.0 * share
+                );
+            }
+            warnings.push(warning);
         }
-        warnings.push(warning);
-    }
-    if let Some(of) = refined.held_out.filter(|of| of.excess() > 1.0) {
-        warnings.push(format!(
-            "on held-out text the plan's predictions diverge by {:.3} nats and their perplexity grows by {:.1} %, \
-             more than under one window of the same size for all heads ({:.3} and {:.1} %)",
-            of.divergence,
-            100.0 * of.growth.exp_m1(),
-            of.limit_divergence,
-            100.0 * of.limit_growth.exp_m1(),
-        ));
-    }
-    let Some(bound) = request.bounds.iter().min_by_key(|bound| bound.length) else {
-        return Ok(warnings);
-    };
-    let half = bound.length / 2;
-    let density = match refined.plan.cache_types() {
-        [first, others @ ..] if others.iter().any(|other| other != first) => {
-            precision::density(request, &refined.plan, half.max(1))?
+        if let Some(of) = self.held_out.filter(|of| of.excess() > 1.0) {
+            warnings.push(format!(
+                "on held-out text the plan's predictions diverge by {:.3} nats and their perplexity grows by {:.1} %, \
+                 more than under one window of the same size for all heads ({:.3} and {:.1} %)",
+                of.divergence,
+                100.0 * of.growth.exp_m1(),
+                of.limit_divergence,
+                100.0 * of.limit_growth.exp_m1(),
+            ));
         }
-        _ => request.density_of(&refined.plan, half.max(1))?,
-    };
-    if density > bound.max + 1e-3 {
-        warnings.push(format!(
-            "below {} tokens, the shortest length with a bound, rules keep the spans that they have there: \
-             the density at {half} tokens is {density:.3}",
-            bound.length
-        ));
+        let bounds =
+            request.iter().flat_map(|request| request.bounds.iter().map(move |b| (request, b)));
+        let Some((request, bound)) = bounds.min_by_key(|(_, bound)| bound.length) else {
+            return Ok(warnings);
+        };
+        let half = (bound.length / 2).max(1);
+        let density = match self.plan.cache_types() {
+            [first, others @ ..] if others.iter().any(|other| other != first) => {
+                precision::density(request, &self.plan, half)?
+            }
+            _ => request.density_of(&self.plan, half)?,
+        };
+        if density > bound.max + 1e-3 {
+            warnings.push(format!(
+                "below {} tokens, the shortest length with a bound, rules keep the spans that they have there: \
+                 the density at {half} tokens is {density:.3}",
+                bound.length
+            ));
+        }
+        Ok(warnings)
     }
-    Ok(warnings)
 }
 
 /// What is wrong with the data of a profile, a sentence for each length.
@@ -69,15 +87,21 @@ pub(super) fn warnings_of(
 pub fn profile_warnings(profile: &Profile) -> Result<Vec<String>> {
     let mut warnings = Vec::new();
     for length in profile.lengths() {
-        let far = profile.at(length)?.far_losses();
-        if far.is_noise() {
+        let influence = profile.at(length)?;
+        let (far, samples) = (influence.far_losses(), influence.samples());
+        if samples < FarLosses::FEWEST as u64 {
+            warnings.push(format!(
+                "few calibration items at {length} tokens ({samples}): whether they have long dependencies cannot be \
+                 said, and a plan from them may depend on chance. Profile more samples"
+            ));
+        } else if far.is_noise() {
             warnings.push(format!(
                 "the calibration data ({}) has no long dependency at {length} tokens: without the far \
                  context its loss grows by {:.3} +- {:.3} nats per token in {} samples. A plan from it \
                  may keep the wrong heads; use prompts whose answers lie far back, or `--data tasks`",
                 profile.info.data,
                 far.mean(),
-                far.standard_error(),
+                far.standard_error().unwrap_or(0.0),
                 far.samples(),
             ));
         }
@@ -87,10 +111,25 @@ pub fn profile_warnings(profile: &Profile) -> Result<Vec<String>> {
 
 #[cfg(test)]
 mod tests {
-    use moa_core::{ElasticRule, ModelShape, Plan};
+    use moa_core::{ElasticRule, Influence, ModelShape, Plan, ProfileInfo};
 
     use super::*;
     use crate::find_plan::precision::typed;
+
+    /// A plan with this loss, where dense attention has .25.
+    fn refined(plan: Plan, loss: f64) -> Refined {
+        Refined {
+            plan,
+            loss,
+            divergence: 0.0,
+            start_loss: loss,
+            start_divergence: 0.0,
+            dense_loss: 0.25,
+            held_out: None,
+            evaluations: 0,
+            seconds: 0.0,
+        }
+    }
 
     // Half of the keys in 8 bits lose less than a quarter of them in 16.
     #[test]
@@ -99,17 +138,8 @@ mod tests {
         let rule = ElasticRule::new(0.0, 0.25)?;
         let request = PlanRequest::density(0.25, &[1000], 4, 20)?;
         let warning = |cache_type, device, loss| {
-            let refined = Refined {
-                plan: typed(&Plan::new(shape, 4, 20, vec![rule.into()])?, cache_type)?,
-                loss,
-                divergence: 0.0,
-                start_loss: loss,
-                start_divergence: 0.0,
-                dense_loss: 0.25,
-                held_out: None,
-                evaluations: 0,
-                seconds: 0.0,
-            };
+            let plan = typed(&Plan::new(shape, 4, 20, vec![rule.into()])?, cache_type)?;
+            let refined = refined(plan, loss);
             Ok::<_, crate::Error>(warnings_of(&refined, &request, Some(device))?.concat())
         };
         let wide = CacheType::Bf16;
@@ -121,6 +151,42 @@ mod tests {
             assert!(narrow.contains("wrong answers") && !narrow.contains("int8"), "{narrow}");
         }
         assert!(!warning(None, wide, 0.3)?.contains("wrong answers"));
+        Ok(())
+    }
+
+    #[test]
+    fn more_keys_below_the_shortest_bound_than_asked_for_are_told() -> Result<()> {
+        let shape = ModelShape { layers: 1, query_heads: 1, kv_heads: 1, head_dim: 64 };
+        let request = PlanRequest::density(0.25, &[1024, 2048], 4, 20)?;
+        let warnings = |rule| {
+            let plan = Plan::new(shape, 4, 20, vec![rule])?;
+            assert!(request.allows(&plan)?);
+            refined(plan, 0.25).warnings(Some(&request), None)
+        };
+        // 256 keys at every length.
+        let told = warnings(ElasticRule::fixed(256).into())?.concat();
+        assert!(
+            told.contains("below 1024 tokens") && told.contains("at 512 tokens is 0.500"),
+            "{told}"
+        );
+        assert_eq!(warnings(ElasticRule::new(0.0, 0.25)?.into())?, Vec::<String>::new());
+        Ok(())
+    }
+
+    #[test]
+    fn a_profile_of_one_or_two_items_is_told_of() -> Result<()> {
+        let shape = ModelShape { layers: 1, query_heads: 1, kv_heads: 1, head_dim: 64 };
+        for (items, told) in [(1, true), (2, true), (3, false)] {
+            let mut influence = Influence::new(shape, 128, 64)?;
+            for _ in 0..items {
+                influence.count_sample();
+            }
+            let mut profile = Profile::new(shape, ProfileInfo::default());
+            profile.add(influence)?;
+            let warnings = profile_warnings(&profile)?.concat();
+            let expected = format!("few calibration items at 128 tokens ({items})");
+            assert_eq!(warnings.contains(&expected), told, "{warnings}");
+        }
         Ok(())
     }
 }
