@@ -11,7 +11,7 @@ use moa_core::{ElasticRule, FoundPlans, Plan, PlanRequest, Profile, SparseAttent
 
 use crate::checkpoint::Checkpoint;
 use crate::device::{Backward, Math};
-use crate::find_plan::calibrate::{Calibration, CalibrationData, CalibrationOptions, Part};
+use crate::find_plan::calibrate::{Calibration, CalibrationData};
 use crate::find_plan::exchange::is_elastic;
 use crate::find_plan::measure::{Evidence, TextGoal};
 use crate::find_plan::objective::WeightedObjective;
@@ -23,9 +23,7 @@ use crate::{Error, Result};
 
 pub use bounds::{bound_decode_time, with_min_share};
 pub use options::CompressOptions;
-use texts::{held_out_of, texts_of};
 pub use warnings::profile_warnings;
-use warnings::warnings_of;
 
 /// Everything that [`compress`] found.
 #[derive(Debug)]
@@ -129,15 +127,12 @@ pub fn compress_profile<D: Math>(
     };
     let items = items.items;
     // The text that plans are refined on and the text that the result is held to have nothing in common.
-    let profiled = CalibrationOptions { part: Part::Profiled, ..validation };
-    let texts = texts_of(checkpoint, data, options, &profiled)?;
-    let text_goal = match (options.text_weight, &uniform) {
-        (None, Some(plan)) if !texts.is_empty() => TextGoal::NoWorseThan(plan),
-        (weight, _) => TextGoal::Weight(weight.unwrap_or(1.0)),
-    };
-    let held_out = match text_goal {
-        TextGoal::NoWorseThan(_) => held_out_of(checkpoint, data, options)?,
-        TextGoal::Weight(_) => BTreeMap::new(),
+    let texts = options.texts(checkpoint, data)?;
+    let (text_goal, held_out) = match &uniform {
+        Some(plan) if options.text_weight.is_none() && !texts.is_empty() => {
+            (TextGoal::NoWorseThan(plan), options.held_out_texts(checkpoint, data)?)
+        }
+        _ => (TextGoal::Weight(options.text_weight.unwrap_or(1.0)), BTreeMap::new()),
     };
     let evidence = Evidence { items: &items, texts: &texts, text_goal, held_out: &held_out };
     tracing::debug!(lengths = ?items.keys(), texts = texts.len(), "calibrated for validation");
@@ -147,7 +142,7 @@ pub fn compress_profile<D: Math>(
         refine_types(model, evidence, &starts, bounds, &profile, evaluations, progress)?;
     refined.plan.provenance.method = Some("moa compress".to_string());
     let plan = refined.plan.clone();
-    warnings.extend(warnings_of(&refined, &request, model.device.default_cache_type())?);
+    warnings.extend(refined.warnings(Some(&request), model.device.default_cache_type())?);
     Ok(Compressed { plan, profile, found, refined, warnings })
 }
 

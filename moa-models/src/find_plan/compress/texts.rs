@@ -23,8 +23,7 @@ impl CompressOptions {
         data: &CalibrationData,
     ) -> Result<BTreeMap<usize, Vec<Item>>> {
         let validation = self.validation_calibration(checkpoint.model.config().context_length());
-        let profiled = CalibrationOptions { part: Part::Profiled, ..validation };
-        texts_of(checkpoint, data, self, &profiled)
+        texts_of(checkpoint, data, self, CalibrationOptions { part: Part::Profiled, ..validation })
     }
 
     /// Other running texts, at the profile lengths, which a plan is held to: the first half of each is read, the
@@ -37,7 +36,18 @@ impl CompressOptions {
         checkpoint: &Checkpoint<D>,
         data: &CalibrationData,
     ) -> Result<BTreeMap<usize, Vec<Item>>> {
-        held_out_of(checkpoint, data, self)
+        let profile = self.profile_calibration();
+        let mut texts = texts_of(
+            checkpoint,
+            data,
+            self,
+            CalibrationOptions { part: Part::HeldOut, ..profile },
+        )?;
+        for text in texts.values_mut().flatten() {
+            let (read, predicted) = text.tokens().split_at(text.tokens().len() / 2);
+            *text = Item::new(read, predicted)?;
+        }
+        Ok(texts)
     }
 
     /// The plan that says what text may suffer: one rule for all heads, of the largest size that `request` allows.
@@ -54,36 +64,20 @@ impl CompressOptions {
 }
 
 /// Running texts at the lengths of a calibration, with about as many tokens at each.
-pub(super) fn texts_of<D: Math>(
+fn texts_of<D: Math>(
     checkpoint: &Checkpoint<D>,
     data: &CalibrationData,
     options: &CompressOptions,
-    calibration: &CalibrationOptions,
+    calibration: CalibrationOptions,
 ) -> Result<BTreeMap<usize, Vec<Item>>> {
     let samples = options.text_samples;
     if samples == 0 || options.text_weight == Some(0.0) {
         return Ok(BTreeMap::new());
     }
-    let mut texts =
-        checkpoint.text_items(data, &CalibrationOptions { samples, ..calibration.clone() })?;
+    let mut texts = checkpoint.text_items(data, &CalibrationOptions { samples, ..calibration })?;
     let shortest = texts.keys().next().copied().unwrap_or(1);
     for (length, own) in &mut texts {
         own.truncate((samples * shortest).div_ceil(*length).max(1));
-    }
-    Ok(texts)
-}
-
-/// Other running text at the profile lengths: the first half of each is read, the second is predicted.
-pub(super) fn held_out_of<D: Math>(
-    checkpoint: &Checkpoint<D>,
-    data: &CalibrationData,
-    options: &CompressOptions,
-) -> Result<BTreeMap<usize, Vec<Item>>> {
-    let calibration = CalibrationOptions { part: Part::HeldOut, ..options.profile_calibration() };
-    let mut texts = texts_of(checkpoint, data, options, &calibration)?;
-    for text in texts.values_mut().flatten() {
-        let (read, predicted) = text.tokens().split_at(text.tokens().len() / 2);
-        *text = Item::new(read, predicted)?;
     }
     Ok(texts)
 }

@@ -9,14 +9,6 @@ use crate::find_plan::refine::Refined;
 /// A response loss this far above the dense model's, in nats per token, changes answers.
 const WORSE: f64 = 0.1;
 
-pub(super) fn warnings_of(
-    refined: &Refined,
-    request: &PlanRequest,
-    device: Option<CacheType>,
-) -> Result<Vec<String>> {
-    refined.warnings(Some(request), device)
-}
-
 impl Refined {
     /// What is wrong with the plan, a sentence each: responses or held-out text that it loses, and more keys than
     /// `request` bounds below its lengths. `device` is the type of the device's caches where a plan says none.
@@ -140,7 +132,7 @@ mod tests {
         let warning = |cache_type, device, loss| {
             let plan = typed(&Plan::new(shape, 4, 20, vec![rule.into()])?, cache_type)?;
             let refined = refined(plan, loss);
-            Ok::<_, crate::Error>(warnings_of(&refined, &request, Some(device))?.concat())
+            Ok::<_, crate::Error>(refined.warnings(Some(&request), Some(device))?.concat())
         };
         let wide = CacheType::Bf16;
         assert!(
