@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use moa_core::Plan;
-use moa_models::{Checkpoint, Cpu, Result};
+use moa_models::{BlockType, Checkpoint, Cpu, Result, quantize};
 use serde::Deserialize;
 
 use crate::{close, logits};
@@ -40,6 +40,27 @@ fn logits_of_converted_files_equal_those_of_transformers() -> Result<()> {
         }
         let few = golden.prefix.len();
         close(name, &logits(&model, &plan, &golden.tokens[..few], &[few]), &golden.prefix);
+    }
+    Ok(())
+}
+
+// Where queries, keys and values are one tensor, its rows are cut in their blocks.
+#[test]
+fn converted_files_in_blocks_are_nearly_the_same_models() -> Result<()> {
+    let dir = tempfile::tempdir().unwrap();
+    for name in NAMES {
+        let file = dir.path().join(format!("{name}.gguf"));
+        let quantized = quantize(fixture(name, "gguf"), BlockType::Q8_0, &file, &mut ())?;
+        assert!(quantized.tensors["Q8_0"] >= 11, "{name}: {quantized:?}");
+        let golden = fs::read_to_string(fixture(name, "json")).unwrap();
+        let golden: Golden = serde_json::from_str(&golden).unwrap();
+        let model = Checkpoint::open(Cpu::default(), &file)?.model;
+        let near = logits(&model, &Plan::full(model.shape())?, &golden.tokens, &[20]);
+        let square = |x: f32| f64::from(x) * f64::from(x);
+        let exact = golden.dense.iter().flatten();
+        let error: f64 = near.iter().zip(exact.clone()).map(|(a, b)| square(a - b)).sum();
+        let error = (error / exact.copied().map(square).sum::<f64>()).sqrt();
+        assert!(error < 0.06, "{name}: {error}");
     }
     Ok(())
 }
