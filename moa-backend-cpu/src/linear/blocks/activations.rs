@@ -14,6 +14,9 @@ pub(super) const TILE: usize = 8;
 /// The largest code: `high * 128 + low` with both in 8 bits.
 pub(super) const MOST: f32 = 127.0 * 128.0;
 
+/// The bit of a float's sign.
+const SIGN: u32 = 1 << 31;
+
 /// Quantised rows, `[tile][group]` with the rows of a tile side by side.
 pub(super) struct Activations {
     pub(super) rows: usize,
@@ -157,8 +160,13 @@ fn low(code: i16) -> i8 {
 /// The step and the codes of a group. A step is not a number where an activation is none, or infinite.
 #[inline(always)]
 pub(super) fn quantise(x: &[f32; GROUP]) -> (f32, [i16; GROUP]) {
-    let most = x.iter().fold(0.0f32, |most, x| most.max(x.abs()));
-    let poison = x.iter().fold(0.0f32, |sum, x| sum + x * 0.0);
+    // Sizes of floats are ordered as their bits are, those of what is no number or infinite above all others: a sum
+    // or a maximum of floats would take one after the other.
+    let mut most = 0;
+    for x in x {
+        most = (x.to_bits() & !SIGN).max(most);
+    }
+    let most = f32::from_bits(most);
     let inverse = if most > 0.0 { MOST / most } else { 0.0 };
     // Where the largest is so small that its inverse overflows, all are 0.
     let inverse = if inverse.is_finite() { inverse } else { 0.0 };
@@ -167,7 +175,7 @@ pub(super) fn quantise(x: &[f32; GROUP]) -> (f32, [i16; GROUP]) {
     for i in 0..GROUP {
         codes[i] = (x[i] * inverse + 12_582_912.0).to_bits() as i16;
     }
-    (most / MOST + poison, codes)
+    (most / MOST + most * 0.0, codes)
 }
 
 #[cfg(test)]
