@@ -28,11 +28,12 @@ pub(super) struct Activations {
     pub(super) codes: Vec<i8>,
     /// `[tile][group][row]`.
     pub(super) steps: Vec<f32>,
-    /// `step * sum of codes`, where the weights have least elements, as `steps`.
+    /// `step * sum of codes`, where the weights have least elements, as `steps`. Where rows stand alone and weights
+    /// have an offset, `-offset` times that.
     pub(super) sums: Vec<f32>,
-    /// `-offset * sum of codes`, where the weights have an offset: of each 4 codes, `[row][group][8]`, where
-    /// rows stand alone, of each half, or of all in the first half, `[tile][group][2][row]`, where they lie
-    /// side by side.
+    /// `-offset * sum of codes`, where the weights have an offset: of each half, or of all in the first half,
+    /// `[tile][group][2][row]`, where rows lie side by side; of each 4 codes, `[row][group][8]`, where they stand
+    /// alone and halves differ in their steps.
     pub(super) bias: Vec<i32>,
 }
 
@@ -49,12 +50,13 @@ impl Activations {
         let rows = x.len() / len;
         let tiles = rows.div_ceil(side);
         let own = |wanted: bool, len: usize| if wanted { len } else { 0 };
+        let by_sums = by_sums::<F>(side);
         // Of a tile.
         let sizes = [
             groups * side * 2 * GROUP,
             groups * side,
-            own(F::LEAST, groups * side),
-            own(!F::LEAST, groups * if side == 1 { 8 } else { 2 * side }),
+            own(by_sums, groups * side),
+            own(!by_sums, groups * if side == 1 { 8 } else { 2 * side }),
         ];
         let mut codes: Vec<i8> = zeroed(tiles * sizes[0], WHAT)?;
         let mut steps: Vec<f32> = zeroed(tiles * sizes[1], WHAT)?;
@@ -82,6 +84,12 @@ impl Activations {
         }
         Ok(Self { rows, groups, side, codes, steps, sums, bias })
     }
+}
+
+/// Whether what weights add to all codes is multiplied with sums in f32. Rows side by side have it in whole numbers
+/// for the price of an instruction in a hundred; alone it would be one in ten.
+fn by_sums<F: Format>(side: usize) -> bool {
+    F::LEAST || side == 1 && !F::HALVES
 }
 
 /// The part of [`Activations`] of some rows.
@@ -122,8 +130,9 @@ pub(super) unsafe fn fill<V: Vector, F: Format>(rows: &[f32], len: usize, to: Ti
                     }
                 }
             }
-            if F::LEAST {
-                sums[at] = step * sum(&own) as f32;
+            if by_sums::<F>(side) {
+                let factor = if F::LEAST { 1 } else { -F::OFFSET };
+                sums[at] = step * (factor * sum(&own)) as f32;
             } else if side == 1 {
                 let fours = own.as_chunks::<4>().0;
                 for (to, four) in bias[8 * group..][..8].iter_mut().zip(fours) {

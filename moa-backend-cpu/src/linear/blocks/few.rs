@@ -74,9 +74,9 @@ unsafe fn dots<V: Vector, F: Format, const M: usize>(
     let (count, end) = (w.len() / row_bytes, first + M);
     assert!(x.side == 1 && end * x.groups <= x.steps.len() && F::GROUPS <= 8);
     assert!(x.codes.len() == x.rows * x.groups * 2 * GROUP);
-    assert!(!F::LEAST || x.sums.len() == x.steps.len());
-    assert!(F::LEAST || x.bias.len() == x.steps.len() * 8);
-    let biased = !(F::LEAST || F::WIDE && V::WIDE_IS_SIGNED);
+    assert!(F::HALVES || x.sums.len() == x.steps.len());
+    assert!(!F::HALVES || x.bias.len() == x.steps.len() * 8);
+    let offset = !(F::LEAST || F::HALVES || F::WIDE && V::WIDE_IS_SIGNED);
     // SAFETY: promised by the caller. Where places are constants, a compiler makes two instructions of one.
     let places: [V::Ints; SIDE] = std::hint::black_box(unsafe { places::<V, F>() });
     for j in (0..count).step_by(SIDE) {
@@ -106,15 +106,19 @@ unsafe fn dots<V: Vector, F: Format, const M: usize>(
                     };
                     for m in 0..M {
                         let at = (first + m) * x.groups + b * F::GROUPS + g;
-                        let bias = match biased {
+                        let bias = match F::HALVES {
                             true => V::ints(x.bias.as_ptr().add(8 * at)),
                             false => V::zero_ints(),
                         };
                         let from = x.codes.as_ptr().add(at * 2 * GROUP).cast::<u8>();
                         let (high, low) = (V::bytes(from), V::bytes(from.add(GROUP)));
                         let step = *x.steps.get_unchecked(at);
-                        let sum = if F::LEAST { *x.sums.get_unchecked(at) } else { step };
-                        let pairs = V::mul(pairs, V::pairs(step, sum));
+                        let sum = if F::HALVES { step } else { *x.sums.get_unchecked(at) };
+                        if offset {
+                            least[m] = V::plus(least[m], V::mul(pairs, V::pairs(sum, sum)));
+                        }
+                        let pairs =
+                            V::mul(pairs, V::pairs(step, if F::LEAST { sum } else { step }));
                         if F::LEAST {
                             least[m] = V::plus(least[m], pairs);
                         }
@@ -141,7 +145,7 @@ unsafe fn dots<V: Vector, F: Format, const M: usize>(
             for m in 0..M {
                 let least = V::lanes(least[m]);
                 for i in 0..SIDE.min(count - j) {
-                    let least = if F::LEAST { least[2 * i + 1] } else { 0.0 };
+                    let least = if F::LEAST { least[2 * i + 1] } else { least[2 * i] };
                     y[m * STRETCH + j + i] = V::total(sums[m][i]) + least;
                 }
             }
