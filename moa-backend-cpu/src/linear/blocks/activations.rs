@@ -86,8 +86,8 @@ impl Activations {
     }
 }
 
-/// Whether what weights add to all codes is multiplied with sums in f32. Rows side by side have it in whole numbers
-/// for the price of an instruction in a hundred; alone it would be one in ten.
+/// Whether what weights add to all codes is multiplied with sums in f32. Rows side by side begin their products with
+/// an offset, in whole numbers; rows alone would add it for every block, a tenth of their time.
 fn by_sums<F: Format>(side: usize) -> bool {
     F::LEAST || side == 1 && !F::HALVES
 }

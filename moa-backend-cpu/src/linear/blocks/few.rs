@@ -36,9 +36,9 @@ unsafe fn scales<V: Vector, F: Format>(blocks: [*const u8; SIDE]) -> Table {
     for (i, block) in blocks.into_iter().enumerate() {
         // SAFETY: promised by the caller.
         let scales = unsafe { F::scales::<V>(block) };
-        for g in 0..F::GROUPS {
-            table[g][2 * i] = scales.steps[g][0];
-            table[g][2 * i + 1] = if F::HALVES { scales.steps[g][1] } else { scales.least[g] };
+        for (g, pairs) in table.iter_mut().enumerate().take(F::GROUPS) {
+            pairs[2 * i] = scales.steps[g][0];
+            pairs[2 * i + 1] = if F::HALVES { scales.steps[g][1] } else { scales.least[g] };
         }
     }
     table
@@ -102,7 +102,7 @@ unsafe fn dots<V: Vector, F: Format, const M: usize>(
                     }
                     let pairs = match F::GROUPS {
                         1 => V::halves(own),
-                        _ => V::floats(table[g].as_ptr()),
+                        _ => V::floats(table.as_ptr().add(g).cast()),
                     };
                     for m in 0..M {
                         let at = (first + m) * x.groups + b * F::GROUPS + g;
