@@ -1,6 +1,6 @@
 """A GGUF file with its matrices in another type, so that two engines read the same numbers:
 
-    python retype_gguf.py MODEL.gguf f16|bf16|q8_0 OUT.gguf
+    python retype_gguf.py MODEL.gguf f16|bf16|q8_0|q4_0 OUT.gguf
 
 Reads F32, F16, BF16, Q8_0 and Q4_1; vectors stay as they are. Needs numpy.
 """
@@ -9,8 +9,8 @@ import sys
 
 import numpy as np
 
-F32, F16, Q4_1, Q8_0, BF16 = 0, 1, 3, 8, 30
-BLOCKS = {F32: (1, 4), F16: (1, 2), BF16: (1, 2), Q4_1: (32, 20), Q8_0: (32, 34)}
+F32, F16, Q4_0, Q4_1, Q8_0, BF16 = 0, 1, 2, 3, 8, 30
+BLOCKS = {F32: (1, 4), F16: (1, 2), BF16: (1, 2), Q4_0: (32, 18), Q4_1: (32, 20), Q8_0: (32, 34)}
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 ALIGNMENT = 32
 
@@ -38,6 +38,13 @@ def narrow(kind, x):
         bits = x.view(np.uint32)
         return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes()
     x = x.reshape(-1, 32)
+    if kind == Q4_0:
+        largest = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)
+        step = largest / -8
+        codes = x * np.divide(1, step, out=np.zeros_like(step), where=step != 0) + np.float32(8.5)
+        codes = np.minimum(codes, 15).astype(np.uint8)
+        packed = codes[:, :16] | codes[:, 16:] << 4
+        return np.concatenate([step.astype("<f2").view(np.uint8), packed], axis=1).tobytes()
     step = np.abs(x).max(axis=1, keepdims=True) / 127
     scaled = x * np.divide(1, step, out=np.zeros_like(step), where=step > 0)
     codes = np.trunc(scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int8)
@@ -45,7 +52,7 @@ def narrow(kind, x):
 
 
 def main(source, name, target):
-    kind = {"f16": F16, "bf16": BF16, "q8_0": Q8_0}[name]
+    kind = {"f16": F16, "bf16": BF16, "q8_0": Q8_0, "q4_0": Q4_0}[name]
     raw = np.fromfile(source, np.uint8)
     at = 0
 

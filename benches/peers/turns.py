@@ -3,9 +3,11 @@
     python turns.py ROWS.json >figures.txt
 
 ROWS.json has {"cores": [[0, 1], [2, 3]], "rounds": 2, "steps": 24, "engines": [{"name", "command", "env", "densities",
-"lengths"}]}. Prompts are read side by side, an engine to a pair of cores; then all wait, and one after the other decodes on
+"lengths"}]}, and may have "clock": "cpu", which counts the seconds of the engines' threads on a core, for one thread each where the
+cores have other work. Prompts are read side by side, an engine to a pair of cores; then all wait, and one after the other decodes on
 the first pair, every length of all engines in turn, round by round.
 """
+import glob
 import json
 import os
 import queue
@@ -16,6 +18,8 @@ import time
 
 
 class Engine:
+    by_cpu = False
+
     def __init__(self, name, command, env=(), densities=("1",), lengths=()):
         self.name, self.densities, self.lengths = name, densities, lengths
         self.command, self.env = command, dict(os.environ, **dict(env))
@@ -29,8 +33,19 @@ class Engine:
             os.sched_setaffinity(int(thread), cores)
 
     def ask(self, *words):
+        begin = self.on_cores()
         print(*words, file=self.run.stdin, flush=True)
-        return float(self.run.stdout.readline())
+        seconds = float(self.run.stdout.readline())
+        if not self.by_cpu:
+            return seconds
+        # A step of two more that come before those that are measured.
+        steps = words[3] + 2 if words[0] == "decode" else 1
+        return (self.on_cores() - begin) / steps
+
+    def on_cores(self):
+        """Seconds of all threads."""
+        stats = glob.glob(f"/proc/{self.run.pid}/task/*/schedstat")
+        return sum(int(open(stat).read().split()[0]) for stat in stats) / 1e9
 
     def rows(self):
         # Plans count where the context is longest.
@@ -47,6 +62,7 @@ class Engine:
 
 def main(path):
     plan = json.load(open(path))
+    Engine.by_cpu = plan.get("clock") == "cpu"
     engines = [Engine(**own) for own in plan["engines"]]
     waiting = queue.Queue()
     for engine in engines:

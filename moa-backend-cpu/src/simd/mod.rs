@@ -41,13 +41,29 @@ const AHEAD: usize = 4096;
 #[inline(always)]
 pub(crate) fn prefetch<T>(read: *const T, bytes: usize) {
     #[cfg(target_arch = "x86_64")]
-    for line in (0..bytes).step_by(64) {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // SAFETY: every x86-64 has it, and where there is no memory it does nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(read.cast::<i8>().wrapping_add(AHEAD + line)) };
-    }
+    ask::<{ std::arch::x86_64::_MM_HINT_T1 }, T>(read, bytes);
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (read, bytes);
+}
+
+/// [`prefetch`] into the first level, for what is read in several streams, which processors do not look ahead in.
+#[inline(always)]
+pub(crate) fn prefetch_near<T>(read: *const T, bytes: usize) {
+    #[cfg(target_arch = "x86_64")]
+    ask::<{ std::arch::x86_64::_MM_HINT_T0 }, T>(read, bytes);
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (read, bytes);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn ask<const LEVEL: i32, T>(read: *const T, bytes: usize) {
+    for line in (0..bytes).step_by(64) {
+        // SAFETY: every x86-64 has it, and where there is no memory it does nothing.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<LEVEL>(read.cast::<i8>().wrapping_add(AHEAD + line));
+        }
+    }
 }
 
 /// The best instruction set of this machine that may be used.

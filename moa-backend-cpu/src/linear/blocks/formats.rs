@@ -9,7 +9,7 @@ use super::vector::Vector;
 pub(super) const GROUP: usize = 32;
 
 /// Groups of the longest block.
-const MOST_GROUPS: usize = 8;
+pub(super) const MOST_GROUPS: usize = 8;
 
 /// Steps of the two halves of each group, and the least elements.
 #[derive(Clone, Copy)]
@@ -34,7 +34,7 @@ impl Scales {
 /// # Safety of all functions
 /// `block` must point to a whole block, on the machine that `V` stands for.
 pub(super) trait Format: Copy + Send + Sync + 'static {
-    /// Groups of a block.
+    /// Groups of a block. One of a single group begins with its step and, where it has one, its least element, in f16.
     const GROUPS: usize;
     /// Bytes of a block.
     const BYTES: usize;

@@ -22,6 +22,8 @@ pub(super) trait Vector: Copy {
     const WIDE_IS_SIGNED: bool;
 
     unsafe fn half(bits: u16) -> f32;
+    /// The two f16 that each of 4 places begins with, side by side.
+    unsafe fn halves(from: [*const u8; 4]) -> Self::Floats;
     /// 32 bytes.
     unsafe fn bytes(from: *const u8) -> Self::Bytes;
     /// The low halves of 16 bytes, then their high halves.
@@ -48,11 +50,18 @@ pub(super) trait Vector: Copy {
     ) -> Self::Ints;
     /// `high * 128 + low`.
     unsafe fn join(high: Self::Ints, low: Self::Ints) -> Self::Ints;
-    /// `a` in the first 4 lanes, `b` in the others.
-    unsafe fn pair(a: f32, b: f32) -> Self::Floats;
+    /// 8 floats, which need not be aligned.
+    unsafe fn floats(from: *const f32) -> Self::Floats;
+    /// `a` in lanes of even number, `b` in the others.
+    unsafe fn pairs(a: f32, b: f32) -> Self::Floats;
+    unsafe fn mul(a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    unsafe fn plus(a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// The lane of `x` that each lane of `places` names.
+    unsafe fn spread(x: Self::Floats, places: Self::Ints) -> Self::Floats;
     /// `sums + ints * factor`.
     unsafe fn add(sums: Self::Floats, ints: Self::Ints, factor: Self::Floats) -> Self::Floats;
     unsafe fn total(x: Self::Floats) -> f32;
+    unsafe fn lanes(x: Self::Floats) -> [f32; 8];
 }
 
 /// Plain code, for machines that have none of the others; compilers make vectors of most of it.
@@ -69,6 +78,13 @@ impl Vector for Scalar {
     #[inline(always)]
     unsafe fn half(bits: u16) -> f32 {
         f16::from_bits(bits).to_f32()
+    }
+
+    #[inline(always)]
+    unsafe fn halves(from: [*const u8; 4]) -> [f32; 8] {
+        // SAFETY: promised by the caller.
+        let pairs = from.map(|from| unsafe { from.cast::<[[u8; 2]; 2]>().read() });
+        std::array::from_fn(|i| f16::from_le_bytes(pairs[i / 2][i % 2]).to_f32())
     }
 
     #[inline(always)]
@@ -140,8 +156,29 @@ impl Vector for Scalar {
     }
 
     #[inline(always)]
-    unsafe fn pair(a: f32, b: f32) -> [f32; 8] {
-        [a, a, a, a, b, b, b, b]
+    unsafe fn floats(from: *const f32) -> [f32; 8] {
+        // SAFETY: promised by the caller.
+        unsafe { from.cast::<[f32; 8]>().read_unaligned() }
+    }
+
+    #[inline(always)]
+    unsafe fn pairs(a: f32, b: f32) -> [f32; 8] {
+        [a, b, a, b, a, b, a, b]
+    }
+
+    #[inline(always)]
+    unsafe fn mul(a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        std::array::from_fn(|i| a[i] * b[i])
+    }
+
+    #[inline(always)]
+    unsafe fn plus(a: [f32; 8], b: [f32; 8]) -> [f32; 8] {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+
+    #[inline(always)]
+    unsafe fn spread(x: [f32; 8], places: [i32; 8]) -> [f32; 8] {
+        std::array::from_fn(|i| x[places[i] as usize % 8])
     }
 
     #[inline(always)]
@@ -152,5 +189,10 @@ impl Vector for Scalar {
     #[inline(always)]
     unsafe fn total(x: [f32; 8]) -> f32 {
         x.iter().sum()
+    }
+
+    #[inline(always)]
+    unsafe fn lanes(x: [f32; 8]) -> [f32; 8] {
+        x
     }
 }

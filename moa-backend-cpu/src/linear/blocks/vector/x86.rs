@@ -23,6 +23,20 @@ macro_rules! on_256_bits {
         }
 
         #[inline(always)]
+        unsafe fn halves([a, b, c, d]: [*const u8; 4]) -> __m256 {
+            unsafe {
+                let [a, b, c, d] = [a.cast::<i32>(), b.cast(), c.cast(), d.cast()];
+                let all = _mm_setr_epi32(
+                    a.read_unaligned(),
+                    b.read_unaligned(),
+                    c.read_unaligned(),
+                    d.read_unaligned(),
+                );
+                _mm256_cvtph_ps(all)
+            }
+        }
+
+        #[inline(always)]
         unsafe fn bytes(from: *const u8) -> __m256i {
             unsafe { _mm256_loadu_si256(from.cast()) }
         }
@@ -30,9 +44,9 @@ macro_rules! on_256_bits {
         #[inline(always)]
         unsafe fn nibbles(from: *const u8) -> __m256i {
             unsafe {
-                let low = _mm_loadu_si128(from.cast());
-                let both = _mm256_set_m128i(_mm_srli_epi16::<4>(low), low);
-                _mm256_and_si256(both, _mm256_set1_epi8(15))
+                let both = _mm256_broadcastsi128_si256(_mm_loadu_si128(from.cast()));
+                let low = _mm256_srlv_epi64(both, _mm256_setr_epi64x(0, 0, 4, 4));
+                _mm256_and_si256(low, _mm256_set1_epi8(15))
             }
         }
 
@@ -97,8 +111,28 @@ macro_rules! on_256_bits {
         }
 
         #[inline(always)]
-        unsafe fn pair(a: f32, b: f32) -> __m256 {
-            unsafe { _mm256_set_m128(_mm_set1_ps(b), _mm_set1_ps(a)) }
+        unsafe fn floats(from: *const f32) -> __m256 {
+            unsafe { _mm256_loadu_ps(from) }
+        }
+
+        #[inline(always)]
+        unsafe fn pairs(a: f32, b: f32) -> __m256 {
+            unsafe { _mm256_blend_ps::<0xaa>(_mm256_set1_ps(a), _mm256_set1_ps(b)) }
+        }
+
+        #[inline(always)]
+        unsafe fn mul(a: __m256, b: __m256) -> __m256 {
+            unsafe { _mm256_mul_ps(a, b) }
+        }
+
+        #[inline(always)]
+        unsafe fn plus(a: __m256, b: __m256) -> __m256 {
+            unsafe { _mm256_add_ps(a, b) }
+        }
+
+        #[inline(always)]
+        unsafe fn spread(x: __m256, places: __m256i) -> __m256 {
+            unsafe { _mm256_permutevar8x32_ps(x, places) }
         }
 
         #[inline(always)]
@@ -113,6 +147,13 @@ macro_rules! on_256_bits {
                 let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
                 _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
             }
+        }
+
+        #[inline(always)]
+        unsafe fn lanes(x: __m256) -> [f32; 8] {
+            let mut lanes = [0.0; 8];
+            unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), x) };
+            lanes
         }
     };
 }
