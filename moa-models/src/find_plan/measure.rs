@@ -92,9 +92,9 @@ impl Measured {
     }
 }
 
-/// 0 for none.
+/// 0 for none, of which a `sum` is -0.
 fn mean(losses: &[AtLength]) -> f64 {
-    losses.iter().map(|l| l.value).sum::<f64>() / losses.len().max(1) as f64
+    losses.iter().fold(0.0, |sum, loss| sum + loss.value) / losses.len().max(1) as f64
 }
 
 /// What a plan's measurements come to.
@@ -643,6 +643,11 @@ pub fn measured_losses<D: Math>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mean_of_nothing_is_no_negative_zero() {
+        assert!(mean(&[]).is_sign_positive());
+    }
 
     #[test]
     fn more_harm_to_text_than_noise_is_an_excess() {
