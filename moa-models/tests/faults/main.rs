@@ -7,5 +7,6 @@
 mod calls;
 mod compressing;
 mod evaluating;
+mod failing;
 mod memory;
 mod world;

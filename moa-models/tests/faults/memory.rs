@@ -1,7 +1,6 @@
 //! Memory that runs out. What is large (weights, caches, activations) is an error; where something small has no room the
 //! process ends, as Rust programs do, and its files are as after any other end.
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -17,10 +16,8 @@ use moa_core::{
 };
 use moa_models::{Checkpoint, Cpu, Error, LogitRows};
 
+use crate::failing::Failing;
 use crate::world::{Random, alone, checkpoint, write_model};
-
-/// The system's allocator, of which one allocation of some least size fails.
-struct Failing;
 
 /// Least size that counts.
 static LEAST: AtomicUsize = AtomicUsize::new(usize::MAX);
@@ -28,41 +25,13 @@ static LEAST: AtomicUsize = AtomicUsize::new(usize::MAX);
 static COUNT: AtomicU64 = AtomicU64::new(0);
 static FAILS: AtomicU64 = AtomicU64::new(0);
 
+/// One allocation of some least size fails.
 fn fails(size: usize) -> bool {
     size >= LEAST.load(Relaxed) && COUNT.fetch_add(1, Relaxed) + 1 == FAILS.load(Relaxed)
 }
 
-// SAFETY: every call goes to the system's allocator unchanged, or returns null, as one that fails does.
-unsafe impl GlobalAlloc for Failing {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: the caller's promise.
-        if fails(layout.size()) { std::ptr::null_mut() } else { unsafe { System.alloc(layout) } }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        if fails(layout.size()) {
-            return std::ptr::null_mut();
-        }
-        // SAFETY: the caller's promise.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        if fails(size) {
-            return std::ptr::null_mut();
-        }
-        // SAFETY: the caller's promise.
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Failing = Failing;
+static ALLOCATOR: Failing = Failing(fails);
 
 /// Runs with the `number`-th allocation of `least` bytes or more failing, of all threads.
 fn with_failure<T>(least: usize, number: u64, run: impl FnOnce() -> T) -> T {

@@ -3,8 +3,9 @@
 #[allow(dead_code, reason = "the other tests use all of it")]
 #[path = "../server/client.rs"]
 mod client;
+#[path = "../../../moa-models/tests/faults/failing.rs"]
+mod failing;
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
@@ -14,51 +15,21 @@ use moa_server::{Server, ServerOptions};
 use serde_json::json;
 
 use client::Client;
-
-/// The system's allocator, which has no large pieces while it is told so.
-struct Failing;
+use failing::Failing;
 
 /// Least size that there is nothing of.
 static LEAST: AtomicUsize = AtomicUsize::new(usize::MAX);
 static FAILED: AtomicU64 = AtomicU64::new(0);
 
+/// There are no large pieces while it is told so.
 fn fails(size: usize) -> bool {
     let fails = size >= LEAST.load(Relaxed);
     FAILED.fetch_add(u64::from(fails), Relaxed);
     fails
 }
 
-// SAFETY: every call goes to the system's allocator unchanged, or returns null, as one that fails does.
-unsafe impl GlobalAlloc for Failing {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: the caller's promise.
-        if fails(layout.size()) { std::ptr::null_mut() } else { unsafe { System.alloc(layout) } }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        if fails(layout.size()) {
-            return std::ptr::null_mut();
-        }
-        // SAFETY: the caller's promise.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        if fails(size) {
-            return std::ptr::null_mut();
-        }
-        // SAFETY: the caller's promise.
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Failing = Failing;
+static ALLOCATOR: Failing = Failing(fails);
 
 /// Smaller than what the activations of a long prompt take, and larger than what a short one and its text take.
 const LARGE: usize = 1 << 20;
