@@ -128,8 +128,8 @@ pub use families::smollm3::SmolLm3;
 pub use families::{FAMILIES, Family};
 pub use find_plan::calibrate::{Calibration, CalibrationData, CalibrationOptions, Part};
 pub use find_plan::compress::{
-    CompressOptions, Compressed, bound_decode_time, compress, compress_profile, profile_warnings,
-    with_min_share,
+    CompressOptions, Compressed, bound_decode_time, compress, compress_profile, plan_warnings,
+    profile_warnings, with_min_share,
 };
 pub use find_plan::measure::{Evidence, HeldOut, Measured, TextGoal, measured_losses};
 pub use find_plan::objective::{Objective, TokenWeight, WeightedObjective};

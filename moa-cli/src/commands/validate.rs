@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use moa_core::{AtLength, Plan, PlanRequest, Profile};
 use moa_models::{
     CacheTypes, CalibrationData, Checkpoint, CompressOptions, Evidence, HeldOut, Item, Math,
-    Refined, TextGoal, bound_decode_time, measured_losses, profile_warnings, refine,
+    Refined, TextGoal, bound_decode_time, measured_losses, plan_warnings, profile_warnings, refine,
 };
 use moa_report::at_lengths;
 use serde::Serialize;
@@ -151,21 +151,14 @@ fn with_model<D: Math>(
         warnings = profile_warnings(profile)?;
         refined = Some(found);
     }
-    let judged = refined.clone().unwrap_or_else(|| Refined {
-        plan: plan.clone(),
-        loss: losses[best],
-        divergence: 0.0,
-        start_loss: losses[best],
-        start_divergence: 0.0,
-        dense_loss: dense,
-        held_out: None,
-        evaluations: 0,
-        seconds: 0.0,
-    });
+    let (growth, held_out) = match &refined {
+        Some(found) => (found.loss - found.dense_loss, found.held_out),
+        None => (losses[best] - dense, None),
+    };
     let request = PlanRequest::from_plan(&plan)
         .map_err(|e| Error::from(e).at(files[best].path.display().to_string()))?;
     let device = model.model.device().default_cache_type();
-    warnings.extend(judged.warnings(request.as_ref(), device)?);
+    warnings.extend(plan_warnings(&plan, growth, held_out, request.as_ref(), device)?);
     plan.provenance.measured_losses = measured_losses(&model.model, &items, &plan)?;
     let measured = files.iter().zip(&losses);
     plan.provenance
@@ -188,7 +181,7 @@ fn with_model<D: Math>(
         dense_loss: dense,
         refined_from: refined.as_ref().map(|r| r.start_loss),
         refined_to: refined.as_ref().map(|r| r.loss),
-        held_out: refined.as_ref().and_then(|r| r.held_out),
+        held_out,
         measured_losses: &plan.provenance.measured_losses,
         warnings: calibration::tell(warnings, context),
         refined,

@@ -23,7 +23,7 @@ use crate::{Error, Result};
 
 pub use bounds::{bound_decode_time, with_min_share};
 pub use options::CompressOptions;
-pub use warnings::profile_warnings;
+pub use warnings::{plan_warnings, profile_warnings};
 
 /// Everything that [`compress`] found.
 #[derive(Debug)]
@@ -142,7 +142,8 @@ pub fn compress_profile<D: Math>(
         refine_types(model, evidence, &starts, bounds, &profile, evaluations, progress)?;
     refined.plan.provenance.method = Some("moa compress".to_string());
     let plan = refined.plan.clone();
-    warnings.extend(refined.warnings(Some(&request), model.device.default_cache_type())?);
+    let (growth, device) = (refined.loss - refined.dense_loss, model.device.default_cache_type());
+    warnings.extend(plan_warnings(&plan, growth, refined.held_out, Some(&request), device)?);
     Ok(Compressed { plan, profile, found, refined, warnings })
 }
 
