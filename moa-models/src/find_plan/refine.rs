@@ -37,8 +37,8 @@ pub struct Refined {
     pub start_divergence: f64,
     /// Response loss of dense attention.
     pub dense_loss: f64,
-    /// What the plan does to held-out text, and the plan does that is its limit; `None` without either.
-    pub held_out: Option<HeldOut>,
+    /// What the plan does to held-out text, by length; empty without such text.
+    pub held_out: Vec<HeldOut>,
     /// Plans measured.
     pub evaluations: usize,
     /// Wall time of the refinement, in seconds.
@@ -116,8 +116,7 @@ pub(super) fn refine_types<D: Math>(
         measure.allow(evaluations);
         let chosen = choose(&mut measure, request, best.clone())?;
         let of_chosen = measure.held_out(&chosen.1)?;
-        let excess = |of: Option<HeldOut>| of.map_or(1.0, |of| of.excess());
-        if excess(of_chosen) <= excess(held_out) {
+        if excess(&of_chosen) <= excess(&held_out) {
             (best, held_out) = (chosen, of_chosen);
         }
     }
@@ -151,11 +150,11 @@ fn hold<D: Math>(
     request: &PlanRequest,
     best: &mut (f64, Plan),
     evaluations: usize,
-) -> Result<Option<HeldOut>> {
+) -> Result<Vec<HeldOut>> {
     let mut held_out = measure.held_out(&best.1)?;
     let Some(uniform) = measure.limit_plan() else { return Ok(held_out) };
     for _ in 0..TIGHTENED {
-        let excess = held_out.map_or(1.0, |of| of.excess());
+        let excess = excess(&held_out);
         tracing::debug!(?held_out, excess, "held-out text");
         if excess <= 1.0 || evaluations == 0 {
             break;
@@ -176,6 +175,12 @@ fn hold<D: Math>(
         held_out = measure.held_out(&best.1)?;
     }
     Ok(held_out)
+}
+
+/// How many times as much a plan does to held-out text as it may, at the length where that is most; 1 where it is
+/// within the limit at each.
+fn excess(held_out: &[HeldOut]) -> f64 {
+    held_out.iter().map(HeldOut::excess).fold(1.0, f64::max)
 }
 
 /// Rounds of measuring every head's swap and searching with what was measured, with a part of the budget.
