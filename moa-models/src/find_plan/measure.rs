@@ -64,7 +64,7 @@ pub enum TextGoal<'a> {
     /// A nat of divergence as much as this many nats of response loss.
     Weight(f64),
     /// The divergence should not exceed that of this plan, usually the uniform one of the same size; below
-    /// that responses alone count.
+    /// that it decides between plans nearly alike in responses.
     NoWorseThan(&'a Plan),
 }
 
@@ -100,16 +100,30 @@ fn mean(losses: &[AtLength]) -> f64 {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Merit {
     Weight(f64),
-    /// Divergence at most this much; what is beyond costs [`EXCESS`] nats for each time the limit.
+    /// Divergence at most this much; what is beyond costs [`EXCESS`] nats for each time the limit, what is within
+    /// [`WITHIN`].
     Limit(f64),
 }
 
 /// Nats of response loss that a divergence of twice its limit costs.
 const EXCESS: f64 = 0.25;
 
+/// Nats of response loss that a divergence as large as its limit costs: of plans nearly alike in responses, the one
+/// that leaves text as it is.
+const WITHIN: f64 = EXCESS / 10.0;
+
 impl Merit {
     /// Smaller is better.
     pub(super) fn of(self, measured: &Measured) -> f64 {
+        let within = match self {
+            Self::Weight(_) => 0.0,
+            Self::Limit(limit) => WITHIN * measured.text_divergence() / limit.max(1e-9),
+        };
+        self.needed(measured) + within
+    }
+
+    /// The same without what text may cost within its limit.
+    fn needed(self, measured: &Measured) -> f64 {
         let divergence = measured.text_divergence();
         let text = match self {
             Self::Weight(weight) => weight * divergence,
@@ -405,6 +419,12 @@ impl<'a, D: Math> Measure<'a, D> {
         Ok((!is_hopeless).then_some(measured))
     }
 
+    /// What all of the evidence of a plan comes to, without what text may cost within its limit.
+    pub(super) fn needed(&mut self, plan: &Plan) -> Result<f64> {
+        let measured = self.measured(plan, Scope::All)?;
+        Ok(self.merit.needed(&measured))
+    }
+
     /// What all of the evidence of a plan comes to.
     pub(super) fn loss(&mut self, plan: &Plan) -> Result<f64> {
         Ok(self.merit.of(&self.measured(plan, Scope::All)?))
@@ -640,6 +660,18 @@ mod tests {
     #[test]
     fn a_mean_of_nothing_is_no_negative_zero() {
         assert!(mean(&[]).is_sign_positive());
+    }
+
+    #[test]
+    fn text_within_its_limit_decides_between_plans_alike_in_responses() {
+        let of = |response, divergence| {
+            let [response, divergence] =
+                [response, divergence].map(|value| vec![AtLength { length: 1024, value }]);
+            Merit::Limit(0.01).of(&Measured { response, divergence })
+        };
+        assert!(of(0.3, 0.004) < of(0.3, 0.008));
+        assert!(of(0.28, 0.01) < of(0.31, 0.0), "responses count more");
+        assert!(of(0.3, 0.02) > of(0.5, 0.01), "the limit counts most");
     }
 
     #[test]

@@ -98,21 +98,21 @@ pub(super) fn refine_types<D: Math>(
     let start = measure.measured(&best.1, Scope::All)?;
     tracing::debug!(done = measure.done, best = best.0, dense_loss, "starts");
     measure.allow(evaluations);
-    if best.0 > dense_loss + CLOSE {
+    let enough = dense_loss + CLOSE;
+    if measure.needed(&best.1)? > enough {
         let mut request = request.clone();
         // Heights are measured to a few percent at best: a few proposals are enough.
         request.solver.time_limit = request.solver.time_limit.min(Duration::from_secs(2));
         request.solver.max_plans = request.solver.max_plans.min(4);
         request.solver.intervals = request.solver.intervals.min(2);
-        let enough = dense_loss + CLOSE;
         best = swap(&mut measure, &request, profile, dense, best, enough)?;
-        if best.0 > enough {
+        if measure.needed(&best.1)? > enough {
             best = exchange(&mut measure, &request, best, Budget::Keys)?;
         }
     }
     let mut held_out = hold(&mut measure, request, &mut best, evaluations)?;
     best.1 = typed(&best.1, types.first())?;
-    if types == CacheTypes::PerHead && best.0 > dense_loss + CLOSE {
+    if types == CacheTypes::PerHead && measure.needed(&best.1)? > enough {
         measure.allow(evaluations);
         let chosen = choose(&mut measure, request, best.clone())?;
         let of_chosen = measure.held_out(&chosen.1)?;
@@ -203,7 +203,10 @@ fn swap<D: Math>(
     let kept = measure.left() * 2 / 5;
     let (mut is_better, mut round) = (true, 0);
     // A step of exchange finds more with as many measurements than another round after one that found nothing.
-    while measure.left() >= kept + shape.total_kv_heads() && best.0 > enough && is_better {
+    while measure.left() >= kept + shape.total_kv_heads()
+        && measure.needed(&best.1)? > enough
+        && is_better
+    {
         table.probe(measure, &around)?;
         let plans: Vec<Plan>;
         match &limited {
