@@ -1,9 +1,9 @@
 use std::fmt;
 
-use moa_models::{Compressed, HeldOut};
+use moa_models::{Agreement, Compressed, HeldOut};
 use serde::Serialize;
 
-use crate::output::percent;
+use crate::output::{percent, table};
 
 /// Losses that [`moa_models::compress`] measured, and how much it searched for them.
 #[derive(Debug, Serialize)]
@@ -13,7 +13,6 @@ pub(crate) struct Losses {
     loss: f64,
     start_divergence: f64,
     divergence: f64,
-    held_out: Option<HeldOut>,
     evaluations: usize,
     searched_plans: usize,
     worst_gap: f64,
@@ -27,7 +26,6 @@ impl From<&Compressed> for Losses {
             loss: found.refined.loss,
             start_divergence: found.refined.start_divergence,
             divergence: found.refined.divergence,
-            held_out: found.refined.held_out,
             evaluations: found.refined.evaluations,
             searched_plans: found.found.plans.len(),
             worst_gap: found.found.set.worst_gap,
@@ -50,22 +48,37 @@ impl fmt::Display for Losses {
             self.searched_plans,
             percent(self.worst_gap),
             self.evaluations,
-        )?;
-        match &self.held_out {
-            None => Ok(()),
-            Some(of) => write!(f, "\n{}", held_out(of)),
-        }
+        )
     }
 }
 
-/// What a plan does to held-out text, in a line.
-pub(crate) fn held_out(of: &HeldOut) -> String {
-    format!(
-        "Held-out text: divergence {:.4}, perplexity {:+.1} % over dense; one window of the same size for all heads \
-         {:.4}, {:+.1} %",
-        of.divergence,
-        100.0 * of.growth.exp_m1(),
-        of.limit_divergence,
-        100.0 * of.limit_growth.exp_m1(),
-    )
+/// Predictions of held-out text under dense attention, under the plan, and under one window of its size for all heads.
+pub(crate) fn held_out(of_lengths: &[HeldOut]) -> String {
+    const HEAD: [&str; 8] = [
+        "held-out text of",
+        "tokens",
+        "dense ppl",
+        "plan ppl",
+        "ratio",
+        "KL mean",
+        "KL worst 1 %",
+        "equal greedy",
+    ];
+    let row = |name: String, of: &Agreement| {
+        vec![
+            name,
+            of.tokens.to_string(),
+            format!("{:.4}", of.dense_perplexity),
+            format!("{:.4}", of.plan_perplexity),
+            format!("{:.4}", of.perplexity_ratio),
+            format!("{:.5}", of.kl_mean),
+            format!("{:.4}", of.kl_worst),
+            percent(of.equal_greedy),
+        ]
+    };
+    let rows = of_lengths.iter().flat_map(|HeldOut { length, plan, limit }| {
+        let limit = limit.as_ref().map(|limit| row("one window".to_string(), limit));
+        [row(length.to_string(), plan)].into_iter().chain(limit)
+    });
+    table(&HEAD, &rows.collect::<Vec<_>>())
 }

@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 
 use moa_core::Profile;
 use moa_models::{
-    Agreement, Backward, CacheTypes, CalibrationData, Checkpoint, CompressOptions, compress,
+    Backward, CacheTypes, CalibrationData, Checkpoint, CompressOptions, HeldOut, compress,
     compress_profile,
 };
 use moa_report::{PlanSummary, lengths_of};
@@ -13,11 +13,11 @@ use super::search::SolverArgs;
 use crate::args::{DataArg, ModelArg, ObjectiveArgs, SpanArgs, parse_count, parse_size};
 use crate::budget::BudgetArgs;
 use crate::calibration;
-use crate::compressed::Losses;
+use crate::compressed::{self, Losses};
 use crate::error::Result;
 use crate::files::Files;
 use crate::model::{self, on_model};
-use crate::output::{Context, percent, shown, table};
+use crate::output::{Context, shown};
 use crate::progress::Progress;
 use crate::style::StyleArgs;
 
@@ -140,13 +140,6 @@ fn with_model<D: Backward>(
         Some(profile) => compress_profile(model, data, profile.clone(), &options, &mut bar)?,
         None => compress(model, data, &options, &mut bar)?,
     };
-    // A profile that was given has lengths of its own.
-    let options = CompressOptions { lengths: found.profile.lengths(), ..options };
-    let mut text = Vec::new();
-    for (length, items) in options.held_out_texts(model, data)? {
-        let agreement = model.model.agreement(&items, &found.plan, length, &mut bar)?;
-        text.push(OfText { length, agreement });
-    }
     drop(bar);
     if model.model.is_first() {
         if let Some(path) = &args.save_profile {
@@ -159,7 +152,7 @@ fn with_model<D: Backward>(
     context.result(&Outcome {
         out: &args.out,
         losses: Losses::from(&found),
-        text,
+        held_out: &found.refined.held_out,
         plan: PlanSummary::new(
             &found.plan,
             &lengths,
@@ -175,52 +168,16 @@ struct Outcome<'a> {
     #[serde(serialize_with = "shown")]
     out: &'a Path,
     losses: Losses,
-    text: Vec<OfText>,
+    held_out: &'a [HeldOut],
     plan: PlanSummary,
     warnings: Vec<String>,
-}
-
-/// Predictions of held-out text of a length, under dense attention and under the plan.
-#[derive(Debug, Serialize)]
-struct OfText {
-    length: usize,
-    #[serde(flatten)]
-    agreement: Agreement,
-}
-
-impl OfText {
-    const HEAD: [&str; 8] = [
-        "held-out text of",
-        "tokens",
-        "dense ppl",
-        "plan ppl",
-        "ratio",
-        "KL mean",
-        "KL worst 1 %",
-        "equal greedy",
-    ];
-
-    fn row(&self) -> Vec<String> {
-        let of = &self.agreement;
-        vec![
-            self.length.to_string(),
-            of.tokens.to_string(),
-            format!("{:.4}", of.dense_perplexity),
-            format!("{:.4}", of.plan_perplexity),
-            format!("{:.4}", of.perplexity_ratio),
-            format!("{:.5}", of.kl_mean),
-            format!("{:.4}", of.kl_worst),
-            percent(of.equal_greedy),
-        ]
-    }
 }
 
 impl fmt::Display for Outcome<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}\n\n{}", self.plan, self.losses)?;
-        if !self.text.is_empty() {
-            let rows: Vec<_> = self.text.iter().map(OfText::row).collect();
-            writeln!(f, "\n{}\n", table(&OfText::HEAD, &rows))?;
+        if !self.held_out.is_empty() {
+            writeln!(f, "\n{}\n", compressed::held_out(self.held_out))?;
         }
         write!(f, "Plan: {}", self.out.display())
     }

@@ -140,10 +140,8 @@ fn with_model<D: Math>(
         let request = request(&files[best], model)?;
         let texts = options.texts(model, &data)?;
         let text_limit = options.text_limit(&request, profile)?;
-        let (text_goal, held_out) = match &text_limit {
-            Some(plan) => (TextGoal::NoWorseThan(plan), options.held_out_texts(model, &data)?),
-            None => (TextGoal::Weight(1.0), BTreeMap::new()),
-        };
+        let text_goal = text_limit.as_ref().map_or(TextGoal::Weight(1.0), TextGoal::NoWorseThan);
+        let held_out = options.held_out_texts(model, &data)?;
         let evidence = Evidence { items: &items, texts: &texts, text_goal, held_out: &held_out };
         let found =
             refine(&model.model, evidence, &starts, &request, profile, evaluations, &mut bar)?;
@@ -152,8 +150,8 @@ fn with_model<D: Math>(
         refined = Some(found);
     }
     let (growth, held_out) = match &refined {
-        Some(found) => (found.loss - found.dense_loss, found.held_out),
-        None => (losses[best] - dense, None),
+        Some(found) => (found.loss - found.dense_loss, &*found.held_out),
+        None => (losses[best] - dense, &[][..]),
     };
     let request = PlanRequest::from_plan(&plan)
         .map_err(|e| Error::from(e).at(files[best].path.display().to_string()))?;
@@ -184,7 +182,7 @@ fn with_model<D: Math>(
         held_out,
         measured_losses: &plan.provenance.measured_losses,
         warnings: calibration::tell(warnings, context),
-        refined,
+        refined: refined.as_ref(),
     })
 }
 
@@ -200,11 +198,11 @@ struct Outcome<'a> {
     dense_loss: f64,
     refined_from: Option<f64>,
     refined_to: Option<f64>,
-    held_out: Option<HeldOut>,
+    held_out: &'a [HeldOut],
     measured_losses: &'a [AtLength],
     warnings: Vec<String>,
     #[serde(skip)]
-    refined: Option<Refined>,
+    refined: Option<&'a Refined>,
 }
 
 #[derive(Debug, Serialize)]
@@ -225,14 +223,14 @@ impl fmt::Display for Outcome<'_> {
         let head = format!("loss at {}", self.length);
         writeln!(f, "{}", table(&["plan", &head, "density"], &rows))?;
         writeln!(f, "\nLowest loss: {}", name(self.best))?;
-        if let Some(Refined { start_loss, loss, evaluations, .. }) = &self.refined {
+        if let Some(Refined { start_loss, loss, evaluations, .. }) = self.refined {
             writeln!(
                 f,
                 "Refined: mean loss {start_loss:.4} -> {loss:.4} in {evaluations} measurements"
             )?;
         }
-        if let Some(held_out) = &self.held_out {
-            writeln!(f, "{}", compressed::held_out(held_out))?;
+        if !self.held_out.is_empty() {
+            writeln!(f, "\n{}\n", compressed::held_out(self.held_out))?;
         }
         let losses = at_lengths(self.measured_losses);
         write!(f, "Plan: {} (loss {losses})", self.out.display())

@@ -17,7 +17,7 @@ use crate::{Error, Result};
 ///
 /// Both read the same text, so that a token that one of them would not have chosen does not part
 /// them for good.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Agreement {
     /// Tokens predicted.
     pub tokens: usize,

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::decoder::model::Decoder;
 use crate::device::Math;
+use crate::eval::agreement::Agreement;
 use crate::find_plan::precision::typed;
 use crate::find_plan::probe::{Text, groups};
 use crate::find_plan::profile::Item;
@@ -29,33 +30,31 @@ pub struct Evidence<'a> {
     pub held_out: &'a BTreeMap<usize, Vec<Item>>,
 }
 
-/// What a plan does to held-out text, and what the plan does that is its limit, in nats per token.
+/// What a plan does to the predictions of held-out text of a length, and what the plan does that is its limit.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct HeldOut {
-    /// Mean divergence from the dense model's predictions.
-    pub divergence: f64,
-    /// What the cross entropy grows by, over the dense model's.
-    pub growth: f64,
-    /// Divergence of the plan that is the limit.
-    pub limit_divergence: f64,
-    /// Growth of its cross entropy.
-    pub limit_growth: f64,
-    /// Tokens predicted.
-    pub tokens: usize,
+    /// Tokens of a text.
+    pub length: usize,
+    /// Under the plan.
+    pub plan: Agreement,
+    /// Under the plan that is the limit; `None` where text has none.
+    pub limit: Option<Agreement>,
 }
 
 impl HeldOut {
-    /// How many times as much a plan does to text as it may; 1 where it is within the limit.
+    /// How many times as much the plan does to text as it may, in divergence or in growth of the cross entropy; 1 where
+    /// it is within the limit.
     pub(super) fn excess(&self) -> f64 {
+        let Some(limit) = &self.limit else { return 1.0 };
+        let (growth, limit_growth) = (self.plan.perplexity_ratio.ln(), limit.perplexity_ratio.ln());
         let times = |own: f64, limit: f64, noise: f64| {
             if own <= limit + noise { 1.0 } else { own / limit.max(noise) }
         };
-        let divergence =
-            times(self.divergence, self.limit_divergence, 0.05 * self.limit_divergence);
+        let divergence = times(self.plan.kl_mean, limit.kl_mean, 0.05 * limit.kl_mean);
         // Near each other, two predictions' log probabilities of a token differ by the root of twice their divergence.
-        let tokens = self.tokens.max(1) as f64;
-        let noise = (2.0 * (self.divergence + self.limit_divergence) / tokens).sqrt();
-        divergence.max(times(self.growth, self.limit_growth, noise.max(1e-4)))
+        let tokens = self.plan.tokens.max(1) as f64;
+        let noise = (2.0 * (self.plan.kl_mean + limit.kl_mean) / tokens).sqrt();
+        divergence.max(times(growth, limit_growth, noise.max(1e-4)))
     }
 }
 
@@ -65,7 +64,7 @@ pub enum TextGoal<'a> {
     /// A nat of divergence as much as this many nats of response loss.
     Weight(f64),
     /// The divergence should not exceed that of this plan, usually the uniform one of the same size; below
-    /// that responses alone count.
+    /// that it decides between plans nearly alike in responses.
     NoWorseThan(&'a Plan),
 }
 
@@ -101,16 +100,30 @@ fn mean(losses: &[AtLength]) -> f64 {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Merit {
     Weight(f64),
-    /// Divergence at most this much; what is beyond costs [`EXCESS`] nats for each time the limit.
+    /// Divergence at most this much; what is beyond costs [`EXCESS`] nats for each time the limit, what is within
+    /// [`WITHIN`].
     Limit(f64),
 }
 
 /// Nats of response loss that a divergence of twice its limit costs.
 const EXCESS: f64 = 0.25;
 
+/// Nats of response loss that a divergence as large as its limit costs: of plans nearly alike in responses, the one
+/// that leaves text as it is.
+const WITHIN: f64 = EXCESS / 10.0;
+
 impl Merit {
     /// Smaller is better.
     pub(super) fn of(self, measured: &Measured) -> f64 {
+        let within = match self {
+            Self::Weight(_) => 0.0,
+            Self::Limit(limit) => WITHIN * measured.text_divergence() / limit.max(1e-9),
+        };
+        self.needed(measured) + within
+    }
+
+    /// The same without what text may cost within its limit.
+    fn needed(self, measured: &Measured) -> f64 {
         let divergence = measured.text_divergence();
         let text = match self {
             Self::Weight(weight) => weight * divergence,
@@ -192,8 +205,8 @@ pub(super) struct Measure<'a, D: Math> {
     /// The plan that says what text may suffer.
     limit: Option<&'a Plan>,
     held_out: &'a BTreeMap<usize, Vec<Item>>,
-    /// Divergence and growth of that plan on held-out text, once they are known.
-    limit_held_out: Option<(f64, f64)>,
+    /// That plan's agreement on held-out text of each length, once it is known.
+    limit_held_out: Vec<Agreement>,
     dense: Plan,
     /// The type of all heads of plans that say none.
     cache_type: Option<CacheType>,
@@ -260,7 +273,7 @@ impl<'a, D: Math> Measure<'a, D> {
             budget: usize::MAX,
             limit,
             held_out: evidence.held_out,
-            limit_held_out: None,
+            limit_held_out: Vec::new(),
             dense: typed(&Plan::full(model.shape())?, cache_type)?,
             cache_type,
             progress,
@@ -296,31 +309,25 @@ impl<'a, D: Math> Measure<'a, D> {
         self.limit
     }
 
-    /// What a plan does to held-out text; `None` without such text or a limit.
-    pub(super) fn held_out(&mut self, plan: &Plan) -> Result<Option<HeldOut>> {
-        let Some(limit) = self.limit.filter(|_| !self.held_out.is_empty()) else { return Ok(None) };
-        let (plan, limit) = (&typed(plan, self.cache_type)?, &typed(limit, self.cache_type)?);
-        let plans: &[&Plan] = if self.limit_held_out.is_none() { &[plan, limit] } else { &[plan] };
-        // Lengths count alike, as elsewhere.
-        let (mut sums, mut tokens) = ([(0.0, 0.0); 2], 0);
-        for (&length, items) in self.held_out {
-            let of_plans = self.model.agreements(items, plans, length, &mut ())?;
-            tokens += of_plans.first().map_or(0, |of| of.tokens);
-            for (sum, of) in sums.iter_mut().zip(of_plans) {
-                *sum = (sum.0 + of.kl_mean, sum.1 + of.perplexity_ratio.ln());
-            }
+    /// What a plan does to held-out text of each length.
+    pub(super) fn held_out(&mut self, plan: &Plan) -> Result<Vec<HeldOut>> {
+        if self.held_out.is_empty() {
+            return Ok(Vec::new());
         }
-        let count = self.held_out.len() as f64;
-        let [own, limit] = sums.map(|(divergence, growth)| (divergence / count, growth / count));
-        let (limit_divergence, limit_growth) = *self.limit_held_out.get_or_insert(limit);
+        let plan = &typed(plan, self.cache_type)?;
+        let limit = self.limit.map(|limit| typed(limit, self.cache_type)).transpose()?;
+        let unknown = limit.as_ref().filter(|_| self.limit_held_out.is_empty());
+        let plans: Vec<&Plan> = [plan].into_iter().chain(unknown).collect();
+        let mut own = Vec::new();
+        for (&length, items) in self.held_out {
+            let mut of_plans = self.model.agreements(items, &plans, length, &mut ())?.into_iter();
+            own.extend(of_plans.next().map(|agreement| (length, agreement)));
+            self.limit_held_out.extend(of_plans.next());
+        }
         self.count(1)?;
-        Ok(Some(HeldOut {
-            divergence: own.0,
-            growth: own.1,
-            limit_divergence,
-            limit_growth,
-            tokens,
-        }))
+        let limits = self.limit_held_out.iter().copied().map(Some).chain(std::iter::repeat(None));
+        let of = |((length, plan), limit)| HeldOut { length, plan, limit };
+        Ok(own.into_iter().zip(limits).map(of).collect())
     }
 
     /// Lets text suffer only the given share of what it might.
@@ -410,6 +417,12 @@ impl<'a, D: Math> Measure<'a, D> {
             self.count(1)?;
         }
         Ok((!is_hopeless).then_some(measured))
+    }
+
+    /// What all of the evidence of a plan comes to, without what text may cost within its limit.
+    pub(super) fn needed(&mut self, plan: &Plan) -> Result<f64> {
+        let measured = self.measured(plan, Scope::All)?;
+        Ok(self.merit.needed(&measured))
     }
 
     /// What all of the evidence of a plan comes to.
@@ -650,11 +663,28 @@ mod tests {
     }
 
     #[test]
+    fn text_within_its_limit_decides_between_plans_alike_in_responses() {
+        let of = |response, divergence| {
+            let [response, divergence] =
+                [response, divergence].map(|value| vec![AtLength { length: 1024, value }]);
+            Merit::Limit(0.01).of(&Measured { response, divergence })
+        };
+        assert!(of(0.3, 0.004) < of(0.3, 0.008));
+        assert!(of(0.28, 0.01) < of(0.31, 0.0), "responses count more");
+        assert!(of(0.3, 0.02) > of(0.5, 0.01), "the limit counts most");
+    }
+
+    #[test]
     fn more_harm_to_text_than_noise_is_an_excess() {
-        let limits = (0.01, 0.02);
+        let agreement = |kl_mean, growth: f64| Agreement {
+            kl_mean,
+            perplexity_ratio: growth.exp(),
+            tokens: 40_000,
+            ..Agreement::default()
+        };
         let of = |divergence, growth| {
-            let (limit_divergence, limit_growth) = limits;
-            HeldOut { divergence, growth, limit_divergence, limit_growth, tokens: 40_000 }.excess()
+            let (plan, limit) = (agreement(divergence, growth), Some(agreement(0.01, 0.02)));
+            HeldOut { length: 1024, plan, limit }.excess()
         };
         // The noise of the growth is .001.
         assert_eq!(of(0.0104, 0.0209), 1.0);

@@ -37,8 +37,8 @@ pub struct Refined {
     pub start_divergence: f64,
     /// Response loss of dense attention.
     pub dense_loss: f64,
-    /// What the plan does to held-out text, and the plan does that is its limit; `None` without either.
-    pub held_out: Option<HeldOut>,
+    /// What the plan does to held-out text, by length; empty without such text.
+    pub held_out: Vec<HeldOut>,
     /// Plans measured.
     pub evaluations: usize,
     /// Wall time of the refinement, in seconds.
@@ -98,26 +98,25 @@ pub(super) fn refine_types<D: Math>(
     let start = measure.measured(&best.1, Scope::All)?;
     tracing::debug!(done = measure.done, best = best.0, dense_loss, "starts");
     measure.allow(evaluations);
-    if best.0 > dense_loss + CLOSE {
+    let enough = dense_loss + CLOSE;
+    if measure.needed(&best.1)? > enough {
         let mut request = request.clone();
         // Heights are measured to a few percent at best: a few proposals are enough.
         request.solver.time_limit = request.solver.time_limit.min(Duration::from_secs(2));
         request.solver.max_plans = request.solver.max_plans.min(4);
         request.solver.intervals = request.solver.intervals.min(2);
-        let enough = dense_loss + CLOSE;
         best = swap(&mut measure, &request, profile, dense, best, enough)?;
-        if best.0 > enough {
+        if measure.needed(&best.1)? > enough {
             best = exchange(&mut measure, &request, best, Budget::Keys)?;
         }
     }
     let mut held_out = hold(&mut measure, request, &mut best, evaluations)?;
     best.1 = typed(&best.1, types.first())?;
-    if types == CacheTypes::PerHead && best.0 > dense_loss + CLOSE {
+    if types == CacheTypes::PerHead && measure.needed(&best.1)? > enough {
         measure.allow(evaluations);
         let chosen = choose(&mut measure, request, best.clone())?;
         let of_chosen = measure.held_out(&chosen.1)?;
-        let excess = |of: Option<HeldOut>| of.map_or(1.0, |of| of.excess());
-        if excess(of_chosen) <= excess(held_out) {
+        if excess(&of_chosen) <= excess(&held_out) {
             (best, held_out) = (chosen, of_chosen);
         }
     }
@@ -151,11 +150,11 @@ fn hold<D: Math>(
     request: &PlanRequest,
     best: &mut (f64, Plan),
     evaluations: usize,
-) -> Result<Option<HeldOut>> {
+) -> Result<Vec<HeldOut>> {
     let mut held_out = measure.held_out(&best.1)?;
     let Some(uniform) = measure.limit_plan() else { return Ok(held_out) };
     for _ in 0..TIGHTENED {
-        let excess = held_out.map_or(1.0, |of| of.excess());
+        let excess = excess(&held_out);
         tracing::debug!(?held_out, excess, "held-out text");
         if excess <= 1.0 || evaluations == 0 {
             break;
@@ -178,6 +177,12 @@ fn hold<D: Math>(
     Ok(held_out)
 }
 
+/// How many times as much a plan does to held-out text as it may, at the length where that is most; 1 where it is
+/// within the limit at each.
+fn excess(held_out: &[HeldOut]) -> f64 {
+    held_out.iter().map(HeldOut::excess).fold(1.0, f64::max)
+}
+
 /// Rounds of measuring every head's swap and searching with what was measured, with a part of the budget.
 fn swap<D: Math>(
     measure: &mut Measure<'_, D>,
@@ -198,7 +203,10 @@ fn swap<D: Math>(
     let kept = measure.left() * 2 / 5;
     let (mut is_better, mut round) = (true, 0);
     // A step of exchange finds more with as many measurements than another round after one that found nothing.
-    while measure.left() >= kept + shape.total_kv_heads() && best.0 > enough && is_better {
+    while measure.left() >= kept + shape.total_kv_heads()
+        && measure.needed(&best.1)? > enough
+        && is_better
+    {
         table.probe(measure, &around)?;
         let plans: Vec<Plan>;
         match &limited {

@@ -5,8 +5,6 @@ mod options;
 mod texts;
 mod warnings;
 
-use std::collections::BTreeMap;
-
 use moa_core::{ElasticRule, FoundPlans, Plan, PlanRequest, Profile, SparseAttentionBackend};
 
 use crate::checkpoint::Checkpoint;
@@ -128,11 +126,12 @@ pub fn compress_profile<D: Math>(
     let items = items.items;
     // The text that plans are refined on and the text that the result is held to have nothing in common.
     let texts = options.texts(checkpoint, data)?;
-    let (text_goal, held_out) = match &uniform {
+    let held_out = options.held_out_texts(checkpoint, data)?;
+    let text_goal = match &uniform {
         Some(plan) if options.text_weight.is_none() && !texts.is_empty() => {
-            (TextGoal::NoWorseThan(plan), options.held_out_texts(checkpoint, data)?)
+            TextGoal::NoWorseThan(plan)
         }
-        _ => (TextGoal::Weight(options.text_weight.unwrap_or(1.0)), BTreeMap::new()),
+        _ => TextGoal::Weight(options.text_weight.unwrap_or(1.0)),
     };
     let evidence = Evidence { items: &items, texts: &texts, text_goal, held_out: &held_out };
     tracing::debug!(lengths = ?items.keys(), texts = texts.len(), "calibrated for validation");
@@ -143,7 +142,7 @@ pub fn compress_profile<D: Math>(
     refined.plan.provenance.method = Some("moa compress".to_string());
     let plan = refined.plan.clone();
     let (growth, device) = (refined.loss - refined.dense_loss, model.device.default_cache_type());
-    warnings.extend(plan_warnings(&plan, growth, refined.held_out, Some(&request), device)?);
+    warnings.extend(plan_warnings(&plan, growth, &refined.held_out, Some(&request), device)?);
     Ok(Compressed { plan, profile, found, refined, warnings })
 }
 

@@ -3,6 +3,7 @@
 use moa_core::{CacheType, FarLosses, Plan, PlanRequest, Profile};
 
 use crate::Result;
+use crate::eval::agreement::Agreement;
 use crate::find_plan::measure::HeldOut;
 use crate::find_plan::precision;
 
@@ -18,7 +19,7 @@ const WORSE: f64 = 0.1;
 pub fn plan_warnings(
     plan: &Plan,
     growth: f64,
-    held_out: Option<HeldOut>,
+    held_out: &[HeldOut],
     request: Option<&PlanRequest>,
     device: Option<CacheType>,
 ) -> Result<Vec<String>> {
@@ -38,14 +39,19 @@ pub fn plan_warnings(
         }
         warnings.push(warning);
     }
-    if let Some(of) = held_out.filter(|of| of.excess() > 1.0) {
+    let worst = held_out.iter().max_by(|a, b| a.excess().total_cmp(&b.excess()));
+    if let Some((worst, limit)) = worst.and_then(|of| Some((of, of.limit?)))
+        && worst.excess() > 1.0
+    {
+        let growth = |of: &Agreement| 100.0 * (of.perplexity_ratio - 1.0);
         warnings.push(format!(
-            "on held-out text the plan's predictions diverge by {:.3} nats and their perplexity grows by {:.1} %, \
-             more than under one window of the same size for all heads ({:.3} and {:.1} %)",
-            of.divergence,
-            100.0 * of.growth.exp_m1(),
-            of.limit_divergence,
-            100.0 * of.limit_growth.exp_m1(),
+            "on held-out text of {} tokens the plan's predictions diverge by {:.3} nats and their perplexity grows by \
+             {:.1} %, more than under one window of the same size for all heads ({:.3} and {:.1} %)",
+            worst.length,
+            worst.plan.kl_mean,
+            growth(&worst.plan),
+            limit.kl_mean,
+            growth(&limit),
         ));
     }
     let bounds =
@@ -114,7 +120,7 @@ mod tests {
         let request = PlanRequest::density(0.25, &[1000], 4, 20)?;
         let warning = |cache_type, device, growth| {
             let plan = typed(&Plan::new(shape, 4, 20, vec![rule.into()])?, cache_type)?;
-            let warnings = plan_warnings(&plan, growth, None, Some(&request), Some(device))?;
+            let warnings = plan_warnings(&plan, growth, &[], Some(&request), Some(device))?;
             Ok::<_, crate::Error>(warnings.concat())
         };
         let wide = CacheType::Bf16;
@@ -136,7 +142,7 @@ mod tests {
         let warnings = |rule| {
             let plan = Plan::new(shape, 4, 20, vec![rule])?;
             assert!(request.allows(&plan)?);
-            plan_warnings(&plan, 0.0, None, Some(&request), None)
+            plan_warnings(&plan, 0.0, &[], Some(&request), None)
         };
         // 256 keys at every length.
         let told = warnings(ElasticRule::fixed(256).into())?.concat();
@@ -162,6 +168,30 @@ mod tests {
             let expected = format!("few calibration items at 128 tokens ({items})");
             assert_eq!(warnings.contains(&expected), told, "{warnings}");
         }
+        Ok(())
+    }
+
+    // What text gains at one length does not pay for what it loses at another.
+    #[test]
+    fn text_is_held_to_its_limit_at_every_length() -> Result<()> {
+        let shape = ModelShape { layers: 1, query_heads: 1, kv_heads: 1, head_dim: 16 };
+        let agreement = |perplexity_ratio| Agreement {
+            perplexity_ratio,
+            tokens: 40_000,
+            ..Agreement::default()
+        };
+        let of = |length, plan, limit| HeldOut {
+            length,
+            plan: agreement(plan),
+            limit: Some(agreement(limit)),
+        };
+        let warnings =
+            |held_out: &[HeldOut]| plan_warnings(&Plan::full(shape)?, 0.0, held_out, None, None);
+        let (near, far) = (of(1024, 1.02, 1.01), of(2048, 1.0, 1.02));
+        let told = warnings(&[near, far])?.concat();
+        assert!(told.contains("text of 1024 tokens") && told.contains("2.0 %"), "{told}");
+        assert_eq!(warnings(&[far])?, Vec::<String>::new());
+        assert_eq!(warnings(&[HeldOut { limit: None, ..near }])?, Vec::<String>::new());
         Ok(())
     }
 }
