@@ -1,5 +1,6 @@
 // append: rotates q and k (RoPE) and writes k and v of new tokens into the ring caches.
 // advance: moves the sequences' lengths on, so that a captured step can be replayed.
+// put: brings small tables of a step to the device, as its argument.
 //
 // A row is the vector of one (token, head) and has HEAD_DIM / 8 threads: grid (ceil(max tokens * heads /
 // ROWS), sequences), block 256, where heads = query_heads + 2 * kv_heads (q, then k, then v).
@@ -82,4 +83,17 @@ extern "C" __global__ void advance(int* lens, const Sequence* sequences, int n) 
     wait_for_previous_kernel();
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) lens[i] += sequences[i].tokens;
+}
+
+// Mirrored by `PutArgs` in `src/kernels/tables.rs`: 4096 bytes, as many as an argument may have.
+struct PutArgs {
+    uint4* to;
+    int words;
+    int padding;
+    uint4 data[255];
+};
+
+extern "C" __global__ void __launch_bounds__(256) put(const __grid_constant__ PutArgs args) {
+    wait_for_previous_kernel();
+    if (threadIdx.x < args.words) args.to[threadIdx.x] = args.data[threadIdx.x];
 }

@@ -186,6 +186,7 @@ impl Step {
         let mut host = std::mem::take(&mut self.host);
         host.clear();
         let planned = self.plan(batch, 0, None, &mut host);
+        host.resize(host.len().next_multiple_of(16), 0);
         self.host = host;
         let Some(mut prepared) = planned? else { return Ok(()) };
         // SAFETY: as the caller promises; the tables have room for what is uploaded.
@@ -194,7 +195,9 @@ impl Step {
             grow(&self.device, stream, "tables", &mut self.device_tables, len)?;
             workspace.reserve(&self.schedule, prepared.head_dim(), stream)?;
             let Some(base) = self.device_tables.as_ref().map(address) else { return Ok(()) };
-            self.staging.upload(&self.host, base, stream)?;
+            if !prepared.kernels.put(stream, base, &self.host)? {
+                self.staging.upload(&self.host, base, stream)?;
+            }
             prepared.rebase(base);
         }
         self.prepared = Some(prepared);

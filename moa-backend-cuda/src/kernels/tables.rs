@@ -209,6 +209,17 @@ pub struct WidenArgs {
     pub kv_heads: i32,
 }
 
+/// Arguments of `put`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PutArgs {
+    pub(crate) to: DevicePointer,
+    /// Words of 16 bytes.
+    pub(crate) words: i32,
+    pub(crate) padding: i32,
+    pub(crate) data: [[u8; 16]; 255],
+}
+
 /// Arguments of `influence`: one sequence under causal attention.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -250,6 +261,7 @@ const _: () = {
     assert!(size_of::<ExtendArgs>() == 248);
     assert!(size_of::<AppendArgs>() == 224);
     assert!(size_of::<WidenArgs>() == 64);
+    assert!(size_of::<PutArgs>() == 4096);
 };
 
 /// A layout as the kernels read it, made once per cache; forks share it.

@@ -21,7 +21,8 @@ use crate::engine::speculate::Speculation;
 use crate::engine::step::{Ahead, GoesOn};
 use crate::{Error, Result};
 
-/// The limits of one step of an [`Engine`]; no option changes the answer to a request.
+/// The limits of one step of an [`Engine`]; no option changes the answer to a request but by the rounding that the engine
+/// tells of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EngineOptions {
