@@ -91,6 +91,7 @@ fn run(model: &Arc<Decoder<Cuda>>, batch: usize, arrives: bool) -> Result<Value>
         "p90_ms": at(0.9),
         "most_ms": at(1.0),
         "decode_seconds": all / 1e3,
+        "recordings": engine.recordings(),
         "read_seconds": reads.as_secs_f64(),
         "seconds": seconds,
     }))

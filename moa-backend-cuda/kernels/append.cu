@@ -85,15 +85,6 @@ extern "C" __global__ void advance(int* lens, const Sequence* sequences, int n) 
     if (i < n) lens[i] += sequences[i].tokens;
 }
 
-// Mirrored by `PutArgs` in `src/kernels/tables.rs`: 4096 bytes, as many as an argument may have.
-struct PutArgs {
-    uint4* to;
-    int words;
-    int padding;
-    uint4 data[255];
-};
-
 extern "C" __global__ void __launch_bounds__(256) put(const __grid_constant__ PutArgs args) {
-    wait_for_previous_kernel();
-    if (threadIdx.x < args.words) args.to[threadIdx.x] = args.data[threadIdx.x];
+    put_words(args);
 }

@@ -47,9 +47,9 @@
 //!
 //! # Inside another engine
 //! [`Step`] runs the same kernels on foreign memory and a foreign stream: it plans on the host and
-//! uploads tables (`prepare`), then only launches (`run`), also inside a CUDA graph. [`Kernels`] is
-//! the level below: addresses, strides and tables. The crate `moa-candle` runs it
-//! inside candle.
+//! uploads tables (`prepare`), then only launches (`run`), also inside a CUDA graph. [`Steps`] are those of all layers, for a
+//! graph in which other sequences may take the places of those that it was captured with. [`Kernels`] is the level below:
+//! addresses, strides and tables. The crate `moa-candle` runs it inside candle.
 
 mod arena;
 mod attention;

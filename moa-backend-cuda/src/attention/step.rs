@@ -11,7 +11,7 @@ use crate::graph::is_capturing;
 use crate::kernels::Kernels;
 use crate::kernels::narrow::NarrowKernels;
 use crate::kernels::tables::{
-    AppendArgs, DevicePointer, ExtendArgs, NarrowRow, Packed, SequenceRow, WidenArgs,
+    AppendArgs, DevicePointer, ExtendArgs, NarrowRow, Packed, PutArgs, SequenceRow, WidenArgs,
 };
 use crate::memory::{Scratch, Staging, Workspace, address, grow};
 use crate::{Cache, Device, Error, RawStream, Result};
@@ -186,7 +186,6 @@ impl Step {
         let mut host = std::mem::take(&mut self.host);
         host.clear();
         let planned = self.plan(batch, 0, None, &mut host);
-        host.resize(host.len().next_multiple_of(16), 0);
         self.host = host;
         let Some(mut prepared) = planned? else { return Ok(()) };
         // SAFETY: as the caller promises; the tables have room for what is uploaded.
@@ -195,8 +194,12 @@ impl Step {
             grow(&self.device, stream, "tables", &mut self.device_tables, len)?;
             workspace.reserve(&self.schedule, prepared.head_dim(), stream)?;
             let Some(base) = self.device_tables.as_ref().map(address) else { return Ok(()) };
-            if !prepared.kernels.put(stream, base, &self.host)? {
-                self.staging.upload(&self.host, base, stream)?;
+            match PutArgs::fit(base, len) {
+                true => {
+                    let args = PutArgs::new(base, len, |bytes| bytes.copy_from_slice(&self.host));
+                    prepared.kernels.put(stream, &args)?;
+                }
+                false => self.staging.upload(&self.host, base, stream)?,
             }
             prepared.rebase(base);
         }

@@ -200,27 +200,16 @@ impl Kernels {
         unsafe { self.advance.launch_raw(&self.context, 0, stream, grid, &mut arguments) }
     }
 
-    /// Writes a multiple of 16 bytes, if they are few enough to be an argument of a kernel. Returns whether they are. A copy from
-    /// the host's memory would take it several calls, and the device longer to begin.
+    /// Writes a few bytes. A copy from the host's memory would take it several calls, and the device longer to begin.
     ///
     /// # Errors
     /// [`Error::Driver`] if the launch is refused.
     ///
     /// # Safety
-    /// `to` is a multiple of 16, and has room for the bytes; all else is as [`append`](Self::append).
-    pub(crate) unsafe fn put(
-        &self,
-        stream: RawStream,
-        to: DevicePointer,
-        bytes: &[u8],
-    ) -> Result<bool> {
-        let (words, _) = bytes.as_chunks::<16>();
-        let mut args = PutArgs { to, words: words.len() as i32, padding: 0, data: [[0; 16]; 255] };
-        let Some(data) = args.data.get_mut(..words.len()) else { return Ok(false) };
-        data.copy_from_slice(words);
+    /// There is room for the bytes at their address; all else is as [`append`](Self::append).
+    pub(crate) unsafe fn put(&self, stream: RawStream, args: &PutArgs) -> Result<()> {
         // SAFETY: as the caller promises.
-        unsafe { self.launch(&self.put, stream, [1, 1], &args) }?;
-        Ok(true)
+        unsafe { self.launch(&self.put, stream, [1, 1], args) }
     }
 
     /// Sums of influence over blocks of 64 x 64 tokens.

@@ -209,15 +209,28 @@ pub struct WidenArgs {
     pub kv_heads: i32,
 }
 
-/// Arguments of `put`.
+/// Arguments of `put`, which hold what it writes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PutArgs {
-    pub(crate) to: DevicePointer,
-    /// Words of 16 bytes.
-    pub(crate) words: i32,
-    pub(crate) padding: i32,
-    pub(crate) data: [[u8; 16]; 255],
+    to: DevicePointer,
+    words: i32,
+    padding: i32,
+    data: [u32; 1020],
+}
+
+impl PutArgs {
+    /// Whether so many bytes for this address are few enough, and both multiples of 4.
+    pub(crate) fn fit(to: DevicePointer, bytes: usize) -> bool {
+        to.is_multiple_of(4) && bytes.is_multiple_of(4) && bytes <= 1020 * 4
+    }
+
+    /// Arguments with bytes that [fit](Self::fit), which `fill` writes.
+    pub(crate) fn new(to: DevicePointer, bytes: usize, fill: impl FnOnce(&mut [u8])) -> Self {
+        let mut args = Self { to, words: (bytes / 4) as i32, padding: 0, data: [0; 1020] };
+        fill(&mut bytemuck::cast_slice_mut(&mut args.data)[..bytes]);
+        args
+    }
 }
 
 /// Arguments of `influence`: one sequence under causal attention.
