@@ -82,14 +82,15 @@ pub struct Rope {
 #[derive(Debug)]
 pub struct Step {
     device: Device,
-    schedule: Schedule,
+    /// Shared with steps of other layers that are cut alike.
+    schedule: Arc<Schedule>,
     host: Vec<u8>,
     staging: Staging,
     device_tables: Option<CudaSlice<u8>>,
     prepared: Option<Prepared>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Prepared {
     kernels: Arc<Kernels>,
     /// Where a sequence has narrow heads.
@@ -156,7 +157,7 @@ impl Step {
     pub fn new(device: &Device) -> Self {
         Self {
             device: device.clone(),
-            schedule: Schedule::default(),
+            schedule: Arc::default(),
             host: Vec::new(),
             staging: Staging::new(device),
             device_tables: None,
@@ -240,10 +241,15 @@ impl Step {
             .collect();
         let like = Entry { is_vacant: true, ..entries[0] };
         entries.extend(std::iter::repeat_n(like, vacant));
-        self.schedule.fill(&dims, &entries);
-        let fits = room.is_none_or(|room| self.schedule.cut.fill_up(room));
-        if !fits || (vacant > 0 && !self.schedule.groups.is_empty()) {
-            return Ok(None);
+        if Arc::get_mut(&mut self.schedule).is_none() {
+            self.schedule = Arc::default();
+        }
+        if let Some(schedule) = Arc::get_mut(&mut self.schedule) {
+            schedule.fill(&dims, &entries);
+            let fits = room.is_none_or(|room| schedule.cut.fill_up(room));
+            if !fits || (vacant > 0 && !schedule.groups.is_empty()) {
+                return Ok(None);
+            }
         }
         let geometries = || batch.caches.iter().map(|cache| cache.geometry());
         let narrow = match geometries().any(|geometry| !geometry.narrow.is_empty()) {
@@ -348,7 +354,7 @@ impl Step {
 
     /// Whether each sequence has one new token and all heads are plain.
     fn are_plain_tokens(&self) -> Result<bool> {
-        let Schedule { committed, order, narrow, cut, .. } = &self.schedule;
+        let Schedule { committed, order, narrow, cut, .. } = &*self.schedule;
         let tokens = &self.prepared()?.tokens;
         Ok(*committed == order.len()
             && tokens.iter().all(|&tokens| tokens == 1)
@@ -390,7 +396,7 @@ impl Step {
         let Prepared { kernels, tables, copies, .. } = self.prepared()?;
         let head_dim = kernels.variant().head_dim;
         let scratch = workspace.addresses(&self.schedule, head_dim)?;
-        let Schedule { cut, copies: copied, groups, .. } = &self.schedule;
+        let Schedule { cut, copies: copied, groups, .. } = &*self.schedule;
         for launch in &cut.launches {
             let args = self.extend_args(tensors, launch, tables, &scratch, 0)?;
             let args = ExtendArgs {
@@ -553,7 +559,7 @@ impl Step {
 
     /// Kernels that `run` launches on queries and keys that come rotated.
     pub fn launches(&self) -> usize {
-        let Schedule { committed, order, groups, .. } = &self.schedule;
+        let Schedule { committed, order, groups, .. } = &*self.schedule;
         let (before, after) = (0..*committed, *committed..order.len());
         let any = |of, among: &Range<usize>| !self.schedule.places(of, among.clone()).is_empty();
         let is_mixed = self.prepared.as_ref().is_some_and(|prepared| prepared.is_mixed);
@@ -575,21 +581,28 @@ impl Step {
         self.prepared.as_ref().ok_or_else(missing)
     }
 
-    fn fill_tables(
-        &self,
+    /// Plans for the caches of another layer what was planned for those of one that are laid out alike: all tables but one are
+    /// the same.
+    pub(super) fn plan_like(
+        &mut self,
+        other: &Self,
+        prepared: &Prepared,
         batch: &Batch<'_>,
-        entries: &[Entry<'_>],
         host: &mut Vec<u8>,
-    ) -> (Tables, Tables) {
+    ) -> Prepared {
+        self.schedule = Arc::clone(&other.schedule);
+        let sequences = push(host, &self.sequence_rows(batch));
+        Prepared { tables: Tables { sequences, ..prepared.tables }, ..prepared.clone() }
+    }
+
+    /// A row for each place.
+    fn sequence_rows(&self, batch: &Batch<'_>) -> Vec<SequenceRow> {
+        let schedule = &self.schedule;
         let firsts: Vec<usize> = batch
             .tokens
             .iter()
             .scan(0, |next, &n| Some(std::mem::replace(next, *next + n)))
             .collect();
-        let schedule = &self.schedule;
-        let is_shared = |launches: &[Launch], place| {
-            i32::from(launches.iter().any(|l| l.shared && l.places.contains(&place)))
-        };
         let place = |(place, &index): (usize, &usize)| {
             let Some(cache) = batch.caches.get(index) else { return SequenceRow::default() };
             SequenceRow {
@@ -602,7 +615,17 @@ impl Step {
                 split: is_shared(&schedule.cut.launches, place),
             }
         };
-        let sequences: Vec<SequenceRow> = schedule.order.iter().enumerate().map(place).collect();
+        schedule.order.iter().enumerate().map(place).collect()
+    }
+
+    fn fill_tables(
+        &self,
+        batch: &Batch<'_>,
+        entries: &[Entry<'_>],
+        host: &mut Vec<u8>,
+    ) -> (Tables, Tables) {
+        let schedule = &self.schedule;
+        let sequences = self.sequence_rows(batch);
         let in_order = || schedule.order.iter().map(|&index| &entries[index]);
         let heads: Vec<_> = in_order().flat_map(|entry| &entry.geometry.rows).copied().collect();
         let lens: Vec<i32> = in_order().map(|entry| entry.len as i32).collect();
@@ -797,6 +820,11 @@ impl Tables {
             },
         }
     }
+}
+
+/// Whether a launch shares the tiles of the sequence at a place, as [`SequenceRow::split`].
+fn is_shared(launches: &[Launch], place: usize) -> i32 {
+    i32::from(launches.iter().any(|launch| launch.shared && launch.places.contains(&place)))
 }
 
 /// Adds a table, aligned for any of its elements; returns where.

@@ -14,6 +14,8 @@ use crate::{Cache, Device, Error, RawStream, Result};
 pub struct Steps {
     device: Device,
     layers: Vec<Step>,
+    /// The layer before each that is cut alike and has its tables but one.
+    alike: Vec<Option<usize>>,
     shape: Shape,
     tables: CudaSlice<u8>,
     host: Vec<u8>,
@@ -42,28 +44,56 @@ fn most_room(items: usize) -> usize {
 }
 
 impl Shape {
-    /// A step for each layer, with tables that are added to `host`; `None` as [`Step::plan`]. `room` is told the layer, the
-    /// launch and its items.
+    /// A step for each layer, with tables that are added to `host`; `None` as [`Step::plan`]. Layers are cut as those that
+    /// `alike` says, or `None` if they are not alike. `room` is told the layer, the launch and its items.
     fn plan(
         self,
         device: &Device,
         layers: &[Vec<&Cache>],
+        alike: &[Option<usize>],
         room: impl Fn(usize, usize, usize) -> usize,
         host: &mut Vec<u8>,
     ) -> Result<Option<Vec<(Step, Prepared)>>> {
         let tokens = vec![self.tokens; layers.first().map_or(0, Vec::len)];
         let vacant = self.places - tokens.len();
         host.clear();
-        let plan = |(layer, caches): (usize, &Vec<&Cache>)| {
+        let mut planned: Vec<(Step, Prepared)> = Vec::with_capacity(layers.len());
+        for (layer, caches) in layers.iter().enumerate() {
             let Self { query_heads, .. } = self;
             let batch = Batch { caches, tokens: &tokens, query_heads, grows: true, softcap: None };
             let mut step = Step::new(device);
-            let room = |launch, items| room(layer, launch, items);
-            let prepared = step.plan(&batch, vacant, Some(&room), host)?;
-            Ok(prepared.map(|prepared| (step, prepared)))
-        };
-        layers.iter().enumerate().map(plan).collect()
+            let prepared = match alike[layer] {
+                Some(other) if !are_alike(caches, &layers[other]) => return Ok(None),
+                Some(other) => {
+                    let (other, prepared) = &planned[other];
+                    step.plan_like(other, prepared, &batch, host)
+                }
+                None => {
+                    let room = |launch, items| room(layer, launch, items);
+                    match step.plan(&batch, vacant, Some(&room), host)? {
+                        Some(prepared) => prepared,
+                        None => return Ok(None),
+                    }
+                }
+            };
+            planned.push((step, prepared));
+        }
+        Ok(Some(planned))
     }
+}
+
+/// Whether caches of two layers are of one device, laid out alike, and hold as many tokens.
+fn are_alike(caches: &[&Cache], others: &[&Cache]) -> bool {
+    let is_alike = |(cache, other): (&&Cache, &&Cache)| {
+        let (own, others) = (cache.geometry(), other.geometry());
+        cache.as_ref().len() == other.as_ref().len()
+            && cache.device().is_same(other.device())
+            && cache.variant() == other.variant()
+            && own.rows == others.rows
+            && own.narrow_rows == others.narrow_rows
+            && own.layout == others.layout
+    };
+    caches.len() == others.len() && caches.iter().zip(others).all(is_alike)
 }
 
 impl Steps {
@@ -89,11 +119,15 @@ impl Steps {
             let expected = format!("at least 1 layer and {sequences} places");
             return Err(Error::argument(OP, "layers", expected, got));
         }
+        let first_like = |(layer, caches): (usize, &Vec<&Cache>)| {
+            (0..layer).find(|other| are_alike(caches, &layers[*other]))
+        };
+        let alike: Vec<Option<usize>> = layers.iter().enumerate().map(first_like).collect();
         let mut host = Vec::new();
         let mut planned = None;
         for places in [places, sequences] {
             let shape = Shape { tokens, query_heads, places };
-            let steps = shape.plan(device, layers, |_, _, items| room(items), &mut host)?;
+            let steps = shape.plan(device, layers, &alike, |_, _, items| room(items), &mut host)?;
             planned = steps.map(|steps| (shape, steps));
             if planned.is_some() {
                 break;
@@ -112,7 +146,7 @@ impl Steps {
             staging.upload(&host, address(&tables), stream)?;
         }
         let layers = accepted(planned, address(&tables)).collect();
-        Ok(Self { device: device.clone(), layers, shape, tables, host, staging, workspace })
+        Ok(Self { device: device.clone(), layers, alike, shape, tables, host, staging, workspace })
     }
 
     /// Has other sequences take the places, if what is launched is the same for them: they need no more work items than
@@ -124,7 +158,7 @@ impl Steps {
     /// # Safety
     /// As [`new`](Self::new); what was launched before is on the same stream.
     pub unsafe fn replace(&mut self, layers: &[Vec<&Cache>], stream: RawStream) -> Result<bool> {
-        let Self { device, layers: own, shape, tables, host, staging, .. } = self;
+        let Self { device, layers: own, alike, shape, tables, host, staging, .. } = self;
         let sequences = layers.first().map_or(0, Vec::len);
         if layers.len() != own.len() || !(1..=shape.places).contains(&sequences) {
             return Ok(false);
@@ -133,7 +167,9 @@ impl Steps {
             most if most <= most_room(items) => most,
             _ => 0,
         };
-        let Some(planned) = shape.plan(device, layers, room, host)? else { return Ok(false) };
+        let Some(planned) = shape.plan(device, layers, alike, room, host)? else {
+            return Ok(false);
+        };
         let others: Vec<Step> = accepted(planned, address(tables)).collect();
         if !own.iter().zip(&others).all(|(own, other)| own.launches_like(other)) {
             return Ok(false);
