@@ -34,6 +34,9 @@ pub(super) struct Recorded {
 const MOST_KEPT: usize = 24;
 const MOST_KEPT_BYTES: u64 = 256 << 20;
 
+/// Fewest positions of a table of angles: 4 MB of heads of 128 elements.
+const LEAST_POSITIONS: usize = 8192;
+
 /// A decode step that was captured as one CUDA graph, with the tables it reads.
 ///
 /// Every layer's attention is planned for all lengths that its sequences can reach. The first step
@@ -85,7 +88,7 @@ impl Angles {
         let rope = batch.rope.clone();
         let positions = match batch.changes {
             // Longer sequences may come.
-            true => batch.capacity.next_power_of_two(),
+            true => batch.capacity.next_power_of_two().max(LEAST_POSITIONS),
             false => batch.capacity,
         };
         let table = device.operations.turns(&[turns(&rope, 0..positions)])?;
