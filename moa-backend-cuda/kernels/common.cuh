@@ -127,12 +127,6 @@ __device__ __forceinline__ void start() {
     wait_for_previous_kernel();
 }
 
-// By the threads of a block.
-__device__ __forceinline__ void put_words(const PutArgs& args) {
-    wait_for_previous_kernel();
-    for (int i = threadIdx.x; i < args.words; i += blockDim.x) args.to[i] = args.data[i];
-}
-
 // ---- shared memory ----------------------------------------------------------------------------
 
 __device__ __forceinline__ u32 shared_address(const void* p) {

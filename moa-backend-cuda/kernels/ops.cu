@@ -273,9 +273,3 @@ extern "C" __global__ void __launch_bounds__(256) randomise(const __grid_constan
         store8((u16*)args.out + at, values);
     }
 }
-
-// ---- from the host ------------------------------------------------------------------------------
-
-extern "C" __global__ void __launch_bounds__(256) put(const __grid_constant__ PutArgs args) {
-    put_words(args);
-}

@@ -35,7 +35,7 @@ pub(crate) struct OpArgs {
 const _: () = assert!(size_of::<OpArgs>() == 80);
 
 /// Names of the kernels of a forward pass.
-pub(crate) const FORWARD: [&str; 14] = [
+pub(crate) const FORWARD: [&str; 13] = [
     "rms_norm",
     "embed",
     "rows",
@@ -49,7 +49,6 @@ pub(crate) const FORWARD: [&str; 14] = [
     "argmax_parts",
     "argmax",
     "randomise",
-    "put",
 ];
 
 /// Most rows of blocks in a grid, which goes on along its third axis.

@@ -11,7 +11,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::kernels::compile::check_half;
 use crate::kernels::source::Source;
-use crate::kernels::tables::PutArgs;
 use crate::linear::blas::Blas;
 use crate::memory::Staging;
 use crate::{Device, Dtype, Error, Result, Tensor};
@@ -159,12 +158,6 @@ impl Operations {
     pub(crate) fn stage(&self, bytes: usize, to: u64, fill: impl FnOnce(&mut [u8])) -> Result<()> {
         if bytes == 0 {
             return Ok(());
-        }
-        if PutArgs::fit(to, bytes) {
-            // SAFETY: private callers pass memory of that size, on the device's stream.
-            return unsafe {
-                self.kernels.launch("put", [1, 1, 1], 256, &PutArgs::new(to, bytes, fill))
-            };
         }
         self.device.bind()?;
         let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
