@@ -566,7 +566,7 @@ impl<D: Math> Decoder<D> {
         }
         // SAFETY: a session owns the caches, in the `Vec`s of sequences that it does not move out of while it has
         // the replay. What it appends otherwise and forgets changes their lengths, which `replay` tells. Weights
-        // are those of this model, whose id every session compares; each step is checked for room first. `replay`
+        // are those of this model, whose id sessions and steps compare; each step is checked for room first. `replay`
         // describes a step by operations on tensors that it drops.
         unsafe { self.device.replay(&batch) }.map_err(|error| self.failure(error))
     }
