@@ -1,5 +1,6 @@
 // append: rotates q and k (RoPE) and writes k and v of new tokens into the ring caches.
 // advance: moves the sequences' lengths on, so that a captured step can be replayed.
+// put: brings small tables of a step to the device, as its argument.
 //
 // A row is the vector of one (token, head) and has HEAD_DIM / 8 threads: grid (ceil(max tokens * heads /
 // ROWS), sequences), block 256, where heads = query_heads + 2 * kv_heads (q, then k, then v).
@@ -82,4 +83,9 @@ extern "C" __global__ void advance(int* lens, const Sequence* sequences, int n) 
     wait_for_previous_kernel();
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) lens[i] += sequences[i].tokens;
+}
+
+extern "C" __global__ void __launch_bounds__(256) put(const __grid_constant__ PutArgs args) {
+    wait_for_previous_kernel();
+    for (int i = threadIdx.x; i < args.words; i += blockDim.x) args.to[i] = args.data[i];
 }

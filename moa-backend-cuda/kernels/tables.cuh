@@ -137,6 +137,14 @@ struct WidenArgs {
     int kv_heads;
 };
 
+// A few words on their way to the device: 4096 bytes, as many as an argument may have.
+struct PutArgs {
+    unsigned* to;
+    int words;
+    int padding;
+    unsigned data[1020];
+};
+
 // One sequence under full causal attention. Blocks are INFLUENCE_BLOCK tokens a side.
 #define INFLUENCE_BLOCK 64
 struct InfluenceArgs {

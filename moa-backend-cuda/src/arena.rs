@@ -37,6 +37,12 @@ impl Arena {
         self.enter(true, work)
     }
 
+    /// Bytes of device memory that nobody uses at the moment: of work that has ended, all of it.
+    pub fn bytes(&self) -> u64 {
+        let blocks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        blocks.iter().map(|block| block.num_bytes() as u64).sum()
+    }
+
     pub(crate) fn enter<T>(&self, may_grow: bool, work: impl FnOnce() -> T) -> T {
         let _guard = Guard(CURRENT.replace(Some((self.clone(), may_grow))));
         work()

@@ -47,9 +47,9 @@
 //!
 //! # Inside another engine
 //! [`Step`] runs the same kernels on foreign memory and a foreign stream: it plans on the host and
-//! uploads tables (`prepare`), then only launches (`run`), also inside a CUDA graph. [`Kernels`] is
-//! the level below: addresses, strides and tables. The crate `moa-candle` runs it
-//! inside candle.
+//! uploads tables (`prepare`), then only launches (`run`), also inside a CUDA graph. [`Steps`] are those of all layers, for a
+//! graph in which other sequences may take the places of those that it was captured with. [`Kernels`] is the level below:
+//! addresses, strides and tables. The crate `moa-candle` runs it inside candle.
 
 mod arena;
 mod attention;
@@ -71,6 +71,7 @@ mod tensor;
 
 pub use arena::Arena;
 pub use attention::step::{Batch, Rope, Step, Tensors};
+pub use attention::steps::Steps;
 pub use backend::CudaBackend;
 pub use cache::Cache;
 pub use device::{Device, RawStream, Watch};
@@ -79,7 +80,7 @@ pub use graph::Graph;
 pub use kernels::compile::{Architecture, HEAD_DIMS, Variant, compile};
 pub use kernels::source::Source;
 pub use kernels::{Kernels, tables};
-pub use linear::{BlockWeight, E4m3Weight, Weight, e4m3};
+pub use linear::{BlockWeight, E4m3Weight, Weight, e4m3, padded_rows};
 pub use memory::Workspace;
 pub use moa_core::{BlockType, Dtype};
 pub use nccl::{Nccl, NcclId};

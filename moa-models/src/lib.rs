@@ -84,7 +84,7 @@ pub use decoder::names::TensorNames;
 pub use decoder::rope_scaling::RopeScaling;
 pub use decoder::saved_sequence::OffloadedSequence;
 pub use decoder::sequence::Sequence;
-pub use decoder::session::Session;
+pub use decoder::session::{Recordings, Session};
 pub use decoder::shard::Shard;
 pub use device::cpu::{Cpu, CpuMatrix, CpuRotations};
 #[cfg(feature = "cuda")]

@@ -3,4 +3,5 @@
 mod check;
 pub(crate) mod schedule;
 pub(crate) mod step;
+pub(crate) mod steps;
 pub(crate) mod timing;

@@ -93,7 +93,7 @@ impl Path {
 }
 
 /// What all sequences of a batch share.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Dims {
     pub(crate) query_heads: usize,
     pub(crate) kv_heads: usize,
@@ -128,6 +128,8 @@ pub(crate) struct Entry<'a> {
     pub(crate) tokens: usize,
     /// Whether the schedule is replayed while the sequence grows: then it must cover every length.
     pub(crate) grows: bool,
+    /// Whether it only keeps a place for a sequence, and has no work.
+    pub(crate) is_vacant: bool,
 }
 
 impl Entry<'_> {
@@ -373,6 +375,9 @@ impl Schedule {
         groups.clear();
         let slots = |place: usize| -> usize {
             let entry = &ordered[place];
+            if entry.is_vacant {
+                return 0;
+            }
             let heads = entry.geometry.narrow.iter();
             let slots =
                 heads.map(|&head| entry.copy_slots(entry.geometry.layout.head(head as usize)));
@@ -419,6 +424,29 @@ impl Schedule {
 }
 
 impl Cut {
+    /// Adds items without work to the launches of split kernels, each of which then has as many as `room` says for
+    /// so many of the launch of this number; `false` where that is fewer.
+    pub(crate) fn fill_up(&mut self, room: impl Fn(usize, usize) -> usize) -> bool {
+        let mut items = Vec::new();
+        for (number, launch) in self.launches.iter_mut().enumerate() {
+            if !launch.path.splits() {
+                continue;
+            }
+            let (first, own) = (items.len(), &self.items[launch.items.clone()]);
+            let room = room(number, own.len());
+            if room < own.len() {
+                return false;
+            }
+            items.extend_from_slice(own);
+            // No head has a split after the last one that there may be: its block leaves at once.
+            items.resize(first + room, [0, MAX_SPLITS as i32]);
+            launch.items = first..items.len();
+            launch.blocks = room;
+        }
+        self.items = items;
+        true
+    }
+
     fn reset(&mut self, places: usize, kv_heads: usize) {
         let Self { launches, first_items, items, splits, heads } = self;
         items.clear();
@@ -450,6 +478,9 @@ impl Cut {
                 for place in launch.places.clone() {
                     let entry = &ordered[place];
                     let Some(&head) = heads_of(entry.geometry).get(rank) else { continue };
+                    if entry.is_vacant {
+                        continue;
+                    }
                     let head = head as usize;
                     let count = entry.splits(entry.geometry.layout.head(head), path);
                     let owner = (place - start) * dims.kv_heads + head;
@@ -464,6 +495,9 @@ impl Cut {
             for place in launch.places.clone() {
                 self.first_items[place] = launch.blocks;
                 let entry = &ordered[place];
+                if entry.is_vacant {
+                    continue;
+                }
                 let own = heads_of(entry.geometry);
                 let tiles = Tiles::new(entry, own, path, dims);
                 for (rank, &head) in own.iter().enumerate() {

@@ -39,6 +39,7 @@ impl Case {
                 len,
                 tokens,
                 grows: false,
+                is_vacant: false,
             })
             .collect()
     }
@@ -80,7 +81,11 @@ fn own(schedule: &Schedule, dims: &Dims, index: usize) -> (bool, Vec<Part>) {
                 true => {
                     let items = &cut.items[launch.items.clone()];
                     let owner = (place - launch.places.start) * dims.kv_heads;
-                    let of = |head| move |item: &&[i32; 2]| item[0] == (owner + head) as i32;
+                    let of = |head| {
+                        move |item: &&[i32; 2]| {
+                            item[0] == (owner + head) as i32 && item[1] < MAX_SPLITS as i32
+                        }
+                    };
                     (0..dims.kv_heads).map(|head| items.iter().filter(of(head)).count()).collect()
                 }
                 false => {
@@ -246,6 +251,35 @@ proptest! {
     }
 
     #[test]
+    fn vacant_places_and_items_without_work_change_nothing_of_the_others(
+        case in cases(), vacant in 0usize..9, more in 0usize..40,
+    ) {
+        let geometries = case.geometries();
+        let entries = case.entries(&geometries);
+        let exact = schedule(&case.dims, &entries);
+        let mut padded = entries.clone();
+        padded.extend(vec![Entry { is_vacant: true, ..entries[0] }; vacant]);
+        let mut padded = schedule(&case.dims, &padded);
+        prop_assert_eq!(padded.order.len(), entries.len() + vacant);
+        prop_assert!(padded.cut.fill_up(|_, items| items + more));
+        for index in 0..entries.len() {
+            prop_assert_eq!(own(&padded, &case.dims, index), own(&exact, &case.dims, index));
+        }
+        for index in entries.len()..entries.len() + vacant {
+            let (_, parts) = own(&padded, &case.dims, index);
+            prop_assert!(parts.is_empty(), "{:?}", parts);
+        }
+        prop_assert_eq!(padded.cut.launches.len(), exact.cut.launches.len());
+        for (launch, own) in padded.cut.launches.iter().zip(&exact.cut.launches) {
+            let more = if launch.path.splits() { more } else { 0 };
+            prop_assert_eq!(launch.blocks, own.blocks + more);
+            prop_assert_eq!(launch.items.len(), own.items.len() + more);
+        }
+        let launched = padded.cut.launches.iter().any(|launch| launch.path.splits());
+        prop_assert_eq!(padded.cut.fill_up(|_, items| items - 1), !launched);
+    }
+
+    #[test]
     fn writing_first_overwrites_no_key_that_is_still_seen(case in cases()) {
         let geometries = case.geometries();
         for entry in case.entries(&geometries) {
@@ -270,7 +304,8 @@ fn a_growing_head_never_has_more_splits_than_were_planned() {
         for most in [1, 511, 512, 513, 5000, 16_384, 16_385, 20_000, 100_000] {
             let geometry = geometry(&[Span::full(most)], most, 0, 0);
             let head = geometry.layout.head(0);
-            let entry = |len, grows| Entry { geometry: &geometry, len, tokens: 1, grows };
+            let entry =
+                |len, grows| Entry { geometry: &geometry, len, tokens: 1, grows, is_vacant: false };
             let planned = entry(0, true).splits(head, path);
             assert!((0..most).all(|len| entry(len, false).splits(head, path) <= planned));
             assert!(planned <= MAX_SPLITS);
@@ -285,7 +320,7 @@ fn few_long_tiles_are_shared_and_many_are_not() {
     for narrow in [0, 3] {
         let geometry = geometry(&spans, 32_768, 0, narrow);
         let shared = |len, tokens| {
-            let entry = Entry { geometry: &geometry, len, tokens, grows: false };
+            let entry = Entry { geometry: &geometry, len, tokens, grows: false, is_vacant: false };
             let schedule = schedule(&dims, &[entry]);
             let cut = if narrow == 0 { &schedule.cut } else { &schedule.copies };
             assert_eq!(cut.launches[0].path, Path::Wgmma);
@@ -307,7 +342,8 @@ fn decode_always_writes_first_and_splits() {
     {
         let geometry = geometry(&spans, 5000, 0, narrow);
         for len in [0, 1, 63, 64, 1023, 1024, 4999] {
-            let entry = Entry { geometry: &geometry, len, tokens: 1, grows: false };
+            let entry =
+                Entry { geometry: &geometry, len, tokens: 1, grows: false, is_vacant: false };
             let schedule = schedule(&dims, &[entry]);
             let found: Vec<Path> = schedule.launches().map(|launch| launch.path).collect();
             assert_eq!((&found[..], schedule.committed), (paths, 1));

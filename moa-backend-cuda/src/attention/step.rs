@@ -11,7 +11,7 @@ use crate::graph::is_capturing;
 use crate::kernels::Kernels;
 use crate::kernels::narrow::NarrowKernels;
 use crate::kernels::tables::{
-    AppendArgs, DevicePointer, ExtendArgs, NarrowRow, Packed, SequenceRow, WidenArgs,
+    AppendArgs, DevicePointer, ExtendArgs, NarrowRow, Packed, PutArgs, SequenceRow, WidenArgs,
 };
 use crate::memory::{Scratch, Staging, Workspace, address, grow};
 use crate::{Cache, Device, Error, RawStream, Result};
@@ -82,15 +82,16 @@ pub struct Rope {
 #[derive(Debug)]
 pub struct Step {
     device: Device,
-    schedule: Schedule,
+    /// Shared with steps of other layers that are cut alike.
+    schedule: Arc<Schedule>,
     host: Vec<u8>,
     staging: Staging,
     device_tables: Option<CudaSlice<u8>>,
     prepared: Option<Prepared>,
 }
 
-#[derive(Debug)]
-struct Prepared {
+#[derive(Clone, Debug)]
+pub(super) struct Prepared {
     kernels: Arc<Kernels>,
     /// Where a sequence has narrow heads.
     narrow: Option<Arc<NarrowKernels>>,
@@ -107,7 +108,7 @@ struct Prepared {
 }
 
 /// Addresses of the tables.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Tables {
     sequences: DevicePointer,
     heads: DevicePointer,
@@ -156,7 +157,7 @@ impl Step {
     pub fn new(device: &Device) -> Self {
         Self {
             device: device.clone(),
-            schedule: Schedule::default(),
+            schedule: Arc::default(),
             host: Vec::new(),
             staging: Staging::new(device),
             device_tables: None,
@@ -183,6 +184,40 @@ impl Step {
         stream: RawStream,
     ) -> Result<()> {
         self.prepared = None;
+        let mut host = std::mem::take(&mut self.host);
+        host.clear();
+        let planned = self.plan(batch, 0, None, &mut host);
+        self.host = host;
+        let Some(mut prepared) = planned? else { return Ok(()) };
+        // SAFETY: as the caller promises; the tables have room for what is uploaded.
+        unsafe {
+            let len = self.host.len();
+            grow(&self.device, stream, "tables", &mut self.device_tables, len)?;
+            workspace.reserve(&self.schedule, prepared.head_dim(), stream)?;
+            let Some(base) = self.device_tables.as_ref().map(address) else { return Ok(()) };
+            match PutArgs::fit(base, len) {
+                true => {
+                    let args = PutArgs::new(base, len, |bytes| bytes.copy_from_slice(&self.host));
+                    prepared.kernels.put(stream, &args)?;
+                }
+                false => self.staging.upload(&self.host, base, stream)?,
+            }
+            prepared.rebase(base);
+        }
+        self.prepared = Some(prepared);
+        Ok(())
+    }
+
+    /// Plans a batch and `vacant` places more, and adds its tables to `host`, from whose start their addresses count. A
+    /// launch over splits gets as many items as `room` says for its number and theirs; `None` where these are more, or
+    /// places would be vacant among copies of narrow heads.
+    pub(super) fn plan(
+        &mut self,
+        batch: &Batch<'_>,
+        vacant: usize,
+        room: Option<&dyn Fn(usize, usize) -> usize>,
+        host: &mut Vec<u8>,
+    ) -> Result<Option<Prepared>> {
         let first = check(batch)?;
         self.device.bind()?;
         let kernels = self.device.kernels_of(first.variant(), batch.softcap.is_some())?;
@@ -192,7 +227,7 @@ impl Step {
             wgmma: kernels.has_wgmma(),
             multiprocessors: self.device.multiprocessors(),
         };
-        let entries: Vec<Entry<'_>> = batch
+        let mut entries: Vec<Entry<'_>> = batch
             .caches
             .iter()
             .zip(batch.tokens)
@@ -201,9 +236,21 @@ impl Step {
                 len: cache.as_ref().len(),
                 tokens,
                 grows: batch.grows,
+                is_vacant: false,
             })
             .collect();
-        self.schedule.fill(&dims, &entries);
+        let like = Entry { is_vacant: true, ..entries[0] };
+        entries.extend(std::iter::repeat_n(like, vacant));
+        if Arc::get_mut(&mut self.schedule).is_none() {
+            self.schedule = Arc::default();
+        }
+        if let Some(schedule) = Arc::get_mut(&mut self.schedule) {
+            schedule.fill(&dims, &entries);
+            let fits = room.is_none_or(|room| schedule.cut.fill_up(room));
+            if !fits || (vacant > 0 && !schedule.groups.is_empty()) {
+                return Ok(None);
+            }
+        }
         let geometries = || batch.caches.iter().map(|cache| cache.geometry());
         let narrow = match geometries().any(|geometry| !geometry.narrow.is_empty()) {
             true => Some(self.device.narrow_kernels(first.variant(), batch.softcap.is_some())?),
@@ -227,20 +274,10 @@ impl Step {
                 slots,
             ));
         }
-        let (mut tables, mut copies) = self.fill_tables(batch, &entries);
-        // SAFETY: as the caller promises; the tables have room for what is uploaded.
-        unsafe {
-            let len = self.host.len();
-            grow(&self.device, stream, "tables", &mut self.device_tables, len)?;
-            workspace.reserve(&self.schedule, first.as_ref().head_dim(), stream)?;
-            let Some(base) = self.device_tables.as_ref().map(address) else { return Ok(()) };
-            self.staging.upload(&self.host, base, stream)?;
-            tables.rebase(base, narrow.is_some());
-            copies.rebase(base, narrow.is_some());
-        }
-        let tokens = self.schedule.order.iter().map(|&index| batch.tokens[index]).collect();
+        let (tables, copies) = self.fill_tables(batch, &entries, host);
+        let tokens = self.schedule.order.iter().map(|&index| entries[index].tokens).collect();
         let softcap = batch.softcap;
-        self.prepared = Some(Prepared {
+        Ok(Some(Prepared {
             kernels,
             narrow,
             dims,
@@ -250,8 +287,7 @@ impl Step {
             tables,
             softcap,
             copies,
-        });
-        Ok(())
+        }))
     }
 
     /// Launches what was prepared: rotates and appends, computes attention. May be captured.
@@ -318,7 +354,7 @@ impl Step {
 
     /// Whether each sequence has one new token and all heads are plain.
     fn are_plain_tokens(&self) -> Result<bool> {
-        let Schedule { committed, order, narrow, cut, .. } = &self.schedule;
+        let Schedule { committed, order, narrow, cut, .. } = &*self.schedule;
         let tokens = &self.prepared()?.tokens;
         Ok(*committed == order.len()
             && tokens.iter().all(|&tokens| tokens == 1)
@@ -360,7 +396,7 @@ impl Step {
         let Prepared { kernels, tables, copies, .. } = self.prepared()?;
         let head_dim = kernels.variant().head_dim;
         let scratch = workspace.addresses(&self.schedule, head_dim)?;
-        let Schedule { cut, copies: copied, groups, .. } = &self.schedule;
+        let Schedule { cut, copies: copied, groups, .. } = &*self.schedule;
         for launch in &cut.launches {
             let args = self.extend_args(tensors, launch, tables, &scratch, 0)?;
             let args = ExtendArgs {
@@ -476,9 +512,54 @@ impl Step {
         Ok(())
     }
 
+    /// Takes what was planned, with tables that begin at `base`.
+    pub(super) fn accept(&mut self, mut prepared: Prepared, base: DevicePointer) {
+        prepared.rebase(base);
+        self.prepared = Some(prepared);
+    }
+
+    /// Takes over what another step was given, but reads the lengths where it did before.
+    pub(super) fn take_over(&mut self, other: Self) {
+        let Some(mut prepared) = other.prepared else { return };
+        if let Some(own) = &self.prepared {
+            (prepared.tables.lens, prepared.copies.lens) = (own.tables.lens, own.copies.lens);
+        }
+        (self.prepared, self.schedule) = (Some(prepared), other.schedule);
+    }
+
+    /// Items of the launch of this number, which are those of a split kernel, or none.
+    pub(super) fn items_of(&self, launch: usize) -> usize {
+        self.schedule.cut.launches.get(launch).map_or(0, |launch| launch.items.len())
+    }
+
+    pub(super) fn schedule(&self) -> &Schedule {
+        &self.schedule
+    }
+
+    /// Whether a step launches the same as this one by other tables at the same places, once its own begin where this one's do.
+    pub(super) fn launches_like(&self, other: &Self) -> bool {
+        let (Some(own), Some(others)) = (&self.prepared, &other.prepared) else { return false };
+        let tables = |of: &Prepared| {
+            // Lengths may lie elsewhere.
+            [of.tables, of.copies].map(|tables| Tables { lens: 0, ..tables })
+        };
+        let (schedule, others_schedule) = (&self.schedule, &other.schedule);
+        Arc::ptr_eq(&own.kernels, &others.kernels)
+            && own.dims == others.dims
+            && own.tokens == others.tokens
+            && own.kinds == others.kinds
+            && own.is_mixed == others.is_mixed
+            && own.softcap == others.softcap
+            && tables(own) == tables(others)
+            && schedule.narrow == others_schedule.narrow
+            && schedule.committed == others_schedule.committed
+            && schedule.groups == others_schedule.groups
+            && schedule.launches().eq(others_schedule.launches())
+    }
+
     /// Kernels that `run` launches on queries and keys that come rotated.
     pub fn launches(&self) -> usize {
-        let Schedule { committed, order, groups, .. } = &self.schedule;
+        let Schedule { committed, order, groups, .. } = &*self.schedule;
         let (before, after) = (0..*committed, *committed..order.len());
         let any = |of, among: &Range<usize>| !self.schedule.places(of, among.clone()).is_empty();
         let is_mixed = self.prepared.as_ref().is_some_and(|prepared| prepared.is_mixed);
@@ -500,27 +581,51 @@ impl Step {
         self.prepared.as_ref().ok_or_else(missing)
     }
 
-    fn fill_tables(&mut self, batch: &Batch<'_>, entries: &[Entry<'_>]) -> (Tables, Tables) {
+    /// Plans for the caches of another layer what was planned for those of one that are laid out alike: all tables but one are
+    /// the same.
+    pub(super) fn plan_like(
+        &mut self,
+        other: &Self,
+        prepared: &Prepared,
+        batch: &Batch<'_>,
+        host: &mut Vec<u8>,
+    ) -> Prepared {
+        self.schedule = Arc::clone(&other.schedule);
+        let sequences = push(host, &self.sequence_rows(batch));
+        Prepared { tables: Tables { sequences, ..prepared.tables }, ..prepared.clone() }
+    }
+
+    /// A row for each place.
+    fn sequence_rows(&self, batch: &Batch<'_>) -> Vec<SequenceRow> {
+        let schedule = &self.schedule;
         let firsts: Vec<usize> = batch
             .tokens
             .iter()
             .scan(0, |next, &n| Some(std::mem::replace(next, *next + n)))
             .collect();
-        let (schedule, host) = (&self.schedule, &mut self.host);
-        host.clear();
-        let is_shared = |launches: &[Launch], place| {
-            i32::from(launches.iter().any(|l| l.shared && l.places.contains(&place)))
+        let place = |(place, &index): (usize, &usize)| {
+            let Some(cache) = batch.caches.get(index) else { return SequenceRow::default() };
+            SequenceRow {
+                k: cache.keys(),
+                v: cache.values(),
+                first: firsts[index] as i64,
+                tokens: batch.tokens[index] as i32,
+                first_item: schedule.cut.first_items[place] as i32,
+                committed: i32::from(place < schedule.committed),
+                split: is_shared(&schedule.cut.launches, place),
+            }
         };
-        let place = |(place, &index): (usize, &usize)| SequenceRow {
-            k: batch.caches[index].keys(),
-            v: batch.caches[index].values(),
-            first: firsts[index] as i64,
-            tokens: batch.tokens[index] as i32,
-            first_item: schedule.cut.first_items[place] as i32,
-            committed: i32::from(place < schedule.committed),
-            split: is_shared(&schedule.cut.launches, place),
-        };
-        let sequences: Vec<SequenceRow> = schedule.order.iter().enumerate().map(place).collect();
+        schedule.order.iter().enumerate().map(place).collect()
+    }
+
+    fn fill_tables(
+        &self,
+        batch: &Batch<'_>,
+        entries: &[Entry<'_>],
+        host: &mut Vec<u8>,
+    ) -> (Tables, Tables) {
+        let schedule = &self.schedule;
+        let sequences = self.sequence_rows(batch);
         let in_order = || schedule.order.iter().map(|&index| &entries[index]);
         let heads: Vec<_> = in_order().flat_map(|entry| &entry.geometry.rows).copied().collect();
         let lens: Vec<i32> = in_order().map(|entry| entry.len as i32).collect();
@@ -677,6 +782,18 @@ impl Step {
     }
 }
 
+impl Prepared {
+    pub(super) fn head_dim(&self) -> usize {
+        self.kernels.variant().head_dim
+    }
+
+    fn rebase(&mut self, base: DevicePointer) {
+        let has_narrow = self.narrow.is_some();
+        self.tables.rebase(base, has_narrow);
+        self.copies.rebase(base, has_narrow);
+    }
+}
+
 impl Tables {
     fn rebase(&mut self, base: DevicePointer, has_narrow: bool) {
         let Self { sequences, heads, items, splits, order, lens, narrow } = self;
@@ -703,6 +820,11 @@ impl Tables {
             },
         }
     }
+}
+
+/// Whether a launch shares the tiles of the sequence at a place, as [`SequenceRow::split`].
+fn is_shared(launches: &[Launch], place: usize) -> i32 {
+    i32::from(launches.iter().any(|launch| launch.shared && launch.places.contains(&place)))
 }
 
 /// Adds a table, aligned for any of its elements; returns where.

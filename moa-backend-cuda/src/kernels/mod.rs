@@ -19,7 +19,7 @@ use cudarc::nvrtc::Ptx;
 use crate::attention::schedule::Path;
 use crate::kernels::compile::{Variant, compile, compile_anew};
 use crate::kernels::source::Source;
-use crate::kernels::tables::{AppendArgs, DevicePointer, ExtendArgs, InfluenceArgs};
+use crate::kernels::tables::{AppendArgs, DevicePointer, ExtendArgs, InfluenceArgs, PutArgs};
 use crate::{Device, Error, RawStream, Result};
 
 /// Dynamic shared memory that needs no permission beside the kernels' own static memory, which
@@ -37,6 +37,7 @@ pub struct Kernels {
     multiprocessors: usize,
     append: Kernel,
     advance: Kernel,
+    put: Kernel,
     split: Kernel,
     tile: Kernel,
     /// Only where the architecture and the head dimension have it.
@@ -74,6 +75,7 @@ impl Kernels {
             multiprocessors: device.multiprocessors(),
             append: kernel(Source::Append, "append", 256, 0)?,
             advance: kernel(Source::Append, "advance", 256, 0)?,
+            put: kernel(Source::Append, "put", 256, 0)?,
             split: kernel(Source::Decode, "extend_split", 128, split_shared_bytes(dim))?,
             tile: kernel(Source::Tile, "extend_tile", 128, tile_shared_bytes(dim))?,
             influence: kernel(Source::Influence, "influence", 128, influence_shared_bytes(dim))?,
@@ -196,6 +198,18 @@ impl Kernels {
         let grid = [sequences_len.div_ceil(self.advance.threads as usize), 1];
         // SAFETY: the arguments are those of the kernel; the rest is as the caller promises.
         unsafe { self.advance.launch_raw(&self.context, 0, stream, grid, &mut arguments) }
+    }
+
+    /// Writes a few bytes. A copy from the host's memory would take it several calls, and the device longer to begin.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if the launch is refused.
+    ///
+    /// # Safety
+    /// There is room for the bytes at their address; all else is as [`append`](Self::append).
+    pub(crate) unsafe fn put(&self, stream: RawStream, args: &PutArgs) -> Result<()> {
+        // SAFETY: as the caller promises.
+        unsafe { self.launch(&self.put, stream, [1, 1], args) }
     }
 
     /// Sums of influence over blocks of 64 x 64 tokens.

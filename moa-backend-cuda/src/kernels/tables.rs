@@ -209,6 +209,30 @@ pub struct WidenArgs {
     pub kv_heads: i32,
 }
 
+/// Arguments of `put`, which hold what it writes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PutArgs {
+    to: DevicePointer,
+    words: i32,
+    padding: i32,
+    data: [u32; 1020],
+}
+
+impl PutArgs {
+    /// Whether so many bytes for this address are few enough, and both multiples of 4.
+    pub(crate) fn fit(to: DevicePointer, bytes: usize) -> bool {
+        to.is_multiple_of(4) && bytes.is_multiple_of(4) && bytes <= 1020 * 4
+    }
+
+    /// Arguments with bytes that [fit](Self::fit), which `fill` writes.
+    pub(crate) fn new(to: DevicePointer, bytes: usize, fill: impl FnOnce(&mut [u8])) -> Self {
+        let mut args = Self { to, words: (bytes / 4) as i32, padding: 0, data: [0; 1020] };
+        fill(&mut bytemuck::cast_slice_mut(&mut args.data)[..bytes]);
+        args
+    }
+}
+
 /// Arguments of `influence`: one sequence under causal attention.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -250,6 +274,7 @@ const _: () = {
     assert!(size_of::<ExtendArgs>() == 248);
     assert!(size_of::<AppendArgs>() == 224);
     assert!(size_of::<WidenArgs>() == 64);
+    assert!(size_of::<PutArgs>() == 4096);
 };
 
 /// A layout as the kernels read it, made once per cache; forks share it.

@@ -10,6 +10,7 @@ use cudarc::cublaslt::sys::{
 };
 use cudarc::driver::CudaSlice;
 
+use super::padded_rows;
 use crate::kernels::tables::DevicePointer;
 use crate::memory::address;
 use crate::{Device, Dtype, Error, Result, library};
@@ -65,6 +66,9 @@ impl Drop for Handle {
 
 /// NVIDIA's recommendation for Hopper, which no other architecture exceeds.
 const SCRATCH_BYTES: usize = 32 << 20;
+
+/// Most rows of which those of a padded size take one algorithm; larger products are prompts'.
+const MOST_PADDED: usize = 256;
 
 impl Blas {
     pub(crate) fn new(device: &Device) -> Result<Self> {
@@ -170,11 +174,6 @@ impl Prepared {
             true => Layout::new(input, k, n, product.weight_stride)?,
             false => Layout::new(input, n, k, product.weight_stride)?,
         };
-        let a = match a_transposed {
-            true => Layout::new(input, m, k, product.a_stride)?,
-            false => Layout::new(input, k, m, product.a_stride)?,
-        };
-        let d = Layout::new(output, n, m, product.d_stride)?;
         let preference = Preference(result::create_matmul_pref()?);
         preference.set(Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, SCRATCH_BYTES)?;
         for attribute in [
@@ -185,19 +184,53 @@ impl Prepared {
         ] {
             preference.set(attribute, alignment)?;
         }
-        // SAFETY: all descriptors exist.
-        let found = unsafe {
-            result::get_matmul_algo_heuristic(
-                handle.0,
-                desc.0,
-                weight.0,
-                a.0,
-                d.0,
-                d.0,
-                preference.0,
-            )
-        }?;
-        Ok(Self { desc, weight, a, d, algorithm: found.algo })
+        let inputs = |m| match a_transposed {
+            true => Layout::new(input, m, k, product.a_stride),
+            false => Layout::new(input, k, m, product.a_stride),
+        };
+        let outputs = |m| Layout::new(output, n, m, product.d_stride);
+        let choose = |a: &Layout, d: &Layout| {
+            // SAFETY: all descriptors exist.
+            let found = unsafe {
+                result::get_matmul_algo_heuristic(
+                    handle.0,
+                    desc.0,
+                    weight.0,
+                    a.0,
+                    d.0,
+                    d.0,
+                    preference.0,
+                )
+            };
+            found.map(|found| found.algo)
+        };
+        let (a, d) = (inputs(m)?, outputs(m)?);
+        let is_able = |algorithm: &sys::cublasLtMatmulAlgo_t| {
+            let mut needs = std::mem::MaybeUninit::zeroed();
+            // SAFETY: all descriptors exist; the result is written here alone.
+            let status = unsafe {
+                sys::cublasLtMatmulAlgoCheck(
+                    handle.0,
+                    desc.0,
+                    weight.0,
+                    a.0,
+                    d.0,
+                    d.0,
+                    algorithm,
+                    needs.as_mut_ptr(),
+                )
+            };
+            // SAFETY: it holds numbers, which may be zero.
+            let needs = unsafe { needs.assume_init() };
+            status.result().is_ok() && needs.workspaceSize <= SCRATCH_BYTES
+        };
+        // Rows of a decode step give the same whichever size they were padded to.
+        let padded = if m <= MOST_PADDED { padded_rows(m) } else { m };
+        let algorithm = match choose(&inputs(padded)?, &outputs(padded)?) {
+            Ok(algorithm) if padded == m || is_able(&algorithm) => algorithm,
+            _ => choose(&a, &d)?,
+        };
+        Ok(Self { desc, weight, a, d, algorithm })
     }
 }
 

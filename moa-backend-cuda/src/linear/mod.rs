@@ -16,6 +16,21 @@ use crate::ops::launch::OpArgs;
 use crate::ops::{check_dtype, check_shape, shaped};
 use crate::{Dtype, Error, Result, Tensor};
 
+/// The least number of rows that decode steps are captured for and that `rows` of them fit in: up to 2 every one, then 4, 8 and multiples of 8,
+/// from 32 on two in each power of two.
+///
+/// Products of as many rows as fit in the same number take the algorithm of that number: rows that are added up to it
+/// change no bit of the others.
+#[must_use]
+pub const fn padded_rows(rows: usize) -> usize {
+    match rows {
+        0..=2 => rows,
+        3..=4 => 4,
+        5..=32 => rows.next_multiple_of(8),
+        _ => rows.next_multiple_of(1 << ((rows - 1).ilog2() - 1)),
+    }
+}
+
 /// A linear layer's weight, `[out, in]`.
 #[derive(Clone, Copy, Debug)]
 pub enum Weight<'a> {
@@ -239,5 +254,24 @@ impl Operations {
         let args = OpArgs { w: bias.pointer(), flag, ..shaped(y) };
         // SAFETY: the shapes are checked; all of it is on the device's stream.
         unsafe { self.kernels.by_elements("add_bias", 8, &args) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::padded_rows;
+
+    #[test]
+    fn rows_are_padded_by_at_most_half_and_never_beyond_what_a_kernel_takes() {
+        let mut sizes: Vec<usize> = (1..=256).map(padded_rows).collect();
+        for (rows, padded) in (1..).zip(&sizes) {
+            assert!(rows <= *padded && padded_rows(*padded) == *padded, "{rows} {padded}");
+            assert!(rows <= 16 || 2 * padded <= 3 * rows, "{rows} {padded}");
+            // Products of 8 bits and of blocks have kernels of their own up to so many rows.
+            assert!([64, 128].iter().all(|most| (rows <= *most) == (padded <= most)));
+        }
+        sizes.dedup();
+        assert_eq!(sizes, [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256]);
+        assert_eq!(padded_rows(0), 0);
     }
 }

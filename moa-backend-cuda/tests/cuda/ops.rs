@@ -1,6 +1,6 @@
 //! The operations beside attention, against arithmetic in f64 on the numbers that the device holds.
 
-use moa_backend_cuda::{Device, Dtype, Error, Operations, Tensor, Turns};
+use moa_backend_cuda::{Device, Dtype, Error, Operations, Tensor, Turns, padded_rows};
 use moa_conformance::{Stop, Trial, Verdict, f64s, normal, trials};
 use moa_core::ArgumentError;
 
@@ -10,6 +10,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials![
         linear_is_a_product_with_the_transpose,
         a_row_of_a_product_does_not_depend_on_the_other,
+        rows_up_to_a_padded_size_change_no_bit_of_the_others,
         wide_inputs_of_products_are_rounded,
         embedding_and_rows_copy,
         norm_swiglu_and_add,
@@ -114,6 +115,44 @@ fn a_row_of_a_product_does_not_depend_on_the_other() -> Verdict {
             let part = x.rows(rows.clone()).unwrap();
             let part = ops.operations.linear(&part, &w, None, Dtype::F32).unwrap();
             assert_eq!(part.to_f32().unwrap(), all[rows.start * 71..rows.end * 71]);
+        }
+    }
+    Ok(())
+}
+
+/// Of moa-tiny's products, and of those of a model of 8B.
+fn rows_up_to_a_padded_size_change_no_bit_of_the_others() -> Verdict {
+    for ops in Ops::all()? {
+        for (n, k) in [
+            (256, 256),
+            (1408, 256),
+            (256, 704),
+            (8192, 256),
+            (6144, 4096),
+            (4096, 4096),
+            (28_672, 4096),
+            (4096, 14_336),
+            (32_000, 4096),
+        ] {
+            let x = ops.operations.random(&[256, k], ops.dtype(), 1.0, 1).unwrap();
+            let w = ops.operations.random(&[n, k], ops.dtype(), 1.0, 2).unwrap();
+            let mut differing = Vec::new();
+            for output in [ops.dtype(), Dtype::F32] {
+                let product = |rows| {
+                    let x = x.rows(0..rows).unwrap();
+                    ops.operations.linear(&x, &w, None, output).unwrap().to_f32().unwrap()
+                };
+                for rows in
+                    [3, 5, 6, 7, 9, 11, 13, 15, 17, 20, 23, 25, 31, 33, 40, 50, 65, 100, 200]
+                {
+                    let (exact, padded) = (product(rows), product(padded_rows(rows)));
+                    if exact != padded[..exact.len()] {
+                        differing.push((output, rows));
+                    }
+                }
+            }
+            println!("{} {n} x {k}: {differing:?}", ops.dtype());
+            assert!(differing.is_empty(), "{} {n} x {k}: {differing:?}", ops.dtype());
         }
     }
     Ok(())

@@ -11,8 +11,6 @@ use crate::{Error, Result};
 
 /// Steps before a replay is worth its preparation: many answers are shorter.
 const PLAIN_STEPS: usize = 2;
-/// Runs of a replay that prepare it: a rehearsal and a recording.
-const FIRST_RUNS: usize = 2;
 
 /// Sequences that decode together, one token each per step, for as long as the batch stays the same.
 ///
@@ -36,9 +34,11 @@ const FIRST_RUNS: usize = 2;
 /// ```
 pub struct Session<D: Device> {
     /// Of one token; dropped before the sequences, to whose caches it refers.
-    replay: Option<Recorded<D>>,
+    replay: Option<Box<dyn Replay<D>>>,
     /// Of [`wide`](Self::wide) tokens a sequence, likewise.
-    wide_replay: Option<Recorded<D>>,
+    wide_replay: Option<Box<dyn Replay<D>>>,
+    /// What was recorded of other batches and does not fit this one.
+    kept: Recordings<D>,
     sequences: Vec<Sequence<D>>,
     /// [`Decoder::id`] of the model whose weights a replay refers to.
     model: u64,
@@ -52,18 +52,48 @@ pub struct Session<D: Device> {
     wide: usize,
     /// Whether the last step took what all such steps take, and prepared nothing.
     is_steady: bool,
-    /// What it took to prepare the replay of one token, its first runs included.
-    preparation: Option<Duration>,
     /// Seconds that steps which check guesses would have saved so far, had they been recorded.
     missed: f64,
     /// What [`begin`](Self::begin) had chosen where no recorded step does it.
     chosen: Option<Vec<Option<u32>>>,
 }
 
-/// A replay and how often it ran.
-struct Recorded<D: Device> {
-    replay: Box<dyn Replay<D>>,
-    runs: usize,
+/// What a device has recorded of decode steps, kept from one [`Session`] to the next: a batch that a sequence joins or
+/// leaves runs what was recorded of another one, where that fits it.
+pub struct Recordings<D: Device> {
+    plain: Option<Box<dyn Replay<D>>>,
+    /// Of so many tokens a sequence.
+    wide: Option<(usize, Box<dyn Replay<D>>)>,
+    /// [`Decoder::id`] of the model whose weights they refer to.
+    model: Option<u64>,
+    /// What it took to prepare a replay of one token, its first runs included.
+    preparation: Option<Duration>,
+}
+
+impl<D: Device> Default for Recordings<D> {
+    fn default() -> Self {
+        Self { plain: None, wide: None, model: None, preparation: None }
+    }
+}
+
+impl<D: Device> std::fmt::Debug for Recordings<D> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Recordings({})", self.count())
+    }
+}
+
+impl<D: Device> Recordings<D> {
+    /// How often a step was recorded by what is kept, steps included that were dropped since.
+    pub fn count(&self) -> usize {
+        let wide = self.wide.as_ref().map(|(_, replay)| replay);
+        let all = self.plain.iter().chain(wide);
+        all.map(|replay| replay.recordings()).sum()
+    }
+
+    /// Whether nothing is kept.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.plain.is_none() && self.wide.is_none()
+    }
 }
 
 impl<D: Device> std::fmt::Debug for Session<D> {
@@ -79,6 +109,23 @@ impl<D: Math> Decoder<D> {
     /// # Errors
     /// [`Error::Invalid`] if there is no sequence, or another model opened one.
     pub fn session(&self, sequences: Vec<Sequence<D>>) -> Result<Session<D>> {
+        self.session_with(sequences, Recordings::default())
+    }
+
+    /// [`session`](Self::session) with what sessions before it have [recorded](Session::into_parts): what fits is run from the
+    /// first step on.
+    ///
+    /// # Errors
+    /// As [`session`](Self::session); [`Error::Invalid`] if another model recorded them; [`Error::Backend`] if the device
+    /// fails.
+    pub fn session_with(
+        &self,
+        sequences: Vec<Sequence<D>>,
+        kept: Recordings<D>,
+    ) -> Result<Session<D>> {
+        if kept.model.is_some_and(|model| model != self.id) {
+            return Err(Error::invalid("recordings", "the model's", "another model's"));
+        }
         let Some(first) = sequences.first() else {
             return Err(Error::invalid("batch", "at least 1 sequence", 0));
         };
@@ -96,9 +143,14 @@ impl<D: Math> Decoder<D> {
             }
             false => 1,
         };
-        Ok(Session {
+        let mut session = Session {
             replay: None,
             wide_replay: None,
+            // Ranks would not agree on which steps fit.
+            kept: match self.shard {
+                None => Recordings { model: Some(self.id), ..kept },
+                Some(_) => Recordings::default(),
+            },
             sequences,
             model: self.id,
             steps: 0,
@@ -107,10 +159,19 @@ impl<D: Math> Decoder<D> {
             widest,
             wide: widest,
             is_steady: false,
-            preparation: None,
             missed: 0.0,
             chosen: None,
-        })
+        };
+        if can_replay {
+            session.replay = self.record(&session.sequences, 1, &mut session.kept.plain, false)?;
+            if let Some((tokens, kept)) = session.kept.wide.take() {
+                let mut kept = Some(kept);
+                session.wide_replay = self.record(&session.sequences, tokens, &mut kept, false)?;
+                session.wide = if session.wide_replay.is_some() { tokens } else { widest };
+                session.kept.wide = kept.map(|kept| (tokens, kept));
+            }
+        }
+        Ok(session)
     }
 }
 
@@ -123,6 +184,19 @@ impl<D: Device> Session<D> {
     /// Ends the session.
     pub fn into_sequences(self) -> Vec<Sequence<D>> {
         self.sequences
+    }
+
+    /// Ends the session and keeps what was recorded, for [`Decoder::session_with`].
+    pub fn into_parts(self) -> (Vec<Sequence<D>>, Recordings<D>) {
+        let Self { replay, wide_replay, kept, sequences, wide, .. } = self;
+        let wide = wide_replay.map(|replay| (wide, replay)).or(kept.wide);
+        (sequences, Recordings { plain: replay.or(kept.plain), wide, ..kept })
+    }
+
+    /// How often a step was recorded, as [`Recordings::count`].
+    pub fn recordings(&self) -> usize {
+        let own = self.replay.iter().chain(&self.wide_replay);
+        own.map(|replay| replay.recordings()).sum::<usize>() + self.kept.count()
     }
 }
 
@@ -151,7 +225,7 @@ impl<D: Math> Session<D> {
         tokens: &[u32],
     ) -> Result<Vec<Option<u32>>> {
         let logits = self.advance(model, tokens)?;
-        likeliest_of(model, logits, self.replay.as_ref())
+        likeliest_of(model, logits, self.replay.as_deref())
     }
 
     /// Whether [`step_sampled`](Self::step_sampled) works: the device draws tokens itself.
@@ -189,7 +263,7 @@ impl<D: Math> Session<D> {
         self.chosen = None;
         let logits = self.advance(model, tokens)?;
         match &self.replay {
-            Some(Recorded { replay, .. }) => {
+            Some(replay) => {
                 if draws.iter().any(|draw| draw.temperature != 0.0) {
                     let asked = replay.sample(&model.device, draws, units);
                     asked.map_err(|error| model.failure(error))?;
@@ -204,7 +278,7 @@ impl<D: Math> Session<D> {
     pub(crate) fn fetch(&mut self, model: &Decoder<D>) -> Result<Vec<Option<u32>>> {
         match (self.chosen.take(), &self.replay) {
             (Some(chosen), _) => Ok(chosen),
-            (None, Some(replay)) => chosen_of(model, replay),
+            (None, Some(replay)) => chosen_of(model, &**replay),
             (None, None) => Err(Error::Cancelled),
         }
     }
@@ -235,7 +309,7 @@ impl<D: Math> Session<D> {
         parts: &[Vec<u32>],
     ) -> Result<Vec<Option<u32>>> {
         let logits = self.advance_by(model, parts)?;
-        likeliest_of(model, logits, self.wide_replay.as_ref().filter(|_| self.is_wide(parts)))
+        likeliest_of(model, logits, self.wide_replay.as_deref().filter(|_| self.is_wide(parts)))
     }
 
     /// [`check`](Self::check) with tokens that the device chooses, with `None` as in
@@ -248,7 +322,7 @@ impl<D: Math> Session<D> {
         units: &[f64],
     ) -> Result<(D::Tensor, Vec<Option<u32>>)> {
         let logits = self.advance_by(model, parts)?;
-        let chosen = match self.wide_replay.as_ref().filter(|_| self.is_wide(parts)) {
+        let chosen = match self.wide_replay.as_deref().filter(|_| self.is_wide(parts)) {
             Some(replay) if draws.iter().all(|draw| draw.temperature == 0.0) => {
                 chosen_of(model, replay)
             }
@@ -284,8 +358,8 @@ impl<D: Math> Session<D> {
             return true;
         }
         self.missed += missed;
-        let is_recorded = self.replay.as_ref().is_some_and(|own| own.runs >= FIRST_RUNS);
-        let cost = self.preparation.filter(|_| is_recorded).map(|cost| cost.as_secs_f64());
+        let is_recorded = self.replay.as_ref().is_some_and(|own| own.is_recorded());
+        let cost = self.kept.preparation.filter(|_| is_recorded).map(|cost| cost.as_secs_f64());
         cost.is_some_and(|cost| self.missed >= cost && gain >= 2.0 * cost)
     }
 
@@ -302,20 +376,22 @@ impl<D: Math> Session<D> {
         // Whether this step has prepared a recorded one in vain.
         let mut in_vain = false;
         if self.replay.is_none() && self.can_replay && self.steps >= PLAIN_STEPS {
-            self.replay = model.unless_short(model.record(&self.sequences, 1))?.flatten();
+            let recorded = model.record(&self.sequences, 1, &mut self.kept.plain, true);
+            self.replay = model.unless_short(recorded)?.flatten();
             self.can_replay = self.replay.is_some();
             in_vain = !self.can_replay;
-            self.preparation = self.can_replay.then(|| begin.elapsed());
+            self.kept.preparation = self.can_replay.then(|| begin.elapsed());
         }
         let mut logits = None;
         if let Some(replay) = &mut self.replay {
             let begin = Instant::now();
-            self.is_steady = replay.runs >= FIRST_RUNS;
-            logits = match model.unless_short(model.replay(replay, &mut self.sequences, tokens)) {
+            self.is_steady = replay.is_recorded();
+            let ran = model.replay(&mut **replay, &mut self.sequences, tokens);
+            logits = match model.unless_short(ran) {
                 Ok(logits) => logits,
                 Err(error) => return Err(self.failure(model, error)),
             };
-            if let (false, Some(preparation)) = (self.is_steady, &mut self.preparation) {
+            if let (false, Some(preparation)) = (self.is_steady, &mut self.kept.preparation) {
                 *preparation += begin.elapsed();
             }
         }
@@ -341,14 +417,17 @@ impl<D: Math> Session<D> {
         self.check_step(model, &each)?;
         let is_wide = self.is_wide(parts);
         if self.wide_replay.is_none() && is_wide {
-            self.wide_replay =
-                model.unless_short(model.record(&self.sequences, self.wide))?.flatten();
+            let (tokens, mut kept) = (self.wide, self.kept.wide.take());
+            let mut kept = kept.take_if(|(of, _)| *of == tokens).map(|(_, replay)| replay);
+            let recorded = model.record(&self.sequences, tokens, &mut kept, true);
+            self.wide_replay = model.unless_short(recorded)?.flatten();
         }
         let mut logits = None;
         if let Some(replay) = self.wide_replay.as_mut().filter(|_| is_wide) {
-            self.is_steady = replay.runs >= FIRST_RUNS;
+            self.is_steady = replay.is_recorded();
             let tokens = each.concat();
-            logits = match model.unless_short(model.replay(replay, &mut self.sequences, &tokens)) {
+            let ran = model.replay(&mut **replay, &mut self.sequences, &tokens);
+            logits = match model.unless_short(ran) {
                 Ok(logits) => logits,
                 Err(error) => return Err(self.failure(model, error)),
             };
@@ -386,7 +465,7 @@ impl<D: Math> Session<D> {
 
     /// A replay has failed: nothing recorded is launched again.
     fn failure(&mut self, model: &Decoder<D>, error: Error) -> Error {
-        (self.replay, self.wide_replay) = (None, None);
+        (self.replay, self.wide_replay, self.kept) = (None, None, Recordings::default());
         model.failure(error)
     }
 }
@@ -412,8 +491,8 @@ pub(crate) fn drawn_of<D: Math>(
 }
 
 /// Tokens that a recorded step has chosen, which is waited for.
-fn chosen_of<D: Math>(model: &Decoder<D>, replay: &Recorded<D>) -> Result<Vec<Option<u32>>> {
-    let chosen = replay.replay.chosen().map_err(|error| model.failure(error));
+fn chosen_of<D: Math>(model: &Decoder<D>, replay: &dyn Replay<D>) -> Result<Vec<Option<u32>>> {
+    let chosen = replay.chosen().map_err(|error| model.failure(error));
     model.check_ranks()?;
     chosen
 }
@@ -422,7 +501,7 @@ fn chosen_of<D: Math>(model: &Decoder<D>, replay: &Recorded<D>) -> Result<Vec<Op
 fn likeliest_of<D: Math>(
     model: &Decoder<D>,
     logits: D::Tensor,
-    replay: Option<&Recorded<D>>,
+    replay: Option<&dyn Replay<D>>,
 ) -> Result<Vec<Option<u32>>> {
     if let Some(replay) = replay {
         return chosen_of(model, replay);
@@ -433,8 +512,18 @@ fn likeliest_of<D: Math>(
 }
 
 impl<D: Math> Decoder<D> {
-    /// A replay of so many tokens for each sequence, if the device records steps.
-    fn record(&self, sequences: &[Sequence<D>], tokens: usize) -> Result<Option<Recorded<D>>> {
+    /// A replay of so many tokens for each sequence, if the device records steps: what is `kept` of other batches where it
+    /// fits, else one that is to be prepared, if `prepares` says so.
+    fn record(
+        &self,
+        sequences: &[Sequence<D>],
+        tokens: usize,
+        kept: &mut Option<Box<dyn Replay<D>>>,
+        prepares: bool,
+    ) -> Result<Option<Box<dyn Replay<D>>>> {
+        if kept.is_none() && !prepares {
+            return Ok(None);
+        }
         let Some(first) = sequences.first() else { return Ok(None) };
         let (mut key_shifts, mut key_feedback) = (Vec::new(), Vec::new());
         for (index, layer) in self.layers.iter().enumerate() {
@@ -452,6 +541,7 @@ impl<D: Math> Decoder<D> {
         let batch = ReplayBatch {
             caches: (0..self.layers.len()).map(of_layer).collect(),
             tokens,
+            changes: self.shard.is_none(),
             query_heads: self.local.query_heads,
             head_dim: self.config.head_dim,
             scale: self.scale(),
@@ -462,12 +552,23 @@ impl<D: Math> Decoder<D> {
             capacity: sequences.iter().map(Sequence::capacity).max().unwrap_or(0),
             vocab_size: self.config.vocab_size,
         };
+        if let Some(mut replay) = kept.take() {
+            // SAFETY: as below.
+            let replaced = unsafe { replay.replace(&self.device, &batch, prepares) };
+            match replaced.map_err(|error| self.failure(error))? {
+                true => return Ok(Some(replay)),
+                false if !prepares => {
+                    *kept = Some(replay);
+                    return Ok(None);
+                }
+                false => {}
+            }
+        }
         // SAFETY: a session owns the caches, in the `Vec`s of sequences that it does not move out of while it has
         // the replay. What it appends otherwise and forgets changes their lengths, which `replay` tells. Weights
-        // are those of this model, whose id every step compares; each step is checked for room first. `replay`
+        // are those of this model, whose id sessions and steps compare; each step is checked for room first. `replay`
         // describes a step by operations on tensors that it drops.
-        let replay = unsafe { self.device.replay(&batch) }.map_err(|error| self.failure(error))?;
-        Ok(replay.map(|replay| Recorded { replay, runs: 0 }))
+        unsafe { self.device.replay(&batch) }.map_err(|error| self.failure(error))
     }
 
     /// `None` where memory was short: a recorded step saves time alone. Ranks have to agree on what they run.
@@ -481,12 +582,11 @@ impl<D: Math> Decoder<D> {
     /// A step of all sequences by `replay`: [`Decoder::forward`], described once.
     fn replay(
         &self,
-        recorded: &mut Recorded<D>,
+        replay: &mut dyn Replay<D>,
         batch: &mut [Sequence<D>],
         tokens: &[u32],
     ) -> Result<D::Tensor> {
         let (device, config) = (&self.device, &self.config);
-        let Recorded { replay, runs } = recorded;
         let lens: Vec<usize> = batch.iter().map(Sequence::len).collect();
         batch.iter_mut().for_each(|sequence| sequence.broken = true);
         self.begins();
@@ -519,7 +619,6 @@ impl<D: Math> Decoder<D> {
             }
             sequence.broken = false;
         }
-        *runs += 1;
         Ok(replay.logits().clone())
     }
 }

@@ -17,6 +17,8 @@ pub struct ReplayBatch<'a, D: Device> {
     pub caches: Vec<Vec<&'a Cache<D>>>,
     /// New tokens of each sequence in a step.
     pub tokens: usize,
+    /// Whether other sequences are to [take the places](Replay::replace) of these, which may be more or fewer.
+    pub changes: bool,
     /// Query heads of a layer that the device has.
     pub query_heads: usize,
     /// Width of one head.
@@ -43,9 +45,38 @@ pub struct ReplayBatch<'a, D: Device> {
 ///
 /// The decoder describes the step in terms of these operations and of [`Math`](crate::Math); the
 /// device decides when it runs that description and when it launches what it recorded of it. Steps are
-/// those of the sequences that it was prepared for: whoever holds this keeps them, their caches and the
-/// model where they are, and says with each step how long they are.
+/// those of the sequences that it was prepared for, or that took their places since: whoever holds this keeps them, their
+/// caches and the model where they are, and says with each step how long they are.
 pub trait Replay<D: Device>: Send {
+    /// Has other sequences take the places of those before, which may be gone. Where nothing recorded fits them, a step of
+    /// theirs is prepared if `prepares` says so. Returns whether steps can be run; if not, or where this fails, none can.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory) and [`Error::Backend`](crate::Error::Backend) if a step cannot be
+    /// prepared.
+    ///
+    /// # Safety
+    /// As [`Device::replay`].
+    unsafe fn replace(
+        &mut self,
+        device: &D,
+        batch: &ReplayBatch<'_, D>,
+        prepares: bool,
+    ) -> Result<bool> {
+        let _ = (device, batch, prepares);
+        Ok(false)
+    }
+
+    /// Whether the next step takes what all such steps take: what is to be recorded has been.
+    fn is_recorded(&self) -> bool {
+        true
+    }
+
+    /// Steps that were recorded so far, each to be launched again for all batches that it fits.
+    fn recordings(&self) -> usize {
+        0
+    }
+
     /// Puts `tokens` in place, those of a sequence one after the other, and has `step` happen for them;
     /// the sequences hold `lens` tokens before it.
     ///

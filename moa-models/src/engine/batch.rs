@@ -1,28 +1,30 @@
 use crate::Result;
 use crate::decoder::model::Decoder;
 use crate::decoder::sequence::Sequence;
-use crate::decoder::session::Session;
+use crate::decoder::session::{Recordings, Session};
 use crate::device::Math;
 
 /// The sequences of the running requests, in the order of those.
 ///
 /// Steps that only decode are run by a session, which a device prepares for these sequences; it is
-/// given up as soon as one joins or leaves, or a prompt is to be read.
+/// given up as soon as one joins or leaves, or a prompt is to be read. What the device recorded goes from one to the next.
 pub(crate) struct Batch<D: Math> {
     sequences: Vec<Sequence<D>>,
+    /// Has what is recorded while there is no session.
+    recordings: Recordings<D>,
     /// Has all the sequences while there is one.
     session: Option<Session<D>>,
 }
 
 impl<D: Math> Batch<D> {
     pub(crate) fn new() -> Self {
-        Self { sequences: Vec::new(), session: None }
+        Self { sequences: Vec::new(), recordings: Recordings::default(), session: None }
     }
 
     /// The sequences one by one.
     pub(crate) fn apart(&mut self) -> &mut Vec<Sequence<D>> {
         if let Some(session) = self.session.take() {
-            self.sequences = session.into_sequences();
+            (self.sequences, self.recordings) = session.into_parts();
         }
         &mut self.sequences
     }
@@ -48,7 +50,10 @@ impl<D: Math> Batch<D> {
     pub(crate) fn session(&mut self, model: &Decoder<D>) -> Result<&mut Session<D>> {
         let session = match self.session.take() {
             Some(session) => session,
-            None => model.session(std::mem::take(&mut self.sequences))?,
+            None => {
+                let (sequences, kept) = (&mut self.sequences, &mut self.recordings);
+                model.session_with(std::mem::take(sequences), std::mem::take(kept))?
+            }
         };
         Ok(self.session.insert(session))
     }
@@ -57,6 +62,17 @@ impl<D: Math> Batch<D> {
     /// [fetch](Session::fetch) what it chose.
     pub(crate) fn is_recorded(&self) -> bool {
         self.session.as_ref().is_some_and(Session::is_recorded)
+    }
+
+    /// Drops what the device has recorded, which takes memory. Returns whether there was something.
+    pub(crate) fn forget(&mut self) -> bool {
+        self.apart();
+        !std::mem::take(&mut self.recordings).is_empty()
+    }
+
+    /// How often the device has recorded a step.
+    pub(crate) fn recordings(&self) -> usize {
+        self.session.as_ref().map_or(self.recordings.count(), Session::recordings)
     }
 
     /// Drops all sequences.

@@ -21,7 +21,8 @@ use crate::engine::speculate::Speculation;
 use crate::engine::step::{Ahead, GoesOn};
 use crate::{Error, Result};
 
-/// The limits of one step of an [`Engine`]; no option changes the answer to a request.
+/// The limits of one step of an [`Engine`]; no option changes the answer to a request but by the rounding that the engine
+/// tells of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EngineOptions {
@@ -382,6 +383,12 @@ impl<D: Math> Engine<D> {
         self.waiting.len()
     }
 
+    /// How often the device has recorded a decode step since the engine was made, or a step failed: few times, whatever
+    /// requests come and go.
+    pub fn recordings(&self) -> usize {
+        self.batch.recordings()
+    }
+
     /// What was done since the engine was made, or since this was last asked.
     pub fn take_usage(&mut self) -> Usage {
         std::mem::take(&mut self.usage)
@@ -451,7 +458,7 @@ impl<D: Math> Engine<D> {
             let Some(Waiting { run, place }) = self.waiting.pop_front() else { return Ok(()) };
             let opened = match place {
                 Place::Resume(sequence) => Ok(sequence),
-                Place::Open { plan, capacity } => match self.model.open(&plan, capacity, slack) {
+                Place::Open { plan, capacity } => match self.open(&plan, capacity, slack) {
                     // Those that run will free some.
                     Err(Error::OutOfMemory { .. }) if self.may_wait() => {
                         let place = Place::Open { plan, capacity };
@@ -480,6 +487,16 @@ impl<D: Math> Engine<D> {
             }
         }
         Ok(())
+    }
+
+    /// A sequence, for which recorded steps leave their memory where that is short.
+    fn open(&mut self, plan: &Plan, capacity: usize, slack: usize) -> Result<Sequence<D>> {
+        match self.model.open(plan, capacity, slack) {
+            Err(Error::OutOfMemory { .. }) if self.model.ranks() == 1 && self.batch.forget() => {
+                self.model.open(plan, capacity, slack)
+            }
+            opened => opened,
+        }
     }
 
     /// Whether a request that waits is to be tried.

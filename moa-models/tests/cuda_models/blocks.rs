@@ -11,7 +11,7 @@ use moa_models::{
 };
 use tempfile::TempDir;
 
-use crate::laws::decoder_equals_steps;
+use crate::laws::{decoder_equals_steps, join_and_leave};
 use crate::profile::compare;
 use crate::text::greedy_text_agrees;
 use crate::{Models, close, file, loaded, moa_tiny, open, plans, prose, read, step};
@@ -97,6 +97,7 @@ fn greedy_text_is_the_cpus_on_the_same_blocks_or_parts_at_a_near_tie() -> Verdic
 fn a_decoder_with_blocks_equals_single_steps() -> Verdict {
     for (checkpoint, _) in cuda()? {
         decoder_equals_steps(&checkpoint.model);
+        join_and_leave(&checkpoint.model);
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use moa_models::{Backward, Checkpoint, Cpu, Cuda, Dtype, Load};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 
-use crate::laws::decoder_equals_steps;
+use crate::laws::{decoder_equals_steps, join_and_leave};
 use crate::text::{greedy, greedy_text_agrees};
 use crate::{
     Models, close, cpu, difference, load, loaded, moa_tiny, open, plans, prose, read, step,
@@ -150,6 +150,7 @@ fn greedy_text_is_mostly_that_of_the_exact_weights() -> Verdict {
 fn a_decoder_with_8_bit_weights_equals_single_steps() -> Verdict {
     for (checkpoint, _) in cuda()? {
         decoder_equals_steps(&checkpoint.model);
+        join_and_leave(&checkpoint.model);
     }
     Ok(())
 }

@@ -3,7 +3,8 @@
 //! but not where the shapes are the same.
 
 use moa_conformance::{Trial, Verdict, trials};
-use moa_models::{Cuda, Decoder, Device, LogitRows};
+use moa_core::SplitMix64;
+use moa_models::{Cuda, Decoder, Device, LogitRows, Recordings, Sequence};
 
 use crate::{alternating, close, cuda, plans, prose, read, step};
 
@@ -14,6 +15,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         forks_and_rolled_back_sequences_go_on_as_if_nothing_had_been,
         saved_and_offloaded_sequences_go_on_bit_for_bit,
         a_decoder_equals_single_steps,
+        sequences_join_and_leave_what_is_recorded,
         guesses_are_checked_and_forgotten_in_recorded_steps,
         repeats_are_bitwise_equal,
         threads_share_a_model,
@@ -160,6 +162,73 @@ pub(crate) fn decoder_equals_steps(model: &Decoder<Cuda>) {
         }
         let mut session = model.session(replayed).unwrap();
         assert!(session.step_greedy(model, &next).is_err(), "there is no room");
+    }
+}
+
+fn sequences_join_and_leave_what_is_recorded() -> Verdict {
+    for (checkpoint, _) in cuda()? {
+        join_and_leave(&checkpoint.model);
+    }
+    Ok(())
+}
+
+/// In random order, of random lengths: steps have the bits of those that are not recorded, and few are recorded.
+pub(crate) fn join_and_leave(model: &Decoder<Cuda>) {
+    const CHANGES: usize = 60;
+    let tokens = prose(400);
+    let vocab = model.config().vocab_size;
+    for (seed, plan) in (1..).zip(&plans(model.shape())) {
+        let mut random = SplitMix64::new(seed);
+        let mut recordings = Recordings::default();
+        let (mut replayed, mut plain) = (Vec::new(), Vec::new());
+        for change in 0..CHANGES {
+            // Rather more at first, and fewer in the end.
+            let many = if change < CHANGES / 2 { 20 } else { 2 };
+            if replayed.is_empty() || random.below(many + 4) > replayed.len() {
+                let len = 1 + random.below(250);
+                let capacity = len + 10 + random.below(1500);
+                for batch in [&mut replayed, &mut plain] {
+                    let mut sequence = model.open(plan, capacity, 0).unwrap();
+                    read(model, &mut sequence, &tokens[..len], 500);
+                    batch.push(sequence);
+                }
+            } else {
+                let at = random.below(replayed.len());
+                replayed.remove(at);
+                plain.remove(at);
+            }
+            let has_room = |sequence: &Sequence<Cuda>| sequence.len() + 5 <= sequence.capacity();
+            replayed.retain(has_room);
+            plain.retain(has_room);
+            if replayed.is_empty() {
+                continue;
+            }
+            let mut session =
+                model.session_with(std::mem::take(&mut replayed), recordings).unwrap();
+            for round in 0..5 {
+                let next: Vec<u32> = plain.iter().map(|_| random.below(vocab) as u32).collect();
+                let parts: Vec<&[u32]> = next.chunks(1).collect();
+                let mut batch: Vec<_> = plain.iter_mut().collect();
+                let expected = model.forward(&mut batch, &parts, LogitRows::Last).unwrap();
+                let expected = model.device().values(expected).unwrap();
+                let what = format!("change {change}, round {round}, {} sequences", next.len());
+                if round % 2 == 0 {
+                    assert!(session.step(model, &next).unwrap() == expected, "logits: {what}");
+                } else {
+                    let likeliest: Vec<u32> =
+                        expected.chunks(vocab).map(crate::likeliest).collect();
+                    assert_eq!(session.step_greedy(model, &next).unwrap(), likeliest, "{what}");
+                }
+            }
+            (replayed, recordings) = session.into_parts();
+        }
+        println!("{} of {CHANGES} batches were recorded", recordings.count());
+        // Each of them would be in a session that keeps nothing.
+        assert!((1..=CHANGES / 4).contains(&recordings.count()), "{recordings:?}");
+        let mut others = cuda().unwrap().into_iter().map(|(other, _)| &*other.model);
+        let other = others.find(|other| !std::ptr::eq(*other, model)).unwrap();
+        let sequence = other.open(plan, 10, 0).unwrap();
+        assert!(other.session_with(vec![sequence], recordings).is_err(), "another model's");
     }
 }
 

@@ -4,7 +4,7 @@ use moa_conformance::{Trial, Verdict, trials};
 use moa_core::{CacheType, ModelShape, Plan};
 use moa_models::{Checkpoint, Cpu, Dtype};
 
-use crate::laws::decoder_equals_steps;
+use crate::laws::{decoder_equals_steps, join_and_leave};
 use crate::{alternating, close, moa_tiny, open, prose, read, step};
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -55,6 +55,7 @@ fn replayed_steps_are_single_steps() -> Verdict {
     ] {
         let gpu = Checkpoint::open(open(wide)?.with_cache_type(own)?, moa_tiny())?;
         decoder_equals_steps(&gpu.model);
+        join_and_leave(&gpu.model);
     }
     Ok(())
 }

@@ -241,7 +241,7 @@ fn requests_that_come_and_go_get_what_they_get_alone_but_for_ties() -> Verdict {
         let chunks = EngineOptions { prefill_chunk: 50, ..EngineOptions::default() };
         let mut engine = Engine::new(Arc::clone(model), chunks);
         let mut served = BTreeMap::new();
-        // One comes with every 20th event: graphs are made, replayed and dropped.
+        // One comes with every 20th event: graphs are made, and replayed for others.
         for events in 0.. {
             if (engine.is_idle() || events % 20 == 0)
                 && let Some(prompt) = waiting.next()
@@ -256,6 +256,8 @@ fn requests_that_come_and_go_get_what_they_get_alone_but_for_ties() -> Verdict {
                 None => {}
             }
         }
+        // Of 1, 2, 4 and 8 requests, some of which are longer than those before.
+        assert!((1..=6).contains(&engine.recordings()), "{} recordings", engine.recordings());
         let alone: Vec<_> =
             prompts.iter().map(|prompt| greedy(model, &dense, &[prompt]).remove(0)).collect();
         let equal = alone.iter().zip(served.values()).filter(|(a, b)| a == b).count();

@@ -3,12 +3,13 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::SeqCst};
 
+use moa_core::SparseAttentionBackend as _;
 use moa_models::{
     Checkpoint, Cpu, Decoder, Device, Draw, Engine, EngineOptions, Error, Event, GenerateOptions,
-    LinearWeights, Load, LogitRows, MappedTensor, Math, Replay, ReplayBatch, Result, RopeTable,
-    SamplingOptions,
+    LinearWeights, Load, LogitRows, MappedTensor, Math, Recordings, Replay, ReplayBatch, Result,
+    RopeTable, SamplingOptions, Sequence,
 };
 
 use crate::{full, greedy, moa_tiny, narrow, text};
@@ -27,6 +28,8 @@ struct Recorder {
     room: AtomicUsize,
     /// How often it was asked for one.
     asked: AtomicUsize,
+    /// Whether steps are run that compute nothing.
+    idles: AtomicBool,
     /// A token whose embedding is no number.
     poison: AtomicU32,
     /// Whether it draws tokens.
@@ -42,7 +45,8 @@ impl Recorder {
 
     fn open(room: usize, samples: bool) -> Arc<Decoder<Self>> {
         let (room, asked, poison) = (room.into(), 0.into(), u32::MAX.into());
-        let device = Self { cpu: Cpu::default(), room, asked, poison, samples, brought: 0.into() };
+        let (cpu, idles, brought) = (Cpu::default(), false.into(), 0.into());
+        let device = Self { cpu, room, asked, idles, poison, samples, brought };
         Checkpoint::open(device, moa_tiny()).unwrap().model
     }
 }
@@ -103,6 +107,93 @@ impl Replay<Recorder> for Half {
     }
 }
 
+/// Steps of batches of up to 1, 2, 4 and 8 sequences that give the token 0, and zeros as keys and values.
+struct Idle {
+    /// The one that runs is the last one.
+    sizes: Vec<usize>,
+    logits: Tensor,
+}
+
+impl Replay<Recorder> for Idle {
+    unsafe fn replace(
+        &mut self,
+        device: &Recorder,
+        batch: &ReplayBatch<'_, Recorder>,
+        prepares: bool,
+    ) -> Result<bool> {
+        assert!(batch.changes && batch.tokens == 1);
+        let sequences = batch.caches[0].len();
+        let size = sequences.next_power_of_two();
+        match self.sizes.iter().position(|own| *own == size) {
+            Some(at) => drop(self.sizes.remove(at)),
+            None if !prepares => return Ok(false),
+            None => {}
+        }
+        self.sizes.push(size);
+        let shape = [sequences, batch.vocab_size];
+        self.logits = device.tensor(vec![0.0; shape.iter().product()], &shape)?;
+        Ok(true)
+    }
+
+    fn recordings(&self) -> usize {
+        self.sizes.len()
+    }
+
+    fn run(
+        &mut self,
+        device: &Recorder,
+        tokens: &[u32],
+        lens: &[usize],
+        _: &dyn Fn(&dyn Replay<Recorder>) -> Result<()>,
+    ) -> Result<()> {
+        let rows = device.shape(&self.logits)[0];
+        assert_eq!((tokens.len(), lens.len()), (rows, rows), "of the batch that came last");
+        Ok(())
+    }
+
+    fn embed(&self, _: &Recorder, _: &Matrix, _: f32) -> Result<Tensor> {
+        unreachable!("nothing is described")
+    }
+
+    fn attend(&self, _: &Recorder, _: usize, _: [Tensor; 3]) -> Result<Tensor> {
+        unreachable!("nothing is described")
+    }
+
+    fn write_logits(&self, _: &Recorder, _: &Tensor, _: &Matrix, _: Range<usize>) -> Result<()> {
+        unreachable!("nothing is described")
+    }
+
+    fn finish(&self, _: &Recorder) -> Result<()> {
+        unreachable!("nothing is described")
+    }
+
+    fn sample(&self, _: &Recorder, _: &[Draw], _: &[f64]) -> Result<()> {
+        unreachable!("nothing is drawn")
+    }
+
+    fn logits(&self) -> &Tensor {
+        &self.logits
+    }
+
+    fn chosen(&self) -> Result<Vec<Option<u32>>> {
+        let rows = Cpu::default().shape(&self.logits)[0];
+        Ok(vec![Some(0); rows])
+    }
+
+    fn advance(&self, cache: &mut Cache) -> Result<()> {
+        let (heads, dim) = {
+            let state: &moa_core::CacheState = (*cache).as_ref();
+            (state.layout().heads().len(), state.head_dim())
+        };
+        let cpu = Cpu::default();
+        let zeros = cpu.tensor(vec![0.0; heads * dim], &[1, heads, dim])?;
+        let inputs = moa_core::ExtendInputs::new(&zeros, &zeros, &zeros, 1.0);
+        let batch = &mut [moa_core::Append { cache, tokens: 1 }];
+        cpu.attention().extend(batch, &inputs)?;
+        Ok(())
+    }
+}
+
 impl Device for Recorder {
     type Tensor = Tensor;
     type Matrix = Matrix;
@@ -152,8 +243,17 @@ impl Device for Recorder {
         4
     }
 
-    unsafe fn replay(&self, _: &ReplayBatch<'_, Self>) -> Result<Option<Box<dyn Replay<Self>>>> {
+    unsafe fn replay(
+        &self,
+        batch: &ReplayBatch<'_, Self>,
+    ) -> Result<Option<Box<dyn Replay<Self>>>> {
         self.asked.fetch_add(1, SeqCst);
+        if self.idles.load(SeqCst) {
+            let mut idle = Idle { sizes: Vec::new(), logits: self.tensor(vec![0.0], &[1, 1])? };
+            // SAFETY: it uses no cache.
+            unsafe { idle.replace(self, batch, true) }?;
+            return Ok(Some(Box::new(idle)));
+        }
         match self.room.fetch_update(SeqCst, SeqCst, |room| room.checked_sub(1)) {
             Ok(_) => Ok(Some(Box::new(Half {
                 tokens: Vec::new(),
@@ -269,6 +369,36 @@ fn a_step_that_memory_is_short_to_record_is_run_without() {
             assert_eq!(session.wide(7), None);
         }
     }
+}
+
+/// What was recorded goes from session to session, and is run from the first step on where it fits.
+#[test]
+fn sequences_that_join_and_leave_run_what_was_recorded_of_others() {
+    let model = Recorder::model(0);
+    model.device().idles.store(true, SeqCst);
+    let mut kept = Recordings::default();
+    let mut sequences = Vec::new();
+    for (many, recorded_before) in [(1, 0), (2, 1), (3, 2), (4, 3), (2, 3), (1, 3), (3, 3)] {
+        sequences.truncate(many);
+        sequences.resize_with(many, || model.open(&full(), 100, 0).unwrap());
+        let lens: Vec<usize> = sequences.iter().map(Sequence::len).collect();
+        let mut session = model.session_with(sequences, kept).unwrap();
+        assert_eq!(session.recordings(), recorded_before);
+        let is_new = recorded_before < 3;
+        for step in 0..4 {
+            let next = session.step_greedy(&model, &vec![5; many]).unwrap();
+            // The first steps of a size that is new are plain.
+            let is_idle = next.iter().all(|token| *token == 0);
+            assert_eq!(is_idle, !is_new || step >= 2, "{many} sequences, step {step}");
+        }
+        (sequences, kept) = session.into_parts();
+        assert!(sequences.iter().zip(lens).all(|(sequence, len)| sequence.len() == len + 4));
+    }
+    assert_eq!((kept.count(), model.device().asked.load(SeqCst)), (3, 1));
+    let other = Recorder::model(0);
+    let sequence = other.open(&full(), 100, 0).unwrap();
+    let error = other.session_with(vec![sequence], kept).unwrap_err();
+    assert!(matches!(error, Error::Invalid { .. }), "{error}");
 }
 
 #[test]
