@@ -192,7 +192,7 @@ impl<D: Math> Session<D> {
             Some(Recorded { replay, .. }) => {
                 if draws.iter().any(|draw| draw.temperature != 0.0) {
                     let asked = replay.sample(&model.device, draws, units);
-                    asked.map_err(|error| model.failure(error))?;
+                    asked.map_err(|error| model.recorded_failure(error))?;
                 }
             }
             None => self.chosen = Some(drawn_of(model, &logits, draws, units)?),
@@ -311,7 +311,7 @@ impl<D: Math> Session<D> {
         if let Some(replay) = &mut self.replay {
             let begin = Instant::now();
             self.is_steady = replay.runs >= FIRST_RUNS;
-            logits = match model.unless_short(model.replay(replay, &mut self.sequences, tokens)) {
+            logits = match model.replay(replay, &mut self.sequences, tokens) {
                 Ok(logits) => logits,
                 Err(error) => return Err(self.failure(model, error)),
             };
@@ -348,7 +348,7 @@ impl<D: Math> Session<D> {
         if let Some(replay) = self.wide_replay.as_mut().filter(|_| is_wide) {
             self.is_steady = replay.runs >= FIRST_RUNS;
             let tokens = each.concat();
-            logits = match model.unless_short(model.replay(replay, &mut self.sequences, &tokens)) {
+            logits = match model.replay(replay, &mut self.sequences, &tokens) {
                 Ok(logits) => logits,
                 Err(error) => return Err(self.failure(model, error)),
             };
@@ -387,7 +387,7 @@ impl<D: Math> Session<D> {
     /// A replay has failed: nothing recorded is launched again.
     fn failure(&mut self, model: &Decoder<D>, error: Error) -> Error {
         (self.replay, self.wide_replay) = (None, None);
-        model.failure(error)
+        model.recorded_failure(error)
     }
 }
 
@@ -413,7 +413,7 @@ pub(crate) fn drawn_of<D: Math>(
 
 /// Tokens that a recorded step has chosen, which is waited for.
 fn chosen_of<D: Math>(model: &Decoder<D>, replay: &Recorded<D>) -> Result<Vec<Option<u32>>> {
-    let chosen = replay.replay.chosen().map_err(|error| model.failure(error));
+    let chosen = replay.replay.chosen().map_err(|error| model.recorded_failure(error));
     model.check_ranks()?;
     chosen
 }
@@ -466,25 +466,26 @@ impl<D: Math> Decoder<D> {
         // the replay. What it appends otherwise and forgets changes their lengths, which `replay` tells. Weights
         // are those of this model, whose id every step compares; each step is checked for room first. `replay`
         // describes a step by operations on tensors that it drops.
-        let replay = unsafe { self.device.replay(&batch) }.map_err(|error| self.failure(error))?;
+        let replay = unsafe { self.device.replay(&batch) }?;
         Ok(replay.map(|replay| Recorded { replay, runs: 0 }))
     }
 
-    /// `None` where memory was short: a recorded step saves time alone. Ranks have to agree on what they run.
+    /// `None` where memory was short, of several ranks that of any: a recorded step saves time alone.
     fn unless_short<T>(&self, recorded: Result<T>) -> Result<Option<T>> {
-        match recorded {
-            Err(Error::OutOfMemory { .. }) if self.shard.is_none() => Ok(None),
+        match self.together(|| recorded) {
+            Err(error) if error.is_out_of_memory() => Ok(None),
             recorded => recorded.map(Some),
         }
     }
 
-    /// A step of all sequences by `replay`: [`Decoder::forward`], described once.
+    /// A step of all sequences by `replay`: [`Decoder::forward`], described once; `None` where memory was short for it, and
+    /// the same step can be run in another way.
     fn replay(
         &self,
         recorded: &mut Recorded<D>,
         batch: &mut [Sequence<D>],
         tokens: &[u32],
-    ) -> Result<D::Tensor> {
+    ) -> Result<Option<D::Tensor>> {
         let (device, config) = (&self.device, &self.config);
         let Recorded { replay, runs } = recorded;
         let lens: Vec<usize> = batch.iter().map(Sequence::len).collect();
@@ -504,15 +505,19 @@ impl<D: Math> Decoder<D> {
             }
             step.finish(device)
         });
-        if let Err(error @ Error::OutOfMemory { .. }) = ran {
-            // The same step can be run in another way, which writes the same slots.
+        // Of several ranks none can leave what is launched as a whole: from the second run on.
+        let has_run = match *runs == 0 || self.shard.is_none() {
+            true => self.unless_short(ran)?.is_some(),
+            false => ran.map(|()| true)?,
+        };
+        if !has_run {
+            // Another way writes the same slots.
             let count = tokens.len() / batch.len().max(1);
             for sequence in batch {
                 sequence.broken = !sequence.can_append_again(count);
             }
-            return Err(error);
+            return Ok(None);
         }
-        ran?;
         for sequence in batch {
             for cache in &mut sequence.caches {
                 replay.advance(cache)?;
@@ -520,6 +525,6 @@ impl<D: Math> Decoder<D> {
             sequence.broken = false;
         }
         *runs += 1;
-        Ok(replay.logits().clone())
+        Ok(Some(replay.logits().clone()))
     }
 }

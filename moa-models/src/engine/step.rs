@@ -94,6 +94,7 @@ impl<D: Math> Engine<D> {
                 Chosen::from_logits(&self.model, logits, choose.map(|own| &mut *own.0))?
             }
         };
+        self.model.all_done()?;
         let mut row = 0;
         for (run, part) in took_part {
             if run.is_reading() {
@@ -252,6 +253,7 @@ impl<D: Math> Engine<D> {
             }
             false => Chosen::by_host(model, session.check(model, &parts)?),
         };
+        model.all_done()?;
         let mut first = 0;
         for (at, run) in self.running.iter_mut().enumerate() {
             let known = run.history().len();
@@ -300,9 +302,9 @@ impl<D: Math> Engine<D> {
         self.usage.decoded_tokens += self.running.len();
         self.running.iter_mut().for_each(|run| run.took_in(1, &mut self.events));
         let told = chosen.note(&mut self.running);
-        let begun = match self.goes_ahead(goes_on) {
-            Ok(true) => self.begin().map(|_| self.ahead = Some(Ahead::Runs)),
-            other => other.map(drop),
+        let begun = match self.goes_ahead(goes_on)? {
+            true => self.begin().map(|_| self.ahead = Some(Ahead::Runs)),
+            false => Ok(()),
         };
         told.say(&mut self.running, &mut self.events);
         begun
@@ -317,12 +319,12 @@ impl<D: Math> Engine<D> {
         Ok((choices, logits))
     }
 
-    /// Whether the next step begins before the tokens of the last one are told. Clients of ranks come to the first one, which
-    /// says it to all.
+    /// Whether the next step begins before the tokens of the last one are told, now that all ranks have ended that. Clients of
+    /// ranks come to the first one, which says it to all.
     fn goes_ahead(&self, goes_on: GoesOn<'_>) -> Result<bool> {
         match goes_on {
             Some(goes_on) => self.model.agree(|| Ok(self.may_go_ahead() && goes_on())),
-            None => Ok(false),
+            None => self.model.all_done().map(|()| false),
         }
     }
 

@@ -98,14 +98,16 @@ impl<D: Math + 'static> Worker<D> {
         sizes: Sizes,
     ) -> Result<Option<Arc<Job>>, Error> {
         let mut opened = self.open(&job.prompt, capacity);
-        if matches!(opened, Err(Error::OutOfMemory { .. })) {
+        if opened.as_ref().is_err_and(Error::is_out_of_memory) {
             // What is kept for others is not worth a request.
             self.prefix.clear();
             opened = self.open(&job.prompt, capacity);
         }
         let (sequence, fork) = match opened {
             Ok(opened) => opened,
-            Err(Error::OutOfMemory { .. }) if !self.active.is_empty() => return Ok(Some(job)),
+            Err(error) if error.is_out_of_memory() && !self.active.is_empty() => {
+                return Ok(Some(job));
+            }
             Err(error) => {
                 self.metrics.failed.fetch_add(1, Relaxed);
                 tell(&job, Update::Failed(ApiError::of_model(&error)));
