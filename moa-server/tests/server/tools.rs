@@ -118,7 +118,10 @@ fn calls_that_a_model_makes_are_told_as_such_and_its_text_as_it_comes() {
 fn a_call_that_must_come_comes_whole_and_streamed() {
     let client = crate::shared();
     let named = json!({ "type": "function", "function": { "name": "weather" } });
-    for (forced, expected) in [(json!("required"), None), (named, Some("weather"))] {
+    let allowed = json!({ "mode": "required", "tools": [named.clone()] });
+    let allowed = json!({ "type": "allowed_tools", "allowed_tools": allowed });
+    let all = [(json!("required"), None), (named, Some("weather")), (allowed, Some("weather"))];
+    for (forced, expected) in all {
         let mut body = body("What is the weather in Paris?");
         body["tool_choice"] = forced;
         let whole = choice(client, &body);
