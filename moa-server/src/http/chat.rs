@@ -63,7 +63,8 @@ pub(crate) async fn complete(state: Arc<State>, body: &[u8]) -> Result<Response,
     let is_call = !plan.tools.is_empty() && (plan.forced.is_some() || grammar.is_none());
     answer.tools = is_call.then(|| {
         let names = plan.tools.iter().filter_map(|tool| tool["function"]["name"].as_str());
-        Callable { names: names.map(str::to_owned).collect(), parallel }
+        let names = names.map(str::to_owned).collect();
+        Callable { names, parallel, forced: plan.forced.is_some() }
     });
     let text = ChatText { template, messages, tools: plan.tools, variables, ending };
     submit(state, params, came, vec![Prompt::Chat(Box::new(text))], grammar, answer).await
@@ -302,13 +303,23 @@ impl ToolPlan {
     }
 }
 
-/// The schema of a call of one tool.
+/// The schema of a call of one tool. Other arguments than those that a tool names are of no use to it, and small models go on
+/// with them without end.
 fn call_schema(tool: &Value) -> Value {
     let function = &tool["function"];
-    let parameters = match &function["parameters"] {
-        Value::Null => json!({ "type": "object", "properties": {}, "additionalProperties": false }),
+    let mut parameters = match &function["parameters"] {
+        Value::Null => json!({ "type": "object", "properties": {} }),
         parameters => parameters.clone(),
     };
+    let is_plain = |parameters: &Map<String, Value>| {
+        let others =
+            ["additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"];
+        parameters.contains_key("properties")
+            && !others.iter().any(|other| parameters.contains_key(*other))
+    };
+    if let Some(object) = parameters.as_object_mut().filter(|object| is_plain(object)) {
+        object.insert("additionalProperties".to_owned(), false.into());
+    }
     json!({
         "type": "object",
         "properties": { "name": { "const": function["name"] }, "arguments": parameters },
