@@ -138,10 +138,17 @@ impl Answer {
                 self.cached_tokens += cached_tokens;
                 None
             }
+            Update::PromptToken { choices, token, logprobs } => {
+                let text = TokenText { tokenizer: &self.state.text.tokenizer };
+                for choice in self.choices.get_mut(choices)? {
+                    choice.logprobs.push(&text, token, logprobs.as_ref());
+                }
+                None
+            }
             Update::Token { choice: index, token, logprobs } => {
                 let text = TokenText { tokenizer: &self.state.text.tokenizer };
                 let choice = self.choices.get_mut(index)?;
-                choice.logprobs.push(&text, token, &logprobs);
+                choice.logprobs.push(&text, token, Some(&logprobs));
                 None
             }
             Update::Text { choice: index, piece } => {

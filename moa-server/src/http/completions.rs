@@ -39,9 +39,7 @@ pub(crate) async fn complete(state: Arc<State>, body: &[u8]) -> Result<Response,
     }
     let grammar = form(&mut fields)?.map(|(_, grammar)| grammar);
     let echo = fields.flag("echo")?;
-    if echo && params.options.logprobs.is_some() {
-        return Err(ApiError::field("echo", "false with `logprobs`", true));
-    }
+    params.options.prompt_logprobs = echo && params.options.logprobs.is_some();
     let expected = "a text, an array of texts, or arrays of token ids";
     let prompts = match fields.get("prompt", expected)? {
         Some(Prompts::Text(text)) => vec![Prompt::Text(text)],

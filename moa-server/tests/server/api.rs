@@ -280,6 +280,66 @@ fn answers_have_the_form_that_is_asked_for() {
     assert_eq!(client.post("/v1/completions", &broken).status, 400);
 }
 
+/// As programs ask that measure how likely texts are.
+#[test]
+fn an_echo_tells_how_likely_the_prompt_was() {
+    let client = shared();
+    let text = "The ship sailed into the harbour and the crew went ashore";
+    let tokens = client.ask("/tokenize", &json!({ "prompt": text }))["tokens"].clone();
+    let tokens: Vec<u32> = serde_json::from_value(tokens).unwrap();
+    let ask = |more: Value| {
+        let mut body = json!({ "prompt": tokens, "max_tokens": 1, "temperature": 0, "echo": true });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        client.ask("/v1/completions", &body)["choices"].clone()
+    };
+    // What is kept of the prompt by now is of no use to the second one.
+    for _ in 0..2 {
+        let told = ask(json!({ "logprobs": 2 }))[0]["logprobs"].clone();
+        let logprobs = told["token_logprobs"].as_array().unwrap();
+        assert_eq!(logprobs.len(), tokens.len() + 1);
+        assert_eq!((&logprobs[0], &told["top_logprobs"][0]), (&Value::Null, &Value::Null));
+        for at in 1..logprobs.len() {
+            let mut body = json!({ "prompt": tokens[..at], "max_tokens": 1, "logprobs": 2 });
+            if at < tokens.len() {
+                // The likeliest token in its place.
+                body["temperature"] = 0.into();
+                let own = client.ask("/v1/completions", &body)["choices"][0]["logprobs"].clone();
+                let likeliest = own["token_logprobs"][0].as_f64().unwrap();
+                let top = told["top_logprobs"][at].as_object().unwrap();
+                assert_eq!(top.len(), 2);
+                let best = top.values().map(|p| p.as_f64().unwrap()).fold(f64::MIN, f64::max);
+                // Steps of many rows may round otherwise.
+                assert!((best - likeliest).abs() < 0.1, "{at}: {best} {likeliest}");
+                assert!(logprobs[at].as_f64().unwrap() <= best);
+            }
+        }
+    }
+    let all = ask(json!({ "logprobs": 1, "n": 2, "temperature": 1, "seed": 3, "max_tokens": 4 }));
+    let first = |index: usize| all[index]["logprobs"]["token_logprobs"].as_array().unwrap();
+    assert_eq!(first(0).len(), tokens.len() + 4);
+    assert_eq!(first(0)[..tokens.len()], first(1)[..tokens.len()]);
+    assert_eq!(
+        ask(json!({ "logprobs": 1, "max_tokens": 0 }))[0]["logprobs"]["tokens"]
+            .as_array()
+            .unwrap()
+            .len(),
+        tokens.len()
+    );
+    let body =
+        json!({ "prompt": tokens, "max_tokens": 3, "temperature": 0, "echo": true, "logprobs": 1 });
+    let whole = client.ask("/v1/completions", &body)["choices"][0].clone();
+    let mut streamed = body.clone();
+    streamed["stream"] = true.into();
+    let chunks = client.post("/v1/completions", &streamed).events();
+    let joined = |field: &str| {
+        let told = chunks.iter().filter_map(|c| c["choices"][0]["logprobs"][field].as_array());
+        Value::from(told.flatten().cloned().collect::<Vec<_>>())
+    };
+    for field in ["tokens", "token_logprobs", "text_offset"] {
+        assert_eq!(joined(field), whole["logprobs"][field], "{field}");
+    }
+}
+
 #[test]
 fn a_conversation_may_end_in_a_message_that_goes_on() {
     let mut own = checkpoint();
