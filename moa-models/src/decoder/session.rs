@@ -473,7 +473,8 @@ impl<D: Math> Decoder<D> {
     /// `None` where memory was short, of several ranks that of any: a recorded step saves time alone.
     fn unless_short<T>(&self, recorded: Result<T>) -> Result<Option<T>> {
         match self.together(|| recorded) {
-            Err(error) if error.is_out_of_memory() => Ok(None),
+            Err(Error::OutOfMemory { .. }) if self.ranks() == 1 => Ok(None),
+            Err(Error::RankOutOfMemory { .. }) => Ok(None),
             recorded => recorded.map(Some),
         }
     }
@@ -513,9 +514,10 @@ impl<D: Math> Decoder<D> {
         if !has_run {
             // Another way writes the same slots.
             let count = tokens.len() / batch.len().max(1);
-            for sequence in batch {
-                sequence.broken = !sequence.can_append_again(count);
-            }
+            let again = batch.iter().map(|sequence| sequence.can_append_again(count)).collect();
+            // Rings of one rank may reach back less far than those of another.
+            let again = self.on_all_ranks(again)?;
+            batch.iter_mut().zip(again).for_each(|(sequence, again)| sequence.broken = !again);
             return Ok(None);
         }
         for sequence in batch {

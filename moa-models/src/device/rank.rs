@@ -58,7 +58,8 @@ pub trait Rank: Send + Sync {
         true
     }
 
-    /// What all ranks bring, in their order; all of them call this alike.
+    /// What all ranks bring, in their order; all of them call this alike. A rank without memory brings word of that in the
+    /// place of what is expected, which [`ThreadRank`](crate::ThreadRank) knows: others have theirs met by one.
     ///
     /// # Errors
     /// [`Error::Rank`] if a rank failed or left, [`Error::RankSilent`] if one did not come in time,

@@ -64,16 +64,21 @@ fn structured(
             let expected = "an array of texts";
             let texts = value.as_array().filter(|texts| !texts.is_empty());
             let texts = texts.ok_or_else(|| fault(expected))?.iter();
-            // JSON's quotes and escapes are those of Lark.
-            let quoted = texts.map(|text| text.is_string().then(|| text.to_string()));
-            let quoted: Option<Vec<String>> = quoted.collect();
-            let choices = quoted.ok_or_else(|| fault(expected))?.join(" | ");
-            Grammar::lark(format!("start: {choices}"))
+            let escaped = texts.map(|text| text.as_str().map(escaped));
+            let escaped: Option<Vec<String>> = escaped.collect();
+            // As one word of a grammar, of which there may be any number.
+            Grammar::regex(&escaped.ok_or_else(|| fault(expected))?.join("|"))
         }
         "structural_tag" => return Err(fault("left out")),
         _ => return Ok(None),
     };
     Ok(Some((field, grammar)))
+}
+
+/// The regular expression of a text alone.
+fn escaped(text: &str) -> String {
+    let escapes = |c: char| c.is_ascii_punctuation() && !matches!(c, '<' | '>');
+    text.chars().flat_map(|c| escapes(c).then_some('\\').into_iter().chain([c])).collect()
 }
 
 fn response_format(format: &Value) -> Result<Option<Arc<Grammar>>, ApiError> {

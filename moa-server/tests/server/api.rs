@@ -229,23 +229,25 @@ fn answers_have_the_form_that_is_asked_for() {
     let schema = json!({ "type": "object", "properties": { "sea": { "enum": ["calm", "wild"] } },
         "required": ["sea"], "additionalProperties": false });
     let is_object = |text: &str| text == r#"{"sea": "calm"}"# || text == r#"{"sea": "wild"}"#;
-    let is_choice = |text: &str| ["a \"b\"", "\\d", "two"].contains(&text);
+    let is_choice = |text: &str| ["a \"b\"", "\\d", "x/<y>.*"].contains(&text);
+    let is_one_of_many = |text: &str| text.starts_with("the ") && text.ends_with("th");
     let is_number = |text: &str| {
         text.len() == 5
             && text.bytes().take(3).all(|byte| byte.is_ascii_digit())
             && ('a'..='f').any(|last| text.ends_with(&format!("-{last}")))
     };
     let is_word = |text: &str| ["xyy", "xyz", "xzy", "xzz"].contains(&text);
-    let choices = json!(["a \"b\"", "\\d", "two"]);
+    let choices = json!(["a \"b\"", "\\d", "x/<y>.*"]);
     let format = json!({ "type": "json_schema", "json_schema": { "schema": schema } });
     type IsRight = fn(&str) -> bool;
-    let ways: [(&str, Value, IsRight); 8] = [
+    let ways: [(&str, Value, IsRight); 9] = [
         ("structured_outputs", json!({ "json": schema }), is_object),
         ("structured_outputs", json!({ "regex": "[0-9]{3}-[a-f]" }), is_number),
         ("structured_outputs", json!({ "choice": choices }), is_choice),
         ("structured_outputs", json!({ "grammar": "start: \"x\" /[yz]{2}/" }), is_word),
         ("guided_json", json!(schema.to_string()), is_object),
         ("guided_choice", choices.clone(), is_choice),
+        ("guided_choice", (0..3000).map(|n| format!("the {n}th")).collect(), is_one_of_many),
         ("json_schema", schema.clone(), is_object),
         ("response_format", format, is_object),
     ];
@@ -335,9 +337,17 @@ fn an_echo_tells_how_likely_the_prompt_was() {
         let told = chunks.iter().filter_map(|c| c["choices"][0]["logprobs"][field].as_array());
         Value::from(told.flatten().cloned().collect::<Vec<_>>())
     };
-    for field in ["tokens", "token_logprobs", "text_offset"] {
+    for field in ["tokens", "text_offset"] {
         assert_eq!(joined(field), whole["logprobs"][field], "{field}");
     }
+    // Other requests beside it change last digits.
+    let [streamed, whole] = [joined("token_logprobs"), whole["logprobs"]["token_logprobs"].clone()];
+    let pairs = streamed.as_array().unwrap().iter().zip(whole.as_array().unwrap());
+    let differs = |(a, b): (&Value, &Value)| {
+        let close = a.as_f64().zip(b.as_f64()).map(|(a, b)| (a - b).abs() < 0.1);
+        !close.unwrap_or(a == b)
+    };
+    assert_eq!(pairs.filter(|pair| differs(*pair)).count(), 0, "{streamed} {whole}");
 }
 
 #[test]
