@@ -35,6 +35,9 @@ assert len(done.choices) == 2 and len(done.choices[0].logprobs.tokens) == 6
 pieces = client.completions.create(model=model, prompt="Once upon a time", max_tokens=6, stream=True)
 assert "".join(p.choices[0].text for p in pieces) == done.choices[0].text
 
+likely = client.completions.create(model=model, prompt="Once upon a time", max_tokens=0, echo=True, logprobs=1)
+assert likely.choices[0].logprobs.token_logprobs[0] is None and likely.choices[0].logprobs.token_logprobs[-1] < 0
+
 for body, kind in [({"temperature": -1}, openai.BadRequestError), ({"model": "gpt-4"}, openai.NotFoundError)]:
     try:
         client.chat.completions.create(**{"model": model, "messages": hello, **body})
@@ -59,6 +62,9 @@ if has_grammar:
         model=model, messages=asked, tools=[weather], tool_choice="required", max_tokens=100)
     call = called.choices[0].message.tool_calls[0].function
     assert call.name == "weather" and json.loads(call.arguments)["city"] in ("Paris", "Rome"), called
+    chosen = client.chat.completions.create(
+        model=model, messages=asked, max_tokens=100, extra_body={"structured_outputs": {"choice": ["yes", "no"]}})
+    assert chosen.choices[0].message.content.strip() in ("yes", "no"), chosen
     for stream in (False, True):
         told = client.chat.completions.create(
             model=model, messages=asked, response_format=schema, max_tokens=100, stream=stream)

@@ -395,12 +395,23 @@ pub enum Error {
         seconds: f64,
     },
 
+    /// A device's memory was too short for what all that share the model were to do, so that none of them has done it. All
+    /// get this, and can go on.
+    #[error("rank {rank}, which has a part of the model: {reason}")]
+    RankOutOfMemory {
+        /// The rank, from 0.
+        rank: usize,
+        /// Its [`Error::OutOfMemory`].
+        reason: String,
+    },
+
     /// A step of several requests failed, of which this one was part.
     #[error("a step of the batch failed: {reason}")]
     Step {
         /// The error of the step.
         reason: String,
-        /// It was [`Error::OutOfMemory`]: a smaller step, or one of fewer requests, may have the memory that it needs.
+        /// Whether [memory was too short](Error::is_out_of_memory): a smaller step, or one of fewer requests, may have the
+        /// memory that it needs.
         out_of_memory: bool,
     },
 
@@ -530,6 +541,16 @@ impl Error {
             expected: expected.to_owned(),
             got: got.to_string(),
         }
+    }
+
+    /// Whether memory was too short, here or on another device that has a part of the model: less of it may be asked for.
+    pub fn is_out_of_memory(&self) -> bool {
+        matches!(
+            self,
+            Self::OutOfMemory { .. }
+                | Self::RankOutOfMemory { .. }
+                | Self::Step { out_of_memory: true, .. }
+        )
     }
 
     /// Whether it is about what was asked for, and so comes on every device that shares a model.

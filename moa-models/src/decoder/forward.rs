@@ -1,3 +1,5 @@
+use std::ops::Range;
+
 use moa_core::Append;
 
 use crate::decoder::logits::LogitRows;
@@ -26,6 +28,12 @@ impl<D: Math> Decoder<D> {
     ) -> Result<D::Tensor> {
         let hidden = self.hidden_states(batch, tokens, logits)?;
         self.output(&hidden).map_err(|error| self.failure(error))
+    }
+
+    /// Logits `[rows, vocab]` of some rows of [hidden states](Self::hidden_states).
+    pub(crate) fn logits_of(&self, hidden: &D::Tensor, rows: Range<usize>) -> Result<D::Tensor> {
+        let rows = self.device.rows(hidden, &rows.collect::<Vec<_>>());
+        rows.and_then(|rows| self.output(&rows)).map_err(|error| self.failure(error))
     }
 
     /// Appends as [`forward`](Self::forward), and returns what the output matrix would be given: the hidden states

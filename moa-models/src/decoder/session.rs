@@ -266,7 +266,7 @@ impl<D: Math> Session<D> {
             Some(replay) => {
                 if draws.iter().any(|draw| draw.temperature != 0.0) {
                     let asked = replay.sample(&model.device, draws, units);
-                    asked.map_err(|error| model.failure(error))?;
+                    asked.map_err(|error| model.recorded_failure(error))?;
                 }
             }
             None => self.chosen = Some(drawn_of(model, &logits, draws, units)?),
@@ -386,8 +386,7 @@ impl<D: Math> Session<D> {
         if let Some(replay) = &mut self.replay {
             let begin = Instant::now();
             self.is_steady = replay.is_recorded();
-            let ran = model.replay(&mut **replay, &mut self.sequences, tokens);
-            logits = match model.unless_short(ran) {
+            logits = match model.replay(&mut **replay, &mut self.sequences, tokens) {
                 Ok(logits) => logits,
                 Err(error) => return Err(self.failure(model, error)),
             };
@@ -426,8 +425,7 @@ impl<D: Math> Session<D> {
         if let Some(replay) = self.wide_replay.as_mut().filter(|_| is_wide) {
             self.is_steady = replay.is_recorded();
             let tokens = each.concat();
-            let ran = model.replay(&mut **replay, &mut self.sequences, &tokens);
-            logits = match model.unless_short(ran) {
+            logits = match model.replay(&mut **replay, &mut self.sequences, &tokens) {
                 Ok(logits) => logits,
                 Err(error) => return Err(self.failure(model, error)),
             };
@@ -466,7 +464,7 @@ impl<D: Math> Session<D> {
     /// A replay has failed: nothing recorded is launched again.
     fn failure(&mut self, model: &Decoder<D>, error: Error) -> Error {
         (self.replay, self.wide_replay, self.kept) = (None, None, Recordings::default());
-        model.failure(error)
+        model.recorded_failure(error)
     }
 }
 
@@ -492,7 +490,7 @@ pub(crate) fn drawn_of<D: Math>(
 
 /// Tokens that a recorded step has chosen, which is waited for.
 fn chosen_of<D: Math>(model: &Decoder<D>, replay: &dyn Replay<D>) -> Result<Vec<Option<u32>>> {
-    let chosen = replay.chosen().map_err(|error| model.failure(error));
+    let chosen = replay.chosen().map_err(|error| model.recorded_failure(error));
     model.check_ranks()?;
     chosen
 }
@@ -555,7 +553,7 @@ impl<D: Math> Decoder<D> {
         if let Some(mut replay) = kept.take() {
             // SAFETY: as below.
             let replaced = unsafe { replay.replace(&self.device, &batch, prepares) };
-            match replaced.map_err(|error| self.failure(error))? {
+            match replaced? {
                 true => return Ok(Some(replay)),
                 false if !prepares => {
                     *kept = Some(replay);
@@ -568,28 +566,32 @@ impl<D: Math> Decoder<D> {
         // the replay. What it appends otherwise and forgets changes their lengths, which `replay` tells. Weights
         // are those of this model, whose id sessions and steps compare; each step is checked for room first. `replay`
         // describes a step by operations on tensors that it drops.
-        unsafe { self.device.replay(&batch) }.map_err(|error| self.failure(error))
+        unsafe { self.device.replay(&batch) }
     }
 
-    /// `None` where memory was short: a recorded step saves time alone. Ranks have to agree on what they run.
+    /// `None` where memory was short, of several ranks that of any: a recorded step saves time alone.
     fn unless_short<T>(&self, recorded: Result<T>) -> Result<Option<T>> {
-        match recorded {
-            Err(Error::OutOfMemory { .. }) if self.shard.is_none() => Ok(None),
+        match self.together(|| recorded) {
+            Err(Error::OutOfMemory { .. }) if self.ranks() == 1 => Ok(None),
+            Err(Error::RankOutOfMemory { .. }) => Ok(None),
             recorded => recorded.map(Some),
         }
     }
 
-    /// A step of all sequences by `replay`: [`Decoder::forward`], described once.
+    /// A step of all sequences by `replay`: [`Decoder::forward`], described once; `None` where memory was short for it, and
+    /// the same step can be run in another way.
     fn replay(
         &self,
         replay: &mut dyn Replay<D>,
         batch: &mut [Sequence<D>],
         tokens: &[u32],
-    ) -> Result<D::Tensor> {
+    ) -> Result<Option<D::Tensor>> {
         let (device, config) = (&self.device, &self.config);
         let lens: Vec<usize> = batch.iter().map(Sequence::len).collect();
         batch.iter_mut().for_each(|sequence| sequence.broken = true);
         self.begins();
+        // Of several ranks none can leave what is launched as a whole: from the second run on.
+        let is_whole = self.shard.is_some() && replay.is_rehearsed();
         let ran = replay.run(device, tokens, &lens, &|step| {
             let x = step.embed(device, &self.embedding, self.embedding_factor())?;
             let x = self.blocks(x, |layer, qkv| step.attend(device, layer, qkv))?;
@@ -604,21 +606,25 @@ impl<D: Math> Decoder<D> {
             }
             step.finish(device)
         });
-        if let Err(error @ Error::OutOfMemory { .. }) = ran {
-            // The same step can be run in another way, which writes the same slots.
+        let has_run = match is_whole {
+            true => ran.map(|()| true)?,
+            false => self.unless_short(ran)?.is_some(),
+        };
+        if !has_run {
+            // Another way writes the same slots.
             let count = tokens.len() / batch.len().max(1);
-            for sequence in batch {
-                sequence.broken = !sequence.can_append_again(count);
-            }
-            return Err(error);
+            let again = batch.iter().map(|sequence| sequence.can_append_again(count)).collect();
+            // Rings of one rank may reach back less far than those of another.
+            let again = self.on_all_ranks(again)?;
+            batch.iter_mut().zip(again).for_each(|(sequence, again)| sequence.broken = !again);
+            return Ok(None);
         }
-        ran?;
         for sequence in batch {
             for cache in &mut sequence.caches {
                 replay.advance(cache)?;
             }
             sequence.broken = false;
         }
-        Ok(replay.logits().clone())
+        Ok(Some(replay.logits().clone()))
     }
 }

@@ -10,7 +10,7 @@ use crate::checkpoint::safetensors::Tensors;
 use crate::decoder::config::ModelConfig;
 use crate::decoder::layer::Linear;
 use crate::decoder::model::Decoder;
-use crate::device::rank::{Brought, Communicator, Wait};
+use crate::device::rank::{Brought, Communicator, Shortage, Wait};
 use crate::device::{Device, Load, Math};
 use crate::{Error, Result, memory};
 
@@ -81,9 +81,6 @@ impl WeightCounts {
         device.weight_bytes(self.rest) + self.linear_bytes(device)
     }
 }
-
-/// What a rank's memory was too short for: the fields of [`Error::OutOfMemory`].
-type Shortage = (&'static str, Option<u64>, Option<u64>);
 
 /// Elements of a row that kernels read at once: parts of the vocabulary begin at their multiples.
 const ALIGNED: usize = 8;
@@ -302,24 +299,26 @@ impl<D: Math> Decoder<D> {
     /// all, and what the others got is given back. Of a whole model it just runs.
     ///
     /// # Errors
-    /// That of `work`; [`Error::OutOfMemory`] of the first rank without memory, and those of
-    /// [`Rank::gather`](crate::Rank::gather).
+    /// That of `work`, which of several ranks is [`Error::RankOutOfMemory`] on all of them where the memory of one is too
+    /// short; those of [`Rank::gather`](crate::Rank::gather).
     pub fn together<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let Some(shard) = &self.shard else { return work() };
-        let own = work();
-        let shortage: Option<Shortage> = match &own {
-            Err(Error::OutOfMemory { what, bytes, free }) => Some((*what, *bytes, *free)),
-            Err(error) if !error.is_of_request() => {
-                return own.map_err(|error| self.failure(error));
-            }
+        match work() {
+            Err(error) if !error.is_of_request() => Err(self.failure(error)),
             // What is wrong with a request is so on all ranks.
-            _ => None,
-        };
-        let all = shard.communicator.gather(Arc::new(shortage), Wait::Step)?;
-        match all.iter().find_map(|one| *one.downcast_ref::<Option<Shortage>>()?) {
-            None => own,
-            Some((what, bytes, free)) => Err(Error::OutOfMemory { what, bytes, free }),
+            own if shard.communicator.meets() => {
+                shard.communicator.gather(Arc::new(()), Wait::Step).and(own)
+            }
+            own => own,
         }
+    }
+
+    /// Waits until all ranks have done their part of a step.
+    ///
+    /// # Errors
+    /// [`Error::RankOutOfMemory`] if one had no memory for it, and those of [`Rank::gather`](crate::Rank::gather).
+    pub(crate) fn all_done(&self) -> Result<()> {
+        self.together(|| Ok(()))
     }
 
     /// Those of several things that are so on all ranks, each of which has as many. Of a whole model they are as they are.
@@ -395,24 +394,42 @@ impl<D: Math> Decoder<D> {
         }
     }
 
-    /// Tells the other ranks that a step failed here.
-    pub(crate) fn tell_failure(&self) {
-        if let Some(shard) = &self.shard {
-            shard.communicator.fail();
-        }
-    }
-
     /// Tells the other ranks that a step failed here, and what it failed of: a device that gives up a wait does not
-    /// know why.
+    /// know why. Where memory was too short, they are told at their next meeting, which may be a sum of the step, and all
+    /// go on from there.
     pub(crate) fn failure(&self, error: Error) -> Error {
         let Some(shard) = &self.shard else { return error };
-        let reason = shard.communicator.reason();
-        shard.communicator.fail();
+        let communicator = &shard.communicator;
+        match error {
+            Error::RankOutOfMemory { .. } => return error,
+            Error::OutOfMemory { .. } if self.ranks() == 1 => return error,
+            Error::OutOfMemory { .. } if communicator.meets() => {
+                let shortage = Arc::new(Shortage(error.to_string()));
+                let met = communicator.gather(shortage, Wait::Step);
+                if let Err(error @ Error::RankOutOfMemory { .. }) = met {
+                    return error;
+                }
+            }
+            _ => {}
+        }
+        let reason = communicator.reason();
+        communicator.fail();
         match reason {
             // That it failed itself is nothing new.
             Some(Error::Rank { rank }) if rank == shard.rank() => error,
             Some(reason) => reason,
             None => error,
+        }
+    }
+
+    /// [`failure`](Self::failure) of a step that is recorded, which other ranks may have launched whole: they cannot go on
+    /// without this one, whatever it failed of.
+    pub(crate) fn recorded_failure(&self, error: Error) -> Error {
+        match error {
+            Error::OutOfMemory { .. } if self.shard.is_some() => {
+                self.failure(Error::Backend(error.into()))
+            }
+            error => self.failure(error),
         }
     }
 

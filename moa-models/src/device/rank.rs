@@ -11,6 +11,10 @@ use crate::{Error, Result};
 /// What a rank brings to a [meeting](Rank::gather): any value, shared by reference.
 pub type Brought = Arc<dyn Any + Send + Sync>;
 
+/// What a rank without memory brings to a meeting: why it has not done what all were to do.
+#[derive(Debug)]
+pub(crate) struct Shortage(pub(crate) String);
+
 /// How long ranks wait for each other where nothing else is said. They do the same work, so that one comes seconds
 /// after another at most.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -49,13 +53,23 @@ pub trait Rank: Send + Sync {
         self.failed().map(|rank| Error::Rank { rank })
     }
 
-    /// What all ranks bring, in their order; all of them call this alike. Ranks of other processes cannot.
+    /// Whether ranks can [bring](Self::gather) each other values: those of several processes cannot.
+    fn meets(&self) -> bool {
+        true
+    }
+
+    /// What all ranks bring, in their order; all of them call this alike. A rank without memory brings word of that in the
+    /// place of what is expected, which [`ThreadRank`](crate::ThreadRank) knows: others have theirs met by one.
     ///
     /// # Errors
     /// [`Error::Rank`] if a rank failed or left, [`Error::RankSilent`] if one did not come in time,
+    /// [`Error::RankOutOfMemory`] if one came without memory for what was to be done before,
     /// [`Error::Invalid`] unless all ranks are of this process.
     fn gather(&self, own: Brought, wait: Wait) -> Result<Arc<[Brought]>> {
-        let _ = (own, wait);
+        let _ = wait;
+        if self.ranks() == 1 {
+            return Ok(Arc::new([own]));
+        }
         let got = format!("rank {} of {}", self.rank(), self.ranks());
         Err(Error::invalid("ranks", "of one process, to tell each other values", got))
     }
@@ -68,7 +82,8 @@ pub trait Communicator<D: Device>: Rank {
     ///
     /// # Errors
     /// [`Error::Rank`] if another rank failed or, over the host, left; [`Error::RankSilent`] if one did not come in
-    /// time, where this waits for it; [`Error::Backend`] or [`Error::OutOfMemory`] if the device fails.
+    /// time, where this waits for it; [`Error::RankOutOfMemory`] if one has no memory for its part: then no rank may have
+    /// begun this sum; [`Error::Backend`] or [`Error::OutOfMemory`] if the device fails.
     fn all_reduce(&self, device: &D, x: &mut D::Tensor) -> Result<()>;
 
     /// [`all_reduce`](Self::all_reduce), and the [norm](crate::Math::rms_norm) of the sum's rows where that comes with
@@ -117,6 +132,10 @@ impl<R: Rank> Rank for Arc<R> {
 
     fn reason(&self) -> Option<Error> {
         (**self).reason()
+    }
+
+    fn meets(&self) -> bool {
+        (**self).meets()
     }
 
     fn gather(&self, own: Brought, wait: Wait) -> Result<Arc<[Brought]>> {

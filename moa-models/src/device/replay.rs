@@ -67,6 +67,11 @@ pub trait Replay<D: Device>: Send {
         Ok(false)
     }
 
+    /// Whether a step has run, so that the next ones are launched as a whole.
+    fn is_rehearsed(&self) -> bool {
+        false
+    }
+
     /// Whether the next step takes what all such steps take: what is to be recorded has been.
     fn is_recorded(&self) -> bool {
         true

@@ -2,8 +2,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::device::Device;
-use crate::device::rank::{Brought, Communicator, LOAD_PATIENCE, PATIENCE, Rank, Wait};
-use crate::{Error, Result};
+use crate::device::rank::{Brought, Communicator, LOAD_PATIENCE, PATIENCE, Rank, Shortage, Wait};
+use crate::{Error, Result, memory};
 
 /// A rank that is a thread of one process and adds up over its memory: for tests, and for devices that have
 /// no faster way. Works on every device, at the price of a copy to the host and back.
@@ -69,7 +69,7 @@ impl ThreadRank {
     fn sum(&self, values: Vec<f32>) -> Result<Vec<f32>> {
         let len = values.len();
         let all = self.gather(Arc::new(values), Wait::Step)?;
-        let mut sum: Option<Vec<f32>> = None;
+        let mut sum = memory::filled(len, 0.0, "sum over ranks")?;
         for part in &*all {
             let part = part.downcast_ref::<Vec<f32>>();
             let Some(part) = part.filter(|part| part.len() == len) else {
@@ -78,12 +78,20 @@ impl ThreadRank {
                     part.map_or("something else".to_string(), |p| format!("{} values", p.len()));
                 return Err(Error::invalid("sum over ranks", format!("{len} values of each"), got));
             };
-            match &mut sum {
-                None => sum = Some(part.clone()),
-                Some(sum) => sum.iter_mut().zip(part).for_each(|(sum, x)| *sum += x),
-            }
+            sum.iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
         }
-        Ok(sum.unwrap_or_default())
+        Ok(sum)
+    }
+
+    /// What all have brought, unless one came without memory.
+    fn whole(met: &Arc<[Brought]>) -> Result<Arc<[Brought]>> {
+        let shortages = met.iter().map(|one| one.downcast_ref::<Shortage>()).enumerate();
+        match shortages.filter_map(|(rank, shortage)| Some((rank, shortage?))).next() {
+            Some((rank, Shortage(reason))) => {
+                Err(Error::RankOutOfMemory { rank, reason: reason.clone() })
+            }
+            None => Ok(Arc::clone(met)),
+        }
     }
 }
 
@@ -117,7 +125,7 @@ impl Rank for ThreadRank {
             let met: Arc<[Brought]> = state.parts.iter_mut().filter_map(Option::take).collect();
             state.met = Some(Arc::clone(&met));
             state.meetings += 1;
-            return Ok(met);
+            return Self::whole(&met);
         }
         let patience = match wait {
             Wait::Load => LOAD_PATIENCE,
@@ -130,7 +138,7 @@ impl Rank for ThreadRank {
             if state.meetings > before
                 && let Some(met) = &state.met
             {
-                return Ok(Arc::clone(met));
+                return Self::whole(met);
             }
             if let Some(rank) = state.failed.or(state.left) {
                 return Err(Error::Rank { rank });
@@ -163,8 +171,9 @@ impl Drop for ThreadRank {
 impl<D: Device> Communicator<D> for ThreadRank {
     fn all_reduce(&self, device: &D, x: &mut D::Tensor) -> Result<()> {
         let shape = device.shape(x);
-        let sum = self.sum(device.values(x.clone())?)?;
-        *x = device.tensor(sum, &shape)?;
+        // It goes, so that a tensor in host memory is not copied.
+        let part = std::mem::replace(x, device.tensor(Vec::new(), &[0])?);
+        *x = device.tensor(self.sum(device.values(part)?)?, &shape)?;
         Ok(())
     }
 }

@@ -73,6 +73,9 @@ pub struct GenerateOptions {
     /// Tell with each token how likely it was, and so many of the likeliest in its place; the host then
     /// chooses the request's tokens.
     pub logprobs: Option<usize>,
+    /// Tell the tokens of the prompt too, each with how likely it was, where [`logprobs`](Self::logprobs) are asked for: as
+    /// [`Event::PromptToken`]. Those that a sequence holds already, and the one after them, are not told.
+    pub prompt_logprobs: bool,
     /// Whether the text follows on that of a prompt of tokens, whose first space it then keeps; `None`
     /// where the model has no chat template.
     pub continues_prompt: Option<bool>,
@@ -92,6 +95,7 @@ impl Default for GenerateOptions {
             stop_token_ids: Vec::new(),
             eos_token_ids: None,
             logprobs: None,
+            prompt_logprobs: false,
             continues_prompt: None,
             prefill_stops: Vec::new(),
         }
@@ -157,6 +161,15 @@ pub enum Event {
         /// Tokens of the prompt.
         total: usize,
     },
+    /// A token of the prompt was read, where [`GenerateOptions::prompt_logprobs`] asks for it.
+    PromptToken {
+        /// The request.
+        id: RequestId,
+        /// The token.
+        token: u32,
+        /// How likely it was after those before it; `None` of the first one, which follows nothing.
+        logprobs: Option<TokenLogprobs>,
+    },
     /// The request got a token, which is never an end-of-sequence token.
     Token {
         /// The request.
@@ -195,6 +208,7 @@ impl Event {
     pub fn id(&self) -> RequestId {
         match self {
             Self::Prefill { id, .. }
+            | Self::PromptToken { id, .. }
             | Self::Token { id, .. }
             | Self::Text { id, .. }
             | Self::Done { id, .. }

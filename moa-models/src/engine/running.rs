@@ -19,6 +19,8 @@ pub(crate) struct Running {
     sampler: Sampler,
     pub(crate) constraint: Option<Box<dyn Constraint>>,
     logprobs: Option<usize>,
+    /// Whether tokens of the prompt are told with theirs.
+    tells_prompt: bool,
     /// Positions of the prompt at which a step ends.
     prefill_stops: Vec<usize>,
     max_new_tokens: usize,
@@ -111,6 +113,7 @@ impl Running {
             sampler: Sampler::new(options.sampling)?,
             constraint: None,
             logprobs: options.logprobs,
+            tells_prompt: options.prompt_logprobs,
             prefill_stops: options.prefill_stops,
             max_new_tokens: options.max_new_tokens,
             eos_token_ids: options.eos_token_ids.unwrap_or_else(|| eos_token_ids.to_vec()),
@@ -269,6 +272,29 @@ impl Running {
         match self.is_reading() {
             true => &self.history[self.read..self.read + tokens],
             false => &self.history[self.history.len() - 1..],
+        }
+    }
+
+    /// How many of the likeliest tokens are told with those of the prompt, while it is read and if they are told.
+    pub(crate) fn prompt_logprobs(&self) -> Option<usize> {
+        self.logprobs.filter(|_| self.tells_prompt && self.is_reading())
+    }
+
+    /// Tells the tokens of the prompt that a step of `tokens` reads or comes to, of which those after the first have logits.
+    pub(crate) fn tell_prompt(
+        &self,
+        tokens: usize,
+        logits: &mut impl Iterator<Item = Logprobs>,
+        events: &mut VecDeque<Event>,
+    ) {
+        let id = self.id;
+        if self.before + self.read == 0 {
+            events.push_back(Event::PromptToken { id, token: self.history[0], logprobs: None });
+        }
+        let told = &self.history[self.read + 1..self.prompt_len.min(self.read + tokens + 1)];
+        for (token, logprobs) in told.iter().zip(logits) {
+            let logprobs = Some(logprobs.of_choice(*token));
+            events.push_back(Event::PromptToken { id, token: *token, logprobs });
         }
     }
 

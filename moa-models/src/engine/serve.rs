@@ -281,9 +281,10 @@ impl<D: Math> Engine<D> {
     ///
     /// # Errors
     /// [`Error::Backend`] or [`Error::OutOfMemory`] if the device failed in a step, [`Error::Rank`] if another rank
-    /// failed. (Logits that are no numbers end the request alone that they are of.) The requests that ran have ended
-    /// then, each of which gets an [`Event::Failed`] with [`Error::Step`] by the next calls; those that wait, and new
-    /// ones, go on. A model that several devices share is of no use after that.
+    /// failed, [`Error::RankOutOfMemory`] on all ranks if the memory of one was too short. (Logits that are no numbers end
+    /// the request alone that they are of.) The requests that ran have ended then, each of which gets an [`Event::Failed`]
+    /// with [`Error::Step`] by the next calls; those that wait, and new ones, go on. A model that several devices share is
+    /// of no use after another error than `RankOutOfMemory`.
     pub fn step(&mut self) -> Result<Option<Event>> {
         self.step_with(None)
     }
@@ -460,7 +461,7 @@ impl<D: Math> Engine<D> {
                 Place::Resume(sequence) => Ok(sequence),
                 Place::Open { plan, capacity } => match self.open(&plan, capacity, slack) {
                     // Those that run will free some.
-                    Err(Error::OutOfMemory { .. }) if self.may_wait() => {
+                    Err(error) if error.is_out_of_memory() && !self.running.is_empty() => {
                         let place = Place::Open { plan, capacity };
                         self.waiting.push_front(Waiting { run, place });
                         self.is_full = true;
@@ -475,9 +476,9 @@ impl<D: Math> Engine<D> {
                     self.running.push(run);
                 }
                 Err(error) => {
-                    // What is wrong with a request is so on all ranks; a device's failure is not.
-                    if self.model.ranks() > 1 && !error.is_of_request() {
-                        self.model.tell_failure();
+                    // What is wrong with a request is so on all ranks, as is memory; a device's failure is not.
+                    let is_alike = error.is_of_request() || error.is_out_of_memory();
+                    if self.model.ranks() > 1 && !is_alike {
                         self.running.push(run);
                         self.fail(&error);
                         return Err(error);
@@ -491,9 +492,10 @@ impl<D: Math> Engine<D> {
 
     /// A sequence, for which recorded steps leave their memory where that is short.
     fn open(&mut self, plan: &Plan, capacity: usize, slack: usize) -> Result<Sequence<D>> {
-        match self.model.open(plan, capacity, slack) {
-            Err(Error::OutOfMemory { .. }) if self.model.ranks() == 1 && self.batch.forget() => {
-                self.model.open(plan, capacity, slack)
+        let model = &self.model;
+        match model.together(|| model.open(plan, capacity, slack)) {
+            Err(error) if error.is_out_of_memory() && self.batch.forget() => {
+                model.together(|| model.open(plan, capacity, slack))
             }
             opened => opened,
         }
@@ -503,11 +505,6 @@ impl<D: Math> Engine<D> {
     pub(super) fn may_admit(&self) -> bool {
         let has_place = !self.is_full && self.running.len() < self.options.max_batch;
         has_place && !self.waiting.is_empty()
-    }
-
-    /// Whether a request may wait for memory: ranks, which have their own, would not agree on it.
-    fn may_wait(&self) -> bool {
-        !self.running.is_empty() && self.model.ranks() == 1
     }
 
     /// Takes out the requests that have ended.
@@ -551,7 +548,7 @@ impl<D: Math> Engine<D> {
         if let Some(guesser) = &mut self.guesser {
             guesser.clear();
         }
-        let out_of_memory = matches!(error, Error::OutOfMemory { .. });
+        let out_of_memory = error.is_out_of_memory();
         for run in self.running.drain(..) {
             let error = Error::Step { reason: error.to_string(), out_of_memory };
             self.events.push_back(Event::Failed { id: run.id, error });

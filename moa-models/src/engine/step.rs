@@ -4,10 +4,12 @@ use std::time::Instant;
 
 use crate::Result;
 use crate::decoder::logits::LogitRows;
+use crate::decoder::model::Decoder;
 use crate::decoder::sequence::Sequence;
 use crate::device::Math;
 use crate::engine::choice::{Choices, Chosen};
 use crate::engine::draft_model::{Limits, Place};
+use crate::engine::logprobs::Logprobs;
 use crate::engine::pace::{Candidate, ROWS, all_that_fit};
 use crate::engine::request::Event;
 use crate::engine::running::Running;
@@ -77,13 +79,34 @@ impl<D: Math> Engine<D> {
             }
         }
         let (mut rows, mut end) = (Vec::new(), 0);
+        // Rows that tokens of prompts follow which are told, each with the number of likeliest ones.
+        let mut told = Vec::new();
         for (run, part) in self.running.iter().zip(&parts) {
+            let start = end;
             end += part.len();
-            if run.is_read_after(part.len()) {
+            let is_last = run.is_read_after(part.len());
+            if is_last {
                 rows.push(end - 1);
             }
+            if let Some(most) = run.prompt_logprobs() {
+                told.extend((start..end - usize::from(is_last)).map(|row| (row, most)));
+            }
         }
-        let logits = self.model.forward(&mut batch, &tokens, LogitRows::Rows(&rows))?;
+        let (logits, prompts) = match told.is_empty() {
+            true => {
+                let rows = LogitRows::Rows(&rows);
+                (self.model.forward(&mut batch, &tokens, rows)?, Vec::new())
+            }
+            false => {
+                let all = [&rows[..], &told.iter().map(|own| own.0).collect::<Vec<_>>()].concat();
+                let hidden =
+                    self.model.hidden_states(&mut batch, &tokens, LogitRows::Rows(&all))?;
+                let most = told.into_iter().map(|own| own.1);
+                let prompts = prompt_logprobs(&self.model, &hidden, rows.len(), most)?;
+                (self.model.logits_of(&hidden, 0..rows.len())?, prompts)
+            }
+        };
+        let mut prompts = prompts.into_iter();
         let mut took_part: Vec<_> =
             self.running.iter_mut().zip(&parts).filter(|(_, part)| !part.is_empty()).collect();
         // Without rows the device need not be waited for.
@@ -94,10 +117,14 @@ impl<D: Math> Engine<D> {
                 Chosen::from_logits(&self.model, logits, choose.map(|own| &mut *own.0))?
             }
         };
+        self.model.all_done()?;
         let mut row = 0;
         for (run, part) in took_part {
             if run.is_reading() {
                 self.usage.prompt_tokens += part.len();
+            }
+            if run.prompt_logprobs().is_some() {
+                run.tell_prompt(part.len(), &mut prompts, &mut self.events);
             }
             run.took_in(part.len(), &mut self.events);
             if !run.is_reading() {
@@ -252,6 +279,7 @@ impl<D: Math> Engine<D> {
             }
             false => Chosen::by_host(model, session.check(model, &parts)?),
         };
+        model.all_done()?;
         let mut first = 0;
         for (at, run) in self.running.iter_mut().enumerate() {
             let known = run.history().len();
@@ -300,9 +328,9 @@ impl<D: Math> Engine<D> {
         self.usage.decoded_tokens += self.running.len();
         self.running.iter_mut().for_each(|run| run.took_in(1, &mut self.events));
         let told = chosen.note(&mut self.running);
-        let begun = match self.goes_ahead(goes_on) {
-            Ok(true) => self.begin().map(|_| self.ahead = Some(Ahead::Runs)),
-            other => other.map(drop),
+        let begun = match self.goes_ahead(goes_on)? {
+            true => self.begin().map(|_| self.ahead = Some(Ahead::Runs)),
+            false => Ok(()),
         };
         told.say(&mut self.running, &mut self.events);
         begun
@@ -317,12 +345,12 @@ impl<D: Math> Engine<D> {
         Ok((choices, logits))
     }
 
-    /// Whether the next step begins before the tokens of the last one are told. Clients of ranks come to the first one, which
-    /// says it to all.
+    /// Whether the next step begins before the tokens of the last one are told, now that all ranks have ended that. Clients of
+    /// ranks come to the first one, which says it to all.
     fn goes_ahead(&self, goes_on: GoesOn<'_>) -> Result<bool> {
         match goes_on {
             Some(goes_on) => self.model.agree(|| Ok(self.may_go_ahead() && goes_on())),
-            None => Ok(false),
+            None => self.model.all_done().map(|()| false),
         }
     }
 
@@ -343,6 +371,26 @@ impl<D: Math> Engine<D> {
             self.ahead = Some(Ahead::Ended(session.and_then(|own| own.fetch(&self.model))));
         }
     }
+}
+
+/// Rows whose logits are on the host at once: they are as wide as the vocabulary.
+const ROWS_TOLD: usize = 64;
+
+/// What follows hidden states from row `first` on, each with so many of the likeliest tokens.
+fn prompt_logprobs<D: Math>(
+    model: &Decoder<D>,
+    hidden: &D::Tensor,
+    first: usize,
+    most: impl Iterator<Item = usize>,
+) -> Result<Vec<Logprobs>> {
+    let (most, vocab): (Vec<usize>, _) = (most.collect(), model.config().vocab_size);
+    let mut all = Vec::with_capacity(most.len());
+    for (at, most) in most.chunks(ROWS_TOLD).enumerate() {
+        let start = first + at * ROWS_TOLD;
+        let logits = model.values(model.logits_of(hidden, start..start + most.len())?)?;
+        all.extend(logits.chunks(vocab).zip(most).map(|(row, most)| Logprobs::of(row, *most)));
+    }
+    Ok(all)
 }
 
 /// Asked, where somebody is to be, whether nothing else is to come before the next step.

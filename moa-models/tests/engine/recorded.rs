@@ -5,11 +5,12 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::SeqCst};
 
-use moa_core::SparseAttentionBackend as _;
+use moa_core::{Sharding, SparseAttentionBackend as _};
 use moa_models::{
-    Checkpoint, Cpu, Decoder, Device, Draw, Engine, EngineOptions, Error, Event, GenerateOptions,
-    LinearWeights, Load, LogitRows, MappedTensor, Math, Recordings, Replay, ReplayBatch, Result,
-    RopeTable, SamplingOptions, Sequence,
+    Brought, Checkpoint, Communicator, Cpu, Decoder, Device, Draw, Engine, EngineOptions, Error,
+    Event, GenerateOptions, LinearWeights, Load, LogitRows, MappedTensor, Math, ModelConfig, Rank,
+    Recordings, Replay, ReplayBatch, Result, RopeTable, SamplingOptions, Sequence, Shard,
+    ThreadRank, Wait, Weights, on_ranks,
 };
 
 use crate::{full, greedy, moa_tiny, narrow, text};
@@ -24,8 +25,10 @@ type Cache = <<Cpu as Device>::Attention as moa_core::SparseAttentionBackend>::C
 /// A CPU that offers to record steps.
 struct Recorder {
     cpu: Cpu,
-    /// Recorded steps that there is memory to prepare; all that are run lack some.
+    /// Recorded steps that there is memory to prepare.
     room: AtomicUsize,
+    /// Layers that such a step has memory for.
+    layers: usize,
     /// How often it was asked for one.
     asked: AtomicUsize,
     /// Whether steps are run that compute nothing.
@@ -44,10 +47,13 @@ impl Recorder {
     }
 
     fn open(room: usize, samples: bool) -> Arc<Decoder<Self>> {
+        Checkpoint::open(Self::new(room, 1, samples), moa_tiny()).unwrap().model
+    }
+
+    fn new(room: usize, layers: usize, samples: bool) -> Self {
         let (room, asked, poison) = (room.into(), 0.into(), u32::MAX.into());
         let (cpu, idles, brought) = (Cpu::default(), false.into(), 0.into());
-        let device = Self { cpu, room, asked, idles, poison, samples, brought };
-        Checkpoint::open(device, moa_tiny()).unwrap().model
+        Self { cpu, room, layers, asked, idles, poison, samples, brought }
     }
 }
 
@@ -55,7 +61,7 @@ fn short<T>() -> Result<T> {
     Err(Error::OutOfMemory { what: "a recorded step", bytes: None, free: None })
 }
 
-/// A step whose memory ends behind its first layer.
+/// A step whose memory ends behind its first layers.
 struct Half {
     tokens: Vec<u32>,
     layers: AtomicUsize,
@@ -78,8 +84,8 @@ impl Replay<Recorder> for Half {
         device.embed(table, &self.tokens, factor)
     }
 
-    fn attend(&self, _: &Recorder, _: usize, [q, ..]: [Tensor; 3]) -> Result<Tensor> {
-        if self.layers.fetch_add(1, SeqCst) == 0 { Ok(q) } else { short() }
+    fn attend(&self, device: &Recorder, _: usize, [q, ..]: [Tensor; 3]) -> Result<Tensor> {
+        if self.layers.fetch_add(1, SeqCst) < device.layers { Ok(q) } else { short() }
     }
 
     fn write_logits(&self, _: &Recorder, _: &Tensor, _: &Matrix, _: Range<usize>) -> Result<()> {
@@ -399,6 +405,81 @@ fn sequences_that_join_and_leave_run_what_was_recorded_of_others() {
     let sequence = other.open(&full(), 100, 0).unwrap();
     let error = other.session_with(vec![sequence], kept).unwrap_err();
     assert!(matches!(error, Error::Invalid { .. }), "{error}");
+}
+
+/// Sums over the host that are said to be launched, so that steps are recorded.
+struct Launched(Arc<ThreadRank>);
+
+impl Rank for Launched {
+    fn rank(&self) -> usize {
+        self.0.rank()
+    }
+
+    fn ranks(&self) -> usize {
+        self.0.ranks()
+    }
+
+    fn fail(&self) {
+        self.0.fail();
+    }
+
+    fn failed(&self) -> Option<usize> {
+        self.0.failed()
+    }
+
+    fn gather(&self, own: Brought, wait: Wait) -> Result<Arc<[Brought]>> {
+        self.0.gather(own, wait)
+    }
+}
+
+impl Communicator<Recorder> for Launched {
+    fn all_reduce(&self, device: &Recorder, x: &mut Tensor) -> Result<()> {
+        self.0.all_reduce(device, x)
+    }
+
+    fn only_launches(&self) -> bool {
+        true
+    }
+}
+
+#[test]
+fn a_step_that_one_rank_has_no_memory_to_record_is_run_without_on_all() -> Result<()> {
+    let (tokens, plan) = (text(120), narrow());
+    let config = ModelConfig::from_file(moa_tiny())?;
+    let (weights, sharding) =
+        (Weights::open(moa_tiny())?, Sharding::balanced(&plan, 200, 2).unwrap());
+    // The second one has no memory to prepare it, or in its second layer.
+    for (room, layers) in [(0, 0), (8, 1)] {
+        on_ranks(ThreadRank::group(2)?, |rank| {
+            let device = match rank.rank() {
+                0 => Recorder::new(8, usize::MAX, false),
+                _ => Recorder::new(room, layers, false),
+            };
+            let shard = Shard::new(&sharding, Launched(rank))?;
+            let model = Decoder::load_shard(device, config.clone(), &weights, shard)?;
+            let open = || {
+                let mut sequence = model.open(&plan, 200, 8)?;
+                model.prefill(&mut sequence, &tokens[..100], 200)?;
+                Ok::<_, Error>(sequence)
+            };
+            let (mut plain, mut session) = (open()?, model.session(vec![open()?])?);
+            let mut at = 100;
+            for new in [1, 1, 1, 1, 4, 4, 1, 1] {
+                let part = &tokens[at..at + new];
+                at += new;
+                let rows: Vec<usize> = (0..new).collect();
+                let expected = model.forward(&mut [&mut plain], &[part], LogitRows::Rows(&rows))?;
+                let got = match new {
+                    1 => session.step(&model, part)?,
+                    _ => session.check(&model, &[part.to_vec()])?,
+                };
+                assert_eq!(got, model.device().values(expected)?, "{at}");
+            }
+            assert_eq!(model.device().asked.load(SeqCst), 2);
+            Ok::<_, Error>(())
+        })?;
+    }
+    Ok(())
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! What a server asks of the engine: copies, constraints, log probabilities, fairness.
 
 use moa_models::{
-    Constraint, EngineOptions, Error, Event, Finish, GenerateOptions, Result, SamplingOptions,
+    Constraint, Device, EngineOptions, Error, Event, Finish, GenerateOptions, LogitRows, Result,
+    SamplingOptions,
 };
 
 use crate::{chunked, continued, engine, full, greedy, narrow, text, tiny};
@@ -169,5 +170,57 @@ fn a_constraint_holds_for_its_request_alone() -> Result<()> {
     assert!(!engine.constrain(free, Box::new(Even(7))), "it has ended");
     assert_eq!(both[0].tokens, continued(&narrow(), &prompt, &greedy(12))?);
     assert_eq!((both[1].tokens.len(), both[1].finish), (7, Finish::Eos));
+    Ok(())
+}
+
+/// However the prompt is cut into steps, and in company.
+#[test]
+fn tokens_of_a_prompt_are_told_with_how_likely_they_were() -> Result<()> {
+    let text = text(200);
+    let model = tiny();
+    let mut sequence = model.open(&narrow(), 200, 0)?;
+    let rows: Vec<usize> = (0..199).collect();
+    let logits = model.forward(&mut [&mut sequence], &[&text[..199]], LogitRows::Rows(&rows))?;
+    let logits = model.device().values(logits)?;
+    let expected = |at: usize| {
+        let row = &logits[(at - 1) * model.config().vocab_size..][..model.config().vocab_size];
+        let sum: f64 = row.iter().map(|z| f64::from(*z).exp()).sum();
+        let best = crate::likeliest(row);
+        (f64::from(row[text[at] as usize]) - sum.ln(), best)
+    };
+    for chunk in [32, 200] {
+        let mut engine = chunked(chunk);
+        let plain = engine.submit(&text[50..120], &narrow(), greedy(9));
+        let asked = GenerateOptions { logprobs: Some(1), prompt_logprobs: true, ..greedy(3) };
+        let id = engine.submit(&text[..], &narrow(), asked);
+        let (mut told, mut read, mut new) = (Vec::new(), 0, 0);
+        while let Some(event) = engine.step()? {
+            match event {
+                Event::PromptToken { id: of, token, logprobs } => {
+                    assert_eq!((of, new), (id, 0));
+                    told.push((token, logprobs));
+                }
+                Event::Prefill { id: of, done, .. } if of == id => {
+                    assert_eq!(told.len(), 200.min(done + 1));
+                    read = done;
+                }
+                Event::Token { id: of, .. } if of == id => new += 1,
+                Event::Failed { error, .. } => panic!("{error}"),
+                _ => {}
+            }
+        }
+        assert_ne!(plain, id);
+        assert_eq!((read, new), (200, 3));
+        for (at, (token, logprobs)) in told.into_iter().enumerate() {
+            assert_eq!(token, text[at]);
+            let Some(own) = logprobs else {
+                assert_eq!(at, 0);
+                continue;
+            };
+            let (logprob, best) = expected(at);
+            assert!((f64::from(own.logprob) - logprob).abs() < 1e-4, "{at}: {own:?} {logprob}");
+            assert_eq!((own.top.len(), own.top[0].0), (1, best), "{at}");
+        }
+    }
     Ok(())
 }

@@ -297,11 +297,10 @@ fn what_one_rank_has_no_memory_for_no_rank_has() -> Result<()> {
         let rank = model.open(&plan, 200, 0).map(|own| model.kv_bytes(&own))?;
         let is_first = model.is_first();
         let refused = model.together(|| short(!is_first));
-        let is_told = matches!(
-            refused,
-            Err(Error::OutOfMemory { what: "a test", bytes: Some(7), free: None })
-        );
-        assert!(is_told, "{refused:?}");
+        let Err(Error::RankOutOfMemory { rank: 1, reason }) = refused else {
+            panic!("{refused:?}");
+        };
+        assert_eq!(reason, "a test: cannot allocate 7 bytes of memory");
         assert_eq!(model.together(|| short(false))?, is_first);
         // What is wrong with a request ends nobody.
         let wrong = model.together(|| model.open(&plan, 0, 0).map(drop));

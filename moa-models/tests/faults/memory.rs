@@ -5,19 +5,22 @@ use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 
 use moa_backend_cpu::ops::{WeightData, WeightRef, linear, linear_backward_input, linears};
 use moa_backend_cpu::{Cache, CpuBackend, Tensor};
 use moa_core::{
-    Append, BlockType, CacheType, ExtendInputs, InfluenceInputs, InfluenceSign, LayerLayout, Plan,
-    Span, SparseAttentionBackend,
+    Append, BlockType, CacheType, Dtype, ElasticRule, ExtendInputs, InfluenceInputs, InfluenceSign,
+    LayerLayout, Plan, Sharding, Span, SparseAttentionBackend,
 };
-use moa_models::{Checkpoint, Cpu, Error, LogitRows};
+use moa_models::{
+    Checkpoint, Cpu, Decoder, Engine, EngineOptions, Error, GenerateOptions, LogitRows,
+    ModelConfig, Shard, Speculation, ThreadRank, Weights, on_ranks,
+};
 
 use crate::failing::Failing;
-use crate::world::{Random, alone, checkpoint, write_model};
+use crate::world::{Random, alone, checkpoint, moa_tiny, write_model};
 
 /// Least size that counts.
 static LEAST: AtomicUsize = AtomicUsize::new(usize::MAX);
@@ -157,6 +160,74 @@ fn every_allocation_of_a_step_is_an_error() {
         model.forward(&mut [&mut sequence], &[&tokens], LogitRows::Last)
     };
     assert!(each_fails("model", 8192, forward) >= 4);
+}
+
+/// Whichever rank has no memory, and in whichever place: all ranks give up the step, and answer the next request.
+#[test]
+fn ranks_give_up_a_step_together_and_go_on() {
+    const LEAST_BYTES: usize = 8192;
+    let _alone = alone();
+    let config = ModelConfig::from_file(moa_tiny()).unwrap();
+    let weights = Weights::open(moa_tiny()).unwrap();
+    let plan = Plan::uniform(config.shape(), 8, ElasticRule::fixed(48)).unwrap();
+    let sharding = Sharding::balanced(&plan, 400, 2).unwrap();
+    let prompt: Vec<u32> = (0..300).map(|i| 3 + i % 7).collect();
+    for speculation in [Speculation::Off, Speculation::Ngram { draft_tokens: 3, adaptive: false }] {
+        let told = on_ranks(ThreadRank::group(2).unwrap(), |rank| {
+            let shard = Shard::new(&sharding, rank)?;
+            let device = Cpu::new(Dtype::F32);
+            let model = Arc::new(Decoder::load_shard(device, config.clone(), &weights, shard)?);
+            let options = EngineOptions { speculation, ..EngineOptions::default() };
+            let mut engine = Engine::new(Arc::clone(&model), options);
+            let mut answer = |number: u64| {
+                // Threads that have kept no memory of earlier steps.
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+                let fail = |least: usize| {
+                    COUNT.store(0, Relaxed);
+                    FAILS.store(number, Relaxed);
+                    LEAST.store(least, Relaxed);
+                    Ok::<_, Error>(())
+                };
+                model.agree(|| fail(LEAST_BYTES))?;
+                let answered = pool.install(|| {
+                    let options = GenerateOptions { max_new_tokens: 8, ..Default::default() };
+                    engine.submit(&prompt[..], &plan, options);
+                    engine.complete_all()
+                });
+                let failed = COUNT.load(Relaxed) >= number;
+                // All are through.
+                let failed = !model.on_all_ranks(vec![!failed])?[0];
+                model.agree(|| fail(usize::MAX))?;
+                while engine.poll().is_some() {}
+                assert!(engine.is_idle());
+                Ok::<_, Error>((answered.map(|mut all| all.remove(0).tokens), failed))
+            };
+            let clean = answer(u64::MAX)?.0?;
+            let mut told = Vec::new();
+            for number in 1.. {
+                match answer(number)? {
+                    (Err(error), true) => told.push(error.to_string()),
+                    (answered, failed) => {
+                        assert_eq!(answered?, clean, "allocation {number}, {failed}");
+                        if !failed {
+                            break;
+                        }
+                        panic!("allocation {number} failed, and nobody said so");
+                    }
+                }
+            }
+            assert_eq!(answer(u64::MAX)?.0?, clean);
+            Ok::<_, Error>(told)
+        });
+        let told = told.unwrap();
+        assert_eq!(told[0], told[1]);
+        println!("{speculation:?}: {} allocations failed", told[0].len());
+        for rank in 0..2 {
+            let own = told[0].iter().filter(|error| error.starts_with(&format!("rank {rank},")));
+            assert!(own.count() >= 8, "{:?}", told[0]);
+        }
+        assert!(told[0].iter().all(|error| error.contains("memory")), "{:?}", told[0]);
+    }
 }
 
 /// Exit code of a run that was told of a failure.

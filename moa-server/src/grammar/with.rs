@@ -37,7 +37,7 @@ fn build(text: &TextSide, vocab_size: usize) -> BuildResult<Arc<ParserFactory>> 
 
 /// What the texts of a request must be.
 pub(crate) struct Grammar {
-    schema: Value,
+    grammar: TopLevelGrammar,
     /// At the beginning of a text, with the tokens that may end it.
     begun: Mutex<Option<(Matcher, Vec<u32>)>>,
 }
@@ -50,7 +50,21 @@ impl Grammar {
             let compact = json!({ "whitespace_flexible": false, "item_separator": ", ", "key_separator": ": " });
             object.insert("x-guidance".to_owned(), compact);
         }
-        Arc::new(Self { schema, begun: Mutex::new(None) })
+        Self::of(TopLevelGrammar::from_json_schema(schema))
+    }
+
+    /// Texts that match a regular expression as a whole.
+    pub(crate) fn regex(regex: &str) -> Arc<Self> {
+        Self::of(TopLevelGrammar::from_regex(regex))
+    }
+
+    /// Texts of a grammar in Lark's notation.
+    pub(crate) fn lark(grammar: String) -> Arc<Self> {
+        Self::of(TopLevelGrammar::from_lark(grammar))
+    }
+
+    fn of(grammar: TopLevelGrammar) -> Arc<Self> {
+        Arc::new(Self { grammar, begun: Mutex::new(None) })
     }
 
     /// Checks that it can be kept to.
@@ -61,12 +75,11 @@ impl Grammar {
 
     fn begin(&self, state: &State) -> Result<(), ApiError> {
         let fault = |reason: &dyn Display| {
-            ApiError::invalid(format!("the schema cannot be kept to: {reason}"))
+            ApiError::invalid(format!("the schema or grammar cannot be kept to: {reason}"))
         };
         let factory = state.text.vocabulary.factory(&state.text, state.model.vocab_size);
         let factory = factory.map_err(|reason| fault(&reason))?;
-        let grammar = TopLevelGrammar::from_json_schema(self.schema.clone());
-        let mut matcher = Matcher::new(factory.create_parser(grammar));
+        let mut matcher = Matcher::new(factory.create_parser(self.grammar.clone()));
         // It notes what is wrong with a schema, and says so when it is first asked.
         matcher.compute_mask().map_err(|error| fault(&error))?;
         let mut begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner);

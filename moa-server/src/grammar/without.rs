@@ -20,6 +20,16 @@ impl Grammar {
         Arc::new(Self)
     }
 
+    /// Texts that match a regular expression.
+    pub(crate) fn regex(_: &str) -> Arc<Self> {
+        Arc::new(Self)
+    }
+
+    /// Texts of a grammar.
+    pub(crate) fn lark(_: String) -> Arc<Self> {
+        Arc::new(Self)
+    }
+
     /// Refuses.
     pub(crate) async fn prepare(self: &Arc<Self>, state: &Arc<State>) -> Result<(), ApiError> {
         let _ = &state.text.vocabulary;
@@ -36,8 +46,8 @@ fn refused() -> ApiError {
     ApiError {
         code: Some("unsupported_parameter"),
         ..ApiError::invalid(
-            "this server was built without the feature `grammar`: a `response_format` of JSON and a \
-             `tool_choice` that asks for a call are not supported",
+            "this server was built without the feature `grammar`: a `response_format` of JSON, \
+             `structured_outputs` and a `tool_choice` that asks for a call are not supported",
         )
     }
 }

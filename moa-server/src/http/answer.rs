@@ -138,10 +138,17 @@ impl Answer {
                 self.cached_tokens += cached_tokens;
                 None
             }
+            Update::PromptToken { choices, token, logprobs } => {
+                let text = TokenText { tokenizer: &self.state.text.tokenizer };
+                for choice in self.choices.get_mut(choices)? {
+                    choice.logprobs.push(&text, token, logprobs.as_ref());
+                }
+                None
+            }
             Update::Token { choice: index, token, logprobs } => {
                 let text = TokenText { tokenizer: &self.state.text.tokenizer };
                 let choice = self.choices.get_mut(index)?;
-                choice.logprobs.push(&text, token, &logprobs);
+                choice.logprobs.push(&text, token, Some(&logprobs));
                 None
             }
             Update::Text { choice: index, piece } => {
@@ -200,7 +207,7 @@ impl Answer {
                         message["content"] = Value::Null;
                     }
                     message["tool_calls"] = calls.into();
-                    finish = "tool_calls";
+                    finish = self.called(choice.finish);
                 }
                 json!({
                     "index": index,
@@ -224,6 +231,16 @@ impl Answer {
         let (rest, calls) = held.finish(self.state.unique(), tools);
         said.push_str(&rest);
         (said, calls)
+    }
+
+    /// Why a choice with calls has ended: one that had to come may have been cut off.
+    fn called(&self, finish: Option<Finish>) -> &'static str {
+        match finish {
+            Some(Finish::Length) if self.tools.as_ref().is_some_and(|tools| tools.forced) => {
+                "length"
+            }
+            _ => "tool_calls",
+        }
     }
 
     fn logprobs_value(&self, logprobs: ChoiceLogprobs, offset: &mut usize) -> Value {
@@ -273,7 +290,7 @@ impl Answer {
         if is_done {
             let content = if is_chat { json!({}) } else { "".into() };
             let finish = match has_calls {
-                true => "tool_calls",
+                true => self.called(choice.finish),
                 false => finish_reason(choice.finish),
             };
             out.push_back(self.chunk(index, content, Value::Null, Some(finish)));

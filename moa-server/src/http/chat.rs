@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 use super::answer::{Answer, Kind};
 use super::error::ApiError;
 use super::fields::{Fields, short};
+use super::form::form;
 use super::params::Params;
 use super::submit::{Prompt, submit};
 use super::tools::Callable;
@@ -39,22 +40,17 @@ pub(crate) async fn complete(state: Arc<State>, body: &[u8]) -> Result<Response,
     let tools = tools(&mut fields)?;
     let choice = fields.value("tool_choice");
     let parallel = fields.get("parallel_tool_calls", "true or false")?.unwrap_or(true);
-    let format = fields.value("response_format");
+    let form = form(&mut fields)?;
+    let template = template(&state)?;
+    let ending = Ending::of(&mut fields, &messages)?;
     let variables = fields.get("chat_template_kwargs", "an object")?.unwrap_or_default();
-    let template = state.text.template.clone().ok_or_else(|| {
-        ApiError::invalid(
-            "the model has no chat template: start the server with one (--template), or use \
-             /v1/completions",
-        )
-    })?;
     let plan = ToolPlan::new(tools, choice)?;
-    let grammar = match (&plan.forced, format) {
+    let grammar = match (&plan.forced, form) {
         (Some(schema), None) => Some(Grammar::schema(schema.clone())),
-        (None, Some(format)) => response_format(&format)?,
-        (None, None) => None,
-        (Some(_), Some(_)) => {
+        (None, form) => form.map(|(_, grammar)| grammar),
+        (Some(_), Some((field, _))) => {
             let expected = "left out where a tool must be called";
-            return Err(ApiError::field("response_format", expected, "an object"));
+            return Err(ApiError::field(field, expected, "another form of the answer"));
         }
     };
     if !plan.tools.is_empty() && (!template.knows_tools() || plan.forced.is_some()) {
@@ -67,10 +63,63 @@ pub(crate) async fn complete(state: Arc<State>, body: &[u8]) -> Result<Response,
     let is_call = !plan.tools.is_empty() && (plan.forced.is_some() || grammar.is_none());
     answer.tools = is_call.then(|| {
         let names = plan.tools.iter().filter_map(|tool| tool["function"]["name"].as_str());
-        Callable { names: names.map(str::to_owned).collect(), parallel }
+        let names = names.map(str::to_owned).collect();
+        Callable { names, parallel, forced: plan.forced.is_some() }
     });
-    let text = ChatText { template, messages, tools: plan.tools, variables };
+    let text = ChatText { template, messages, tools: plan.tools, variables, ending };
     submit(state, params, came, vec![Prompt::Chat(Box::new(text))], grammar, answer).await
+}
+
+/// The conversation of a request that is to be cut into tokens alone.
+pub(crate) fn conversation(fields: &mut Fields, state: &State) -> Result<ChatText, ApiError> {
+    let messages = messages(fields)?;
+    Ok(ChatText {
+        template: template(state)?,
+        tools: tools(fields)?,
+        ending: Ending::of(fields, &messages)?,
+        variables: fields.get("chat_template_kwargs", "an object")?.unwrap_or_default(),
+        messages,
+    })
+}
+
+fn template(state: &State) -> Result<ChatTemplate, ApiError> {
+    state.text.template.clone().ok_or_else(|| {
+        ApiError::invalid(
+            "the model has no chat template: start the server with one (--template), or use \
+             /v1/completions",
+        )
+    })
+}
+
+/// How the text of a conversation ends, by fields of vLLM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    /// With the beginning of an answer.
+    Answer,
+    /// With the end of its last message.
+    Message,
+    /// In its last message, which goes on.
+    Within,
+}
+
+impl Ending {
+    fn of(fields: &mut Fields, messages: &[Value]) -> Result<Self, ApiError> {
+        let goes_on = fields.flag("continue_final_message")?;
+        let begins = fields.get("add_generation_prompt", "true or false")?.unwrap_or(!goes_on);
+        match (goes_on, begins) {
+            (true, true) => {
+                let expected = "false with `add_generation_prompt`";
+                Err(ApiError::field("continue_final_message", expected, true))
+            }
+            (true, false) if messages.last().is_some_and(|last| last["role"] != "assistant") => {
+                let expected = "left out where the last message is not the assistant's";
+                Err(ApiError::field("continue_final_message", expected, true))
+            }
+            (true, false) => Ok(Self::Within),
+            (false, true) => Ok(Self::Answer),
+            (false, false) => Ok(Self::Message),
+        }
+    }
 }
 
 /// A conversation that goes through a template.
@@ -80,6 +129,7 @@ pub(crate) struct ChatText {
     tools: Vec<Value>,
     /// What else the template is told.
     variables: Map<String, Value>,
+    ending: Ending,
 }
 
 impl ChatText {
@@ -101,7 +151,15 @@ impl ChatText {
 
     fn render(&self, messages: &[Value]) -> Result<String, Error> {
         let tools = (!self.tools.is_empty()).then_some(&self.tools);
-        self.template.render_with(messages, tools, &self.variables, true)
+        let begins = self.ending == Ending::Answer;
+        let mut text = self.template.render_with(messages, tools, &self.variables, begins)?;
+        let last = messages.last().and_then(|last| last["content"].as_str()).map(str::trim);
+        if let (Ending::Within, Some(said)) = (self.ending, last)
+            && let Some(at) = text.rfind(said)
+        {
+            text.truncate(at + said.len());
+        }
+        Ok(text)
     }
 
     /// The beginning of the conversation's `text` that is the same whatever follows the messages of the system.
@@ -153,14 +211,14 @@ fn message(mut message: Value, at: usize) -> Result<Value, ApiError> {
         Value::Null if role == "assistant" => String::new(),
         Value::Array(parts) => {
             let text = |part: &Value| {
-                let is_text = part["type"] == "text";
-                let text = part["text"].as_str().filter(|_| is_text);
+                let kind = part["type"].as_str().unwrap_or("none");
+                let text = match kind {
+                    "text" | "refusal" => part[kind].as_str(),
+                    _ => None,
+                };
                 text.map(str::to_owned).ok_or_else(|| {
-                    fault(
-                        ".content",
-                        "a text, or parts of type text (this model reads no other)",
-                        part,
-                    )
+                    let expected = "a text, or parts of type text (this model reads no other)";
+                    fault(".content", expected, &format!("a part of type {kind}").into())
                 })
             };
             parts.iter().map(text).collect::<Result<Vec<_>, _>>()?.join("\n")
@@ -210,9 +268,17 @@ struct ToolPlan {
 }
 
 impl ToolPlan {
-    fn new(tools: Vec<Value>, choice: Option<Value>) -> Result<Self, ApiError> {
+    fn new(mut tools: Vec<Value>, mut choice: Option<Value>) -> Result<Self, ApiError> {
         let expected =
             "none, auto, required, or {\"type\": \"function\", \"function\": {\"name\"}} of a tool";
+        if let Some(allowed) = choice.as_mut().and_then(|choice| choice.get_mut("allowed_tools")) {
+            let names = allowed["tools"].as_array().cloned().unwrap_or_default();
+            let is_allowed = |tool: &Value| {
+                names.iter().any(|own| own["function"]["name"] == tool["function"]["name"])
+            };
+            tools.retain(is_allowed);
+            choice = Some(allowed["mode"].take());
+        }
         let named = |name: &str| {
             tools.iter().find(|tool| tool["function"]["name"] == name).map(call_schema)
         };
@@ -237,13 +303,23 @@ impl ToolPlan {
     }
 }
 
-/// The schema of a call of one tool.
+/// The schema of a call of one tool. Other arguments than those that a tool names are of no use to it, and small models go on
+/// with them without end.
 fn call_schema(tool: &Value) -> Value {
     let function = &tool["function"];
-    let parameters = match &function["parameters"] {
-        Value::Null => json!({ "type": "object", "properties": {}, "additionalProperties": false }),
+    let mut parameters = match &function["parameters"] {
+        Value::Null => json!({ "type": "object", "properties": {} }),
         parameters => parameters.clone(),
     };
+    let is_plain = |parameters: &Map<String, Value>| {
+        let others =
+            ["additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"];
+        parameters.contains_key("properties")
+            && !others.iter().any(|other| parameters.contains_key(*other))
+    };
+    if let Some(object) = parameters.as_object_mut().filter(|object| is_plain(object)) {
+        object.insert("additionalProperties".to_owned(), false.into());
+    }
     json!({
         "type": "object",
         "properties": { "name": { "const": function["name"] }, "arguments": parameters },
@@ -270,26 +346,5 @@ fn tell_of_tools(messages: &mut Vec<Value>, plan: &ToolPlan, knows: bool) {
             first["content"] = format!("{content}\n\n{text}").into();
         }
         _ => messages.insert(0, json!({ "role": "system", "content": text })),
-    }
-}
-
-fn response_format(format: &Value) -> Result<Option<Arc<Grammar>>, ApiError> {
-    match format["type"].as_str() {
-        Some("text") => Ok(None),
-        Some("json_object") => Ok(Some(Grammar::schema(json!({ "type": "object" })))),
-        Some("json_schema") => {
-            let schema = &format["json_schema"]["schema"];
-            match schema {
-                Value::Object(_) | Value::Bool(_) => Ok(Some(Grammar::schema(schema.clone()))),
-                other => {
-                    let name = "response_format.json_schema.schema";
-                    Err(ApiError::field(name, "a JSON schema", short(other)))
-                }
-            }
-        }
-        _ => {
-            let expected = "text, json_object or json_schema";
-            Err(ApiError::field("response_format.type", expected, short(&format["type"])))
-        }
     }
 }

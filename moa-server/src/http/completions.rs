@@ -9,6 +9,7 @@ use serde::Deserialize;
 use super::answer::{Answer, Kind};
 use super::error::ApiError;
 use super::fields::Fields;
+use super::form::form;
 use super::params::Params;
 use super::submit::{Prompt, submit};
 use crate::state::State;
@@ -36,10 +37,9 @@ pub(crate) async fn complete(state: Arc<State>, body: &[u8]) -> Result<Response,
     if let Some(best_of) = best_of.filter(|best_of| *best_of != params.choices) {
         return Err(ApiError::field("best_of", "the same as `n`", best_of));
     }
+    let grammar = form(&mut fields)?.map(|(_, grammar)| grammar);
     let echo = fields.flag("echo")?;
-    if echo && params.options.logprobs.is_some() {
-        return Err(ApiError::field("echo", "false with `logprobs`", true));
-    }
+    params.options.prompt_logprobs = echo && params.options.logprobs.is_some();
     let expected = "a text, an array of texts, or arrays of token ids";
     let prompts = match fields.get("prompt", expected)? {
         Some(Prompts::Text(text)) => vec![Prompt::Text(text)],
@@ -64,5 +64,5 @@ pub(crate) async fn complete(state: Arc<State>, body: &[u8]) -> Result<Response,
     });
     let mut answer = Answer::new(Arc::clone(&state), Kind::Text, echoes.collect());
     answer.logprobs = params.options.logprobs.is_some();
-    submit(state, params, came, prompts, None, answer).await
+    submit(state, params, came, prompts, grammar, answer).await
 }

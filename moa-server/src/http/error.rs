@@ -69,9 +69,7 @@ impl ApiError {
                 Self::invalid(error.to_string())
             }
             E::ContextExceeded { asked, limit } => Self::too_long(*asked, *limit),
-            E::OutOfMemory { .. } | E::Step { out_of_memory: true, .. } => {
-                Self::busy(error.to_string())
-            }
+            error if error.is_out_of_memory() => Self::busy(error.to_string()),
             _ => Self::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
         }
     }

@@ -32,6 +32,11 @@ impl Fields {
         }
     }
 
+    /// Whether a field is there and not null.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.0.get(name).is_some_and(|value| !value.is_null())
+    }
+
     /// A field as it is.
     pub(crate) fn value(&mut self, name: &str) -> Option<Value> {
         self.0.remove(name).filter(|value| !value.is_null())
@@ -82,6 +87,7 @@ impl Fields {
         match self.value(name) {
             None | Some(Value::Bool(false)) => Ok(()),
             Some(Value::Array(list)) if list.is_empty() => Ok(()),
+            Some(Value::String(text)) if text.is_empty() => Ok(()),
             Some(_) => Err(ApiError {
                 param: Some(name.to_owned()),
                 code: Some("unsupported_parameter"),

@@ -12,8 +12,8 @@ impl TokenText<'_> {
     }
 }
 
-/// A token as a text, with the logarithm of its probability.
-type Told = (String, f32);
+/// A token as a text, with the logarithm of its probability; the first one of a prompt has none.
+type Told = (String, Option<f32>);
 
 /// How likely the tokens of a choice were.
 #[derive(Default)]
@@ -23,9 +23,15 @@ pub(crate) struct ChoiceLogprobs {
 }
 
 impl ChoiceLogprobs {
-    pub(crate) fn push(&mut self, text: &TokenText<'_>, token: u32, logprobs: &TokenLogprobs) {
-        let top = logprobs.top.iter().map(|(id, logprob)| (text.of(*id), *logprob)).collect();
-        self.tokens.push(((text.of(token), logprobs.logprob), top));
+    pub(crate) fn push(
+        &mut self,
+        text: &TokenText<'_>,
+        token: u32,
+        logprobs: Option<&TokenLogprobs>,
+    ) {
+        let top = logprobs.iter().flat_map(|own| &own.top);
+        let top = top.map(|(id, logprob)| (text.of(*id), Some(*logprob))).collect();
+        self.tokens.push(((text.of(token), logprobs.map(|own| own.logprob)), top));
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -34,7 +40,7 @@ impl ChoiceLogprobs {
 
     /// In the shape of chat completions.
     pub(crate) fn chat(self) -> Value {
-        let one = |token: &String, logprob: f32| {
+        let one = |token: &String, logprob: Option<f32>| {
             // A part of a character has no text of its own.
             let is_whole = !token.contains(char::REPLACEMENT_CHARACTER);
             let bytes = is_whole.then_some(token.as_bytes());
@@ -63,8 +69,8 @@ impl ChoiceLogprobs {
             let top: Map<String, Value> =
                 top.into_iter().map(|(token, p)| (token, finite(p))).collect();
             tokens.push(token);
+            tops.push(if logprob.is_some() { top.into() } else { Value::Null });
             logprobs.push(finite(logprob));
-            tops.push(top.into());
         }
         json!({
             "tokens": tokens,
@@ -76,6 +82,6 @@ impl ChoiceLogprobs {
 }
 
 /// JSON has no infinity.
-fn finite(logprob: f32) -> Value {
-    json!(logprob.max(-9999.0))
+fn finite(logprob: Option<f32>) -> Value {
+    json!(logprob.map(|logprob| logprob.max(-9999.0)))
 }

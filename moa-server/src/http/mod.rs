@@ -5,6 +5,7 @@ pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod error;
 pub(crate) mod fields;
+pub(crate) mod form;
 pub(crate) mod info;
 pub(crate) mod logprobs;
 pub(crate) mod params;
@@ -59,17 +60,29 @@ async fn route(state: Arc<State>, request: Request<Body>) -> Result<Response, Ap
         "/v1/chat/completions" | "/v1/completions" | "/tokenize" | "/detokenize" => post,
         path if path.starts_with("/v1/models/") => get,
         path => {
-            let message = format!("there is no {path}");
-            return Err(ApiError::new(StatusCode::NOT_FOUND, message));
+            let message = format!(
+                "there is no {path}: the server answers /v1/chat/completions, /v1/completions, \
+                 /v1/models, /tokenize, /detokenize, /health and /metrics"
+            );
+            let error = ApiError::new(StatusCode::NOT_FOUND, message);
+            return Err(ApiError { code: Some("unknown_url"), ..error });
         }
     };
     let is_head = request.method() == Method::HEAD && expected == Method::GET;
     if *request.method() != expected && !is_head {
-        let message = format!("{path} takes {expected}, not {}", request.method());
-        return Err(ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message));
+        let mut response = match *request.method() {
+            Method::OPTIONS => StatusCode::NO_CONTENT.into_response(),
+            ref method => {
+                let message = format!("{path} takes {expected}, not {method}");
+                ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message).into_response()
+            }
+        };
+        let allowed = if expected == Method::GET { "GET, HEAD, OPTIONS" } else { "POST, OPTIONS" };
+        response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allowed));
+        return Ok(response);
     }
     if let Some(name) = path.strip_prefix("/v1/models/") {
-        return info::model(&state, name);
+        return info::model(&state, &decoded(name));
     }
     match path.as_str() {
         "/" => Ok(info::page()),
@@ -88,6 +101,22 @@ async fn route(state: Arc<State>, request: Request<Body>) -> Result<Response, Ap
             }
         }
     }
+}
+
+/// A part of a path, in which clients write `%2F` for a slash.
+fn decoded(part: &str) -> String {
+    let mut pieces = part.split('%');
+    let mut bytes = pieces.next().unwrap_or_default().as_bytes().to_vec();
+    for piece in pieces {
+        match piece.get(..2).and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
+            Some(byte) => {
+                bytes.push(byte);
+                bytes.extend(&piece.as_bytes()[2..]);
+            }
+            None => bytes.extend([b"%", piece.as_bytes()].concat()),
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// A request's body, if it is neither too large nor too slow.

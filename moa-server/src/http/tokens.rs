@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::response::Response;
 use serde_json::json;
 
+use super::chat::conversation;
 use super::error::{ApiError, json_response};
 use super::fields::Fields;
 use super::submit::blocking;
@@ -12,14 +13,22 @@ use crate::state::State;
 
 pub(crate) async fn tokenize(state: Arc<State>, body: &[u8]) -> Result<Response, ApiError> {
     let mut fields = Fields::parse(body)?;
-    let text: Option<String> = match fields.get("prompt", "a text")? {
-        Some(text) => Some(text),
-        None => fields.get("content", "a text")?,
-    };
-    let text = text.ok_or_else(|| ApiError::field("prompt", "a text", "nothing"))?;
-    let add_special = fields.get("add_special_tokens", "true or false")?.unwrap_or(true);
     let limit = state.model.context;
-    let tokens = blocking(move || state.text.tokenizer.encode(&text, add_special)).await?;
+    let tokens = match fields.has("messages") {
+        true => {
+            let text = conversation(&mut fields, &state)?;
+            blocking(move || text.tokens(&state).map(|(tokens, _)| tokens)).await?
+        }
+        false => {
+            let text: Option<String> = match fields.get("prompt", "a text")? {
+                Some(text) => Some(text),
+                None => fields.get("content", "a text")?,
+            };
+            let text = text.ok_or_else(|| ApiError::field("prompt", "a text", "nothing"))?;
+            let add_special = fields.get("add_special_tokens", "true or false")?.unwrap_or(true);
+            blocking(move || state.text.tokenizer.encode(&text, add_special)).await?
+        }
+    };
     let tokens = tokens.map_err(|error| ApiError::of_model(&error))?;
     Ok(json_response(&json!({
         "count": tokens.len(),

@@ -7,6 +7,8 @@ pub(crate) struct Callable {
     pub(crate) names: Vec<String>,
     /// Whether one answer may hold several calls.
     pub(crate) parallel: bool,
+    /// Whether a grammar leaves nothing but a call.
+    pub(crate) forced: bool,
 }
 
 const BEGIN: &str = "<tool_call>";
@@ -71,7 +73,9 @@ impl Held {
             _ if self.is_text => None,
             true => tagged(&self.text, of),
             false if self.has_begun => None,
-            false => calls(&self.text, of).map(|calls| (String::new(), calls)),
+            false => calls(&self.text, of)
+                .or_else(|| cut_call(&self.text, of))
+                .map(|calls| (String::new(), calls)),
         };
         let Some((text, mut calls)) = found else { return (self.text, Vec::new()) };
         if !of.parallel {
@@ -136,6 +140,16 @@ fn calls(text: &str, of: &Callable) -> Option<Vec<Call>> {
     calls_of(serde_json::from_str(text.trim()).ok()?, of)
 }
 
+/// A call that had to come and was cut off in its arguments, as the grammar writes it.
+fn cut_call(text: &str, of: &Callable) -> Option<Vec<Call>> {
+    let rest = text.trim_start().strip_prefix("{\"name\": \"").filter(|_| of.forced)?;
+    let call = of.names.iter().find_map(|name| {
+        let arguments = rest.strip_prefix(name)?.strip_prefix("\", \"arguments\": ")?;
+        Some(Call { name: name.clone(), arguments: arguments.to_owned() })
+    });
+    call.map(|call| vec![call])
+}
+
 fn calls_of(value: Value, of: &Callable) -> Option<Vec<Call>> {
     match value {
         Value::Array(list) if !list.is_empty() => list.iter().map(|one| call(one, of)).collect(),
@@ -168,7 +182,7 @@ mod tests {
     const ONE: &str = r#"{"name": "weather", "arguments": {"city": "Paris"}}"#;
 
     fn callable(parallel: bool) -> Callable {
-        Callable { names: vec!["other".into(), "weather".into()], parallel }
+        Callable { names: vec!["other".into(), "weather".into()], parallel, forced: false }
     }
 
     /// What is given on of a text in pieces, and what comes at its end.

@@ -74,14 +74,14 @@ impl<D: Math + 'static> Worker<D> {
     }
 
     /// A sequence for a prompt, with what is known of its beginning, and where it is to be copied.
-    fn open(
-        &mut self,
-        prompt: &[u32],
-        capacity: usize,
-    ) -> Result<(Sequence<D>, Option<usize>), Error> {
+    fn open(&mut self, job: &Job, capacity: usize) -> Result<(Sequence<D>, Option<usize>), Error> {
         let (model, slack) = (&self.checkpoint.model, self.slack());
         model.together(|| {
-            let beginning = self.prefix.find(model, prompt, capacity)?;
+            // What is told of all tokens of a prompt has to be computed.
+            if job.options.prompt_logprobs {
+                return Ok((model.open(&self.plan, capacity, slack)?, None));
+            }
+            let beginning = self.prefix.find(model, &job.prompt, capacity)?;
             let sequence = match beginning.sequence {
                 Some(sequence) => sequence,
                 None => model.open(&self.plan, capacity, slack)?,
@@ -97,15 +97,17 @@ impl<D: Math + 'static> Worker<D> {
         capacity: usize,
         sizes: Sizes,
     ) -> Result<Option<Arc<Job>>, Error> {
-        let mut opened = self.open(&job.prompt, capacity);
-        if matches!(opened, Err(Error::OutOfMemory { .. })) {
+        let mut opened = self.open(&job, capacity);
+        if opened.as_ref().is_err_and(Error::is_out_of_memory) {
             // What is kept for others is not worth a request.
             self.prefix.clear();
-            opened = self.open(&job.prompt, capacity);
+            opened = self.open(&job, capacity);
         }
         let (sequence, fork) = match opened {
             Ok(opened) => opened,
-            Err(Error::OutOfMemory { .. }) if !self.active.is_empty() => return Ok(Some(job)),
+            Err(error) if error.is_out_of_memory() && !self.active.is_empty() => {
+                return Ok(Some(job));
+            }
             Err(error) => {
                 self.metrics.failed.fetch_add(1, Relaxed);
                 tell(&job, Update::Failed(ApiError::of_model(&error)));
@@ -154,6 +156,8 @@ impl<D: Math + 'static> Worker<D> {
         let job = Arc::clone(&active.job);
         let mut options: GenerateOptions = job.options.clone();
         options.sampling.seed = options.sampling.seed.wrapping_add(active.choice as u64);
+        // Others go on from where the first has read the prompt.
+        options.prompt_logprobs &= active.choice == 0;
         options.prefill_stops =
             active.fork.into_iter().chain(active.marks.iter().copied()).collect();
         let id = self.engine.submit_in(sequence, job.prompt.clone(), options);

@@ -24,6 +24,11 @@ impl<D: Math + 'static> Worker<D> {
         let choice = active.job.first_choice + active.choice;
         match event {
             Event::Prefill { done, total, .. } => return self.has_read(id, done, total),
+            Event::PromptToken { token, logprobs, .. } => {
+                let job = &active.job;
+                let choices = job.first_choice..job.first_choice + job.choices;
+                tell(job, Update::PromptToken { choices, token, logprobs });
+            }
             Event::Token { token, logprobs, .. } => {
                 let (metrics, now) = (&self.metrics, Instant::now());
                 let times =

@@ -1,5 +1,6 @@
 //! What handlers ask of the loop, and what they are told.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -66,6 +67,9 @@ pub(super) enum Gone {
 pub(crate) enum Update {
     /// Its prompt is being read, but for so many tokens of it that were read before.
     Begun { cached_tokens: usize },
+    /// A token of the prompt was read, which comes before all tokens of the job's choices, where the request asks how likely
+    /// they were.
+    PromptToken { choices: Range<usize>, token: u32, logprobs: Option<TokenLogprobs> },
     /// A choice got a token, where the request asks how likely they were.
     Token { choice: usize, token: u32, logprobs: TokenLogprobs },
     /// A choice got text.

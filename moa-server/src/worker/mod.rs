@@ -156,10 +156,10 @@ impl<D: Math + 'static> Worker<D> {
     /// Whether the loop can go on after an error of one request: devices that share the model no longer do the same after one
     /// of theirs.
     fn go_on_after(&self, error: Error) -> Result<(), Error> {
-        use Error::{ContextExceeded, Core, Invalid, OutOfMemory};
+        use Error::{ContextExceeded, Core, Invalid};
         match error {
-            Invalid { .. } | ContextExceeded { .. } | Core(_) | OutOfMemory { .. } => Ok(()),
-            _ if self.checkpoint.model.ranks() == 1 => Ok(()),
+            Invalid { .. } | ContextExceeded { .. } | Core(_) => Ok(()),
+            error if error.is_out_of_memory() || self.checkpoint.model.ranks() == 1 => Ok(()),
             error => Err(error),
         }
     }
@@ -255,7 +255,7 @@ impl<D: Math + 'static> Worker<D> {
             Some(error) => {
                 tracing::error!("a step failed: {error}");
                 self.prefix.clear();
-                if matches!(error, Error::OutOfMemory { .. }) {
+                if error.is_out_of_memory() {
                     self.room = self.bytes / 2;
                 }
             }
@@ -269,11 +269,12 @@ impl<D: Math + 'static> Worker<D> {
             event = self.engine.poll();
         }
         if let Some(error) = failed {
-            let is_whole = self.checkpoint.model.ranks() == 1;
-            // The device is well where fewer requests have the memory that they need.
-            self.failures += usize::from(!matches!(error, Error::OutOfMemory { .. }));
-            if !is_whole || self.failures >= MOST_FAILURES {
-                return Err(error);
+            // A device is well where fewer requests have the memory that they need.
+            if !error.is_out_of_memory() {
+                self.failures += 1;
+                if self.checkpoint.model.ranks() > 1 || self.failures >= MOST_FAILURES {
+                    return Err(error);
+                }
             }
         }
         self.keep_copies()?;

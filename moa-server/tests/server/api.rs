@@ -199,7 +199,188 @@ fn the_server_tells_of_itself() {
     let text = client.ask("/detokenize", &json!({ "tokens": tokens }))["prompt"].clone();
     assert!(text.as_str().unwrap().ends_with("Once upon"), "{text}");
     assert_eq!(client.get("/v2").status, 404);
-    assert_eq!(client.get("/v1/completions").status, 405);
+    let wrong = client.get("/v1/completions");
+    assert_eq!((wrong.status, wrong.header("allow")), (405, Some("POST, OPTIONS")));
+    let asked = client.request("OPTIONS", "/v1/models", "", b"");
+    assert_eq!((asked.status, asked.header("allow")), (204, Some("GET, HEAD, OPTIONS")));
+    for path in ["/v1/responses", "/v1/embeddings", "/props"] {
+        let missing = client.post(path, &json!({ "input": "x" })).json()["error"].clone();
+        assert_eq!(missing["code"], "unknown_url");
+        assert!(missing["message"].as_str().unwrap().contains("/v1/chat/completions"), "{missing}");
+    }
+}
+
+/// OpenAI's client writes `%2F` for a slash since its version 3.
+#[test]
+fn names_of_models_may_have_slashes() {
+    let model_name = Some("acme/chat 50%".to_owned());
+    let own = Running::new(ServerOptions { model_name, ..ServerOptions::default() });
+    for path in ["acme/chat%2050%", "acme%2Fchat%2050%25", "acme%2fchat%2050%25"] {
+        let answer = own.client.get(&format!("/v1/models/{path}"));
+        assert_eq!(answer.json()["id"], "acme/chat 50%", "{path}");
+    }
+}
+
+/// Fields of vLLM and llama.cpp, by which programs that were written for those say what an answer must be.
+#[cfg(feature = "grammar")]
+#[test]
+fn answers_have_the_form_that_is_asked_for() {
+    let client = shared();
+    let schema = json!({ "type": "object", "properties": { "sea": { "enum": ["calm", "wild"] } },
+        "required": ["sea"], "additionalProperties": false });
+    let is_object = |text: &str| text == r#"{"sea": "calm"}"# || text == r#"{"sea": "wild"}"#;
+    let is_choice = |text: &str| ["a \"b\"", "\\d", "x/<y>.*"].contains(&text);
+    let is_one_of_many = |text: &str| text.starts_with("the ") && text.ends_with("th");
+    let is_number = |text: &str| {
+        text.len() == 5
+            && text.bytes().take(3).all(|byte| byte.is_ascii_digit())
+            && ('a'..='f').any(|last| text.ends_with(&format!("-{last}")))
+    };
+    let is_word = |text: &str| ["xyy", "xyz", "xzy", "xzz"].contains(&text);
+    let choices = json!(["a \"b\"", "\\d", "x/<y>.*"]);
+    let format = json!({ "type": "json_schema", "json_schema": { "schema": schema } });
+    type IsRight = fn(&str) -> bool;
+    let ways: [(&str, Value, IsRight); 9] = [
+        ("structured_outputs", json!({ "json": schema }), is_object),
+        ("structured_outputs", json!({ "regex": "[0-9]{3}-[a-f]" }), is_number),
+        ("structured_outputs", json!({ "choice": choices }), is_choice),
+        ("structured_outputs", json!({ "grammar": "start: \"x\" /[yz]{2}/" }), is_word),
+        ("guided_json", json!(schema.to_string()), is_object),
+        ("guided_choice", choices.clone(), is_choice),
+        ("guided_choice", (0..3000).map(|n| format!("the {n}th")).collect(), is_one_of_many),
+        ("json_schema", schema.clone(), is_object),
+        ("response_format", format, is_object),
+    ];
+    for (field, value, is_right) in ways {
+        let mut body = json!({ "prompt": "Say: ", "max_tokens": 40, "temperature": 1, "seed": 4 });
+        body[field] = value.clone();
+        let text = client.ask("/v1/completions", &body)["choices"][0]["text"].clone();
+        assert!(is_right(text.as_str().unwrap().trim_start()), "{field} {value}: {text}");
+    }
+    for (body, param) in [
+        (json!({ "grammar": "root ::= [0-9]+" }), "grammar"),
+        (json!({ "structured_outputs": { "regex": "a", "choice": ["a"] } }), "structured_outputs"),
+        (json!({ "structured_outputs": { "choice": [] } }), "structured_outputs"),
+        (json!({ "structured_outputs": { "choice": [1] } }), "structured_outputs"),
+        (json!({ "guided_regex": 7 }), "guided_regex"),
+        (json!({ "guided_json": "{" }), "guided_json"),
+        (
+            json!({ "guided_regex": "a", "response_format": { "type": "json_object" } }),
+            "guided_regex",
+        ),
+    ] {
+        let mut all = json!({ "prompt": "x", "max_tokens": 1 });
+        all.as_object_mut().unwrap().extend(body.as_object().unwrap().clone());
+        let answer = client.post("/v1/completions", &all);
+        assert_eq!(
+            (answer.status, &answer.json()["error"]["param"]),
+            (400, &json!(param)),
+            "{body}"
+        );
+    }
+    let broken = json!({ "prompt": "x", "structured_outputs": { "regex": "(" } });
+    assert_eq!(client.post("/v1/completions", &broken).status, 400);
+}
+
+/// As programs ask that measure how likely texts are.
+#[test]
+fn an_echo_tells_how_likely_the_prompt_was() {
+    let client = shared();
+    let text = "The ship sailed into the harbour and the crew went ashore";
+    let tokens = client.ask("/tokenize", &json!({ "prompt": text }))["tokens"].clone();
+    let tokens: Vec<u32> = serde_json::from_value(tokens).unwrap();
+    let ask = |more: Value| {
+        let mut body = json!({ "prompt": tokens, "max_tokens": 1, "temperature": 0, "echo": true });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        client.ask("/v1/completions", &body)["choices"].clone()
+    };
+    // What is kept of the prompt by now is of no use to the second one.
+    for _ in 0..2 {
+        let told = ask(json!({ "logprobs": 2 }))[0]["logprobs"].clone();
+        let logprobs = told["token_logprobs"].as_array().unwrap();
+        assert_eq!(logprobs.len(), tokens.len() + 1);
+        assert_eq!((&logprobs[0], &told["top_logprobs"][0]), (&Value::Null, &Value::Null));
+        for at in 1..logprobs.len() {
+            let mut body = json!({ "prompt": tokens[..at], "max_tokens": 1, "logprobs": 2 });
+            if at < tokens.len() {
+                // The likeliest token in its place.
+                body["temperature"] = 0.into();
+                let own = client.ask("/v1/completions", &body)["choices"][0]["logprobs"].clone();
+                let likeliest = own["token_logprobs"][0].as_f64().unwrap();
+                let top = told["top_logprobs"][at].as_object().unwrap();
+                assert_eq!(top.len(), 2);
+                let best = top.values().map(|p| p.as_f64().unwrap()).fold(f64::MIN, f64::max);
+                // Steps of many rows may round otherwise.
+                assert!((best - likeliest).abs() < 0.1, "{at}: {best} {likeliest}");
+                assert!(logprobs[at].as_f64().unwrap() <= best);
+            }
+        }
+    }
+    let all = ask(json!({ "logprobs": 1, "n": 2, "temperature": 1, "seed": 3, "max_tokens": 4 }));
+    let first = |index: usize| all[index]["logprobs"]["token_logprobs"].as_array().unwrap();
+    assert_eq!(first(0).len(), tokens.len() + 4);
+    assert_eq!(first(0)[..tokens.len()], first(1)[..tokens.len()]);
+    assert_eq!(
+        ask(json!({ "logprobs": 1, "max_tokens": 0 }))[0]["logprobs"]["tokens"]
+            .as_array()
+            .unwrap()
+            .len(),
+        tokens.len()
+    );
+    let body =
+        json!({ "prompt": tokens, "max_tokens": 3, "temperature": 0, "echo": true, "logprobs": 1 });
+    let whole = client.ask("/v1/completions", &body)["choices"][0].clone();
+    let mut streamed = body.clone();
+    streamed["stream"] = true.into();
+    let chunks = client.post("/v1/completions", &streamed).events();
+    let joined = |field: &str| {
+        let told = chunks.iter().filter_map(|c| c["choices"][0]["logprobs"][field].as_array());
+        Value::from(told.flatten().cloned().collect::<Vec<_>>())
+    };
+    for field in ["tokens", "text_offset"] {
+        assert_eq!(joined(field), whole["logprobs"][field], "{field}");
+    }
+    // Other requests beside it change last digits.
+    let [streamed, whole] = [joined("token_logprobs"), whole["logprobs"]["token_logprobs"].clone()];
+    let pairs = streamed.as_array().unwrap().iter().zip(whole.as_array().unwrap());
+    let differs = |(a, b): (&Value, &Value)| {
+        let close = a.as_f64().zip(b.as_f64()).map(|(a, b)| (a - b).abs() < 0.1);
+        !close.unwrap_or(a == b)
+    };
+    assert_eq!(pairs.filter(|pair| differs(*pair)).count(), 0, "{streamed} {whole}");
+}
+
+#[test]
+fn a_conversation_may_end_in_a_message_that_goes_on() {
+    let mut own = checkpoint();
+    let source = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}(said){% endif %}";
+    own.set_template(ChatTemplate::new(source, "<s>", "</s>"));
+    let server = Running::of(own, narrow(), ServerOptions::default());
+    let messages = json!([
+        { "role": "user", "content": "Who?" },
+        { "role": "assistant", "content": [{ "type": "refusal", "refusal": "The ship " }] },
+    ]);
+    let ask = |more: Value| {
+        let mut body = json!({ "messages": messages, "max_tokens": 8, "temperature": 0 });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let tokens = server.client.ask("/tokenize", &body)["count"].clone();
+        let answer = server.client.ask("/v1/chat/completions", &body);
+        assert_eq!(answer["usage"]["prompt_tokens"], tokens, "{more}");
+        content(&answer).trim_start().to_owned()
+    };
+    for (more, text) in [
+        (json!({}), "[Who?][The ship ](said)"),
+        (json!({ "add_generation_prompt": false }), "[Who?][The ship ]"),
+        (json!({ "continue_final_message": true }), "[Who?][The ship"),
+    ] {
+        let tokens = server
+            .client
+            .ask("/tokenize", &json!({ "prompt": text, "add_special_tokens": false }))["tokens"]
+            .clone();
+        let body = json!({ "prompt": tokens, "max_tokens": 8, "temperature": 0 });
+        let expected = server.client.ask("/v1/completions", &body)["choices"][0]["text"].clone();
+        assert_eq!(ask(more.clone()), expected.as_str().unwrap().trim_start(), "{more}");
+    }
 }
 
 /// Bodies, and the field that is at fault.
@@ -219,6 +400,7 @@ fn bad_bodies() -> Vec<(&'static str, Value, &'static str)> {
         ("/v1/completions", json!({ "prompt": "x", "best_of": 3 }), "best_of"),
         ("/v1/completions", json!({ "prompt": "x", "logprobs": 21 }), "logprobs"),
         ("/tokenize", json!({ "prompt": 7 }), "prompt"),
+        ("/tokenize", json!({ "messages": 7 }), "messages"),
         ("/detokenize", json!({ "tokens": "x" }), "tokens"),
     ];
     for (field, value, param) in [
@@ -252,6 +434,13 @@ fn bad_bodies() -> Vec<(&'static str, Value, &'static str)> {
         ("tool_choice", json!("required"), "tool_choice"),
         ("response_format", json!({ "type": "xml" }), "response_format.type"),
         ("functions", json!([{}]), "functions"),
+        ("add_generation_prompt", json!(1), "add_generation_prompt"),
+        ("continue_final_message", json!(true), "continue_final_message"),
+        (
+            "tool_choice",
+            json!({ "type": "allowed_tools", "allowed_tools": { "mode": "required" } }),
+            "tool_choice",
+        ),
         ("stream_options", json!(1), "stream_options"),
         ("chat_template_kwargs", json!([1]), "chat_template_kwargs"),
     ] {

@@ -118,7 +118,10 @@ fn calls_that_a_model_makes_are_told_as_such_and_its_text_as_it_comes() {
 fn a_call_that_must_come_comes_whole_and_streamed() {
     let client = crate::shared();
     let named = json!({ "type": "function", "function": { "name": "weather" } });
-    for (forced, expected) in [(json!("required"), None), (named, Some("weather"))] {
+    let allowed = json!({ "mode": "required", "tools": [named.clone()] });
+    let allowed = json!({ "type": "allowed_tools", "allowed_tools": allowed });
+    let all = [(json!("required"), None), (named, Some("weather")), (allowed, Some("weather"))];
+    for (forced, expected) in all {
         let mut body = body("What is the weather in Paris?");
         body["tool_choice"] = forced;
         let whole = choice(client, &body);
@@ -135,5 +138,46 @@ fn a_call_that_must_come_comes_whole_and_streamed() {
         assert!(expected.is_none_or(|own| own == name), "{name}");
         let (pieces, streamed, reason) = streamed(client, body);
         assert_eq!((pieces, names(&streamed), reason.as_str()), (Vec::new(), calls, "tool_calls"));
+    }
+}
+
+/// As OpenAI tells it: the arguments so far are those of the call, and the answer ends by its length.
+#[cfg(feature = "grammar")]
+#[test]
+fn a_call_that_must_come_and_is_cut_off_is_a_call() {
+    let client = crate::shared();
+    let mut body = body("What is the weather in Paris?");
+    body["tools"] = json!([{ "type": "function", "function": {
+        "name": "note",
+        "parameters": { "type": "object", "properties": { "text": { "type": "string", "minLength": 900 } }, "required": ["text"] },
+    } }]);
+    body["tool_choice"] = "required".into();
+    body["max_tokens"] = 40.into();
+    let whole = choice(client, &body);
+    assert_eq!(
+        (&whole["message"]["content"], &whole["finish_reason"]),
+        (&Value::Null, &json!("length"))
+    );
+    let function = &whole["message"]["tool_calls"][0]["function"];
+    assert_eq!(function["name"], "note");
+    let arguments = function["arguments"].as_str().unwrap();
+    assert!(arguments.starts_with("{\"text\": \"") && !arguments.ends_with('}'), "{arguments}");
+    body["stream"] = true.into();
+    let chunks = client.post("/v1/chat/completions", &body).events();
+    let told: Vec<&Value> = chunks.iter().map(|chunk| &chunk["choices"][0]).collect();
+    let calls: Vec<&Value> =
+        told.iter().map(|own| &own["delta"]["tool_calls"]).filter(|own| !own.is_null()).collect();
+    assert_eq!(calls.len(), 1);
+    assert_eq!(calls[0][0]["function"], *function);
+    assert_eq!(told.last().unwrap()["finish_reason"], "length");
+    // What a tool does not name does not come.
+    body["tools"][0]["function"]["parameters"] =
+        json!({ "type": "object", "properties": { "a": { "enum": ["x"] } } });
+    body["stream"] = false.into();
+    for seed in 0..4 {
+        (body["seed"], body["temperature"]) = (seed.into(), 1.into());
+        let called = names(&choice(client, &body)["message"]["tool_calls"]);
+        let [(_, arguments)] = &called[..] else { panic!("{called:?}") };
+        assert!([json!({}), json!({ "a": "x" })].contains(arguments), "{arguments}");
     }
 }

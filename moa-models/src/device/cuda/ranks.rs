@@ -253,6 +253,15 @@ impl NcclRank {
         peers.missing().map(|rank| Error::RankSilent { rank, seconds })
     }
 
+    /// Begins a sum once all hosts of this process have come to it: one that has no memory for its part says so before the
+    /// other GPUs wait for it.
+    fn begin_sum(&self, device: &Cuda) -> Result<Joined> {
+        let joined = self.connected(device)?;
+        self.threads.gather(Arc::new(()), Wait::Step)?;
+        self.counts();
+        Ok(joined)
+    }
+
     /// Counts what the host begins: steps and sums.
     fn counts(&self) {
         self.progress.begun[self.threads.rank()].fetch_add(1, Ordering::Release);
@@ -300,8 +309,12 @@ impl Rank for NcclRank {
         }
     }
 
+    fn meets(&self) -> bool {
+        self.threads.ranks() == self.ranks
+    }
+
     fn gather(&self, own: Brought, wait: Wait) -> Result<Arc<[Brought]>> {
-        if self.threads.ranks() != self.ranks {
+        if !self.meets() {
             let got = format!("rank {} of {}", self.rank, self.ranks);
             return Err(Error::invalid("ranks", "of one process, to tell each other values", got));
         }
@@ -311,8 +324,7 @@ impl Rank for NcclRank {
 
 impl Communicator<Cuda> for NcclRank {
     fn all_reduce(&self, device: &Cuda, x: &mut Tensor) -> Result<()> {
-        let joined = self.connected(device)?;
-        self.counts();
+        let joined = self.begin_sum(device)?;
         match self.small(&joined, x) {
             Some(peers) => peers.all_reduce(x)?,
             None => joined.nccl.all_reduce(x)?,
@@ -327,13 +339,10 @@ impl Communicator<Cuda> for NcclRank {
         norm: &Tensor,
         eps: f32,
     ) -> Result<Option<Tensor>> {
-        let joined = self.connected(device)?;
+        let joined = self.begin_sum(device)?;
         match self.small(&joined, x) {
-            Some(peers) => {
-                self.counts();
-                Ok(Some(peers.all_reduce_norm(x, norm, eps)?))
-            }
-            None => self.all_reduce(device, x).map(|()| None),
+            Some(peers) => Ok(Some(peers.all_reduce_norm(x, norm, eps)?)),
+            None => Ok(joined.nccl.all_reduce(x).map(|()| None)?),
         }
     }
 

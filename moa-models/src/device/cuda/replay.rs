@@ -268,6 +268,10 @@ impl Replay<Cuda> for Recorded {
         Ok(prepares)
     }
 
+    fn is_rehearsed(&self) -> bool {
+        self.current.rehearsed
+    }
+
     fn is_recorded(&self) -> bool {
         self.current.graph.is_some()
     }
