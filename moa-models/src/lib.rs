@@ -62,6 +62,7 @@ pub use any::{AnyChatSession, AnyCheckpoint, AnyEngine, DeviceName};
 pub use checkpoint::Checkpoint;
 pub use checkpoint::fingerprint::fingerprint;
 pub use checkpoint::generation_config::GenerationConfig;
+pub use checkpoint::gguf::tensor_type::TensorType;
 pub use checkpoint::gguf::write::{Quantized, quantize};
 pub use checkpoint::gguf::{Gguf, is_gguf, open_tensors};
 #[cfg(feature = "hub")]

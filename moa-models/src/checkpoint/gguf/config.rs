@@ -2,49 +2,18 @@
 
 use serde_json::{Map, Value as Json, json};
 
+use super::architecture::{ARCHITECTURES, Architecture, FACTORS, FREQUENCIES, SHORT_AND_LONG};
 use super::{Gguf, Value, llama3_factor};
 use crate::checkpoint::json::JsonObject;
 use crate::checkpoint::reads;
 use crate::decoder::config::ModelConfig;
-use crate::decoder::names::TensorNames;
 use crate::decoder::rope_scaling::RopeScaling;
 use crate::families::{self, Family};
 use crate::{Error, Result};
 
-/// What GGUF calls a kind of model.
-struct Architecture {
-    name: &'static str,
-    model_type: &'static str,
-    /// The two rows of a rotary pair lie side by side in queries and keys, and not half a head apart.
-    by_pair: bool,
-}
-
-const ARCHITECTURES: [Architecture; 7] = [
-    Architecture { name: "llama", model_type: "llama", by_pair: true },
-    Architecture { name: "mistral3", model_type: "mistral", by_pair: true },
-    Architecture { name: "smollm3", model_type: "smollm3", by_pair: true },
-    Architecture { name: "granite", model_type: "granite", by_pair: true },
-    Architecture { name: "qwen2", model_type: "qwen2", by_pair: false },
-    Architecture { name: "qwen3", model_type: "qwen3", by_pair: false },
-    Architecture { name: "phi3", model_type: "phi3", by_pair: false },
-];
-
-/// Factors of rotary wavelengths, where the model has some.
-pub(super) const FREQUENCIES: &str = "rope_freqs.weight";
-/// Those of short and of long sequences, where they differ.
-const SHORT_AND_LONG: [&str; 2] = ["rope_factors_short.weight", "rope_factors_long.weight"];
-
 /// Keys that change what a model computes in a way that no family here has.
 const UNKNOWN_SCALES: [&str; 3] =
     ["attention.temperature_scale", "rope.scaling.yarn_log_multiplier", "expert_count"];
-/// Factors that Granite alone has, and what its configuration calls them.
-const FACTORS: [(&str, &str); 4] = [
-    ("attention.scale", "attention_multiplier"),
-    ("embedding_scale", "embedding_multiplier"),
-    ("residual_scale", "residual_multiplier"),
-    ("logit_scale", "logits_scaling"),
-];
-
 /// Tokens that end an answer by their text, where they are control tokens: files name only one or two of
 /// those that a model has.
 const ENDS: [&str; 7] = [
@@ -61,14 +30,7 @@ impl Gguf {
     /// The model's configuration, as one of these families reads it.
     pub(crate) fn config(&self, families: &[&dyn Family]) -> Result<ModelConfig> {
         let config = families::read(&self.config_object()?, families)?;
-        let mut tensor_names = names();
-        if self.architecture()?.name == "phi3" {
-            for name in [&mut tensor_names.query, &mut tensor_names.key, &mut tensor_names.value] {
-                *name = "attn_qkv".into();
-            }
-            tensor_names.gate = tensor_names.up.clone();
-        }
-        Ok(ModelConfig { tensor_names, ..config })
+        Ok(ModelConfig { tensor_names: self.architecture()?.tensor_names(), ..config })
     }
 
     /// Query or KV heads, if `name` is a tensor whose rows are ordered by rotary pair.
@@ -117,10 +79,11 @@ impl Gguf {
     }
 
     fn config_object(&self) -> Result<JsonObject> {
-        let Architecture { name: architecture, model_type, .. } = *self.architecture()?;
+        let &Architecture { name: architecture, model_types, has_factors, .. } =
+            self.architecture()?;
         let of = |key: &str| format!("{architecture}.{key}");
-        let factors = FACTORS.into_iter().filter(|_| architecture != "granite");
-        for key in UNKNOWN_SCALES.into_iter().chain(factors.map(|(key, _)| key)) {
+        let factors = FACTORS.into_iter().filter(|_| !has_factors);
+        for key in UNKNOWN_SCALES.into_iter().chain(factors.map(|(key, ..)| key)) {
             if let Some(value) = self.get(&of(key))
                 && value.as_number() != Some(0.0)
             {
@@ -139,7 +102,7 @@ impl Gguf {
         let epsilon = of("attention.layer_norm_rms_epsilon");
         let epsilon = self.require(&epsilon, "a number above 0", self.number(&epsilon)?)?;
         let mut fields = Map::from_iter([
-            ("model_type".to_owned(), json!(model_type)),
+            ("model_type".to_owned(), json!(model_types[0])),
             ("vocab_size".to_owned(), json!(self.entry("token_embd.weight")?.info.shape[0])),
             ("hidden_size".to_owned(), json!(hidden)),
             ("intermediate_size".to_owned(), json!(required("feed_forward_length")?)),
@@ -163,7 +126,7 @@ impl Gguf {
             let part = (rotary_dim as f64 + 0.5) / head_dim as f64;
             fields.insert("partial_rotary_factor".to_owned(), json!(part));
         }
-        if architecture == "granite" {
+        if has_factors {
             fields.extend(self.factors(head_dim)?);
         }
         // No window is 0 in Phi-3's files.
@@ -196,7 +159,7 @@ impl Gguf {
     fn rotary_dim(&self, head_dim: usize) -> Result<usize> {
         const KEY: &str = "rope.dimension_count";
         let dim = self.count(KEY)?.unwrap_or(head_dim);
-        if dim == head_dim || dim < head_dim && self.architecture()?.name == "phi3" {
+        if dim == head_dim || dim < head_dim && self.architecture()?.has_rotary_part {
             return Ok(dim);
         }
         Err(self.key_fault(&self.own(KEY)?, &format!("{head_dim}, a head's width"), dim))
@@ -214,7 +177,7 @@ impl Gguf {
         }
         let mut fields = Map::new();
         fields.insert("attention_multiplier".to_owned(), json!((head_dim as f64).powf(-0.5)));
-        for (key, field) in FACTORS {
+        for (key, field, _) in FACTORS {
             if let Some(factor) = self.number(&self.own(key)?)?.filter(|factor| *factor != 0.0) {
                 fields.insert(field.to_owned(), json!(factor));
             }
@@ -327,26 +290,5 @@ impl Gguf {
             |name: &str| of_rope.contains(&name) || name.ends_with(".attn_rot_embd.weight");
         let is_read = |name: &&str| asked.contains(*name) || is_angles(name);
         reads::unread(&self.path, self.names().filter(|name| !is_read(name)), ignore)
-    }
-}
-
-/// What GGUF calls the tensors of a decoder.
-pub(super) fn names() -> TensorNames {
-    TensorNames {
-        embedding: "token_embd.weight".into(),
-        output: "output.weight".into(),
-        norm: "output_norm.weight".into(),
-        layers: "blk.{}.".into(),
-        attention_norm: "attn_norm.weight".into(),
-        query: "attn_q".into(),
-        key: "attn_k".into(),
-        value: "attn_v".into(),
-        query_norm: "attn_q_norm.weight".into(),
-        key_norm: "attn_k_norm.weight".into(),
-        attention_output: "attn_output".into(),
-        mlp_norm: "ffn_norm.weight".into(),
-        gate: "ffn_gate".into(),
-        up: "ffn_up".into(),
-        down: "ffn_down".into(),
     }
 }

@@ -1,11 +1,12 @@
 //! Models in one GGUF file, or in several that belong together: weights that stay in their blocks, and the
 //! metadata as the configuration, tokenizer and chat template that a folder has in files of its own.
 
+mod architecture;
 mod config;
-mod kind;
 mod pre_tokenizer;
 mod reader;
 pub(crate) mod sentencepiece;
+pub(crate) mod tensor_type;
 mod tokenizer;
 mod value;
 pub(crate) mod write;
@@ -16,8 +17,8 @@ use std::path::{Path, PathBuf};
 
 use moa_core::BlockType;
 
-use self::kind::Kind;
 use self::reader::{Header, TensorInfo};
+use self::tensor_type::TensorType;
 use self::value::Value;
 use crate::checkpoint::fingerprint::Fnv1a;
 use crate::checkpoint::mapped::{MappedTensor, Memory};
@@ -179,8 +180,8 @@ impl Gguf {
     fn mapped(&self, entry: &Entry, shape: &[usize]) -> MappedTensor {
         let (map, bytes) = (self.files[entry.file].map.clone(), entry.info.bytes.clone());
         match entry.info.kind {
-            Kind::Plain(dtype) => MappedTensor::new(map, bytes, dtype, shape),
-            Kind::Blocks(blocks) => MappedTensor::in_blocks(map, bytes, blocks, shape),
+            TensorType::Plain(dtype) => MappedTensor::new(map, bytes, dtype, shape),
+            TensorType::Blocks(blocks) => MappedTensor::in_blocks(map, bytes, blocks, shape),
         }
     }
 
@@ -228,8 +229,8 @@ impl Gguf {
 impl Tensors for Gguf {
     fn blocks(&self, name: &str) -> Option<BlockType> {
         match self.tensors.get(name)?.info.kind {
-            Kind::Blocks(blocks) => Some(blocks),
-            Kind::Plain(_) => None,
+            TensorType::Blocks(blocks) => Some(blocks),
+            TensorType::Plain(_) => None,
         }
     }
 

@@ -1,5 +1,6 @@
 //! GGUF files, good ones and bad ones.
 
+mod architectures;
 mod bad;
 pub(crate) mod file;
 mod quantize;
