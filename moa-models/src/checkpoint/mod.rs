@@ -2,6 +2,7 @@
 
 pub(crate) mod added_tokens;
 pub(crate) mod fingerprint;
+pub(crate) mod found;
 pub(crate) mod generation_config;
 pub(crate) mod gguf;
 #[cfg(feature = "hub")]
@@ -116,7 +117,7 @@ impl<D: Math> Checkpoint<D> {
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::DanglingLink`] and [`Error::LfsPointer`] for a file that cannot be read;
-    /// [`Error::Json`], [`Error::MissingField`] and [`Error::Config`] for a malformed one;
+    /// [`Error::NoConfig`], [`Error::Json`], [`Error::MissingField`] and [`Error::Config`] for a malformed one;
     /// [`Error::NoWeights`], [`Error::Safetensors`], [`Error::Quantized`], [`Error::Gguf`] and the
     /// variants that begin with `Tensor` and `Shard` for the weights; [`Error::NoTokenizer`],
     /// [`Error::Tokenizer`] and [`Error::TokenizerVocabulary`] for the tokenizer; [`Error::OutOfMemory`] or [`Error::Backend`] if the weights do not fit the device.
@@ -168,6 +169,9 @@ impl<D: Math> Checkpoint<D> {
                 weights.set_packing(quantised::packing(folder, &weights)?);
                 reads::own_output(&weights, &mut config)?;
                 reads::check(&weights, &config, options.ignore_extra_tensors)?;
+                if let Some(adapter) = found::adapter(folder) {
+                    tracing::warn!("{}: {adapter}, is left out", folder.display());
+                }
                 Decoder::load_part(device, config, &weights, shard)?
             }
         };

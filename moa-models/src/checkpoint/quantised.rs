@@ -9,7 +9,7 @@ use crate::checkpoint::text::is_file;
 use crate::{Error, Result};
 
 /// How tensors end that a way of quantising puts beside or in place of weights.
-const SIGNS: [(&str, &str); 7] = [
+const SIGNS: [(&str, &str); 8] = [
     (".g_idx", "GPTQ"),
     (".qweight", "GPTQ or AWQ"),
     (".weight_packed", "compressed-tensors"),
@@ -17,6 +17,7 @@ const SIGNS: [(&str, &str); 7] = [
     (".weight_scale", "FP8 or INT8 with scales"),
     (".weight.absmax", "bitsandbytes"),
     (".SCB", "bitsandbytes (LLM.int8)"),
+    (".biases", "MLX"),
 ];
 
 /// How weights are packed, if they are; refuses those that are quantised otherwise, with the name of how.

@@ -16,6 +16,9 @@ const BUFFERS: [&str; 5] = [
     "attn.masked_bias",
 ];
 
+/// How the names of the text part begin in models that have other parts, behind `model.` or without.
+const TEXT_PARTS: [&str; 2] = ["language_model.", "text_model."];
+
 /// Takes an output matrix of its own into the configuration, where that denies one, and says so.
 pub(crate) fn own_output(weights: &Weights, config: &mut ModelConfig) -> Result<()> {
     let names = &config.tensor_names;
@@ -50,8 +53,14 @@ pub(crate) fn check(weights: &Weights, config: &ModelConfig, ignore: bool) -> Re
     let asked: BTreeSet<&str> = all.iter().filter_map(|name| weights.actual_name(name)).collect();
     // An output matrix that equals the embedding is no harm.
     let output = weights.actual_name(&config.tensor_names.output);
+    // Of a model of images and text, say, the text part is read.
+    let embedding = weights.actual_name(&config.tensor_names.embedding);
+    let text_part = embedding.and_then(|name| {
+        TEXT_PARTS.iter().find_map(|part| Some(&name[..name.find(part)? + part.len()]))
+    });
     let is_read = |name: &str| {
         asked.contains(name)
+            || text_part.is_some_and(|part| !name.starts_with(part))
             || output == Some(name)
             || BUFFERS.iter().any(|end| name.ends_with(end))
             // Tools that pack weights give every matrix a bias.

@@ -6,6 +6,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::Dtype as FileDtype;
 
 use crate::checkpoint::fingerprint::Fnv1a;
+use crate::checkpoint::found;
 use crate::checkpoint::json::JsonObject;
 use crate::checkpoint::mapped::{MappedTensor, Memory};
 use crate::checkpoint::packed::{Packing, Parts};
@@ -399,6 +400,9 @@ pub(crate) fn is_name(name: &str) -> bool {
 
 /// What else in `dir` looks like weights, for the error that says that ours are missing.
 fn other_weights(dir: &Path) -> Result<String> {
+    if let Some(adapter) = found::adapter(dir) {
+        return Ok(adapter);
+    }
     let ends = [".bin", ".pth", ".pt", ".gguf", ".safetensors"];
     let mut names = file_names(dir)?;
     names.retain(|name| ends.iter().any(|end| name.ends_with(end)));
@@ -407,7 +411,7 @@ fn other_weights(dir: &Path) -> Result<String> {
     Ok(if names.is_empty() { "no weights at all".into() } else { names.join(", ") })
 }
 
-fn file_names(dir: &Path) -> Result<Vec<String>> {
+pub(crate) fn file_names(dir: &Path) -> Result<Vec<String>> {
     let entries = std::fs::read_dir(dir).map_err(|source| Error::io(dir, source))?;
     Ok(entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
 }

@@ -49,6 +49,10 @@ impl Gguf {
 
     fn architecture(&self) -> Result<&'static Architecture> {
         const KEY: &str = "general.architecture";
+        const TYPE: &str = "general.type";
+        if let Some(other) = self.text(TYPE)?.filter(|kind| *kind != "model") {
+            return Err(self.key_fault(TYPE, "model", other));
+        }
         let known = || ARCHITECTURES.map(|known| known.name).join(", ");
         let name = self.require(KEY, &known(), self.text(KEY)?)?;
         let found = ARCHITECTURES.iter().find(|known| known.name == name);

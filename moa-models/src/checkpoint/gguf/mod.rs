@@ -24,6 +24,7 @@ use crate::checkpoint::fingerprint::Fnv1a;
 use crate::checkpoint::mapped::{MappedTensor, Memory};
 use crate::checkpoint::open_options::OpenOptions;
 use crate::checkpoint::safetensors::Tensors;
+use crate::checkpoint::text::is_file;
 use crate::{Error, Result};
 
 /// A model in the format GGUF, mapped into memory and validated, but not read.
@@ -81,8 +82,8 @@ impl Gguf {
     ///
     /// # Errors
     /// [`Error::Io`] for a file that cannot be read, [`Error::Gguf`] with the place in the file for one that
-    /// is truncated, contradicts itself or has types that are not known, [`Error::TensorTwice`] if two files
-    /// have the same tensor.
+    /// is truncated, contradicts itself or has types that are not known, [`Error::ShardMissing`] for one of several that is
+    /// not there, [`Error::TensorTwice`] if two files have the same tensor.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::open_with(path.as_ref(), true)
     }
@@ -121,7 +122,11 @@ impl Gguf {
             return Err(Error::gguf(&self.path, "file of several", &expected, name));
         };
         for number in 2..=count {
-            let path = self.path.with_file_name(format!("{stem}{}", part_name(number, count)));
+            let shard = format!("{stem}{}", part_name(number, count));
+            let path = self.path.with_file_name(&shard);
+            if !is_file(&path)? {
+                return Err(Error::ShardMissing { index: self.path.clone(), shard });
+            }
             let metadata = self.add_file(&path)?;
             let found = metadata.get("split.no").and_then(Value::as_unsigned);
             if found != Some(number - 1) {

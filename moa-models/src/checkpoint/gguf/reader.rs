@@ -40,7 +40,7 @@ impl Header {
         let mut reader = Reader { path, bytes, at: 0 };
         let magic = reader.take(4, "magic")?;
         if magic != b"GGUF" {
-            return Err(reader.fault("magic", "`GGUF`", format!("{magic:02x?}")));
+            return Err(reader.fault("magic", "`GGUF`", format!("`{}`", magic.escape_ascii())));
         }
         let version = reader.u32("version")?;
         if version.swap_bytes() == 2 || version.swap_bytes() == 3 {

@@ -3,16 +3,19 @@
 use std::path::Path;
 
 use super::container::Keys;
+use crate::checkpoint::found::config_file;
 use crate::checkpoint::gguf::architecture::{ARCHITECTURES, Architecture, FACTORS};
 use crate::checkpoint::gguf::tensor_type::TensorType;
 use crate::checkpoint::json::JsonObject;
 use crate::decoder::config::ModelConfig;
 use crate::decoder::rope_scaling::{RopeScaling, yarn_mscale};
+use crate::families::{FAMILIES, text_part};
 use crate::{Error, Result};
 
 /// The architecture of a folder's model.
 pub(super) fn architecture(folder: &Path) -> Result<&'static Architecture> {
-    let file = JsonObject::read(&folder.join("config.json"))?;
+    let file = JsonObject::read(&config_file(folder)?)?;
+    let file = &*text_part(&file, FAMILIES)?;
     let kind = file.text("model_type")?.unwrap_or("llama");
     let known = ARCHITECTURES.iter().find(|known| known.model_types.contains(&kind));
     known.ok_or_else(|| {
