@@ -22,7 +22,7 @@ fixtures = root / "moa-models/tests/fixtures"
 TOKENS = json.loads((fixtures / "families/qwen2/golden.json").read_text())["tokens"]
 # transformers reads files of these.
 READ = ["families/mistral", "families/qwen2", "families/qwen3"]
-OTHERS = ["gguf/smollm3", "families/granite", "families/phi3-longrope", "families/phi3-window"]
+OTHERS = ["families/ministral3", "gguf/smollm3", "families/granite", "families/phi3-longrope", "families/phi3-window"]
 
 
 def folder_of(family, folder):

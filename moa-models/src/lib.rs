@@ -78,7 +78,7 @@ pub use checkpoint::safetensors::{Tensors, Weights};
 pub use checkpoint::template::{ChatTemplate, Message};
 pub use checkpoint::text::read_text;
 pub use checkpoint::tokenizer::{TokenStream, Tokenizer};
-pub use decoder::config::{LayerKind, ModelConfig};
+pub use decoder::config::{LayerKind, ModelConfig, QueryScaling};
 pub use decoder::logits::LogitRows;
 pub use decoder::model::Decoder;
 pub use decoder::names::TensorNames;
@@ -121,6 +121,7 @@ pub use eval::{
 pub use evict::{Eviction, EvictionKind};
 pub use families::granite::Granite;
 pub use families::llama::Llama;
+pub use families::ministral3::Ministral3;
 pub use families::mistral::Mistral;
 pub use families::phi3::Phi3;
 pub use families::qwen2::Qwen2;

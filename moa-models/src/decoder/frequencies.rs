@@ -25,7 +25,8 @@ impl RopeTable {
             return Err(Error::invalid("rotary inverse frequency", "finite and above 0", bad));
         }
         inv_freq.resize(config.head_dim / 2, 0.0);
-        Ok(Self { inv_freq, attention_scale, context_length })
+        let query_scaling = config.query_scaling;
+        Ok(Self { inv_freq, attention_scale, context_length, query_scaling })
     }
 }
 

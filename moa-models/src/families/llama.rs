@@ -109,6 +109,7 @@ impl Defaults {
             mlp_bias: file.flag("mlp_bias")?.unwrap_or(false),
             qk_norm: false,
             attention_multiplier: None,
+            query_scaling: None,
             embedding_multiplier: 1.0,
             residual_multiplier: 1.0,
             logits_scaling: 1.0,

@@ -3,6 +3,7 @@
 pub(crate) mod granite;
 mod layer_kinds;
 pub(crate) mod llama;
+pub(crate) mod ministral3;
 pub(crate) mod mistral;
 pub(crate) mod phi3;
 pub(crate) mod qwen2;
@@ -19,6 +20,7 @@ use crate::checkpoint::json::JsonObject;
 use crate::decoder::config::ModelConfig;
 use crate::families::granite::Granite;
 use crate::families::llama::Llama;
+use crate::families::ministral3::Ministral3;
 use crate::families::mistral::Mistral;
 use crate::families::phi3::Phi3;
 use crate::families::qwen2::Qwen2;
@@ -69,7 +71,8 @@ pub trait Family: Sync {
 }
 
 /// The families that are known without being named.
-pub const FAMILIES: &[&dyn Family] = &[&Llama, &Mistral, &Qwen2, &Qwen3, &SmolLm3, &Granite, &Phi3];
+pub const FAMILIES: &[&dyn Family] =
+    &[&Llama, &Mistral, &Ministral3, &Qwen2, &Qwen3, &SmolLm3, &Granite, &Phi3];
 
 impl ModelConfig {
     /// Reads `config.json`, given its folder or the file itself, or the metadata of a GGUF file, of one of

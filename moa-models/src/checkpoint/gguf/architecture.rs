@@ -7,7 +7,7 @@ use crate::decoder::names::TensorNames;
 #[derive(Debug)]
 pub(super) struct Architecture {
     pub(super) name: &'static str,
-    /// The `model_type`s that are written so; the first one is what is read.
+    /// The `model_type`s that are written so; the first one is what is read, unless a key says otherwise.
     pub(super) model_types: &'static [&'static str],
     /// The two rows of a rotary pair lie side by side in queries and keys, and not half a head apart.
     pub(super) by_pair: bool,
@@ -31,7 +31,7 @@ const LLAMA: Architecture = Architecture {
 /// A model type is written as the first architecture that has it.
 pub(super) const ARCHITECTURES: [Architecture; 7] = [
     LLAMA,
-    Architecture { name: "mistral3", model_types: &["mistral"], ..LLAMA },
+    Architecture { name: "mistral3", model_types: &["mistral", "ministral3"], ..LLAMA },
     Architecture { name: "smollm3", model_types: &["smollm3"], ..LLAMA },
     Architecture { name: "granite", model_types: &["granite"], has_factors: true, ..LLAMA },
     Architecture { name: "qwen2", model_types: &["qwen2"], by_pair: false, ..LLAMA },
@@ -51,6 +51,11 @@ pub(super) const FREQUENCIES: &str = "rope_freqs.weight";
 /// Those of short and of long sequences, where they differ.
 pub(super) const SHORT_AND_LONG: [&str; 2] =
     ["rope_factors_short.weight", "rope_factors_long.weight"];
+
+/// Ministral 3's factor of queries, in files of Mistral's architecture.
+pub(super) const QUERY_SCALING: &str = "attention.temperature_scale";
+/// What YaRN's factor of attention is divided by, as `mscale_all_dim`.
+pub(super) const LOG_MULTIPLIER: &str = "rope.scaling.yarn_log_multiplier";
 
 /// A factor's key, what a `config.json` calls it, and its value.
 type Factor = (&'static str, &'static str, fn(&ModelConfig) -> f64);

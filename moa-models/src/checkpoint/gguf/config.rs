@@ -2,7 +2,10 @@
 
 use serde_json::{Map, Value as Json, json};
 
-use super::architecture::{ARCHITECTURES, Architecture, FACTORS, FREQUENCIES, SHORT_AND_LONG};
+use super::architecture::{
+    ARCHITECTURES, Architecture, FACTORS, FREQUENCIES, LOG_MULTIPLIER, QUERY_SCALING,
+    SHORT_AND_LONG,
+};
 use super::{Gguf, Value, llama3_factor};
 use crate::checkpoint::json::JsonObject;
 use crate::checkpoint::reads;
@@ -12,8 +15,7 @@ use crate::families::{self, Family};
 use crate::{Error, Result};
 
 /// Keys that change what a model computes in a way that no family here has.
-const UNKNOWN_SCALES: [&str; 3] =
-    ["attention.temperature_scale", "rope.scaling.yarn_log_multiplier", "expert_count"];
+const UNKNOWN_SCALES: [&str; 3] = [QUERY_SCALING, LOG_MULTIPLIER, "expert_count"];
 /// Tokens that end an answer by their text, where they are control tokens: files name only one or two of
 /// those that a model has.
 const ENDS: [&str; 7] = [
@@ -87,7 +89,12 @@ impl Gguf {
             self.architecture()?;
         let of = |key: &str| format!("{architecture}.{key}");
         let factors = FACTORS.into_iter().filter(|_| !has_factors);
-        for key in UNKNOWN_SCALES.into_iter().chain(factors.map(|(key, ..)| key)) {
+        let beta = match architecture {
+            "mistral3" => self.number(&of(QUERY_SCALING))?.filter(|beta| *beta != 0.0),
+            _ => None,
+        };
+        let unknown = UNKNOWN_SCALES.iter().filter(|key| beta.is_none() || **key == "expert_count");
+        for key in unknown.copied().chain(factors.map(|(key, ..)| key)) {
             if let Some(value) = self.get(&of(key))
                 && value.as_number() != Some(0.0)
             {
@@ -144,6 +151,10 @@ impl Gguf {
         // The architecture `llama` is Mistral's too, which alone has windows.
         if window.is_some() && architecture == "llama" {
             fields.insert("model_type".to_owned(), json!("mistral"));
+        }
+        if let Some(beta) = beta {
+            fields.insert("model_type".to_owned(), json!("ministral3"));
+            fields["rope_scaling"]["llama_4_scaling_beta"] = json!(beta);
         }
         JsonObject::parse(&self.path, &Json::Object(fields).to_string())
     }
@@ -219,6 +230,7 @@ impl Gguf {
                 // GGUF's multiplies the one that is derived, and does not replace it.
                 "attention_factor": attention
                     .map(|own| own * (0.1 * factor.unwrap_or(1.0).max(1.0).ln() + 1.0)),
+                "mscale": 1.0, "mscale_all_dim": self.number(&self.own(LOG_MULTIPLIER)?)?,
                 "beta_fast": self.number(&of("scaling.yarn_beta_fast")?)?,
                 "beta_slow": self.number(&of("scaling.yarn_beta_slow")?)?,
             })),

@@ -16,13 +16,14 @@ use super::quantize::family;
 
 /// Files of the converter, the checkpoint of each, and what its configuration was changed to: the converter leaves windows
 /// of Mistral and Qwen out.
-fn converted() -> [(&'static str, &'static str, Json); 7] {
+fn converted() -> [(&'static str, &'static str, Json); 8] {
     let none = json!({});
     let no_window =
         json!({"sliding_window": null, "use_sliding_window": false, "layer_types": null});
     [
         ("mistral", "families/mistral", no_window.clone()),
         ("qwen2", "families/qwen2", no_window),
+        ("ministral3", "families/ministral3", none.clone()),
         ("qwen3", "families/qwen3", none.clone()),
         ("smollm3", "gguf/smollm3", none.clone()),
         ("granite", "families/granite", none.clone()),

@@ -4,7 +4,9 @@ use std::path::Path;
 
 use super::container::Keys;
 use crate::checkpoint::found::config_file;
-use crate::checkpoint::gguf::architecture::{ARCHITECTURES, Architecture, FACTORS};
+use crate::checkpoint::gguf::architecture::{
+    ARCHITECTURES, Architecture, FACTORS, LOG_MULTIPLIER, QUERY_SCALING,
+};
 use crate::checkpoint::gguf::tensor_type::TensorType;
 use crate::checkpoint::json::JsonObject;
 use crate::decoder::config::ModelConfig;
@@ -66,6 +68,9 @@ pub(super) fn write(
     if has_factors {
         FACTORS.iter().for_each(|(key, _, factor)| keys.f32(&of(key), factor(c)));
     }
+    if let Some(scaling) = c.query_scaling {
+        keys.f32(&of(QUERY_SCALING), scaling.beta);
+    }
     match c.layer_kinds.iter().find_map(|kind| kind.sliding_window) {
         Some(window) => keys.u32(&of("attention.sliding_window"), window as u32),
         // Files of this architecture say that they have none.
@@ -79,7 +84,16 @@ pub(super) fn write(
             keys.text(&of("rope.scaling.type"), "linear");
             keys.f32(&of("rope.scaling.factor"), factor);
         }
-        RopeScaling::Yarn { factor, beta_fast, beta_slow, original, .. } => {
+        RopeScaling::Yarn {
+            factor,
+            beta_fast,
+            beta_slow,
+            original,
+            attention_factor,
+            mscale,
+            mscale_all_dim,
+            ..
+        } => {
             keys.text(&of("rope.scaling.type"), "yarn");
             keys.f32(&of("rope.scaling.factor"), factor);
             keys.u32(&of("rope.scaling.original_context_length"), original as u32);
@@ -87,8 +101,14 @@ pub(super) fn write(
             keys.f32(&of("rope.scaling.yarn_beta_slow"), beta_slow);
             // A factor of the usual one, and not one in its place.
             let own = c.rope_scaling.attention_factor() / yarn_mscale(factor, 1.0);
-            if own as f32 != 1.0 {
-                keys.f32(&of("rope.scaling.attn_factor"), own);
+            match (mscale, mscale_all_dim) {
+                (Some(1.0), Some(all))
+                    if architecture == "mistral3" && attention_factor.is_none() =>
+                {
+                    keys.f32(&of(LOG_MULTIPLIER), all);
+                }
+                _ if own as f32 != 1.0 => keys.f32(&of("rope.scaling.attn_factor"), own),
+                _ => {}
             }
         }
         // The factors of frequencies are tensors.
@@ -150,5 +170,6 @@ fn numbers(c: &mut ModelConfig) -> impl Iterator<Item = &mut f64> {
         &mut c.logits_scaling,
     ];
     let scaling = some.into_iter().chain(more.into_iter().flatten());
-    fixed.into_iter().chain(&mut c.attention_multiplier).chain(scaling)
+    let beta = c.query_scaling.as_mut().map(|scaling| &mut scaling.beta);
+    fixed.into_iter().chain(&mut c.attention_multiplier).chain(beta).chain(scaling)
 }
