@@ -3,6 +3,7 @@
 pub(crate) mod added_tokens;
 pub(crate) mod fingerprint;
 pub(crate) mod found;
+mod fp8;
 pub(crate) mod generation_config;
 pub(crate) mod gguf;
 #[cfg(feature = "hub")]
@@ -166,7 +167,7 @@ impl<D: Math> Checkpoint<D> {
             }
             None => {
                 let mut weights = Weights::open_with(folder, options.mmap)?;
-                weights.set_packing(quantised::packing(folder, &weights)?);
+                quantised::prepare(folder, &mut weights)?;
                 reads::own_output(&weights, &mut config)?;
                 reads::check(&weights, &config, options.ignore_extra_tensors)?;
                 if let Some(adapter) = found::adapter(folder) {

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use crate::checkpoint::fp8;
 use crate::checkpoint::safetensors::Weights;
 use crate::decoder::config::ModelConfig;
 use crate::{Error, Result};
@@ -47,7 +48,8 @@ pub(crate) fn check(weights: &Weights, config: &ModelConfig, ignore: bool) -> Re
     let asked = config.tensor_names.all(config);
     // A packed matrix is there in parts.
     let parts = asked.iter().filter_map(|name| name.strip_suffix(".weight")).flat_map(|stem| {
-        ["qweight", "qzeros", "scales", "g_idx"].map(|end| format!("{stem}.{end}"))
+        let words = [".qweight", ".qzeros", ".scales", ".g_idx"].into_iter();
+        words.chain(fp8::SCALES).chain(fp8::INPUTS).map(move |end| format!("{stem}{end}"))
     });
     let all: Vec<String> = asked.iter().cloned().chain(parts).collect();
     let asked: BTreeSet<&str> = all.iter().filter_map(|name| weights.actual_name(name)).collect();

@@ -216,3 +216,55 @@ fn added_tokens_of_a_longer_embedding_are_written_and_read() -> Result<(), Error
     assert_eq!(answer(&written), answer(&folder));
     Ok(())
 }
+
+#[test]
+fn weights_of_8_bits_with_scales_are_read_and_written() -> Result<(), Error> {
+    let name = "model.layers.0.mlp.up_proj";
+    let codes: Vec<u8> = (0..704 * 256).map(|i| (i * 37 % 0x60 + i % 2 * 0x80) as u8).collect();
+    let scale = |block: usize| 2f32.powi(-10 - (block % 3) as i32);
+    let model = |is_fp8: bool, config: Value| {
+        let dir = copy();
+        edit(dir.path(), |header, data| {
+            // A bias of zeros, which is none, keeps the place of what was there.
+            let own = header.as_object_mut().unwrap().remove(&format!("{name}.weight")).unwrap();
+            let at = |i: usize| own["data_offsets"][i].as_u64().unwrap() as usize;
+            data[at(0)..at(1)].fill(0);
+            header[format!("{name}.bias")] = own;
+            let weight = format!("{name}.weight");
+            if is_fp8 {
+                add(header, data, &weight, "F8_E4M3", &[704, 256], &codes);
+                let scales: Vec<u8> = (0..12).flat_map(|b| scale(b).to_le_bytes()).collect();
+                add(header, data, &format!("{name}.weight_scale_inv"), "F32", &[6, 2], &scales);
+                add(header, data, &format!("{name}.input_scale"), "F32", &[], &[0; 4]);
+            } else {
+                let number = |(i, code): (usize, &u8)| {
+                    let block = i / 256 / 128 * 2 + i % 256 / 128;
+                    let bits = (moa_core::e4m3_to_f32(*code) * scale(block)).to_bits();
+                    ((bits >> 16) as u16).to_le_bytes()
+                };
+                let numbers: Vec<u8> = codes.iter().enumerate().flat_map(number).collect();
+                add(header, data, &weight, "BF16", &[704, 256], &numbers);
+            }
+        });
+        set(dir.path(), "config.json", "quantization_config", config);
+        dir
+    };
+    let plain = model(false, Value::Null);
+    let expected = answer(&open(plain.path())?);
+    assert_ne!(expected, answer(&open(&moa_tiny())?));
+    let fp8 = |block: Value| json!({"quant_method": "fp8", "weight_block_size": block});
+    for config in [Value::Null, fp8(json!([128, 128])), fp8(Value::Null)] {
+        let dir = model(true, config);
+        assert_eq!(answer(&open(dir.path())?), expected);
+        let out = dir.path().join("model.gguf");
+        quantize(dir.path(), Dtype::Bf16, &out, &mut ())?;
+        assert_eq!(answer(&Checkpoint::open(Cpu::default(), out)?), expected);
+    }
+    let error = open(model(true, fp8(json!([64, 128]))).path()).unwrap_err();
+    assert!(matches!(&error, Error::TensorShape { name, .. } if name.ends_with("_inv")), "{error}");
+    let error = open(model(true, fp8(json!([64]))).path()).unwrap_err();
+    let named =
+        matches!(&error, Error::Config { field, .. } if field.ends_with("weight_block_size"));
+    assert!(named, "{error}");
+    Ok(())
+}

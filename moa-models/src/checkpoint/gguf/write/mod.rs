@@ -84,7 +84,7 @@ pub fn quantize(
     let architecture = metadata::architecture(model)?;
     let mut config = ModelConfig::from_file(model)?;
     let mut weights = Weights::open(model)?;
-    weights.set_packing(quantised::packing(model, &weights)?);
+    quantised::prepare(model, &mut weights)?;
     reads::own_output(&weights, &mut config)?;
     reads::check(&weights, &config, false)?;
     let sources = tensors::of_folder(&config, &weights, architecture)?;
