@@ -2,8 +2,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use moa_core::{BlockType, Dtype};
-use safetensors::SafeTensors;
 use safetensors::tensor::Dtype as FileDtype;
+use safetensors::{SafeTensorError, SafeTensors};
 
 use crate::checkpoint::fingerprint::Fnv1a;
 use crate::checkpoint::found;
@@ -342,8 +342,14 @@ impl Weights {
         if map.starts_with(LFS) {
             return Err(Error::LfsPointer { path: path.to_owned() });
         }
-        let (header_len, header) =
-            SafeTensors::read_metadata(&map).map_err(|e| invalid(e.to_string()))?;
+        let (header_len, header) = SafeTensors::read_metadata(&map).map_err(|e| match e {
+            // What begins with text is another kind of file, such as a page that says why there is none.
+            SafeTensorError::HeaderTooLarge => {
+                let begin = map[..map.len().min(16)].escape_ascii();
+                invalid(format!("{e}: the file begins with `{begin}`"))
+            }
+            _ => invalid(e.to_string()),
+        })?;
         let data = 8 + header_len;
         // The safetensors parser lets the last of two equal keys win.
         let text = std::str::from_utf8(&map[8..data]).map_err(|e| invalid(e.to_string()))?;
