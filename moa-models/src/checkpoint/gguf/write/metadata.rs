@@ -103,7 +103,7 @@ pub(super) fn write(
             let own = c.rope_scaling.attention_factor() / yarn_mscale(factor, 1.0);
             match (mscale, mscale_all_dim) {
                 (Some(1.0), Some(all))
-                    if architecture == "mistral3" && attention_factor.is_none() =>
+                    if c.query_scaling.is_some() && attention_factor.is_none() =>
                 {
                     keys.f32(&of(LOG_MULTIPLIER), all);
                 }
