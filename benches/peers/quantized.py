@@ -3,7 +3,7 @@
     pip install torch transformers accelerate gguf; npm install node-llama-cpp
     python benches/peers/quantized.py target/release/moa
 
-transformers widens the blocks, llama.cpp computes in them. Printed are the largest difference of a probability of the next
+Files of f32 and of Q8_0: transformers widens the blocks, where it knows the architecture, llama.cpp computes in them. Printed are the largest difference of a probability of the next
 token, after each of 20, from that of the checkpoint in f32, and how often the likeliest token is the same; those of the two
 from each other; and those of the row before, which is what a mistake looks like.
 """
@@ -18,15 +18,18 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 root = Path(__file__).parents[2]
-fixtures = root / "moa-models/tests/fixtures/families"
-TOKENS = json.loads((fixtures / "qwen2/golden.json").read_text())["tokens"]
+fixtures = root / "moa-models/tests/fixtures"
+TOKENS = json.loads((fixtures / "families/qwen2/golden.json").read_text())["tokens"]
+# transformers reads files of these.
+READ = ["families/mistral", "families/qwen2", "families/qwen3"]
+OTHERS = ["families/ministral3", "gguf/smollm3", "families/granite", "families/phi3-longrope", "families/phi3-window"]
 
 
 def folder_of(family, folder):
     """The checkpoint without windows, which GGUF has no word for, and a tokenizer of single letters."""
     shutil.copy(fixtures / family / "model.safetensors", folder)
     config = json.loads((fixtures / family / "config.json").read_text())
-    change = dict(sliding_window=None, use_sliding_window=False, layer_types=["full_attention"] * 3)
+    change = dict(sliding_window=None, use_sliding_window=False, layer_types=["full_attention"] * config["num_hidden_layers"])
     config |= {key: value for key, value in change.items() if key in config} | dict(max_position_embeddings=256)
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer = json.loads((root / "assets/moa-tiny/tokenizer.json").read_text())
@@ -63,15 +66,18 @@ def near(found, exact):
     return f"{worst:.3f}, {same} of {len(TOKENS)}"
 
 
-for family in ["mistral", "qwen2", "qwen3"]:
+for family in READ + OTHERS:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder_of(family, folder)
-        file = folder / "model.gguf"
-        run(sys.argv[1], "quantize", "--model", name, "--type", "q8_0", "--out", str(file))
         exact = probabilities(folder)
-        theirs = llama_cpp(file, exact.shape[-1])
-        assert abs(float(theirs.sum()) - len(TOKENS)) < 1e-3
-        widened = probabilities(folder, gguf_file=file.name)
-        other = exact.roll(1, 0)
-        print(f"{family}: transformers {near(widened, exact)}; llama.cpp {near(theirs, exact)}; the two {near(theirs, widened)}; another row {near(other, exact)}", flush=True)
+        for kind in ["f32", "q8_0"]:
+            file = folder / f"{kind}.gguf"
+            run(sys.argv[1], "quantize", "--model", name, "--type", kind, "--out", str(file))
+            theirs = llama_cpp(file, exact.shape[-1])
+            assert abs(float(theirs.sum()) - len(TOKENS)) < 1e-3
+            found = f"llama.cpp {near(theirs, exact)}"
+            if family in READ:
+                widened = probabilities(folder, gguf_file=file.name)
+                found += f"; transformers {near(widened, exact)}; the two {near(theirs, widened)}"
+            print(f"{family} {kind}: {found}; another row {near(exact.roll(1, 0), exact)}", flush=True)

@@ -99,6 +99,15 @@ pub enum Error {
         got: String,
     },
 
+    /// A folder is no model's.
+    #[error("{}: no config.json, expected a model folder or a GGUF file, got {got}", path.display())]
+    NoConfig {
+        /// The folder.
+        path: PathBuf,
+        /// What lies there instead.
+        got: String,
+    },
+
     /// A folder holds no safetensors weights.
     #[error("{}: no weights: expected `model.safetensors` or `model.safetensors.index.json`, got {got}", path.display())]
     NoWeights {
@@ -130,10 +139,10 @@ pub enum Error {
         got: String,
     },
 
-    /// A shard is not there that the index, or the number in the other shards' names, says of.
+    /// A shard is not there that the index, another file, or the number in the other shards' names, says of.
     #[error("{}: shard `{shard}` is missing, expected beside the others", index.display())]
     ShardMissing {
-        /// The index file, or the folder where there is none.
+        /// The index file, the first one of several GGUF files, or the folder where there is none.
         index: PathBuf,
         /// The shard's file name.
         shard: String,

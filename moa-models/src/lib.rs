@@ -62,6 +62,7 @@ pub use any::{AnyChatSession, AnyCheckpoint, AnyEngine, DeviceName};
 pub use checkpoint::Checkpoint;
 pub use checkpoint::fingerprint::fingerprint;
 pub use checkpoint::generation_config::GenerationConfig;
+pub use checkpoint::gguf::tensor_type::TensorType;
 pub use checkpoint::gguf::write::{Quantized, quantize};
 pub use checkpoint::gguf::{Gguf, is_gguf, open_tensors};
 #[cfg(feature = "hub")]
@@ -77,7 +78,7 @@ pub use checkpoint::safetensors::{Tensors, Weights};
 pub use checkpoint::template::{ChatTemplate, Message};
 pub use checkpoint::text::read_text;
 pub use checkpoint::tokenizer::{TokenStream, Tokenizer};
-pub use decoder::config::{LayerKind, ModelConfig};
+pub use decoder::config::{LayerKind, ModelConfig, QueryScaling};
 pub use decoder::logits::LogitRows;
 pub use decoder::model::Decoder;
 pub use decoder::names::TensorNames;
@@ -120,6 +121,7 @@ pub use eval::{
 pub use evict::{Eviction, EvictionKind};
 pub use families::granite::Granite;
 pub use families::llama::Llama;
+pub use families::ministral3::Ministral3;
 pub use families::mistral::Mistral;
 pub use families::phi3::Phi3;
 pub use families::qwen2::Qwen2;

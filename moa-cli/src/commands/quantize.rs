@@ -2,7 +2,8 @@ use std::fmt;
 use std::path::PathBuf;
 
 use clap::ValueEnum;
-use moa_models::{BlockType, Quantized};
+use moa_core::Dtype;
+use moa_models::{BlockType, Quantized, TensorType};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -11,9 +12,9 @@ use crate::model;
 use crate::output::{Context, bytes};
 use crate::progress::Progress;
 
-/// Write a model as a GGUF file of quantised blocks
+/// Write a model as a GGUF file, quantised or as it is
 ///
-/// Architectures: llama, mistral, qwen2, qwen3. The matrix that makes the logits gets Q6_K (in a file of Q8_0
+/// Architectures: all that moa reads. In a file of blocks the matrix that makes the logits gets Q6_K (in one of Q8_0
 /// that), vectors stay in f32. Configuration, tokenizer and chat template go into the file, and are read back
 /// and compared before the file gets its name.
 #[derive(Debug, clap::Args)]
@@ -24,9 +25,9 @@ pub(crate) struct Args {
     /// Model folder (config.json and *.safetensors), a GGUF file, or a model of the hub
     #[arg(long, value_name = "DIR|FILE.gguf|OWNER/NAME[/FILE.gguf][@REVISION]")]
     model: PathBuf,
-    /// Type of the blocks: 8.5 bits for each weight, 4.5, or 4.5 and better, where rows are multiples of 256
+    /// Type of the matrices: 8.5 bits for each weight, 4.5, 4.5 and better where rows are multiples of 256, or numbers
     #[arg(long = "type", value_name = "TYPE")]
-    kind: BlockKind,
+    kind: Kind,
     /// File to write
     #[arg(long, value_name = "FILE.gguf")]
     out: PathBuf,
@@ -35,23 +36,29 @@ pub(crate) struct Args {
     force: bool,
 }
 
-/// [`BlockType`] as a flag.
+/// [`TensorType`] as a flag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum BlockKind {
+enum Kind {
     #[value(name = "q8_0")]
     Q8_0,
     #[value(name = "q4_0")]
     Q4_0,
     #[value(name = "q4_k")]
     Q4K,
+    F16,
+    Bf16,
+    F32,
 }
 
-impl From<BlockKind> for BlockType {
-    fn from(flag: BlockKind) -> Self {
+impl From<Kind> for TensorType {
+    fn from(flag: Kind) -> Self {
         match flag {
-            BlockKind::Q8_0 => Self::Q8_0,
-            BlockKind::Q4_0 => Self::Q4_0,
-            BlockKind::Q4K => Self::Q4K,
+            Kind::Q8_0 => BlockType::Q8_0.into(),
+            Kind::Q4_0 => BlockType::Q4_0.into(),
+            Kind::Q4K => BlockType::Q4K.into(),
+            Kind::F16 => Dtype::F16.into(),
+            Kind::Bf16 => Dtype::Bf16.into(),
+            Kind::F32 => Dtype::F32.into(),
         }
     }
 }
@@ -64,7 +71,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     check_file(&args.out)?;
     let folder = model::folder(&args.model, context)?;
     let mut bar = Progress::of_stages(context);
-    let quantized = moa_models::quantize(&folder, args.kind.into(), &args.out, &mut bar)?;
+    let quantized = moa_models::quantize(&folder, args.kind, &args.out, &mut bar)?;
     drop(bar);
     context.result(&Written { file: args.out.clone(), quantized })
 }

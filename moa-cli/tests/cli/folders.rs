@@ -128,6 +128,18 @@ fn what_is_no_folder_says_what_it_is() {
     let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n";
     fs::write(model.join("model.safetensors"), pointer).unwrap();
     generate(text(&model), &["git lfs pull"]);
+    // An adapter alone is no model, and beside one it is said to be left out.
+    let adapted = model_copy(root, "adapted");
+    let adapter = json!({"base_model_name_or_path": "owner/base"}).to_string();
+    fs::write(adapted.join("adapter_config.json"), &adapter).unwrap();
+    let args =
+        ["generate", "--model", text(&adapted), "--prompt", "Hello", "--max-new-tokens", "1"];
+    let output = moa_in(root, &args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && stderr.contains("an adapter of owner/base"), "{stderr}");
+    fs::create_dir(root.join("adapter")).unwrap();
+    fs::write(root.join("adapter/adapter_config.json"), &adapter).unwrap();
+    generate("adapter", &["no config.json", "an adapter of owner/base"]);
     fs::write(root.join("d.jsonl"), "{\"prompt\": \"a\"}\n{\"prompt\": }\n").unwrap();
     let tiny = tiny();
     let profile =

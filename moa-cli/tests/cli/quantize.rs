@@ -21,6 +21,9 @@ fn a_file_is_written_once_and_over_another_one_by_force() {
     assert!(json_of(root, &again)["bits_per_weight"].as_f64().unwrap() < 6.5);
     let generate = ["generate", "--model", "small.gguf", "--prompt", "Hello"];
     ok(root, &[&generate[..], &["--max-new-tokens", "2"]].concat());
+    let exact = ["quantize", "--model", model, "--type", "bf16", "--out", "exact.gguf"];
+    let exact = json_of(root, &exact);
+    assert_eq!((&exact["tensors"]["BF16"], &exact["error"]), (&43.into(), &0.0.into()), "{exact}");
     let bad = ["quantize", "--model", model, "--type", "q9", "--out", "x.gguf"];
     let output = crate::common::moa_in(root, &bad);
     assert_eq!(output.status.code(), Some(2));

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 ///
 /// The same key twice is an error at any depth: the reader that takes the first and the reader
 /// that takes the last would see two different models. `null` counts as absent, as in Python.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct JsonObject {
     path: PathBuf,
     prefix: String,
@@ -31,6 +31,16 @@ impl JsonObject {
         let strict: StrictObject = serde_json::from_str(&quote_non_finite(text))
             .map_err(|e| Error::Json { path: path.to_owned(), reason: e.to_string() })?;
         Ok(Self { path: path.to_owned(), prefix: String::new(), fields: strict.0 })
+    }
+
+    /// The object with those of these fields that it has not and `other` has.
+    pub(crate) fn with_absent<const N: usize>(mut self, fields: [&str; N], other: &Self) -> Self {
+        for field in fields {
+            if let (None, Some(value)) = (self.get(field), other.get(field)) {
+                self.fields.insert(field.to_owned(), value.clone());
+            }
+        }
+        self
     }
 
     /// The field's value, unless it is absent or null.

@@ -2,6 +2,8 @@
 
 pub(crate) mod added_tokens;
 pub(crate) mod fingerprint;
+pub(crate) mod found;
+mod fp8;
 pub(crate) mod generation_config;
 pub(crate) mod gguf;
 #[cfg(feature = "hub")]
@@ -116,7 +118,7 @@ impl<D: Math> Checkpoint<D> {
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::DanglingLink`] and [`Error::LfsPointer`] for a file that cannot be read;
-    /// [`Error::Json`], [`Error::MissingField`] and [`Error::Config`] for a malformed one;
+    /// [`Error::NoConfig`], [`Error::Json`], [`Error::MissingField`] and [`Error::Config`] for a malformed one;
     /// [`Error::NoWeights`], [`Error::Safetensors`], [`Error::Quantized`], [`Error::Gguf`] and the
     /// variants that begin with `Tensor` and `Shard` for the weights; [`Error::NoTokenizer`],
     /// [`Error::Tokenizer`] and [`Error::TokenizerVocabulary`] for the tokenizer; [`Error::OutOfMemory`] or [`Error::Backend`] if the weights do not fit the device.
@@ -165,9 +167,12 @@ impl<D: Math> Checkpoint<D> {
             }
             None => {
                 let mut weights = Weights::open_with(folder, options.mmap)?;
-                weights.set_packing(quantised::packing(folder, &weights)?);
+                quantised::prepare(folder, &mut weights)?;
                 reads::own_output(&weights, &mut config)?;
                 reads::check(&weights, &config, options.ignore_extra_tensors)?;
+                if let Some(adapter) = found::adapter(folder) {
+                    tracing::warn!("{}: {adapter}, is left out", folder.display());
+                }
                 Decoder::load_part(device, config, &weights, shard)?
             }
         };

@@ -128,7 +128,7 @@ impl Packing {
 }
 
 /// Aligned memory of `count` rows of `len` elements each, which are written side by side.
-fn rows<T: Pod + Send>(
+pub(crate) fn rows<T: Pod + Send>(
     count: usize,
     len: usize,
     write: impl Fn(usize, &mut [T]) + Sync,
@@ -151,17 +151,45 @@ mod tests {
     use crate::Error;
     use crate::checkpoint::safetensors::Weights;
 
-    /// A matrix of `tests/fixtures/packed/make.py`, and its numbers.
-    fn read(name: &str, packing: Packing) -> Result<(MappedTensor, Vec<f32>)> {
+    /// A file of `tests/fixtures/packed/make.py` as a folder.
+    fn open(name: &str) -> Result<(tempfile::TempDir, Weights)> {
         let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/packed");
         let dir = tempfile::tempdir().map_err(|e| Error::io(&from, e))?;
         let to = dir.path().join("model.safetensors");
         let copied = std::fs::copy(from.join(format!("{name}.safetensors")), &to);
         copied.map_err(|e| Error::io(&from, e))?;
-        let mut weights = Weights::open(dir.path())?;
+        let weights = Weights::open(dir.path())?;
+        Ok((dir, weights))
+    }
+
+    /// A matrix of one, and its numbers.
+    fn read(name: &str, packing: Packing) -> Result<(MappedTensor, Vec<f32>)> {
+        let (_dir, mut weights) = open(name)?;
         weights.set_packing(Some(packing));
         let matrix = weights.tensor("m.weight", &[16, 64])?;
         Ok((matrix, weights.tensor("m.expected", &[16, 64])?.to_f32()?))
+    }
+
+    #[test]
+    fn matrices_of_8_bits_are_what_torch_makes_of_them() -> Result<()> {
+        let read = |name: &str, block| {
+            let (_dir, mut weights) = open(name)?;
+            weights.set_fp8_block(block);
+            let matrix = weights.tensor("m.weight", &[16, 64])?;
+            assert_eq!(matrix.dtype(), Some(Dtype::Bf16));
+            Ok::<_, Error>((matrix.to_f32()?, weights.tensor("m.expected", &[16, 64])?.to_f32()?))
+        };
+        for name in ["fp8_blocks", "fp8_matrix", "fp8_rows"] {
+            let (found, expected) = read(name, [8, 16])?;
+            assert!(expected.iter().any(|x| x.abs() > 0.5), "{name}");
+            assert_eq!(found, expected, "{name}");
+        }
+        let error = read("fp8_blocks", [128, 128]).unwrap_err();
+        assert!(
+            matches!(&error, Error::TensorShape { name, got, .. } if name == "m.weight_scale_inv" && got == &[2, 4]),
+            "{error}"
+        );
+        Ok(())
     }
 
     #[test]

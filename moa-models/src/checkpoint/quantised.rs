@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use crate::checkpoint::fp8;
 use crate::checkpoint::json::JsonObject;
 use crate::checkpoint::packed::Packing;
 use crate::checkpoint::safetensors::Weights;
@@ -9,7 +10,7 @@ use crate::checkpoint::text::is_file;
 use crate::{Error, Result};
 
 /// How tensors end that a way of quantising puts beside or in place of weights.
-const SIGNS: [(&str, &str); 7] = [
+const SIGNS: [(&str, &str); 8] = [
     (".g_idx", "GPTQ"),
     (".qweight", "GPTQ or AWQ"),
     (".weight_packed", "compressed-tensors"),
@@ -17,16 +18,38 @@ const SIGNS: [(&str, &str); 7] = [
     (".weight_scale", "FP8 or INT8 with scales"),
     (".weight.absmax", "bitsandbytes"),
     (".SCB", "bitsandbytes (LLM.int8)"),
+    (".biases", "MLX"),
 ];
 
-/// How weights are packed, if they are; refuses those that are quantised otherwise, with the name of how.
-pub(crate) fn packing(dir: &Path, weights: &Weights) -> Result<Option<Packing>> {
+/// Tells weights how they are quantised, if they are; refuses ways that are not known, with their name.
+pub(crate) fn prepare(dir: &Path, weights: &mut Weights) -> Result<()> {
     let sign = SIGNS.iter().find(|(end, _)| weights.names().any(|name| name.ends_with(end)));
-    let Some((_, guess)) = sign else { return Ok(None) };
+    let Some((end, guess)) = sign else { return Ok(()) };
+    if fp8::SCALES.contains(end) && weights.is_fp8(end) {
+        weights.set_fp8_block(fp8_block(dir)?);
+        return Ok(());
+    }
     let (packing, scheme) = named(dir)?.unwrap_or_else(|| (None, (*guess).to_owned()));
-    match packing {
-        Some(packing) => Ok(Some(packing)),
-        None => Err(Error::Quantized { path: dir.to_owned(), scheme }),
+    if packing.is_none() {
+        return Err(Error::Quantized { path: dir.to_owned(), scheme });
+    }
+    weights.set_packing(packing);
+    Ok(())
+}
+
+/// Rows and columns that a scale is for, where it is not for a matrix or a row: 128 each, if the configuration does not say.
+fn fp8_block(dir: &Path) -> Result<[usize; 2]> {
+    const FIELD: &str = "weight_block_size";
+    let expected = "two counts of at least 1, or null";
+    let Some(own) = JsonObject::read(&dir.join("config.json"))?.object("quantization_config")?
+    else {
+        return Ok([128; 2]);
+    };
+    let count = |count: &serde_json::Value| count.as_u64().filter(|n| *n > 0)?.try_into().ok();
+    match own.list(FIELD, expected, count)?.as_deref() {
+        None => Ok([128; 2]),
+        Some(&[rows, cols]) => Ok([rows, cols]),
+        Some(other) => Err(own.invalid(FIELD, expected, format!("{} of them", other.len()))),
     }
 }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use crate::checkpoint::fp8;
 use crate::checkpoint::safetensors::Weights;
 use crate::decoder::config::ModelConfig;
 use crate::{Error, Result};
@@ -15,6 +16,9 @@ const BUFFERS: [&str; 5] = [
     "rotary_pos_emb.inv_freq",
     "attn.masked_bias",
 ];
+
+/// How the names of the text part begin in models that have other parts, behind `model.` or without.
+const TEXT_PARTS: [&str; 2] = ["language_model.", "text_model."];
 
 /// Takes an output matrix of its own into the configuration, where that denies one, and says so.
 pub(crate) fn own_output(weights: &Weights, config: &mut ModelConfig) -> Result<()> {
@@ -44,14 +48,21 @@ pub(crate) fn check(weights: &Weights, config: &ModelConfig, ignore: bool) -> Re
     let asked = config.tensor_names.all(config);
     // A packed matrix is there in parts.
     let parts = asked.iter().filter_map(|name| name.strip_suffix(".weight")).flat_map(|stem| {
-        ["qweight", "qzeros", "scales", "g_idx"].map(|end| format!("{stem}.{end}"))
+        let words = [".qweight", ".qzeros", ".scales", ".g_idx"].into_iter();
+        words.chain(fp8::SCALES).chain(fp8::INPUTS).map(move |end| format!("{stem}{end}"))
     });
     let all: Vec<String> = asked.iter().cloned().chain(parts).collect();
     let asked: BTreeSet<&str> = all.iter().filter_map(|name| weights.actual_name(name)).collect();
     // An output matrix that equals the embedding is no harm.
     let output = weights.actual_name(&config.tensor_names.output);
+    // Of a model of images and text, say, the text part is read.
+    let embedding = weights.actual_name(&config.tensor_names.embedding);
+    let text_part = embedding.and_then(|name| {
+        TEXT_PARTS.iter().find_map(|part| Some(&name[..name.find(part)? + part.len()]))
+    });
     let is_read = |name: &str| {
         asked.contains(name)
+            || text_part.is_some_and(|part| !name.starts_with(part))
             || output == Some(name)
             || BUFFERS.iter().any(|end| name.ends_with(end))
             // Tools that pack weights give every matrix a bias.

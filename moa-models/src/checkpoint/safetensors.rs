@@ -2,10 +2,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use moa_core::{BlockType, Dtype};
-use safetensors::SafeTensors;
 use safetensors::tensor::Dtype as FileDtype;
+use safetensors::{SafeTensorError, SafeTensors};
 
 use crate::checkpoint::fingerprint::Fnv1a;
+use crate::checkpoint::found;
+use crate::checkpoint::fp8::{self, Scales};
 use crate::checkpoint::json::JsonObject;
 use crate::checkpoint::mapped::{MappedTensor, Memory};
 use crate::checkpoint::packed::{Packing, Parts};
@@ -63,6 +65,8 @@ pub struct Weights {
     aliases: BTreeMap<String, String>,
     /// How matrices are packed that are in parts.
     packing: Option<Packing>,
+    /// Rows and columns of the blocks that matrices of 8 bits have a scale for each of, where there are more than one of a row.
+    fp8_block: Option<[usize; 2]>,
 }
 
 #[derive(Clone, Debug)]
@@ -103,6 +107,7 @@ impl Weights {
             tensors: BTreeMap::new(),
             aliases: BTreeMap::new(),
             packing: None,
+            fp8_block: None,
         };
         if is_file(&dir.join(SINGLE))? {
             weights.add_file(&dir.join(SINGLE))?;
@@ -133,6 +138,12 @@ impl Weights {
         }
         let entry = self.entry(name, shape)?;
         let file = &self.files[entry.file];
+        if let (Some(block), FileDtype::F8_E4M3, &[rows, cols]) =
+            (self.fp8_block, entry.dtype, shape)
+        {
+            let codes = &file.map[entry.offset..entry.offset + entry.len];
+            return self.scales(name, [rows, cols], block)?.matrix(codes, [rows, cols]);
+        }
         let dtype = match entry.dtype {
             FileDtype::F32 => Dtype::F32,
             FileDtype::F16 => Dtype::F16,
@@ -167,6 +178,44 @@ impl Weights {
     /// Matrices that are there in parts are packed in this way.
     pub(crate) fn set_packing(&mut self, packing: Option<Packing>) {
         self.packing = packing;
+    }
+
+    /// Matrices of 8 bits have scales of this block, or of a row or all of it.
+    pub(crate) fn set_fp8_block(&mut self, block: [usize; 2]) {
+        self.fp8_block = Some(block);
+    }
+
+    /// Whether every tensor with scales of such a name is of 8 bits.
+    pub(crate) fn is_fp8(&self, end: &str) -> bool {
+        let mut stems = self.names().filter_map(|name| name.strip_suffix(end));
+        stems.all(|stem| {
+            let weight = self.tensors.get(&format!("{stem}.weight"));
+            weight.is_some_and(|entry| entry.dtype == FileDtype::F8_E4M3)
+        })
+    }
+
+    /// The scales of the matrix `name` of 8 bits.
+    fn scales(&self, name: &str, shape: [usize; 2], block: [usize; 2]) -> Result<Scales> {
+        let stem = name.strip_suffix(".weight").unwrap_or(name);
+        let names = fp8::SCALES.map(|end| format!("{stem}{end}"));
+        let name = names.iter().find(|name| self.contains(name)).unwrap_or(&names[0]);
+        let actual = self.actual_name(name).and_then(|name| self.tensors.get(name));
+        let own = actual.map_or(&[][..], |entry| &entry.shape);
+        let values = self.tensor(name, own)?.to_f32()?;
+        let counts = match *own {
+            [] => Some([1, 1]),
+            [down] => Some([down, 1]),
+            [down, across] => Some([down, across]),
+            _ => None,
+        };
+        match counts.and_then(|counts| Scales::block(counts, shape, block)) {
+            Some(block) => Ok(Scales { values, block }),
+            None => {
+                let [rows, cols] = [0, 1].map(|axis| shape[axis].div_ceil(block[axis]));
+                let (expected, path) = (vec![rows, cols], self.dir.clone());
+                Err(Error::TensorShape { path, name: name.clone(), expected, got: own.to_owned() })
+            }
+        }
     }
 
     /// The matrix of the parts `stem.qweight` and others.
@@ -293,8 +342,14 @@ impl Weights {
         if map.starts_with(LFS) {
             return Err(Error::LfsPointer { path: path.to_owned() });
         }
-        let (header_len, header) =
-            SafeTensors::read_metadata(&map).map_err(|e| invalid(e.to_string()))?;
+        let (header_len, header) = SafeTensors::read_metadata(&map).map_err(|e| match e {
+            // What begins with text is another kind of file, such as a page that says why there is none.
+            SafeTensorError::HeaderTooLarge => {
+                let begin = map[..map.len().min(16)].escape_ascii();
+                invalid(format!("{e}: the file begins with `{begin}`"))
+            }
+            _ => invalid(e.to_string()),
+        })?;
         let data = 8 + header_len;
         // The safetensors parser lets the last of two equal keys win.
         let text = std::str::from_utf8(&map[8..data]).map_err(|e| invalid(e.to_string()))?;
@@ -399,6 +454,9 @@ pub(crate) fn is_name(name: &str) -> bool {
 
 /// What else in `dir` looks like weights, for the error that says that ours are missing.
 fn other_weights(dir: &Path) -> Result<String> {
+    if let Some(adapter) = found::adapter(dir) {
+        return Ok(adapter);
+    }
     let ends = [".bin", ".pth", ".pt", ".gguf", ".safetensors"];
     let mut names = file_names(dir)?;
     names.retain(|name| ends.iter().any(|end| name.ends_with(end)));
@@ -407,7 +465,7 @@ fn other_weights(dir: &Path) -> Result<String> {
     Ok(if names.is_empty() { "no weights at all".into() } else { names.join(", ") })
 }
 
-fn file_names(dir: &Path) -> Result<Vec<String>> {
+pub(crate) fn file_names(dir: &Path) -> Result<Vec<String>> {
     let entries = std::fs::read_dir(dir).map_err(|source| Error::io(dir, source))?;
     Ok(entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect())
 }

@@ -2,7 +2,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use crate::checkpoint::added_tokens::{self, Added};
+use crate::checkpoint::found;
 use crate::checkpoint::json::JsonObject;
+use crate::checkpoint::safetensors::file_names;
 use crate::checkpoint::sentencepiece_model::SentencePieceModel;
 use crate::checkpoint::special_tokens::SpecialTokens;
 use crate::checkpoint::text::{is_file, read_bytes};
@@ -300,7 +302,11 @@ fn adds_ends(dir: &Path) -> Result<[bool; 2]> {
 fn other_tokenizer(dir: &Path) -> String {
     let files = ["tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model"];
     let there: Vec<_> = files.into_iter().filter(|file| dir.join(file).is_file()).collect();
-    if there.is_empty() { "no tokenizer at all".to_owned() } else { there.join(", ") }
+    match file_names(dir).ok().and_then(|names| found::gguf(&names)) {
+        Some(file) if there.is_empty() => file,
+        None if there.is_empty() => "no tokenizer at all".to_owned(),
+        _ => there.join(", "),
+    }
 }
 
 /// Turns tokens into text one by one, holding back bytes that do not yet make a character.

@@ -4,6 +4,7 @@ use moa_core::{Append, ExtendInputs, Extended, SparseAttentionBackend};
 
 use crate::decoder::layer::Layer;
 use crate::decoder::model::Decoder;
+use crate::decoder::rotations::Rotations;
 use crate::device::{Device, Math};
 use crate::{Error, Result};
 
@@ -116,7 +117,7 @@ impl<D: Math> Decoder<D> {
         attention: &D::Attention,
         batch: &mut [Append<'_, Cache<D>>],
         [q, k, v]: [D::Tensor; 3],
-        rotations: &D::Rotations,
+        rotations: &Rotations<D>,
         lse: bool,
     ) -> Result<Extended<D::Tensor>> {
         let [q, k] = self.rotated(layer, q, k, rotations)?;
@@ -148,7 +149,7 @@ impl<D: Math> Decoder<D> {
         batch: &mut [Append<'_, Cache<D>>],
         counts: &[usize],
         [q, k, v]: [D::Tensor; 3],
-        rotations: &D::Rotations,
+        rotations: &Rotations<D>,
     ) -> Result<D::Tensor> {
         let [q, k] = self.rotated(layer, q, k, rotations)?;
         let (device, dim) = (&self.device, self.config.head_dim);
@@ -185,13 +186,13 @@ impl<D: Math> Decoder<D> {
         layer: &Layer<D>,
         q: D::Tensor,
         k: D::Tensor,
-        rotations: &D::Rotations,
+        rotations: &Rotations<D>,
     ) -> Result<[D::Tensor; 2]> {
         if !layer.kind.rotary {
             return Ok([q, k]);
         }
-        let rope = |x| self.device.rope(x, self.config.head_dim, rotations, false);
-        Ok([rope(q)?, rope(k)?])
+        let rope = |x, angles| self.device.rope(x, self.config.head_dim, angles, false);
+        Ok([rope(q, rotations.queries())?, rope(k, &rotations.keys)?])
     }
 
     /// `x + o_proj(out)`.

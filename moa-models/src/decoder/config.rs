@@ -22,6 +22,15 @@ impl Default for LayerKind {
     }
 }
 
+/// A factor of queries that grows with their position, as Llama 4 has it: `1 + beta * ln(1 + floor(position / original))`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QueryScaling {
+    /// How much it grows.
+    pub beta: f64,
+    /// Positions before it grows, and between two steps: the context that the model was pretrained on.
+    pub original: usize,
+}
+
 /// What a [`Decoder`](crate::Decoder) needs to know of a model: its dimensions, constants and tensor
 /// names, which a [`Family`](crate::Family) reads from a `config.json`.
 ///
@@ -68,6 +77,8 @@ pub struct ModelConfig {
     pub qk_norm: bool,
     /// Factor of attention scores; `1 / sqrt(head_dim)` if `None`.
     pub attention_multiplier: Option<f64>,
+    /// Factor of rotated queries by their position; 1 if `None`.
+    pub query_scaling: Option<QueryScaling>,
     /// Factor of the embedding, 1 in most models.
     pub embedding_multiplier: f64,
     /// Factor of what attention and feed-forward part add to the residual stream, 1 in most models.
@@ -239,6 +250,12 @@ impl ModelConfig {
         ];
         if let Some((name, x)) = above_0.into_iter().find(|(_, x)| !(x.is_finite() && *x > 0.0)) {
             return Some((name, "a finite number above 0".into(), x.to_string()));
+        }
+        if let Some(QueryScaling { beta, original }) = self.query_scaling
+            && !(beta.is_finite() && beta >= 0.0 && original > 0)
+        {
+            let expected = "a finite beta of at least 0, and 1 position or more";
+            return Some(("query_scaling", expected.into(), format!("{beta}, {original}")));
         }
         let (layers, kinds) = (self.num_hidden_layers, self.layer_kinds.len());
         if kinds != 0 && kinds != layers {

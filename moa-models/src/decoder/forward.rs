@@ -72,7 +72,7 @@ impl<D: Math> Decoder<D> {
             .zip(tokens)
             .map(|(s, new)| (&s.rope, s.len()..s.len() + new.len()))
             .collect();
-        let rotations = device.rotations(&positions)?;
+        let rotations = self.rotations(&positions)?;
         let counts: Vec<usize> = tokens.iter().map(|t| t.len()).collect();
         let rows: Vec<usize> = match logits {
             LogitRows::Last => counts

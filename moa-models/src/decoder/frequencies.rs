@@ -19,25 +19,27 @@ impl RopeTable {
             return Err(Error::invalid("context_length", "at least 1", 0));
         }
         config.check_context(context_length)?;
-        let (mut inv_freq, attention_scale) = frequencies(config, context_length);
+        let mut inv_freq = frequencies(config, context_length);
+        let attention_scale = config.rope_scaling.attention_factor();
         if let Some(bad) = inv_freq.iter().find(|f| !(f.is_finite() && **f > 0.0)) {
             return Err(Error::invalid("rotary inverse frequency", "finite and above 0", bad));
         }
         inv_freq.resize(config.head_dim / 2, 0.0);
-        Ok(Self { inv_freq, attention_scale, context_length })
+        let query_scaling = config.query_scaling;
+        Ok(Self { inv_freq, attention_scale, context_length, query_scaling })
     }
 }
 
-/// Inverse frequencies of the dimensions that are rotated, and attention scale, as in transformers' `modeling_rope_utils.py`.
-fn frequencies(config: &ModelConfig, context_length: usize) -> (Vec<f64>, f64) {
+/// Inverse frequencies of the dimensions that are rotated, as in transformers' `modeling_rope_utils.py`.
+fn frequencies(config: &ModelConfig, context_length: usize) -> Vec<f64> {
     let dim = config.rotated_dims() as f64;
     let theta = config.rope_theta;
     // RoFormer (arXiv 2104.09864), section 3.2.2.
     let plain =
         |theta: f64| (0..config.rotated_dims() / 2).map(move |i| theta.powf(-2.0 * i as f64 / dim));
     match config.rope_scaling {
-        RopeScaling::Default => (plain(theta).collect(), 1.0),
-        RopeScaling::Linear { factor } => (plain(theta).map(|f| f / factor).collect(), 1.0),
+        RopeScaling::Default => plain(theta).collect(),
+        RopeScaling::Linear { factor } => plain(theta).map(|f| f / factor).collect(),
         RopeScaling::Dynamic { factor, original } => {
             let stretch = context_length.max(original) as f64 / original as f64;
             // Two dimensions have one frequency, 1, whatever the base.
@@ -46,7 +48,7 @@ fn frequencies(config: &ModelConfig, context_length: usize) -> (Vec<f64>, f64) {
             } else {
                 theta * (factor * stretch - (factor - 1.0)).powf(dim / (dim - 2.0))
             };
-            (plain(theta).collect(), 1.0)
+            plain(theta).collect()
         }
         RopeScaling::Llama3 {
             factor,
@@ -62,18 +64,9 @@ fn frequencies(config: &ModelConfig, context_length: usize) -> (Vec<f64>, f64) {
                 let keep = keep.clamp(0.0, 1.0);
                 (1.0 - keep) * frequency / factor + keep * frequency
             });
-            (scaled.collect(), 1.0)
+            scaled.collect()
         }
-        RopeScaling::Yarn {
-            factor,
-            beta_fast,
-            beta_slow,
-            original,
-            attention_factor,
-            mscale,
-            mscale_all_dim,
-            truncate,
-        } => {
+        RopeScaling::Yarn { factor, beta_fast, beta_slow, original, truncate, .. } => {
             // The (fractional) pair that turns `rotations` times within the original context.
             let pair = |rotations: f64| {
                 dim * (original as f64 / (rotations * 2.0 * PI)).ln() / (2.0 * theta.ln())
@@ -90,36 +83,14 @@ fn frequencies(config: &ModelConfig, context_length: usize) -> (Vec<f64>, f64) {
                 let divide = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
                 divide * frequency / factor + (1.0 - divide) * frequency
             });
-            let derived = || match (mscale, mscale_all_dim) {
-                (Some(a), Some(b)) if a != 0.0 && b != 0.0 => {
-                    yarn_mscale(factor, a) / yarn_mscale(factor, b)
-                }
-                _ => yarn_mscale(factor, 1.0),
-            };
-            (scaled.collect(), attention_factor.unwrap_or_else(derived))
+            scaled.collect()
         }
-        RopeScaling::LongRope {
-            ref short_factor,
-            ref long_factor,
-            factor,
-            original,
-            attention_factor,
-        } => {
+        RopeScaling::LongRope { ref short_factor, ref long_factor, original, .. } => {
             let factors = if context_length > original { long_factor } else { short_factor };
             let divided = plain(theta).zip(factors).map(|(frequency, factor)| frequency / factor);
-            // LongRoPE, section 3.3.
-            let derived = || match factor <= 1.0 {
-                true => 1.0,
-                false => (1.0 + factor.ln() / (original as f64).ln()).sqrt(),
-            };
-            (divided.collect(), attention_factor.unwrap_or_else(derived))
+            divided.collect()
         }
     }
-}
-
-/// YaRN's temperature on cos and sin (arXiv 2309.00071, section 3.4).
-fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
-    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }
 
 #[cfg(test)]

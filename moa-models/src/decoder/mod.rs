@@ -11,6 +11,7 @@ pub(crate) mod model;
 pub(crate) mod names;
 pub(crate) mod narrow_keys;
 pub(crate) mod rope_scaling;
+pub(crate) mod rotations;
 pub(crate) mod saved_sequence;
 pub(crate) mod sequence;
 pub(crate) mod session;

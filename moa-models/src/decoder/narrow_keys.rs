@@ -121,11 +121,11 @@ impl<D: Math> Decoder<D> {
         let wide = CacheType::ALL.into_iter().find(has);
         let (heads, dim) = (self.local.kv_heads, c.head_dim);
         let table = self.rope(tokens)?;
-        let rotations = device.rotations(&[(&table, 0..tokens)])?;
+        let rotations = self.rotations(&[(&table, 0..tokens)])?;
         let far = self.rope(c.context_length())?;
         let places: Vec<_> =
             spread(tokens, c.context_length()).map(|place| (&far, place)).collect();
-        let places = device.rotations(&places)?;
+        let places = self.rotations(&places)?;
         // The first token is left out, if it is not the only one.
         let left_out = usize::from(tokens > 1);
         let mut all = Vec::new();

@@ -157,6 +157,30 @@ impl RopeScaling {
         }
     }
 
+    /// What cos and sin are multiplied by.
+    pub(crate) fn attention_factor(&self) -> f64 {
+        match *self {
+            Self::Yarn { factor, attention_factor, mscale, mscale_all_dim, .. } => {
+                let derived = || match (mscale, mscale_all_dim) {
+                    (Some(a), Some(b)) if a != 0.0 && b != 0.0 => {
+                        yarn_mscale(factor, a) / yarn_mscale(factor, b)
+                    }
+                    _ => yarn_mscale(factor, 1.0),
+                };
+                attention_factor.unwrap_or_else(derived)
+            }
+            Self::LongRope { factor, original, attention_factor, .. } => {
+                // LongRoPE, section 3.3.
+                let derived = || match factor <= 1.0 {
+                    true => 1.0,
+                    false => (1.0 + factor.ln() / (original as f64).ln()).sqrt(),
+                };
+                attention_factor.unwrap_or_else(derived)
+            }
+            _ => 1.0,
+        }
+    }
+
     /// The longest context in tokens, as vLLM derives it.
     ///
     /// Linear and dynamic scaling leave `max_position_embeddings` at the pretraining length and
@@ -172,4 +196,9 @@ impl RopeScaling {
             }
         }
     }
+}
+
+/// YaRN's temperature on cos and sin (arXiv 2309.00071, section 3.4).
+pub(crate) fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }

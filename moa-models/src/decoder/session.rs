@@ -133,8 +133,11 @@ impl<D: Math> Decoder<D> {
         // Sequences that were opened with different rotary frequencies have no table in common, and
         // sums over the host cannot be recorded.
         let launches = self.shard.as_ref().is_none_or(|shard| shard.only_launches());
-        // Nor can steps of sequences whose heads have caches of their own.
-        let alike = |s: &Sequence<D>| s.rope.turns_like(&first.rope) && s.evicted.is_none();
+        // Nor can steps of sequences whose heads have caches of their own, or whose queries are scaled by their position.
+        let alike = |s: &Sequence<D>| {
+            let is_plain = s.evicted.is_none() && !s.rope.scales_queries(s.capacity());
+            s.rope.turns_like(&first.rope) && is_plain
+        };
         let records = self.device.replayed_tokens(1) > 1;
         let can_replay = records && launches && sequences.iter().all(alike);
         let widest = match can_replay {

@@ -1,3 +1,7 @@
+use std::ops::Range;
+
+use crate::decoder::config::QueryScaling;
+
 /// Rotary position embedding of one sequence: the angle of every dimension pair at a position.
 ///
 /// The layout is Hugging Face's half split (`rotate_half`): pair `i` is made of the dimensions
@@ -20,11 +24,12 @@ pub struct RopeTable {
     pub(crate) inv_freq: Vec<f64>,
     pub(crate) attention_scale: f64,
     pub(crate) context_length: usize,
+    pub(crate) query_scaling: Option<QueryScaling>,
 }
 
 impl RopeTable {
     /// Cosine and sine of every pair at `position`, `head_dim / 2` of them, times
-    /// [`attention_scale`](Self::attention_scale).
+    /// [`attention_scale`](Self::attention_scale): those of a key.
     pub fn cos_sin(&self, position: usize) -> impl ExactSizeIterator<Item = (f32, f32)> + '_ {
         let position = position as f64;
         let scale = self.attention_scale;
@@ -42,10 +47,34 @@ impl RopeTable {
     }
 
     /// Factor on cosine and sine of pairs that turn: the temperature of YaRN and LongRoPE, 1 otherwise.
-    /// Queries and keys both carry it, so attention scores carry its square.
+    /// Queries and keys both carry it, so attention scores carry its square. Queries of models that scale them by their
+    /// position ([`QueryScaling`]) carry that factor too.
     #[must_use]
     pub fn attention_scale(&self) -> f64 {
         self.attention_scale
+    }
+
+    /// Whether a query before position `end` is scaled by its position.
+    pub(crate) fn scales_queries(&self, end: usize) -> bool {
+        self.query_scaling.is_some_and(|scaling| end > scaling.original)
+    }
+
+    /// Tables for queries at `positions`, each with the positions that it is for: one factor after the other.
+    pub(crate) fn of_queries(&self, positions: Range<usize>) -> Vec<(Self, Range<usize>)> {
+        let Some(QueryScaling { beta, original }) = self.query_scaling else {
+            return vec![(self.clone(), positions)];
+        };
+        let mut parts = Vec::new();
+        let mut begin = positions.start;
+        while begin < positions.end {
+            let turn = begin / original;
+            let end = positions.end.min((turn + 1) * original);
+            let factor = 1.0 + beta * (turn as f64).ln_1p();
+            let attention_scale = self.attention_scale * factor;
+            parts.push((Self { attention_scale, ..self.clone() }, begin..end));
+            begin = end;
+        }
+        parts
     }
 
     /// Whether angles are those of `other`, whatever their lengths.

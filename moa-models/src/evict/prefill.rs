@@ -8,6 +8,7 @@ use super::budget::{adaptive, equal, global};
 use super::scores::{Pool, Rows, Seen};
 use crate::decoder::block::Cache;
 use crate::decoder::model::Decoder;
+use crate::decoder::rotations::Rotations;
 use crate::decoder::sequence::{Evicted, Sequence};
 use crate::device::{Device, Math};
 use crate::{Error, Result, memory};
@@ -104,7 +105,7 @@ impl<D: Math> Decoder<D> {
     ) -> Result<(Vec<Cache<D>>, D::Tensor)> {
         let device = &self.device;
         let (len, window) = (tokens.len(), WINDOW.min(kept / 2));
-        let rotations = device.rotations(&[(rope, 0..len)])?;
+        let rotations = self.rotations(&[(rope, 0..len)])?;
         let layout = LayerLayout::new(&vec![Span::full(len); self.local.kv_heads], len, 0)?;
         // Defaults of each authors' code.
         let pool = if is_even { Pool::Mean(5) } else { Pool::Most(7) };
@@ -181,7 +182,7 @@ impl<D: Math> Decoder<D> {
     ) -> Result<D::Tensor> {
         sequence.check_append(tokens.len())?;
         let positions = sequence.len()..sequence.len() + tokens.len();
-        let rotations = self.device.rotations(&[(&sequence.rope, positions)])?;
+        let rotations = self.rotations(&[(&sequence.rope, positions)])?;
         self.blocks(self.embed(tokens)?, |index, qkv| {
             let attended = self.attend(index, &mut sequence.caches[index], qkv, &rotations)?;
             let out = attended.extended.out.clone();
@@ -195,7 +196,7 @@ impl<D: Math> Decoder<D> {
         index: usize,
         cache: &mut Cache<D>,
         [q, k, v]: [D::Tensor; 3],
-        rotations: &D::Rotations,
+        rotations: &Rotations<D>,
     ) -> Result<Attended<D>> {
         let [q, k] = self.rotated(&self.layers[index], q, k, rotations)?;
         let tokens = self.device.shape(&q)[0];

@@ -60,6 +60,7 @@ impl Defaults {
             Some(rope) => Some(rope),
             None => file.object("rope_parameters")?,
         };
+        let rope = rope.map(of_layers).transpose()?;
         let rope_scaling = match &rope {
             Some(rope) => RopeScaling::from_object(rope, file, max_position_embeddings)?,
             None => RopeScaling::Default,
@@ -108,6 +109,7 @@ impl Defaults {
             mlp_bias: file.flag("mlp_bias")?.unwrap_or(false),
             qk_norm: false,
             attention_multiplier: None,
+            query_scaling: None,
             embedding_multiplier: 1.0,
             residual_multiplier: 1.0,
             logits_scaling: 1.0,
@@ -135,5 +137,18 @@ impl Defaults {
             };
         }
         Ok(None)
+    }
+}
+
+/// The parameters of rotation, which newer files may have for each type of layers: all are to rotate alike.
+fn of_layers(rope: JsonObject) -> Result<JsonObject> {
+    let [full, sliding] = ["full_attention", "sliding_attention"];
+    match (rope.object(full)?, rope.object(sliding)?) {
+        (Some(_), Some(_)) if rope.get(full) != rope.get(sliding) => {
+            let expected = format!("as `{full}`: all layers rotate alike");
+            Err(rope.invalid(sliding, &expected, "another one"))
+        }
+        (Some(one), _) | (None, Some(one)) => Ok(one),
+        (None, None) => Ok(rope),
     }
 }

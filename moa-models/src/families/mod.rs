@@ -3,20 +3,24 @@
 pub(crate) mod granite;
 mod layer_kinds;
 pub(crate) mod llama;
+pub(crate) mod ministral3;
 pub(crate) mod mistral;
 pub(crate) mod phi3;
 pub(crate) mod qwen2;
 pub(crate) mod qwen3;
 pub(crate) mod smollm3;
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use crate::Result;
+use crate::checkpoint::found::config_file;
 use crate::checkpoint::gguf::{Gguf, is_gguf};
 use crate::checkpoint::json::JsonObject;
 use crate::decoder::config::ModelConfig;
 use crate::families::granite::Granite;
 use crate::families::llama::Llama;
+use crate::families::ministral3::Ministral3;
 use crate::families::mistral::Mistral;
 use crate::families::phi3::Phi3;
 use crate::families::qwen2::Qwen2;
@@ -67,14 +71,16 @@ pub trait Family: Sync {
 }
 
 /// The families that are known without being named.
-pub const FAMILIES: &[&dyn Family] = &[&Llama, &Mistral, &Qwen2, &Qwen3, &SmolLm3, &Granite, &Phi3];
+pub const FAMILIES: &[&dyn Family] =
+    &[&Llama, &Mistral, &Ministral3, &Qwen2, &Qwen3, &SmolLm3, &Granite, &Phi3];
 
 impl ModelConfig {
     /// Reads `config.json`, given its folder or the file itself, or the metadata of a GGUF file, of one of
     /// [`FAMILIES`].
     ///
     /// # Errors
-    /// [`Error::Io`](crate::Error::Io) when it cannot be read, [`Error::Json`](crate::Error::Json) when
+    /// [`Error::Io`](crate::Error::Io) when it cannot be read, [`Error::NoConfig`](crate::Error::NoConfig) for a folder
+    /// without one, [`Error::Json`](crate::Error::Json) when
     /// it is not a JSON object or names a field twice, [`Error::Gguf`](crate::Error::Gguf) for a GGUF file,
     /// [`Error::MissingField`](crate::Error::MissingField) and [`Error::Config`](crate::Error::Config)
     /// with the field otherwise.
@@ -91,8 +97,7 @@ impl ModelConfig {
         if is_gguf(path) {
             return Gguf::open(path)?.config(families);
         }
-        let path = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
-        read(&JsonObject::read(&path)?, families)
+        read(&JsonObject::read(&config_file(path)?)?, families)
     }
 
     /// Parses the text of a `config.json` of one of [`FAMILIES`].
@@ -112,8 +117,30 @@ impl ModelConfig {
     }
 }
 
+/// The part of a configuration that a family of these reads, by its name: all, or of a model of images and text, say, the
+/// object `text_config`.
+pub(crate) fn text_part<'f>(
+    file: &'f JsonObject,
+    families: &[&dyn Family],
+) -> Result<Cow<'f, JsonObject>> {
+    let is_known = |file: &JsonObject| {
+        let kind = file.text("model_type")?;
+        Ok::<_, crate::Error>(
+            kind.is_some_and(|kind| families.iter().any(|f| f.model_types().contains(&kind))),
+        )
+    };
+    match file.object("text_config")? {
+        Some(text) if !is_known(file)? && is_known(&text)? => {
+            let shared = ["tie_word_embeddings", "bos_token_id", "eos_token_id"];
+            Ok(Cow::Owned(text.with_absent(shared, file)))
+        }
+        _ => Ok(Cow::Borrowed(file)),
+    }
+}
+
 /// What the family of the file's `model_type` reads.
 pub(crate) fn read(file: &JsonObject, families: &[&dyn Family]) -> Result<ModelConfig> {
+    let file = &*text_part(file, families)?;
     // Early files do not say.
     let wanted = file.text("model_type")?.unwrap_or("llama");
     let Some(family) = families.iter().find(|family| family.model_types().contains(&wanted)) else {

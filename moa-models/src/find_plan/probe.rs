@@ -7,6 +7,7 @@ use moa_core::{Append, Plan, SparseAttentionBackend};
 use rayon::prelude::*;
 
 use crate::decoder::model::Decoder;
+use crate::decoder::rotations::Rotations;
 use crate::device::Math;
 use crate::device::rope_table::RopeTable;
 use crate::find_plan::objective::{cross_entropy, divergence, log_sum_exp};
@@ -43,7 +44,7 @@ struct Pass<'a, D: Math> {
     /// Rows that any head's sink lies in, a multiple of [`TILE`] unless that is more than is shared.
     sinks: usize,
     table: RopeTable,
-    rest_rotations: D::Rotations,
+    rest_rotations: Rotations<D>,
     /// Rows of the rest whose logits are wanted.
     rows: Vec<usize>,
 }
@@ -291,7 +292,7 @@ impl<D: Math> Decoder<D> {
         };
         let table = self.rope(capacity)?;
         let rests: Vec<_> = items.iter().map(|i| (&table, shared..i.inputs().len())).collect();
-        let rest_rotations = self.device.rotations(&rests)?;
+        let rest_rotations = self.rotations(&rests)?;
         let mut rows = Vec::new();
         let mut before = 0;
         for (item, asked) in items.iter().zip(asked) {
@@ -334,7 +335,7 @@ impl<D: Math> Decoder<D> {
         let plan = self.own_plan(plan)?;
         let counts: Vec<usize> =
             pass.items.iter().map(|i| i.inputs().len() - pass.shared).collect();
-        let mut rotations: Option<(usize, D::Rotations)> = None;
+        let mut rotations: Option<(usize, Rotations<D>)> = None;
         for (index, layer) in self.layers.iter().enumerate().skip(first) {
             if let Some(keep) = &mut keep {
                 keep.push(x.clone());
@@ -349,7 +350,7 @@ impl<D: Math> Decoder<D> {
                         let positions = [(table, 0..pass.sinks), (table, tail..pass.shared)];
                         let positions: Vec<_> =
                             positions.into_iter().filter(|(_, rows)| !rows.is_empty()).collect();
-                        &rotations.insert((tail, device.rotations(&positions)?)).1
+                        &rotations.insert((tail, self.rotations(&positions)?)).1
                     }
                 };
                 let tokens = pass.sinks + pass.shared - tail;

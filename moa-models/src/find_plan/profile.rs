@@ -14,6 +14,7 @@ use moa_core::{
 use crate::decoder::block::parts;
 use crate::decoder::layer::Layer;
 use crate::decoder::model::Decoder;
+use crate::decoder::rotations::Rotations;
 use crate::device::Backward;
 use crate::find_plan::objective::{Objective, WeightedObjective, cross_entropy};
 use crate::{Error, Result};
@@ -165,7 +166,7 @@ impl<D: Backward> Decoder<D> {
             ));
         }
         let rope = self.rope(tokens.len())?;
-        let rotations = self.device.rotations(&[(&rope, 0..tokens.len())])?;
+        let rotations = self.rotations(&[(&rope, 0..tokens.len())])?;
         let saved = self.forward_saving(tokens, &rotations)?;
 
         let rows = item.rows();
@@ -201,7 +202,7 @@ impl<D: Backward> Decoder<D> {
     fn forward_saving(
         &self,
         tokens: &[u32],
-        rotations: &D::Rotations,
+        rotations: &Rotations<D>,
     ) -> Result<Vec<Saved<D::Tensor>>> {
         let n = tokens.len();
         let dense = Plan::full(self.shape())?;
@@ -312,7 +313,7 @@ impl<D: Backward> Decoder<D> {
         saved: &Saved<D::Tensor>,
         rows: &Range<usize>,
         d_y: D::Tensor,
-        rotations: &D::Rotations,
+        rotations: &Rotations<D>,
         (objective, block, gradients): (Objective, usize, bool),
     ) -> Result<(Vec<f64>, Option<D::Tensor>)> {
         let (device, c) = (&self.device, &self.config);
@@ -341,11 +342,12 @@ impl<D: Backward> Decoder<D> {
         let Some(Gradients { d_q, d_k, d_v }) = output.gradients else {
             return Ok((output.blocks, None));
         };
-        let unrotate = |g| match layer.kind.rotary {
-            true => device.rope(g, c.head_dim, rotations, true),
+        let unrotate = |g, angles| match layer.kind.rotary {
+            true => device.rope(g, c.head_dim, angles, true),
             false => Ok(g),
         };
-        let (mut d_q, mut d_k) = (unrotate(d_q)?, unrotate(d_k)?);
+        let mut d_q = unrotate(d_q, rotations.queries())?;
+        let mut d_k = unrotate(d_k, &rotations.keys)?;
         if let Some([query, key]) = &layer.head_norms {
             d_q = self.head_norm_backward(raw_q, query, d_q)?;
             d_k = self.head_norm_backward(raw_k, key, d_k)?;

@@ -12,8 +12,10 @@ pub(crate) fn trials() -> Vec<Trial> {
 }
 
 /// What each family's configuration has of its own.
-const FAMILIES: [&str; 6] = [
+const FAMILIES: [&str; 7] = [
     r#""model_type": "mistral", "head_dim": 96, "sliding_window": 40"#,
+    r#""model_type": "ministral3", "head_dim": 64, "rope_parameters": {"rope_type": "yarn", "factor": 8,
+        "original_max_position_embeddings": 64, "mscale": 1, "mscale_all_dim": 1, "llama_4_scaling_beta": 0.3}"#,
     r#""model_type": "qwen2", "use_sliding_window": true, "max_window_layers": 1, "sliding_window": 70"#,
     r#""model_type": "qwen3", "head_dim": 128"#,
     r#""model_type": "smollm3", "no_rope_layer_interval": 2"#,

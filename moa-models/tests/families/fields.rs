@@ -23,6 +23,18 @@ fn variants_that_are_not_known_are_named() {
         ("ministral", "sliding_window", "null", "sliding_window"),
         ("mistral", "sliding_window", "0", "sliding_window"),
         ("mistral", "partial_rotary_factor", "0.5", "partial_rotary_factor"),
+        (
+            "ministral3",
+            "rope_parameters",
+            r#"{"rope_type": "linear", "factor": 2}"#,
+            "rope_parameters",
+        ),
+        (
+            "ministral3",
+            "rope_parameters",
+            r#"{"rope_type": "yarn", "factor": 2, "llama_4_scaling_beta": -1}"#,
+            "rope_parameters.llama_4_scaling_beta",
+        ),
         ("qwen2", "use_sliding_window", r#""yes""#, "use_sliding_window"),
         ("qwen2", "max_window_layers", "-1", "max_window_layers"),
         ("smollm3", "no_rope_layers", "[1, 0]", "no_rope_layers"),
@@ -62,6 +74,10 @@ fn variants_that_are_not_known_are_named() {
             "{family}, {field}: {error}"
         );
     }
+    let yarn = r#"{"rope_type": "yarn", "factor": 2}"#;
+    let error = changed("ministral3", "rope_parameters", yarn).unwrap_err();
+    let named = "rope_parameters.llama_4_scaling_beta";
+    assert!(matches!(&error, Error::MissingField { field, .. } if field == named), "{error}");
 }
 
 #[test]

@@ -10,8 +10,17 @@ use serde::Deserialize;
 
 use crate::{close, logits};
 
-const NAMES: [&str; 8] =
-    ["granite", "mistral", "mistral3", "phi3-longrope", "phi3-window", "qwen2", "qwen3", "smollm3"];
+const NAMES: [&str; 9] = [
+    "granite",
+    "ministral3",
+    "mistral",
+    "mistral3",
+    "phi3-longrope",
+    "phi3-window",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+];
 
 #[derive(Deserialize)]
 struct Golden {

@@ -16,9 +16,10 @@ use moa_models::{
 };
 use serde::Deserialize;
 
-const FAMILIES: [&str; 8] = [
+const FAMILIES: [&str; 9] = [
     "granite",
     "ministral",
+    "ministral3",
     "mistral",
     "phi3-longrope",
     "phi3-window",

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::moa_tiny;
 
 /// A copy of the small model.
-fn copy() -> tempfile::TempDir {
+pub(crate) fn copy() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     for entry in fs::read_dir(moa_tiny()).unwrap() {
         let entry = entry.unwrap();
@@ -20,7 +20,7 @@ fn copy() -> tempfile::TempDir {
 }
 
 /// Changes the header and the data of the weights.
-fn edit(dir: &Path, change: impl FnOnce(&mut Value, &mut Vec<u8>)) {
+pub(crate) fn edit(dir: &Path, change: impl FnOnce(&mut Value, &mut Vec<u8>)) {
     let path = dir.join("model.safetensors");
     let bytes = fs::read(&path).unwrap();
     let len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
@@ -32,7 +32,7 @@ fn edit(dir: &Path, change: impl FnOnce(&mut Value, &mut Vec<u8>)) {
 }
 
 /// Adds a tensor of these bytes.
-fn add(
+pub(crate) fn add(
     header: &mut Value,
     data: &mut Vec<u8>,
     name: &str,
@@ -45,18 +45,18 @@ fn add(
     header[name] = json!({"dtype": dtype, "shape": shape, "data_offsets": [begin, data.len()]});
 }
 
-fn set(dir: &Path, file: &str, field: &str, value: Value) {
+pub(crate) fn set(dir: &Path, file: &str, field: &str, value: Value) {
     let path = dir.join(file);
     let mut object: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
     object[field] = value;
     fs::write(&path, object.to_string()).unwrap();
 }
 
-fn open(dir: &Path) -> Result<Checkpoint<Cpu>, Error> {
+pub(crate) fn open(dir: &Path) -> Result<Checkpoint<Cpu>, Error> {
     Checkpoint::open(Cpu::default(), dir)
 }
 
-fn answer(checkpoint: &Checkpoint<Cpu>) -> String {
+pub(crate) fn answer(checkpoint: &Checkpoint<Cpu>) -> String {
     let dense = Plan::full(checkpoint.model.shape()).unwrap();
     checkpoint.complete(&dense, "Hello", 4).unwrap().text
 }

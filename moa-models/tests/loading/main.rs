@@ -4,6 +4,7 @@
 mod chat;
 mod config;
 mod extra_tensors;
+mod found;
 mod generation_config;
 mod gguf;
 mod sentencepiece;

@@ -143,6 +143,7 @@ fn bad_headers_are_errors() {
     huge.extend([b' '; 64]);
     rejected(&huge, "header too large");
     rejected(&[0xff; 64], "header too large");
+    rejected(b"<!DOCTYPE html><html></html>", "begins with `<!DOCTYPE html><`");
     let mut long = 1000u64.to_le_bytes().to_vec();
     long.extend([b' '; 64]);
     rejected(&long, "invalid header length");

@@ -2,49 +2,20 @@
 
 use serde_json::{Map, Value as Json, json};
 
+use super::architecture::{
+    ARCHITECTURES, Architecture, FACTORS, FREQUENCIES, LOG_MULTIPLIER, QUERY_SCALING,
+    SHORT_AND_LONG,
+};
 use super::{Gguf, Value, llama3_factor};
 use crate::checkpoint::json::JsonObject;
 use crate::checkpoint::reads;
 use crate::decoder::config::ModelConfig;
-use crate::decoder::names::TensorNames;
 use crate::decoder::rope_scaling::RopeScaling;
 use crate::families::{self, Family};
 use crate::{Error, Result};
 
-/// What GGUF calls a kind of model.
-struct Architecture {
-    name: &'static str,
-    model_type: &'static str,
-    /// The two rows of a rotary pair lie side by side in queries and keys, and not half a head apart.
-    by_pair: bool,
-}
-
-const ARCHITECTURES: [Architecture; 7] = [
-    Architecture { name: "llama", model_type: "llama", by_pair: true },
-    Architecture { name: "mistral3", model_type: "mistral", by_pair: true },
-    Architecture { name: "smollm3", model_type: "smollm3", by_pair: true },
-    Architecture { name: "granite", model_type: "granite", by_pair: true },
-    Architecture { name: "qwen2", model_type: "qwen2", by_pair: false },
-    Architecture { name: "qwen3", model_type: "qwen3", by_pair: false },
-    Architecture { name: "phi3", model_type: "phi3", by_pair: false },
-];
-
-/// Factors of rotary wavelengths, where the model has some.
-pub(super) const FREQUENCIES: &str = "rope_freqs.weight";
-/// Those of short and of long sequences, where they differ.
-const SHORT_AND_LONG: [&str; 2] = ["rope_factors_short.weight", "rope_factors_long.weight"];
-
 /// Keys that change what a model computes in a way that no family here has.
-const UNKNOWN_SCALES: [&str; 3] =
-    ["attention.temperature_scale", "rope.scaling.yarn_log_multiplier", "expert_count"];
-/// Factors that Granite alone has, and what its configuration calls them.
-const FACTORS: [(&str, &str); 4] = [
-    ("attention.scale", "attention_multiplier"),
-    ("embedding_scale", "embedding_multiplier"),
-    ("residual_scale", "residual_multiplier"),
-    ("logit_scale", "logits_scaling"),
-];
-
+const UNKNOWN_SCALES: [&str; 3] = [QUERY_SCALING, LOG_MULTIPLIER, "expert_count"];
 /// Tokens that end an answer by their text, where they are control tokens: files name only one or two of
 /// those that a model has.
 const ENDS: [&str; 7] = [
@@ -61,14 +32,7 @@ impl Gguf {
     /// The model's configuration, as one of these families reads it.
     pub(crate) fn config(&self, families: &[&dyn Family]) -> Result<ModelConfig> {
         let config = families::read(&self.config_object()?, families)?;
-        let mut tensor_names = names();
-        if self.architecture()?.name == "phi3" {
-            for name in [&mut tensor_names.query, &mut tensor_names.key, &mut tensor_names.value] {
-                *name = "attn_qkv".into();
-            }
-            tensor_names.gate = tensor_names.up.clone();
-        }
-        Ok(ModelConfig { tensor_names, ..config })
+        Ok(ModelConfig { tensor_names: self.architecture()?.tensor_names(), ..config })
     }
 
     /// Query or KV heads, if `name` is a tensor whose rows are ordered by rotary pair.
@@ -87,6 +51,10 @@ impl Gguf {
 
     fn architecture(&self) -> Result<&'static Architecture> {
         const KEY: &str = "general.architecture";
+        const TYPE: &str = "general.type";
+        if let Some(other) = self.text(TYPE)?.filter(|kind| *kind != "model") {
+            return Err(self.key_fault(TYPE, "model", other));
+        }
         let known = || ARCHITECTURES.map(|known| known.name).join(", ");
         let name = self.require(KEY, &known(), self.text(KEY)?)?;
         let found = ARCHITECTURES.iter().find(|known| known.name == name);
@@ -117,10 +85,16 @@ impl Gguf {
     }
 
     fn config_object(&self) -> Result<JsonObject> {
-        let Architecture { name: architecture, model_type, .. } = *self.architecture()?;
+        let &Architecture { name: architecture, model_types, has_factors, .. } =
+            self.architecture()?;
         let of = |key: &str| format!("{architecture}.{key}");
-        let factors = FACTORS.into_iter().filter(|_| architecture != "granite");
-        for key in UNKNOWN_SCALES.into_iter().chain(factors.map(|(key, _)| key)) {
+        let factors = FACTORS.into_iter().filter(|_| !has_factors);
+        let beta = match architecture {
+            "mistral3" => self.number(&of(QUERY_SCALING))?.filter(|beta| *beta != 0.0),
+            _ => None,
+        };
+        let unknown = UNKNOWN_SCALES.iter().filter(|key| beta.is_none() || **key == "expert_count");
+        for key in unknown.copied().chain(factors.map(|(key, ..)| key)) {
             if let Some(value) = self.get(&of(key))
                 && value.as_number() != Some(0.0)
             {
@@ -139,7 +113,7 @@ impl Gguf {
         let epsilon = of("attention.layer_norm_rms_epsilon");
         let epsilon = self.require(&epsilon, "a number above 0", self.number(&epsilon)?)?;
         let mut fields = Map::from_iter([
-            ("model_type".to_owned(), json!(model_type)),
+            ("model_type".to_owned(), json!(model_types[0])),
             ("vocab_size".to_owned(), json!(self.entry("token_embd.weight")?.info.shape[0])),
             ("hidden_size".to_owned(), json!(hidden)),
             ("intermediate_size".to_owned(), json!(required("feed_forward_length")?)),
@@ -163,7 +137,7 @@ impl Gguf {
             let part = (rotary_dim as f64 + 0.5) / head_dim as f64;
             fields.insert("partial_rotary_factor".to_owned(), json!(part));
         }
-        if architecture == "granite" {
+        if has_factors {
             fields.extend(self.factors(head_dim)?);
         }
         // No window is 0 in Phi-3's files.
@@ -177,6 +151,10 @@ impl Gguf {
         // The architecture `llama` is Mistral's too, which alone has windows.
         if window.is_some() && architecture == "llama" {
             fields.insert("model_type".to_owned(), json!("mistral"));
+        }
+        if let Some(beta) = beta {
+            fields.insert("model_type".to_owned(), json!("ministral3"));
+            fields["rope_scaling"]["llama_4_scaling_beta"] = json!(beta);
         }
         JsonObject::parse(&self.path, &Json::Object(fields).to_string())
     }
@@ -196,7 +174,7 @@ impl Gguf {
     fn rotary_dim(&self, head_dim: usize) -> Result<usize> {
         const KEY: &str = "rope.dimension_count";
         let dim = self.count(KEY)?.unwrap_or(head_dim);
-        if dim == head_dim || dim < head_dim && self.architecture()?.name == "phi3" {
+        if dim == head_dim || dim < head_dim && self.architecture()?.has_rotary_part {
             return Ok(dim);
         }
         Err(self.key_fault(&self.own(KEY)?, &format!("{head_dim}, a head's width"), dim))
@@ -214,7 +192,7 @@ impl Gguf {
         }
         let mut fields = Map::new();
         fields.insert("attention_multiplier".to_owned(), json!((head_dim as f64).powf(-0.5)));
-        for (key, field) in FACTORS {
+        for (key, field, _) in FACTORS {
             if let Some(factor) = self.number(&self.own(key)?)?.filter(|factor| *factor != 0.0) {
                 fields.insert(field.to_owned(), json!(factor));
             }
@@ -252,6 +230,7 @@ impl Gguf {
                 // GGUF's multiplies the one that is derived, and does not replace it.
                 "attention_factor": attention
                     .map(|own| own * (0.1 * factor.unwrap_or(1.0).max(1.0).ln() + 1.0)),
+                "mscale": 1.0, "mscale_all_dim": self.number(&self.own(LOG_MULTIPLIER)?)?,
                 "beta_fast": self.number(&of("scaling.yarn_beta_fast")?)?,
                 "beta_slow": self.number(&of("scaling.yarn_beta_slow")?)?,
             })),
@@ -327,26 +306,5 @@ impl Gguf {
             |name: &str| of_rope.contains(&name) || name.ends_with(".attn_rot_embd.weight");
         let is_read = |name: &&str| asked.contains(*name) || is_angles(name);
         reads::unread(&self.path, self.names().filter(|name| !is_read(name)), ignore)
-    }
-}
-
-/// What GGUF calls the tensors of a decoder.
-pub(super) fn names() -> TensorNames {
-    TensorNames {
-        embedding: "token_embd.weight".into(),
-        output: "output.weight".into(),
-        norm: "output_norm.weight".into(),
-        layers: "blk.{}.".into(),
-        attention_norm: "attn_norm.weight".into(),
-        query: "attn_q".into(),
-        key: "attn_k".into(),
-        value: "attn_v".into(),
-        query_norm: "attn_q_norm.weight".into(),
-        key_norm: "attn_k_norm.weight".into(),
-        attention_output: "attn_output".into(),
-        mlp_norm: "ffn_norm.weight".into(),
-        gate: "ffn_gate".into(),
-        up: "ffn_up".into(),
-        down: "ffn_down".into(),
     }
 }

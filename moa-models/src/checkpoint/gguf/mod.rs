@@ -1,11 +1,12 @@
 //! Models in one GGUF file, or in several that belong together: weights that stay in their blocks, and the
 //! metadata as the configuration, tokenizer and chat template that a folder has in files of its own.
 
+mod architecture;
 mod config;
-mod kind;
 mod pre_tokenizer;
 mod reader;
 pub(crate) mod sentencepiece;
+pub(crate) mod tensor_type;
 mod tokenizer;
 mod value;
 pub(crate) mod write;
@@ -16,13 +17,14 @@ use std::path::{Path, PathBuf};
 
 use moa_core::BlockType;
 
-use self::kind::Kind;
 use self::reader::{Header, TensorInfo};
+use self::tensor_type::TensorType;
 use self::value::Value;
 use crate::checkpoint::fingerprint::Fnv1a;
 use crate::checkpoint::mapped::{MappedTensor, Memory};
 use crate::checkpoint::open_options::OpenOptions;
 use crate::checkpoint::safetensors::Tensors;
+use crate::checkpoint::text::is_file;
 use crate::{Error, Result};
 
 /// A model in the format GGUF, mapped into memory and validated, but not read.
@@ -80,8 +82,8 @@ impl Gguf {
     ///
     /// # Errors
     /// [`Error::Io`] for a file that cannot be read, [`Error::Gguf`] with the place in the file for one that
-    /// is truncated, contradicts itself or has types that are not known, [`Error::TensorTwice`] if two files
-    /// have the same tensor.
+    /// is truncated, contradicts itself or has types that are not known, [`Error::ShardMissing`] for one of several that is
+    /// not there, [`Error::TensorTwice`] if two files have the same tensor.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::open_with(path.as_ref(), true)
     }
@@ -120,7 +122,11 @@ impl Gguf {
             return Err(Error::gguf(&self.path, "file of several", &expected, name));
         };
         for number in 2..=count {
-            let path = self.path.with_file_name(format!("{stem}{}", part_name(number, count)));
+            let shard = format!("{stem}{}", part_name(number, count));
+            let path = self.path.with_file_name(&shard);
+            if !is_file(&path)? {
+                return Err(Error::ShardMissing { index: self.path.clone(), shard });
+            }
             let metadata = self.add_file(&path)?;
             let found = metadata.get("split.no").and_then(Value::as_unsigned);
             if found != Some(number - 1) {
@@ -179,8 +185,8 @@ impl Gguf {
     fn mapped(&self, entry: &Entry, shape: &[usize]) -> MappedTensor {
         let (map, bytes) = (self.files[entry.file].map.clone(), entry.info.bytes.clone());
         match entry.info.kind {
-            Kind::Plain(dtype) => MappedTensor::new(map, bytes, dtype, shape),
-            Kind::Blocks(blocks) => MappedTensor::in_blocks(map, bytes, blocks, shape),
+            TensorType::Plain(dtype) => MappedTensor::new(map, bytes, dtype, shape),
+            TensorType::Blocks(blocks) => MappedTensor::in_blocks(map, bytes, blocks, shape),
         }
     }
 
@@ -228,8 +234,8 @@ impl Gguf {
 impl Tensors for Gguf {
     fn blocks(&self, name: &str) -> Option<BlockType> {
         match self.tensors.get(name)?.info.kind {
-            Kind::Blocks(blocks) => Some(blocks),
-            Kind::Plain(_) => None,
+            TensorType::Blocks(blocks) => Some(blocks),
+            TensorType::Plain(_) => None,
         }
     }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use super::kind::Kind;
+use super::tensor_type::TensorType;
 use super::value::Value;
 use crate::{Error, Result};
 
@@ -29,7 +29,7 @@ pub(super) struct TensorInfo {
     pub(super) name: String,
     /// The last axis contiguous.
     pub(super) shape: Vec<usize>,
-    pub(super) kind: Kind,
+    pub(super) kind: TensorType,
     /// Place in the file.
     pub(super) bytes: Range<usize>,
 }
@@ -40,7 +40,7 @@ impl Header {
         let mut reader = Reader { path, bytes, at: 0 };
         let magic = reader.take(4, "magic")?;
         if magic != b"GGUF" {
-            return Err(reader.fault("magic", "`GGUF`", format!("{magic:02x?}")));
+            return Err(reader.fault("magic", "`GGUF`", format!("`{}`", magic.escape_ascii())));
         }
         let version = reader.u32("version")?;
         if version.swap_bytes() == 2 || version.swap_bytes() == 3 {
@@ -117,8 +117,8 @@ impl Entry {
     fn place(self, reader: &Reader<'_>, data: usize, alignment: usize) -> Result<TensorInfo> {
         let place = format!("tensor `{}`", short(&self.name));
         let fault = |expected: &str, got: String| Err(reader.fault(&place, expected, got));
-        let Some(kind) = Kind::from_number(self.kind) else {
-            return fault(&format!("of {}", Kind::known()), Kind::name_of(self.kind));
+        let Some(kind) = TensorType::from_number(self.kind) else {
+            return fault(&format!("of {}", TensorType::known()), TensorType::name_of(self.kind));
         };
         let row = self.axes.first().copied().unwrap_or(1);
         let (block, size) = (kind.block_len() as u64, kind.block_bytes() as u64);

@@ -1,5 +1,6 @@
 //! GGUF files, good ones and bad ones.
 
+mod architectures;
 mod bad;
 pub(crate) mod file;
 mod quantize;
@@ -10,8 +11,8 @@ use std::path::PathBuf;
 use file::{BF16, F32, File, Q8_0, Value};
 use moa_core::Plan;
 use moa_models::{
-    BlockType, Checkpoint, Cpu, Dtype, Error, Gguf, LogitRows, Message, ModelConfig, RopeScaling,
-    Tensors as _, Tokenizer, open_tensors,
+    BlockType, Checkpoint, Cpu, Dtype, Error, Gguf, LogitRows, Message, ModelConfig, QueryScaling,
+    RopeScaling, Tensors as _, Tokenizer, open_tensors,
 };
 use tempfile::TempDir;
 
@@ -181,8 +182,18 @@ fn keys_of_other_architectures_are_read_or_refused() -> Result<(), Error> {
         .key("mistral3.rope.scaling.attn_factor", Value::F32(0.5));
     let RopeScaling::Yarn { attention_factor, .. } = config(&file)?.rope_scaling else { panic!() };
     assert_eq!(attention_factor, Some(0.5 * (0.1 * 4f64.ln() + 1.0)));
-    file.key("mistral3.attention.temperature_scale", Value::F32(0.1));
-    refused(&file, "attention.temperature_scale");
+    let mut other = file.clone();
+    other.key("mistral3.rope.scaling.yarn_log_multiplier", Value::F32(1.0));
+    refused(&other, "yarn_log_multiplier");
+    // Ministral 3's.
+    file.key("mistral3.attention.temperature_scale", Value::F32(0.1))
+        .key("mistral3.rope.scaling.original_context_length", Value::U32(16));
+    assert_eq!(config(&file)?.query_scaling, Some(QueryScaling { beta: 0.1, original: 16 }));
+    for architecture in ["llama", "qwen3"] {
+        let mut file = small(architecture);
+        file.key(&format!("{architecture}.attention.temperature_scale"), Value::F32(0.1));
+        refused(&file, "attention.temperature_scale");
+    }
 
     let mut file = small("phi3");
     file.key("phi3.attention.sliding_window", Value::U32(0))
@@ -235,7 +246,10 @@ fn several_files_are_one_model() -> Result<(), Error> {
     std::fs::write(second, File { tensors: Vec::new(), ..parts[1].1.clone() }.bytes()).unwrap();
     assert_eq!(place(Gguf::open(first).unwrap_err()), "number of tensors");
     std::fs::remove_file(second).unwrap();
-    assert!(matches!(Gguf::open(first), Err(Error::Io { path, .. }) if path == *second));
+    let shard = second.file_name().unwrap().to_str().unwrap();
+    assert!(
+        matches!(Gguf::open(first), Err(Error::ShardMissing { index, shard: s }) if index == *first && s == shard)
+    );
     Ok(())
 }
 

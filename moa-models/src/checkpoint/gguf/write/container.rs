@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use crate::checkpoint::gguf::kind::Kind;
+use crate::checkpoint::gguf::tensor_type::TensorType;
 use crate::{Error, Result};
 
 /// Where tensors may begin, if no key says otherwise.
@@ -83,7 +83,7 @@ pub(super) struct Row<'a> {
     pub(super) name: &'a str,
     /// The last axis contiguous.
     pub(super) shape: &'a [usize],
-    pub(super) kind: Kind,
+    pub(super) kind: TensorType,
 }
 
 impl Row<'_> {

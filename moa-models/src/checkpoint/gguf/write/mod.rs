@@ -1,4 +1,4 @@
-//! From a model folder, or another GGUF file, to a GGUF file of quantised blocks.
+//! From a model folder, or another GGUF file, to a GGUF file of one type of numbers or blocks.
 
 mod container;
 mod metadata;
@@ -8,14 +8,14 @@ mod vocabulary;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use half::f16;
-use moa_backend_cpu::ops::BlockType;
+use half::{bf16, f16};
+use moa_core::Dtype;
 use rayon::prelude::*;
 
 use self::container::{Container, Keys, Row};
 use self::tensors::Source;
-use super::kind::Kind;
 use super::reader::Header;
+use super::tensor_type::TensorType;
 use super::{Gguf, is_gguf};
 use crate::checkpoint::generation_config::GenerationConfig;
 use crate::checkpoint::safetensors::Weights;
@@ -41,15 +41,15 @@ pub struct Quantized {
     pub bits_per_weight: f64,
     /// Tensors of each type, by GGUF's names.
     pub tensors: BTreeMap<&'static str, usize>,
-    /// Root of the mean square of the errors of all weights in blocks, over that of the weights.
+    /// Root of the mean square of the errors of all weights, over that of the weights.
     pub error: f64,
 }
 
-/// Writes a model as a GGUF file of blocks: one of a folder with safetensors, of the architectures that
-/// [`Gguf`] reads, or another GGUF file.
+/// Writes a model as a GGUF file of [blocks](moa_core::BlockType) or [numbers](moa_core::Dtype): one of a folder with
+/// safetensors, of the architectures that [`Gguf`] reads, or another GGUF file.
 ///
-/// Weights are rounded as the reference implementation of the format rounds them. Vectors stay in f32. The
-/// matrix that makes the logits gets Q6_K, in a file of Q8_0 that; where rows are not whole blocks of a long
+/// Weights are rounded as the reference implementation of the format rounds them. Vectors stay in f32. In a file of
+/// blocks the matrix that makes the logits gets Q6_K, in one of Q8_0 that; where rows are not whole blocks of a long
 /// format, Q4_K becomes Q5_0, Q5_K Q5_1 and Q6_K Q8_0, as in llama.cpp. Metadata of a GGUF file are copied, and so are
 /// weights that are in the blocks that they are to get.
 ///
@@ -63,11 +63,11 @@ pub struct Quantized {
 /// [`Error::Io`] if the file cannot be written.
 pub fn quantize(
     model: impl AsRef<Path>,
-    blocks: BlockType,
+    kind: impl Into<TensorType>,
     out: impl AsRef<Path>,
     progress: &mut dyn Progress,
 ) -> Result<Quantized> {
-    let (model, out) = (model.as_ref(), out.as_ref());
+    let (model, wanted, out) = (model.as_ref(), kind.into(), out.as_ref());
     let mut keys = Keys::default();
     if is_gguf(model) {
         let gguf = Gguf::open(model)?;
@@ -79,15 +79,15 @@ pub fn quantize(
             }
         }
         let tied = !gguf.contains("output.weight");
-        return write(out, keys, &tensors::of_gguf(&gguf)?, (blocks, tied), progress, |_| Ok(()));
+        return write(out, keys, &tensors::of_gguf(&gguf)?, (wanted, tied), progress, |_| Ok(()));
     }
     let architecture = metadata::architecture(model)?;
     let mut config = ModelConfig::from_file(model)?;
     let mut weights = Weights::open(model)?;
-    weights.set_packing(quantised::packing(model, &weights)?);
+    quantised::prepare(model, &mut weights)?;
     reads::own_output(&weights, &mut config)?;
     reads::check(&weights, &config, false)?;
-    let sources = tensors::of_folder(&config, &weights, architecture == "llama")?;
+    let sources = tensors::of_folder(&config, &weights, architecture)?;
     let tokenizer = Tokenizer::from_dir(model)?;
     tokenizer.check_vocab_size(config.vocab_size)?;
     metadata::write(&mut keys, model, architecture, &config)?;
@@ -100,7 +100,7 @@ pub fn quantize(
         keys.text("tokenizer.chat_template", template.source());
     }
     let tied = config.tie_word_embeddings;
-    write(out, keys, &sources, (blocks, tied), progress, |file| {
+    write(out, keys, &sources, (wanted, tied), progress, |file| {
         check(model, file, &config, &tokenizer)
     })
 }
@@ -115,7 +115,9 @@ fn check(model: &Path, file: &Path, config: &ModelConfig, tokenizer: &Tokenizer)
     let read = gguf.config(FAMILIES)?;
     let (names, ends) = (config.tensor_names.clone(), config.eos_token_ids.clone());
     let bos_token_id = config.bos_token_id;
-    let mut read = ModelConfig { tensor_names: names, eos_token_ids: ends, bos_token_id, ..read };
+    let read = ModelConfig { tensor_names: names, eos_token_ids: ends, bos_token_id, ..read };
+    let config = &metadata::as_written(config.clone(), None);
+    let mut read = metadata::as_written(read, Some(config));
     // Layers that are all of the default kind need not be told apart.
     let kinds = |c: &ModelConfig| (0..c.num_hidden_layers).map(|i| c.layer_kind(i)).collect();
     let (own, found): (Vec<_>, Vec<_>) = (kinds(config), kinds(&read));
@@ -143,15 +145,15 @@ fn write(
     out: &Path,
     mut keys: Keys,
     sources: &[Source],
-    (blocks, tied): (BlockType, bool),
+    (wanted, tied): (TensorType, bool),
     progress: &mut dyn Progress,
     check: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<Quantized> {
-    metadata::blocks(&mut keys, blocks);
+    metadata::types(&mut keys, wanted);
     let rows = sources.iter().map(|source| Row {
         name: &source.name,
         shape: &source.shape,
-        kind: source.kind(blocks, tied),
+        kind: source.kind(wanted, tied),
     });
     let rows: Vec<Row<'_>> = rows.collect();
     let mut container = Container::create(out, &keys, &rows)?;
@@ -185,19 +187,18 @@ fn write(
     })
 }
 
-/// Some rows as they are written, the sum of the squares of their errors, and that of their own; both sums are 0 where
-/// they are no blocks. [`Error::NotFinite`] for a weight that is none, or is beyond what the type holds.
+/// Some rows as they are written, the sum of the squares of their errors, and that of their own. [`Error::NotFinite`] for a weight that is none, or is beyond what the type holds.
 fn rounded(
     source: &Source,
     rows: std::ops::Range<usize>,
-    kind: Kind,
+    kind: TensorType,
 ) -> Result<(Vec<u8>, (f64, f64))> {
     let (mut values, mut bytes) = (Vec::new(), Vec::new());
     rows.clone().for_each(|row| source.row(row, &mut values));
     let mut near = values.clone();
     match kind {
         // Blocks that are rounded to their own type again are not all the same.
-        Kind::Blocks(blocks) => {
+        TensorType::Blocks(blocks) => {
             let own: Option<Vec<&[u8]>> =
                 rows.clone().map(|row| source.blocks(row, blocks)).collect();
             match own {
@@ -206,13 +207,18 @@ fn rounded(
             }
             blocks.widen(&bytes, 0, &mut near);
         }
-        Kind::Plain(moa_core::Dtype::F32) => {
+        TensorType::Plain(Dtype::F32) => {
             bytes.extend(values.iter().flat_map(|x| x.to_le_bytes()));
         }
-        // There is no other type.
-        Kind::Plain(_) => {
+        TensorType::Plain(Dtype::F16) => {
             let halves = values.iter().map(|x| f16::from_f32(*x));
             bytes.extend(halves.clone().flat_map(f16::to_le_bytes));
+            near.iter_mut().zip(halves).for_each(|(near, half)| *near = half.to_f32());
+        }
+        // There is no other type.
+        TensorType::Plain(_) => {
+            let halves = values.iter().map(|x| bf16::from_f32(*x));
+            bytes.extend(halves.clone().flat_map(bf16::to_le_bytes));
             near.iter_mut().zip(halves).for_each(|(near, half)| *near = half.to_f32());
         }
     }
@@ -225,7 +231,6 @@ fn rounded(
         let what = format!("row {row}, column {col} of tensor `{name}` as {}", kind.name());
         return Err(Error::NotFinite { what, got: worst.to_string() });
     }
-    let Kind::Blocks(_) = kind else { return Ok((bytes, (0.0, 0.0))) };
     let square = |x: f32| f64::from(x) * f64::from(x);
     let error = values.iter().zip(&near).map(|(x, y)| square(x - y)).sum();
     Ok((bytes, (error, values.iter().copied().map(square).sum())))

@@ -1,11 +1,10 @@
 //! Which tensors a file gets, and of which types.
 
-use moa_backend_cpu::ops::BlockType;
-use moa_core::Dtype;
+use moa_core::{BlockType, Dtype};
 
 use crate::Result;
-use crate::checkpoint::gguf::config::{FREQUENCIES, names};
-use crate::checkpoint::gguf::kind::Kind;
+use crate::checkpoint::gguf::architecture::{Architecture, FREQUENCIES, SHORT_AND_LONG};
+use crate::checkpoint::gguf::tensor_type::TensorType;
 use crate::checkpoint::gguf::{Gguf, llama3_factor};
 use crate::checkpoint::mapped::MappedTensor;
 use crate::checkpoint::safetensors::Tensors;
@@ -37,8 +36,9 @@ impl Source {
 
     /// The type of a tensor in a file of such blocks: vectors as they are, what makes the logits in more
     /// bits, and other blocks where a row is not a whole number of those.
-    pub(super) fn kind(&self, wanted: BlockType, tied: bool) -> Kind {
-        let &[_, cols] = &self.shape[..] else { return Kind::Plain(Dtype::F32) };
+    pub(super) fn kind(&self, wanted: TensorType, tied: bool) -> TensorType {
+        let &[_, cols] = &self.shape[..] else { return TensorType::Plain(Dtype::F32) };
+        let TensorType::Blocks(wanted) = wanted else { return wanted };
         let is_output = self.name == "output.weight" || tied && self.name == "token_embd.weight";
         let blocks = match wanted {
             BlockType::Q8_0 => BlockType::Q8_0,
@@ -53,8 +53,8 @@ impl Source {
         };
         let fits = |blocks: &BlockType| cols.is_multiple_of(blocks.block_len());
         match [blocks, shorter].into_iter().find(fits) {
-            Some(blocks) => Kind::Blocks(blocks),
-            None => Kind::Plain(Dtype::F16),
+            Some(blocks) => TensorType::Blocks(blocks),
+            None => TensorType::Plain(Dtype::F16),
         }
     }
 
@@ -108,16 +108,20 @@ pub(super) fn of_gguf(gguf: &Gguf) -> Result<Vec<Source>> {
     names.collect()
 }
 
-/// Tensors of a folder under GGUF's names. `by_pair`: queries and keys are ordered by rotary pair.
+/// Tensors of a folder under GGUF's names, and in its order.
 pub(super) fn of_folder(
     c: &ModelConfig,
     weights: &dyn Tensors,
-    by_pair: bool,
+    architecture: &Architecture,
 ) -> Result<Vec<Source>> {
-    let (from, to) = (&c.tensor_names, &names());
+    let (from, to) = (&c.tensor_names, &architecture.tensor_names());
     let mut all = Vec::new();
     let mut add = |(from, to): (String, String), shape: &[usize], heads: Option<usize>| {
-        all.push(Source::new(to, weights.tensor(&from, shape)?, heads.filter(|_| by_pair)));
+        all.push(Source::new(
+            to,
+            weights.tensor(&from, shape)?,
+            heads.filter(|_| architecture.by_pair),
+        ));
         Ok::<_, crate::Error>(())
     };
     let whole = |of: fn(&TensorNames) -> &str| (of(from).to_owned(), of(to).to_owned());
@@ -150,25 +154,37 @@ pub(super) fn of_folder(
             (|n| &n.up, inner, hidden, c.mlp_bias, None),
             (|n| &n.down, hidden, inner, c.mlp_bias, None),
         ];
-        for (of, rows, cols, bias, heads) in linears {
+        // Layers of one name are one tensor.
+        for joined in linears.chunk_by(|a, b| a.0(from) == b.0(from)) {
+            let &(of, _, cols, bias, heads) = &joined[0];
+            let rows = joined.iter().map(|(_, rows, ..)| rows).sum();
             add(own(of, ".weight"), &[rows, cols], heads)?;
             if bias {
                 add(own(of, ".bias"), &[rows], heads)?;
             }
         }
     }
-    if let RopeScaling::Llama3 {
-        factor,
-        low_freq_factor,
-        high_freq_factor,
-        original_max_position_embeddings: original,
-    } = c.rope_scaling
-    {
-        let bounds = (low_freq_factor, high_freq_factor);
-        let of = |index| llama3_factor(c.rope_theta, c.head_dim, index, original, factor, bounds);
-        let factors: Vec<f32> = (0..c.head_dim / 2).map(|index| of(index) as f32).collect();
-        let (name, shape) = (FREQUENCIES.to_owned(), vec![factors.len()]);
+    let mut add = |name: &str, factors: Vec<f32>| {
+        let (name, shape) = (name.to_owned(), vec![factors.len()]);
         all.push(Source { name, shape, from: From::Made(factors) });
+    };
+    match &c.rope_scaling {
+        &RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original_max_position_embeddings: original,
+        } => {
+            let bounds = (low_freq_factor, high_freq_factor);
+            let of = |i| llama3_factor(c.rope_theta, c.head_dim, i, original, factor, bounds);
+            add(FREQUENCIES, (0..c.head_dim / 2).map(|i| of(i) as f32).collect());
+        }
+        RopeScaling::LongRope { short_factor, long_factor, .. } => {
+            for (name, factors) in SHORT_AND_LONG.iter().zip([short_factor, long_factor]) {
+                add(name, factors.iter().map(|factor| *factor as f32).collect());
+            }
+        }
+        _ => {}
     }
     Ok(all)
 }

@@ -1,25 +1,39 @@
 use moa_core::{BlockType, Dtype};
 
-/// How a tensor's elements are stored.
+/// How a tensor's elements are stored in a GGUF file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub enum TensorType {
+    /// One after the other, as numbers.
     Plain(Dtype),
+    /// Several together, quantised.
     Blocks(BlockType),
 }
 
-/// GGUF's numbers and names of the types that can be read.
-const READ: [(u32, &str, Kind); 11] = [
-    (0, "F32", Kind::Plain(Dtype::F32)),
-    (1, "F16", Kind::Plain(Dtype::F16)),
-    (30, "BF16", Kind::Plain(Dtype::Bf16)),
-    (8, "Q8_0", Kind::Blocks(BlockType::Q8_0)),
-    (2, "Q4_0", Kind::Blocks(BlockType::Q4_0)),
-    (3, "Q4_1", Kind::Blocks(BlockType::Q4_1)),
-    (6, "Q5_0", Kind::Blocks(BlockType::Q5_0)),
-    (7, "Q5_1", Kind::Blocks(BlockType::Q5_1)),
-    (12, "Q4_K", Kind::Blocks(BlockType::Q4K)),
-    (13, "Q5_K", Kind::Blocks(BlockType::Q5K)),
-    (14, "Q6_K", Kind::Blocks(BlockType::Q6K)),
+impl From<Dtype> for TensorType {
+    fn from(dtype: Dtype) -> Self {
+        Self::Plain(dtype)
+    }
+}
+
+impl From<BlockType> for TensorType {
+    fn from(blocks: BlockType) -> Self {
+        Self::Blocks(blocks)
+    }
+}
+
+/// The types that can be read: GGUF's number and name, the number of a file whose matrices are of it, and the type.
+const READ: [(u32, &str, u32, TensorType); 11] = [
+    (0, "F32", 0, TensorType::Plain(Dtype::F32)),
+    (1, "F16", 1, TensorType::Plain(Dtype::F16)),
+    (30, "BF16", 32, TensorType::Plain(Dtype::Bf16)),
+    (8, "Q8_0", 7, TensorType::Blocks(BlockType::Q8_0)),
+    (2, "Q4_0", 2, TensorType::Blocks(BlockType::Q4_0)),
+    (3, "Q4_1", 3, TensorType::Blocks(BlockType::Q4_1)),
+    (6, "Q5_0", 8, TensorType::Blocks(BlockType::Q5_0)),
+    (7, "Q5_1", 9, TensorType::Blocks(BlockType::Q5_1)),
+    (12, "Q4_K", 14, TensorType::Blocks(BlockType::Q4K)),
+    (13, "Q5_K", 16, TensorType::Blocks(BlockType::Q5K)),
+    (14, "Q6_K", 18, TensorType::Blocks(BlockType::Q6K)),
 ];
 
 /// Types that exist and cannot be read, for the message.
@@ -47,7 +61,7 @@ const OTHERS: [(u32, &str); 21] = [
     (39, "MXFP4"),
 ];
 
-impl Kind {
+impl TensorType {
     pub(super) fn from_number(number: u32) -> Option<Self> {
         READ.iter().find(|(id, ..)| *id == number).map(|(.., kind)| *kind)
     }
@@ -62,19 +76,26 @@ impl Kind {
         self.entry().1
     }
 
-    fn entry(self) -> (u32, &'static str) {
+    /// What llama.cpp calls a file whose matrices are of the type.
+    pub(super) fn file_type(self) -> u32 {
+        self.entry().2
+    }
+
+    fn entry(self) -> (u32, &'static str, u32) {
         let own = READ.iter().find(|(.., kind)| *kind == self);
-        own.map_or((u32::MAX, "another type"), |(number, name, _)| (*number, name))
+        own.map_or((u32::MAX, "another type", u32::MAX), |(number, name, file, _)| {
+            (*number, name, *file)
+        })
     }
 
     /// The types that can be read, for a message.
     pub(super) fn known() -> String {
-        READ.map(|(_, name, _)| name).join(", ")
+        READ.map(|(_, name, ..)| name).join(", ")
     }
 
     /// A type by its name, or by its number where it has none.
     pub(super) fn name_of(number: u32) -> String {
-        let read = READ.iter().map(|(id, name, _)| (id, name));
+        let read = READ.iter().map(|(id, name, ..)| (id, name));
         let mut all = read.chain(OTHERS.iter().map(|(id, name)| (id, name)));
         match all.find(|(id, _)| **id == number) {
             Some((_, name)) => (*name).to_owned(),
