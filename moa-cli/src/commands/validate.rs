@@ -179,6 +179,8 @@ fn with_model<D: Math>(
         dense_loss: dense,
         refined_from: refined.as_ref().map(|r| r.start_loss),
         refined_to: refined.as_ref().map(|r| r.loss),
+        refined_divergence_from: refined.as_ref().map(|r| r.start_divergence),
+        refined_divergence_to: refined.as_ref().map(|r| r.divergence),
         held_out,
         measured_losses: &plan.provenance.measured_losses,
         warnings: calibration::tell(warnings, context),
@@ -198,6 +200,8 @@ struct Outcome<'a> {
     dense_loss: f64,
     refined_from: Option<f64>,
     refined_to: Option<f64>,
+    refined_divergence_from: Option<f64>,
+    refined_divergence_to: Option<f64>,
     held_out: &'a [HeldOut],
     measured_losses: &'a [AtLength],
     warnings: Vec<String>,
@@ -223,10 +227,16 @@ impl fmt::Display for Outcome<'_> {
         let head = format!("loss at {}", self.length);
         writeln!(f, "{}", table(&["plan", &head, "density"], &rows))?;
         writeln!(f, "\nLowest loss: {}", name(self.best))?;
-        if let Some(Refined { start_loss, loss, evaluations, .. }) = self.refined {
+        if let Some(refined) = self.refined {
             writeln!(
                 f,
-                "Refined: mean loss {start_loss:.4} -> {loss:.4} in {evaluations} measurements"
+                "Refined: mean loss {:.4} -> {:.4}, divergence on text {:.4} -> {:.4} nats per token, in {} \
+                 measurements",
+                refined.start_loss,
+                refined.loss,
+                refined.start_divergence,
+                refined.divergence,
+                refined.evaluations,
             )?;
         }
         if !self.held_out.is_empty() {

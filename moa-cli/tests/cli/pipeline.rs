@@ -60,7 +60,13 @@ fn profile_search_validate_generate_eval() {
         [&validate[..], &["--length", "512", "--refine", "4", "--profile", "p.safetensors"]]
             .concat();
     let refined = json_of(root, &refine);
-    assert!(refined["refined_to"].as_f64() <= refined["refined_from"].as_f64());
+    let growth = |of: &str| {
+        let value = |end: &str| refined[format!("refined{of}_{end}")].as_f64().unwrap();
+        value("to") - value("from")
+    };
+    // Responses give up little, and only where text gains.
+    let (loss, divergence) = (growth(""), growth("_divergence"));
+    assert!(loss <= 0.0 || loss < 0.025 && divergence < 0.0, "{refined}");
 
     let args = ["plan", "show", "plan.json", "--at", "256,1024", "--svg", "heads.svg"];
     let text = ok(root, &args);
