@@ -43,16 +43,19 @@ pub struct HeldOut {
 
 impl HeldOut {
     /// How many times as much the plan does to text as it may, in divergence or in growth of the cross entropy; 1 where
-    /// it is within the limit.
+    /// it is within the limit, or beyond by no more than the noise of so few tokens, a standard error.
     pub(super) fn excess(&self) -> f64 {
         let Some(limit) = &self.limit else { return 1.0 };
         let (growth, limit_growth) = (self.plan.perplexity_ratio.ln(), limit.perplexity_ratio.ln());
         let times = |own: f64, limit: f64, noise: f64| {
             if own <= limit + noise { 1.0 } else { own / limit.max(noise) }
         };
-        let divergence = times(self.plan.kl_mean, limit.kl_mean, 0.05 * limit.kl_mean);
-        // Near each other, two predictions' log probabilities of a token differ by the root of twice their divergence.
         let tokens = self.plan.tokens.max(1) as f64;
+        // The squares of divergences are mostly those of the worst 1 % of tokens.
+        let worst = self.plan.kl_worst.powi(2) + limit.kl_worst.powi(2);
+        let noise = (0.01 * worst / tokens).sqrt().max(0.05 * limit.kl_mean);
+        let divergence = times(self.plan.kl_mean, limit.kl_mean, noise);
+        // Near each other, two predictions' log probabilities of a token differ by the root of twice their divergence.
         let noise = (2.0 * (self.plan.kl_mean + limit.kl_mean) / tokens).sqrt();
         divergence.max(times(growth, limit_growth, noise.max(1e-4)))
     }
@@ -676,18 +679,25 @@ mod tests {
 
     #[test]
     fn more_harm_to_text_than_noise_is_an_excess() {
-        let agreement = |kl_mean, growth: f64| Agreement {
+        let agreement = |kl_mean, growth: f64, tokens| Agreement {
             kl_mean,
+            kl_worst: 30.0 * kl_mean,
             perplexity_ratio: growth.exp(),
-            tokens: 40_000,
+            tokens,
             ..Agreement::default()
         };
-        let of = |divergence, growth| {
-            let (plan, limit) = (agreement(divergence, growth), Some(agreement(0.01, 0.02)));
+        let of = |divergence, growth, tokens| {
+            let limit = Some(agreement(0.01, 0.02, tokens));
+            let plan = agreement(divergence, growth, tokens);
             HeldOut { length: 1024, plan, limit }.excess()
         };
-        // The noise of the growth is .001.
-        assert_eq!(of(0.0104, 0.0209), 1.0);
-        assert!((of(0.02, 0.0) - 2.0).abs() < 1e-9 && (of(0.0, 0.03) - 1.5).abs() < 1e-9);
+        // The noise of the growth is .001, that of the divergence .0005.
+        assert_eq!(of(0.0104, 0.0209, 40_000), 1.0);
+        let [divergence, growth] = [of(0.02, 0.0, 40_000), of(0.0, 0.03, 40_000)];
+        assert!((divergence - 2.0).abs() < 1e-9 && (growth - 1.5).abs() < 1e-9);
+        // Of few tokens single ones say nearly all: .002 and .009.
+        assert_eq!(of(0.0115, 0.0, 512), 1.0);
+        assert_eq!(of(0.01, 0.0285, 512), 1.0);
+        assert!(of(0.02, 0.0, 512) > 1.9);
     }
 }
