@@ -22,6 +22,7 @@ use std::time::Duration;
 use axum::body::{Body, HttpBody as _};
 use axum::http::{HeaderMap, HeaderValue, Method, Request, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use percent_encoding::percent_decode_str;
 
 use crate::connections::{Peer, Reading};
 use crate::state::State;
@@ -82,7 +83,8 @@ async fn route(state: Arc<State>, request: Request<Body>) -> Result<Response, Ap
         return Ok(response);
     }
     if let Some(name) = path.strip_prefix("/v1/models/") {
-        return info::model(&state, &decoded(name));
+        // Clients write `%2F` for a slash.
+        return info::model(&state, &percent_decode_str(name).decode_utf8_lossy());
     }
     match path.as_str() {
         "/" => Ok(info::page()),
@@ -101,22 +103,6 @@ async fn route(state: Arc<State>, request: Request<Body>) -> Result<Response, Ap
             }
         }
     }
-}
-
-/// A part of a path, in which clients write `%2F` for a slash.
-fn decoded(part: &str) -> String {
-    let mut pieces = part.split('%');
-    let mut bytes = pieces.next().unwrap_or_default().as_bytes().to_vec();
-    for piece in pieces {
-        match piece.get(..2).and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
-            Some(byte) => {
-                bytes.push(byte);
-                bytes.extend(&piece.as_bytes()[2..]);
-            }
-            None => bytes.extend([b"%", piece.as_bytes()].concat()),
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// A request's body, if it is neither too large nor too slow.

@@ -219,6 +219,12 @@ fn names_of_models_may_have_slashes() {
         let answer = own.client.get(&format!("/v1/models/{path}"));
         assert_eq!(answer.json()["id"], "acme/chat 50%", "{path}");
     }
+    // A sign is no digit of a byte.
+    let other = Running::new(ServerOptions {
+        model_name: Some("acme/a%+1".to_owned()),
+        ..ServerOptions::default()
+    });
+    assert_eq!(other.client.get("/v1/models/acme/a%+1").json()["id"], "acme/a%+1");
 }
 
 /// Fields of vLLM and llama.cpp, by which programs that were written for those say what an answer must be.
