@@ -1,12 +1,13 @@
 use std::cell::Cell;
 use std::io::IsTerminal;
 use std::ops::ControlFlow;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::{FormattedDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use moa_models::Stage;
+use serde::Serialize;
 
-use crate::output::Context;
+use crate::output::{Context, table};
 use crate::terminal::to_stderr;
 
 /// How far a job is, on stderr: a bar at a terminal, and elsewhere a line as each stage begins and every half a
@@ -16,6 +17,24 @@ pub(crate) struct Progress {
     lines: Option<Lines>,
     /// Whether the name is that of the stage which the library tells.
     follows_stages: bool,
+    /// How long the stages took that the library told and that have ended.
+    ended: Vec<(&'static str, Duration)>,
+    /// The stage that runs, and its beginning.
+    last: Option<(&'static str, Instant)>,
+}
+
+/// How long a stage of a job took.
+#[derive(Debug, Serialize)]
+pub(crate) struct StageSeconds {
+    stage: &'static str,
+    seconds: f64,
+}
+
+impl StageSeconds {
+    pub(crate) fn table(stages: &[Self]) -> String {
+        let row = |own: &Self| vec![own.stage.to_string(), format!("{:.1}", own.seconds)];
+        table(&["stage", "seconds"], &stages.iter().map(row).collect::<Vec<_>>())
+    }
 }
 
 impl Progress {
@@ -44,7 +63,22 @@ impl Progress {
             bar.set_style(style);
         }
         let lines = (!context.quiet && !is_terminal).then(Lines::default);
-        Self { bar, lines, follows_stages }
+        Self { bar, lines, follows_stages, ended: Vec::new(), last: None }
+    }
+
+    /// How long each stage took so far, in the order in which they first began; what a stage took that came several
+    /// times is added.
+    pub(crate) fn seconds(&self) -> Vec<StageSeconds> {
+        let last = self.last.map(|(stage, begin)| (stage, begin.elapsed()));
+        let mut sums: Vec<StageSeconds> = Vec::new();
+        for (stage, time) in self.ended.iter().copied().chain(last) {
+            let seconds = time.as_secs_f64();
+            match sums.iter_mut().find(|sum| sum.stage == stage) {
+                Some(sum) => sum.seconds += seconds,
+                None => sums.push(StageSeconds { stage, seconds }),
+            }
+        }
+        sums
     }
 
     /// One step is done.
@@ -82,6 +116,8 @@ impl Progress {
 impl moa_models::Progress for Progress {
     fn update(&mut self, stage: Stage, done: usize, total: usize) -> ControlFlow<()> {
         if self.follows_stages && self.bar.prefix() != stage.name() {
+            let began = self.last.replace((stage.name(), Instant::now()));
+            self.ended.extend(began.map(|(stage, begin)| (stage, begin.elapsed())));
             self.bar.reset();
             self.bar.set_prefix(stage.name());
             self.lines = self.lines.take().map(|_| Lines::default());

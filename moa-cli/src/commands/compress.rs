@@ -1,5 +1,6 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use moa_core::Profile;
 use moa_models::{
@@ -18,7 +19,7 @@ use crate::error::Result;
 use crate::files::Files;
 use crate::model::{self, on_model};
 use crate::output::{Context, shown};
-use crate::progress::Progress;
+use crate::progress::{Progress, StageSeconds};
 use crate::style::StyleArgs;
 
 /// Find a plan in one step: profile, search, validate and refine
@@ -69,6 +70,11 @@ pub(crate) struct Args {
     /// auto` [default: 100 and six for each KV head]
     #[arg(long, value_name = "N", value_parser = parse_size)]
     evaluations: Option<usize>,
+    /// Minutes that everything may take, the model's loading left out: as many plans are measured as there is expected
+    /// to be time for, so that a slow machine may find another plan than a fast one [default: 15, and no limit with
+    /// `--evaluations`]
+    #[arg(long, value_name = "MINUTES", value_parser = parse_minutes)]
+    minutes: Option<Duration>,
     #[command(flatten)]
     solver: SolverArgs,
     /// A profile of `moa compress --save-profile` or `moa profile` to start from, at its lengths
@@ -81,6 +87,15 @@ pub(crate) struct Args {
     /// Plan to write
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
+}
+
+/// The time that a plan is found in where nothing else is asked for.
+const USUAL: Duration = Duration::from_secs(15 * 60);
+
+fn parse_minutes(text: &str) -> std::result::Result<Duration, String> {
+    let minutes: f64 = text.parse().map_err(|_| "not a number".to_string())?;
+    let limit = Duration::try_from_secs_f64(60.0 * minutes).ok().filter(|limit| !limit.is_zero());
+    limit.ok_or_else(|| "not a time above 0".to_string())
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
@@ -129,6 +144,7 @@ fn with_model<D: Backward>(
         text_samples: args.text_samples,
         text_weight: args.text_weight,
         evaluations: args.evaluations,
+        time_limit: args.minutes.or(args.evaluations.is_none().then_some(USUAL)),
         space: args.solver.space,
         solver: args.solver.options(context),
         seed: context.seed,
@@ -140,6 +156,7 @@ fn with_model<D: Backward>(
         Some(profile) => compress_profile(model, data, profile.clone(), &options, &mut bar)?,
         None => compress(model, data, &options, &mut bar)?,
     };
+    let stages = bar.seconds();
     drop(bar);
     if model.model.is_first() {
         if let Some(path) = &args.save_profile {
@@ -158,6 +175,7 @@ fn with_model<D: Backward>(
             &lengths,
             context.cache.slot_bytes(found.plan.shape().head_dim),
         ),
+        stages,
         warnings: calibration::tell(found.warnings, context),
     })
 }
@@ -170,6 +188,7 @@ struct Outcome<'a> {
     losses: Losses,
     held_out: &'a [HeldOut],
     plan: PlanSummary,
+    stages: Vec<StageSeconds>,
     warnings: Vec<String>,
 }
 
@@ -179,6 +198,7 @@ impl fmt::Display for Outcome<'_> {
         if !self.held_out.is_empty() {
             writeln!(f, "\n{}\n", compressed::held_out(self.held_out))?;
         }
+        writeln!(f, "{}\n", StageSeconds::table(&self.stages))?;
         write!(f, "Plan: {}", self.out.display())
     }
 }

@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use moa_core::search::{Options, Solution};
-use moa_core::{AtLength, Plan, Profile, Space};
+use moa_core::{AtLength, CacheType, Plan, Profile, Space};
 use moa_models::{CompressOptions, bound_decode_time, profile_warnings};
 use serde::Serialize;
 
@@ -173,6 +173,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         out: &args.out,
         density: request.bounds.iter().map(|b| b.max).fold(0.0, f64::max),
         space: args.solver.space.name(),
+        cache_type: types.first(),
         worst_gap: found.set.worst_gap,
         seconds: found.set.seconds,
         plans: found.plans.iter().zip(solutions).map(plan).collect(),
@@ -188,6 +189,8 @@ struct Outcome<'a> {
     /// Largest of the bounds.
     density: f64,
     space: &'static str,
+    /// That the plans say for all of their heads, for which spans are found.
+    cache_type: Option<CacheType>,
     worst_gap: f64,
     seconds: f64,
     plans: Vec<SearchedPlan>,
@@ -234,9 +237,10 @@ impl fmt::Display for Outcome<'_> {
         }
         write!(
             f,
-            "\n{} plans in {}; gap to the proven bound at most {} ({:.1} s)",
+            "\n{} plans in {}{}; gap to the proven bound at most {} ({:.1} s)",
             self.plans.len(),
             self.out.display(),
+            self.cache_type.map(|own| format!(", keys and values in {own}")).unwrap_or_default(),
             percent(self.worst_gap),
             self.seconds,
         )

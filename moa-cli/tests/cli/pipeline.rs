@@ -48,6 +48,11 @@ fn profile_search_validate_generate_eval() {
     let text = ok(root, &[&search[..], &["--force"]].concat());
     assert!(text.contains("plan-00.json") && text.contains("density at 512"), "{text}");
     assert!(!root.join("plans/plan-99.json").exists());
+    // A budget of bytes is spent on keys in int8, which plans and text say.
+    let bytes = ["search", "--profile", "p.safetensors", "--kv-bytes", "30%", "--out", "bytes"];
+    assert!(ok(root, &bytes).contains("plans in bytes, keys and values in int8"));
+    assert_eq!(json_of(root, &[&bytes[..], &["--force"]].concat())["cache_type"], "int8");
+    assert!(found["cache_type"].is_null(), "{found}");
 
     let validate =
         ["validate", "--model", tiny, "--plans", "plans", "--samples", "1", "--out", "plan.json"];

@@ -2,6 +2,7 @@
 //! others, and no plan is measured on a piece twice.
 
 use std::collections::{BTreeMap, HashMap};
+use std::time::Instant;
 
 use moa_core::{AtLength, CacheType, Plan, Trial};
 use serde::Serialize;
@@ -10,7 +11,7 @@ use crate::decoder::model::Decoder;
 use crate::device::Math;
 use crate::eval::agreement::Agreement;
 use crate::find_plan::precision::typed;
-use crate::find_plan::probe::{Text, groups};
+use crate::find_plan::probe::{Text, Work, groups};
 use crate::find_plan::profile::Item;
 use crate::progress::{Progress, Stage};
 use crate::{Error, Result};
@@ -148,6 +149,7 @@ impl Merit {
 struct Piece<'a> {
     length: usize,
     kind: Kind<'a>,
+    work: Work,
     /// Whether single heads and all proposed plans are measured on it.
     is_probe: bool,
 }
@@ -191,6 +193,29 @@ pub(super) struct Best {
     pub(super) loss: Option<f64>,
 }
 
+/// How much may be measured.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Effort {
+    /// Plans, single heads included.
+    pub(super) evaluations: usize,
+    /// When everything is to be done.
+    pub(super) deadline: Option<Instant>,
+}
+
+/// Seconds that measurements took, and their [`Work`].
+#[derive(Clone, Copy, Debug, Default)]
+struct Pace {
+    seconds: f64,
+    work: f64,
+}
+
+impl Pace {
+    fn add(&mut self, begin: Instant, work: f64) {
+        self.seconds += begin.elapsed().as_secs_f64();
+        self.work += work;
+    }
+}
+
 /// Measures plans.
 pub(super) struct Measure<'a, D: Math> {
     model: &'a Decoder<D>,
@@ -205,12 +230,16 @@ pub(super) struct Measure<'a, D: Math> {
     /// Plans measured, on all pieces or on some.
     pub(super) done: usize,
     budget: usize,
+    /// When no further plan is to be measured.
+    deadline: Option<Instant>,
+    pace: Pace,
     /// The plan that says what text may suffer.
     limit: Option<&'a Plan>,
     held_out: &'a BTreeMap<usize, Vec<Item>>,
     /// That plan's agreement on held-out text of each length, once it is known.
     limit_held_out: Vec<Agreement>,
-    dense: Plan,
+    /// Values of the pieces under dense attention, once they are known.
+    dense: Option<Vec<Option<f64>>>,
     /// The type of all heads of plans that say none.
     cache_type: Option<CacheType>,
     progress: &'a mut dyn Progress,
@@ -223,9 +252,11 @@ impl<'a, D: Math> Measure<'a, D> {
         model: &'a Decoder<D>,
         evidence: Evidence<'a>,
         cache_type: Option<CacheType>,
-        expected: usize,
+        (expected, deadline): (usize, Option<Instant>),
         progress: &'a mut dyn Progress,
     ) -> Result<Self> {
+        progress.advance(Stage::Measure, 0, expected)?;
+        let layers = model.shape().layers;
         if evidence.items.is_empty() {
             return Err(Error::invalid("items", "some of a length", "none of any"));
         }
@@ -246,8 +277,12 @@ impl<'a, D: Math> Measure<'a, D> {
             let turn = taken % own.len();
             own.rotate_left(turn);
             taken += probes;
-            let of =
-                |(at, group)| Piece { length, kind: Kind::Responses(group), is_probe: at < probes };
+            let of = |(at, group)| Piece {
+                length,
+                kind: Kind::Responses(group),
+                work: Work::of_responses(group, layers),
+                is_probe: at < probes,
+            };
             pieces.extend(own.into_iter().enumerate().map(of));
         }
         let shortest = evidence.texts.keys().next().copied();
@@ -255,7 +290,8 @@ impl<'a, D: Math> Measure<'a, D> {
             for (at, text) in model.texts(texts, length)?.into_iter().enumerate() {
                 // What text needs lies near: the shortest ones tell heads apart.
                 let is_probe = Some(length) == shortest && at < TEXT_PROBE;
-                pieces.push(Piece { length, kind: Kind::Text(text), is_probe });
+                let work = Work::of_text(&text, layers);
+                pieces.push(Piece { length, kind: Kind::Text(text), work, is_probe });
             }
         }
         // What is cheap comes first: a plan that is bad there is not measured on the rest.
@@ -274,10 +310,12 @@ impl<'a, D: Math> Measure<'a, D> {
             trials: Vec::new(),
             done: 0,
             budget: usize::MAX,
+            deadline,
+            pace: Pace::default(),
             limit,
             held_out: evidence.held_out,
             limit_held_out: Vec::new(),
-            dense: typed(&Plan::full(model.shape())?, cache_type)?,
+            dense: None,
             cache_type,
             progress,
             expected,
@@ -299,12 +337,25 @@ impl<'a, D: Math> Measure<'a, D> {
         self.model
     }
 
-    /// Losses of a plan whose heads are of the device's own type.
-    pub(super) fn measured_as_device(&mut self, plan: &Plan) -> Result<Measured> {
-        let cache_type = self.cache_type.take();
-        let measured = self.measured(plan, Scope::All);
-        self.cache_type = cache_type;
-        measured
+    /// Losses of dense attention in the device's own type, as which texts are what they should be.
+    pub(super) fn measure_dense(&mut self) -> Result<Measured> {
+        let dense = Plan::full(self.model.shape())?;
+        let mut values = Vec::with_capacity(self.pieces.len());
+        for piece in &self.pieces {
+            let begin = Instant::now();
+            values.push(Some(match piece.kind {
+                Kind::Text(_) => 0.0,
+                Kind::Responses(_) => {
+                    let loss = self.model.piece_losses(piece, &dense, &[])?.0;
+                    self.pace.add(begin, piece.work.plan);
+                    loss
+                }
+            }));
+        }
+        let measured = sums(&self.pieces, &values, |_| true);
+        self.dense = Some(values);
+        self.count(1)?;
+        Ok(measured)
     }
 
     /// The plan whose divergence on text is the limit, if there is one.
@@ -323,7 +374,8 @@ impl<'a, D: Math> Measure<'a, D> {
         let plans: Vec<&Plan> = [plan].into_iter().chain(unknown).collect();
         let mut own = Vec::new();
         for (&length, items) in self.held_out {
-            let mut of_plans = self.model.agreements(items, &plans, length, &mut ())?.into_iter();
+            let of_plans = self.model.agreements(items, &plans, length, self.progress)?;
+            let mut of_plans = of_plans.into_iter();
             own.extend(of_plans.next().map(|agreement| (length, agreement)));
             self.limit_held_out.extend(of_plans.next());
         }
@@ -365,8 +417,37 @@ impl<'a, D: Math> Measure<'a, D> {
         self.budget.saturating_sub(self.done)
     }
 
+    /// Of `most` measurements those that the time is expected to be enough for, or a share of it, by the pace so far.
+    pub(super) fn fitting(&self, most: usize, share: f64) -> Result<usize> {
+        let Some(deadline) = self.deadline else { return Ok(most) };
+        let work = |is_asked: fn(&Piece<'_>) -> bool, of: fn(&Work) -> f64| -> f64 {
+            self.pieces.iter().filter(|piece| is_asked(piece)).map(|piece| of(&piece.work)).sum()
+        };
+        let variant = work(|piece| piece.is_probe, |work| work.variant);
+        let plan = work(|piece| piece.is_probe, |work| work.plan);
+        let each = (variant * (HEADS_A_PLAN - 1.0) + plan) / HEADS_A_PLAN;
+        let tokens =
+            |items: &Vec<Item>| items.iter().map(|item| item.inputs().len()).sum::<usize>();
+        // Under dense attention, under the plan and under the one that is its limit.
+        let held_out = 3.0 * self.held_out.values().map(tokens).sum::<usize>() as f64;
+        let of_work = self.pace.seconds / self.pace.work.max(1.0);
+        // Ranks measure different times.
+        self.model.agree(|| {
+            let left = deadline.saturating_duration_since(Instant::now()).as_secs_f64();
+            let left = (share * left - held_out * of_work).max(0.0);
+            let fitting = left / (each * of_work).max(1e-9);
+            tracing::debug!(left, fitting, most, pace = ?self.pace, "time");
+            Ok(most.min(fitting as usize))
+        })
+    }
+
     fn count(&mut self, plans: usize) -> Result<()> {
         self.done += plans;
+        if let Some(deadline) = self.deadline
+            && self.model.agree(|| Ok::<_, Error>(Instant::now() >= deadline))?
+        {
+            self.budget = self.budget.min(self.done);
+        }
         self.progress.advance(Stage::Measure, self.done.min(self.expected), self.expected)
     }
 
@@ -390,7 +471,6 @@ impl<'a, D: Math> Measure<'a, D> {
         let known = self.known.get(&key).cloned();
         let mut is_new = known.is_none();
         let mut values = known.unwrap_or_else(|| vec![None; self.pieces.len()]);
-        let dense = limit.and_then(|_| self.known.get(&self::key(&self.dense)).cloned());
         let mut is_hopeless = false;
         let answers = self.pieces.iter().filter(|p| p.is_probe && !p.is_text());
         let shortest = answers.map(|p| p.length).min().unwrap_or(usize::MAX);
@@ -403,7 +483,7 @@ impl<'a, D: Math> Measure<'a, D> {
             if values[index].is_some() || !asked(&self.pieces[index]) {
                 continue;
             }
-            if let (Some(limit), Some(dense)) = (limit, &dense) {
+            if let (Some(limit), Some(dense)) = (limit, &self.dense) {
                 let hoped: Vec<_> =
                     values.iter().zip(dense).map(|(own, dense)| own.or(*dense)).collect();
                 is_hopeless = self.merit.of(&sums(&self.pieces, &hoped, asked)) >= limit;
@@ -411,7 +491,9 @@ impl<'a, D: Math> Measure<'a, D> {
                     break;
                 }
             }
-            values[index] = Some(self.model.piece_losses(&self.pieces[index], plan, &[])?.0);
+            let (piece, begin) = (&self.pieces[index], Instant::now());
+            values[index] = Some(self.model.piece_losses(piece, plan, &[])?.0);
+            self.pace.add(begin, piece.work.plan);
             is_new |= scope == Scope::All;
         }
         let measured = sums(&self.pieces, &values, asked);
@@ -492,47 +574,19 @@ impl<'a, D: Math> Measure<'a, D> {
         Ok(best)
     }
 
-    /// What `variants`, plans that differ from `plan` only in the layer given, do on the probe. Longer
-    /// sequences cost most: the half of the variants that do least on the shortest ones are taken to do the
-    /// same there.
+    /// What `variants`, plans that differ from `plan` only in the layer given, do on the probe
+    /// ([`Decoder::variant_losses`]).
     pub(super) fn effects(
         &mut self,
         plan: &Plan,
         variants: &[(usize, Plan)],
     ) -> Result<Vec<Effects>> {
-        let shortest = self.pieces.iter().filter(|p| p.is_probe).map(|p| p.length).min();
-        let weight = self.probe_merit.weight();
-        let mut effects: Vec<Effects> = Vec::new();
-        let mut sizes = vec![0.0; variants.len()];
-        for is_text in [false, true] {
-            let Some(length) = shortest else { continue };
-            let Some(effect) = self.effects_at(plan, variants, is_text, length)? else { continue };
-            let weight = if is_text { weight } else { 1.0 };
-            let change = effect.losses.iter().map(|loss| weight * (loss - effect.base));
-            sizes.iter_mut().zip(change).for_each(|(size, change)| *size += change);
-            effects.push(effect);
-        }
-        let mut order: Vec<usize> = (0..variants.len()).collect();
-        order.sort_by(|a, b| sizes[*b].abs().total_cmp(&sizes[*a].abs()).then(a.cmp(b)));
-        order.truncate(variants.len().div_ceil(2));
-        let most: Vec<(usize, Plan)> = order.iter().map(|at| variants[*at].clone()).collect();
-        let mut longer: Vec<(bool, usize)> = self
-            .pieces
-            .iter()
-            .filter(|p| p.is_probe && Some(p.length) != shortest)
-            .map(|p| (p.is_text(), p.length))
-            .collect();
-        longer.dedup();
-        for (is_text, length) in longer {
-            if let Some(effect) = self.effects_at(plan, &most, is_text, length)? {
-                let near = effects.iter().find(|known| known.is_text == is_text);
-                let mut losses = match near {
-                    Some(near) => near.losses.iter().map(|l| l - near.base + effect.base).collect(),
-                    None => vec![effect.base; variants.len()],
-                };
-                order.iter().zip(effect.losses).for_each(|(at, loss)| losses[*at] = loss);
-                effects.push(Effects { losses, ..effect });
-            }
+        let mut kinds: Vec<(usize, bool)> =
+            self.pieces.iter().filter(|p| p.is_probe).map(|p| (p.length, p.is_text())).collect();
+        kinds.dedup();
+        let mut effects = Vec::with_capacity(kinds.len());
+        for (length, is_text) in kinds {
+            effects.extend(self.effects_at(plan, variants, is_text, length)?);
         }
         self.count(variants.len())?;
         Ok(effects)
@@ -553,7 +607,7 @@ impl<'a, D: Math> Measure<'a, D> {
 
     /// The same of one kind of evidence at one length; empty where the probe has none.
     fn effects_at(
-        &self,
+        &mut self,
         plan: &Plan,
         variants: &[(usize, Plan)],
         is_text: bool,
@@ -568,7 +622,9 @@ impl<'a, D: Math> Measure<'a, D> {
             if !piece.is_probe || piece.is_text() != is_text || piece.length != length {
                 continue;
             }
+            let begin = Instant::now();
             let (own, of_variants) = self.model.piece_losses(piece, plan, variants)?;
+            self.pace.add(begin, piece.work.plan + variants.len() as f64 * piece.work.variant);
             base += own;
             losses.iter_mut().zip(of_variants).for_each(|(sum, loss)| *sum += loss);
             count += 1.0;
@@ -629,6 +685,9 @@ fn sums(
 /// length alone.
 const LEFT: usize = 4;
 
+/// Of the measurements about one in so many is of a whole proposal, the others are of single heads.
+const HEADS_A_PLAN: f64 = 12.0;
+
 /// Texts that single heads and many plans are measured on.
 const TEXT_PROBE: usize = 2;
 
@@ -658,7 +717,39 @@ pub fn measured_losses<D: Math>(
 
 #[cfg(test)]
 mod tests {
+    use moa_core::ElasticRule;
+
     use super::*;
+    use crate::checkpoint::Checkpoint;
+    use crate::device::cpu::Cpu;
+
+    #[test]
+    fn a_plan_that_cannot_be_better_any_more_is_given_up() -> Result<()> {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/moa-tiny");
+        let model = Checkpoint::open(Cpu::default(), folder)?.model;
+        let tokens: Vec<u32> = (0..300).map(|i| 300 + i * i % 991).collect();
+        let item = |from: usize| Item::new(&tokens[from..from + 100], &tokens[from + 100..][..20]);
+        let items = BTreeMap::from([(128, vec![item(0)?, item(90)?, item(170)?])]);
+        let none = BTreeMap::new();
+        let text_goal = TextGoal::Weight(1.0);
+        let evidence = Evidence { items: &items, texts: &none, text_goal, held_out: &none };
+        let progress = &mut ();
+        let mut measure = Measure::new(&model, evidence, None, (9, None), progress)?;
+        let dense = measure.measure_dense()?.response_loss();
+        let plan = Plan::uniform(model.shape(), 4, ElasticRule::fixed(24))?;
+        let pieces = |measure: &mut Measure<'_, Cpu>, limit| -> Result<(f64, usize)> {
+            let loss = measure.loss_below(&plan, limit)?;
+            Ok((loss, measure.known[&key(&plan)].iter().flatten().count()))
+        };
+        // As under dense attention on all of them would not be enough.
+        assert_eq!(pieces(&mut measure, dense)?, (f64::INFINITY, 0));
+        let (loss, measured) = pieces(&mut measure, f64::INFINITY)?;
+        assert_eq!(measured, 3);
+        let whole = groups(&items[&128]).map(|context| model.response_loss(context, &plan, 128));
+        let whole = whole.sum::<Result<f64>>()? / 3.0;
+        assert!((loss - whole).abs() < 1e-9, "{loss} {whole}");
+        Ok(())
+    }
 
     #[test]
     fn a_mean_of_nothing_is_no_negative_zero() {

@@ -13,7 +13,7 @@ use moa_core::{ElasticRule, HeadRule, ModelShape, Plan, PlanRequest, Profile};
 use crate::decoder::model::Decoder;
 use crate::device::Math;
 use crate::find_plan::exchange::{Budget, exchange};
-use crate::find_plan::measure::{Best, Evidence, HeldOut, Measure, Merit, Scope};
+use crate::find_plan::measure::{Best, Effort, Evidence, HeldOut, Measure, Merit, Scope};
 use crate::find_plan::precision::{CacheTypes, choose, typed};
 use crate::find_plan::table::Table;
 use crate::progress::Progress;
@@ -41,6 +41,9 @@ pub struct Refined {
     pub held_out: Vec<HeldOut>,
     /// Plans measured.
     pub evaluations: usize,
+    /// Measurements beside those of the starts that the time was expected to be enough for, where they are fewer than
+    /// might have been made.
+    pub fitting: Option<usize>,
     /// Wall time of the refinement, in seconds.
     pub seconds: f64,
 }
@@ -69,7 +72,8 @@ pub fn refine<D: Math>(
             return Err(Error::invalid("cache types of plans", "the same in all", "several"));
         }
     }
-    refine_types(model, evidence, starts, (request, types), profile, evaluations, progress)
+    let effort = Effort { evaluations, deadline: None };
+    refine_types(model, evidence, starts, (request, types), profile, effort, progress)
 }
 
 /// [`refine`] of plans whose heads have types. Where they choose their own, as many measurements again are made.
@@ -79,7 +83,7 @@ pub(super) fn refine_types<D: Math>(
     starts: &[Plan],
     (request, types): (&PlanRequest, CacheTypes),
     profile: &Profile,
-    evaluations: usize,
+    Effort { evaluations, deadline }: Effort,
     progress: &mut dyn Progress,
 ) -> Result<Refined> {
     let begin = Instant::now();
@@ -88,16 +92,19 @@ pub(super) fn refine_types<D: Math>(
     };
     let expected = evaluations.max(starts.len() + 3);
     let expected = if types == CacheTypes::PerHead { 2 * expected } else { expected };
+    let expected = (expected, deadline);
     let mut measure = Measure::new(model, evidence, types.first(), expected, progress)?;
     let dense = full_plan(first, model.shape())?;
-    let dense_measured = measure.measured_as_device(&dense)?;
-    let dense_loss = measure.loss(&dense)?;
+    let dense_loss = measure.measure_dense()?.response_loss();
     let missing = || Error::invalid("plans", "at least one that was measured", 0);
     let start = measure.best(0, starts.to_vec(), None)?.ok_or_else(missing)?;
     let mut best = (measure.loss(&start.plan)?, start.plan);
     let start = measure.measured(&best.1, Scope::All)?;
     tracing::debug!(done = measure.done, best = best.0, dense_loss, "starts");
-    measure.allow(evaluations);
+    // Where heads choose their types, half of the time is for that.
+    let share = if types == CacheTypes::PerHead { 0.5 } else { 1.0 };
+    let fitting = measure.fitting(evaluations, share)?;
+    measure.allow(fitting);
     let enough = dense_loss + CLOSE;
     if measure.needed(&best.1)? > enough {
         let mut request = request.clone();
@@ -110,10 +117,10 @@ pub(super) fn refine_types<D: Math>(
             best = exchange(&mut measure, &request, best, Budget::Keys)?;
         }
     }
-    let mut held_out = hold(&mut measure, request, &mut best, evaluations)?;
+    let mut held_out = hold(&mut measure, request, &mut best, fitting)?;
     best.1 = typed(&best.1, types.first())?;
     if types == CacheTypes::PerHead && measure.needed(&best.1)? > enough {
-        measure.allow(evaluations);
+        measure.allow(measure.fitting(evaluations, 1.0)?);
         let chosen = choose(&mut measure, request, best.clone())?;
         let of_chosen = measure.held_out(&chosen.1)?;
         if excess(&of_chosen) <= excess(&held_out) {
@@ -133,9 +140,10 @@ pub(super) fn refine_types<D: Math>(
         divergence: losses.text_divergence(),
         start_loss: start.response_loss(),
         start_divergence: start.text_divergence(),
-        dense_loss: dense_measured.response_loss(),
+        dense_loss,
         held_out,
         evaluations: measure.done,
+        fitting: (fitting < evaluations).then_some(fitting),
         seconds: begin.elapsed().as_secs_f64(),
     })
 }
@@ -156,12 +164,13 @@ fn hold<D: Math>(
     for _ in 0..TIGHTENED {
         let excess = excess(&held_out);
         tracing::debug!(?held_out, excess, "held-out text");
-        if excess <= 1.0 || evaluations == 0 {
+        let allowed = measure.fitting(evaluations / 4, 1.0)?;
+        if excess <= 1.0 || allowed == 0 {
             break;
         }
         measure.tighten(1.0 / excess.min(2.0));
         best.0 = measure.loss(&best.1)?;
-        measure.allow(evaluations / 4);
+        measure.allow(allowed);
         let mut plans = Vec::new();
         for share in [0.1, 0.2, 0.4] {
             plans.extend(mixed(request, &best.1, uniform, share)?);
@@ -201,12 +210,11 @@ fn swap<D: Math>(
     let mut around = dense;
     // Most of the budget finds the heads that matter, the rest weighs spans against each other.
     let kept = measure.left() * 2 / 5;
+    // The first round may have all: exchange without knowing which heads matter is worth less.
+    let least = |round| shape.total_kv_heads() + if round == 0 { 0 } else { kept };
     let (mut is_better, mut round) = (true, 0);
     // A step of exchange finds more with as many measurements than another round after one that found nothing.
-    while measure.left() >= kept + shape.total_kv_heads()
-        && measure.needed(&best.1)? > enough
-        && is_better
-    {
+    while measure.left() >= least(round) && measure.needed(&best.1)? > enough && is_better {
         table.probe(measure, &around)?;
         let plans: Vec<Plan>;
         match &limited {

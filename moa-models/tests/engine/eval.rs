@@ -224,12 +224,19 @@ fn divergence_on_text_falls_as_spans_grow_and_bounds_the_search() -> Result<()> 
     let of = |evaluations, request: &PlanRequest| -> Result<_> {
         let starts = [narrow.clone()];
         let mut told = Vec::new();
-        let mut listener = |_, _, total| {
-            told.push(total);
+        let (mut begun, mut texts) = (None, 0);
+        let mut listener = |stage, done, total| {
+            match stage {
+                Stage::Measure => told.push(total),
+                _ => texts += 1,
+            }
+            begun.get_or_insert((stage, done));
             ControlFlow::Continue(())
         };
         let found =
             refine(model, evidence, &starts, request, &profile, evaluations, &mut listener)?;
+        // It is told of the first plan before that is measured, and of each held-out text.
+        assert_eq!((begun, texts > 0), (Some((Stage::Measure, 0)), true));
         // The start, dense attention, the limit, and the held-out text three times come on top.
         assert!(found.evaluations <= evaluations + 2 * (evaluations / 4) + 6);
         // A listener is told of more where the search goes on.

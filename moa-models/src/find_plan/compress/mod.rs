@@ -5,13 +5,15 @@ mod options;
 mod texts;
 mod warnings;
 
+use std::time::Instant;
+
 use moa_core::{ElasticRule, FoundPlans, Plan, PlanRequest, Profile, SparseAttentionBackend};
 
 use crate::checkpoint::Checkpoint;
 use crate::device::{Backward, Math};
 use crate::find_plan::calibrate::{Calibration, CalibrationData};
 use crate::find_plan::exchange::is_elastic;
-use crate::find_plan::measure::{Evidence, TextGoal};
+use crate::find_plan::measure::{Effort, Evidence, TextGoal};
 use crate::find_plan::objective::WeightedObjective;
 use crate::find_plan::precision::CacheTypes;
 use crate::find_plan::profile_all::DEFAULT_BLOCK;
@@ -53,6 +55,7 @@ pub fn compress<D: Backward>(
     options: &CompressOptions,
     progress: &mut dyn Progress,
 ) -> Result<Compressed> {
+    let begin = Instant::now();
     options.validate()?;
     let model = &checkpoint.model;
     check_types(&model.device, options.cache_types)?;
@@ -67,7 +70,7 @@ pub fn compress<D: Backward>(
     tracing::debug!(data = name, "calibrated");
     let profile = model.profile_all(&items, objective, DEFAULT_BLOCK, &description, progress)?;
     tracing::debug!("profiled");
-    compress_profile(checkpoint, data, profile, options, progress)
+    compress_since(begin, checkpoint, data, profile, options, progress)
 }
 
 /// [`compress`] of a model that was profiled before; the options' lengths are those of the profile.
@@ -76,6 +79,18 @@ pub fn compress<D: Backward>(
 /// As [`compress`]; [`Error::Core`] with [`ShapeMismatch`](moa_core::Error::ShapeMismatch) or
 /// [`FingerprintMismatch`](moa_core::Error::FingerprintMismatch) if the profile is of another model.
 pub fn compress_profile<D: Math>(
+    checkpoint: &Checkpoint<D>,
+    data: &CalibrationData,
+    profile: Profile,
+    options: &CompressOptions,
+    progress: &mut dyn Progress,
+) -> Result<Compressed> {
+    compress_since(Instant::now(), checkpoint, data, profile, options, progress)
+}
+
+/// [`compress_profile`] as a part of what began at `begin`.
+fn compress_since<D: Math>(
+    begin: Instant,
     checkpoint: &Checkpoint<D>,
     data: &CalibrationData,
     profile: Profile,
@@ -136,11 +151,20 @@ pub fn compress_profile<D: Math>(
     let evidence = Evidence { items: &items, texts: &texts, text_goal, held_out: &held_out };
     tracing::debug!(lengths = ?items.keys(), texts = texts.len(), "calibrated for validation");
     let evaluations = options.evaluations(model.shape());
+    // A limit beyond what the clock can hold is no limit.
+    let deadline = options.time_limit.and_then(|limit| begin.checked_add(limit));
+    let effort = Effort { evaluations, deadline };
     let bounds = (&request, options.cache_types);
-    let mut refined =
-        refine_types(model, evidence, &starts, bounds, &profile, evaluations, progress)?;
+    let mut refined = refine_types(model, evidence, &starts, bounds, &profile, effort, progress)?;
     refined.plan.provenance.method = Some("moa compress".to_string());
     let plan = refined.plan.clone();
+    if let (Some(fitting), Some(limit)) = (refined.fitting, options.time_limit) {
+        warnings.push(format!(
+            "within {:.1} minutes there was time to measure {fitting} of {evaluations} plans: more minutes may find \
+             a better one",
+            limit.as_secs_f64() / 60.0
+        ));
+    }
     let (growth, device) = (refined.loss - refined.dense_loss, model.device.default_cache_type());
     warnings.extend(plan_warnings(&plan, growth, &refined.held_out, Some(&request), device)?);
     Ok(Compressed { plan, profile, found, refined, warnings })

@@ -1,5 +1,7 @@
 //! What a plan may cost, and how it is found.
 
+use std::time::Duration;
+
 use moa_core::search::{Bound, Options as SolverOptions};
 use moa_core::{DEFAULT_SINK, ModelShape, PlanRequest, Space};
 
@@ -66,6 +68,10 @@ pub struct CompressOptions {
     /// none, `None` for 100 and six for each KV head. Up to half as many again where held-out text suffers more than
     /// it may, and all of that twice where heads choose their types.
     pub evaluations: Option<usize>,
+    /// Wall time of everything from the beginning of the call; `None` for no limit. By the pace of the first plans as
+    /// many are measured as there is expected to be time for: a fast machine may find a better plan than a slow one.
+    /// Where the time is over all the same, what is being measured is measured to its end, and nothing after it.
+    pub time_limit: Option<Duration>,
     /// Limits and accuracy of the search.
     pub solver: SolverOptions,
     /// Seed of everything drawn.
@@ -96,6 +102,7 @@ impl Default for CompressOptions {
             text_samples: 4,
             text_weight: None,
             evaluations: None,
+            time_limit: None,
             solver: SolverOptions::default(),
             seed: 0,
         }
