@@ -20,7 +20,7 @@ pub(crate) struct Progress {
     /// How long the stages took that the library told and that have ended.
     ended: Vec<(&'static str, Duration)>,
     /// The stage that runs, and its beginning.
-    last: Option<(&'static str, Instant)>,
+    running: Option<(&'static str, Instant)>,
 }
 
 /// How long a stage of a job took.
@@ -63,15 +63,15 @@ impl Progress {
             bar.set_style(style);
         }
         let lines = (!context.quiet && !is_terminal).then(Lines::default);
-        Self { bar, lines, follows_stages, ended: Vec::new(), last: None }
+        Self { bar, lines, follows_stages, ended: Vec::new(), running: None }
     }
 
     /// How long each stage took so far, in the order in which they first began; what a stage took that came several
     /// times is added.
     pub(crate) fn seconds(&self) -> Vec<StageSeconds> {
-        let last = self.last.map(|(stage, begin)| (stage, begin.elapsed()));
+        let running = self.running.map(|(stage, begin)| (stage, begin.elapsed()));
         let mut sums: Vec<StageSeconds> = Vec::new();
-        for (stage, time) in self.ended.iter().copied().chain(last) {
+        for (stage, time) in self.ended.iter().copied().chain(running) {
             let seconds = time.as_secs_f64();
             match sums.iter_mut().find(|sum| sum.stage == stage) {
                 Some(sum) => sum.seconds += seconds,
@@ -116,8 +116,8 @@ impl Progress {
 impl moa_models::Progress for Progress {
     fn update(&mut self, stage: Stage, done: usize, total: usize) -> ControlFlow<()> {
         if self.follows_stages && self.bar.prefix() != stage.name() {
-            let began = self.last.replace((stage.name(), Instant::now()));
-            self.ended.extend(began.map(|(stage, begin)| (stage, begin.elapsed())));
+            let before = self.running.replace((stage.name(), Instant::now()));
+            self.ended.extend(before.map(|(stage, begin)| (stage, begin.elapsed())));
             self.bar.reset();
             self.bar.set_prefix(stage.name());
             self.lines = self.lines.take().map(|_| Lines::default());

@@ -67,7 +67,9 @@ fn a_search_measures_what_there_is_time_for_and_says_so() {
     let long = json_of(root, &of(&["--minutes", "60", "--evaluations", "30"]));
     assert!(!warns(&long), "{long}");
     assert!(long["losses"]["evaluations"].as_u64().unwrap() > short, "{long}");
-    for minutes in ["0", "-1", "x", "nan", "1e300"] {
-        refuses(root, &of(&["--minutes", minutes]), &["--minutes", minutes]);
+    let refused = ["--minutes=0", "--minutes=-1", "--minutes=nan", "--minutes=1e300"]
+        .map(|m| (m, "time above 0"));
+    for (minutes, reason) in refused.into_iter().chain([("--minutes=x", "not a number")]) {
+        refuses(root, &of(&[minutes]), &["--minutes <MINUTES>", reason]);
     }
 }
