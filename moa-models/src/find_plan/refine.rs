@@ -42,7 +42,7 @@ pub struct Refined {
     /// Plans measured.
     pub evaluations: usize,
     /// Measurements beside those of the starts that the time was expected to be enough for, where they are fewer than
-    /// might have been made.
+    /// might have been made and the plan is not as good as dense attention on the evidence.
     pub fitting: Option<usize>,
     /// Wall time of the refinement, in seconds.
     pub seconds: f64,
@@ -127,6 +127,7 @@ pub(super) fn refine_types<D: Math>(
             (best, held_out) = (chosen, of_chosen);
         }
     }
+    let is_cut = fitting < evaluations && measure.needed(&best.1)? > enough;
     let mut plan = best.1;
     plan.provenance = starts[0].provenance.clone();
     let losses = measure.measured(&plan, Scope::All)?;
@@ -143,7 +144,7 @@ pub(super) fn refine_types<D: Math>(
         dense_loss,
         held_out,
         evaluations: measure.done,
-        fitting: (fitting < evaluations).then_some(fitting),
+        fitting: is_cut.then_some(fitting),
         seconds: begin.elapsed().as_secs_f64(),
     })
 }
