@@ -1,6 +1,7 @@
 //! Captured work: what it computes, and what is refused.
 
-use moa_backend_cuda::{Arena, Device, Dtype, Error, Operations, Tensor};
+use cudarc::driver::sys;
+use moa_backend_cuda::{Arena, Device, Dtype, Error, Indices, Operations, Tensor};
 use moa_conformance::{Stop, Trial, Verdict, trials};
 use moa_core::ArgumentError;
 
@@ -10,6 +11,8 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials![
         a_captured_step_computes_what_it_did_when_rehearsed,
         work_that_was_not_rehearsed_is_refused_and_the_stream_goes_on,
+        a_capture_that_another_thread_ended_says_so_and_can_be_made_again,
+        devices_come_and_go_while_another_one_captures,
     ]
 }
 
@@ -78,5 +81,89 @@ fn work_that_was_not_rehearsed_is_refused_and_the_stream_goes_on() -> Verdict {
             || matches!(refused, Err(Error::Argument(ArgumentError { operation: "capture", .. })))
     );
     assert_eq!(operations.add(x.clone(), &x).unwrap().to_f32().unwrap(), vec![0.0; 256]);
+    Ok(())
+}
+
+/// Work on a device of its own that puts a row of a product, which `ids` choose, into `out`.
+struct Chosen {
+    device: Device,
+    operations: Operations,
+    weight: Tensor,
+    norm: Tensor,
+    ids: Indices,
+    out: Tensor,
+    arena: Arena,
+}
+
+impl Chosen {
+    /// Rehearsed for the first row.
+    fn new() -> Result<Self, Stop> {
+        let device = device()?;
+        let operations = Operations::new(&device, Dtype::Bf16)?;
+        let weight = operations.random(&[64, 64], Dtype::Bf16, 0.2, 1)?;
+        let norm = Tensor::from_f32(&device, &[1.0; 64], &[64], Dtype::F32)?;
+        let ids = operations.indices([0].into_iter(), 64)?;
+        let out = Tensor::zeros(&device, &[1, 64], Dtype::F32)?;
+        let made = Self { device, operations, weight, norm, ids, out, arena: Arena::new() };
+        made.arena.rehearse(|| made.work())?;
+        Ok(made)
+    }
+
+    fn work(&self) -> Result<(), Error> {
+        // SAFETY: the ids are below 64.
+        let x = unsafe { self.operations.embed_at(&self.weight, &self.ids, 1.0) }?;
+        let h = self.operations.rms_norm(&x, &self.norm, 1e-5)?;
+        self.operations.linear_into(&h, &self.weight, &self.out)
+    }
+
+    fn choose(&self, row: usize) -> Result<(), Error> {
+        self.operations.set_indices(&self.ids, [row].into_iter(), 64)
+    }
+}
+
+fn a_capture_that_another_thread_ended_says_so_and_can_be_made_again() -> Verdict {
+    let chosen = Chosen::new()?;
+    let first = chosen.out.to_f32()?;
+    chosen.choose(5)?;
+    let waits_for_all = || {
+        // SAFETY: the context is the one of all devices of this process, which `chosen` keeps.
+        let waits = || unsafe {
+            let mut context = std::ptr::null_mut();
+            sys::cuDevicePrimaryCtxRetain(&raw mut context, 0).result().unwrap();
+            sys::cuCtxSetCurrent(context).result().unwrap();
+            // Refused or not, it ends what others capture.
+            let _ = sys::cuCtxSynchronize();
+            sys::cuDevicePrimaryCtxRelease_v2(0).result().unwrap();
+        };
+        std::thread::scope(|scope| scope.spawn(waits).join()).unwrap();
+        chosen.work()
+    };
+    // SAFETY: the work only launches and drops what it makes; everything else outlives the graph.
+    let ended = unsafe { chosen.device.capture(&chosen.arena, waits_for_all) };
+    assert!(matches!(ended, Err(Error::CaptureInvalidated)), "{ended:?}");
+    assert_eq!(chosen.out.to_f32()?, first, "what was captured has run");
+    // SAFETY: as above.
+    let mut graph = unsafe { chosen.device.capture(&chosen.arena, || chosen.work()) }?;
+    // SAFETY: as above.
+    unsafe { graph.launch() }?;
+    let got = chosen.out.to_f32()?;
+    chosen.work()?;
+    assert_eq!(got, chosen.out.to_f32()?);
+    assert_ne!(got, first);
+    Ok(())
+}
+
+/// The libraries' handles of one device must not end what another device of the same GPU captures.
+fn devices_come_and_go_while_another_one_captures() -> Verdict {
+    let chosen = Chosen::new()?;
+    let come_and_go = || {
+        let opens = || Operations::new(&Device::open(0).unwrap(), Dtype::Bf16).map(drop).unwrap();
+        std::thread::scope(|scope| scope.spawn(opens).join()).unwrap();
+        chosen.work()
+    };
+    for _ in 0..3 {
+        // SAFETY: the work only launches and drops what it makes; everything else outlives the graph.
+        unsafe { chosen.device.capture(&chosen.arena, come_and_go) }?;
+    }
     Ok(())
 }
