@@ -153,17 +153,27 @@ fn a_capture_that_another_thread_ended_says_so_and_can_be_made_again() -> Verdic
     Ok(())
 }
 
-/// The libraries' handles of one device must not end what another device of the same GPU captures.
+/// What opens and drops devices of a GPU must not end what another one captures there, the libraries' handles above all.
 fn devices_come_and_go_while_another_one_captures() -> Verdict {
     let chosen = Chosen::new()?;
-    let come_and_go = || {
-        let opens = || Operations::new(&Device::open(0).unwrap(), Dtype::Bf16).map(drop).unwrap();
-        std::thread::scope(|scope| scope.spawn(opens).join()).unwrap();
-        chosen.work()
+    let during = |what: &str, act: &mut (dyn FnMut() + Send)| {
+        let come_and_go = || {
+            std::thread::scope(|scope| scope.spawn(act).join()).unwrap();
+            chosen.work()
+        };
+        // SAFETY: the work only launches and drops what it makes; everything else outlives the graph.
+        let captured = unsafe { chosen.device.capture(&chosen.arena, come_and_go) };
+        captured.map(drop).unwrap_or_else(|error| panic!("{what}: {error}"));
     };
     for _ in 0..3 {
-        // SAFETY: the work only launches and drops what it makes; everything else outlives the graph.
-        unsafe { chosen.device.capture(&chosen.arena, come_and_go) }?;
+        let (mut device, mut operations) = (None, None);
+        during("a device is opened", &mut || device = Some(Device::open(0).unwrap()));
+        during("its operations are made", &mut || {
+            operations =
+                device.as_ref().map(|device| Operations::new(device, Dtype::Bf16).unwrap());
+        });
+        during("they are dropped", &mut || operations = None);
+        during("the device is dropped", &mut || device = None);
     }
     Ok(())
 }
