@@ -1,5 +1,7 @@
 //! Captured work: what it computes, and what is refused.
 
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+
 use cudarc::driver::sys;
 use moa_backend_cuda::{Arena, Device, Dtype, Error, Indices, Operations, Tensor};
 use moa_conformance::{Stop, Trial, Verdict, trials};
@@ -16,6 +18,14 @@ pub(crate) fn trials() -> Vec<Trial> {
     ]
 }
 
+/// Read by tests that capture, written by the one that waits for a whole GPU, which ends what others capture.
+static WHOLE_GPU: RwLock<()> = RwLock::new(());
+
+/// Nobody waits for a whole GPU meanwhile.
+pub(crate) fn undisturbed() -> RwLockReadGuard<'static, ()> {
+    WHOLE_GPU.read().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// A device of the test's own: other threads must not use a stream that is being captured.
 fn device() -> Result<Device, Stop> {
     gpu::device()?;
@@ -23,6 +33,7 @@ fn device() -> Result<Device, Stop> {
 }
 
 fn a_captured_step_computes_what_it_did_when_rehearsed() -> Verdict {
+    let _undisturbed = undisturbed();
     let device = &device()?;
     let operations = Operations::new(device, Dtype::Bf16).unwrap();
     let weight = operations.random(&[64, 64], Dtype::Bf16, 0.2, 1).unwrap();
@@ -64,6 +75,7 @@ fn a_captured_step_computes_what_it_did_when_rehearsed() -> Verdict {
 }
 
 fn work_that_was_not_rehearsed_is_refused_and_the_stream_goes_on() -> Verdict {
+    let _undisturbed = undisturbed();
     let device = &device()?;
     let operations = Operations::new(device, Dtype::F16).unwrap();
     let x = Tensor::zeros(device, &[4, 64], Dtype::F32).unwrap();
@@ -122,6 +134,7 @@ impl Chosen {
 }
 
 fn a_capture_that_another_thread_ended_says_so_and_can_be_made_again() -> Verdict {
+    let _alone = WHOLE_GPU.write().unwrap_or_else(PoisonError::into_inner);
     let chosen = Chosen::new()?;
     let first = chosen.out.to_f32()?;
     chosen.choose(5)?;
@@ -155,6 +168,7 @@ fn a_capture_that_another_thread_ended_says_so_and_can_be_made_again() -> Verdic
 
 /// What opens and drops devices of a GPU must not end what another one captures there, the libraries' handles above all.
 fn devices_come_and_go_while_another_one_captures() -> Verdict {
+    let _undisturbed = undisturbed();
     let chosen = Chosen::new()?;
     let during = |what: &str, act: &mut (dyn FnMut() + Send)| {
         let come_and_go = || {
