@@ -219,3 +219,68 @@ impl Products<V4> for Pairs {
         total
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Weights of scores, a pair of keys after the other, and their sums.
+    fn weights(pairs: Pairs, scores: &[[f32; LANES]]) -> (Vec<[f32; LANES]>, [f32; LANES]) {
+        #[target_feature(
+            enable = "avx2,fma,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16"
+        )]
+        fn run(pairs: Pairs, scores: &mut [f32]) -> f32x16 {
+            let zero = pairs.0.splat_f32s(0.0);
+            pairs.weights::<1>(pairs.0, 1, V4::as_mut_simd_f32s(scores).0, [zero])[0]
+        }
+        let mut panel = vec![[0.0; PANEL]; scores.len()];
+        for (panel, scores) in panel.iter_mut().zip(scores) {
+            panel[LANES..2 * LANES].copy_from_slice(scores);
+        }
+        // SAFETY: the machine has the instructions, or there would be no value of this type.
+        let sums = unsafe { run(pairs, panel.as_flattened_mut()) };
+        let weight =
+            |key: usize| std::array::from_fn(|i| pairs.summand(panel[key / 2][LANES + i], key));
+        ((0..scores.len()).map(weight).collect(), bytemuck::cast(sums))
+    }
+
+    #[test]
+    fn weights_are_the_nearest_bf16_and_add_up() {
+        let Some(pairs) = Pairs::here() else { return };
+        let scores: Vec<[f32; LANES]> = (0..2000)
+            .map(|key| std::array::from_fn(|i| -0.004 * (key * LANES + i) as f32 % 125.0))
+            .collect();
+        let (found, sums) = weights(pairs, &scores);
+        let mut expected = [0.0; LANES];
+        for (scores, found) in scores.iter().zip(&found) {
+            for i in 0..LANES {
+                let exact = f64::from(scores[i]).exp2();
+                let error = (f64::from(found[i]) - exact).abs() / exact;
+                // Half a step, and the polynomial.
+                assert!(error < 1.0 / 512.0 + 8e-5, "{}: {} {exact}", scores[i], found[i]);
+                expected[i] += f64::from(found[i]);
+            }
+        }
+        for (sum, expected) in sums.into_iter().zip(expected) {
+            assert!((f64::from(sum) - expected).abs() < 1e-5 * expected, "{sum} {expected}");
+        }
+    }
+
+    #[test]
+    fn weights_at_the_ends_are_exact() {
+        let Some(pairs) = Pairs::here() else { return };
+        for (score, expected) in
+            [(0.0, 1.0), (-1.0, 0.5), (-1e30, 0.0), (f32::NEG_INFINITY, 0.0), (-200.0, 0.0)]
+        {
+            let (found, sums) = weights(pairs, &[[score; LANES], [f32::NEG_INFINITY; LANES]]);
+            assert_eq!(
+                (found[0], found[1], sums),
+                ([expected; LANES], [0.0; LANES], [expected; LANES])
+            );
+        }
+        for bits in [0x7fc0_0000, 0xffff_0000, 0x7fff_0000] {
+            let (found, sums) = weights(pairs, &[[f32::from_bits(bits); LANES], [0.0; LANES]]);
+            assert!(found[0].iter().chain(&sums).all(|x| x.is_nan()));
+        }
+    }
+}
