@@ -10,9 +10,12 @@ use crate::{Cache, Error, Result, Tensor, attention, influence};
 
 /// Attention on CPU threads and SIMD.
 ///
-/// Arithmetic is f32 always; the type in which caches hold keys and values is a choice. The default, f32,
-/// rounds nothing; bf16 and f16 halve the memory, narrower types take less still. A layout may choose another
-/// type for each head.
+/// The type in which caches hold keys and values is a choice. The default, f32, rounds nothing; bf16 and f16 halve
+/// the memory, narrower types take less still. A layout may choose another type for each head.
+///
+/// Sums are f32. So are products, but for two: keys in int8 and int4 meet the queries of one or a few tokens in whole
+/// numbers, and chunks of more tokens over keys and values in bf16 take products of bf16 on machines that multiply
+/// pairs of them (AVX-512 BF16), for which queries and weights are rounded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CpuBackend {
     cache_type: CacheType,

@@ -26,7 +26,7 @@ pub(crate) fn extend(
     inputs: &ExtendInputs<'_, Tensor>,
 ) -> Result<Extended<Tensor>> {
     let shape = check_extend(batch, inputs, Tensor::shape)?;
-    let mut out = Tensor::zeros(inputs.q.shape())?;
+    let mut out = Tensor::scratch(inputs.q.shape())?;
     let mut lse = match inputs.lse {
         true => Some(Tensor::zeros(&[shape.tokens, shape.query_heads])?),
         false => None,

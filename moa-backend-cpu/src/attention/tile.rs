@@ -190,7 +190,8 @@ impl TileTask<'_> {
                 }
                 let padded = p * PANEL..p * PANEL + width;
                 if seen.partly {
-                    mask(simd, &all_row_tokens[padded.clone()], &bounds[seen.keys.clone()], scores);
+                    let row_token = (&all_row_tokens[padded.clone()], row_token.len());
+                    mask(simd, row_token, &bounds[seen.keys.clone()], scores);
                 }
                 let state = (&mut max[padded.clone()], &mut sum[padded]);
                 softmax(simd, products, n, scores, state, o);
@@ -440,12 +441,24 @@ fn pad(
     bounds[count..count + missing].fill((f32::INFINITY, f32::NEG_INFINITY));
 }
 
-/// Hides the scores of rows whose token lies outside a key's bounds.
+/// Hides the scores of rows whose token lies outside a key's bounds. The tokens of the first `rows` rows ascend; what
+/// is left of a vector is padding.
 #[inline(always)]
-fn mask<S: Simd>(simd: S, row_token: &[f32], bounds: &[(f32, f32)], scores: &mut [f32]) {
+fn mask<S: Simd>(
+    simd: S,
+    (row_token, rows): (&[f32], usize),
+    bounds: &[(f32, f32)],
+    scores: &mut [f32],
+) {
+    let (Some(&low), Some(&high)) = (row_token[..rows].first(), row_token[..rows].last()) else {
+        return;
+    };
     let (row_token, _) = S::as_simd_f32s(row_token);
     let hidden = simd.splat_f32s(f32::NEG_INFINITY);
     for (scores, &(first, last)) in scores.chunks_exact_mut(PANEL).zip(bounds) {
+        if first <= low && last >= high {
+            continue;
+        }
         let (first, last) = (simd.splat_f32s(first), simd.splat_f32s(last));
         for (score, &token) in S::as_mut_simd_f32s(scores).0.iter_mut().zip(row_token) {
             let below = simd.less_than_f32s(token, first);
@@ -500,8 +513,9 @@ fn softmax_columns<S: Simd, P: Products<S>, const C: usize>(
     // By number, as in `panels`, here and below.
     let mut new_max = *max;
     for row in scores.chunks_exact(stride) {
+        let row = &row[at..at + C];
         for c in 0..C {
-            new_max[c] = simd.max_f32s(new_max[c], row[at + c]);
+            new_max[c] = simd.max_f32s(new_max[c], row[c]);
         }
     }
     let total = products.weights(simd, at, scores, new_max);
