@@ -49,7 +49,7 @@ fn operations(spans: &[Span], tokens: usize) -> u64 {
 }
 
 fn prefill(c: &mut Criterion) {
-    let backend = CpuBackend::new(Dtype::Bf16);
+    let backend = CpuBackend::new(Dtype::Bf16).narrow_products(true);
     let mut group = c.benchmark_group("prefill");
     group.sample_size(10).sampling_mode(SamplingMode::Flat);
     for tokens in [1024, 2048, 4096, 8192] {
@@ -76,7 +76,7 @@ fn prefill(c: &mut Criterion) {
 fn turn(c: &mut Criterion) {
     const TOKENS: usize = 700;
     const BEFORE: usize = 6400;
-    let backend = CpuBackend::new(Dtype::Bf16);
+    let backend = CpuBackend::new(Dtype::Bf16).narrow_products(true);
     let inputs = |tokens: usize| {
         [(QUERY_HEADS, 1), (KV_HEADS, 2), (KV_HEADS, 3)]
             .map(|(heads, seed)| tensor(tokens, heads, seed))

@@ -218,8 +218,7 @@ impl Subject for Candle {
     }
 
     fn typed_tolerance(&self) -> Option<f64> {
-        // Chunks over heads in bf16 round queries and weights to bf16 on CPUs that multiply such pairs.
-        Some(self.of_type(1e-2, 1e-2, 2e-2))
+        Some(self.of_type(2.5e-4, 2e-3, 2e-2))
     }
 
     fn same(&self) -> f64 {

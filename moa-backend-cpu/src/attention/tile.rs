@@ -45,6 +45,8 @@ pub(crate) struct TileTask<'a> {
     pub(crate) keys: Source<'a>,
     pub(crate) values: Source<'a>,
     pub(crate) rule: Rule<'a>,
+    /// Whether products may be of bf16.
+    pub(crate) narrow: bool,
     pub(crate) out: &'a SharedMut<'a, f32>,
     pub(crate) lse: Option<&'a SharedMut<'a, f32>>,
 }
@@ -68,7 +70,7 @@ impl TileTask<'_> {
     fn pairs<S: Simd>(&self) -> Option<Pairs> {
         let both = [self.keys, self.values];
         let are_bf16 = both.iter().all(|s| s.rows.row_type() == RowType::Plain(Dtype::Bf16));
-        if are_bf16 && is_avx512::<S>() { Pairs::here() } else { None }
+        if self.narrow && are_bf16 && is_avx512::<S>() { Pairs::here() } else { None }
     }
 
     #[inline(always)]
