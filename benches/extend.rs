@@ -3,7 +3,7 @@
 //! `cargo bench -p moa-benches --bench extend`; `RAYON_NUM_THREADS` sets the threads.
 
 use criterion::{
-    BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
+    BatchSize, BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main,
 };
 use moa_backend_cpu::{Cache, CpuBackend, Tensor};
 use moa_core::{
@@ -49,7 +49,7 @@ fn operations(spans: &[Span], tokens: usize) -> u64 {
 }
 
 fn prefill(c: &mut Criterion) {
-    let backend = CpuBackend::new(Dtype::Bf16);
+    let backend = CpuBackend::new(Dtype::Bf16).narrow_products(true);
     let mut group = c.benchmark_group("prefill");
     group.sample_size(10).sampling_mode(SamplingMode::Flat);
     for tokens in [1024, 2048, 4096, 8192] {
@@ -68,6 +68,41 @@ fn prefill(c: &mut Criterion) {
                 });
             });
         }
+    }
+    group.finish();
+}
+
+/// The last turn of a chat: 700 tokens after 6,400, over all of them or over 2,048, beside the same tokens alone.
+fn turn(c: &mut Criterion) {
+    const TOKENS: usize = 700;
+    const BEFORE: usize = 6400;
+    let backend = CpuBackend::new(Dtype::Bf16).narrow_products(true);
+    let inputs = |tokens: usize| {
+        [(QUERY_HEADS, 1), (KV_HEADS, 2), (KV_HEADS, 3)]
+            .map(|(heads, seed)| tensor(tokens, heads, seed))
+    };
+    let (first, last) = (inputs(BEFORE), inputs(TOKENS));
+    let mut group = c.benchmark_group("turn");
+    let quarter = vec![Span::new(64, 1984).unwrap(); KV_HEADS];
+    for (name, before, spans) in [
+        ("alone", 0, quarter.clone()),
+        ("quarter", BEFORE, quarter),
+        ("dense", BEFORE, dense(BEFORE + TOKENS)),
+    ] {
+        let layout = LayerLayout::new(&spans, BEFORE + TOKENS, 0).unwrap();
+        let mut filled = backend.open(&layout, HEAD_DIM).unwrap();
+        if before > 0 {
+            extend(&backend, &mut filled, first.each_ref(), false);
+        }
+        let work = operations(&spans, before + TOKENS) - operations(&spans, before);
+        group.throughput(Throughput::Elements(work));
+        group.bench_function(BenchmarkId::new(name, TOKENS), |b| {
+            b.iter_batched_ref(
+                || backend.fork(&filled).unwrap(),
+                |cache| extend(&backend, cache, last.each_ref(), false),
+                BatchSize::PerIteration,
+            );
+        });
     }
     group.finish();
 }
@@ -195,5 +230,5 @@ fn machine(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, machine, prefill, decode, influence);
+criterion_group!(benches, machine, prefill, turn, decode, influence);
 criterion_main!(benches);

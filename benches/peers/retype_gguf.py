@@ -112,4 +112,5 @@ def main(source, name, target):
         file.writelines(parts)
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -107,6 +107,12 @@ pub enum Error {
     /// has ended it.
     #[error("the wait for the device was given up: another GPU of its group failed or hangs")]
     GivenUp,
+    /// A capture ended without a graph: another thread waited for the whole GPU meanwhile, as freeing a library's handle does.
+    /// Nothing has run; the same work can be captured again.
+    #[error(
+        "what was captured is void: another thread of this process waited for the whole GPU meanwhile"
+    )]
+    CaptureInvalidated,
     /// cuBLASLt refused a call.
     #[error("{call} failed{product}: {status}")]
     Blas {

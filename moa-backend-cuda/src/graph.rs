@@ -55,7 +55,7 @@ impl Device {
     ///
     /// # Errors
     /// What `work` returns, [`Error::Argument`] if it makes other tensors than in the rehearsal or
-    /// launches nothing, [`Error::Driver`].
+    /// launches nothing, [`Error::CaptureInvalidated`] whatever `work` returns, [`Error::Driver`].
     ///
     /// # Safety
     /// `work` neither waits for the device nor copies from or to the host, and writes no weight of a matrix
@@ -76,6 +76,11 @@ impl Device {
         let done = arena.enter(false, work);
         drop(guard);
         let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0));
+        if let Err(error) = &graph
+            && error.0 == sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
+        {
+            return Err(Error::CaptureInvalidated.into());
+        }
         done?;
         let graph = graph.map_err(Error::driver("cuGraphInstantiate"))?;
         let empty = || Error::argument("capture", "work", "at least one launch", "none");

@@ -178,19 +178,26 @@ impl Nccl {
         }
     }
 
-    /// Gives up: sums under way on this GPU end, with whatever numbers, and later ones fail.
+    /// Gives up: sums under way on this GPU end soon, with whatever numbers, and later ones fail.
     pub fn abort(&self) {
         self.end(self.comm.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
+    /// NCCL tells the sums under way to end before anything else, but returns only once all graphs are gone that have captured
+    /// sums of this communicator. Who calls this may own them, so that NCCL is called by a thread which nobody waits for.
     fn end(&self, comm: Option<Comm>) {
-        if let Some(comm) = comm
-            && self.device.bind().is_ok()
-        {
-            // SAFETY: it was taken, so that nothing uses it any more. There is nothing to do about a
-            // failure.
-            let _ = unsafe { (self.library.comm_abort)(comm.0) };
-        }
+        let Some(comm) = comm else { return };
+        let (device, abort) = (self.device.clone(), self.library.comm_abort);
+        let call = move || {
+            // All of it moves here, the communicator as a whole.
+            let Comm(comm) = { comm };
+            if device.bind().is_ok() {
+                // SAFETY: it was taken, so that nothing uses it any more. There is nothing to do about a failure.
+                let _ = unsafe { abort(comm) };
+            }
+        };
+        // Without a thread the sums go on: nobody could end them and go on by itself.
+        let _ = std::thread::Builder::new().name("nccl-abort".into()).spawn(call);
     }
 }
 

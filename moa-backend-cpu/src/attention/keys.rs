@@ -1,5 +1,6 @@
 use std::ops::Range;
 
+use half::bf16;
 use moa_core::{HeadLayout, RowType, rotation};
 
 use crate::cache::Rows;
@@ -82,6 +83,9 @@ pub(crate) trait HeadRows: Sync {
     /// The rows themselves, if they are f32 in one piece.
     fn plain(&self, part: Part) -> Option<&[f32]>;
 
+    /// The rows themselves, if they are bf16.
+    fn bf16s(&self, part: Part) -> Option<&[bf16]>;
+
     /// The rows as f32.
     fn widen(&self, part: Part, to: &mut [f32]);
 }
@@ -141,6 +145,10 @@ impl<E: RowElement> HeadRows for Rows<E> {
 
     fn plain(&self, part: Part) -> Option<&[f32]> {
         E::plain(self.part(part).0)
+    }
+
+    fn bf16s(&self, part: Part) -> Option<&[bf16]> {
+        E::bf16s(self.part(part).0)
     }
 
     fn widen(&self, part: Part, to: &mut [f32]) {

@@ -1,6 +1,7 @@
 //! Attention of new tokens over cached and new keys, then the append.
 
 mod keys;
+mod products;
 mod row;
 mod schedule;
 mod scores;
@@ -23,9 +24,10 @@ use crate::{Result, Tensor, workspace};
 pub(crate) fn extend(
     batch: &mut [Append<'_, Cache>],
     inputs: &ExtendInputs<'_, Tensor>,
+    narrow: bool,
 ) -> Result<Extended<Tensor>> {
     let shape = check_extend(batch, inputs, Tensor::shape)?;
-    let mut out = Tensor::zeros(inputs.q.shape())?;
+    let mut out = Tensor::scratch(inputs.q.shape())?;
     let mut lse = match inputs.lse {
         true => Some(Tensor::zeros(&[shape.tokens, shape.query_heads])?),
         false => None,
@@ -40,6 +42,7 @@ pub(crate) fn extend(
         shape: &shape,
         q: inputs.q.data(),
         rule: Rule::new(&inputs.scores),
+        narrow,
         out: SharedMut::new(out.data_mut()),
         lse: lse.as_mut().map(|lse| SharedMut::new(lse.data_mut())),
     };
@@ -55,6 +58,8 @@ struct Call<'a> {
     shape: &'a AttentionShape,
     q: &'a [f32],
     rule: Rule<'a>,
+    /// Whether products may be of bf16.
+    narrow: bool,
     out: SharedMut<'a, f32>,
     lse: Option<SharedMut<'a, f32>>,
 }
@@ -141,6 +146,7 @@ impl Call<'_> {
                 keys,
                 values,
                 rule: self.rule,
+                narrow: self.narrow,
                 out: &self.out,
                 lse: self.lse.as_ref(),
             }),

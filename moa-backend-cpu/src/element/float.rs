@@ -26,6 +26,11 @@ pub(crate) trait Element: Pod + Send + Sync {
         None
     }
 
+    /// The elements themselves, if they are bf16.
+    fn as_bf16(_from: &[Self]) -> Option<&[bf16]> {
+        None
+    }
+
     /// Exact. To be inlined into code compiled for the machine's instruction set.
     #[inline(always)]
     fn widen_slice(from: &[Self], to: &mut [f32]) {
@@ -81,6 +86,11 @@ impl Element for bf16 {
             let narrow = if from.is_nan() { bits >> 16 | 0x40 } else { rounded };
             *to = Self::from_bits(narrow as u16);
         }
+    }
+
+    #[inline(always)]
+    fn as_bf16(from: &[Self]) -> Option<&[bf16]> {
+        Some(from)
     }
 }
 

@@ -4,6 +4,7 @@ mod codes;
 mod float;
 
 use bytemuck::Pod;
+use half::bf16;
 use moa_core::{RowType, widen_scale};
 use pulp::Simd;
 
@@ -70,6 +71,11 @@ pub(crate) trait RowElement: Pod + Send + Sync {
         None
     }
 
+    /// The elements themselves, if they are bf16.
+    fn bf16s(_from: &[Self]) -> Option<&[bf16]> {
+        None
+    }
+
     /// What loaded elements of a row of this scale are to be multiplied by.
     #[inline(always)]
     fn scale(bits: u16) -> f32 {
@@ -104,5 +110,10 @@ impl<E: Element> RowElement for E {
     #[inline(always)]
     fn plain(from: &[Self]) -> Option<&[f32]> {
         E::as_f32(from)
+    }
+
+    #[inline(always)]
+    fn bf16s(from: &[Self]) -> Option<&[bf16]> {
+        E::as_bf16(from)
     }
 }

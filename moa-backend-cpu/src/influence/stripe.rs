@@ -218,8 +218,8 @@ impl Stripe<'_> {
         let q = inputs.q.data();
         let rows = queries.clone().enumerate();
         let q_rows = rows.clone().map(|(r, i)| (r, &q[row(inputs.q, i)]));
-        pack_columns(panel.q, q_rows, self.scale * to_log2);
-        pack_columns(panel.d_out, rows.map(|(r, i)| (r, &d_out[row(inputs.d_out, i)])), 1.0);
+        pack_columns(panel.q, q_rows, |x| x * (self.scale * to_log2));
+        pack_columns(panel.d_out, rows.map(|(r, i)| (r, &d_out[row(inputs.d_out, i)])), |x| x);
         for (r, i) in queries.clone().enumerate() {
             let q = &q[row(inputs.q, i)];
             let d_out = &d_out[row(inputs.d_out, i)];

@@ -84,6 +84,12 @@ pub(crate) fn allows_avx512() -> bool {
     *ALLOWS.get_or_init(|| std::env::var_os("MOA_NO_AVX512").is_none_or(is_no))
 }
 
+/// Whether the machine multiplies pairs of bf16 (AVX-512 BF16) and may do so.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn has_bf16_pairs() -> bool {
+    allows_avx512() && is_x86_feature_detected!("avx512bf16")
+}
+
 #[cfg(not(test))]
 use best as arch;
 

@@ -26,11 +26,36 @@ pub(crate) struct Outer<'a> {
     pub(crate) accumulate: bool,
 }
 
+/// What a lane of 32 bits adds to its sum at a time.
+pub(crate) trait Sum<S: Simd>: Copy {
+    /// `sum + x * w`, lane by lane.
+    fn add(self, simd: S, sum: S::f32s, x: S::f32s, w: S::f32s) -> S::f32s;
+}
+
+/// Products of f32.
+#[derive(Clone, Copy)]
+pub(crate) struct Plain;
+
+impl<S: Simd> Sum<S> for Plain {
+    #[inline(always)]
+    fn add(self, simd: S, sum: S::f32s, x: S::f32s, w: S::f32s) -> S::f32s {
+        simd.mul_add_e_f32s(x, w, sum)
+    }
+}
+
 impl WithSimd for Outer<'_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
+        self.run(simd, Plain);
+    }
+}
+
+impl Outer<'_> {
+    /// The product of lanes that are summed as `kind` says.
+    #[inline(always)]
+    pub(crate) fn run<S: Simd, K: Sum<S>>(self, simd: S, kind: K) {
         let Self { k, n, width, a, b, b_step, b_row, c, accumulate } = self;
         if n == 0 || width == 0 {
             return;
@@ -50,8 +75,8 @@ impl WithSimd for Outer<'_> {
                         // SAFETY: k rows of `a` and n rows of `c` with `width` columns lie inside
                         // the slices, and so does every element of `b`, by the assertions.
                         unsafe {
-                            micro::<S, $m, $rows>(
-                                simd,
+                            micro::<S, K, $m, $rows>(
+                                (simd, kind),
                                 k,
                                 a.as_ptr().add(column),
                                 b.as_ptr().add(row * b_row),
@@ -83,8 +108,8 @@ impl WithSimd for Outer<'_> {
 /// offsets `i * b_step + j * b_row` with `i < k`, `j < N`.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-unsafe fn micro<S: Simd, const M: usize, const N: usize>(
-    simd: S,
+unsafe fn micro<S: Simd, K: Sum<S>, const M: usize, const N: usize>(
+    (simd, kind): (S, K),
     k: usize,
     mut a: *const f32,
     mut b: *const f32,
@@ -106,7 +131,7 @@ unsafe fn micro<S: Simd, const M: usize, const N: usize>(
             let factor = simd.splat_f32s(unsafe { *b.add(j * b_row) });
             // By number, as in `panels`.
             for m in 0..M {
-                sums[m] = simd.mul_add_e_f32s(row[m], factor, sums[m]);
+                sums[m] = kind.add(simd, sums[m], row[m], factor);
             }
         }
         a = a.wrapping_add(PANEL);
@@ -124,19 +149,19 @@ unsafe fn micro<S: Simd, const M: usize, const N: usize>(
     }
 }
 
-/// Writes rows as columns of a panel: `panel[d][column(r)] = rows(r)[d] * scale`.
+/// Writes rows as columns of a panel: `panel[d][column(r)] = map(rows(r)[d])`.
 ///
 /// A stretch of elements at a time, so that the places in the panel stay in near memory.
 pub(crate) fn pack_columns<'a>(
     panel: &mut [f32],
     rows: impl Iterator<Item = (usize, &'a [f32])> + Clone,
-    scale: f32,
+    map: impl Fn(f32) -> f32,
 ) {
     const STRETCH: usize = 64;
     for (at, panel) in panel.chunks_mut(STRETCH * PANEL).enumerate() {
         for (column, row) in rows.clone() {
             for (to, x) in panel.chunks_exact_mut(PANEL).zip(&row[at * STRETCH..]) {
-                to[column] = x * scale;
+                to[column] = map(*x);
             }
         }
     }

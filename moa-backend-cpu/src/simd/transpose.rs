@@ -32,13 +32,17 @@ pub(crate) fn transpose<S: Simd>(
 #[target_feature(enable = "avx512f")]
 unsafe fn by_shuffles(from: *const f32, stride: usize, to: *mut f32, to_stride: usize) {
     use std::arch::x86_64::*;
-    // SAFETY: promised by the caller.
-    let rows: [__m512; 16] =
-        std::array::from_fn(|i| unsafe { _mm512_loadu_ps(from.add(i * stride)) });
+    // By number, as in `panels`, here and below.
+    let mut rows = [_mm512_setzero_ps(); 16];
+    for (i, row) in rows.iter_mut().enumerate() {
+        // SAFETY: promised by the caller.
+        *row = unsafe { _mm512_loadu_ps(from.add(i * stride)) };
+    }
     // Of each four rows, in each quarter of a vector: column 0, 1, 2 and 3 of that quarter.
     let mut fours = [_mm512_setzero_ps(); 16];
     for four in 0..4 {
-        let [a, b, c, d] = [0, 1, 2, 3].map(|i| rows[4 * four + i]);
+        let at = 4 * four;
+        let (a, b, c, d) = (rows[at], rows[at + 1], rows[at + 2], rows[at + 3]);
         let (ab, ab_high) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
         let (cd, cd_high) = (_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
         fours[4 * four] = _mm512_shuffle_ps::<0x44>(ab, cd);
@@ -47,22 +51,19 @@ unsafe fn by_shuffles(from: *const f32, stride: usize, to: *mut f32, to_stride: 
         fours[4 * four + 3] = _mm512_shuffle_ps::<0xee>(ab_high, cd_high);
     }
     for column in 0..4 {
-        let [a, b, c, d] = [0, 1, 2, 3].map(|four| fours[4 * four + column]);
+        let (a, b) = (fours[column], fours[4 + column]);
+        let (c, d) = (fours[8 + column], fours[12 + column]);
         let (ab, ab_high) =
             (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
         let (cd, cd_high) =
             (_mm512_shuffle_f32x4::<0x88>(c, d), _mm512_shuffle_f32x4::<0xdd>(c, d));
-        for (quarter, row) in [
-            _mm512_shuffle_f32x4::<0x88>(ab, cd),
-            _mm512_shuffle_f32x4::<0x88>(ab_high, cd_high),
-            _mm512_shuffle_f32x4::<0xdd>(ab, cd),
-            _mm512_shuffle_f32x4::<0xdd>(ab_high, cd_high),
-        ]
-        .into_iter()
-        .enumerate()
-        {
-            // SAFETY: promised by the caller.
-            unsafe { _mm512_storeu_ps(to.add((4 * quarter + column) * to_stride), row) };
+        // SAFETY: promised by the caller.
+        unsafe {
+            let (to, step) = (to.add(column * to_stride), 4 * to_stride);
+            _mm512_storeu_ps(to, _mm512_shuffle_f32x4::<0x88>(ab, cd));
+            _mm512_storeu_ps(to.add(step), _mm512_shuffle_f32x4::<0x88>(ab_high, cd_high));
+            _mm512_storeu_ps(to.add(2 * step), _mm512_shuffle_f32x4::<0xdd>(ab, cd));
+            _mm512_storeu_ps(to.add(3 * step), _mm512_shuffle_f32x4::<0xdd>(ab_high, cd_high));
         }
     }
 }

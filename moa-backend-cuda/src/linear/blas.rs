@@ -1,7 +1,7 @@
 //! Matrix products by cuBLASLt.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys::{
@@ -43,14 +43,35 @@ pub(crate) struct Product {
 #[derive(Debug)]
 pub(crate) struct Blas {
     device: Device,
-    handle: Handle,
+    handle: Arc<Handle>,
     scratch: CudaSlice<u8>,
     /// By product, and by the alignment in bytes that all its addresses have.
     prepared: Mutex<HashMap<(Product, u32), Arc<Prepared>>>,
 }
 
+/// One for all devices that were opened with the same ordinal, as making and destroying one waits for the whole GPU, which ends
+/// what other threads capture there.
 #[derive(Debug)]
 struct Handle(sys::cublasLtHandle_t);
+
+impl Handle {
+    fn of(device: &Device) -> Result<Arc<Self>> {
+        static HANDLES: Mutex<Vec<(usize, Weak<Handle>)>> = Mutex::new(Vec::new());
+        let ordinal = device.context().ordinal();
+        let mut handles = HANDLES.lock().unwrap_or_else(PoisonError::into_inner);
+        handles.retain(|(_, handle)| handle.strong_count() > 0);
+        let known = handles.iter().filter(|(of, _)| *of == ordinal);
+        if let Some(handle) = known.filter_map(|(_, handle)| handle.upgrade()).next() {
+            return Ok(handle);
+        }
+        library::cublaslt()?;
+        device.bind()?;
+        let handle = result::create_handle().map_err(failed("cublasLtCreate", None))?;
+        let handle = Arc::new(Self(handle));
+        handles.push((ordinal, Arc::downgrade(&handle)));
+        Ok(handle)
+    }
+}
 
 // SAFETY: cuBLASLt's functions may be called with one handle from any thread.
 unsafe impl Send for Handle {}
@@ -72,9 +93,7 @@ const MOST_PADDED: usize = 256;
 
 impl Blas {
     pub(crate) fn new(device: &Device) -> Result<Self> {
-        library::cublaslt()?;
-        device.bind()?;
-        let handle = Handle(result::create_handle().map_err(failed("cublasLtCreate", None))?);
+        let handle = Handle::of(device)?;
         let scratch = device.alloc("matrix products", SCRATCH_BYTES)?;
         Ok(Self { device: device.clone(), handle, scratch, prepared: Mutex::default() })
     }

@@ -1,6 +1,9 @@
 //! Captured work: what it computes, and what is refused.
 
-use moa_backend_cuda::{Arena, Device, Dtype, Error, Operations, Tensor};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+
+use cudarc::driver::sys;
+use moa_backend_cuda::{Arena, Device, Dtype, Error, Indices, Operations, Tensor};
 use moa_conformance::{Stop, Trial, Verdict, trials};
 use moa_core::ArgumentError;
 
@@ -10,7 +13,17 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials![
         a_captured_step_computes_what_it_did_when_rehearsed,
         work_that_was_not_rehearsed_is_refused_and_the_stream_goes_on,
+        a_capture_that_another_thread_ended_says_so_and_can_be_made_again,
+        devices_come_and_go_while_another_one_captures,
     ]
+}
+
+/// Read by tests that capture, written by the one that waits for a whole GPU, which ends what others capture.
+static WHOLE_GPU: RwLock<()> = RwLock::new(());
+
+/// Nobody waits for a whole GPU meanwhile.
+pub(crate) fn undisturbed() -> RwLockReadGuard<'static, ()> {
+    WHOLE_GPU.read().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A device of the test's own: other threads must not use a stream that is being captured.
@@ -20,6 +33,7 @@ fn device() -> Result<Device, Stop> {
 }
 
 fn a_captured_step_computes_what_it_did_when_rehearsed() -> Verdict {
+    let _undisturbed = undisturbed();
     let device = &device()?;
     let operations = Operations::new(device, Dtype::Bf16).unwrap();
     let weight = operations.random(&[64, 64], Dtype::Bf16, 0.2, 1).unwrap();
@@ -61,6 +75,7 @@ fn a_captured_step_computes_what_it_did_when_rehearsed() -> Verdict {
 }
 
 fn work_that_was_not_rehearsed_is_refused_and_the_stream_goes_on() -> Verdict {
+    let _undisturbed = undisturbed();
     let device = &device()?;
     let operations = Operations::new(device, Dtype::F16).unwrap();
     let x = Tensor::zeros(device, &[4, 64], Dtype::F32).unwrap();
@@ -78,5 +93,101 @@ fn work_that_was_not_rehearsed_is_refused_and_the_stream_goes_on() -> Verdict {
             || matches!(refused, Err(Error::Argument(ArgumentError { operation: "capture", .. })))
     );
     assert_eq!(operations.add(x.clone(), &x).unwrap().to_f32().unwrap(), vec![0.0; 256]);
+    Ok(())
+}
+
+/// Work on a device of its own that puts a row of a product, which `ids` choose, into `out`.
+struct Chosen {
+    device: Device,
+    operations: Operations,
+    weight: Tensor,
+    norm: Tensor,
+    ids: Indices,
+    out: Tensor,
+    arena: Arena,
+}
+
+impl Chosen {
+    /// Rehearsed for the first row.
+    fn new() -> Result<Self, Stop> {
+        let device = device()?;
+        let operations = Operations::new(&device, Dtype::Bf16)?;
+        let weight = operations.random(&[64, 64], Dtype::Bf16, 0.2, 1)?;
+        let norm = Tensor::from_f32(&device, &[1.0; 64], &[64], Dtype::F32)?;
+        let ids = operations.indices([0].into_iter(), 64)?;
+        let out = Tensor::zeros(&device, &[1, 64], Dtype::F32)?;
+        let made = Self { device, operations, weight, norm, ids, out, arena: Arena::new() };
+        made.arena.rehearse(|| made.work())?;
+        Ok(made)
+    }
+
+    fn work(&self) -> Result<(), Error> {
+        // SAFETY: the ids are below 64.
+        let x = unsafe { self.operations.embed_at(&self.weight, &self.ids, 1.0) }?;
+        let h = self.operations.rms_norm(&x, &self.norm, 1e-5)?;
+        self.operations.linear_into(&h, &self.weight, &self.out)
+    }
+
+    fn choose(&self, row: usize) -> Result<(), Error> {
+        self.operations.set_indices(&self.ids, [row].into_iter(), 64)
+    }
+}
+
+fn a_capture_that_another_thread_ended_says_so_and_can_be_made_again() -> Verdict {
+    let _alone = WHOLE_GPU.write().unwrap_or_else(PoisonError::into_inner);
+    let chosen = Chosen::new()?;
+    let first = chosen.out.to_f32()?;
+    chosen.choose(5)?;
+    let waits_for_all = || {
+        // SAFETY: the context is the one of all devices of this process, which `chosen` keeps.
+        let waits = || unsafe {
+            let mut context = std::ptr::null_mut();
+            sys::cuDevicePrimaryCtxRetain(&raw mut context, 0).result().unwrap();
+            sys::cuCtxSetCurrent(context).result().unwrap();
+            // Refused or not, it ends what others capture.
+            let _ = sys::cuCtxSynchronize();
+            sys::cuDevicePrimaryCtxRelease_v2(0).result().unwrap();
+        };
+        std::thread::scope(|scope| scope.spawn(waits).join()).unwrap();
+        chosen.work()
+    };
+    // SAFETY: the work only launches and drops what it makes; everything else outlives the graph.
+    let ended = unsafe { chosen.device.capture(&chosen.arena, waits_for_all) };
+    assert!(matches!(ended, Err(Error::CaptureInvalidated)), "{ended:?}");
+    assert_eq!(chosen.out.to_f32()?, first, "what was captured has run");
+    // SAFETY: as above.
+    let mut graph = unsafe { chosen.device.capture(&chosen.arena, || chosen.work()) }?;
+    // SAFETY: as above.
+    unsafe { graph.launch() }?;
+    let got = chosen.out.to_f32()?;
+    chosen.work()?;
+    assert_eq!(got, chosen.out.to_f32()?);
+    assert_ne!(got, first);
+    Ok(())
+}
+
+/// What opens and drops devices of a GPU must not end what another one captures there, the libraries' handles above all.
+fn devices_come_and_go_while_another_one_captures() -> Verdict {
+    let _undisturbed = undisturbed();
+    let chosen = Chosen::new()?;
+    let during = |what: &str, act: &mut (dyn FnMut() + Send)| {
+        let come_and_go = || {
+            std::thread::scope(|scope| scope.spawn(act).join()).unwrap();
+            chosen.work()
+        };
+        // SAFETY: the work only launches and drops what it makes; everything else outlives the graph.
+        let captured = unsafe { chosen.device.capture(&chosen.arena, come_and_go) };
+        captured.map(drop).unwrap_or_else(|error| panic!("{what}: {error}"));
+    };
+    for _ in 0..3 {
+        let (mut device, mut operations) = (None, None);
+        during("a device is opened", &mut || device = Some(Device::open(0).unwrap()));
+        during("its operations are made", &mut || {
+            operations =
+                device.as_ref().map(|device| Operations::new(device, Dtype::Bf16).unwrap());
+        });
+        during("they are dropped", &mut || operations = None);
+        during("the device is dropped", &mut || device = None);
+    }
     Ok(())
 }

@@ -133,6 +133,7 @@ fn rope_in_the_append_equals_rope_before_it() -> Verdict {
 }
 
 fn a_captured_step_replays_while_its_sequences_grow() -> Verdict {
+    let _undisturbed = crate::graph::undisturbed();
     let narrow = [Some(CacheType::Int8), Some(CacheType::Int4)];
     for (dtype, tokens, types) in [
         (Dtype::F16, 1, vec![]),

@@ -32,12 +32,13 @@ impl Cpu {
         }
     }
 
-    /// Whether activations are rounded to bf16 before they meet weights in bf16, on machines that multiply such
+    /// Whether activations are rounded to bf16 before they meet weights in bf16, and queries and weights of attention before they
+    /// meet keys and values in bf16 ([`CpuBackend::narrow_products`]), on machines that multiply such
     /// pairs (AVX-512 BF16), as GPUs do. Prompts then take about half the time. It is off in [`Cpu::new`], whose
     /// products are of f32.
     #[must_use]
     pub fn narrow_activations(self, narrow: bool) -> Self {
-        Self { narrow, ..self }
+        Self { attention: self.attention.narrow_products(narrow), narrow, ..self }
     }
 }
 

@@ -10,7 +10,7 @@ use super::{Block, Lanes, Multiply, Product, Side};
 use crate::linear::stretches::STRETCH;
 use crate::pool::SharedMut;
 use crate::simd::outer::LANES;
-use crate::simd::{allows_avx512, prefetch};
+use crate::simd::{has_bf16_pairs, prefetch};
 use crate::workspace::Workspace;
 use crate::{Result, Tensor};
 
@@ -21,7 +21,7 @@ pub(in crate::linear) struct Machine(pub(in crate::linear) V4);
 impl Machine {
     /// This one, if it does.
     pub(in crate::linear) fn here() -> Option<Self> {
-        if !(allows_avx512() && is_x86_feature_detected!("avx512bf16")) {
+        if !has_bf16_pairs() {
             return None;
         }
         V4::try_new().map(Self)

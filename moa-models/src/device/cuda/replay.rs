@@ -47,6 +47,8 @@ struct Recording {
     graph: Option<Graph>,
     arena: Arena,
     rehearsed: bool,
+    /// Whether the model is on this device as a whole.
+    alone: bool,
     steps: Steps,
     /// Whether a layer's queries and keys are rotated.
     rotary: Vec<bool>,
@@ -112,6 +114,12 @@ fn places(batch: &ReplayBatch<'_, Cuda>) -> [Vec<u64>; 2] {
     ]
 }
 
+/// Whether another thread ended what was captured.
+fn is_invalidated(error: &Error) -> bool {
+    let Error::Backend(source) = error else { return false };
+    matches!(source.downcast_ref(), Some(moa_backend_cuda::Error::CaptureInvalidated))
+}
+
 /// Places for so many sequences.
 fn padded(batch: &ReplayBatch<'_, Cuda>, sequences: usize) -> usize {
     if batch.changes { padded_rows(sequences) } else { sequences }
@@ -148,6 +156,7 @@ impl Recording {
             graph: None,
             arena: Arena::new(),
             rehearsed: false,
+            alone: batch.changes,
             sequences,
             tokens: batch.tokens,
             ids: inputs.part(0..padded_rows)?,
@@ -303,7 +312,15 @@ impl Replay<Cuda> for Recorded {
         if own.graph.is_none() {
             // SAFETY: whoever made this promised that `step` only launches, and drops what it makes;
             // what else it uses is in `self`, or lives as long by the same promise.
-            let graph = unsafe { device.gpu().capture(&own.arena, || step(self)) }?;
+            let graph = match unsafe { device.gpu().capture(&own.arena, || step(self)) } {
+                // This step runs as the one before it did, and the next one is captured. Other ranks would wait for sums that
+                // this one has begun already.
+                Err(error) if own.alone && is_invalidated(&error) => {
+                    tracing::debug!("another thread ended the capture of a step");
+                    return own.arena.rehearse(|| step(self));
+                }
+                graph => graph?,
+            };
             self.current.graph = Some(graph);
             self.recordings += 1;
         }
