@@ -32,7 +32,8 @@
 //! result of a sequence is bitwise the same whatever else is in the batch and however many threads
 //! there are. Within one kernel a token's result does not depend on how its sequence was cut either
 //! ([`FEW_ROWS`], [`MANY_ROWS`]). The instruction set (AVX-512, AVX2, NEON, none) is found at run time;
-//! the environment variable `MOA_NO_AVX512=1` leaves AVX-512 out, to try what machines without it run.
+//! the environment variable `MOA_NO_AVX512=1` leaves AVX-512 out, and `MOA_NO_AMX=1` AMX, to try what machines without them
+//! run.
 //!
 //! # Threads
 //! Work above a measured threshold is spread over the current rayon pool; smaller calls, such as one

@@ -31,7 +31,8 @@ fn main() -> ExitCode {
         part("fp8_cache", &FEW, || Ok(Cpu::new(CacheType::Fp8))),
         part("k8v4_cache", &FEW, || Ok(Cpu::new(CacheType::K8V4))),
         suite("int4_cache", || Ok(Cpu::new(CacheType::Int4))),
-        block_products("blocks", || Ok(OfBlocks)),
+        block_products("blocks", || Ok(OfBlocks { narrow: false })),
+        block_products("narrow_blocks", || Ok(OfBlocks { narrow: true })),
         trials![
             number_of_threads_does_not_change_output,
             number_of_threads_does_not_change_influence,
@@ -47,7 +48,9 @@ fn main() -> ExitCode {
     run(suites.into_iter().flatten())
 }
 
-struct OfBlocks;
+struct OfBlocks {
+    narrow: bool,
+}
 
 impl BlockProducts for OfBlocks {
     fn product(
@@ -58,6 +61,7 @@ impl BlockProducts for OfBlocks {
         x: &[f32],
     ) -> Option<Vec<f32>> {
         let weight = WeightRef::new(WeightData::Blocks(kind, blocks), n, k).unwrap();
+        let weight = weight.narrow_activations(self.narrow);
         let x = Tensor::new(x.to_vec(), &[x.len() / k, k]).unwrap();
         Some(linear(&x, weight, None).unwrap().into_data())
     }
@@ -77,9 +81,10 @@ impl BlockProducts for OfBlocks {
         Some(all)
     }
 
-    /// A code of 15 bits is half a step from its activation, which is 1/16256 of the largest of 32.
-    fn share(&self, _rows: usize) -> f64 {
-        1e-4
+    /// A code of 15 bits is half a step from its activation, which is 1/16256 of the largest of 32. Where both are rounded
+    /// to bf16 a term is off by 2^-9 of itself twice; what sums of f32 and the product of both errors add is the rest.
+    fn share(&self, rows: usize) -> f64 {
+        if self.narrow && rows >= moa_backend_cpu::MANY_ROWS { 2f64.powi(-8) + 1e-5 } else { 1e-4 }
     }
 }
 
@@ -206,6 +211,7 @@ fn a_product_of_few_or_many_rows_has_the_bits_of_each() {
     let (n, k) = (70, 512);
     let w = normal(n * k, 3);
     let half: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
+    let halves: Vec<f16> = w.iter().map(|w| f16::from_f32(*w)).collect();
     let blocks = [BlockType::Q8_0, BlockType::Q4_0, BlockType::Q4K, BlockType::Q6K].map(|kind| {
         let mut bytes = Vec::new();
         kind.narrow(&w, &mut bytes);
@@ -214,7 +220,11 @@ fn a_product_of_few_or_many_rows_has_the_bits_of_each() {
     let mut weights = vec![(WeightData::F32(&w), false)];
     // Where the machine does not multiply pairs of bf16, both are the same.
     weights.extend([false, true].map(|narrow| (WeightData::Bf16(&half), narrow)));
-    weights.extend(blocks.iter().map(|(kind, bytes)| (WeightData::Blocks(*kind, bytes), false)));
+    weights.push((WeightData::F16(&halves), true));
+    for narrow in [false, true] {
+        let blocks = blocks.iter().map(|(kind, bytes)| WeightData::Blocks(*kind, bytes));
+        weights.extend(blocks.map(|data| (data, narrow)));
+    }
     let x = normal(200 * k, 4);
     for (data, narrow) in weights {
         let product = |rows: std::ops::Range<usize>| {

@@ -4,6 +4,8 @@ mod blocks;
 mod numbers;
 mod panels;
 mod stretches;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 use half::{bf16, f16};
 
@@ -29,7 +31,8 @@ pub enum WeightData<'a> {
     F16(&'a [f16]),
     /// 2 bytes each.
     Bf16(&'a [bf16]),
-    /// Quantised blocks, whole ones in each row. [`linear`] rounds activations to 15 bits for them.
+    /// Quantised blocks, whole ones in each row. [`linear`] rounds activations to 15 bits for them, or as
+    /// [`WeightRef::narrow_activations`] says.
     Blocks(BlockType, &'a [u8]),
 }
 
@@ -75,7 +78,12 @@ impl<'a> WeightRef<'a> {
 
     /// Whether [`linear`] may round activations, and [`linear_backward_input`] gradients, to bf16 where the weights
     /// are bf16. Machines that multiply pairs of bf16 (AVX-512 BF16) do so, at twice the speed for many rows and by
-    /// one instruction for 32 weights for few. Nothing changes elsewhere, nor for other weights.
+    /// one instruction for 32 weights for few.
+    ///
+    /// On machines that multiply tiles of bf16 (AMX, on Linux) it also lets `linear`, of [`MANY_ROWS`](crate::MANY_ROWS)
+    /// and more, round both activations and elements of quantised blocks to bf16, each by up to 2^-9 of itself, so that
+    /// products are off by up to 2^-8 of all terms; and activations to 16 bits, two numbers of bf16, where the weights are
+    /// f16. Nothing changes elsewhere, nor for weights in f32.
     #[must_use]
     pub fn narrow_activations(self, narrow: bool) -> Self {
         Self { narrow, ..self }
@@ -125,11 +133,22 @@ fn products(
     {
         let outs: Vec<_> = all.iter_mut().map(|y| SharedMut::new(y.data_mut())).collect();
         let (mut blocks, mut numbers) = (Vec::new(), Vec::new());
+        #[cfg(target_arch = "x86_64")]
+        let (machine, mut tiled) = (tiles::Amx::here().filter(|_| m >= PANEL_ROWS), Vec::new());
         for ((weight, _), out) in layers.iter().zip(&outs) {
+            #[cfg(target_arch = "x86_64")]
+            if let Some(own) = machine.and_then(|_| tiles::Weights::new(weight)) {
+                tiled.push((own, weight.rows, out));
+                continue;
+            }
             match Numbers::new(weight) {
                 Ok(own) => numbers.push((own, weight.rows, out)),
                 Err(own) => blocks.push((own, weight.rows, out)),
             }
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let Some(machine) = machine {
+            tiles::forward_all(machine, x, &tiled)?;
         }
         numbers::forward_all(x, &numbers)?;
         blocks::forward_all(Level::best(), x.data(), (m, k), &blocks)?;

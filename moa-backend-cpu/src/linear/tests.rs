@@ -92,6 +92,33 @@ fn narrow_activations_are_rounded_and_nothing_else_is() -> Result<()> {
     Ok(())
 }
 
+/// Where the machine multiplies tiles. Elsewhere, and for few rows, the option changes no bit.
+#[test]
+fn many_rows_round_blocks_and_their_activations() -> Result<()> {
+    #[cfg(target_arch = "x86_64")]
+    let tiles = tiles::Amx::here().is_some();
+    #[cfg(not(target_arch = "x86_64"))]
+    let tiles = false;
+    let rounds = |x: &f32| bf16::from_f32(*x).to_f32();
+    for (m, n, k) in [(1, 70, 256), (15, 33, 512), (16, 33, 512), (50, 70, 256)] {
+        let x = Tensor::new(values(m * k, 1), &[m, k])?;
+        for kind in BlockType::ALL {
+            let (mut bytes, mut w) = (Vec::new(), vec![0.0; n * k]);
+            kind.narrow(&values(n * k, 2), &mut bytes);
+            kind.widen(&bytes, 0, &mut w);
+            let weight = WeightRef::new(WeightData::Blocks(kind, &bytes), n, k)?;
+            let y = linear(&x, weight.narrow_activations(true), None)?;
+            if tiles && m >= crate::MANY_ROWS {
+                let x: Vec<f32> = x.data().iter().map(rounds).collect();
+                check(y.data(), &x, |j, l| rounds(&w[j * k + l]), (m, n, k));
+            } else {
+                assert_eq!(y, linear(&x, weight, None)?, "{kind} {m}");
+            }
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn threads_and_rows_beside_it_change_no_bit_of_a_row() -> Result<()> {
     let (n, k) = (200, 65);
@@ -125,9 +152,12 @@ fn joined_layers_of_several_types_are_the_layers() -> Result<()> {
     BlockType::Q8_0.narrow(&w[..33 * k], &mut blocks);
     let bias = values(70, 3);
     let pairs = WeightRef::new(WeightData::Bf16(&narrow), 70, k)?.narrow_activations(true);
+    let coded = WeightRef::new(WeightData::Blocks(BlockType::Q8_0, &blocks), 33, k)?;
     let layers = [
         (pairs, Some(&bias[..])),
-        (WeightRef::new(WeightData::Blocks(BlockType::Q8_0, &blocks), 33, k)?, None),
+        (coded, None),
+        (coded.narrow_activations(true), None),
+        (WeightRef::new(WeightData::F16(&halves), 70, k)?.narrow_activations(true), None),
         (WeightRef::new(WeightData::F32(&w), 70, k)?, None),
         (WeightRef::new(WeightData::F16(&halves[..k]), 1, k)?, Some(&bias[..1])),
         (WeightRef::new(WeightData::Bf16(&narrow[..0]), 0, k)?, None),

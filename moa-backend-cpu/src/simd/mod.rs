@@ -8,8 +8,6 @@ pub(crate) mod transpose;
 pub(crate) mod whole;
 
 #[cfg(target_arch = "x86_64")]
-use std::ffi::OsString;
-#[cfg(target_arch = "x86_64")]
 use std::sync::OnceLock;
 
 /// Runs an operation with the best instruction set of this machine.
@@ -75,13 +73,17 @@ fn best() -> pulp::Arch {
     pulp::Arch::new()
 }
 
-/// Whether AVX-512 may be used where the machine has it: it may not where the variable `MOA_NO_AVX512` is set, to
-/// anything but 0 or nothing.
+/// Whether AVX-512 may be used where the machine has it: it may not where the variable `MOA_NO_AVX512` is set.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn allows_avx512() -> bool {
     static ALLOWS: OnceLock<bool> = OnceLock::new();
-    let is_no = |said: OsString| said.is_empty() || said == "0";
-    *ALLOWS.get_or_init(|| std::env::var_os("MOA_NO_AVX512").is_none_or(is_no))
+    *ALLOWS.get_or_init(|| !is_set("MOA_NO_AVX512"))
+}
+
+/// Whether a variable of the environment is set, to anything but 0 or nothing.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn is_set(variable: &str) -> bool {
+    std::env::var_os(variable).is_some_and(|said| !said.is_empty() && said != "0")
 }
 
 /// Whether the machine multiplies pairs of bf16 (AVX-512 BF16) and may do so.

@@ -34,8 +34,9 @@ impl Cpu {
 
     /// Whether activations are rounded to bf16 before they meet weights in bf16, and queries and weights of attention before they
     /// meet keys and values in bf16 ([`CpuBackend::narrow_products`]), on machines that multiply such
-    /// pairs (AVX-512 BF16), as GPUs do. Prompts then take about half the time. It is off in [`Cpu::new`], whose
-    /// products are of f32.
+    /// pairs (AVX-512 BF16), as GPUs do. Prompts then take about half the time. Where the machine multiplies tiles of
+    /// bf16 (AMX, on Linux), prompts also round quantised weights to bf16, and activations before them, and take activations
+    /// of 16 bits before weights in f16. It is off in [`Cpu::new`], whose products are of f32, or of blocks as they are.
     #[must_use]
     pub fn narrow_activations(self, narrow: bool) -> Self {
         Self { attention: self.attention.narrow_products(narrow), narrow, ..self }

@@ -6,6 +6,8 @@ mod few;
 mod formats;
 #[cfg(target_arch = "x86_64")]
 mod many;
+#[cfg(target_arch = "x86_64")]
+mod narrow;
 mod vector;
 
 use self::activations::{Activations, Tile};
@@ -17,6 +19,8 @@ use super::panels::{self, Side};
 #[cfg(target_arch = "x86_64")]
 use super::range;
 use super::stretches::for_each_stretch;
+#[cfg(target_arch = "x86_64")]
+use super::tiles;
 use crate::Result;
 #[cfg(target_arch = "x86_64")]
 use crate::pool;
@@ -74,6 +78,20 @@ fn widen_with(level: Level, kind: BlockType, blocks: &[u8], start: usize, to: &m
 pub(super) struct Blocks<'a> {
     pub(super) kind: BlockType,
     pub(super) bytes: &'a [u8],
+}
+
+/// Widens some rows, at most as many as a tile has, and rounds them to bf16: a tile for each 32 columns.
+///
+/// # Safety
+/// Needs AVX-512 with VNNI and BF16.
+#[cfg(target_arch = "x86_64")]
+pub(super) unsafe fn fill_tiles(
+    w: Blocks<'_>,
+    rows: std::ops::Range<usize>,
+    to: &mut [tiles::Tile],
+) {
+    // SAFETY: promised by the caller.
+    with_format!(w.kind, F => unsafe { narrow::fill::<F>(w.bytes, rows, to) });
 }
 
 /// Products with several matrices `[n, k]`. Activations are rounded once, and threads are handed a few rows'
@@ -230,7 +248,7 @@ impl Level {
     }
 
     #[cfg(target_arch = "x86_64")]
-    fn has_vnni() -> bool {
+    pub(super) fn has_vnni() -> bool {
         Self::has_avx2()
             && allows_avx512()
             && is_x86_feature_detected!("avx512f")
