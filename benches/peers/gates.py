@@ -5,16 +5,14 @@
 Each KV head of a Llama whose weights stay as they are gives `gate * all + (1 - gate) * (sink and recent keys)`. The gates
 begin at 1 and go down by `weight` times their mean, against the divergence from the dense model at the answers to
 questions about numbers that stand once in a book (and, with `--text`, so many times that of running text). Needs torch,
-tokenizers, and fact_questions and retype_gguf.py beside it or where PYTHONPATH says. Prints the seconds that it took.
+tokenizers, and fact_questions and retype_gguf.py beside it or a folder above. Prints the seconds that it took.
 """
 
 import argparse
 import importlib.machinery
 import importlib.util
-import math
 import pathlib
 import random
-import struct
 import time
 
 import numpy as np
@@ -40,49 +38,10 @@ retype, questions = module("retype_gguf.py"), module("fact_questions")
 
 def tensors(path):
     """A GGUF file's tensors in f32, by name."""
-    raw = np.fromfile(path, np.uint8)
-    data, at = raw.tobytes(), 24
-    count, entries = struct.unpack_from("<QQ", data, 8)
+    def widened(shape, kind, data):
+        return torch.from_numpy(retype.widen(kind, data).astype(np.float32).reshape(shape[::-1]))
 
-    def take(form):
-        nonlocal at
-        values = struct.unpack_from("<" + form, data, at)
-        at += struct.calcsize("<" + form)
-        return values[0]
-
-    def skip(kind):
-        nonlocal at
-        if kind == 8:
-            text()
-        elif kind == 9:
-            kind, length = take("I"), take("Q")
-            for _ in range(length):
-                skip(kind)
-        else:
-            at += retype.SCALARS[kind]
-
-    def text():
-        nonlocal at
-        length = take("Q")
-        at += length
-        return data[at - length : at].decode()
-
-    for _ in range(entries):
-        text()
-        skip(take("I"))
-    heads = []
-    for _ in range(count):
-        name, dims = text(), take("I")
-        shape = [take("Q") for _ in range(dims)]
-        heads.append((name, shape[::-1], take("I"), take("Q")))
-    start = -(-at // retype.ALIGNMENT) * retype.ALIGNMENT
-    out = {}
-    for name, shape, kind, offset in heads:
-        elements = math.prod(shape)
-        per, size = retype.BLOCKS[kind]
-        part = raw[start + offset : start + offset + elements // per * size]
-        out[name] = torch.from_numpy(retype.widen(kind, part).astype(np.float32).reshape(shape))
-    return out
+    return {label.decode(): widened(*tensor) for label, *tensor in retype.read(path)[1]}
 
 
 class Model:

@@ -51,8 +51,9 @@ def narrow(kind, x):
     return np.concatenate([step.astype("<f2").view(np.uint8), codes.view(np.uint8)], axis=1).tobytes()
 
 
-def main(source, name, target):
-    kind = {"f16": F16, "bf16": BF16, "q8_0": Q8_0, "q4_0": Q4_0}[name]
+def read(source):
+    """A GGUF file's head, up to what it says of its tensors, and of each tensor label, axes (those of neighbours first),
+    type and bytes."""
     raw = np.fromfile(source, np.uint8)
     at = 0
 
@@ -93,11 +94,19 @@ def main(source, name, target):
         label, axes = text(), take("I")
         infos.append((label, [take("Q") for _ in range(axes)], take("I"), take("Q")))
     start = -(-at // ALIGNMENT) * ALIGNMENT
+
+    def data(shape, kind, place):
+        size, bytes_ = BLOCKS[kind]
+        return raw[start + place : start + place + int(np.prod(shape)) // size * bytes_]
+
+    return head, [(label, shape, kind, data(shape, kind, place)) for label, shape, kind, place in infos]
+
+
+def main(source, name, target):
+    kind = {"f16": F16, "bf16": BF16, "q8_0": Q8_0, "q4_0": Q4_0}[name]
+    head, tensors = read(source)
     parts, offset = [], 0
-    for label, shape, own, place in infos:
-        count = int(np.prod(shape))
-        size, bytes_ = BLOCKS[own]
-        data = raw[start + place : start + place + count // size * bytes_]
+    for label, shape, own, data in tensors:
         out = own
         if len(shape) > 1:
             out, data = kind, narrow(kind, np.ascontiguousarray(widen(own, data)))
