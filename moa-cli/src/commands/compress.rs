@@ -70,9 +70,9 @@ pub(crate) struct Args {
     /// auto` [default: 100 and six for each KV head]
     #[arg(long, value_name = "N", value_parser = parse_size)]
     evaluations: Option<usize>,
-    /// Minutes that everything may take, the model's loading left out: as many plans are measured as there is expected
-    /// to be time for, so that a slow machine may find another plan than a fast one [default: 15, and no limit with
-    /// `--evaluations`]
+    /// Minutes that everything may take, the model's loading left out: after calibration, profile and the first plans,
+    /// which are made in any case, as many plans are measured as there is expected to be time for, so that a slow machine
+    /// may find another plan than a fast one [default: 15, and no limit with `--evaluations`]
     #[arg(long, value_name = "MINUTES", value_parser = parse_minutes)]
     minutes: Option<Duration>,
     #[command(flatten)]
