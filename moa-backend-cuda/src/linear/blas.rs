@@ -60,8 +60,8 @@ impl Handle {
         let ordinal = device.context().ordinal();
         let mut handles = HANDLES.lock().unwrap_or_else(PoisonError::into_inner);
         handles.retain(|(_, handle)| handle.strong_count() > 0);
-        let known = handles.iter().filter(|(of, _)| *of == ordinal);
-        if let Some(handle) = known.filter_map(|(_, handle)| handle.upgrade()).next() {
+        let known = handles.iter().find(|(of, _)| *of == ordinal);
+        if let Some(handle) = known.and_then(|(_, handle)| handle.upgrade()) {
             return Ok(handle);
         }
         library::cublaslt()?;
