@@ -1,7 +1,7 @@
 use std::fmt;
 use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cubecl::client::Client;
 use cubecl::future::block_on;
@@ -30,6 +30,11 @@ pub struct Device {
     /// What was said when the device was found lost. All clones know of it.
     lost: Arc<OnceLock<String>>,
 }
+
+/// The devices that this process has opened, by CubeCL's names for them. CubeCL keeps one client for each, but to be asked
+/// again costs instances of every graphics API and a second device, which is destroyed on a thread of its own while the
+/// first one works.
+static OPENED: Mutex<Vec<(WgpuDevice, Device)>> = Mutex::new(Vec::new());
 
 /// CubeCL's name for kernels that reach Vulkan as SPIR-V.
 const SPIRV: &str = "wgpu<spirv>";
@@ -79,13 +84,21 @@ impl Device {
     }
 
     fn init(device: &WgpuDevice) -> Result<Self> {
+        // Nothing is in it before it is whole.
+        let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, known)) = opened.iter().find(|(name, _)| name == device) {
+            return Ok(known.clone());
+        }
         let refused = |error: WgpuInitError| Error::NoDevice { message: error.to_string() };
         let options = RuntimeOptions::try_default().map_err(refused)?;
         match try_init_setup::<AutoGraphicsApi>(device, options) {
-            // CubeCL keeps one client per process and device: it may be there already.
-            Ok(_) | Err(WgpuInitError::Registration { .. }) => Ok(Self::of(device).checked(device)),
-            Err(error) => Err(refused(error)),
+            // Another library of the process may have registered it.
+            Ok(_) | Err(WgpuInitError::Registration { .. }) => {}
+            Err(error) => return Err(refused(error)),
         }
+        let new = Self::of(device).checked(device);
+        opened.push((device.clone(), new.clone()));
+        Ok(new)
     }
 
     /// With kernels in WGSL where SPIR-V is not wanted, or is more than the driver is known to compile:
@@ -336,6 +349,15 @@ fn on_one_stream(mut client: Client) -> Client {
     unsafe { client.set_stream(*STREAM.get_or_init(StreamId::current)) };
     client
 }
+
+/// Clones are equal, and what is opened twice.
+impl PartialEq for Device {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.lost, &other.lost)
+    }
+}
+
+impl Eq for Device {}
 
 impl fmt::Debug for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

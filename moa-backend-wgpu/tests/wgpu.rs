@@ -12,7 +12,7 @@ use std::sync::MutexGuard;
 
 use half::{bf16, f16};
 use lost::a_lost_device_is_an_error;
-use moa_backend_wgpu::{Dtype, Error, MAX_HEAD_DIM, MatrixUnits, Tensor, WgpuBackend};
+use moa_backend_wgpu::{Device, Dtype, Error, MAX_HEAD_DIM, MatrixUnits, Tensor, WgpuBackend};
 use moa_conformance::{
     Entry, Stop, Subject, Verdict, World, batch, close, error, part, run, suite, trials,
 };
@@ -54,6 +54,7 @@ fn main() -> ExitCode {
             every_error_variant_says_what_came,
             reset_forgets_everything,
             decode_seconds_are_measured,
+            a_device_is_opened_once,
             a_lost_device_is_an_error,
         ],
     ];
@@ -233,6 +234,14 @@ fn decode_equals_the_reference(
     let (out, lse) = world.reference(&t);
     let errors = [error(&output.out, &out), error(&output.lse, &lse)];
     assert!(errors.iter().all(|&e| e <= t.tolerance()), "{errors:?}");
+    Ok(())
+}
+
+/// CubeCL would make, and destroy, a device for every further call.
+fn a_device_is_opened_once() -> Verdict {
+    let (device, _alone) = gpu::device()?;
+    assert!(Device::open().unwrap() == device);
+    assert!(Device::open_nth(0).unwrap() == Device::open_nth(0).unwrap());
     Ok(())
 }
 

@@ -10,6 +10,8 @@ use moa_backend_wgpu::{Device, Dtype, Error, Matrix, Result, Tensor, WgpuBackend
 use moa_conformance::{Stop, Verdict};
 use moa_core::{Append, ExtendInputs, LayerLayout, Span, SparseAttentionBackend};
 
+use crate::gpu;
+
 /// A device that nothing else uses, and wgpu's handle of it.
 fn own_device() -> Result<(Device, wgpu::Device), Stop> {
     let lacks = |error: String| Stop::unless_required("MOA_REQUIRE_WGPU", error);
@@ -31,6 +33,8 @@ fn own_device() -> Result<(Device, wgpu::Device), Stop> {
 /// The first call that waits for the device says so, whether CubeCL has been told or not, and every call after it;
 /// none panics, none hangs, none returns numbers.
 pub(crate) fn a_lost_device_is_an_error() -> Verdict {
+    // For the lock: the Vulkan loader bears no instances that come and go on several threads at once.
+    let (_, _alone) = gpu::device()?;
     for told in [true, false] {
         let (device, own) = own_device()?;
         let (done, ended) = mpsc::channel();
