@@ -255,7 +255,8 @@ impl Device {
         read.map_err(|message| self.failed(op, message))
     }
 
-    /// Waits for all that was queued.
+    /// Waits for all that was queued. A process should end only after that: some drivers crash when theirs ends while a
+    /// device works.
     ///
     /// # Errors
     /// [`Error::Device`] and [`Error::Lost`].

@@ -5,9 +5,8 @@
 mod gpu;
 
 use std::process::ExitCode;
-use std::sync::MutexGuard;
 
-use gpu::device;
+use gpu::{Alone, device};
 use half::{bf16, f16};
 use moa_backend_wgpu::ops::Layer;
 use moa_backend_wgpu::{BlockType, Device, Dtype, Error, Matrix, Result, Tensor, ops};
@@ -34,7 +33,7 @@ fn main() -> ExitCode {
 
 struct OfBlocks {
     device: Device,
-    _alone: MutexGuard<'static, ()>,
+    _alone: Alone,
 }
 
 impl BlockProducts for OfBlocks {

@@ -8,7 +8,6 @@ mod gpu;
 mod lost;
 
 use std::process::ExitCode;
-use std::sync::MutexGuard;
 
 use half::{bf16, f16};
 use lost::a_lost_device_is_an_error;
@@ -25,7 +24,7 @@ struct Wgpu {
     backend: WgpuBackend,
     /// Of tests of the kernel with matrix units.
     fragments: Option<MatrixUnits>,
-    _alone: MutexGuard<'static, ()>,
+    _alone: gpu::Alone,
 }
 
 fn main() -> ExitCode {

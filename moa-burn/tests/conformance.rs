@@ -40,6 +40,13 @@ fn main() -> ExitCode {
     run(suite("burn", Burn::open).into_iter().chain(own))
 }
 
+/// The process does not end, nor another trial begin, before what was queued is done.
+impl Drop for Burn {
+    fn drop(&mut self) {
+        let _ = self.device.sync();
+    }
+}
+
 impl Burn {
     /// Trials run one at a time: a software driver uses all cores itself.
     fn open() -> Result<Self, Stop> {

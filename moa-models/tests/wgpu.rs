@@ -41,12 +41,24 @@ fn moa_tiny() -> PathBuf {
 }
 
 /// The GPU, for one trial at a time. Trials without it are ignored; with `MOA_REQUIRE_WGPU=1` they fail.
-fn device() -> Result<(Gpu, MutexGuard<'static, ()>), Stop> {
+fn device() -> Result<(Gpu, Alone), Stop> {
     static ALONE: Mutex<()> = Mutex::new(());
-    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let lock = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     match Gpu::open() {
-        Ok(device) => Ok((device, alone)),
+        Ok(device) => Ok((device.clone(), Alone { device, _lock: lock })),
         Err(error) => Err(Stop::unless_required("MOA_REQUIRE_WGPU", error)),
+    }
+}
+
+/// No other trial has the GPU, nor does the process end, before what this one queued is done.
+struct Alone {
+    device: Gpu,
+    _lock: MutexGuard<'static, ()>,
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        let _ = self.device.synchronize();
     }
 }
 
