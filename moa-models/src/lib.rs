@@ -133,7 +133,8 @@ pub use find_plan::compress::{
     CompressOptions, Compressed, bound_decode_time, compress, compress_profile, plan_warnings,
     profile_warnings, with_min_share,
 };
-pub use find_plan::measure::{Evidence, HeldOut, Measured, TextGoal, measured_losses};
+pub use find_plan::evidence::{Evidence, HeldOut, Measured, TextGoal};
+pub use find_plan::measure::measured_losses;
 pub use find_plan::objective::{Objective, TokenWeight, WeightedObjective};
 pub use find_plan::precision::{CacheTypes, PER_HEAD};
 pub use find_plan::profile::Item;

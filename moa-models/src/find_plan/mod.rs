@@ -2,6 +2,7 @@
 
 pub(crate) mod calibrate;
 pub(crate) mod compress;
+pub(crate) mod evidence;
 pub(crate) mod exchange;
 pub(crate) mod facts;
 pub(crate) mod measure;

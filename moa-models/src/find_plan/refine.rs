@@ -12,8 +12,9 @@ use moa_core::{ElasticRule, HeadRule, ModelShape, Plan, PlanRequest, Profile};
 
 use crate::decoder::model::Decoder;
 use crate::device::Math;
+use crate::find_plan::evidence::{Evidence, HeldOut, Merit};
 use crate::find_plan::exchange::{Budget, exchange};
-use crate::find_plan::measure::{Best, Effort, Evidence, HeldOut, Measure, Merit, Scope};
+use crate::find_plan::measure::{Best, Effort, Measure, Scope};
 use crate::find_plan::precision::{CacheTypes, choose, typed};
 use crate::find_plan::table::Table;
 use crate::progress::Progress;

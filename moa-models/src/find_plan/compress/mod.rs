@@ -12,8 +12,9 @@ use moa_core::{ElasticRule, FoundPlans, Plan, PlanRequest, Profile, SparseAttent
 use crate::checkpoint::Checkpoint;
 use crate::device::{Backward, Math};
 use crate::find_plan::calibrate::{Calibration, CalibrationData};
+use crate::find_plan::evidence::{Evidence, TextGoal};
 use crate::find_plan::exchange::is_elastic;
-use crate::find_plan::measure::{Effort, Evidence, TextGoal};
+use crate::find_plan::measure::Effort;
 use crate::find_plan::objective::WeightedObjective;
 use crate::find_plan::precision::CacheTypes;
 use crate::find_plan::profile_all::DEFAULT_BLOCK;

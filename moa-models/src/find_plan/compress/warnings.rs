@@ -4,7 +4,7 @@ use moa_core::{CacheType, FarLosses, Plan, PlanRequest, Profile};
 
 use crate::Result;
 use crate::eval::agreement::Agreement;
-use crate::find_plan::measure::HeldOut;
+use crate::find_plan::evidence::HeldOut;
 use crate::find_plan::precision;
 
 /// A response loss this far above the dense model's, in nats per token, changes answers.
