@@ -43,13 +43,14 @@ print("100 MB body: sent", sent, "MB", end=" ")
 try: print(s.recv(40))
 except OSError as e: print(e)
 probe("after 100 MB")
-random.seed(5); base = json.dumps({"messages":[{"role":"user","content":"Hi"}],"max_tokens":2,"temperature":0.5,"n":1,"stream":True,"stop":["x"],"logit_bias":{"5":1},"tools":[{"type":"function","function":{"name":"f"}}],"priority":3}).encode()
+random.seed(5); chat = json.dumps({"messages":[{"role":"user","content":"Hi"}],"max_tokens":2,"temperature":0.5,"n":1,"stream":True,"stop":["x"],"logit_bias":{"5":1},"tools":[{"type":"function","function":{"name":"f"}}],"priority":3}).encode()
+response = json.dumps({"input":[{"role":"user","content":[{"type":"input_text","text":"Hi"}]},{"type":"function_call","call_id":"1","name":"f","arguments":"{}"},{"type":"function_call_output","call_id":"1","output":"2"}],"instructions":"Be brief.","max_output_tokens":2,"stream":True,"tools":[{"type":"function","name":"f"}],"text":{"format":{"type":"text"}}}).encode()
 codes = {}
 for i in range(400):
-    b = bytearray(base)
+    path, base = [("chat/completions", chat), ("responses", response)][i % 2]; b = bytearray(base)
     for _ in range(random.randint(1, 4)):
         k = random.randrange(len(b)); b[k:k+random.randint(0,3)] = bytes(random.choice(b'{}[]",:0-9eE.\\nulltrue\xff') for _ in range(random.randint(0,3)))
-    try: c = urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{PORT}/v1/chat/completions", bytes(b)), timeout=30); c.read(); c = c.status
+    try: c = urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{PORT}/v1/{path}", bytes(b)), timeout=30); c.read(); c = c.status
     except urllib.error.HTTPError as e: c = e.code
     except OSError as e: c = repr(e)
     codes[c] = codes.get(c, 0) + 1

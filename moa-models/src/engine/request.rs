@@ -60,6 +60,10 @@ impl From<String> for Prompt {
 pub struct GenerateOptions {
     /// Most tokens that are added to the prompt.
     pub max_new_tokens: usize,
+    /// So many tokens come before the text may end by a token or a stop string; the host chooses them. Where a
+    /// [`Constraint`](crate::Constraint) allows nothing but an end earlier, the request fails with
+    /// [`Error::Logits`](crate::Error::Logits).
+    pub min_new_tokens: usize,
     /// How each token is chosen.
     pub sampling: SamplingOptions,
     /// Texts that end the request, of which nothing is returned. One that is a special token ends it as
@@ -90,6 +94,7 @@ impl Default for GenerateOptions {
     fn default() -> Self {
         Self {
             max_new_tokens: 256,
+            min_new_tokens: 0,
             sampling: SamplingOptions::default(),
             stop: Vec::new(),
             stop_token_ids: Vec::new(),

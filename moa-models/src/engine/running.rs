@@ -24,6 +24,7 @@ pub(crate) struct Running {
     /// Positions of the prompt at which a step ends.
     prefill_stops: Vec<usize>,
     max_new_tokens: usize,
+    min_new_tokens: usize,
     eos_token_ids: Vec<u32>,
     stop_token_ids: Vec<u32>,
     text: Option<Text>,
@@ -116,6 +117,7 @@ impl Running {
             tells_prompt: options.prompt_logprobs,
             prefill_stops: options.prefill_stops,
             max_new_tokens: options.max_new_tokens,
+            min_new_tokens: options.min_new_tokens,
             eos_token_ids: options.eos_token_ids.unwrap_or_else(|| eos_token_ids.to_vec()),
             stop_token_ids,
             text,
@@ -146,7 +148,10 @@ impl Running {
     /// How a device chooses its tokens; `None` where the host must see the logits.
     pub(crate) fn draw(&self) -> Option<Draw> {
         let options = self.sampler.options();
-        let sees = self.logprobs.is_some() || self.constraint.is_some() || !options.is_plain();
+        let sees = self.logprobs.is_some()
+            || self.constraint.is_some()
+            || self.must_go_on()
+            || !options.is_plain();
         (!sees).then(|| options.into())
     }
 
@@ -182,6 +187,11 @@ impl Running {
     /// Tokens that it was continued with.
     pub(crate) fn new_tokens(&self) -> usize {
         self.history.len() - self.prompt_len
+    }
+
+    /// Whether the next token may not end it.
+    fn must_go_on(&self) -> bool {
+        self.new_tokens() < self.min_new_tokens
     }
 
     /// Tokens that it may still be continued with.
@@ -316,6 +326,13 @@ impl Running {
         }
         let logprobs = self.logprobs.map(|most| Logprobs::of(logits, most));
         let restricted = self.constraint.as_mut().map_or(Ok(()), |one| one.restrict(logits));
+        if self.must_go_on() {
+            for id in self.eos_token_ids.iter().chain(&self.stop_token_ids) {
+                if let Some(logit) = logits.get_mut(*id as usize) {
+                    *logit = f32::NEG_INFINITY;
+                }
+            }
+        }
         let (sampler, history) = (&mut self.sampler, &self.history);
         match restricted.and_then(|()| sampler.sample_after(logits, history, self.prompt_len)) {
             Ok(token) => {
@@ -385,8 +402,9 @@ impl Running {
             }
             None => return,
         };
+        let may_stop = self.new_tokens() > self.min_new_tokens;
         let Some(text) = &mut self.text else { return };
-        match text.push(token) {
+        match text.push(token, may_stop) {
             Ok((piece, stopped)) => {
                 tell(self.id, piece, events);
                 if stopped {
@@ -420,10 +438,10 @@ impl Running {
 }
 
 impl Text {
-    /// The text that a token made certain, and whether it reached a stop string.
-    fn push(&mut self, token: u32) -> Result<(String, bool)> {
+    /// The text that a token made certain, and whether it reached a stop string, if it may.
+    fn push(&mut self, token: u32, may_stop: bool) -> Result<(String, bool)> {
         let piece = self.stream.push(token)?.unwrap_or_default();
-        let (piece, stopped) = self.stops.push(&piece);
+        let (piece, stopped) = if may_stop { self.stops.push(&piece) } else { (piece, false) };
         self.whole.push_str(&piece);
         Ok((piece, stopped))
     }

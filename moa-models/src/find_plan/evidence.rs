@@ -136,3 +136,49 @@ impl Merit {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mean_of_nothing_is_no_negative_zero() {
+        assert!(mean(&[]).is_sign_positive());
+    }
+
+    #[test]
+    fn text_within_its_limit_decides_between_plans_alike_in_responses() {
+        let of = |response, divergence| {
+            let [response, divergence] =
+                [response, divergence].map(|value| vec![AtLength { length: 1024, value }]);
+            Merit::Limit(0.01).of(&Measured { response, divergence })
+        };
+        assert!(of(0.3, 0.004) < of(0.3, 0.008));
+        assert!(of(0.28, 0.01) < of(0.31, 0.0), "responses count more");
+        assert!(of(0.3, 0.02) > of(0.5, 0.01), "the limit counts most");
+    }
+
+    #[test]
+    fn more_harm_to_text_than_noise_is_an_excess() {
+        let agreement = |kl_mean, growth: f64, tokens| Agreement {
+            kl_mean,
+            kl_worst: 30.0 * kl_mean,
+            perplexity_ratio: growth.exp(),
+            tokens,
+            ..Agreement::default()
+        };
+        let of = |divergence, growth, tokens| {
+            let limit = Some(agreement(0.01, 0.02, tokens));
+            let plan = agreement(divergence, growth, tokens);
+            HeldOut { length: 1024, plan, limit }.excess()
+        };
+        // The noise of the growth is .001, that of the divergence .0005.
+        assert_eq!(of(0.0104, 0.0209, 40_000), 1.0);
+        let [divergence, growth] = [of(0.02, 0.0, 40_000), of(0.0, 0.03, 40_000)];
+        assert!((divergence - 2.0).abs() < 1e-9 && (growth - 1.5).abs() < 1e-9);
+        // Of few tokens single ones say nearly all: .002 and .009.
+        assert_eq!(of(0.0115, 0.0, 512), 1.0);
+        assert_eq!(of(0.01, 0.0285, 512), 1.0);
+        assert!(of(0.02, 0.0, 512) > 1.9);
+    }
+}

@@ -99,6 +99,35 @@ fn an_end_token_ends_the_request_and_is_not_in_it() -> Result<()> {
     Ok(())
 }
 
+/// Neither tokens nor stop strings end a text before it has so many tokens.
+#[test]
+fn min_new_tokens_are_kept() -> Result<()> {
+    let tokens = continued(&full(), &text(64), &greedy(20))?;
+    let (eos, stop) = (tokens[7], tokens[3]);
+    let first = tokens.iter().position(|t| *t == eos || *t == stop).unwrap();
+    let ends = GenerateOptions {
+        eos_token_ids: Some(vec![8191, eos]),
+        stop_token_ids: vec![stop],
+        ..greedy(20)
+    };
+    for least in [0, first, first + 1, 20] {
+        let (own, _) = told(GenerateOptions { min_new_tokens: least, ..ends.clone() }, &[])?;
+        assert!(own.tokens.len() >= least);
+        assert_eq!(own.tokens[..first], tokens[..first]);
+        match least > first {
+            true => assert!(own.tokens[..least].iter().all(|own| *own != eos && *own != stop)),
+            false => assert_eq!(own.tokens.len(), first),
+        }
+    }
+    // A stop string that comes before is text.
+    let whole = told(greedy(20), &[])?.0;
+    let early: String = whole.text.chars().skip(2).take(4).collect();
+    let (own, _) = told(GenerateOptions { min_new_tokens: 20, ..greedy(20) }, &[&early])?;
+    assert_eq!((own.text, own.finish), (whole.text, Finish::Length));
+    assert!(told(greedy(20), &[&early])?.0.tokens.len() < 20);
+    Ok(())
+}
+
 #[test]
 fn max_new_tokens_is_kept() -> Result<()> {
     let tokens = continued(&full(), &text(64), &greedy(6))?;

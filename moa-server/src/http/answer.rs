@@ -15,25 +15,46 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::error::{ApiError, json_response, text_response};
 use super::logprobs::{ChoiceLogprobs, TokenText};
+use super::responses::told::Told;
 use super::tools::{Callable, Held};
 use crate::state::State;
 use crate::worker::Update;
 
 /// What the client reads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// Messages.
     Chat,
     /// Texts, each after what is echoed of its prompt.
     Text,
+    /// A response of one choice.
+    Response(Box<Told>),
+}
+
+/// What a choice has said since it was last asked.
+pub(crate) struct Said {
+    /// What is no call.
+    pub(crate) text: String,
+    pub(crate) logprobs: ChoiceLogprobs,
+    /// All of them, at its end, in the shape of chat completions.
+    pub(crate) calls: Vec<Value>,
+    /// Why it has ended, if it has: `stop`, `length` or `tool_calls`.
+    pub(crate) finish: Option<&'static str>,
+}
+
+/// Tokens of a request.
+pub(crate) struct Usage {
+    pub(crate) prompt: usize,
+    /// Those of the prompt that were read before.
+    pub(crate) cached: usize,
+    pub(crate) generated: usize,
 }
 
 /// A request whose prompts the loop has, and how it is answered.
 pub(crate) struct Answer {
     pub(crate) state: Arc<State>,
     pub(crate) kind: Kind,
-    pub(crate) id: String,
-    pub(crate) created: u64,
+    id: String,
+    created: u64,
     pub(crate) include_usage: bool,
     pub(crate) logprobs: bool,
     pub(crate) prompt_tokens: usize,
@@ -62,11 +83,10 @@ struct Choice {
 
 impl Answer {
     pub(crate) fn new(state: Arc<State>, kind: Kind, echoes: Vec<String>) -> Self {
-        let prefix = if kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let prefix = if matches!(kind, Kind::Chat) { "chatcmpl" } else { "cmpl" };
         Self {
             id: format!("{prefix}-{:016x}", state.unique()),
-            created: now.unwrap_or_default().as_secs(),
+            created: now(),
             state,
             kind,
             include_usage: false,
@@ -92,13 +112,21 @@ impl Answer {
                 None => return Err(ApiError::stopping()),
             }
         }
-        let choices = std::mem::take(&mut self.choices);
-        let tokens = choices.iter().map(|choice| choice.tokens).sum();
+        let usage = self.usage();
+        let mut choices = std::mem::take(&mut self.choices);
+        let said: Vec<Said> = choices.iter_mut().map(|choice| self.said(choice)).collect();
+        if let Kind::Response(told) = &mut self.kind {
+            // What the last event of a stream tells.
+            let mut out = VecDeque::new();
+            said.into_iter().for_each(|said| told.push(said, &usage, &mut out));
+            return Ok(json_response(told.object()));
+        }
+        let choices = said.into_iter().zip(choices).enumerate();
         let choices: Vec<Value> =
-            choices.into_iter().enumerate().map(|(index, c)| self.whole_choice(index, c)).collect();
+            choices.map(|(index, (said, choice))| self.whole_choice(index, said, choice)).collect();
         let mut object = self.envelope(false);
         object["choices"] = choices.into();
-        object["usage"] = self.usage(tokens);
+        object["usage"] = usage.json();
         Ok(json_response(&object))
     }
 
@@ -113,6 +141,9 @@ impl Answer {
             None => return Err(ApiError::stopping()),
         };
         let mut out = VecDeque::new();
+        if let Kind::Response(told) = &mut self.kind {
+            told.begin(&mut out);
+        }
         for index in 0..self.choices.len() {
             let echo = std::mem::take(&mut self.choices[index].echo);
             match self.kind {
@@ -120,8 +151,10 @@ impl Answer {
                     let delta = json!({ "role": "assistant", "content": "" });
                     out.push_back(self.chunk(index, delta, Value::Null, None));
                 }
-                Kind::Text if echo.is_empty() => {}
-                Kind::Text => out.push_back(self.chunk(index, echo.into(), Value::Null, None)),
+                Kind::Text if !echo.is_empty() => {
+                    out.push_back(self.chunk(index, echo.into(), Value::Null, None));
+                }
+                Kind::Text | Kind::Response(_) => {}
             }
         }
         let stream = Stream { answer: self, updates, out, is_over: false };
@@ -166,10 +199,10 @@ impl Answer {
 
     /// What all objects of an answer have in common.
     fn envelope(&self, is_chunk: bool) -> Value {
-        let object = match (self.kind, is_chunk) {
-            (Kind::Chat, true) => "chat.completion.chunk",
-            (Kind::Chat, false) => "chat.completion",
+        let object = match (&self.kind, is_chunk) {
             (Kind::Text, _) => "text_completion",
+            (_, true) => "chat.completion.chunk",
+            (_, false) => "chat.completion",
         };
         json!({
             "id": self.id,
@@ -180,74 +213,65 @@ impl Answer {
         })
     }
 
-    fn usage(&self, tokens: usize) -> Value {
-        json!({
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": tokens,
-            "total_tokens": self.prompt_tokens + tokens,
-            "prompt_tokens_details": { "cached_tokens": self.cached_tokens },
-        })
-    }
-
-    fn whole_choice(&self, index: usize, mut choice: Choice) -> Value {
-        let (text, calls) = self.said(&mut choice);
-        let mut finish = finish_reason(choice.finish);
-        let logprobs = self.logprobs_value(choice.logprobs, &mut choice.offset);
-        match self.kind {
-            Kind::Text => json!({
-                "index": index,
-                "text": choice.echo + &text,
-                "logprobs": logprobs,
-                "finish_reason": finish,
-            }),
-            Kind::Chat => {
-                let mut message = json!({ "role": "assistant", "content": text, "refusal": null });
-                if !calls.is_empty() {
-                    if text.is_empty() {
-                        message["content"] = Value::Null;
-                    }
-                    message["tool_calls"] = calls.into();
-                    finish = self.called(choice.finish);
-                }
-                json!({
-                    "index": index,
-                    "message": message,
-                    "logprobs": logprobs,
-                    "finish_reason": finish,
-                })
-            }
+    /// Of the choices that have ended.
+    fn usage(&self) -> Usage {
+        Usage {
+            prompt: self.prompt_tokens,
+            cached: self.cached_tokens,
+            generated: self.choices.iter().map(|choice| choice.tokens).sum(),
         }
     }
 
-    /// What a choice has said that is no call, and at its end the calls.
-    fn said(&self, choice: &mut Choice) -> (String, Vec<Value>) {
-        let text = std::mem::take(&mut choice.text);
-        let Some(tools) = &self.tools else { return (text, Vec::new()) };
-        let mut said = choice.held.push(&text, tools);
-        if choice.finish.is_none() {
-            return (said, Vec::new());
+    fn whole_choice(&self, index: usize, said: Said, mut choice: Choice) -> Value {
+        let logprobs = self.logprobs_value(said.logprobs, &mut choice.offset);
+        let mut object =
+            json!({ "index": index, "logprobs": logprobs, "finish_reason": said.finish });
+        if matches!(self.kind, Kind::Text) {
+            object["text"] = (choice.echo + &said.text).into();
+            return object;
         }
-        let held = std::mem::take(&mut choice.held);
-        let (rest, calls) = held.finish(self.state.unique(), tools);
-        said.push_str(&rest);
-        (said, calls)
+        let is_silent = said.text.is_empty() && !said.calls.is_empty();
+        let content = if is_silent { Value::Null } else { said.text.into() };
+        object["message"] = json!({ "role": "assistant", "content": content, "refusal": null });
+        if !said.calls.is_empty() {
+            object["message"]["tool_calls"] = said.calls.into();
+        }
+        object
     }
 
-    /// Why a choice with calls has ended: one that had to come may have been cut off.
-    fn called(&self, finish: Option<Finish>) -> &'static str {
-        match finish {
-            Some(Finish::Length) if self.tools.as_ref().is_some_and(|tools| tools.forced) => {
-                "length"
+    /// What a choice has to say now.
+    fn said(&self, choice: &mut Choice) -> Said {
+        let (mut text, mut calls) = (std::mem::take(&mut choice.text), Vec::new());
+        if let Some(tools) = &self.tools {
+            text = choice.held.push(&text, tools);
+            if choice.finish.is_some() {
+                let held = std::mem::take(&mut choice.held);
+                let (rest, found) = held.finish(self.state.unique(), tools);
+                text.push_str(&rest);
+                calls = found;
             }
+        }
+        // A call that had to come may have been cut off; others are whole.
+        let is_forced = self.tools.as_ref().is_some_and(|tools| tools.forced);
+        let finish = choice.finish.map(|finish| match finish {
+            Finish::Length if calls.is_empty() || is_forced => "length",
+            _ if calls.is_empty() => "stop",
             _ => "tool_calls",
-        }
+        });
+        // Those of a text that is held back come with it.
+        let is_told = !text.is_empty() || finish.is_some();
+        let logprobs = match is_told {
+            true => std::mem::take(&mut choice.logprobs),
+            false => ChoiceLogprobs::default(),
+        };
+        Said { text, logprobs, calls, finish }
     }
 
     fn logprobs_value(&self, logprobs: ChoiceLogprobs, offset: &mut usize) -> Value {
-        match (self.logprobs, self.kind) {
+        match (self.logprobs, &self.kind) {
             (false, _) => Value::Null,
-            (true, Kind::Chat) => logprobs.chat(),
             (true, Kind::Text) => logprobs.text(offset),
+            (true, _) => logprobs.chat(),
         }
     }
 
@@ -260,7 +284,7 @@ impl Answer {
         finish: Option<&'static str>,
     ) -> Bytes {
         let mut object = self.envelope(true);
-        let field = if self.kind == Kind::Chat { "delta" } else { "text" };
+        let field = if matches!(self.kind, Kind::Text) { "text" } else { "delta" };
         let mut choice = json!({ "index": index, "logprobs": logprobs, "finish_reason": finish });
         choice[field] = content;
         object["choices"] = json!([choice]);
@@ -274,36 +298,55 @@ impl Answer {
     fn push(&mut self, update: Update, out: &mut VecDeque<Bytes>) {
         let Some(index) = self.take(update) else { return };
         let mut choice = std::mem::take(&mut self.choices[index]);
-        let (is_done, is_chat) = (choice.finish.is_some(), self.kind == Kind::Chat);
-        let (text, calls) = self.said(&mut choice);
-        let has_calls = !calls.is_empty();
-        if !text.is_empty() || is_done && !choice.logprobs.is_empty() {
-            let content = if is_chat { json!({ "content": text }) } else { text.into() };
-            let logprobs = std::mem::take(&mut choice.logprobs);
-            let logprobs = self.logprobs_value(logprobs, &mut choice.offset);
+        let said = self.said(&mut choice);
+        if !matches!(self.kind, Kind::Response(_)) {
+            return self.push_chunks(index, said, choice, out);
+        }
+        self.choices[index] = choice;
+        let usage = self.usage();
+        if let Kind::Response(told) = &mut self.kind {
+            told.push(said, &usage, out);
+        }
+    }
+
+    fn push_chunks(
+        &mut self,
+        index: usize,
+        said: Said,
+        mut choice: Choice,
+        out: &mut VecDeque<Bytes>,
+    ) {
+        let is_chat = matches!(self.kind, Kind::Chat);
+        if !said.text.is_empty() || !said.logprobs.is_empty() {
+            let content = if is_chat { json!({ "content": said.text }) } else { said.text.into() };
+            let logprobs = self.logprobs_value(said.logprobs, &mut choice.offset);
             out.push_back(self.chunk(index, content, logprobs, None));
         }
-        for (at, mut call) in calls.into_iter().enumerate() {
+        for (at, mut call) in said.calls.into_iter().enumerate() {
             call["index"] = at.into();
             out.push_back(self.chunk(index, json!({ "tool_calls": [call] }), Value::Null, None));
         }
-        if is_done {
+        if said.finish.is_some() {
             let content = if is_chat { json!({}) } else { "".into() };
-            let finish = match has_calls {
-                true => self.called(choice.finish),
-                false => finish_reason(choice.finish),
-            };
-            out.push_back(self.chunk(index, content, Value::Null, Some(finish)));
+            out.push_back(self.chunk(index, content, Value::Null, said.finish));
         }
         self.choices[index] = choice;
-        if self.choices.iter().all(|choice| choice.finish.is_some()) {
+        if self.is_over() {
             if self.include_usage {
                 let mut object = self.envelope(true);
                 object["choices"] = json!([]);
-                object["usage"] = self.usage(self.choices.iter().map(|c| c.tokens).sum());
+                object["usage"] = self.usage().json();
                 out.push_back(event(&object));
             }
             out.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
+        }
+    }
+
+    /// Ends a stream by what went wrong.
+    fn fail(&mut self, error: &ApiError, out: &mut VecDeque<Bytes>) {
+        match &mut self.kind {
+            Kind::Response(told) => told.fail(error, out),
+            _ => out.push_back(event(&error.json())),
         }
     }
 
@@ -312,11 +355,22 @@ impl Answer {
     }
 }
 
-fn finish_reason(finish: Option<Finish>) -> &'static str {
-    match finish {
-        Some(Finish::Length) => "length",
-        _ => "stop",
+impl Usage {
+    /// In the shape of completions.
+    fn json(&self) -> Value {
+        json!({
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.generated,
+            "total_tokens": self.prompt + self.generated,
+            "prompt_tokens_details": { "cached_tokens": self.cached },
+        })
     }
+}
+
+/// Seconds since 1970.
+pub(crate) fn now() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.unwrap_or_default().as_secs()
 }
 
 /// A server-sent event.
@@ -345,7 +399,7 @@ impl http_body::Body for Stream {
         while !this.is_over {
             match this.updates.poll_recv(context) {
                 Poll::Ready(Some(Update::Failed(error))) => {
-                    this.out.push_back(event(&error.json()));
+                    this.answer.fail(&error, &mut this.out);
                     this.is_over = true;
                 }
                 Poll::Ready(Some(update)) => {
@@ -353,7 +407,7 @@ impl http_body::Body for Stream {
                     this.is_over = this.answer.is_over();
                 }
                 Poll::Ready(None) => {
-                    this.out.push_back(event(&ApiError::stopping().json()));
+                    this.answer.fail(&ApiError::stopping(), &mut this.out);
                     this.is_over = true;
                 }
                 Poll::Pending => break,

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::answer::{Answer, Kind};
 use super::error::ApiError;
 use super::fields::{Fields, short};
-use super::form::form;
+use super::form::{Form, form};
 use super::params::Params;
 use super::submit::{Prompt, submit};
 use super::tools::Callable;
@@ -18,7 +18,7 @@ use crate::grammar::Grammar;
 use crate::state::State;
 
 /// Most messages of a conversation, and most tools.
-const MOST: usize = 4096;
+pub(crate) const MOST: usize = 4096;
 
 pub(crate) async fn complete(state: Arc<State>, body: &[u8]) -> Result<Response, ApiError> {
     let came = Instant::now();
@@ -36,38 +36,69 @@ pub(crate) async fn complete(state: Arc<State>, body: &[u8]) -> Result<Response,
     fields.refuse("functions", "use `tools`")?;
     fields.refuse("function_call", "use `tool_choice`")?;
     fields.refuse("audio", "the model makes text alone")?;
-    let mut messages = messages(&mut fields)?;
-    let tools = tools(&mut fields)?;
-    let choice = fields.value("tool_choice");
-    let parallel = fields.get("parallel_tool_calls", "true or false")?.unwrap_or(true);
-    let form = form(&mut fields)?;
-    let template = template(&state)?;
-    let ending = Ending::of(&mut fields, &messages)?;
-    let variables = fields.get("chat_template_kwargs", "an object")?.unwrap_or_default();
-    let plan = ToolPlan::new(tools, choice)?;
-    let grammar = match (&plan.forced, form) {
-        (Some(schema), None) => Some(Grammar::schema(schema.clone())),
-        (None, form) => form.map(|(_, grammar)| grammar),
-        (Some(_), Some((field, _))) => {
-            let expected = "left out where a tool must be called";
-            return Err(ApiError::field(field, expected, "another form of the answer"));
-        }
+    let turn = Turn {
+        messages: messages(&mut fields)?,
+        tools: tools(&mut fields)?,
+        choice: fields.value("tool_choice"),
+        parallel: parallel(&mut fields)?,
+        form: form(&mut fields)?,
     };
-    if !plan.tools.is_empty() && (!template.knows_tools() || plan.forced.is_some()) {
-        tell_of_tools(&mut messages, &plan, template.knows_tools());
+    turn.answer(state, came, fields, params, Kind::Chat).await
+}
+
+/// Whether an answer may hold several calls.
+pub(crate) fn parallel(fields: &mut Fields) -> Result<bool, ApiError> {
+    Ok(fields.get("parallel_tool_calls", "true or false")?.unwrap_or(true))
+}
+
+/// A conversation that the model is to go on with, in the shapes of chat completions.
+pub(crate) struct Turn {
+    /// As [`message`] makes them.
+    pub(crate) messages: Vec<Value>,
+    pub(crate) tools: Vec<Value>,
+    pub(crate) choice: Option<Value>,
+    pub(crate) parallel: bool,
+    pub(crate) form: Option<Form>,
+}
+
+impl Turn {
+    /// Has the loop answer it. Of the fields, those are read that say how the template is told.
+    pub(crate) async fn answer(
+        mut self,
+        state: Arc<State>,
+        came: Instant,
+        mut fields: Fields,
+        params: Params,
+        kind: Kind,
+    ) -> Result<Response, ApiError> {
+        let template = template(&state)?;
+        let ending = Ending::of(&mut fields, &self.messages)?;
+        let variables = fields.get("chat_template_kwargs", "an object")?.unwrap_or_default();
+        let plan = ToolPlan::new(self.tools, self.choice)?;
+        let grammar = match (&plan.forced, self.form) {
+            (Some(schema), None) => Some(Grammar::schema(schema.clone())),
+            (None, form) => form.map(|(_, grammar)| grammar),
+            (Some(_), Some((field, _))) => {
+                let expected = "left out where a tool must be called";
+                return Err(ApiError::field(field, expected, "another form of the answer"));
+            }
+        };
+        if !plan.tools.is_empty() && (!template.knows_tools() || plan.forced.is_some()) {
+            tell_of_tools(&mut self.messages, &plan, template.knows_tools());
+        }
+        let mut answer = Answer::new(Arc::clone(&state), kind, vec![String::new(); params.choices]);
+        answer.logprobs = params.options.logprobs.is_some();
+        // An answer that was asked for in a form of its own is no call.
+        let is_call = !plan.tools.is_empty() && (plan.forced.is_some() || grammar.is_none());
+        answer.tools = is_call.then(|| {
+            let names = plan.tools.iter().filter_map(|tool| tool["function"]["name"].as_str());
+            let names = names.map(str::to_owned).collect();
+            Callable { names, parallel: self.parallel, forced: plan.forced.is_some() }
+        });
+        let (messages, tools) = (self.messages, plan.tools);
+        let text = ChatText { template, messages, tools, variables, ending };
+        submit(state, params, came, vec![Prompt::Chat(Box::new(text))], grammar, answer).await
     }
-    let mut answer =
-        Answer::new(Arc::clone(&state), Kind::Chat, vec![String::new(); params.choices]);
-    answer.logprobs = logprobs;
-    // An answer that was asked for in a form of its own is no call.
-    let is_call = !plan.tools.is_empty() && (plan.forced.is_some() || grammar.is_none());
-    answer.tools = is_call.then(|| {
-        let names = plan.tools.iter().filter_map(|tool| tool["function"]["name"].as_str());
-        let names = names.map(str::to_owned).collect();
-        Callable { names, parallel, forced: plan.forced.is_some() }
-    });
-    let text = ChatText { template, messages, tools: plan.tools, variables, ending };
-    submit(state, params, came, vec![Prompt::Chat(Box::new(text))], grammar, answer).await
 }
 
 /// The conversation of a request that is to be cut into tokens alone.
@@ -178,52 +209,38 @@ impl ChatText {
     }
 }
 
+const MESSAGES: &str = "an array of at least one message";
+
 /// Messages as templates know them: contents are texts, and arguments of calls objects.
 fn messages(fields: &mut Fields) -> Result<Vec<Value>, ApiError> {
-    let expected = "an array of at least one message";
-    let messages: Option<Vec<Value>> = fields.get("messages", expected)?;
+    let messages: Option<Vec<Value>> = fields.get("messages", MESSAGES)?;
     let messages = messages.unwrap_or_default();
     if messages.is_empty() || messages.len() > MOST {
         let got = format!("{} messages", messages.len());
-        return Err(ApiError::field("messages", expected, got));
+        return Err(ApiError::field("messages", MESSAGES, got));
     }
-    messages.into_iter().enumerate().map(|(at, one)| message(one, at)).collect()
+    let one = |(at, one)| message(one, &format!("messages[{at}]"));
+    messages.into_iter().enumerate().map(one).collect()
 }
 
-fn message(mut message: Value, at: usize) -> Result<Value, ApiError> {
-    let fault = |field: &str, expected: &str, got: &Value| {
-        ApiError::field(&format!("messages[{at}]{field}"), expected, short(got))
-    };
+/// A message as templates know it; `place` names it where it is none.
+pub(crate) fn message(mut message: Value, place: &str) -> Result<Value, ApiError> {
     if !message.is_object() {
-        return Err(fault("", "an object", &message));
+        return Err(ApiError::field(place, "an object", short(&message)));
     }
     let role = match message["role"].as_str() {
         Some("developer") => "system",
         Some(role @ ("system" | "user" | "assistant" | "tool")) => role,
         _ => {
             let roles = "system, developer, user, assistant or tool";
-            return Err(fault(".role", roles, &message["role"]));
+            let role = short(&message["role"]);
+            return Err(ApiError::field(&format!("{place}.role"), roles, role));
         }
     };
     let role = Value::from(role);
     let content = match message["content"].take() {
-        Value::String(text) => text,
         Value::Null if role == "assistant" => String::new(),
-        Value::Array(parts) => {
-            let text = |part: &Value| {
-                let kind = part["type"].as_str().unwrap_or("none");
-                let text = match kind {
-                    "text" | "refusal" => part[kind].as_str(),
-                    _ => None,
-                };
-                text.map(str::to_owned).ok_or_else(|| {
-                    let expected = "a text, or parts of type text (this model reads no other)";
-                    fault(".content", expected, &format!("a part of type {kind}").into())
-                })
-            };
-            parts.iter().map(text).collect::<Result<Vec<_>, _>>()?.join("\n")
-        }
-        other => return Err(fault(".content", "a text, or an array of parts", &other)),
+        content => text_of(content, &format!("{place}.content"))?,
     };
     let mut known = json!({ "role": role, "content": content });
     if let Value::Array(calls) = message["tool_calls"].take() {
@@ -238,8 +255,32 @@ fn message(mut message: Value, at: usize) -> Result<Value, ApiError> {
     Ok(known)
 }
 
+/// A text, or one in parts, which chat completions and responses call by different names.
+pub(crate) fn text_of(content: Value, place: &str) -> Result<String, ApiError> {
+    let parts = match content {
+        Value::String(text) => return Ok(text),
+        Value::Array(parts) => parts,
+        other => {
+            return Err(ApiError::field(place, "a text, or an array of parts", short(&other)));
+        }
+    };
+    let text = |part: &Value| {
+        let kind = part["type"].as_str().unwrap_or("none");
+        let text = match kind {
+            "text" | "input_text" | "output_text" => part["text"].as_str(),
+            "refusal" => part["refusal"].as_str(),
+            _ => None,
+        };
+        text.map(str::to_owned).ok_or_else(|| {
+            let expected = "a text, or parts with a text (this model reads no other)";
+            ApiError::field(place, expected, format!("a part of type {kind}"))
+        })
+    };
+    Ok(parts.iter().map(text).collect::<Result<Vec<_>, _>>()?.join("\n"))
+}
+
 /// A call whose arguments are an object, where they are the text of one.
-fn call(mut call: Value) -> Value {
+pub(crate) fn call(mut call: Value) -> Value {
     if let Some(Value::String(text)) = call.pointer("/function/arguments")
         && let Ok(arguments @ Value::Object(_)) = serde_json::from_str(text)
     {
@@ -269,8 +310,7 @@ struct ToolPlan {
 
 impl ToolPlan {
     fn new(mut tools: Vec<Value>, mut choice: Option<Value>) -> Result<Self, ApiError> {
-        let expected =
-            "none, auto, required, or {\"type\": \"function\", \"function\": {\"name\"}} of a tool";
+        let expected = "none, auto, required, allowed_tools, or a function of `tools` by its name";
         if let Some(allowed) = choice.as_mut().and_then(|choice| choice.get_mut("allowed_tools")) {
             let names = allowed["tools"].as_array().cloned().unwrap_or_default();
             let is_allowed = |tool: &Value| {

@@ -8,16 +8,27 @@ use super::error::ApiError;
 use super::fields::{Fields, short};
 use crate::grammar::Grammar;
 
-/// The form that a request asks for, with the field that does: OpenAI's `response_format`, vLLM's `structured_outputs` or
+/// What an answer must be, with the field that says so.
+pub(crate) type Form = (&'static str, Arc<Grammar>);
+
+/// The form that a request asks for: OpenAI's `response_format`, vLLM's `structured_outputs` or
 /// what that was called before, or llama.cpp's `json_schema`.
-pub(crate) fn form(fields: &mut Fields) -> Result<Option<(&'static str, Arc<Grammar>)>, ApiError> {
+pub(crate) fn form(fields: &mut Fields) -> Result<Option<Form>, ApiError> {
+    let format = fields.value("response_format").unwrap_or_else(|| json!({ "type": "text" }));
+    let schema = ("response_format.json_schema.schema", &format["json_schema"]["schema"]);
+    form_or(fields, "response_format", &format["type"], schema)
+}
+
+/// The form that is asked for by a format, of a type and perhaps with a schema, or by fields beyond OpenAI's.
+pub(crate) fn form_or(
+    fields: &mut Fields,
+    format: &'static str,
+    kind: &Value,
+    schema: (&str, &Value),
+) -> Result<Option<Form>, ApiError> {
     fields.refuse("grammar", "give one in Lark's notation in `structured_outputs.grammar`")?;
     let mut forms = Vec::new();
-    if let Some(format) = fields.value("response_format")
-        && let Some(grammar) = response_format(&format)?
-    {
-        forms.push(("response_format", grammar));
-    }
+    forms.extend(grammar_of(format, kind, schema)?.map(|grammar| (format, grammar)));
     if let Some(outputs) = fields.get("structured_outputs", "an object")? {
         let outputs: Map<String, Value> = outputs;
         for (kind, value) in outputs.iter().filter(|(_, value)| !value.is_null()) {
@@ -42,11 +53,7 @@ pub(crate) fn form(fields: &mut Fields) -> Result<Option<(&'static str, Arc<Gram
 }
 
 /// One of vLLM's kinds; `None` of options that are about something else.
-fn structured(
-    field: &'static str,
-    kind: &str,
-    value: &Value,
-) -> Result<Option<(&'static str, Arc<Grammar>)>, ApiError> {
+fn structured(field: &'static str, kind: &str, value: &Value) -> Result<Option<Form>, ApiError> {
     let fault = |expected| ApiError::field(field, format!("{kind}: {expected}"), short(value));
     let text = |expected| value.as_str().ok_or_else(|| fault(expected));
     let grammar = match kind {
@@ -81,23 +88,21 @@ fn escaped(text: &str) -> String {
     text.chars().flat_map(|c| escapes(c).then_some('\\').into_iter().chain([c])).collect()
 }
 
-fn response_format(format: &Value) -> Result<Option<Arc<Grammar>>, ApiError> {
-    match format["type"].as_str() {
+fn grammar_of(
+    format: &str,
+    kind: &Value,
+    (field, schema): (&str, &Value),
+) -> Result<Option<Arc<Grammar>>, ApiError> {
+    match kind.as_str() {
         Some("text") => Ok(None),
         Some("json_object") => Ok(Some(Grammar::schema(json!({ "type": "object" })))),
-        Some("json_schema") => {
-            let schema = &format["json_schema"]["schema"];
-            match schema {
-                Value::Object(_) | Value::Bool(_) => Ok(Some(Grammar::schema(schema.clone()))),
-                other => {
-                    let name = "response_format.json_schema.schema";
-                    Err(ApiError::field(name, "a JSON schema", short(other)))
-                }
-            }
+        Some("json_schema") if schema.is_object() || schema.is_boolean() => {
+            Ok(Some(Grammar::schema(schema.clone())))
         }
+        Some("json_schema") => Err(ApiError::field(field, "a JSON schema", short(schema))),
         _ => {
             let expected = "text, json_object or json_schema";
-            Err(ApiError::field("response_format.type", expected, short(&format["type"])))
+            Err(ApiError::field(&format!("{format}.type"), expected, short(kind)))
         }
     }
 }

@@ -40,14 +40,18 @@ impl ChoiceLogprobs {
 
     /// In the shape of chat completions.
     pub(crate) fn chat(self) -> Value {
+        json!({ "content": self.entries(), "refusal": null })
+    }
+
+    /// One object a token, as chat completions and responses tell it.
+    pub(crate) fn entries(self) -> Vec<Value> {
         let one = |token: &String, logprob: Option<f32>| {
             // A part of a character has no text of its own.
             let is_whole = !token.contains(char::REPLACEMENT_CHARACTER);
             let bytes = is_whole.then_some(token.as_bytes());
             json!({ "token": token, "logprob": finite(logprob), "bytes": bytes })
         };
-        let content: Vec<Value> = self
-            .tokens
+        self.tokens
             .iter()
             .map(|((token, logprob), top)| {
                 let mut entry = one(token, *logprob);
@@ -55,8 +59,7 @@ impl ChoiceLogprobs {
                 entry["top_logprobs"] = top.into();
                 entry
             })
-            .collect();
-        json!({ "content": content, "refusal": null })
+            .collect()
     }
 
     /// In the shape of text completions. `offset` counts the characters of the tokens told so far.

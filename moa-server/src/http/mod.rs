@@ -9,6 +9,7 @@ pub(crate) mod form;
 pub(crate) mod info;
 pub(crate) mod logprobs;
 pub(crate) mod params;
+pub(crate) mod responses;
 pub(crate) mod submit;
 pub(crate) mod tokens;
 pub(crate) mod tools;
@@ -58,12 +59,16 @@ async fn route(state: Arc<State>, request: Request<Body>) -> Result<Response, Ap
     let path = request.uri().path().to_owned();
     let expected = match path.as_str() {
         "/" | "/health" | "/metrics" | "/v1/models" | "/plan" => get,
-        "/v1/chat/completions" | "/v1/completions" | "/tokenize" | "/detokenize" => post,
+        "/v1/chat/completions"
+        | "/v1/completions"
+        | "/v1/responses"
+        | "/tokenize"
+        | "/detokenize" => post,
         path if path.starts_with("/v1/models/") => get,
         path => {
             let message = format!(
                 "there is no {path}: the server answers /v1/chat/completions, /v1/completions, \
-                 /v1/models, /tokenize, /detokenize, /health and /metrics"
+                 /v1/responses, /v1/models, /tokenize, /detokenize, /health and /metrics"
             );
             let error = ApiError::new(StatusCode::NOT_FOUND, message);
             return Err(ApiError { code: Some("unknown_url"), ..error });
@@ -98,6 +103,7 @@ async fn route(state: Arc<State>, request: Request<Body>) -> Result<Response, Ap
             match path.as_str() {
                 "/v1/chat/completions" => chat::complete(state, &body).await,
                 "/v1/completions" => completions::complete(state, &body).await,
+                "/v1/responses" => responses::respond(state, &body).await,
                 "/tokenize" => tokens::tokenize(state, &body).await,
                 _ => tokens::detokenize(state, &body).await,
             }

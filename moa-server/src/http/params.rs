@@ -60,6 +60,7 @@ impl Params {
         let most = state.options.request_timeout;
         let options = GenerateOptions {
             max_new_tokens: asked.unwrap_or(state.model.default_max_tokens),
+            min_new_tokens: fields.count("min_tokens", 0, usize::MAX)?.unwrap_or(0),
             sampling: sampling(fields, state)?,
             stop,
             stop_token_ids: stop_token_ids.unwrap_or_default(),
@@ -100,6 +101,11 @@ impl Params {
             return Err(ApiError { code, ..ApiError::invalid(message) });
         }
         options.max_new_tokens = options.max_new_tokens.min(limit - len);
+        let (least, most) = (options.min_new_tokens, options.max_new_tokens);
+        if least > most {
+            let expected = format!("at most the {most} tokens that the answer may have");
+            return Err(ApiError::field("min_tokens", expected, least));
+        }
         Ok(options)
     }
 }

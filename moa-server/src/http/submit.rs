@@ -34,6 +34,11 @@ pub(crate) async fn submit(
     check_room(&state)?;
     let prompts = tokens(&state, prompts).await?;
     if let Some(grammar) = &grammar {
+        if params.options.min_new_tokens > 0 {
+            // It may allow nothing but the end.
+            let expected = "left out where the answer must have a form";
+            return Err(ApiError::field("min_tokens", expected, params.options.min_new_tokens));
+        }
         grammar.prepare(&state).await?;
     }
     answer.include_usage = params.include_usage;
@@ -42,7 +47,7 @@ pub(crate) async fn submit(
     let mut jobs = Vec::with_capacity(prompts.len());
     for (at, (prompt, shared)) in prompts.into_iter().enumerate() {
         let mut options = params.for_prompt(prompt.len(), &state)?;
-        options.continues_prompt = Some(answer.kind == Kind::Text);
+        options.continues_prompt = Some(matches!(answer.kind, Kind::Text));
         // Prompts of one request draw alike only where their texts are alike.
         options.sampling.seed = options.sampling.seed.wrapping_add((at * params.choices) as u64);
         jobs.push(Job {

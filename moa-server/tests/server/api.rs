@@ -203,7 +203,7 @@ fn the_server_tells_of_itself() {
     assert_eq!((wrong.status, wrong.header("allow")), (405, Some("POST, OPTIONS")));
     let asked = client.request("OPTIONS", "/v1/models", "", b"");
     assert_eq!((asked.status, asked.header("allow")), (204, Some("GET, HEAD, OPTIONS")));
-    for path in ["/v1/responses", "/v1/embeddings", "/props"] {
+    for path in ["/v1/embeddings", "/v1/audio/speech", "/props"] {
         let missing = client.post(path, &json!({ "input": "x" })).json()["error"].clone();
         assert_eq!(missing["code"], "unknown_url");
         assert!(missing["message"].as_str().unwrap().contains("/v1/chat/completions"), "{missing}");
@@ -448,6 +448,7 @@ fn bad_bodies() -> Vec<(&'static str, Value, &'static str)> {
             "tool_choice",
         ),
         ("stream_options", json!(1), "stream_options"),
+        ("min_tokens", json!(-1), "min_tokens"),
         ("chat_template_kwargs", json!([1]), "chat_template_kwargs"),
     ] {
         let (path, body) = chat(field, value);
@@ -486,7 +487,7 @@ fn bodies_that_are_no_requests_are_refused_and_others_served() {
         long.as_bytes(),
     ];
     for body in bodies {
-        for path in ["/v1/completions", "/v1/chat/completions", "/tokenize"] {
+        for path in ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize"] {
             let answer = client.request("POST", path, "", body);
             if path == "/tokenize" && body == long.as_bytes() {
                 assert_eq!(answer.status, 200);

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::Running;
 use crate::client::read;
 
-fn bases() -> [(&'static str, Value); 4] {
+fn bases() -> [(&'static str, Value); 5] {
     let tool = json!({ "type": "function", "function": { "name": "f", "parameters": {
         "type": "object", "properties": { "a": { "type": "integer" } } } } });
     let chat = json!({
@@ -22,6 +22,22 @@ fn bases() -> [(&'static str, Value); 4] {
         "top_logprobs": 2, "logit_bias": { "5": 1 }, "tools": [tool], "tool_choice": "auto",
         "response_format": { "type": "text" }, "priority": 3, "timeout": 5, "user": "me",
         "chat_template_kwargs": { "enable_thinking": false } });
+    let response = json!({
+        "model": "moa-tiny", "instructions": "Be brief.", "input": [
+            { "role": "user", "content": [{ "type": "input_text", "text": "Hi" }] },
+            { "type": "message", "role": "assistant", "status": "completed",
+                "content": [{ "type": "output_text", "text": "Ho", "annotations": [] }] },
+            { "type": "function_call", "call_id": "1", "name": "f", "arguments": "{}" },
+            { "type": "function_call_output", "call_id": "1", "output": "2" },
+            { "type": "reasoning", "summary": [] } ],
+        "max_output_tokens": 3, "temperature": 0.5, "top_p": 0.9, "stream": true, "store": true,
+        "tools": [{ "type": "function", "name": "f", "strict": true, "parameters": {
+            "type": "object", "properties": { "a": { "type": "integer" } } } }],
+        "tool_choice": { "type": "allowed_tools", "mode": "auto",
+            "tools": [{ "type": "function", "name": "f" }] },
+        "parallel_tool_calls": false, "text": { "format": { "type": "text" } }, "top_logprobs": 1,
+        "include": ["message.output_text.logprobs"], "metadata": { "a": "b" }, "user": "me",
+        "truncation": "disabled", "min_tokens": 1, "timeout": 5 });
     let completion = json!({
         "prompt": ["Hi", "Ho"], "max_tokens": 3, "temperature": 1.0, "top_k": 4, "min_p": 0.1,
         "repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.5, "echo": false,
@@ -29,6 +45,7 @@ fn bases() -> [(&'static str, Value); 4] {
     [
         ("/v1/chat/completions", chat),
         ("/v1/completions", completion),
+        ("/v1/responses", response),
         ("/tokenize", json!({ "prompt": "Hi" })),
         ("/detokenize", json!({ "tokens": [1, 2, 3] })),
     ]
@@ -61,6 +78,7 @@ impl Mutator {
             json!({ "type": "json_schema", "json_schema": { "schema": { "$ref": "#" } } }),
             json!({ "type": "json_object" }),
             json!({ "type": "function", "function": { "name": "g" } }),
+            json!({ "type": "function", "name": "f" }),
             json!(vec![0; 100]),
             (0..60).fold(json!(1), |inner, _| json!([inner])),
         ];
@@ -134,6 +152,13 @@ fn any_body_is_answered() {
         let shown = || String::from_utf8_lossy(&body).into_owned();
         let answer = read(client.send("POST", path, "", &body));
         match answer.status {
+            200 if answer.body.starts_with("event: ") => {
+                let events = answer.named_events();
+                assert!(events.last().is_some_and(|last| {
+                    let status = last["response"]["status"].as_str();
+                    ["completed", "incomplete", "failed"].map(Some).contains(&status)
+                }));
+            }
             200 if answer.header("content-type") == Some("text/event-stream") => {
                 // What is 504 where nothing has been said: a body may ask for a tenth of a second.
                 let last = answer.body.trim_end().rsplit("data: ").next().unwrap_or_default();

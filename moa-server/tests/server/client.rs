@@ -38,6 +38,20 @@ impl Answer {
         };
         events.iter().map(parse).collect()
     }
+
+    /// The objects of a response's stream, each of which names its event and its place.
+    pub(crate) fn named_events(&self) -> Vec<Value> {
+        assert_eq!(self.header("content-type"), Some("text/event-stream"), "{}", self.body);
+        let parse = |(at, event): (usize, &str)| {
+            let (name, data) = event.split_once('\n').expect("two lines");
+            let data = data.strip_prefix("data: ").expect("data");
+            let object: Value = serde_json::from_str(data).expect("JSON");
+            assert_eq!(name.strip_prefix("event: "), object["type"].as_str());
+            assert_eq!(object["sequence_number"], at);
+            object
+        };
+        self.body.split_terminator("\n\n").enumerate().map(parse).collect()
+    }
 }
 
 impl Client {

@@ -6,6 +6,7 @@ mod client;
 mod limits;
 mod prefix;
 mod ranks;
+mod responses;
 mod scripted;
 mod tools;
 
