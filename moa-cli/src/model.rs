@@ -26,6 +26,7 @@ macro_rules! on_device {
             #[cfg(feature = "wgpu")]
             $crate::args::Device::Wgpu(index) => {
                 let $device = $crate::model::wgpu(index, $context)?;
+                let _idle = $crate::model::Idle($device.clone());
                 $body
             }
             #[cfg(feature = "cuda")]
@@ -106,6 +107,18 @@ pub(crate) fn wgpu(index: Option<usize>, context: &Context) -> Result<moa_models
     match context.weights {
         Some(WeightType::Fp8) => Err(Error::argument("--weights", "left out on wgpu", "fp8")),
         None => Ok(moa_models::Wgpu::open(index, context.cache)?),
+    }
+}
+
+/// Waits for a device at its end: some drivers crash when the process ends while they work.
+#[cfg(feature = "wgpu")]
+pub(crate) struct Idle(pub(crate) moa_models::Wgpu);
+
+#[cfg(feature = "wgpu")]
+impl Drop for Idle {
+    fn drop(&mut self) {
+        // What kept the device from its work has been told where it was asked for.
+        let _ = moa_models::Device::synchronize(&self.0);
     }
 }
 

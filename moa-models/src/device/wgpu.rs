@@ -15,12 +15,12 @@ use crate::device::rope_table::RopeTable;
 use crate::device::{Backward, Device, LinearWeights, Load, Math};
 use crate::{Error, Result, memory};
 
-/// Runs a model on a GPU over Vulkan, Metal, DX12 or WebGPU.
+/// Runs a model on a GPU over Vulkan, Metal, DX12 or WebGPU. Clones are the same device.
 ///
 /// With f16 caches, and where the device has matrix units for them, linear layers multiply more than 8 rows in f16
 /// and sum in f32: activations beyond 65,504 overflow there, as in any model in f16. Everything else is f32
 /// arithmetic.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Wgpu {
     attention: WgpuBackend,
     /// With f32 caches.
