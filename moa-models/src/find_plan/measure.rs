@@ -457,35 +457,27 @@ impl<'a, D: Math> Measure<'a, D> {
             |(layer, variant): &(usize, Plan)| Ok((*layer, typed(variant, self.cache_type)?));
         let variants = &variants.iter().map(typed).collect::<Result<Vec<_>>>()?;
         let probe: Vec<&Piece<'_>> = self.pieces.iter().filter(|piece| piece.is_probe).collect();
-        let mut effects: Vec<(Effects, f64)> = Vec::new();
+        let kind = |piece: &Piece<'_>| (piece.length, piece.is_text());
+        let (mut effects, mut read) = (Vec::new(), 0);
         // Of one kind at one length the pieces follow each other.
-        for (at, piece) in probe.iter().enumerate() {
-            let begin = Instant::now();
-            let (base, losses) = self.model.piece_losses(piece, plan, variants)?;
-            self.pace.add(begin, piece.work.plan + variants.len() as f64 * piece.work.variant);
-            match effects.last_mut() {
-                Some((own, count))
-                    if own.is_text == piece.is_text() && own.length == piece.length =>
-                {
-                    own.base += base;
-                    own.losses.iter_mut().zip(losses).for_each(|(sum, loss)| *sum += loss);
-                    *count += 1.0;
-                }
-                _ => {
-                    let (is_text, length) = (piece.is_text(), piece.length);
-                    effects.push((Effects { is_text, length, base, losses }, 1.0));
-                }
+        for pieces in probe.chunk_by(|a, b| kind(a) == kind(b)) {
+            let ((length, is_text), count) = (kind(pieces[0]), pieces.len() as f64);
+            let (mut base, mut losses) = (0.0, vec![0.0; variants.len()]);
+            for piece in pieces {
+                let begin = Instant::now();
+                let (own, of_variants) = self.model.piece_losses(piece, plan, variants)?;
+                self.pace.add(begin, piece.work.plan + variants.len() as f64 * piece.work.variant);
+                base += own;
+                losses.iter_mut().zip(of_variants).for_each(|(sum, loss)| *sum += loss);
+                read += 1;
+                let done = self.done + variants.len() * read / probe.len();
+                self.progress.advance(Stage::Measure, done.min(self.expected), self.expected)?;
             }
-            let done = self.done + variants.len() * (at + 1) / probe.len();
-            self.progress.advance(Stage::Measure, done.min(self.expected), self.expected)?;
+            losses.iter_mut().for_each(|loss| *loss /= count);
+            effects.push(Effects { is_text, length, base: base / count, losses });
         }
         self.count(variants.len())?;
-        let mean = |(mut own, count): (Effects, f64)| {
-            own.base /= count;
-            own.losses.iter_mut().for_each(|loss| *loss /= count);
-            own
-        };
-        Ok(effects.into_iter().map(mean).collect())
+        Ok(effects)
     }
 
     /// What each of `variants` adds to the loss of `plan` on the probe; see [`effects`](Self::effects).
@@ -583,6 +575,7 @@ pub fn measured_losses<D: Math>(
 #[cfg(test)]
 mod tests {
     use std::ops::ControlFlow;
+    use std::sync::Arc;
 
     use moa_core::ElasticRule;
 
@@ -590,13 +583,21 @@ mod tests {
     use crate::checkpoint::Checkpoint;
     use crate::device::cpu::Cpu;
 
-    #[test]
-    fn a_plan_that_cannot_be_better_any_more_is_given_up() -> Result<()> {
+    fn model() -> Result<Arc<Decoder<Cpu>>> {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/moa-tiny");
-        let model = Checkpoint::open(Cpu::default(), folder)?.model;
+        Ok(Checkpoint::open(Cpu::default(), folder)?.model)
+    }
+
+    /// Three contexts of 128 tokens.
+    fn items() -> Result<BTreeMap<usize, Vec<Item>>> {
         let tokens: Vec<u32> = (0..300).map(|i| 300 + i * i % 991).collect();
         let item = |from: usize| Item::new(&tokens[from..from + 100], &tokens[from + 100..][..20]);
-        let items = BTreeMap::from([(128, vec![item(0)?, item(90)?, item(170)?])]);
+        Ok(BTreeMap::from([(128, vec![item(0)?, item(90)?, item(170)?])]))
+    }
+
+    #[test]
+    fn a_plan_that_cannot_be_better_any_more_is_given_up() -> Result<()> {
+        let (model, items) = (model()?, items()?);
         let none = BTreeMap::new();
         let text_goal = TextGoal::Weight(1.0);
         let evidence = Evidence { items: &items, texts: &none, text_goal, held_out: &none };
@@ -621,11 +622,7 @@ mod tests {
     // A minute of single heads goes by without a word otherwise, and cannot be cancelled.
     #[test]
     fn progress_is_told_between_the_pieces_that_single_heads_are_measured_on() -> Result<()> {
-        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/moa-tiny");
-        let model = Checkpoint::open(Cpu::default(), folder)?.model;
-        let tokens: Vec<u32> = (0..300).map(|i| 300 + i * i % 991).collect();
-        let item = |from: usize| Item::new(&tokens[from..from + 100], &tokens[from + 100..][..20]);
-        let items = BTreeMap::from([(128, vec![item(0)?, item(90)?, item(170)?])]);
+        let (model, items) = (model()?, items()?);
         let none = BTreeMap::new();
         let text_goal = TextGoal::Weight(1.0);
         let evidence = Evidence { items: &items, texts: &none, text_goal, held_out: &none };
