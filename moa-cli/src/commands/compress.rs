@@ -67,12 +67,13 @@ pub(crate) struct Args {
     text_weight: Option<f64>,
     /// Plans to measure while refining, single heads included; 0 takes the best searched plan. Up to half as many
     /// more are measured where held-out text suffers more than it may, and all of that twice with `--cache-dtype
-    /// auto` [default: 100 and six for each KV head]
+    /// auto` [default: 100 and six for each KV head, and as many again where `--minutes` says so]
     #[arg(long, value_name = "N", value_parser = parse_size)]
     evaluations: Option<usize>,
     /// Minutes that everything may take, the model's loading left out: after calibration, profile and the first plans,
     /// which are made in any case, as many plans are measured as there is expected to be time for, so that a slow machine
-    /// may find another plan than a fast one [default: 15, and no limit with `--evaluations`]
+    /// may find another plan than a fast one. Where time is left and the plan loses responses, it is refined further on
+    /// three times as many other contexts and texts, and so on [default: 15, and no limit with `--evaluations`]
     #[arg(long, value_name = "MINUTES", value_parser = parse_minutes)]
     minutes: Option<Duration>,
     #[command(flatten)]

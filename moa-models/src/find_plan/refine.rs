@@ -74,14 +74,24 @@ pub fn refine<D: Math>(
         }
     }
     let effort = Effort { evaluations, deadline: None };
+    let starts = Starts { found: starts, refined: None };
     refine_types(model, evidence, starts, (request, types), profile, effort, progress)
+}
+
+/// Where refinement begins.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Starts<'a> {
+    /// Plans of a search.
+    pub(super) found: &'a [Plan],
+    /// A plan that was refined on other evidence.
+    pub(super) refined: Option<&'a Plan>,
 }
 
 /// [`refine`] of plans whose heads have types. Where they choose their own, as many measurements again are made.
 pub(super) fn refine_types<D: Math>(
     model: &Decoder<D>,
     evidence: Evidence<'_>,
-    starts: &[Plan],
+    Starts { found: starts, refined }: Starts<'_>,
     (request, types): (&PlanRequest, CacheTypes),
     profile: &Profile,
     Effort { evaluations, deadline }: Effort,
@@ -101,6 +111,12 @@ pub(super) fn refine_types<D: Math>(
     let start = measure.best(0, starts.to_vec(), None)?.ok_or_else(missing)?;
     let mut best = (measure.loss(&start.plan)?, start.plan);
     let start = measure.measured(&best.1, Scope::All)?;
+    if let Some(refined) = refined {
+        let loss = measure.loss(refined)?;
+        if loss < best.0 {
+            best = (loss, refined.clone());
+        }
+    }
     tracing::debug!(done = measure.done, best = best.0, dense_loss, "starts");
     // Where heads choose their types, half of the time is for that.
     let share = if types == CacheTypes::PerHead { 0.5 } else { 1.0 };

@@ -5,6 +5,7 @@ mod options;
 mod texts;
 mod warnings;
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use moa_core::{ElasticRule, FoundPlans, Plan, PlanRequest, Profile, SparseAttentionBackend};
@@ -17,8 +18,10 @@ use crate::find_plan::exchange::is_elastic;
 use crate::find_plan::measure::Effort;
 use crate::find_plan::objective::WeightedObjective;
 use crate::find_plan::precision::CacheTypes;
+use crate::find_plan::probe::groups;
+use crate::find_plan::profile::Item;
 use crate::find_plan::profile_all::DEFAULT_BLOCK;
-use crate::find_plan::refine::{Refined, refine_types};
+use crate::find_plan::refine::{Refined, Starts, refine_types};
 use crate::progress::{Progress, Stage};
 use crate::{Error, Result};
 
@@ -126,39 +129,22 @@ fn compress_since<D: Math>(
     tracing::debug!(plans = found.plans.len(), "searched");
     let uniform = uniform(&request, &profile)?;
     let starts: Vec<Plan> = found.plans.iter().chain(&uniform).cloned().collect();
-    let validation = options.validation_calibration(context);
     let mut warnings = profile_warnings(&profile)?;
-    let items = match (checkpoint.calibrate(data, &validation, progress), data) {
-        // A user's file may hold nothing else, or nothing longer than the profile lengths.
-        (Err(Error::NoCalibration { length, reason }), CalibrationData::Prompts(_)) => {
-            warnings.push(format!(
-                "no item is left to judge plans by at {length} tokens ({reason}): plans were judged \
-                 by what they were made from"
-            ));
-            checkpoint.calibrate(data, &options.profile_calibration(), progress)?
-        }
-        (made, _) => made?,
-    };
-    let items = items.items;
-    // The text that plans are refined on and the text that the result is held to have nothing in common.
-    let texts = options.texts(checkpoint, data)?;
-    let held_out = options.held_out_texts(checkpoint, data)?;
+    let judged = Judged::new(checkpoint, data, options, &mut warnings, progress)?;
     let text_goal = match &uniform {
-        Some(plan) if options.text_weight.is_none() && !texts.is_empty() => {
+        Some(plan) if options.text_weight.is_none() && !judged.texts.is_empty() => {
             TextGoal::NoWorseThan(plan)
         }
         _ => TextGoal::Weight(options.text_weight.unwrap_or(1.0)),
     };
-    let evidence = Evidence { items: &items, texts: &texts, text_goal, held_out: &held_out };
-    tracing::debug!(lengths = ?items.keys(), texts = texts.len(), "calibrated for validation");
     let evaluations = options.evaluations(model.shape());
     // A limit beyond what the clock can hold is no limit.
     let deadline = options.time_limit.and_then(|limit| begin.checked_add(limit));
     let effort = Effort { evaluations, deadline };
     let bounds = (&request, options.cache_types);
-    let mut refined = refine_types(model, evidence, &starts, bounds, &profile, effort, progress)?;
-    refined.plan.provenance.method = Some("moa compress".to_string());
-    let plan = refined.plan.clone();
+    let starts = Starts { found: &starts, refined: None };
+    let evidence = judged.evidence(text_goal);
+    let mut refined = refine_types(model, evidence, starts, bounds, &profile, effort, progress)?;
     if let (Some(fitting), Some(limit)) = (refined.fitting, options.time_limit) {
         warnings.push(format!(
             "within {:.1} minutes there was time to measure {fitting} of {evaluations} plans: more minutes may find \
@@ -166,9 +152,78 @@ fn compress_since<D: Math>(
             limit.as_secs_f64() / 60.0
         ));
     }
+    let (mut options, mut contexts) = (options.clone(), judged.contexts());
+    let (mut seconds, fitting) = (refined.seconds, refined.fitting);
+    while model.agree(|| Ok::<_, Error>(options.has_time_for_more(&refined, seconds, deadline)))? {
+        options = options.with_more();
+        // What there is too little of was told before.
+        let judged = Judged::new(checkpoint, data, &options, &mut Vec::new(), progress)?;
+        // A file has only so many items.
+        if judged.contexts() <= contexts {
+            break;
+        }
+        contexts = judged.contexts();
+        tracing::debug!(contexts, seconds, "more to judge plans by");
+        let before = refined;
+        let starts = Starts { refined: Some(&before.plan), ..starts };
+        let evidence = judged.evidence(text_goal);
+        refined = refine_types(model, evidence, starts, bounds, &profile, effort, progress)?;
+        seconds = refined.seconds;
+        refined.evaluations += before.evaluations;
+        refined.seconds += before.seconds;
+    }
+    refined.fitting = fitting;
+    refined.plan.provenance.method = Some("moa compress".to_string());
+    let plan = refined.plan.clone();
     let (growth, device) = (refined.loss - refined.dense_loss, model.device.default_cache_type());
     warnings.extend(plan_warnings(&plan, growth, &refined.held_out, Some(&request), device)?);
     Ok(Compressed { plan, profile, found, refined, warnings })
+}
+
+/// What plans are judged by.
+struct Judged {
+    items: BTreeMap<usize, Vec<Item>>,
+    texts: BTreeMap<usize, Vec<Item>>,
+    held_out: BTreeMap<usize, Vec<Item>>,
+}
+
+impl Judged {
+    fn new<D: Math>(
+        checkpoint: &Checkpoint<D>,
+        data: &CalibrationData,
+        options: &CompressOptions,
+        warnings: &mut Vec<String>,
+        progress: &mut dyn Progress,
+    ) -> Result<Self> {
+        let validation = options.validation_calibration(checkpoint.model.config().context_length());
+        let made = match (checkpoint.calibrate(data, &validation, progress), data) {
+            // A user's file may hold nothing else, or nothing longer than the profile lengths.
+            (Err(Error::NoCalibration { length, reason }), CalibrationData::Prompts(_)) => {
+                warnings.push(format!(
+                    "no item is left to judge plans by at {length} tokens ({reason}): plans were judged \
+                     by what they were made from"
+                ));
+                checkpoint.calibrate(data, &options.profile_calibration(), progress)?
+            }
+            (made, _) => made?,
+        };
+        let items = made.items;
+        // The text that plans are refined on and the text that the result is held to have nothing in common.
+        let texts = options.texts(checkpoint, data)?;
+        let held_out = options.held_out_texts(checkpoint, data)?;
+        tracing::debug!(lengths = ?items.keys(), texts = texts.len(), "calibrated for validation");
+        Ok(Self { items, texts, held_out })
+    }
+
+    /// Contexts that items are asked about, or items that share none.
+    fn contexts(&self) -> usize {
+        self.items.values().map(|items| groups(items).count()).sum()
+    }
+
+    fn evidence<'a>(&'a self, text_goal: TextGoal<'a>) -> Evidence<'a> {
+        let Self { items, texts, held_out } = self;
+        Evidence { items, texts, text_goal, held_out }
+    }
 }
 
 /// Checks that a device has caches of the types that heads may come to have.
@@ -206,4 +261,58 @@ fn uniform(request: &PlanRequest, profile: &Profile) -> Result<Option<Plan>> {
         }
     }
     Ok(best)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::options::MORE;
+    use super::*;
+    use crate::checkpoint::template::Message;
+    use crate::device::cpu::Cpu;
+    use crate::find_plan::prompts::CalibrationPrompt;
+
+    /// Letters, in an order of `seed`.
+    fn text(seed: usize, len: usize) -> String {
+        (0..len).map(|i| char::from(b'A' + ((seed + i * i * 7 + i) % 26) as u8)).collect()
+    }
+
+    #[test]
+    fn a_plan_that_loses_is_refined_on_more_where_there_is_time() -> Result<()> {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/moa-tiny");
+        let checkpoint = Checkpoint::open(Cpu::default(), folder)?;
+        let question = |i: usize| CalibrationPrompt::Question {
+            messages: vec![Message::user(text(i, 200))],
+            answer: None,
+        };
+        let data = CalibrationData::Prompts((0..36).map(question).collect());
+        let options = CompressOptions {
+            density: 0.12,
+            lengths: vec![256],
+            bound_lengths: vec![256],
+            validation_length: Some(256),
+            samples: 2,
+            max_response: 16,
+            validation_samples: 1,
+            text_samples: 0,
+            time_limit: Some(Duration::from_secs(600)),
+            ..CompressOptions::default()
+        };
+        let model = &checkpoint.model;
+        let found = compress(&checkpoint, &data, &options, &mut ())?;
+        let validation =
+            options.with_more().validation_calibration(model.config().context_length());
+        let items = checkpoint.calibrate(&data, &validation, &mut ())?.items;
+        assert_eq!(items[&256].len(), MORE);
+        let refined = &found.refined;
+        for (plan, loss) in
+            [(&found.plan, refined.loss), (&Plan::full(model.shape())?, refined.dense_loss)]
+        {
+            let own = model.response_loss(&items[&256], plan, 256)?;
+            assert!((own - loss).abs() < 1e-5, "{loss}, not {own}");
+        }
+        assert!(refined.loss <= refined.start_loss, "{refined:?}");
+        Ok(())
+    }
 }

@@ -1,6 +1,6 @@
 //! What a plan may cost, and how it is found.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use moa_core::search::{Bound, Options as SolverOptions};
 use moa_core::{DEFAULT_SINK, ModelShape, PlanRequest, Space};
@@ -9,7 +9,14 @@ use super::bounds::with_min_share;
 use crate::find_plan::calibrate::{CalibrationOptions, Part};
 use crate::find_plan::objective::{Objective, TokenWeight};
 use crate::find_plan::precision::CacheTypes;
+use crate::find_plan::refine::Refined;
 use crate::{Error, Result};
+
+/// How many times as many contexts and texts a further round of refinement has as the one before.
+pub(super) const MORE: usize = 3;
+
+/// Nats a token that a plan's responses lose at least for a further round: less is noise on so few contexts.
+const LOST: f64 = 0.02;
 
 /// The options of [`compress`](crate::compress()): what a plan may cost, and how it is profiled, searched, validated
 /// and refined.
@@ -71,6 +78,9 @@ pub struct CompressOptions {
     /// Wall time of everything from the beginning of the call; `None` for no limit. By the pace of the first plans as
     /// many are measured as there is expected to be time for: a fast machine may find a better plan than a slow one.
     /// Where the time is over all the same, what is being measured is measured to its end, and nothing after it.
+    ///
+    /// Where `evaluations` is `None` and time is left, a plan whose responses lose more than .02 nats a token is refined
+    /// further, on three times as many other contexts and texts with as many plans again, and so on.
     pub time_limit: Option<Duration>,
     /// Limits and accuracy of the search.
     pub solver: SolverOptions,
@@ -189,6 +199,33 @@ impl CompressOptions {
         }
     }
 
+    /// Whether a further round of refinement, of which a measurement takes [`MORE`] times as long as of the last one, is
+    /// worth its time and has that. The last one took `seconds`.
+    pub(super) fn has_time_for_more(
+        &self,
+        refined: &Refined,
+        seconds: f64,
+        deadline: Option<Instant>,
+    ) -> bool {
+        let Some(deadline) = deadline else { return false };
+        let left = deadline.saturating_duration_since(Instant::now()).as_secs_f64();
+        self.evaluations.is_none()
+            // Types of heads are chosen for the spans that they have.
+            && self.cache_types != CacheTypes::PerHead
+            && refined.loss - refined.dense_loss > LOST
+            && left >= MORE as f64 * seconds
+    }
+
+    /// The options of a further round: more contexts and texts, and others.
+    pub(super) fn with_more(&self) -> Self {
+        Self {
+            validation_samples: MORE * self.validation_samples,
+            text_samples: MORE * self.text_samples,
+            seed: self.seed.wrapping_add(0x3057_0000_0000_0001),
+            ..self.clone()
+        }
+    }
+
     /// Plans to measure in refinement, for a model of this shape.
     pub fn evaluations(&self, shape: ModelShape) -> usize {
         self.evaluations.unwrap_or(100 + 6 * shape.total_kv_heads())
@@ -203,4 +240,52 @@ fn usual_sink(bounds: &[Bound]) -> usize {
         return DEFAULT_SINK;
     }
     1 << (budget / 8).max(4).ilog2()
+}
+
+#[cfg(test)]
+mod tests {
+    use moa_core::Plan;
+
+    use super::*;
+
+    #[test]
+    fn a_further_round_needs_a_loss_and_time_for_as_many_plans() {
+        let shape = ModelShape { layers: 1, query_heads: 1, kv_heads: 1, head_dim: 8 };
+        let refined = |growth: f64| Refined {
+            plan: Plan::full(shape).unwrap(),
+            loss: 0.25 + growth,
+            divergence: 0.0,
+            start_loss: 1.0,
+            start_divergence: 0.0,
+            dense_loss: 0.25,
+            held_out: Vec::new(),
+            evaluations: 100,
+            fitting: None,
+            seconds: 90.0,
+        };
+        let in_minutes = |minutes: u64| Instant::now() + Duration::from_secs(60 * minutes);
+        let options = CompressOptions::default();
+        let has_time = |options: &CompressOptions, growth, seconds, deadline| {
+            options.has_time_for_more(&refined(growth), seconds, deadline)
+        };
+        assert!(has_time(&options, 0.03, 60.0, Some(in_minutes(4))));
+        assert!(
+            !has_time(&options, 0.03, 60.0, Some(in_minutes(2))),
+            "a measurement takes three times as long"
+        );
+        assert!(!has_time(&options, 0.01, 60.0, Some(in_minutes(4))), "nothing is lost");
+        assert!(!has_time(&options, 0.03, 60.0, None), "nobody said for how long");
+        let asked = CompressOptions { evaluations: Some(9), ..options.clone() };
+        assert!(!has_time(&asked, 0.03, 60.0, Some(in_minutes(4))));
+        let typed = CompressOptions { cache_types: CacheTypes::PerHead, ..options };
+        assert!(!has_time(&typed, 0.03, 60.0, Some(in_minutes(4))));
+    }
+
+    #[test]
+    fn further_rounds_have_items_of_their_own() {
+        let first = CompressOptions::default();
+        let (second, third) = (first.with_more(), first.with_more().with_more());
+        assert_eq!((second.validation_samples, third.validation_samples), (24, 72));
+        assert!(first.seed != second.seed && first.seed != third.seed && second.seed != third.seed);
+    }
 }
