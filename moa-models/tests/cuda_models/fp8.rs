@@ -215,7 +215,7 @@ fn rounding_activations_changes_little() -> Verdict {
         println!(
             "{same} of 400 likeliest tokens are the same, logits within {worst} of their spread"
         );
-        assert!(same >= 360, "{same} of 400 likeliest tokens are the same");
+        assert!(same >= 370, "{same} of 400 likeliest tokens are the same");
         // No less than rounding does: the products were of 8 bits.
         assert!((0.05..0.6).contains(&worst), "{worst}");
     }
