@@ -68,6 +68,20 @@ pub enum Error {
         /// Its compute capability, after the dot.
         minor: u32,
     },
+    /// The device, or the cuBLASLt of this machine, does not multiply e4m3 by e4m3 with a factor for each row.
+    #[error(
+        "{name}, compute capability {major}.{minor}, has no products of e4m3 activations: {reason}"
+    )]
+    NoE4m3Products {
+        /// Name of the device.
+        name: String,
+        /// Its compute capability.
+        major: u32,
+        /// Its compute capability, after the dot.
+        minor: u32,
+        /// What is missing.
+        reason: String,
+    },
     /// NVRTC, which compiles the kernels, is not on this machine.
     #[error(
         "no NVRTC: none of {searched:?} could be loaded; install the CUDA toolkit or the package \

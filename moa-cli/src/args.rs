@@ -37,6 +37,10 @@ pub(crate) struct Global {
     /// model's memory, but cannot be profiled
     #[arg(long, global = true, value_name = "TYPE")]
     pub(crate) weights: Option<WeightType>,
+    /// Type of what is multiplied with fp8 weights in prompts, if not that of caches: fp8 reads long prompts faster,
+    /// and costs accuracy
+    #[arg(long, global = true, value_name = "TYPE")]
+    pub(crate) activations: Option<ActivationType>,
     /// CPU threads [default: all]
     #[arg(long, global = true, value_name = "N", value_parser = parse_threads)]
     pub(crate) threads: Option<usize>,
@@ -135,6 +139,13 @@ impl From<CacheType> for moa_models::CacheType {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum WeightType {
     /// e4m3 with a factor for each output.
+    Fp8,
+}
+
+/// What activations can be besides of the type of caches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ActivationType {
+    /// e4m3 with a factor for each token, in steps of 129 and more.
     Fp8,
 }
 

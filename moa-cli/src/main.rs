@@ -123,6 +123,9 @@ fn dispatch(cli: &Cli) -> Result<()> {
         let expected = "a type but in compress: a plan says itself what it chose";
         return Err(Error::argument("--cache-dtype", expected, "auto"));
     }
+    if context.activations.is_some() && context.weights.is_none() {
+        return Err(Error::argument("--activations", "left out without --weights fp8", "fp8"));
+    }
     match &cli.command {
         Command::Quickstart(args) => quickstart::run(args, &context),
         Command::Profile(args) => profile::run(args, &context),

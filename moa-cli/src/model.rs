@@ -87,16 +87,22 @@ pub(crate) fn check_gradients(context: &Context) -> Result<()> {
 }
 
 /// A GPU; activations have the type of the caches, or bf16 where that is narrow, and weights unless another one is
-/// asked for.
+/// asked for; so have what large products of these take.
 #[cfg(feature = "cuda")]
 pub(crate) fn cuda(ordinal: usize, context: &Context) -> Result<moa_models::Cuda> {
     use moa_models::{Cuda, Dtype};
+
+    use crate::args::ActivationType;
     if context.cache == Dtype::F32.into() {
         return Err(Error::argument("--cache-dtype", "a type but f32 on an NVIDIA GPU", "f32"));
     }
     let device = Cuda::open(ordinal, context.cache)?;
-    Ok(match context.weights {
+    let device = match context.weights {
         Some(WeightType::Fp8) => device.with_fp8_weights(),
+        None => device,
+    };
+    Ok(match context.activations {
+        Some(ActivationType::Fp8) => device.with_fp8_activations()?,
         None => device,
     })
 }

@@ -8,7 +8,7 @@ pub(crate) use moa_report::{bytes, percent, table};
 use serde::{Serialize, Serializer};
 use serde_json::Value;
 
-use crate::args::{self, Device, Global, WeightType};
+use crate::args::{self, ActivationType, Device, Global, WeightType};
 use crate::error::{Error, Result};
 use crate::terminal::{plain, to_stderr};
 
@@ -24,6 +24,7 @@ pub(crate) struct Context {
     /// What was said of it.
     pub(crate) cache_dtype: Option<args::CacheType>,
     pub(crate) weights: Option<WeightType>,
+    pub(crate) activations: Option<ActivationType>,
     /// Threads of the search; 0 for all.
     pub(crate) threads: usize,
     /// Nothing is written at all: another GPU's thread writes the same.
@@ -40,6 +41,7 @@ impl Context {
             cache: global.cache_dtype.unwrap_or(args::CacheType::Bf16).into(),
             cache_dtype: global.cache_dtype,
             weights: global.weights,
+            activations: global.activations,
             threads: global.threads.unwrap_or(0),
             muted: false,
         }

@@ -27,6 +27,11 @@ impl Architecture {
     pub fn has_wgmma(self) -> bool {
         (self.major, self.minor) == (9, 0)
     }
+
+    /// Whether it rounds to and multiplies 8-bit floats (Ada and later).
+    pub fn has_e4m3(self) -> bool {
+        (self.major, self.minor) >= (8, 9)
+    }
 }
 
 /// The name that compilers use, such as `sm_90a`.

@@ -29,6 +29,8 @@ pub enum Source {
     Gemv,
     /// Weights of 8-bit floats.
     E4m3,
+    /// Activations of 8-bit floats, compute capability 8.9 and later.
+    E4m3Rows,
     /// Weights in quantised blocks.
     Blocks,
     /// Products of one row with weights in quantised blocks.
@@ -58,7 +60,7 @@ pub(crate) const HEADERS: [(&str, &str); 7] = [
 
 impl Source {
     /// All of them.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::Append,
         Self::Decode,
         Self::Narrow,
@@ -71,6 +73,7 @@ impl Source {
         Self::Sample,
         Self::Gemv,
         Self::E4m3,
+        Self::E4m3Rows,
         Self::Blocks,
         Self::BlocksRow,
         Self::DecodeSoftcap,
@@ -95,6 +98,7 @@ impl Source {
             Self::Sample => "sample.cu",
             Self::Gemv => "gemv.cu",
             Self::E4m3 => "e4m3.cu",
+            Self::E4m3Rows => "e4m3_rows.cu",
             Self::Blocks => "blocks.cu",
             Self::BlocksRow => "blocks_row.cu",
             Self::DecodeSoftcap => "decode.cu-softcap",
@@ -112,6 +116,7 @@ impl Source {
             Self::Wgmma | Self::WgmmaSoftcap => {
                 architecture.has_wgmma() && matches!(head_dim, 64 | 128)
             }
+            Self::E4m3Rows => architecture.has_e4m3() && head_dim == HEAD_DIMS[0],
             _ => self.is_attention() || self.is_narrow() || head_dim == HEAD_DIMS[0],
         }
     }
@@ -165,6 +170,7 @@ impl Source {
             Self::Sample => include_str!("../../kernels/sample.cu"),
             Self::Gemv => include_str!("../../kernels/gemv.cu"),
             Self::E4m3 => include_str!("../../kernels/e4m3.cu"),
+            Self::E4m3Rows => include_str!("../../kernels/e4m3_rows.cu"),
             Self::Blocks => include_str!("../../kernels/blocks.cu"),
             Self::BlocksRow => include_str!("../../kernels/blocks_row.cu"),
             Self::AllReduce => include_str!("../../kernels/all_reduce.cu"),

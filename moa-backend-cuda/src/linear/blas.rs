@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys::{
-    self, cublasComputeType_t, cublasLtMatmulDescAttributes_t,
-    cublasLtMatmulPreferenceAttributes_t as Attribute, cudaDataType,
+    self, cublasComputeType_t, cublasLtMatmulDescAttributes_t as DescAttribute,
+    cublasLtMatmulMatrixScale_t, cublasLtMatmulPreferenceAttributes_t as Attribute, cudaDataType,
 };
 use cudarc::driver::CudaSlice;
 
@@ -32,11 +32,33 @@ pub(crate) struct Product {
     /// Whether the weight is stored `[n, k]`, as linear layers are, rather than `[k, n]`.
     pub(crate) transposed: bool,
     /// Type of `a` and the weight.
-    pub(crate) input: Dtype,
+    pub(crate) input: Input,
     /// Type of `d`.
     pub(crate) output: Dtype,
     /// Whether the product is added to what `d` holds.
     pub(crate) accumulate: bool,
+}
+
+/// Type of what goes into a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Input {
+    /// Elements of a tensor.
+    Wide(Dtype),
+    /// 8-bit floats, with f32 factors for the rows of `a` and for those of a transposed weight.
+    E4m3,
+}
+
+impl From<Dtype> for Input {
+    fn from(dtype: Dtype) -> Self {
+        Self::Wide(dtype)
+    }
+}
+
+/// Where f32 factors are: of the rows of `a`, and of those of the weight.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Factors {
+    pub(crate) a: DevicePointer,
+    pub(crate) weight: DevicePointer,
 }
 
 /// A handle, its scratch memory and the products prepared so far. For the device's own stream alone.
@@ -108,9 +130,33 @@ impl Blas {
         weight: DevicePointer,
         d: DevicePointer,
     ) -> Result<()> {
+        // SAFETY: as the caller promises.
+        unsafe { self.run_with(product, a, weight, d, None) }
+    }
+
+    /// [`run`](Self::run) with factors, of [`Input::E4m3`]; of other inputs without.
+    ///
+    /// # Safety
+    /// As there, of the factors too.
+    pub(crate) unsafe fn run_with(
+        &self,
+        product: Product,
+        a: DevicePointer,
+        weight: DevicePointer,
+        d: DevicePointer,
+        factors: Option<Factors>,
+    ) -> Result<()> {
         self.device.bind()?;
         let alignment = 1 << (a | weight | d).trailing_zeros().min(8);
-        let made = self.prepare(product, alignment)?;
+        let made = self.prepare(product, alignment, factors)?;
+        let _turn = match factors {
+            Some(factors) => {
+                let turn = made.turn.lock().unwrap_or_else(PoisonError::into_inner);
+                made.desc.set_factors(factors).map_err(failed(SET, Some(product)))?;
+                Some(turn)
+            }
+            None => None,
+        };
         let (alpha, beta) = (1f32, if product.accumulate { 1f32 } else { 0f32 });
         // SAFETY: it was prepared for this product, whose memory is as the caller promises; the scratch
         // memory is used on one stream only.
@@ -137,17 +183,33 @@ impl Blas {
         .map_err(failed("cublasLtMatmul", Some(product)))
     }
 
-    fn prepare(&self, product: Product, alignment: u32) -> Result<Arc<Prepared>> {
+    /// Whether cuBLASLt has an algorithm for a product whose addresses are multiples of 16.
+    ///
+    /// # Errors
+    /// [`Error::Blas`] if not.
+    pub(crate) fn check(&self, product: Product, factors: Option<Factors>) -> Result<()> {
+        self.device.bind()?;
+        self.prepare(product, 16, factors).map(drop)
+    }
+
+    fn prepare(
+        &self,
+        product: Product,
+        alignment: u32,
+        factors: Option<Factors>,
+    ) -> Result<Arc<Prepared>> {
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(made) = prepared.get(&(product, alignment)) {
             return Ok(Arc::clone(made));
         }
-        let made = Prepared::new(&self.handle, product, alignment);
+        let made = Prepared::new(&self.handle, product, alignment, factors);
         let made = Arc::new(made.map_err(failed("cublasLtMatmulAlgoGetHeuristic", Some(product)))?);
         prepared.insert((product, alignment), Arc::clone(&made));
         Ok(made)
     }
 }
+
+const SET: &str = "cublasLtMatmulDescSetAttribute";
 
 fn failed(call: &'static str, product: Option<Product>) -> impl Fn(CublasError) -> Error {
     move |error| Error::Blas {
@@ -165,15 +227,22 @@ struct Prepared {
     a: Layout,
     d: Layout,
     algorithm: sys::cublasLtMatmulAlgo_t,
+    /// Of the threads that use the descriptor, which has a call's factors.
+    turn: Mutex<()>,
 }
 
-// SAFETY: descriptors are only read once they are made.
+// SAFETY: descriptors are only read once they are made, but for factors, which are written in turn.
 unsafe impl Send for Prepared {}
 // SAFETY: as above.
 unsafe impl Sync for Prepared {}
 
 impl Prepared {
-    fn new(handle: &Handle, product: Product, alignment: u32) -> Result<Self, CublasError> {
+    fn new(
+        handle: &Handle,
+        product: Product,
+        alignment: u32,
+        factors: Option<Factors>,
+    ) -> Result<Self, CublasError> {
         let Product { m, n, k, transposed, a_transposed, input, output, .. } = product;
         let desc = Desc(result::create_matmul_desc(
             cublasComputeType_t::CUBLAS_COMPUTE_32F,
@@ -181,13 +250,18 @@ impl Prepared {
         )?);
         // CUBLAS_OP_T and CUBLAS_OP_N, which these bindings lack.
         let operations = [
-            (cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA, i32::from(transposed)),
-            (cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB, i32::from(a_transposed)),
+            (DescAttribute::CUBLASLT_MATMUL_DESC_TRANSA, i32::from(transposed)),
+            (DescAttribute::CUBLASLT_MATMUL_DESC_TRANSB, i32::from(a_transposed)),
         ];
         for (attribute, transpose) in operations {
-            let (value, size) = ((&raw const transpose).cast(), size_of_val(&transpose));
-            // SAFETY: the descriptor exists; the attribute is of this type.
-            unsafe { result::set_matmul_desc_attribute(desc.0, attribute, value, size) }?;
+            desc.set(attribute, transpose)?;
+        }
+        if let Some(factors) = factors {
+            let by_rows =
+                cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F as i32;
+            desc.set(DescAttribute::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, by_rows)?;
+            desc.set(DescAttribute::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, by_rows)?;
+            desc.set_factors(factors)?;
         }
         let weight = match transposed {
             true => Layout::new(input, k, n, product.weight_stride)?,
@@ -249,12 +323,26 @@ impl Prepared {
             Ok(algorithm) if padded == m || is_able(&algorithm) => algorithm,
             _ => choose(&a, &d)?,
         };
-        Ok(Self { desc, weight, a, d, algorithm })
+        Ok(Self { desc, weight, a, d, algorithm, turn: Mutex::default() })
     }
 }
 
 #[derive(Debug)]
 struct Desc(sys::cublasLtMatmulDesc_t);
+
+impl Desc {
+    /// Sets an attribute, of the type that cuBLASLt has for it.
+    fn set<T: Copy>(&self, attribute: DescAttribute, value: T) -> Result<(), CublasError> {
+        let (value, size) = ((&raw const value).cast(), size_of::<T>());
+        // SAFETY: the descriptor exists; cuBLASLt checks the size, and reads so many bytes.
+        unsafe { result::set_matmul_desc_attribute(self.0, attribute, value, size) }
+    }
+
+    fn set_factors(&self, factors: Factors) -> Result<(), CublasError> {
+        self.set(DescAttribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, factors.weight)?;
+        self.set(DescAttribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, factors.a)
+    }
+}
 
 impl Drop for Desc {
     fn drop(&mut self) {
@@ -267,12 +355,18 @@ impl Drop for Desc {
 struct Layout(sys::cublasLtMatrixLayout_t);
 
 impl Layout {
-    fn new(dtype: Dtype, rows: usize, cols: usize, stride: usize) -> Result<Self, CublasError> {
-        let dtype = match dtype {
-            Dtype::F16 => cudaDataType::CUDA_R_16F,
-            Dtype::Bf16 => cudaDataType::CUDA_R_16BF,
+    fn new(
+        input: impl Into<Input>,
+        rows: usize,
+        cols: usize,
+        stride: usize,
+    ) -> Result<Self, CublasError> {
+        let dtype = match input.into() {
+            Input::E4m3 => cudaDataType::CUDA_R_8F_E4M3,
+            Input::Wide(Dtype::F16) => cudaDataType::CUDA_R_16F,
+            Input::Wide(Dtype::Bf16) => cudaDataType::CUDA_R_16BF,
             // Tensors are of one of three types.
-            _ => cudaDataType::CUDA_R_32F,
+            Input::Wide(_) => cudaDataType::CUDA_R_32F,
         };
         result::create_matrix_layout(dtype, rows as u64, cols as u64, stride as i64).map(Self)
     }

@@ -329,7 +329,7 @@ impl Operations {
                 weight_stride: k,
                 d_stride: d.stride(),
                 transposed: true,
-                input: self.dtype,
+                input: self.dtype.into(),
                 output: d.dtype(),
                 accumulate,
             };

@@ -16,15 +16,15 @@ use crate::{Device, Dtype, Error, Result, Tensor};
 
 /// A linear layer's weight in e4m3, with one f32 factor for each output: a byte per element.
 ///
-/// Activations are not rounded: their products are those of a weight in the 16-bit type that holds
-/// the same numbers.
+/// Activations are not rounded, unless [`Operations::with_e4m3_activations`] asks for it: their products are those of a
+/// weight in the 16-bit type that holds the same numbers.
 #[derive(Debug)]
 pub struct E4m3Weight {
     device: Device,
     /// `[out, in]`, without gaps.
-    bytes: Memory,
+    pub(super) bytes: Memory,
     /// f32 `[out]`.
-    scales: Tensor,
+    pub(super) scales: Tensor,
     shape: [usize; 2],
 }
 
@@ -109,7 +109,7 @@ impl Few {
 
 /// Rows of `x` from which on cuBLASLt is faster, although the weight is first widened in memory:
 /// what that costs, five bytes of traffic for each weight, is then little beside the arithmetic.
-const MANY: usize = 129;
+pub(super) const MANY: usize = 129;
 
 /// A part of a weight that is widened at once.
 const WIDENED_BYTES: usize = 128 << 20;
@@ -206,6 +206,9 @@ impl Operations {
         accumulate: bool,
     ) -> Result<()> {
         let rows = x.shape()[0];
+        if self.takes_e4m3(x, weight, d) {
+            return self.product_of_e4m3(x, weight, d, accumulate);
+        }
         if rows >= MANY || !x.stride().is_multiple_of(8) {
             return self.widened_product(x, weight, d, accumulate);
         }
@@ -266,7 +269,7 @@ impl Operations {
                 weight_stride: k,
                 d_stride: d.stride(),
                 transposed: true,
-                input: self.dtype,
+                input: self.dtype.into(),
                 output: d.dtype(),
                 accumulate,
             };

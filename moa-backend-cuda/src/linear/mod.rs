@@ -4,6 +4,7 @@ pub(crate) mod blas;
 mod block_row;
 mod block_weight;
 pub mod e4m3;
+mod e4m3_product;
 mod e4m3_weight;
 mod gemv;
 
@@ -237,7 +238,7 @@ impl Operations {
             weight_stride: weight.stride(),
             d_stride: d.stride(),
             transposed,
-            input: self.dtype,
+            input: self.dtype.into(),
             output: d.dtype(),
             accumulate,
         };

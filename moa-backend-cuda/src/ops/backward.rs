@@ -365,7 +365,7 @@ impl Sweep<'_> {
             weight_stride,
             d_stride,
             transposed,
-            input: self.operations.dtype,
+            input: self.operations.dtype.into(),
             output,
             accumulate,
         };

@@ -69,6 +69,9 @@ pub(crate) const GEMV: [&str; 2] = ["gemv_1", "gemv_2"];
 pub(crate) const E4M3: [&str; 6] =
     ["e4m3_8", "e4m3_16", "e4m3_32", "e4m3_64", "widen_e4m3", "randomise_e4m3"];
 
+/// Names of the kernels of 8-bit activations.
+pub(crate) const E4M3_ROWS: [&str; 1] = ["round_rows_e4m3"];
+
 /// Names of the kernels of weights in blocks: products, two of each kind, and those that make elements or records.
 #[rustfmt::skip]
 pub(crate) const BLOCKS: [&str; 19] = [
@@ -135,6 +138,7 @@ impl OpKernels {
                 Source::Ops
                     | Source::Gemv
                     | Source::E4m3
+                    | Source::E4m3Rows
                     | Source::Blocks
                     | Source::BlocksRow
                     | Source::AllReduce
@@ -238,6 +242,7 @@ mod tests {
         for (source, names) in [
             (Source::Ops, &FORWARD[..]),
             (Source::Sample, &SAMPLE[..]),
+            (Source::E4m3Rows, &E4M3_ROWS[..]),
             (Source::Backward, &BACKWARD[..]),
         ] {
             let text = source.text();

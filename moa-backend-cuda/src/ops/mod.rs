@@ -37,6 +37,9 @@ pub struct Operations {
     pub(crate) sampling: Lazy,
     pub(crate) gemv: Lazy,
     pub(crate) e4m3: Lazy,
+    pub(crate) e4m3_rows: Lazy,
+    /// Whether activations of large products with 8-bit weights are rounded too.
+    pub(crate) rounds_activations: bool,
     pub(crate) blocks: Lazy,
     pub(crate) blocks_row: Lazy,
     pub(crate) blas: Blas,
@@ -65,6 +68,8 @@ impl Operations {
             sampling: Lazy::default(),
             gemv: Lazy::default(),
             e4m3: Lazy::default(),
+            e4m3_rows: Lazy::default(),
+            rounds_activations: false,
             blocks: Lazy::default(),
             blocks_row: Lazy::default(),
             blas: Blas::new(device)?,

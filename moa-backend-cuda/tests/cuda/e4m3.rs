@@ -20,7 +20,7 @@ pub(crate) fn trials() -> Vec<Trial> {
 }
 
 /// A weight of the device, and its numbers.
-fn weight(ops: &Ops, [n, k]: [usize; 2], values: &[f32]) -> (E4m3Weight, Vec<f64>) {
+pub(crate) fn weight(ops: &Ops, [n, k]: [usize; 2], values: &[f32]) -> (E4m3Weight, Vec<f64>) {
     let mut bytes = vec![0; n * k];
     let rows = values.chunks(k).zip(bytes.chunks_mut(k));
     let rounded = rows.flat_map(|(values, bytes)| {

@@ -4,6 +4,7 @@
 
 mod blocks;
 mod e4m3;
+mod e4m3_rows;
 #[path = "../gpu/mod.rs"]
 mod gpu;
 mod gradients;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         part("int4", &NARROW, || Cuda::of_type(Dtype::F16, CacheType::Int4)),
         blocks::trials(),
         e4m3::trials(),
+        e4m3_rows::trials(),
         gradients::trials(),
         graph::trials(),
         hazards::trials(),

@@ -203,6 +203,10 @@ fn values_out_of_range_are_refused() {
         &["generate", "--model", tiny, "--prompt", "a", "--weights", "fp8"],
         &["--weights", "CPU", "fp8"],
     );
+    for activations in [&["--activations", "fp8"][..], &["--activations", "int8"]] {
+        let args = ["generate", "--model", tiny, "--prompt", "a"];
+        refuses(root, &[&args, activations].concat(), &["--activations", activations[1], "fp8"]);
+    }
     // No gradients, on any device: said before one is opened.
     for args in [
         &["profile", "--model", "none", "--out", "p"][..],

@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 
 use moa_backend_cuda::e4m3;
 use moa_conformance::{Stop, Trial, Verdict, trials};
-use moa_models::{Backward, Checkpoint, Cpu, Cuda, Dtype, Load};
+use moa_models::{Backward, Checkpoint, Cpu, Cuda, Dtype, Error, Load};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 
@@ -24,6 +24,10 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_decoder_with_8_bit_weights_equals_single_steps,
         bytes_are_counted_as_they_are,
         gradients_are_refused,
+        activations_of_16_bit_weights_are_not_rounded,
+        rounding_activations_changes_little,
+        short_steps_have_activations_of_16_bits,
+        a_decoder_with_8_bit_activations_equals_single_steps,
     ]
 }
 
@@ -80,6 +84,16 @@ fn round(file: &Path) {
 fn cuda() -> Result<Vec<(&'static Checkpoint<Cuda>, f64)>, Stop> {
     static TINY: LazyLock<Models> = LazyLock::new(|| load(|device| device.with_fp8_weights()));
     loaded(&TINY)
+}
+
+/// Activations rounded too, where the GPU multiplies them.
+fn of_8_bits() -> Result<Vec<(&'static Checkpoint<Cuda>, f64)>, Stop> {
+    static TINY: LazyLock<Models> =
+        LazyLock::new(|| load(|device| device.with_fp8_weights().with_fp8_activations().unwrap()));
+    match open(Dtype::Bf16)?.gpu().architecture().has_e4m3() {
+        true => loaded(&TINY),
+        false => Err(Stop::ignored("a GPU without products of e4m3")),
+    }
 }
 
 /// Runs on the CPU: what rounding alone does to this model.
@@ -175,6 +189,60 @@ fn gradients_are_refused() -> Verdict {
         let message = device.check_gradients().unwrap_err().to_string();
         assert!(message.contains("fp8") && message.contains("gradients"), "{message}");
         open(Dtype::F16)?.check_gradients()?;
+    }
+    Ok(())
+}
+
+fn activations_of_16_bit_weights_are_not_rounded() -> Verdict {
+    let error = open(Dtype::Bf16)?.with_fp8_activations().unwrap_err();
+    assert!(matches!(error, Error::Invalid { .. }), "{error}");
+    let message = error.to_string();
+    assert!(message.contains("fp8 activations") && message.contains("bf16"), "{message}");
+    Ok(())
+}
+
+fn rounding_activations_changes_little() -> Verdict {
+    for (checkpoint, _) in of_8_bits()? {
+        let (gpu, cpu) = (&checkpoint.model, &rounded().model);
+        let tokens = prose(400);
+        let [dense, _] = plans(cpu.shape());
+        let expected = step(cpu, &mut cpu.open(&dense, 400, 0).unwrap(), &tokens);
+        let got = step(gpu, &mut gpu.open(&dense, 400, 0).unwrap(), &tokens);
+        let same =
+            expected.iter().zip(&got).filter(|(a, b)| crate::likeliest(a) == crate::likeliest(b));
+        let same = same.count();
+        let worst = difference(&got.concat(), &expected.concat());
+        println!(
+            "{same} of 400 likeliest tokens are the same, logits within {worst} of their spread"
+        );
+        assert!(same >= 370, "{same} of 400 likeliest tokens are the same");
+        // No less than rounding does: the products were of 8 bits.
+        assert!((0.05..0.6).contains(&worst), "{worst}");
+    }
+    Ok(())
+}
+
+/// Bit for bit the model whose activations are never rounded.
+fn short_steps_have_activations_of_16_bits() -> Verdict {
+    for ((rounding, _), (exact, _)) in of_8_bits()?.into_iter().zip(cuda()?) {
+        let (rounding, exact) = (&rounding.model, &exact.model);
+        let tokens = prose(300);
+        for plan in &plans(exact.shape()) {
+            for (chunk, same) in [(128, true), (100, true), (129, false), (300, false)] {
+                let here = read(exact, &mut exact.open(plan, 300, 0).unwrap(), &tokens, chunk);
+                let there =
+                    read(rounding, &mut rounding.open(plan, 300, 0).unwrap(), &tokens, chunk);
+                assert_eq!(here == there, same, "chunks of {chunk}");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn a_decoder_with_8_bit_activations_equals_single_steps() -> Verdict {
+    for (checkpoint, _) in of_8_bits()? {
+        decoder_equals_steps(&checkpoint.model);
+        join_and_leave(&checkpoint.model);
     }
     Ok(())
 }

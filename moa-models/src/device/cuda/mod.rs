@@ -83,6 +83,20 @@ impl Cuda {
         Self { fp8_weights: true, ..self }
     }
 
+    /// Rounds activations to e4m3 too, each token's with a factor of its own, where a step has 129 tokens and more:
+    /// products of prompts are then of 8 bits. Decode steps of fewer sequences are as without. Tokens that share a step with
+    /// as many of a prompt are rounded with them.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] unless [weights are e4m3](Self::with_fp8_weights), [`Error::Backend`] with
+    /// [`NoE4m3Products`](moa_backend_cuda::Error::NoE4m3Products) if the GPU or its cuBLASLt has no such products.
+    pub fn with_fp8_activations(self) -> Result<Self> {
+        match self.fp8_weights {
+            true => Ok(Self { operations: self.operations.with_e4m3_activations()?, ..self }),
+            false => Err(Error::invalid("weights beside fp8 activations", "fp8", self.dtype())),
+        }
+    }
+
     /// The GPU.
     pub fn gpu(&self) -> &Gpu {
         self.operations.device()
