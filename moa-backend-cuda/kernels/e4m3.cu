@@ -1,19 +1,17 @@
 // out (+)= x . w^T with a weight of 8-bit floats (e4m3) and one f32 factor for each of its rows: decode steps,
 // where all that counts is how fast the weights come from memory. Activations stay of 16 bits.
 //
-// Weights are the left operand of the tensor cores, tokens the right one, 8 at a time. A product does not
-// ask in which order its k come, so a lane takes 16 consecutive ones of each of its rows, one copy of
-// 16 bytes, for four steps of 16; the same lane reads back what it has copied. Tokens are shared by two
-// warps that work on the same k. Four such pairs take every fourth stretch of 64 k each; their sums are
+// Weights are the left operand of the tensor cores, tokens the right one, 8 at a time. A lane copies 16 bytes
+// of each of its rows, which are its fragments of four steps of 16 k, and reads back what it has copied. Tokens are
+// shared by two warps that work on the same k. Four such pairs take every fourth stretch of 64 k each; their sums are
 // added in order at the end. So what a token gets depends neither on the others nor on their number.
+#include "e4m3.cuh"
 #include "rows.cuh"
-
-typedef unsigned char u8;
 
 // Mirrored by `src/linear/e4m3_weight.rs`.
 struct E4m3Args {
     const u16* x;         // [rows, k]
-    const u8* w;          // [n, k]
+    const u8* w;          // [n, k], in tiles
     const float* scales;  // [n]
     void* out;            // [rows, n]: f32 if wide, else element
     i64 x_stride;         // elements between rows
@@ -26,37 +24,8 @@ struct E4m3Args {
     int settled;          // 1: no kernel that may still run writes w
 };
 
-#define STRETCH 64      // k that a pair of warps takes at once
 #define PAIRS 4         // of warps, each pair on k of its own
 #define TOKEN_BYTES 128 // of a stretch
-
-// Numbers below are off by this power of two.
-#if DTYPE_BF16
-#define UNIT 1.0f
-#else
-#define UNIT 256.0f
-#endif
-
-// Two bytes of e4m3, in the upper bytes of the halves, as elements. Exact; there are no infinities, and a
-// weight is never NaN.
-__device__ __forceinline__ u32 widen2(u32 halves) {
-#if DTYPE_BF16
-    // The exponent's bias is 120 more, also for subnormal numbers.
-    const u32 moved = (halves & 0x80008000u) | ((halves >> 4) & 0x07f007f0u);
-    u32 pair;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(moved), "r"(0x7b807b80u), "r"(0x80008000u));
-    return pair;
-#else
-    // 8 more: left to UNIT, since no product of these is too small for f32.
-    return (halves & 0x80008000u) | ((halves >> 1) & 0x3f803f80u);
-#endif
-}
-__device__ __forceinline__ u32 low_pair(u32 word) {
-    return widen2(__byte_perm(word, 0, 0x1404));
-}
-__device__ __forceinline__ u32 high_pair(u32 word) {
-    return widen2(__byte_perm(word, 0, 0x3424));
-}
 
 // GROUPS of 8 tokens; TILES of 16 weight rows a warp; STRETCHES copied as one stage, STAGES in memory.
 template <int GROUPS, int TILES, int STRETCHES, int STAGES>
@@ -74,13 +43,16 @@ __device__ __forceinline__ void product(const E4m3Args& args) {
     const int token = blockIdx.x * 8 * GROUPS;
     u8* const stages = memory + pair * STAGES * STAGE_BYTES;
     const u32 to_w = shared_address(stages) + thread * 16;
-    // Chunks of odd tokens change places in pairs: lanes read every second chunk of two tokens at once.
+    // Eight tokens' chunks of the same k lie in eight bank groups.
     const u32 to_x = shared_address(stages) + WEIGHT_BYTES + thread / 8 * TOKEN_BYTES +
-                     (thread % 8 ^ thread / 8 % 2) * 16;
+                     (thread % 8 ^ thread / 8) * 16;
+    const u32 of_x = shared_address(stages) + WEIGHT_BYTES + lane % 8 * TOKEN_BYTES;
 
     // Of the stage that is copied next.
-    int weight_k = pair * STRETCH, token_k = weight_k;
-    const u8* w = args.w + (i64)(first + g) * args.k + t * 16 + weight_k;
+    const int stretches = (args.k + STRETCH - 1) / STRETCH;
+    int weight_stretch = pair, token_k = pair * STRETCH;
+    const u8* w = args.w + ((i64)(first / TILE_ROWS) * stretches + pair) * TILE_BYTES +
+                  first % TILE_ROWS * STRETCH + lane * 16;
     const u16* x = args.x + (i64)(token + thread / 8) * args.x_stride + thread % 8 * 8 + token_k;
     auto load_weights = [&](int slot) {
 #pragma unroll
@@ -88,10 +60,9 @@ __device__ __forceinline__ void product(const E4m3Args& args) {
             const u32 at = slot * STAGE_BYTES + b * STRETCH_BYTES;
 #pragma unroll
             for (int h = 0; h < 2 * TILES; h++)
-                copy16_async(to_w + at + h * 64 * 16, w + (i64)h * 8 * args.k,
-                             first + h * 8 + g < args.n && weight_k + t * 16 < args.k);
-            weight_k += PAIRS * STRETCH;
-            w += PAIRS * STRETCH;
+                copy16_async(to_w + at + h * 64 * 16, w + h * 8 * STRETCH, weight_stretch < stretches);
+            weight_stretch += PAIRS;
+            w += PAIRS * TILE_BYTES;
         }
     };
     auto load_tokens = [&](int slot) {
@@ -125,11 +96,12 @@ __device__ __forceinline__ void product(const E4m3Args& args) {
         const int next = slot == 0 ? STAGES - 1 : slot - 1;
         load_weights(next);
         load_tokens(next);
-        const u8* const stage = stages + slot * STAGE_BYTES;
+        const u32 stage = slot * STAGE_BYTES;
         slot = slot + 1 == STAGES ? 0 : slot + 1;
 #pragma unroll
         for (int b = 0; b < STRETCHES; b++) {
-            const u8* const stretch = stage + b * STRETCH_BYTES;
+            const u32 at = stage + b * STRETCH_BYTES;
+            const u8* const stretch = stages + at;
             uint4 weights[2 * TILES];
 #pragma unroll
             for (int h = 0; h < 2 * TILES; h++)
@@ -140,26 +112,18 @@ __device__ __forceinline__ void product(const E4m3Args& args) {
 #pragma unroll
                 for (int tile = 0; tile < TILES; tile++) {
                     const uint4 top = weights[2 * tile], bottom = weights[2 * tile + 1];
-                    const u32 words[2][2] = {
-                        {half ? top.z : top.x, half ? top.w : top.y},
-                        {half ? bottom.z : bottom.x, half ? bottom.w : bottom.y}};
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        a[tile][i][0] = low_pair(words[0][i]);
-                        a[tile][i][1] = low_pair(words[1][i]);
-                        a[tile][i][2] = high_pair(words[0][i]);
-                        a[tile][i][3] = high_pair(words[1][i]);
-                    }
+                    widen_step(a[tile][0], half ? top.z : top.x, half ? bottom.z : bottom.x);
+                    widen_step(a[tile][1], half ? top.w : top.y, half ? bottom.w : bottom.y);
                 }
 #pragma unroll
                 for (int j = 0; j < GROUPS; j++) {
-                    const uint4 tokens =
-                        *(const uint4*)(stretch + WEIGHT_BYTES + (j * 8 + g) * TOKEN_BYTES +
-                                        t * 32 + (half ^ g % 2) * 16);
+                    u32 tokens[4];
+                    load_matrices(tokens, of_x + at + j * 8 * TOKEN_BYTES +
+                                              ((half * 4 + lane / 8) ^ lane % 8) * 16);
 #pragma unroll
                     for (int tile = 0; tile < TILES; tile++) {
-                        mma(sums[tile][j], a[tile][0], tokens.x, tokens.y);
-                        mma(sums[tile][j], a[tile][1], tokens.z, tokens.w);
+                        mma(sums[tile][j], a[tile][0], tokens[0], tokens[1]);
+                        mma(sums[tile][j], a[tile][1], tokens[2], tokens[3]);
                     }
                 }
             }
@@ -229,19 +193,21 @@ PRODUCT(64, 8, 2, 1, 4, 1)
     const i64 row = blockIdx.y + (i64)blockIdx.z * gridDim.y;        \
     if (row >= args.rows) return;
 
-// out = x * w, x bytes of e4m3, w an f32 factor for each row, out element.
+// out = x * w, x tiles of e4m3, w an f32 factor for each row, out element.
 extern "C" __global__ void __launch_bounds__(256) widen_e4m3(const __grid_constant__ OpArgs args) {
     start();
     FOR_SIXTEEN(i)
-    const uint4 v = *(const uint4*)((const u8*)args.x + row * args.x_stride + i);
+    const int stretches = (args.cols + STRETCH - 1) / STRETCH;
+    const u8* const from = (const u8*)args.x + (row / TILE_ROWS * stretches + i / STRETCH) * TILE_BYTES +
+                           row % TILE_ROWS * STRETCH + i % STRETCH / 16 * 4;
     const float scale = ((const float*)args.w)[row] * UNIT;
-    const u32 words[4] = {v.x, v.y, v.z, v.w};
     u32 pairs[8];
 #pragma unroll
-    for (int n = 0; n < 4; n++) {
-        const float2 low = unpack2(low_pair(words[n])), high = unpack2(high_pair(words[n]));
-        pairs[2 * n] = pack2(low.x * scale, low.y * scale);
-        pairs[2 * n + 1] = pack2(high.x * scale, high.y * scale);
+    for (int t = 0; t < 4; t++) {
+        const u32 word = *(const u32*)(from + t * 16);
+        const float2 front = unpack2(widen_front(word)), back = unpack2(widen_back(word));
+        pairs[t] = pack2(front.x * scale, front.y * scale);
+        pairs[t + 4] = pack2(back.x * scale, back.y * scale);
     }
     uint4* out = (uint4*)((u16*)args.out + row * args.out_stride + i);
     out[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);

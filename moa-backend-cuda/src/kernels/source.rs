@@ -29,6 +29,8 @@ pub enum Source {
     Gemv,
     /// Weights of 8-bit floats.
     E4m3,
+    /// Products of few rows with weights of 8-bit floats on sm_90.
+    E4m3Wgmma,
     /// Weights in quantised blocks.
     Blocks,
     /// Products of one row with weights in quantised blocks.
@@ -46,9 +48,10 @@ pub enum Source {
 }
 
 /// What `#include` may name.
-pub(crate) const HEADERS: [(&str, &str); 7] = [
+pub(crate) const HEADERS: [(&str, &str); 8] = [
     ("blocks.cuh", include_str!("../../kernels/blocks.cuh")),
     ("common.cuh", include_str!("../../kernels/common.cuh")),
+    ("e4m3.cuh", include_str!("../../kernels/e4m3.cuh")),
     ("narrow.cuh", include_str!("../../kernels/narrow.cuh")),
     ("rows.cuh", include_str!("../../kernels/rows.cuh")),
     ("split.cuh", include_str!("../../kernels/split.cuh")),
@@ -58,7 +61,7 @@ pub(crate) const HEADERS: [(&str, &str); 7] = [
 
 impl Source {
     /// All of them.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::Append,
         Self::Decode,
         Self::Narrow,
@@ -71,6 +74,7 @@ impl Source {
         Self::Sample,
         Self::Gemv,
         Self::E4m3,
+        Self::E4m3Wgmma,
         Self::Blocks,
         Self::BlocksRow,
         Self::DecodeSoftcap,
@@ -95,6 +99,7 @@ impl Source {
             Self::Sample => "sample.cu",
             Self::Gemv => "gemv.cu",
             Self::E4m3 => "e4m3.cu",
+            Self::E4m3Wgmma => "e4m3_wgmma.cu",
             Self::Blocks => "blocks.cu",
             Self::BlocksRow => "blocks_row.cu",
             Self::DecodeSoftcap => "decode.cu-softcap",
@@ -112,6 +117,7 @@ impl Source {
             Self::Wgmma | Self::WgmmaSoftcap => {
                 architecture.has_wgmma() && matches!(head_dim, 64 | 128)
             }
+            Self::E4m3Wgmma => architecture.has_wgmma() && head_dim == HEAD_DIMS[0],
             _ => self.is_attention() || self.is_narrow() || head_dim == HEAD_DIMS[0],
         }
     }
@@ -165,6 +171,7 @@ impl Source {
             Self::Sample => include_str!("../../kernels/sample.cu"),
             Self::Gemv => include_str!("../../kernels/gemv.cu"),
             Self::E4m3 => include_str!("../../kernels/e4m3.cu"),
+            Self::E4m3Wgmma => include_str!("../../kernels/e4m3_wgmma.cu"),
             Self::Blocks => include_str!("../../kernels/blocks.cu"),
             Self::BlocksRow => include_str!("../../kernels/blocks_row.cu"),
             Self::AllReduce => include_str!("../../kernels/all_reduce.cu"),

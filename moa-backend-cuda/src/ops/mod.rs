@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::kernels::compile::check_half;
 use crate::kernels::source::Source;
+use crate::linear::Clusters;
 use crate::linear::blas::Blas;
 use crate::memory::Staging;
 use crate::{Device, Dtype, Error, Result, Tensor};
@@ -37,6 +38,11 @@ pub struct Operations {
     pub(crate) sampling: Lazy,
     pub(crate) gemv: Lazy,
     pub(crate) e4m3: Lazy,
+    pub(crate) e4m3_wgmma: Lazy,
+    /// What the device has room for, once it was asked.
+    pub(crate) clusters: Mutex<Option<Clusters>>,
+    /// Whether products may be by warpgroup instructions.
+    pub(crate) has_wgmma: bool,
     pub(crate) blocks: Lazy,
     pub(crate) blocks_row: Lazy,
     pub(crate) blas: Blas,
@@ -65,11 +71,22 @@ impl Operations {
             sampling: Lazy::default(),
             gemv: Lazy::default(),
             e4m3: Lazy::default(),
+            e4m3_wgmma: Lazy::default(),
+            clusters: Mutex::default(),
+            has_wgmma: device.architecture().has_wgmma(),
             blocks: Lazy::default(),
             blocks_row: Lazy::default(),
             blas: Blas::new(device)?,
             staging: Mutex::new(Staging::new(device)),
         })
+    }
+
+    /// Products with weights of 8-bit floats by the kernels that every GPU has, as a GPU without warpgroup
+    /// instructions takes them. Sums are then in another order.
+    #[must_use]
+    pub fn without_wgmma(mut self) -> Self {
+        self.has_wgmma = false;
+        self
     }
 
     /// The GPU.
