@@ -385,7 +385,8 @@ impl Operations {
         if rows >= MANY || !x.stride().is_multiple_of(8) || tiles >= 1 << 15 {
             return self.widened_product(x, weight, d, accumulate);
         }
-        if self.has_wgmma {
+        // A tensor map has no empty axis.
+        if self.has_wgmma && k > 0 {
             return self.grouped_product(x, weight, d, accumulate);
         }
         let (room, processors) = (self.device.shared_bytes(), self.device.multiprocessors());

@@ -245,6 +245,10 @@ fn weights_that_cannot_be_held_are_refused() -> Verdict {
         // Nothing at all is nothing.
         let empty = o.upload_e4m3([0, 32], ones).unwrap();
         assert_eq!(o.linear(&x, &empty, None, Dtype::F32).unwrap().shape(), [3, 0]);
+        let none = o.upload_e4m3([4, 0], ones).unwrap();
+        let x = Tensor::zeros(ops.device, &[3, 0], ops.dtype()).unwrap();
+        let y = o.linear(&x, &none, None, Dtype::F32).unwrap();
+        assert_eq!(y.to_f32().unwrap(), [0.0; 12]);
     }
     Ok(())
 }
