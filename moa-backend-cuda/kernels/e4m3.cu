@@ -6,9 +6,8 @@
 // 16 bytes, for four steps of 16; the same lane reads back what it has copied. Tokens are shared by two
 // warps that work on the same k. Four such pairs take every fourth stretch of 64 k each; their sums are
 // added in order at the end. So what a token gets depends neither on the others nor on their number.
+#include "e4m3.cuh"
 #include "rows.cuh"
-
-typedef unsigned char u8;
 
 // Mirrored by `src/linear/e4m3_weight.rs`.
 struct E4m3Args {
@@ -26,30 +25,12 @@ struct E4m3Args {
     int settled;          // 1: no kernel that may still run writes w
 };
 
-#define STRETCH 64      // k that a pair of warps takes at once
 #define PAIRS 4         // of warps, each pair on k of its own
 #define TOKEN_BYTES 128 // of a stretch
 
-// Numbers below are off by this power of two.
-#if DTYPE_BF16
-#define UNIT 1.0f
-#else
-#define UNIT 256.0f
-#endif
-
-// Two bytes of e4m3, in the upper bytes of the halves, as elements. Exact; there are no infinities, and a
-// weight is never NaN.
+// Two bytes of e4m3, in the upper bytes of the halves, as elements.
 __device__ __forceinline__ u32 widen2(u32 halves) {
-#if DTYPE_BF16
-    // The exponent's bias is 120 more, also for subnormal numbers.
-    const u32 moved = (halves & 0x80008000u) | ((halves >> 4) & 0x07f007f0u);
-    u32 pair;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(moved), "r"(0x7b807b80u), "r"(0x80008000u));
-    return pair;
-#else
-    // 8 more: left to UNIT, since no product of these is too small for f32.
-    return (halves & 0x80008000u) | ((halves >> 1) & 0x3f803f80u);
-#endif
+    return widen2(halves, halves >> MOVED);
 }
 __device__ __forceinline__ u32 low_pair(u32 word) {
     return widen2(__byte_perm(word, 0, 0x1404));
@@ -242,6 +223,28 @@ extern "C" __global__ void __launch_bounds__(256) widen_e4m3(const __grid_consta
         const float2 low = unpack2(low_pair(words[n])), high = unpack2(high_pair(words[n]));
         pairs[2 * n] = pack2(low.x * scale, low.y * scale);
         pairs[2 * n + 1] = pack2(high.x * scale, high.y * scale);
+    }
+    uint4* out = (uint4*)((u16*)args.out + row * args.out_stride + i);
+    out[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    out[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
+}
+
+// The same of tiles.
+extern "C" __global__ void __launch_bounds__(256)
+    widen_tiles_e4m3(const __grid_constant__ OpArgs args) {
+    start();
+    FOR_SIXTEEN(i)
+    const int stretches = (args.cols + STRETCH - 1) / STRETCH;
+    const u8* const from = (const u8*)args.x + (row / TILE_ROWS * stretches + i / STRETCH) * TILE_BYTES +
+                           row % TILE_ROWS * STRETCH + i % STRETCH / 16 * 4;
+    const float scale = ((const float*)args.w)[row] * UNIT;
+    u32 pairs[8];
+#pragma unroll
+    for (int t = 0; t < 4; t++) {
+        const u32 word = *(const u32*)(from + t * 16);
+        const float2 front = unpack2(widen_front(word)), back = unpack2(widen_back(word));
+        pairs[t] = pack2(front.x * scale, front.y * scale);
+        pairs[t + 4] = pack2(back.x * scale, back.y * scale);
     }
     uint4* out = (uint4*)((u16*)args.out + row * args.out_stride + i);
     out[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);

@@ -28,6 +28,48 @@ __device__ __forceinline__ void named_sync(int barrier, int threads) {
 __device__ __forceinline__ void named_arrive(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
+// Barriers that were initialised are seen by bulk copies.
+__device__ __forceinline__ void fence_barrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// One arrival, and so many bytes of bulk copies that the barrier waits for.
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("{.reg .b64 s; mbarrier.arrive.expect_tx.shared.b64 s, [%0], %1;}" ::"r"(barrier),
+                 "r"(bytes)
+                 : "memory");
+}
+// A multiple of 16 bytes that are read once, by one thread, to where `barrier` expects them.
+__device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile(
+        "{.reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1], %2, [%3], once;}" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+// A tensor in memory and a box of it, as `cuTensorMapEncodeTiled` describes them.
+struct __align__(64) TensorMap {
+    u64 opaque[16];
+};
+// The box at (x, y) of a tensor of two axes, to where `barrier` expects it.
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap* tensor, int x, int y, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+        "l"(tensor), "r"(x), "r"(y), "r"(barrier)
+        : "memory");
+}
+// All threads of all blocks of a cluster; each sees what the others wrote before.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+// From the shared memory of a block of the cluster, where this block has `address`.
+__device__ __forceinline__ float cluster_load(u32 address, u32 block) {
+    float x;
+    asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %1, %2;\n"
+                 "ld.shared::cluster.f32 %0, [there];}" : "=f"(x) : "r"(address), "r"(block) : "memory");
+    return x;
+}
 // Ordinary writes to shared memory before it are seen by matrix instructions after it.
 __device__ __forceinline__ void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -154,3 +196,30 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[64], const u32 (&a)[4], u64 
           "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
+
+// d[64 x N] += a[64 x 16] b[16 x N], a in registers, b (rows along k) in shared memory; N is 8 to 128.
+#define SUMS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SUMS_16(i) SUMS_4(i), SUMS_4(i + 4), SUMS_4(i + 8), SUMS_4(i + 12)
+#define WGMMA_RS_ROWS(N, D, A, B, ...)                                                             \
+    __device__ __forceinline__ void wgmma_rs_rows(float (&d)[N / 2], const u32 (&a)[4], u64 b) {   \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16" WGMMA_TYPES "{" D "}, {" A       \
+                     "}, " B ", 1, 1, 1, 0;"                                                       \
+                     : __VA_ARGS__                                                                 \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                        \
+    }
+#define SUM_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define SUM_NAMES_24 SUM_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define SUM_NAMES_32                                                                               \
+    SUM_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SUM_NAMES_48                                                                               \
+    SUM_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define SUM_NAMES_64                                                                               \
+    SUM_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+WGMMA_RS_ROWS(8, "%0, %1, %2, %3", "%4, %5, %6, %7", "%8", SUMS_4(0))
+WGMMA_RS_ROWS(16, "%0, %1, %2, %3, %4, %5, %6, %7", "%8, %9, %10, %11", "%12", SUMS_4(0), SUMS_4(4))
+WGMMA_RS_ROWS(32, SUM_NAMES_16, "%16, %17, %18, %19", "%20", SUMS_16(0))
+WGMMA_RS_ROWS(48, SUM_NAMES_24, "%24, %25, %26, %27", "%28", SUMS_16(0), SUMS_4(16), SUMS_4(20))
+WGMMA_RS_ROWS(64, SUM_NAMES_32, "%32, %33, %34, %35", "%36", SUMS_16(0), SUMS_16(16))
+WGMMA_RS_ROWS(96, SUM_NAMES_48, "%48, %49, %50, %51", "%52", SUMS_16(0), SUMS_16(16), SUMS_16(32))
+WGMMA_RS_ROWS(128, SUM_NAMES_64, "%64, %65, %66, %67", "%68", SUMS_16(0), SUMS_16(16), SUMS_16(32),
+              SUMS_16(48))

@@ -38,7 +38,7 @@ pub(crate) struct Global {
     #[arg(long, global = true, value_name = "TYPE")]
     pub(crate) weights: Option<WeightType>,
     /// Type of what is multiplied with fp8 weights in prompts, if not that of caches: fp8 reads long prompts faster,
-    /// and costs accuracy
+    /// and costs accuracy, and on Hopper speed of decoding
     #[arg(long, global = true, value_name = "TYPE")]
     pub(crate) activations: Option<ActivationType>,
     /// CPU threads [default: all]

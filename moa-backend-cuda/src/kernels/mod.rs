@@ -11,7 +11,8 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{
     self, CUfunction_attribute as Attribute, CUlaunchAttribute, CUlaunchAttributeID,
-    CUlaunchAttributeValue, CUlaunchConfig,
+    CUlaunchAttributeValue, CUlaunchAttributeValue_union__bindgen_ty_1 as ClusterDim,
+    CUlaunchConfig,
 };
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule};
 use cudarc::nvrtc::Ptx;
@@ -419,6 +420,16 @@ pub(crate) fn overlapping() -> CUlaunchAttribute {
         id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
         pad: [0; 4],
         value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    }
+}
+
+/// Of a launch whose blocks come in clusters of so many along x.
+pub(crate) fn clusters(blocks: usize) -> CUlaunchAttribute {
+    let along_x = ClusterDim { x: blocks as u32, y: 1, z: 1 };
+    CUlaunchAttribute {
+        id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+        pad: [0; 4],
+        value: CUlaunchAttributeValue { clusterDim: along_x },
     }
 }
 

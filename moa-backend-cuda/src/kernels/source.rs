@@ -31,6 +31,8 @@ pub enum Source {
     E4m3,
     /// Activations of 8-bit floats, compute capability 8.9 and later.
     E4m3Rows,
+    /// Products of few rows with weights of 8-bit floats on sm_90.
+    E4m3Wgmma,
     /// Weights in quantised blocks.
     Blocks,
     /// Products of one row with weights in quantised blocks.
@@ -48,9 +50,10 @@ pub enum Source {
 }
 
 /// What `#include` may name.
-pub(crate) const HEADERS: [(&str, &str); 7] = [
+pub(crate) const HEADERS: [(&str, &str); 8] = [
     ("blocks.cuh", include_str!("../../kernels/blocks.cuh")),
     ("common.cuh", include_str!("../../kernels/common.cuh")),
+    ("e4m3.cuh", include_str!("../../kernels/e4m3.cuh")),
     ("narrow.cuh", include_str!("../../kernels/narrow.cuh")),
     ("rows.cuh", include_str!("../../kernels/rows.cuh")),
     ("split.cuh", include_str!("../../kernels/split.cuh")),
@@ -60,7 +63,7 @@ pub(crate) const HEADERS: [(&str, &str); 7] = [
 
 impl Source {
     /// All of them.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::Append,
         Self::Decode,
         Self::Narrow,
@@ -74,6 +77,7 @@ impl Source {
         Self::Gemv,
         Self::E4m3,
         Self::E4m3Rows,
+        Self::E4m3Wgmma,
         Self::Blocks,
         Self::BlocksRow,
         Self::DecodeSoftcap,
@@ -99,6 +103,7 @@ impl Source {
             Self::Gemv => "gemv.cu",
             Self::E4m3 => "e4m3.cu",
             Self::E4m3Rows => "e4m3_rows.cu",
+            Self::E4m3Wgmma => "e4m3_wgmma.cu",
             Self::Blocks => "blocks.cu",
             Self::BlocksRow => "blocks_row.cu",
             Self::DecodeSoftcap => "decode.cu-softcap",
@@ -117,6 +122,7 @@ impl Source {
                 architecture.has_wgmma() && matches!(head_dim, 64 | 128)
             }
             Self::E4m3Rows => architecture.has_e4m3() && head_dim == HEAD_DIMS[0],
+            Self::E4m3Wgmma => architecture.has_wgmma() && head_dim == HEAD_DIMS[0],
             _ => self.is_attention() || self.is_narrow() || head_dim == HEAD_DIMS[0],
         }
     }
@@ -171,6 +177,7 @@ impl Source {
             Self::Gemv => include_str!("../../kernels/gemv.cu"),
             Self::E4m3 => include_str!("../../kernels/e4m3.cu"),
             Self::E4m3Rows => include_str!("../../kernels/e4m3_rows.cu"),
+            Self::E4m3Wgmma => include_str!("../../kernels/e4m3_wgmma.cu"),
             Self::Blocks => include_str!("../../kernels/blocks.cu"),
             Self::BlocksRow => include_str!("../../kernels/blocks_row.cu"),
             Self::AllReduce => include_str!("../../kernels/all_reduce.cu"),

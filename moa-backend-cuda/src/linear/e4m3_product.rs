@@ -2,7 +2,7 @@
 
 use super::E4m3Weight;
 use super::blas::{Factors, Input, Product};
-use super::e4m3_weight::MANY;
+use super::e4m3_weight::{Layout, MANY};
 use crate::arena::Memory;
 use crate::kernels::source::Source;
 use crate::ops::launch::{E4M3_ROWS, OpArgs};
@@ -14,7 +14,8 @@ const ALIGNED: usize = 8;
 impl Operations {
     /// Rounds activations too where 129 rows and more meet an [`E4m3Weight`] of a multiple of 8 outputs: each row to
     /// e4m3 with one f32 factor, as [`e4m3::encode_row`](super::e4m3::encode_row) does, for cuBLASLt's 8-bit product.
-    /// A row of which an element is not finite gives NaN.
+    /// A row of which an element is not finite gives NaN. Weights that these operations make lie as cuBLASLt reads them, so
+    /// that their products of few rows are those of [`without_wgmma`](Self::without_wgmma).
     ///
     /// # Errors
     /// [`Error::NoE4m3Products`] if the device, or cuBLASLt, has no such product, [`Error::OutOfMemory`],
@@ -45,6 +46,7 @@ impl Operations {
     pub(super) fn takes_e4m3(&self, x: &Tensor, weight: &E4m3Weight, d: &Tensor) -> bool {
         let [n, _] = weight.shape();
         self.rounds_activations
+            && weight.layout == Layout::Rows
             && x.shape()[0] >= MANY
             && n.is_multiple_of(ALIGNED)
             && d.stride().is_multiple_of(ALIGNED)

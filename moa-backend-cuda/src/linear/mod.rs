@@ -10,6 +10,7 @@ mod gemv;
 
 use blas::Product;
 pub use block_weight::BlockWeight;
+pub(crate) use e4m3_weight::Clusters;
 pub use e4m3_weight::E4m3Weight;
 
 use crate::Operations;

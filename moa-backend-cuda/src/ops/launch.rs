@@ -4,13 +4,15 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 
 use cudarc::driver::CudaFunction;
-use cudarc::driver::sys::{self, CUfunction_attribute as Attribute, CUlaunchConfig};
+use cudarc::driver::sys::{
+    self, CUfunction, CUfunction_attribute as Attribute, CUlaunchAttribute, CUlaunchConfig,
+};
 use cudarc::nvrtc::Ptx;
 
 use crate::kernels::compile::{HEAD_DIMS, Variant, compile};
-use crate::kernels::overlapping;
 use crate::kernels::source::Source;
 use crate::kernels::tables::DevicePointer;
+use crate::kernels::{clusters, overlapping};
 use crate::{Device, Dtype, Error, Result};
 
 /// Arguments of every kernel, field by field as in `kernels/rows.cuh`; the kernels say what each one
@@ -66,11 +68,22 @@ pub(crate) struct OpKernels {
 pub(crate) const GEMV: [&str; 2] = ["gemv_1", "gemv_2"];
 
 /// Names of the kernels of 8-bit weights, those of products of few rows first.
-pub(crate) const E4M3: [&str; 6] =
-    ["e4m3_8", "e4m3_16", "e4m3_32", "e4m3_64", "widen_e4m3", "randomise_e4m3"];
+pub(crate) const E4M3: [&str; 7] =
+    ["e4m3_8", "e4m3_16", "e4m3_32", "e4m3_64", "widen_e4m3", "widen_tiles_e4m3", "randomise_e4m3"];
 
 /// Names of the kernels of 8-bit activations.
 pub(crate) const E4M3_ROWS: [&str; 1] = ["round_rows_e4m3"];
+
+/// Names of the kernels of 8-bit weights with warpgroup instructions.
+pub(crate) const E4M3_WGMMA: [&str; 7] = [
+    "e4m3_wgmma_8",
+    "e4m3_wgmma_16",
+    "e4m3_wgmma_32",
+    "e4m3_wgmma_48",
+    "e4m3_wgmma_64",
+    "e4m3_wgmma_96",
+    "e4m3_wgmma_128",
+];
 
 /// Names of the kernels of weights in blocks: products, two of each kind, and those that make elements or records.
 #[rustfmt::skip]
@@ -112,7 +125,10 @@ impl OpKernels {
         let load = |&name| {
             let function = module.load_function(name);
             let function = function.map_err(Error::driver("cuModuleGetFunction"))?;
-            if matches!(source, Source::E4m3 | Source::Blocks | Source::BlocksRow) {
+            if matches!(
+                source,
+                Source::E4m3 | Source::E4m3Wgmma | Source::Blocks | Source::BlocksRow
+            ) {
                 function
                     .set_attribute(
                         Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
@@ -139,6 +155,7 @@ impl OpKernels {
                     | Source::Gemv
                     | Source::E4m3
                     | Source::E4m3Rows
+                    | Source::E4m3Wgmma
                     | Source::Blocks
                     | Source::BlocksRow
                     | Source::AllReduce
@@ -199,17 +216,82 @@ impl OpKernels {
         shared_bytes: usize,
         args: &A,
     ) -> Result<()> {
+        // SAFETY: as the caller promises.
+        unsafe { self.launch_clusters(name, grid, 1, threads, shared_bytes, args) }
+    }
+
+    /// With dynamic shared memory, which `cluster` blocks side by side along x see of each other.
+    ///
+    /// # Safety
+    /// As [`launch`](Self::launch).
+    pub(crate) unsafe fn launch_clusters<A>(
+        &self,
+        name: &'static str,
+        grid: [usize; 3],
+        cluster: usize,
+        threads: usize,
+        shared_bytes: usize,
+        args: &A,
+    ) -> Result<()> {
         if grid.contains(&0) {
             return Ok(());
         }
-        let Some(function) = self.functions.get(name) else {
-            return Err(Error::argument("Operations", "kernel", "one that was loaded", name));
-        };
+        let function = self.function(name)?;
         self.device.bind()?;
-        let [x, y, z] = grid.map(|n| n as u32);
         let mut arguments = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
-        let mut attribute = overlapping();
-        let config = CUlaunchConfig {
+        let mut attributes = Vec::with_capacity(2);
+        if self.overlap {
+            attributes.push(overlapping());
+        }
+        if cluster > 1 {
+            attributes.push(clusters(cluster));
+        }
+        let config = self.config(grid, threads, shared_bytes, &mut attributes);
+        // SAFETY: each kernel takes one argument, by value, which the launch copies; the rest is as
+        // the caller promises.
+        unsafe {
+            sys::cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), std::ptr::null_mut())
+        }
+        .result()
+        .map_err(Error::driver(name))
+    }
+
+    /// Clusters of so many blocks that run at once.
+    pub(crate) fn clusters_at_once(
+        &self,
+        name: &'static str,
+        cluster: usize,
+        threads: usize,
+        shared_bytes: usize,
+    ) -> Result<usize> {
+        let function = self.function(name)?;
+        self.device.bind()?;
+        let mut attributes = [clusters(cluster)];
+        let config = self.config([cluster, 1, 1], threads, shared_bytes, &mut attributes);
+        let mut at_once = 0;
+        // SAFETY: both pointers are valid for the call.
+        unsafe { sys::cuOccupancyMaxActiveClusters(&mut at_once, function, &config) }
+            .result()
+            .map_err(Error::driver("cuOccupancyMaxActiveClusters"))?;
+        Ok(at_once.max(0) as usize)
+    }
+
+    fn function(&self, name: &'static str) -> Result<CUfunction> {
+        match self.functions.get(name) {
+            Some(function) => Ok(function.cu_function()),
+            None => Err(Error::argument("Operations", "kernel", "one that was loaded", name)),
+        }
+    }
+
+    fn config(
+        &self,
+        grid: [usize; 3],
+        threads: usize,
+        shared_bytes: usize,
+        attributes: &mut [CUlaunchAttribute],
+    ) -> CUlaunchConfig {
+        let [x, y, z] = grid.map(|n| n as u32);
+        CUlaunchConfig {
             gridDimX: x,
             gridDimY: y,
             gridDimZ: z,
@@ -218,17 +300,9 @@ impl OpKernels {
             blockDimZ: 1,
             sharedMemBytes: shared_bytes as u32,
             hStream: self.device.stream().cast(),
-            attrs: &raw mut attribute,
-            numAttrs: u32::from(self.overlap),
-        };
-        let function = function.cu_function();
-        // SAFETY: each kernel takes one argument, by value, which the launch copies; the rest is as
-        // the caller promises.
-        unsafe {
-            sys::cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), std::ptr::null_mut())
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
         }
-        .result()
-        .map_err(Error::driver(name))
     }
 }
 

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::kernels::compile::check_half;
 use crate::kernels::source::Source;
+use crate::linear::Clusters;
 use crate::linear::blas::Blas;
 use crate::memory::Staging;
 use crate::{Device, Dtype, Error, Result, Tensor};
@@ -40,6 +41,11 @@ pub struct Operations {
     pub(crate) e4m3_rows: Lazy,
     /// Whether activations of large products with 8-bit weights are rounded too.
     pub(crate) rounds_activations: bool,
+    pub(crate) e4m3_wgmma: Lazy,
+    /// What the device has room for, once it was asked.
+    pub(crate) clusters: Mutex<Option<Clusters>>,
+    /// Whether weights of 8-bit floats may lie as warpgroup instructions read them.
+    pub(crate) has_wgmma: bool,
     pub(crate) blocks: Lazy,
     pub(crate) blocks_row: Lazy,
     pub(crate) blas: Blas,
@@ -70,11 +76,22 @@ impl Operations {
             e4m3: Lazy::default(),
             e4m3_rows: Lazy::default(),
             rounds_activations: false,
+            e4m3_wgmma: Lazy::default(),
+            clusters: Mutex::default(),
+            has_wgmma: device.architecture().has_wgmma(),
             blocks: Lazy::default(),
             blocks_row: Lazy::default(),
             blas: Blas::new(device)?,
             staging: Mutex::new(Staging::new(device)),
         })
+    }
+
+    /// Weights of 8-bit floats that are made from here on lie as the kernels that every GPU has read them, and their products
+    /// are those of a GPU without warpgroup instructions. Sums are then in another order.
+    #[must_use]
+    pub fn without_wgmma(mut self) -> Self {
+        self.has_wgmma = false;
+        self
     }
 
     /// The GPU.

@@ -1,7 +1,7 @@
 //! Weights of 8-bit floats, against arithmetic in f64 on the numbers that they hold.
 
 use moa_backend_cuda::{Dtype, E4m3Weight, Error, Tensor, e4m3};
-use moa_conformance::{Trial, Verdict, f64s, normal, trials};
+use moa_conformance::{Stop, Trial, Verdict, f64s, normal, trials};
 use moa_core::ArgumentError;
 
 use super::ops::{Ops, product};
@@ -17,6 +17,17 @@ pub(crate) fn trials() -> Vec<Trial> {
         random_weights_are_uniform,
         weights_that_cannot_be_held_are_refused,
     ]
+}
+
+/// Of each element type, products by the kernels that the device chooses and by those that every GPU has.
+fn both() -> Result<impl Iterator<Item = [Ops; 2]>, Stop> {
+    let portable =
+        |ops: Ops| Ops { device: ops.device, operations: ops.operations.without_wgmma() };
+    Ok(Ops::all()?.into_iter().zip(Ops::all()?.map(portable)).map(|(own, every)| [own, every]))
+}
+
+fn kinds() -> Result<impl Iterator<Item = Ops>, Stop> {
+    Ok(both()?.flatten())
 }
 
 /// A weight of the device, and its numbers.
@@ -52,7 +63,7 @@ fn numbers(ops: &Ops, weight: &E4m3Weight, rows: usize) -> Vec<f32> {
 /// Sums are f32, of the same numbers as the reference: what is allowed is what products of 16-bit
 /// weights are allowed.
 fn products_are_those_of_the_numbers_held() -> Verdict {
-    for ops in Ops::all()? {
+    for kinds in both()? {
         // Tiles of more than 8 tokens want thousands of outputs.
         for ([n, k], most) in [
             ([40, 16], 300),
@@ -60,25 +71,32 @@ fn products_are_those_of_the_numbers_held() -> Verdict {
             ([136, 2048], 300),
             ([24, 4112], 300),
             ([8200, 336], 66),
+            // So many that k is not divided.
+            ([17_000, 144], 20),
         ] {
+            let ops = &kinds[0];
             let (x, xs) = ops.random(&[most, k], ops.dtype(), 1);
-            let (w, ws) = weight(&ops, [n, k], &normal(n * k, 2));
+            let values = normal(n * k, 2);
+            let [(own, ws), (every, _)] = kinds.each_ref().map(|ops| weight(ops, [n, k], &values));
             let (bias, biases) = ops.random(&[n], Dtype::F32, 3);
             let expected = product(&xs, &ws, k, n);
             let sums = 1e-6 * k as f64;
             let counts = [1, 2, 3, 4, 5, 8, 9, 16, 31, 33, 64, 65, 66, 128, 129, 300];
             for m in counts.into_iter().filter(|m| *m <= most) {
                 let x = x.rows(0..m).unwrap();
-                for output in [ops.dtype(), Dtype::F32] {
-                    let y = ops.operations.linear(&x, &w, None, output).unwrap();
-                    assert_eq!(y.dtype(), output);
-                    ops.close(&y, &expected[..m * n], sums);
-                }
-                let (sum, before) = ops.random(&[m, n], Dtype::F32, 4);
-                let added = expected.iter().zip(&before).enumerate();
+                let (before, befores) = ops.random(&[m, n], Dtype::F32, 4);
+                let added = expected.iter().zip(&befores).enumerate();
                 let added: Vec<f64> = added.map(|(i, (y, x))| y + x + biases[i % n]).collect();
-                let y = ops.operations.linear_add(sum, &x, &w, Some(&bias)).unwrap();
-                ops.close(&y, &added, sums);
+                for (ops, w) in kinds.iter().zip([&own, &every]) {
+                    for output in [ops.dtype(), Dtype::F32] {
+                        let y = ops.operations.linear(&x, w, None, output).unwrap();
+                        assert_eq!(y.dtype(), output);
+                        ops.close(&y, &expected[..m * n], sums);
+                    }
+                    let sum = before.clone();
+                    let y = ops.operations.linear_add(sum, &x, w, Some(&bias)).unwrap();
+                    ops.close(&y, &added, sums);
+                }
             }
         }
     }
@@ -87,7 +105,7 @@ fn products_are_those_of_the_numbers_held() -> Verdict {
 
 /// 273 MB of widened weights, 134 at a time.
 fn large_weights_are_widened_in_parts() -> Verdict {
-    for ops in Ops::all()? {
+    for ops in kinds()? {
         let (o, [n, k]) = (&ops.operations, [520, 262_160]);
         let w = o.random_e4m3([n, k], 1.0, 1).unwrap();
         let x = o.random(&[130, k], ops.dtype(), 1.0, 2).unwrap();
@@ -103,7 +121,7 @@ fn large_weights_are_widened_in_parts() -> Verdict {
 
 /// Widths that cuBLASLt would not take.
 fn outputs_need_not_be_a_multiple_of_anything() -> Verdict {
-    for ops in Ops::all()? {
+    for ops in kinds()? {
         let (x, xs) = ops.random(&[70, 176], ops.dtype(), 1);
         for n in [1, 71, 8201] {
             let (w, ws) = weight(&ops, [n, 176], &normal(n * 176, 2));
@@ -118,24 +136,26 @@ fn outputs_need_not_be_a_multiple_of_anything() -> Verdict {
 }
 
 fn a_row_does_not_depend_on_the_others_nor_on_how_many_there_are() -> Verdict {
-    for ops in Ops::all()? {
-        let (x, _) = ops.random(&[128, 720], ops.dtype(), 1);
-        // So many outputs that every kernel is chosen for some number of rows.
-        let n = 8200;
-        let w = ops.operations.random_e4m3([n, 720], 1.0, 2).unwrap();
-        let product =
-            |x: &Tensor| ops.operations.linear(x, &w, None, Dtype::F32).unwrap().to_f32().unwrap();
-        let all = product(&x);
-        for rows in [0..1, 1..3, 5..13, 2..12, 60..77, 0..31, 96..128, 3..67, 0..100] {
-            let part = product(&x.rows(rows.clone()).unwrap());
-            assert!(part == all[rows.start * n..rows.end * n], "{rows:?}");
+    for ops in kinds()? {
+        // The first has so many outputs that every kernel is chosen for some number of rows.
+        for [n, k] in [[8200, 720], [264, 4112], [34_000, 336]] {
+            let (x, _) = ops.random(&[128, k], ops.dtype(), 1);
+            let w = ops.operations.random_e4m3([n, k], 1.0, 2).unwrap();
+            let product = |x: &Tensor| {
+                ops.operations.linear(x, &w, None, Dtype::F32).unwrap().to_f32().unwrap()
+            };
+            let all = product(&x);
+            for rows in [0..1, 1..3, 5..13, 2..12, 60..77, 0..31, 96..128, 3..67, 0..100] {
+                let part = product(&x.rows(rows.clone()).unwrap());
+                assert!(part == all[rows.start * n..rows.end * n], "{rows:?} of [{n}, {k}]");
+            }
         }
     }
     Ok(())
 }
 
 fn every_number_arrives_and_so_does_its_scale() -> Verdict {
-    for ops in Ops::all()? {
+    for ops in kinds()? {
         let codes = (0..=0xffu8).map(|code| if code & 0x7f == 0x7f { 0 } else { code });
         let row: Vec<f32> = codes.map(e4m3::decode).collect();
         // Powers of two that f16 still has room for.
@@ -151,7 +171,7 @@ fn every_number_arrives_and_so_does_its_scale() -> Verdict {
 }
 
 fn wide_inputs_and_columns_of_others_are_taken() -> Verdict {
-    for ops in Ops::all()? {
+    for ops in kinds()? {
         let (both, values) = ops.random(&[150, 96], ops.dtype(), 1);
         let (w, ws) = weight(&ops, [16, 48], &normal(16 * 48, 2));
         let right = both.columns(48..96).unwrap();
@@ -233,6 +253,10 @@ fn weights_that_cannot_be_held_are_refused() -> Verdict {
         // Nothing at all is nothing.
         let empty = o.upload_e4m3([0, 32], ones).unwrap();
         assert_eq!(o.linear(&x, &empty, None, Dtype::F32).unwrap().shape(), [3, 0]);
+        let none = o.upload_e4m3([4, 0], ones).unwrap();
+        let x = Tensor::zeros(ops.device, &[3, 0], ops.dtype()).unwrap();
+        let y = o.linear(&x, &none, None, Dtype::F32).unwrap();
+        assert_eq!(y.to_f32().unwrap(), [0.0; 12]);
     }
     Ok(())
 }
