@@ -16,7 +16,7 @@ struct Sequence {
     int tokens;      // new tokens, at least 1
     int first_item;  // tile kernels: tiles of the sequences before it in this launch
     int committed;   // 1: `append` has already put the new tokens into the cache
-    int split;       // wgmma.cu, 1: some tiles are shared between blocks; then `merge_tiles` follows
+    int padding;
 };
 
 // One KV head of one sequence, [sequences, kv_heads]: moa-core's HeadRow, whose numbers but the offset fit
@@ -27,6 +27,26 @@ struct Head {
     int ring;        // then a ring: position p lies in slot sink_slots + (p - sink_slots) % ring
     int sink;        // the mask: key <= query && (key < sink || query - key < window)
     int window;
+};
+
+// extend_gangs: what a gang of blocks does next. Each block takes a tile of its own, all take the same steps of 128
+// keys, so that keys are in the L2 cache for all but the first.
+struct Piece {
+    int sequence;
+    u16 kv_head;
+    u16 first_tile;  // of the gang's first block; blocks after the last tile do nothing
+    u16 first_step;  // counted from the last keys that a tile sees
+    u16 end_step;    // 0xffff: all the rest
+    int partial;     // partial result of the first block, then those of the others; -1: the piece is all of its tiles
+};
+
+// merge_tiles: tiles that gangs share.
+struct Merge {
+    int sequence;
+    u16 kv_head;
+    u16 first_tile;
+    int partial;     // the first of the results [parts, blocks of a gang]
+    int parts;       // at most 32
 };
 
 // Where one KV head of one sequence keeps codes and scales, [sequences, kv_heads], in bytes from Sequence::k. Plain
@@ -50,8 +70,9 @@ struct Packed {
 // belongs to one KV head and reads its keys once for the whole group.
 //
 // Tile kernels: a sequence has ceil(tokens * group / TILE_ROWS) * kv_heads tiles, TILE_ROWS = 128
-// (wgmma.cu, each times the blocks that share it; any grid up to num_tiles blocks) or 64 (tile.cu, one block a tile). Split kernels: tokens * group <= 16; the keys that a (sequence, KV
-// head) sees are cut every split_keys(count) keys, whatever else is in the batch.
+// (wgmma.cu, any grid up to num_tiles blocks, or gangs of blocks) or 64 (tile.cu, one block a tile). Split kernels:
+// tokens * group <= 16; the keys that a (sequence, KV head) sees are cut every split_keys(count) keys, whatever else is
+// in the batch.
 #define MAX_SPLITS 32
 #ifndef MIN_SPLIT_KEYS
 #define MIN_SPLIT_KEYS 512
@@ -71,24 +92,30 @@ struct ExtendArgs {
     int query_heads;
     int kv_heads;
     float scale;
-    // Tile kernels: (KV head, blocks that share the keys of each of its tiles) of each sequence in the
-    // order in which to start them, [sequences, kv_heads]. The second is 1 but in wgmma.cu where
-    // Sequence::split is set: few tiles, of unequal length, would leave the device idle.
-    const int2* order;
-    // Split kernel: work items (sequence * kv_heads + kv head, split), one block each.
-    const int2* items;
+    // Tile kernels: KV heads of each sequence in the order in which to start them, [sequences, kv_heads].
+    const int* order;
+    union {
+        // Split kernel: work items (sequence * kv_heads + kv head, split), one block each.
+        const int2* items;
+        // extend_gangs: [rounds, gangs].
+        const Piece* pieces;
+    };
     // Partial results: [items, 16, HEAD_DIM] then [items, 16, 2] (maximum, sum) of the split kernel;
-    // [num_tiles, 128, HEAD_DIM] then [num_tiles, 128, 2] of wgmma.cu where tiles are shared.
+    // [num_items, 128, HEAD_DIM] then [num_items, 128, 2] of extend_gangs.
     float* partial;
     // Splits finished, [sequences * kv_heads], 0 between launches.
     int* finished;
-    // First item and number of splits of each (sequence, kv head), [sequences * kv_heads].
-    const int2* splits;
+    union {
+        // First item and number of splits of each (sequence, kv head), [sequences * kv_heads].
+        const int2* splits;
+        // merge_tiles.
+        const Merge* merges;
+    };
     // wgmma.cu: next tile and blocks that are done, [2], 0 between launches.
     int* tickets;
     const float* sinks;           // a logit of each query head that is in its denominator alone, or null
     int num_items;
-    int num_tiles;                // wgmma.cu: all tiles of the launch; blocks take them in turn
+    int num_tiles;                // wgmma.cu: tiles of the launch, which blocks take in turn; or `pieces`
     float softcap;                // modules compiled with SOFTCAP: scores become softcap * tanh(score / softcap)
     // decode.cu, 1: no kernel that may still run writes tables, lengths, or keys and values before the new tokens'.
     int settled;

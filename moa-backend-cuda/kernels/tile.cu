@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int rows = sequence.tokens * group;
     const int tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     const int item = blockIdx.x - sequence.first_item;
-    const int kv_head = args.order[(i64)s * args.kv_heads + item / tiles].x;
+    const int kv_head = args.order[(i64)s * args.kv_heads + item / tiles];
     // The last tile sees the most keys: it starts first.
     const int first_row = (tiles - 1 - item % tiles) * TILE_ROWS;
     const Head head = args.heads[(i64)s * args.kv_heads + kv_head];

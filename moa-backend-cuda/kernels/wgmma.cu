@@ -1,7 +1,7 @@
 // extend_wgmma: attention of long chunks on Hopper (sm_90a), head_dim 64 and 128.
 //
-// A tile is 128 query rows of a (sequence, KV head). Blocks stay and take tiles by ticket, the next
-// tile's copies running beside the last one's end: a producer warpgroup copies keys and values into
+// A tile is 128 query rows of a (sequence, KV head). Blocks stay and take tiles by ticket, or gangs of them what the host
+// divided among them, the next tile's copies running beside the last one's end: a producer warpgroup copies keys and values into
 // two stages each, two consumer warpgroups of 64 rows multiply. While one consumer
 // exponentiates, the other one's products run (named barriers take turns), and within a consumer the
 // next scores are multiplied beside the current values. Keys come in tiles of TILE_KEYS from the
@@ -115,6 +115,29 @@ __device__ __forceinline__ void pack_weights(u32 (&p)[TILE_KEYS / 16][4], const 
     }
 }
 
+// What a block is to do of a tile.
+struct Part {
+    int sequence, kv_head, tile, first_step, end_step;
+};
+
+// Of gangs `item` is a piece, else a tile of the launch.
+template <bool GANGS>
+__device__ __forceinline__ Part part_of(const ExtendArgs& args, int item) {
+    if (GANGS) {
+        const Piece piece = args.pieces[item];
+        const int tile = piece.first_tile + blockIdx.y;
+        return {piece.sequence, piece.kv_head, tile, piece.first_step, piece.end_step};
+    }
+    int s = 0;
+    while (s + 1 < args.num_sequences && args.sequences[s + 1].first_item <= item) s++;
+    const int rows = args.sequences[s].tokens * (args.query_heads / args.kv_heads);
+    const int tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    item -= args.sequences[s].first_item;
+    const int kv_head = args.order[(i64)s * args.kv_heads + item / tiles];
+    // The last tile sees the most keys: it starts first.
+    return {s, kv_head, tiles - 1 - item % tiles, 0, 0x7fffffff};
+}
+
 // What a block knows of the tile it works on.
 struct Tile {
     Sequence sequence;
@@ -122,38 +145,24 @@ struct Tile {
     int kv_head, len, group, rows, first_row, first_query, last_query;
     int steps;      // that this block takes
     int last_step;  // first keys of the tile's step 0, counted from the list's end
-    int splits;     // blocks that share the tile's keys
     KeyList list;
 
-    __device__ __forceinline__ Tile(const ExtendArgs& args, int item) : list(Head(), 0, 0) {
-        int s = 0;
-        while (s + 1 < args.num_sequences && args.sequences[s + 1].first_item <= item) s++;
-        sequence = args.sequences[s];
+    __device__ __forceinline__ Tile(const ExtendArgs& args, const Part& part)
+        : list(Head(), 0, 0) {
+        sequence = args.sequences[part.sequence];
+        kv_head = part.kv_head;
         group = args.query_heads / args.kv_heads;
         rows = sequence.tokens * group;
-        const int tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-        item -= sequence.first_item;
-        const int2* order = args.order + (i64)s * args.kv_heads;
-        if (sequence.split) {
-            while (item >= tiles * order->y) item -= tiles * (order++)->y;
-        } else {
-            order += item / tiles;
-            item %= tiles;
-        }
-        kv_head = order->x;
-        splits = sequence.split ? order->y : 1;
-        // The last tile sees the most keys: it starts first.
-        first_row = (tiles - 1 - item / splits) * TILE_ROWS;
-        head = args.heads[(i64)s * args.kv_heads + kv_head];
-        len = args.lens[s];
+        first_row = part.tile * TILE_ROWS;
+        head = args.heads[(i64)part.sequence * args.kv_heads + kv_head];
+        len = args.lens[part.sequence];
         first_query = len + first_row / group;
         last_query = len + (min(first_row + TILE_ROWS, rows) - 1) / group;
         list = KeyList(head, first_query, last_query);
-        const int all = (list.count + TILE_KEYS - 1) / TILE_KEYS, part = item % splits;
-        const int parts = min(splits, all);
-        const int first_step = all * part / parts;
-        steps = part < parts ? all * (part + 1) / parts - first_step : 0;
-        last_step = all - 1 - first_step;
+        const int all = (list.count + TILE_KEYS - 1) / TILE_KEYS;
+        // Blocks of a gang may have no tile.
+        steps = first_row < rows ? max(min(part.end_step, all) - part.first_step, 0) : 0;
+        last_step = all - 1 - part.first_step;
     }
     // First list entry of a step.
     __device__ __forceinline__ int first_key(int step) const { return (last_step - step) * TILE_KEYS; }
@@ -175,7 +184,7 @@ struct Partial {
 
     __device__ __forceinline__ Partial(const ExtendArgs& args, i64 item)
         : rows(args.partial + item * TILE_ROWS * HEAD_DIM),
-          state((float2*)(args.partial + (i64)args.num_tiles * TILE_ROWS * HEAD_DIM) +
+          state((float2*)(args.partial + (i64)args.num_items * TILE_ROWS * HEAD_DIM) +
                 item * TILE_ROWS) {}
 
     __device__ __forceinline__ void store(int row, int lane, const float (&o)[OUTPUT], float base_0,
@@ -221,8 +230,8 @@ struct Queue {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    extend_wgmma(const __grid_constant__ ExtendArgs args) {
+template <bool GANGS>
+__device__ __forceinline__ void extend(const ExtendArgs& args) {
     extern __shared__ unsigned char unaligned[];
     __shared__ Shared barriers;
     const u32 queries = (shared_address(unaligned) + 1023) & ~1023u;
@@ -254,7 +263,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
     }
     __syncthreads();
+    wait_for_previous_kernel();
+    // After it: `merge_tiles` reads tables before it waits.
+    let_next_kernel_start();
 
+    // Of gangs each block has its own pieces, one after the other.
+    auto next = [&](int item) { return GANGS ? uniform(item + gridDim.x) : queue.next(lane); };
     if (warpgroup == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
         // Two warps copy keys; two copy the queries, then values. A thread copies the same chunk of
@@ -271,9 +285,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         };
         int filled = 0;  // stages filled so far, over all tiles
         int started = 0;
-        for (int item = blockIdx.x; item < args.num_tiles; item = queue.next(lane)) {
-            const Tile tile(args, item);
-            if (thread == HALF) queue.fetch(args);
+        for (int item = blockIdx.x; item < args.num_tiles; item = next(item)) {
+            const Tile tile(args, part_of<GANGS>(args, item));
+            if (!GANGS && thread == HALF) queue.fetch(args);
             if (tile.steps == 0) continue;
             const KeySource source(args, tile.sequence, tile.head, tile.kv_head, tile.len, tile.list);
             if (values) {
@@ -330,7 +344,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 hand_over(full + stage * 8);
             }
         }
-        if (thread == 0) {
+        if (!GANGS && thread == 0) {
             // The last block leaves the tickets as it found them.
             if (atomicAdd(&args.tickets[1], 1) == (int)gridDim.x - 1) {
                 args.tickets[0] = 0;
@@ -355,8 +369,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     int used = 0;  // stages used so far, over all tiles
     int started = 0;
-    for (int item = blockIdx.x; item < args.num_tiles; item = queue.next(lane)) {
-        const Tile tile(args, item);
+    for (int item = blockIdx.x; item < args.num_tiles; item = next(item)) {
+        const Tile tile(args, part_of<GANGS>(args, item));
         if (tile.steps == 0) continue;
         const RowMask mask_0(tile.head, tile.list, tile.query(tile.first_row + my_row));
         const RowMask mask_1(tile.head, tile.list, tile.query(tile.first_row + my_row + 8));
@@ -458,8 +472,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             sum_0 += __shfl_xor_sync(~0u, sum_0, d);
             sum_1 += __shfl_xor_sync(~0u, sum_1, d);
         }
-        if (tile.splits > 1) {
-            Partial(args, item).store(consumer * 64 + warp * 16 + lane / 4, lane, o, softmax.base_0,
+        // Read anew: it would take a register of the main loop.
+        const int partial = GANGS ? args.pieces[item].partial : -1;
+        if (partial >= 0) {
+            Partial(args, partial + blockIdx.y).store(consumer * 64 + warp * 16 + lane / 4, lane, o, softmax.base_0,
                                       sum_0, softmax.base_1, sum_1);
             continue;
         }
@@ -513,60 +529,76 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (consumer == 0) take_turn();
 }
 
-// merge_tiles: puts together what blocks that share a tile's keys found. The same arguments, after
-// extend_wgmma; grid (num_tiles, TILE_ROWS / 8), block 256: one warp a row, of the first item of each
-// tile.
-#define MAX_PARTS 16
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    extend_wgmma(const __grid_constant__ ExtendArgs args) {
+    extend<false>(args);
+}
+
+// The same of pieces: grid (gangs, blocks of a gang), each gang its own of `num_tiles` rows.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    extend_gangs(const __grid_constant__ ExtendArgs args) {
+    extend<true>(args);
+}
+
+// merge_tiles: puts together what blocks that share a tile's keys found. The same arguments, right after
+// extend_gangs; grid (merges, gang * TILE_ROWS / 8), block 256: one warp a row.
+#define AT_ONCE 8
+struct alignas(HEAD_DIM / 8) LaneColumns {
+    float x[HEAD_DIM / 32];
+};
 extern "C" __global__ void __launch_bounds__(256) merge_tiles(const __grid_constant__ ExtendArgs args) {
-    const Tile tile(args, blockIdx.x);
-    const int all = (tile.list.count + TILE_KEYS - 1) / TILE_KEYS;
-    const bool is_first = tile.last_step == all - 1 && tile.steps > 0;
-    const int lane = threadIdx.x % 32, r = blockIdx.y * 8 + threadIdx.x / 32;
-    const int row = tile.first_row + r;
-    if (tile.splits == 1 || !is_first || row >= tile.rows) return;
-    const int parts = min(tile.splits, all);
-    // One part's state a lane; all loads of a row at once.
-    const float2 mine = lane < parts ? Partial(args, blockIdx.x + lane).state[r]
-                                     : make_float2(NEG_INF, 0);
-    float2 x[MAX_PARTS][HEAD_DIM / 64];
+    let_next_kernel_start();
+    const Merge merge = args.merges[blockIdx.x];
+    const int gang = gridDim.y / (TILE_ROWS / 8), member = blockIdx.y % gang;
+    const int group = args.query_heads / args.kv_heads;
+    const Sequence sequence = args.sequences[merge.sequence];
+    const int lane = threadIdx.x % 32, r = blockIdx.y / gang * 8 + threadIdx.x / 32;
+    const int row = (merge.first_tile + member) * TILE_ROWS + r;
+    if (row >= sequence.tokens * group) return;
+    const int token = row / group, query_head = merge.kv_head * group + row - token * group;
+    wait_for_previous_kernel();
+    // One part's state a lane; the first parts of a row at once.
+    auto part = [&](int i) { return Partial(args, merge.partial + i * gang + member); };
+    const float2 mine = lane < merge.parts ? __ldcg(&part(lane).state[r]) : make_float2(NEG_INF, 0);
+    LaneColumns o = {};
+    float base, weight, sum;
+    for (int first = 0; first < merge.parts; first += AT_ONCE) {
+        LaneColumns x[AT_ONCE];
 #pragma unroll
-    for (int i = 0; i < MAX_PARTS; i++) {
-        if (i >= parts) break;
+        for (int i = 0; i < AT_ONCE; i++) {
+            if (first + i >= merge.parts) break;
+            x[i] = ((const LaneColumns*)&part(first + i).rows[r * HEAD_DIM])[lane];
+        }
+        if (first == 0) {
+            base = mine.x;
 #pragma unroll
-        for (int c = 0; c < HEAD_DIM / 64; c++)
-            x[i][c] = *(const float2*)&Partial(args, blockIdx.x + i).rows[r * HEAD_DIM + c * 64 + lane * 2];
-    }
-    float base = mine.x;
+            for (int d = 1; d < 32; d *= 2) base = fmaxf(base, __shfl_xor_sync(~0u, base, d));
+            weight = exp2_fast(mine.x - base);
+            sum = weight * mine.y;
 #pragma unroll
-    for (int d = 1; d < 32; d *= 2) base = fmaxf(base, __shfl_xor_sync(~0u, base, d));
-    const float weight = exp2_fast(mine.x - base);
-    float sum = weight * mine.y;
+            for (int d = 1; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
+        }
 #pragma unroll
-    for (int d = 1; d < 32; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
-    float2 o[HEAD_DIM / 64] = {};
+        for (int i = 0; i < AT_ONCE; i++) {
+            if (first + i >= merge.parts) break;
+            const float w = __shfl_sync(~0u, weight, first + i);
 #pragma unroll
-    for (int i = 0; i < MAX_PARTS; i++) {
-        if (i >= parts) break;
-        const float w = __shfl_sync(~0u, weight, i);
-#pragma unroll
-        for (int c = 0; c < HEAD_DIM / 64; c++) {
-            o[c].x += w * x[i][c].x;
-            o[c].y += w * x[i][c].y;
+            for (int c = 0; c < HEAD_DIM / 32; c++) o.x[c] += w * x[i].x[c];
         }
     }
     u32 largest = 0;
 #pragma unroll
-    for (int c = 0; c < HEAD_DIM / 64; c++)
-        largest = max(largest, max(magnitude(o[c].x), magnitude(o[c].y)));
-    if (__builtin_expect(__any_sync(~0u, is_none(largest)), 0))
-        return write_pairs(args, tile.sequence, tile.head, tile.kv_head, tile.len, row);
-    const Finish finish(args, tile.query_head(row), base, sum);
-    const float inverse = finish.inverse;
-    u16* to = (u16*)args.out.data + tile.offset(args.out, row);
+    for (int c = 0; c < HEAD_DIM / 32; c++) largest = max(largest, magnitude(o.x[c]));
+    if (__builtin_expect(__any_sync(~0u, is_none(largest)), 0)) {
+        const Head head = args.heads[(i64)merge.sequence * args.kv_heads + merge.kv_head];
+        return write_pairs(args, sequence, head, merge.kv_head, args.lens[merge.sequence], row);
+    }
+    const Finish finish(args, query_head, base, sum);
+    u32* to = (u32*)((u16*)args.out.data + (sequence.first + token) * args.out.token +
+                     query_head * args.out.head) + lane * (HEAD_DIM / 64);
 #pragma unroll
     for (int c = 0; c < HEAD_DIM / 64; c++)
-        *(u32*)&to[c * 64 + lane * 2] = pack2(o[c].x * inverse, o[c].y * inverse);
+        to[c] = pack2(o.x[2 * c] * finish.inverse, o.x[2 * c + 1] * finish.inverse);
     if (args.lse != nullptr && lane == 0)
-        args.lse[(tile.sequence.first + row / tile.group) * args.query_heads + tile.query_head(row)] =
-            finish.lse;
+        args.lse[(sequence.first + token) * args.query_heads + query_head] = finish.lse;
 }

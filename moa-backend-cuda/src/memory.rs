@@ -141,10 +141,7 @@ impl Workspace {
 
 /// Elements of partial results, counters and copies.
 fn needed(schedule: &Schedule, head_dim: usize) -> [usize; 3] {
-    let rows = |launch: &Launch| match launch.shared {
-        true => launch.blocks * launch.path.tile_rows(),
-        false => launch.items.len() * launch.path.tile_rows(),
-    };
+    let rows = |launch: &Launch| (launch.items.len() + launch.partials) * launch.path.tile_rows();
     let rows = schedule.launches().map(rows).max().unwrap_or(0);
     let slots = schedule.groups.iter().map(|group| group.slots).max().unwrap_or(0);
     [rows * (head_dim + 2), TICKETS + schedule.cut.splits.len(), 2 * slots * head_dim]

@@ -2,7 +2,7 @@ use std::ops::Range;
 
 use moa_core::HeadLayout;
 
-use crate::kernels::tables::Geometry;
+use crate::kernels::tables::{Geometry, Merge, Piece};
 
 /// Fewest keys per partial result of the split kernel, counted over the keys that the new tokens see.
 pub(crate) const MIN_SPLIT_KEYS: usize = 512;
@@ -28,11 +28,24 @@ const NARROW_ROWS: usize = 8;
 /// Most rows that are left to the smaller tile where the larger one would be half empty.
 const TILE_ROWS_MAX: usize = 64;
 
-/// Most blocks that share the keys of a warp-group tile, and fewest steps of [`STEP_KEYS`] keys that are
-/// worth one.
-const MAX_PARTS: usize = 16;
-const MIN_PART_STEPS: usize = 8;
+/// Most blocks of a gang, which take neighbouring tiles of a head at a time.
+const MAX_GANG: usize = 4;
+
+/// Most tiles for each multiprocessor that are divided among gangs beforehand.
+const MAX_WAVES: usize = 4;
+
+/// Keys of a step of the warp-group kernel.
 const STEP_KEYS: usize = 128;
+
+/// Fewest steps of a tile that are worth a gang's while: more than the tiles of a gang differ by.
+const MIN_PIECE_STEPS: usize = 4;
+
+/// Most pieces of a tile: lanes that merge them.
+const MAX_PIECES: usize = 32;
+
+/// What a piece takes beside its steps, and what merging takes, in steps.
+const PIECE_STEPS: usize = 4;
+const MERGE_STEPS: usize = 4;
 
 /// Which kernel computes a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -99,6 +112,8 @@ pub(crate) struct Dims {
     pub(crate) kv_heads: usize,
     /// Whether the device and the head dimension have the warp-group kernel.
     pub(crate) wgmma: bool,
+    /// Whether its tiles may be divided among gangs of blocks.
+    pub(crate) gangs: bool,
     pub(crate) multiprocessors: usize,
 }
 
@@ -184,68 +199,188 @@ impl Entry<'_> {
     }
 }
 
-/// How the tiles of one sequence are cut.
-struct Tiles {
-    /// Of each KV head.
-    tiles: usize,
-    /// Steps that one block may take; a tile that takes more is shared. `None`: none is.
-    limit: Option<usize>,
+/// How the tiles of some heads of a sequence are divided among gangs of blocks.
+#[derive(Debug)]
+struct Shares {
+    /// Blocks of a gang.
+    gang: usize,
+    /// What each gang that has something to do does, one piece after the other.
+    lists: Vec<List>,
+    merges: Vec<Merge>,
+    /// Partial results.
+    partials: usize,
 }
 
-impl Tiles {
-    /// Of these heads of the sequence.
-    fn new(entry: &Entry<'_>, heads: &[i32], path: Path, dims: &Dims) -> Self {
-        let tiles = dims.rows(entry.tokens).div_ceil(path.tile_rows());
-        if path != Path::Wgmma {
-            return Self { tiles, limit: None };
+#[derive(Clone, Debug, Default)]
+struct List {
+    pieces: Vec<Piece>,
+    /// In steps.
+    cost: usize,
+}
+
+/// Tiles that a gang takes at a time.
+#[derive(Clone, Copy)]
+struct Work {
+    head: u16,
+    first_tile: u16,
+    /// Of the longest tile.
+    steps: usize,
+}
+
+impl Work {
+    /// These steps of it.
+    fn piece(&self, steps: Range<usize>, partial: i32) -> Piece {
+        Piece {
+            sequence: 0,
+            kv_head: self.head,
+            first_tile: self.first_tile,
+            first_step: steps.start as u16,
+            // Other tiles of the gang may have a few steps less.
+            end_step: if steps.end == self.steps { u16::MAX } else { steps.end as u16 },
+            partial,
         }
-        let layout = &entry.geometry.layout;
-        let steps = |&head: &i32| Self::steps(entry, layout.head(head as usize), dims);
-        let all: usize = heads.iter().map(|head| tiles * steps(head)).sum();
-        let longest = heads.iter().map(steps).max().unwrap_or(0);
-        // Sharing costs partial results and a merge, and needs idle multiprocessors to pay: with one
-        // tile for each at most, the longest decides how long all take.
-        let idle = tiles * heads.len() <= dims.multiprocessors
-            && 4 * longest * dims.multiprocessors > 5 * all;
-        if !idle {
-            return Self { tiles, limit: None };
+    }
+}
+
+impl List {
+    fn push(&mut self, piece: Piece, steps: usize) {
+        self.pieces.push(piece);
+        self.cost += steps + PIECE_STEPS;
+    }
+}
+
+/// The list with the least to do.
+fn shortest(lists: &mut [List]) -> Option<&mut List> {
+    lists.iter_mut().min_by_key(|list| list.cost)
+}
+
+impl Shares {
+    /// Where it is likely to take less time than blocks that take tiles in turn: where there are few tiles.
+    fn new(entry: &Entry<'_>, heads: &[i32], dims: &Dims) -> Option<Self> {
+        if Path::of(entry.tokens, dims) != Path::Wgmma || entry.grows || !dims.gangs {
+            return None;
         }
-        // Two thirds of an even share: parts of unequal length still pack well.
-        let limit = (2 * all).div_ceil(3 * dims.multiprocessors).max(MIN_PART_STEPS);
-        let shared = longest > limit;
-        Self { tiles, limit: shared.then_some(limit) }
+        let tiles = dims.rows(entry.tokens).div_ceil(Path::Wgmma.tile_rows());
+        if tiles * heads.len() > MAX_WAVES * dims.multiprocessors {
+            return None;
+        }
+        let gang = tiles.div_ceil(tiles.div_ceil(MAX_GANG)).min(dims.multiprocessors);
+        let mut works: Vec<Work> = heads
+            .iter()
+            .flat_map(|&head| (0..tiles).step_by(gang).map(move |first| (head, first)))
+            .map(|(head, first)| Work {
+                head: head as u16,
+                first_tile: first as u16,
+                steps: steps(entry, head as usize, first..tiles.min(first + gang), dims),
+            })
+            .collect();
+        works.sort_by_key(|work| std::cmp::Reverse(work.steps));
+        let longest = works.first()?.steps;
+        if longest >= usize::from(u16::MAX) {
+            return None;
+        }
+        let gangs = dims.multiprocessors / gang;
+        let whole = Self::whole(&works, gang, gangs);
+        let all: usize = works.iter().map(|work| work.steps + PIECE_STEPS).sum();
+        let limits = all.div_ceil(gangs)..whole.cost().saturating_sub(MERGE_STEPS);
+        let cut = limits.into_iter().find_map(|limit| Self::cut(limit, &works, gang, gangs));
+        // Uncut tiles that leave multiprocessors to other sequences are in a launch with theirs, whatever their number.
+        let is_full = gang == MAX_GANG && 2 * tiles * heads.len() >= dims.multiprocessors;
+        let own = cut.or_else(|| is_full.then_some(whole))?;
+        // Where the last gang of each head has few tiles, blocks without one would wait.
+        let tiles_all = all * tiles / tiles.div_ceil(gang);
+        let least = (longest + PIECE_STEPS).max(tiles_all / dims.multiprocessors);
+        (own.cost() * 8 <= least * 9).then_some(own)
     }
 
-    /// Steps of the head's longest tile.
-    fn steps(entry: &Entry<'_>, head: &HeadLayout, dims: &Dims) -> usize {
-        let tokens = Path::Wgmma.tile_rows().div_ceil(dims.query_heads / dims.kv_heads) + 1;
-        let last = Entry {
-            len: entry.len + entry.tokens.saturating_sub(tokens),
-            tokens: tokens.min(entry.tokens),
-            ..*entry
-        };
-        last.keys(head).div_ceil(STEP_KEYS)
+    /// What the gang with the most to do does, in steps.
+    fn cost(&self) -> usize {
+        self.lists.iter().map(|list| list.cost).max().unwrap_or(0)
     }
 
-    /// Blocks that share each tile of a head.
-    fn parts(&self, entry: &Entry<'_>, head: &HeadLayout, dims: &Dims) -> usize {
-        let parts = |limit| Self::steps(entry, head, dims).div_ceil(limit).clamp(1, MAX_PARTS);
-        self.limit.map_or(1, parts)
+    /// No tile is cut: the longest ones go first, each to the gang with the least to do.
+    fn whole(works: &[Work], gang: usize, gangs: usize) -> Self {
+        let mut lists = vec![List::default(); gangs.min(works.len())];
+        for work in works {
+            if let Some(list) = shortest(&mut lists) {
+                list.push(work.piece(0..work.steps, -1), work.steps);
+            }
+        }
+        Self { gang, lists, merges: Vec::new(), partials: 0 }
     }
+
+    /// Each gang takes as much as it may, and the next one the rest of a tile; `None` where there are too few gangs for that.
+    fn cut(limit: usize, works: &[Work], gang: usize, gangs: usize) -> Option<Self> {
+        let (mut lists, mut list) = (Vec::new(), List::default());
+        let (mut merges, mut partials) = (Vec::new(), 0);
+        for work in works {
+            let (first_partial, mut done) = (partials, 0);
+            while done < work.steps {
+                let rest = work.steps - done;
+                let room = limit.saturating_sub(list.cost + PIECE_STEPS);
+                // What is left is to be worth its while too.
+                let most = if rest <= room { rest } else { rest.saturating_sub(MIN_PIECE_STEPS) };
+                let taken = most.min(room);
+                if taken < rest.min(MIN_PIECE_STEPS) {
+                    lists.push(std::mem::take(&mut list));
+                    if lists.len() == gangs {
+                        return None;
+                    }
+                    continue;
+                }
+                let is_whole = taken == work.steps;
+                let partial = if is_whole { -1 } else { partials as i32 };
+                list.push(work.piece(done..done + taken, partial), taken);
+                partials += if is_whole { 0 } else { gang };
+                done += taken;
+            }
+            let parts = (partials - first_partial) / gang;
+            if parts > MAX_PIECES {
+                return None;
+            }
+            if parts > 0 {
+                merges.push(Merge {
+                    sequence: 0,
+                    kv_head: work.head,
+                    first_tile: work.first_tile,
+                    partial: first_partial as i32,
+                    parts: parts as i32,
+                });
+            }
+        }
+        lists.push(list);
+        Some(Self { gang, lists, merges, partials })
+    }
+}
+
+/// Steps of the longest of some tiles of a head.
+fn steps(entry: &Entry<'_>, head: usize, tiles: Range<usize>, dims: &Dims) -> usize {
+    let (group, rows) = (dims.query_heads / dims.kv_heads, Path::Wgmma.tile_rows());
+    let steps = |tile: usize| {
+        let first = tile * rows / group;
+        let end = ((tile + 1) * rows).div_ceil(group).min(entry.tokens);
+        let own = Entry { len: entry.len + first, tokens: end - first, ..*entry };
+        own.keys(entry.geometry.layout.head(head)).div_ceil(STEP_KEYS)
+    };
+    tiles.map(steps).max().unwrap_or(0)
 }
 
 /// Consecutive sequences that take the same way, one launch of an attention kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Launch {
     pub(crate) path: Path,
-    /// Whether tiles are shared between blocks, which leave partial results then.
-    pub(crate) shared: bool,
+    /// Blocks of a gang, where gangs share tiles and leave partial results; else 0.
+    pub(crate) gang: usize,
     /// Places in [`Schedule::order`].
     pub(crate) places: Range<usize>,
     /// Of the split kernels, in [`Cut::items`].
     pub(crate) items: Range<usize>,
     /// Items of the split kernels, tiles of the others.
     pub(crate) blocks: usize,
+    /// Of gangs, in [`Cut::pieces`]; what they leave to be merged, in [`Cut::merges`]; and partial results.
+    pub(crate) pieces: Range<usize>,
+    pub(crate) merges: Range<usize>,
+    pub(crate) partials: usize,
 }
 
 /// How some heads of sequences are cut.
@@ -258,9 +393,11 @@ pub(crate) struct Cut {
     pub(crate) items: Vec<[i32; 2]>,
     /// (first item in its launch, number of splits), `[places, kv_heads]`.
     pub(crate) splits: Vec<[i32; 2]>,
-    /// Of the tile kernels: (KV head, blocks that share each of its tiles) in the order in which to
-    /// start them, `[places, kv_heads]`.
-    pub(crate) heads: Vec<[i32; 2]>,
+    /// Of the tile kernels: KV heads in the order in which to start them, `[places, kv_heads]`.
+    pub(crate) heads: Vec<i32>,
+    /// Of launches of gangs, `[rounds, gangs]` each.
+    pub(crate) pieces: Vec<Piece>,
+    pub(crate) merges: Vec<Merge>,
 }
 
 /// Neighbouring sequences whose narrow heads are copied together, so that their copies do not take too much memory.
@@ -330,13 +467,17 @@ impl Schedule {
     /// Cuts a batch. What a sequence's result is summed from, and in which order, depends on
     /// nothing but that sequence.
     pub(crate) fn fill(&mut self, dims: &Dims, entries: &[Entry<'_>]) {
-        let path = |index: usize| Path::of(entries[index].tokens, dims);
-        let shared = |index: usize, heads: &[i32]| {
-            Tiles::new(&entries[index], heads, path(index), dims).limit.is_some()
+        let shares = |heads_of: fn(&Geometry) -> &[i32]| -> Vec<Option<Shares>> {
+            let own = |entry: &Entry<'_>| Shares::new(entry, heads_of(entry.geometry), dims);
+            entries.iter().map(own).collect()
         };
-        let of_plain = |index: usize| (path(index), shared(index, &entries[index].geometry.plain));
-        let of_copies =
-            |index: usize| (path(index), shared(index, &entries[index].geometry.narrow));
+        let (plain, narrow_shares) = (shares(|own| &own.plain), shares(|own| &own.narrow));
+        let way = |index: usize, shares: &[Option<Shares>]| {
+            let gang = shares[index].as_ref().map_or(0, |own| own.gang);
+            (Path::of(entries[index].tokens, dims), gang)
+        };
+        let of_plain = |index: usize| way(index, &plain);
+        let of_copies = |index: usize| way(index, &narrow_shares);
         self.order.clear();
         self.order.extend(0..entries.len());
         self.order.sort_by_cached_key(|&index| {
@@ -357,9 +498,10 @@ impl Schedule {
         }
         for part in [0..*committed, *committed..ordered.len()] {
             let way = |place: usize| of_plain(order[place]);
+            let share = |place: usize| plain[order[place]].as_ref();
             for places in runs(part.clone(), way) {
-                let (path, shared) = way(places.start);
-                cut.push(path, shared, places, &ordered, |own| &own.plain, dims);
+                let (path, _) = way(places.start);
+                cut.push(path, share, places, &ordered, |own| &own.plain, dims);
             }
             let codes = |place: usize| {
                 let own = Path::of_codes(ordered[place].tokens, dims);
@@ -367,7 +509,7 @@ impl Schedule {
             };
             for places in runs(part, codes) {
                 if let Some(path) = codes(places.start) {
-                    cut.push(path, false, places, &ordered, |own| &own.narrow, dims);
+                    cut.push(path, |_| None, places, &ordered, |own| &own.narrow, dims);
                 }
             }
         }
@@ -402,9 +544,10 @@ impl Schedule {
                     }
                     let start = copies.launches.len();
                     let way = |place: usize| of_copies(order[place]);
+                    let share = |place: usize| narrow_shares[order[place]].as_ref();
                     for places in runs(first..next, way) {
-                        let (path, shared) = way(places.start);
-                        copies.push(path, shared, places, &ordered, |own| &own.narrow, dims);
+                        let (path, _) = way(places.start);
+                        copies.push(path, share, places, &ordered, |own| &own.narrow, dims);
                     }
                     let cached = |entry: &Entry<'_>| {
                         let heads = entry.geometry.narrow.iter();
@@ -448,22 +591,24 @@ impl Cut {
     }
 
     fn reset(&mut self, places: usize, kv_heads: usize) {
-        let Self { launches, first_items, items, splits, heads } = self;
+        let Self { launches, first_items, items, splits, heads, pieces, merges } = self;
         items.clear();
+        pieces.clear();
+        merges.clear();
         launches.clear();
         first_items.clear();
         first_items.resize(places, 0);
         splits.clear();
         splits.resize(places * kv_heads, [0; 2]);
         heads.clear();
-        heads.resize(places * kv_heads, [0, 1]);
+        heads.resize(places * kv_heads, 0);
     }
 
     /// One more launch, for these heads of the sequences at `places`; none if there are no such heads.
-    fn push(
+    fn push<'s>(
         &mut self,
         path: Path,
-        shared: bool,
+        shares: impl Fn(usize) -> Option<&'s Shares>,
         places: Range<usize>,
         ordered: &[Entry<'_>],
         heads_of: fn(&Geometry) -> &[i32],
@@ -471,8 +616,16 @@ impl Cut {
     ) {
         let start = places.start;
         let items = self.items.len()..self.items.len();
-        let mut launch = Launch { path, shared, places, items, blocks: 0 };
-        if path.splits() {
+        let [pieces, merges] = [self.pieces.len(), self.merges.len()].map(|len| len..len);
+        let gang = shares(start).map_or(0, |own| own.gang);
+        let mut launch =
+            Launch { path, gang, places, items, blocks: 0, pieces, merges, partials: 0 };
+        if let Some(gangs) = dims.multiprocessors.checked_div(gang) {
+            let own = launch.places.clone().filter(|place| !ordered[*place].is_vacant);
+            let own =
+                own.filter_map(|place| shares(place).map(|own| ((place - start) as i32, own)));
+            self.push_gangs(own, gangs, &mut launch);
+        } else if path.splits() {
             // Widest heads of all sequences first.
             for rank in 0..dims.kv_heads {
                 for place in launch.places.clone() {
@@ -499,18 +652,51 @@ impl Cut {
                     continue;
                 }
                 let own = heads_of(entry.geometry);
-                let tiles = Tiles::new(entry, own, path, dims);
-                for (rank, &head) in own.iter().enumerate() {
-                    let layout = entry.geometry.layout.head(head as usize);
-                    let parts = tiles.parts(entry, layout, dims);
-                    self.heads[place * dims.kv_heads + rank] = [head, parts as i32];
-                    launch.blocks += tiles.tiles * parts;
-                }
+                self.heads[place * dims.kv_heads..][..own.len()].copy_from_slice(own);
+                launch.blocks += dims.rows(entry.tokens).div_ceil(path.tile_rows()) * own.len();
             }
         }
         if launch.blocks > 0 {
             self.launches.push(launch);
         }
+    }
+
+    /// What gangs do for some sequences of a launch, which come with their number: who does it depends on the others, but not
+    /// what is done.
+    fn push_gangs<'s>(
+        &mut self,
+        sequences: impl Iterator<Item = (i32, &'s Shares)>,
+        gangs: usize,
+        launch: &mut Launch,
+    ) {
+        let mut all = Vec::new();
+        for (sequence, own) in sequences {
+            let first = launch.partials as i32;
+            let moved = |partial: i32| if partial < 0 { partial } else { first + partial };
+            all.extend(own.lists.iter().map(|list| {
+                let piece =
+                    |piece: &Piece| Piece { sequence, partial: moved(piece.partial), ..*piece };
+                List { pieces: list.pieces.iter().map(piece).collect(), cost: list.cost }
+            }));
+            let merge = |one: &Merge| Merge { sequence, partial: moved(one.partial), ..*one };
+            self.merges.extend(own.merges.iter().map(merge));
+            launch.partials += own.partials;
+        }
+        all.sort_by_key(|list| std::cmp::Reverse(list.cost));
+        let mut lists = vec![List::default(); gangs];
+        for list in all {
+            if let Some(own) = shortest(&mut lists) {
+                own.pieces.extend(list.pieces);
+                own.cost += list.cost;
+            }
+        }
+        let rounds = lists.iter().map(|list| list.pieces.len()).max().unwrap_or(0);
+        for round in 0..rounds {
+            let next = |list: &List| list.pieces.get(round).copied().unwrap_or(Piece::NONE);
+            self.pieces.extend(lists.iter().map(next));
+        }
+        (launch.pieces.end, launch.merges.end) = (self.pieces.len(), self.merges.len());
+        launch.blocks = rounds * gangs * launch.gang;
     }
 }
 

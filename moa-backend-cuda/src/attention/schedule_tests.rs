@@ -56,7 +56,13 @@ fn cases() -> impl Strategy<Value = Case> {
                 (spans, len + tokens + spare, slack, len, tokens, narrow)
             },
         );
-        let dims = Dims { query_heads: kv_heads * group, kv_heads, wgmma, multiprocessors: 132 };
+        let dims = Dims {
+            query_heads: kv_heads * group,
+            kv_heads,
+            wgmma,
+            gangs: true,
+            multiprocessors: 132,
+        };
         proptest::collection::vec(sequence, 1..6)
             .prop_map(move |sequences| Case { dims, sequences })
     })
@@ -68,8 +74,26 @@ fn schedule(dims: &Dims, entries: &[Entry<'_>]) -> Schedule {
     made
 }
 
-/// A launch's part: whether it is of copies, the path, whether tiles are shared, and splits per head or tiles.
-type Part = (bool, Path, bool, Vec<usize>);
+/// A launch's part: whether it is of copies, the path, splits per head or tiles, and what gangs do.
+type Part = (bool, Path, Vec<usize>, (Vec<Piece>, Vec<Merge>));
+
+/// What gangs do for the sequence at a place, with partial results counted from the sequence's first one.
+fn of_gangs(cut: &Cut, launch: &Launch, place: usize) -> (Vec<Piece>, Vec<Merge>) {
+    let sequence = (place - launch.places.start) as i32;
+    let merges = &cut.merges[launch.merges.clone()];
+    let merges: Vec<Merge> =
+        merges.iter().filter(|merge| merge.sequence == sequence).copied().collect();
+    let first = merges.iter().map(|merge| merge.partial).min().unwrap_or(0);
+    let pieces = cut.pieces[launch.pieces.clone()].iter();
+    let pieces = pieces.filter(|piece| piece.sequence == sequence && piece.end_step > 0);
+    let moved = |partial: i32| if partial < 0 { -1 } else { partial - first };
+    let own = |own: &Piece| Piece { sequence: 0, partial: moved(own.partial), ..*own };
+    let mut pieces: Vec<Piece> = pieces.map(own).collect();
+    // Which gang does what depends on the batch.
+    pieces.sort_unstable();
+    let own = |own: &Merge| Merge { sequence: 0, partial: moved(own.partial), ..*own };
+    (pieces, merges.iter().map(own).collect())
+}
 
 /// What a schedule says about one sequence, free of its place: whether it is written first, and its part of each launch.
 fn own(schedule: &Schedule, dims: &Dims, index: usize) -> (bool, Vec<Part>) {
@@ -88,22 +112,16 @@ fn own(schedule: &Schedule, dims: &Dims, index: usize) -> (bool, Vec<Part>) {
                     };
                     (0..dims.kv_heads).map(|head| items.iter().filter(of(head)).count()).collect()
                 }
+                false if launch.gang > 0 => Vec::new(),
                 false => {
                     let next = cut.first_items[place + 1..launch.places.end].first();
-                    let heads = &cut.heads[place * dims.kv_heads..][..dims.kv_heads];
-                    let items = next.copied().unwrap_or(launch.blocks) - cut.first_items[place];
-                    std::iter::once(items)
-                        .chain(heads.iter().map(|head| head[1] as usize))
-                        .collect()
+                    vec![next.copied().unwrap_or(launch.blocks) - cut.first_items[place]]
                 }
             };
+            let gangs = of_gangs(cut, launch, place);
             // A launch for its neighbours' sake has no work of it.
-            let has_work = match launch.path.splits() {
-                true => counts.iter().any(|&count| count > 0),
-                false => counts[0] > 0,
-            };
-            if has_work {
-                parts.push((is_copy, launch.path, launch.shared, counts));
+            if counts.iter().any(|&count| count > 0) || !gangs.0.is_empty() {
+                parts.push((is_copy, launch.path, counts, gangs));
             }
         }
     }
@@ -166,17 +184,17 @@ proptest! {
                         prop_assert_eq!(Path::of(entry.tokens, &case.dims), launch.path);
                         prop_assert!(!is_copy || narrow == Narrow::Copies);
                     }
+                    if launch.gang > 0 {
+                        prop_assert_eq!(launch.path, Path::Wgmma);
+                        check_gangs(&case.dims, entry, heads, launch.gang, of_gangs(cut, launch, place));
+                        continue;
+                    }
                     if !launch.path.splits() {
                         let tiles = rows.div_ceil(launch.path.tile_rows());
-                        let own = &cut.heads[place * kv_heads..][..heads.len()];
-                        let parts: usize = own.iter().map(|head| head[1] as usize).sum();
                         let next = cut.first_items[place + 1..launch.places.end].first();
                         let end = next.copied().unwrap_or(launch.blocks);
-                        prop_assert_eq!(end - cut.first_items[place], tiles * parts);
-                        prop_assert!(launch.path == Path::Wgmma || !launch.shared);
-                        prop_assert!(launch.shared || own.iter().all(|head| head[1] == 1));
-                        let own: Vec<_> = own.iter().map(|head| head[0]).collect();
-                        prop_assert_eq!(&own, heads);
+                        prop_assert_eq!(end - cut.first_items[place], tiles * heads.len());
+                        prop_assert_eq!(&cut.heads[place * kv_heads..][..heads.len()], heads);
                         continue;
                     }
                     prop_assert!(rows <= SPLIT_ROWS);
@@ -313,30 +331,127 @@ fn a_growing_head_never_has_more_splits_than_were_planned() {
     }
 }
 
+/// Every step of every tile is in one piece, each piece of a shared tile leaves one partial result, and the kernel that merges
+/// finds them all.
+fn check_gangs(
+    dims: &Dims,
+    entry: &Entry<'_>,
+    heads: &[i32],
+    gang: usize,
+    (pieces, merges): (Vec<Piece>, Vec<Merge>),
+) {
+    let tiles = dims.rows(entry.tokens).div_ceil(Path::Wgmma.tile_rows());
+    let mut results: Vec<i32> = Vec::new();
+    for &head in heads {
+        for tile in 0..tiles {
+            let all = steps(entry, head as usize, tile..tile + 1, dims);
+            let is_own = |first: u16| (first.into()..usize::from(first) + gang).contains(&tile);
+            let own = |piece: &&Piece| i32::from(piece.kv_head) == head && is_own(piece.first_tile);
+            let mut own: Vec<_> = pieces.iter().filter(own).collect();
+            own.sort_by_key(|piece| piece.first_step);
+            let mut done = 0;
+            for piece in &own {
+                assert_eq!(usize::from(piece.first_step), done);
+                done = all.min(piece.end_step.into());
+                assert!(done > usize::from(piece.first_step), "a piece without a step");
+            }
+            assert_eq!(done, all);
+            let merge =
+                merges.iter().find(|one| i32::from(one.kv_head) == head && is_own(one.first_tile));
+            let found: Vec<i32> = own.iter().map(|piece| piece.partial).collect();
+            let expected = match merge {
+                None => vec![-1],
+                Some(one) => (0..one.parts).map(|part| one.partial + part * gang as i32).collect(),
+            };
+            assert_eq!(found, expected);
+            if tile.is_multiple_of(gang) {
+                results.extend(found.into_iter().filter(|partial| *partial >= 0));
+            }
+        }
+    }
+    results.sort_unstable();
+    let expected: Vec<i32> = (0..results.len() as i32).map(|at| at * gang as i32).collect();
+    assert_eq!(results, expected, "each partial result has its own place");
+}
+
 #[test]
 fn few_long_tiles_are_shared_and_many_are_not() {
     let spans = [Span::full(32_768), Span::new(64, 700).unwrap()];
-    let dims = Dims { query_heads: 8, kv_heads: 2, wgmma: true, multiprocessors: 132 };
+    let dims = Dims { query_heads: 8, kv_heads: 2, wgmma: true, gangs: true, multiprocessors: 132 };
     for narrow in [0, 3] {
         let geometry = geometry(&spans, 32_768, 0, narrow);
-        let shared = |len, tokens| {
-            let entry = Entry { geometry: &geometry, len, tokens, grows: false, is_vacant: false };
+        let shared = |len, tokens, grows| {
+            let entry = Entry { geometry: &geometry, len, tokens, grows, is_vacant: false };
             let schedule = schedule(&dims, &[entry]);
             let cut = if narrow == 0 { &schedule.cut } else { &schedule.copies };
             assert_eq!(cut.launches[0].path, Path::Wgmma);
-            cut.heads.iter().map(|head| head[1]).collect::<Vec<_>>()
+            let merges: Vec<_> =
+                cut.merges.iter().map(|merge| (merge.kv_head, merge.parts)).collect();
+            (cut.launches[0].gang, merges)
         };
-        // A chunk of 4 tiles a head after a long history: 256 steps against 8.
-        assert_eq!(shared(32_000, 128), [16, 1]);
-        assert_eq!(shared(0, 128), [1, 1]);
-        assert_eq!(shared(0, 32_768), [1, 1]);
+        // A chunk of 4 tiles a head after a long history, 251 steps against 6, on 33 gangs.
+        let (gang, merges) = shared(32_000, 128, false);
+        assert_eq!(gang, 4);
+        assert!(matches!(merges[..], [(0, 28..=32)]), "{merges:?}");
+        // Nothing to gain.
+        assert_eq!(shared(0, 128, false), (0, vec![]));
+        // Blocks take them in turn.
+        assert_eq!(shared(0, 32_768, false), (0, vec![]));
+        // How long a tile will be is not known.
+        assert_eq!(shared(32_000, 128, true), (0, vec![]));
     }
+}
+
+/// All gangs of a chunk of 512 tokens of a plan's layer are done at about the same time.
+#[test]
+fn gangs_have_much_the_same_to_do() {
+    let spans = [vec![Span::new(64, 4032).unwrap(); 12], vec![Span::new(64, 960).unwrap(); 20]];
+    let geometry = geometry(&spans.concat(), 16_384, 0, 0);
+    let dims =
+        Dims { query_heads: 32, kv_heads: 32, wgmma: true, gangs: true, multiprocessors: 132 };
+    for len in [4096, 8192, 12_288] {
+        let entry = Entry { geometry: &geometry, len, tokens: 512, grows: false, is_vacant: false };
+        let schedule = schedule(&dims, &[entry]);
+        let launch = &schedule.cut.launches[0];
+        assert_eq!((launch.gang, schedule.cut.launches.len()), (4, 1));
+        check_gangs(&dims, &entry, &geometry.plain, 4, of_gangs(&schedule.cut, launch, 0));
+        let mut costs = vec![0; 33];
+        for (at, piece) in schedule.cut.pieces.iter().enumerate() {
+            let all = steps(&entry, piece.kv_head.into(), 0..4, &dims);
+            let own = all.min(piece.end_step.into()) - usize::from(piece.first_step);
+            costs[at % 33] += if own > 0 { own + PIECE_STEPS } else { 0 };
+        }
+        let (longest, all) = (costs.iter().max().unwrap(), costs.iter().sum::<usize>());
+        assert!(longest * 33 * 8 <= 9 * all, "{costs:?}");
+    }
+}
+
+/// Short prompts of all lengths are one launch, and so are whole chunks of several.
+#[test]
+fn prompts_of_a_batch_share_a_launch() {
+    let geometry = geometry(&vec![Span::full(8192); 32], 8192, 0, 0);
+    let dims =
+        Dims { query_heads: 32, kv_heads: 32, wgmma: true, gangs: true, multiprocessors: 132 };
+    let gangs = |lens: &[(usize, usize)]| {
+        let entry = |&(len, tokens): &(usize, usize)| Entry {
+            geometry: &geometry,
+            len,
+            tokens,
+            grows: false,
+            is_vacant: false,
+        };
+        let schedule = schedule(&dims, &lens.iter().map(entry).collect::<Vec<_>>());
+        schedule.cut.launches.iter().map(|launch| launch.gang).collect::<Vec<_>>()
+    };
+    assert_eq!(gangs(&[(0, 70), (0, 200), (0, 300), (50, 128)]), [0]);
+    assert_eq!(gangs(&[(0, 512), (1024, 512), (7000, 512)]), [4]);
 }
 
 #[test]
 fn decode_always_writes_first_and_splits() {
     let spans = [Span::full(5000), Span::new(64, 960).unwrap(), Span::new(0, 1).unwrap()];
-    let dims = Dims { query_heads: 12, kv_heads: 3, wgmma: true, multiprocessors: 132 };
+    let dims =
+        Dims { query_heads: 12, kv_heads: 3, wgmma: true, gangs: true, multiprocessors: 132 };
     for (narrow, paths) in
         [(0, &[Path::Split][..]), (2, &[Path::Split, Path::Narrow8]), (7, &[Path::Narrow8])]
     {

@@ -11,7 +11,8 @@ use crate::graph::is_capturing;
 use crate::kernels::Kernels;
 use crate::kernels::narrow::NarrowKernels;
 use crate::kernels::tables::{
-    AppendArgs, DevicePointer, ExtendArgs, NarrowRow, Packed, PutArgs, SequenceRow, WidenArgs,
+    AppendArgs, DevicePointer, ExtendArgs, Merge, NarrowRow, Packed, Piece, PutArgs, SequenceRow,
+    WidenArgs,
 };
 use crate::memory::{Scratch, Staging, Workspace, address, grow};
 use crate::{Cache, Device, Error, RawStream, Result};
@@ -115,6 +116,8 @@ struct Tables {
     items: DevicePointer,
     splits: DevicePointer,
     order: DevicePointer,
+    pieces: DevicePointer,
+    merges: DevicePointer,
     lens: DevicePointer,
     /// 0: no sequence has narrow heads.
     narrow: DevicePointer,
@@ -225,6 +228,8 @@ impl Step {
             query_heads: batch.query_heads,
             kv_heads: first.as_ref().layout().heads().len(),
             wgmma: kernels.has_wgmma(),
+            // With a softcap they were not measured.
+            gangs: batch.softcap.is_none(),
             multiprocessors: self.device.multiprocessors(),
         };
         let mut entries: Vec<Entry<'_>> = batch
@@ -430,10 +435,11 @@ impl Step {
                     let is_wide = path == Path::Narrow16;
                     narrow.extend_split(is_wide, kinds.iter().copied(), stream, args)?;
                 }
+                (_, _) if launch.gang > 0 => {
+                    kernels.extend_gangs(stream, args, launch.gang)?;
+                    kernels.merge_tiles(stream, args, launch.merges.len(), launch.gang)?;
+                }
                 (path, _) => kernels.extend(path, stream, args)?,
-            }
-            if launch.shared {
-                kernels.merge_tiles(stream, args)?;
             }
         }
         Ok(())
@@ -572,7 +578,8 @@ impl Step {
         ];
         let appends = appends.into_iter().filter(|&launched| launched).count();
         let copies = groups.iter().map(|group| 1 + usize::from(group.max_keys > 0)).sum::<usize>();
-        let attention = self.schedule.launches().map(|launch| 1 + usize::from(launch.shared));
+        let attention =
+            self.schedule.launches().map(|launch| 1 + usize::from(!launch.merges.is_empty()));
         attention.sum::<usize>() + appends + copies
     }
 
@@ -612,7 +619,7 @@ impl Step {
                 tokens: batch.tokens[index] as i32,
                 first_item: schedule.cut.first_items[place] as i32,
                 committed: i32::from(place < schedule.committed),
-                split: is_shared(&schedule.cut.launches, place),
+                padding: 0,
             }
         };
         schedule.order.iter().enumerate().map(place).collect()
@@ -635,6 +642,8 @@ impl Step {
             items: push(host, &schedule.cut.items),
             splits: push(host, &schedule.cut.splits),
             order: push(host, &schedule.cut.heads),
+            pieces: push(host, &schedule.cut.pieces),
+            merges: push(host, &schedule.cut.merges),
             lens: push(host, &lens),
             narrow: 0,
         };
@@ -664,7 +673,6 @@ impl Step {
                 row.v = (group.slots * geometry.head_dim * 2) as u64;
                 row.first_item = schedule.copies.first_items[place] as i32;
                 row.committed = 1;
-                row.split = is_shared(&schedule.copies.launches, place);
                 for &head in &geometry.narrow {
                     let head = head as usize;
                     let [sink, ring] = entry.copy_slots(geometry.layout.head(head));
@@ -681,6 +689,8 @@ impl Step {
             items: push(host, &schedule.copies.items),
             splits: push(host, &schedule.copies.splits),
             order: push(host, &schedule.copies.heads),
+            pieces: push(host, &schedule.copies.pieces),
+            merges: push(host, &schedule.copies.merges),
             ..tables
         };
         (tables, copies)
@@ -696,6 +706,21 @@ impl Step {
     ) -> Result<ExtendArgs> {
         let Prepared { dims, softcap, .. } = self.prepared()?;
         let at = tables.at(launch.places.start as u64, dims.kv_heads as u64);
+        let from = |table: DevicePointer, first: usize, bytes: usize| {
+            table + (first * bytes) as DevicePointer
+        };
+        let (items, splits, counts) = match launch.gang {
+            0 => {
+                let items = from(at.items, launch.items.start, size_of::<[i32; 2]>());
+                (items, at.splits, [launch.items.len(), launch.blocks])
+            }
+            _ => {
+                let pieces = from(at.pieces, launch.pieces.start, size_of::<Piece>());
+                let merges = from(at.merges, launch.merges.start, size_of::<Merge>());
+                (pieces, merges, [launch.partials, launch.pieces.len()])
+            }
+        };
+        let [num_items, num_tiles] = counts.map(|count| count as i32);
         Ok(ExtendArgs {
             q: tensors.q,
             k: tensors.k,
@@ -710,14 +735,14 @@ impl Step {
             kv_heads: dims.kv_heads as i32,
             scale: tensors.scale,
             order: at.order,
-            items: at.items + launch.items.start as u64 * 8,
+            items,
             partial: scratch.partial,
             finished: scratch.finished,
-            splits: at.splits,
+            splits,
             tickets: scratch.tickets,
             sinks: tensors.sinks,
-            num_items: launch.items.len() as i32,
-            num_tiles: launch.blocks as i32,
+            num_items,
+            num_tiles,
             softcap: softcap.unwrap_or(0.0),
             // Copies of narrow heads are made in the step itself.
             settled: i32::from(base == 0 && is_capturing()),
@@ -796,8 +821,8 @@ impl Prepared {
 
 impl Tables {
     fn rebase(&mut self, base: DevicePointer, has_narrow: bool) {
-        let Self { sequences, heads, items, splits, order, lens, narrow } = self;
-        for offset in [sequences, heads, items, splits, order, lens] {
+        let Self { sequences, heads, items, splits, order, pieces, merges, lens, narrow } = self;
+        for offset in [sequences, heads, items, splits, order, pieces, merges, lens] {
             *offset += base;
         }
         if has_narrow {
@@ -805,14 +830,16 @@ impl Tables {
         }
     }
 
-    /// The tables from a place on; items are counted apart.
+    /// The tables from a place on; items, pieces and merges are counted apart.
     fn at(&self, place: u64, kv_heads: u64) -> Self {
         Self {
             sequences: self.sequences + place * size_of::<SequenceRow>() as u64,
             heads: self.heads + place * kv_heads * size_of::<HeadRow>() as u64,
             items: self.items,
             splits: self.splits + place * kv_heads * 8,
-            order: self.order + place * kv_heads * 8,
+            order: self.order + place * kv_heads * 4,
+            pieces: self.pieces,
+            merges: self.merges,
             lens: self.lens + place * 4,
             narrow: match self.narrow {
                 0 => 0,
@@ -820,11 +847,6 @@ impl Tables {
             },
         }
     }
-}
-
-/// Whether a launch shares the tiles of the sequence at a place, as [`SequenceRow::split`].
-fn is_shared(launches: &[Launch], place: usize) -> i32 {
-    i32::from(launches.iter().any(|launch| launch.shared && launch.places.contains(&place)))
 }
 
 /// Adds a table, aligned for any of its elements; returns where.

@@ -44,6 +44,7 @@ pub struct Kernels {
     /// Only where the architecture and the head dimension have it.
     wgmma: Option<Kernel>,
     /// With `wgmma`.
+    gangs: Option<Kernel>,
     merge: Option<Kernel>,
     influence: Kernel,
 }
@@ -82,6 +83,7 @@ impl Kernels {
             influence: kernel(Source::Influence, "influence", 128, influence_shared_bytes(dim))?,
             merge: modules.find(of(Source::Wgmma), "merge_tiles", 256, 0)?,
             wgmma: modules.find(of(Source::Wgmma), "extend_wgmma", 384, wgmma_shared_bytes(dim))?,
+            gangs: modules.find(of(Source::Wgmma), "extend_gangs", 384, wgmma_shared_bytes(dim))?,
         })
     }
 
@@ -162,18 +164,43 @@ impl Kernels {
         unsafe { self.launch(kernel, stream, [blocks, 1], args) }
     }
 
-    /// Puts together what blocks that share a tile found, after
-    /// [`extend_wgmma`](Self::extend_wgmma) with the same arguments.
+    /// The same of pieces of tiles, by gangs of `gang` blocks; `merges` tells which pieces [`merge_tiles`](Self::merge_tiles)
+    /// puts together then, with the same arguments and right after it.
     ///
     /// # Errors
-    /// [`moa_core::Error::Unsupported`] where [`extend_wgmma`](Self::extend_wgmma) is, [`Error::Driver`]
-    /// if the launch is refused.
+    /// As [`extend_wgmma`](Self::extend_wgmma).
     ///
     /// # Safety
+    /// As [`extend_tile`](Self::extend_tile): `items` are `num_tiles` [`Piece`](tables::Piece)s, which belong to
+    /// `multiprocessors / gang` gangs in turn.
+    pub unsafe fn extend_gangs(
+        &self,
+        stream: RawStream,
+        args: &ExtendArgs,
+        gang: usize,
+    ) -> Result<()> {
+        let Some(kernel) = &self.gangs else { return Err(no_wgmma()) };
+        // SAFETY: as the caller promises.
+        unsafe { self.launch(kernel, stream, [self.multiprocessors / gang, gang], args) }
+    }
+
+    /// Puts together what gangs of `gang` blocks found of the tiles that they share, after
+    /// [`extend_gangs`](Self::extend_gangs) with the same arguments.
+    ///
+    /// # Errors
     /// As [`extend_wgmma`](Self::extend_wgmma).
-    pub unsafe fn merge_tiles(&self, stream: RawStream, args: &ExtendArgs) -> Result<()> {
+    ///
+    /// # Safety
+    /// As [`extend_gangs`](Self::extend_gangs): `splits` are `merges` [`Merge`](tables::Merge)s.
+    pub unsafe fn merge_tiles(
+        &self,
+        stream: RawStream,
+        args: &ExtendArgs,
+        merges: usize,
+        gang: usize,
+    ) -> Result<()> {
         let Some(kernel) = &self.merge else { return Err(no_wgmma()) };
-        let grid = [args.num_tiles as usize, Path::Wgmma.tile_rows() / 8];
+        let grid = [merges, gang * Path::Wgmma.tile_rows() / 8];
         // SAFETY: as the caller promises.
         unsafe { self.launch(kernel, stream, grid, args) }
     }
@@ -351,13 +378,16 @@ impl<'a> Modules<'a> {
 const MANY_BLOCKS: [&str; 2] = ["extend_narrow_8", "extend_narrow_16"];
 
 /// Kernels that wait for the one before them themselves.
-const OVERLAPPING: [&str; 6] = [
+const OVERLAPPING: [&str; 9] = [
     "append",
     "append_narrow",
     "append_narrow_fed",
+    "extend_gangs",
     "extend_narrow_8",
     "extend_narrow_16",
     "extend_split",
+    "extend_wgmma",
+    "merge_tiles",
 ];
 
 impl Kernel {

@@ -45,13 +45,53 @@ pub struct SequenceRow {
     pub first: i64,
     /// New tokens, at least 1.
     pub tokens: i32,
-    /// Tile kernels: tiles (times the blocks that share them) of the sequences before it in this
-    /// launch.
+    /// Tile kernels: tiles of the sequences before it in this launch.
     pub first_item: i32,
     /// 1: `append` has already put the new tokens into the cache.
     pub committed: i32,
-    /// Warp-group kernel, 1: some tiles are shared between blocks, and `merge_tiles` follows.
-    pub split: i32,
+    /// Unused.
+    pub padding: i32,
+}
+
+/// What a gang of blocks does next of tiles that gangs share: the same steps of 128 keys of neighbouring tiles, one for
+/// each block.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Zeroable, Pod)]
+pub struct Piece {
+    /// Sequence.
+    pub sequence: i32,
+    /// KV head.
+    pub kv_head: u16,
+    /// Tile of the gang's first block; blocks after the last tile do nothing.
+    pub first_tile: u16,
+    /// First step, counted from the last keys that a tile sees.
+    pub first_step: u16,
+    /// Step before which it ends; [`u16::MAX`]: all the rest.
+    pub end_step: u16,
+    /// Partial result of the first block, which those of the others follow, or -1: the piece is all of its tiles.
+    pub partial: i32,
+}
+
+impl Piece {
+    /// Nothing to do.
+    pub const NONE: Self =
+        Self { sequence: 0, kv_head: 0, first_tile: 0, first_step: 0, end_step: 0, partial: -1 };
+}
+
+/// Tiles that gangs share.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Zeroable, Pod)]
+pub struct Merge {
+    /// Sequence.
+    pub sequence: i32,
+    /// KV head.
+    pub kv_head: u16,
+    /// The first of the tiles, as many as blocks of a gang.
+    pub first_tile: u16,
+    /// The first of the partial results, `[parts, blocks of a gang]`.
+    pub partial: i32,
+    /// At most 32.
+    pub parts: i32,
 }
 
 /// Where one KV head of one sequence keeps codes and scales, in bytes from [`SequenceRow::k`].
@@ -98,27 +138,25 @@ pub struct ExtendArgs {
     pub kv_heads: i32,
     /// Factor of the scores.
     pub scale: f32,
-    /// Tile kernels: i32 pairs (KV head, blocks that share the keys of each of its tiles)
-    /// `[sequences, kv_heads]`, in the order in which to start them. The second is 1 but in the
-    /// warp-group kernel where [`SequenceRow::split`] is set.
+    /// Tile kernels: i32 KV heads `[sequences, kv_heads]`, in the order in which to start them.
     pub order: DevicePointer,
-    /// Split kernel: i32 pairs (sequence * kv_heads + KV head, split), one block each.
+    /// Split kernel: i32 pairs (sequence * kv_heads + KV head, split), one block each. Where gangs share tiles: [`Piece`]s
+    /// `[rounds, gangs]`.
     pub items: DevicePointer,
     /// Partial results, f32: `[items, 16, head_dim]` then `[items, 16, 2]` of the split kernel,
-    /// `[num_tiles, 128, head_dim]` then `[num_tiles, 128, 2]` where tiles are shared.
+    /// `[items, 128, head_dim]` then `[items, 128, 2]` where gangs share tiles.
     pub partial: DevicePointer,
     /// i32 `[sequences, kv_heads]`: splits finished, 0 between launches.
     pub finished: DevicePointer,
-    /// i32 pairs `[sequences, kv_heads]`: first item, number of splits.
+    /// i32 pairs `[sequences, kv_heads]`: first item, number of splits. Where gangs share tiles: [`Merge`]s.
     pub splits: DevicePointer,
     /// Warp-group kernel: i32 `[2]`, next tile and blocks that are done, 0 between launches.
     pub tickets: DevicePointer,
     /// f32 `[query_heads]`: logits that are in the denominators alone, or 0.
     pub sinks: DevicePointer,
-    /// Items.
+    /// Items of the split kernel; partial results where gangs share tiles.
     pub num_items: i32,
-    /// Tiles of the launch, each times the blocks that share it; the warp-group kernel's blocks take
-    /// them in turn.
+    /// Tiles of the launch, which the warp-group kernel's blocks take in turn; pieces where gangs share them.
     pub num_tiles: i32,
     /// Bound of the scores; read by kernels that were compiled for one.
     pub softcap: f32,
@@ -269,6 +307,8 @@ const _: () = {
     assert!(size_of::<InfluenceArgs>() == 160);
     assert!(size_of::<Packed>() == 24);
     assert!(size_of::<SequenceRow>() == 40);
+    assert!(size_of::<Piece>() == 16);
+    assert!(size_of::<Merge>() == 16);
     assert!(size_of::<HeadRow>() == 20);
     assert!(size_of::<NarrowRow>() == 32);
     assert!(size_of::<ExtendArgs>() == 248);

@@ -58,7 +58,7 @@ pub struct Session<D: Device> {
     chosen: Option<Vec<Option<u32>>>,
 }
 
-/// What a device has recorded of decode steps, kept from one [`Session`] to the next: a batch that a sequence joins or
+/// What a device has recorded of decode steps, kept from one [`Session`] or [`Engine`](crate::Engine) to the next: a batch that a sequence joins or
 /// leaves runs what was recorded of another one, where that fits it.
 pub struct Recordings<D: Device> {
     plain: Option<Box<dyn Replay<D>>>,
@@ -123,9 +123,7 @@ impl<D: Math> Decoder<D> {
         sequences: Vec<Sequence<D>>,
         kept: Recordings<D>,
     ) -> Result<Session<D>> {
-        if kept.model.is_some_and(|model| model != self.id) {
-            return Err(Error::invalid("recordings", "the model's", "another model's"));
-        }
+        self.check_recordings(&kept)?;
         let Some(first) = sequences.first() else {
             return Err(Error::invalid("batch", "at least 1 sequence", 0));
         };
@@ -175,6 +173,16 @@ impl<D: Math> Decoder<D> {
             }
         }
         Ok(session)
+    }
+
+    /// Whether they are of this model.
+    pub(crate) fn check_recordings(&self, kept: &Recordings<D>) -> Result<()> {
+        match kept.model {
+            Some(model) if model != self.id => {
+                Err(Error::invalid("recordings", "the model's", "another model's"))
+            }
+            _ => Ok(()),
+        }
     }
 }
 

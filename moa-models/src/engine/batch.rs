@@ -66,8 +66,19 @@ impl<D: Math> Batch<D> {
 
     /// Drops what the device has recorded, which takes memory. Returns whether there was something.
     pub(crate) fn forget(&mut self) -> bool {
+        !self.take_recordings().is_empty()
+    }
+
+    /// What the device has recorded, which is gone from here then.
+    pub(crate) fn take_recordings(&mut self) -> Recordings<D> {
         self.apart();
-        !std::mem::take(&mut self.recordings).is_empty()
+        std::mem::take(&mut self.recordings)
+    }
+
+    /// Begins with what the device has recorded elsewhere, in place of what it has here.
+    pub(crate) fn set_recordings(&mut self, recordings: Recordings<D>) {
+        self.apart();
+        self.recordings = recordings;
     }
 
     /// How often the device has recorded a step.

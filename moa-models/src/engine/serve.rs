@@ -8,6 +8,7 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::prompt_style::PromptStyle;
 use crate::decoder::model::Decoder;
 use crate::decoder::sequence::Sequence;
+use crate::decoder::session::Recordings;
 use crate::device::Math;
 use crate::engine::batch::Batch;
 use crate::engine::constraint::Constraint;
@@ -385,9 +386,25 @@ impl<D: Math> Engine<D> {
     }
 
     /// How often the device has recorded a decode step since the engine was made, or a step failed: few times, whatever
-    /// requests come and go.
+    /// requests come and go. Those of [recordings](Self::set_recordings) that it was given count too.
     pub fn recordings(&self) -> usize {
         self.batch.recordings()
+    }
+
+    /// What the device has recorded of decode steps, for [`set_recordings`](Self::set_recordings) of another engine; this
+    /// one records anew what it needs.
+    pub fn take_recordings(&mut self) -> Recordings<D> {
+        self.batch.take_recordings()
+    }
+
+    /// Has requests run what the device has recorded of others, in place of what this engine has recorded so far.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if another model recorded it.
+    pub fn set_recordings(&mut self, recordings: Recordings<D>) -> Result<()> {
+        self.model.check_recordings(&recordings)?;
+        self.batch.set_recordings(recordings);
+        Ok(())
     }
 
     /// What was done since the engine was made, or since this was last asked.

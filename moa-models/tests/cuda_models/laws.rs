@@ -16,6 +16,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         saved_and_offloaded_sequences_go_on_bit_for_bit,
         a_decoder_equals_single_steps,
         sequences_join_and_leave_what_is_recorded,
+        of_too_many_recorded_steps_those_used_longest_ago_are_dropped,
         guesses_are_checked_and_forgotten_in_recorded_steps,
         repeats_are_bitwise_equal,
         threads_share_a_model,
@@ -230,6 +231,49 @@ pub(crate) fn join_and_leave(model: &Decoder<Cuda>) {
         let sequence = other.open(plan, 10, 0).unwrap();
         assert!(other.session_with(vec![sequence], recordings).is_err(), "another model's");
     }
+}
+
+/// 24 are kept beside the one that ran last. Whatever was dropped, steps have the bits of those that are not recorded.
+fn of_too_many_recorded_steps_those_used_longest_ago_are_dropped() -> Verdict {
+    const MOST: usize = 25;
+    let (checkpoint, _) = cuda()?[0];
+    let model = &checkpoint.model;
+    let [dense, _] = plans(model.shape());
+    let vocab = model.config().vocab_size;
+    let mut recordings = Recordings::default();
+    // How often steps of so many sequences of this capacity have to be recorded.
+    let mut run = |many: usize, capacity: usize| {
+        let open = || (0..many).map(|_| model.open(&dense, capacity, 0).unwrap()).collect();
+        let (replayed, mut plain): (Vec<_>, Vec<_>) = (open(), open());
+        let before = recordings.count();
+        let mut session = model.session_with(replayed, std::mem::take(&mut recordings)).unwrap();
+        for round in 0..6 {
+            let next: Vec<u32> = (0..many).map(|i| ((i + 7 * round) % vocab) as u32).collect();
+            let parts: Vec<&[u32]> = next.chunks(1).collect();
+            let mut batch: Vec<_> = plain.iter_mut().collect();
+            let expected = model.forward(&mut batch, &parts, LogitRows::Last).unwrap();
+            let expected = model.device().values(expected).unwrap();
+            let got = session.step(model, &next).unwrap();
+            assert!(got == expected, "{many} sequences of {capacity}, round {round}");
+        }
+        recordings = session.into_parts().1;
+        recordings.count() - before
+    };
+    // Each is for more sequences than those before, or for sequences that need more work.
+    let few = [1, 2, 4].map(|many| (many, 64));
+    let many = [64, 1536, 4096]
+        .into_iter()
+        .flat_map(|capacity| [8, 16, 24, 32, 48, 64, 96, 128].map(|many| (many, capacity)));
+    let batches: Vec<_> = few.into_iter().chain(many).take(MOST + 1).collect();
+    assert_eq!(batches.len(), MOST + 1);
+    for &(many, capacity) in &batches {
+        assert_eq!(run(many, capacity), 1, "{many} sequences of {capacity}");
+    }
+    // The first one is gone, the second is the oldest that is kept.
+    assert_eq!((run(2, 64), run(1, 64)), (0, 1));
+    // For it went the oldest but the one that has run since.
+    assert_eq!((run(2, 64), run(4, 64)), (0, 1));
+    Ok(())
 }
 
 /// Beside steps of one token, which are recorded too: neither may rest on how many tokens the other has appended.

@@ -407,6 +407,32 @@ fn sequences_that_join_and_leave_run_what_was_recorded_of_others() {
     assert!(matches!(error, Error::Invalid { .. }), "{error}");
 }
 
+/// One engine hands what was recorded of its requests to another one, whose first steps are launched; no other model takes it.
+#[test]
+fn an_engine_runs_what_another_one_had_recorded() {
+    let model = Recorder::model(0);
+    model.device().idles.store(true, SeqCst);
+    let run = |engine: &mut Engine<Recorder>| {
+        engine.submit(vec![5; 20], &full(), greedy(8));
+        let [completion] = &engine.complete_all().unwrap()[..] else { panic!("one request") };
+        completion.tokens.iter().filter(|token| **token == 0).count()
+    };
+    let mut engines = [0, 1].map(|_| Engine::new(Arc::clone(&model), EngineOptions::default()));
+    // Steps that idle choose token 0.
+    let late = run(&mut engines[0]);
+    assert_eq!((engines[0].recordings(), engines[1].recordings()), (1, 0));
+    let recordings = engines[0].take_recordings();
+    assert_eq!((engines[0].recordings(), recordings.count()), (0, 1));
+    engines[1].set_recordings(recordings).unwrap();
+    assert_eq!(run(&mut engines[1]), late + 2, "the first two steps are launched as well");
+    assert_eq!((engines[1].recordings(), model.device().asked.load(SeqCst)), (1, 1));
+    let mut other = Engine::new(Recorder::model(0), EngineOptions::default());
+    let error = other.set_recordings(engines[1].take_recordings()).unwrap_err();
+    assert!(matches!(error, Error::Invalid { .. }), "{error}");
+    // The first engine has to have them recorded anew.
+    assert_eq!((run(&mut engines[0]), model.device().asked.load(SeqCst)), (late, 2));
+}
+
 /// Sums over the host that are said to be launched, so that steps are recorded.
 struct Launched(Arc<ThreadRank>);
 

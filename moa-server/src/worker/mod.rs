@@ -165,42 +165,53 @@ impl<D: Math + 'static> Worker<D> {
     }
 
     /// Runs short requests, so that the first ones that come need not wait for what a GPU loads when it first needs it, which
-    /// depends on the rows of a step: as many at once as may run, and one with as long a prompt as a step reads.
-    fn warm_up(&self) -> Result<(), Error> {
+    /// depends on the rows of a step: as many at once as may run, and one with as long a prompt as a step reads. Decode steps
+    /// that the device records for them are there for requests of that capacity then.
+    fn warm_up(&mut self) -> Result<(), Error> {
         const TOKENS: usize = 64;
         const NEW_TOKENS: usize = 8;
-        let model = &self.checkpoint.model;
-        let context = self.options.context(model);
+        let model = Arc::clone(&self.checkpoint.model);
+        let context = self.options.context(&model);
         if model.device().replayed_tokens(1) <= 1 || context < 2 * TOKENS {
             return Ok(());
         }
-        let bytes = model.cache_bytes(&self.plan, TOKENS + NEW_TOKENS, self.slack())?;
+        let bytes = self.sizes(TOKENS + NEW_TOKENS)?.bytes;
         let room = usize::try_from(self.options.kv_memory / bytes.max(1)).unwrap_or(usize::MAX);
         let longest = self.options.prefill_chunk.min(context - NEW_TOKENS);
         // An engine of its own: what is learned of answers' lengths and what fails stay there.
         let mut engine = self.checkpoint.engine(engine_options(&self.options));
         for (requests, tokens) in [(self.options.max_batch.min(room), TOKENS), (1, longest)] {
-            for at in 0..requests {
-                let sampling = SamplingOptions {
-                    // Some are drawn and some are not.
-                    temperature: (at % 2) as f32,
-                    top_p: 0.9,
-                    ..SamplingOptions::default()
-                };
-                let options = GenerateOptions {
-                    max_new_tokens: NEW_TOKENS,
-                    sampling,
-                    eos_token_ids: Some(Vec::new()),
-                    ..GenerateOptions::default()
-                };
-                engine.submit(vec![0; tokens], &self.plan, options);
-            }
+            let capacity = self.capacity(tokens + NEW_TOKENS);
+            let run = |engine: &mut Engine<D>| {
+                let mut begun = Vec::new();
+                for at in 0..requests {
+                    let open = || model.open(&self.plan, capacity, self.slack());
+                    let sampling = SamplingOptions {
+                        // Some are drawn and some are not.
+                        temperature: (at % 2) as f32,
+                        top_p: 0.9,
+                        ..SamplingOptions::default()
+                    };
+                    let options = GenerateOptions {
+                        max_new_tokens: NEW_TOKENS,
+                        sampling,
+                        eos_token_ids: Some(Vec::new()),
+                        ..GenerateOptions::default()
+                    };
+                    let sequence = model.together(open)?;
+                    begun.push(engine.submit_in(sequence, vec![0; tokens], options));
+                }
+                engine.complete_all()?;
+                // Their memory is for the requests that come.
+                begun.into_iter().for_each(|id| drop(engine.reclaim(id)));
+                Ok::<(), Error>(())
+            };
             // What fails here fails again, where it is told.
-            if let Err(error) = engine.complete_all() {
+            if let Err(error) = run(&mut engine) {
                 tracing::warn!("the first steps failed: {error}");
             }
         }
-        Ok(())
+        self.engine.set_recordings(engine.take_recordings())
     }
 
     /// Runs jobs until it is told to stop and none is left.
