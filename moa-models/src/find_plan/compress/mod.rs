@@ -156,21 +156,27 @@ fn compress_since<D: Math>(
     let (mut seconds, fitting) = (refined.seconds, refined.fitting);
     while model.agree(|| Ok::<_, Error>(options.has_time_for_more(&refined, seconds, deadline)))? {
         options = options.with_more();
+        let starts = Starts { refined: Some(&refined.plan), ..starts };
         // What there is too little of was told before.
-        let judged = Judged::new(checkpoint, data, &options, &mut Vec::new(), progress)?;
-        // A file has only so many items.
-        if judged.contexts() <= contexts {
+        let judged = Judged::new(checkpoint, data, &options, &mut Vec::new(), progress);
+        let next = judged.and_then(|judged| {
+            // A file has only so many items.
+            if judged.contexts() <= contexts {
+                return Ok(None);
+            }
+            contexts = judged.contexts();
+            tracing::debug!(contexts, seconds, "more to judge plans by");
+            let evidence = judged.evidence(text_goal);
+            refine_types(model, evidence, starts, bounds, &profile, effort, progress).map(Some)
+        });
+        if let Ok(Some(next)) = &next {
+            seconds = next.seconds;
+        }
+        let goes_on;
+        (refined, goes_on) = after(refined, next, &mut warnings)?;
+        if !goes_on {
             break;
         }
-        contexts = judged.contexts();
-        tracing::debug!(contexts, seconds, "more to judge plans by");
-        let before = refined;
-        let starts = Starts { refined: Some(&before.plan), ..starts };
-        let evidence = judged.evidence(text_goal);
-        refined = refine_types(model, evidence, starts, bounds, &profile, effort, progress)?;
-        seconds = refined.seconds;
-        refined.evaluations += before.evaluations;
-        refined.seconds += before.seconds;
     }
     refined.fitting = fitting;
     refined.plan.provenance.method = Some("moa compress".to_string());
@@ -178,6 +184,28 @@ fn compress_since<D: Math>(
     let (growth, device) = (refined.loss - refined.dense_loss, model.device.default_cache_type());
     warnings.extend(plan_warnings(&plan, growth, &refined.held_out, Some(&request), device)?);
     Ok(Compressed { plan, profile, found, refined, warnings })
+}
+
+/// What there is after a further round of refinement, `None` where it had no more to judge plans by, and whether another
+/// one may follow. A round that fails loses nothing of what was found before.
+fn after(
+    refined: Refined,
+    next: Result<Option<Refined>>,
+    warnings: &mut Vec<String>,
+) -> Result<(Refined, bool)> {
+    match next {
+        Ok(Some(next)) => {
+            let evaluations = refined.evaluations + next.evaluations;
+            let seconds = refined.seconds + next.seconds;
+            Ok((Refined { evaluations, seconds, ..next }, true))
+        }
+        Ok(None) => Ok((refined, false)),
+        Err(Error::Cancelled) => Err(Error::Cancelled),
+        Err(error) => {
+            warnings.push(format!("the plan was not refined on more contexts: {error}"));
+            Ok((refined, false))
+        }
+    }
 }
 
 /// What plans are judged by.
@@ -278,8 +306,8 @@ mod tests {
         (0..len).map(|i| char::from(b'A' + ((seed + i * i * 7 + i) % 26) as u8)).collect()
     }
 
-    #[test]
-    fn a_plan_that_loses_is_refined_on_more_where_there_is_time() -> Result<()> {
+    /// A model, what it is asked, and a budget that loses answers.
+    fn losing() -> Result<(Checkpoint<Cpu>, CalibrationData, CompressOptions)> {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../assets/moa-tiny");
         let checkpoint = Checkpoint::open(Cpu::default(), folder)?;
         let question = |i: usize| CalibrationPrompt::Question {
@@ -299,6 +327,12 @@ mod tests {
             time_limit: Some(Duration::from_secs(600)),
             ..CompressOptions::default()
         };
+        Ok((checkpoint, data, options))
+    }
+
+    #[test]
+    fn a_plan_that_loses_is_refined_on_more_where_there_is_time() -> Result<()> {
+        let (checkpoint, data, options) = losing()?;
         let model = &checkpoint.model;
         let found = compress(&checkpoint, &data, &options, &mut ())?;
         let validation =
@@ -313,6 +347,26 @@ mod tests {
             assert!((own - loss).abs() < 1e-5, "{loss}, not {own}");
         }
         assert!(refined.loss <= refined.start_loss, "{refined:?}");
+        Ok(())
+    }
+
+    #[test]
+    fn a_further_round_that_fails_loses_no_plan() -> Result<()> {
+        let (checkpoint, data, options) = losing()?;
+        let options = CompressOptions { time_limit: None, evaluations: Some(1), ..options };
+        let first = compress(&checkpoint, &data, &options, &mut ())?.refined;
+        let mut warnings = Vec::new();
+        let failed = Err(Error::invalid("memory", "enough", "too little"));
+        let (kept, goes_on) = after(first.clone(), failed, &mut warnings)?;
+        assert!(kept == first && !goes_on);
+        assert!(warnings[0].contains("memory"), "{warnings:?}");
+        let next = Refined { loss: 0.1, seconds: 2.0, ..first.clone() };
+        let (kept, goes_on) = after(first.clone(), Ok(Some(next)), &mut warnings)?;
+        assert!(goes_on && kept.loss == 0.1 && kept.seconds == first.seconds + 2.0);
+        assert_eq!(kept.evaluations, 2 * first.evaluations);
+        assert!(!after(first.clone(), Ok(None), &mut warnings)?.1);
+        let cancelled = after(first, Err(Error::Cancelled), &mut warnings);
+        assert!(matches!(cancelled, Err(Error::Cancelled)) && warnings.len() == 1);
         Ok(())
     }
 }
