@@ -171,6 +171,15 @@ fn few_rows_and_odd_outputs_take_activations_of_16_bits() -> Verdict {
             });
             assert_eq!(rounded == plain, same, "{rows} rows, {n} outputs");
         }
+        // A weight that lies in tiles, as on Hopper without rounding, is no weight that cuBLASLt could read.
+        if rounding.device.architecture().has_wgmma() {
+            let (x, _) = rounding.random(&[300, 96], rounding.dtype(), 1);
+            let w = exact.operations.random_e4m3([64, 96], 1.0, 2).unwrap();
+            let [rounded, plain] = [&rounding, &exact].map(|ops| {
+                ops.operations.linear(&x, &w, None, Dtype::F32).unwrap().to_f32().unwrap()
+            });
+            assert!(rounded == plain, "a weight in tiles");
+        }
     }
     Ok(())
 }

@@ -76,16 +76,17 @@ impl Cuda {
     }
 
     /// Rounds the weights of linear layers, but not the output matrix, to 8-bit floats (e4m3) with a
-    /// factor for each output: half the memory. Steps of few sequences take up to a third less time,
-    /// those of 32 and more may take longer. There are no gradients then, so no profiling.
+    /// factor for each output: half the memory. Steps of few sequences take less time, those of many may take longer: on
+    /// Hopper from some 128 on, elsewhere from 32. There are no gradients then, so no profiling.
     #[must_use]
     pub fn with_fp8_weights(self) -> Self {
         Self { fp8_weights: true, ..self }
     }
 
     /// Rounds activations to e4m3 too, each token's with a factor of its own, where a step has 129 tokens and more:
-    /// products of prompts are then of 8 bits. Decode steps of fewer sequences are as without. Tokens that share a step with
-    /// as many of a prompt are rounded with them.
+    /// products of prompts are then of 8 bits. Tokens that share a step with as many of a prompt are rounded with them.
+    /// Steps of fewer keep activations of 16 bits, and are those of [`without_wgmma`](Self::without_wgmma), as cuBLASLt reads
+    /// weights row by row.
     ///
     /// # Errors
     /// [`Error::Invalid`] unless [weights are e4m3](Self::with_fp8_weights), [`Error::Backend`] with
@@ -95,6 +96,13 @@ impl Cuda {
             true => Ok(Self { operations: self.operations.with_e4m3_activations()?, ..self }),
             false => Err(Error::invalid("weights beside fp8 activations", "fp8", self.dtype())),
         }
+    }
+
+    /// [Weights of 8-bit floats](Self::with_fp8_weights) by the kernels that every GPU has
+    /// ([`Operations::without_wgmma`](moa_backend_cuda::Operations::without_wgmma)).
+    #[must_use]
+    pub fn without_wgmma(self) -> Self {
+        Self { operations: self.operations.without_wgmma(), ..self }
     }
 
     /// The GPU.
@@ -234,6 +242,7 @@ impl Load for Cuda {
 
     fn linear_bytes(&self, elements: u64, outputs: u64) -> u64 {
         match self.fp8_weights {
+            // Without what tiles are padded by.
             true => elements + outputs * Dtype::F32.bytes() as u64,
             false => self.weight_bytes(elements),
         }
