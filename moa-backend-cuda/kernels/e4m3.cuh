@@ -4,9 +4,10 @@
 
 typedef unsigned char u8;
 
-// For warpgroup instructions weights lie in tiles of 64 rows by a stretch of 64 k, all of a row of tiles after each other, row by row in a tile.
-// Of a row's 64 bytes, lane t of the four that share the row in a fragment takes the 16 from 16 t on: a word for each of
-// four steps of 16 k. Rows and columns are filled up with zeros.
+// For warpgroup instructions weights lie in tiles of 64 rows by a stretch of 64 k, all of a row of tiles after each
+// other, row by row in a tile. Of a row's 64 bytes, lane t of the four that share the row in a fragment takes the 16 from
+// 16 t on: a word for each of four steps of 16 k. Rows and columns are filled up: nobody reads what rows come to, and
+// columns, which are numbers, meet zeros.
 #define STRETCH 64
 #define TILE_ROWS 64
 #define TILE_BYTES (TILE_ROWS * STRETCH)

@@ -9,7 +9,7 @@
 #include "e4m3.cuh"
 #include "wgmma.cuh"
 
-// Mirrored by `src/linear/e4m3_weight.rs`.
+// Mirrored by `src/linear/e4m3_grouped.rs`.
 struct E4m3WgmmaArgs {
     TensorMap x;          // [rows, k], boxes of as many tokens as the kernel takes by a stretch, swizzled
     const u8* w;          // [n, k], in tiles

@@ -1,10 +1,7 @@
 //! Weights of 8-bit floats.
 
-use std::ffi::c_void;
-use std::ops::{Range, RangeInclusive};
-use std::sync::{Arc, PoisonError};
-
-use cudarc::driver::sys::{self, CUtensorMapDataType as TensorMapType};
+use std::ops::Range;
+use std::sync::Arc;
 
 use super::blas::Product;
 use super::e4m3;
@@ -13,7 +10,7 @@ use crate::arena::Memory;
 use crate::graph::is_capturing;
 use crate::kernels::source::Source;
 use crate::kernels::tables::DevicePointer;
-use crate::ops::launch::{E4M3, E4M3_WGMMA, OpArgs, OpKernels};
+use crate::ops::launch::{E4M3, OpArgs, OpKernels};
 use crate::ops::{PIECE_BYTES, shaped};
 use crate::{Device, Dtype, Error, Result, Tensor};
 
@@ -28,7 +25,7 @@ pub struct E4m3Weight {
     pub(super) layout: Layout,
     /// f32 `[out]`.
     pub(super) scales: Tensor,
-    shape: [usize; 2],
+    pub(super) shape: [usize; 2],
 }
 
 /// How the bytes of a weight lie.
@@ -52,7 +49,7 @@ impl E4m3Weight {
 }
 
 /// Rows and columns of a tile.
-const TILE: usize = 64;
+pub(super) const TILE: usize = 64;
 
 impl Layout {
     /// Rows that lie together.
@@ -103,26 +100,6 @@ struct E4m3Args {
 
 const _: () = assert!(size_of::<E4m3Args>() == 72);
 
-/// As in `kernels/e4m3_wgmma.cu`.
-#[repr(C, align(64))]
-#[derive(Clone, Copy, Debug)]
-struct E4m3WgmmaArgs {
-    x: [u64; 16],
-    weight: DevicePointer,
-    scales: DevicePointer,
-    out: DevicePointer,
-    out_stride: i64,
-    rows: i32,
-    n: i32,
-    k: i32,
-    wide: i32,
-    accumulate: i32,
-    settled: i32,
-    stages: i32,
-}
-
-const _: () = assert!(size_of::<E4m3WgmmaArgs>() == 192);
-
 /// A kernel of products of few rows for every GPU.
 #[derive(Clone, Copy, Debug)]
 struct Few {
@@ -170,126 +147,6 @@ impl Few {
         [rows.div_ceil(self.tokens), n.div_ceil(self.block_rows), 1]
     }
 }
-
-/// A kernel of products of few rows by warpgroup instructions.
-#[derive(Clone, Copy, Debug)]
-struct Grouped {
-    name: &'static str,
-    /// Rows of `x` that a block takes.
-    tokens: usize,
-    /// Blocks of a multiprocessor, at most.
-    most_blocks: usize,
-}
-
-/// By the rows that they take; numbers as in `kernels/e4m3_wgmma.cu`.
-const GROUPED: [Grouped; 7] = [
-    Grouped { name: E4M3_WGMMA[0], tokens: 8, most_blocks: 4 },
-    Grouped { name: E4M3_WGMMA[1], tokens: 16, most_blocks: 4 },
-    Grouped { name: E4M3_WGMMA[2], tokens: 32, most_blocks: 4 },
-    Grouped { name: E4M3_WGMMA[3], tokens: 48, most_blocks: 4 },
-    Grouped { name: E4M3_WGMMA[4], tokens: 64, most_blocks: 4 },
-    Grouped { name: E4M3_WGMMA[5], tokens: 96, most_blocks: 3 },
-    Grouped { name: E4M3_WGMMA[6], tokens: 128, most_blocks: 3 },
-];
-
-/// Threads of a block.
-const THREADS: usize = 160;
-
-/// Shared memory of a Hopper multiprocessor, of which each block costs 1 KiB more than it asks for.
-const HOPPER_BYTES: usize = 228 << 10;
-
-/// Blocks of a multiprocessor that keep it busy, and that all kernels have room for.
-const BLOCKS: RangeInclusive<usize> = 2..=3;
-
-/// Parts of k, at most: a cluster of more blocks finds room on few multiprocessors.
-const MOST_PARTS: usize = 5;
-
-/// Stretches of k that are worth a block's start and end.
-const LEAST_STRETCHES: usize = 8;
-
-impl Grouped {
-    /// The kernel that takes so many rows, or the one that takes the most.
-    fn of(rows: usize) -> &'static Self {
-        let enough = GROUPED.iter().find(|grouped| grouped.tokens >= rows);
-        enough.unwrap_or(&GROUPED[GROUPED.len() - 1])
-    }
-
-    /// A stage has a tile of the weight, a stretch of `x` and two barriers.
-    const fn stage_bytes(&self) -> usize {
-        TILE * TILE + self.tokens * 2 * TILE + 16
-    }
-
-    /// Stages of each of as many blocks of a multiprocessor.
-    const fn stages(&self, blocks: usize) -> usize {
-        (HOPPER_BYTES / blocks - 1024) / self.stage_bytes()
-    }
-}
-
-/// Clusters of 1, 2, .. blocks that a device runs at once with one block on a multiprocessor.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Clusters([usize; MOST_PARTS]);
-
-impl Clusters {
-    /// What share of the device so many tiles keep busy, in thousandths, with these parts of k and blocks of a
-    /// multiprocessor.
-    fn busy(&self, tiles: usize, parts: usize, blocks: usize) -> usize {
-        let at_once = (blocks * self.0[parts - 1]).max(1);
-        let rounds = tiles.div_ceil(at_once).max(1);
-        1000 * tiles * parts / (rounds * blocks * self.0[0]).max(1)
-    }
-
-    /// Parts of k that blocks of a cluster multiply: the fewest that keep four fifths of the device busy. What sums are,
-    /// bit for bit, depends on this and on nothing else, so that it may not depend on the rows of `x`.
-    fn parts(&self, [n, k]: [usize; 2]) -> usize {
-        let most = (k.div_ceil(TILE) / LEAST_STRETCHES).clamp(1, MOST_PARTS);
-        let busy = |parts: usize| {
-            BLOCKS.map(|blocks| self.busy(n.div_ceil(TILE), parts, blocks)).max().unwrap_or(0)
-        };
-        let enough = (1..=most).find(|&parts| busy(parts) >= 800);
-        enough.or((1..=most).rev().max_by_key(|&parts| busy(parts))).unwrap_or(1)
-    }
-
-    /// Blocks of a multiprocessor, which divide its shared memory.
-    fn blocks(&self, n: usize, parts: usize, kernel: &Grouped) -> usize {
-        let busy = |blocks: &usize| self.busy(n.div_ceil(TILE), parts, *blocks);
-        (2..=kernel.most_blocks).max_by_key(busy).unwrap_or(2)
-    }
-}
-
-/// How bulk copies find boxes of a matrix of 16-bit numbers, rows of 128 bytes swizzled as warpgroup instructions read them.
-fn boxes(x: &Tensor, [rows, columns]: [usize; 2]) -> Result<[u64; 16]> {
-    let [x_rows, x_columns] = [x.shape()[0], x.row_len()].map(|n| n as u64);
-    let (sizes, stride) = ([x_columns, x_rows], (x.stride() * x.dtype().bytes()) as u64);
-    let (size, steps) = ([columns as u32, rows as u32], [1, 1]);
-    let mut map = Aligned([0; 16]);
-    // SAFETY: the map has its size and alignment, and the arrays their two axes; strides are those of all but the first.
-    unsafe {
-        sys::cuTensorMapEncodeTiled(
-            (&raw mut map).cast(),
-            match x.dtype() {
-                Dtype::Bf16 => TensorMapType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                _ => TensorMapType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            },
-            2,
-            x.pointer() as *mut c_void,
-            sizes.as_ptr(),
-            &stride,
-            size.as_ptr(),
-            steps.as_ptr(),
-            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    }
-    .result()
-    .map_err(Error::driver("cuTensorMapEncodeTiled"))?;
-    Ok(map.0)
-}
-
-/// As the driver wants a tensor map's memory.
-#[repr(C, align(128))]
-struct Aligned([u64; 16]);
 
 /// Rows of `x` from which on cuBLASLt is faster, although the weight is first widened in memory:
 /// what that costs, five bytes of traffic for each weight, is then little beside the arithmetic.
@@ -444,53 +301,6 @@ impl Operations {
         unsafe { kernels.launch_shared(few.name, few.grid(rows, n), 256, few.shared_bytes, &args) }
     }
 
-    /// [`product_e4m3`](Self::product_e4m3) by warpgroup instructions.
-    fn grouped_product(
-        &self,
-        x: &Tensor,
-        weight: &E4m3Weight,
-        d: &Tensor,
-        accumulate: bool,
-    ) -> Result<()> {
-        let (rows, [n, k]) = (x.shape()[0], weight.shape);
-        let kernels = self.lazily(&self.e4m3_wgmma, Source::E4m3Wgmma, &E4M3_WGMMA)?;
-        let clusters = self.clusters(&kernels)?;
-        let (kernel, parts) = (Grouped::of(rows), clusters.parts(weight.shape));
-        let stages = kernel.stages(clusters.blocks(n, parts, kernel));
-        let args = E4m3WgmmaArgs {
-            x: boxes(x, [kernel.tokens, TILE])?,
-            weight: weight.bytes.address(),
-            scales: weight.scales.pointer(),
-            out: d.pointer(),
-            out_stride: d.stride() as i64,
-            rows: rows as i32,
-            n: n as i32,
-            k: k as i32,
-            wide: i32::from(d.dtype() == Dtype::F32),
-            accumulate: i32::from(accumulate),
-            settled: i32::from(is_capturing()),
-            stages: stages as i32,
-        };
-        let grid = [parts, n.div_ceil(TILE), rows.div_ceil(kernel.tokens)];
-        let room = stages * kernel.stage_bytes();
-        // SAFETY: the shapes are checked; all of it is on the device's stream.
-        unsafe { kernels.launch_clusters(kernel.name, grid, parts, THREADS, room, &args) }
-    }
-
-    fn clusters(&self, kernels: &OpKernels) -> Result<Clusters> {
-        let mut kept = self.clusters.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(clusters) = *kept {
-            return Ok(clusters);
-        }
-        let kernel = &GROUPED[0];
-        let room = kernel.stages(1) * kernel.stage_bytes();
-        let mut clusters = [0; MOST_PARTS];
-        for (clusters, blocks) in clusters.iter_mut().zip(1..) {
-            *clusters = kernels.clusters_at_once(kernel.name, blocks, THREADS, room)?;
-        }
-        Ok(*kept.insert(Clusters(clusters)))
-    }
-
     /// As [`product_e4m3`](Self::product_e4m3), by cuBLASLt on widened parts of the weight.
     fn widened_product(
         &self,
@@ -542,6 +352,16 @@ impl Operations {
     }
 }
 
+/// Of the kernels that a source makes of its template.
+#[cfg(test)]
+pub(super) fn numbers(source: Source) -> Vec<Vec<usize>> {
+    let lines = source.text().lines();
+    lines
+        .filter_map(|line| line.strip_prefix("PRODUCT(")?.strip_suffix(')'))
+        .map(|numbers| numbers.split(", ").map(|n| n.parse().unwrap()).collect())
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -564,15 +384,6 @@ mod tests {
         assert_eq!(tokens(1, 4096, 48 << 10, 16), None);
     }
 
-    /// Of the kernels that a source makes of its template.
-    fn numbers(source: Source) -> Vec<Vec<usize>> {
-        let lines = source.text().lines();
-        lines
-            .filter_map(|line| line.strip_prefix("PRODUCT(")?.strip_suffix(')'))
-            .map(|numbers| numbers.split(", ").map(|n| n.parse().unwrap()).collect())
-            .collect()
-    }
-
     /// What is launched has the tile and the memory that the kernel was written for.
     #[test]
     fn products_of_few_rows_are_as_in_the_source() {
@@ -593,55 +404,6 @@ mod tests {
         }
         for name in &E4M3[FEW.len()..] {
             assert!(text.contains(&format!(" {name}(const ")), "{name}");
-        }
-    }
-
-    #[test]
-    fn products_by_warpgroups_are_as_in_the_source() {
-        let kernels = numbers(Source::E4m3Wgmma);
-        assert_eq!(kernels.len(), GROUPED.len());
-        let threads = format!("#define THREADS {THREADS} ");
-        assert!(Source::E4m3Wgmma.text().contains(&threads));
-        for (grouped, kernel) in GROUPED.iter().zip(&kernels) {
-            assert_eq!(kernel[..], [grouped.tokens, grouped.most_blocks]);
-            assert_eq!(grouped.name, format!("e4m3_wgmma_{}", grouped.tokens));
-            assert!(grouped.most_blocks >= *BLOCKS.end());
-            for blocks in 1..=grouped.most_blocks {
-                let room = grouped.stages(blocks) * grouped.stage_bytes();
-                assert!(blocks * (room + 1024) <= HOPPER_BYTES && room <= 227 << 10);
-                // The sums, in place of the stages but for their barriers.
-                let sums = grouped.tokens * (TILE + 4) * size_of::<f32>();
-                assert!(sums <= room - 16 * grouped.stages(blocks), "{}", grouped.name);
-            }
-            assert!(grouped.stages(grouped.most_blocks) >= 3, "{}", grouped.name);
-        }
-        for rows in 1..MANY {
-            assert!(Grouped::of(rows).tokens >= rows);
-        }
-    }
-
-    /// As was fastest on an H200, whose clusters these are.
-    #[test]
-    fn k_is_divided_so_that_multiprocessors_are_busy() {
-        let clusters = Clusters([132, 66, 41, 31, 23]);
-        for (shape, parts, few, many) in [
-            ([8192, 8192], 2, 2, 2),
-            ([8192, 28_672], 2, 2, 2),
-            ([10_240, 8192], 2, 3, 3),
-            ([57_344, 8192], 1, 4, 2),
-            ([6144, 4096], 2, 2, 2),
-            ([4096, 4096], 5, 3, 3),
-            ([4096, 14_336], 5, 3, 3),
-            ([28_672, 4096], 1, 4, 2),
-            // Too short to be divided.
-            ([4096, 960], 1, 2, 2),
-            ([1, 16], 1, 2, 2),
-        ] {
-            assert_eq!(clusters.parts(shape), parts, "{shape:?}");
-            for (rows, blocks) in [(1, few), (64, few), (65, many), (128, many)] {
-                let kernel = Grouped::of(rows);
-                assert_eq!(clusters.blocks(shape[0], parts, kernel), blocks, "{rows}, {shape:?}");
-            }
         }
     }
 

@@ -4,13 +4,14 @@ pub(crate) mod blas;
 mod block_row;
 mod block_weight;
 pub mod e4m3;
+mod e4m3_grouped;
 mod e4m3_product;
 mod e4m3_weight;
 mod gemv;
 
 use blas::Product;
 pub use block_weight::BlockWeight;
-pub(crate) use e4m3_weight::Clusters;
+pub(crate) use e4m3_grouped::Clusters;
 pub use e4m3_weight::E4m3Weight;
 
 use crate::Operations;

@@ -239,14 +239,9 @@ impl OpKernels {
         let function = self.function(name)?;
         self.device.bind()?;
         let mut arguments = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
-        let mut attributes = Vec::with_capacity(2);
-        if self.overlap {
-            attributes.push(overlapping());
-        }
-        if cluster > 1 {
-            attributes.push(clusters(cluster));
-        }
-        let config = self.config(grid, threads, shared_bytes, &mut attributes);
+        let mut both = [overlapping(), clusters(cluster)];
+        let own = &mut both[usize::from(!self.overlap)..1 + usize::from(cluster > 1)];
+        let config = self.config(grid, threads, shared_bytes, own);
         // SAFETY: each kernel takes one argument, by value, which the launch copies; the rest is as
         // the caller promises.
         unsafe {
