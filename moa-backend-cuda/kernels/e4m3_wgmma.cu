@@ -11,7 +11,7 @@
 
 // Mirrored by `src/linear/e4m3_grouped.rs`.
 struct E4m3WgmmaArgs {
-    TensorMap x;          // [rows, k], boxes of as many tokens as the kernel takes by a stretch, swizzled
+    TensorMap x;          // [rows, k], boxes of `tokens` by a stretch, swizzled
     const u8* w;          // [n, k], in tiles
     const float* scales;  // [n]
     void* out;            // [rows, n]: f32 if wide, else element
@@ -23,13 +23,15 @@ struct E4m3WgmmaArgs {
     int accumulate;       // 1: added to what out holds
     int settled;          // 1: no kernel that may still run writes w
     int stages;
+    int tokens;           // of a block, at most TOKENS
 };
 
 #define THREADS 160  // four warps that multiply and one that copies
+#define WARPS (THREADS / 32)
 #define FULL(slot) (barriers + (slot) * 16)
 #define EMPTY(slot) (FULL(slot) + 8)
 
-// Grid: parts of k, tiles, tokens / TOKENS.
+// Grid: parts of k, tiles, rows / tokens.
 template <int TOKENS>
 __device__ __forceinline__ void product(const E4m3WgmmaArgs& args) {
     let_next_kernel_start();
@@ -41,10 +43,9 @@ __device__ __forceinline__ void product(const E4m3WgmmaArgs& args) {
     const u32 stages = shared_address(memory), barriers = stages + args.stages * STAGE_BYTES;
     const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32);
     const int part = blockIdx.x, parts = gridDim.x;
-    const int token = blockIdx.z * TOKENS, tokens = min(args.rows - token, TOKENS);
+    const int token = blockIdx.z * args.tokens, tokens = min(args.rows - token, args.tokens);
     const int stretches = (args.k + STRETCH - 1) / STRETCH;
-    const int first = (int)((i64)stretches * part / parts);
-    const int count = (int)((i64)stretches * (part + 1) / parts) - first;
+    const int first = stretches * part / parts, count = stretches * (part + 1) / parts - first;
     if (threadIdx.x == 0) {
 #pragma unroll 1
         for (int i = 0; i < args.stages; i++) {
@@ -74,6 +75,8 @@ __device__ __forceinline__ void product(const E4m3WgmmaArgs& args) {
                 wgmma_rs_rows(sums, a[step], wgmma_operand(x + step * 2));
             wgmma_commit();
             wgmma_wait<1>();
+            // All lanes have read what may be overwritten.
+            __syncwarp();
             if (lane == 0 && before >= 0) barrier_arrive(EMPTY(before));
             before = slot;
             if (++slot == args.stages) slot = 0, turn++;
@@ -88,10 +91,11 @@ __device__ __forceinline__ void product(const E4m3WgmmaArgs& args) {
     } else if (lane == 0) {
         const u8* const w = args.w + ((i64)blockIdx.y * stretches + first) * TILE_BYTES;
         auto load_weights = [&](int index, int slot) {
-            barrier_expect(FULL(slot), STAGE_BYTES);
+            barrier_expect(FULL(slot), TILE_BYTES + args.tokens * 128);
             copy_bulk(stages + slot * STAGE_BYTES, w + (i64)index * TILE_BYTES, TILE_BYTES, FULL(slot));
         };
-        // Of tokens that do not exist, and of k beyond the last, come zeros.
+        // Of k beyond the last come zeros. A box has no rows that do not exist, which cost more than others: what lies
+        // there in shared memory becomes sums that nobody reads.
         auto load_tokens = [&](int index, int slot) {
             copy_box(stages + slot * STAGE_BYTES + TILE_BYTES, &args.x, (first + index) * STRETCH, token,
                      FULL(slot));
@@ -125,22 +129,26 @@ __device__ __forceinline__ void product(const E4m3WgmmaArgs& args) {
     cluster_sync();
     wait_for_previous_kernel();
     // Each block of the cluster adds up a part of the rows.
-    const int rows = (TILE_ROWS + parts - 1) / parts, from = part * rows;
-    for (int i = threadIdx.x; i < tokens * rows; i += THREADS) {
-        const int row = from + i % rows, n = blockIdx.y * TILE_ROWS + row;
-        if (row >= TILE_ROWS || n >= args.n) continue;
-        const u32 at = stages + (i / rows * PITCH + row) * 4;
-        float sum = cluster_load(at, 0);
-        for (int other = 1; other < parts; other++) sum += cluster_load(at, other);
-        sum *= args.scales[n] * UNIT;
-        const i64 to = (token + i / rows) * args.out_stride + n;
-        if (args.wide) {
-            float* out = (float*)args.out + to;
-            *out = args.accumulate ? *out + sum : sum;
-        } else {
-            u16* out = (u16*)args.out + to;
-            if (args.accumulate) sum += unpack2(*out).x;
-            *out = (u16)pack2(sum, 0.0f);
+    const int rows = (TILE_ROWS + parts - 1) / parts;
+    const int end = min(min((part + 1) * rows, TILE_ROWS), args.n - (int)blockIdx.y * TILE_ROWS);
+    for (int row = part * rows + lane; row < end; row += 32) {
+        const int n = blockIdx.y * TILE_ROWS + row;
+        const float scale = args.scales[n] * UNIT;
+#pragma unroll 4
+        for (int i = warp; i < tokens; i += WARPS) {
+            const int at = i * PITCH + row;
+            float sum = parts == 1 ? partial[at] : cluster_load(stages + at * 4, 0);
+            for (int other = 1; other < parts; other++) sum += cluster_load(stages + at * 4, other);
+            sum *= scale;
+            const i64 to = (token + i) * args.out_stride + n;
+            if (args.wide) {
+                float* out = (float*)args.out + to;
+                *out = args.accumulate ? *out + sum : sum;
+            } else {
+                u16* out = (u16*)args.out + to;
+                if (args.accumulate) sum += unpack2(*out).x;
+                *out = (u16)pack2(sum, 0.0f);
+            }
         }
     }
     // Others may still read this block's sums.
@@ -156,7 +164,10 @@ __device__ __forceinline__ void product(const E4m3WgmmaArgs& args) {
 PRODUCT(8, 4)
 PRODUCT(16, 4)
 PRODUCT(32, 4)
+PRODUCT(40, 4)
 PRODUCT(48, 4)
 PRODUCT(64, 4)
+PRODUCT(80, 3)
 PRODUCT(96, 3)
+PRODUCT(112, 3)
 PRODUCT(128, 3)

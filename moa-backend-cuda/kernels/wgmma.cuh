@@ -208,18 +208,25 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[64], const u32 (&a)[4], u64 
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                        \
     }
 #define SUM_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define SUM_NAMES_20 SUM_NAMES_16 ", %16, %17, %18, %19"
 #define SUM_NAMES_24 SUM_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define SUM_NAMES_32                                                                               \
     SUM_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define SUM_NAMES_40 SUM_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define SUM_NAMES_48                                                                               \
     SUM_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define SUM_NAMES_56 SUM_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
 #define SUM_NAMES_64                                                                               \
     SUM_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 WGMMA_RS_ROWS(8, "%0, %1, %2, %3", "%4, %5, %6, %7", "%8", SUMS_4(0))
 WGMMA_RS_ROWS(16, "%0, %1, %2, %3, %4, %5, %6, %7", "%8, %9, %10, %11", "%12", SUMS_4(0), SUMS_4(4))
 WGMMA_RS_ROWS(32, SUM_NAMES_16, "%16, %17, %18, %19", "%20", SUMS_16(0))
+WGMMA_RS_ROWS(40, SUM_NAMES_20, "%20, %21, %22, %23", "%24", SUMS_16(0), SUMS_4(16))
 WGMMA_RS_ROWS(48, SUM_NAMES_24, "%24, %25, %26, %27", "%28", SUMS_16(0), SUMS_4(16), SUMS_4(20))
 WGMMA_RS_ROWS(64, SUM_NAMES_32, "%32, %33, %34, %35", "%36", SUMS_16(0), SUMS_16(16))
+WGMMA_RS_ROWS(80, SUM_NAMES_40, "%40, %41, %42, %43", "%44", SUMS_16(0), SUMS_16(16), SUMS_4(32), SUMS_4(36))
 WGMMA_RS_ROWS(96, SUM_NAMES_48, "%48, %49, %50, %51", "%52", SUMS_16(0), SUMS_16(16), SUMS_16(32))
+WGMMA_RS_ROWS(112, SUM_NAMES_56, "%56, %57, %58, %59", "%60", SUMS_16(0), SUMS_16(16), SUMS_16(32),
+              SUMS_4(48), SUMS_4(52))
 WGMMA_RS_ROWS(128, SUM_NAMES_64, "%64, %65, %66, %67", "%68", SUMS_16(0), SUMS_16(16), SUMS_16(32),
               SUMS_16(48))

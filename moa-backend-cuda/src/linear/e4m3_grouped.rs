@@ -30,6 +30,7 @@ struct E4m3WgmmaArgs {
     accumulate: i32,
     settled: i32,
     stages: i32,
+    tokens: i32,
 }
 
 const _: () = assert!(size_of::<E4m3WgmmaArgs>() == 192);
@@ -45,14 +46,17 @@ struct Grouped {
 }
 
 /// By the rows that they take; numbers as in `kernels/e4m3_wgmma.cu`.
-const GROUPED: [Grouped; 7] = [
+const GROUPED: [Grouped; 10] = [
     Grouped { name: E4M3_WGMMA[0], tokens: 8, most_blocks: 4 },
     Grouped { name: E4M3_WGMMA[1], tokens: 16, most_blocks: 4 },
     Grouped { name: E4M3_WGMMA[2], tokens: 32, most_blocks: 4 },
-    Grouped { name: E4M3_WGMMA[3], tokens: 48, most_blocks: 4 },
-    Grouped { name: E4M3_WGMMA[4], tokens: 64, most_blocks: 4 },
-    Grouped { name: E4M3_WGMMA[5], tokens: 96, most_blocks: 3 },
-    Grouped { name: E4M3_WGMMA[6], tokens: 128, most_blocks: 3 },
+    Grouped { name: E4M3_WGMMA[3], tokens: 40, most_blocks: 4 },
+    Grouped { name: E4M3_WGMMA[4], tokens: 48, most_blocks: 4 },
+    Grouped { name: E4M3_WGMMA[5], tokens: 64, most_blocks: 4 },
+    Grouped { name: E4M3_WGMMA[6], tokens: 80, most_blocks: 3 },
+    Grouped { name: E4M3_WGMMA[7], tokens: 96, most_blocks: 3 },
+    Grouped { name: E4M3_WGMMA[8], tokens: 112, most_blocks: 3 },
+    Grouped { name: E4M3_WGMMA[9], tokens: 128, most_blocks: 3 },
 ];
 
 /// Threads of a block.
@@ -168,8 +172,10 @@ impl Operations {
         let clusters = self.clusters(&kernels)?;
         let (kernel, parts) = (Grouped::of(rows), clusters.parts(weight.shape));
         let stages = kernel.stages(clusters.blocks(n, parts, kernel));
+        let blocks = rows.div_ceil(kernel.tokens);
+        let tokens = rows.div_ceil(blocks.max(1));
         let args = E4m3WgmmaArgs {
-            x: boxes(x, [kernel.tokens, TILE])?,
+            x: boxes(x, [tokens, TILE])?,
             weight: weight.bytes.address(),
             scales: weight.scales.pointer(),
             out: d.pointer(),
@@ -181,8 +187,9 @@ impl Operations {
             accumulate: i32::from(accumulate),
             settled: i32::from(is_capturing()),
             stages: stages as i32,
+            tokens: tokens as i32,
         };
-        let grid = [parts, n.div_ceil(TILE), rows.div_ceil(kernel.tokens)];
+        let grid = [parts, n.div_ceil(TILE), blocks];
         let room = stages * kernel.stage_bytes();
         // SAFETY: the shapes are checked; all of it is on the device's stream.
         unsafe { kernels.launch_clusters(kernel.name, grid, parts, THREADS, room, &args) }

@@ -75,13 +75,16 @@ pub(crate) const E4M3: [&str; 7] =
 pub(crate) const E4M3_ROWS: [&str; 1] = ["round_rows_e4m3"];
 
 /// Names of the kernels of 8-bit weights with warpgroup instructions.
-pub(crate) const E4M3_WGMMA: [&str; 7] = [
+pub(crate) const E4M3_WGMMA: [&str; 10] = [
     "e4m3_wgmma_8",
     "e4m3_wgmma_16",
     "e4m3_wgmma_32",
+    "e4m3_wgmma_40",
     "e4m3_wgmma_48",
     "e4m3_wgmma_64",
+    "e4m3_wgmma_80",
     "e4m3_wgmma_96",
+    "e4m3_wgmma_112",
     "e4m3_wgmma_128",
 ];
 
