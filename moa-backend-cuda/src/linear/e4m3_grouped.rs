@@ -116,10 +116,14 @@ impl Clusters {
         enough.or((1..=most).rev().max_by_key(|&parts| busy(parts))).unwrap_or(1)
     }
 
-    /// Blocks of a multiprocessor, which divide its shared memory.
+    /// Blocks of a multiprocessor, which divide its shared memory: the most if they are more than two rounds, whose ends
+    /// then even out.
     fn blocks(&self, n: usize, parts: usize, kernel: &Grouped) -> usize {
-        let busy = |blocks: &usize| self.busy(n.div_ceil(TILE), parts, *blocks);
-        (2..=kernel.most_blocks).max_by_key(busy).unwrap_or(2)
+        let (tiles, most) = (n.div_ceil(TILE), kernel.most_blocks);
+        if tiles > 2 * most * self.0[parts - 1] {
+            return most;
+        }
+        (2..=most).max_by_key(|&blocks| self.busy(tiles, parts, blocks)).unwrap_or(2)
     }
 }
 
@@ -247,7 +251,7 @@ mod tests {
             ([8192, 8192], 2, 2, 2),
             ([8192, 28_672], 2, 2, 2),
             ([10_240, 8192], 2, 3, 3),
-            ([57_344, 8192], 1, 4, 2),
+            ([57_344, 8192], 1, 4, 3),
             ([6144, 4096], 2, 2, 2),
             ([4096, 4096], 5, 3, 3),
             ([4096, 14_336], 5, 3, 3),
