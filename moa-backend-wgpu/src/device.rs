@@ -16,6 +16,7 @@ use cubecl::{CubeCount, CubeDim, calculate_cube_count_elemwise};
 use cubecl_environment::stream::StreamId;
 use cubecl_server::runtime::Runtime;
 
+use crate::replay::Arena;
 use crate::{Dtype, Error, Result};
 
 /// A GPU, reached through CubeCL. Clones are the same device.
@@ -29,6 +30,8 @@ pub struct Device {
     matrix_units: bool,
     /// What was said when the device was found lost. All clones know of it.
     lost: Arc<OnceLock<String>>,
+    /// Room for what a recorded step computes, where this is the device of one.
+    arena: Option<Arc<Arena>>,
 }
 
 /// The devices that this process has opened, by CubeCL's names for them. CubeCL keeps one client for each, but to be asked
@@ -49,7 +52,8 @@ impl Device {
     /// With the feature `vulkan`, kernels are SPIR-V where the device takes it; `MOA_WGPU_SHADERS=wgsl` keeps
     /// them WGSL, as software drivers always have them. `MOA_WGPU_PLANES=0` does without what only some
     /// devices offer: plane operations, conversions of f16, matrix units. With 1, planes are used where
-    /// CubeCL does not trust the driver with them; that the device has subgroups is not checked.
+    /// CubeCL does not trust the driver with them; that the device has subgroups is not checked. `MOA_WGPU_REPLAY=0` does without
+    /// recorded steps ([`Step`](crate::Step)).
     ///
     /// # Errors
     /// [`Error::NoDevice`].
@@ -153,7 +157,7 @@ impl Device {
         let f16 = ElemType::Float(FloatKind::F16);
         let converts_f16 = matrix_units && features.supports_type(f16);
         let lost = Arc::default();
-        Self { client, plane_units, converts_f16, matrix_units, lost }
+        Self { client, plane_units, converts_f16, matrix_units, lost, arena: None }
     }
 
     /// An NVIDIA GPU, counted from 0, over CUDA in place of wgpu: for GPUs that `moa-backend-cuda` does not know.
@@ -232,7 +236,21 @@ impl Device {
             return Err(Error::TooLarge { what, bytes, limit });
         }
         self.alive(what)?;
-        Ok(self.client.empty(bytes as usize))
+        let part = self.arena.as_ref().and_then(|arena| arena.take(bytes, self.alignment()));
+        Ok(part.unwrap_or_else(|| self.client.empty(bytes as usize)))
+    }
+
+    /// What starts of buffers are multiples of.
+    fn alignment(&self) -> u64 {
+        self.client.properties().memory.alignment
+    }
+
+    /// The same device on another stream of CubeCL's, with room for what is computed there.
+    pub(crate) fn aside(&self, stream: StreamId, arena: Arc<Arena>) -> Self {
+        let mut aside = Self { arena: Some(arena), ..self.clone() };
+        // SAFETY: whoever asks for it has what either stream writes submitted before the other one reads it.
+        unsafe { aside.client.set_stream(stream) };
+        aside
     }
 
     /// Fails once the device is known to be lost. All that brings something to the device, or makes room on it, asks
@@ -297,7 +315,7 @@ impl Device {
     /// A buffer for each of these counts of numbers, all in one allocation where a buffer may be as large: one
     /// costs the host as much as a kernel.
     pub(crate) fn alloc_each(&self, what: &'static str, counts: &[usize]) -> Result<Vec<Handle>> {
-        let alignment = self.client.properties().memory.alignment;
+        let alignment = self.alignment();
         let bytes = |count: usize| (count as u64).saturating_mul(4).max(4);
         let mut starts = Vec::with_capacity(counts.len());
         let mut total = 0u64;
@@ -344,11 +362,16 @@ impl Device {
 /// CubeCL has a stream for each thread, and makes one wait for another by the stream that allocated a buffer. Caches are
 /// written long after that: written by one thread and read by the next, they would be read too early.
 fn on_one_stream(mut client: Client) -> Client {
-    static STREAM: OnceLock<StreamId> = OnceLock::new();
     // SAFETY: the stream is one of the process, and only this clone of the client is told to use it. Buffers of other
     // streams are waited for as in any call.
-    unsafe { client.set_stream(*STREAM.get_or_init(StreamId::current)) };
+    unsafe { client.set_stream(the_stream()) };
     client
+}
+
+/// The stream that all devices of the process work on.
+pub(crate) fn the_stream() -> StreamId {
+    static STREAM: OnceLock<StreamId> = OnceLock::new();
+    *STREAM.get_or_init(StreamId::current)
 }
 
 /// Clones are equal, and what is opened twice.
