@@ -268,9 +268,7 @@ impl Device {
         op: &'static str,
         handle: &Handle,
     ) -> Result<impl Deref<Target = [u8]>> {
-        self.alive(op)?;
-        let read = self.asked(|client| client.read_one(handle.clone()));
-        read.map_err(|message| self.failed(op, message))
+        self.ask(op, |client| client.read_one(handle.clone()))
     }
 
     /// Waits for all that was queued. A process should end only after that: some drivers crash when theirs ends while a
@@ -279,10 +277,22 @@ impl Device {
     /// # Errors
     /// [`Error::Device`] and [`Error::Lost`].
     pub fn synchronize(&self) -> Result<()> {
-        const OP: &str = "synchronize";
-        self.alive(OP)?;
-        let done = self.asked(|client| block_on(client.sync()));
-        done.map_err(|message| self.failed(OP, message))
+        self.ask("synchronize", |client| block_on(client.sync()))
+    }
+
+    /// Has the device begin what was queued on this stream.
+    pub(crate) fn flush(&self, op: &'static str) -> Result<()> {
+        self.ask(op, |client| client.flush())
+    }
+
+    /// [`Device::asked`], of a device that is not known to be lost.
+    pub(crate) fn ask<T>(
+        &self,
+        op: &'static str,
+        call: impl FnOnce(&Client) -> Result<T, ServerError>,
+    ) -> Result<T> {
+        self.alive(op)?;
+        self.asked(call).map_err(|message| self.failed(op, message))
     }
 
     /// A failure may be of one buffer. A device that does not give back what it was just given is lost, of which CubeCL
@@ -297,7 +307,10 @@ impl Device {
 
     /// Asks CubeCL for what it waits for. Its own thread panics where wgpu refuses something, which a device that is
     /// lost does with all, and the panic comes out of the call that waits.
-    fn asked<T>(&self, call: impl FnOnce(&Client) -> Result<T, ServerError>) -> Result<T, String> {
+    pub(crate) fn asked<T>(
+        &self,
+        call: impl FnOnce(&Client) -> Result<T, ServerError>,
+    ) -> Result<T, String> {
         match catch_unwind(AssertUnwindSafe(|| call(&self.client))) {
             Ok(answer) => answer.map_err(|error| error.to_string()),
             Err(panic) => Err(match panic.downcast::<String>() {

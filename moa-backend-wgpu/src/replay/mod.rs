@@ -6,7 +6,7 @@ mod stream;
 use std::cell::Cell;
 use std::sync::Arc;
 
-use cubecl::client::{Client, Graph};
+use cubecl::client::Graph;
 use cubecl::server::Handle;
 use cubecl::{CubeCount, CubeDim, bytes::Bytes};
 
@@ -54,7 +54,8 @@ pub struct StepShape {
 /// sequence's length, and the angles of its position.
 pub struct Step {
     device: Device,
-    shared: Client,
+    /// On the stream of all else.
+    shared: Device,
     layers: Vec<Vec<Part>>,
     shape: StepShape,
     /// See [`crate::kernels::decode::Brought`].
@@ -105,7 +106,7 @@ impl Step {
         let arena = Arc::<Arena>::default();
         let aside = device.aside(stream.0, Arc::clone(&arena));
         Ok(Some(Self {
-            shared: device.client().clone(),
+            shared: device.clone(),
             layers,
             shape,
             brought: aside.alloc("step", BEFORE_ANGLES + head_dim, 4)?,
@@ -150,9 +151,8 @@ impl Step {
         if count != half {
             return Err(Error::argument(OP, "angles", half, count));
         }
-        self.device.alive(OP)?;
         // What was queued on the other stream may be of these caches.
-        self.shared.flush().map_err(Error::device(OP))?;
+        self.shared.flush(OP)?;
         let bytes = Bytes::from_bytes_vec(bytemuck::cast_slice(&words).to_vec());
         self.device.client().write(&self.brought, bytes);
         let fits = recording.is_some_and(|recording| len < recording.tokens);
@@ -170,7 +170,7 @@ impl Step {
         let (done, bytes) = self.arena.during(None, step);
         self.bytes.set(bytes);
         done?;
-        Ok(self.submit()?)
+        Ok(self.device.flush(OP)?)
     }
 
     /// Records the step, as it is described, after one that was [queued](Self::queue). `None` where CubeCL cannot, after which nothing
@@ -182,17 +182,20 @@ impl Step {
         &self,
         step: impl FnOnce() -> Result<(), E>,
     ) -> Result<Option<Recording>, E> {
-        let client = self.device.client();
         let all = self.device.alloc("step", self.bytes.get() as usize, 1)?;
-        let started = client.graph_prepare().and_then(|()| client.start_capture());
-        if started.is_err() {
-            let _ = client.stop_capture();
-            return Ok(None);
-        }
-        let (done, _) = self.arena.during(Some(all.clone()), step);
-        let graph = client.stop_capture();
+        let prepared = self.device.asked(|client| {
+            client.graph_prepare()?;
+            client.start_capture()
+        });
+        let done = match prepared {
+            Ok(()) => self.arena.during(Some(all.clone()), step).0,
+            Err(_) => Ok(()),
+        };
+        // Also of one that has not begun.
+        let graph = self.device.asked(|client| client.stop_capture());
         done?;
-        Ok(graph.ok().map(|graph| Recording { graph, tokens: self.tokens.get(), _all: all }))
+        let made = |graph| Recording { graph, tokens: self.tokens.get(), _all: all };
+        Ok(graph.ok().map(made))
     }
 
     /// Launches what was recorded.
@@ -205,13 +208,9 @@ impl Step {
     /// [`Error::Device`].
     pub unsafe fn launch(&self, recording: &Recording) -> Result<()> {
         // SAFETY: as the caller promises; what is brought is written on the same stream.
-        unsafe { recording.graph.replay() }.map_err(Error::device(OP))?;
-        self.submit()
-    }
-
-    /// Has all of a step begin, before anything that the other stream does with its caches.
-    fn submit(&self) -> Result<()> {
-        self.device.client().flush().map_err(Error::device(OP))
+        self.device.ask(OP, |_| unsafe { recording.graph.replay() })?;
+        // Before anything that the other stream does with the caches.
+        self.device.flush(OP)
     }
 
     /// The row of an embedding for the token in place times `factor`, `[1, hidden]`.

@@ -63,6 +63,11 @@ impl Recorded {
 }
 
 impl Replay<Wgpu> for Recorded {
+    /// CubeCL keeps the buffers of what it has recorded.
+    fn serves_others(&self) -> bool {
+        false
+    }
+
     fn is_rehearsed(&self) -> bool {
         self.rehearsed
     }
