@@ -52,8 +52,7 @@ impl Device {
     /// With the feature `vulkan`, kernels are SPIR-V where the device takes it; `MOA_WGPU_SHADERS=wgsl` keeps
     /// them WGSL, as software drivers always have them. `MOA_WGPU_PLANES=0` does without what only some
     /// devices offer: plane operations, conversions of f16, matrix units. With 1, planes are used where
-    /// CubeCL does not trust the driver with them; that the device has subgroups is not checked. `MOA_WGPU_REPLAY=0` does without
-    /// recorded steps ([`Step`](crate::Step)).
+    /// CubeCL does not trust the driver with them; that the device has subgroups is not checked.
     ///
     /// # Errors
     /// [`Error::NoDevice`].

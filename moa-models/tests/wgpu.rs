@@ -105,8 +105,10 @@ fn run_plan<D: Math>(checkpoint: &Checkpoint<D>, plan: &Plan) -> (Vec<Vec<u32>>,
 fn generation_and_logits_equal_those_of_the_cpu() -> Verdict {
     let (device, _alone) = device()?;
     let cpu = Checkpoint::open(Cpu::new(Dtype::F32), moa_tiny()).unwrap();
-    let gpu = Checkpoint::open(Wgpu::new(&device, Dtype::F32), moa_tiny()).unwrap();
-    for narrow_spans in [false, true] {
+    let own = Wgpu::new(&device, Dtype::F32);
+    for (narrow_spans, records) in [(false, false), (true, false), (false, true)] {
+        let own = if records { own.clone().with_recorded_steps() } else { own.clone() };
+        let gpu = Checkpoint::open(own, moa_tiny()).unwrap();
         let (expected, expected_logits) = run(&cpu, narrow_spans);
         let (tokens, logits) = run(&gpu, narrow_spans);
         assert_eq!(tokens, expected);
@@ -287,7 +289,8 @@ fn families_give_what_the_cpu_gives() -> Verdict {
 fn recorded_steps_are_the_same_steps() -> Verdict {
     let (device, _alone) = device()?;
     for dtype in [Dtype::F32, Dtype::F16] {
-        let gpu = Checkpoint::open(Wgpu::new(&device, dtype), moa_tiny()).unwrap();
+        let own = Wgpu::new(&device, dtype).with_recorded_steps();
+        let gpu = Checkpoint::open(own, moa_tiny()).unwrap();
         let (model, text) = (&gpu.model, gpu.tokenizer.encode(TEXT, true).unwrap());
         for plan in [Plan::full(model.shape()).unwrap(), narrow(model.shape())] {
             let mut expected = model.open(&plan, 400, 8).unwrap();
