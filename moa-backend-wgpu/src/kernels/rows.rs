@@ -126,7 +126,7 @@ pub(crate) fn likeliest(x: &[f32], out: &mut [u32], len: u32, share: u32) {
                 tops[unit] = other;
                 places[unit] = other_place;
             }
-            bad[unit] = bad[unit] | bad[unit + half];
+            bad[unit] |= bad[unit + half];
         }
         half /= 2;
     }
