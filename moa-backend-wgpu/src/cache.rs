@@ -187,6 +187,14 @@ impl Cache {
         own.len() == others.len() && own.iter().zip(others).all(same)
     }
 
+    /// Counts tokens that a recorded step has appended.
+    ///
+    /// # Errors
+    /// [`Error::Core`] if there is no room for them.
+    pub fn advance(&mut self, tokens: usize) -> Result<()> {
+        Ok(self.state.append(tokens)?)
+    }
+
     pub(crate) fn state_mut(&mut self) -> &mut CacheState {
         &mut self.state
     }

@@ -16,6 +16,7 @@ use cubecl::{CubeCount, CubeDim, calculate_cube_count_elemwise};
 use cubecl_environment::stream::StreamId;
 use cubecl_server::runtime::Runtime;
 
+use crate::replay::Arena;
 use crate::{Dtype, Error, Result};
 
 /// A GPU, reached through CubeCL. Clones are the same device.
@@ -29,6 +30,8 @@ pub struct Device {
     matrix_units: bool,
     /// What was said when the device was found lost. All clones know of it.
     lost: Arc<OnceLock<String>>,
+    /// Room for what a recorded step computes, where this is the device of one.
+    arena: Option<Arc<Arena>>,
 }
 
 /// The devices that this process has opened, by CubeCL's names for them. CubeCL keeps one client for each, but to be asked
@@ -153,7 +156,7 @@ impl Device {
         let f16 = ElemType::Float(FloatKind::F16);
         let converts_f16 = matrix_units && features.supports_type(f16);
         let lost = Arc::default();
-        Self { client, plane_units, converts_f16, matrix_units, lost }
+        Self { client, plane_units, converts_f16, matrix_units, lost, arena: None }
     }
 
     /// An NVIDIA GPU, counted from 0, over CUDA in place of wgpu: for GPUs that `moa-backend-cuda` does not know.
@@ -232,7 +235,21 @@ impl Device {
             return Err(Error::TooLarge { what, bytes, limit });
         }
         self.alive(what)?;
-        Ok(self.client.empty(bytes as usize))
+        let part = self.arena.as_ref().and_then(|arena| arena.take(bytes, self.alignment()));
+        Ok(part.unwrap_or_else(|| self.client.empty(bytes as usize)))
+    }
+
+    /// What starts of buffers are multiples of.
+    fn alignment(&self) -> u64 {
+        self.client.properties().memory.alignment
+    }
+
+    /// The same device on another stream of CubeCL's, with room for what is computed there.
+    pub(crate) fn aside(&self, stream: StreamId, arena: Arc<Arena>) -> Self {
+        let mut aside = Self { arena: Some(arena), ..self.clone() };
+        // SAFETY: whoever asks for it has what either stream writes submitted before the other one reads it.
+        unsafe { aside.client.set_stream(stream) };
+        aside
     }
 
     /// Fails once the device is known to be lost. All that brings something to the device, or makes room on it, asks
@@ -250,9 +267,7 @@ impl Device {
         op: &'static str,
         handle: &Handle,
     ) -> Result<impl Deref<Target = [u8]>> {
-        self.alive(op)?;
-        let read = self.asked(|client| client.read_one(handle.clone()));
-        read.map_err(|message| self.failed(op, message))
+        self.ask(op, |client| client.read_one(handle.clone()))
     }
 
     /// Waits for all that was queued. A process should end only after that: some drivers crash when theirs ends while a
@@ -261,10 +276,22 @@ impl Device {
     /// # Errors
     /// [`Error::Device`] and [`Error::Lost`].
     pub fn synchronize(&self) -> Result<()> {
-        const OP: &str = "synchronize";
-        self.alive(OP)?;
-        let done = self.asked(|client| block_on(client.sync()));
-        done.map_err(|message| self.failed(OP, message))
+        self.ask("synchronize", |client| block_on(client.sync()))
+    }
+
+    /// Has the device begin what was queued on this stream.
+    pub(crate) fn flush(&self, op: &'static str) -> Result<()> {
+        self.ask(op, |client| client.flush())
+    }
+
+    /// [`Device::asked`], of a device that is not known to be lost.
+    pub(crate) fn ask<T>(
+        &self,
+        op: &'static str,
+        call: impl FnOnce(&Client) -> Result<T, ServerError>,
+    ) -> Result<T> {
+        self.alive(op)?;
+        self.asked(call).map_err(|message| self.failed(op, message))
     }
 
     /// A failure may be of one buffer. A device that does not give back what it was just given is lost, of which CubeCL
@@ -279,7 +306,10 @@ impl Device {
 
     /// Asks CubeCL for what it waits for. Its own thread panics where wgpu refuses something, which a device that is
     /// lost does with all, and the panic comes out of the call that waits.
-    fn asked<T>(&self, call: impl FnOnce(&Client) -> Result<T, ServerError>) -> Result<T, String> {
+    pub(crate) fn asked<T>(
+        &self,
+        call: impl FnOnce(&Client) -> Result<T, ServerError>,
+    ) -> Result<T, String> {
         match catch_unwind(AssertUnwindSafe(|| call(&self.client))) {
             Ok(answer) => answer.map_err(|error| error.to_string()),
             Err(panic) => Err(match panic.downcast::<String>() {
@@ -297,7 +327,7 @@ impl Device {
     /// A buffer for each of these counts of numbers, all in one allocation where a buffer may be as large: one
     /// costs the host as much as a kernel.
     pub(crate) fn alloc_each(&self, what: &'static str, counts: &[usize]) -> Result<Vec<Handle>> {
-        let alignment = self.client.properties().memory.alignment;
+        let alignment = self.alignment();
         let bytes = |count: usize| (count as u64).saturating_mul(4).max(4);
         let mut starts = Vec::with_capacity(counts.len());
         let mut total = 0u64;
@@ -344,11 +374,16 @@ impl Device {
 /// CubeCL has a stream for each thread, and makes one wait for another by the stream that allocated a buffer. Caches are
 /// written long after that: written by one thread and read by the next, they would be read too early.
 fn on_one_stream(mut client: Client) -> Client {
-    static STREAM: OnceLock<StreamId> = OnceLock::new();
     // SAFETY: the stream is one of the process, and only this clone of the client is told to use it. Buffers of other
     // streams are waited for as in any call.
-    unsafe { client.set_stream(*STREAM.get_or_init(StreamId::current)) };
+    unsafe { client.set_stream(the_stream()) };
     client
+}
+
+/// The stream that all devices of the process work on.
+pub(crate) fn the_stream() -> StreamId {
+    static STREAM: OnceLock<StreamId> = OnceLock::new();
+    *STREAM.get_or_init(StreamId::current)
 }
 
 /// Clones are equal, and what is opened twice.

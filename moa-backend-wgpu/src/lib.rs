@@ -9,6 +9,7 @@ mod influence;
 mod kernels;
 mod linear;
 pub mod ops;
+mod replay;
 mod tensor;
 
 pub use attention::matrix_units::MatrixUnits;
@@ -19,4 +20,5 @@ pub use device::Device;
 pub use error::{Error, Result};
 pub use linear::matrix::Matrix;
 pub use moa_core::{BlockType, Dtype};
+pub use replay::{Recording, Step, StepShape};
 pub use tensor::Tensor;

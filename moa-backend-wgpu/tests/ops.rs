@@ -3,15 +3,19 @@
 //! Without a GPU trials are ignored; with `MOA_REQUIRE_WGPU=1` they fail then.
 
 mod gpu;
+#[path = "gpu/recorded.rs"]
+mod recorded;
 
 use std::process::ExitCode;
 
 use gpu::{Alone, device};
 use half::{bf16, f16};
+use moa_backend_wgpu::cubecl::launched::LaunchedKernels;
 use moa_backend_wgpu::ops::Layer;
 use moa_backend_wgpu::{BlockType, Device, Dtype, Error, Matrix, Result, Tensor, ops};
 use moa_conformance::{BlockProducts, Verdict, block_products, random_blocks, run, trials};
 use moa_core::ArgumentError;
+use recorded::{a_recorded_step_is_the_same_step, steps_that_are_not_recorded};
 
 fn main() -> ExitCode {
     let own = trials![
@@ -23,6 +27,9 @@ fn main() -> ExitCode {
         wrong_shapes_are_refused,
         gradients_of_the_operations,
         layers_in_different_blocks,
+        one_row_is_normed_where_it_is_multiplied,
+        a_recorded_step_is_the_same_step,
+        steps_that_are_not_recorded,
     ];
     let blocks = block_products("blocks", || {
         let (device, _alone) = device()?;
@@ -117,6 +124,77 @@ fn layers_in_different_blocks() -> Verdict {
     let blocks = random_blocks(BlockType::Q4_0, 64, 1);
     let refused = Matrix::in_blocks(&device, &blocks, 1, 48, BlockType::Q4_0);
     assert!(matches!(refused, Err(Error::Argument(ArgumentError { argument: "blocks", .. }))));
+    Ok(())
+}
+
+/// A matrix in blocks, and its elements.
+fn blocks(device: &Device, rows: usize, cols: usize, kind: BlockType) -> (Matrix, Vec<f64>) {
+    let bytes = random_blocks(kind, rows * cols, rows as u64);
+    let mut values = vec![0.0; rows * cols];
+    kind.widen(&bytes, 0, &mut values);
+    let wide = values.into_iter().map(f64::from).collect();
+    (Matrix::in_blocks(device, &bytes, rows, cols, kind).unwrap(), wide)
+}
+
+/// By one kernel for all layers, or for a SwiGLU, where there is one row of whole loads.
+fn one_row_is_normed_where_it_is_multiplied() -> Verdict {
+    let (device, _alone) = device()?;
+    let plain = [(1, 576), (1, 40), (3, 64), (1, 12), (20, 64)].map(|size| (size, None));
+    let kinds = [BlockType::Q4_0, BlockType::Q8_0, BlockType::Q4K].map(Some);
+    let in_blocks = kinds.map(|kind| ((1, 512), kind));
+    for ((rows, cols), kind) in plain.into_iter().chain(in_blocks) {
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+            let made = |features: usize| match kind {
+                Some(kind) => blocks(&device, features, cols, kind),
+                None => matrix(&device, features, cols, dtype),
+            };
+            let (x, g) = (numbers(rows * cols, 577), numbers(cols, 37));
+            let b = numbers(33, 91);
+            let input = Tensor::new(&device, &x, &[rows, cols]).unwrap();
+            let norm = Tensor::new(&device, &g, &[cols]).unwrap();
+            let bias = Tensor::new(&device, &b, &[33]).unwrap();
+            let weights = [70, 33, 33].map(made);
+            let layer = |i: usize| Layer { weight: &weights[i].0, bias: (i == 1).then_some(&bias) };
+            let normed = |at: usize| {
+                let row = &x[at / cols * cols..][..cols];
+                let mean = row.iter().map(|x| f64::from(x * x)).sum::<f64>() / cols as f64;
+                f64::from(x[at]) / (mean + 0.1).sqrt() * f64::from(g[at % cols])
+            };
+            let normed: Vec<f64> = (0..x.len()).map(normed).collect();
+            let product = |i: usize| -> Vec<f64> {
+                let (weight, w) = &weights[i];
+                let features = weight.rows();
+                let of = |at: usize| {
+                    let (row, feature) = (at / features * cols, at % features);
+                    let terms = (0..cols).map(|c| normed[row + c] * w[feature * cols + c]);
+                    terms.sum::<f64>() + if i == 1 { f64::from(b[feature]) } else { 0.0 }
+                };
+                (0..rows * features).map(of).collect()
+            };
+            let launched = LaunchedKernels::new();
+            let outs =
+                ops::normed_linears(&input, &norm, 0.1, &[0, 1, 2].map(layer), Dtype::F32).unwrap();
+            let kernels = launched.finish().len();
+            for (i, out) in outs.iter().enumerate() {
+                close(out, product(i));
+            }
+            let launched = LaunchedKernels::new();
+            let out = ops::normed_swiglu(&input, &norm, 0.1, [layer(2), layer(1)], Dtype::F32);
+            let of_pair = launched.finish().len();
+            let pairs = product(2).into_iter().zip(product(1));
+            close(&out.unwrap(), pairs.map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up));
+            let whole = cols.is_multiple_of(16 / dtype.bytes()) || kind.is_some();
+            assert_eq!((kernels == 1, of_pair == 1), (rows == 1 && whole, rows == 1 && whole));
+        }
+    }
+    let (weight, _) = matrix(&device, 4, 8, Dtype::F32);
+    let layer = Layer { weight: &weight, bias: None };
+    let zeros = |len: usize| Tensor::new(&device, &vec![0.0; len], &[1, len]).unwrap();
+    let norm = |len: usize| zeros(len).reshape(&[len]).unwrap();
+    let refused = ops::normed_swiglu(&zeros(8), &norm(4), 0.1, [layer, layer], Dtype::F32);
+    assert!(is_shape(refused, "norm"));
+    let refused = ops::normed_swiglu(&zeros(4), &norm(4), 0.1, [layer, layer], Dtype::F32);
+    assert!(is_shape(refused, "x"));
     Ok(())
 }
 

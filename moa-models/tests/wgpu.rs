@@ -17,8 +17,8 @@ use moa_backend_wgpu::{Device as Gpu, Error as WgpuError};
 use moa_conformance::{Stop, Verdict, trials};
 use moa_core::{CacheType, ElasticRule, HeadRule, Influence, ModelShape, Plan, Span};
 use moa_models::{
-    Backward, Checkpoint, Cpu, Decoder, Dtype, EngineOptions, Error, Event, GenerateOptions, Item,
-    LogitRows, Math, ModelConfig, Objective, Weights, Wgpu,
+    Backward, Checkpoint, Cpu, Decoder, Device, Dtype, EngineOptions, Error, Event,
+    GenerateOptions, Item, LogitRows, Math, ModelConfig, Objective, Weights, Wgpu,
 };
 
 fn main() -> ExitCode {
@@ -29,6 +29,7 @@ fn main() -> ExitCode {
         saved_and_offloaded_sequences_go_on_bit_for_bit,
         influence_equals_that_of_the_cpu,
         families_give_what_the_cpu_gives,
+        recorded_steps_are_the_same_steps,
         blocks_give_what_the_cpu_gives,
         a_lost_gpu_fails_the_requests_that_run_and_all_later_ones,
     ])
@@ -104,8 +105,10 @@ fn run_plan<D: Math>(checkpoint: &Checkpoint<D>, plan: &Plan) -> (Vec<Vec<u32>>,
 fn generation_and_logits_equal_those_of_the_cpu() -> Verdict {
     let (device, _alone) = device()?;
     let cpu = Checkpoint::open(Cpu::new(Dtype::F32), moa_tiny()).unwrap();
-    let gpu = Checkpoint::open(Wgpu::new(&device, Dtype::F32), moa_tiny()).unwrap();
-    for narrow_spans in [false, true] {
+    let own = Wgpu::new(&device, Dtype::F32);
+    for (narrow_spans, records) in [(false, false), (true, false), (false, true)] {
+        let own = if records { own.clone().with_recorded_steps() } else { own.clone() };
+        let gpu = Checkpoint::open(own, moa_tiny()).unwrap();
         let (expected, expected_logits) = run(&cpu, narrow_spans);
         let (tokens, logits) = run(&gpu, narrow_spans);
         assert_eq!(tokens, expected);
@@ -277,6 +280,48 @@ fn families_give_what_the_cpu_gives() -> Verdict {
                 let name = folder.display();
                 assert!((found - expected).abs() <= 1e-3 * largest, "{name}: {found} {expected}");
             }
+        }
+    }
+    Ok(())
+}
+
+/// Bit for bit, of one sequence, with others that are read and go on between its steps; a batch is not recorded.
+fn recorded_steps_are_the_same_steps() -> Verdict {
+    let (device, _alone) = device()?;
+    for dtype in [Dtype::F32, Dtype::F16] {
+        let own = Wgpu::new(&device, dtype).with_recorded_steps();
+        let gpu = Checkpoint::open(own, moa_tiny()).unwrap();
+        let (model, text) = (&gpu.model, gpu.tokenizer.encode(TEXT, true).unwrap());
+        for plan in [Plan::full(model.shape()).unwrap(), narrow(model.shape())] {
+            let mut expected = model.open(&plan, 400, 8).unwrap();
+            model.prefill(&mut expected, &text[..60], 64).unwrap();
+            let copy = model.fork(&expected).unwrap();
+            let mut session = model.session(vec![copy]).unwrap();
+            let mut token = text[60];
+            for round in 0..12 {
+                let logits = model.forward(&mut [&mut expected], &[&[token]], LogitRows::Last);
+                let logits = model.device().values(logits.unwrap()).unwrap();
+                let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let likeliest = logits.iter().position(|x| *x == top).unwrap() as u32;
+                match round % 3 {
+                    0 => assert_eq!(session.step_greedy(model, &[token]).unwrap(), [likeliest]),
+                    _ => assert!(session.step(model, &[token]).unwrap() == logits, "{round}"),
+                }
+                if round == 6 {
+                    let len = expected.len() - 3;
+                    model.truncate(&mut expected, len).unwrap();
+                    session.truncate(model, 0, len).unwrap();
+                }
+                token = likeliest;
+            }
+            assert_eq!(session.recordings(), 1, "{dtype}");
+            let mut own = session.into_sequences().swap_remove(0);
+            let next = &text[60..80];
+            let logits = model.prefill(&mut own, next, 64).unwrap();
+            assert!(logits == model.prefill(&mut expected, next, 64).unwrap());
+            let mut session = model.session(vec![own, expected]).unwrap();
+            (0..5).for_each(|_| drop(session.step_greedy(model, &[1, 1]).unwrap()));
+            assert_eq!(session.recordings(), 0);
         }
     }
     Ok(())

@@ -1,14 +1,14 @@
 use cubecl::prelude::SequenceArg;
 use cubecl::server::Handle;
 use cubecl::{CubeCount, CubeDim};
-use moa_core::{Append, CacheType};
+use moa_core::{Append, AttentionShape, CacheType};
 
 use super::{Call, Fresh, Limits, arg};
 use crate::kernels::codes::{load_parts, load_words};
 use crate::kernels::decode::{DECODE_UNITS, HeldLaunch, NewLaunch, Shape, decode};
 use crate::kernels::join::{JOIN_UNITS, join};
 use crate::kernels::keys::{keys, split_keys};
-use crate::{Cache, Result};
+use crate::{Cache, Device, Result};
 
 /// Most query heads per KV head: a unit holds a share of each one's query and output in registers.
 const MAX_GROUP: usize = 8;
@@ -25,9 +25,9 @@ const PARTIAL_BYTES: u64 = 256 << 20;
 /// What all sequences with one new token share.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Decode {
-    shape: Shape,
+    pub(super) shape: Shape,
     /// Vectors of four elements of a row.
-    vectors: usize,
+    pub(super) vectors: usize,
 }
 
 /// Sequences next to each other that have one new token each, and room for partial results.
@@ -42,18 +42,37 @@ impl Decode {
     /// `None` where [`crate::kernels::attend`] has to do: rows that are not whole loads, more query heads
     /// per KV head than registers hold.
     pub(crate) fn new(call: &Call<'_>, limits: &Limits) -> Option<Self> {
-        let (head_dim, group) = (call.shape.head_dim, call.shape.group());
-        let parts = load_parts(call.own.keys());
+        let AttentionShape { head_dim, .. } = call.shape;
+        Self::of(call.device, limits, call.own, call.shape.group(), head_dim, call.has_cap())
+    }
+
+    /// [`Decode::new`] of heads of this type.
+    pub(crate) fn of(
+        device: &Device,
+        limits: &Limits,
+        own: CacheType,
+        group: usize,
+        head_dim: usize,
+        has_cap: bool,
+    ) -> Option<Self> {
+        let parts = load_parts(own.keys());
         if !head_dim.is_multiple_of(4 * parts) || group > MAX_GROUP {
             return None;
         }
         let lanes = (head_dim / (4 * parts)).next_power_of_two();
         let bindings = limits.bindings.saturating_sub(5) / 3;
-        let (planes, native) = (lanes <= call.device.plane_units(), call.device.converts_f16());
-        let sequences = bindings.clamp(1, MAX_SEQUENCES);
-        let (own, native) = (call.own, native && call.own == CacheType::F16);
-        let has_cap = call.has_cap();
-        let shape = Shape { sequences, group, lanes, own, planes, native, partial: true, has_cap };
+        let shape = Shape {
+            sequences: bindings.clamp(1, MAX_SEQUENCES),
+            group,
+            lanes,
+            own,
+            planes: lanes <= device.plane_units(),
+            native: device.converts_f16() && own == CacheType::F16,
+            partial: true,
+            has_cap,
+            recorded: false,
+            turned: false,
+        };
         let units = DECODE_UNITS.max(JOIN_UNITS);
         (shape.shared_bytes() <= limits.shared_bytes && units <= limits.units)
             .then_some(Self { shape, vectors: head_dim / 4 })
@@ -140,6 +159,7 @@ impl Decode {
                     value_load,
                     new,
                     held.collect::<SequenceArg<_>>(),
+                    SequenceArg::new(),
                     Shape { sequences: chunk.len(), partial: run.partial.is_some(), ..self.shape },
                 );
             }

@@ -10,6 +10,7 @@
 mod decode;
 mod fresh;
 pub(crate) mod matrix_units;
+pub(crate) mod recorded;
 mod schedule;
 pub(crate) mod timing;
 

@@ -3,7 +3,9 @@ use moa_core::{CacheType, RowType};
 
 use super::codes::{component, elements, load_parts, scale, vector_of};
 use super::keys::{Head, Keys, head, keys, position, slot, split_keys};
-use super::lanes::{add, dot_onto, holder, number_of, round, scatter_add, word};
+use super::lanes::{
+    add, dot_onto, holder, number_of, round, round_turned, scatter_add, turned, word,
+};
 use super::scores::capped;
 
 /// Units of a cube: few, so that many cubes hide each other's waits.
@@ -39,6 +41,10 @@ pub(crate) struct Shape {
     pub(crate) partial: bool,
     /// Whether scores have a softcap.
     pub(crate) has_cap: bool,
+    /// Whether the length is what a recorded step brings, and queries and the new key are turned by its angles; of one sequence
+    /// whose store has whole elements.
+    pub(crate) recorded: bool,
+    pub(crate) turned: bool,
 }
 
 impl Shape {
@@ -88,6 +94,13 @@ pub(crate) struct Held<K: Size, V: Size> {
     pub(crate) len: u32,
 }
 
+/// What a recorded step brings: a word of the token's id, one of the sequence's length, two of nothing; cosines, and as many sines,
+/// of the pairs of a head's dimensions.
+#[derive(CubeType, CubeLaunch)]
+pub(crate) struct Brought {
+    pub(crate) words: Box<[Words]>,
+}
+
 /// What all sequences of a dispatch share.
 #[derive(CubeType, CubeLaunch)]
 pub(crate) struct New {
@@ -123,12 +136,15 @@ pub(crate) struct New {
 ///
 /// The token's slot is one that its own query does not see: the append needs no order.
 ///
+/// `brought` has an element in recorded steps, and none in others.
+///
 /// Products are fused with their sums by name. A kernel is compiled for each number of sequences, and where a compiler may fuse,
 /// it may do so otherwise in each: of the sum of two products it rounds the first, or the second.
 #[cube(launch_unchecked)]
 pub(crate) fn decode<K: Size, V: Size>(
     new: &mut New,
     held: &mut Sequence<Held<K, V>>,
+    brought: &Sequence<Brought>,
     #[comptime] shape: Shape,
 ) {
     let (key_rows, value_rows) = comptime!((shape.own.keys(), shape.own.values()));
@@ -150,6 +166,10 @@ pub(crate) fn decode<K: Size, V: Size>(
     let sequence = new.first + CUBE_POS_Z;
 
     let (head, len) = described(&*held, CUBE_POS_Y, shape);
+    let mut len = len;
+    if comptime!(shape.recorded) {
+        len = brought.index(0).words[0].extract(1usize);
+    }
     let kv_head = head.number;
     let keys = keys(&head, len, len + 1);
     let share = split_keys(keys.count);
@@ -170,7 +190,12 @@ pub(crate) fn decode<K: Size, V: Size>(
             output[g * parts + p] = Vector::new(0.0);
             let scale = select(lane < columns, new.scale, 0.0);
             let vector = vector_of(column, columns, p, key_rows);
-            query[g * parts + p] = new.q[at * vectors + vector] * Vector::new(scale);
+            let mut own = new.q[at * vectors + vector];
+            if comptime!(shape.turned) {
+                let other = new.q[at * vectors + (vector + vectors / 2) % vectors];
+                own = turned(own, other, vector, vectors, &brought.index(0).words);
+            }
+            query[g * parts + p] = own * Vector::new(scale);
         }
     }
 
@@ -295,7 +320,12 @@ pub(crate) fn decode<K: Size, V: Size>(
             } else {
                 new_row * vectors + column * parts
             };
-            let key = round::<K>(&new.k, at, key_rows);
+            let mut key = round::<K>(&new.k, at, key_rows);
+            if comptime!(shape.turned) {
+                let row = new_row * vectors;
+                let angles = &brought.index(0).words;
+                key = round_turned::<K>(&new.k, row, column * parts, vectors, angles, key_rows);
+            }
             let value = round::<V>(&new.v, at, value_rows);
             let mut scales = 0u32.runtime();
             if comptime!(shape.is_narrow()) {

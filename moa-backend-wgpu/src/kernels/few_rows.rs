@@ -1,5 +1,5 @@
 //! `x . weight^T + bias` of few rows, where reading the weight once per [`Shape::MOST`] of them is all that counts;
-//! for several layers of one input at once.
+//! for several layers of one input at once, of the input's norm, and with the SwiGLU of two layers.
 
 use cubecl::prelude::*;
 
@@ -33,6 +33,10 @@ pub(crate) struct Shape {
     pub(crate) native: bool,
     /// Whether `plus` is added.
     pub(crate) plus: bool,
+    /// Whether layers read the norm of `x`.
+    pub(crate) norm: bool,
+    /// Whether two layers of as many features are gate and up of a SwiGLU, which takes the place of the first one's output.
+    pub(crate) pair: bool,
 }
 
 impl Shape {
@@ -47,8 +51,13 @@ impl Shape {
         units >= LANES
     }
 
+    /// Layers of which a unit has a feature.
+    const fn streams(&self) -> usize {
+        if self.pair { 2 } else { 1 }
+    }
+
     const fn sums(&self) -> usize {
-        if self.planes { 1 } else { UNITS * self.rows }
+        if self.planes { 1 } else { UNITS * self.rows * self.streams() }
     }
 
     pub(crate) const fn shared_bytes(&self) -> usize {
@@ -72,15 +81,19 @@ pub(crate) struct Layer {
 }
 
 /// Cubes: tiles of [`FEATURES`] features, groups of rows, and tiles again. `x` is `[rows, columns]` in floats,
-/// `plus` as the output of a single layer.
+/// `plus` as the output of a single layer, `norm` a row's weights. Units that share a feature read the whole of a row between
+/// them, and so have its norm.
+#[allow(clippy::too_many_arguments)]
 #[cube(launch_unchecked)]
 pub(crate) fn few_rows(
     x: &[Floats],
     plus: &[f32],
+    norm: &[Floats],
     layers: &mut Sequence<Layer>,
     rows: u32,
     tiles: u32,
     columns: u32,
+    eps: f32,
     #[comptime] shape: Shape,
 ) {
     let tile = CUBE_POS_X + CUBE_POS_Z * CUBE_COUNT_X;
@@ -88,6 +101,7 @@ pub(crate) fn few_rows(
         terminate!();
     }
     let count = comptime!(shape.rows);
+    let streams = comptime!(shape.streams());
     let parts = comptime!(shape.elements.per_load() / 4);
     let mut sums = Shared::<[f32]>::new_slice(comptime!(shape.sums()));
     let unit = UNIT_POS as usize;
@@ -111,26 +125,32 @@ pub(crate) fn few_rows(
     // Features beyond the last one repeat it and are not written.
     let row = feature.min(features - 1) as usize * columns;
 
-    let mut totals = Array::<f32>::new(count);
+    let mut totals = Array::<f32>::new(comptime!(count * streams));
+    let mut squares = Array::<f32>::new(count);
+    #[unroll]
+    for i in 0..comptime!(count * streams) {
+        totals[i] = 0.0;
+    }
     #[unroll]
     for r in 0..count {
-        totals[r] = 0.0;
+        squares[r] = 0.0;
     }
     let mut base = 0usize;
     while base < columns {
-        let mut words = Array::<Words>::new(AHEAD);
-        let mut steps = Array::<Words>::new(AHEAD);
+        let mut words = Array::<Words>::new(comptime!(AHEAD * streams));
+        let mut steps = Array::<Words>::new(comptime!(AHEAD * streams));
         #[unroll]
         for l in 0..shape.layers {
-            if comptime!(shape.layers == 1) || number == comptime!(l as u32) {
+            if comptime!(shape.layers == 1 || shape.pair) || number == comptime!(l as u32) {
                 let layer = layers.index(l);
+                let to = comptime!(if shape.pair { l * AHEAD } else { 0 });
                 #[unroll]
                 for a in 0..AHEAD {
                     let column = (base + comptime!(a * LANES) + lane).min(columns - 1);
-                    words[a] = layer.weight[row + column];
+                    words[to + a] = layer.weight[row + column];
                     if comptime!(shape.elements.is_blocks()) {
                         let group = (row + column) * comptime!(shape.elements.per_load()) / GROUP;
-                        steps[a] = layer.weight[layer.steps as usize + group / 8];
+                        steps[to + a] = layer.weight[layer.steps as usize + group / 8];
                     }
                 }
             }
@@ -140,29 +160,81 @@ pub(crate) fn few_rows(
             let column = base + comptime!(a * LANES) + lane;
             let from = column.min(columns - 1) * parts;
             let counts = select(column < columns, f32::new(1.0), f32::new(0.0));
-            let mut own = Vector::new(0.0f32);
-            if comptime!(shape.elements.is_blocks()) {
-                let load = row + column.min(columns - 1);
-                let group = load * comptime!(shape.elements.per_load()) / GROUP;
-                own = factors(steps[a], group, shape.elements);
+            let mut own = Array::<Floats>::new(streams);
+            #[unroll]
+            for s in 0..streams {
+                own[s] = Vector::new(0.0f32);
+                if comptime!(shape.elements.is_blocks()) {
+                    let load = row + column.min(columns - 1);
+                    let group = load * comptime!(shape.elements.per_load()) / GROUP;
+                    own[s] = factors(steps[s * AHEAD + a], group, shape.elements);
+                }
             }
             #[unroll]
             for p in 0..parts {
-                let weights = four(words[a], own, p, shape.elements, shape.native);
-                let weights = weights * Vector::new(counts);
+                let mut weights = Array::<Floats>::new(streams);
+                #[unroll]
+                for s in 0..streams {
+                    let four = four(words[s * AHEAD + a], own[s], p, shape.elements, shape.native);
+                    weights[s] = four * Vector::new(counts);
+                }
                 #[unroll]
                 for r in 0..count {
                     // Rows beyond the last one, alike.
                     let row = (first_row + r as u32).min(rows - 1) as usize;
-                    totals[r] += x[row * columns * parts + from + p].dot(weights);
+                    let mut input = x[row * columns * parts + from + p];
+                    if comptime!(shape.norm) {
+                        squares[r] += input.dot(input) * counts;
+                        input *= norm[from + p];
+                    }
+                    #[unroll]
+                    for s in 0..streams {
+                        totals[s * count + r] += input.dot(weights[s]);
+                    }
                 }
             }
         }
         base += comptime!(AHEAD * LANES);
     }
-    add(&mut totals, &mut sums, count, LANES, UNITS, shape.planes);
+    add(&mut totals, &mut sums, comptime!(count * streams), LANES, UNITS, shape.planes);
+    if comptime!(shape.norm) {
+        add(&mut squares, &mut sums, count, LANES, UNITS, shape.planes);
+        #[unroll]
+        for r in 0..count {
+            let mean = squares[r] / (columns * comptime!(4 * parts)) as f32;
+            let factor = 1.0 / (mean + eps).sqrt();
+            #[unroll]
+            for s in 0..streams {
+                totals[s * count + r] *= factor;
+            }
+        }
+    }
 
-    if lane == 0 && feature < features {
+    if comptime!(shape.pair) {
+        if lane == 0 && feature < features {
+            #[unroll]
+            for l in 0..shape.layers {
+                let layer = layers.index(l);
+                if layer.has_bias == 1 {
+                    let more = layer.bias[feature as usize];
+                    #[unroll]
+                    for r in 0..count {
+                        totals[l * count + r] += more;
+                    }
+                }
+            }
+            let out = layers.index_mut(0);
+            #[unroll]
+            for r in 0..count {
+                let row = first_row + r as u32;
+                if row < rows {
+                    let gate = totals[r];
+                    let to = (row * features + feature) as usize;
+                    out.out[to] = gate / (1.0 + (-gate).exp()) * totals[count + r];
+                }
+            }
+        }
+    } else if lane == 0 && feature < features {
         #[unroll]
         for l in 0..shape.layers {
             if comptime!(shape.layers == 1) || number == comptime!(l as u32) {

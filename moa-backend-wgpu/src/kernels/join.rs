@@ -51,10 +51,10 @@ pub(crate) fn join(
         let mut best = maximum;
         #[unroll]
         for a in 0..AHEAD {
-            // Those beyond the last one repeat it with weight 0.
+            // Those beyond the last one are as those without keys: how many there are depends on other sequences, or on those to come.
             let split = base + a * rows;
             let at = head * splits + split.min(splits - 1);
-            maxima[a] = partial_stats[2 * at];
+            maxima[a] = select(split < splits, partial_stats[2 * at], -1e30);
             parts[a] = select(split < splits, partial_stats[2 * at + 1], 0.0);
             held[a] = partial[at * vectors + column];
             best = best.max(maxima[a]);

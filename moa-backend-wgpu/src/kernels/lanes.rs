@@ -147,15 +147,93 @@ pub(crate) fn round<W: Size>(
                 let four = from[at + comptime!(i / 2)];
                 let low = f32::from_bits(four.extract(comptime!(2 * (i % 2))));
                 let high = f32::from_bits(four.extract(comptime!(2 * (i % 2) + 1)));
-                match dtype {
-                    Dtype::F16 => words.insert(i, narrow_f16(low) | (narrow_f16(high) << 16)),
-                    _ => words.insert(i, narrow_bf16(low) | (narrow_bf16(high) << 16)),
-                }
+                words.insert(i, pair(low, high, dtype));
             }
             _ => words.insert(i, word(from, at * W::value() + i)),
         }
     }
     words
+}
+
+/// Two numbers as a word of 16-bit elements.
+#[cube]
+fn pair(low: f32, high: f32, #[comptime] dtype: Dtype) -> u32 {
+    match dtype {
+        Dtype::F16 => narrow_f16(low) | (narrow_f16(high) << 16),
+        _ => narrow_bf16(low) | (narrow_bf16(high) << 16),
+    }
+}
+
+/// [`round`] of vectors `vector..` of the row of `vectors` of them that begins at vector `row`, [turned](turned).
+#[cube]
+pub(crate) fn round_turned<W: Size>(
+    from: &[Words],
+    row: usize,
+    vector: usize,
+    vectors: usize,
+    brought: &[Words],
+    #[comptime] own: RowType,
+) -> Vector<u32, W> {
+    let mut words = Vector::<u32, W>::new(0u32);
+    let per_word = comptime!(match own {
+        RowType::Plain(Dtype::F32) => 1,
+        _ => 2,
+    });
+    #[unroll]
+    for p in 0..per_word {
+        let at = vector + p;
+        let own_part = floats(from[row + at]);
+        let other = floats(from[row + (at + vectors / 2) % vectors]);
+        let four = turned(own_part, other, at, vectors, brought);
+        match own {
+            RowType::Plain(Dtype::F32) =>
+            {
+                #[unroll]
+                for i in 0..4usize {
+                    words.insert(i, four.extract(i).to_bits());
+                }
+            }
+            RowType::Plain(dtype) =>
+            {
+                #[unroll]
+                for i in 0..2usize {
+                    let low = four.extract(comptime!(2 * i));
+                    let high = four.extract(comptime!(2 * i + 1));
+                    words.insert(comptime!(2 * p + i), pair(low, high, dtype));
+                }
+            }
+            _ => {}
+        }
+    }
+    words
+}
+
+/// Vector `vector` of a row of `vectors`, turned by the angles that a step has [brought](super::decode::Brought), as
+/// [`super::rows::rope`] does it; `other` is the vector half a row away.
+#[cube]
+pub(crate) fn turned(
+    own: Floats,
+    other: Floats,
+    vector: usize,
+    vectors: usize,
+    brought: &[Words],
+) -> Floats {
+    let half = vectors / 2;
+    let at = 1 + vector % half;
+    let (cos, sin) = (floats(brought[at]), floats(brought[at + half]));
+    let sign = select(vector < half, f32::new(-1.0), f32::new(1.0));
+    fma(own, cos, other * sin * Vector::new(sign))
+}
+
+/// Four numbers of their bits.
+#[cube]
+fn floats(bits: Words) -> Floats {
+    let mut floats = Vector::new(0.0f32);
+    #[unroll]
+    for i in 0..4usize {
+        floats.insert(i, f32::from_bits(bits.extract(i)));
+    }
+    floats
 }
 
 /// One word of a buffer of vectors.

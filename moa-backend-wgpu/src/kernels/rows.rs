@@ -57,7 +57,8 @@ pub(crate) fn rms_norm(x: &[f32], weight: &[f32], out: &mut [f32], rows: u32, le
 }
 
 /// Rotates pairs `(i, i + half)` of heads of `2 * half` elements; `cos` and `sin` are
-/// `[tokens, half]`. One unit per pair; `sign` -1 rotates back.
+/// `[tokens, half]`. One unit per pair; `sign` -1 rotates back. Products are fused by name, as in [`super::decode`], where recorded
+/// steps rotate.
 #[allow(clippy::too_many_arguments)]
 #[cube(launch_unchecked)]
 pub(crate) fn rope(
@@ -78,8 +79,63 @@ pub(crate) fn rope(
         let first = head * 2 * half + i;
         let (cos, sin) = (cos[angle], sin[angle] * sign);
         let (a, b) = (x[first], x[first + half]);
-        out[first] = a * cos - b * sin;
-        out[first + half] = b * cos + a * sin;
+        out[first] = fma(a, cos, -(b * sin));
+        out[first + half] = fma(b, cos, a * sin);
+    }
+}
+
+/// Units of a cube of [`likeliest`].
+pub(crate) const LIKELIEST_UNITS: usize = 256;
+
+/// Of each cube's share of a row: the bits of the highest number, the lowest place of it, and whether there is a NaN or an
+/// infinity above. `share` is the length of a share.
+#[cube(launch_unchecked)]
+pub(crate) fn likeliest(x: &[f32], out: &mut [u32], len: u32, share: u32) {
+    let mut tops = Shared::<[f32]>::new_slice(LIKELIEST_UNITS);
+    let mut places = Shared::<[u32]>::new_slice(LIKELIEST_UNITS);
+    let mut bad = Shared::<[u32]>::new_slice(LIKELIEST_UNITS);
+    let unit = UNIT_POS as usize;
+    let first = CUBE_POS_X * share;
+    let end = (first + share).min(len);
+    let mut top = f32::new(f32::MIN);
+    let mut place = first;
+    let mut is_bad = 0u32;
+    let mut at = first + UNIT_POS;
+    while at < end {
+        let number = x[at as usize];
+        let bits = number.to_bits();
+        // By bits, as a compiler may take it that there is no NaN.
+        if bits == 0x7f80_0000 || (bits & 0x7fff_ffff) > 0x7f80_0000 {
+            is_bad = 1;
+        } else if number > top {
+            top = number;
+            place = at;
+        }
+        at += comptime!(LIKELIEST_UNITS as u32);
+    }
+    tops[unit] = top;
+    places[unit] = place;
+    bad[unit] = is_bad;
+    let mut half = comptime!(LIKELIEST_UNITS / 2).runtime();
+    while half > 0 {
+        sync_cube();
+        if unit < half {
+            let (other, other_place) = (tops[unit + half], places[unit + half]);
+            let (own, own_place) = (tops[unit], places[unit]);
+            if other > own || (other == own && other_place < own_place) {
+                tops[unit] = other;
+                places[unit] = other_place;
+            }
+            bad[unit] |= bad[unit + half];
+        }
+        half /= 2;
+    }
+    sync_cube();
+    if unit == 0 {
+        let to = 3 * CUBE_POS_X as usize;
+        out[to] = tops[0].to_bits();
+        out[to + 1] = places[0];
+        out[to + 2] = bad[0];
     }
 }
 

@@ -11,11 +11,12 @@ use cubecl::server::Handle;
 use cubecl::{CubeCount, CubeDim};
 
 use crate::attention::{Limits, Row, arg, square, words};
+use crate::kernels::copy::copy;
 use crate::kernels::few_rows::{FEATURES, LayerLaunch, Shape, UNITS, few_rows};
 use crate::kernels::linear::many_rows;
 use crate::kernels::quants::Elements;
 use crate::kernels::words::per_word;
-use crate::ops::{add, add_rows};
+use crate::ops::{add, add_rows, rms_norm, swiglu};
 use crate::{Device, Dtype, Error, Matrix, Result, Tensor};
 #[cfg(feature = "vulkan")]
 use products::product;
@@ -63,6 +64,73 @@ pub fn linears(x: &Tensor, layers: &[Layer<'_>], inner: Dtype) -> Result<Vec<Ten
 /// [`Error::Argument`] if shapes do not fit, [`Error::TooLarge`].
 pub fn linear_add(plus: &Tensor, x: &Tensor, layer: Layer<'_>, inner: Dtype) -> Result<Tensor> {
     one(x, layer, Some(plus), inner)
+}
+
+/// [`linears`] of [`rms_norm`], in one kernel where there is one row: the same to within rounding.
+///
+/// # Errors
+/// [`Error::Argument`] if shapes do not fit, [`Error::TooLarge`].
+pub fn normed_linears(
+    x: &Tensor,
+    norm: &Tensor,
+    eps: f32,
+    layers: &[Layer<'_>],
+    inner: Dtype,
+) -> Result<Vec<Tensor>> {
+    match normed(x, norm, layers, inner)? {
+        Some(shape) => {
+            let mut outs = Vec::with_capacity(layers.len());
+            for layers in layers.chunks(shape.layers) {
+                let shape = Shape { layers: layers.len(), ..shape };
+                outs.extend(launch_few(
+                    x,
+                    layers,
+                    Beside { norm: Some((norm, eps)), plus: None },
+                    shape,
+                )?);
+            }
+            Ok(outs)
+        }
+        None => linears(&rms_norm(x, norm, eps)?, layers, inner),
+    }
+}
+
+/// [`swiglu`] of the two layers of [`normed_linears`], in one kernel where there is one row: the same to within rounding.
+///
+/// # Errors
+/// [`Error::Argument`] if shapes do not fit, [`Error::TooLarge`].
+pub fn normed_swiglu(
+    x: &Tensor,
+    norm: &Tensor,
+    eps: f32,
+    [gate, up]: [Layer<'_>; 2],
+    inner: Dtype,
+) -> Result<Tensor> {
+    if let Some(shape) = normed(x, norm, &[gate, up], inner)?
+        && shape.layers == 2
+        && gate.weight.rows() == up.weight.rows()
+    {
+        let beside = Beside { norm: Some((norm, eps)), plus: None };
+        let mut outs = launch_few(x, &[gate, up], beside, Shape { pair: true, ..shape })?;
+        return Ok(outs.swap_remove(0));
+    }
+    let mut outs = normed_linears(x, norm, eps, &[gate, up], inner)?;
+    let up = outs.swap_remove(1);
+    swiglu(&outs.swap_remove(0), &up)
+}
+
+/// The kernel of few rows for one row's norm, where the layers have one.
+fn normed(x: &Tensor, norm: &Tensor, layers: &[Layer<'_>], inner: Dtype) -> Result<Option<Shape>> {
+    layers.iter().try_for_each(|&layer| check(x, layer))?;
+    if norm.shape() != [x.row_len()] {
+        let expected = format_args!("[{}]", x.row_len()).to_string();
+        return Err(Error::shape(OP, "norm", expected, norm.shape()));
+    }
+    let alike = layers.windows(2).all(|two| two[0].weight.elements == two[1].weight.elements);
+    if x.rows() != 1 || !alike {
+        return Ok(None);
+    }
+    Ok(few(x, layers, false, inner).map(|shape| Shape { norm: true, ..shape }))
 }
 
 fn one(x: &Tensor, layer: Layer<'_>, plus: Option<&Tensor>, inner: Dtype) -> Result<Tensor> {
@@ -115,9 +183,18 @@ fn each_alike(
     };
     let mut outs = Vec::with_capacity(layers.len());
     for layers in layers.chunks(shape.layers) {
-        outs.extend(launch_few(x, layers, plus, Shape { layers: layers.len(), ..shape })?);
+        let beside = Beside { norm: None, plus };
+        outs.extend(launch_few(x, layers, beside, Shape { layers: layers.len(), ..shape })?);
     }
     Ok(outs)
+}
+
+/// What the kernel of few rows reads beside its input.
+#[derive(Clone, Copy, Debug, Default)]
+struct Beside<'a> {
+    /// Weights of the input's norm, and its `eps`.
+    norm: Option<(&'a Tensor, f32)>,
+    plus: Option<&'a Tensor>,
 }
 
 fn check(x: &Tensor, layer: Layer<'_>) -> Result<()> {
@@ -154,7 +231,7 @@ fn few(x: &Tensor, layers: &[Layer<'_>], plus: bool, inner: Dtype) -> Option<Sha
     let fits = |layer: &Layer<'_>| layer.weight.cols().is_multiple_of(elements.per_load());
     let limits = Limits::of(device);
     let rows = Shape::ROWS.into_iter().find(|&n| n >= x.rows()).unwrap_or(Shape::MOST);
-    let layers_at_once = (limits.bindings.saturating_sub(2) / 3).clamp(1, MOST_LAYERS);
+    let layers_at_once = (limits.bindings.saturating_sub(3) / 3).clamp(1, MOST_LAYERS);
     let shape = Shape {
         layers: layers_at_once.min(layers.len()),
         rows,
@@ -162,6 +239,8 @@ fn few(x: &Tensor, layers: &[Layer<'_>], plus: bool, inner: Dtype) -> Option<Sha
         planes: Shape::fits_planes(device.plane_units()),
         native: elements == Elements::Plain(Dtype::F16) && device.converts_f16(),
         plus,
+        norm: false,
+        pair: false,
     };
     let possible = shape.shared_bytes() <= limits.shared_bytes && UNITS <= limits.units;
     (x.rows() <= most_rows(device, first.weight, inner) && layers.iter().all(fits) && possible)
@@ -171,34 +250,48 @@ fn few(x: &Tensor, layers: &[Layer<'_>], plus: bool, inner: Dtype) -> Option<Sha
 fn launch_few(
     x: &Tensor,
     layers: &[Layer<'_>],
-    plus: Option<&Tensor>,
+    beside: Beside<'_>,
     shape: Shape,
 ) -> Result<Vec<Tensor>> {
     let (device, rows) = (x.device(), x.rows());
-    let (mut outs, mut args) = (Vec::with_capacity(layers.len()), SequenceArg::new());
-    let lens: Vec<usize> = layers.iter().map(|layer| rows * layer.weight.rows()).collect();
-    let mut tiles = 0;
-    for (layer, out) in layers.iter().zip(device.alloc_each("tensor", &lens)?) {
+    // A pair has one output.
+    let own = if shape.pair { &layers[..1] } else { layers };
+    let lens: Vec<usize> = own.iter().map(|layer| rows * layer.weight.rows()).collect();
+    let outs = device.alloc_each("tensor", &lens)?.into_iter().zip(own);
+    let tensor = |(out, layer): (Handle, &Layer<'_>)| {
+        Tensor::from_handle(device, out, &[rows, layer.weight.rows()])
+    };
+    let outs: Vec<Tensor> = outs.map(tensor).collect::<Result<_>>()?;
+    queue_few(x, layers, beside, shape, &outs);
+    Ok(outs)
+}
+
+/// Queues the kernel of few rows, with an output for each layer, or one for a pair.
+fn queue_few(x: &Tensor, layers: &[Layer<'_>], beside: Beside<'_>, shape: Shape, outs: &[Tensor]) {
+    let (device, rows) = (x.device(), x.rows());
+    let (mut args, mut tiles) = (SequenceArg::new(), 0);
+    for (number, layer) in layers.iter().enumerate() {
         let features = layer.weight.rows();
-        let out = Tensor::from_handle(device, out, &[rows, features])?;
         args.push(LayerLaunch::new(
             arg(&layer.weight.words),
             arg(layer.bias.unwrap_or(x).handle()),
-            arg(out.handle()),
+            arg(outs[number.min(outs.len() - 1)].handle()),
             features as u32,
-            tiles as u32,
+            if shape.pair { 0 } else { tiles as u32 },
             u32::from(layer.bias.is_some()),
             layer.weight.steps as u32,
         ));
-        tiles += features.div_ceil(FEATURES);
-        outs.push(out);
+        if number < outs.len() {
+            tiles += features.div_ceil(FEATURES);
+        }
     }
     if rows == 0 {
-        return Ok(outs);
+        return;
     }
     let along_x = tiles.min(Limits::of(device).cubes as usize);
     let cubes = [along_x, rows.div_ceil(shape.rows), tiles.div_ceil(along_x)].map(|n| n as u32);
     let columns = x.row_len() / shape.elements.per_load();
+    let (norm, eps) = beside.norm.unwrap_or((x, 0.0));
     // SAFETY: there is a cube for each tile of features and group of rows; shapes were checked.
     unsafe {
         few_rows::launch_unchecked(
@@ -206,15 +299,39 @@ fn launch_few(
             CubeCount::Static(cubes[0], cubes[1], cubes[2]),
             CubeDim::new_1d(UNITS as u32),
             arg(x.handle()),
-            arg(plus.unwrap_or(x).handle()),
+            arg(beside.plus.unwrap_or(x).handle()),
+            arg(norm.handle()),
             args,
             rows as u32,
             tiles as u32,
             columns as u32,
+            eps,
             shape,
         );
     }
-    Ok(outs)
+}
+
+/// [`linear`] into a tensor of the same shape as its result.
+///
+/// # Errors
+/// As [`linear`].
+pub(crate) fn linear_into(x: &Tensor, weight: &Matrix, out: &Tensor) -> Result<()> {
+    let layer = Layer { weight, bias: None };
+    check(x, layer)?;
+    match few(x, &[layer], false, Dtype::F32) {
+        Some(shape) => queue_few(x, &[layer], Beside::default(), shape, std::slice::from_ref(out)),
+        None => {
+            let made = linear(x, weight, None)?;
+            let (cubes, dim) = x.device().cubes(out.len());
+            let [from, to] = [&made, out].map(|tensor| arg(tensor.handle()));
+            // SAFETY: both have that many elements.
+            unsafe {
+                let client = x.device().client();
+                copy::launch_unchecked(client, cubes, dim, from, to, out.len() as u32);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// `x` rounded to `inner`, if matrix units multiply it with one of the layers.

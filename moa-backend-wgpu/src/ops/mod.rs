@@ -3,7 +3,7 @@
 
 mod backward;
 
-pub use crate::linear::{Layer, linear, linear_add, linears};
+pub use crate::linear::{Layer, linear, linear_add, linears, normed_linears, normed_swiglu};
 pub use backward::{linear_backward, place_rows, rms_norm_backward, swiglu_backward};
 
 use cubecl::{CubeCount, CubeDim};

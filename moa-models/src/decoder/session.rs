@@ -200,8 +200,10 @@ impl<D: Device> Session<D> {
     /// Ends the session and keeps what was recorded, for [`Decoder::session_with`].
     pub fn into_parts(self) -> (Vec<Sequence<D>>, Recordings<D>) {
         let Self { replay, wide_replay, kept, sequences, wide, .. } = self;
+        let wide_replay = wide_replay.filter(|replay| replay.serves_others());
         let wide = wide_replay.map(|replay| (wide, replay)).or(kept.wide);
-        (sequences, Recordings { plain: replay.or(kept.plain), wide, ..kept })
+        let plain = replay.filter(|replay| replay.serves_others()).or(kept.plain);
+        (sequences, Recordings { plain, wide, ..kept })
     }
 
     /// How often a step was recorded, as [`Recordings::count`].

@@ -67,6 +67,12 @@ pub trait Replay<D: Device>: Send {
         Ok(false)
     }
 
+    /// Whether it is worth keeping for sequences that may [take the places](Self::replace) of its own once those are gone. One that
+    /// is not is dropped with them, and the memory that it holds of theirs.
+    fn serves_others(&self) -> bool {
+        true
+    }
+
     /// Whether a step has run, so that the next ones are launched as a whole.
     fn is_rehearsed(&self) -> bool {
         false

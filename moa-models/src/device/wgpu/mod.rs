@@ -2,6 +2,8 @@
 //! in the type of their file, or where products of many rows are rounded to f16, in that. Blocks of Q4_0, Q4_K and
 //! Q8_0 stay what they are; others are widened.
 
+mod replay;
+
 use std::ops::Range;
 
 use half::slice::HalfFloatSliceExt;
@@ -11,6 +13,8 @@ use moa_backend_wgpu::{Cache, Device as Gpu, Dtype, Matrix, Tensor, WgpuBackend}
 use moa_core::{CacheState, CacheType};
 
 use crate::checkpoint::mapped::MappedTensor;
+use crate::decoder::block::parts;
+use crate::device::replay::{Replay, ReplayBatch};
 use crate::device::rope_table::RopeTable;
 use crate::device::{Backward, Device, LinearWeights, Load, Math};
 use crate::{Error, Result, memory};
@@ -27,6 +31,8 @@ pub struct Wgpu {
     exact: WgpuBackend,
     /// What linear layers round many rows to.
     inner: Dtype,
+    /// Whether steps of one sequence are recorded, and its norms merged with products.
+    records: bool,
 }
 
 impl Wgpu {
@@ -49,7 +55,15 @@ impl Wgpu {
             attention: WgpuBackend::new(device, cache),
             exact: WgpuBackend::new(device, Dtype::F32),
             inner: if device.multiplies(inner) { inner } else { Dtype::F32 },
+            records: std::env::var_os("MOA_WGPU_REPLAY").is_some_and(|wanted| wanted == "1"),
         }
+    }
+
+    /// Has decode steps of one sequence recorded and launched again as a whole, with fewer kernels in a layer: the same as those of
+    /// launch by launch to within rounding. Not the default, but with `MOA_WGPU_REPLAY=1`: no GPU has been measured with it.
+    #[must_use]
+    pub fn with_recorded_steps(self) -> Self {
+        Self { records: true, ..self }
     }
 
     fn gpu(&self) -> &Gpu {
@@ -111,6 +125,21 @@ impl Device for Wgpu {
     fn synchronize(&self) -> Result<()> {
         Ok(self.gpu().synchronize()?)
     }
+
+    unsafe fn replay(
+        &self,
+        batch: &ReplayBatch<'_, Self>,
+    ) -> Result<Option<Box<dyn Replay<Self>>>> {
+        if !self.records {
+            return Ok(None);
+        }
+        Ok(replay::Recorded::new(self, batch)?.map(|own| Box::new(own) as _))
+    }
+
+    /// Steps of one token alone are recorded: those of two are asked for, and in vain.
+    fn replayed_tokens(&self, group: usize) -> usize {
+        if self.records && group == 1 { 2 } else { 1 }
+    }
 }
 
 impl Load for Wgpu {
@@ -161,9 +190,35 @@ impl Math for Wgpu {
     }
 
     fn linears(&self, x: &Tensor, joined: &Self::Joined) -> Result<Vec<Tensor>> {
-        let layers = joined.iter().map(|(weight, bias)| Layer { weight, bias: bias.as_ref() });
-        let layers: Vec<Layer<'_>> = layers.collect();
-        Ok(kernels::linears(x, &layers, self.inner)?)
+        Ok(kernels::linears(x, &layers(joined), self.inner)?)
+    }
+
+    fn normed_linears(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        eps: f32,
+        joined: &Self::Joined,
+    ) -> Result<Vec<Tensor>> {
+        if !self.records {
+            return self.linears(&self.rms_norm(x, weight, eps)?, joined);
+        }
+        Ok(kernels::normed_linears(x, weight, eps, &layers(joined), self.inner)?)
+    }
+
+    fn normed_swiglu(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        eps: f32,
+        gate_up: &Self::Joined,
+    ) -> Result<Tensor> {
+        if !self.records {
+            let [gate, up] = parts(self.normed_linears(x, weight, eps, gate_up)?)?;
+            return self.swiglu(gate, &up);
+        }
+        let pair = parts(layers(gate_up))?;
+        Ok(kernels::normed_swiglu(x, weight, eps, pair, self.inner)?)
     }
 
     fn linear_add(
@@ -225,6 +280,10 @@ impl Math for Wgpu {
     fn rows(&self, x: &Tensor, rows: &[usize]) -> Result<Tensor> {
         Ok(kernels::rows(x, rows)?)
     }
+}
+
+fn layers(joined: &[(Matrix, Option<Tensor>)]) -> Vec<Layer<'_>> {
+    joined.iter().map(|(weight, bias)| Layer { weight, bias: bias.as_ref() }).collect()
 }
 
 /// bf16 elements as f16; `None` if one is too large for that.
