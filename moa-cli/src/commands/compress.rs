@@ -73,7 +73,8 @@ pub(crate) struct Args {
     /// Minutes that everything may take, the model's loading left out: after calibration, profile and the first plans,
     /// which are made in any case, as many plans are measured as there is expected to be time for, so that a slow machine
     /// may find another plan than a fast one. Where time is left and the plan loses responses, it is refined further on
-    /// three times as many other contexts and texts, and so on [default: 15, and no limit with `--evaluations`]
+    /// three times as many other contexts and texts, and so on until that finds no other plan [default: 15, and no limit
+    /// with `--evaluations`]
     #[arg(long, value_name = "MINUTES", value_parser = parse_minutes)]
     minutes: Option<Duration>,
     #[command(flatten)]

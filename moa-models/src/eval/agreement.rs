@@ -1,4 +1,5 @@
 use moa_core::Plan;
+use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::checkpoint::Checkpoint;
@@ -41,6 +42,30 @@ pub struct Agreement {
     pub kv_bytes: u64,
     /// The same under dense attention.
     pub kv_bytes_dense: u64,
+}
+
+/// One token's predictions.
+struct Compared {
+    is_equal: bool,
+    /// Cross entropies.
+    dense: f64,
+    plan: f64,
+    divergence: f32,
+}
+
+impl Compared {
+    /// Of a token's logits under dense attention and under the plan.
+    fn new(dense: &[f32], plan: &[f32], target: usize) -> Result<Self> {
+        check_logits(dense)?;
+        check_logits(plan)?;
+        let sums = (log_sum_exp(dense), log_sum_exp(plan));
+        Ok(Self {
+            is_equal: likeliest(dense).0 == likeliest(plan).0,
+            dense: sums.0 - f64::from(dense[target]),
+            plan: sums.1 - f64::from(plan[target]),
+            divergence: divergence(dense, plan, sums) as f32,
+        })
+    }
 }
 
 /// What is summed over tokens for one plan.
@@ -151,10 +176,11 @@ impl<D: Math> Decoder<D> {
             let expected = self.all_logits(dense, inputs)?;
             for (sequence, tally) in others.iter_mut().zip(&mut *tallies) {
                 let got = self.all_logits(sequence, inputs)?;
-                let rows = expected.chunks(vocab).zip(got.chunks(vocab)).zip(targets);
-                for ((expected, got), target) in rows {
-                    tally.add(expected, got, *target as usize)?;
-                }
+                let rows = expected.par_chunks(vocab).zip(got.par_chunks(vocab)).zip(targets);
+                let tokens = rows.map(|((expected, got), target)| {
+                    Compared::new(expected, got, *target as usize)
+                });
+                tokens.collect::<Result<Vec<_>>>()?.into_iter().for_each(|token| tally.add(token));
             }
         }
         for (sequence, tally) in others.iter().zip(tallies) {
@@ -261,16 +287,11 @@ fn shared_tokens(group: &[Item]) -> usize {
 }
 
 impl Tally {
-    /// Adds a token's logits under dense attention and under the plan.
-    fn add(&mut self, dense: &[f32], plan: &[f32], target: usize) -> Result<()> {
-        check_logits(dense)?;
-        check_logits(plan)?;
-        let sums = (log_sum_exp(dense), log_sum_exp(plan));
-        self.dense += sums.0 - f64::from(dense[target]);
-        self.plan += sums.1 - f64::from(plan[target]);
-        self.equal += usize::from(likeliest(dense).0 == likeliest(plan).0);
-        self.divergences.push(divergence(dense, plan, sums) as f32);
-        Ok(())
+    fn add(&mut self, token: Compared) {
+        self.dense += token.dense;
+        self.plan += token.plan;
+        self.equal += usize::from(token.is_equal);
+        self.divergences.push(token.divergence);
     }
 
     fn report(mut self, density: f64, kv_bytes_dense: u64) -> Agreement {
@@ -303,7 +324,9 @@ mod tests {
 
     fn tally(rows: &[(&[f32], &[f32], usize)]) -> Tally {
         let mut tally = Tally::default();
-        rows.iter().for_each(|(dense, plan, target)| tally.add(dense, plan, *target).unwrap());
+        rows.iter().for_each(|(dense, plan, target)| {
+            tally.add(Compared::new(dense, plan, *target).unwrap());
+        });
         tally
     }
 
@@ -323,7 +346,7 @@ mod tests {
         let report = tally(&[(&p, &p.map(|z| z - 5.0), 1), (&[0.0, inf], &[0.0, inf], 0)]);
         let report = report.report(1.0, 8);
         assert!(report.kl_mean < 1e-6 && report.equal_greedy == 1.0, "{report:?}");
-        let broken = Tally::default().add(&[0.0, f32::NAN], &[0.0, 0.0], 0);
+        let broken = Compared::new(&[0.0, f32::NAN], &[0.0, 0.0], 0);
         assert!(matches!(broken, Err(Error::Logits { .. })));
     }
 

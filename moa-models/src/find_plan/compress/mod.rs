@@ -187,7 +187,7 @@ fn compress_since<D: Math>(
 }
 
 /// What there is after a further round of refinement, `None` where it had no more to judge plans by, and whether another
-/// one may follow. A round that fails loses nothing of what was found before.
+/// one may follow: not where this one found no other plan. A round that fails loses nothing of what was found before.
 fn after(
     refined: Refined,
     next: Result<Option<Refined>>,
@@ -197,7 +197,8 @@ fn after(
         Ok(Some(next)) => {
             let evaluations = refined.evaluations + next.evaluations;
             let seconds = refined.seconds + next.seconds;
-            Ok((Refined { evaluations, seconds, ..next }, true))
+            let is_other = next.plan.rules() != refined.plan.rules();
+            Ok((Refined { evaluations, seconds, ..next }, is_other))
         }
         Ok(None) => Ok((refined, false)),
         Err(Error::Cancelled) => Err(Error::Cancelled),
@@ -361,9 +362,12 @@ mod tests {
         assert!(kept == first && !goes_on);
         assert!(warnings[0].contains("memory"), "{warnings:?}");
         let next = Refined { loss: 0.1, seconds: 2.0, ..first.clone() };
-        let (kept, goes_on) = after(first.clone(), Ok(Some(next)), &mut warnings)?;
-        assert!(goes_on && kept.loss == 0.1 && kept.seconds == first.seconds + 2.0);
+        let (kept, goes_on) = after(first.clone(), Ok(Some(next.clone())), &mut warnings)?;
+        assert!(!goes_on, "no other plan was found");
+        assert!(kept.loss == 0.1 && kept.seconds == first.seconds + 2.0);
         assert_eq!(kept.evaluations, 2 * first.evaluations);
+        let next = Refined { plan: Plan::full(checkpoint.model.shape())?, ..next };
+        assert!(after(first.clone(), Ok(Some(next)), &mut warnings)?.1);
         assert!(!after(first.clone(), Ok(None), &mut warnings)?.1);
         let cancelled = after(first, Err(Error::Cancelled), &mut warnings);
         assert!(matches!(cancelled, Err(Error::Cancelled)) && warnings.len() == 1);
