@@ -8,7 +8,7 @@ use crate::kernels::codes::{load_parts, load_words};
 use crate::kernels::decode::{DECODE_UNITS, HeldLaunch, NewLaunch, Shape, decode};
 use crate::kernels::join::{JOIN_UNITS, join};
 use crate::kernels::keys::{keys, split_keys};
-use crate::{Cache, Device, Result};
+use crate::{Cache, Device, Result, Tensor};
 
 /// Most query heads per KV head: a unit holds a share of each one's query and output in registers.
 const MAX_GROUP: usize = 8;
@@ -34,8 +34,8 @@ pub(crate) struct Decode {
 #[derive(Debug)]
 pub(crate) struct Run {
     pub(crate) sequences: usize,
-    splits: u32,
-    partial: Option<[Handle; 2]>,
+    pub(super) splits: u32,
+    pub(super) partial: Option<[Handle; 2]>,
 }
 
 impl Decode {
@@ -164,25 +164,40 @@ impl Decode {
                 );
             }
         }
-        let Some([partial, partial_stats]) = &run.partial else { return };
+        let (outs, heads) = ([call.out, call.lse], [group.heads.len(), call.shape.query_heads]);
         // SAFETY: as above.
+        unsafe { self.join(call.device, run, first, &group.table, outs, heads) };
+    }
+
+    /// Queues the sum of a run's partial results, if it has any: of `heads` KV heads of `table` out of so many query heads in all.
+    ///
+    /// # Safety
+    /// The outputs have rows for the run's tokens, the first of which is `first`, and the table has these heads.
+    pub(super) unsafe fn join(
+        &self,
+        device: &Device,
+        run: &Run,
+        first: usize,
+        table: &Handle,
+        [out, lse]: [&Tensor; 2],
+        [heads, query_heads]: [usize; 2],
+    ) {
+        let Some([partial, partial_stats]) = &run.partial else { return };
+        let group = self.shape.group;
+        // SAFETY: as the caller promises; partial results are those of the run.
         unsafe {
             join::launch_unchecked(
-                call.device.client(),
-                CubeCount::Static(
-                    (group.heads.len() * call.shape.group()) as u32,
-                    run.sequences as u32,
-                    1,
-                ),
+                device.client(),
+                CubeCount::Static((heads * group) as u32, run.sequences as u32, 1),
                 CubeDim::new_1d(JOIN_UNITS as u32),
                 arg(partial),
                 arg(partial_stats),
-                arg(&group.table),
-                arg(call.out.handle()),
-                arg(call.lse.handle()),
+                arg(table),
+                arg(out.handle()),
+                arg(lse.handle()),
                 first as u32,
-                call.shape.query_heads as u32,
-                call.shape.group() as u32,
+                query_heads as u32,
+                group as u32,
                 run.splits,
                 self.vectors as u32,
                 self.vectors.next_power_of_two(),

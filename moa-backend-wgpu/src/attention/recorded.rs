@@ -5,11 +5,10 @@ use cubecl::server::Handle;
 use cubecl::{CubeCount, CubeDim};
 use moa_core::CacheType;
 
-use super::decode::Decode;
+use super::decode::{Decode, Run};
 use super::{Limits, arg};
 use crate::kernels::codes::load_words;
 use crate::kernels::decode::{BroughtLaunch, DECODE_UNITS, HeldLaunch, NewLaunch, Shape, decode};
-use crate::kernels::join::{JOIN_UNITS, join};
 use crate::kernels::keys::{Head, MAX_SPLITS, MIN_SPLIT_KEYS, keys};
 use crate::{Cache, Device, Result, Tensor};
 
@@ -86,7 +85,8 @@ impl Part {
                 Some(device.alloc_two("partial results", rows * 4 * vectors, 2 * rows)?)
             }
         };
-        let (to, stats) = match &partial {
+        let run = Run { sequences: 1, splits, partial };
+        let (to, stats) = match &run.partial {
             Some([out, stats]) => (out, stats),
             None => (out.handle(), lse.handle()),
         };
@@ -112,7 +112,7 @@ impl Part {
         step.push(BroughtLaunch::new(arg(brought)));
         let shape = Shape {
             sequences: 1,
-            partial: partial.is_some(),
+            partial: run.partial.is_some(),
             recorded: true,
             turned,
             ..self.decode.shape
@@ -131,27 +131,9 @@ impl Part {
                 shape,
             );
         }
-        let Some([partial, partial_stats]) = &partial else { return Ok(()) };
-        let group = shape.group;
+        let heads = [self.heads.len(), heads];
         // SAFETY: as above.
-        unsafe {
-            join::launch_unchecked(
-                device.client(),
-                CubeCount::Static((self.heads.len() * group) as u32, 1, 1),
-                CubeDim::new_1d(JOIN_UNITS as u32),
-                arg(partial),
-                arg(partial_stats),
-                arg(&self.table),
-                arg(out.handle()),
-                arg(lse.handle()),
-                0,
-                heads as u32,
-                group as u32,
-                splits,
-                vectors as u32,
-                vectors.next_power_of_two(),
-            );
-        }
+        unsafe { self.decode.join(device, &run, 0, &self.table, [out, lse], heads) };
         Ok(())
     }
 }
