@@ -121,15 +121,24 @@ impl Device {
     /// used if the device was asked for subgroups; matrix units are not. Register a setup
     /// once and clone the result: CubeCL does not notice repetitions.
     ///
+    /// In builds with the feature `vulkan` kernels are SPIR-V where the adapter takes it, and the device must have
+    /// been asked for [`Features::PASSTHROUGH_SHADERS`], which is experimental.
+    ///
     /// # Errors
-    /// [`Error::NoDevice`] if CubeCL refuses the setup.
+    /// [`Error::NoDevice`] if CubeCL refuses the setup, or the device cannot take its kernels.
     pub fn from_setup(setup: WgpuSetup) -> Result<Self> {
         let refused = |error: WgpuInitError| Error::NoDevice { message: error.to_string() };
         let options = RuntimeOptions::try_default().map_err(refused)?;
         // CubeCL lists what the adapter offers; the application may have asked for less.
-        let subgroups = setup.device.features().contains(Features::SUBGROUP);
+        let features = setup.device.features();
         let device = try_init_device(setup, options).map_err(refused)?;
         let own = Self::of(&device);
+        if own.client.name() == SPIRV && !features.contains(Features::PASSTHROUGH_SHADERS) {
+            let message = "kernels are SPIR-V with the feature `vulkan`, for which the wgpu device must be asked for \
+                           Features::PASSTHROUGH_SHADERS";
+            return Err(Error::NoDevice { message: message.to_string() });
+        }
+        let subgroups = features.contains(Features::SUBGROUP);
         let plane_units = if subgroups { own.plane_units } else { 0 };
         Ok(Self { plane_units, converts_f16: false, matrix_units: false, ..own })
     }

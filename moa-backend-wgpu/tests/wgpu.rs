@@ -10,7 +10,7 @@ mod lost;
 use std::process::ExitCode;
 
 use half::{bf16, f16};
-use lost::a_lost_device_is_an_error;
+use lost::{a_device_that_takes_no_spirv_is_refused, a_lost_device_is_an_error};
 use moa_backend_wgpu::{Device, Dtype, Error, MAX_HEAD_DIM, MatrixUnits, Tensor, WgpuBackend};
 use moa_conformance::{
     Entry, Stop, Subject, Verdict, World, batch, close, error, part, run, suite, trials,
@@ -54,6 +54,7 @@ fn main() -> ExitCode {
             reset_forgets_everything,
             decode_seconds_are_measured,
             a_device_is_opened_once,
+            a_device_that_takes_no_spirv_is_refused,
             a_lost_device_is_an_error,
         ],
     ];

@@ -105,10 +105,8 @@ fn run_plan<D: Math>(checkpoint: &Checkpoint<D>, plan: &Plan) -> (Vec<Vec<u32>>,
 fn generation_and_logits_equal_those_of_the_cpu() -> Verdict {
     let (device, _alone) = device()?;
     let cpu = Checkpoint::open(Cpu::new(Dtype::F32), moa_tiny()).unwrap();
-    let own = Wgpu::new(&device, Dtype::F32);
-    for (narrow_spans, records) in [(false, false), (true, false), (false, true)] {
-        let own = if records { own.clone().with_recorded_steps() } else { own.clone() };
-        let gpu = Checkpoint::open(own, moa_tiny()).unwrap();
+    let gpu = Checkpoint::open(Wgpu::new(&device, Dtype::F32), moa_tiny()).unwrap();
+    for narrow_spans in [false, true] {
         let (expected, expected_logits) = run(&cpu, narrow_spans);
         let (tokens, logits) = run(&gpu, narrow_spans);
         assert_eq!(tokens, expected);
@@ -289,7 +287,7 @@ fn families_give_what_the_cpu_gives() -> Verdict {
 fn recorded_steps_are_the_same_steps() -> Verdict {
     let (device, _alone) = device()?;
     for dtype in [Dtype::F32, Dtype::F16] {
-        let own = Wgpu::new(&device, dtype).with_recorded_steps();
+        let own = Wgpu::new(&device, dtype);
         let gpu = Checkpoint::open(own, moa_tiny()).unwrap();
         let (model, text) = (&gpu.model, gpu.tokenizer.encode(TEXT, true).unwrap());
         for plan in [Plan::full(model.shape()).unwrap(), narrow(model.shape())] {
@@ -331,8 +329,14 @@ fn recorded_steps_are_the_same_steps() -> Verdict {
 fn own_device() -> Result<(Gpu, wgpu::Device), Stop> {
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
     let adapter = block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default()))?;
-    let required_limits = adapter.limits();
-    let wanted = wgpu::DeviceDescriptor { required_limits, ..Default::default() };
+    let wanted = wgpu::DeviceDescriptor {
+        required_limits: adapter.limits(),
+        // Kernels in SPIR-V need it.
+        required_features: adapter.features() & wgpu::Features::PASSTHROUGH_SHADERS,
+        // SAFETY: what is experimental of these features is that kernels are not checked again.
+        experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
+        ..Default::default()
+    };
     let (device, queue) = block_on(adapter.request_device(&wanted))?;
     let (backend, own) = (adapter.get_info().backend, device.clone());
     Ok((Gpu::from_setup(WgpuSetup { instance, adapter, device, queue, backend })?, own))

@@ -12,8 +12,8 @@ use moa_core::{Append, ExtendInputs, LayerLayout, Span, SparseAttentionBackend};
 
 use crate::gpu;
 
-/// A device that nothing else uses, and wgpu's handle of it.
-fn own_device() -> Result<(Device, wgpu::Device), Stop> {
+/// A device that nothing else uses, asked for these of the features that its adapter offers, and wgpu's handle of it.
+fn own_setup(features: wgpu::Features) -> Result<WgpuSetup, Stop> {
     let lacks = |error: String| Stop::unless_required("MOA_REQUIRE_WGPU", error);
     let description = wgpu::InstanceDescriptor::new_without_display_handle();
     let instance = wgpu::Instance::new(description);
@@ -21,13 +21,34 @@ fn own_device() -> Result<(Device, wgpu::Device), Stop> {
         .map_err(|error| lacks(error.to_string()))?;
     let (device, queue) = block_on(adapter.request_device(&wgpu::DeviceDescriptor {
         required_limits: adapter.limits(),
+        required_features: adapter.features() & features,
+        // SAFETY: what is experimental of the features asked for here is that kernels are not checked again.
+        experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
         ..Default::default()
     }))
     .map_err(|error| lacks(error.to_string()))?;
-    let (backend, own) = (adapter.get_info().backend, device.clone());
-    let setup = WgpuSetup { instance, adapter, device, queue, backend };
-    let device = Device::from_setup(setup).map_err(|error| lacks(error.to_string()))?;
-    Ok((device, own))
+    let backend = adapter.get_info().backend;
+    Ok(WgpuSetup { instance, adapter, device, queue, backend })
+}
+
+/// A device that takes kernels in SPIR-V where its adapter does, and wgpu's handle of it.
+fn own_device() -> Result<(Device, wgpu::Device), Stop> {
+    let setup = own_setup(wgpu::Features::PASSTHROUGH_SHADERS)?;
+    let own = setup.device.clone();
+    let lacks = |error: Error| Stop::unless_required("MOA_REQUIRE_WGPU", error);
+    Ok((Device::from_setup(setup).map_err(lacks)?, own))
+}
+
+/// The first call would fail otherwise.
+pub(crate) fn a_device_that_takes_no_spirv_is_refused() -> Verdict {
+    let (device, _alone) = gpu::device()?;
+    if device.client().name() != "wgpu<spirv>" {
+        return Err(Stop::ignored("kernels are not SPIR-V here"));
+    }
+    let refused = Device::from_setup(own_setup(wgpu::Features::empty())?);
+    let Err(Error::NoDevice { message }) = refused else { panic!("it is taken") };
+    assert!(message.contains("PASSTHROUGH_SHADERS"), "{message}");
+    Ok(())
 }
 
 /// The first call that waits for the device says so, whether CubeCL has been told or not, and every call after it;

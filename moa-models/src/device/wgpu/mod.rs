@@ -31,8 +31,6 @@ pub struct Wgpu {
     exact: WgpuBackend,
     /// What linear layers round many rows to.
     inner: Dtype,
-    /// Whether steps of one sequence are recorded, and its norms merged with products.
-    records: bool,
 }
 
 impl Wgpu {
@@ -55,15 +53,7 @@ impl Wgpu {
             attention: WgpuBackend::new(device, cache),
             exact: WgpuBackend::new(device, Dtype::F32),
             inner: if device.multiplies(inner) { inner } else { Dtype::F32 },
-            records: std::env::var_os("MOA_WGPU_REPLAY").is_some_and(|wanted| wanted == "1"),
         }
-    }
-
-    /// Has decode steps of one sequence recorded and launched again as a whole, with fewer kernels in a layer: the same as those of
-    /// launch by launch to within rounding. Not the default, but with `MOA_WGPU_REPLAY=1`: no GPU has been measured with it.
-    #[must_use]
-    pub fn with_recorded_steps(self) -> Self {
-        Self { records: true, ..self }
     }
 
     fn gpu(&self) -> &Gpu {
@@ -130,15 +120,12 @@ impl Device for Wgpu {
         &self,
         batch: &ReplayBatch<'_, Self>,
     ) -> Result<Option<Box<dyn Replay<Self>>>> {
-        if !self.records {
-            return Ok(None);
-        }
         Ok(replay::Recorded::new(self, batch)?.map(|own| Box::new(own) as _))
     }
 
     /// Steps of one token alone are recorded: those of two are asked for, and in vain.
     fn replayed_tokens(&self, group: usize) -> usize {
-        if self.records && group == 1 { 2 } else { 1 }
+        if group == 1 { 2 } else { 1 }
     }
 }
 
@@ -200,9 +187,6 @@ impl Math for Wgpu {
         eps: f32,
         joined: &Self::Joined,
     ) -> Result<Vec<Tensor>> {
-        if !self.records {
-            return self.linears(&self.rms_norm(x, weight, eps)?, joined);
-        }
         Ok(kernels::normed_linears(x, weight, eps, &layers(joined), self.inner)?)
     }
 
@@ -213,10 +197,6 @@ impl Math for Wgpu {
         eps: f32,
         gate_up: &Self::Joined,
     ) -> Result<Tensor> {
-        if !self.records {
-            let [gate, up] = parts(self.normed_linears(x, weight, eps, gate_up)?)?;
-            return self.swiglu(gate, &up);
-        }
         let pair = parts(layers(gate_up))?;
         Ok(kernels::normed_swiglu(x, weight, eps, pair, self.inner)?)
     }
