@@ -8,7 +8,6 @@ use moa_models::{ChatSession, Checkpoint, EngineOptions, Event, GenerateOptions,
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
-use crate::files::Files;
 use crate::model::ChosenPlan;
 use crate::output::{Context, bytes, percent};
 use crate::terminal::ask;
@@ -51,13 +50,12 @@ pub(super) fn run<D: Math>(
 ) -> Result<()> {
     let limit = model.model.config().context_length();
     let capacity = conversation.capacity.unwrap_or(limit.min(DEFAULT_CONTEXT));
-    if let Some(path) = conversation.save {
-        Files::default().reads([model.folder()]).writes("--save-state", path)?;
+    if let Some(path) = conversation.save
+        && model.model.device().saved_cache_type().is_none()
+    {
         // The end of the conversation would be late to say so.
-        if model.model.device().saved_cache_type().is_none() {
-            let expected = "left out on a device that does not give its caches back";
-            return Err(Error::argument("--save-state", expected, path.display()));
-        }
+        let expected = "left out on a device that does not give its caches back";
+        return Err(Error::argument("--save-state", expected, path.display()));
     }
     let engine = conversation.engine;
     let mut session = match conversation.load {

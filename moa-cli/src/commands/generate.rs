@@ -10,6 +10,7 @@ use serde_json::json;
 use super::chat::{self, Conversation, OnOverflow};
 use crate::args::{ModelArg, PlanArgs, parse_count, parse_size};
 use crate::error::{Error, Result};
+use crate::files::Files;
 use crate::model::{self, ChosenPlan, Reopen, on_model};
 use crate::output::{Context, bytes, percent};
 use crate::progress::Progress;
@@ -117,6 +118,13 @@ impl SamplingArgs {
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    // `--load-state` may be the file that the conversation goes back to.
+    Files::default()
+        .reads([&args.model.model])
+        .reads(&args.plan.plan)
+        .reads(&args.style.template)
+        .reads(args.speculate.files())
+        .may_write("--save-state", args.save_state.as_deref())?;
     let prompts = read_prompts(args)?;
     if args.load_state.is_some() || args.save_state.is_some() {
         // Each rank holds a part of the keys and values.

@@ -49,7 +49,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         None => Vec::new(),
     };
     let items: Vec<PathBuf> = args.items.iter().map(|of| plans::labelled(of).1).collect();
-    Files::default()
+    let mut written = Files::default()
         .reads(&paths)
         .reads(searched.iter().map(|file| &file.path))
         .reads(&items)
@@ -81,6 +81,9 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         let mut folder = OutputFolder::create(path)?;
         for figure in &page.figures {
             let name = format!("{}.svg", figure.id);
+            if path.join(&name).exists() {
+                written = written.writes("--svg", &path.join(&name))?;
+            }
             files.push(folder.add(&name, figure.svg().into_bytes()));
         }
         folder.write(|_| Ok(Vec::new()))?;

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use moa_core::{ElasticRule, ModelShape, Plan, Profile, ProfileInfo};
 
-use crate::common::{cases, moa_in, ok, refuses, tiny};
+use crate::common::{cases, moa_in, model_copy, ok, refuses, tiny};
 
 const SHAPE: ModelShape = ModelShape { layers: 2, query_heads: 4, kv_heads: 2, head_dim: 8 };
 
@@ -158,6 +158,10 @@ fn a_file_that_is_no_log_is_not_written_to() {
     );
 }
 
+fn weights(model: &Path) -> String {
+    model.join("model.safetensors").to_str().unwrap().to_string()
+}
+
 #[test]
 fn outputs_are_no_inputs() {
     let dir = tempfile::tempdir().unwrap();
@@ -191,6 +195,30 @@ fn outputs_are_no_inputs() {
         let own = tiny().join("config.json");
         refuses(root, &[&args[..], &[own.to_str().unwrap()]].concat(), &["--out", "which is read"]);
     }
+    fs::write(root.join("template"), "{{ messages }}").unwrap();
+    for (flag, file) in [
+        ("--plan", "plan.json"),
+        ("--draft-plan", "plan.json"),
+        ("--draft-model", model),
+        ("--template", "template"),
+    ] {
+        let state = if file == model { weights(tiny().as_path()) } else { file.to_string() };
+        let args = ["generate", "--model", model, "--chat", flag, file, "--save-state", &state];
+        refuses(root, &args, &["--save-state", "which is read"]);
+    }
+    let copy = model_copy(root, "copy");
+    let quantize = |of: &str, out: &str| {
+        let args = ["quantize", "--model", of, "--type", "q8_0", "--out", out, "--force"];
+        refuses(root, &args, &["--out", "which is read"]);
+    };
+    quantize("copy", &weights(&copy));
+    ok(root, &["quantize", "--model", "copy", "--type", "q8_0", "--out", "copy/a.gguf"]);
+    quantize("copy/a.gguf", "copy/../copy/a.gguf");
+    quantize("copy", "copy/a.gguf");
+    fs::rename(root.join("plan.json"), root.join("heads.svg")).unwrap();
+    let report = ["report", "--plan", "heads.svg", "--out", "r.html", "--svg", "."];
+    refuses(root, &report, &["--svg", "which is read"]);
+    refuses(root, &[&uniform[..], &["--out", "-"]].concat(), &["--out", "the name of a file"]);
     let both = ["compress", "--model", model, "--out", "x", "--save-profile", "./x"];
     refuses(root, &both, &["--save-profile", "another file than --out"]);
     refuses(root, &["quickstart", "--model", model, "--out", model], &["--out", "model's"]);

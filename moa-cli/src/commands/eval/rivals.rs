@@ -111,6 +111,11 @@ impl RivalArgs {
         self.rivals.is_some()
     }
 
+    /// What is read for rivals.
+    pub(super) fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        self.profile.iter()
+    }
+
     /// Checks that no option is without effect.
     pub(super) fn check(&self, has_plan: bool) -> Result<()> {
         let given = self.rivals.as_deref();

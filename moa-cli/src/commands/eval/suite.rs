@@ -126,8 +126,15 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     let plans = args.plan.iter().map(|plan| PlanFile::load(plan)).collect::<Result<Vec<_>>>()?;
     if let Some(folder) = &args.items {
         OutputFolder::create(folder)?;
-        let model = [&args.model.model];
-        let inputs = || Files::default().reads(model).reads(args.sources.files()).reads(&args.text);
+        let inputs = || {
+            Files::default()
+                .reads([&args.model.model])
+                .reads(args.sources.files())
+                .reads(&args.text)
+                .reads(&args.style.template)
+                .reads(args.rivals.files())
+                .reads(plans.iter().map(|file| &file.path))
+        };
         for file in fs::read_dir(folder).into_iter().flatten().flatten() {
             if file.path().extension().is_some_and(|end| end == "jsonl") {
                 inputs().writes("--items", &file.path())?;
