@@ -31,7 +31,9 @@ impl<'a> Files<'a> {
             return refused("the name of a file (`./-` is one)".into());
         }
         for input in &self.inputs {
-            if is_same(path, input) || (input.is_dir() && is_of_model(path, input)) {
+            let is_part: fn(&Path, &Path) -> bool =
+                if input.is_dir() { is_of_model } else { is_of_split };
+            if is_same(path, input) || is_part(path, input) {
                 return refused(format!("another file than {}, which is read", input.display()));
             }
         }
@@ -95,6 +97,16 @@ fn is_of_model(path: &Path, folder: &Path) -> bool {
         || is_gguf
         || is_weights(name))
         && is_same(parent(path), folder)
+}
+
+/// Whether `path` is a part of the split GGUF file that another part stands for.
+fn is_of_split(path: &Path, part: &Path) -> bool {
+    // NAME-00001-of-00002.gguf
+    fn split(path: &Path) -> Option<(&str, &str)> {
+        let (first, count) = path.file_name()?.to_str()?.rsplit_once("-of-")?;
+        Some((first.rsplit_once('-')?.0, count.strip_suffix(".gguf")?))
+    }
+    split(path).is_some_and(|own| split(part) == Some(own)) && is_same(parent(path), parent(part))
 }
 
 /// The folder that a file lies in.
@@ -371,6 +383,12 @@ mod tests {
             ("profile.safetensors", false),
         ] {
             assert_eq!(files().writes("--out", &path(name)).is_err(), refused, "{name}");
+        }
+        fs::write(path("m-00001-of-00002.gguf"), "").unwrap();
+        let part = path("m-00001-of-00002.gguf");
+        for (name, refused) in [("m-00002-of-00002.gguf", true), ("m-00002-of-00003.gguf", false)] {
+            let split = Files::default().reads([&part]).writes("--out", &path(name));
+            assert_eq!(split.is_err(), refused, "{name}");
         }
         let dash = files().writes("--out", Path::new("-")).unwrap_err().to_string();
         assert!(dash.starts_with("--out must be the name of a file"), "{dash}");

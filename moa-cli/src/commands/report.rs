@@ -48,12 +48,10 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         Some(folder) => plans::load_folder(folder)?,
         None => Vec::new(),
     };
+    let others: Vec<PathBuf> = searched.iter().map(|file| file.path.clone()).collect();
     let items: Vec<PathBuf> = args.items.iter().map(|of| plans::labelled(of).1).collect();
-    let mut written = Files::default()
-        .reads(&paths)
-        .reads(searched.iter().map(|file| &file.path))
-        .reads(&items)
-        .writes("--out", &args.out)?;
+    let mut written =
+        Files::default().reads(&paths).reads(&others).reads(&items).writes("--out", &args.out)?;
     let answers = |argument: &String| {
         let (name, path) = plans::labelled(argument);
         Answers::load(name, &path)
