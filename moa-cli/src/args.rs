@@ -174,7 +174,7 @@ pub(crate) struct PlanArgs {
     #[arg(long, value_name = "DENSITY", value_parser = parse_density)]
     pub(crate) uniform: Option<f64>,
     /// Take a plan that was made for other weights of the same dimensions
-    #[arg(long, requires = "plan")]
+    #[arg(long, requires = "plan", conflicts_with = "uniform")]
     pub(crate) any_weights: bool,
 }
 

@@ -38,18 +38,18 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", value_parser = parse_count)]
     max_new_tokens: Option<usize>,
     /// Longest conversation of --chat, in tokens [default: the model's context, at most 8192]
-    #[arg(long, value_name = "TOKENS", value_parser = parse_count, requires = "chat")]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_count, conflicts_with_all = BATCH)]
     context: Option<usize>,
     /// What --chat does with a turn that the conversation has no room for [default: stop]
-    #[arg(long, value_enum, value_name = "HOW", requires = "chat")]
+    #[arg(long, value_enum, value_name = "HOW", conflicts_with_all = BATCH)]
     on_overflow: Option<OnOverflow>,
     #[command(flatten)]
     speculate: SpeculateArgs,
     /// Go on with the conversation of --chat that --save-state wrote, without reading it again
-    #[arg(long, value_name = "FILE", requires = "chat", conflicts_with_all = ["system", "context"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "prompt_file", "system", "context"])]
     load_state: Option<PathBuf>,
-    /// Write the conversation of --chat with its keys and values to a file when it ends
-    #[arg(long, value_name = "FILE", requires = "chat")]
+    /// Write the conversation of --chat with its keys and values to a file when it ends, by Ctrl-C or SIGTERM too
+    #[arg(long, value_name = "FILE", conflicts_with_all = BATCH)]
     save_state: Option<PathBuf>,
     #[command(flatten)]
     sampling: SamplingArgs,
@@ -61,6 +61,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TOKEN|ID")]
     stop_token: Vec<String>,
 }
+
+/// What is given in place of `--chat`, one of which always is. Flags of `--chat` conflict with it: that they require
+/// `--chat`, clap would forget where it conflicts with what is given.
+const BATCH: [&str; 2] = ["prompt", "prompt_file"];
 
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]

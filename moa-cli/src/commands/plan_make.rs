@@ -59,14 +59,14 @@ pub(crate) struct ImportArgs {
     full: FullArgs,
     /// Most recent keys of heads that do not see everything, besides the sink [default: the
     /// recent_size of a config.json beside the scores, else 256]
-    #[arg(long, value_name = "TOKENS", requires = "head_scores", value_parser = parse_count)]
+    #[arg(long, value_name = "TOKENS", conflicts_with = "published", value_parser = parse_count)]
     window: Option<usize>,
     /// First positions of the context that every head sees [default: the sink_size of a config.json
     /// beside the scores, else 64]
     #[arg(long, value_name = "TOKENS", value_parser = parse_size)]
     sink: Option<usize>,
     /// Smallest span of any head, sink included, of a published plan
-    #[arg(long, default_value_t = 128, value_name = "TOKENS", value_parser = parse_size)]
+    #[arg(long, default_value_t = 128, value_name = "TOKENS", conflicts_with = "head_scores", value_parser = parse_size)]
     min_span: usize,
     /// Plan to write
     #[arg(long, value_name = "FILE")]
@@ -87,16 +87,16 @@ struct ImportFrom {
 #[derive(Debug, clap::Args)]
 struct FullArgs {
     /// Heads of at least this score see everything [default: 0.5]
-    #[arg(long, value_name = "SCORE", requires = "head_scores", conflicts_with_all = ["sparsity", "density"])]
+    #[arg(long, value_name = "SCORE", conflicts_with_all = ["published", "sparsity", "density"])]
     threshold: Option<f64>,
     /// This share of the heads does not see everything
-    #[arg(long, value_name = "SHARE", requires = "head_scores", conflicts_with = "density")]
+    #[arg(long, value_name = "SHARE", conflicts_with_all = ["published", "density"])]
     sparsity: Option<f64>,
     /// Largest mean share of the context that heads keep at the length --at
-    #[arg(long, value_name = "DENSITY", requires_all = ["head_scores", "at"], value_parser = parse_density)]
+    #[arg(long, value_name = "DENSITY", requires = "at", conflicts_with = "published", value_parser = parse_density)]
     density: Option<f64>,
     /// Length at which the density is kept
-    #[arg(long, value_name = "TOKENS", requires = "density", value_parser = parse_count)]
+    #[arg(long, value_name = "TOKENS", requires = "density", conflicts_with_all = ["published", "threshold", "sparsity"], value_parser = parse_count)]
     at: Option<usize>,
 }
 
