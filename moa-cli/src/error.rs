@@ -1,3 +1,4 @@
+use std::borrow::Cow;
 use std::io;
 use std::path::PathBuf;
 
@@ -131,8 +132,8 @@ pub(crate) enum Error {
     /// Standard input or output failed.
     #[error("{stream}: {source}")]
     Stream {
-        /// `stdin` or `stdout`.
-        stream: &'static str,
+        /// `stdin`, with the line, or `stdout`.
+        stream: Cow<'static, str>,
         /// Why.
         source: io::Error,
     },

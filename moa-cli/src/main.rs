@@ -27,6 +27,7 @@ mod error;
 mod files;
 #[cfg(feature = "cuda")]
 mod gpus;
+mod interrupt;
 mod log;
 mod model;
 #[cfg(feature = "cuda")]

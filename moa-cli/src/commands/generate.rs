@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::io;
 use std::path::PathBuf;
 
 use moa_models::{
@@ -72,7 +73,7 @@ struct PromptArgs {
     /// The prompt
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
-    /// File with the prompt; several of them run as one batch
+    /// File with the prompt, or - for stdin; several of them run as one batch
     #[arg(long, value_name = "FILE")]
     prompt_file: Vec<PathBuf>,
     /// Conversation: every line of stdin is a turn
@@ -205,7 +206,11 @@ fn read_prompts(args: &Args) -> Result<Vec<NamedPrompt>> {
             .map(|text| NamedPrompt { name: "--prompt".into(), text: text.clone() }),
     );
     for path in &args.prompts.prompt_file {
-        let text = read_text(path)?;
+        let text = match path.as_os_str() == "-" {
+            true => io::read_to_string(io::stdin())
+                .map_err(|source| Error::Stream { stream: "stdin".into(), source })?,
+            false => read_text(path)?,
+        };
         prompts.push(NamedPrompt { name: path.display().to_string(), text });
     }
     Ok(prompts)

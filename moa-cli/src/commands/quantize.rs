@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::error::{Error, Result};
 use crate::files::Files;
+use crate::interrupt;
 use crate::model;
 use crate::output::{Context, bytes};
 use crate::progress::Progress;
@@ -70,6 +71,8 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     }
     Files::default().reads([&args.model]).writes("--out", &args.out)?;
     let folder = model::folder(&args.model, context)?;
+    // The file that is begun goes.
+    interrupt::watch();
     let mut bar = Progress::of_stages(context);
     let quantized = moa_models::quantize(&folder, args.kind, &args.out, &mut bar)?;
     drop(bar);
