@@ -235,6 +235,12 @@ pub(crate) fn task_parser() -> impl TypedValueParser<Value = Task> {
     PossibleValuesParser::new(Task::ALL.map(|(_, name)| name)).try_map(|name| name.parse::<Task>())
 }
 
+/// The values of a list, each once, in their order.
+pub(crate) fn distinct<T: PartialEq + Copy>(list: &[T]) -> Vec<T> {
+    let is_first = |(index, value): &(usize, &T)| !list[..*index].contains(value);
+    list.iter().enumerate().filter(is_first).map(|(_, value)| *value).collect()
+}
+
 /// A share of the context in (0, 1].
 pub(crate) fn parse_density(text: &str) -> Result<f64, Error> {
     let fault = || Error::argument("density", "a number above 0 and at most 1", text);

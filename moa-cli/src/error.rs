@@ -170,6 +170,16 @@ impl Error {
         }
     }
 
+    /// Whether a plan is for other weights of the same dimensions.
+    pub(crate) fn is_of_other_weights(&self) -> bool {
+        use moa_core::Error::FingerprintMismatch;
+        matches!(
+            self,
+            Self::Core(FingerprintMismatch { .. })
+                | Self::Model(moa_models::Error::Core(FingerprintMismatch { .. }))
+        )
+    }
+
     /// Whether stdout was closed by its reader.
     pub(crate) fn is_broken_pipe(&self) -> bool {
         matches!(self, Self::Stream { source, .. } if source.kind() == io::ErrorKind::BrokenPipe)
