@@ -9,7 +9,7 @@ use moa_report::{PlanSummary, lengths_of};
 use serde::{Deserialize, Serialize};
 
 use crate::args::{parse_count, parse_density, parse_head, parse_size};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::files::Files;
 use crate::model;
 use crate::output::{Context, shown};
@@ -262,7 +262,13 @@ pub(super) fn export(args: &ExportArgs, context: &Context) -> Result<()> {
     let plan = Plan::load(&args.plan)?;
     let at = args.at.unwrap_or(1);
     let bytes = match args.format {
-        ExportFormat::Published => plan.to_published_json()?.into_bytes(),
+        ExportFormat::Published => {
+            let json = plan.to_published_json().map_err(|error| {
+                let place = format!("{} (see --format json)", args.plan.display());
+                Error::from(error).at(place)
+            })?;
+            json.into_bytes()
+        }
         ExportFormat::Json => plan.to_span_json(at).into_bytes(),
         ExportFormat::Safetensors => plan.to_span_safetensors(at)?,
         ExportFormat::Tsv => plan.to_head_scores(at).into_bytes(),

@@ -5,7 +5,7 @@ use moa_core::write_atomic;
 use moa_report::{Answers, NamedPlan, Report};
 use serde::Serialize;
 
-use crate::args::parse_count;
+use crate::args::{distinct, parse_count};
 use crate::error::{Error, Result};
 use crate::files::{Files, OutputFolder};
 use crate::output::{Context, shown};
@@ -64,7 +64,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
             .map(|f| NamedPlan { name: f.name(), plan: f.plan })
             .collect(),
         answers: args.items.iter().map(answers).collect::<Result<_, _>>()?,
-        lengths: args.at.clone(),
+        lengths: distinct(&args.at),
         cache: context.cache,
     };
     let page = report.page().map_err(|error| match error {
