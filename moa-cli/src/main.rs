@@ -162,7 +162,7 @@ mod tests {
         vec![groups.iter().fold(leaf, |leaf, id| leaf.mut_group(id, |group| group.required(false)))]
     }
 
-    /// What is missing of a command line; `None` where it is refused for another reason.
+    /// What is missing of a command line, or why else it is refused.
     fn missing(leaf: &Command, line: &[String]) -> Result<BTreeSet<String>, ErrorKind> {
         match leaf.clone().try_get_matches_from(line) {
             Ok(_) => Ok(BTreeSet::new()),
