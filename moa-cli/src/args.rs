@@ -174,7 +174,7 @@ pub(crate) struct PlanArgs {
     #[arg(long, value_name = "DENSITY", value_parser = parse_density)]
     pub(crate) uniform: Option<f64>,
     /// Take a plan that was made for other weights of the same dimensions
-    #[arg(long, requires = "plan")]
+    #[arg(long, requires = "plan", conflicts_with = "uniform")]
     pub(crate) any_weights: bool,
 }
 
@@ -233,6 +233,12 @@ pub(crate) fn space_parser() -> impl TypedValueParser<Value = Space> {
 /// Parses a [`Task`], listing their names in the help.
 pub(crate) fn task_parser() -> impl TypedValueParser<Value = Task> {
     PossibleValuesParser::new(Task::ALL.map(|(_, name)| name)).try_map(|name| name.parse::<Task>())
+}
+
+/// The values of a list, each once, in their order.
+pub(crate) fn distinct<T: PartialEq + Copy>(list: &[T]) -> Vec<T> {
+    let is_first = |(index, value): &(usize, &T)| !list[..*index].contains(value);
+    list.iter().enumerate().filter(is_first).map(|(_, value)| *value).collect()
 }
 
 /// A share of the context in (0, 1].

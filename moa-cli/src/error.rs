@@ -1,3 +1,4 @@
+use std::borrow::Cow;
 use std::io;
 use std::path::PathBuf;
 
@@ -131,8 +132,8 @@ pub(crate) enum Error {
     /// Standard input or output failed.
     #[error("{stream}: {source}")]
     Stream {
-        /// `stdin` or `stdout`.
-        stream: &'static str,
+        /// `stdin`, with the line, or `stdout`.
+        stream: Cow<'static, str>,
         /// Why.
         source: io::Error,
     },
@@ -167,6 +168,16 @@ impl Error {
             Self::At { source, .. } => source.exit_code(),
             _ => 2,
         }
+    }
+
+    /// Whether a plan is for other weights of the same dimensions.
+    pub(crate) fn is_of_other_weights(&self) -> bool {
+        use moa_core::Error::FingerprintMismatch;
+        matches!(
+            self,
+            Self::Core(FingerprintMismatch { .. })
+                | Self::Model(moa_models::Error::Core(FingerprintMismatch { .. }))
+        )
     }
 
     /// Whether stdout was closed by its reader.

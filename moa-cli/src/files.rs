@@ -27,8 +27,13 @@ impl<'a> Files<'a> {
     /// nothing that the command reads.
     pub(crate) fn writes(mut self, flag: &'static str, path: &Path) -> Result<Self> {
         let refused = |expected: String| Err(Error::argument(flag, expected, path.display()));
+        if path.as_os_str() == "-" {
+            return refused("the name of a file (`./-` is one)".into());
+        }
         for input in &self.inputs {
-            if is_same(path, input) || (input.is_dir() && is_of_model(path, input)) {
+            let is_part: fn(&Path, &Path) -> bool =
+                if input.is_dir() { is_of_model } else { is_of_split };
+            if is_same(path, input) || is_part(path, input) {
                 return refused(format!("another file than {}, which is read", input.display()));
             }
         }
@@ -69,7 +74,7 @@ pub(crate) fn is_same(a: &Path, b: &Path) -> bool {
 
 /// Whether `path` is a file that a model's folder is made of. Plans, profiles and reports may lie there too.
 fn is_of_model(path: &Path, folder: &Path) -> bool {
-    const ENDS: [&str; 5] = [".gguf", ".bin", ".jinja", ".index.json", ".model"];
+    const ENDS: [&str; 4] = [".bin", ".jinja", ".index.json", ".model"];
     const NAMES: [&str; 9] = [
         "config.json",
         "generation_config.json",
@@ -85,8 +90,23 @@ fn is_of_model(path: &Path, folder: &Path) -> bool {
     let is_weights = |name: &str| {
         name.ends_with(".safetensors") && (name.starts_with("model") || name.starts_with("consol"))
     };
-    (NAMES.contains(&name) || ENDS.iter().any(|end| name.ends_with(end)) || is_weights(name))
+    // A new GGUF file beside the weights is none of them.
+    let is_gguf = name.ends_with(".gguf") && path.exists();
+    (NAMES.contains(&name)
+        || ENDS.iter().any(|end| name.ends_with(end))
+        || is_gguf
+        || is_weights(name))
         && is_same(parent(path), folder)
+}
+
+/// Whether `path` is a part of the split GGUF file that another part stands for.
+fn is_of_split(path: &Path, part: &Path) -> bool {
+    // NAME-00001-of-00002.gguf
+    fn split(path: &Path) -> Option<(&str, &str)> {
+        let (first, count) = path.file_name()?.to_str()?.rsplit_once("-of-")?;
+        Some((first.rsplit_once('-')?.0, count.strip_suffix(".gguf")?))
+    }
+    split(path).is_some_and(|own| split(part) == Some(own)) && is_same(parent(path), parent(part))
 }
 
 /// The folder that a file lies in.
@@ -344,7 +364,7 @@ mod tests {
     fn what_is_read_is_not_written() {
         let root = tempfile::tempdir().unwrap();
         let path = |name: &str| root.path().join(name);
-        for name in ["data.jsonl", "config.json", "plan.json"] {
+        for name in ["data.jsonl", "config.json", "plan.json", "old.gguf"] {
             fs::write(path(name), "").unwrap();
         }
         let data = path("data.jsonl");
@@ -356,12 +376,22 @@ mod tests {
             ("tokenizer.json", true),
             ("model.safetensors", true),
             ("model-00001-of-00002.safetensors", true),
+            ("old.gguf", true),
+            ("new.gguf", false),
             ("plan.json", false),
             ("new.json", false),
             ("profile.safetensors", false),
         ] {
             assert_eq!(files().writes("--out", &path(name)).is_err(), refused, "{name}");
         }
+        fs::write(path("m-00001-of-00002.gguf"), "").unwrap();
+        let part = path("m-00001-of-00002.gguf");
+        for (name, refused) in [("m-00002-of-00002.gguf", true), ("m-00002-of-00003.gguf", false)] {
+            let split = Files::default().reads([&part]).writes("--out", &path(name));
+            assert_eq!(split.is_err(), refused, "{name}");
+        }
+        let dash = files().writes("--out", Path::new("-")).unwrap_err().to_string();
+        assert!(dash.starts_with("--out must be the name of a file"), "{dash}");
         let twice = files().writes("--out", &path("a")).unwrap().writes("--svg", &path("a"));
         assert!(twice.unwrap_err().to_string().contains("--svg must be another file than --out"));
         #[cfg(unix)]

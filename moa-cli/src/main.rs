@@ -27,6 +27,7 @@ mod error;
 mod files;
 #[cfg(feature = "cuda")]
 mod gpus;
+mod interrupt;
 mod log;
 mod model;
 #[cfg(feature = "cuda")]
@@ -140,5 +141,93 @@ fn dispatch(cli: &Cli) -> Result<()> {
         Command::Report(args) => commands::report::run(args, &context),
         #[cfg(feature = "serve")]
         Command::Serve(args) => commands::serve::run(args, &context),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use clap::error::{ContextKind, ContextValue, ErrorKind};
+    use clap::{Arg, Command, CommandFactory};
+
+    /// The commands that have no subcommands, where nothing has to be given.
+    fn leaves(command: &Command) -> Vec<Command> {
+        let below: Vec<Command> = command.get_subcommands().flat_map(leaves).collect();
+        if !below.is_empty() || command.get_name() == "help" {
+            return below;
+        }
+        let groups: Vec<_> = command.get_groups().map(|group| group.get_id().clone()).collect();
+        let leaf = command.clone().no_binary_name(true).mut_args(|arg| arg.required(false));
+        vec![groups.iter().fold(leaf, |leaf, id| leaf.mut_group(id, |group| group.required(false)))]
+    }
+
+    /// What is missing of a command line, or why else it is refused.
+    fn missing(leaf: &Command, line: &[String]) -> Result<BTreeSet<String>, ErrorKind> {
+        match leaf.clone().try_get_matches_from(line) {
+            Ok(_) => Ok(BTreeSet::new()),
+            Err(error) if error.kind() == ErrorKind::MissingRequiredArgument => {
+                match error.get(ContextKind::InvalidArg) {
+                    Some(ContextValue::Strings(names)) => Ok(names.iter().cloned().collect()),
+                    other => panic!("{error}: {other:?}"),
+                }
+            }
+            Err(error) => Err(error.kind()),
+        }
+    }
+
+    /// A flag with a value that it takes.
+    fn given(leaf: &Command, arg: &Arg) -> Vec<String> {
+        const VALUES: [&str; 9] =
+            ["1", "a", "1:0", "10%", "q4_0", "ruler-4k", "127.0.0.1", "cpu", "mqar"];
+        let possible = arg.get_possible_values();
+        let values = possible.iter().map(|value| value.get_name()).chain(VALUES);
+        let word = |value: &str| match arg.get_long() {
+            Some(long) if arg.get_action().takes_values() => format!("--{long}={value}"),
+            Some(long) => format!("--{long}"),
+            None => value.to_string(),
+        };
+        let is_taken = |word: &String| {
+            let kind = missing(leaf, std::slice::from_ref(word)).err();
+            !matches!(kind, Some(ErrorKind::InvalidValue | ErrorKind::ValueValidation))
+        };
+        let words = values.map(word).find(is_taken);
+        vec![words.unwrap_or_else(|| panic!("{}: no value for {arg}", leaf.get_name()))]
+    }
+
+    /// clap forgets that a flag requires another one where that conflicts with what is given, so that the flag would
+    /// be without effect.
+    #[test]
+    fn what_a_flag_requires_it_requires_beside_every_other_flag() {
+        let mut root = super::Cli::command();
+        root.build();
+        let (mut required, mut faults) = (0, Vec::new());
+        for leaf in leaves(&root) {
+            let is_own = |arg: &&Arg| {
+                !arg.is_global_set() && !["help", "version"].contains(&arg.get_id().as_str())
+            };
+            let args: Vec<&Arg> = leaf.get_arguments().filter(is_own).collect();
+            let words: Vec<_> = args.iter().map(|arg| given(&leaf, arg)).collect();
+            let always = missing(&leaf, &[]).unwrap();
+            for (arg, own) in args.iter().zip(&words) {
+                let needs = missing(&leaf, own).unwrap();
+                let needs: BTreeSet<_> = needs.difference(&always).collect();
+                required += needs.len();
+                for (beside, others) in args.iter().zip(&words) {
+                    let Ok(still) = missing(&leaf, &[&own[..], others].concat()) else { continue };
+                    for need in &needs {
+                        let name = leaf.get_name();
+                        let is_met = still.contains(*need) || **need == beside.to_string();
+                        if !is_met {
+                            faults
+                                .push(format!("{name}: {arg} goes without {need} beside {beside}"));
+                        }
+                    }
+                }
+            }
+        }
+        assert!(faults.is_empty(), "{faults:#?}");
+        // The test sees what is required at all.
+        assert!(required > 5, "{required}");
     }
 }

@@ -229,7 +229,7 @@ pub(crate) fn choose_plan<D: Math>(args: &PlanArgs, model: &Checkpoint<D>) -> Re
     let shape = model.model.shape();
     if let Some(path) = &args.plan {
         let plan = Plan::load(path)?;
-        check_plan(&plan, model, args.any_weights).map_err(|e| e.at(path.display().to_string()))?;
+        check_plan(&plan, path, model, args.any_weights)?;
         return Ok(ChosenPlan { plan, eviction: None, name: path.display().to_string() });
     }
     Ok(match args.uniform {
@@ -242,14 +242,19 @@ pub(crate) fn choose_plan<D: Math>(args: &PlanArgs, model: &Checkpoint<D>) -> Re
     })
 }
 
-/// Checks that a plan is for this model, and unless `any_weights` for these weights.
+/// Checks that the plan of a file is for this model, and unless `any_weights` for these weights.
 pub(crate) fn check_plan<D: Math>(
     plan: &Plan,
+    path: &Path,
     model: &Checkpoint<D>,
     any_weights: bool,
 ) -> Result<()> {
-    match any_weights {
-        true => Ok(plan.check_shape(&model.model.shape())?),
-        false => Ok(model.check_plan(plan)?),
-    }
+    let checked = match any_weights {
+        true => plan.check_shape(&model.model.shape()).map_err(Error::from),
+        false => model.check_plan(plan).map_err(Error::from),
+    };
+    checked.map_err(|error| match error.is_of_other_weights() {
+        true => error.at(format!("{} (see --any-weights)", path.display())),
+        false => error.at(path.display().to_string()),
+    })
 }

@@ -105,7 +105,7 @@ impl Context {
 /// A result as JSON, its keys in the order of the alphabet.
 pub(crate) fn value_of(result: &impl Serialize) -> Result<Value> {
     serde_json::to_value(result)
-        .map_err(|source| Error::Stream { stream: "stdout", source: source.into() })
+        .map_err(|source| Error::Stream { stream: "stdout".into(), source: source.into() })
 }
 
 /// Serialises a path as people see it: JSON has no bytes that are not UTF-8, and a result is not lost for
@@ -124,5 +124,5 @@ fn to_stdout(text: &dyn Display) -> Result<()> {
     let text = if out.is_terminal() { plain(&text) } else { Cow::Borrowed(&*text) };
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
-        .map_err(|source| Error::Stream { stream: "stdout", source })
+        .map_err(|source| Error::Stream { stream: "stdout".into(), source })
 }

@@ -7,6 +7,7 @@ use indicatif::{FormattedDuration, ProgressBar, ProgressDrawTarget, ProgressStyl
 use moa_models::Stage;
 use serde::Serialize;
 
+use crate::interrupt;
 use crate::output::{Context, table};
 use crate::terminal::to_stderr;
 
@@ -123,7 +124,10 @@ impl moa_models::Progress for Progress {
             self.lines = self.lines.take().map(|_| Lines::default());
         }
         self.set(done, total);
-        ControlFlow::Continue(())
+        match interrupt::is_asked() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
     }
 
     fn remark(&mut self, text: &str) {

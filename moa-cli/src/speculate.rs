@@ -32,6 +32,11 @@ enum Speculate {
 }
 
 impl SpeculateArgs {
+    /// What is read for guesses.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        self.draft_model.iter().chain(&self.draft_plan)
+    }
+
     /// What the flags say of the engine.
     pub(crate) fn speculation(&self) -> Speculation {
         match self.speculate {

@@ -37,13 +37,13 @@ pub(crate) struct Args {
     #[arg(long)]
     no_dense: bool,
     /// Read the weights into memory instead of mapping their files
-    #[arg(long, requires = "model")]
+    #[arg(long, conflicts_with_all = ["config", "random_weights"])]
     no_mmap: bool,
     /// Seed of random weights made on the device, in place of those of a model
     #[arg(long, value_name = "SEED", requires = "config")]
     random_weights: Option<u32>,
     /// Random matrices lie in quantised blocks, as GGUF has them: q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k or q6_k
-    #[arg(long, value_name = "TYPE", requires = "random_weights")]
+    #[arg(long, value_name = "TYPE", conflicts_with = "model")]
     blocks: Option<BlockType>,
     /// Tokens of each prompt; several lengths are measured one after another
     #[arg(long, default_value = "1024", value_delimiter = ',', value_name = "TOKENS,..", value_parser = parse_count)]

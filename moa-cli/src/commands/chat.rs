@@ -1,6 +1,8 @@
-use std::io::{self, BufRead, IsTerminal};
+use std::cell::LazyCell;
+use std::io::{self, IsTerminal};
 use std::path::Path;
-use std::time::Instant;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use moa_core::Plan;
@@ -8,7 +10,7 @@ use moa_models::{ChatSession, Checkpoint, EngineOptions, Event, GenerateOptions,
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
-use crate::files::Files;
+use crate::interrupt;
 use crate::model::ChosenPlan;
 use crate::output::{Context, bytes, percent};
 use crate::terminal::ask;
@@ -51,13 +53,12 @@ pub(super) fn run<D: Math>(
 ) -> Result<()> {
     let limit = model.model.config().context_length();
     let capacity = conversation.capacity.unwrap_or(limit.min(DEFAULT_CONTEXT));
-    if let Some(path) = conversation.save {
-        Files::default().reads([model.folder()]).writes("--save-state", path)?;
+    if let Some(path) = conversation.save
+        && model.model.device().saved_cache_type().is_none()
+    {
         // The end of the conversation would be late to say so.
-        if model.model.device().saved_cache_type().is_none() {
-            let expected = "left out on a device that does not give its caches back";
-            return Err(Error::argument("--save-state", expected, path.display()));
-        }
+        let expected = "left out on a device that does not give its caches back";
+        return Err(Error::argument("--save-state", expected, path.display()));
     }
     let engine = conversation.engine;
     let mut session = match conversation.load {
@@ -76,24 +77,29 @@ pub(super) fn run<D: Math>(
     let capacity = session.capacity();
     let asks = io::stdin().is_terminal() && !context.json;
     let (mut turns, mut ended) = (Vec::new(), Ok(()));
+    if conversation.save.is_some() {
+        interrupt::watch();
+    }
+    let lines = LazyCell::new(read_lines);
     for number in 1.. {
         // Where several GPUs share the model, one thread reads for all.
         let line = model.model.agree(|| {
             if asks {
                 ask("> ");
             }
-            let line = io::stdin().lock().lines().next().transpose();
-            line.map_err(|source| Error::Stream { stream: "stdin", source })
+            next_line(&lines, number)
         });
         let turn = match line {
             Ok(None) => break,
             Ok(Some(line)) => match line.trim_start_matches('\u{feff}').trim() {
                 "" => Ok(None),
-                line => answer(line, &mut session, model, conversation, context).map(Some),
+                line => answer(line, &mut session, model, conversation, context)
+                    .map(Some)
+                    .map_err(|error| error.at(format!("stdin, line {number}"))),
             },
             Err(error) => Err(error),
         };
-        match turn.map_err(|error| error.at(format!("stdin, line {number}"))) {
+        match turn {
             Ok(turn) => turns.extend(turn),
             Err(error) if is_overflow(&error) && conversation.on_overflow == OnOverflow::Keep => {
                 context.note(format_args!("{error}; the conversation goes on without it"));
@@ -107,6 +113,8 @@ pub(super) fn run<D: Math>(
         }
     }
     if let Some(path) = conversation.save {
+        // An answer that was cut off is no part of it.
+        session.cancel()?;
         moa_core::write_atomic(path, &session.save()?)?;
     }
     let slot_bytes = context.cache.slot_bytes(chosen.plan.shape().head_dim);
@@ -137,6 +145,39 @@ pub(super) fn run<D: Math>(
     ended
 }
 
+/// The lines of stdin, read on a thread of its own: waiting for one can be interrupted.
+fn read_lines() -> Receiver<io::Result<String>> {
+    let (sender, lines) = sync_channel(0);
+    std::thread::spawn(move || {
+        for line in io::stdin().lines() {
+            if sender.send(line).is_err() {
+                break;
+            }
+        }
+    });
+    lines
+}
+
+/// Time between two looks at whether the conversation is to end.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// The next line of stdin; none at its end.
+fn next_line(lines: &Receiver<io::Result<String>>, number: usize) -> Result<Option<String>> {
+    loop {
+        if interrupt::is_asked() {
+            return Err(moa_models::Error::Cancelled.into());
+        }
+        match lines.recv_timeout(LOOK) {
+            Ok(line) => {
+                let stream = format!("stdin, line {number}").into();
+                return line.map(Some).map_err(|source| Error::Stream { stream, source });
+            }
+            Err(RecvTimeoutError::Disconnected) => return Ok(None),
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+    }
+}
+
 /// One turn, as it is told to programs.
 fn answer<D: Math>(
     line: &str,
@@ -157,8 +198,9 @@ fn answer<D: Math>(
     let mut completion = None;
     while let Some(event) = session.step()? {
         match event {
-            Event::Text { piece, .. } => context.stream(piece)?,
             Event::Done { completion: done, .. } => completion = Some(done),
+            _ if interrupt::is_asked() => return Err(moa_models::Error::Cancelled.into()),
+            Event::Text { piece, .. } => context.stream(piece)?,
             _ => {}
         }
     }

@@ -1,4 +1,5 @@
 use std::collections::BTreeMap;
+use std::io;
 use std::path::PathBuf;
 
 use moa_models::{
@@ -10,6 +11,7 @@ use serde_json::json;
 use super::chat::{self, Conversation, OnOverflow};
 use crate::args::{ModelArg, PlanArgs, parse_count, parse_size};
 use crate::error::{Error, Result};
+use crate::files::Files;
 use crate::model::{self, ChosenPlan, Reopen, on_model};
 use crate::output::{Context, bytes, percent};
 use crate::progress::Progress;
@@ -37,18 +39,18 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", value_parser = parse_count)]
     max_new_tokens: Option<usize>,
     /// Longest conversation of --chat, in tokens [default: the model's context, at most 8192]
-    #[arg(long, value_name = "TOKENS", value_parser = parse_count, requires = "chat")]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_count, conflicts_with_all = BATCH)]
     context: Option<usize>,
     /// What --chat does with a turn that the conversation has no room for [default: stop]
-    #[arg(long, value_enum, value_name = "HOW", requires = "chat")]
+    #[arg(long, value_enum, value_name = "HOW", conflicts_with_all = BATCH)]
     on_overflow: Option<OnOverflow>,
     #[command(flatten)]
     speculate: SpeculateArgs,
     /// Go on with the conversation of --chat that --save-state wrote, without reading it again
-    #[arg(long, value_name = "FILE", requires = "chat", conflicts_with_all = ["system", "context"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "prompt_file", "system", "context"])]
     load_state: Option<PathBuf>,
-    /// Write the conversation of --chat with its keys and values to a file when it ends
-    #[arg(long, value_name = "FILE", requires = "chat")]
+    /// Write the conversation of --chat with its keys and values to a file when it ends, by Ctrl-C or SIGTERM too
+    #[arg(long, value_name = "FILE", conflicts_with_all = BATCH)]
     save_state: Option<PathBuf>,
     #[command(flatten)]
     sampling: SamplingArgs,
@@ -61,13 +63,17 @@ pub(crate) struct Args {
     stop_token: Vec<String>,
 }
 
+/// What is given in place of `--chat`, one of which always is. Flags of `--chat` conflict with it: that they require
+/// `--chat`, clap would forget where it conflicts with what is given.
+const BATCH: [&str; 2] = ["prompt", "prompt_file"];
+
 #[derive(Debug, clap::Args)]
 #[group(required = true, multiple = false)]
 struct PromptArgs {
     /// The prompt
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
-    /// File with the prompt; several of them run as one batch
+    /// File with the prompt, or - for stdin; several of them run as one batch
     #[arg(long, value_name = "FILE")]
     prompt_file: Vec<PathBuf>,
     /// Conversation: every line of stdin is a turn
@@ -117,6 +123,13 @@ impl SamplingArgs {
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    // `--load-state` may be the file that the conversation goes back to.
+    Files::default()
+        .reads([&args.model.model])
+        .reads(&args.plan.plan)
+        .reads(&args.style.template)
+        .reads(args.speculate.files())
+        .may_write("--save-state", args.save_state.as_deref())?;
     let prompts = read_prompts(args)?;
     if args.load_state.is_some() || args.save_state.is_some() {
         // Each rank holds a part of the keys and values.
@@ -193,7 +206,11 @@ fn read_prompts(args: &Args) -> Result<Vec<NamedPrompt>> {
             .map(|text| NamedPrompt { name: "--prompt".into(), text: text.clone() }),
     );
     for path in &args.prompts.prompt_file {
-        let text = read_text(path)?;
+        let text = match path.as_os_str() == "-" {
+            true => io::read_to_string(io::stdin())
+                .map_err(|source| Error::Stream { stream: "stdin".into(), source })?,
+            false => read_text(path)?,
+        };
         prompts.push(NamedPrompt { name: path.display().to_string(), text });
     }
     Ok(prompts)

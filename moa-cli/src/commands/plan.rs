@@ -7,7 +7,7 @@ use moa_report::{HeadMap, PlanSummary, at_lengths, figure, lengths_of};
 use serde::Serialize;
 
 use super::plan_make;
-use crate::args::parse_count;
+use crate::args::{distinct, parse_count};
 use crate::error::Result;
 use crate::files::Files;
 use crate::output::{Context, shown, table};
@@ -61,7 +61,7 @@ const LISTED_HEADS: usize = 8;
 fn show(args: &ShowArgs, context: &Context) -> Result<()> {
     Files::default().reads([&args.plan]).may_write("--svg", args.svg.as_deref())?;
     let plan = Plan::load(&args.plan)?;
-    let lengths = if args.at.is_empty() { lengths_of(&plan) } else { args.at.clone() };
+    let lengths = if args.at.is_empty() { lengths_of(&plan) } else { distinct(&args.at) };
     let summary =
         PlanSummary::new(&plan, &lengths, context.cache.slot_bytes(plan.shape().head_dim));
     if let Some(path) = &args.svg {

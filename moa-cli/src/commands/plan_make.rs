@@ -9,7 +9,7 @@ use moa_report::{PlanSummary, lengths_of};
 use serde::{Deserialize, Serialize};
 
 use crate::args::{parse_count, parse_density, parse_head, parse_size};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::files::Files;
 use crate::model;
 use crate::output::{Context, shown};
@@ -59,14 +59,14 @@ pub(crate) struct ImportArgs {
     full: FullArgs,
     /// Most recent keys of heads that do not see everything, besides the sink [default: the
     /// recent_size of a config.json beside the scores, else 256]
-    #[arg(long, value_name = "TOKENS", requires = "head_scores", value_parser = parse_count)]
+    #[arg(long, value_name = "TOKENS", conflicts_with = "published", value_parser = parse_count)]
     window: Option<usize>,
     /// First positions of the context that every head sees [default: the sink_size of a config.json
     /// beside the scores, else 64]
     #[arg(long, value_name = "TOKENS", value_parser = parse_size)]
     sink: Option<usize>,
     /// Smallest span of any head, sink included, of a published plan
-    #[arg(long, default_value_t = 128, value_name = "TOKENS", value_parser = parse_size)]
+    #[arg(long, default_value_t = 128, value_name = "TOKENS", conflicts_with = "head_scores", value_parser = parse_size)]
     min_span: usize,
     /// Plan to write
     #[arg(long, value_name = "FILE")]
@@ -87,16 +87,16 @@ struct ImportFrom {
 #[derive(Debug, clap::Args)]
 struct FullArgs {
     /// Heads of at least this score see everything [default: 0.5]
-    #[arg(long, value_name = "SCORE", requires = "head_scores", conflicts_with_all = ["sparsity", "density"])]
+    #[arg(long, value_name = "SCORE", conflicts_with_all = ["published", "sparsity", "density"])]
     threshold: Option<f64>,
     /// This share of the heads does not see everything
-    #[arg(long, value_name = "SHARE", requires = "head_scores", conflicts_with = "density")]
+    #[arg(long, value_name = "SHARE", conflicts_with_all = ["published", "density"])]
     sparsity: Option<f64>,
     /// Largest mean share of the context that heads keep at the length --at
-    #[arg(long, value_name = "DENSITY", requires_all = ["head_scores", "at"], value_parser = parse_density)]
+    #[arg(long, value_name = "DENSITY", requires = "at", conflicts_with = "published", value_parser = parse_density)]
     density: Option<f64>,
     /// Length at which the density is kept
-    #[arg(long, value_name = "TOKENS", requires = "density", value_parser = parse_count)]
+    #[arg(long, value_name = "TOKENS", requires = "density", conflicts_with_all = ["published", "threshold", "sparsity"], value_parser = parse_count)]
     at: Option<usize>,
 }
 
@@ -262,7 +262,13 @@ pub(super) fn export(args: &ExportArgs, context: &Context) -> Result<()> {
     let plan = Plan::load(&args.plan)?;
     let at = args.at.unwrap_or(1);
     let bytes = match args.format {
-        ExportFormat::Published => plan.to_published_json()?.into_bytes(),
+        ExportFormat::Published => {
+            let json = plan.to_published_json().map_err(|error| {
+                let place = format!("{} (see --format json)", args.plan.display());
+                Error::from(error).at(place)
+            })?;
+            json.into_bytes()
+        }
         ExportFormat::Json => plan.to_span_json(at).into_bytes(),
         ExportFormat::Safetensors => plan.to_span_safetensors(at)?,
         ExportFormat::Tsv => plan.to_head_scores(at).into_bytes(),

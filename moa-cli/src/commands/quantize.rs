@@ -7,7 +7,8 @@ use moa_models::{BlockType, Quantized, TensorType};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::files::check_file;
+use crate::files::Files;
+use crate::interrupt;
 use crate::model;
 use crate::output::{Context, bytes};
 use crate::progress::Progress;
@@ -68,8 +69,10 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         let got = format!("{}, which exists", args.out.display());
         return Err(Error::argument("--out", "a new file, or --force given", got));
     }
-    check_file(&args.out)?;
+    Files::default().reads([&args.model]).writes("--out", &args.out)?;
     let folder = model::folder(&args.model, context)?;
+    // The file that is begun goes.
+    interrupt::watch();
     let mut bar = Progress::of_stages(context);
     let quantized = moa_models::quantize(&folder, args.kind, &args.out, &mut bar)?;
     drop(bar);

@@ -81,6 +81,11 @@ fn with_ops<D: Backward>(args: &Args, device: D, context: &Context) -> Result<()
     }
     let of = ModelArg { model: model_path, ignore_extra_tensors: false, no_mmap: false };
     let model = model::open(device, &of, context)?;
+    let limit = model.model.config().context_length();
+    if args.length > limit {
+        let error = moa_models::Error::ContextExceeded { asked: args.length, limit };
+        return Err(Error::from(error).at("--length"));
+    }
     let shape = model.model.shape();
     context.print(format_args!("Model: {} ({shape})", of.model.display()))?;
 

@@ -5,7 +5,7 @@ use moa_core::write_atomic;
 use moa_report::{Answers, NamedPlan, Report};
 use serde::Serialize;
 
-use crate::args::parse_count;
+use crate::args::{distinct, parse_count};
 use crate::error::{Error, Result};
 use crate::files::{Files, OutputFolder};
 use crate::output::{Context, shown};
@@ -48,12 +48,10 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         Some(folder) => plans::load_folder(folder)?,
         None => Vec::new(),
     };
+    let others: Vec<PathBuf> = searched.iter().map(|file| file.path.clone()).collect();
     let items: Vec<PathBuf> = args.items.iter().map(|of| plans::labelled(of).1).collect();
-    Files::default()
-        .reads(&paths)
-        .reads(searched.iter().map(|file| &file.path))
-        .reads(&items)
-        .writes("--out", &args.out)?;
+    let mut written =
+        Files::default().reads(&paths).reads(&others).reads(&items).writes("--out", &args.out)?;
     let answers = |argument: &String| {
         let (name, path) = plans::labelled(argument);
         Answers::load(name, &path)
@@ -66,7 +64,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
             .map(|f| NamedPlan { name: f.name(), plan: f.plan })
             .collect(),
         answers: args.items.iter().map(answers).collect::<Result<_, _>>()?,
-        lengths: args.at.clone(),
+        lengths: distinct(&args.at),
         cache: context.cache,
     };
     let page = report.page().map_err(|error| match error {
@@ -81,6 +79,9 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         let mut folder = OutputFolder::create(path)?;
         for figure in &page.figures {
             let name = format!("{}.svg", figure.id);
+            if path.join(&name).exists() {
+                written = written.writes("--svg", &path.join(&name))?;
+            }
             files.push(folder.add(&name, figure.svg().into_bytes()));
         }
         folder.write(|_| Ok(Vec::new()))?;

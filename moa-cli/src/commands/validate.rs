@@ -98,8 +98,7 @@ fn with_model<D: Math>(
     context: &Context,
 ) -> Result<()> {
     for file in &files {
-        model::check_plan(&file.plan, model, args.any_weights)
-            .map_err(|e| e.at(file.path.display().to_string()))?;
+        model::check_plan(&file.plan, &file.path, model, args.any_weights)?;
         if args.refine.is_some() {
             let place = |e: moa_models::Error| Error::from(e).at(file.path.display().to_string());
             let (own, first) = (CacheTypes::of(&file.plan).map_err(place)?, &files[0].plan);

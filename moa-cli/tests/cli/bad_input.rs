@@ -103,7 +103,13 @@ fn plans_for_other_models_are_refused() {
     plan("dims.json", &|p| p["model"]["head_dim"] = json!(128));
     generate("dims.json", &["dims.json", "head_dim 128", "head_dim 64"]);
     plan("weights.json", &|p| p["model"]["fingerprint"] = json!("0123abcd"));
-    generate("weights.json", &["weights.json", "0123abcd"]);
+    generate("weights.json", &["weights.json (see --any-weights)", "0123abcd"]);
+    plan("lines.json", &|p| {
+        let line = |k: u32| json!({ "alpha": 1000 * k, "beta": 0.3 / f64::from(k) });
+        p["rules"][0][1] = json!([line(1), line(2), line(3)]);
+    });
+    let export = ["plan", "export", "lines.json", "--out", "published.json"];
+    refuses(root, &export, &["lines.json (see --format json)", "layer 0, KV head 1"]);
     let any = ["--prompt", "Hello", "--max-new-tokens", "1", "--any-weights"];
     ok(root, &[&["generate", "--model", tiny, "--plan", "weights.json"], &any[..]].concat());
     plan("alpha.json", &|p| p["rules"][1][0]["alpha"] = json!(null));
@@ -243,6 +249,11 @@ fn values_out_of_range_are_refused() {
     );
     refuses(root, &["frobnicate"], &["frobnicate"]);
     refuses(root, &["quickstart", "--length", "10"], &["--length", "256"]);
+    refuses(
+        root,
+        &["quickstart", "--model", tiny, "--length", "8193", "--lengths", "256"],
+        &["--length", "8193", "8192"],
+    );
     refuses(
         root,
         &[

@@ -239,6 +239,21 @@ fn a_suite_gives_a_row_for_each_cache() {
     // Every answer is known.
     let table = ok(root, &[&with_plan[..], &["--windows", "0"]].concat());
     assert!(table.contains("multi-key") && !table.contains("KL worst 1 %"), "{table}");
+    // Names of rows and of their files.
+    let twice = |plans: &[&str]| {
+        let plans = [&suite[..], &["--plan"], plans].concat();
+        refuses(root, &plans, &["--plan", "different names", "twice"]);
+    };
+    fs::create_dir(root.join("other")).unwrap();
+    fs::copy(root.join("duo.json"), root.join("other/duo.json")).unwrap();
+    twice(&["duo.json", "other/duo.json"]);
+    twice(&["a b=duo.json", "a-b=other/duo.json"]);
+    twice(&["dense=duo.json"]);
+    let same = ["--windows", "0", "--tasks", "multi-key,multi-key", "--density", "0.5"];
+    let same = [&suite[..suite.len() - 2], &same, &["--rivals", "uniform,uniform"]].concat();
+    let board = json_of(root, &same);
+    assert_eq!(board["tasks"], serde_json::json!(["multi-key"]));
+    assert_eq!(board["rows"].as_array().unwrap().len(), 2);
     let long = ["eval", "suite", "--model", tiny, "--preset", "ruler-16k"];
     refuses(root, &long, &["--preset", "16384", "8192"]);
     refuses(root, &[&suite[..], &["--rivals", "duo"]].concat(), &["--rivals", "--density"]);

@@ -1,12 +1,16 @@
 //! What goes wrong around a run: full disks, killed processes, two at once, odd names, nobody who reads.
 
 use std::fs;
+#[cfg(unix)]
+use std::io::{Read, Write};
 use std::path::Path;
+#[cfg(unix)]
+use std::process::Child;
 use std::process::{Command, Stdio};
 
 use moa_core::{ElasticRule, ModelShape, Plan, Profile, ProfileInfo};
 
-use crate::common::{cases, moa_in, ok, refuses, tiny};
+use crate::common::{cases, moa_in, model_copy, ok, refuses, tiny};
 
 const SHAPE: ModelShape = ModelShape { layers: 2, query_heads: 4, kv_heads: 2, head_dim: 8 };
 
@@ -158,6 +162,10 @@ fn a_file_that_is_no_log_is_not_written_to() {
     );
 }
 
+fn weights(model: &Path) -> String {
+    model.join("model.safetensors").to_str().unwrap().to_string()
+}
+
 #[test]
 fn outputs_are_no_inputs() {
     let dir = tempfile::tempdir().unwrap();
@@ -191,6 +199,30 @@ fn outputs_are_no_inputs() {
         let own = tiny().join("config.json");
         refuses(root, &[&args[..], &[own.to_str().unwrap()]].concat(), &["--out", "which is read"]);
     }
+    fs::write(root.join("template"), "{{ messages }}").unwrap();
+    for (flag, file) in [
+        ("--plan", "plan.json"),
+        ("--draft-plan", "plan.json"),
+        ("--draft-model", model),
+        ("--template", "template"),
+    ] {
+        let state = if file == model { weights(tiny().as_path()) } else { file.to_string() };
+        let args = ["generate", "--model", model, "--chat", flag, file, "--save-state", &state];
+        refuses(root, &args, &["--save-state", "which is read"]);
+    }
+    let copy = model_copy(root, "copy");
+    let quantize = |of: &str, out: &str| {
+        let args = ["quantize", "--model", of, "--type", "q8_0", "--out", out, "--force"];
+        refuses(root, &args, &["--out", "which is read"]);
+    };
+    quantize("copy", &weights(&copy));
+    ok(root, &["quantize", "--model", "copy", "--type", "q8_0", "--out", "copy/a.gguf"]);
+    quantize("copy/a.gguf", "copy/../copy/a.gguf");
+    quantize("copy", "copy/a.gguf");
+    fs::rename(root.join("plan.json"), root.join("heads.svg")).unwrap();
+    let report = ["report", "--plan", "heads.svg", "--out", "r.html", "--svg", "."];
+    refuses(root, &report, &["--svg", "which is read"]);
+    refuses(root, &[&uniform[..], &["--out", "-"]].concat(), &["--out", "the name of a file"]);
     let both = ["compress", "--model", model, "--out", "x", "--save-profile", "./x"];
     refuses(root, &both, &["--save-profile", "another file than --out"]);
     refuses(root, &["quickstart", "--model", model, "--out", model], &["--out", "model's"]);
@@ -390,4 +422,58 @@ fn overflows_are_checked_in_tests_and_in_releases() {
         assert!(release.contains(&format!("\n{name}.overflow-checks = true\n")), "{name}");
     }
     assert!(!manifest.contains("overflow-checks = false"));
+}
+
+/// Ends a process as a terminal or a service manager does; its exit code.
+#[cfg(unix)]
+fn interrupt(process: &mut Child, signal: &str) -> Option<i32> {
+    let kill = Command::new("kill").args([signal, &process.id().to_string()]).status().unwrap();
+    assert!(kill.success());
+    process.wait().unwrap().code()
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_conversation_is_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let chat = ["generate", "--model", tiny.to_str().unwrap(), "--chat"];
+    // While the next turn is waited for, and while one is answered.
+    for (signal, most) in [("-INT", "2"), ("-TERM", "2"), ("-INT", "4000")] {
+        let mut run = moa(root)
+            .args(chat)
+            .args(["--max-new-tokens", most, "--save-state", "chat.state"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        // `wait` closes what it still has.
+        let mut stdin = run.stdin.take().unwrap();
+        stdin.write_all(b"Hello.\n").unwrap();
+        let mut stdout = run.stdout.take().unwrap();
+        stdout.read_exact(&mut [0]).unwrap();
+        assert_eq!(interrupt(&mut run, signal), Some(130), "{signal} {most}");
+        ok(root, &[&chat[..], &["--load-state", "chat.state"]].concat());
+        fs::remove_file(root.join("chat.state")).unwrap();
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_file_of_blocks_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let mut run = moa(root)
+        .args(["quantize", "--type", "q4_k", "--out", "tiny.gguf", "--model"])
+        .arg(tiny())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    while fs::read_dir(root).unwrap().count() == 0 {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    assert_eq!(interrupt(&mut run, "-INT"), Some(130));
+    assert_eq!(fs::read_dir(root).unwrap().count(), 0);
 }

@@ -166,8 +166,13 @@ fn warnings_reach_the_user_unless_quiet() {
 
 /// A run of a conversation.
 fn chat(root: &Path, lines: &str, more: &[&str]) -> Output {
+    generate_from(root, lines.as_bytes(), &[&["--chat"], more].concat())
+}
+
+/// `moa generate` with so much on stdin.
+fn generate_from(root: &Path, stdin: &[u8], more: &[&str]) -> Output {
     let tiny = tiny();
-    let args = ["generate", "--model", text(&tiny), "--chat", "--json", "--max-new-tokens", "6"];
+    let args = ["generate", "--model", text(&tiny), "--json", "--max-new-tokens", "6"];
     let mut child = Command::new(env!("CARGO_BIN_EXE_moa"))
         .args(args)
         .args(more)
@@ -178,8 +183,24 @@ fn chat(root: &Path, lines: &str, more: &[&str]) -> Output {
         .spawn()
         .unwrap();
     // A conversation that ended reads no more lines.
-    let _ = child.stdin.take().unwrap().write_all(lines.as_bytes());
+    let _ = child.stdin.take().unwrap().write_all(stdin);
     child.wait_with_output().unwrap()
+}
+
+#[test]
+fn stdin_is_a_prompt_and_has_lines_that_are_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let answer = |more: &[&str]| {
+        let output = generate_from(dir.path(), b"Hello", more);
+        let result: Value = serde_json::from_slice(&output.stdout).unwrap();
+        result["completions"][0]["text"].clone()
+    };
+    assert_eq!(answer(&["--prompt-file", "-"]), answer(&["--prompt", "Hello"]));
+    let output = generate_from(dir.path(), b"Hello.\n\xff\n", &["--chat"]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(stderr.contains("error: stdin, line 2: stream did not contain"), "{stderr}");
+    let result: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((output.status.code(), result["turns"].as_array().unwrap().len()), (Some(2), 1));
 }
 
 #[test]

@@ -77,6 +77,8 @@ fn profile_search_validate_generate_eval() {
     let text = ok(root, &args);
     assert!(text.contains("layer 5") && text.contains("N = 1024") && text.contains('█'), "{text}");
     assert_eq!(fs::read_to_string(root.join("heads.svg")).unwrap().matches("<title>").count(), 24);
+    let twice = json_of(root, &["plan", "show", "plan.json", "--at", "512,256,512"]);
+    assert_eq!(twice["at"].as_array().unwrap().len(), 2);
     ok(root, &["plan", "export", "plan.json", "--out", "published.json"]);
     let plan: serde_json::Value =
         serde_json::from_str(&fs::read_to_string(root.join("plan.json")).unwrap()).unwrap();

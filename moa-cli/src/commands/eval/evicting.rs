@@ -4,18 +4,22 @@ use moa_models::{Eviction, EvictionKind};
 use crate::args::parse_density;
 use crate::model::ChosenPlan;
 
+/// Flags of plans, in whose place a rival is. All of a rival's conflict with them: that they require `--rival`, clap
+/// would forget beside these.
+const OF_PLANS: [&str; 3] = ["plan", "uniform", "any_weights"];
+
 /// A rival of plans that evicts keys after dense attention has read a prompt.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub(super) struct EvictingArgs {
     /// Evict keys after the prompt instead of following a plan: snapkv (attention of the last 32 queries), adakv
     /// (the same, budgets shared by the heads of a layer), kvzip (attention while the model repeats its context)
-    #[arg(long, value_enum, value_name = "KIND", requires = "density", conflicts_with_all = ["plan", "uniform"])]
+    #[arg(long, value_enum, value_name = "KIND", requires = "density", conflicts_with_all = OF_PLANS)]
     rival: Option<Evicting>,
     /// Slots of the rival's caches as a share of the context: of kept keys and of the answer
-    #[arg(long, requires = "rival", value_name = "DENSITY", value_parser = parse_density)]
+    #[arg(long, requires = "rival", value_name = "DENSITY", conflicts_with_all = OF_PLANS, value_parser = parse_density)]
     density: Option<f64>,
     /// Evict before the last line of the message is read, which asks: kept keys have to serve any question
-    #[arg(long, requires = "rival")]
+    #[arg(long, requires = "rival", conflicts_with_all = OF_PLANS)]
     before_question: bool,
 }
 

@@ -7,7 +7,7 @@ use moa_models::{CacheTypes, Eviction, EvictionKind};
 
 use super::evicting;
 
-use crate::args::parse_density;
+use crate::args::{distinct, parse_density};
 use crate::error::{Error, Result};
 use crate::model;
 use crate::output::Context;
@@ -111,6 +111,11 @@ impl RivalArgs {
         self.rivals.is_some()
     }
 
+    /// What is read for rivals.
+    pub(super) fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        self.profile.iter()
+    }
+
     /// Checks that no option is without effect.
     pub(super) fn check(&self, has_plan: bool) -> Result<()> {
         let given = self.rivals.as_deref();
@@ -169,7 +174,7 @@ impl RivalArgs {
             None => format!("{kind} {density:.3}"),
         };
         let mut rivals = Vec::new();
-        for rival in self.rivals.as_ref().unwrap_or(&usual) {
+        for rival in distinct(self.rivals.as_ref().unwrap_or(&usual)) {
             if let Some(kind) = rival.eviction() {
                 let before_question = self.before_question;
                 let eviction = Eviction { kind, density: evicting, before_question };

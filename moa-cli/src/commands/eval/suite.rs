@@ -1,7 +1,8 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::iter::once;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use moa_core::{MAX_LENGTH, Plan};
@@ -15,7 +16,7 @@ use serde_json::json;
 use super::evicting::continuation;
 use super::rivals::{Cache, RivalArgs};
 use super::sources::SourceArgs;
-use crate::args::{ModelArg, parse_count, parse_size, task_parser};
+use crate::args::{ModelArg, distinct, parse_count, parse_size, task_parser};
 use crate::error::{Error, Result};
 use crate::files::{Files, OutputFolder};
 use crate::model::{self, on_model};
@@ -106,7 +107,7 @@ impl Args {
         const RECALL: [Task; 4] =
             [Task::Passkey, Task::MultiKey, Task::Mqar, Task::ParaphrasedNeedle];
         if !self.tasks.is_empty() {
-            return (self.tasks.clone(), Vec::new());
+            return (distinct(&self.tasks), Vec::new());
         }
         match self.preset.is_ruler {
             true => Task::RULER.into_iter().partition(|task| self.sources.has(*task)),
@@ -124,10 +125,18 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         None => HELD_OUT_TEXT.to_string(),
     };
     let plans = args.plan.iter().map(|plan| PlanFile::load(plan)).collect::<Result<Vec<_>>>()?;
+    check_names(once(DENSE).chain(plans.iter().map(|file| &*file.label)))?;
     if let Some(folder) = &args.items {
         OutputFolder::create(folder)?;
-        let model = [&args.model.model];
-        let inputs = || Files::default().reads(model).reads(args.sources.files()).reads(&args.text);
+        let inputs = || {
+            Files::default()
+                .reads([&args.model.model])
+                .reads(args.sources.files())
+                .reads(&args.text)
+                .reads(&args.style.template)
+                .reads(args.rivals.files())
+                .reads(plans.iter().map(|file| &file.path))
+        };
         for file in fs::read_dir(folder).into_iter().flatten().flatten() {
             if file.path().extension().is_some_and(|end| end == "jsonl") {
                 inputs().writes("--items", &file.path())?;
@@ -163,16 +172,16 @@ fn with_model<D: Math>(
         return Err(Error::from(error).at("--preset"));
     }
     for file in plans {
-        model::check_plan(&file.plan, model, args.any_weights)
-            .map_err(|e| e.at(file.path.display().to_string()))?;
+        model::check_plan(&file.plan, &file.path, model, args.any_weights)?;
     }
     let shape = model.model.shape();
-    let mut caches = vec![Cache::of_plan("dense".to_string(), Plan::full(shape)?)];
+    let mut caches = vec![Cache::of_plan(DENSE.to_string(), Plan::full(shape)?)];
     let first = plans.first().map(|file| file.plan.clone());
     caches.extend(plans.iter().map(|file| Cache::of_plan(file.label.clone(), file.plan.clone())));
     // Searches end by the clock: several GPUs compare what one of them found.
     let rivals = || args.rivals.caches(shape, first.as_ref(), length, context);
     caches.extend(model.model.agree(rivals)?);
+    check_names(caches.iter().map(|cache| &*cache.name))?;
 
     let (tasks, missing) = args.tasks();
     if !missing.is_empty() {
@@ -318,11 +327,30 @@ fn agreements<D: Math>(
     Ok(all)
 }
 
+/// The row of dense attention.
+const DENSE: &str = "dense";
+
+/// Checks that rows have names, and files of answers, of their own.
+fn check_names<'a>(names: impl Iterator<Item = &'a str>) -> Result<()> {
+    let mut seen = BTreeSet::new();
+    for name in names {
+        if !seen.insert(file_stem(name)) {
+            let expected = "plans and rivals of different names (NAME=FILE gives one)";
+            return Err(Error::argument("--plan", expected, format!("`{name}` twice")));
+        }
+    }
+    Ok(())
+}
+
 /// A file of a folder of answers.
 fn file_name(cache: &str, task: Task) -> PathBuf {
+    PathBuf::from(format!("{}-{}.jsonl", file_stem(cache), task.name()))
+}
+
+/// What files of a row's answers begin with.
+fn file_stem(cache: &str) -> String {
     let plain = |c: char| if c.is_alphanumeric() || "-_.".contains(c) { c } else { '-' };
-    Path::new(&format!("{}-{}.jsonl", cache.chars().map(plain).collect::<String>(), task.name()))
-        .to_path_buf()
+    cache.chars().map(plain).collect()
 }
 
 /// What a set of tasks says about caches.
@@ -459,6 +487,6 @@ mod tests {
     #[test]
     fn files_of_answers_have_plain_names() {
         let name = file_name("uniform 0.25 a/b", Task::Vt);
-        assert_eq!(name, Path::new("uniform-0.25-a-b-vt.jsonl"));
+        assert_eq!(name, PathBuf::from("uniform-0.25-a-b-vt.jsonl"));
     }
 }

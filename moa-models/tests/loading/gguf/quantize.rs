@@ -192,6 +192,16 @@ fn what_gguf_has_no_word_for_is_refused_and_leaves_no_file() {
     let error = quantize(moa_tiny(), BlockType::Q8_0, &path, &mut stop).unwrap_err();
     assert!(matches!(error, Error::Cancelled));
     assert_eq!(std::fs::read_dir(cancelled.path()).unwrap().count(), 0);
+    // As another run that ends first.
+    let mut meanwhile = |_, _, _| {
+        std::fs::write(&path, "mine").unwrap();
+        std::ops::ControlFlow::Continue(())
+    };
+    let error = quantize(moa_tiny(), BlockType::Q8_0, &path, &mut meanwhile).unwrap_err();
+    let Error::Io { source, .. } = error else { panic!("{error}") };
+    assert_eq!(source.kind(), std::io::ErrorKind::AlreadyExists);
+    assert_eq!(std::fs::read(&path).unwrap(), b"mine");
+    assert_eq!(std::fs::read_dir(cancelled.path()).unwrap().count(), 1);
 }
 
 #[test]

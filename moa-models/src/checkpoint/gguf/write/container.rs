@@ -97,6 +97,8 @@ impl Row<'_> {
 #[derive(Debug)]
 pub(super) struct Container {
     path: PathBuf,
+    /// No file was there; one that comes to be there is not written over.
+    is_new: bool,
     temporary: PathBuf,
     file: BufWriter<File>,
     written: usize,
@@ -104,8 +106,12 @@ pub(super) struct Container {
 }
 
 impl Container {
-    /// Writes all that stands before the tensors.
-    pub(super) fn create(path: &Path, keys: &Keys, rows: &[Row<'_>]) -> Result<Self> {
+    /// Writes all that stands before the tensors. A file that is new takes no other's place.
+    pub(super) fn create(
+        (path, is_new): (&Path, bool),
+        keys: &Keys,
+        rows: &[Row<'_>],
+    ) -> Result<Self> {
         let mut name = path.file_name().unwrap_or_default().to_os_string();
         if name.is_empty() {
             let source = io::Error::new(io::ErrorKind::InvalidInput, "not a file name");
@@ -115,7 +121,7 @@ impl Container {
         let temporary = path.with_file_name(name);
         let file = File::create(&temporary).map_err(|source| Error::io(path, source))?;
         let (path, file) = (path.to_owned(), BufWriter::with_capacity(1 << 20, file));
-        let mut container = Self { path, temporary, file, written: 0, done: false };
+        let mut container = Self { path, is_new, temporary, file, written: 0, done: false };
         let mut head = b"GGUF".to_vec();
         head.extend(3u32.to_le_bytes());
         head.extend((rows.len() as u64).to_le_bytes());
@@ -152,7 +158,10 @@ impl Container {
         let flushed = self.file.flush().and_then(|()| self.file.get_ref().sync_all());
         flushed.map_err(|source| Error::io(&self.path, source))?;
         check(&self.temporary)?;
-        std::fs::rename(&self.temporary, &self.path)
+        // Whoever takes the name first has it.
+        let taken = if self.is_new { File::create_new(&self.path).map(drop) } else { Ok(()) };
+        taken
+            .and_then(|()| std::fs::rename(&self.temporary, &self.path))
             .map_err(|source| Error::io(&self.path, source))?;
         self.done = true;
         Ok(self.written)

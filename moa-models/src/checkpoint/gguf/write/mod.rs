@@ -54,13 +54,13 @@ pub struct Quantized {
 /// weights that are in the blocks that they are to get.
 ///
 /// The file is there when it is whole, and only if configuration and tokenizer that are read back from it are
-/// those of the source.
+/// those of the source. It takes the place of one that was there at the beginning, but of none that came meanwhile.
 ///
 /// # Errors
 /// [`Error::Gguf`] for a source that is none, or has something that GGUF has no word for; [`Error::Config`]
 /// for a model of another family; those of [`Checkpoint::open`](crate::Checkpoint::open) for the source;
 /// [`Error::NotFinite`] for a weight that is no number, or beyond what its type holds; [`Error::Cancelled`];
-/// [`Error::Io`] if the file cannot be written.
+/// [`Error::Io`] if the file cannot be written, or another one came to be in its place.
 pub fn quantize(
     model: impl AsRef<Path>,
     kind: impl Into<TensorType>,
@@ -68,6 +68,7 @@ pub fn quantize(
     progress: &mut dyn Progress,
 ) -> Result<Quantized> {
     let (model, wanted, out) = (model.as_ref(), kind.into(), out.as_ref());
+    let out = (out, std::fs::symlink_metadata(out).is_err());
     let mut keys = Keys::default();
     if is_gguf(model) {
         let gguf = Gguf::open(model)?;
@@ -142,7 +143,7 @@ fn check(model: &Path, file: &Path, config: &ModelConfig, tokenizer: &Tokenizer)
 
 /// Writes keys and tensors; `check` looks at the file before it gets its name.
 fn write(
-    out: &Path,
+    out: (&Path, bool),
     mut keys: Keys,
     sources: &[Source],
     (wanted, tied): (TensorType, bool),
