@@ -9,7 +9,7 @@ use moa_report::{PlanSummary, lengths_of};
 use serde::{Deserialize, Serialize};
 
 use crate::args::{parse_count, parse_density, parse_head, parse_size};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::files::Files;
 use crate::model;
 use crate::output::{Context, shown};
@@ -252,8 +252,14 @@ pub(super) fn uniform(args: &UniformArgs, context: &Context) -> Result<()> {
 
 pub(super) fn retrieval_heads(args: &RetrievalHeadsArgs, context: &Context) -> Result<()> {
     Files::default().reads(args.shape.files()).writes("--out", &args.out)?;
-    let plan =
-        Plan::retrieval_heads(args.shape.shape(context)?, args.sink, args.window, &args.heads)?;
+    let shape = args.shape.shape(context)?;
+    let is_there = |(layer, head): &(usize, usize)| *layer < shape.layers && *head < shape.kv_heads;
+    if let Some((layer, head)) = args.heads.iter().find(|head| !is_there(head)) {
+        let expected =
+            format!("layers below {} with KV heads below {}", shape.layers, shape.kv_heads);
+        return Err(Error::argument("--heads", expected, format!("{layer}:{head}")));
+    }
+    let plan = Plan::retrieval_heads(shape, args.sink, args.window, &args.heads)?;
     save(plan, "retrieval-heads", &args.out, context)
 }
 
