@@ -257,7 +257,7 @@ pub(super) fn retrieval_heads(args: &RetrievalHeadsArgs, context: &Context) -> R
     if let Some((layer, head)) = args.heads.iter().find(|head| !is_there(head)) {
         let expected =
             format!("layers below {} with KV heads below {}", shape.layers, shape.kv_heads);
-        return Err(Error::argument("--heads", expected, format!("{layer}:{head}")));
+        return Err(Error::argument("--heads", expected, format!("layer {layer}, KV head {head}")));
     }
     let plan = Plan::retrieval_heads(shape, args.sink, args.window, &args.heads)?;
     save(plan, "retrieval-heads", &args.out, context)

@@ -211,7 +211,7 @@ fn flags_are_named_whose_values_the_model_cannot_follow() {
         ),
         (&generate, &["--stop", ""], &["--stop"]),
         (&generate, &["--temperature=-1"], &["--temperature"]),
-        (&heads, &["--heads", "6:1"], &["--heads", "6:1", "below"]),
+        (&heads, &["--heads", "6:1"], &["--heads", "layer 6, KV head 1", "below"]),
     ];
     for (command, flags, parts) in cases {
         refuses(root, &[command, flags].concat(), parts);
