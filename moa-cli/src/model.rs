@@ -2,7 +2,7 @@ use std::path::{Path, PathBuf};
 
 use moa_core::{DEFAULT_SINK, ElasticRule, ModelShape, Plan};
 use moa_models::{
-    Checkpoint, Cpu, Dtype, Eviction, HubId, Math, ModelConfig, OpenOptions, is_gguf,
+    CacheType, Checkpoint, Cpu, Dtype, Eviction, HubId, Math, ModelConfig, OpenOptions, is_gguf,
 };
 
 use crate::args::{ModelArg, PlanArgs, WeightType};
@@ -225,11 +225,23 @@ pub(crate) struct ChosenPlan {
 }
 
 /// The plan that the flags ask for, checked against the model.
-pub(crate) fn choose_plan<D: Math>(args: &PlanArgs, model: &Checkpoint<D>) -> Result<ChosenPlan> {
+pub(crate) fn choose_plan<D: Math>(
+    args: &PlanArgs,
+    model: &Checkpoint<D>,
+    context: &Context,
+) -> Result<ChosenPlan> {
     let shape = model.model.shape();
     if let Some(path) = &args.plan {
         let plan = Plan::load(path)?;
         check_plan(&plan, path, model, args.any_weights)?;
+        let is_other = |own: &Option<CacheType>| own.is_some_and(|own| own != context.cache);
+        if context.cache_dtype.is_some() && plan.cache_types().iter().any(is_other) {
+            context.note(format_args!(
+                "{}: the plan says the types of keys and values, which hold in place of --cache-dtype {}",
+                path.display(),
+                context.cache
+            ));
+        }
         return Ok(ChosenPlan { plan, eviction: None, name: path.display().to_string() });
     }
     Ok(match args.uniform {

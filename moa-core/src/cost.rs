@@ -1,5 +1,5 @@
 use crate::search::Bound;
-use crate::{Error, ModelShape, Result, SparseAttentionBackend};
+use crate::{CacheType, Error, ModelShape, Result, SparseAttentionBackend};
 
 /// What one KV head costs by its span, in any unit: straight lines between measured points.
 #[derive(Clone, Debug, PartialEq)]
@@ -81,6 +81,13 @@ impl ModelShape {
     pub const fn kv_bytes(&self, length: usize, slot_bytes: u64) -> u64 {
         let slots = (self.total_kv_heads() as u64).saturating_mul(length as u64);
         slots.saturating_mul(slot_bytes)
+    }
+
+    /// Bytes of a slot of the dense cache that sizes are told as a share of: `slot_bytes`, but not less than 16-bit keys and
+    /// values take, whatever narrower type a cache has.
+    pub const fn dense_slot_bytes(&self, slot_bytes: u64) -> u64 {
+        let plain = CacheType::F16.slot_bytes(self.head_dim);
+        if slot_bytes < plain { plain } else { slot_bytes }
     }
 }
 

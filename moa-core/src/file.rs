@@ -137,14 +137,19 @@ pub fn read_file(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Reads a whole file of UTF-8, as [`open_file`] opens it.
+/// Reads a whole file of UTF-8, as [`open_file`] opens it, without the byte order mark that some editors begin it with.
 ///
 /// # Errors
 /// Those of [`read_file`], and [`ErrorKind::InvalidData`] if it is no text.
 pub fn read_text_file(path: &Path) -> io::Result<String> {
     let mut text = String::new();
     open_file(path)?.read_to_string(&mut text)?;
-    Ok(text)
+    Ok(without_mark(text))
+}
+
+/// A text without its byte order mark.
+pub(crate) fn without_mark(text: String) -> String {
+    text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text)
 }
 
 /// Reads a whole file.
@@ -168,6 +173,8 @@ mod tests {
         assert_eq!(read_file(dir.path()).unwrap_err().kind(), ErrorKind::IsADirectory);
         fs::write(dir.path().join("a"), "b").unwrap();
         assert_eq!(read_text_file(&dir.path().join("a")).unwrap(), "b");
+        fs::write(dir.path().join("a"), "\u{feff}b\u{feff}").unwrap();
+        assert_eq!(read_text_file(&dir.path().join("a")).unwrap(), "b\u{feff}");
     }
 
     fn names(folder: &Path) -> Vec<String> {

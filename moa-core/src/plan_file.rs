@@ -2,9 +2,11 @@
 
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 
-use crate::file::{read, write_atomic};
+use crate::file::{read, without_mark, write_atomic};
 use crate::{CacheType, ElasticRule, Error, HeadRule, ModelShape, Plan, Provenance, Result};
 
 const FORMAT: &str = "moa-plan";
@@ -19,12 +21,25 @@ pub(crate) struct PlanFile {
     model: Model,
     sink: usize,
     min_span: usize,
+    #[serde(deserialize_with = "rules")]
     rules: Vec<Vec<HeadRule>>,
     /// The type of each head's keys and values, or null; absent where the plan says none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     cache_types: Option<Vec<Vec<Option<CacheType>>>>,
     #[serde(default)]
     provenance: Provenance,
+}
+
+/// A table of rules, of which the first that is none is named.
+fn rules<'de, D: Deserializer<'de>>(file: D) -> Result<Vec<Vec<HeadRule>>, D::Error> {
+    let rule = |layer: usize, head: usize, value: &Value| {
+        let fault = |e| D::Error::custom(format_args!("rules[{layer}][{head}]: {e}"));
+        HeadRule::deserialize(value).map_err(fault)
+    };
+    let row = |(layer, row): (usize, &Vec<Value>)| {
+        row.iter().enumerate().map(|(head, value)| rule(layer, head, value)).collect()
+    };
+    Vec::<Vec<Value>>::deserialize(file)?.iter().enumerate().map(row).collect()
 }
 
 #[derive(Serialize, Deserialize)]
@@ -255,7 +270,8 @@ impl Plan {
 }
 
 fn text(path: &Path) -> Result<String> {
-    String::from_utf8(read(path)?)
+    let text = String::from_utf8(read(path)?);
+    text.map(without_mark)
         .map_err(|e| Error::Format { path: path.to_path_buf(), reason: format!("not UTF-8: {e}") })
 }
 

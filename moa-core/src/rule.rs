@@ -77,7 +77,10 @@ impl ElasticRule {
 pub struct HeadRule(Vec<ElasticRule>);
 
 #[derive(Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "expected {\"alpha\": number, \"beta\": number} or an array of at least one of these"
+)]
 enum RuleRepr {
     One(Line),
     Union(Vec<Line>),

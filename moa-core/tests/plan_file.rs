@@ -24,6 +24,9 @@ fn a_saved_plan_loads_the_same() {
     let path = dir.path().join("plan.json");
     plan().save(&path).unwrap();
     assert_eq!(Plan::load(&path).unwrap(), plan());
+    // Some editors begin a file with a byte order mark.
+    std::fs::write(&path, format!("\u{feff}{}", plan().to_json())).unwrap();
+    assert_eq!(Plan::load(&path).unwrap(), plan());
     let names: Vec<_> =
         std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(names, ["plan.json"], "no temporary file is left");
@@ -55,6 +58,11 @@ fn bad_plan_files_name_the_place() {
     assert!(broken("\"alpha\": 64.0", "\"alpha\": NaN").contains("line"));
     assert!(broken("\"alpha\": 64.0", "\"alpha\": 1e999").contains("plan file"));
     assert!(broken("\"beta\": 0.1", "\"beta\": -0.1").contains("beta"));
+    let rule = broken("\"alpha\": 64.0", "\"alfa\": 64.0");
+    assert!(rule.contains("rules[0][0]: expected {\"alpha\": number, \"beta\": number}"), "{rule}");
+    let rule = broken("\"alpha\": 100.0", "\"alpha\": \"many\"");
+    assert!(rule.contains("rules[0][1]: expected {"), "{rule}");
+    assert!(broken("\"beta\": 0.1", "\"beta\": -0.1").contains("rules[0][0]"));
     assert!(
         broken("\"layers\": 2", "\"layers\": 3").contains("rules: expected 3 layers, got 2 layers")
     );

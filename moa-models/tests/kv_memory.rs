@@ -124,7 +124,10 @@ fn caches_of_moa_tiny() -> Result<()> {
         let model = load(&tiny, cache)?;
         let (dense, plan) = (Plan::full(model.shape())?, quarter(&model)?);
         let slot_bytes = cache.slot_bytes(model.shape().head_dim);
-        assert_eq!(plan.kv_bytes(2048, slot_bytes) * 4, model.dense_bytes(2048)?);
+        assert_eq!(plan.kv_bytes(2048, slot_bytes) * 4, dense.kv_bytes(2048, slot_bytes));
+        // What is called dense has 16 bits at least.
+        let told = slot_bytes.max(CacheType::Bf16.slot_bytes(model.shape().head_dim));
+        assert_eq!(dense.kv_bytes(2048, told), model.dense_bytes(2048)?);
         // The first run also leaves each thread the buffers that its next run reuses.
         holds_what_it_promises(&model, &dense, 2048, cache)?;
         let promised = plan.kv_bytes(2048, slot_bytes);

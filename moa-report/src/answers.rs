@@ -82,8 +82,13 @@ impl Line<'_> {
         let value: Value =
             serde_json::from_str(self.text).map_err(|e| self.fault("item", "a JSON object", e))?;
         let is_header = value.get("settings").is_some() && value.get("prompt_tokens").is_none();
-        if self.number == 1 && is_header {
-            return Ok(Vec::new());
+        match (is_header, self.number) {
+            (true, 1) => return Ok(Vec::new()),
+            (true, _) => {
+                let expected = "in every line but the first, which alone may be settings";
+                return Err(self.fault("`prompt_tokens`", expected, "settings of another run"));
+            }
+            (false, _) => {}
         }
         let tokens = &value["prompt_tokens"];
         let Some(prompt_tokens) = tokens.as_u64() else {
@@ -137,6 +142,7 @@ mod tests {
         for (line, what) in [
             ("[1", "JSON"),
             (r#"{"settings": {}}"#, "`prompt_tokens`"),
+            (r#"{"settings": {}}"#, "got settings of another run"),
             (r#"{"right": 1, "prompt_tokens": 7}"#, "right must be true or false"),
             (r#"{"references": [{}], "prompt_tokens": 7}"#, "found must be true or false"),
             (r#"{"right": true, "prompt_tokens": -7}"#, "`prompt_tokens`"),

@@ -126,7 +126,17 @@ impl Report {
                 .collect(),
         };
         let groups: Vec<Bars> = first.sizes().iter().enumerate().map(bars).collect();
-        Some(figure::kv_bytes(&groups, self.cache.name()))
+        let is_used = |cache_type: &CacheType| {
+            let own = |p: &NamedPlan| match p.plan.cache_types() {
+                [] => *cache_type == self.cache,
+                types => types.iter().any(|own| own.unwrap_or(self.cache) == *cache_type),
+            };
+            self.plans.iter().any(own)
+        };
+        let types: Vec<&str> =
+            CacheType::ALL.into_iter().filter(is_used).map(CacheType::name).collect();
+        let dense = self.cache.dtype().map_or("16 bits", |_| self.cache.name());
+        Some(figure::kv_bytes(&groups, &types.join(", "), dense))
     }
 
     /// What plans say about themselves.
@@ -189,6 +199,22 @@ mod tests {
         let error = Report { plans, ..Report::default() }.page().unwrap_err();
         assert!(matches!(error, Error::OtherModel { index: 1, .. }), "{error}");
         assert!(error.to_string().contains("3 layers"), "{error}");
+    }
+
+    #[test]
+    fn bytes_are_told_of_the_types_that_plans_have() {
+        let NamedPlan { name, plan } = plan("a", 2);
+        let typed = plan.with_cache_types(vec![Some(CacheType::Int8); 4]).unwrap();
+        let of = |plans| {
+            let page = Report { plans, ..Report::default() }.page().unwrap();
+            let figure = page.figures.into_iter().find(|figure| figure.id == "kv-bytes").unwrap();
+            figure.caption
+        };
+        let one = NamedPlan { name, plan: typed };
+        let caption = of(vec![one.clone()]);
+        assert!(caption.contains("in int8, and of a dense cache in bf16;"), "{caption}");
+        let two = of(vec![one, self::plan("b", 2)]);
+        assert!(two.contains("in bf16, int8, and") || two.contains("in int8, bf16, and"), "{two}");
     }
 
     #[test]

@@ -43,7 +43,7 @@ pub struct PlanSize {
     pub density: f64,
     /// Bytes of keys and values of one sequence.
     pub kv_bytes: u64,
-    /// Bytes of a dense cache for the same sequence.
+    /// Bytes of a dense cache for the same sequence, in 16 bits at least.
     pub kv_bytes_dense: u64,
     /// Span of each KV head.
     pub spans: HeadMap,
@@ -57,7 +57,9 @@ impl PlanSummary {
             length,
             density: plan.density(length),
             kv_bytes: plan.kv_bytes(length, slot_bytes),
-            kv_bytes_dense: plan.shape().kv_bytes(length, slot_bytes),
+            kv_bytes_dense: plan
+                .shape()
+                .kv_bytes(length, plan.shape().dense_slot_bytes(slot_bytes)),
             spans: HeadMap::new(plan, length),
         };
         Self {
@@ -136,5 +138,9 @@ mod tests {
         assert_eq!(value["at"][0]["kv_bytes"], 2 * 500 * 8 * 2);
         assert_eq!(value["at"][0]["kv_bytes_dense"], 2 * 800 * 8 * 2);
         assert_eq!(lengths_of(&plan), [1024, 8192]);
+        // What a dense cache has does not depend on a narrower type.
+        let narrow = json!(PlanSummary::new(&plan, &[400], CacheType::Int4.slot_bytes(8)));
+        assert_eq!(narrow["at"][0]["kv_bytes_dense"], 2 * 800 * 8 * 2);
+        assert!(narrow["at"][0]["kv_bytes"].as_u64() < value["at"][0]["kv_bytes"].as_u64());
     }
 }

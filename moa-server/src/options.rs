@@ -12,9 +12,10 @@ pub struct ServerOptions {
     pub address: SocketAddr,
     /// The model's name in requests; `None` for that of its folder or file.
     pub model_name: Option<String>,
-    /// Keys that clients may authorise themselves with; none lets everybody in.
+    /// Keys that clients may authorise themselves with, of visible ASCII; none lets everybody in.
     pub api_keys: Vec<String>,
-    /// Origins whose pages may use the server from a browser; `*` stands for all.
+    /// Origins whose pages may use the server from a browser, as browsers write them (`https://example.com`, no `/` at
+    /// the end); `*` stands for all.
     pub cors_origins: Vec<String>,
     /// Bytes of keys and values of all requests that run together; where several devices share the model, on the one that
     /// has most of them, here and below.
@@ -38,10 +39,10 @@ pub struct ServerOptions {
     pub max_queue: usize,
     /// Most choices of one request: `n` times its prompts.
     pub max_choices: usize,
-    /// New tokens of a request that does not say how many; `None` for what the model's authors say,
-    /// else 1024.
+    /// New tokens of a request that does not say how many, at most the context; `None` for what the model's authors
+    /// say, else 1024, of a chat or a response, and as in OpenAI's API for 16 of `/v1/completions`.
     pub default_max_tokens: Option<usize>,
-    /// Longest prompt and answer together; `None` for the model's context.
+    /// Longest prompt and answer together, at most the model's context; `None` for that.
     pub max_context: Option<usize>,
     /// Fewest tokens that a sequence has room for. A plan gives heads a share of the length, which of a
     /// short text leaves next to nothing; and a conversation grows before it is read again.
@@ -94,8 +95,23 @@ impl Default for ServerOptions {
 impl ServerOptions {
     /// Longest prompt and answer together.
     pub(crate) fn context<D: Math>(&self, model: &Decoder<D>) -> usize {
-        let own = model.config().context_length();
-        self.max_context.map_or(own, |most| most.min(own))
+        self.max_context.unwrap_or_else(|| model.config().context_length())
+    }
+
+    /// Checks what a model has no room for.
+    pub(crate) fn check_context<D: Math>(&self, model: &Decoder<D>) -> Result<()> {
+        let (own, context) = (model.config().context_length(), self.context(model));
+        if context > own {
+            let expected = format!("at most the model's context of {own} tokens");
+            return Err(Error::option("max_context", expected, context));
+        }
+        match self.default_max_tokens.filter(|most| *most > context) {
+            Some(most) => {
+                let expected = format!("at most the context of {context} tokens");
+                Err(Error::option("default_max_tokens", expected, most))
+            }
+            None => Ok(()),
+        }
     }
 
     /// Checks what a model that several devices share cannot do.
@@ -146,10 +162,45 @@ impl ServerOptions {
         match at_least_1.into_iter().find(|(_, n)| *n == 0) {
             Some((what, n)) => Err(Error::option(what, "at least 1", n)),
             None if self.kv_memory == 0 => Err(Error::option("kv_memory", "at least 1 byte", 0)),
-            None if self.api_keys.iter().any(String::is_empty) => {
-                Err(Error::option("api_keys", "at least one character each", "an empty one"))
+            None if self.model_name.as_ref().is_some_and(String::is_empty) => {
+                Err(Error::option("model_name", "at least one character", "none"))
             }
-            None => Ok(()),
+            None => {
+                self.api_keys.iter().try_for_each(|key| check_key(key))?;
+                self.cors_origins.iter().try_for_each(|origin| check_origin(origin))
+            }
+        }
+    }
+}
+
+/// Refuses keys that no head of a request can hold, without telling them.
+fn check_key(key: &str) -> Result<()> {
+    let got = match key {
+        "" => "an empty one",
+        key if key.trim() != key => "one with white space at an end",
+        key if !key.bytes().all(|byte| matches!(byte, b' '..=b'~')) => "one with other characters",
+        _ => return Ok(()),
+    };
+    Err(Error::option("api_keys", "one or more characters of visible ASCII each", got))
+}
+
+/// Refuses what no browser says of a page: an origin is `scheme://host`, perhaps with a port.
+fn check_origin(origin: &str) -> Result<()> {
+    let is_origin = origin.split_once("://").is_some_and(|(scheme, host)| {
+        let is_other = |c: char| {
+            c.is_whitespace() || c.is_control() || c.is_ascii_uppercase() || "/?#@*".contains(c)
+        };
+        !scheme.is_empty()
+            && !host.is_empty()
+            && !scheme.contains(is_other)
+            && !host.contains(is_other)
+    });
+    match is_origin || origin == "*" || origin == "null" {
+        true => Ok(()),
+        false => {
+            let expected =
+                "* or origins such as https://example.com, in lower case and without a path";
+            Err(Error::option("cors_origins", expected, format!("{origin:?}")))
         }
     }
 }

@@ -51,8 +51,9 @@ impl<D: Math + 'static> Server<D> {
     /// Where several devices share the model, this is for the first one, and the others [`follow`] it.
     ///
     /// # Errors
-    /// [`Error::Option`] if a limit lets nothing through or a key is empty, or if several devices share the model and
-    /// [`prefix_host`](ServerOptions::prefix_host) or a model that guesses is asked for; [`Error::Core`] with
+    /// [`Error::Option`] if a limit lets nothing through or is beyond the model's context, if
+    /// [`kv_memory`](ServerOptions::kv_memory) has no room for the shortest request, if a name, key or origin is none,
+    /// or if several devices share the model and [`prefix_host`](ServerOptions::prefix_host) or a model that guesses is asked for; [`Error::Core`] with
     /// [`ShapeMismatch`](moa_core::Error::ShapeMismatch) if the plan is for a model of other
     /// dimensions, [`Error::Bind`] if the address cannot be listened on, [`Error::Runtime`] if there
     /// are no threads.
@@ -99,6 +100,11 @@ impl<D: Math + 'static> Server<D> {
         let state = Arc::new(state);
         let (own, metrics) = (state.options.clone(), Arc::clone(&state.metrics));
         let worker = Worker::new(checkpoint, plan, own, metrics, jobs);
+        let (least, memory) = (worker.sizes(1)?.bytes, state.options.kv_memory);
+        if memory < least {
+            let expected = format!("at least the {least} bytes of the shortest request");
+            return Err(Error::option("kv_memory", expected, memory));
+        }
         Ok(Self { worker, state, runtime, listener, address, stop: Arc::new(stop) })
     }
 
@@ -177,6 +183,7 @@ pub fn follow<D: Math + 'static>(
 /// What is so on all devices that share a model.
 fn check<D: Math>(checkpoint: &Checkpoint<D>, plan: &Plan, options: &ServerOptions) -> Result<()> {
     options.validate()?;
+    options.check_context(&checkpoint.model)?;
     options.check_ranks(checkpoint.model.ranks())?;
     Ok(plan.check_shape(&checkpoint.model.shape())?)
 }

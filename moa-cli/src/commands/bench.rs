@@ -51,7 +51,8 @@ pub(crate) struct Args {
     /// Sequences that decode together; `max` for as many as the memory of the device holds
     #[arg(long, default_value = "1", value_delimiter = ',', value_name = "N,..|max")]
     batches: Vec<Batch>,
-    /// Tokens to decode; caches are as large as prompt and new tokens need
+    /// Tokens to decode, at least 6, of which the first 5 are not timed; caches are as large as prompt and new tokens
+    /// need
     #[arg(long, default_value_t = 64, value_name = "N", value_parser = parse_count)]
     new_tokens: usize,
     /// Time only so many steps, in the middle of the new tokens [default: all of them]
@@ -189,7 +190,20 @@ fn with_ops<D: Backward>(
                     prefill_chunk: args.prefill_chunk,
                     seed: context.seed,
                 };
-                let report = measure(&model, plan, batch, &options)?;
+                let report =
+                    measure(&model, plan, batch, &options).map_err(|error| match error {
+                        Error::Model(moa_models::Error::Invalid { what: "new tokens", .. }) => {
+                            error.at(if args.steps.is_some() {
+                                "--new-tokens, --steps"
+                            } else {
+                                "--new-tokens"
+                            })
+                        }
+                        Error::Model(moa_models::Error::ContextExceeded { .. }) => {
+                            error.at("--prompts, --new-tokens")
+                        }
+                        error => error,
+                    })?;
                 measurements.push(Measurement { plan: name.clone(), report });
                 bar.step();
             }
@@ -204,7 +218,8 @@ fn profile<D: Backward>(args: &Args, model: &Decoder<D>, context: &Context) -> R
     let bar = Progress::new(context, "bench", args.prompts.len());
     let mut profiles = Vec::new();
     for &tokens in &args.prompts {
-        profiles.push(model.bench_profile(tokens, context.seed)?);
+        let profile = model.bench_profile(tokens, context.seed);
+        profiles.push(profile.map_err(|error| Error::from(error).at("--prompts"))?);
         bar.step();
     }
     drop(bar);

@@ -117,12 +117,14 @@ pub(super) fn run<D: Math>(
         session.cancel()?;
         moa_core::write_atomic(path, &session.save()?)?;
     }
-    let slot_bytes = context.cache.slot_bytes(chosen.plan.shape().head_dim);
+    let shape = chosen.plan.shape();
+    let slot_bytes = context.cache.slot_bytes(shape.head_dim);
     // Of all GPUs that share the model.
-    let bytes_of = |plan: &Plan| -> Result<u64> {
+    let bytes_of = |plan: &Plan, slot_bytes| -> Result<u64> {
         Ok(model.model.config().windowed(plan)?.kv_bytes(capacity, slot_bytes))
     };
-    let (kv_bytes, dense) = (bytes_of(&chosen.plan)?, bytes_of(&Plan::full(chosen.plan.shape())?)?);
+    let kv_bytes = bytes_of(&chosen.plan, slot_bytes)?;
+    let dense = bytes_of(&Plan::full(shape)?, shape.dense_slot_bytes(slot_bytes))?;
     context.note(format_args!(
         "{}: KV cache for {capacity} tokens {} of {} dense ({}); {} tokens held",
         chosen.name,

@@ -155,9 +155,12 @@ fn with_model<D: Backward>(
     options.validate()?;
     let mut bar = Progress::of_stages(context);
     let found = match profile {
-        Some(profile) => compress_profile(model, data, profile.clone(), &options, &mut bar)?,
-        None => compress(model, data, &options, &mut bar)?,
+        Some(profile) => compress_profile(model, data, profile.clone(), &options, &mut bar),
+        None => compress(model, data, &options, &mut bar),
     };
+    let validation: Vec<usize> = args.validation_length.into_iter().collect();
+    let flags = [("--lengths", &args.lengths[..]), ("--validation-length", &validation)];
+    let found = found.map_err(|error| calibration::by_flag(error, &flags))?;
     let stages = bar.seconds();
     drop(bar);
     if model.model.is_first() {

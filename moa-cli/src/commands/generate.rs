@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 
+use clap::builder::NonEmptyStringValueParser;
 use moa_models::{
     Checkpoint, EngineOptions, Event, GenerateOptions, Math, Message, PromptStyle, SamplingOptions,
     read_text,
@@ -46,7 +47,8 @@ pub(crate) struct Args {
     on_overflow: Option<OnOverflow>,
     #[command(flatten)]
     speculate: SpeculateArgs,
-    /// Go on with the conversation of --chat that --save-state wrote, without reading it again
+    /// Go on with the conversation of --chat that --save-state wrote, without reading it again, by the same chat
+    /// template
     #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "prompt_file", "system", "context"])]
     load_state: Option<PathBuf>,
     /// Write the conversation of --chat with its keys and values to a file when it ends, by Ctrl-C or SIGTERM too
@@ -55,7 +57,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     sampling: SamplingArgs,
     /// Text or special token that ends the answer; can be given several times
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", value_parser = NonEmptyStringValueParser::new())]
     stop: Vec<String>,
     /// Token that ends the answer, by its text or its id, besides those that the model's files name; can
     /// be given several times
@@ -90,7 +92,7 @@ struct SamplingArgs {
     /// Keep this many of the likeliest tokens; 0 keeps all
     #[arg(long, value_name = "K", value_parser = parse_size)]
     top_k: Option<usize>,
-    /// Keep the likeliest tokens with this much probability together
+    /// Keep the likeliest tokens with this much probability together; 0 keeps one
     #[arg(long, value_name = "P")]
     top_p: Option<f32>,
     /// Keep tokens with at least this share of the likeliest token's probability
@@ -111,13 +113,21 @@ impl SamplingArgs {
         let options = SamplingOptions {
             temperature: self.temperature.unwrap_or(temperature),
             top_k: self.top_k.or(defaults.top_k).filter(|k| *k > 0),
-            top_p: self.top_p.unwrap_or(defaults.top_p),
+            // One token is always kept.
+            top_p: self
+                .top_p
+                .map_or(defaults.top_p, |p| if p == 0.0 { f32::MIN_POSITIVE } else { p }),
             min_p: self.min_p.unwrap_or(defaults.min_p),
             repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
             seed: defaults.seed,
             ..defaults
         };
-        options.validate()?;
+        options.validate().map_err(|error| match error {
+            moa_models::Error::Invalid { what, .. } => {
+                Error::from(error).at(format!("--{}", what.replace('_', "-")))
+            }
+            error => error.into(),
+        })?;
         Ok(options)
     }
 }
@@ -148,7 +158,7 @@ fn with_model<D: Reopen>(
 ) -> Result<()> {
     args.style.apply(&mut model)?;
     args.speculate.apply(&mut model, args.plan.any_weights, context)?;
-    let chosen = model::choose_plan(&args.plan, &model)?;
+    let chosen = model::choose_plan(&args.plan, &model, context)?;
     let options = GenerateOptions {
         max_new_tokens: args.max_new_tokens.or(model.generation.max_new_tokens).unwrap_or(256),
         sampling: args.sampling.options(model.generation.sampling(context.seed))?,
@@ -285,15 +295,15 @@ fn batch<D: Math>(
     let kv_bytes: u64 = sequences.map(|sequence| model.model.kv_bytes(&sequence)).sum();
     let usage = engine.take_usage();
     context.note(format_args!(
-        "{}: KV cache {} of {} dense ({}); prefill {} tokens, {:.0} tok/s; decode {} tokens, {:.1} tok/s",
+        "{}: KV cache {} of {} dense ({}); prefill {} tokens, {} tok/s; decode {} tokens, {} tok/s",
         chosen.name,
         bytes(kv_bytes),
         bytes(dense),
         percent(kv_bytes as f64 / dense.max(1) as f64),
         usage.prompt_tokens,
-        usage.prefill_tokens_per_second(),
+        rate(usage.prompt_tokens, usage.prefill_tokens_per_second(), 0),
         usage.decoded_tokens,
-        usage.decode_tokens_per_second(),
+        rate(usage.decoded_tokens, usage.decode_tokens_per_second(), 1),
     ));
     let each: Vec<_> = prompts
         .iter()
@@ -325,6 +335,11 @@ fn batch<D: Math>(
     }))
 }
 
+/// Tokens per second with so many decimals, where there were any.
+fn rate(tokens: usize, per_second: f64, decimals: usize) -> String {
+    if tokens == 0 { "-".to_string() } else { format!("{per_second:.decimals$}") }
+}
+
 fn heading(name: &str) -> String {
     format!("--- {name} ---")
 }
@@ -354,6 +369,8 @@ mod tests {
     fn top_p_of_a_greedy_model_samples() {
         let flags = SamplingArgs { top_p: Some(0.9), ..NONE };
         assert_eq!(flags.options(SamplingOptions::default()).unwrap().temperature, 1.0);
+        let flags = SamplingArgs { top_p: Some(0.0), ..NONE };
+        assert_eq!(flags.options(SamplingOptions::default()).unwrap().top_p, f32::MIN_POSITIVE);
         let flags = SamplingArgs { top_p: Some(2.0), ..NONE };
         assert!(flags.options(SamplingOptions::default()).is_err());
     }

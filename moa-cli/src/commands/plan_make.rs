@@ -252,8 +252,14 @@ pub(super) fn uniform(args: &UniformArgs, context: &Context) -> Result<()> {
 
 pub(super) fn retrieval_heads(args: &RetrievalHeadsArgs, context: &Context) -> Result<()> {
     Files::default().reads(args.shape.files()).writes("--out", &args.out)?;
-    let plan =
-        Plan::retrieval_heads(args.shape.shape(context)?, args.sink, args.window, &args.heads)?;
+    let shape = args.shape.shape(context)?;
+    let is_there = |(layer, head): &(usize, usize)| *layer < shape.layers && *head < shape.kv_heads;
+    if let Some((layer, head)) = args.heads.iter().find(|head| !is_there(head)) {
+        let expected =
+            format!("layers below {} with KV heads below {}", shape.layers, shape.kv_heads);
+        return Err(Error::argument("--heads", expected, format!("layer {layer}, KV head {head}")));
+    }
+    let plan = Plan::retrieval_heads(shape, args.sink, args.window, &args.heads)?;
     save(plan, "retrieval-heads", &args.out, context)
 }
 

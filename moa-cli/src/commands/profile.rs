@@ -80,7 +80,8 @@ fn with_model<D: Backward>(
         part: Part::Profiled,
         seed: context.seed,
     };
-    let Calibration { items, data } = calibration::items(model, data, &options, context)?;
+    let Calibration { items, data } =
+        calibration::items(model, data, &options, &[("--lengths", &args.lengths)], context)?;
     let mut bar = Progress::of_stages(context);
     let description = format!("{data}, seed {}", context.seed);
     let ObjectiveArgs { objective, token_weight } = args.objective;

@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use super::eval::Scores;
 use crate::args::{ModelArg, parse_count, parse_density, parse_size};
+use crate::calibration;
 use crate::compressed::Losses;
 use crate::error::{Error, Result};
 use crate::files::{OutputFolder, is_same};
@@ -180,7 +181,8 @@ fn find_plan<D: Backward>(
         options.validation_length(model.model.config().context_length()),
     ))?;
     let mut bar = Progress::of_stages(context);
-    Ok(compress(model, &CalibrationData::Records, &options, &mut bar)?)
+    compress(model, &CalibrationData::Records, &options, &mut bar)
+        .map_err(|error| calibration::by_flag(error, &[("--lengths", &args.lengths)]))
 }
 
 /// Answers the questions with the dense cache, a uniform window of the plan's bytes, and the plan.

@@ -40,7 +40,8 @@ pub(crate) struct Args {
     /// The model's name in requests [default: that of its folder or file]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
-    /// Key that clients must authorise themselves with; can be given several times
+    /// Key that clients must authorise themselves with; can be given several times. An empty one is refused, as it
+    /// may stand for one that was forgotten
     #[arg(long, env = "MOA_API_KEY", hide_env_values = true, value_name = "KEY")]
     api_key: Vec<String>,
     /// Origin whose pages may use the server from a browser, * for all; can be given several times
@@ -70,10 +71,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", value_parser = parse_count)]
     max_queue: Option<usize>,
     /// New tokens of a request that does not say how many [default: what generation_config.json says, else
-    /// 1024]
+    /// 1024; 16 in /v1/completions, as OpenAI has it]
     #[arg(long, value_name = "N", value_parser = parse_count)]
     max_new_tokens: Option<usize>,
-    /// Longest prompt and answer together [default: the model's context]
+    /// Longest prompt and answer together, at most and by default the model's context
     #[arg(long, value_name = "TOKENS", value_parser = parse_count)]
     context: Option<usize>,
     /// Fewest tokens that a request is given room for: a plan leaves short texts too little, and a
@@ -140,16 +141,20 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
 fn serve<D: Reopen>(args: &Args, mut model: Checkpoint<D>, context: &Context) -> Result<()> {
     args.style.apply(&mut model)?;
     args.speculate.apply(&mut model, args.plan.any_weights, context)?;
-    let chosen = model::choose_plan(&args.plan, &model)?;
+    let chosen = model::choose_plan(&args.plan, &model, context)?;
     let limit = model.model.config().context_length();
     let options = args.options();
     let memory = options.kv_memory;
-    let longest = options.max_context.map_or(limit, |most| most.min(limit));
+    let longest = options.max_context.unwrap_or(limit);
+    if let Some(least) = args.min_context.filter(|least| *least > longest) {
+        let expected = format!("at most the context of {longest} tokens");
+        return Err(Error::argument("--min-context", expected, least));
+    }
     if !model.model.is_first() {
-        return Ok(moa_server::follow(model, chosen.plan, options)?);
+        return moa_server::follow(model, chosen.plan, options).map_err(by_flag);
     }
     let ranks = model.model.ranks();
-    let server = Server::bind(model, chosen.plan, options)?;
+    let server = Server::bind(model, chosen.plan, options).map_err(by_flag)?;
     let mut fitting: Vec<(usize, u64, u64)> = Vec::new();
     for length in [1024, 4096, 16384, longest] {
         if length <= longest && fitting.last().is_none_or(|(last, ..)| *last < length) {
@@ -159,10 +164,11 @@ fn serve<D: Reopen>(args: &Args, mut model: Checkpoint<D>, context: &Context) ->
     }
     for (length, own, dense) in &fitting {
         context.note(format_args!(
-            "{} of keys and values{}: {own} requests of {length} tokens with {}, {dense} dense",
+            "{} of keys and values{}: {own} requests of {length} tokens with {}, {dense} dense{}",
             bytes(memory),
             if ranks > 1 { " on each GPU" } else { "" },
             chosen.name,
+            if context.cache.dtype().is_none() { " in 16 bits" } else { "" },
         ));
     }
     let (name, address) = (server.model_name().to_owned(), server.address());
@@ -178,6 +184,30 @@ fn serve<D: Reopen>(args: &Args, mut model: Checkpoint<D>, context: &Context) ->
         })).collect::<Vec<_>>(),
     }))?;
     Ok(server.run()?)
+}
+
+/// An error of the server's options under the names that they have as flags.
+fn by_flag(error: moa_server::Error) -> Error {
+    let moa_server::Error::Option { what, expected, got } = error else { return error.into() };
+    let flag = match what {
+        "api_keys" => "--api-key, or MOA_API_KEY where that is set,",
+        "client_timeout" => "--client-timeout",
+        "cors_origins" => "--cors",
+        "default_max_tokens" => "--max-new-tokens",
+        "kv_memory" => "--kv-memory",
+        "max_batch" => "--max-batch",
+        "max_body" => "--max-body",
+        "max_connections" => "--max-connections",
+        "max_context" => "--context",
+        "max_queue" => "--max-queue",
+        "model_name" => "--name",
+        "prefill_chunk" => "--prefill-chunk",
+        "prefix_host" => "--prefix-host",
+        "request_timeout" => "--request-timeout",
+        "speculation" => "--draft-model",
+        other => other,
+    };
+    Error::argument(flag, expected, got)
 }
 
 /// Bytes, with a unit or without.

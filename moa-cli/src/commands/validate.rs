@@ -126,7 +126,9 @@ fn with_model<D: Math>(
     if args.refine.is_none() {
         calibration.lengths = vec![length];
     }
-    let items = calibration::items(model, &data, &calibration, context)?.items;
+    let of_flag: Vec<usize> = args.length.into_iter().collect();
+    let flags = [("--length", &of_flag[..])];
+    let items = calibration::items(model, &data, &calibration, &flags, context)?.items;
 
     let losses = measure(model, &items, &files, length, context)?;
     let dense = loss_at(model, &items, &Plan::full(model.model.shape())?, length)?;

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use crate::common::{cases, edit, edit_header, model_copy, ok, refuses, tiny};
+use crate::common::{cases, edit, edit_header, moa_in, model_copy, ok, refuses, text, tiny};
 use serde_json::json;
 
 /// `moa generate` on a model folder that has to be refused.
@@ -166,6 +166,66 @@ fn broken_published_plans_are_refused() {
     import(&format!("{{\"alphas\":{},\"betas\":{}}}", table(row), table("[-1,0,0,0]")), &["beta"]);
     import("{\"alphas\":[]}", &["betas"]);
     import("not JSON", &[]);
+}
+
+#[test]
+fn flags_are_named_whose_values_the_model_cannot_follow() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let tiny = text(&tiny);
+    let plan = ["plan", "uniform", "--model", tiny, "--density", "0.25", "--out", "plan.json"];
+    ok(root, &plan);
+    fs::create_dir(root.join("plans")).unwrap();
+    fs::copy(root.join("plan.json"), root.join("plans/plan-0.json")).unwrap();
+    fs::write(
+        root.join("hotpotqa.jsonl"),
+        json!({ "input": "Who?", "context": "The ship sailed. ".repeat(40), "answers": ["a"] })
+            .to_string(),
+    )
+    .unwrap();
+    let generate = ["generate", "--model", tiny, "--prompt", "a"];
+    let profile = ["profile", "--model", tiny, "--out", "p.safetensors", "--lengths"];
+    let agreement =
+        ["eval", "agreement", "--model", tiny, "--plan", "plan.json", "--data", "records"];
+    let heads = ["plan", "retrieval-heads", "--model", tiny, "--window", "64", "--out", "d.json"];
+    let cases: [(&[&str], &[&str], &[&str]); 12] = [
+        (&profile, &["100"], &["--lengths: ", "at least 160 tokens", "got 100"]),
+        (&profile, &["512", "--max-response", "400"], &["--lengths: ", "at least 864", "400"]),
+        (&profile, &["9000"], &["--lengths: ", "9000", "8192"]),
+        (
+            &["validate", "--model", tiny, "--plans", "plans"],
+            &["--length", "10", "--out", "v.json"],
+            &["--length: ", "got 10"],
+        ),
+        (&agreement, &["--lengths", "64"], &["--lengths: ", "got 64"]),
+        (
+            &["compress", "--model", tiny, "--out", "c.json"],
+            &["--lengths", "9000"],
+            &["--lengths: "],
+        ),
+        (
+            &["bench", "--model", tiny],
+            &["--new-tokens", "4"],
+            &["--new-tokens: ", "5 that warm up"],
+        ),
+        (&["bench", "--model", tiny], &["--prompts", "9000"], &["--prompts", "8192"]),
+        (
+            &["eval", "longbench", "--model", tiny, "--data", "hotpotqa.jsonl"],
+            &["--max-length", "10"],
+            &["--max-length: "],
+        ),
+        (&generate, &["--stop", ""], &["--stop"]),
+        (&generate, &["--temperature=-1"], &["--temperature"]),
+        (&heads, &["--heads", "6:1"], &["--heads", "layer 6, KV head 1", "below"]),
+    ];
+    for (command, flags, parts) in cases {
+        refuses(root, &[command, flags].concat(), parts);
+    }
+    // It has said by then what it is about to do.
+    let quick = moa_in(root, &["quickstart", "--out", "q", "--lengths", "9000"]);
+    let told = String::from_utf8_lossy(&quick.stderr);
+    assert!(told.contains("--lengths: ") && told.contains("8192"), "{told}");
 }
 
 #[test]

@@ -94,7 +94,11 @@ fn a_model_that_answers_nothing_is_told_what_it_was_asked() {
     fs::write(&file, bytes).unwrap();
     let args = ["profile", "--quiet", "--model", model.to_str().unwrap(), "--lengths", "256"];
     let tried = ["256", "answered none of the built-in tasks", "pass key 0 of 8", " 0 of "];
-    refuses(root, &[&args[..], &["--samples", "1", "--out", "p"]].concat(), &tried);
+    let args = [&args[..], &["--samples", "1", "--out", "p"]].concat();
+    refuses(root, &args, &tried);
+    // Of the phrasings of records one is told.
+    let told = moa_in(root, &args).stderr;
+    assert_eq!(String::from_utf8_lossy(&told).matches("records 0 of").count(), 1);
 }
 
 #[test]

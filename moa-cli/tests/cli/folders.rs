@@ -318,9 +318,73 @@ fn a_conversation_goes_on_from_its_file() {
     let (first, _) = result("Hello.\n", &["--context", "200", "--save-state", "chat.state"]);
     let (second, _) = result("And again.\n", &["--load-state", "chat.state"]);
     assert_eq!([texts(&first), texts(&second)].concat(), texts(&whole));
-    for more in [&["--cache-dtype", "int8"][..], &["--uniform", "0.5"]] {
+    for more in [
+        &["--cache-dtype", "int8"][..],
+        &["--uniform", "0.5"],
+        &["--template", "chatml"],
+        &["--raw"],
+    ] {
         let (none, told) =
             result("And again.\n", &[&["--load-state", "chat.state"], more].concat());
         assert!(none.is_null() && told.contains("saved sequence: "), "{none} {told}");
+    }
+}
+
+#[test]
+fn numbers_of_a_generation_config_that_are_left_out_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let folder = model_copy(root, "model");
+    let config = json!({ "do_sample": true, "temperature": -5, "top_p": 1.5, "max_new_tokens": 0 });
+    fs::write(folder.join("generation_config.json"), config.to_string()).unwrap();
+    let args = ["generate", "--model", text(&folder), "--prompt", "Hello", "--max-new-tokens", "1"];
+    let output = moa_in(root, &args);
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{told}");
+    for field in ["`temperature` is -5;", "`top_p` is 1.5;", "`max_new_tokens` is 0;"] {
+        let place = format!("generation_config.json: {field}");
+        assert!(told.contains(&place), "{field}: {told}");
+    }
+    // Nothing was decoded after the first token, at no speed.
+    assert!(told.contains("decode 0 tokens, - tok/s"), "{told}");
+}
+
+#[test]
+fn dense_has_16_bits_whatever_the_caches_have() {
+    let dir = tempfile::tempdir().unwrap();
+    let (root, tiny) = (dir.path(), tiny());
+    let plan =
+        ["plan", "uniform", "--model", text(&tiny), "--density", "0.5", "--out", "plan.json"];
+    ok(root, &plan);
+    edit(&root.join("plan.json"), |plan| {
+        let heads = plan["rules"].as_array().unwrap().iter();
+        let types = heads.map(|row| vec!["int8"; row.as_array().unwrap().len()]);
+        plan["cache_types"] = types.collect::<Vec<_>>().into();
+    });
+    let shown = |more: &[&str]| {
+        let value = json_of(root, &[&["plan", "show", "plan.json", "--at", "1024"], more].concat());
+        let at = value["at"][0].clone();
+        (at["kv_bytes"].as_u64().unwrap(), at["kv_bytes_dense"].as_u64().unwrap())
+    };
+    let plain = shown(&[]);
+    assert!(3 * plain.0 < plain.1 && plain.1 < 5 * plain.0, "{plain:?}");
+    for own in ["int4", "int8"] {
+        assert_eq!(shown(&["--cache-dtype", own]), plain);
+    }
+    let generate =
+        ["generate", "--model", text(&tiny), "--prompt", "Hello", "--max-new-tokens", "4"];
+    let dense = json_of(root, &generate)["kv_bytes_dense"].clone();
+    for more in [
+        &["--cache-dtype", "int4"][..],
+        &["--cache-dtype", "int4", "--plan", "plan.json"],
+        &["--plan", "plan.json"],
+    ] {
+        let value = json_of(root, &[&generate, more].concat());
+        assert_eq!(value["kv_bytes_dense"], dense, "{more:?}");
+        assert!(value["kv_bytes"].as_u64() < dense.as_u64(), "{more:?}");
+        let output = moa_in(root, &[&generate, more].concat());
+        let told = String::from_utf8_lossy(&output.stderr);
+        let is_overruled = more.len() == 4;
+        assert_eq!(told.contains("hold in place of --cache-dtype int4"), is_overruled, "{told}");
     }
 }

@@ -28,7 +28,8 @@ pub struct GenerationConfig {
 }
 
 impl GenerationConfig {
-    /// Reads `generation_config.json` in `dir`; all fields are absent when there is no such file.
+    /// Reads `generation_config.json` in `dir`; all fields are absent when there is no such file. A number that is out of
+    /// its field's range is warned of and left out.
     ///
     /// # Errors
     /// [`Error::Io`](crate::Error::Io), [`Error::Json`](crate::Error::Json), and
@@ -43,31 +44,35 @@ impl GenerationConfig {
 
     fn from_object(object: &JsonObject) -> Result<Self> {
         // Values beyond the range switch an option off in some tools: they are no reason not to run.
-        let number = |field| -> Result<Option<f32>> {
+        let number = |field, least: f32, most: f32| -> Result<Option<f32>> {
             let Some(value) = object.get(field) else { return Ok(None) };
-            match value.as_f64() {
-                Some(x) if x.is_finite() && x >= 0.0 => Ok(Some(x as f32)),
+            match value.as_f64().map(|x| x as f32) {
+                Some(x) if (least..=most).contains(&x) => Ok(Some(x)),
                 None if value.as_str().is_none_or(|text| !is_no_number(text)) => {
                     Err(object.invalid(field, "a number", value))
                 }
                 _ => {
-                    tracing::warn!("generation_config.json: `{field}` is {value}; it is left out");
+                    let path = object.path().display();
+                    tracing::warn!("{path}: `{field}` is {value}; it is left out");
                     Ok(None)
                 }
             }
         };
         // Some tools write whole numbers as fractions, and -1 for no limit.
-        let top_k = number("top_k")?.filter(|k| *k < 1e9).map(|k| k as usize);
-        let max_new_tokens = number("max_new_tokens")?.filter(|n| (1.0..1e9).contains(n));
+        let count = |field, least| -> Result<Option<usize>> {
+            Ok(number(field, least, 1e9)?.map(|n| n as usize))
+        };
+        const ABOVE_0: f32 = f32::MIN_POSITIVE;
         Ok(Self {
             eos_token_ids: object.token_ids("eos_token_id")?,
             do_sample: object.flag("do_sample")?,
-            temperature: number("temperature")?,
-            top_k,
-            top_p: number("top_p")?.filter(|p| *p > 0.0 && *p <= 1.0),
-            min_p: number("min_p")?.filter(|p| *p <= 1.0),
-            repetition_penalty: number("repetition_penalty")?.filter(|r| *r > 0.0),
-            max_new_tokens: max_new_tokens.map(|n| n as usize),
+            temperature: number("temperature", 0.0, f32::MAX)?,
+            top_k: count("top_k", 0.0)?,
+            // With 0 the likeliest token is kept.
+            top_p: number("top_p", 0.0, 1.0)?.map(|p| p.max(ABOVE_0)),
+            min_p: number("min_p", 0.0, 1.0)?,
+            repetition_penalty: number("repetition_penalty", ABOVE_0, f32::MAX)?,
+            max_new_tokens: count("max_new_tokens", 1.0)?,
         })
     }
 
@@ -154,6 +159,8 @@ mod tests {
             ..GenerationConfig::default()
         };
         assert_eq!(config, expected);
+        let zeros = parse(r#"{"top_p":0,"max_new_tokens":0}"#)?;
+        assert_eq!((zeros.top_p, zeros.max_new_tokens), (Some(f32::MIN_POSITIVE), None));
         assert_eq!(parse(r#"{"top_k":50.0}"#)?.top_k, Some(50));
         Ok(())
     }

@@ -33,6 +33,9 @@ struct Header {
     tokens: Vec<u32>,
     /// Roles and contents of a conversation, where it is one.
     messages: Vec<(String, String)>,
+    /// How a conversation becomes tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    template: Option<String>,
     layers: Vec<CacheState>,
     /// Fingerprint of the mean keys that keys of 4 bits are less, and of their feedback.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -46,6 +49,7 @@ pub(crate) struct Saved<S> {
     pub(crate) sequence: S,
     pub(crate) tokens: Vec<u32>,
     pub(crate) messages: Vec<(String, String)>,
+    pub(crate) template: Option<String>,
 }
 
 /// A [`Sequence`] in host memory, for the model that [offloaded](Decoder::offload) it; a model has at least one layer.
@@ -76,7 +80,7 @@ impl OffloadedSequence {
     }
 }
 
-fn wrong(
+pub(crate) fn wrong(
     place: impl Into<String>,
     expected: impl std::fmt::Display,
     got: impl std::fmt::Display,
@@ -113,7 +117,7 @@ impl<D: Math> Decoder<D> {
     /// evicted, it holds another number of tokens, several devices share the model, or the device does not give
     /// caches back.
     pub fn save_sequence(&self, sequence: &Sequence<D>, tokens: &[u32]) -> Result<Vec<u8>> {
-        self.save_with(sequence, tokens, Vec::new())
+        self.save_with(sequence, tokens, Vec::new(), None)
     }
 
     pub(crate) fn save_with(
@@ -121,6 +125,7 @@ impl<D: Math> Decoder<D> {
         sequence: &Sequence<D>,
         tokens: &[u32],
         messages: Vec<(String, String)>,
+        template: Option<String>,
     ) -> Result<Vec<u8>> {
         let cache = self.saved_type()?;
         if tokens.len() != sequence.len() {
@@ -134,6 +139,7 @@ impl<D: Math> Decoder<D> {
             little_endian: cfg!(target_endian = "little"),
             tokens: tokens.to_vec(),
             messages,
+            template,
             layers: sequence.caches.iter().map(|cache| cache.as_ref().clone()).collect(),
             key_means: self.narrow_keys_of(sequence.caches.iter().map(|cache| cache.as_ref()))?,
             bytes: caches.iter().map(|cache| cache.len() as u64).collect(),
@@ -198,7 +204,8 @@ impl<D: Math> Decoder<D> {
             return Err(wrong("end", "no bytes after the last layer", data.len()));
         }
         let sequence = self.of_caches(&header.layers, &caches)?;
-        Ok(Saved { sequence, tokens: header.tokens, messages: header.messages })
+        let Header { tokens, messages, template, .. } = header;
+        Ok(Saved { sequence, tokens, messages, template })
     }
 
     /// A copy of a sequence in host memory, where the device's own is wanted for others; it takes as many bytes as

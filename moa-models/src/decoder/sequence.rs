@@ -160,11 +160,30 @@ impl<D: Math> Decoder<D> {
     /// # Errors
     /// [`Error::Core`], [`Error::ContextExceeded`] and [`Error::Invalid`] as [`open`](Self::open).
     pub fn cache_bytes(&self, plan: &Plan, capacity: usize, slack: usize) -> Result<u64> {
-        let mut most = 0;
+        self.most_bytes(plan, capacity, slack, self.slot_bytes())
+    }
+
+    /// The same of dense attention, in 16 bits where the device's caches are narrower.
+    ///
+    /// # Errors
+    /// As [`cache_bytes`](Self::cache_bytes).
+    pub fn dense_cache_bytes(&self, capacity: usize) -> Result<u64> {
+        let dense = Plan::full(self.shape())?;
+        let slot_bytes = dense.shape().dense_slot_bytes(self.slot_bytes());
+        self.most_bytes(&dense, capacity, 0, slot_bytes)
+    }
+
+    fn most_bytes(
+        &self,
+        plan: &Plan,
+        capacity: usize,
+        slack: usize,
+        slot_bytes: u64,
+    ) -> Result<u64> {
+        let (mut most, head_dim) = (0, self.config.head_dim);
         for rank in 0..self.ranks() {
             let own = self.plan_of(plan, rank)?;
             let layouts = self.layouts_of(&own, capacity, slack)?;
-            let (head_dim, slot_bytes) = (self.config.head_dim, self.slot_bytes());
             most = most.max(layouts.iter().map(|own| own.bytes(head_dim, slot_bytes)).sum());
         }
         Ok(most)

@@ -1,7 +1,9 @@
 use moa_core::Plan;
 
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::prompt_style::PromptStyle;
 use crate::checkpoint::template::Message;
+use crate::decoder::saved_sequence::wrong;
 use crate::decoder::sequence::Sequence;
 use crate::device::Math;
 use crate::engine::request::{Completion, Event, GenerateOptions, RequestId, Usage};
@@ -95,20 +97,22 @@ impl<D: Math> ChatSession<D> {
     /// The conversation and its cache as bytes for a file; see [`restore`](Self::restore).
     ///
     /// # Errors
-    /// [`Error::Invalid`] if a turn is not over, or as [`Decoder::save_sequence`](crate::Decoder::save_sequence).
+    /// [`Error::Invalid`] if a turn is not over, [`Error::NoChatTemplate`] if there is none, or as [`Decoder::save_sequence`](crate::Decoder::save_sequence).
     pub fn save(&self) -> Result<Vec<u8>> {
         let Some(sequence) = self.sequence.as_ref().filter(|_| self.turn.is_none()) else {
             let expected = "one between turns, whose device did not fail";
             return Err(Error::invalid("conversation", expected, "another"));
         };
         let messages = self.messages.iter().map(|m| (m.role.clone(), m.content.clone())).collect();
-        self.checkpoint.model.save_with(sequence, &self.cached, messages)
+        let template = Some(written_by(&self.checkpoint)?);
+        self.checkpoint.model.save_with(sequence, &self.cached, messages, template)
     }
 
     /// The conversation that was [saved](Self::save): its next turn reads only what is new.
     ///
     /// # Errors
-    /// As [`Decoder::restore_sequence`](crate::Decoder::restore_sequence).
+    /// [`Error::SavedSequence`] also if it was written by another chat template, [`Error::NoChatTemplate`] if there is
+    /// none, or as [`Decoder::restore_sequence`](crate::Decoder::restore_sequence).
     pub fn restore(
         checkpoint: &Checkpoint<D>,
         plan: &Plan,
@@ -116,6 +120,11 @@ impl<D: Math> ChatSession<D> {
         options: EngineOptions,
     ) -> Result<Self> {
         let saved = checkpoint.model.restore_with(plan, bytes)?;
+        let own = written_by(checkpoint)?;
+        if saved.template.as_ref() != Some(&own) {
+            let got = saved.template.unwrap_or_else(|| "none, as it is no conversation".to_owned());
+            return Err(wrong("chat template", own, got));
+        }
         Ok(Self {
             capacity: saved.sequence.capacity(),
             sequence: Some(saved.sequence),
@@ -275,4 +284,12 @@ impl<D: Math> ChatSession<D> {
         }
         Ok(())
     }
+}
+
+/// What tells the way in which a conversation becomes tokens from others.
+fn written_by<D: Math>(checkpoint: &Checkpoint<D>) -> Result<String> {
+    Ok(match checkpoint.prompt_style() {
+        PromptStyle::Chat => checkpoint.template()?.fingerprint(),
+        PromptStyle::Raw => "none: texts as they are".to_owned(),
+    })
 }

@@ -232,7 +232,8 @@ impl<D: Math> Checkpoint<D> {
         }
         let model = &self.model;
         let dense = Plan::full(model.shape())?;
-        let (mut tally, mut kv_bytes, mut kv_bytes_dense) = (vec![Tally::default()], 0, 0);
+        let mut tally = vec![Tally::default()];
+        let (mut kv_bytes, mut kv_bytes_all, mut kv_bytes_dense) = (0, 0, 0);
         for (done, item) in (1..).zip(items) {
             let (inputs, read) = (item.inputs(), item.rows().start);
             if read == 0 {
@@ -255,6 +256,7 @@ impl<D: Math> Checkpoint<D> {
             let [exact] = exact;
             model.compare(&mut [exact, rival], item, &mut tally)?;
             kv_bytes += tally[0].kv_bytes;
+            kv_bytes_all += model.unevicted_bytes(inputs.len())?;
             kv_bytes_dense += model.dense_bytes(inputs.len())?;
             progress.advance(Stage::Evaluate, done, items.len())?;
         }
@@ -262,7 +264,7 @@ impl<D: Math> Checkpoint<D> {
         let mut tally = tally.pop().filter(|_| count > 0);
         let tally = tally.as_mut().ok_or_else(|| Error::invalid("items", "at least one", 0))?;
         tally.kv_bytes = kv_bytes / count;
-        let density = kv_bytes as f64 / kv_bytes_dense.max(1) as f64;
+        let density = kv_bytes as f64 / kv_bytes_all.max(1) as f64;
         Ok(std::mem::take(tally).report(density, kv_bytes_dense / count))
     }
 

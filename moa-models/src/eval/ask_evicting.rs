@@ -76,7 +76,8 @@ impl<D: Math> Checkpoint<D> {
             tokens.truncate(sequence.len());
             held = Some(Held { sequence, tokens });
         }
-        item.density = item.kv_bytes as f64 / item.kv_bytes_dense.max(1) as f64;
+        let all = self.model.unevicted_bytes(item.context)?;
+        item.density = item.kv_bytes as f64 / all.max(1) as f64;
         item.peak_bytes = self.model.peak_memory()?;
         item.grade(question);
         Ok(item)

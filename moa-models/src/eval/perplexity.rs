@@ -184,15 +184,23 @@ impl<D: Math> Decoder<D> {
         self.values(self.forward(&mut [sequence], &[tokens], LogitRows::Rows(&rows))?)
     }
 
-    /// Bytes that a dense cache of `capacity` tokens would hold, of the heads that are here. Layers with a
-    /// sliding window hold no more than that.
+    /// Bytes that a dense cache of `capacity` tokens would hold, of the heads that are here, in 16 bits where the device's
+    /// caches are narrower. Layers with a sliding window hold no more than that.
     ///
     /// # Errors
     /// No variant of [`Error`]: the dimensions of a loaded model alone decide, and the result is
     /// always `Ok`.
     pub fn dense_bytes(&self, capacity: usize) -> Result<u64> {
-        let dense = Plan::full(self.shape())?;
-        Ok(self.own_plan(&dense)?.kv_bytes(capacity, self.slot_bytes()))
+        self.full_bytes(capacity, self.shape().dense_slot_bytes(self.slot_bytes()))
+    }
+
+    /// The same in the type of the device's caches, of which evicted caches keep a share.
+    pub(crate) fn unevicted_bytes(&self, capacity: usize) -> Result<u64> {
+        self.full_bytes(capacity, self.slot_bytes())
+    }
+
+    fn full_bytes(&self, capacity: usize, slot_bytes: u64) -> Result<u64> {
+        Ok(self.own_plan(&Plan::full(self.shape())?)?.kv_bytes(capacity, slot_bytes))
     }
 }
 

@@ -133,7 +133,10 @@ impl<D: Math> Checkpoint<D> {
             if length < shortest {
                 return Err(Error::invalid(
                     "length",
-                    format!("at least {shortest} tokens"),
+                    format!(
+                        "at least {shortest} tokens where a response may have {}",
+                        options.max_response
+                    ),
                     length,
                 ));
             }

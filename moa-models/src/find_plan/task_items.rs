@@ -127,7 +127,8 @@ impl<D: Math> Checkpoint<D> {
             (MOST, [MOST; 2], [MOST, PROBES]),
         ];
         for (questions, at_first, before) in steps {
-            let mut tried = Vec::new();
+            // By name: of the records, which are several, what was answered best.
+            let mut tried: Vec<(&str, usize, usize)> = Vec::new();
             let mut right_of = |task: Task| -> Result<(usize, usize)> {
                 let kind = usize::from(!matches!(task, Task::Record(_)));
                 // None of those asked before was answered.
@@ -142,7 +143,11 @@ impl<D: Math> Checkpoint<D> {
                     }
                 }
                 tracing::debug!(?task, right, asked, "calibration task");
-                tried.push(format!("{} {right} of {asked}", task.name()));
+                match tried.iter_mut().find(|(name, ..)| *name == task.name()) {
+                    Some(best) if right > best.1 => (best.1, best.2) = (right, asked),
+                    Some(_) => {}
+                    None => tried.push((task.name(), right, asked)),
+                }
                 Ok((right, asked))
             };
             let mut answered: Vec<(usize, usize, Task)> = Vec::new();
@@ -166,6 +171,8 @@ impl<D: Math> Checkpoint<D> {
             answered.retain(|(right, ..)| 2 * right >= most);
             if !answered.is_empty() || before[1] == PROBES {
                 let of_right = |(right, asked, task): (usize, usize, Task)| (task, asked / right);
+                let told = |(name, right, asked)| format!("{name} {right} of {asked}");
+                let tried: Vec<String> = tried.into_iter().map(told).collect();
                 return Ok((answered.into_iter().map(of_right).collect(), tried.join(", ")));
             }
         }

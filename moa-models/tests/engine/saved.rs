@@ -2,8 +2,8 @@
 
 use moa_core::{CacheType, Dtype, Plan};
 use moa_models::{
-    ChatSession, Checkpoint, Cpu, Decoder, EngineOptions, Error, LogitRows, Result, Sequence,
-    fingerprint,
+    ChatSession, ChatTemplate, Checkpoint, Cpu, Decoder, EngineOptions, Error, LogitRows,
+    PromptStyle, Result, Sequence, fingerprint,
 };
 
 use crate::{checkpoint, full, greedy, moa_tiny, narrow, read, step, text, tiny};
@@ -100,6 +100,29 @@ fn a_conversation_goes_on_where_it_was_saved() -> Result<()> {
         (chat.answer("And in line 8?", greedy(6))?, again.answer("And in line 8?", greedy(6))?);
     assert_eq!(one, other);
     assert_eq!(chat.take_usage().prompt_tokens, again.take_usage().prompt_tokens);
+    Ok(())
+}
+
+#[test]
+fn a_conversation_of_another_template_is_refused() -> Result<()> {
+    let bytes = ChatSession::new(checkpoint(), &narrow(), 400)?.save()?;
+    let (mut chatml, mut raw) = (checkpoint().clone(), checkpoint().clone());
+    chatml.set_template(ChatTemplate::chatml());
+    raw.set_prompt_style(PromptStyle::Raw);
+    for other in [&chatml, &raw] {
+        let restored = ChatSession::restore(other, &narrow(), &bytes, EngineOptions::default());
+        match restored.map(|_| ()) {
+            Err(Error::SavedSequence { place, .. }) => assert!(place.starts_with("chat template")),
+            wrong => panic!("{wrong:?}"),
+        }
+        let own = ChatSession::new(other, &narrow(), 400)?.save()?;
+        ChatSession::restore(other, &narrow(), &own, EngineOptions::default())?;
+    }
+    // Tokens alone are no conversation.
+    let sequence = tiny().save_sequence(&tiny().open(&narrow(), 400, 0)?, &[])?;
+    let restored =
+        ChatSession::restore(checkpoint(), &narrow(), &sequence, EngineOptions::default());
+    assert!(matches!(restored, Err(Error::SavedSequence { .. })));
     Ok(())
 }
 

@@ -22,8 +22,9 @@ pub struct Bars {
     pub plans: Vec<(String, u64)>,
 }
 
-/// Bars of KV cache bytes: a group per context length, dense first.
-pub fn kv_bytes(groups: &[Bars], element: &str) -> Figure {
+/// Bars of KV cache bytes: a group per context length, dense first. `types` says of what type the plans' keys and values
+/// are, `dense` of what type those of the dense cache.
+pub fn kv_bytes(groups: &[Bars], types: &str, dense: &str) -> Figure {
     let rows: usize = groups.iter().map(|g| g.plans.len() + 1).sum();
     let height = 22.0 * groups.len() as f64 + (BAR + 4.0) * rows as f64 + 8.0;
     let mut panel = Panel::new(WIDTH, height, "KV cache bytes by context length".to_string());
@@ -53,8 +54,8 @@ pub fn kv_bytes(groups: &[Bars], element: &str) -> Figure {
         id: "kv-bytes".to_string(),
         title: "KV cache of one sequence".to_string(),
         caption: format!(
-            "Bytes of keys and values that a sequence opened for N tokens holds, in {element} elements; in \
-             brackets, the share of the dense cache."
+            "Bytes of keys and values that a sequence opened for N tokens holds, in {types}, and of a dense \
+             cache in {dense}; in brackets, the share of the dense cache."
         ),
         rows: vec![vec![panel]],
         legend: None,
@@ -80,7 +81,7 @@ mod tests {
     #[test]
     fn bars_are_in_proportion_and_named() {
         let plans = vec![("a-long-plan-of-many-words".to_string(), 1 << 19)];
-        let svg = kv_bytes(&[Bars { length: 4096, dense: 1 << 20, plans }], "bf16").svg();
+        let svg = kv_bytes(&[Bars { length: 4096, dense: 1 << 20, plans }], "int8", "bf16").svg();
         assert!(svg.contains("512.00 KiB (50.0 %)") && svg.contains("a-long…ords"), "{svg}");
         assert!(svg.contains("width=\"118.0\"") && svg.contains("width=\"59.0\""), "{svg}");
     }

@@ -64,25 +64,32 @@ pub(crate) struct Answer {
     choices: Vec<Choice>,
 }
 
+/// What of a prompt comes before the text.
+#[derive(Clone, Default)]
+pub(crate) struct Echo {
+    pub(crate) text: String,
+    /// Whether special tokens of the prompt are in it, but those that the tokenizer adds.
+    pub(crate) has_special: bool,
+}
+
 /// What is known of one choice.
 #[derive(Default)]
 struct Choice {
-    /// What of the prompt comes before the text.
-    echo: String,
+    echo: Echo,
     /// What is not told yet; without a stream, all.
     text: String,
     /// What of that may be a call.
     held: Held,
     /// Tokens whose text was not told yet; without a stream, all tokens.
     logprobs: ChoiceLogprobs,
-    /// Characters of the tokens whose probabilities were told.
+    /// Characters of the text that the tokens whose probabilities were told stand for.
     offset: usize,
     finish: Option<Finish>,
     tokens: usize,
 }
 
 impl Answer {
-    pub(crate) fn new(state: Arc<State>, kind: Kind, echoes: Vec<String>) -> Self {
+    pub(crate) fn new(state: Arc<State>, kind: Kind, echoes: Vec<Echo>) -> Self {
         let prefix = if matches!(kind, Kind::Chat) { "chatcmpl" } else { "cmpl" };
         Self {
             id: format!("{prefix}-{:016x}", state.unique()),
@@ -145,7 +152,7 @@ impl Answer {
             told.begin(&mut out);
         }
         for index in 0..self.choices.len() {
-            let echo = std::mem::take(&mut self.choices[index].echo);
+            let echo = self.choices[index].echo.text.clone();
             match self.kind {
                 Kind::Chat => {
                     let delta = json!({ "role": "assistant", "content": "" });
@@ -174,14 +181,18 @@ impl Answer {
             Update::PromptToken { choices, token, logprobs } => {
                 let text = TokenText { tokenizer: &self.state.text.tokenizer };
                 for choice in self.choices.get_mut(choices)? {
-                    choice.logprobs.push(&text, token, logprobs.as_ref());
+                    let is_first = choice.logprobs.is_empty() && choice.offset == 0;
+                    // A tokenizer begins a text with a token that the text need not have.
+                    let is_added = is_first && !choice.echo.text.starts_with(&text.of(token));
+                    let is_literal = choice.echo.has_special && !is_added;
+                    choice.logprobs.push(&text, token, logprobs.as_ref(), is_literal);
                 }
                 None
             }
             Update::Token { choice: index, token, logprobs } => {
                 let text = TokenText { tokenizer: &self.state.text.tokenizer };
                 let choice = self.choices.get_mut(index)?;
-                choice.logprobs.push(&text, token, Some(&logprobs));
+                choice.logprobs.push(&text, token, Some(&logprobs), false);
                 None
             }
             Update::Text { choice: index, piece } => {
@@ -227,7 +238,7 @@ impl Answer {
         let mut object =
             json!({ "index": index, "logprobs": logprobs, "finish_reason": said.finish });
         if matches!(self.kind, Kind::Text) {
-            object["text"] = (choice.echo + &said.text).into();
+            object["text"] = (choice.echo.text + &said.text).into();
             return object;
         }
         let is_silent = said.text.is_empty() && !said.calls.is_empty();

@@ -7,7 +7,7 @@ use axum::response::Response;
 use moa_models::{ChatTemplate, Error};
 use serde_json::{Map, Value, json};
 
-use super::answer::{Answer, Kind};
+use super::answer::{Answer, Echo, Kind};
 use super::error::ApiError;
 use super::fields::{Fields, short};
 use super::form::{Form, form};
@@ -75,21 +75,22 @@ impl Turn {
         let ending = Ending::of(&mut fields, &self.messages)?;
         let variables = fields.get("chat_template_kwargs", "an object")?.unwrap_or_default();
         let plan = ToolPlan::new(self.tools, self.choice)?;
-        let grammar = match (&plan.forced, self.form) {
-            (Some(schema), None) => Some(Grammar::schema(schema.clone())),
-            (None, form) => form.map(|(_, grammar)| grammar),
+        let form = match (&plan.forced, self.form) {
+            (Some(schema), None) => Some(("tools".to_owned(), Grammar::schema(schema.clone()))),
+            (None, form) => form,
             (Some(_), Some((field, _))) => {
                 let expected = "left out where a tool must be called";
-                return Err(ApiError::field(field, expected, "another form of the answer"));
+                return Err(ApiError::field(&field, expected, "another form of the answer"));
             }
         };
         if !plan.tools.is_empty() && (!template.knows_tools() || plan.forced.is_some()) {
             tell_of_tools(&mut self.messages, &plan, template.knows_tools());
         }
-        let mut answer = Answer::new(Arc::clone(&state), kind, vec![String::new(); params.choices]);
+        let echoes = vec![Echo::default(); params.choices];
+        let mut answer = Answer::new(Arc::clone(&state), kind, echoes);
         answer.logprobs = params.options.logprobs.is_some();
         // An answer that was asked for in a form of its own is no call.
-        let is_call = !plan.tools.is_empty() && (plan.forced.is_some() || grammar.is_none());
+        let is_call = !plan.tools.is_empty() && (plan.forced.is_some() || form.is_none());
         answer.tools = is_call.then(|| {
             let names = plan.tools.iter().filter_map(|tool| tool["function"]["name"].as_str());
             let names = names.map(str::to_owned).collect();
@@ -97,7 +98,7 @@ impl Turn {
         });
         let (messages, tools) = (self.messages, plan.tools);
         let text = ChatText { template, messages, tools, variables, ending };
-        submit(state, params, came, vec![Prompt::Chat(Box::new(text))], grammar, answer).await
+        submit(state, params, came, vec![Prompt::Chat(Box::new(text))], form, answer).await
     }
 }
 

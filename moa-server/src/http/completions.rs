@@ -6,7 +6,7 @@ use std::time::Instant;
 use axum::response::Response;
 use serde::Deserialize;
 
-use super::answer::{Answer, Kind};
+use super::answer::{Answer, Echo, Kind};
 use super::error::ApiError;
 use super::fields::Fields;
 use super::form::form;
@@ -37,7 +37,7 @@ pub(crate) async fn complete(state: Arc<State>, body: &[u8]) -> Result<Response,
     if let Some(best_of) = best_of.filter(|best_of| *best_of != params.choices) {
         return Err(ApiError::field("best_of", "the same as `n`", best_of));
     }
-    let grammar = form(&mut fields)?.map(|(_, grammar)| grammar);
+    let form = form(&mut fields)?;
     let echo = fields.flag("echo")?;
     params.options.prompt_logprobs = echo && params.options.logprobs.is_some();
     let expected = "a text, an array of texts, or arrays of token ids";
@@ -54,15 +54,17 @@ pub(crate) async fn complete(state: Arc<State>, body: &[u8]) -> Result<Response,
         return Err(ApiError::field("prompt", expected, format!("{} prompts", prompts.len())));
     }
     let echoes = prompts.iter().flat_map(|prompt| {
-        let text = match prompt {
-            _ if !echo => String::new(),
-            Prompt::Text(text) => text.clone(),
-            Prompt::Tokens(tokens) => state.text.tokenizer.decode(tokens, true).unwrap_or_default(),
-            Prompt::Chat(_) => String::new(),
+        let of = match prompt {
+            Prompt::Text(text) if echo => Echo { text: text.clone(), has_special: true },
+            Prompt::Tokens(tokens) if echo => Echo {
+                text: state.text.tokenizer.decode(tokens, true).unwrap_or_default(),
+                has_special: false,
+            },
+            _ => Echo::default(),
         };
-        vec![text; params.choices]
+        vec![of; params.choices]
     });
     let mut answer = Answer::new(Arc::clone(&state), Kind::Text, echoes.collect());
     answer.logprobs = params.options.logprobs.is_some();
-    submit(state, params, came, prompts, grammar, answer).await
+    submit(state, params, came, prompts, form, answer).await
 }

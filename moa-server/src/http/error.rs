@@ -55,8 +55,13 @@ impl ApiError {
         Self { code: Some("timeout"), ..Self::new(StatusCode::GATEWAY_TIMEOUT, message) }
     }
 
-    /// A prompt and its answer are longer than the model's context.
-    pub(crate) fn too_long(asked: usize, limit: usize) -> Self {
+    /// The same fault in this field, unless it is in another one.
+    pub(crate) fn of(self, field: &str) -> Self {
+        Self { param: self.param.or_else(|| Some(field.to_owned())), ..self }
+    }
+
+    /// A prompt is longer than the model's context; `asked` says how many tokens it has.
+    pub(crate) fn too_long(asked: impl std::fmt::Display, limit: usize) -> Self {
         let message = format!("the model's context is {limit} tokens, the prompt has {asked}");
         Self { code: Some("context_length_exceeded"), ..Self::invalid(message) }
     }
@@ -68,7 +73,10 @@ impl ApiError {
             E::Invalid { .. } | E::Template { .. } | E::Tokenizer { .. } => {
                 Self::invalid(error.to_string())
             }
-            E::ContextExceeded { asked, limit } => Self::too_long(*asked, *limit),
+            // It was not cut into tokens.
+            E::ContextExceeded { asked, limit } => {
+                Self::too_long(format_args!("at least {asked}"), *limit)
+            }
             error if error.is_out_of_memory() => Self::busy(error.to_string()),
             _ => Self::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
         }

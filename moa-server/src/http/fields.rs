@@ -77,6 +77,19 @@ impl Fields {
         }
     }
 
+    /// An array of token ids, each of which the model has.
+    pub(crate) fn ids(
+        &mut self,
+        name: &str,
+        vocab_size: usize,
+    ) -> Result<Option<Vec<u32>>, ApiError> {
+        let ids: Option<Vec<u32>> = self.get(name, "an array of ids")?;
+        match ids.iter().flatten().find(|id| **id as usize >= vocab_size) {
+            Some(id) => Err(ApiError::field(name, format!("ids below {vocab_size}"), id)),
+            None => Ok(ids),
+        }
+    }
+
     /// A switch, off where it is absent.
     pub(crate) fn flag(&mut self, name: &str) -> Result<bool, ApiError> {
         Ok(self.get(name, "true or false")?.unwrap_or(false))
@@ -100,6 +113,7 @@ impl Fields {
 /// A value for a message: its text where it is short, else its kind.
 pub(crate) fn short(value: &Value) -> String {
     match value {
+        Value::Array(list) if list.is_empty() => "an empty array".to_owned(),
         Value::Array(_) => "an array".to_owned(),
         Value::Object(_) => "an object".to_owned(),
         Value::String(text) if text.len() > 40 => "a long text".to_owned(),

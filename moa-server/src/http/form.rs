@@ -9,7 +9,7 @@ use super::fields::{Fields, short};
 use crate::grammar::Grammar;
 
 /// What an answer must be, with the field that says so.
-pub(crate) type Form = (&'static str, Arc<Grammar>);
+pub(crate) type Form = (String, Arc<Grammar>);
 
 /// The form that a request asks for: OpenAI's `response_format`, vLLM's `structured_outputs` or
 /// what that was called before, or llama.cpp's `json_schema`.
@@ -22,17 +22,17 @@ pub(crate) fn form(fields: &mut Fields) -> Result<Option<Form>, ApiError> {
 /// The form that is asked for by a format, of a type and perhaps with a schema, or by fields beyond OpenAI's.
 pub(crate) fn form_or(
     fields: &mut Fields,
-    format: &'static str,
+    format: &str,
     kind: &Value,
     schema: (&str, &Value),
 ) -> Result<Option<Form>, ApiError> {
     fields.refuse("grammar", "give one in Lark's notation in `structured_outputs.grammar`")?;
     let mut forms = Vec::new();
-    forms.extend(grammar_of(format, kind, schema)?.map(|grammar| (format, grammar)));
+    forms.extend(grammar_of(format, kind, schema)?.map(|grammar| (format.to_owned(), grammar)));
     if let Some(outputs) = fields.get("structured_outputs", "an object")? {
         let outputs: Map<String, Value> = outputs;
         for (kind, value) in outputs.iter().filter(|(_, value)| !value.is_null()) {
-            forms.extend(structured("structured_outputs", kind, value)?);
+            forms.extend(structured(&format!("structured_outputs.{kind}"), kind, value)?);
         }
     }
     for (field, kind) in [
@@ -48,13 +48,13 @@ pub(crate) fn form_or(
     }
     match forms.len() {
         0 | 1 => Ok(forms.pop()),
-        _ => Err(ApiError::field(forms[1].0, "the only form that is asked for", forms[0].0)),
+        _ => Err(ApiError::field(&forms[1].0, "the only form that is asked for", &forms[0].0)),
     }
 }
 
 /// One of vLLM's kinds; `None` of options that are about something else.
-fn structured(field: &'static str, kind: &str, value: &Value) -> Result<Option<Form>, ApiError> {
-    let fault = |expected| ApiError::field(field, format!("{kind}: {expected}"), short(value));
+fn structured(field: &str, kind: &str, value: &Value) -> Result<Option<Form>, ApiError> {
+    let fault = |expected| ApiError::field(field, expected, short(value));
     let text = |expected| value.as_str().ok_or_else(|| fault(expected));
     let grammar = match kind {
         "json" => {
@@ -68,18 +68,20 @@ fn structured(field: &'static str, kind: &str, value: &Value) -> Result<Option<F
         "regex" => Grammar::regex(text("a regular expression")?),
         "grammar" => Grammar::lark(text("a grammar in Lark's notation")?.to_owned()),
         "choice" => {
-            let expected = "an array of texts";
+            let expected = "an array of at least one text";
             let texts = value.as_array().filter(|texts| !texts.is_empty());
             let texts = texts.ok_or_else(|| fault(expected))?.iter();
             let escaped = texts.map(|text| text.as_str().map(escaped));
             let escaped: Option<Vec<String>> = escaped.collect();
+            let escaped = escaped
+                .ok_or_else(|| ApiError::field(field, expected, "an array of other values too"))?;
             // As one word of a grammar, of which there may be any number.
-            Grammar::regex(&escaped.ok_or_else(|| fault(expected))?.join("|"))
+            Grammar::regex(&escaped.join("|"))
         }
         "structural_tag" => return Err(fault("left out")),
         _ => return Ok(None),
     };
-    Ok(Some((field, grammar)))
+    Ok(Some((field.to_owned(), grammar)))
 }
 
 /// The regular expression of a text alone.

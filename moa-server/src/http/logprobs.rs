@@ -7,31 +7,47 @@ pub(crate) struct TokenText<'a> {
 }
 
 impl TokenText<'_> {
-    fn of(&self, id: u32) -> String {
+    pub(crate) fn of(&self, id: u32) -> String {
         self.tokenizer.decode(&[id], false).unwrap_or_default()
+    }
+
+    /// Whether texts leave the token out.
+    fn is_special(&self, id: u32) -> bool {
+        self.tokenizer.decode(&[id], true).is_ok_and(|text| text.is_empty())
     }
 }
 
 /// A token as a text, with the logarithm of its probability; the first one of a prompt has none.
 type Told = (String, Option<f32>);
 
+struct Entry {
+    own: Told,
+    /// The likeliest in its place.
+    top: Vec<Told>,
+    /// Characters of the text that it stands for.
+    chars: usize,
+}
+
 /// How likely the tokens of a choice were.
 #[derive(Default)]
 pub(crate) struct ChoiceLogprobs {
-    /// Each with the likeliest in its place.
-    tokens: Vec<(Told, Vec<Told>)>,
+    tokens: Vec<Entry>,
 }
 
 impl ChoiceLogprobs {
+    /// Adds a token; `is_literal` where the text has it though it is special.
     pub(crate) fn push(
         &mut self,
         text: &TokenText<'_>,
         token: u32,
         logprobs: Option<&TokenLogprobs>,
+        is_literal: bool,
     ) {
         let top = logprobs.iter().flat_map(|own| &own.top);
         let top = top.map(|(id, logprob)| (text.of(*id), Some(*logprob))).collect();
-        self.tokens.push(((text.of(token), logprobs.map(|own| own.logprob)), top));
+        let own = text.of(token);
+        let chars = if is_literal || !text.is_special(token) { own.chars().count() } else { 0 };
+        self.tokens.push(Entry { own: (own, logprobs.map(|own| own.logprob)), top, chars });
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -53,7 +69,7 @@ impl ChoiceLogprobs {
         };
         self.tokens
             .iter()
-            .map(|((token, logprob), top)| {
+            .map(|Entry { own: (token, logprob), top, .. }| {
                 let mut entry = one(token, *logprob);
                 let top: Vec<Value> = top.iter().map(|(token, p)| one(token, *p)).collect();
                 entry["top_logprobs"] = top.into();
@@ -62,13 +78,13 @@ impl ChoiceLogprobs {
             .collect()
     }
 
-    /// In the shape of text completions. `offset` counts the characters of the tokens told so far.
+    /// In the shape of text completions. `offset` is the place in the text of the first token that was not told.
     pub(crate) fn text(self, offset: &mut usize) -> Value {
         let (mut tokens, mut logprobs, mut tops, mut offsets) =
             (Vec::new(), Vec::new(), Vec::<Value>::new(), Vec::new());
-        for ((token, logprob), top) in self.tokens {
+        for Entry { own: (token, logprob), top, chars } in self.tokens {
             offsets.push(*offset);
-            *offset += token.chars().count();
+            *offset += chars;
             let top: Map<String, Value> =
                 top.into_iter().map(|(token, p)| (token, finite(p))).collect();
             tokens.push(token);

@@ -50,11 +50,15 @@ impl Params {
             Some(Stop::One(stop)) => vec![stop],
             Some(Stop::Many(stops)) => stops,
         };
-        if stop.len() > 16 || stop.iter().any(|stop| stop.is_empty() || stop.len() > 1024) {
-            let expected = "at most 16 texts of 1 to 1024 bytes";
-            return Err(ApiError::field("stop", expected, format!("{} texts", stop.len())));
+        let wrong = match stop.iter().find(|stop| stop.is_empty() || stop.len() > 1024) {
+            Some(stop) => Some(format!("one of {} bytes", stop.len())),
+            None if stop.len() > 16 => Some(format!("{} texts", stop.len())),
+            None => None,
+        };
+        if let Some(wrong) = wrong {
+            return Err(ApiError::field("stop", "at most 16 texts of 1 to 1024 bytes", wrong));
         }
-        let stop_token_ids: Option<Vec<u32>> = fields.get("stop_token_ids", "an array of ids")?;
+        let stop_token_ids = fields.ids("stop_token_ids", state.model.vocab_size)?;
         let ignore_eos = fields.flag("ignore_eos")?;
         let timeout = fields.number("timeout", 0.001, 1e6)?.map(Duration::from_secs_f32);
         let most = state.options.request_timeout;

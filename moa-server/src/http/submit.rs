@@ -10,8 +10,8 @@ use tokio::sync::mpsc::unbounded_channel;
 use super::answer::{Answer, Kind};
 use super::chat::ChatText;
 use super::error::ApiError;
+use super::form::Form;
 use super::params::Params;
-use crate::grammar::Grammar;
 use crate::state::State;
 use crate::worker::{Command, Job};
 
@@ -28,25 +28,30 @@ pub(crate) async fn submit(
     params: Params,
     came: Instant,
     prompts: Vec<Prompt>,
-    grammar: Option<Arc<Grammar>>,
+    form: Option<Form>,
     mut answer: Answer,
 ) -> Result<Response, ApiError> {
     check_room(&state)?;
-    let prompts = tokens(&state, prompts).await?;
-    if let Some(grammar) = &grammar {
+    let field = match answer.kind {
+        Kind::Text => "prompt",
+        Kind::Chat => "messages",
+        Kind::Response(_) => "input",
+    };
+    let prompts = tokens(&state, prompts).await.map_err(|error| error.of(field))?;
+    if let Some((of, grammar)) = &form {
         if params.options.min_new_tokens > 0 {
             // It may allow nothing but the end.
             let expected = "left out where the answer must have a form";
             return Err(ApiError::field("min_tokens", expected, params.options.min_new_tokens));
         }
-        grammar.prepare(&state).await?;
+        grammar.prepare(&state).await.map_err(|error| error.of(of))?;
     }
     answer.include_usage = params.include_usage;
     answer.prompt_tokens = prompts.iter().map(|(prompt, _)| prompt.len()).sum();
     let (out, updates) = unbounded_channel();
     let mut jobs = Vec::with_capacity(prompts.len());
     for (at, (prompt, shared)) in prompts.into_iter().enumerate() {
-        let mut options = params.for_prompt(prompt.len(), &state)?;
+        let mut options = params.for_prompt(prompt.len(), &state).map_err(|e| e.of(field))?;
         options.continues_prompt = Some(matches!(answer.kind, Kind::Text));
         // Prompts of one request draw alike only where their texts are alike.
         options.sampling.seed = options.sampling.seed.wrapping_add((at * params.choices) as u64);
@@ -56,7 +61,7 @@ pub(crate) async fn submit(
             first_choice: at * params.choices,
             choices: params.choices,
             options,
-            grammar: grammar.clone(),
+            grammar: form.as_ref().map(|(_, grammar)| Arc::clone(grammar)),
             priority: params.priority,
             came,
             deadline: params.deadline,

@@ -14,6 +14,7 @@ use crate::state::State;
 pub(crate) async fn tokenize(state: Arc<State>, body: &[u8]) -> Result<Response, ApiError> {
     let mut fields = Fields::parse(body)?;
     let limit = state.model.context;
+    let field = if fields.has("messages") { "messages" } else { "prompt" };
     let tokens = match fields.has("messages") {
         true => {
             let text = conversation(&mut fields, &state)?;
@@ -29,7 +30,7 @@ pub(crate) async fn tokenize(state: Arc<State>, body: &[u8]) -> Result<Response,
             blocking(move || state.text.tokenizer.encode(&text, add_special)).await?
         }
     };
-    let tokens = tokens.map_err(|error| ApiError::of_model(&error))?;
+    let tokens = tokens.map_err(|error| ApiError::of_model(&error).of(field))?;
     Ok(json_response(&json!({
         "count": tokens.len(),
         "max_model_len": limit,
@@ -39,9 +40,9 @@ pub(crate) async fn tokenize(state: Arc<State>, body: &[u8]) -> Result<Response,
 
 pub(crate) async fn detokenize(state: Arc<State>, body: &[u8]) -> Result<Response, ApiError> {
     let mut fields = Fields::parse(body)?;
-    let tokens: Option<Vec<u32>> = fields.get("tokens", "an array of ids")?;
+    let tokens = fields.ids("tokens", state.model.vocab_size)?;
     let tokens = tokens.ok_or_else(|| ApiError::field("tokens", "an array of ids", "nothing"))?;
     let text = blocking(move || state.text.tokenizer.decode(&tokens, false)).await?;
-    let text = text.map_err(|error| ApiError::of_model(&error))?;
+    let text = text.map_err(|error| ApiError::of_model(&error).of("tokens"))?;
     Ok(json_response(&json!({ "prompt": text, "content": text })))
 }

@@ -73,7 +73,7 @@ pub(crate) struct Sizes {
     pub(crate) bytes: u64,
     /// Without those: of a sequence that is kept.
     kept_bytes: u64,
-    /// What dense attention would take.
+    /// What dense attention would take, in 16 bits at least.
     pub(crate) dense_bytes: u64,
     /// Some heads forget keys.
     has_rings: bool,
@@ -146,7 +146,7 @@ impl<D: Math + 'static> Worker<D> {
         let sizes = Sizes {
             bytes: checkpoint.request_bytes(plan, capacity, self.options.speculation)?,
             kept_bytes: model.cache_bytes(plan, capacity, slack)?,
-            dense_bytes: model.cache_bytes(&Plan::full(model.shape())?, capacity, 0)?,
+            dense_bytes: model.dense_cache_bytes(capacity)?,
             has_rings: model.has_rings(plan, capacity, slack)?,
         };
         self.sizes.borrow_mut().insert(capacity, sizes);

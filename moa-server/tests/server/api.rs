@@ -265,9 +265,19 @@ fn answers_have_the_form_that_is_asked_for() {
     }
     for (body, param) in [
         (json!({ "grammar": "root ::= [0-9]+" }), "grammar"),
-        (json!({ "structured_outputs": { "regex": "a", "choice": ["a"] } }), "structured_outputs"),
-        (json!({ "structured_outputs": { "choice": [] } }), "structured_outputs"),
-        (json!({ "structured_outputs": { "choice": [1] } }), "structured_outputs"),
+        (
+            json!({ "structured_outputs": { "choice": ["a"], "regex": "a" } }),
+            "structured_outputs.regex",
+        ),
+        (json!({ "structured_outputs": { "choice": [] } }), "structured_outputs.choice"),
+        (json!({ "structured_outputs": { "choice": [1] } }), "structured_outputs.choice"),
+        (json!({ "structured_outputs": { "regex": "(" } }), "structured_outputs.regex"),
+        (json!({ "guided_json": { "type": "nothing" } }), "guided_json"),
+        (
+            json!({ "response_format": { "type": "json_schema",
+                "json_schema": { "schema": { "type": "nothing" } } } }),
+            "response_format",
+        ),
         (json!({ "guided_regex": 7 }), "guided_regex"),
         (json!({ "guided_json": "{" }), "guided_json"),
         (
@@ -284,6 +294,9 @@ fn answers_have_the_form_that_is_asked_for() {
             "{body}"
         );
     }
+    let none = json!({ "prompt": "x", "guided_choice": [] });
+    let error = client.post("/v1/completions", &none).json()["error"]["message"].clone();
+    assert_eq!(error, "`guided_choice` must be an array of at least one text, got an empty array");
     let broken = json!({ "prompt": "x", "structured_outputs": { "regex": "(" } });
     assert_eq!(client.post("/v1/completions", &broken).status, 400);
 }
@@ -333,6 +346,29 @@ fn an_echo_tells_how_likely_the_prompt_was() {
             .len(),
         tokens.len()
     );
+    // A token stands in the text where its offset says, for which one that the text lacks takes no room.
+    for (prompt, echoed) in [
+        (json!(text), text),
+        (json!(tokens), text),
+        (json!(format!("{text}</s>")), &format!("{text}</s>")),
+        (json!([tokens.clone(), vec![2]].concat()), text),
+    ] {
+        let body = json!({ "prompt": prompt, "max_tokens": 1, "echo": true, "logprobs": 1 });
+        let choice = client.ask("/v1/completions", &body)["choices"][0].clone();
+        let all: Vec<char> = choice["text"].as_str().unwrap().chars().collect();
+        assert!(choice["text"].as_str().unwrap().starts_with(echoed), "{choice}");
+        let told = &choice["logprobs"];
+        assert_eq!(told["tokens"][0], "<s>");
+        for (at, token) in told["tokens"].as_array().unwrap().iter().enumerate().take(tokens.len())
+        {
+            let token = if at == 0 { "" } else { token.as_str().unwrap() };
+            let offset = told["text_offset"][at].as_u64().unwrap() as usize;
+            let there: String = all[offset..].iter().take(token.chars().count()).collect();
+            assert_eq!(there, token, "{at}: {told}");
+        }
+        let last = told["text_offset"].as_array().unwrap().last().unwrap();
+        assert_eq!(*last, echoed.chars().count(), "{told}");
+    }
     let body =
         json!({ "prompt": tokens, "max_tokens": 3, "temperature": 0, "echo": true, "logprobs": 1 });
     let whole = client.ask("/v1/completions", &body)["choices"][0].clone();
@@ -402,12 +438,17 @@ fn bad_bodies() -> Vec<(&'static str, Value, &'static str)> {
         ("/v1/completions", json!({}), "prompt"),
         ("/v1/completions", json!({ "prompt": [[99_999_999]] }), "prompt"),
         ("/v1/completions", json!({ "prompt": [-1] }), "prompt"),
+        ("/v1/completions", json!({ "prompt": [[]] }), "prompt"),
+        ("/v1/completions", json!({ "prompt": "word ".repeat(100_000) }), "prompt"),
+        ("/v1/completions", json!({ "prompt": vec![5; 8192] }), "prompt"),
+        ("/v1/responses", json!({ "input": "word ".repeat(100_000) }), "input"),
         ("/v1/completions", json!({ "prompt": "x", "suffix": "y" }), "suffix"),
         ("/v1/completions", json!({ "prompt": "x", "best_of": 3 }), "best_of"),
         ("/v1/completions", json!({ "prompt": "x", "logprobs": 21 }), "logprobs"),
         ("/tokenize", json!({ "prompt": 7 }), "prompt"),
         ("/tokenize", json!({ "messages": 7 }), "messages"),
         ("/detokenize", json!({ "tokens": "x" }), "tokens"),
+        ("/detokenize", json!({ "tokens": [5, 99_999_999] }), "tokens"),
     ];
     for (field, value, param) in [
         ("messages", json!([]), "messages"),
@@ -429,6 +470,7 @@ fn bad_bodies() -> Vec<(&'static str, Value, &'static str)> {
         ("max_tokens", json!(1.5), "max_tokens"),
         ("stop", json!([""]), "stop"),
         ("stop", json!([1]), "stop"),
+        ("stop_token_ids", json!([99_999_999]), "stop_token_ids"),
         ("logit_bias", json!({ "x": 1 }), "logit_bias"),
         ("logit_bias", json!({ "1": 1e9 }), "logit_bias"),
         ("top_logprobs", json!(2), "top_logprobs"),
@@ -467,6 +509,24 @@ fn bad_fields_are_named() {
         assert_eq!(error["param"], param, "{body}: {error}");
         assert_eq!(error["type"], "invalid_request_error");
     }
+}
+
+#[test]
+fn faults_say_what_came() {
+    let client = shared();
+    let told = |body: Value| {
+        client.post("/v1/completions", &body).json()["error"]["message"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
+    let empty = told(json!({ "prompt": "x", "stop": "" }));
+    assert!(empty.ends_with("got one of 0 bytes"), "{empty}");
+    // By its bytes it has more tokens than the context, of which nobody knows how many.
+    let long = told(json!({ "prompt": "word ".repeat(100_000) }));
+    assert!(long.contains("the prompt has at least "), "{long}");
+    let known = told(json!({ "prompt": vec![5; 9000] }));
+    assert!(known.ends_with("the prompt has 9000"), "{known}");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
-use moa_server::{Server, ServerOptions};
+use moa_server::{Error, Server, ServerOptions};
 use serde_json::{Value, json};
 
 use crate::client::read;
@@ -133,6 +133,51 @@ fn a_request_of_lower_priority_number_goes_first() {
     // The one that came before it has not ended.
     assert_eq!(client.metric("moa_requests_completed_total"), 2.0);
     drop((running, later));
+}
+
+#[test]
+fn options_that_cannot_work_are_refused_at_the_start() {
+    let key = |key: &str| ServerOptions { api_keys: vec![key.into()], ..options() };
+    let origin = |origin: &str| ServerOptions { cors_origins: vec![origin.into()], ..options() };
+    let bind = |mut options: ServerOptions| {
+        options.address.set_port(0);
+        Server::bind(checkpoint(), narrow(), options)
+    };
+    for (refused, option, expected) in [
+        (ServerOptions { max_context: Some(8193), ..options() }, "max_context", "8192"),
+        (
+            ServerOptions { default_max_tokens: Some(8193), ..options() },
+            "default_max_tokens",
+            "8192",
+        ),
+        (
+            ServerOptions { max_context: Some(96), default_max_tokens: Some(97), ..options() },
+            "default_max_tokens",
+            "96",
+        ),
+        (ServerOptions { kv_memory: 1024, ..options() }, "kv_memory", "shortest request"),
+        (ServerOptions { model_name: Some(String::new()), ..options() }, "model_name", "one"),
+        (key(""), "api_keys", "visible ASCII"),
+        (key("secret\n"), "api_keys", "visible ASCII"),
+        (key("geheimnis-ß"), "api_keys", "visible ASCII"),
+        (origin("foo"), "cors_origins", "https://example.com"),
+        (origin("https://Friend.example"), "cors_origins", "https://example.com"),
+        (origin("https://friend.example/"), "cors_origins", "https://example.com"),
+    ] {
+        match bind(refused) {
+            Err(Error::Option { what, expected: told, .. }) => {
+                assert_eq!(what, option);
+                assert!(told.contains(expected), "{what}: {told}");
+            }
+            other => panic!("{option}: {other:?}"),
+        }
+    }
+    for right in ["*", "null", "http://localhost:3000", "https://[::1]:8443", "app://obsidian.md"] {
+        bind(origin(right)).unwrap();
+    }
+    bind(key("two words")).unwrap();
+    bind(ServerOptions { max_context: Some(8192), default_max_tokens: Some(8192), ..options() })
+        .unwrap();
 }
 
 #[test]

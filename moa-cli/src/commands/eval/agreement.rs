@@ -88,7 +88,7 @@ fn with_model<D: Math>(
 ) -> Result<()> {
     args.style.apply(&mut model)?;
     let model = &model;
-    let chosen = args.rival.over(model::choose_plan(&args.plan, model)?);
+    let chosen = args.rival.over(model::choose_plan(&args.plan, model, context)?);
     let mut lengths = args.lengths.clone();
     lengths.sort_unstable();
     lengths.dedup();
@@ -97,7 +97,8 @@ fn with_model<D: Math>(
         let mut items = Vec::new();
         for (name, text) in texts {
             let windows = model.text_windows(text, length, args.windows);
-            let windows = windows.map_err(|e| Error::from(e).at(name))?;
+            let windows = windows
+                .map_err(|e| calibration::by_flag(e, &[("--lengths", &args.lengths)]).at(name))?;
             let evicted = chosen.eviction.map(|of| continuation(length, of.density));
             match args.continuation.or(evicted) {
                 None => items.extend(windows),
@@ -119,7 +120,8 @@ fn with_model<D: Math>(
             seed: context.seed ^ HELD_OUT_SEED,
             ..CalibrationOptions::default()
         };
-        let made = calibration::items(model, data, &options, context)?;
+        let made =
+            calibration::items(model, data, &options, &[("--lengths", &args.lengths)], context)?;
         sets.extend(made.items.into_iter().map(|(length, items)| (length, "answers", items)));
     }
     let mut rows = Vec::new();

@@ -91,7 +91,7 @@ fn with_model<D: Math>(
 ) -> Result<()> {
     args.style.apply(&mut model)?;
     let model = &model;
-    let plan = args.rival.over(model::choose_plan(&args.plan, model)?);
+    let plan = args.rival.over(model::choose_plan(&args.plan, model, context)?);
     let limit = model.model.config().context_length();
     let length = args.max_length.unwrap_or(limit);
     if length > limit {
@@ -105,7 +105,11 @@ fn with_model<D: Math>(
         for (case, of) in cases.iter().enumerate() {
             let place = format!("{}, case {}", path.display(), case + 1);
             let question = model.fitted(&dataset.question(of), new, length);
-            let question = question.map_err(|e| Error::from(e).at(&place))?;
+            let question = question.map_err(|error| {
+                let is_short = matches!(error, moa_models::Error::ContextExceeded { .. });
+                let error = Error::from(error).at(&place);
+                if is_short && args.max_length.is_some() { error.at("--max-length") } else { error }
+            })?;
             questions.push(SizedQuestion { size: None, case, question, place });
         }
         let own = [

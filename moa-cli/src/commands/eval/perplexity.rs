@@ -55,7 +55,7 @@ fn with_model<D: Math>(
     model: &Checkpoint<D>,
     context: &Context,
 ) -> Result<()> {
-    let chosen = model::choose_plan(&args.plan, model)?;
+    let chosen = model::choose_plan(&args.plan, model, context)?;
     let longest = lengths.last().copied().unwrap_or(0);
     // Before texts are cut into tokens, which takes long ones a while.
     let limit = model.model.config().context_length();

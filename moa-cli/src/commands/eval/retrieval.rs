@@ -85,7 +85,7 @@ fn with_model<D: Math>(
     context: &Context,
 ) -> Result<()> {
     args.style.apply(&mut model)?;
-    let plan = args.rival.over(model::choose_plan(&args.plan, &model)?);
+    let plan = args.rival.over(model::choose_plan(&args.plan, &model, context)?);
     let own = [("evaluation", "retrieval".to_string()), ("data", file_fingerprint(&args.data)?)];
     let evaluation = args.items.evaluation(&model, &plan, args.max_new_tokens, own, context);
     let mut bar = Progress::new(context, "evaluate", questions.len());

@@ -70,7 +70,7 @@ fn with_model<D: Math>(
     context: &Context,
 ) -> Result<()> {
     args.style.apply(&mut model)?;
-    let plan = args.rival.over(model::choose_plan(&args.plan, &model)?);
+    let plan = args.rival.over(model::choose_plan(&args.plan, &model, context)?);
     let max_new_tokens = args.max_new_tokens.unwrap_or(args.task.max_new_tokens());
     let mut lengths = args.lengths.clone();
     lengths.sort_unstable();
