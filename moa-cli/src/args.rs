@@ -183,8 +183,9 @@ pub(crate) struct PlanArgs {
 pub(crate) struct DataArg {
     /// `tasks` for built-in questions of graded difficulty, of which those are used that the model
     /// answers; `records` for the long lists among them alone; or a file: lines of {"prompt", "answer"?},
-    /// {"messages"} or {"text"}, or a text (.txt, .md). Every third item of a file and a half of a single text are
-    /// held out: plans are judged by them, and nothing is profiled on them
+    /// {"messages"} or {"text"}, or a text (.txt, .text, .md). Texts beside prompts are to keep their predictions; of texts
+    /// alone, windows are the items, whose last --max-response tokens are to be predicted. Every third item of a file,
+    /// and a half of each of one or two texts, are held out: plans are judged by them, and nothing is profiled on them
     #[arg(long, default_value = "tasks", value_name = "tasks|records|FILE")]
     pub(crate) data: String,
 }

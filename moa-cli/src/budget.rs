@@ -4,15 +4,16 @@ use moa_models::{CacheType, CacheTypes, CompressOptions};
 
 use crate::args::{self, parse_count, parse_density};
 use crate::error::{Error, Result};
-use crate::output::Context;
+use crate::output::{Context, percent};
 
 /// How large plans may be.
 #[derive(Debug, clap::Args)]
 pub(crate) struct BudgetArgs {
-    /// Largest mean share of the context that heads keep
+    /// Largest mean share of the context that heads keep; with --cache-dtype auto, the bytes of such a share in int8,
+    /// of which heads in narrower types keep more
     #[arg(long, default_value = "0.25", value_parser = parse_density)]
     pub(crate) density: f64,
-    /// Smallest mean share of the context that heads keep
+    /// Smallest mean share of the context that heads keep, counted as that of --density
     #[arg(long, value_name = "DENSITY", value_parser = parse_density)]
     min_density: Option<f64>,
     /// Smallest share of the context that any single head keeps, for the sake of texts that calibration
@@ -32,7 +33,7 @@ pub(crate) struct BudgetArgs {
     kv_bytes: Vec<KvBytes>,
     /// Largest attention time of a decode step, as a share of dense attention's, as measured on this
     /// machine before the search; in addition to the other bounds
-    #[arg(long, value_name = "SHARE", value_parser = parse_density)]
+    #[arg(long, value_name = "SHARE", value_parser = parse_time)]
     pub(crate) decode_time: Option<f64>,
 }
 
@@ -46,6 +47,16 @@ enum KvBytes {
 }
 
 impl BudgetArgs {
+    /// What a density means where heads choose their types; `None` where it is what it says.
+    pub(crate) fn meaning(&self, cache_types: CacheTypes) -> Option<String> {
+        (cache_types == CacheTypes::PerHead && self.kv_bytes.is_empty()).then(|| {
+            format!(
+                "the bytes of {} of the keys in int8, of which heads in narrower types keep more",
+                percent(self.density)
+            )
+        })
+    }
+
     /// The types that heads of plans have: within bytes int8, if nothing else is said, as more keys in 8 bits lose
     /// less than fewer in 16.
     pub(crate) fn cache_types(&self, context: &Context) -> CacheTypes {
@@ -105,6 +116,12 @@ impl BudgetArgs {
 fn parse_share(text: &str) -> Result<f64, Error> {
     let fault = || Error::argument("share", "a number from 0 to 1", text);
     text.parse().ok().filter(|share| (0.0..=1.0).contains(share)).ok_or_else(fault)
+}
+
+/// A share of a time, not 0.
+fn parse_time(text: &str) -> Result<f64, Error> {
+    let fault = || Error::argument("share of the time", "a number above 0 and at most 1", text);
+    text.parse().ok().filter(|share| *share > 0.0 && *share <= 1.0).ok_or_else(fault)
 }
 
 /// `PERCENT%` or `TOKENS:BYTES`.

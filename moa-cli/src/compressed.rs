@@ -11,8 +11,9 @@ pub(crate) struct Losses {
     dense_loss: f64,
     start_loss: f64,
     loss: f64,
-    start_divergence: f64,
-    divergence: f64,
+    /// `None` where no text was measured, as the next.
+    start_divergence: Option<f64>,
+    divergence: Option<f64>,
     evaluations: usize,
     searched_plans: usize,
     worst_gap: f64,
@@ -37,14 +38,16 @@ impl fmt::Display for Losses {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "Response loss: dense {:.4}, best searched plan {:.4}, chosen plan {:.4}; divergence from \
-             dense on text: {:.4}, {:.4} nats per token ({} plans searched, gap to the proven bound at \
-             most {}; {} plans measured)",
-            self.dense_loss,
-            self.start_loss,
-            self.loss,
-            self.start_divergence,
-            self.divergence,
+            "Response loss: dense {:.4}, best searched plan {:.4}, chosen plan {:.4}",
+            self.dense_loss, self.start_loss, self.loss,
+        )?;
+        if let Some((start, own)) = self.start_divergence.zip(self.divergence) {
+            write!(f, "; divergence from dense on text: {start:.4}, {own:.4}")?;
+        }
+        write!(
+            f,
+            " nats per token ({} plans searched, gap to the proven bound at most {}; {} measurements, those of searched \
+             plans and of dense attention included)",
             self.searched_plans,
             percent(self.worst_gap),
             self.evaluations,

@@ -1,4 +1,4 @@
-use crate::search::{Bound, Options, ParetoSet, Problem, density_sizes, solve};
+use crate::search::{Bound, Options, ParetoSet, Problem, density_sizes, rounded, solve};
 use crate::{
     AtLength, CostBound, ElasticRule, Error, HeadRule, ModelShape, Plan, Profile, Provenance,
     Result, Space, Span,
@@ -291,7 +291,7 @@ impl PlanRequest {
     /// [`Error::Infeasible`] with what rules reach; [`Error::Invalid`] if there is not one window for each layer.
     pub fn reachable(&self, shape: ModelShape) -> Result<()> {
         let losses = vec![0.0; shape.total_kv_heads() * self.candidates.len()];
-        self.problem(shape, &[1], losses)?.reachable()
+        self.problem(shape, &[1], losses).map(|_| ())
     }
 
     /// What [`search`](Self::search) solves.
@@ -318,10 +318,36 @@ impl PlanRequest {
             bounds,
             sizes,
         )?;
-        match self.windows.is_empty() {
-            true => Ok(problem),
-            false => problem.with_layer_sizes(self.layer_sizes(shape.layers)?),
+        let problem = match self.windows.is_empty() {
+            true => problem,
+            false => problem.with_layer_sizes(self.layer_sizes(shape.layers)?)?,
+        };
+        match problem.out_of_reach() {
+            None => Ok(problem),
+            Some((at, reached)) => Err(self.out_of_reach(at, &problem.bounds()[at], reached)),
         }
+    }
+
+    /// Why no plan meets a bound, in the request's own words. The first bounds are those on density.
+    fn out_of_reach(&self, at: usize, bound: &Bound, reached: f64) -> Error {
+        let kind = match at < self.bounds.len() {
+            true => "mean density",
+            false => "mean share of dense attention's decode time",
+        };
+        let size = rounded(reached);
+        let reason = match bound.min.filter(|min| reached < *min) {
+            None => format!(
+                "the smallest {kind} is {size}, that of heads of the smallest size ({} keys, {} of them sink), at most {} \
+                 is allowed",
+                self.min_span,
+                self.sink,
+                rounded(bound.max)
+            ),
+            Some(min) => {
+                format!("the largest {kind} is {size}, at least {} is asked for", rounded(min))
+            }
+        };
+        Error::Infeasible { length: bound.length, reason }
     }
 
     /// Sizes of the bounds on density, then of those on decode time, `[bound][layer][candidate]`.

@@ -220,6 +220,15 @@ fn what_cannot_be_reached_is_known_without_a_profile() {
     assert!(matches!(error, Error::Infeasible { length: LENGTH, .. }), "{error}");
     let searched = below.search_profile(&profile(&[1.0; 6]), &[LENGTH]).unwrap_err();
     assert_eq!(searched.to_string(), error.to_string());
+    let causes = ["mean density", "(32 keys, 16 of them sink)"];
+    assert!(causes.iter().all(|cause| error.to_string().contains(cause)), "{error}");
+    let few = request(1e-6, Vec::new()).reachable(SHAPE).unwrap_err().to_string();
+    assert!(few.ends_with("at most 0.000001 is allowed"), "{few}");
+    let curve = CostCurve::new(vec![(32, 1.0), (4 * LENGTH, 2.0)]).unwrap();
+    let decode_time = Some(CostBound { share: 0.1, curve });
+    let slow = PlanRequest { decode_time, ..request(1.0, Vec::new()) }.reachable(SHAPE);
+    let slow = slow.unwrap_err().to_string();
+    assert!(slow.contains("decode time is") && slow.ends_with("at most 0.1 is allowed"), "{slow}");
 
     // A window of the model's is smaller than the smallest span, and a floor may be above all windows.
     let narrow = vec![Some(16), None, None];

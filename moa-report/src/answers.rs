@@ -1,3 +1,4 @@
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -20,6 +21,8 @@ pub struct Answer {
 pub struct Answers {
     /// What people call the cache.
     pub name: String,
+    /// What was asked, as the settings say it; answers of other evaluations are not compared.
+    pub evaluation: Option<String>,
     /// One for each question.
     pub answers: Vec<Answer>,
 }
@@ -27,25 +30,37 @@ pub struct Answers {
 impl Answers {
     /// Reads a file of one JSON object a line, as `moa eval ... --items` writes it: each has
     /// `prompt_tokens`, and either `right` and perhaps `depth`, or a list of `references`, each with
-    /// `found` and perhaps `depth`. A first line of `settings` is skipped, and so is a last line without
-    /// an end, which a run that was broken off has left.
+    /// `found` and perhaps `depth`. A first line of `settings` may say the `evaluation`. A last line without
+    /// an end, which a run that was broken off has left, is skipped. No two lines may have the same `size` and `case`.
     ///
     /// # Errors
     /// [`Error::Read`], [`Error::Line`] and [`Error::NoAnswers`].
     pub fn load(name: impl Into<String>, path: &Path) -> Result<Self> {
         let read = |source| Error::Read { path: path.to_path_buf(), source };
         let text = moa_core::read_text_file(path).map_err(read)?;
-        let mut answers = Vec::new();
+        let (mut answers, mut evaluation, mut asked) = (Vec::new(), None, BTreeSet::new());
         for (index, text) in text.split_inclusive('\n').enumerate() {
             if text.trim().is_empty() || (index > 0 && !text.ends_with('\n')) {
                 continue;
             }
-            answers.extend(Line { path, number: index + 1, text }.answers()?);
+            let line = Line { path, number: index + 1, text };
+            let value = line.value()?;
+            if line.is_header(&value)? {
+                evaluation = value["settings"]["evaluation"].as_str().map(str::to_string);
+                continue;
+            }
+            let (size, case) = (value["size"].as_u64(), value["case"].as_u64());
+            if let Some(case) = case
+                && !asked.insert((size, case))
+            {
+                return Err(line.fault("`case`", "one that no line before answers", case));
+            }
+            answers.extend(line.answers(&value)?);
         }
         if answers.is_empty() {
             return Err(Error::NoAnswers { path: path.to_path_buf() });
         }
-        Ok(Self { name: name.into(), answers })
+        Ok(Self { name: name.into(), evaluation, answers })
     }
 
     /// Questions answered right.
@@ -77,39 +92,44 @@ impl Line<'_> {
         Error::Line { path, line: self.number, what, expected, got }
     }
 
-    /// What a line asked: one answer, or one for each of its `references`; nothing for the header.
-    fn answers(&self) -> Result<Vec<Answer>> {
-        let value: Value =
-            serde_json::from_str(self.text).map_err(|e| self.fault("item", "a JSON object", e))?;
-        let is_header = value.get("settings").is_some() && value.get("prompt_tokens").is_none();
-        match (is_header, self.number) {
-            (true, 1) => return Ok(Vec::new()),
-            (true, _) => {
-                let expected = "in every line but the first, which alone may be settings";
-                return Err(self.fault("`prompt_tokens`", expected, "settings of another run"));
-            }
-            (false, _) => {}
+    fn value(&self) -> Result<Value> {
+        serde_json::from_str(self.text).map_err(|e| self.fault("item", "a JSON object", e))
+    }
+
+    /// Whether the line is the settings, which the first one alone may be.
+    fn is_header(&self, value: &Value) -> Result<bool> {
+        let has_settings = value.get("settings").is_some() && value.get("prompt_tokens").is_none();
+        if has_settings && self.number > 1 {
+            let expected = "in every line but the first, which alone may be settings";
+            return Err(self.fault("`prompt_tokens`", expected, "settings of another run"));
         }
+        Ok(has_settings)
+    }
+
+    /// What a line asked: one answer, or one for each of its `references`.
+    fn answers(&self, value: &Value) -> Result<Vec<Answer>> {
         let tokens = &value["prompt_tokens"];
         let Some(prompt_tokens) = tokens.as_u64() else {
             return Err(self.fault("`prompt_tokens`", "a whole number", tokens));
         };
+        let share = |of: &Value, what: &'static str| match of {
+            Value::Null => Ok(None),
+            share => match share.as_f64().filter(|share| (0.0..=1.0).contains(share)) {
+                Some(share) => Ok(Some(share)),
+                None => Err(self.fault(what, "a number from 0 to 1", share)),
+            },
+        };
+        share(&value["density"], "`density`")?;
         let answer = |of: &Value, name: &'static str| {
             let Some(right) = of[name].as_bool() else {
                 return Err(self.fault(name, "true or false", &of[name]));
             };
-            let depth = match &of["depth"] {
-                Value::Null => None,
-                depth => match depth.as_f64().filter(|d| (0.0..=1.0).contains(d)) {
-                    Some(depth) => Some(depth),
-                    None => return Err(self.fault("`depth`", "a number from 0 to 1", depth)),
-                },
-            };
+            let depth = share(&of["depth"], "`depth`")?;
             Ok(Answer { prompt_tokens: prompt_tokens as usize, depth, right })
         };
         match value.get("references").and_then(Value::as_array) {
             Some(references) => references.iter().map(|r| answer(r, "found")).collect(),
-            None => Ok(vec![answer(&value, "right")?]),
+            None => Ok(vec![answer(value, "right")?]),
         }
     }
 }
@@ -121,12 +141,16 @@ mod tests {
     use super::*;
 
     fn read(text: &str, number: usize) -> Result<Vec<Answer>> {
-        Line { path: "items.jsonl".as_ref(), number, text }.answers()
+        let line = Line { path: "items.jsonl".as_ref(), number, text };
+        line.answers(&line.value()?)
     }
 
     #[test]
     fn header_and_unknown_fields_are_skipped() {
-        assert_eq!(read(r#"{"settings": {"seed": 0}}"#, 1).unwrap(), []);
+        let header =
+            Line { path: "items.jsonl".as_ref(), number: 1, text: r#"{"settings": {"seed": 0}}"# };
+        assert!(header.is_header(&header.value().unwrap()));
+        assert!(!Line { number: 2, ..header }.is_header(&serde_json::json!({ "settings": {} })));
         let line = r#"{"right": true, "prompt_tokens": 7, "depth": 0.5, "text": "x", "more": []}"#;
         let answer = |depth, right| Answer { prompt_tokens: 7, depth, right };
         assert_eq!(read(line, 1).unwrap(), [answer(Some(0.5), true)]);
@@ -147,6 +171,7 @@ mod tests {
             (r#"{"references": [{}], "prompt_tokens": 7}"#, "found must be true or false"),
             (r#"{"right": true, "prompt_tokens": -7}"#, "`prompt_tokens`"),
             (r#"{"right": true, "prompt_tokens": 7, "depth": 40}"#, "`depth`"),
+            (r#"{"right": true, "prompt_tokens": 7, "density": -0.5}"#, "`density`"),
         ] {
             let message = read(line, 3).unwrap_err().to_string();
             let place = message.starts_with("items.jsonl, line 3: ");
@@ -163,5 +188,22 @@ mod tests {
         assert!(matches!(Answers::load("a", &path), Err(Error::NoAnswers { .. })));
         fs::write(&path, "{\"right\": true, \"prompt_tokens\": 3}\n{\"right\": tr").unwrap();
         assert_eq!(Answers::load("a", &path).unwrap().right(), 1);
+    }
+
+    #[test]
+    fn a_question_is_answered_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("items.jsonl");
+        let line = |size: usize, case: usize| {
+            format!(
+                "{{\"size\": {size}, \"case\": {case}, \"right\": true, \"prompt_tokens\": 3}}\n"
+            )
+        };
+        let lines = line(40, 0) + &line(40, 1) + &line(90, 1);
+        fs::write(&path, &lines).unwrap();
+        assert_eq!(Answers::load("a", &path).unwrap().right(), 3);
+        fs::write(&path, lines + &line(40, 1)).unwrap();
+        let error = Answers::load("a", &path).unwrap_err().to_string();
+        assert!(error.contains("line 4: `case`") && error.contains("got 1"), "{error}");
     }
 }

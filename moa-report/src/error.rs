@@ -33,6 +33,16 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
+    /// Answers of one report are to other questions.
+    #[error("{name}: answers must be to the evaluation of the first, {expected}, got {got}")]
+    OtherEvaluation {
+        /// Name of the answers.
+        name: String,
+        /// What the first answers are to.
+        expected: String,
+        /// What these are to.
+        got: String,
+    },
     /// Plans of one report are for models of different dimensions.
     #[error("{name}: {source}")]
     OtherModel {

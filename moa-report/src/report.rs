@@ -53,9 +53,10 @@ impl Report {
     ///
     /// # Errors
     /// [`Error::OtherModel`] if the plans are for models of different dimensions: bytes of dense caches
-    /// are drawn once.
+    /// are drawn once; [`Error::OtherEvaluation`] if answers are to other questions than those before.
     pub fn page(&self) -> Result<Page> {
         self.check_models()?;
+        self.check_answers()?;
         let lengths = self.lengths();
         let summary = |p: &NamedPlan| {
             let slot_bytes = self.cache.slot_bytes(p.plan.shape().head_dim);
@@ -84,6 +85,17 @@ impl Report {
             plan.check_shape(&first.plan.shape()).map_err(other)?;
         }
         Ok(())
+    }
+
+    /// Answers that do not say what they are to may be compared with any.
+    fn check_answers(&self) -> Result<()> {
+        let said = |of: &Answers| Some((of.name.clone(), of.evaluation.clone()?));
+        let mut known = self.answers.iter().filter_map(said);
+        let Some((_, expected)) = known.next() else { return Ok(()) };
+        match known.find(|(_, own)| *own != expected) {
+            None => Ok(()),
+            Some((name, got)) => Err(Error::OtherEvaluation { name, expected, got }),
+        }
     }
 
     fn lengths(&self) -> Vec<usize> {

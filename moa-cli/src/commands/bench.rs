@@ -33,7 +33,7 @@ pub(crate) struct Args {
     /// Every head sees the sink and a window, together this share of the context
     #[arg(long, value_name = "DENSITY", value_parser = parse_density)]
     uniform: Option<f64>,
-    /// Leave dense attention out
+    /// Leave dense attention out, beside --plan or --uniform
     #[arg(long)]
     no_dense: bool,
     /// Read the weights into memory instead of mapping their files
@@ -100,6 +100,9 @@ impl FromStr for Batch {
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
+    if args.no_dense && args.plan.is_none() && args.uniform.is_none() {
+        return Err(Error::argument("--no-dense", "given with --plan or --uniform", "neither"));
+    }
     if args.profile {
         model::check_gradients(context)?;
         context.check_one_device("--device with --profile")?;
@@ -163,7 +166,7 @@ fn with_ops<D: Backward>(
         return profile(args, &model, context);
     }
     let mut plans: Vec<(String, Plan)> = Vec::new();
-    if !args.no_dense || (args.plan.is_none() && args.uniform.is_none()) {
+    if !args.no_dense {
         plans.push(("dense".into(), Plan::full(model.shape())?));
     }
     if let Some(path) = &args.plan {

@@ -46,7 +46,8 @@ pub(crate) struct Args {
     /// Calibration items of the shortest length; half as many of longer ones
     #[arg(long, default_value_t = 12, value_name = "N", value_parser = parse_count)]
     samples: usize,
-    /// Most tokens of a response that the dense model writes
+    /// Most tokens of a response that the dense model writes, and tokens to predict at the end of a window of
+    /// running text
     #[arg(long, default_value_t = 48, value_name = "TOKENS", value_parser = parse_count)]
     max_response: usize,
     /// Length at which plans compete [default: twice the longest profiled length, as far as the
@@ -65,9 +66,9 @@ pub(crate) struct Args {
     /// at that of a uniform window of the same size]
     #[arg(long, value_name = "WEIGHT")]
     text_weight: Option<f64>,
-    /// Plans to measure while refining, single heads included; 0 takes the best searched plan. Up to half as many
-    /// more are measured where held-out text suffers more than it may, and all of that twice with `--cache-dtype
-    /// auto` [default: 100 and six for each KV head, and as many again where `--minutes` says so]
+    /// Plans to measure while refining, single heads included, beside those that the search found, the limit of text and
+    /// dense attention; 0 takes the best searched plan. Up to half as many more are measured where held-out text suffers
+    /// more than it may, and all of that twice with `--cache-dtype auto` [default: 100 and six for each KV head, and as many again where `--minutes` says so]
     #[arg(long, value_name = "N", value_parser = parse_size)]
     evaluations: Option<usize>,
     /// Minutes that everything may take, the model's loading left out: after calibration, profile and the first plans,
@@ -175,6 +176,7 @@ fn with_model<D: Backward>(
         out: &args.out,
         losses: Losses::from(&found),
         held_out: &found.refined.held_out,
+        budget: args.budget.meaning(types),
         plan: PlanSummary::new(
             &found.plan,
             &lengths,
@@ -192,6 +194,9 @@ struct Outcome<'a> {
     out: &'a Path,
     losses: Losses,
     held_out: &'a [HeldOut],
+    /// What --density means where heads choose their types.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    budget: Option<String>,
     plan: PlanSummary,
     stages: Vec<StageSeconds>,
     warnings: Vec<String>,
@@ -199,7 +204,11 @@ struct Outcome<'a> {
 
 impl fmt::Display for Outcome<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{}\n\n{}", self.plan, self.losses)?;
+        writeln!(f, "{}\n", self.plan)?;
+        if let Some(budget) = &self.budget {
+            writeln!(f, "Budget: {budget}\n")?;
+        }
+        writeln!(f, "{}", self.losses)?;
         if !self.held_out.is_empty() {
             writeln!(f, "\n{}\n", compressed::held_out(self.held_out))?;
         }

@@ -40,7 +40,8 @@ pub(crate) struct Args {
     /// Tokens per side of an influence block
     #[arg(long, default_value_t = DEFAULT_BLOCK, value_name = "TOKENS", value_parser = parse_count)]
     block: usize,
-    /// Most tokens of a response that the dense model writes
+    /// Most tokens of a response that the dense model writes, and tokens to predict at the end of a window of
+    /// running text
     #[arg(long, default_value_t = 48, value_name = "TOKENS", value_parser = parse_count)]
     max_response: usize,
     /// Profile to write

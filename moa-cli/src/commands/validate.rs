@@ -43,14 +43,16 @@ pub(crate) struct Args {
     /// Contexts to measure on; where all have several questions, half as many
     #[arg(long, default_value_t = 8, value_name = "N", value_parser = parse_count)]
     samples: usize,
-    /// Improve on the best plan with about this many measurements, as `moa compress` does: text suffers no more than
-    /// under a uniform window of the same size, in what the plan is refined on and in held-out text
+    /// Improve on the best plan with so many measurements beside those of the given plans, of the limit of text and of
+    /// dense attention, as `moa compress` does: text suffers no more than under a uniform window of the same size, in
+    /// what the plan is refined on and in held-out text, for which up to half as many more are made
     #[arg(long, value_name = "N", requires = "profile", value_parser = parse_count)]
     refine: Option<usize>,
     /// The profile that the plans were searched on, for --refine
     #[arg(long, value_name = "FILE", requires = "refine")]
     profile: Option<PathBuf>,
-    /// Most tokens of a response that the dense model writes
+    /// Most tokens of a response that the dense model writes, and tokens to predict at the end of a window of
+    /// running text
     #[arg(long, default_value_t = 48, value_name = "TOKENS", value_parser = parse_count)]
     max_response: usize,
     /// Take plans that were made for other weights of the same dimensions
@@ -148,6 +150,7 @@ fn with_model<D: Math>(
             refine(&model.model, evidence, &starts, &request, profile, evaluations, &mut bar)?;
         plan = found.plan.clone();
         warnings = profile_warnings(profile)?;
+        warnings.extend(found.lost_for_text());
         refined = Some(found);
     }
     let (growth, held_out) = match &refined {
@@ -180,8 +183,8 @@ fn with_model<D: Math>(
         dense_loss: dense,
         refined_from: refined.as_ref().map(|r| r.start_loss),
         refined_to: refined.as_ref().map(|r| r.loss),
-        refined_divergence_from: refined.as_ref().map(|r| r.start_divergence),
-        refined_divergence_to: refined.as_ref().map(|r| r.divergence),
+        refined_divergence_from: refined.as_ref().and_then(|r| r.start_divergence),
+        refined_divergence_to: refined.as_ref().and_then(|r| r.divergence),
         held_out,
         measured_losses: &plan.provenance.measured_losses,
         warnings: calibration::tell(warnings, context),
@@ -229,14 +232,13 @@ impl fmt::Display for Outcome<'_> {
         writeln!(f, "{}", table(&["plan", &head, "density"], &rows))?;
         writeln!(f, "\nLowest loss: {}", name(self.best))?;
         if let Some(refined) = self.refined {
+            write!(f, "Refined: mean loss {:.4} -> {:.4}", refined.start_loss, refined.loss)?;
+            if let Some((start, own)) = refined.start_divergence.zip(refined.divergence) {
+                write!(f, ", divergence on text {start:.4} -> {own:.4}")?;
+            }
             writeln!(
                 f,
-                "Refined: mean loss {:.4} -> {:.4}, divergence on text {:.4} -> {:.4} nats per token, in {} \
-                 measurements",
-                refined.start_loss,
-                refined.loss,
-                refined.start_divergence,
-                refined.divergence,
+                " nats per token, in {} measurements, those of the given plans and of dense attention included",
                 refined.evaluations,
             )?;
         }

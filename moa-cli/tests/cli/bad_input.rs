@@ -369,7 +369,7 @@ fn prompts_longer_than_the_context_are_refused() {
         &["bad.jsonl, line 1"],
     );
     let args = ["eval", "perplexity", "--model", tiny, "--text", "long.txt", "--length", "9000"];
-    refuses(root, &args, &["long.txt", "8192"]);
+    refuses(root, &args, &["--lengths: ", "9000", "8192"]);
 }
 
 #[test]

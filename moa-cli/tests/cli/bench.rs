@@ -60,6 +60,7 @@ fn what_cannot_be_measured_is_refused() {
     bench(&[], &["--model"]);
     bench(&["--model", tiny, "--random-weights", "1"], &["--random-weights"]);
     bench(&["--config", "config.json"], &["--random-weights"]);
+    bench(&["--model", tiny, "--no-dense"], &["--no-dense", "--plan or --uniform"]);
     bench(&["--model", tiny, "--profile", "--uniform", "0.5"], &["--profile"]);
     bench(&["--model", tiny, "--profile", "--prompts", "1"], &["calibration item"]);
     bench(&["--model", tiny, "--batches", "0"], &["--batches"]);

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use moa_models::HELD_OUT_TEXT;
 use serde_json::json;
 
 use crate::common::{json_of, moa_in, model_copy, ok, refuses, tiny};
@@ -38,6 +39,43 @@ fn held_out_items_are_not_profiled_and_plans_are_validated_on_them_alone() {
     let validate = [&validate[..], &["--out", "plan.json", "--data"]].concat();
     refuses(root, &[&validate[..], &["profiled.jsonl"]].concat(), &missing);
     ok(root, &[&validate[..], &["held.jsonl"]].concat());
+}
+
+#[test]
+fn running_text_alone_is_cut_into_windows_whose_ends_are_predicted() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let model = ["--model", tiny.to_str().unwrap(), "--lengths", "256", "--data"];
+    let text = HELD_OUT_TEXT.split(' ').take(1500).collect::<Vec<_>>().join(" ");
+    fs::write(root.join("book.MD"), &text).unwrap();
+    let lines = text.split(". ").collect::<Vec<_>>();
+    let lines = lines.chunks(lines.len() / 3).map(|part| json!({ "text": part.join(". ") }));
+    fs::write(root.join("t.jsonl"), lines.map(|line| format!("{line}\n")).collect::<String>())
+        .unwrap();
+    for (data, samples) in [("book.MD", 3), ("t.jsonl", 2)] {
+        let profile = [&["profile"][..], &model, &[data, "--samples", "3", "--out", "p"]].concat();
+        let found = json_of(root, &[&profile[..], &["--objective", "cross-entropy"]].concat());
+        assert!(found["lengths"][0]["samples"].as_u64() >= Some(samples), "{data}: {found}");
+        let agreement = [&["eval", "agreement", "--uniform", "0.25", "--windows", "1"][..], &model];
+        let rows = json_of(root, &[&agreement.concat()[..], &[data, "--samples", "2"]].concat());
+        let answers = &rows["rows"][1];
+        assert_eq!((&answers["of"], &answers["tokens"]), (&json!("answers"), &json!(2 * 48)));
+    }
+    let few = ["--validation-samples", "1", "--evaluations", "0", "--max-plans", "1"];
+    let few = [&few[..], &["--validation-length", "256", "--out", "plan.json"]].concat();
+    let found = json_of(root, &[&["compress"][..], &model, &["book.MD"], &few].concat());
+    assert!(!found["warnings"].to_string().contains("plans were judged by"), "{found}");
+
+    let profile = [&["profile"][..], &model].concat();
+    fs::write(root.join("short.text"), "The sea was calm.").unwrap();
+    let parts = ["256 tokens", "no running text", "longest has"];
+    refuses(root, &[&profile[..], &["short.text", "--out", "q"]].concat(), &parts);
+    for empty in ["none.jsonl", "none.txt"] {
+        fs::write(root.join(empty), "\n").unwrap();
+        let args = [&profile[..], &[empty, "--out", "q"]].concat();
+        refuses(root, &args, &[empty, "the file is empty"]);
+    }
 }
 
 #[test]
@@ -147,8 +185,17 @@ fn a_plan_is_compared_with_dense_attention_on_held_out_text() {
     assert!(number("kl_worst") >= number("kl_p99") && number("kl_p99") > number("kl_mean"));
     let told = ok(root, &compress);
     assert!(told.contains("dense ppl") && told.contains("one window"), "{told}");
+    assert!(told.contains("divergence from dense on text") && !told.contains("Budget"), "{told}");
+    assert!(found["losses"]["divergence"].as_f64() > Some(0.0), "{found}");
     let without = json_of(root, &[&compress[..], &["--text-samples", "0"]].concat());
     assert_eq!(without["held_out"], json!([]));
+    assert!(without["losses"]["divergence"].is_null(), "{without}");
+    assert!(without["losses"]["start_divergence"].is_null(), "{without}");
+    // Narrower heads keep more.
+    let auto = ["--text-samples", "0", "--cache-dtype", "auto"];
+    let told = ok(root, &[&compress[..], &auto].concat());
+    assert!(told.contains("Budget: the bytes of 20.0 % of the keys in int8"), "{told}");
+    assert!(!told.contains("divergence from dense on text"), "{told}");
 }
 
 #[test]

@@ -203,6 +203,63 @@ fn agreement_is_given_for_texts_and_for_answers() {
 }
 
 #[test]
+fn what_cannot_be_asked_is_refused_with_the_option_that_asks_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let model = ["--model", tiny.to_str().unwrap()];
+    let eval = |args: &[&str]| moa_in(root, &[&["eval"], args, &model[..]].concat());
+    let refused = |args: &[&str], parts: &[&str]| {
+        refuses(root, &[&["eval"], args, &model[..]].concat(), parts);
+    };
+    cases(&root.join("cases.jsonl"), 2, 16);
+    let retrieval = ["retrieval", "--data", "cases.jsonl", "--lines"];
+    refused(&[&retrieval[..], &["8,17"]].concat(), &["--lines must be at most 16", "got 17"]);
+    cases(&root.join("short.jsonl"), 1, 8);
+    let both = fs::read_to_string(root.join("cases.jsonl")).unwrap()
+        + &fs::read_to_string(root.join("short.jsonl")).unwrap();
+    fs::write(root.join("both.jsonl"), both).unwrap();
+    let args = ["retrieval", "--data", "both.jsonl", "--lines", "12", "--max-new-tokens", "1"];
+    let said = eval(&args).stderr;
+    let said = String::from_utf8_lossy(&said);
+    assert!(said.contains("warning: 1 of 3 cases have fewer than 12 record lines"), "{said}");
+
+    // The model has a token for the beginning of a text.
+    fs::write(root.join("text.txt"), "The sea was calm and the ship went on.").unwrap();
+    for command in ["perplexity", "agreement"] {
+        let of = |length| [command, "--text", "text.txt", "--lengths", length];
+        for length in ["1", "2"] {
+            refused(&of(length), &["--lengths must be at least 3 tokens", length]);
+        }
+        refused(&of("10000"), &["--lengths: ", "10000", "8192"]);
+        let said = eval(&of("256")).stderr;
+        let said = String::from_utf8_lossy(&said);
+        assert!(said.contains("text.txt: text must be at least 256 tokens, got 1"), "{said}");
+    }
+    for (task, flag) in [("qa_1", "--squad"), ("qa_2", "--hotpotqa")] {
+        refused(&["tasks", "--task", task], &[&format!("{flag} must be a file"), task]);
+        refused(&["suite", "--tasks", task], &[&format!("{flag} must be a file"), task]);
+    }
+    // What is said to be enough is.
+    let mqar = |length: &str, samples: &str| {
+        let args = ["tasks", "--task", "mqar", "--lengths", length, "--samples", samples];
+        eval(&[&args[..], &["--max-new-tokens", "1"]].concat())
+    };
+    let least = |length: &str| {
+        let said = String::from_utf8(mqar(length, "1").stderr).unwrap();
+        let (_, rest) = said.split_once("must be at least ").unwrap();
+        rest.split(' ').next().unwrap().to_string()
+    };
+    let enough = least("1");
+    assert_eq!(least("99"), enough);
+    assert!(mqar(&enough, "12").status.success(), "{enough}");
+
+    let case = json!({ "input": "a", "context": "b", "answers": [] });
+    fs::write(root.join("qasper.jsonl"), format!("{case}\n")).unwrap();
+    refused(&["longbench", "--data", "qasper.jsonl"], &["qasper.jsonl, line 1: ", "answers"]);
+}
+
+#[test]
 fn a_suite_gives_a_row_for_each_cache() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path();
@@ -278,6 +335,33 @@ fn a_suite_gives_a_row_for_each_cache() {
     refuses(root, &[&few[..], &["--rivals", "adakv"]].concat(), &["adakv", "at least 0.0"]);
     let board = json_of(root, &few);
     assert_eq!(board["rows"].as_array().unwrap().len(), 2);
+}
+
+// A profile of shorter items says nothing of the keys that lie farther away.
+#[test]
+fn rivals_that_are_searched_use_the_bytes_of_the_plan_and_are_named_by_what_they_keep() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let tiny = tiny();
+    let tiny = tiny.to_str().unwrap();
+    let profile = ["profile", "--model", tiny, "--lengths", "256", "--samples", "2"];
+    ok(root, &[&profile[..], &["--data", "records", "--out", "p"]].concat());
+    let suite = ["eval", "suite", "--model", tiny, "--preset", "recall-1k", "--samples", "1"];
+    let suite = [&suite[..], &["--tasks", "multi-key", "--windows", "0", "--profile", "p"]];
+    let suite = [&suite.concat()[..], &["--rivals", "fixed,per-layer,duo", "--density", "0.468"]];
+    let board = json_of(root, &suite.concat());
+    let warnings = board["warnings"].as_array().unwrap();
+    for row in &board["rows"].as_array().unwrap()[1..] {
+        let name = row["cache"].as_str().unwrap();
+        let (kind, kept) = name.split_once(' ').unwrap();
+        let density = row["density"].as_f64().unwrap();
+        assert!((density - kept.parse::<f64>().unwrap()).abs() < 0.01, "{row}");
+        let is_short = density < 0.97 * 0.468;
+        // A head more or less of a duo plan is a twelfth of the keys.
+        assert!(!is_short || kind == "duo" && density > 0.37, "{row}");
+        let is_told = warnings.iter().any(|of| of.as_str().unwrap().starts_with(kind));
+        assert_eq!(is_told, is_short, "{name}: {warnings:?}");
+    }
 }
 
 #[test]

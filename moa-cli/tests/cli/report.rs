@@ -44,6 +44,23 @@ fn plan(root: &Path, name: &str, density: &str, losses: [f64; 2]) {
 }
 
 #[test]
+fn answers_to_other_questions_are_not_compared() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let write = |name: &str, evaluation: &str| {
+        let header = json!({ "settings": { "evaluation": evaluation } });
+        let item = json!({ "size": 40, "case": 0, "prompt_tokens": 3, "right": true });
+        fs::write(root.join(name), format!("{header}\n{item}\n")).unwrap();
+    };
+    write("a.jsonl", "mqar");
+    write("b.jsonl", "mqar");
+    write("c.jsonl", "passkey");
+    let report = ["report", "--out", "r.html", "--items", "a.jsonl", "--items"];
+    ok(root, &[&report[..], &["b.jsonl"]].concat());
+    refuses(root, &[&report[..], &["c.jsonl"]].concat(), &["c: answers", "mqar", "passkey"]);
+}
+
+#[test]
 fn report_shows_all_that_it_is_given() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path();

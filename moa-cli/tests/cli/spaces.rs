@@ -97,6 +97,11 @@ fn every_space_gives_plans_of_its_kind_under_one_bound() {
         (&["--kv-bytes", "256"], ["--kv-bytes", "8192:64MiB"]),
         (&["--min-density", "0.9"], ["smallest density", "0.25"]),
         (&["--density", "0.5", "--decode-time", "0.0001"], ["at most 0.0001", "size"]),
+        (&["--density", "0.5", "--decode-time", "0.0001"], ["at most 0.0001", "decode time"]),
+        (&["--decode-time", "2"], ["--decode-time", "share of the time"]),
+        (&["--sink", "300"], ["256", "(316 keys, 300 of them sink)"]),
+        (&["--min-span", "1000"], ["256", "(1000 keys, "]),
+        (&["--bound-lengths", "1"], ["length 1: ", "mean density is 1, that of"]),
     ] {
         refuses(root, &[&search[..], options, &["--out", "x"]].concat(), &parts);
     }
@@ -107,12 +112,17 @@ fn every_space_gives_plans_of_its_kind_under_one_bound() {
     let rivals = ["--samples", "1", "--windows", "0", "--profile", "p.safetensors"];
     let board = json_of(root, &[&suite[..], &rivals, &["--density", "0.25"]].concat());
     let rows = board["rows"].as_array().unwrap();
-    let names: Vec<_> = rows.iter().map(|row| row["cache"].as_str().unwrap()).collect();
     let rivals = ["uniform", "fixed", "per-layer", "duo", "snapkv", "adakv", "kvzip"];
-    assert_eq!(names[1..], rivals.map(|name| format!("{name} 0.250")));
-    for row in &rows[1..] {
+    assert_eq!(rows.len(), 1 + rivals.len(), "{board}");
+    for (row, rival) in rows[1..].iter().zip(rivals) {
         let density = row["density"].as_f64().unwrap();
-        assert!(density > 0.15 && density < 0.27, "{row}");
+        // All use nearly all of it, duo as many heads as fit.
+        let least = if rival == "duo" { 0.15 } else { 0.23 };
+        assert!(density > least && density < 0.27, "{row}");
+        let (name, kept) = row["cache"].as_str().unwrap().split_once(' ').unwrap();
+        assert_eq!(name, rival);
+        // At the preset's length, which questions nearly fill.
+        assert!((kept.parse::<f64>().unwrap() - density).abs() < 0.015, "{row}");
         assert!(row["agreement"].is_null(), "{row}");
     }
 }

@@ -133,29 +133,38 @@ impl Problem {
     /// # Errors
     /// [`Error::Infeasible`] with what candidates reach.
     pub fn reachable(&self) -> Result<()> {
-        for (b, bound) in self.bounds.iter().enumerate() {
-            let sizes = self.sizes_at(b);
+        let Some((at, reached)) = self.out_of_reach() else { return Ok(()) };
+        let bound = &self.bounds[at];
+        let reason = match bound.min.filter(|min| reached < *min) {
+            None => format!(
+                "the smallest mean size that the candidates reach is {}, at most {} is allowed",
+                rounded(reached),
+                rounded(bound.max)
+            ),
+            Some(min) => format!(
+                "the largest mean size that the candidates reach is {}, at least {} is asked for",
+                rounded(reached),
+                rounded(min)
+            ),
+        };
+        Err(Error::Infeasible { length: bound.length, reason })
+    }
+
+    /// The first bound that cannot be met by itself, with the mean size that candidates reach: the smallest, where that is
+    /// above the bound, or the largest below it.
+    pub(crate) fn out_of_reach(&self) -> Option<(usize, f64)> {
+        self.bounds.iter().enumerate().find_map(|(at, bound)| {
+            let sizes = self.sizes_at(at);
             let layers = || sizes.chunks(self.candidates.len());
             let mean = |of: fn(f64, f64) -> f64, from: f64| {
                 let each = layers().map(|sizes| sizes.iter().copied().fold(from, of));
                 each.sum::<f64>() / self.layers as f64
             };
             let (least, most) = (mean(f64::min, f64::INFINITY), mean(f64::max, f64::NEG_INFINITY));
-            let reason = if least > bound.max {
-                format!(
-                    "the smallest mean size that the candidates reach is {least}, at most {} is allowed",
-                    bound.max
-                )
-            } else if let Some(min) = bound.min.filter(|&min| most < min) {
-                format!(
-                    "the largest mean size that the candidates reach is {most}, at least {min} is asked for"
-                )
-            } else {
-                continue;
-            };
-            return Err(Error::Infeasible { length: bound.length, reason });
-        }
-        Ok(())
+            let reached = if least > bound.max { least } else { most };
+            let is_met = least <= bound.max && bound.min.is_none_or(|min| most >= min);
+            (!is_met).then_some((at, reached))
+        })
     }
 
     /// Layers.
@@ -225,6 +234,13 @@ impl Problem {
 /// So that no sum of them overflows.
 fn is_sane(x: &f64) -> bool {
     x.abs() <= 1e100
+}
+
+/// A size to three digits, or to three places where it is not small.
+pub(crate) fn rounded(size: f64) -> String {
+    let digits = if size > 0.0 && size < 0.1 { 2 - size.log10().floor() as i32 } else { 3 };
+    let text = format!("{size:.0$}", digits.clamp(3, 340) as usize);
+    text.trim_end_matches('0').trim_end_matches('.').to_string()
 }
 
 /// Sizes for bounds on density: the share of the context that each candidate keeps at the length of

@@ -17,13 +17,15 @@ pub(crate) fn load<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
         })?);
     }
     if items.is_empty() {
-        return Err(Error::Line {
-            path: path.to_path_buf(),
-            line: 1,
-            reason: "the file holds no object".into(),
-        });
+        return Err(empty(path, "a JSON object a line"));
     }
     Ok(items)
+}
+
+/// The error of a file that has nothing but blanks where something is expected.
+pub(crate) fn empty(path: &Path, expected: &str) -> Error {
+    let reason = format!("the file is empty: expected {expected}");
+    Error::Line { path: path.to_path_buf(), line: 1, reason }
 }
 
 /// What the parser says of a line, without the number that it gives it: every line is its first.

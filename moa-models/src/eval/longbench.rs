@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use serde::Deserialize;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
 
 use crate::checkpoint::Checkpoint;
 use crate::device::Math;
@@ -18,7 +19,8 @@ pub struct LongBenchCase {
     pub input: String,
     /// The long text.
     pub context: String,
-    /// Right answers.
+    /// Right answers, at least one.
+    #[serde(deserialize_with = "some_answers")]
     pub answers: Vec<String>,
     /// All classes of a classification.
     #[serde(default)]
@@ -29,6 +31,15 @@ pub struct LongBenchCase {
     /// Name of the dataset, as the file gives it.
     #[serde(default)]
     pub dataset: Option<String>,
+}
+
+/// Answers of which there are some: nothing could be right of others.
+fn some_answers<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    let answers = Vec::deserialize(deserializer)?;
+    match answers.is_empty() {
+        false => Ok(answers),
+        true => Err(D::Error::invalid_length(0, &"`answers` of at least one")),
+    }
 }
 
 impl LongBenchCase {

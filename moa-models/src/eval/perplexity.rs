@@ -16,11 +16,16 @@ use crate::{Error, Result};
 const MOST_LOGITS: usize = 1 << 24;
 
 impl Item {
+    /// Fewest tokens of a window ([`Item::windows`]): `first`, and two of the text, one of which is predicted from text.
+    pub fn shortest_window(first: Option<u32>) -> usize {
+        2 + usize::from(first.is_some())
+    }
+
     /// A text cut into windows of `length` tokens that each begin with `first`, at most `windows` of
     /// them: the first token of a window is the prompt, all others are the response.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the text does not fill one window, or a window holds no response.
+    /// [`Error::Invalid`] if the text does not fill one window, `first` counted, or a window is too short.
     pub fn windows(
         tokens: &[u32],
         first: Option<u32>,
@@ -28,16 +33,21 @@ impl Item {
         windows: usize,
     ) -> Result<Vec<Self>> {
         let head: Vec<u32> = first.into_iter().collect();
-        if length < head.len() + 2 || windows == 0 {
+        if windows == 0 {
+            return Err(Error::invalid("windows", "at least 1", 0));
+        }
+        let least = Self::shortest_window(first);
+        if length < least {
             return Err(Error::invalid(
-                "length and windows",
-                "at least 3 tokens and 1 window",
-                length.min(windows),
+                "length of a window",
+                format!("at least {least} tokens"),
+                length,
             ));
         }
         let room = length - head.len();
         if tokens.len() < room {
-            return Err(Error::invalid("text", format!("at least {room} tokens"), tokens.len()));
+            let (expected, got) = (format!("at least {length} tokens"), tokens.len() + head.len());
+            return Err(Error::invalid("text", expected, got));
         }
         let item = |part: &[u32]| {
             let ids = [&head, part].concat();

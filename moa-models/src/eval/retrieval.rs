@@ -55,6 +55,11 @@ impl RetrievalCase {
         Ok(Self { prompt: kept.concat(), ..self.clone() })
     }
 
+    /// Record lines that the case has.
+    pub fn record_lines(&self) -> usize {
+        self.record().count
+    }
+
     /// The case as a question, with where the right line lies among the record lines.
     pub fn question(&self) -> Question {
         let Record { count, right, .. } = self.record();
@@ -123,6 +128,7 @@ mod tests {
         assert_eq!(places.len(), 3);
         assert_eq!(case().question().turns[0].references[0].depth, Some(7.0 / 9.0));
         assert_eq!(case().shorten(10, 0).unwrap(), case());
+        assert_eq!(case().record_lines(), 10);
         assert!(case().shorten(0, 0).is_err());
         let without = RetrievalCase { expected_number: 5, correct_line: None, ..case() };
         assert!(without.shorten(3, 0).is_err());

@@ -21,7 +21,8 @@ pub enum CalibrationData {
     Tasks,
     /// Built-in records alone.
     Records,
-    /// The user's items.
+    /// The user's items. Running text counts beside questions ([`Checkpoint::text_items`]); where there are no questions,
+    /// windows of it are the items, whose last [`max_response`](CalibrationOptions::max_response) tokens are to be predicted.
     Prompts(Vec<CalibrationPrompt>),
 }
 
@@ -89,6 +90,18 @@ impl CalibrationOptions {
     pub(super) fn least_at(&self, length: usize) -> usize {
         self.samples_at(length).clamp(FarLosses::FEWEST, FEW)
     }
+
+    /// Warns of lengths with few of the user's items.
+    pub(super) fn tell_few(&self, items: &BTreeMap<usize, Vec<Item>>) {
+        for (length, own) in
+            items.iter().filter(|(length, own)| own.len() < self.least_at(**length))
+        {
+            tracing::warn!(
+                "calibration items of about {length} tokens: {}, so few that what is measured on them may depend on chance",
+                own.len()
+            );
+        }
+    }
 }
 
 impl Default for CalibrationOptions {
@@ -115,7 +128,7 @@ impl<D: Math> Checkpoint<D> {
     /// # Errors
     /// [`Error::ContextExceeded`] if a length is beyond the model's context; [`Error::Invalid`] if
     /// a length is too short for a response, or there are no lengths, samples or questions;
-    /// [`Error::NoCalibration`] if no prompt fits a length, or the dense model answers nothing, with
+    /// [`Error::NoCalibration`] if no prompt or, where there is running text alone, no text fits a length, or the dense model answers nothing, with
     /// what was tried; [`Error::Cancelled`]; those of [`Checkpoint::prompt_tokens`] and of
     /// [`Decoder::forward`](crate::Decoder::forward).
     pub fn calibrate(
@@ -148,7 +161,12 @@ impl<D: Math> Checkpoint<D> {
             CalibrationData::Tasks => self.task_items(&Task::OF_TEXT, options, progress),
             CalibrationData::Records => self.task_items(&[], options, progress),
             CalibrationData::Prompts(prompts) => {
-                let items = self.prompt_items(prompts, options, progress)?;
+                let has_question =
+                    prompts.iter().any(|of| matches!(of, CalibrationPrompt::Question { .. }));
+                let items = match has_question {
+                    true => self.prompt_items(prompts, options, progress)?,
+                    false => self.window_items(prompts, options, progress)?,
+                };
                 Ok(Calibration { items, data: format!("{} items of a file", prompts.len()) })
             }
         }

@@ -85,6 +85,11 @@ impl Measured {
     pub fn text_divergence(&self) -> f64 {
         mean(&self.divergence)
     }
+
+    /// The same, `None` without texts.
+    pub(super) fn measured_divergence(&self) -> Option<f64> {
+        (!self.divergence.is_empty()).then(|| self.text_divergence())
+    }
 }
 
 /// 0 for none, of which a `sum` is -0.

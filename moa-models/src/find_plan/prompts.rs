@@ -1,6 +1,7 @@
 //! Calibration items of the user's.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -66,14 +67,20 @@ impl TryFrom<Fields> for CalibrationPrompt {
 }
 
 impl CalibrationPrompt {
-    /// Reads a text file (`.txt` or `.md`) as one running text, and any other as JSONL, one item a line.
+    /// Reads a text file (`.txt`, `.text` or `.md`, in any case) as one running text, and any other as JSONL, one item
+    /// a line.
     ///
     /// # Errors
-    /// [`Error::Io`], or [`Error::Line`] with the line that is not an item.
+    /// [`Error::Io`], or [`Error::Line`] with the line that is not an item, or the first where the file is empty.
     pub fn load(path: impl AsRef<Path>) -> Result<Vec<Self>> {
         let path = path.as_ref();
-        if path.extension().is_some_and(|e| e == "txt" || e == "md") {
+        let is_text =
+            |e: &OsStr| ["txt", "text", "md"].iter().any(|own| e.eq_ignore_ascii_case(own));
+        if path.extension().is_some_and(is_text) {
             let text = read_text(path)?;
+            if text.trim().is_empty() {
+                return Err(jsonl::empty(path, "a text"));
+            }
             return Ok(vec![Self::Text(text)]);
         }
         jsonl::load(path)
@@ -219,14 +226,7 @@ impl Chosen<'_> {
                  where the answer may have stood; profile at longer lengths, or give shorter prompts"
             );
         }
-        for (length, own) in &items {
-            if own.len() < options.least_at(*length) {
-                tracing::warn!(
-                    "calibration items of about {length} tokens: {}, so few that the plan may depend on chance",
-                    own.len()
-                );
-            }
-        }
+        options.tell_few(&items);
         Ok(items)
     }
 }

@@ -30,23 +30,39 @@ pub struct Refined {
     pub plan: Plan,
     /// Its mean response loss over the measured items, in nats per token.
     pub loss: f64,
-    /// Its mean divergence from the dense model on running text, in nats per token; 0 without text.
-    pub divergence: f64,
+    /// Its mean divergence from the dense model on running text, in nats per token; `None` without text.
+    pub divergence: Option<f64>,
     /// Response loss of the best plan before refinement.
     pub start_loss: f64,
-    /// Divergence of the best plan before refinement.
-    pub start_divergence: f64,
+    /// Divergence of the best plan before refinement; `None` without text.
+    pub start_divergence: Option<f64>,
     /// Response loss of dense attention.
     pub dense_loss: f64,
     /// What the plan does to held-out text, by length; empty without such text.
     pub held_out: Vec<HeldOut>,
-    /// Plans measured.
+    /// Measurements: of plans and of single heads, of dense attention, of the starts and of the limit of text.
     pub evaluations: usize,
     /// Measurements beside those of the starts that the time was expected to be enough for, where they are fewer than
     /// might have been made and the plan is not as good as dense attention on the evidence.
     pub fitting: Option<usize>,
     /// Wall time of the refinement, in seconds.
     pub seconds: f64,
+}
+
+impl Refined {
+    /// Why the plan's responses lose more than those of the best plan before refinement, in a sentence; `None` where they
+    /// do not. A plan is judged by its responses and by running text together.
+    pub fn lost_for_text(&self) -> Option<String> {
+        let lost = self.loss - self.start_loss;
+        let (own, start) = self.divergence.zip(self.start_divergence)?;
+        (lost >= 5e-5).then(|| {
+            format!(
+                "the plan's responses lose {lost:.4} nats per token more than the best searched plan's: it was chosen for \
+                 what it does to running text, whose divergence from dense attention is {own:.4} nats per token in place \
+                 of {start:.4}"
+            )
+        })
+    }
 }
 
 /// Improves on `starts` (never returns a plan with a higher measured loss than the best of them),
@@ -155,9 +171,9 @@ pub(super) fn refine_types<D: Math>(
     Ok(Refined {
         plan,
         loss: losses.response_loss(),
-        divergence: losses.text_divergence(),
+        divergence: losses.measured_divergence(),
         start_loss: start.response_loss(),
-        start_divergence: start.text_divergence(),
+        start_divergence: start.measured_divergence(),
         dense_loss,
         held_out,
         evaluations: measure.done,
@@ -375,6 +391,29 @@ fn full_plan(like: &Plan, shape: ModelShape) -> Result<Plan> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_responses_lose_for_the_sake_of_text_is_told() {
+        let shape = ModelShape { layers: 1, query_heads: 2, kv_heads: 2, head_dim: 8 };
+        let of = |loss, divergence| Refined {
+            plan: Plan::full(shape).unwrap(),
+            loss,
+            divergence,
+            start_loss: 0.0502,
+            start_divergence: divergence.map(|_| 0.02),
+            dense_loss: 0.04,
+            held_out: Vec::new(),
+            evaluations: 5,
+            fitting: None,
+            seconds: 1.0,
+        };
+        let told = of(0.1521, Some(0.01)).lost_for_text().unwrap();
+        for part in ["0.1019 nats", "best searched plan", "0.0100 nats", "in place of 0.0200"] {
+            assert!(told.contains(part), "{told}");
+        }
+        assert_eq!(of(0.05, Some(0.01)).lost_for_text(), None);
+        assert_eq!(of(0.1521, None).lost_for_text(), None);
+    }
 
     #[test]
     fn mixed_plans_lie_between_and_keep_to_the_bounds() {

@@ -97,8 +97,8 @@ impl<D: Math> Checkpoint<D> {
             }
             if own.len() < options.least_at(length) {
                 tracing::warn!(
-                    "calibration items of about {length} tokens: {} of {samples} asked for, so few that the plan may \
-                     depend on chance (the dense model answers, of short questions: {tried})",
+                    "calibration items of about {length} tokens: {} of {samples} asked for, so few that what is \
+                     measured on them may depend on chance (the dense model answers, of short questions: {tried})",
                     own.len()
                 );
             }

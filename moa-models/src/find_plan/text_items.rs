@@ -10,6 +10,7 @@ use crate::find_plan::calibrate::{CalibrationData, CalibrationOptions, Part};
 use crate::find_plan::profile::Item;
 use crate::find_plan::prompts::CalibrationPrompt;
 use crate::find_plan::text::excerpt_of;
+use crate::progress::{Progress, Stage};
 use crate::{Error, Result};
 
 impl<D: Math> Checkpoint<D> {
@@ -39,25 +40,46 @@ impl<D: Math> Checkpoint<D> {
             if length < 2 {
                 return Err(Error::invalid("length", "at least 2 tokens", length));
             }
-            let pieces: Vec<&[u32]> = own.iter().flat_map(|t| t.chunks_exact(length)).collect();
-            // No piece twice: the first few are what many plans are measured on.
-            let samples = match pieces.len() {
-                0 => options.samples,
-                most => options.samples.min(most),
+            let pieces = pieces(&own, length, options.samples);
+            let built_in = match pieces.is_empty() {
+                true => (0..options.samples)
+                    .map(|_| self.built_in_text(&mut rng, length, options.part))
+                    .collect::<Result<Vec<_>>>()?,
+                false => Vec::new(),
             };
-            let mut own = Vec::with_capacity(samples);
-            for sample in 0..samples {
-                // Of a long text, pieces from all over it.
-                let own_piece = pieces.get(sample * pieces.len() / samples);
-                let tokens = match own_piece {
-                    Some(piece) => piece.to_vec(),
-                    None => self.built_in_text(&mut rng, length, options.part)?,
-                };
-                let (prompt, response) = tokens.split_at(length - 1);
-                own.push(Item::new(prompt, response)?);
-            }
-            items.insert(length, own);
+            let all = pieces.into_iter().chain(built_in.iter().map(Vec::as_slice));
+            items.insert(length, all.map(|piece| item(piece, 1)).collect::<Result<_>>()?);
         }
+        Ok(items)
+    }
+
+    /// Items of the user's running text, where there is nothing else: windows of each length, whose last tokens, as
+    /// many as a response has at most, are to be predicted from those before.
+    pub(super) fn window_items(
+        &self,
+        prompts: &[CalibrationPrompt],
+        options: &CalibrationOptions,
+        progress: &mut dyn Progress,
+    ) -> Result<BTreeMap<usize, Vec<Item>>> {
+        let wanted = options.lengths.iter().map(|length| options.samples_at(*length)).sum();
+        progress.advance(Stage::Calibrate, 0, wanted)?;
+        let own = self.own_texts(prompts, options.part)?;
+        let longest = own.iter().map(Vec::len).max().unwrap_or(0);
+        let mut items = BTreeMap::new();
+        for &length in &options.lengths {
+            let pieces = pieces(&own, length, options.samples_at(length));
+            if pieces.is_empty() {
+                let reason = format!(
+                    "there are no questions, and no running text that may be used here has so many tokens (the \
+                     longest has {longest})"
+                );
+                return Err(Error::NoCalibration { length, reason });
+            }
+            let own = pieces.into_iter().map(|piece| item(piece, options.max_response));
+            items.insert(length, own.collect::<Result<_>>()?);
+        }
+        progress.advance(Stage::Calibrate, wanted, wanted)?;
+        options.tell_few(&items);
         Ok(items)
     }
 
@@ -68,13 +90,15 @@ impl<D: Math> Checkpoint<D> {
         });
         let tokens: Result<Vec<_>> = texts.map(|text| self.tokenizer.encode(text, true)).collect();
         let mut tokens = tokens?;
-        // One long text is parted at its middle, several are told apart by their place.
-        if let [text] = &mut tokens[..] {
-            let middle = text.len() / 2;
-            match part {
-                Part::All => {}
-                Part::Profiled => text.truncate(middle),
-                Part::HeldOut => drop(text.drain(..middle)),
+        // One or two texts are parted at their middle, more are told apart by their place.
+        if tokens.len() < 3 {
+            for text in &mut tokens {
+                let middle = text.len() / 2;
+                match part {
+                    Part::All => {}
+                    Part::Profiled => text.truncate(middle),
+                    Part::HeldOut => drop(text.drain(..middle)),
+                }
             }
             return Ok(tokens);
         }
@@ -94,4 +118,17 @@ impl<D: Math> Checkpoint<D> {
             bytes *= 2;
         }
     }
+}
+
+/// Pieces of a length, each once, from all over the texts: the first few are what many plans are measured on.
+fn pieces(texts: &[Vec<u32>], length: usize, most: usize) -> Vec<&[u32]> {
+    let all: Vec<&[u32]> = texts.iter().flat_map(|text| text.chunks_exact(length)).collect();
+    let samples = most.min(all.len());
+    (0..samples).map(|sample| all[sample * all.len() / samples]).collect()
+}
+
+/// A text whose last tokens are predicted.
+fn item(tokens: &[u32], predicted: usize) -> Result<Item> {
+    let (prompt, response) = tokens.split_at(tokens.len().saturating_sub(predicted));
+    Item::new(prompt, response)
 }

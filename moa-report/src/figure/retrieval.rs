@@ -145,7 +145,7 @@ mod tests {
             depth: Some(depth),
             right,
         });
-        Answers { name: name.to_string(), answers: answers.collect() }
+        Answers { name: name.to_string(), evaluation: None, answers: answers.collect() }
     }
 
     #[test]
@@ -167,7 +167,11 @@ mod tests {
     #[test]
     fn items_without_depths_make_one_row() {
         let answer = Answer { prompt_tokens: 12_345, depth: None, right: true };
-        let figure = retrieval(&[Answers { name: "a".to_string(), answers: vec![answer] }]);
+        let figure = retrieval(&[Answers {
+            name: "a".to_string(),
+            evaluation: None,
+            answers: vec![answer],
+        }]);
         assert!(figure.rows[0][0].inline().contains("12k"));
     }
 }

@@ -56,7 +56,8 @@ pub(crate) struct Args {
     /// Prompts per length
     #[arg(long, default_value_t = 8, value_name = "N", value_parser = parse_count)]
     samples: usize,
-    /// Most tokens of an answer that dense attention writes
+    /// Most tokens of an answer that dense attention writes, and tokens to predict at the end of a window of
+    /// running text
     #[arg(long, default_value_t = 48, value_name = "TOKENS", value_parser = parse_count)]
     max_response: usize,
 }
@@ -92,6 +93,7 @@ fn with_model<D: Math>(
     let mut lengths = args.lengths.clone();
     lengths.sort_unstable();
     lengths.dedup();
+    super::check_lengths(&lengths, model)?;
     let mut sets: Vec<(usize, &'static str, Vec<Item>)> = Vec::new();
     for &length in &lengths {
         let mut items = Vec::new();

@@ -11,8 +11,9 @@ mod summary;
 mod tasks;
 
 use clap::Subcommand;
+use moa_models::{Checkpoint, Item, Math};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::output::Context;
 
 pub(super) use summary::Scores;
@@ -36,6 +37,22 @@ enum Command {
     #[command(visible_alias = "lv-eval")]
     Longbench(longbench::Args),
     Suite(suite::Args),
+}
+
+/// Checks that windows of so many tokens can be read, whatever the texts.
+fn check_lengths<D: Math>(lengths: &[usize], model: &Checkpoint<D>) -> Result<()> {
+    let config = model.model.config();
+    let (least, limit) = (Item::shortest_window(config.bos_token_id), config.context_length());
+    for &length in lengths {
+        if length > limit {
+            let error = moa_models::Error::ContextExceeded { asked: length, limit };
+            return Err(Error::from(error).at("--lengths"));
+        }
+        if length < least {
+            return Err(Error::argument("--lengths", format!("at least {least} tokens"), length));
+        }
+    }
+    Ok(())
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {

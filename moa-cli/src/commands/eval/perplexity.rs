@@ -58,11 +58,7 @@ fn with_model<D: Math>(
     let chosen = model::choose_plan(&args.plan, model, context)?;
     let longest = lengths.last().copied().unwrap_or(0);
     // Before texts are cut into tokens, which takes long ones a while.
-    let limit = model.model.config().context_length();
-    if let Some((name, _)) = texts.first().filter(|_| longest > limit) {
-        let error = moa_models::Error::ContextExceeded { asked: longest, limit };
-        return Err(Error::from(error).at(name));
-    }
+    super::check_lengths(lengths, model)?;
     let tokens = texts
         .iter()
         .map(|(name, text)| Ok((name, model.tokenizer.encode(text, false)?)))

@@ -61,6 +61,13 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     if lines.is_empty() {
         lines.push(None);
     }
+    if let Some(&asked) = args.lines.iter().max() {
+        let most = cases.iter().map(RetrievalCase::record_lines).max().unwrap_or(0);
+        if asked > most {
+            let expected = format!("at most {most}, the record lines of the longest case");
+            return Err(Error::argument("--lines", expected, asked));
+        }
+    }
     for &size in &lines {
         for (index, case) in cases.iter().enumerate() {
             let place = format!("{}, case {}", args.data.display(), index + 1);
@@ -72,6 +79,14 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
             let question = question.map_err(|e| Error::from(e).at(&place))?;
             questions.push(SizedQuestion { size, case: index, question, place });
         }
+    }
+    let asked = args.lines.iter().copied().max().unwrap_or(0);
+    let fewer = cases.iter().filter(|case| case.record_lines() < asked).count();
+    if fewer > 0 {
+        context.note(format_args!(
+            "warning: {fewer} of {} cases have fewer than {asked} record lines and are asked as they are",
+            cases.len()
+        ));
     }
     on_model!(context, &args.model, args.plan.plan.as_deref(), |model, context| with_model(
         args, &questions, model, context

@@ -15,7 +15,7 @@ use crate::output::Context;
 /// Caches that a plan is compared with, at the bytes of the first plan.
 #[derive(Debug, clap::Args)]
 pub(super) struct RivalArgs {
-    /// Rivals at the bytes of the first plan, or of --density: uniform window (StreamingLLM); fixed span
+    /// Rivals at the bytes of the first plan, or of --density, or as near below as their kind comes, named by what they keep: uniform window (StreamingLLM); fixed span
     /// per KV head, per layer and duo (retrieval and streaming heads), searched on --profile; snapkv, adakv
     /// and kvzip, which evict keys after a dense prefill [default: all that can be had]
     #[arg(long, value_delimiter = ',', value_enum, value_name = "KIND,..")]
@@ -40,11 +40,16 @@ pub(super) struct Cache {
     pub(super) plan: Plan,
     /// Keys are evicted after dense attention, the plan, has read a prompt.
     pub(super) eviction: Option<Eviction>,
+    /// That it keeps clearly less than a rival might, and so looks worse than it needs to.
+    pub(super) warning: Option<String>,
 }
+
+/// A rival that keeps so much less than it might, as a share of that, is warned of.
+const SHORT: f64 = 0.03;
 
 impl Cache {
     pub(super) fn of_plan(name: String, plan: Plan) -> Self {
-        Self { name, plan, eviction: None }
+        Self { name, plan, eviction: None, warning: None }
     }
 }
 
@@ -169,9 +174,20 @@ impl RivalArgs {
         usual.extend([Rival::SnapKv, Rival::AdaKv, Rival::KvZip]);
         let sink = plan.map_or(DEFAULT_SINK, Plan::sink);
         let min_span = plan.map_or(DEFAULT_SINK + 16, Plan::min_span);
-        let name = |kind: &str| match types.first() {
-            Some(own) => format!("{kind} {density:.3} {own}"),
-            None => format!("{kind} {density:.3}"),
+        // Named by what the plan keeps, which may be less than it might.
+        let named = |kind: &str, plan: Plan| -> Result<Cache> {
+            let kept = plan.density(length);
+            let warning = (kept < (1.0 - SHORT) * density).then(|| {
+                format!(
+                    "{kind} keeps {kept:.3} of the keys at {length} tokens, where {density:.3} are allowed: no plan of this \
+                     kind that was found comes nearer"
+                )
+            });
+            let name = match types.first() {
+                Some(own) => format!("{kind} {kept:.3} {own}"),
+                None => format!("{kind} {kept:.3}"),
+            };
+            Ok(Cache { warning, ..Cache::of_plan(name, types.first_of(&plan)?) })
         };
         let mut rivals = Vec::new();
         for rival in distinct(self.rivals.as_ref().unwrap_or(&usual)) {
@@ -179,14 +195,13 @@ impl RivalArgs {
                 let before_question = self.before_question;
                 let eviction = Eviction { kind, density: evicting, before_question };
                 let name = evicting::name(&eviction, &format!("{evicting:.3}"));
-                let plan = Plan::full(shape)?;
-                rivals.push(Cache { name, plan, eviction: Some(eviction) });
+                let dense = Cache::of_plan(name, Plan::full(shape)?);
+                rivals.push(Cache { eviction: Some(eviction), ..dense });
                 continue;
             }
             let space = match rival {
                 Rival::Uniform => {
-                    let plan = types.first_of(&model::uniform(shape, sink, density)?)?;
-                    rivals.push(Cache::of_plan(name("uniform"), plan));
+                    rivals.push(named("uniform", model::uniform(shape, sink, density)?)?);
                     continue;
                 }
                 Rival::Fixed => Space::Fixed,
@@ -204,13 +219,33 @@ impl RivalArgs {
             let bound = Bound { length, max: density, min: None };
             let mut request = PlanRequest::bounded(vec![bound], sink, min_span)?;
             request.solver = Options { threads: context.threads, ..Options::default() };
-            let request = request.with_space(space);
-            let found = request.search_profile(profile, &request.objective_lengths(profile))?;
-            let best = found.plans.into_iter().next();
-            let best =
-                best.ok_or_else(|| Error::argument("--profile", "one with plans", "none"))?;
-            rivals.push(Cache::of_plan(name(space.name()), types.first_of(&best)?));
+            let best = fullest(request.with_space(space), profile)?;
+            rivals.push(named(space.name(), best)?);
         }
         Ok(rivals)
     }
+}
+
+/// The best plan of those that use nearly all of an upper bound. A search by itself leaves keys out that have no
+/// influence on a profile, such as those that are farther away than its items are long.
+fn fullest(mut request: PlanRequest, profile: &Profile) -> Result<Plan> {
+    let lengths = request.objective_lengths(profile);
+    // Heads of duo plans are as many as fit by themselves.
+    let shares: &[f64] = match request.space {
+        Space::Duo => &[],
+        _ => &[0.99, 0.97, 0.93, 0.85, 0.7],
+    };
+    for least in shares.iter().copied().map(Some).chain([None]) {
+        for bound in &mut request.bounds {
+            bound.min = least.map(|share| share * bound.max);
+        }
+        let found = match request.search_profile(profile, &lengths) {
+            Err(moa_core::Error::Infeasible { .. }) if least.is_some() => continue,
+            found => found?,
+        };
+        if let Some(best) = found.plans.into_iter().next() {
+            return Ok(best);
+        }
+    }
+    Err(Error::argument("--profile", "one with plans", "none"))
 }

@@ -50,6 +50,22 @@ impl SourceArgs {
         given.map(|(name, file)| Ok((name, file_fingerprint(file)?))).collect()
     }
 
+    /// Checks that tasks have the files that they need.
+    pub(super) fn check(&self, tasks: &[Task]) -> Result<()> {
+        match tasks.iter().find(|task| !self.has(**task)) {
+            None => Ok(()),
+            Some(Task::Qa2) => Err(Error::argument(
+                "--hotpotqa",
+                "a file in HotpotQA's JSON format for qa_2",
+                "none",
+            )),
+            Some(task) => {
+                let expected = format!("a file in SQuAD's JSON format for {}", task.name());
+                Err(Error::argument("--squad", expected, "none"))
+            }
+        }
+    }
+
     /// Whether a task has the file that it needs.
     pub(super) fn has(&self, task: Task) -> bool {
         match task {

@@ -17,6 +17,7 @@ use super::evicting::continuation;
 use super::rivals::{Cache, RivalArgs};
 use super::sources::SourceArgs;
 use crate::args::{ModelArg, distinct, parse_count, parse_size, task_parser};
+use crate::calibration;
 use crate::error::{Error, Result};
 use crate::files::{Files, OutputFolder};
 use crate::model::{self, on_model};
@@ -118,6 +119,7 @@ impl Args {
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
     args.rivals.check(!args.plan.is_empty())?;
+    args.sources.check(&args.tasks)?;
     let sources = args.sources.load()?;
     let text = match &args.text {
         Some(path) => moa_core::read_text_file(path)
@@ -202,6 +204,8 @@ fn with_model<D: Math>(
         }
     }
     let caches = possible;
+    let warnings = caches.iter().filter_map(|cache| cache.warning.clone()).collect();
+    let warnings = calibration::tell(warnings, context);
     let window = length.min(LONGEST_WINDOW);
     let mut agreements = agreements(args, text, &caches, window, model, context)?.into_iter();
     if let Some(folder) = folder {
@@ -210,7 +214,7 @@ fn with_model<D: Math>(
     }
     let has_memory = model.model.device().memory()?.is_some();
     let mut rows = Vec::new();
-    for Cache { name, plan, eviction } in &caches {
+    for Cache { name, plan, eviction, .. } in &caches {
         let mut reports = Vec::new();
         for (task, questions) in &asked {
             let path = args.items.as_ref().map(|folder| folder.join(file_name(name, *task)));
@@ -242,6 +246,7 @@ fn with_model<D: Math>(
         agreement_length: (args.windows > 0).then_some(window),
         tasks: tasks.iter().map(|task| task.name()).collect(),
         rows,
+        warnings,
     })
 }
 
@@ -363,6 +368,8 @@ struct Board<'a> {
     agreement_length: Option<usize>,
     tasks: Vec<&'static str>,
     rows: Vec<Row>,
+    /// Rivals that keep clearly less than they might.
+    warnings: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]

@@ -57,6 +57,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<()> {
         .reads(&args.plan.plan)
         .reads(args.sources.files());
     args.items.check(inputs.reads(&args.style.template))?;
+    args.sources.check(&[args.task])?;
     let sources = args.sources.load()?;
     on_model!(context, &args.model, args.plan.plan.as_deref(), |model, context| with_model(
         args, &sources, model, context

@@ -34,24 +34,47 @@ impl<D: Math> Checkpoint<D> {
         (seed, case): (u64, usize),
     ) -> Result<Question> {
         let seed = seed.rotate_left(32) ^ (length as u64).rotate_left(24) ^ case as u64;
-        let build = |units: usize| -> Result<Question> {
-            let mut question = task.build(units, sources, (length, case), seed)?;
-            // A model without a chat template is led to the answer, by its beginning where there is one.
-            if question.answer_prefix.is_empty() {
-                for turn in &mut question.turns {
-                    turn.text = self.question_text(std::mem::take(&mut turn.text));
-                }
-            }
-            Ok(question)
-        };
+        let build = |units| self.built(sources, task, units, (length, case), seed);
         let takes = |units: usize| self.question_context(&build(units)?, max_new_tokens);
         let shortest = task.shortest(sources, case);
         let least = takes(shortest)?;
         if least > length {
-            let expected = format!("at least {least} tokens for {}", task.name());
+            let enough = self.enough(sources, task, max_new_tokens)?.max(least);
+            let expected = format!("at least {enough} tokens for {}", task.name());
             return Err(Error::invalid("length", expected, length));
         }
         build(longest(length, (shortest, least), takes)?)
+    }
+
+    /// A question of so many units.
+    fn built(
+        &self,
+        sources: &TaskSources,
+        task: Task,
+        units: usize,
+        (length, case): (usize, usize),
+        seed: u64,
+    ) -> Result<Question> {
+        let mut question = task.build(units, sources, (length, case), seed)?;
+        // A model without a chat template is led to the answer, by its beginning where there is one.
+        if question.answer_prefix.is_empty() {
+            for turn in &mut question.turns {
+                turn.text = self.question_text(std::mem::take(&mut turn.text));
+            }
+        }
+        Ok(question)
+    }
+
+    /// Tokens that the shortest questions of a task take in any draw: a little more than the most of some.
+    fn enough(&self, sources: &TaskSources, task: Task, max_new_tokens: usize) -> Result<usize> {
+        const DRAWS: usize = 16;
+        let mut most = 0;
+        for case in 0..DRAWS {
+            let shortest = task.shortest(sources, case);
+            let question = self.built(sources, task, shortest, (1, case), case as u64)?;
+            most = most.max(self.question_context(&question, max_new_tokens)?);
+        }
+        Ok(most + most.div_ceil(32))
     }
 }
 

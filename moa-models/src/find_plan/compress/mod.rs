@@ -182,6 +182,7 @@ fn compress_since<D: Math>(
     refined.plan.provenance.method = Some("moa compress".to_string());
     let plan = refined.plan.clone();
     let (growth, device) = (refined.loss - refined.dense_loss, model.device.default_cache_type());
+    warnings.extend(refined.lost_for_text());
     warnings.extend(plan_warnings(&plan, growth, &refined.held_out, Some(&request), device)?);
     Ok(Compressed { plan, profile, found, refined, warnings })
 }

@@ -255,9 +255,9 @@ mod tests {
         let refined = |growth: f64| Refined {
             plan: Plan::full(shape).unwrap(),
             loss: 0.25 + growth,
-            divergence: 0.0,
+            divergence: None,
             start_loss: 1.0,
-            start_divergence: 0.0,
+            start_divergence: None,
             dense_loss: 0.25,
             held_out: Vec::new(),
             evaluations: 100,

@@ -68,7 +68,7 @@ pub fn plan_warnings(
     };
     if density > bound.max + 1e-3 {
         warnings.push(format!(
-            "below {} tokens, the shortest length with a bound, rules keep the spans that they have there: \
+            "below {} tokens, the shortest length with a bound, spans shrink by less than the context does: \
              the density at {half} tokens is {density:.3}",
             bound.length
         ));
@@ -148,6 +148,14 @@ mod tests {
         let told = warnings(ElasticRule::fixed(256).into())?.concat();
         assert!(
             told.contains("below 1024 tokens") && told.contains("at 512 tokens is 0.500"),
+            "{told}"
+        );
+        // Half of the context, but 200 keys at least: 256 at 512 tokens, where the bound holds, and 200 at 256.
+        let request = PlanRequest::density(0.5, &[512], 4, 200)?;
+        let plan = Plan::new(shape, 4, 200, vec![ElasticRule::new(0.0, 0.5)?.into()])?;
+        let told = plan_warnings(&plan, 0.0, &[], Some(&request), None)?.concat();
+        assert!(
+            told.contains("at 256 tokens is 0.781") && !told.contains("keep the spans"),
             "{told}"
         );
         assert_eq!(warnings(ElasticRule::new(0.0, 0.25)?.into())?, Vec::<String>::new());
