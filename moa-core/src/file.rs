@@ -147,8 +147,15 @@ pub fn read_text_file(path: &Path) -> io::Result<String> {
     Ok(without_mark(text))
 }
 
+/// The text of a whole file of UTF-8, without its byte order mark.
+pub(crate) fn text(path: &Path) -> Result<String> {
+    let text = String::from_utf8(read(path)?);
+    text.map(without_mark)
+        .map_err(|e| Error::Format { path: path.to_path_buf(), reason: format!("not UTF-8: {e}") })
+}
+
 /// A text without its byte order mark.
-pub(crate) fn without_mark(text: String) -> String {
+fn without_mark(text: String) -> String {
     text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text)
 }
 

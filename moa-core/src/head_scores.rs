@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use crate::file::{read, without_mark};
+use crate::file::text;
 use crate::plan::check_length;
 use crate::{Error, ModelShape, Plan, Result, Span};
 
@@ -125,9 +125,7 @@ impl HeadScores {
     pub fn load(path: impl AsRef<Path>, shape: ModelShape) -> Result<Self> {
         let path = path.as_ref();
         let format = |reason: String| Error::Format { path: path.to_path_buf(), reason };
-        let text = String::from_utf8(read(path)?).map_err(|e| format(format!("not UTF-8: {e}")))?;
-        let text = without_mark(text);
-        Self::from_text(&text, shape).map_err(|e| match e {
+        Self::from_text(&text(path)?, shape).map_err(|e| match e {
             Error::Invalid { .. } => format(e.to_string()),
             other => other,
         })

@@ -6,7 +6,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
-use crate::file::{read, without_mark, write_atomic};
+use crate::file::{text, write_atomic};
 use crate::{CacheType, ElasticRule, Error, HeadRule, ModelShape, Plan, Provenance, Result};
 
 const FORMAT: &str = "moa-plan";
@@ -267,12 +267,6 @@ impl Plan {
         let path = path.as_ref();
         in_file(path, Self::from_published_json(&text(path)?, shape, sink, min_span))
     }
-}
-
-fn text(path: &Path) -> Result<String> {
-    let text = String::from_utf8(read(path)?);
-    text.map(without_mark)
-        .map_err(|e| Error::Format { path: path.to_path_buf(), reason: format!("not UTF-8: {e}") })
 }
 
 fn in_file<T>(path: &Path, result: Result<T>) -> Result<T> {

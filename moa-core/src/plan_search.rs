@@ -1,4 +1,4 @@
-use crate::search::{Bound, Options, ParetoSet, Problem, density_sizes, rounded, solve};
+use crate::search::{Bound, Options, ParetoSet, Problem, density_sizes, solve};
 use crate::{
     AtLength, CostBound, ElasticRule, Error, HeadRule, ModelShape, Plan, Profile, Provenance,
     Result, Space, Span,
@@ -322,32 +322,17 @@ impl PlanRequest {
             true => problem,
             false => problem.with_layer_sizes(self.layer_sizes(shape.layers)?)?,
         };
-        match problem.out_of_reach() {
-            None => Ok(problem),
-            Some((at, reached)) => Err(self.out_of_reach(at, &problem.bounds()[at], reached)),
-        }
-    }
-
-    /// Why no plan meets a bound, in the request's own words. The first bounds are those on density.
-    fn out_of_reach(&self, at: usize, bound: &Bound, reached: f64) -> Error {
-        let kind = match at < self.bounds.len() {
+        // The first bounds are those on density.
+        let kind = |at| match at < self.bounds.len() {
             true => "mean density",
             false => "mean share of dense attention's decode time",
         };
-        let size = rounded(reached);
-        let reason = match bound.min.filter(|min| reached < *min) {
-            None => format!(
-                "the smallest {kind} is {size}, that of heads of the smallest size ({} keys, {} of them sink), at most {} \
-                 is allowed",
-                self.min_span,
-                self.sink,
-                rounded(bound.max)
-            ),
-            Some(min) => {
-                format!("the largest {kind} is {size}, at least {} is asked for", rounded(min))
-            }
-        };
-        Error::Infeasible { length: bound.length, reason }
+        let cause = format!(
+            ", that of heads of the smallest size ({} keys, {} of them sink)",
+            self.min_span, self.sink
+        );
+        problem.check_reach(kind, &cause)?;
+        Ok(problem)
     }
 
     /// Sizes of the bounds on density, then of those on decode time, `[bound][layer][candidate]`.

@@ -113,10 +113,7 @@ impl SamplingArgs {
         let options = SamplingOptions {
             temperature: self.temperature.unwrap_or(temperature),
             top_k: self.top_k.or(defaults.top_k).filter(|k| *k > 0),
-            // One token is always kept.
-            top_p: self
-                .top_p
-                .map_or(defaults.top_p, |p| if p == 0.0 { f32::MIN_POSITIVE } else { p }),
+            top_p: self.top_p.map_or(defaults.top_p, SamplingOptions::share),
             min_p: self.min_p.unwrap_or(defaults.min_p),
             repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
             seed: defaults.seed,

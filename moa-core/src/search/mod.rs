@@ -45,5 +45,4 @@ pub use epsilon::solve;
 pub use grid::{code_grid, fixed_grid, grid, paper_grid, scaled_grid};
 pub use options::Options;
 pub use pareto::{Gap, ParetoSet, Solution};
-pub(crate) use problem::rounded;
 pub use problem::{Bound, Problem, density_sizes};

@@ -133,38 +133,35 @@ impl Problem {
     /// # Errors
     /// [`Error::Infeasible`] with what candidates reach.
     pub fn reachable(&self) -> Result<()> {
-        let Some((at, reached)) = self.out_of_reach() else { return Ok(()) };
-        let bound = &self.bounds[at];
-        let reason = match bound.min.filter(|min| reached < *min) {
-            None => format!(
-                "the smallest mean size that the candidates reach is {}, at most {} is allowed",
-                rounded(reached),
-                rounded(bound.max)
-            ),
-            Some(min) => format!(
-                "the largest mean size that the candidates reach is {}, at least {} is asked for",
-                rounded(reached),
-                rounded(min)
-            ),
-        };
-        Err(Error::Infeasible { length: bound.length, reason })
+        self.check_reach(|_| "mean size that the candidates reach", "")
     }
 
-    /// The first bound that cannot be met by itself, with the mean size that candidates reach: the smallest, where that is
-    /// above the bound, or the largest below it.
-    pub(crate) fn out_of_reach(&self) -> Option<(usize, f64)> {
-        self.bounds.iter().enumerate().find_map(|(at, bound)| {
-            let sizes = self.sizes_at(at);
+    /// [`reachable`](Self::reachable) in other words: what the bound of each number is on, and what the smallest size comes of.
+    pub(crate) fn check_reach(
+        &self,
+        kind: impl Fn(usize) -> &'static str,
+        cause: &str,
+    ) -> Result<()> {
+        for (b, bound) in self.bounds.iter().enumerate() {
+            let (sizes, kind) = (self.sizes_at(b), kind(b));
             let layers = || sizes.chunks(self.candidates.len());
             let mean = |of: fn(f64, f64) -> f64, from: f64| {
                 let each = layers().map(|sizes| sizes.iter().copied().fold(from, of));
                 each.sum::<f64>() / self.layers as f64
             };
             let (least, most) = (mean(f64::min, f64::INFINITY), mean(f64::max, f64::NEG_INFINITY));
-            let reached = if least > bound.max { least } else { most };
-            let is_met = least <= bound.max && bound.min.is_none_or(|min| most >= min);
-            (!is_met).then_some((at, reached))
-        })
+            let reason = if least > bound.max {
+                let (least, max) = (rounded(least), rounded(bound.max));
+                format!("the smallest {kind} is {least}{cause}, at most {max} is allowed")
+            } else if let Some(min) = bound.min.filter(|&min| most < min) {
+                let (most, min) = (rounded(most), rounded(min));
+                format!("the largest {kind} is {most}, at least {min} is asked for")
+            } else {
+                continue;
+            };
+            return Err(Error::Infeasible { length: bound.length, reason });
+        }
+        Ok(())
     }
 
     /// Layers.
@@ -237,7 +234,7 @@ fn is_sane(x: &f64) -> bool {
 }
 
 /// A size to three digits, or to three places where it is not small.
-pub(crate) fn rounded(size: f64) -> String {
+fn rounded(size: f64) -> String {
     let digits = if size > 0.0 && size < 0.1 { 2 - size.log10().floor() as i32 } else { 3 };
     let text = format!("{size:.0$}", digits.clamp(3, 340) as usize);
     text.trim_end_matches('0').trim_end_matches('.').to_string()

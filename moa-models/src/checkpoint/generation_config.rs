@@ -68,8 +68,7 @@ impl GenerationConfig {
             do_sample: object.flag("do_sample")?,
             temperature: number("temperature", 0.0, f32::MAX)?,
             top_k: count("top_k", 0.0)?,
-            // With 0 the likeliest token is kept.
-            top_p: number("top_p", 0.0, 1.0)?.map(|p| p.max(ABOVE_0)),
+            top_p: number("top_p", 0.0, 1.0)?.map(SamplingOptions::share),
             min_p: number("min_p", 0.0, 1.0)?,
             repetition_penalty: number("repetition_penalty", ABOVE_0, f32::MAX)?,
             max_new_tokens: count("max_new_tokens", 1.0)?,

@@ -72,6 +72,12 @@ impl SamplingOptions {
         check(bad.is_none(), "logit_bias", "finite or minus infinity", bad.map_or(0.0, |bad| bad.1))
     }
 
+    /// The [`top_p`](Self::top_p) of a request that may say 0 for nothing but the likeliest token, as OpenAI's API has it.
+    #[must_use]
+    pub const fn share(asked: f32) -> f32 {
+        if asked == 0.0 { f32::MIN_POSITIVE } else { asked }
+    }
+
     /// Whether the logits are taken as they are: no penalty and no bias.
     pub(crate) fn is_plain(&self) -> bool {
         self.repetition_penalty == 1.0

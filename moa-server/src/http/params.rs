@@ -141,11 +141,7 @@ fn sampling(fields: &mut Fields, state: &State) -> Result<SamplingOptions, ApiEr
     let top_k: Option<i64> = fields.get("top_k", "a whole number")?;
     Ok(SamplingOptions {
         temperature: fields.number("temperature", 0.0, 100.0)?.unwrap_or(defaults.temperature),
-        top_p: match fields.number("top_p", 0.0, 1.0)? {
-            // Nothing but the likeliest token, as OpenAI's API has it.
-            Some(p) => p.max(f32::MIN_POSITIVE),
-            None => defaults.top_p,
-        },
+        top_p: fields.number("top_p", 0.0, 1.0)?.map_or(defaults.top_p, SamplingOptions::share),
         // Some clients say "all" by -1.
         top_k: match top_k {
             Some(k) => usize::try_from(k).ok().filter(|k| *k > 0),

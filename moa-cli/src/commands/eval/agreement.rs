@@ -99,8 +99,7 @@ fn with_model<D: Math>(
         let mut items = Vec::new();
         for (name, text) in texts {
             let windows = model.text_windows(text, length, args.windows);
-            let windows = windows
-                .map_err(|e| calibration::by_flag(e, &[("--lengths", &args.lengths)]).at(name))?;
+            let windows = windows.map_err(|e| Error::from(e).at(name))?;
             let evicted = chosen.eviction.map(|of| continuation(length, of.density));
             match args.continuation.or(evicted) {
                 None => items.extend(windows),

@@ -161,7 +161,13 @@ impl Container {
         // Whoever takes the name first has it.
         let taken = if self.is_new { File::create_new(&self.path).map(drop) } else { Ok(()) };
         taken
-            .and_then(|()| std::fs::rename(&self.temporary, &self.path))
+            .and_then(|()| {
+                let renamed = std::fs::rename(&self.temporary, &self.path);
+                if renamed.is_err() && self.is_new {
+                    let _ = std::fs::remove_file(&self.path);
+                }
+                renamed
+            })
             .map_err(|source| Error::io(&self.path, source))?;
         self.done = true;
         Ok(self.written)
