@@ -8,15 +8,12 @@ use super::lanes::add;
 use super::quants::{Elements, GROUP, factors, four};
 
 /// Units of a cube.
-pub(crate) const UNITS: usize = 256;
+pub(crate) const UNITS: usize = 128;
 
-/// Units that share a feature.
+/// Units that share features.
 const LANES: usize = 32;
 
-/// Features of a cube.
-pub(crate) const FEATURES: usize = UNITS / LANES;
-
-/// Loads that a unit has under way at once.
+/// Loads of each feature that a unit has under way at once.
 const AHEAD: usize = 4;
 
 /// What the kernel is compiled for.
@@ -51,9 +48,19 @@ impl Shape {
         units >= LANES
     }
 
-    /// Layers of which a unit has a feature.
+    /// Features that units share. The norm makes a second load for each of the input, so that two of them pay for it.
+    const fn each(&self) -> usize {
+        if self.norm { 2 } else { 1 }
+    }
+
+    /// Features of a cube, of each layer.
+    pub(crate) const fn features(&self) -> usize {
+        UNITS / LANES * self.each()
+    }
+
+    /// Rows of weights that a unit reads.
     const fn streams(&self) -> usize {
-        if self.pair { 2 } else { 1 }
+        if self.pair { 2 * self.each() } else { self.each() }
     }
 
     const fn sums(&self) -> usize {
@@ -80,8 +87,8 @@ pub(crate) struct Layer {
     pub(crate) steps: u32,
 }
 
-/// Cubes: tiles of [`FEATURES`] features, groups of rows, and tiles again. `x` is `[rows, columns]` in floats,
-/// `plus` as the output of a single layer, `norm` a row's weights. Units that share a feature read the whole of a row between
+/// Cubes: tiles of [`Shape::features`], groups of rows, and tiles again. `x` is `[rows, columns]` in floats,
+/// `plus` as the output of a single layer, `norm` a row's weights. Units that share features read the whole of a row between
 /// them, and so have its norm.
 #[allow(clippy::too_many_arguments)]
 #[cube(launch_unchecked)]
@@ -121,9 +128,15 @@ pub(crate) fn few_rows(
             features = layer.features;
         }
     }
-    let feature = (tile - first) * comptime!(FEATURES as u32) + (unit / LANES) as u32;
+    let each = comptime!(shape.each());
+    let feature =
+        (tile - first) * comptime!(shape.features() as u32) + (unit / LANES * each) as u32;
     // Features beyond the last one repeat it and are not written.
-    let row = feature.min(features - 1) as usize * columns;
+    let mut own_rows = Array::<usize>::new(each);
+    #[unroll]
+    for e in 0..each {
+        own_rows[e] = (feature + comptime!(e as u32)).min(features - 1) as usize * columns;
+    }
 
     let mut totals = Array::<f32>::new(comptime!(count * streams));
     let mut squares = Array::<f32>::new(count);
@@ -143,14 +156,15 @@ pub(crate) fn few_rows(
         for l in 0..shape.layers {
             if comptime!(shape.layers == 1 || shape.pair) || number == comptime!(l as u32) {
                 let layer = layers.index(l);
-                let to = comptime!(if shape.pair { l * AHEAD } else { 0 });
+                let to = comptime!(if shape.pair { l * each } else { 0 });
                 #[unroll]
-                for a in 0..AHEAD {
-                    let column = (base + comptime!(a * LANES) + lane).min(columns - 1);
-                    words[to + a] = layer.weight[row + column];
+                for i in 0..comptime!(each * AHEAD) {
+                    let row = own_rows[comptime!(i / AHEAD)];
+                    let column = (base + comptime!(i % AHEAD * LANES) + lane).min(columns - 1);
+                    words[to * AHEAD + i] = layer.weight[row + column];
                     if comptime!(shape.elements.is_blocks()) {
                         let group = (row + column) * comptime!(shape.elements.per_load()) / GROUP;
-                        steps[to + a] = layer.weight[layer.steps as usize + group / 8];
+                        steps[to * AHEAD + i] = layer.weight[layer.steps as usize + group / 8];
                     }
                 }
             }
@@ -165,7 +179,7 @@ pub(crate) fn few_rows(
             for s in 0..streams {
                 own[s] = Vector::new(0.0f32);
                 if comptime!(shape.elements.is_blocks()) {
-                    let load = row + column.min(columns - 1);
+                    let load = own_rows[comptime!(s % each)] + column.min(columns - 1);
                     let group = load * comptime!(shape.elements.per_load()) / GROUP;
                     own[s] = factors(steps[s * AHEAD + a], group, shape.elements);
                 }
@@ -210,49 +224,56 @@ pub(crate) fn few_rows(
         }
     }
 
-    if comptime!(shape.pair) {
-        if lane == 0 && feature < features {
-            #[unroll]
-            for l in 0..shape.layers {
-                let layer = layers.index(l);
-                if layer.has_bias == 1 {
-                    let more = layer.bias[feature as usize];
+    if lane == 0 {
+        #[unroll]
+        for e in 0..each {
+            let feature = feature + comptime!(e as u32);
+            if feature < features {
+                if comptime!(shape.pair) {
+                    #[unroll]
+                    for l in 0..shape.layers {
+                        let layer = layers.index(l);
+                        if layer.has_bias == 1 {
+                            let more = layer.bias[feature as usize];
+                            #[unroll]
+                            for r in 0..count {
+                                totals[(l * each + e) * count + r] += more;
+                            }
+                        }
+                    }
+                    let out = layers.index_mut(0);
                     #[unroll]
                     for r in 0..count {
-                        totals[l * count + r] += more;
-                    }
-                }
-            }
-            let out = layers.index_mut(0);
-            #[unroll]
-            for r in 0..count {
-                let row = first_row + r as u32;
-                if row < rows {
-                    let gate = totals[r];
-                    let to = (row * features + feature) as usize;
-                    out.out[to] = gate / (1.0 + (-gate).exp()) * totals[count + r];
-                }
-            }
-        }
-    } else if lane == 0 && feature < features {
-        #[unroll]
-        for l in 0..shape.layers {
-            if comptime!(shape.layers == 1) || number == comptime!(l as u32) {
-                let layer = layers.index_mut(l);
-                let mut more = 0.0f32;
-                if layer.has_bias == 1 {
-                    more = layer.bias[feature as usize];
-                }
-                #[unroll]
-                for r in 0..count {
-                    let row = first_row + r as u32;
-                    if row < rows {
-                        let to = (row * features + feature) as usize;
-                        let mut total = totals[r] + more;
-                        if comptime!(shape.plus) {
-                            total += plus[to];
+                        let row = first_row + r as u32;
+                        if row < rows {
+                            let (gate, up) =
+                                (totals[e * count + r], totals[(each + e) * count + r]);
+                            let to = (row * features + feature) as usize;
+                            out.out[to] = gate / (1.0 + (-gate).exp()) * up;
                         }
-                        layer.out[to] = total;
+                    }
+                } else {
+                    #[unroll]
+                    for l in 0..shape.layers {
+                        if comptime!(shape.layers == 1) || number == comptime!(l as u32) {
+                            let layer = layers.index_mut(l);
+                            let mut more = 0.0f32;
+                            if layer.has_bias == 1 {
+                                more = layer.bias[feature as usize];
+                            }
+                            #[unroll]
+                            for r in 0..count {
+                                let row = first_row + r as u32;
+                                if row < rows {
+                                    let to = (row * features + feature) as usize;
+                                    let mut total = totals[e * count + r] + more;
+                                    if comptime!(shape.plus) {
+                                        total += plus[to];
+                                    }
+                                    layer.out[to] = total;
+                                }
+                            }
+                        }
                     }
                 }
             }

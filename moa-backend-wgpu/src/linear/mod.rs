@@ -12,7 +12,7 @@ use cubecl::{CubeCount, CubeDim};
 
 use crate::attention::{Limits, Row, arg, square, words};
 use crate::kernels::copy::copy;
-use crate::kernels::few_rows::{FEATURES, LayerLaunch, Shape, UNITS, few_rows};
+use crate::kernels::few_rows::{LayerLaunch, Shape, UNITS, few_rows};
 use crate::kernels::linear::many_rows;
 use crate::kernels::quants::Elements;
 use crate::kernels::words::per_word;
@@ -282,7 +282,7 @@ fn queue_few(x: &Tensor, layers: &[Layer<'_>], beside: Beside<'_>, shape: Shape,
             layer.weight.steps as u32,
         ));
         if number < outs.len() {
-            tiles += features.div_ceil(FEATURES);
+            tiles += features.div_ceil(shape.features());
         }
     }
     if rows == 0 {

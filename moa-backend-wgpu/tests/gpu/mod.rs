@@ -3,7 +3,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use moa_backend_wgpu::Device;
-use moa_conformance::Stop;
+use moa_conformance::{Stop, Trial};
 
 /// The first device, for one trial at a time. Trials without it are ignored; with
 /// `MOA_REQUIRE_WGPU=1` they fail.
@@ -27,4 +27,19 @@ impl Drop for Alone {
     fn drop(&mut self) {
         let _ = self.device.synchronize();
     }
+}
+
+/// A trial that shows on a software driver little that others have not, and has it compile kernels for half a minute or more:
+/// it is ignored there, unless `MOA_WGPU_WHOLE` is `1`.
+#[allow(dead_code, reason = "only some of the tests have such trials")]
+pub(crate) fn on_hardware(trial: Trial) -> Trial {
+    Trial::new(trial.name().to_string(), move || {
+        let is_whole = std::env::var_os("MOA_WGPU_WHOLE").is_some_and(|value| value == "1");
+        let (device, alone) = device()?;
+        if device.client().properties().identity.physical.is_none() && !is_whole {
+            return Err(Stop::ignored("a software driver takes long for it (MOA_WGPU_WHOLE=1)"));
+        }
+        drop(alone);
+        trial.check()
+    })
 }
