@@ -265,6 +265,11 @@ pub(super) fn retrieval_heads(args: &RetrievalHeadsArgs, context: &Context) -> R
 
 pub(super) fn export(args: &ExportArgs, context: &Context) -> Result<()> {
     Files::default().reads([&args.plan]).writes("--out", &args.out)?;
+    if let (ExportFormat::Published, Some(at)) = (args.format, args.at) {
+        let expected =
+            "with --format json, safetensors or tsv alone: published files hold all lengths";
+        return Err(Error::argument("--at", expected, at));
+    }
     let plan = Plan::load(&args.plan)?;
     let at = args.at.unwrap_or(1);
     let bytes = match args.format {

@@ -175,4 +175,6 @@ fn scores_of_other_methods_become_plans_and_plans_tables_of_other_engines() {
     assert!(fs::read(root.join("t.safetensors")).unwrap().len() > 12 * 17);
     let no_length = ["plan", "export", "duo.json", "--format", "json", "--out", "u.json"];
     assert_eq!(moa_in(root, &no_length).status.code(), Some(2));
+    refuses(root, &[&export[..], &["p.json"]].concat(), &["--at", "published"]);
+    assert!(!root.join("p.json").exists());
 }

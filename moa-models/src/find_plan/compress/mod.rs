@@ -189,6 +189,7 @@ fn compress_since<D: Math>(
 
 /// What there is after a further round of refinement, `None` where it had no more to judge plans by, and whether another
 /// one may follow: not where this one found no other plan. A round that fails loses nothing of what was found before.
+/// Why there is no further one is said in `warnings`.
 fn after(
     refined: Refined,
     next: Result<Option<Refined>>,
@@ -201,7 +202,14 @@ fn after(
             let is_other = next.plan.rules() != refined.plan.rules();
             Ok((Refined { evaluations, seconds, ..next }, is_other))
         }
-        Ok(None) => Ok((refined, false)),
+        Ok(None) => {
+            warnings.push(format!(
+                "the plan loses {:.4} nats per token where it is measured, and the data has no further items to refine \
+                 it on: more of them may find a better one",
+                refined.loss - refined.dense_loss
+            ));
+            Ok((refined, false))
+        }
         Err(Error::Cancelled) => Err(Error::Cancelled),
         Err(error) => {
             warnings.push(format!("the plan was not refined on more contexts: {error}"));
@@ -369,9 +377,11 @@ mod tests {
         assert_eq!(kept.evaluations, 2 * first.evaluations);
         let next = Refined { plan: Plan::full(checkpoint.model.shape())?, ..next };
         assert!(after(first.clone(), Ok(Some(next)), &mut warnings)?.1);
+        assert_eq!(warnings.len(), 1);
         assert!(!after(first.clone(), Ok(None), &mut warnings)?.1);
+        assert!(warnings[1].contains("no further items"), "{warnings:?}");
         let cancelled = after(first, Err(Error::Cancelled), &mut warnings);
-        assert!(matches!(cancelled, Err(Error::Cancelled)) && warnings.len() == 1);
+        assert!(matches!(cancelled, Err(Error::Cancelled)) && warnings.len() == 2);
         Ok(())
     }
 }
