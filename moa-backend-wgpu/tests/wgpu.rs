@@ -68,8 +68,9 @@ fn main() -> ExitCode {
     run(trials)
 }
 
-/// What other trials show nearly as well on a software driver: softcaps and sinks apart from each other, values that are no
-/// numbers in each type of cache, and in f16 and bf16 alike what their kernels have from f32.
+/// What other trials show nearly as well on a software driver: softcaps and sinks apart from each other, gradients beside values that
+/// are no numbers (influence beside them stays), such values in caches of other types than f32 and bf16, and chunks and batches
+/// of caches in 16 bits.
 const ON_HARDWARE: [&str; 10] = [
     "f32_cache::softcap_equals_the_reference",
     "f32_cache::sinks_equal_the_reference",

@@ -29,7 +29,7 @@ impl Drop for Alone {
     }
 }
 
-/// A trial that shows on a software driver little that others have not, and has it compile kernels for half a minute or more:
+/// A trial that shows on a software driver little that others have not, and has it compile kernels for 20 to 90 seconds:
 /// it is ignored there, unless `MOA_WGPU_WHOLE` is `1`.
 #[allow(dead_code, reason = "only some of the tests have such trials")]
 pub(crate) fn on_hardware(trial: Trial) -> Trial {
